@@ -1,0 +1,230 @@
+"""`EngineArgs`, what the user wished, and `EngineConfig`, what was resolved from it and from the model.
+
+Nothing here imports torch: the API process resolves the configuration, the engine process receives it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.spec import ModelSpec
+from microvllm.runtime import cpu
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.models import find_model
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+POLICIES = ("fcfs", "priority")
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_MAX_NUM_SEQS = 256
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+CPU_KV_BYTES = 512 << 20  # default KV pool on a CPU, if one full-length sequence fits into it
+CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
+
+
+@dataclass(kw_only=True)
+class EngineArgs:
+    """Engine options under vLLM's names; None means "decide from the model and the machine"."""
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+    async_scheduling: bool = False
+    max_num_queued_reqs: int | None = None
+    seed: int = 0
+    load_format: str = "auto"
+    generation_config: str = "auto"
+    attention_backend: str = "auto"
+    cpu_threads: int | None = None
+
+    def resolve(self) -> EngineConfig:
+        """Check every wish against the model and the machine.
+
+        Raises `ConfigError` with one line that names the option or the file.
+        """
+        path = find_model(self.model)
+        try:
+            spec = load_spec(path)
+        except ModelFileError as error:
+            raise ConfigError(str(error)) from error
+        load_format = self._load_format(path)
+        dtype = self._dtype(spec)
+        block_size = _positive(self.block_size, DEFAULT_BLOCK_SIZE, "--block-size")
+        if self.attention_backend not in ("auto", "torch"):
+            raise ConfigError(f"--attention-backend {self.attention_backend}: only 'auto' and 'torch' exist on a CPU")
+        if self.scheduling_policy not in POLICIES:
+            raise ConfigError(f"--scheduling-policy must be one of {', '.join(POLICIES)}, got {self.scheduling_policy}")
+        if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 1:
+            raise ConfigError(f"--max-num-queued-reqs must be at least 1, got {self.max_num_queued_reqs}")
+        if self.long_prefill_token_threshold < 0:
+            raise ConfigError("--long-prefill-token-threshold must not be negative")
+        max_model_len = _positive(self.max_model_len, spec.max_position, "--max-model-len")
+        if max_model_len > spec.max_position:
+            raise ConfigError(
+                f"--max-model-len {max_model_len} is longer than the model's context of {spec.max_position} tokens"
+            )
+        num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
+        budget = _positive(self.max_num_batched_tokens, DEFAULT_MAX_NUM_BATCHED_TOKENS, "--max-num-batched-tokens")
+        if not self.enable_chunked_prefill and budget < max_model_len:
+            if self.max_num_batched_tokens is not None:
+                raise ConfigError(
+                    f"--max-num-batched-tokens {budget} is smaller than the context of {max_model_len} tokens, "
+                    "and --no-enable-chunked-prefill does not allow prompts to be split"
+                )
+            budget = max_model_len
+        max_num_seqs = _positive(self.max_num_seqs, min(DEFAULT_MAX_NUM_SEQS, budget), "--max-num-seqs")
+        if max_num_seqs > budget:
+            raise ConfigError(f"--max-num-seqs {max_num_seqs} exceeds --max-num-batched-tokens {budget}")
+        threads = _positive(self.cpu_threads, cpu.usable_cores(), "--cpu-threads")
+        return EngineConfig(
+            model=self.model,
+            model_path=str(path),
+            tokenizer_path=str(find_model(self.tokenizer)) if self.tokenizer else str(path),
+            spec=spec,
+            load_format=load_format,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=self.enable_prefix_caching,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            scheduling_policy=self.scheduling_policy,
+            async_scheduling=self.async_scheduling,
+            max_num_queued_reqs=self.max_num_queued_reqs,
+            seed=self.seed,
+            attention_backend="torch",
+            cpu_threads=threads,
+            generation_defaults=_generation_defaults(self.generation_config, path),
+        )
+
+    def _load_format(self, path: Path) -> str:
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format}")
+        actual = "gguf" if path.is_file() else "safetensors"
+        if self.load_format in ("auto", actual):
+            return actual
+        if self.load_format == "dummy":
+            return "dummy"
+        raise ConfigError(f"--load-format {self.load_format} does not fit {path}, which is {actual}")
+
+    def _dtype(self, spec: ModelSpec) -> str:
+        wish = DTYPE_ALIASES.get(self.dtype, self.dtype)
+        if wish == "auto":
+            # Without bf16 arithmetic a CPU converts every weight on every step: float32 is faster there.
+            return "bfloat16" if cpu.has_bf16() else "float32"
+        if wish not in DTYPE_BYTES:
+            raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}")
+        if wish == "float16":
+            raise ConfigError("--dtype float16 is not available on a CPU; use bfloat16 or float32")
+        return wish
+
+    def _kv_pool(self, spec: ModelSpec, dtype: str, block_size: int, max_model_len: int) -> tuple[int, int]:
+        """Number of KV blocks, and the context length that the pool can hold.
+
+        A pool too small for one full-length request would make that request wait for ever
+        (vLLM issue 35541): a length that was asked for is an error, a default is lowered to fit.
+        """
+        block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size
+        needed = math.ceil(max_model_len / block_size)
+        if self.num_gpu_blocks_override is not None:
+            num_blocks = _positive(self.num_gpu_blocks_override, 0, "--num-gpu-blocks-override")
+        elif self.kv_cache_memory_bytes is not None:
+            num_blocks = _positive(self.kv_cache_memory_bytes, 0, "--kv-cache-memory-bytes") // block_bytes
+        else:
+            limit = int(cpu.available_memory() * CPU_KV_SHARE)
+            num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), limit) // block_bytes
+        if num_blocks >= needed:
+            return num_blocks, max_model_len
+        if self.max_model_len is not None or num_blocks == 0:
+            raise ConfigError(
+                f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
+                f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens needs "
+                f"{needed} blocks ({needed * block_bytes / 2**20:.0f} MiB): "
+                "lower --max-model-len or raise --kv-cache-memory-bytes"
+            )
+        return num_blocks, num_blocks * block_size
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine needs to know, resolved; travels to the engine process as msgpack."""
+
+    model: str
+    model_path: str
+    tokenizer_path: str
+    spec: ModelSpec
+    load_format: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    long_prefill_token_threshold: int
+    scheduling_policy: str
+    async_scheduling: bool
+    max_num_queued_reqs: int | None
+    seed: int
+    attention_backend: str
+    cpu_threads: int
+    generation_defaults: dict[str, Any] = {}
+
+
+def _positive(value: int | None, default: int, option: str) -> int:
+    if value is None:
+        return default
+    if value < 1:
+        raise ConfigError(f"{option} must be at least 1, got {value}")
+    return value
+
+
+def _generation_defaults(wish: str, model: Path) -> dict[str, Any]:
+    """The sampling defaults of `generation_config.json`, as `--generation-config` asks.
+
+    "auto" reads the model's own, "vllm" none, anything else is a folder. Also carries the file's
+    `eos_token_id` list: models name further end tokens there (Llama 3's 128009).
+    """
+    if wish == "vllm":
+        return {}
+    folder = model if wish == "auto" else Path(wish)
+    file = folder / "generation_config.json"
+    if not folder.is_dir() or not file.is_file():
+        if wish == "auto":
+            return {}
+        raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must hold a JSON object")
+    known = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "eos_token_id")
+    defaults = {name: content[name] for name in known if content.get(name) is not None}
+    if content.get("do_sample") is False:
+        # transformers decodes such a model greedily whatever its temperature field says; vLLM does not
+        # look at do_sample, and neither do we.
+        pass
+    return defaults

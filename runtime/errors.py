@@ -1,0 +1,70 @@
+"""Every error microvllm raises on purpose.
+
+MicroVLLMError
+├── RequestError                 one request is wrong; carries an HTTP status, a parameter name
+│   ├── InvalidRequestError      400  (also a ValueError, for users of the Python API)
+│   ├── ContextLengthError       400  the prompt does not fit the context
+│   ├── ModelNotFoundError       404
+│   └── EngineBusyError          503  the waiting queue is full
+├── ConfigError                  an option, a model folder or a file is wrong; the message is one line
+└── EngineError                  the engine itself failed
+    └── EngineDeadError          503  the engine process is gone; it is being started again
+"""
+
+from __future__ import annotations
+
+
+class MicroVLLMError(Exception):
+    """Base of all deliberate errors."""
+
+
+class RequestError(MicroVLLMError):
+    """One request cannot be served; all others are unaffected.
+
+    `param` names the request field at fault, `status` is the HTTP status and `kind` the `type` of the
+    error body that vLLM's clients expect (vLLM 0.33, serve/engine/protocol.py).
+    """
+
+    status = 400
+    kind = "BadRequestError"
+
+    def __init__(self, message: str, param: str | None = None, *, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if kind is not None:
+            self.kind = kind
+
+
+class InvalidRequestError(RequestError, ValueError):
+    """A field is missing, of the wrong type or out of range."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt (with at least one output token) is longer than the context or the KV pool."""
+
+
+class ModelNotFoundError(RequestError):
+    status = 404
+    kind = "NotFoundError"
+
+
+class EngineBusyError(RequestError):
+    status = 503
+    kind = "ServiceUnavailableError"
+
+
+class ConfigError(MicroVLLMError):
+    """A command-line option, a model folder or the machine does not allow what was asked."""
+
+
+class EngineError(MicroVLLMError):
+    """The engine failed; the request that sees it did nothing wrong."""
+
+    status = 500
+    kind = "InternalServerError"
+
+
+class EngineDeadError(EngineError):
+    status = 503
+    kind = "ServiceUnavailableError"

