@@ -1,0 +1,99 @@
+"""The engine without text: token ids in, token ids out, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import RequestError
+from microvllm.runtime.kv_cache import KVCacheManager
+from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
+from microvllm.runtime.scheduler import Scheduler, StepPlan
+
+
+class StepInFlight(Protocol):
+    """A step that was launched and whose tokens were not read yet."""
+
+    @property
+    def plan(self) -> StepPlan: ...
+
+
+class Runner(Protocol):
+    """What executes plans: the model runner, or a fake in tests."""
+
+    def launch(self, plan: StepPlan) -> StepInFlight:
+        """Start a step; must not wait for its tokens."""
+        ...
+
+    def collect(self, step: StepInFlight) -> Sequence[int]:
+        """Wait for a launched step: one token for each scheduled request, in the plan's order."""
+        ...
+
+
+class EngineCore:
+    """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`."""
+
+    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+        self.config = config
+        self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(config, self.kv)
+        self._runner = runner
+        self._in_flight: StepInFlight | None = None
+        self._num_steps = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    def add(self, request: EngineRequest) -> StepOutput | None:
+        """Queue a request; a refusal is that request's output and concerns no other."""
+        try:
+            self.scheduler.add(request)
+        except RequestError as error:
+            return StepOutput(request.request_id, [], FinishReason.ERROR, error=error.message)
+        return None
+
+    def abort(self, request_id: int) -> bool:
+        """End a request at any moment; its blocks are free within one step."""
+        return self.scheduler.abort(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        self.kv.reset_prefix_cache()
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work() or self._in_flight is not None
+
+    def step(self) -> list[StepOutput]:
+        """Launch one step and return the tokens that became known.
+
+        With asynchronous scheduling these are the previous step's, so the host schedules step k+1
+        while step k runs; otherwise the step is awaited at once. One loop serves both.
+        """
+        plan = self.scheduler.schedule()
+        done = self._runner.launch(plan) if plan is not None else None
+        if self.config.async_scheduling:
+            done, self._in_flight = self._in_flight, done
+        if done is None:
+            return []
+        outputs = self.scheduler.commit(done.plan, self._runner.collect(done))
+        self._num_steps += 1
+        self._prompt_tokens += sum(
+            max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start)
+            for item in done.plan.scheduled
+        )
+        self._generation_tokens += sum(len(output.token_ids) for output in outputs)
+        return outputs
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_blocks_used=self.kv.num_used,
+            kv_blocks_total=self.kv.num_blocks,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.num_preemptions,
+            steps=self._num_steps,
+        )

@@ -1,0 +1,208 @@
+"""Builds a `tokenizers.Tokenizer` from the `tokenizer.ggml.*` metadata of a GGUF file.
+
+Two kinds exist for the models served here: "gpt2" (byte-level BPE with a list of merges and a named
+pre-tokenizer) and "llama" (SentencePiece BPE with scores and byte fallback). The key names are those of
+the GGUF specification; where a file leaves something out, llama.cpp's default is used, because that is
+what the file was made for. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from microvllm.adapters.errors import ModelFileError
+
+# `tokenizer.ggml.token_type`, by number.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "\u2581"  # how SentencePiece writes a space
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PreTokenizer(NamedTuple):
+    """One value of `tokenizer.ggml.pre`: the splits made one after the other, and its defaults."""
+
+    splits: tuple[str, ...]
+    ignore_merges: bool = False  # a word that is a whole token is taken as it is
+    add_bos: bool = False  # when the file has no add_bos_token
+    nfc: bool = False  # the model's own tokenizer.json normalises to NFC
+
+
+_SINGLE_DIGITS = PreTokenizer((r"\p{N}", _GPT2_SPLIT))
+_GPT2 = PreTokenizer((_GPT2_SPLIT,))
+_LLAMA3 = PreTokenizer((_LLAMA3_SPLIT,), ignore_merges=True, add_bos=True)
+_QWEN2 = PreTokenizer((_QWEN2_SPLIT,), nfc=True)
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": _GPT2,
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "smaug-bpe": PreTokenizer((_LLAMA3_SPLIT,)),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": PreTokenizer((_TEKKEN_SPLIT,), ignore_merges=True, add_bos=True),
+}
+
+
+class GGUFTokenizer(NamedTuple):
+    """The backend, and what beside it the metadata says."""
+
+    backend: Tokenizer
+    named: dict[str, str]  # "bos_token" -> its text
+    chat_template: str | None
+
+
+def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> GGUFTokenizer:
+    """The tokenizer that `metadata` describes. Raises `ModelFileError` naming `path` and the key."""
+    return _Builder(path, metadata).build()
+
+
+class _Builder:
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tokens = [str(token) for token in self._array("tokens")]
+        self.types = [int(kind) for kind in self._array("token_type", [NORMAL] * len(self.tokens))]
+        if len(self.types) != len(self.tokens):
+            raise self._error("token_type", f"has {len(self.types)} entries for {len(self.tokens)} tokens")
+        self.vocab = {token: index for index, token in enumerate(self.tokens)}
+        if len(self.vocab) != len(self.tokens):
+            raise self._error("tokens", "holds the same token twice")
+
+    def build(self) -> GGUFTokenizer:
+        kind = self.metadata.get("tokenizer.ggml.model")
+        if kind == "gpt2":
+            backend, add_bos = self._byte_level()
+        elif kind == "llama":
+            backend, add_bos = self._sentencepiece()
+        else:
+            raise self._error("model", f"is {kind!r}; 'gpt2' and 'llama' are supported")
+        self._add_tokens(backend)
+        named = {
+            name: self.tokens[index]
+            for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+            if (index := self._token_id(f"{key}_token_id")) is not None
+        }
+        self._add_post_processor(backend, named, add_bos)
+        template = self.metadata.get("tokenizer.chat_template")
+        return GGUFTokenizer(backend, named, template if isinstance(template, str) and template else None)
+
+    def _byte_level(self) -> tuple[Tokenizer, bool]:
+        name = self.metadata.get("tokenizer.ggml.pre", "default")
+        pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+        if pre is None:
+            raise self._error("pre", f"is {name!r}; supported are {', '.join(sorted(PRE_TOKENIZERS))}")
+        merges = []
+        for merge in self._array("merges"):
+            # A token may itself hold a space only as U+0120, so the first space is the separator.
+            left, _, right = str(merge).partition(" ")
+            merges.append((left, right))
+        backend = self._bpe(merges, ignore_merges=pre.ignore_merges)
+        if pre.nfc:
+            backend.normalizer = normalizers.NFC()
+        splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+        backend.decoder = decoders.ByteLevel()
+        return backend, pre.add_bos
+
+    def _sentencepiece(self) -> tuple[Tokenizer, bool]:
+        scores = [float(score) for score in self._array("scores")]
+        if len(scores) != len(self.tokens):
+            raise self._error("scores", f"has {len(scores)} entries for {len(self.tokens)} tokens")
+        unknown = self._token_id("unknown_token_id")
+        backend = self._bpe(
+            self._merges_from_scores(scores),
+            unk_token=None if unknown is None else self.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+        # As llama.cpp does, the prefix space is put before every stretch of text between special tokens.
+        prefix = self._flag("add_space_prefix", True)
+        steps: list[normalizers.Normalizer] = [normalizers.Prepend(SPACE)] if prefix else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+        chain = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        if prefix:
+            chain.append(decoders.Strip(" ", 1, 0))
+        backend.decoder = decoders.Sequence(chain)
+        return backend, True
+
+    def _merges_from_scores(self, scores: list[float]) -> list[tuple[str, str]]:
+        """SentencePiece merges the pair whose union has the best score: that order is the list of merges."""
+        vocab, tokens = self.vocab, self.tokens
+        ranked = []
+        for index, token in enumerate(tokens):
+            if self.types[index] == NORMAL:
+                for cut in range(1, len(token)):
+                    left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
+                    if left is not None and right is not None:
+                        ranked.append((-scores[index], left, right))
+        ranked.sort()
+        return [(tokens[left], tokens[right]) for _, left, right in ranked]
+
+    def _bpe(self, merges: list[tuple[str, str]], **options: Any) -> Tokenizer:
+        try:
+            return Tokenizer(BPE(vocab=self.vocab, merges=merges, **options))
+        except Exception as error:  # the Rust side raises plain Exception
+            raise self._error("merges", f"does not fit the tokens ({error})") from error
+
+    def _add_tokens(self, backend: Tokenizer) -> None:
+        """Control tokens become special tokens, user-defined ones added tokens; both match before BPE."""
+        added = [
+            AddedToken(token, normalized=False, special=kind == CONTROL)
+            for token, kind in zip(self.tokens, self.types)
+            if kind in (CONTROL, USER_DEFINED) and token
+        ]
+        backend.add_tokens(added)
+
+    def _add_post_processor(self, backend: Tokenizer, named: Mapping[str, str], add_bos: bool) -> None:
+        before, after = [], []
+        if self._flag("add_bos_token", add_bos) and "bos_token" in named:
+            before.append(named["bos_token"])
+        if self._flag("add_eos_token", False) and "eos_token" in named:
+            after.append(named["eos_token"])
+        if before or after:
+            backend.post_processor = processors.TemplateProcessing(
+                single=[*before, "$A", *after],
+                special_tokens=[(token, self.vocab[token]) for token in {*before, *after}],
+            )
+
+    def _array(self, key: str, default: Iterable[Any] | None = None) -> list[Any]:
+        value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is None:
+            raise self._error(key, "is missing")
+        if isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+            raise self._error(key, "is not an array")
+        return value.tolist() if hasattr(value, "tolist") else list(value)
+
+    def _flag(self, key: str, default: bool) -> bool:
+        return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
+
+    def _token_id(self, key: str) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return None
+        if not 0 <= int(value) < len(self.tokens):
+            raise self._error(key, f"is {value}, outside the vocabulary of {len(self.tokens)} tokens")
+        return int(value)
+
+    def _error(self, key: str, problem: str) -> ModelFileError:
+        return ModelFileError(self.path, f"tokenizer.ggml.{key} {problem}")
