@@ -1,0 +1,203 @@
+"""The house rules that a reader relies on, checked over the syntax tree of every file of the package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the top down: a module imports from its own layer and from those after it.
+LAYERS = ("cli", "openai_compat", "runtime", "adapters", "ops")
+MAX_LINES = 600
+TORCH_FREE = {
+    f"microvllm.{layer}.{name}"
+    for layer, names in (
+        ("runtime", "errors request config cpu models scheduler kv_cache tokenizer chat_template"),
+        ("runtime", "detokenizer processor client"),
+        ("adapters", "spec registry errors gguf_file llama mistral qwen2 qwen3"),
+    )
+    for name in names.split()
+}
+
+
+def package_files() -> dict[str, Path]:
+    """Module name -> file, for all that is installed."""
+    files = [ROOT / "__init__.py", ROOT / "cli.py"]
+    for layer in LAYERS[1:]:
+        files += sorted((ROOT / layer).rglob("*.py"))
+    modules = {}
+    for file in files:
+        parts = ["microvllm", *file.relative_to(ROOT).with_suffix("").parts]
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return modules
+
+
+MODULES = package_files()
+TREES = {name: ast.parse(file.read_text("utf-8"), str(file)) for name, file in MODULES.items()}
+
+
+def imports(tree: ast.AST, *, at_import_only: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, module) of each import; `from microvllm.a import b` gives `microvllm.a.b` if that is a module.
+
+    With `at_import_only` function bodies and `if TYPE_CHECKING:` are left out: what runs on import.
+    A relative import gives a name that begins with a dot.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if at_import_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from imports(ast.Module([other], []), at_import_only=True)
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield node.lineno, name if name in MODULES else base
+        yield from imports(node, at_import_only=at_import_only)
+
+
+def layer_of(module: str) -> int | None:
+    """Position in LAYERS; None for the package itself (its version, its lazy names)."""
+    parts = module.split(".")
+    return LAYERS.index(parts[1]) if len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def upward(module: str, tree: ast.AST) -> list[str]:
+    own = layer_of(module)
+    found = []
+    for line, target in imports(tree):
+        if target.split(".")[0] == "microvllm" and own is not None:
+            other = layer_of(target)
+            if other is not None and other < own:
+                found.append(f"{module}:{line} imports {target}")
+    return found
+
+
+def imported_by(module: str) -> dict[str, str]:
+    """Each module that importing `module` imports in turn, ours and others -> the chain that leads there."""
+    chains = {module: module}
+    queue = [module]
+    while queue:
+        current = queue.pop()
+        for _, target in imports(TREES[current], at_import_only=True):
+            # Importing a.b.c runs a and a.b first.
+            parts = target.split(".")
+            for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+                if name not in chains:
+                    chains[name] = f"{chains[current]} -> {name}"
+                    if name in MODULES:
+                        queue.append(name)
+    return chains
+
+
+def test_every_module_is_seen() -> None:
+    assert {
+        "microvllm",
+        "microvllm.cli",
+        "microvllm.runtime.errors",
+        "microvllm.adapters.spec",
+    } <= MODULES.keys()
+    assert len(MODULES) > 15
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_are_absolute_and_go_down(module: str) -> None:
+    relative = [line for line, target in imports(TREES[module]) if target.startswith(".")]
+    assert not relative, f"relative imports in {module}, lines {relative}"
+    assert not upward(module, TREES[module])
+
+
+def test_torch_free_modules_exist() -> None:
+    assert not {name for name in TORCH_FREE if name not in MODULES}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [name for name in MODULES if name in TORCH_FREE or layer_of(name) in (None, 0, 1)],
+)
+def test_no_torch_on_import(module: str) -> None:
+    chains = imported_by(module)
+    for heavy in ("torch", "transformers"):
+        assert heavy not in chains, chains[heavy]
+
+
+def test_no_torch_in_the_api_process() -> None:
+    """The same for what other packages import: all these modules together, in a fresh interpreter."""
+    names = sorted(name for name in MODULES if name in TORCH_FREE or layer_of(name) in (0, 1))
+    code = (
+        f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if layer_of(name) not in (None, 0, 1)])
+def test_the_engine_knows_no_http(module: str) -> None:
+    used = {target.split(".")[0] for _, target in imports(TREES[module])}
+    assert not used & {"starlette", "uvicorn", "httptools", "h11"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if layer_of(name) == 1])
+def test_the_http_layer_never_imports_torch(module: str) -> None:
+    """Not even inside a function."""
+    assert not {target.split(".")[0] for _, target in imports(TREES[module])} & {
+        "torch",
+        "pydantic",
+        "fastapi",
+    }
+
+
+def forbidden(tree: ast.AST) -> list[str]:
+    """`assert` is gone under `python -O`; pickle, eval and exec run what a file or a client sends."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            found.append(f"line {node.lineno}: assert")
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("eval", "exec")
+        ):
+            found.append(f"line {node.lineno}: {node.func.id}")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+            found.append(f"line {node.lineno}: torch.load")
+    for line, target in imports(tree):
+        if target.split(".")[0] in ("pickle", "cloudpickle", "dill", "marshal", "shelve"):
+            found.append(f"line {line}: import {target}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_assert_no_pickle_no_eval(module: str) -> None:
+    assert not forbidden(TREES[module])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_can_be_read_in_one_sitting(module: str) -> None:
+    assert len(MODULES[module].read_text("utf-8").splitlines()) <= MAX_LINES
+
+
+def test_the_checks_see_what_they_are_for() -> None:
+    """Each check above finds a planted fault."""
+    parse = ast.parse
+    assert upward("microvllm.ops.linear", parse("def f():\n    from microvllm.runtime import errors\n"))
+    assert upward("microvllm.runtime.engine", parse("import microvllm.openai_compat.server"))
+    assert not upward("microvllm.runtime.engine", parse("from microvllm.adapters.spec import ModelSpec"))
+    assert [target for _, target in imports(parse("from . import x"))] == ["."]
+    lazy = parse("def f():\n    import torch\nif TYPE_CHECKING:\n    import numpy\nelse:\n    import json\n")
+    assert [target for _, target in imports(lazy, at_import_only=True)] == ["json"]
+    assert [target for _, target in imports(lazy)] == ["torch", "numpy", "json"]
+    for source in ("assert x", "import pickle", "from pickle import loads", "eval('1')", "torch.load(f)"):
+        assert forbidden(parse(source)), source
+    assert not forbidden(parse("model.eval()"))
