@@ -19,6 +19,12 @@ from microvllm.adapters.errors import ModelFileError
 
 # `tokenizer.ggml.token_type`, by number.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NAMED_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -98,8 +104,8 @@ class _Builder:
         self._add_tokens(backend)
         named = {
             name: self.tokens[index]
-            for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
-            if (index := self._token_id(f"{key}_token_id")) is not None
+            for name, key in NAMED_TOKENS.items()
+            if (index := self._token_id(key)) is not None
         }
         self._add_post_processor(backend, named, add_bos)
         template = self.metadata.get("tokenizer.chat_template")
@@ -168,7 +174,7 @@ class _Builder:
         """Control tokens become special tokens, user-defined ones added tokens; both match before BPE."""
         added = [
             AddedToken(token, normalized=False, special=kind == CONTROL)
-            for token, kind in zip(self.tokens, self.types)
+            for token, kind in zip(self.tokens, self.types, strict=True)
             if kind in (CONTROL, USER_DEFINED) and token
         ]
         backend.add_tokens(added)

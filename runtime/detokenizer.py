@@ -1,0 +1,242 @@
+"""Token ids -> text, piece by piece: UTF-8 hold-back and stop strings. One `Detokenizer` a sequence.
+
+Two parts, each useful alone: a text decoder (ids -> characters that are final) and `StopMatcher`
+(characters -> characters that may be shown). Torch-free.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from microvllm.runtime.token_bytes import TokenBytes
+from microvllm.runtime.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+MAX_CHAR_TOKENS = 4  # a UTF-8 character has at most 4 bytes, so at most 4 tokens
+PROMPT_TAIL = 8  # prompt tokens that can matter for how the first output token reads
+
+
+class Detokenizer:
+    """The text of one sequence's output, as it may be shown.
+
+    The pieces together are the text that the output adds to the prompt: `decode(prompt + output)` without
+    `decode(prompt)`, cut at the first stop string. Bytes that are no UTF-8 become U+FFFD. (One deliberate
+    difference: where SentencePiece byte tokens are partly invalid, only the invalid bytes become U+FFFD,
+    while `decode` gives up the whole run of bytes, characters that were already streamed among them.)
+
+    The stop string that *ends* first in the text counts; of several that end at the same character, the
+    first of the list. So the answer does not depend on how the text was cut into tokens. Only matches that
+    end in the text of a token after the first `min_tokens` count.
+    Text that may still become a stop string is held back, unless `include_stop_str` shows it anyway.
+
+    `num_tokens` counts the output tokens that belong to the answer: all that were pushed, or, once a stop
+    string matched, those up to the token that completed it. `stop_hit` is that string.
+    """
+
+    __slots__ = ("_decoder", "_include_stop", "_matcher", "_min_tokens", "num_tokens", "stop_hit")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self._decoder: TextDecoder
+        if tokenizer.token_bytes is not None:
+            self._decoder = ByteDecoder(tokenizer.token_bytes, prompt_ids, skip_special_tokens)
+        else:
+            self._decoder = WindowDecoder(tokenizer, prompt_ids, skip_special_tokens)
+        self._matcher = StopMatcher(stop, include_stop_str) if stop else None
+        self._include_stop = include_stop_str
+        self._min_tokens = min_tokens
+        self.num_tokens = 0
+        self.stop_hit: str | None = None
+
+    def push(self, token_ids: Sequence[int], *, last_is_stop: bool = False) -> tuple[str, str | None]:
+        """Take the next output tokens; return (text to show now, the stop string that matched or None).
+
+        `last_is_stop` says that the engine ended at the last of these ids (end of sequence or a stop token):
+        its text is not shown unless `include_stop_str`. After a stop string matched, `num_tokens` tells how
+        many output tokens count (ids after the one that completed the match do not), the text returned is
+        all there is, and further calls return ("", the stop string).
+        """
+        if self.stop_hit is not None:
+            return "", self.stop_hit
+        shown = ""
+        silent = len(token_ids) - 1 if last_is_stop and not self._include_stop else -1
+        for index, token in enumerate(token_ids):
+            self.num_tokens += 1
+            if index == silent:
+                break
+            text = self._decoder.step(token)
+            if self._matcher is not None:
+                text, self.stop_hit = self._matcher.feed(text, armed=self.num_tokens > self._min_tokens)
+                if self.stop_hit is not None:
+                    return shown + text, self.stop_hit
+            shown += text
+        return shown, None
+
+    def finish(self) -> str:
+        """The sequence is over: what was still held back. Nothing after a stop string."""
+        if self.stop_hit is not None:
+            return ""
+        tail = self._decoder.finish()
+        if self._matcher is None:
+            return tail
+        # Only the U+FFFD of a broken last character can be new here.
+        return self._matcher.release() + tail
+
+
+class StopMatcher:
+    """Finds stop strings in a text that arrives in pieces, and keeps back what may become one.
+
+    Knuth, Morris, Pratt (1977): per stop string one number, the length of the longest suffix of the text
+    that is a proper prefix of the stop. It gives both answers: it reaches the whole length at a match, and
+    the largest of the numbers is what must be held back. The cost of a character is constant on average.
+    """
+
+    __slots__ = ("_fallbacks", "_firsts", "_held", "_include", "_matched", "_stops")
+
+    def __init__(self, stops: Sequence[str], include_stop_str: bool = False) -> None:
+        self._stops = list(stops)
+        self._fallbacks = [_prefix_function(stop) for stop in stops]
+        self._firsts = frozenset(stop[0] for stop in stops)
+        self._matched = [0] * len(self._stops)
+        self._held = ""
+        self._include = include_stop_str
+
+    def feed(self, text: str, *, armed: bool = True) -> tuple[str, str | None]:
+        """Returns (text that may be shown, the stop string that `text` completed or None).
+
+        When not `armed`, a match is passed over, but its characters may still begin a later one.
+        """
+        if not self._held and self._firsts.isdisjoint(text) and not any(self._matched):
+            return text, None
+        matched = self._matched
+        for position, char in enumerate(text):
+            hit = None
+            for index, stop in enumerate(self._stops):
+                length, fallback = matched[index], self._fallbacks[index]
+                while length and stop[length] != char:
+                    length = fallback[length - 1]
+                if stop[length] == char:
+                    length += 1
+                if length == len(stop):
+                    if armed and hit is None:
+                        hit = stop
+                    length = fallback[length - 1]
+                matched[index] = length
+            if hit is not None:
+                seen = self._held + text[: position + 1]
+                self._held = ""
+                return (seen if self._include else seen[: len(seen) - len(hit)]), hit
+        seen = self._held + text
+        keep = 0 if self._include else max(matched)
+        self._held = seen[len(seen) - keep :]
+        return seen[: len(seen) - keep], None
+
+    def release(self) -> str:
+        """What is held back; the text ends here."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _prefix_function(pattern: str) -> list[int]:
+    """For each prefix of `pattern`, the length of its longest proper suffix that is also its prefix."""
+    table = [0] * len(pattern)
+    length = 0
+    for index in range(1, len(pattern)):
+        while length and pattern[index] != pattern[length]:
+            length = table[length - 1]
+        if pattern[index] == pattern[length]:
+            length += 1
+        table[index] = length
+    return table
+
+
+class TextDecoder(Protocol):
+    """Token ids one by one -> characters that no later token changes."""
+
+    def step(self, token: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class ByteDecoder:
+    """For tokenizers whose text is the concatenation of their tokens' bytes: a table and a UTF-8 decoder."""
+
+    __slots__ = ("_prompt_tail", "_strip", "_table", "_utf8")
+
+    def __init__(self, token_bytes: TokenBytes, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
+        self._table = table = token_bytes.visible if skip_special_tokens else token_bytes.all
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        size = len(table)
+        # The output may complete a character that the prompt's last tokens began.
+        self._utf8.decode(b"".join(table[token] for token in prompt_ids[-PROMPT_TAIL:] if 0 <= token < size))
+        self._prompt_tail = bool(self._utf8.getstate()[0])
+        self._strip = token_bytes.strips_space and not any(
+            0 <= token < size and table[token] for token in prompt_ids
+        )
+
+    def step(self, token: int) -> str:
+        try:
+            piece = self._table[token] if token >= 0 else b""
+        except IndexError:
+            return ""
+        if self._strip and piece:
+            self._strip = False
+            piece = piece.removeprefix(b" ")
+        if self._prompt_tail and piece:
+            self._prompt_tail = False
+            if piece[0] & 0xC0 != 0x80:  # no continuation byte: what the prompt left open is not the output's
+                self._utf8.reset()
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        return "" if self._prompt_tail else self._utf8.decode(b"", True)
+
+
+class WindowDecoder:
+    """For any other tokenizer: decode a short window of tokens with and without the new ones, and compare.
+
+    The window starts at an earlier token, because decoders treat the first token of a text differently.
+    A text that ends in U+FFFD waits for its other bytes, for `MAX_CHAR_TOKENS` tokens at most.
+    """
+
+    __slots__ = ("_ids", "_read", "_skip_special", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._ids = list(prompt_ids[-PROMPT_TAIL:])
+        self._read = len(self._ids)  # tokens of the window whose text was returned
+
+    def step(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._new_text()
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_CHAR_TOKENS:
+            return ""
+        if text:
+            # The next window starts where this one's new tokens start.
+            del self._ids[: self._read]
+            self._read = len(self._ids)
+        elif len(self._ids) > 2 * PROMPT_TAIL:  # tokens without text: keep the window short
+            del self._ids[:PROMPT_TAIL]
+            self._read = len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[: self._read])
+        return self._decode(self._ids)[len(before) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special)

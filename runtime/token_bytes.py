@@ -1,0 +1,87 @@
+"""What each token contributes to the text, as bytes: the table behind the fast detokenizer.
+
+For two kinds of decoder the text of a sequence is the concatenation of its tokens' bytes, read as UTF-8:
+byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece BPE with byte fallback (Llama 2, Mistral).
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import decoders
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """Bytes by token id. An id that is not in the vocabulary has none."""
+
+    all: list[bytes]
+    visible: list[bytes]  # the same, without the special tokens
+    strips_space: bool  # one space at the very start of a text is not shown (SentencePiece's prefix)
+
+
+def build_token_bytes(
+    decoder: Any, vocab: Mapping[str, int], special_ids: Collection[int]
+) -> TokenBytes | None:
+    """The table for a `tokenizers` decoder, or None if its text is not a concatenation of bytes."""
+    strips_space = False
+    to_bytes: Callable[[str], bytes]
+    if isinstance(decoder, decoders.ByteLevel):
+        to_bytes = _ByteLevelAlphabet().to_bytes
+    elif isinstance(decoder, decoders.Sequence):
+        chain = json.loads(decoder.__getstate__())["decoders"]
+        if chain and chain[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+            strips_space = True
+            chain = chain[:-1]
+        if chain != _SENTENCEPIECE_CHAIN:
+            return None
+        to_bytes = _piece_bytes
+    else:
+        return None
+    table = [b""] * (max(vocab.values(), default=-1) + 1)
+    for token, index in vocab.items():
+        table[index] = to_bytes(token)
+    visible = table.copy()
+    for index in special_ids:
+        visible[index] = b""
+    return TokenBytes(table, visible, strips_space)
+
+
+_SENTENCEPIECE_CHAIN = [
+    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+
+
+def _piece_bytes(token: str) -> bytes:
+    """SentencePiece writes a space as U+2581, and a byte without a piece as "<0x0A>"."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes.fromhex(token[3:5])
+        except ValueError:
+            pass  # an ordinary piece that only looks like one
+    return token.replace("\u2581", " ").encode("utf-8", "replace")
+
+
+class _ByteLevelAlphabet:
+    """GPT-2's alphabet: each byte is one printable character (Radford et al., 2019).
+
+    The bytes that are printable in Latin-1 stand for themselves, the others are U+0100, U+0101, ... in order.
+    A token with a character outside the alphabet (an added token) is plain text.
+    """
+
+    def __init__(self) -> None:
+        printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+        others = [byte for byte in range(256) if byte not in printable]
+        self._to_latin1 = {0x100 + index: byte for index, byte in enumerate(others)}
+        self._alphabet = frozenset(map(chr, [*printable, *self._to_latin1]))
+
+    def to_bytes(self, token: str) -> bytes:
+        if self._alphabet.issuperset(token):
+            return token.translate(self._to_latin1).encode("latin-1")
+        return token.encode("utf-8", "replace")

@@ -1,0 +1,194 @@
+"""`Tokenizer`: text <-> token ids for a Hugging Face folder or a GGUF file, over the `tokenizers` library.
+
+Torch-free. transformers is imported only for folders without a `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.hf_config import read_json
+from microvllm.runtime.errors import ConfigError, InvalidRequestError
+from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ADDED_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+# Without one of these there is nothing that transformers could convert.
+SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+class Tokenizer:
+    """A thin, immutable wrapper over `tokenizers.Tokenizer`; safe to use from several threads.
+
+    `backend` is the library's object. `vocab_size` is the highest token id plus one, added tokens included
+    (the model's embedding may have more rows). `special_tokens` maps "bos_token", "eos_token", ... to their
+    texts, for the chat template. `token_bytes` is the detokenizer's table, None for decoders without one.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        # tokenizer.json may carry the truncation of a training run, which would shorten prompts silently.
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        self.special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        self.token_bytes: TokenBytes | None = build_token_bytes(backend.decoder, vocab, self.special_ids)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Load from a Hugging Face folder or from one `.gguf` file; `ConfigError` names the file at fault."""
+        try:
+            return cls._from_folder(path) if path.is_dir() else cls._from_gguf(path)
+        except ModelFileError as error:
+            raise ConfigError(str(error)) from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        The texts of special tokens are recognised in it, as Hugging Face tokenizers do. `add_special_tokens`
+        adds those that the model puts around every text (BOS). `InvalidRequestError` for a lone surrogate.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequestError("The text holds a lone surrogate, which no UTF-8 text can.") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids: unknown ids contribute nothing, broken UTF-8 becomes U+FFFD."""
+        size = self.vocab_size
+        known = [index for index in ids if 0 <= index < size]
+        return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def id_to_token(self, id: int) -> str | None:
+        """The token as the vocabulary spells it ("Ġthe"), or None for an unknown id."""
+        return self.backend.id_to_token(id) if 0 <= id < self.vocab_size else None
+
+    def _named_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self.backend.token_to_id(text)
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> Tokenizer:
+        from microvllm.adapters.gguf_file import GGUFFile
+        from microvllm.runtime.gguf_tokenizer import build_tokenizer
+
+        built = build_tokenizer(path, GGUFFile(path).metadata)
+        return cls(built.backend, built.named, built.chat_template)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Tokenizer:
+        config = _read_optional(folder / "tokenizer_config.json")
+        # special_tokens_map.json is the older place; tokenizer_config.json is read later and wins.
+        named = {**_named_tokens(_read_optional(folder / "special_tokens_map.json")), **_named_tokens(config)}
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            backend = _read_backend(file)
+            _add_config_tokens(backend, config, named)
+        else:
+            backend = _convert_slow_tokenizer(folder)
+        return cls(backend, named, _chat_template(folder, config))
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}
+
+
+def _read_backend(file: Path) -> Backend:
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise ModelFileError(file, f"is not a usable tokenizer ({_one_line(error)})") from error
+
+
+def _convert_slow_tokenizer(folder: Path) -> Backend:
+    """Let transformers convert a tokenizer that has only SentencePiece or vocabulary files."""
+    if not any((folder / name).is_file() for name in SLOW_TOKENIZER_FILES):
+        raise ModelFileError(folder, "holds no tokenizer.json, and no other tokenizer file either")
+    from transformers import AutoTokenizer  # seconds to import: only here
+
+    try:
+        slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, ImportError for sentencepiece among them
+        raise ModelFileError(
+            folder,
+            f"holds no tokenizer.json, and transformers cannot convert what it has ({_one_line(error)})",
+        ) from error
+    backend = getattr(slow, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        raise ModelFileError(folder, f"holds no tokenizer.json, and {type(slow).__name__} has no fast form")
+    return backend
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _token_text(value: Any) -> str | None:
+    """A token of a configuration file is its text, or an `AddedToken` as an object."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    texts = {name: _token_text(config.get(name)) for name in NAMED_TOKENS}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _add_config_tokens(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Add the special tokens that only `tokenizer_config.json` knows, as transformers does.
+
+    Whether BOS or EOS is added to a text is decided by tokenizer.json alone, as in transformers 5.
+    A named token that the vocabulary does not have at all is not invented: the model has no row for it.
+    """
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    listed = config.get("added_tokens_decoder")
+    entries = listed if isinstance(listed, dict) else {}
+    for index in sorted(
+        entries, key=lambda key: str(key).zfill(12)
+    ):  # new tokens get their ids in this order
+        entry = entries[index]
+        text = _token_text(entry)
+        if text is not None and text not in present and isinstance(entry, dict):
+            flags = {flag: bool(entry.get(flag, False)) for flag in ADDED_TOKEN_FLAGS}
+            backend.add_tokens([AddedToken(text, **flags)])
+            present.add(text)
+    for text in named.values():
+        if text not in present and backend.token_to_id(text) is not None:
+            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+            present.add(text)
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """`chat_template.jinja` wins; else tokenizer_config.json's string, or the "default" one of its list."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelFileError(file, f"is not readable as UTF-8 text ({_one_line(error)})") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = by_name.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelFileError(folder / "tokenizer_config.json", "chat_template must be a string or a list")
+    return template or None
