@@ -1,0 +1,123 @@
+"""Checked reads from the key-value part of a model file, so that every complaint names file and key.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from microvllm.adapters.errors import ModelFileError
+
+MAX_SIZE = (1 << 31) - 1  # no dimension of a dense model is near this; larger values are damage
+MAX_LAYERS = 1 << 12
+MAX_NUMBER = 1e12
+MAX_ROPE_FACTOR = 1e4
+
+
+class Fields:
+    """One mapping of a model file: `config.json`, a part of it, or the metadata of a GGUF file.
+
+    A null value counts as absent. `where` is put before the key in messages ("rope_scaling.", "llama.").
+    Every reader raises `ModelFileError` for a value of the wrong type or range.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any], where: str = "") -> None:
+        self.path = path
+        self.where = where
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._nulls = values.keys() - self._values.keys()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def get(self, key: str) -> Any:
+        """The value as it is, or None."""
+        return self._values.get(key)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is written as null, for the few where that differs from leaving it out."""
+        return key in self._nulls
+
+    def error(self, key: str, problem: str) -> ModelFileError:
+        """The error to raise about one key."""
+        return ModelFileError(self.path, f"{self.where}{key} {problem}")
+
+    def size(self, key: str, default: int | None = None, *, at_most: int = MAX_SIZE) -> int:
+        """A positive integer; without a default it must be there."""
+        value = self._values.get(key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) is not int or not 1 <= value <= at_most:
+            limit = f" of at most {at_most}" if at_most < MAX_SIZE else ""
+            raise self.error(key, f"must be a positive integer{limit}, got {shorten(value)}")
+        return value
+
+    def number(
+        self, key: str, default: float | None = None, *, at_least: float = 0.0, at_most: float = MAX_NUMBER
+    ) -> float:
+        """A finite number above zero and within the bounds; without a default it must be there."""
+        value = self._values.get(key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) not in (int, float) or not 0 < value <= at_most or value < at_least:
+            wish = f"in [{at_least:g}, {at_most:g}]" if at_least else "above 0"
+            raise self.error(key, f"must be a finite number {wish}, got {shorten(value)}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._values.get(key, default)
+        if type(value) is not bool:
+            raise self.error(key, f"must be true or false, got {shorten(value)}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._values.get(key, default)
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) is not str:
+            raise self.error(key, f"must be a string, got {shorten(value)}")
+        return value
+
+    def part(self, key: str) -> Fields | None:
+        """A nested mapping, or None if it is absent or empty."""
+        value = self._values.get(key)
+        if value is None or value == {}:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be an object, got {shorten(value)}")
+        return Fields(self.path, value, f"{self.where}{key}.")
+
+    def token_id(self, key: str, vocab_size: int) -> int | None:
+        """A token id below `vocab_size`, or None; of a list the first."""
+        ids = self.token_ids(key, vocab_size)
+        return ids[0] if ids else None
+
+    def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """Token ids below `vocab_size`, from one integer or a list of them; negative ones mean "none"."""
+        value = self._values.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token in ids:
+            if type(token) is not int or token >= vocab_size:
+                raise self.error(
+                    key, f"must be a token id below vocab_size {vocab_size}, got {shorten(token)}"
+                )
+        return tuple(token for token in ids if token >= 0)
+
+
+def shorten(value: object) -> str:
+    """A value for an error message: one line, at most 60 characters, whatever was in the file."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) and abs(value) > 10**40:
+        return "an integer of more than 40 digits"
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."

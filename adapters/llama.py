@@ -1,0 +1,28 @@
+"""Llama 1 to 3.x and everything with its layout, such as SmolLM2 (arXiv:2302.13971, 2407.21783)."""
+
+from __future__ import annotations
+
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_spec
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.spec import ModelSpec
+
+# GGUF files of this architecture store the rows of q and k with the two halves of each head interleaved.
+GGUF_INTERLEAVED = True
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    bias = config.flag("attention_bias")
+    return hf_spec(
+        config,
+        "llama",
+        default_max_position=2048,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=config.flag("mlp_bias"),
+    )
+
+
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    return gguf_spec(file, "llama")

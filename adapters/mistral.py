@@ -1,0 +1,26 @@
+"""Mistral 7B and its successors: Llama with an optional sliding window (arXiv:2310.06825).
+
+GGUF knows no such architecture; Mistral's files call themselves llama.
+"""
+
+from __future__ import annotations
+
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.spec import ModelSpec
+
+DEFAULT_WINDOW = 4096
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    if "layer_types" in config:
+        raise config.error("layer_types", "is not supported for Mistral models")
+    return hf_spec(
+        config,
+        "mistral",
+        default_max_position=131072,
+        default_kv_heads=8,
+        sliding_window=None
+        if config.is_null("sliding_window")
+        else config.size("sliding_window", DEFAULT_WINDOW),
+    )

@@ -1,0 +1,31 @@
+"""Qwen3, dense: no biases as a rule, RMSNorm on each head of q and k instead (arXiv:2505.09388)."""
+
+from __future__ import annotations
+
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_spec
+from microvllm.adapters.hf_config import hf_spec, layerwise_window
+from microvllm.adapters.spec import ModelSpec
+
+GGUF_INTERLEAVED = False
+DEFAULT_MAX_POSITION = 32768
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    bias = config.flag("attention_bias")
+    return hf_spec(
+        config,
+        "qwen3",
+        default_max_position=DEFAULT_MAX_POSITION,
+        default_kv_heads=32,
+        default_head_dim=128,
+        sliding_window=layerwise_window(config, DEFAULT_MAX_POSITION),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+    )
+
+
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    return gguf_spec(file, "qwen3")

@@ -1,0 +1,89 @@
+"""Which file of this folder reads which model: `load_spec` for a path, by architecture.
+
+Imports no torch. To add a family: write its file beside the others, and name it in the tables below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from microvllm.adapters import llama, mistral, qwen2, qwen3
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.hf_config import read_json
+from microvllm.adapters.spec import ModelSpec
+
+# config.json: the class in `architectures` decides; `model_type` if there is none.
+HF_CLASSES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+HF_FAMILIES = {
+    "llama": llama.from_hf,
+    "mistral": mistral.from_hf,
+    "qwen2": qwen2.from_hf,
+    "qwen3": qwen3.from_hf,
+}
+GGUF_FAMILIES = {"llama": llama.from_gguf, "qwen2": qwen2.from_gguf, "qwen3": qwen3.from_gguf}
+GGUF_INTERLEAVED = {
+    "llama": llama.GGUF_INTERLEAVED,
+    "qwen2": qwen2.GGUF_INTERLEAVED,
+    "qwen3": qwen3.GGUF_INTERLEAVED,
+}
+
+
+def load_spec(model: Path) -> ModelSpec:
+    """Read what the model is from a Hugging Face folder (`config.json`) or from one GGUF file.
+
+    Only the JSON and the GGUF header are read: no weights, and never code that comes with the model.
+    Raises `ModelFileError` naming the file and the key.
+    """
+    if model.is_dir():
+        return _from_folder(model)
+    if not model.exists():
+        raise ModelFileError(model, "no such file or folder")
+    if model.suffix == ".safetensors":
+        raise ModelFileError(model, "holds only weights; give the folder that also holds config.json")
+    file = GGUFFile(model)
+    reader = GGUF_FAMILIES.get(file.architecture)
+    if reader is None:
+        supported = ", ".join(GGUF_FAMILIES)
+        raise ModelFileError(
+            model, f"general.architecture is {shorten(file.architecture)}; supported are {supported}"
+        )
+    return reader(file)
+
+
+def _from_folder(folder: Path) -> ModelSpec:
+    path = folder / "config.json"
+    if not path.exists():
+        gguf = sorted(folder.glob("*.gguf"))
+        hint = f"; give the path of {gguf[0].name} in it as the model" if gguf else ""
+        raise ModelFileError(path, f"no such file, so the folder is not a Hugging Face model{hint}")
+    config = Fields(path, read_json(path))
+    return HF_FAMILIES[_family(config)](config)
+
+
+def _family(config: Fields) -> str:
+    supported = ", ".join(HF_CLASSES)
+    classes = config.get("architectures")
+    model_type = config.get("model_type")
+    if classes is None or classes == []:
+        if model_type is None:
+            raise config.error("architectures", f"is missing; supported are {supported}")
+        if model_type not in HF_FAMILIES:
+            raise config.error(
+                "model_type", f"is {shorten(model_type)}; supported are {', '.join(HF_FAMILIES)}"
+            )
+        return str(model_type)
+    if not isinstance(classes, list) or not isinstance(classes[0], str):
+        raise config.error("architectures", "must be a list of class names")
+    family = HF_CLASSES.get(classes[0])
+    if family is None:
+        raise config.error("architectures", f"names {shorten(classes[0])}; supported are {supported}")
+    if model_type in HF_FAMILIES and model_type != family:
+        raise config.error("model_type", f"is {shorten(model_type)}, but architectures names {classes[0]}")
+    return family

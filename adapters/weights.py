@@ -1,0 +1,302 @@
+"""Loads a checkpoint straight into the fused tensors that the decoder uses.
+
+Result names, all of one dtype and contiguous, matrices as [out, in]:
+`embed` [V, h], `lm_head` [V, h] (absent if tied), `norm` [h], and for every layer i under `layers.{i}.`:
+`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `gate_up` [2 I, h], `down` [h, I], `input_norm`, `post_norm` [h],
+`q_norm`, `k_norm` [D], and `qkv_bias`, `o_bias`, `gate_up_bias`, `down_bias`, as far as the spec has them.
+Rotary halves are Hugging Face's: dimension j of a head turns with dimension j + D/2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.fields import shorten
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.registry import GGUF_INTERLEAVED
+from microvllm.adapters.safetensors_file import open_folder
+from microvllm.adapters.spec import ModelSpec
+
+Progress = Callable[[int, int], None]
+
+CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, small enough to stay in cache
+DUMMY_STD = 0.02
+DUMMY_POOL = (1 << 24) - 3  # prime to all row lengths in use, so that rows of one matrix differ
+
+# role -> name in a Hugging Face checkpoint, name in a GGUF file; "{i}" is the layer. All families agree.
+NAMES = {
+    "embed": ("model.embed_tokens", "token_embd"),
+    "lm_head": ("lm_head", "output"),
+    "norm": ("model.norm", "output_norm"),
+    "q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
+    "k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
+    "v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
+    "o": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
+    "q_norm": ("model.layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm"),
+    "k_norm": ("model.layers.{i}.self_attn.k_norm", "blk.{i}.attn_k_norm"),
+    "gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate"),
+    "up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
+    "down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
+    "input_norm": ("model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
+    "post_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
+}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Part(NamedTuple):
+    """One tensor of the checkpoint: its role in `NAMES`, whether it is a bias, and the rows it fills."""
+
+    role: str
+    bias: bool
+    rows: int
+
+
+class Slot(NamedTuple):
+    """One tensor of the result, made of one or more parts below each other."""
+
+    name: str
+    layer: int
+    parts: tuple[Part, ...]
+    columns: int | None  # None for a vector
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._with_columns(sum(part.rows for part in self.parts))
+
+    def shape_of(self, part: Part) -> tuple[int, ...]:
+        return self._with_columns(part.rows)
+
+    def _with_columns(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+
+class Checkpoint(Protocol):
+    """Named tensors on disk."""
+
+    path: Path
+
+    def name(self, part: Part, layer: int) -> str: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def may_be_unused(self, name: str) -> bool: ...
+    def file_of(self, name: str) -> Path: ...
+    def copy(self, name: str, part: Part, out: torch.Tensor) -> None: ...
+
+
+def load_weights(
+    model: Path,
+    spec: ModelSpec,
+    load_format: str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Load all weights as `dtype` on the CPU; see the top of this file for names and shapes.
+
+    `load_format` is "auto", "safetensors", "gguf" or "dummy" (random values, no file is read).
+    `progress(done, total)` is called after every tensor of the checkpoint. Beside the result only the tensor
+    being copied is resident. Raises `ModelFileError` for files that are malformed, and for tensors that are
+    missing, of another shape than the spec says, or there but unused: a model computed without some of its
+    weights would answer nonsense.
+    """
+    slots = list(_slots(spec))
+    if load_format == "dummy":
+        return _dummy_weights(model, slots, dtype, progress)
+    actual = "safetensors" if model.is_dir() else "gguf"
+    if load_format not in ("auto", actual):
+        raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
+    checkpoint: Checkpoint = (
+        FolderCheckpoint(model) if model.is_dir() else GGUFCheckpoint(model, spec.head_dim)
+    )
+    _check_names(checkpoint, spec, slots)
+    weights = {}
+    done, total = 0, sum(len(slot.parts) for slot in slots)
+    for slot in slots:
+        tensor = _allocate(model, slot, dtype)
+        row = 0
+        for part in slot.parts:
+            checkpoint.copy(checkpoint.name(part, slot.layer), part, tensor[row : row + part.rows])
+            row += part.rows
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        weights[slot.name] = tensor
+    return weights
+
+
+def _slots(spec: ModelSpec) -> Iterator[Slot]:
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    projections = (
+        ("qkv", (("q", q_size), ("k", kv_size), ("v", kv_size)), hidden, spec.qkv_bias),
+        ("o", (("o", hidden),), q_size, spec.o_bias),
+        ("gate_up", (("gate", inner), ("up", inner)), hidden, spec.mlp_bias),
+        ("down", (("down", hidden),), inner, spec.mlp_bias),
+    )
+    vectors = [("input_norm", hidden), ("post_norm", hidden)]
+    if spec.qk_norm:
+        vectors += [("q_norm", spec.head_dim), ("k_norm", spec.head_dim)]
+    yield Slot("embed", 0, (Part("embed", False, spec.vocab_size),), hidden)
+    for layer in range(spec.num_layers):
+        for name, roles, columns, has_bias in projections:
+            yield Slot(f"layers.{layer}.{name}", layer, tuple(Part(r, False, n) for r, n in roles), columns)
+            if has_bias:
+                yield Slot(
+                    f"layers.{layer}.{name}_bias", layer, tuple(Part(r, True, n) for r, n in roles), None
+                )
+        for name, length in vectors:
+            yield Slot(f"layers.{layer}.{name}", layer, (Part(name, False, length),), None)
+    yield Slot("norm", 0, (Part("norm", False, hidden),), None)
+    if not spec.tie_embeddings:
+        yield Slot("lm_head", 0, (Part("lm_head", False, spec.vocab_size),), hidden)
+
+
+def _check_names(checkpoint: Checkpoint, spec: ModelSpec, slots: list[Slot]) -> None:
+    """Before anything is allocated: every tensor is there, has its shape, and none is left over."""
+    stored = checkpoint.shapes()
+    expected: dict[str, tuple[int, ...]] = {}
+    for slot in slots:
+        for part in slot.parts:
+            expected[checkpoint.name(part, slot.layer)] = slot.shape_of(part)
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise ModelFileError(checkpoint.path, f"{_listed(missing)} missing")
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise ModelFileError(
+                checkpoint.file_of(name),
+                f"tensor {name} has shape {list(stored[name])}, but the configuration asks for {list(shape)}",
+            )
+    unused = {name for name in stored if name not in expected and not checkpoint.may_be_unused(name)}
+    if spec.tie_embeddings:
+        # Some checkpoints store the tied matrix a second time.
+        unused.discard(checkpoint.name(Part("lm_head", False, 0), 0))
+    if unused:
+        raise ModelFileError(
+            checkpoint.path,
+            f"{_listed(sorted(unused))} there, but not used by {spec.architecture} models as configured",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """ "tensor a is" or "tensors a, b, c and 5 more are"."""
+    shown = ", ".join(shorten(name)[1:-1] for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
+
+
+def _allocate(model: Path, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
+    try:
+        return torch.empty(slot.shape, dtype=dtype)
+    except RuntimeError:
+        size = math.prod(slot.shape) * dtype.itemsize / 2**30
+        raise ModelFileError(
+            model, f"no memory for {slot.name} {list(slot.shape)} ({size:.1f} GiB)"
+        ) from None
+
+
+class FolderCheckpoint:
+    """The safetensors files of a Hugging Face folder."""
+
+    # Older checkpoints carry the rotary frequencies, which follow from the configuration.
+    _IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._files = open_folder(folder)
+
+    def name(self, part: Part, layer: int) -> str:
+        return NAMES[part.role][0].format(i=layer) + (".bias" if part.bias else ".weight")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: file.tensors[name].shape for name, file in self._files.items()}
+
+    def may_be_unused(self, name: str) -> bool:
+        return self._IGNORED.fullmatch(name) is not None
+
+    def file_of(self, name: str) -> Path:
+        return self._files[name].path
+
+    def copy(self, name: str, part: Part, out: torch.Tensor) -> None:
+        file = self._files[name]
+        tensor = file.tensors[name]
+        source = torch.frombuffer(
+            file.map, dtype=TORCH_DTYPES[tensor.dtype], count=out.numel(), offset=tensor.start
+        )
+        out.copy_(source.view(out.shape))
+        file.forget(name)
+
+
+class GGUFCheckpoint:
+    """One GGUF file, dequantised piece by piece."""
+
+    # Rotary factors become part of the spec.
+    _IGNORED = ("rope_freqs.weight",)
+
+    def __init__(self, path: Path, head_dim: int) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        self._head_dim = head_dim
+        self._interleaved = GGUF_INTERLEAVED[self._file.architecture]
+
+    def name(self, part: Part, layer: int) -> str:
+        return NAMES[part.role][1].format(i=layer) + (".bias" if part.bias else ".weight")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._file.tensors.items()}
+
+    def may_be_unused(self, name: str) -> bool:
+        return name in self._IGNORED
+
+    def file_of(self, name: str) -> Path:
+        return self.path
+
+    def copy(self, name: str, part: Part, out: torch.Tensor) -> None:
+        rows = out.shape[0]
+        turned = self._interleaved and part.role in ("q", "k")
+        columns = out.numel() // rows
+        step = max(1, CHUNK_ELEMENTS // columns)
+        if turned:
+            step = max(1, step // self._head_dim) * self._head_dim
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            values = self._file.rows(name, start, stop)
+            # float32 rows are a read-only view of the file, which torch would warn about.
+            source = torch.from_numpy(values if values.flags.writeable else values.copy())
+            source = source.view(stop - start, columns)
+            if turned:
+                # Stored row 2 j + t of a head is row j + t D/2: pairs are neighbours there, halves here.
+                source = source.view(-1, self._head_dim // 2, 2, columns).transpose(1, 2)
+            out[start:stop].copy_(source.reshape(out[start:stop].shape))
+        self._file.forget(name)
+
+
+def _dummy_weights(
+    model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None
+) -> dict[str, torch.Tensor]:
+    """Small random values, the same on every call; norms are ones.
+
+    Values are dealt from a pool that is drawn once: drawing billions of them would take minutes.
+    """
+    size = min(DUMMY_POOL, max(math.prod(slot.shape) for slot in slots))
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.empty(size, dtype=torch.float32).normal_(0, DUMMY_STD, generator=generator).to(dtype)
+    weights, offset = {}, 0
+    for done, slot in enumerate(slots, 1):
+        tensor = weights[slot.name] = _allocate(model, slot, dtype)
+        if slot.name.endswith("norm"):
+            tensor.fill_(1.0)
+        else:
+            flat, filled = tensor.view(-1), 0
+            while filled < flat.numel():
+                count = min(flat.numel() - filled, size - offset)
+                flat[filled : filled + count] = pool[offset : offset + count]
+                filled, offset = filled + count, (offset + count) % size
+        if progress is not None:
+            progress(done, len(slots))
+    return weights
