@@ -53,7 +53,9 @@ class Request:
         "token_ids",
     )
 
-    def __init__(self, source: EngineRequest, order: tuple[int, int], keys: PrefixKeys, tokens: list[int]) -> None:
+    def __init__(
+        self, source: EngineRequest, order: tuple[int, int], keys: PrefixKeys, tokens: list[int]
+    ) -> None:
         self.source = source
         self.id = source.request_id
         self.params: SamplingParams = source.params
@@ -66,7 +68,7 @@ class Request:
         self.num_computed = 0  # tokens whose keys and values are in the cache, or will be by this step
         self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
         self.steps_in_flight = 0
-        self.num_cached = 0  # prompt tokens taken from the prefix cache
+        self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
         self.row = -1
         self.finish_reason: FinishReason | None = None
 
@@ -236,8 +238,10 @@ class Scheduler:
         if in_flight and request.num_output + in_flight >= request.max_tokens:
             return 0  # its last token is being sampled: another step would be wasted
         missing = request.num_tokens - num_computed
-        limit = self._config.long_prefill_token_threshold or budget
-        return min(missing, budget, limit)
+        limit = self._config.long_prefill_token_threshold
+        if limit and self._config.enable_chunked_prefill:  # else a longer prompt would wait for ever
+            budget = min(budget, limit)
+        return min(missing, budget)
 
     def _make_room(self, request: Request, num_new: int) -> tuple[bool, bool]:
         """Blocks for `num_new` more tokens, by preemption if need be -> (got them, preempted one)."""
@@ -272,10 +276,11 @@ class Scheduler:
             self._num_waiting -= 1
             request.row = self._free_rows.pop()
             request.num_computed = num_cached
-            if request.num_output == 0:  # a preempted request hits its own blocks: not a reuse to count
+            if request.num_cached is None:  # a preempted request hits its own blocks: not a reuse to count
                 request.num_cached = num_cached
-                self.prefix_queries += request.prompt_len
-                self.prefix_hits += num_cached
+                if self.kv.enable_prefix_caching:
+                    self.prefix_queries += request.prompt_len
+                    self.prefix_hits += num_cached
             insort(self._running, request)
             admitted.append(request)
             scheduled.append(self._advance(request, num_new, first_block=0))
@@ -303,7 +308,7 @@ class Scheduler:
         reason, stop_reason = self._why_stop(request, token)
         if reason is not None:
             self._finish(request, reason)
-        return StepOutput(request.id, [token], reason, stop_reason, request.num_cached)
+        return StepOutput(request.id, [token], reason, stop_reason, request.num_cached or 0)
 
     def _why_stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         if request.num_output >= request.params.min_tokens:

@@ -1,0 +1,335 @@
+"""A fake model: its next token is a hash of the whole context, read back through simulated KV memory.
+
+Any wrong KV slot, position, prefix hit, preemption or row reuse therefore shows as a wrong token, and
+what would be silent corruption on a GPU (a write into a shared block, a row used twice) is a `Misuse`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from microvllm.adapters.spec import ModelSpec, RopeSpec
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core import EngineCore
+from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
+from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan
+
+VOCAB = 24
+EOS = 2
+NO_BLOCK = -1
+
+
+class Misuse(Exception):
+    """The engine gave the runner a plan that would corrupt memory or compute the wrong thing."""
+
+
+class Answer(NamedTuple):
+    """All that one request gave; `num_cached` is what its first output said."""
+
+    tokens: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    num_cached: int = 0
+
+    def same_text(self, other: Answer) -> bool:
+        """Equal in everything but where the prompt's keys and values came from."""
+        return self[:3] == other[:3]
+
+
+def next_token(context: Sequence[int], banned: Collection[int] = ()) -> int:
+    """The fake model: a token that depends on every token of the context and on their order."""
+    allowed = [token for token in range(VOCAB) if token not in banned]
+    return allowed[hash(tuple(context)) % len(allowed)]
+
+
+def run_alone(request: EngineRequest) -> Answer:
+    """The oracle: what the request must give, without any engine."""
+    params, eos, stop_ids = request.params, request.eos_token_id, request.stop_token_ids
+    context, output = list(request.prompt_token_ids), list[int]()
+    while True:
+        banned = {*stop_ids, eos} if len(output) < params.min_tokens else set()
+        token = next_token(context, banned)
+        context.append(token)
+        output.append(token)
+        if len(output) >= params.min_tokens and token == eos:
+            return Answer(output, FinishReason.STOP)
+        if len(output) >= params.min_tokens and token in stop_ids:
+            return Answer(output, FinishReason.STOP, token)
+        if len(output) == params.max_tokens:
+            return Answer(output, FinishReason.LENGTH)
+
+
+def make_config(**overrides: Any) -> EngineConfig:
+    """A small engine: pool of 64 blocks of 4 tokens, 8 rows, 32 tokens a step, context of 64."""
+    spec = ModelSpec(
+        architecture="fake",
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position=1024,
+        rms_norm_eps=1e-5,
+        rope=RopeSpec(),
+    )
+    config = EngineConfig(
+        model="fake",
+        model_path="",
+        tokenizer_path="",
+        spec=spec,
+        load_format="dummy",
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        block_size=4,
+        num_blocks=64,
+        enable_prefix_caching=True,
+        enable_chunked_prefill=True,
+        long_prefill_token_threshold=0,
+        scheduling_policy="fcfs",
+        async_scheduling=False,
+        max_num_queued_reqs=None,
+        seed=0,
+        attention_backend="torch",
+        cpu_threads=1,
+    )
+    config = msgspec.structs.replace(config, **overrides)
+    # What `EngineArgs.resolve` guarantees, without which a request could wait for ever.
+    if config.num_blocks * config.block_size < config.max_model_len:
+        raise ValueError("the pool does not hold one request of full length")
+    if config.max_num_seqs > config.max_num_batched_tokens:
+        raise ValueError("more rows than tokens a step")
+    if not config.enable_chunked_prefill and config.max_num_batched_tokens < config.max_model_len:
+        raise ValueError("a prompt that may not be split does not fit a step")
+    return config
+
+
+def make_request(
+    request_id: int,
+    prompt: Iterable[int],
+    max_tokens: int = 8,
+    *,
+    min_tokens: int = 0,
+    eos: int | None = EOS,
+    stop_ids: Sequence[int] = (),
+    priority: int = 0,
+    salt: str = "",
+) -> EngineRequest:
+    params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, temperature=0.0)
+    return EngineRequest(request_id, list(prompt), params, eos, list(stop_ids), priority, salt)
+
+
+@dataclass
+class _Row:
+    """One row of every device array. A fresh one is what a zeroed row looks like."""
+
+    in_use: bool = False
+    request_id: int = 0
+    table: list[int] = field(default_factory=list)
+    prefill: list[int] = field(default_factory=list)  # the tokens known at admission
+    num_tokens: int = 0  # those, and every token sampled since
+    num_computed: int = 0
+    last_token: int = 0
+    prompt_len: int = 0
+    min_tokens: int = 0
+    end_ids: frozenset[int] = frozenset()
+
+
+@dataclass
+class FakeStep:
+    plan: StepPlan
+    rows: frozenset[int]
+    tokens: list[int]
+
+
+class FakeRunner:
+    """`core.Runner` over simulated KV memory.
+
+    The host's token lists are read once, at admission. Every later token comes from the row's own
+    `last_token`, as on a GPU, so a step that runs ahead of its predecessor's results is really tested.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.memory: list[tuple[int, int] | None] = [None] * (config.num_blocks * config.block_size)
+        self.rows = [_Row() for _ in range(config.max_num_seqs)]
+        self.in_flight: deque[FakeStep] = deque()
+        self.plans: list[StepPlan] = []
+        self.no_logits: set[int] = set()  # requests whose next logits are not finite
+
+    @property
+    def rows_in_use(self) -> set[int]:
+        return {index for index, row in enumerate(self.rows) if row.in_use}
+
+    def block_content(self, block: int) -> tuple[tuple[int, int] | None, ...]:
+        """(token, position) of every slot of a block; None where nothing was ever written."""
+        size = self.config.block_size
+        return tuple(self.memory[block * size : (block + 1) * size])
+
+    # ---- core.Runner ---------------------------------------------------------------------------
+
+    def launch(self, plan: StepPlan) -> FakeStep:
+        self.plans.append(plan)
+        self._release(plan)
+        for request in plan.admitted:
+            row = self.rows[request.row]
+            _require(row == _Row(), f"row {request.row} was not zeroed before it is used again")
+            width = -(-self.config.max_model_len // self.config.block_size)
+            self.rows[request.row] = _Row(
+                in_use=True,
+                request_id=request.id,
+                table=[NO_BLOCK] * width,
+                prefill=list(request.token_ids),
+                num_tokens=len(request.token_ids),
+                num_computed=next(item.start for item in plan.scheduled if item.request is request),
+                prompt_len=request.prompt_len,
+                min_tokens=request.params.min_tokens,
+                end_ids=request.end_ids,
+            )
+        rows = [item.request.row for item in plan.scheduled]
+        _require(len(set(rows)) == len(rows) > 0, "a step computes nothing, or one row twice")
+        budget = self.config.max_num_batched_tokens
+        _require(sum(item.num_new for item in plan.scheduled) <= budget, "more tokens than the budget")
+        for item in plan.scheduled:  # the tables first: then a block in two of them is seen from both
+            row = self._row(item)
+            row.table[item.first_block : item.first_block + len(item.new_blocks)] = item.new_blocks
+        tokens = [self._compute(item) for item in plan.scheduled]
+        step = FakeStep(plan, frozenset(rows), tokens)
+        self.in_flight.append(step)
+        _require(len(self.in_flight) <= 1 + self.config.async_scheduling, "too many steps in flight")
+        return step
+
+    def collect(self, step: FakeStep) -> list[int]:
+        _require(self.in_flight.popleft() is step, "steps are collected out of order")
+        return step.tokens
+
+    # ---- the device ----------------------------------------------------------------------------
+
+    def _release(self, plan: StepPlan) -> None:
+        busy = {row for step in self.in_flight for row in step.rows}
+        for index in plan.released_rows:
+            _require(self.rows[index].in_use, f"row {index} is released but was not in use")
+            _require(index not in busy, f"row {index} is released while a step that uses it is in flight")
+            self.rows[index] = _Row()
+
+    def _row(self, item: ScheduledRequest) -> _Row:
+        _require(0 <= item.request.row < len(self.rows), "a request without a row is scheduled")
+        row = self.rows[item.request.row]
+        _require(row.in_use and row.request_id == item.request.id, "a row belongs to another request")
+        return row
+
+    def _compute(self, item: ScheduledRequest) -> int:
+        row = self._row(item)
+        end = item.start + item.num_new
+        _require(item.num_new > 0, "a request is scheduled without tokens")
+        _require(item.start == row.num_computed, "tokens are skipped or computed twice")
+        _require(end <= row.num_tokens, "a token is computed before it exists")
+        _require(item.samples == (end == row.num_tokens), "a token is sampled at the wrong place")
+        for position in range(item.start, end):
+            token = row.prefill[position] if position < len(row.prefill) else row.last_token
+            slot = self._slot(row, position)
+            self._require_sole_owner(row, slot // self.config.block_size)
+            self.memory[slot] = (token, position)
+        row.num_computed = end
+        context = [self._read(row, position) for position in range(end)]
+        if not item.samples:
+            return NO_TOKEN  # of no meaning: the scheduler must not look at it
+        row.num_tokens += 1
+        if row.request_id in self.no_logits:
+            self.no_logits.discard(row.request_id)
+            return NO_TOKEN
+        row.last_token = next_token(context, row.end_ids if end - row.prompt_len < row.min_tokens else ())
+        return row.last_token
+
+    def _slot(self, row: _Row, position: int) -> int:
+        size = self.config.block_size
+        block = row.table[position // size]
+        _require(0 <= block < self.config.num_blocks, f"position {position} is in no block")
+        return block * size + position % size
+
+    def _read(self, row: _Row, position: int) -> int:
+        cell = self.memory[self._slot(row, position)]
+        if cell is None or cell[1] != position:
+            raise Misuse(f"position {position} is read from a slot that holds {cell}")
+        return cell[0]
+
+    def _require_sole_owner(self, row: _Row, block: int) -> None:
+        shared = any(block in other.table for other in self.rows if other is not row)
+        _require(not shared, f"block {block} is written while another row holds it")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise Misuse(problem)
+
+
+class Engine:
+    """`EngineCore` on the fake, gathering what each request gives."""
+
+    def __init__(self, **overrides: Any) -> None:
+        self.config = make_config(**overrides)
+        self.runner = FakeRunner(self.config)
+        self.core = EngineCore(self.config, self.runner)
+        self.answers: dict[int, Answer] = {}
+        self.errors: dict[int, str] = {}
+
+    def add(self, *requests: EngineRequest) -> None:
+        for request in requests:
+            refusal = self.core.add(request)
+            if refusal is not None:
+                raise ValueError(refusal.error)
+
+    def step(self) -> list[StepOutput]:
+        """One step of the engine, followed by the audit of its pool."""
+        outputs = self.core.step()
+        for output in outputs:
+            self._take(output)
+        self.core.kv.check()
+        return outputs
+
+    def drain(self, max_steps: int = 5000) -> dict[int, Answer]:
+        """Step until nothing is left to do, and see that everything was given back."""
+        for _ in range(max_steps):
+            if not self.core.has_work():
+                break
+            self.step()
+        assert not self.core.has_work(), "the engine does not come to rest"
+        self.check_rest()
+        return self.answers
+
+    def check_rest(self) -> None:
+        """At rest no block is referenced, no row is held, and no request is remembered."""
+        core, scheduler = self.core, self.core.scheduler
+        core.kv.check()
+        assert core.kv.num_used == 0 and core.kv.num_available == core.kv.num_blocks
+        assert core.kv.num_unused_slots == 0
+        assert not scheduler._requests and not scheduler._running and not scheduler._waiting
+        assert sorted(scheduler._free_rows) == list(range(self.config.max_num_seqs))
+        assert self.runner.rows_in_use == set(scheduler._released_rows)
+        assert not self.runner.in_flight
+
+    def run(self, *requests: EngineRequest) -> list[Answer]:
+        """Add the requests together, run them to their ends, and give their answers in order."""
+        self.add(*requests)
+        self.drain()
+        return [self.answers[request.request_id] for request in requests]
+
+    def _take(self, output: StepOutput) -> None:
+        before = self.answers.get(output.request_id)
+        if before is not None and before.finish_reason is not None:
+            raise Misuse(f"request {output.request_id} gives output after its end")
+        tokens = [] if before is None else before.tokens
+        num_cached = output.num_cached_tokens if before is None else before.num_cached
+        if output.error is not None:
+            self.errors[output.request_id] = output.error
+        self.answers[output.request_id] = Answer(
+            tokens + output.token_ids, output.finish_reason, output.stop_reason, num_cached
+        )
