@@ -1,0 +1,125 @@
+"""Error bodies: `{"error": {"message", "type", "param", "code"}}`, as JSON or as an event of a stream.
+
+vLLM spells `type` in two ways: "Bad Request" for a body of the wrong shape (with `param` "body.<field>"),
+"BadRequestError" for a value that is out of range. So do we.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
+
+logger = logging.getLogger("microvllm.server")
+
+BAD_SHAPE = "Bad Request"
+MAX_QUOTED = 200  # characters of a client's text that an error repeats
+RETRY_AFTER_S = 1
+
+
+class PayloadTooLargeError(RequestError):
+    status = 413
+    kind = "PayloadTooLargeError"
+
+
+class RequestTimeoutError(RequestError):
+    status = 408
+    kind = "RequestTimeoutError"
+
+
+class ServerStoppingError(EngineDeadError):
+    """The server drains (new requests) or its drain deadline has passed (running ones)."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; nobody is left to answer."""
+
+
+class Fault(Exception):
+    """One field has the wrong shape: what the parsers of `fields.py` raise. `kind` is pydantic's name."""
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(problem)
+        self.kind = kind
+        self.problem = problem
+
+
+def clip(text: str) -> str:
+    """At most `MAX_QUOTED` characters of what a client sent."""
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…"
+
+
+def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
+    """The 400 for fields of the wrong shape; `faults` pairs a location such as "body.seed" with its fault.
+
+    The client's own value is never repeated: printing a deeply nested one is an attack in itself.
+    """
+    lines = [f"{len(faults)} validation error{'s' if len(faults) > 1 else ''}:"]
+    for place, fault in faults[:10]:
+        lines.append("  " + str({"type": fault.kind, "loc": place, "msg": fault.problem}))
+    return InvalidRequestError("\n".join(lines), faults[0][0], kind=BAD_SHAPE)
+
+
+def error_object(error: RequestError | EngineError) -> dict[str, Any]:
+    """The error body of vLLM's surface for a deliberate error."""
+    return {
+        "error": {
+            "message": str(error),
+            "type": error.kind,
+            "param": getattr(error, "param", None),
+            "code": error.status,
+        }
+    }
+
+
+def error_event(error: RequestError | EngineError) -> bytes:
+    """The error as one server-sent event, for a stream whose 200 is already on its way."""
+    return b"data: " + orjson.dumps(error_object(error)) + b"\n\n"
+
+
+def error_response(error: RequestError | EngineError) -> Response:
+    headers = {}
+    if error.status == 503:
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    if isinstance(error, (PayloadTooLargeError, RequestTimeoutError)):
+        # The rest of the body is never read, so the connection cannot carry another request.
+        headers["connection"] = "close"
+    return Response(orjson.dumps(error_object(error)), error.status, headers, "application/json")
+
+
+async def on_deliberate_error(request: Request, error: Exception) -> Response:
+    """Starlette's handler for `RequestError` and `EngineError`."""
+    if isinstance(error, (RequestError, EngineError)):
+        return error_response(error)
+    raise error
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this answer; 499 is what proxies log for it."""
+    return Response(status_code=499)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Unknown path or method: `{"detail": ...}`, as FastAPI words it."""
+    if not isinstance(error, HTTPException):
+        raise error
+    return Response(
+        orjson.dumps({"detail": error.detail}),
+        error.status_code,
+        dict(error.headers or {}),
+        "application/json",
+    )
+
+
+async def on_unexpected_error(request: Request, error: Exception) -> Response:
+    """A bug of ours: logged with its traceback by the server, answered without any of it."""
+    return error_response(EngineError("Internal server error."))

@@ -1,0 +1,205 @@
+"""Request fields: how a value of JSON becomes one of ours, and what happens to each field of the API.
+
+Every field that OpenAI or vLLM defines has a row in a table (`schemas.py`) and one of three fates:
+it is honoured, it is ignored on purpose, or it is refused with a 400 that names it as soon as its value
+asks for something. A name without a row is ignored, as in vLLM.
+
+Parsing is lax where vLLM's is: a number may come as a numeric string, 1 may stand for true, null for
+"not given". A boolean is never a number.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from microvllm.openai_compat.errors import Fault, shape_error
+from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.request import INT64_MAX, INT64_MIN
+
+Parser = Callable[[Any], Any]
+Table = Mapping[str, "Field"]
+
+_INTEGER = re.compile(r"[+-]?\d{1,20}(\.0{1,8})?")
+_NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?")
+_TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
+_FALSE = frozenset({"false", "f", "no", "n", "off", "0"})
+
+
+class Fate(enum.Enum):
+    HONOURED = "honoured"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One row: `parse` and `default` for a honoured field, `harmless` values for a refused one."""
+
+    name: str
+    fate: Fate
+    parse: Parser | None = None
+    default: Any = None
+    required: bool = False
+    harmless: tuple[Any, ...] = ()
+
+
+def honoured(name: str, parse: Parser, default: Any = None, *, required: bool = False) -> Field:
+    return Field(name, Fate.HONOURED, parse, default, required)
+
+
+def ignored(name: str) -> Field:
+    return Field(name, Fate.IGNORED)
+
+
+def refused(name: str, *harmless: Any) -> Field:
+    """Not implemented; null and the `harmless` values ask for nothing and are let through."""
+    return Field(name, Fate.REFUSED, harmless=harmless)
+
+
+def table(*rows: Field) -> dict[str, Field]:
+    return {row.name: row for row in rows}
+
+
+def parse_fields(rows: Table, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The honoured fields of a body, each parsed or at its default.
+
+    Raises `InvalidRequestError`: for wrong shapes (all of them, "Bad Request"), then for a refused field.
+    """
+    values: dict[str, Any] = {}
+    faults: list[tuple[str, Fault]] = []
+    for row in rows.values():
+        if row.parse is None:
+            continue
+        value = body.get(row.name)
+        if value is None and not (row.required and row.name in body):
+            if row.required:
+                faults.append((f"body.{row.name}", Fault("missing", "Field required")))
+            values[row.name] = row.default
+            continue
+        try:
+            values[row.name] = row.parse(value)
+        except Fault as fault:
+            faults.append((f"body.{row.name}", fault))
+    if faults:
+        raise shape_error(faults)
+    for name, value in body.items():
+        found = rows.get(name)
+        if found is not None and found.fate is Fate.REFUSED and not _asks_nothing(value, found.harmless):
+            raise InvalidRequestError(f"{name} is not supported by this server.", name)
+    return values
+
+
+def _asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    if value is None:
+        return True
+    # bool is an int in Python, but `logprobs: false` and `logprobs: 0` are different wishes.
+    return any(isinstance(value, bool) == isinstance(known, bool) and value == known for known in harmless)
+
+
+def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Parser:
+    """A whole number; the sampling ranges are checked by `SamplingParams`, only the type's bounds here."""
+
+    def parse(value: Any) -> int:
+        if type(value) is str and _INTEGER.fullmatch(value):
+            value = int(value.split(".")[0])
+        elif type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int:
+            raise Fault("int_type", "Input should be a valid integer")
+        if value < low:
+            raise Fault("greater_than_equal", f"Input should be greater than or equal to {low}")
+        if value > high:
+            raise Fault("less_than_equal", f"Input should be less than or equal to {high}")
+        return value
+
+    return parse
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if type(value) is str and _NUMBER.fullmatch(value):
+        value = float(value)
+    if type(value) not in (int, float):
+        raise Fault("float_type", "Input should be a valid number")
+    if not math.isfinite(value):
+        raise Fault("finite_number", "Input should be a finite number")
+    return value if type(value) is float else float(value)
+
+
+def boolean(value: Any) -> bool:
+    if type(value) is bool:
+        return value
+    if type(value) in (int, float) and value in (0, 1):
+        return bool(value)
+    if type(value) is str and len(value) <= 5:
+        word = value.lower()
+        if word in _TRUE or word in _FALSE:
+            return word in _TRUE
+    raise Fault("bool_type", "Input should be a valid boolean")
+
+
+def string(value: Any) -> str:
+    if type(value) is not str:
+        raise Fault("string_type", "Input should be a valid string")
+    return value
+
+
+def array(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise Fault("list_type", "Input should be a valid list")
+    return value
+
+
+def array_of(parse: Parser, max_items: int) -> Parser:
+    """A list, its length bounded before its items are looked at."""
+
+    def parse_list(value: Any) -> list[Any]:
+        if len(array(value)) > max_items:
+            raise Fault("too_long", f"List should have at most {max_items} items, not {len(value)}")
+        return [parse(item) for item in value]
+
+    return parse_list
+
+
+def one_or_many(parse: Parser, max_items: int) -> Parser:
+    """One value or a list of them, as a list."""
+    parse_list = array_of(parse, max_items)
+
+    def parse_either(value: Any) -> list[Any]:
+        return parse_list(value if type(value) is list else [value])
+
+    return parse_either
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise Fault("dict_type", "Input should be a valid dictionary")
+    return value
+
+
+def record(**parsers: Parser) -> Parser:
+    """An object with known keys; unknown ones are dropped, null means "not given"."""
+
+    def parse(value: Any) -> dict[str, Any]:
+        found = {}
+        for key, parse_item in parsers.items():
+            item = mapping(value).get(key)
+            if item is None:
+                continue
+            try:
+                found[key] = parse_item(item)
+            except Fault as fault:
+                raise Fault(fault.kind, f"{key}: {fault.problem}") from None
+        return found
+
+    return parse
+
+
+def anything(value: Any) -> Any:
+    """Left to the endpoint, which knows the bounds."""
+    return value

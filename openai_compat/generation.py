@@ -1,0 +1,194 @@
+"""What completions and chat share: one request's token streams, collected whole or merged as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from starlette.requests import Request
+
+from microvllm.openai_compat.errors import clip
+from microvllm.runtime.errors import InvalidRequestError, ModelNotFoundError
+from microvllm.runtime.request import INT64_MAX, INT64_MIN
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.state import ServerState
+    from microvllm.runtime.client import TextDelta
+    from microvllm.runtime.request import SamplingParams
+
+_HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One finished choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Stream(Protocol):
+    """What is used of the engine client's `TokenStream`."""
+
+    @property
+    def prompt_token_ids(self) -> list[int]: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
+
+    def abort(self) -> None: ...
+
+
+@dataclass
+class Generation:
+    """One request on its way: its identity on the wire and a token stream per choice.
+
+    The streams are ordered prompt by prompt: sample i of prompt p is number p * n + i.
+    """
+
+    id: str
+    created: int
+    model: str
+    streams: list[Stream] = field(default_factory=list)
+    n: int = 1
+
+    def submit(
+        self,
+        state: ServerState,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        fields: Mapping[str, Any],
+        priority: int,
+    ) -> None:
+        """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
+        self.n = params.n
+        try:
+            for prompt in prompts:
+                self.streams += state.client.submit(
+                    prompt, params, priority=priority, cache_salt=fields["cache_salt"]
+                )
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once however many samples it has."""
+        return sum(len(stream.prompt_token_ids) for stream in self.streams[:: self.n])
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(stream.num_cached_tokens for stream in self.streams[:: self.n])
+
+    def abort(self) -> None:
+        """Frees what the engine still holds for this request; harmless when it has finished."""
+        for stream in self.streams:
+            stream.abort()
+
+    async def collect(self) -> list[Outcome]:
+        """Every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
+        outcomes = []
+        # One after the other loses nothing: the streams fill up by themselves meanwhile.
+        for stream in self.streams:
+            outcome, parts = Outcome(), []
+            async for delta in stream:
+                parts.append(delta.text)
+                outcome.token_ids += delta.token_ids
+                if delta.finish_reason is not None:
+                    outcome.finish_reason = delta.finish_reason
+                    outcome.stop_reason = delta.stop_reason
+            outcome.text = "".join(parts)
+            outcomes.append(outcome)
+        return outcomes
+
+    async def deltas(self) -> AsyncIterator[tuple[int, TextDelta]]:
+        """(choice, delta) pairs as they arrive."""
+        if len(self.streams) == 1:
+            async for delta in self.streams[0]:
+                yield 0, delta
+            return
+        # Bounded, so that a slow client makes the streams join tokens instead of filling this queue.
+        queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(len(self.streams))
+        pumps = [asyncio.ensure_future(_pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
+        try:
+            running = len(pumps)
+            while running:
+                index, item = await queue.get()
+                if item is None:
+                    running -= 1
+                elif isinstance(item, Exception):
+                    raise item
+                else:
+                    yield index, item
+        finally:
+            for pump in pumps:
+                pump.cancel()
+
+
+async def _pump(
+    index: int, stream: Stream, queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]]
+) -> None:
+    try:
+        async for delta in stream:
+            await queue.put((index, delta))
+    except Exception as error:
+        await queue.put((index, error))
+    else:
+        await queue.put((index, None))
+
+
+def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefix: str) -> Generation:
+    """A request's identity. `prefix` is "cmpl" or "chatcmpl"; a client's own id becomes the suffix.
+
+    The header wins over the body, as in vLLM. It is only ever repeated: the engine has ids of its own, so
+    two requests with the same one do not touch each other.
+    """
+    check_model(fields["model"], state.model_names)
+    if fields["stream_options"] and not fields["stream"]:
+        raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    suffix = request.headers.get("x-request-id", "")
+    if not _HEADER_ID.fullmatch(suffix):
+        suffix = fields["request_id"] or uuid.uuid4().hex
+    return Generation(f"{prefix}-{suffix}", int(time.time()), state.model_names[0])
+
+
+def check_model(name: str | None, served: Sequence[str]) -> None:
+    """Raises `ModelNotFoundError` unless the name is a served one or left open."""
+    if name and name not in served:
+        raise ModelNotFoundError(
+            f"The model `{clip(name)}` does not exist. Valid aliases: {', '.join(served)}.", "model"
+        )
+
+
+def priority_of(request: Request, fields: Mapping[str, Any]) -> int:
+    """The priority: the header X-Vllm-Priority wins over the body (lower is served earlier)."""
+    header = request.headers.get("x-vllm-priority")
+    if header is None:
+        return int(fields["priority"])
+    try:
+        value = int(header[:32])
+    except ValueError:
+        value = INT64_MAX + 1
+    if not INT64_MIN <= value <= INT64_MAX:
+        raise InvalidRequestError("The header X-Vllm-Priority must be a 64-bit integer.", "priority")
+    return value
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
+    """The `usage` object of a whole answer; `cached_tokens` is None unless the server reports details."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+        "prompt_tokens_details": None if cached_tokens is None else {"cached_tokens": cached_tokens},
+        "completion_tokens_details": None,
+    }

@@ -1,0 +1,57 @@
+"""GET /v1/models, and the probes /health, /ping and /version."""
+
+from __future__ import annotations
+
+import uuid
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+import microvllm
+from microvllm.openai_compat.state import ServerState
+
+
+async def list_models(request: Request) -> Response:
+    """One card per served name. `root` is the model's path: `vllm bench serve` takes its tokenizer there."""
+    state: ServerState = request.app.state.server
+    cards = [
+        {
+            "id": name,
+            "object": "model",
+            "created": state.created,
+            "owned_by": "microvllm",
+            "root": state.client.config.model,
+            "parent": None,
+            "max_model_len": state.client.config.max_model_len,
+            "permission": [
+                {
+                    "id": f"modelperm-{uuid.uuid5(uuid.NAMESPACE_OID, name).hex}",
+                    "object": "model_permission",
+                    "created": state.created,
+                    "allow_create_engine": False,
+                    "allow_sampling": True,
+                    "allow_logprobs": False,
+                    "allow_search_indices": False,
+                    "allow_view": True,
+                    "allow_fine_tuning": False,
+                    "organization": "*",
+                    "group": None,
+                    "is_blocking": False,
+                }
+            ],
+        }
+        for name in state.model_names
+    ]
+    return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
+
+
+async def health(request: Request) -> Response:
+    """200 or 503, without a body; 503 while the engine is down and while the server drains."""
+    state: ServerState = request.app.state.server
+    fine = state.client.healthy() and not state.lifecycle.draining
+    return Response(status_code=200 if fine else 503)
+
+
+async def version(request: Request) -> Response:
+    return Response(orjson.dumps({"version": microvllm.__version__}), media_type="application/json")

@@ -1,0 +1,118 @@
+"""HTTP/1.1 with the limits that uvicorn's own parser does not have.
+
+uvicorn with httptools takes a header of 50 MB, any number of headers, and waits for ever for the second
+half of a request line or for a client that has stopped reading. This protocol bounds all four.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 << 10
+MAX_HEADERS = 128
+HEAD_DEADLINE_S = 10.0  # for the request line and the headers
+WRITE_DEADLINE_S = 60.0  # for a client that has stopped reading its answer
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. A request beyond a limit is answered 400, 408 or 431 and the connection closed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head = True
+        self._head_bytes = 0
+        self._refusal = 400
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        # The parser hands over a header only when it is whole, so an endless one is seen here.
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refusal = 431
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = 0
+        self._start_head_timer()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_head_timer()
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self._refuse(431)
+        names = [name for name, _ in self.headers]
+        if self.parser.get_http_version() == "1.1" and names.count(b"host") != 1:
+            self._refuse(400)
+        if b"transfer-encoding" in names and b"content-length" in names:
+            self._refuse(400)
+        super().on_headers_complete()
+
+    def _refuse(self, status: int) -> None:
+        self._refusal = status
+        raise ValueError("refused")  # ends the parse; `data_received` then calls `send_400_response`
+
+    def send_400_response(self, msg: str) -> None:
+        status = http.HTTPStatus(self._refusal)
+        error = {"message": status.phrase, "type": "Bad Request", "param": None, "code": status.value}
+        body = orjson.dumps({"error": error})
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%s"
+            % (status.value, status.phrase.encode(), len(body), body)
+        )
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_DEADLINE_S, self._head_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._start_head_timer()  # half a pipelined request must not end the answer before it
+            return
+        self._refusal = 408
+        self.send_400_response("")

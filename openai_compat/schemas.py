@@ -1,0 +1,188 @@
+"""The table of request fields of each endpoint: every field that OpenAI or vLLM 0.33 defines has its row."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from microvllm.openai_compat.errors import Fault
+from microvllm.openai_compat.fields import (
+    anything,
+    array,
+    array_of,
+    boolean,
+    honoured,
+    ignored,
+    integer,
+    mapping,
+    number,
+    one_or_many,
+    record,
+    refused,
+    string,
+    table,
+)
+from microvllm.runtime.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+
+MAX_SALT_CHARS = 128
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_BAD_IN_SALT = re.compile(r"[@/\\\x00-\x1f\x7f]")
+# A template variable may steer the template, never the rendering: names such as `tokenize` or
+# `chat_template` would reach into it (CVE-2025-62426).
+TEMPLATE_KWARGS = ("enable_thinking", "thinking", "date_string")
+
+
+def request_id(value: Any) -> str:
+    """A client's own id: it is echoed in headers, logs and bodies, so it must be tame."""
+    if not _REQUEST_ID.fullmatch(string(value)):
+        raise Fault("string_pattern_mismatch", "Input should be 1 to 128 letters, digits, '.', '_' or '-'")
+    return str(value)
+
+
+def cache_salt(value: Any) -> str:
+    text = string(value)
+    if not 1 <= len(text) <= MAX_SALT_CHARS or _BAD_IN_SALT.search(text):
+        raise Fault(
+            "value_error",
+            f"Input should be 1 to {MAX_SALT_CHARS} characters, none of '@', '/', '\\' or control characters",
+        )
+    return text
+
+
+def template_kwargs(value: Any) -> dict[str, bool | str]:
+    kwargs = mapping(value)
+    for name, item in kwargs.items():
+        if name not in TEMPLATE_KWARGS:
+            raise Fault("extra_forbidden", f"Only {', '.join(TEMPLATE_KWARGS)} are supported")
+        if type(item) is not bool and not (type(item) is str and len(item) <= 256):
+            raise Fault("value_error", f"{name} should be a boolean or a string of at most 256 characters")
+    return kwargs
+
+
+_COMMON = (
+    # honoured: what to sample and how
+    honoured("model", string),
+    honoured("max_tokens", integer()),
+    honoured("temperature", number),
+    honoured("top_p", number),
+    honoured("top_k", integer()),
+    honoured("min_p", number),
+    honoured("n", integer(), 1),
+    honoured("seed", integer()),
+    honoured("stop", one_or_many(string, MAX_STOP_STRINGS), []),
+    honoured("stop_token_ids", array_of(integer(low=0), MAX_STOP_TOKEN_IDS), []),
+    honoured("ignore_eos", boolean, False),
+    honoured("min_tokens", integer(), 0),
+    honoured("include_stop_str_in_output", boolean, False),
+    honoured("skip_special_tokens", boolean, True),
+    # honoured: how to answer
+    honoured("stream", boolean, False),
+    honoured("stream_options", record(include_usage=boolean, continuous_usage_stats=boolean)),
+    honoured("echo", boolean, False),
+    honoured("return_token_ids", boolean, False),
+    honoured("cache_salt", cache_salt, ""),
+    honoured("priority", integer(), 0),
+    honoured("request_id", request_id),
+    # ignored on purpose: accounting, routing and storage hints that change no token
+    ignored("user"),
+    ignored("metadata"),
+    ignored("store"),
+    ignored("service_tier"),
+    ignored("safety_identifier"),
+    ignored("prompt_cache_key"),
+    ignored("prompt_cache_retention"),
+    ignored("session_id"),
+    # ignored on purpose: parts of vLLM that a dense text model does not have
+    ignored("watermarking"),
+    ignored("return_weight_versions"),
+    ignored("routed_experts_prompt_start"),
+    ignored("return_token_offsets"),
+    ignored("mm_payload"),
+    ignored("return_mm_kwargs"),
+    ignored("media_io_kwargs"),
+    ignored("mm_processor_kwargs"),
+    # refused, with the values that ask for nothing
+    refused("presence_penalty", 0),
+    refused("frequency_penalty", 0),
+    refused("repetition_penalty", 1),
+    refused("length_penalty", 1),
+    refused("logit_bias", {}),
+    refused("allowed_token_ids"),
+    refused("bad_words", []),
+    refused("logprobs", False),
+    refused("prompt_logprobs"),
+    refused("logprob_token_ids"),
+    refused("return_tokens_as_token_ids", False),
+    refused("best_of", 1),
+    refused("use_beam_search", False),
+    refused("response_format", {"type": "text"}),
+    refused("structured_outputs"),
+    refused("guided_json"),
+    refused("guided_regex"),
+    refused("guided_choice"),
+    refused("guided_grammar"),
+    refused("logits_processors", []),
+    refused("truncate_prompt_tokens"),
+    refused("truncation_side"),
+    refused("spaces_between_special_tokens", True),
+    refused("thinking_token_budget"),
+    refused("repetition_detection"),
+    refused("stream_interval", 1),
+    refused("vllm_xargs", {}),
+    refused("kv_transfer_params"),
+    refused("ec_transfer_params"),
+)
+
+COMPLETIONS = table(
+    *_COMMON,
+    honoured("prompt", anything),
+    honoured("add_special_tokens", boolean, True),
+    refused("suffix", ""),
+    refused("prompt_embeds"),
+)
+
+CHAT = table(
+    *_COMMON,
+    honoured("messages", array, required=True),
+    honoured("max_completion_tokens", integer()),
+    honoured("add_special_tokens", boolean, False),
+    honoured("add_generation_prompt", boolean),
+    honoured("continue_final_message", boolean, False),
+    honoured("chat_template_kwargs", template_kwargs, {}),
+    ignored("prediction"),
+    ignored("include_reasoning"),  # there is no reasoning parser, so there is nothing to leave out
+    ignored("parallel_tool_calls"),  # without `tools` it has no meaning
+    refused("top_logprobs", 0),
+    refused("tools"),
+    refused("tool_choice", "none"),
+    refused("functions"),
+    refused("function_call", "none"),
+    refused("reasoning_effort"),
+    refused("verbosity", "medium"),
+    refused("modalities", ["text"]),
+    refused("audio"),
+    refused("web_search_options"),
+    refused("documents"),
+    refused("chat_template"),
+    refused("return_prompt_text", False),
+)
+
+TOKENIZE = table(
+    honoured("model", string),
+    honoured("prompt", string),
+    honoured("messages", array),
+    honoured("add_special_tokens", boolean),
+    honoured("add_generation_prompt", boolean),
+    honoured("continue_final_message", boolean, False),
+    honoured("chat_template_kwargs", template_kwargs, {}),
+    honoured("return_token_strs", boolean, False),
+    ignored("media_io_kwargs"),
+    ignored("mm_processor_kwargs"),
+    refused("chat_template"),
+    refused("tools"),
+)
+
+DETOKENIZE = table(
+    honoured("model", string),
+    honoured("tokens", array, required=True),
+)

@@ -1,0 +1,203 @@
+"""`serve`: binds, loads, answers, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.config import LOGGING_CONFIG
+
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.lifecycle import Lifecycle
+from microvllm.openai_compat.listen import address_of, bind_socket, release_socket, start_listening
+from microvllm.openai_compat.protocol import GuardedProtocol
+from microvllm.openai_compat.stats import log_stats
+from microvllm.runtime.chat_template import ChatTemplate
+from microvllm.runtime.client import EngineClient
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.processor import Processor
+
+logger = logging.getLogger("microvllm.server")
+
+FAREWELL_S = 2.0  # for the last error events to reach their clients
+say_plainly: Callable[[str], None] = functools.partial(print, flush=True)
+
+
+def serve(
+    config: EngineConfig,
+    args: ServerArgs,
+    *,
+    on_progress: Callable[..., None] | None = None,
+    say: Callable[[str], None] = say_plainly,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running requests finish and returns.
+
+    `on_progress` is handed to `EngineClient.start`, `say` gets the few lines meant for people. The port is
+    taken before the model loads. A signal during loading ends in `SystemExit` with 128 + its number.
+    Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start.
+    """
+    sock = bind_socket(args)
+    try:
+        _run(_serve(config, args, sock, on_progress, say))
+    finally:
+        release_socket(sock, args)
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+async def _serve(
+    config: EngineConfig,
+    args: ServerArgs,
+    sock: socket.socket,
+    on_progress: Callable[..., None] | None,
+    say: Callable[[str], None],
+) -> None:
+    signals = Signals()
+    client = await _start_engine(config, args, on_progress, signals)
+    try:
+        app = create_app(client, args)
+        start_listening(sock, args)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                http=GuardedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=_log_config(),
+                log_level=args.uvicorn_log_level,
+                access_log=not args.disable_uvicorn_access_log,
+                server_header=False,
+                timeout_graceful_shutdown=int(FAREWELL_S),
+            ),
+            on_ready=functools.partial(_announce, args, app.state.server.model_names[0], say),
+        )
+        serving = asyncio.ensure_future(server.serve(sockets=[sock]))
+        reporting = (
+            None if args.disable_log_stats else asyncio.ensure_future(log_stats(client, args.stats_interval))
+        )
+        stopped = asyncio.ensure_future(signals.wait(1))
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not serving.done():
+            await drain(app.state.server.lifecycle, args.shutdown_timeout, signals)
+        server.should_exit = True
+        await serving
+        if reporting is not None:
+            reporting.cancel()
+    finally:
+        await client.close()
+
+
+async def _start_engine(
+    config: EngineConfig, args: ServerArgs, on_progress: Callable[..., None] | None, signals: Signals
+) -> EngineClient:
+    start = asyncio.ensure_future(EngineClient.start(config, on_progress=on_progress))
+    stopped = asyncio.ensure_future(signals.wait(1))
+    await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not start.done():
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        raise SystemExit(128 + signals.last)
+    client = start.result()
+    if args.chat_template is not None:
+        template = ChatTemplate(args.chat_template, client.tokenizer.special_tokens)
+        client.processor = Processor(client.config, client.tokenizer, template)
+    return client
+
+
+class Signals:
+    """Counts SIGTERM and SIGINT: the first asks for a drain, the second for an end at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: int = signal.SIGTERM
+        self._arrived = [asyncio.Event(), asyncio.Event()]
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        self.last = number
+        self._arrived[min(self.count, 1)].set()
+        self.count += 1
+
+    async def wait(self, count: int) -> None:
+        """Until the first (1) or the second (2) signal."""
+        await self._arrived[count - 1].wait()
+
+
+async def drain(lifecycle: Lifecycle, timeout: float, signals: Signals) -> None:
+    """Refuses new requests and waits for running ones, `timeout` seconds or until a second signal.
+
+    What still runs then is told so (503, or an error event in a stream).
+    """
+    lifecycle.draining = True
+    if lifecycle.active:
+        logger.info("Stopping: %d requests have %g s to finish.", lifecycle.active, timeout)
+    waiting = asyncio.ensure_future(signals.wait(2))
+    idle = asyncio.ensure_future(_idle(lifecycle))
+    await asyncio.wait((waiting, idle), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    idle.cancel()
+    if lifecycle.active:
+        logger.warning("Ending %d requests that did not finish in time.", lifecycle.active)
+        lifecycle.cut()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_idle(lifecycle), FAREWELL_S)
+
+
+async def _idle(lifecycle: Lifecycle) -> None:
+    while lifecycle.active:
+        await asyncio.sleep(0.02)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with the signals left to us: its own handlers cut streams and exit by the signal."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+def _announce(args: ServerArgs, model: str, say: Callable[[str], None]) -> None:
+    address = address_of(args)
+    say(f"Starting microvllm server on {address}")
+    where = f"--unix-socket {args.uds} http://localhost" if args.uds is not None else address
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if args.api_keys else ""
+    say(
+        f"Try: curl {where}/v1/chat/completions -H 'Content-Type: application/json'{key} "
+        f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
+    )
+    say("Application startup complete.")
+
+
+def _log_config() -> dict[str, Any]:
+    """uvicorn's logging, and ours in the same form."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["loggers"]["microvllm"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return config

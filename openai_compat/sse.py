@@ -1,0 +1,123 @@
+"""Server-sent events: the chunks of one request, framed and sent with as little work a token as can be."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from microvllm.openai_compat.errors import ClientGoneError, ServerStoppingError, error_event
+from microvllm.runtime.errors import EngineError, RequestError
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.config import ServerArgs
+    from microvllm.openai_compat.generation import Generation
+    from microvllm.openai_compat.lifecycle import Lifecycle
+    from microvllm.runtime.client import TextDelta
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Which chunks carry token counts: a last one of its own, and with `continuous` all of them."""
+
+    include_usage: bool
+    continuous: bool
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], args: ServerArgs) -> StreamOptions:
+        options = fields["stream_options"] or {}
+        forced = args.enable_force_include_usage
+        include = forced or options.get("include_usage", False)
+        return cls(include, include and (forced or options.get("continuous_usage_stats", False)))
+
+
+class ChunkWriter(Protocol):
+    """The chunks of one endpoint as ready bytes, `data: ` and blank line included."""
+
+    def opening(self) -> list[bytes]:
+        """What goes out before the first token."""
+
+    def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
+        """One delta of choice `index`; `usage` is b"" or a `"usage":{...}` member with a leading comma."""
+
+    def final_usage(self, counts: bytes) -> bytes:
+        """The chunk without choices that closes a stream; `counts` is a `usage` object."""
+
+
+def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> bytes:
+    """A `usage` object of a chunk: without the null members of the whole answer's."""
+    counts: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+    }
+    if cached_tokens is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    return orjson.dumps(counts)
+
+
+async def event_chunks(
+    generation: Generation, writer: ChunkWriter, options: StreamOptions, details: bool
+) -> AsyncIterator[bytes]:
+    """Every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
+    streams = generation.streams
+    counts = [0] * len(streams)
+    opened = False
+    try:
+        async with aclosing(generation.deltas()) as deltas:  # type: ignore[type-var]
+            async for index, delta in deltas:
+                if not opened:
+                    opened = True
+                    for event in writer.opening():
+                        yield event
+                counts[index] += len(delta.token_ids)
+                usage = b""
+                if options.continuous:
+                    usage = b',"usage":' + stream_usage(len(streams[index].prompt_token_ids), counts[index])
+                yield writer.chunk(index, delta, usage)
+        if options.include_usage:
+            cached = generation.cached_tokens if details else None
+            yield writer.final_usage(stream_usage(generation.prompt_tokens, sum(counts), cached))
+    except (EngineError, RequestError) as error:
+        yield error_event(error)
+    finally:
+        generation.abort()
+    yield DONE
+
+
+class EventStream(Response):
+    """Sends the events of a generation; a client that leaves ends it at once, wherever it waits."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes], lifecycle: Lifecycle) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._generation = generation
+        self._events = events
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._lifecycle.run(self._send_events(send), receive)
+        except ServerStoppingError as error:
+            farewell = error_event(error) + DONE
+            await send({"type": "http.response.body", "body": farewell, "more_body": False})
+        except ClientGoneError:
+            pass
+        finally:
+            self._generation.abort()
+
+    async def _send_events(self, send: Send) -> None:
+        async with aclosing(self._events) as events:  # type: ignore[type-var]
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
