@@ -252,7 +252,14 @@ def serve(
     shutdown_timeout: Annotated[
         float,
         typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM."),
-    ] = 0,
+    ] = 10.0,
+    response_role: Annotated[str, typer.Option(help="Role of the answers in chats.")] = "assistant",
+    enable_prompt_tokens_details: Annotated[
+        bool, typer.Option("--enable-prompt-tokens-details", help="Report cached tokens in the usage.")
+    ] = False,
+    enable_force_include_usage: Annotated[
+        bool, typer.Option("--enable-force-include-usage", help="End every stream with its usage.")
+    ] = False,
     tokenizer: TokenizerOpt = None,
     dtype: DtypeOpt = "auto",
     load_format: LoadFormatOpt = "auto",
@@ -307,8 +314,6 @@ def serve(
     from microvllm.runtime.config import EngineArgs
 
     name = choose_model(model_arg, model)
-    if any(not key for key in api_key or []):
-        raise UsageError("--api-key is empty")
     engine_args = EngineArgs(
         model=name,
         tokenizer=tokenizer,
@@ -335,13 +340,16 @@ def serve(
         host=host,
         port=port,
         uds=uds,
-        served_model_names=tuple(served_model_name or [name]),
+        served_model_names=tuple(served_model_name or []),
         api_keys=tuple(api_key or []),
         chat_template=chat_template_text(chat_template),
         uvicorn_log_level=uvicorn_log_level,
         disable_uvicorn_access_log=disable_uvicorn_access_log,
         disable_log_stats=disable_log_stats,
         shutdown_timeout=shutdown_timeout,
+        response_role=response_role,
+        enable_prompt_tokens_details=enable_prompt_tokens_details,
+        enable_force_include_usage=enable_force_include_usage,
     )
     with LoadProgress() as progress:
         serve_http(engine_args.resolve(), server_args, on_progress=progress)

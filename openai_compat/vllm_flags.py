@@ -28,7 +28,7 @@ IGNORED_VALUE_FLAGS = """
     max-parallel-loading-workers max-seq-len-to-capture middleware mm-processor-kwargs model-impl
     model-loader-extra-config num-scheduler-steps optimization-level otlp-traces-endpoint
     override-generation-config performance-mode preemption-mode prefix-caching-hash-algo
-    profiler-config quantization reasoning-parser response-role revision rope-scaling root-path
+    profiler-config quantization reasoning-parser revision rope-scaling root-path
     scheduler-cls speculative-config speculative-model spec-method spec-model spec-tokens
     sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-keyfile stream-interval
     structured-outputs-config swap-space task tokenizer-mode tokenizer-revision tool-call-parser
@@ -38,8 +38,8 @@ IGNORED_SWITCHES = """
     allow-credentials calculate-kv-scales disable-cascade-attn disable-custom-all-reduce
     disable-fastapi-docs disable-frontend-multiprocessing disable-log-requests
     disable-sliding-window enable-auto-tool-choice enable-expert-parallel
-    enable-force-include-usage enable-log-outputs enable-log-requests enable-lora
-    enable-per-request-metrics enable-prompt-embeds enable-prompt-tokens-details enable-reasoning
+    enable-log-outputs enable-log-requests enable-lora
+    enable-per-request-metrics enable-prompt-embeds enable-reasoning
     enable-request-id-headers enable-server-load-tracking enable-sleep-mode enable-ssl-refresh
     enable-tokenizer-info-endpoint enforce-eager grpc headless return-tokens-as-token-ids
     skip-tokenizer-init trust-remote-code trust-request-chat-template use-v2-block-manager
