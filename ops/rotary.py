@@ -1,0 +1,29 @@
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), rotate-half layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable:
+    """cos and sin of every position, gathered once a step for all layers.
+
+    inv_freq: [d/2] float32 angles a position. The two halves of a head are rotated against each other:
+    out = x * cos + roll(x, d/2) * sin, with sin negated in its first half.
+    """
+
+    def __init__(self, inv_freq: Tensor, max_position: int, dtype: torch.dtype) -> None:
+        angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device=inv_freq.device), inv_freq)
+        cos, sin = angles.cos(), angles.sin()
+        self._cos = torch.cat((cos, cos), -1).to(dtype)
+        self._sin = torch.cat((-sin, sin), -1).to(dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [n] int64 -> cos and sin, each [n, 1, d]."""
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [n, heads, d]; cos, sin: [n, 1, d] from `RotaryTable.at` -> rotated x, a new tensor."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

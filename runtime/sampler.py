@@ -1,0 +1,148 @@
+"""From logits to tokens, for a whole batch at once.
+
+Order, as in vLLM: end tokens masked until `min_tokens`; temperature; min-p; top-k; top-p; draw. The
+draw inverts the cumulative distribution at one uniform number that is a function of (seed, position)
+only, so a seeded request draws the same numbers in any batch and after preemption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microvllm.runtime.request import MIN_TEMPERATURE, SamplingParams
+from microvllm.runtime.scheduler import NO_TOKEN
+
+# A nucleus rarely needs more candidates than this; when it does, the whole row is sorted.
+_NUCLEUS_CANDIDATES = 256
+_UINT64 = (1 << 64) - 1
+
+
+class Sampler:
+    """Owns the sampling parameters of every row; rows are set at admission and cleared at release."""
+
+    def __init__(self, num_rows: int, vocab_size: int, seed: int) -> None:
+        self._vocab_size = vocab_size
+        self._temperature = torch.zeros(num_rows)  # 0 is greedy
+        self._top_k = torch.zeros(num_rows, dtype=torch.int64)  # 0 is off
+        self._top_p = torch.ones(num_rows)
+        self._min_p = torch.zeros(num_rows)
+        self._seed = np.zeros(num_rows, dtype=np.uint64)
+        self._unseeded = random.Random(seed)
+
+    def set_row(self, row: int, params: SamplingParams) -> None:
+        """Bind a request's parameters to its row; without a seed the engine's own generator gives one."""
+        greedy = params.greedy
+        self._temperature[row] = 0.0 if greedy else max(params.temperature, MIN_TEMPERATURE)
+        self._top_k[row] = 0 if greedy or params.top_k <= 0 else min(params.top_k, self._vocab_size)
+        self._top_p[row] = 1.0 if greedy else params.top_p
+        self._min_p[row] = 0.0 if greedy else params.min_p
+        seed = self._unseeded.getrandbits(64) if params.seed is None else params.seed & _UINT64
+        self._seed[row] = np.uint64(seed)
+
+    def clear_row(self, row: int) -> None:
+        self._temperature[row] = 0.0
+        self._top_k[row] = 0
+        self._top_p[row] = 1.0
+        self._min_p[row] = 0.0
+        self._seed[row] = 0
+
+    def sample(
+        self, logits: Tensor, rows: np.ndarray, positions: np.ndarray, masked: Sequence[tuple[int, list[int]]]
+    ) -> Tensor:
+        """One token a row of logits.
+
+        logits: [m, vocab] float32, overwritten. rows: [m], the request row of each; positions: [m], the
+        index in its sequence of the token to be drawn. masked: (index into m, token ids that may not be
+        drawn). Returns [m] int64, NO_TOKEN where no logit is finite.
+        """
+        for index, banned in masked:
+            logits[index, banned] = -torch.inf
+        best, tokens = logits.max(-1)
+        at = torch.from_numpy(rows)
+        temperature = self._temperature[at]
+        if bool(temperature.any()):
+            drawn = temperature.nonzero().squeeze(-1)
+            uniform = torch.from_numpy(uniform_numbers(self._seed[rows], positions))
+            tokens[drawn] = self._draw(
+                logits[drawn] / temperature[drawn, None],
+                uniform[drawn],
+                self._top_k[at[drawn]],
+                self._top_p[at[drawn]],
+                self._min_p[at[drawn]],
+            )
+        return tokens.masked_fill_(~best.isfinite(), NO_TOKEN)
+
+    def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        if bool(min_p.any()):
+            # p >= min_p * max(p) in logits; log(0) = -inf keeps everything.
+            floor = logits.max(-1, keepdim=True).values + min_p.log()[:, None]
+            logits.masked_fill_(logits < floor, -torch.inf)
+        filtered = (top_k > 0) | (top_p < 1)
+        if not bool(filtered.any()):
+            return _invert(logits.softmax(-1), uniform)
+        tokens = torch.empty(len(logits), dtype=torch.int64)
+        plain = (~filtered).nonzero().squeeze(-1)
+        if len(plain):
+            tokens[plain] = _invert(logits[plain].softmax(-1), uniform[plain])
+        some = filtered.nonzero().squeeze(-1)
+        tokens[some] = _draw_filtered(logits[some], uniform[some], top_k[some], top_p[some])
+        return tokens
+
+
+def _draw_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Rows of which each has top-k, top-p or both; only as many candidates are sorted as are needed."""
+    vocab = logits.shape[1]
+    limit = torch.where(top_k > 0, top_k, vocab)
+    without_k = top_k == 0
+    count = int(top_k.max())
+    if bool(without_k.any()):
+        count = min(vocab, max(count, _NUCLEUS_CANDIDATES))
+    values, ids = logits.topk(count)
+    # Without top-k the probabilities are relative to the whole row, of which the candidates are a part.
+    total = torch.where(without_k, logits.logsumexp(-1), torch.inf)
+    values.masked_fill_(torch.arange(count) >= limit[:, None], -torch.inf)
+    total = torch.minimum(total, torch.where(without_k, torch.inf, values.logsumexp(-1)))
+    probs = (values - total[:, None]).exp()
+    cumulative = probs.cumsum(-1)
+    if count < vocab and bool((without_k & (cumulative[:, -1] < top_p)).any()):
+        values, ids = logits.sort(-1, descending=True)
+        values.masked_fill_(torch.arange(vocab) >= limit[:, None], -torch.inf)
+        probs = values.softmax(-1)
+        cumulative = probs.cumsum(-1)
+    # A token stays while the probability before it is below top_p: the first one always does.
+    outside = cumulative - probs >= top_p[:, None]
+    outside[:, 0] = False
+    probs.masked_fill_(outside, 0.0)
+    return ids.gather(1, _invert(probs, uniform)[:, None]).squeeze(1)
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """First index at which the running sum of weights: [m, n] exceeds uniform: [m] times their total."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that an index whose weight is zero can never be reached.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def uniform_numbers(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) for each (seed, position) pair.
+
+    seeds: [m] uint64; positions: [m] int64 -> [m] float64 with 53 random bits. The mixing function is
+    SplitMix64's (Steele, Lea & Flood, 2014), applied to the seed and then to its sum with the position.
+    """
+    mixed = _mix(_mix(seeds) + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    result: np.ndarray = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
