@@ -1,0 +1,274 @@
+"""Small random models of every family, written the way real ones are: for tests, and for trying things out.
+
+The weights come from transformers' own classes and the GGUF files from gguf's own writer, so that nothing
+here shares code with the readers under test. Sizes are odd on purpose: 9 query heads over 3 KV heads, and a
+head size that is not hidden / heads wherever the family allows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TOKENIZER_SIZE = 320
+QUANTIZABLE = {"hidden_size": 288, "intermediate_size": 320}  # rows of all matrices in whole blocks of 32
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CORPUS = (
+    "The quick brown fox jumps over the lazy dog. The engine schedules every request on a token budget, "
+    "and the cache keeps the keys and values of the tokens that were computed. A block is shared when it is "
+    "full. Naïve café, straße, привет, 世界. 0 1 2 3 4 5 6 7 8 9 10 100 1000. The the and and in in on on."
+)
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def make_hf_folder(
+    path: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    tie: bool = False,
+    sharded: bool = False,
+    dtype: str = "float32",
+    tokenizer: bool = True,
+    **overrides: Any,
+) -> Path:
+    """Write a random model of `family` as a Hugging Face folder, and return its path.
+
+    `overrides` go into the configuration (`hidden_size`, `num_hidden_layers`, `rope_parameters`, ...).
+    `dtype` is the stored one. The same arguments give the same weights. The scale of the weights makes greedy
+    text varied, and its margins wide against rounding errors of float32.
+    """
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": TOKENIZER_SIZE,
+        "hidden_size": 144,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tie,
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+        "dtype": dtype,
+    }
+    if family != "qwen2":
+        sizes["head_dim"] = 32
+    if family == "mistral":
+        sizes["sliding_window"] = None
+    sizes.update(overrides)
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
+    _randomize(model, seed)
+    model.to(getattr(torch, dtype))
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path, max_shard_size="500KB" if sharded else "5GB")
+    if tokenizer:
+        write_tokenizer(path)
+    return path
+
+
+def _randomize(model: Any, seed: int) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                values = 1.0 + 0.2 * noise
+            elif name.endswith(".bias"):
+                values = 0.3 * noise
+            elif "embed_tokens" in name:
+                values = 0.2 * noise
+            else:
+                values = noise * (1.5 / math.sqrt(parameter.shape[1]))
+            parameter.copy_(values)
+
+
+def reference(path: Path) -> Any:
+    """The folder as transformers loads it: float32, plain attention, ready to compute."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@functools.lru_cache(maxsize=1)
+def _backend_json() -> str:
+    """A byte-level BPE tokenizer of 320 tokens, as tokenizer.json holds it; the special ones come last."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([CORPUS], trainer)
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    if backend.get_vocab_size() != TOKENIZER_SIZE:
+        raise RuntimeError(f"the corpus gave {backend.get_vocab_size()} tokens instead of {TOKENIZER_SIZE}")
+    return str(backend.to_str(pretty=False))
+
+
+def token_id(token: str) -> int:
+    """The id of a special token in the small tokenizer."""
+    return TOKENIZER_SIZE - len(SPECIAL_TOKENS) + SPECIAL_TOKENS.index(token)
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json with a ChatML template into a folder."""
+    (path / "tokenizer.json").write_text(_backend_json(), "utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+def write_gguf(
+    path: Path,
+    folder: Path,
+    *,
+    quantization: str = "F32",
+    extra_tensors: dict[str, Any] | None = None,
+    extra_metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Write the model of a folder made by `make_hf_folder(dtype="float32")` as one GGUF file.
+
+    `quantization` is a type that gguf can write: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 or Q5_1. Vectors stay
+    F32, and so do matrices whose rows are no whole number of blocks (see `QUANTIZABLE`). Values of
+    `extra_metadata` may be str, int or float, and replace those written otherwise.
+    """
+    import gguf
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_hyperparameters(writer, config)
+    _add_tokenizer(writer, config["vocab_size"])
+    for key, value in (extra_metadata or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        if any(key in part for part in writer.kv_data):
+            for part in writer.kv_data:
+                part.pop(key, None)
+        add(key, value)
+    kind = gguf.GGMLQuantizationType[quantization]
+    weights: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(load_file(file))
+    for name, values in weights.items():
+        if architecture == "llama":
+            values = _interleave(name, values, config)
+        fits = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        stored = kind if fits else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+    for name, values in (extra_tensors or {}).items():
+        writer.add_tensor(name, np.asarray(values, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+
+
+def _add_tokenizer(writer: Any, vocab_size: int) -> None:
+    import gguf
+
+    model = json.loads(_backend_json())["model"]
+    tokens = {index: token for token, index in model["vocab"].items()}
+    tokens.update({token_id(token): token for token in SPECIAL_TOKENS})
+    kinds = [gguf.TokenType.NORMAL] * TOKENIZER_SIZE
+    for token in SPECIAL_TOKENS:
+        kinds[token_id(token)] = gguf.TokenType.CONTROL
+    padding = range(TOKENIZER_SIZE, vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([tokens[index] for index in range(TOKENIZER_SIZE)] + [f"[PAD{i}]" for i in padding])
+    writer.add_token_types(kinds + [gguf.TokenType.UNUSED for _ in padding])
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(token_id("<|endoftext|>"))
+    writer.add_eos_token_id(token_id("<|im_end|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _gguf_name(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    if not stem.startswith("model.layers."):
+        return f"{GGUF_NAMES[stem]}.{suffix}"
+    _, _, layer, rest = stem.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[rest]}.{suffix}"
+
+
+def _interleave(name: str, values: Any, config: dict[str, Any]) -> Any:
+    """The order in which llama.cpp stores q and k rows of Llama models: neighbours turn together."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    for projection, key in heads.items():
+        if projection in name:
+            paired = values.reshape(config[key], 2, values.shape[0] // config[key] // 2, -1)
+            return paired.swapaxes(1, 2).reshape(values.shape)
+    return values
