@@ -1,0 +1,111 @@
+"""What the API process and the engine process say to each other: msgpack over a unix socket pair.
+
+Every frame is 4 bytes of length (little endian) and one encoded message. No pickle, no TCP port; the
+pair has no name, so nobody else can connect, and either side sees the other's death as end of file.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+
+import msgspec
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
+
+HEADER_BYTES = 4
+MAX_FRAME_BYTES = 1 << 30
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    """First command: load this model."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
+    requests: list[EngineRequest]
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    request_ids: list[int]
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
+    pass
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
+    """Model loading: `done` of `total` tensors."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The engine could not start; one line for the user."""
+
+    message: str
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """One message a step, for all requests together."""
+
+    outputs: list[StepOutput]
+    stats: EngineStats
+
+
+Command = Start | Add | Abort | ResetPrefixCache
+Event = Progress | Ready | Failed | Step
+
+
+def frame(encoder: msgspec.msgpack.Encoder, message: Command | Event) -> bytes:
+    """One message with its length in front."""
+    body = encoder.encode(message)
+    return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+class EngineEnd:
+    """The engine's end of the channel; blocking. Raises `EOFError` or `OSError` when the other side is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._received = bytearray()
+
+    def send(self, event: Event) -> None:
+        self._sock.sendall(frame(self._encoder, event))
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        """All commands that have arrived; waits for one if there are none and `wait` is set."""
+        commands = self._decode()
+        while not commands or select.select([self._sock], [], [], 0)[0]:
+            if not commands and not wait and not select.select([self._sock], [], [], 0)[0]:
+                return commands
+            data = self._sock.recv(1 << 20)
+            if not data:
+                raise EOFError("the API process is gone")
+            self._received += data
+            commands += self._decode()
+        return commands
+
+    def _decode(self) -> list[Command]:
+        commands: list[Command] = []
+        start = 0
+        while len(self._received) - start >= HEADER_BYTES:
+            size = int.from_bytes(self._received[start : start + HEADER_BYTES], "little")
+            end = start + HEADER_BYTES + size
+            if size > MAX_FRAME_BYTES:
+                raise EOFError(f"a frame of {size} bytes")
+            if len(self._received) < end:
+                break
+            commands.append(self._decoder.decode(self._received[start + HEADER_BYTES : end]))
+            start = end
+        del self._received[:start]
+        return commands

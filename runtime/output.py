@@ -1,0 +1,63 @@
+"""From the engine's token ids to the text of one sequence; the same for the server and offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from microvllm.runtime.detokenizer import Detokenizer
+from microvllm.runtime.errors import EngineError
+from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
+from microvllm.runtime.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class TextDelta:
+    """What became known since the last one.
+
+    `text` may be "" while bytes of a character or a possible stop string are held back.
+    `finish_reason` is "stop", "length" or "abort" in the last delta; `stop_reason` is then the stop
+    string or stop token id, None for the end-of-sequence token.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def merge(self, later: TextDelta) -> None:
+        """Append the delta that follows this one."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
+
+class OutputText:
+    """Turns the step outputs of one request into deltas."""
+
+    def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:
+        params = request.params
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            request.prompt_token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop,
+            include_stop_str=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    def take(self, output: StepOutput) -> TextDelta:
+        """The delta of one step. Raises `EngineError` when the request failed in the engine.
+
+        When a stop string was found, `finish_reason` is "stop" although the engine goes on: the caller
+        must abort the request there.
+        """
+        if output.finish_reason is FinishReason.ERROR:
+            raise EngineError(output.error or "the request failed")
+        ended_by_token = output.finish_reason is FinishReason.STOP
+        text, stop = self._detokenizer.push(output.token_ids, last_is_stop=ended_by_token)
+        if stop is not None:
+            return TextDelta(output.token_ids, text, str(FinishReason.STOP), stop)
+        if output.finish_reason is None:
+            return TextDelta(output.token_ids, text)
+        text += self._detokenizer.finish()
+        return TextDelta(output.token_ids, text, str(output.finish_reason), output.stop_reason)

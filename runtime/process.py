@@ -1,0 +1,101 @@
+"""The engine in its own process: commands in, one message a step out.
+
+Started by `runtime.client` as `python -m microvllm.runtime.process FD`, FD being its end of a socket
+pair. It ends when the other end closes, so no engine outlives its server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import socket
+import sys
+import time
+
+from microvllm.runtime.channel import (
+    Abort,
+    Add,
+    Command,
+    EngineEnd,
+    Failed,
+    Progress,
+    Ready,
+    ResetPrefixCache,
+    Start,
+    Step,
+)
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core import EngineCore
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.request import StepOutput
+
+PROGRESS_INTERVAL_S = 0.1
+
+
+def main() -> None:
+    # Ctrl-C and a stop of the whole service reach every process; the API process decides when this one
+    # may go, so that running requests can be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        (start,) = channel.receive(wait=True)
+        if not isinstance(start, Start):
+            raise TypeError(f"the first command must be Start, not {type(start).__name__}")
+        try:
+            core = _load(start.config, channel)
+        except ConfigError as error:
+            channel.send(Failed(str(error)))
+            return
+        except MemoryError:
+            channel.send(Failed("not enough memory to load the model"))
+            return
+        channel.send(Ready(core.stats()))
+        _run(core, channel)
+
+
+def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore:
+    from microvllm.runtime.model_runner import ModelGraphRunner  # imports torch: after the signals are set
+
+    sent = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal sent
+        if done == total or time.monotonic() - sent > PROGRESS_INTERVAL_S:
+            sent = time.monotonic()
+            channel.send(Progress(done, total))
+
+    return EngineCore(config, ModelGraphRunner(config, progress))
+
+
+def _run(core: EngineCore, channel: EngineEnd) -> None:
+    # What is alive now lives for ever: the collector need not walk it again and again.
+    gc.collect()
+    gc.freeze()
+    while True:
+        outputs: list[StepOutput] = []
+        for command in channel.receive(wait=not core.has_work()):
+            outputs += _obey(core, command)
+        worked = core.has_work()
+        outputs += core.step()
+        # A step without outputs (a chunk of a prefill) is told too: the other side sees that we live.
+        channel.send(Step(outputs, core.stats()))
+        if worked and not core.has_work():
+            core.scheduler.check()
+
+
+def _obey(core: EngineCore, command: Command) -> list[StepOutput]:
+    """Carry out a command -> outputs of requests that were refused."""
+    if isinstance(command, Add):
+        return [refused for request in command.requests if (refused := core.add(request)) is not None]
+    if isinstance(command, Abort):
+        for request_id in command.request_ids:
+            core.abort(request_id)
+    elif isinstance(command, ResetPrefixCache):
+        core.reset_prefix_cache()
+    return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""From prompts and sampling parameters to engine requests; every check that needs no engine.
+
+The same for the server and for offline use. Imports no torch; the methods that tokenise or render take
+milliseconds to seconds, so the server calls them in a worker thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from microvllm.runtime.chat_template import ChatTemplate
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+from microvllm.runtime.request import INT64_MAX, EngineRequest, SamplingParams
+from microvllm.runtime.tokenizer import Tokenizer
+
+_NO_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+    "template: this model has none, and the server was started without --chat-template."
+)
+_DEFAULT_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class Processor:
+    """Knows the model's tokenizer, template, limits and defaults."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        if template is None and tokenizer.chat_template is not None:
+            template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
+        self._template = template
+        self._max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
+        self._eos, self._further_ends = _end_tokens(config, tokenizer)
+        self._ids = itertools.count()
+
+    def default_params(self) -> dict[str, Any]:
+        """Sampling defaults of the model's `generation_config.json`, under `SamplingParams`' names."""
+        values = self._config.generation_defaults
+        return {ours: values[theirs] for theirs, ours in _DEFAULT_FIELDS.items() if theirs in values}
+
+    def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids. Raises `ContextLengthError` before tokenising a text that cannot fit."""
+        if len(prompt) > self._max_chars:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._config.max_model_len} tokens. However, your "
+                f"prompt has {len(prompt)} characters, more than that many tokens can hold. Please reduce the "
+                "length of the input prompt.",
+                "input_text",
+            )
+        return self._tokenizer.encode(prompt, add_special_tokens)
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """Conversation -> token ids, through the chat template; `options` go to `ChatTemplate.render`."""
+        if self._template is None:
+            raise InvalidRequestError(_NO_TEMPLATE)
+        return self.tokenize_prompt(self._template.render(messages, **options), add_special_tokens)
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token."""
+        limit, vocab = self._config.max_model_len, self._config.spec.vocab_size
+        if not ids:
+            raise InvalidRequestError("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+        if len(ids) > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, your prompt contains "
+                f"{len(ids)} input tokens, which exceeds this limit even without any output tokens. Please "
+                "reduce the length of the input prompt.",
+                "input_tokens",
+            )
+        if len(ids) == limit:
+            raise ContextLengthError(
+                "max_tokens must be at least 1, got 0. The prompt alone fills the model's context of "
+                f"{limit} tokens.",
+                "max_tokens",
+            )
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"Token id {wrong} is out of vocabulary (size {vocab}).", "prompt")
+
+    def requests(
+        self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> list[EngineRequest]:
+        """`params.n` engine requests for one prompt.
+
+        `max_tokens` is clamped to what is left of the context, as vLLM 0.33 does; child i of a seeded
+        request has seed + i.
+        """
+        self.check_prompt(prompt_ids)
+        room = self._config.max_model_len - len(prompt_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}.",
+                "min_tokens",
+            )
+        eos = None if params.ignore_eos else self._eos
+        ends = params.stop_token_ids if params.ignore_eos else [*params.stop_token_ids, *self._further_ends]
+        wrong = next((token for token in ends if token >= self._config.spec.vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"stop_token_ids: token id {wrong} is out of vocabulary.", "stop_token_ids")
+        return [
+            EngineRequest(
+                next(self._ids),
+                prompt_ids,
+                msgspec.structs.replace(
+                    params, n=1, max_tokens=max_tokens, seed=_child_seed(params.seed, child), stop_token_ids=[]
+                ),
+                eos,
+                ends,
+                priority,
+                cache_salt,
+            )
+            for child in range(params.n)
+        ]
+
+
+def _child_seed(seed: int | None, child: int) -> int | None:
+    if seed is None:
+        return None
+    return seed + child if seed + child <= INT64_MAX else seed + child - (1 << 64)
+
+
+def _end_tokens(config: EngineConfig, tokenizer: Tokenizer) -> tuple[int | None, list[int]]:
+    """The end-of-sequence token, and further ends, which report themselves as `stop_reason`.
+
+    The first is the tokenizer's; a model's configuration may list more (Llama 3's 128008 and 128009).
+    """
+    listed = config.generation_defaults.get("eos_token_id", [])
+    ends = [*config.spec.eos_token_ids, *(listed if isinstance(listed, list) else [listed])]
+    known = [token for token in ends if type(token) is int and 0 <= token < config.spec.vocab_size]
+    eos = tokenizer.eos_token_id
+    if eos is None and known:
+        eos = known[0]
+    return eos, sorted(set(known) - {eos})
