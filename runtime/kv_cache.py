@@ -97,7 +97,8 @@ class KVCacheManager:
 
     def prefix_keys(self, token_ids: list[int], salt: str = "") -> PrefixKeys:
         """Keys for a token list that may grow; pass them to `match_prefix` and `cache_blocks`."""
-        root = hashlib.sha256(self._root + salt.encode()).digest()
+        # A lone surrogate is a possible salt too: a JSON parser lets it pass, strict UTF-8 does not.
+        root = hashlib.sha256(self._root + salt.encode("utf-8", "surrogatepass")).digest()
         return PrefixKeys(token_ids, self.block_size, root)
 
     def match_prefix(self, keys: PrefixKeys, num_tokens: int) -> list[int]:
@@ -206,15 +207,24 @@ class KVCacheManager:
         held = Counter(block for table in self._tables.values() for block in table.blocks)
         _require(all(self._refcount[b] == held[b] for b in range(self.num_blocks)), "a refcount is wrong")
         parts = [*self._free, *self._cached, *held]
-        _require(sorted(parts) == list(range(self.num_blocks)), "free, cached and referenced do not partition")
+        _require(
+            sorted(parts) == list(range(self.num_blocks)), "free, cached and referenced do not partition"
+        )
         for seq_id, table in self._tables.items():
-            open_blocks = table.blocks[table.num_cached_blocks :] if self.enable_prefix_caching else table.blocks
-            _require(all(held[b] == 1 for b in open_blocks), f"a block that sequence {seq_id} writes is shared")
+            open_blocks = (
+                table.blocks[table.num_cached_blocks :] if self.enable_prefix_caching else table.blocks
+            )
+            _require(
+                all(held[b] == 1 for b in open_blocks), f"a block that sequence {seq_id} writes is shared"
+            )
             _require(len(set(table.blocks)) == len(table.blocks), f"sequence {seq_id} holds a block twice")
             _require(
-                len(table.blocks) == self._blocks_for(table.num_tokens), f"the table of sequence {seq_id} is off"
+                len(table.blocks) == self._blocks_for(table.num_tokens),
+                f"the table of sequence {seq_id} is off",
             )
-        _require(all(self._key_of[b] == key for key, b in self._block_of.items()), "a key names a wrong block")
+        _require(
+            all(self._key_of[b] == key for key, b in self._block_of.items()), "a key names a wrong block"
+        )
         _require(all(self._key_of[b] is not None for b in self._cached), "a cached block has no key")
         _require(all(self._key_of[b] is None for b in self._free), "a free block has a key")
 

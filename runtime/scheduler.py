@@ -47,6 +47,7 @@ class Request:
         "params",
         "prompt_len",
         "row",
+        "seq_id",
         "source",
         "steps_in_flight",
         "stop_ids",
@@ -60,6 +61,8 @@ class Request:
         self.id = source.request_id
         self.params: SamplingParams = source.params
         self.order = order  # smaller is served first, larger is preempted first
+        # Its name in the KV pool. Not `id`: that one may come again while the last step is in flight.
+        self.seq_id = order[1]
         self.token_ids = tokens  # all known tokens; `keys` reads the same list
         self.keys = keys
         self.prompt_len = len(tokens)
@@ -219,7 +222,8 @@ class Scheduler:
                 if request.steps_in_flight == 0:
                     self._release(request)
                 continue
-            self.kv.cache_blocks(request.id, request.keys, item.start + item.num_new)
+            if not item.samples or token != NO_TOKEN:  # what gave no finite logits may be broken itself
+                self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
             if item.samples:
                 outputs.append(self._take_token(request, token))
         return outputs
@@ -246,7 +250,7 @@ class Scheduler:
     def _make_room(self, request: Request, num_new: int) -> tuple[bool, bool]:
         """Blocks for `num_new` more tokens, by preemption if need be -> (got them, preempted one)."""
         preempted = False
-        while not self.kv.append(request.id, num_new):
+        while not self.kv.append(request.seq_id, num_new):
             victim = self._running[-1]
             if victim.steps_in_flight:
                 return False, preempted
@@ -271,7 +275,7 @@ class Scheduler:
             # are admitted together, run out of blocks half way, and preempt each other in turn.
             if not self.kv.can_hold(request.num_tokens, prefix):
                 break
-            self.kv.alloc(request.id, num_cached + num_new, prefix)
+            self.kv.alloc(request.seq_id, num_cached + num_new, prefix)
             heapq.heappop(self._waiting)
             self._num_waiting -= 1
             request.row = self._free_rows.pop()
@@ -292,7 +296,7 @@ class Scheduler:
         start = request.num_computed
         if first_block is None:
             first_block = -(-start // self.kv.block_size)
-        blocks = tuple(self.kv.block_table(request.id)[first_block:])
+        blocks = tuple(self.kv.block_table(request.seq_id)[first_block:])
         request.num_computed += num_new
         request.steps_in_flight += 1
         samples = request.num_computed == request.num_tokens
@@ -344,13 +348,16 @@ class Scheduler:
         request.finish_reason = reason
         del self._requests[request.id]
         if request.row < 0:
-            self._num_waiting -= 1  # the heap drops it when it gets there
+            self._num_waiting -= 1  # the heap drops it when it gets there, or when half of it has ended
+            if len(self._waiting) > 2 * self._num_waiting:
+                self._waiting = [waiting for waiting in self._waiting if waiting.finish_reason is None]
+                heapq.heapify(self._waiting)
         elif request.steps_in_flight == 0:
             self._release(request)
 
     def _release(self, request: Request) -> None:
         """Give blocks and row back; the runner zeroes the row with the next plan."""
-        self.kv.free(request.id)
+        self.kv.free(request.seq_id)
         del self._running[bisect_left(self._running, request)]
         self._free_rows.append(request.row)
         self._released_rows.append(request.row)

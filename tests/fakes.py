@@ -15,7 +15,7 @@ import msgspec
 
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core import EngineCore
+from microvllm.runtime.core import EngineCore, StepInFlight
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan
 
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
         return self[:3] == other[:3]
 
 
-def next_token(context: Sequence[int], banned: Collection[int] = ()) -> int:
+def next_token(context: Sequence[int], banned: Collection[int | None] = ()) -> int:
     """The fake model: a token that depends on every token of the context and on their order."""
     allowed = [token for token in range(VOCAB) if token not in banned]
     return allowed[hash(tuple(context)) % len(allowed)]
@@ -52,8 +52,7 @@ def run_alone(request: EngineRequest) -> Answer:
     params, eos, stop_ids = request.params, request.eos_token_id, request.stop_token_ids
     context, output = list(request.prompt_token_ids), list[int]()
     while True:
-        banned = {*stop_ids, eos} if len(output) < params.min_tokens else set()
-        token = next_token(context, banned)
+        token = next_token(context, (*stop_ids, eos) if len(output) < params.min_tokens else ())
         context.append(token)
         output.append(token)
         if len(output) >= params.min_tokens and token == eos:
@@ -207,9 +206,10 @@ class FakeRunner:
         _require(len(self.in_flight) <= 1 + self.config.async_scheduling, "too many steps in flight")
         return step
 
-    def collect(self, step: FakeStep) -> list[int]:
-        _require(self.in_flight.popleft() is step, "steps are collected out of order")
-        return step.tokens
+    def collect(self, step: StepInFlight) -> list[int]:
+        oldest = self.in_flight.popleft()
+        _require(oldest is step, "steps are collected out of order")
+        return oldest.tokens
 
     # ---- the device ----------------------------------------------------------------------------
 
