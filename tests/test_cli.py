@@ -1,0 +1,484 @@
+"""The command line: what each flag does, and that whatever is wrong is one line and exit status 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from microvllm import cli
+from microvllm.openai_compat import server
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
+from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.errors import EngineError
+
+MICROVLLM = str(Path(sys.executable).with_name("microvllm"))
+DEMO = "smollm2-135m-instruct"
+OWN = {
+    "--model": "value",
+    "--port": "value",
+    "--names": "list",
+    "--eager": "switch",
+    "--no-eager": "switch",
+    "-h": "switch",
+}
+
+
+def normalise(*argv: str) -> tuple[list[str], list[str]]:
+    warnings: list[str] = []
+    return normalise_argv(argv, OWN, warnings.append), warnings
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[EngineArgs, ServerArgs]]]:
+    """Collects what `serve` was about to start, in place of starting it."""
+    calls: list[tuple[EngineArgs, ServerArgs]] = []
+    for name in ("MICROVLLM_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(EngineArgs, "resolve", lambda self: self)
+    monkeypatch.setattr(server, "serve", lambda config, args, on_progress: calls.append((config, args)))
+    yield calls
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Runs a command that must fail with status 2 and exactly one line, which is returned."""
+    assert cli.run(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("microvllm: warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("microvllm: error: "), err
+    return lines[0]
+
+
+class TestNormalise:
+    @pytest.mark.parametrize(
+        ("argv", "expected"),
+        [
+            (["m", "--port", "1"], ["m", "--port=1"]),
+            (["--port=1", "m"], ["--port=1", "m"]),
+            (["--no_eager"], ["--no-eager"]),
+            (["--port", "-1"], ["--port=-1"]),
+            (["--port", "-1.5k"], ["--port=-1.5k"]),
+            (["--model", "-a b"], ["--model=-a b"]),
+            (["--model=a=b_c"], ["--model=a=b_c"]),
+            (["--model="], ["--model="]),
+            (["--names", "a", "b", "--port", "1", "m"], ["--names=a", "--names=b", "--port=1", "m"]),
+            (["--names=a", "b"], ["--names=a", "--names=b"]),
+            (["--", "--unknown"], ["--", "--unknown"]),
+            (["--help=all"], ["--help"]),
+            (["-h"], ["-h"]),
+            (["-tp", "1"], []),
+            (["--tensor_parallel_size=1", "-pp=1", "-dp", "1"], []),
+        ],
+    )
+    def test_own_flags(self, argv: list[str], expected: list[str]) -> None:
+        assert normalise_argv(argv, OWN | {"--help": "switch"}, pytest.fail) == expected
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["--swap-space", "4"],
+            ["--swap_space=4"],
+            ["--disable-log-requests"],
+            ["--no-enable-lora"],
+            ["-O3"],
+            ["-O", "2"],
+            ["-O=2"],
+            ["-cc", '{"mode": 3}'],
+            ["-cc.mode", "3"],
+            ["--compilation-config.pass_config.fuse=true"],
+            ["--cudagraph-capture-sizes", "1", "2", "4"],
+            ["-q", "awq"],
+            ["-asc=4"],
+            ["--enforce-eager"],
+            ["--gpu-memory-utilization", "0.9"],
+        ],
+    )
+    def test_a_flag_of_vllm_without_effect_is_dropped_with_its_value(self, argv: list[str]) -> None:
+        left, warnings = normalise("m", *argv, "--port", "1")
+        assert left == ["m", "--port=1"]
+        assert len(warnings) == 1 and "\n" not in warnings[0] and warnings[0].startswith("--")
+
+    @pytest.mark.parametrize(
+        ("argv", "problem"),
+        [
+            (["--prot", "1"], "unknown flag --prot, did you mean --port?"),
+            (["--xyzzy"], "unknown flag --xyzzy"),
+            (["-x"], "unknown flag -x"),
+            (["--port"], "--port needs a value"),
+            (["--port", "--eager"], "--port needs a value"),
+            (["--eager=yes"], "--eager takes no value"),
+            (["--names"], "--names needs a value"),
+            (["--swap-space"], "--swap-space needs a value"),
+            (["-tp", "2"], "--tensor-parallel-size must be 1"),
+            (["--pipeline_parallel_size=x"], "--pipeline-parallel-size must be 1"),
+            (["-dp=0"], "--data-parallel-size must be 1"),
+        ],
+    )
+    def test_wrong_flags(self, argv: list[str], problem: str) -> None:
+        with pytest.raises(UsageError, match=re.escape(problem)):
+            normalise(*argv)
+
+
+# Section of vLLM's own documentation: every flag of `vllm serve` 0.33 that benchmark and start scripts pass,
+# and those of 2024 that are gone. True: takes a value.
+VLLM_FLAGS = {
+    "--model": True, "--served-model-name": True, "--host": True, "--port": True, "--uds": True,
+    "--api-key": True, "--root-path": True, "--allowed-origins": True, "--allowed-methods": True,
+    "--allowed-headers": True, "--allow-credentials": False, "--enable-request-id-headers": False,
+    "--disable-fastapi-docs": False, "--middleware": True, "--ssl-keyfile": True, "--ssl-certfile": True,
+    "--ssl-ca-certs": True, "--uvicorn-log-level": True, "--disable-uvicorn-access-log": False,
+    "--disable-access-log-for-endpoints": True, "--enable-log-requests": False,
+    "--enable-log-outputs": False, "--max-log-len": True, "--disable-log-stats": False,
+    "--tokenizer": True, "--tokenizer-mode": True, "--tokenizer-revision": True, "--revision": True,
+    "--trust-remote-code": False, "--hf-token": True, "--download-dir": True, "--dtype": True,
+    "--max-model-len": True, "--seed": True, "--quantization": True, "--load-format": True,
+    "--enforce-eager": False, "--gpu-memory-utilization": True, "--kv-cache-memory-bytes": True,
+    "--num-gpu-blocks-override": True, "--block-size": True, "--kv-cache-dtype": True,
+    "--enable-prefix-caching": False, "--no-enable-prefix-caching": False,
+    "--prefix-caching-hash-algo": True, "--max-num-seqs": True, "--max-num-batched-tokens": True,
+    "--enable-chunked-prefill": False, "--no-enable-chunked-prefill": False,
+    "--long-prefill-token-threshold": True, "--scheduling-policy": True, "--async-scheduling": False,
+    "--no-async-scheduling": False, "--stream-interval": True, "--max-num-queued-reqs": True,
+    "--max-num-queued-tokens": True, "--tensor-parallel-size": True, "--pipeline-parallel-size": True,
+    "--data-parallel-size": True, "--distributed-executor-backend": True, "--attention-backend": True,
+    "--compilation-config": True, "--cudagraph-capture-sizes": True, "--max-cudagraph-capture-size": True,
+    "--optimization-level": True, "--performance-mode": True, "--speculative-config": True,
+    "--spec-method": True, "--spec-model": True, "--spec-tokens": True, "--max-logprobs": True,
+    "--logprobs-mode": True, "--generation-config": True, "--override-generation-config": True,
+    "--chat-template": True, "--chat-template-content-format": True,
+    "--trust-request-chat-template": False, "--default-chat-template-kwargs": True,
+    "--response-role": True, "--enable-auto-tool-choice": False, "--tool-call-parser": True,
+    "--reasoning-parser": True, "--structured-outputs-config": True,
+    "--structured-outputs-config.backend": True, "--enable-prompt-tokens-details": False,
+    "--enable-force-include-usage": False, "--enable-per-request-metrics": False,
+    "--enable-server-load-tracking": False, "--enable-tokenizer-info-endpoint": False,
+    "--return-tokens-as-token-ids": False, "--sse-keep-alive-interval": True, "--fingerprint-mode": True,
+    "--profiler-config": True, "--skip-tokenizer-init": False, "--enable-prompt-embeds": False,
+    "--enable-sleep-mode": False, "--enable-lora": False, "--api-server-count": True, "--headless": False,
+    "--grpc": False, "--shutdown-timeout": True, "--max-num-scheduled-tokens": True,
+    # Gone from vLLM, still in scripts.
+    "--swap-space": True, "--disable-log-requests": False, "--num-scheduler-steps": True,
+    "--use-v2-block-manager": False, "--max-seq-len-to-capture": True, "--guided-decoding-backend": True,
+    "--task": True, "--device": True, "--rope-scaling": True, "--enable-reasoning": False,
+    "--preemption-mode": True, "--worker-use-ray": False, "--speculative-model": True,
+    "--disable-frontend-multiprocessing": False,
+}  # fmt: skip
+
+
+def own_flags() -> dict[str, str]:
+    """Flag -> parameter name of `serve`."""
+    command = get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    return {
+        name: param.name
+        for param in command.params
+        for name in (*param.opts, *param.secondary_opts)
+        if name.startswith("--") and name != "--help"
+    }
+
+
+@pytest.mark.parametrize("flag", VLLM_FLAGS)
+def test_every_flag_of_vllm_is_known(
+    flag: str, launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours, or one warning line, and never takes the wrong number of words."""
+    if flag in own_flags():
+        kind = next(
+            p for p in get_command(cli.app).commands["serve"].params if flag in (*p.opts, *p.secondary_opts)
+        )  # type: ignore[attr-defined]
+        assert kind.is_flag is not VLLM_FLAGS[flag]
+        return
+    value = ["1"] if VLLM_FLAGS[flag] else []
+    assert cli.run(["serve", "the-model", flag, *value, "--port", "8123"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    parallel = flag in ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
+    assert len(err) == (0 if parallel else 1) and all(flag in line for line in err)
+    (engine, http), = launched  # fmt: skip
+    assert engine.model == "the-model" and http.port == 8123
+
+
+NOT_DEFAULT = {
+    "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
+    "chat_template": "{{ messages }}", "scheduling_policy": "priority",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [flag for flag in own_flags() if flag != "--model"])
+def test_every_flag_reaches_its_option(flag: str, launched: list[Any]) -> None:
+    """Given a value that is not the default, exactly one field of EngineArgs or ServerArgs changes."""
+    name = own_flags()[flag]
+    command = get_command(cli.app).commands["serve"]  # type: ignore[attr-defined]
+    param = next(param for param in command.params if param.name == name)
+    value = [] if param.is_flag else [NOT_DEFAULT.get(name, "7")]
+    assert cli.run(["serve", "m"]) == 0
+    assert cli.run(["serve", "m", flag, *value]) == 0
+    plain, given = ({**dataclasses.asdict(e), **dataclasses.asdict(s)} for e, s in launched)
+    changed = {key for key in plain if plain[key] != given[key]}
+    is_default = param.is_flag and (flag in param.opts) is param.default
+    assert len(changed) == (0 if is_default else 1), changed
+    if changed and name in given:
+        assert changed == {name}
+
+
+def test_defaults_are_those_of_the_engine_and_the_server(launched: list[Any]) -> None:
+    assert cli.run(["serve", "--model", "m"]) == 0
+    assert launched == [(EngineArgs(model="m"), ServerArgs())]
+
+
+def test_every_engine_option_has_a_flag() -> None:
+    names = set(own_flags().values())
+    assert {field.name for field in dataclasses.fields(EngineArgs)} <= names
+
+
+def test_spellings_reach_the_options(launched: list[Any], tmp_path: Path) -> None:
+    template = tmp_path / "chat template.jinja"
+    template.write_text("{{ messages[0].content }}é", "utf-8")
+    argv = (
+        "serve --served_model_name a b --max-num-batched-tokens=25.6k --kv_cache_memory_bytes 1G "
+        "--no-enable_prefix_caching --api-key k1 k2 --max-model-len 2K --model m"
+    ).split()
+    assert cli.run([*argv, "--chat-template", str(template)]) == 0
+    (engine, http), = launched  # fmt: skip
+    assert http.served_model_names == ("a", "b") and http.api_keys == ("k1", "k2")
+    assert engine.max_num_batched_tokens == 25600 and engine.kv_cache_memory_bytes == 1 << 30
+    assert engine.max_model_len == 2048 and engine.enable_prefix_caching is False
+    assert http.chat_template == "{{ messages[0].content }}é"
+
+
+@pytest.mark.parametrize("text", ["auto", "-1"])
+def test_context_length_left_to_us(text: str, launched: list[Any]) -> None:
+    assert cli.run(["serve", "m", "--max-model-len", text]) == 0
+    assert launched[0][0].max_model_len is None
+
+
+@pytest.mark.parametrize("variable", ["MICROVLLM_API_KEY", "VLLM_API_KEY"])
+def test_api_key_from_the_environment(
+    variable: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "secret")
+    assert cli.run(["serve", "m"]) == 0
+    assert cli.run(["serve", "m", "--api-key", "other"]) == 0
+    assert [http.api_keys for _, http in launched] == [("secret",), ("other",)]
+
+
+def test_same_model_twice_is_one(launched: list[Any]) -> None:
+    assert cli.run(["serve", "m", "--model", "m"]) == 0
+    assert launched[0][0].model == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("0", 0), ("4096", 4096), (" 8 ", 8), ("-1", -1)),
+        *(
+            ("1k", 1000),
+            ("25.6k", 25600),
+            ("4.35k", 4350),
+            ("1.1m", 1_100_000),
+            ("1g", 10**9),
+            ("1t", 10**12),
+        ),
+        *(("1K", 1 << 10), ("2M", 2 << 20), ("3G", 3 << 30), ("1T", 1 << 40)),
+    ],
+)
+def test_human_int(text: str, value: int) -> None:
+    assert cli.human_int(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "1.5", "1.5K", "1kk", "1e3", "0x10", "1.0001k", "nan", "inf", "²", "1 k"]
+)
+def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capsys, "serve", "m", f"--max-num-batched-tokens={text}")
+    assert "--max-num-batched-tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["serve"], "no model was given"),
+        (["serve", "--model", ""], "no model was given"),
+        (["serve", "a", "--model", "b"], "two models"),
+        (["serve", "a", "b"], "b"),
+        (["serve", "no-such-model"], "no-such-model"),
+        (["serve", "m", "--modle", "x"], "did you mean --model"),
+        (["serve", "m", "--port", "0"], "--port"),
+        (["serve", "m", "--port", "-1"], "--port"),
+        (["serve", "m", "--port", "70000"], "--port"),
+        (["serve", "m", "--port", "x"], "--port"),
+        (["serve", "m", "--port", ""], "--port"),
+        (["serve", "m", "--gpu-memory-utilization", "0"], "--gpu-memory-utilization"),
+        (["serve", "m", "--gpu-memory-utilization", "-1"], "--gpu-memory-utilization"),
+        (["serve", "m", "--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization"),
+        (["serve", "m", "--gpu_memory_utilization=nan"], "--gpu-memory-utilization"),
+        (["serve", "m", "-tp", "2"], "--tensor-parallel-size"),
+        (["serve", "m", "--seed", "x"], "--seed"),
+        (["serve", "m", "--max-num-seqs", "0"], "--max-num-seqs"),
+        (["serve", "m", "--uvicorn-log-level", "loud"], "--uvicorn-log-level"),
+        (["serve", "m", "--shutdown-timeout", "nan"], "--shutdown-timeout"),
+        (["serve", "m", "--api-key", ""], "--api-key"),
+        (["serve", "m", "--chat-template", "no-such-file"], "no-such-file"),
+        (["serve", "m", "--chat-template", "nul\0byte"], "--chat-template"),
+        (["serve", "m", "--chat-template", "."], "--chat-template"),
+        (["generate"], "prompt"),
+        (["generate", "hello"], "no model was given"),
+        (["generate", "hello", "--model", "no-such-model"], "no-such-model"),
+        (["generate", "hello", "--model", DEMO, "--temperature", "hot"], "--temperature"),
+        (["frobnicate"], "frobnicate"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert names.lower() in error_line(capsys, *argv).lower()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ("--max-model-len 0", "--max-model-len"),
+        ("--max-model-len 1M", "--max-model-len"),
+        ("--dtype int4", "--dtype"),
+        ("--load-format pickle", "--load-format"),
+        ("--load-format safetensors", "--load-format"),
+        ("--scheduling-policy random", "--scheduling-policy"),
+        ("--attention-backend cuda", "--attention-backend"),
+        ("--generation-config no-such-folder", "no-such-folder"),
+        ("--tokenizer no-such-folder", "no-such-folder"),
+        # A pool smaller than one request: says what is there and what is needed.
+        ("--num-gpu-blocks-override 1 --max-model-len 2048", "128 blocks"),
+        ("--kv-cache-memory-bytes 1k", "--kv-cache-memory-bytes"),
+        ("--max-num-seqs 64 --max-num-batched-tokens 32", "--max-num-seqs"),
+        ("--host no.such.host.invalid", "--host"),
+        ("--uds /no/such/folder/socket", "--uds"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_or_the_machine(
+    argv: str, names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert names in error_line(capsys, "serve", "--model", DEMO, *argv.split())
+
+
+def start(*argv: str, **env: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The console script in a process of its own, and how long it took in seconds."""
+    begin = time.monotonic()
+    result = subprocess.run(
+        [MICROVLLM, *argv],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | env,
+    )
+    return result, time.monotonic() - begin
+
+
+@pytest.mark.parametrize("optimize", ["", "1", "2"])
+def test_the_console_script(optimize: str) -> None:
+    """Also with the asserts compiled away: no check may be one."""
+    for argv, names in (
+        (["serve", "--modle", "x"], "--model"),
+        (["serve", "x", "--port", "70000"], "--port"),
+        (["serve", "x", "--gpu-memory-utilization", "nan"], "--gpu-memory-utilization"),
+        (["serve", "/no/such/model"], "/no/such/model"),
+    ):
+        result, seconds = start(*argv, PYTHONOPTIMIZE=optimize)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert names in result.stderr and result.stderr.count("\n") == 1
+        assert seconds < 5
+
+
+@pytest.mark.model
+def test_a_taken_port_is_known_before_the_model_loads() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result, seconds = start("serve", "--model", DEMO, "--port", str(port))
+    assert result.returncode == 2 and str(port) in result.stderr and result.stderr.count("\n") == 1
+    assert "Loading" not in result.stdout + result.stderr
+    assert seconds < 5
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from microvllm import cli; status = cli.run(['serve', '--help'])\n"
+        "print(status, sorted({'torch', 'transformers', 'numpy', 'starlette'} & sys.modules.keys()))"
+    )
+    begin = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert time.monotonic() - begin < 2
+    assert result.stdout.endswith("0 []\n")
+    for flag in own_flags():
+        assert flag in result.stdout
+
+
+def test_version_and_help() -> None:
+    runner = CliRunner()
+    assert re.fullmatch(r"microvllm \d+\.\d+\.\d+\n", runner.invoke(cli.app, ["--version"]).output)
+    result = runner.invoke(cli.app, ["--help"])
+    assert result.exit_code == 0 and "serve" in result.output and "generate" in result.output
+    assert "--max-tokens" in runner.invoke(cli.app, ["generate", "--help"]).output
+
+
+def test_an_engine_that_fails_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("the engine process ended with signal 9")
+
+    monkeypatch.setattr(EngineArgs, "resolve", lambda self: self)
+    monkeypatch.setattr(server, "serve", fail)
+    assert cli.run(["serve", "m"]) == 1
+    assert capsys.readouterr().err == "microvllm: error: the engine process ended with signal 9\n"
+
+
+def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli.LoadProgress() as progress:
+        for done in range(101):
+            progress(done, 100)
+        progress(0, 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"Loading weights: {share} %" for share in (25, 50, 75, 100)]
+
+
+def test_load_progress_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with cli.LoadProgress() as progress:
+        progress(1, 2)
+        progress(2, 2)
+    assert "100 %" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_generate_streams_to_the_terminal() -> None:
+    argv = [
+        "generate",
+        "The capital of France is",
+        "--model",
+        DEMO,
+        "--max-tokens",
+        "8",
+        "--temperature",
+        "0",
+    ]
+    result, _ = start(*argv, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout and result.stdout.endswith("\n")
+    result, _ = start(*argv, "--stop", "Paris", OMP_NUM_THREADS="1")
+    assert result.returncode == 0 and "Paris" not in result.stdout
