@@ -17,6 +17,7 @@ from microvllm.openai_compat.sampling import sampling_params
 from microvllm.openai_compat.schemas import CHAT
 from microvllm.openai_compat.sse import EventStream, StreamOptions, event_chunks
 from microvllm.openai_compat.state import ServerState
+from microvllm.runtime.chat_template import normalize_messages
 from microvllm.runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ async def create_chat_completion(request: Request) -> Response:
     wish = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
     params = sampling_params(fields, state.client, max_tokens=fields[wish], max_tokens_field=wish)
     priority = priority_of(request, fields)
-    ids = await state.client.run_blocking(render, state.client, fields)
+    ids, last = await state.client.run_blocking(render, state.client, fields)
     generation.submit(state, [ids], params, fields, priority)
-    role, echo = _role_and_echo(fields, state.args.response_role)
+    role, echo = _role_and_echo(fields, last, state.args.response_role)
     if fields["stream"]:
         options = StreamOptions.of(fields, state.args)
         writer = ChatChunks(
@@ -54,8 +55,8 @@ async def create_chat_completion(request: Request) -> Response:
     return Response(body, media_type="application/json")
 
 
-def render(client: EngineClient, fields: Mapping[str, Any]) -> list[int]:
-    """The token ids of a conversation; runs in a worker thread.
+def render(client: EngineClient, fields: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """The token ids of a conversation, and its last message, checked; runs in a worker thread.
 
     Raises `InvalidRequestError` naming `messages` for malformed ones, or the template's own complaint.
     """
@@ -66,25 +67,25 @@ def render(client: EngineClient, fields: Mapping[str, Any]) -> list[int]:
             "continue_final_message",
         )
     opens_turn = not continued if fields["add_generation_prompt"] is None else fields["add_generation_prompt"]
-    return client.processor.render_chat(
-        fields["messages"],
+    messages = normalize_messages(fields["messages"])
+    ids = client.processor.render_chat(
+        messages,
         add_generation_prompt=opens_turn,
         continue_final_message=continued,
         add_special_tokens=bool(fields["add_special_tokens"]),
         **fields["chat_template_kwargs"],
     )
+    return ids, messages[-1]
 
 
-def _role_and_echo(fields: Mapping[str, Any], response_role: str) -> tuple[str, str]:
+def _role_and_echo(fields: Mapping[str, Any], last: dict[str, Any], response_role: str) -> tuple[str, str]:
     """The role of the answer, and the text of the last message where `echo` asks for it.
 
     Without a generation prompt, or when the last message is continued, the answer speaks as its author.
     """
-    last = fields["messages"][-1]
     continues = fields["continue_final_message"] or fields["add_generation_prompt"] is False
     role = last["role"] if continues else response_role
-    content = last.get("content")
-    return role, content if fields["echo"] and last["role"] == role and isinstance(content, str) else ""
+    return role, last["content"] if fields["echo"] and last["role"] == role else ""
 
 
 async def _answer(

@@ -10,7 +10,7 @@ from microvllm.openai_compat.sse import stream_usage
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.generation import Generation
-    from microvllm.runtime.client import TextDelta
+    from microvllm.runtime.output import TextDelta
 
 _PLAIN_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_transfer_params":null}\n\n'
 

@@ -8,7 +8,7 @@ import orjson
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.generation import Generation
-    from microvllm.runtime.client import TextDelta
+    from microvllm.runtime.output import TextDelta
 
 _PLAIN_END = (
     b'"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null,"weight_versions":null}]'

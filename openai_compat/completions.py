@@ -19,9 +19,10 @@ from microvllm.openai_compat.schemas import COMPLETIONS
 from microvllm.openai_compat.sse import EventStream, StreamOptions, event_chunks
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+from microvllm.runtime.output import TextDelta
 
 if TYPE_CHECKING:
-    from microvllm.runtime.client import EngineClient, TextDelta
+    from microvllm.runtime.client import EngineClient
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 4096  # prompts times n
@@ -150,8 +151,6 @@ class PromptOnly:
         self.prompt_token_ids = prompt_token_ids
 
     async def __aiter__(self) -> AsyncIterator[TextDelta]:
-        from microvllm.runtime.client import TextDelta
-
         yield TextDelta(token_ids=[], text="", finish_reason="length", stop_reason=None)
 
     def abort(self) -> None:

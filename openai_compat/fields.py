@@ -24,8 +24,8 @@ from microvllm.runtime.request import INT64_MAX, INT64_MIN
 Parser = Callable[[Any], Any]
 Table = Mapping[str, "Field"]
 
-_INTEGER = re.compile(r"[+-]?\d{1,20}(\.0{1,8})?")
-_NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?")
+_INTEGER = re.compile(r"[+-]?\d{1,20}(\.0{1,8})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
 _TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "off", "0"})
 
@@ -150,7 +150,7 @@ def string(value: Any) -> str:
 
 
 def array(value: Any) -> list[Any]:
-    if type(value) is not list:
+    if not isinstance(value, list):
         raise Fault("list_type", "Input should be a valid list")
     return value
 
@@ -170,14 +170,14 @@ def one_or_many(parse: Parser, max_items: int) -> Parser:
     """One value or a list of them, as a list."""
     parse_list = array_of(parse, max_items)
 
-    def parse_either(value: Any) -> list[Any]:
+    def parse_either(value: Any) -> Any:
         return parse_list(value if type(value) is list else [value])
 
     return parse_either
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    if type(value) is not dict:
+    if not isinstance(value, dict):
         raise Fault("dict_type", "Input should be a valid dictionary")
     return value
 

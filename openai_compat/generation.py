@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,7 @@ from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
-    from microvllm.runtime.client import TextDelta
+    from microvllm.runtime.output import TextDelta
     from microvllm.runtime.request import SamplingParams
 
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -110,7 +110,7 @@ class Generation:
             outcomes.append(outcome)
         return outcomes
 
-    async def deltas(self) -> AsyncIterator[tuple[int, TextDelta]]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """(choice, delta) pairs as they arrive."""
         if len(self.streams) == 1:
             async for delta in self.streams[0]:

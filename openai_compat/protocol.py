@@ -79,8 +79,7 @@ class GuardedProtocol(HttpToolsProtocol):
         body = orjson.dumps({"error": error})
         self.transport.write(
             b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"connection: close\r\n\r\n%s"
-            % (status.value, status.phrase.encode(), len(body), body)
+            b"connection: close\r\n\r\n%s" % (status.value, status.phrase.encode(), len(body), body)
         )
         self.transport.close()
 

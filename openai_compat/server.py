@@ -24,6 +24,7 @@ from microvllm.openai_compat.stats import log_stats
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.processor import Processor
 
 logger = logging.getLogger("microvllm.server")
@@ -36,15 +37,17 @@ def serve(
     config: EngineConfig,
     args: ServerArgs,
     *,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = say_plainly,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish and returns.
 
-    `on_progress` is handed to `EngineClient.start`, `say` gets the few lines meant for people. The port is
+    `on_progress` gets (done, total) while the model loads, `say` the few lines meant for people. The port is
     taken before the model loads. A signal during loading ends in `SystemExit` with 128 + its number.
     Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start.
     """
+    if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
+        raise ConfigError(f"--chat-template: {problem}")
     sock = bind_socket(args)
     try:
         _run(_serve(config, args, sock, on_progress, say))
@@ -65,7 +68,7 @@ async def _serve(
     config: EngineConfig,
     args: ServerArgs,
     sock: socket.socket,
-    on_progress: Callable[..., None] | None,
+    on_progress: Callable[[int, int], None] | None,
     say: Callable[[str], None],
 ) -> None:
     signals = Signals()
@@ -105,7 +108,7 @@ async def _serve(
 
 
 async def _start_engine(
-    config: EngineConfig, args: ServerArgs, on_progress: Callable[..., None] | None, signals: Signals
+    config: EngineConfig, args: ServerArgs, on_progress: Callable[[int, int], None] | None, signals: Signals
 ) -> EngineClient:
     start = asyncio.ensure_future(EngineClient.start(config, on_progress=on_progress))
     stopped = asyncio.ensure_future(signals.wait(1))
@@ -176,7 +179,7 @@ class _Server(uvicorn.Server):
         self._on_ready = on_ready
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.generation import Generation
     from microvllm.openai_compat.lifecycle import Lifecycle
-    from microvllm.runtime.client import TextDelta
+    from microvllm.runtime.output import TextDelta
 
 DONE = b"data: [DONE]\n\n"
 
@@ -65,13 +65,13 @@ def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int 
 
 async def event_chunks(
     generation: Generation, writer: ChunkWriter, options: StreamOptions, details: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
     streams = generation.streams
     counts = [0] * len(streams)
     opened = False
     try:
-        async with aclosing(generation.deltas()) as deltas:  # type: ignore[type-var]
+        async with aclosing(generation.deltas()) as deltas:
             async for index, delta in deltas:
                 if not opened:
                     opened = True
@@ -97,7 +97,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes], lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, generation: Generation, events: AsyncGenerator[bytes, None], lifecycle: Lifecycle
+    ) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._generation = generation
@@ -117,7 +119,7 @@ class EventStream(Response):
             self._generation.abort()
 
     async def _send_events(self, send: Send) -> None:
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
+        async with aclosing(self._events) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -37,7 +37,7 @@ async def tokenize(request: Request) -> Response:
 def _tokenize(client: EngineClient, fields: Mapping[str, Any]) -> bytes:
     """Runs in a worker thread."""
     if fields["messages"] is not None:
-        ids = render(client, fields)
+        ids, _ = render(client, fields)
     else:
         ids = client.processor.tokenize_prompt(fields["prompt"], fields["add_special_tokens"] is not False)
     return orjson.dumps(

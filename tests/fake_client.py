@@ -23,6 +23,7 @@ from microvllm.runtime.errors import (
     EngineError,
     InvalidRequestError,
 )
+from microvllm.runtime.output import TextDelta
 from microvllm.runtime.request import EngineStats, SamplingParams
 
 BOS, EOS = 256, 257
@@ -40,14 +41,6 @@ class FakeConfig:
     model: str = "fake-model"
     max_model_len: int = 256
     spec: FakeSpec = field(default_factory=FakeSpec)
-
-
-@dataclass
-class TextDelta:
-    token_ids: list[int]
-    text: str
-    finish_reason: str | None
-    stop_reason: int | str | None
 
 
 class FakeTokenizer:
@@ -111,19 +104,9 @@ class FakeProcessor:
         add_special_tokens: bool = False,
         **kwargs: Any,
     ) -> list[int]:
-        if not messages:
-            raise InvalidRequestError("messages must not be empty.", "messages")
-        turns = []
-        for i, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise InvalidRequestError(f"messages[{i}] must be an object with a role.", "messages")
-            content = message.get("content")
-            if isinstance(content, list):
-                content = "\n".join(part["text"] for part in content)
-            if not isinstance(content, str):
-                raise InvalidRequestError(f"messages[{i}].content must be a string.", "messages")
-            turns.append(f"{message['role']}: {content}")
-        text = "\n".join(turns) + ("" if continue_final_message else "\n")
+        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages) + (
+            "" if continue_final_message else "\n"
+        )
         text += "assistant: " if add_generation_prompt else ""
         text += "".join(f"{name}={value};" for name, value in sorted(kwargs.items()))
         ids = self.tokenize_prompt(text, add_special_tokens)
@@ -265,7 +248,7 @@ class FakeClient:
     @staticmethod
     def _next(context: list[int], knobs: str) -> int:
         digest = hashlib.sha256(f"{context}{knobs}".encode()).digest()
-        return EOS if digest[0] < 6 else LETTERS[digest[1] % len(LETTERS)]
+        return EOS if digest[0] < 12 else LETTERS[digest[1] % len(LETTERS)]
 
 
 def fresh(**changes: Any) -> FakeClient:

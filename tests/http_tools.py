@@ -1,0 +1,85 @@
+"""How the tests of the HTTP surface talk to it: in process, or through a real server on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from fake_client import FakeClient
+
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.protocol import GuardedProtocol
+
+
+@asynccontextmanager
+async def in_process(client: FakeClient, **args: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client wired to the application without a socket."""
+    app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+        yield http
+
+
+@contextmanager
+def real_server(client: FakeClient, **args: Any) -> Iterator[int]:
+    """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port."""
+    app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
+    config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    try:
+        yield sock.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(5)
+    if thread.is_alive():
+        raise RuntimeError("the server did not stop")
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Waits until the condition holds; fails the test if it does not within the time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("the condition did not come true in time")
+        time.sleep(0.005)
+
+
+def events(text: str) -> list[Any]:
+    """The parsed events of a stream; checks the framing and that `[DONE]` comes last, once."""
+    frames = text.split("\n\n")
+    if frames.pop() != "" or frames.pop() != "data: [DONE]":
+        raise AssertionError(f"not closed by [DONE]: {text[-200:]!r}")
+    if any(not frame.startswith("data: {") or "\n" in frame for frame in frames):
+        raise AssertionError("a frame is not one data line")
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def raw_exchange(port: int, *parts: bytes, timeout: float = 5.0) -> bytes:
+    """Sends bytes as they are, returns everything until the server closes or falls silent for `timeout`."""
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        try:
+            for part in parts:
+                sock.sendall(part)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused before everything was sent: the answer is what counts
+        received = b""
+        try:
+            while chunk := sock.recv(65536):
+                received += chunk
+        except (TimeoutError, ConnectionResetError):
+            pass
+        return received

@@ -1,0 +1,347 @@
+"""Honour or refuse: every field that OpenAI or vLLM defines is walked, and every kind of wrong value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from fake_client import EOS, FakeClient
+from http_tools import events, in_process
+
+from microvllm.openai_compat.errors import Fault
+from microvllm.openai_compat.fields import Fate, boolean, integer, number
+from microvllm.openai_compat.schemas import CHAT, COMPLETIONS
+
+# The fields of the OpenAI reference and of vLLM 0.33's request models, for both endpoints or for one.
+COMMON_FIELDS = """
+    model max_tokens temperature top_p n stream stream_options stop presence_penalty frequency_penalty
+    logit_bias seed logprobs echo user response_format service_tier store metadata best_of
+    top_k min_p repetition_penalty length_penalty use_beam_search stop_token_ids include_stop_str_in_output
+    ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
+    truncation_side allowed_token_ids bad_words prompt_logprobs logprob_token_ids structured_outputs
+    add_special_tokens thinking_token_budget priority request_id session_id return_tokens_as_token_ids
+    return_token_ids cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection
+    stream_interval watermarking return_weight_versions routed_experts_prompt_start return_token_offsets
+    mm_payload return_mm_kwargs media_io_kwargs mm_processor_kwargs guided_json guided_regex guided_choice
+    guided_grammar logits_processors safety_identifier prompt_cache_key prompt_cache_retention
+""".split()
+COMPLETION_FIELDS = "prompt suffix prompt_embeds".split()
+CHAT_FIELDS = """
+    messages max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls reasoning_effort
+    modalities add_generation_prompt continue_final_message chat_template chat_template_kwargs documents
+    include_reasoning return_prompt_text functions function_call audio prediction verbosity web_search_options
+""".split()
+
+# A value that asks for something, for every field that is refused.
+DEMANDING: dict[str, Any] = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.1,
+    "length_penalty": 2,
+    "logit_bias": {"5": 10},
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+    "logprobs": 0,
+    "top_logprobs": 3,
+    "prompt_logprobs": 0,
+    "logprob_token_ids": [1],
+    "return_tokens_as_token_ids": True,
+    "best_of": 2,
+    "use_beam_search": True,
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a"},
+    "guided_json": {},
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_grammar": "a",
+    "logits_processors": ["x"],
+    "truncate_prompt_tokens": -1,
+    "truncation_side": "left",
+    "spaces_between_special_tokens": False,
+    "thinking_token_budget": 5,
+    "repetition_detection": {"max_pattern_size": 3},
+    "stream_interval": 4,
+    "vllm_xargs": {"a": 1},
+    "kv_transfer_params": {},
+    "ec_transfer_params": {},
+    "suffix": "x",
+    "prompt_embeds": "AAAA",
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "function_call": "auto",
+    "reasoning_effort": "low",
+    "verbosity": "low",
+    "modalities": ["audio"],
+    "audio": {"voice": "x"},
+    "web_search_options": {},
+    "documents": [],
+    "chat_template": "{{ messages }}",
+    "return_prompt_text": True,
+}
+
+# For every honoured field: a base body, and a change to it that has to be seen in the answer or the engine.
+BASE = {"max_tokens": 24, "seed": 1, "ignore_eos": True}
+CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
+    "max_tokens": ({}, 3),
+    "max_completion_tokens": ({}, 3),
+    "temperature": ({}, 0.5),
+    "top_p": ({}, 0.5),
+    "top_k": ({}, 5),
+    "min_p": ({}, 0.1),
+    "n": ({}, 2),
+    "seed": ({}, 2),
+    "stop": ({}, ["a", "e", "i", "o"]),
+    "stop_token_ids": ({}, [*range(ord("a"), ord("p"))]),
+    "ignore_eos": ({"max_tokens": 200, "ignore_eos": False}, True),
+    "min_tokens": ({"max_tokens": 200, "ignore_eos": False}, 150),
+    "include_stop_str_in_output": ({"stop": ["a", "e", "i", "o"]}, True),
+    "skip_special_tokens": ({"max_tokens": 200}, False),
+    "stream": ({}, True),
+    "stream_options": ({"stream": True}, {"include_usage": True}),
+    "echo": ({}, True),
+    "return_token_ids": ({}, True),
+    "cache_salt": ({}, "tenant"),
+    "priority": ({}, 3),
+    "request_id": ({}, "mine"),
+    "prompt": ({}, "other"),
+    "add_special_tokens": ({}, None),
+    "messages": ({}, [{"role": "user", "content": "other"}]),
+    "add_generation_prompt": ({}, False),
+    "continue_final_message": ({}, True),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+}
+PATHS = {"/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT}
+SUBJECTS = {
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}],
+    },
+}
+
+
+def rows(fate: Fate) -> list[tuple[str, str]]:
+    return [(path, row.name) for path, table in PATHS.items() for row in table.values() if row.fate is fate]
+
+
+async def ask(path: str, **body: Any) -> tuple[int, Any, list[Any]]:
+    """Status, answer without its id and time, and what reached the engine."""
+    client = FakeClient()
+    async with in_process(client) as http:
+        answer = await http.post(path, json={**SUBJECTS[path], **body})
+    parsed = events(answer.text) if body.get("stream") and answer.status_code == 200 else [answer.json()]
+    for part in parsed:
+        part.pop("created", None)
+        if "request_id" not in body:
+            part.pop("id", None)
+    return answer.status_code, parsed, client.submitted
+
+
+def test_every_known_field_has_a_row() -> None:
+    assert sorted(COMPLETIONS) == sorted(COMMON_FIELDS + COMPLETION_FIELDS)
+    assert sorted(CHAT) == sorted(COMMON_FIELDS + CHAT_FIELDS)
+
+
+@pytest.mark.parametrize(("path", "name"), rows(Fate.HONOURED))
+async def test_an_honoured_field_changes_something(path: str, name: str) -> None:
+    if name == "model":
+        assert (await ask(path, model="fake-model"))[0] == 200
+        assert (await ask(path, model="other"))[0] == 404
+        return
+    context, value = CHANGES[name]
+    if name == "add_special_tokens":
+        value = path != "/v1/completions"
+    if name == "echo" and "chat" in path:
+        context = {"add_generation_prompt": False}
+    base = {**BASE, **context}
+    without, changed = await ask(path, **base), await ask(path, **{**base, name: value})
+    assert (without[0], changed[0]) == (200, 200)
+    assert changed[1:] != without[1:]
+    if name not in ("priority", "cache_salt"):  # those two are the engine's business
+        assert changed[1] != without[1]
+
+
+@pytest.mark.parametrize(("path", "name"), rows(Fate.IGNORED))
+async def test_a_field_ignored_on_purpose_changes_nothing(path: str, name: str) -> None:
+    assert await ask(path, **BASE, **{name: ["anything", {"at": "all"}]}) == await ask(path, **BASE)
+
+
+@pytest.mark.parametrize(("path", "name"), rows(Fate.REFUSED))
+async def test_a_refused_field_is_named(path: str, name: str) -> None:
+    status, answer, submitted = await ask(path, **{name: DEMANDING[name]})
+    assert status == 400 and not submitted
+    error = answer[0]["error"]
+    assert (error["param"], error["type"], error["code"]) == (name, "BadRequestError", 400)
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize(("path", "name"), rows(Fate.REFUSED))
+async def test_a_refused_field_may_ask_for_nothing(path: str, name: str) -> None:
+    plain = await ask(path, **BASE)
+    for value in (None, *PATHS[path][name].harmless):
+        assert await ask(path, **BASE, **{name: value}) == plain
+
+
+async def test_unknown_fields_are_ignored() -> None:
+    body = {"conversation_id": "x", "whatever": [1, {"a": None}]}
+    assert await ask("/v1/completions", **BASE, **body) == await ask("/v1/completions", **BASE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        ("temperature", -0.1, "temperature"),
+        ("temperature", 2.01, "temperature"),
+        ("temperature", 1e308, "temperature"),
+        ("temperature", "hot", "body.temperature"),
+        ("temperature", True, "body.temperature"),
+        ("temperature", [1], "body.temperature"),
+        ("top_p", 0, "top_p"),
+        ("top_p", 1.5, "top_p"),
+        ("top_k", -2, "top_k"),
+        ("top_k", 1.5, "body.top_k"),
+        ("min_p", -0.1, "min_p"),
+        ("min_p", 1.1, "min_p"),
+        ("n", 0, "n"),
+        ("n", 10**9, "n"),
+        ("n", 2**70, "body.n"),
+        ("max_tokens", 0, "max_tokens"),
+        ("max_tokens", -1, "max_tokens"),
+        ("max_tokens", 257, "max_tokens"),
+        ("max_tokens", True, "body.max_tokens"),
+        ("min_tokens", -1, "min_tokens"),
+        ("min_tokens", 17, "min_tokens"),
+        ("seed", 2**63, "body.seed"),
+        ("seed", 1.5, "body.seed"),
+        ("seed", "x", "body.seed"),
+        ("stop", ["a"] * 5, "body.stop"),
+        ("stop", ["a"] * 500_000, "body.stop"),
+        ("stop", [1], "body.stop"),
+        ("stop", "", "stop"),
+        ("stop", "x" * 5000, "stop"),
+        ("stop_token_ids", [-1], "body.stop_token_ids"),
+        ("stop_token_ids", [258], "stop_token_ids"),
+        ("stop_token_ids", [2**63], "body.stop_token_ids"),
+        ("stop_token_ids", ["x"], "body.stop_token_ids"),
+        ("stop_token_ids", [1] * 100_000, "body.stop_token_ids"),
+        ("ignore_eos", "perhaps", "body.ignore_eos"),
+        ("stream", 2, "body.stream"),
+        ("stream_options", {"include_usage": True}, "stream_options"),
+        ("stream_options", {"include_usage": "x"}, "body.stream_options"),
+        ("stream_options", [], "body.stream_options"),
+        ("cache_salt", "", "body.cache_salt"),
+        ("cache_salt", "a" * 129, "body.cache_salt"),
+        ("cache_salt", "a\x00b", "body.cache_salt"),
+        ("cache_salt", "a/b", "body.cache_salt"),
+        ("cache_salt", 5, "body.cache_salt"),
+        ("priority", 2**63, "body.priority"),
+        ("priority", "soon", "body.priority"),
+        ("request_id", "../x", "body.request_id"),
+        ("request_id", "a" * 129, "body.request_id"),
+        ("model", 1, "body.model"),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+async def test_bad_values_are_named(path: str, field: str, value: Any, param: str) -> None:
+    base = {} if field == "max_tokens" else {"max_tokens": 16}
+    status, answer, submitted = await ask(path, **base, **{field: value})
+    error = answer[0]["error"]
+    assert (status, error["param"]) == (400, param)
+    assert error["type"] == ("Bad Request" if param.startswith("body.") else "BadRequestError")
+    assert not submitted and len(error["message"]) < 400
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_lax_values_are_understood(path: str) -> None:
+    plain = await ask(path, max_tokens=9, temperature=0.5, seed=3, ignore_eos=True, n=1)
+    lax = await ask(
+        path, max_tokens="9", temperature="0.5", seed=3.0, ignore_eos=1, n=None, stop=None, min_p=None
+    )
+    assert lax == plain and plain[0] == 200
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(5, 5), ("5", 5), ("-7", -7), (5.0, 5), ("+5", 5), ("5.0", 5)])
+def test_integers(value: Any, wanted: int) -> None:
+    assert integer()(value) == wanted
+
+
+@pytest.mark.parametrize(
+    "value", [True, 1.5, "x", "", " 5", "1_0", "\u0663", "9" * 40, [], {}, 1e300, "0x10", math.inf]
+)
+def test_not_integers(value: Any) -> None:
+    with pytest.raises(Fault):
+        integer()(value)
+
+
+@pytest.mark.parametrize(
+    "value", [True, "x", "", "nan", "inf", "1e999", [], {}, math.nan, math.inf, -math.inf, "\u0661"]
+)
+def test_not_numbers(value: Any) -> None:
+    with pytest.raises(Fault):
+        number(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [(True, True), (0, False), ("TRUE", True), ("off", False), (1.0, True)]
+)
+def test_booleans(value: Any, wanted: bool) -> None:
+    assert boolean(value) is wanted
+
+
+@pytest.mark.parametrize("value", [2, "x", "", [], {}, 0.5, "truetrue"])
+def test_not_booleans(value: Any) -> None:
+    with pytest.raises(Fault):
+        boolean(value)
+
+
+async def test_seed_minus_one_is_no_seed() -> None:
+    client = FakeClient()
+    async with in_process(client) as http:
+        await http.post("/v1/completions", json={"prompt": "hi", "seed": -1})
+        await http.post("/v1/completions", json={"prompt": "hi", "seed": 0})
+    assert [params.seed for _, params, _, _ in client.submitted] == [None, 0]
+
+
+async def test_priority_header_wins() -> None:
+    client = FakeClient()
+    async with in_process(client) as http:
+        body = {"prompt": "hi", "priority": 1}
+        await http.post("/v1/completions", json=body)
+        await http.post("/v1/completions", json=body, headers={"x-vllm-priority": "-5"})
+        bad = await http.post("/v1/completions", json=body, headers={"x-vllm-priority": "soon"})
+    assert [priority for _, _, priority, _ in client.submitted] == [1, -5]
+    assert bad.status_code == 400 and bad.json()["error"]["param"] == "priority"
+
+
+async def test_template_variables_are_an_allow_list() -> None:
+    for name in ("tokenize", "chat_template", "messages", "add_generation_prompt", "tools"):
+        status, answer, _ = await ask("/v1/chat/completions", chat_template_kwargs={name: "x"})
+        assert (status, answer[0]["error"]["param"]) == (400, "body.chat_template_kwargs")
+    for value in ({"enable_thinking": []}, {"date_string": "x" * 10_000}, [], "x"):
+        assert (await ask("/v1/chat/completions", chat_template_kwargs=value))[0] == 400
+
+
+async def test_both_turn_flags_exclude_each_other() -> None:
+    status, answer, _ = await ask(
+        "/v1/chat/completions", add_generation_prompt=True, continue_final_message=True
+    )
+    assert (status, answer[0]["error"]["param"]) == (400, "continue_final_message")
+
+
+async def test_echo_alone_needs_no_token() -> None:
+    status, answer, submitted = await ask("/v1/completions", max_tokens=0, echo=True)
+    assert status == 200 and not submitted
+    choice = answer[0]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
+    assert answer[0]["usage"]["completion_tokens"] == 0
+    status, chunks, _ = await ask(
+        "/v1/completions", max_tokens=0, echo=True, stream=True, stream_options={"include_usage": True}
+    )
+    assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == ["hi"]
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "total_tokens": 3, "completion_tokens": 0}
+
+
+async def test_the_eos_token_can_be_a_stop_token_id() -> None:
+    status, answer, _ = await ask("/v1/completions", max_tokens=200, ignore_eos=True, stop_token_ids=[EOS])
+    assert status == 200 and answer[0]["choices"][0]["stop_reason"] == EOS
