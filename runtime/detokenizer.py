@@ -226,9 +226,8 @@ class WindowDecoder:
             # The next window starts where this one's new tokens start.
             del self._ids[: self._read]
             self._read = len(self._ids)
-        elif len(self._ids) > 2 * PROMPT_TAIL:  # tokens without text: keep the window short
-            del self._ids[:PROMPT_TAIL]
-            self._read = len(self._ids)
+        elif len(self._ids) - self._read > PROMPT_TAIL:  # tokens without text: keep the window short
+            del self._ids[self._read :]
         return text
 
     def finish(self) -> str:
