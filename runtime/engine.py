@@ -1,0 +1,117 @@
+"""`InferenceEngine`: the engine in this process, for scripts and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.core import EngineCore
+from microvllm.runtime.errors import EngineError, InvalidRequestError
+from microvllm.runtime.model_runner import ModelGraphRunner
+from microvllm.runtime.output import OutputText, TextDelta
+from microvllm.runtime.processor import Processor
+from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.tokenizer import Tokenizer
+
+
+class InferenceEngine:
+    """Loads a model by its path and generates.
+
+        engine = InferenceEngine(model_path="smollm2-135m-instruct", max_batch_size=32)
+        texts = engine.generate(["Hello", "AI is"], max_tokens=100)
+        for token, text in engine.stream_generate("The future of AI is", max_tokens=50):
+            print(text, end="", flush=True)
+
+    `max_batch_size` is vLLM's `max_num_seqs`; `options` are further fields of `EngineArgs`. Sampling
+    options (temperature, top_p, top_k, min_p, seed, stop, ...) are those of `SamplingParams`; what is
+    not given comes from the model's generation_config.json.
+
+    Not thread-safe: one call at a time. Raises `ConfigError` for a model that cannot be loaded and
+    `InvalidRequestError`, naming the field, for a wrong request.
+    """
+
+    def __init__(self, model_path: str, max_batch_size: int | None = None, **options: Any) -> None:
+        args = EngineArgs(model=model_path, **{"max_num_seqs": max_batch_size, **options})
+        self.config = args.resolve()
+        self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
+        self.processor = Processor(self.config, self.tokenizer)
+        self.core = EngineCore(self.config, ModelGraphRunner(self.config))
+
+    def generate(self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any) -> dict[str, str]:
+        """A text for each prompt, generated together: {prompt: text}.
+
+        Equal prompts are one key and are generated once; use `LLM.generate` for several answers to one.
+        """
+        unique = list(dict.fromkeys([prompts] if isinstance(prompts, str) else prompts))
+        params = self.sampling_params(max_tokens=max_tokens, **sampling)
+        if params.n != 1:
+            raise InvalidRequestError("generate() gives one text a prompt; n must be 1", "n")
+        requests = [self._requests(prompt, params)[0] for prompt in unique]
+        texts = [""] * len(unique)
+        for index, delta in self.run(requests):
+            texts[index] += delta.text
+        return dict(zip(unique, texts, strict=True))
+
+    def stream_generate(
+        self, prompt: str, max_tokens: int | None = 16, **sampling: Any
+    ) -> Iterator[tuple[int, str]]:
+        """Each new token id with the text that became known by it ("" inside a multi-byte character)."""
+        params = self.sampling_params(max_tokens=max_tokens, **sampling)
+        if params.n != 1:
+            raise InvalidRequestError("stream_generate() gives one text; n must be 1", "n")
+        for _, delta in self.run(self._requests(prompt, params)):
+            for token in delta.token_ids:
+                yield token, delta.text
+
+    def sampling_params(self, **wishes: Any) -> SamplingParams:
+        """`SamplingParams` of the given fields over the model's own defaults."""
+        unknown = sorted(set(wishes) - set(SamplingParams.__struct_fields__))
+        if unknown:
+            raise InvalidRequestError(f"{unknown[0]} is not a sampling parameter", unknown[0])
+        if isinstance(wishes.get("stop"), str):
+            wishes["stop"] = [wishes["stop"]]
+        try:
+            return msgspec.convert({**self.processor.default_params(), **wishes}, SamplingParams)
+        except msgspec.ValidationError as error:
+            cause = error.__cause__
+            raise cause if isinstance(cause, InvalidRequestError) else InvalidRequestError(str(error)) from None
+
+    def run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, TextDelta]]:
+        """Generate for all requests together; yields (index of the request, what became known).
+
+        Closing the iterator early aborts what still runs.
+        """
+        texts = {
+            request.request_id: (index, OutputText(self.tokenizer, request))
+            for index, request in enumerate(requests)
+        }
+        try:
+            for request in requests:
+                refused = self.core.add(request)
+                if refused is not None:
+                    raise EngineError(refused.error or "the request was refused")
+            while texts:
+                for output in self.core.step():
+                    if output.request_id not in texts:
+                        continue
+                    index, text = texts[output.request_id]
+                    delta = text.take(output)
+                    if delta.finish_reason is not None:
+                        del texts[output.request_id]
+                        self.core.abort(output.request_id)  # a stop string ended it, or it is gone anyway
+                    yield index, delta
+        finally:
+            for request_id in texts:
+                self.core.abort(request_id)
+            while self.core.has_work():  # steps in flight of what was aborted
+                self.core.step()
+
+    def _requests(self, prompt: str, params: SamplingParams) -> list[EngineRequest]:
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(f"a prompt must be a string, got {type(prompt).__name__}", "prompt")
+        return self.processor.requests(self.processor.tokenize_prompt(prompt), params)
+

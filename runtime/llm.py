@@ -1,0 +1,161 @@
+"""vLLM's offline API on our engine: `LLM`, `RequestOutput`, `CompletionOutput`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from rich.progress import Progress
+
+from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.tokenizer import Tokenizer
+
+Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sequence; `finish_reason` is "stop" or "length"."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All sequences of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+
+
+class LLM:
+    """Drop-in for `vllm.LLM` for text generation; options are the fields of `EngineArgs`."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.engine = InferenceEngine(model, **options)
+        self._count = 0
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults under the model's generation_config.json."""
+        return self.engine.sampling_params()
+
+    def reset_prefix_cache(self) -> bool:
+        self.engine.core.reset_prefix_cache()
+        return True
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt, in input order.
+
+        A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+        `sampling_params` is one for all or one each.
+        """
+        batch = [_prompt(prompt) for prompt in _as_list(prompts)]
+        tokenize = self.engine.processor.tokenize_prompt
+        ids = [prompt if isinstance(prompt, list) else tokenize(prompt) for prompt in batch]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
+        return self._run(texts, ids, sampling_params, use_tqdm, priority)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if one else list(messages)
+        ids = [
+            self.engine.processor.render_chat(
+                list(conversation),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self._run([None] * len(ids), ids, sampling_params, use_tqdm, None)
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        prompt_ids: Sequence[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        show_progress: bool,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        params = _one_each(sampling_params or self.get_default_sampling_params(), len(prompt_ids), "sampling_params")
+        priorities = _one_each(0 if priority is None else priority, len(prompt_ids), "priority")
+        results: list[RequestOutput] = []
+        requests: list[EngineRequest] = []
+        targets: list[tuple[RequestOutput, CompletionOutput]] = []
+        for text, ids, wish, rank in zip(texts, prompt_ids, params, priorities, strict=True):
+            children = self.engine.processor.requests(ids, wish, priority=rank)
+            outputs = [CompletionOutput(index) for index in range(len(children))]
+            result = RequestOutput(str(self._count), text, ids, outputs)
+            self._count += 1
+            results.append(result)
+            requests += children
+            targets += [(result, output) for output in outputs]
+        with Progress(disable=not show_progress, transient=True) as progress:
+            task = progress.add_task("Generating", total=len(targets))
+            for index, delta in self.engine.run(requests):
+                result, output = targets[index]
+                output.text += delta.text
+                output.token_ids += delta.token_ids
+                if delta.finish_reason is not None:
+                    output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+                    result.finished = all(each.finished() for each in result.outputs)
+                    progress.advance(task)
+        return results
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    # A flat list of ids is one prompt.
+    return [list(prompts)] if prompts and all(type(item) is int for item in prompts) else list(prompts)
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Sequence) and all(type(item) is int for item in prompt):
+        return list(prompt)
+    raise InvalidRequestError("a prompt must be a text, a list of token ids, or a dict with either", "prompt")
+
+
+def _one_each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequestError(f"{name} has {len(value)} entries for {count} prompts", name)
+    return list(value)
