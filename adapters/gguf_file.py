@@ -155,7 +155,7 @@ class _Header:
         self._at = 4
         version = self._unpack(U32)
         if version not in (2, 3):
-            if version & 0xFFFF == 0:
+            if version and version & 0xFFFF == 0:
                 raise self._error("is big-endian, which is not supported")
             raise self._error(f"has GGUF version {version}; versions 2 and 3 are supported")
         self._num_tensors = self._unpack(U64)

@@ -70,15 +70,15 @@ def _from_folder(folder: Path) -> ModelSpec:
 def _family(config: Fields) -> str:
     supported = ", ".join(HF_CLASSES)
     classes = config.get("architectures")
-    model_type = config.get("model_type")
+    model_type = config.text("model_type", "")
     if classes is None or classes == []:
-        if model_type is None:
+        if not model_type:
             raise config.error("architectures", f"is missing; supported are {supported}")
         if model_type not in HF_FAMILIES:
             raise config.error(
                 "model_type", f"is {shorten(model_type)}; supported are {', '.join(HF_FAMILIES)}"
             )
-        return str(model_type)
+        return model_type
     if not isinstance(classes, list) or not isinstance(classes[0], str):
         raise config.error("architectures", "must be a list of class names")
     family = HF_CLASSES.get(classes[0])

@@ -116,7 +116,7 @@ class SafetensorsFile:
         if not isinstance(entry, dict):
             raise ModelFileError(self.path, f"{where}: its entry in the header is not an object")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if dtype not in ELEMENT_BYTES:
+        if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
             raise ModelFileError(
                 self.path, f"{where} is stored as {shorten(dtype)}; supported are {', '.join(ELEMENT_BYTES)}"
             )
@@ -183,8 +183,9 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise ModelFileError(path, "weight_map is missing or empty")
     for file_name in names.values():
         # A path would let the index reach files outside of the folder.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\0" in file_name:
+        plain = isinstance(file_name, str) and Path(file_name).name == file_name and "\0" not in file_name
+        if not plain or not file_name.endswith(".safetensors"):
             raise ModelFileError(
-                path, f"weight_map names {shorten(file_name)}, which is not a plain file name"
+                path, f"weight_map names {shorten(file_name)}, which is not a plain file name *.safetensors"
             )
     return names

@@ -1,0 +1,498 @@
+"""`load_spec`: real configurations of every family, and everything that must be refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import FAMILIES, make_hf_folder, write_gguf
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.gguf_spec import llama3_divisors
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.spec import RopeSpec
+
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+MISTRAL_7B_V03 = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32768,
+}
+QWEN25_05B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+REMOVED = object()
+
+
+def folder(path: Path, base: dict[str, Any], **changes: Any) -> Path:
+    """A folder whose config.json is `base` with changes; `REMOVED` takes a key out."""
+    config = {key: value for key, value in {**base, **changes}.items() if value is not REMOVED}
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
+    return path
+
+
+def problem(path: Path) -> str:
+    """The message of the refusal; it must be one line."""
+    with pytest.raises(ModelFileError) as caught:
+        load_spec(path)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+def test_smollm2(tmp_path: Path) -> None:
+    spec = load_spec(folder(tmp_path, SMOLLM2_135M))
+    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("llama", 30, 9, 3)
+    assert (spec.head_dim, spec.vocab_size, spec.max_position, spec.rms_norm_eps) == (64, 49152, 8192, 1e-5)
+    assert spec.rope == RopeSpec(theta=100000.0)
+    assert spec.tie_embeddings and not (spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.qk_norm)
+    assert (spec.dtype, spec.bos_token_id, spec.eos_token_ids) == ("bfloat16", 1, (2,))
+
+
+def test_llama_31(tmp_path: Path) -> None:
+    spec = load_spec(folder(tmp_path, LLAMA_31_8B))
+    assert spec.rope == RopeSpec(
+        theta=500000.0,
+        scaling="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    assert (spec.head_dim, spec.max_position, spec.tie_embeddings) == (128, 131072, False)
+    assert spec.eos_token_ids == (128001, 128008, 128009)
+
+
+def test_mistral(tmp_path: Path) -> None:
+    spec = load_spec(folder(tmp_path, MISTRAL_7B_V03))
+    assert (spec.architecture, spec.head_dim, spec.sliding_window) == ("mistral", 128, None)
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=4096)).sliding_window == 4096
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=32768)).sliding_window is None
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, head_dim=160)).head_dim == 160
+    # transformers' default when the key is not written at all
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=REMOVED)).sliding_window == 4096
+
+
+def test_qwen25(tmp_path: Path) -> None:
+    spec = load_spec(folder(tmp_path, QWEN25_05B))
+    assert (spec.architecture, spec.head_dim, spec.qkv_bias, spec.o_bias) == ("qwen2", 64, True, False)
+    assert (spec.sliding_window, spec.tie_embeddings) == (None, True)
+
+
+def test_qwen3(tmp_path: Path) -> None:
+    spec = load_spec(folder(tmp_path, QWEN3_06B))
+    assert (spec.architecture, spec.head_dim, spec.qk_norm, spec.qkv_bias) == ("qwen3", 128, True, False)
+    assert load_spec(folder(tmp_path, QWEN3_06B, attention_bias=True)).o_bias
+    assert load_spec(folder(tmp_path, QWEN3_06B, head_dim=REMOVED)).head_dim == 128
+
+
+def test_qwen_sliding_window(tmp_path: Path) -> None:
+    def window(**changes: Any) -> int | None:
+        return load_spec(
+            folder(tmp_path, QWEN25_05B, use_sliding_window=True, sliding_window=1024, **changes)
+        ).sliding_window
+
+    assert window(max_window_layers=0) == 1024
+    assert window(max_window_layers=24) is None
+    assert window(layer_types=["sliding_attention"] * 24) == 1024
+    assert window(layer_types=["full_attention"] * 24) is None
+    folder(tmp_path, QWEN25_05B, use_sliding_window=True, sliding_window=1024)
+    assert "max_window_layers" in problem(tmp_path)
+    mixed = ["full_attention", "sliding_attention"] * 12
+    folder(tmp_path, QWEN25_05B, use_sliding_window=True, sliding_window=1024, layer_types=mixed)
+    assert "layer_types" in problem(tmp_path)
+    # A window that no context reaches changes nothing, so a mix of both kinds is none.
+    folder(tmp_path, QWEN25_05B, use_sliding_window=True)
+    assert load_spec(tmp_path).sliding_window is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_transformers_writes_it(tmp_path: Path, family: str) -> None:
+    """The newest spelling, by transformers itself, with llama3 scaling in `rope_parameters`."""
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 128,
+    }
+    make_hf_folder(tmp_path, family, rope_parameters=rope, tokenizer=False)
+    spec = load_spec(tmp_path)
+    assert spec.rope == RopeSpec(
+        theta=5000.0,
+        scaling="llama3",
+        factor=4.0,
+        low_freq_factor=1.0,
+        high_freq_factor=2.0,
+        original_max_position=128,
+    )
+    assert (spec.architecture, spec.num_heads, spec.num_kv_heads) == (family, 9, 3)
+    assert spec.head_dim == (16 if family == "qwen2" else 32)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_linear_scaling_multiplies_the_context(tmp_path: Path, key: str) -> None:
+    spec = load_spec(folder(tmp_path, SMOLLM2_135M, **{key: {"type": "linear", "factor": 4.0}}))
+    assert spec.rope == RopeSpec(theta=100000.0, scaling="linear", factor=4.0)
+    assert spec.max_position == 4 * 8192
+
+
+def test_rope_theta_beside_or_inside(tmp_path: Path) -> None:
+    inside = {"rope_type": "default", "rope_theta": 7.0}
+    assert load_spec(folder(tmp_path, SMOLLM2_135M, rope_parameters=inside)).rope.theta == 7.0
+    assert load_spec(folder(tmp_path, SMOLLM2_135M, rope_theta=REMOVED)).rope.theta == 10000.0
+
+
+LLAMA3 = LLAMA_31_8B["rope_scaling"]
+BAD_ROPE = [
+    ({"type": "yarn", "factor": 4.0}, "rope_scaling.type"),
+    ({"rope_type": "dynamic", "factor": 4.0}, "rope_scaling.rope_type"),
+    ({"rope_type": "longrope"}, "rope_scaling.rope_type"),
+    ({"rope_type": 3}, "rope_scaling.rope_type"),
+    ({"type": "linear", "factor": 0}, "rope_scaling.factor"),
+    ({"type": "linear", "factor": float("nan")}, "rope_scaling.factor"),
+    ({"type": "linear", "factor": float("inf")}, "rope_scaling.factor"),
+    ({"type": "linear", "factor": "4"}, "rope_scaling.factor"),
+    ({"type": "linear", "factor": True}, "rope_scaling.factor"),
+    ({"type": "linear"}, "rope_scaling.factor"),
+    ({"type": "linear", "factor": 2.0, "scale": 4}, "rope_scaling.scale"),
+    ({"factor": 4.0}, "rope_scaling.factor"),
+    ({**LLAMA3, "factor": float("nan")}, "rope_scaling.factor"),
+    ({**LLAMA3, "low_freq_factor": 4.0}, "rope_scaling.high_freq_factor"),
+    ({**LLAMA3, "original_max_position_embeddings": 8192.5}, "rope_scaling.original_max_position_embeddings"),
+    ({"full_attention": {"rope_type": "default"}}, "rope_scaling.full_attention"),
+    ([4.0], "rope_scaling"),
+    ("linear", "rope_scaling"),
+]
+
+
+@pytest.mark.parametrize(("scaling", "key"), BAD_ROPE)
+def test_bad_rope_scaling(tmp_path: Path, scaling: Any, key: str) -> None:
+    message = problem(folder(tmp_path, SMOLLM2_135M, rope_scaling=scaling))
+    assert message.startswith(f"{tmp_path / 'config.json'}: {key} ")
+
+
+BAD_KEYS = [
+    ("architectures", ["MixtralForCausalLM"]),
+    ("architectures", ["LlamaForSequenceClassification"]),
+    ("architectures", "LlamaForCausalLM"),
+    ("architectures", [7]),
+    ("model_type", "qwen2"),
+    ("model_type", ["llama"]),
+    ("vocab_size", 0),
+    ("vocab_size", -5),
+    ("vocab_size", "49152"),
+    ("vocab_size", 49152.0),
+    ("vocab_size", True),
+    ("vocab_size", 1 << 70),
+    ("vocab_size", REMOVED),
+    ("hidden_size", REMOVED),
+    ("hidden_size", [576]),
+    ("hidden_size", 577),
+    ("intermediate_size", None),
+    ("num_hidden_layers", 0),
+    ("num_hidden_layers", 1_000_000),
+    ("num_attention_heads", 7),
+    ("num_attention_heads", 0),
+    ("num_attention_heads", 16),
+    ("head_dim", 63),
+    ("head_dim", 0),
+    ("max_position_embeddings", 0),
+    ("max_position_embeddings", -1),
+    ("rms_norm_eps", 0),
+    ("rms_norm_eps", -1e-5),
+    ("rms_norm_eps", float("nan")),
+    ("rms_norm_eps", float("inf")),
+    ("rms_norm_eps", "1e-5"),
+    ("rope_theta", 0),
+    ("rope_theta", float("nan")),
+    ("hidden_act", "gelu"),
+    ("partial_rotary_factor", 0.5),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ("num_local_experts", 8),
+    ("tie_word_embeddings", "yes"),
+    ("attention_bias", 1),
+    ("mlp_bias", "no"),
+    ("torch_dtype", "float8_e4m3fn"),
+    ("torch_dtype", 16),
+    ("bos_token_id", "1"),
+    ("eos_token_id", [2, 49152]),
+    ("eos_token_id", [[2]]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_KEYS)
+def test_bad_config_key(tmp_path: Path, key: str, value: Any) -> None:
+    message = problem(folder(tmp_path, SMOLLM2_135M, **{key: value}))
+    assert message.startswith(f"{tmp_path / 'config.json'}: {key} "), message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "empty"),
+        (b"  \n", "empty"),
+        (b"{", "not JSON"),
+        (b"<html>", "not JSON"),
+        (b"[1, 2]", "JSON object"),
+        (b"null", "JSON object"),
+        (b'"a"', "JSON object"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"[" * 200_000, "nested"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "config.json"),
+        (b"{}", "architectures"),
+    ],
+)
+def test_config_that_is_none(tmp_path: Path, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    message = problem(tmp_path)
+    assert str(tmp_path / "config.json") in message and said in message
+
+
+def test_paths_that_are_no_model(tmp_path: Path) -> None:
+    assert "no such file or folder" in problem(tmp_path / "absent")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "model.gguf" in problem(tmp_path)  # the hint names the file to give instead
+    (tmp_path / "w.safetensors").write_bytes(b"x")
+    assert "config.json" in problem(tmp_path / "w.safetensors")
+    (tmp_path / "config.json").mkdir()
+    assert "cannot be read" in problem(tmp_path)
+
+
+def test_code_of_the_model_is_never_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (tmp_path / "modeling_custom.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    auto_map = {"AutoConfig": "modeling_custom.Config", "AutoModelForCausalLM": "modeling_custom.Model"}
+    load_spec(folder(tmp_path, SMOLLM2_135M, auto_map=auto_map))
+    assert not marker.exists()
+
+
+def test_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from microvllm.adapters.registry import load_spec; "
+        f"load_spec(Path({str(folder(tmp_path, SMOLLM2_135M))!r})); "
+        "sys.exit(bool({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_says_the_same_as_the_folder(tmp_path: Path, family: str) -> None:
+    source = make_hf_folder(tmp_path / "hf", family, tie=family == "qwen3", vocab_size=333)
+    from_folder = load_spec(source)
+    from_gguf = load_spec(write_gguf(tmp_path / "model.gguf", source))
+    assert from_gguf.rms_norm_eps == pytest.approx(from_folder.rms_norm_eps, rel=1e-6)
+    assert from_gguf.architecture == ("llama" if family == "mistral" else family)
+    for name in from_folder.__struct_fields__:
+        if name not in ("rms_norm_eps", "architecture"):
+            assert getattr(from_gguf, name) == getattr(from_folder, name), name
+
+
+def test_gguf_biases_follow_the_tensors(tmp_path: Path) -> None:
+    source = make_hf_folder(tmp_path / "hf", "llama", attention_bias=True, mlp_bias=True)
+    spec = load_spec(write_gguf(tmp_path / "model.gguf", source))
+    assert spec.qkv_bias and spec.o_bias and spec.mlp_bias
+
+
+def test_gguf_llama3_factors(tmp_path: Path) -> None:
+    """Llama 3.1's GGUF files hold the divisors of its frequencies; its scaling is recovered from them."""
+    source = make_hf_folder(
+        tmp_path / "hf", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
+    rope = RopeSpec(
+        theta=5e5,
+        scaling="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position=8192,
+    )
+    divisors = llama3_divisors(rope, 32)
+    assert min(divisors) == 1.0 and max(divisors) == 32.0 and len(set(divisors)) > 2
+    file = write_gguf(tmp_path / "a.gguf", source, extra_tensors={"rope_freqs.weight": divisors})
+    assert load_spec(file).rope == rope
+    ones = write_gguf(tmp_path / "b.gguf", source, extra_tensors={"rope_freqs.weight": np.ones(16)})
+    assert load_spec(ones).rope == RopeSpec(theta=5e5)
+    for number, bad in enumerate((np.linspace(1, 32, 16), np.ones(8), np.full(16, np.nan), np.zeros(16))):
+        file = write_gguf(tmp_path / f"bad{number}.gguf", source, extra_tensors={"rope_freqs.weight": bad})
+        assert "rope_freqs.weight" in problem(file)
+
+
+def test_llama3_divisors_are_those_of_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        max_position_embeddings=131072,
+        rope_parameters={**LLAMA3, "rope_theta": 500000.0},
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    plain = 500000.0 ** -(np.arange(0, 128, 2) / 128)
+    rope = RopeSpec(
+        theta=500000.0, scaling="llama3", factor=8.0, high_freq_factor=4.0, original_max_position=8192
+    )
+    np.testing.assert_allclose(plain / scaled.numpy(), llama3_divisors(rope, 128), rtol=1e-5)
+
+
+BAD_METADATA: list[tuple[str, Any]] = [
+    ("llama.rope.scaling.type", "yarn"),
+    ("llama.rope.dimension_count", 16),
+    ("llama.attention.value_length", 64),
+    ("llama.attention.key_length", "32"),
+    ("llama.attention.head_count", 0),
+    ("llama.attention.head_count", 10),
+    ("llama.block_count", 0),
+    ("llama.block_count", 1 << 30),
+    ("llama.context_length", 0),
+    ("llama.attention.layer_norm_rms_epsilon", 0.0),
+    ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+    ("llama.rope.freq_base", float("inf")),
+    ("llama.expert_count", 8),
+    ("llama.embedding_length", "144"),
+    ("tokenizer.ggml.eos_token_id", 4000),
+    ("general.architecture", "gemma3"),
+]
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf_folder(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_METADATA)
+def test_bad_gguf_metadata(tmp_path: Path, llama_folder: Path, key: str, value: Any) -> None:
+    file = write_gguf(tmp_path / "m.gguf", llama_folder, extra_metadata={key: value})
+    message = problem(file)
+    assert message.startswith(f"{file}: {key} "), message
+
+
+def test_gguf_linear_scaling_and_window(tmp_path: Path, llama_folder: Path) -> None:
+    scaling: dict[str, Any] = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    spec = load_spec(write_gguf(tmp_path / "a.gguf", llama_folder, extra_metadata=scaling))
+    assert (spec.rope.scaling, spec.rope.factor, spec.max_position) == ("linear", 2.0, 1024)
+    window = {"llama.attention.sliding_window": 64}
+    assert (
+        load_spec(write_gguf(tmp_path / "b.gguf", llama_folder, extra_metadata=window)).sliding_window == 64
+    )
