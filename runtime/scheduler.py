@@ -122,7 +122,7 @@ class Scheduler:
         self._config = config
         self._by_priority = config.scheduling_policy == "priority"
         self._requests: dict[int, Request] = {}  # waiting and running
-        self._waiting: list[Request] = []  # heap by order; may hold aborted ones, skipped when met
+        self._waiting: list[Request] = []  # heap by order; also holds some that have ended
         self._num_waiting = 0
         self._running: list[Request] = []  # sorted by order
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
@@ -277,7 +277,7 @@ class Scheduler:
                 break
             self.kv.alloc(request.seq_id, num_cached + num_new, prefix)
             heapq.heappop(self._waiting)
-            self._num_waiting -= 1
+            self._left_queue()
             request.row = self._free_rows.pop()
             request.num_computed = num_cached
             if request.num_cached is None:  # a preempted request hits its own blocks: not a reuse to count
@@ -330,6 +330,14 @@ class Scheduler:
         heapq.heappush(self._waiting, request)
         self._num_waiting += 1
 
+    def _left_queue(self) -> None:
+        self._num_waiting -= 1
+        # Ended requests are dropped when the heap gets to them; those behind a head that has to wait
+        # would pile up, so they are swept out when they are the larger half.
+        if len(self._waiting) > 2 * self._num_waiting:
+            self._waiting = [request for request in self._waiting if request.finish_reason is None]
+            heapq.heapify(self._waiting)
+
     def _peek_waiting(self) -> Request | None:
         while self._waiting:
             if self._waiting[0].finish_reason is None:
@@ -348,10 +356,7 @@ class Scheduler:
         request.finish_reason = reason
         del self._requests[request.id]
         if request.row < 0:
-            self._num_waiting -= 1  # the heap drops it when it gets there, or when half of it has ended
-            if len(self._waiting) > 2 * self._num_waiting:
-                self._waiting = [waiting for waiting in self._waiting if waiting.finish_reason is None]
-                heapq.heapify(self._waiting)
+            self._left_queue()
         elif request.steps_in_flight == 0:
             self._release(request)
 

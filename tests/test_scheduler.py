@@ -106,6 +106,14 @@ def test_aborted_requests_do_not_pile_up_behind_a_blocked_head() -> None:
     assert engine.answers == {1: run_alone(running)}
 
 
+def test_an_aborted_request_is_forgotten_when_the_last_one_before_it_is_admitted() -> None:
+    engine = Engine()
+    engine.add(make_request(1, [1]), make_request(2, [2]))
+    engine.core.abort(2)
+    engine.step()
+    assert scheduler_of(engine)._waiting == []
+
+
 # ---- order and budget ------------------------------------------------------------------------------
 
 
