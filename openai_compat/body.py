@@ -19,6 +19,7 @@ from microvllm.openai_compat.errors import (
 )
 from microvllm.runtime.errors import InvalidRequestError
 
+MAX_DEPTH = 100  # of nesting; orjson's own limit is 1024, where recursive code elsewhere already fails
 BODY_DEADLINE_S = 60.0  # for the whole body: one byte a second must not hold a connection for ever
 
 
@@ -49,6 +50,10 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         raise shape_error([(f"body.{error.pos}", fault)]) from None
     if not isinstance(body, dict):
         raise shape_error([("body", Fault("model_attributes_type", "Input should be a valid dictionary"))])
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _deeper_than(body, MAX_DEPTH):
+        raise shape_error(
+            [("body", Fault("recursion_loop", f"Input is nested deeper than {MAX_DEPTH} levels"))]
+        )
     return body
 
 
@@ -63,6 +68,17 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
             raise _too_large(max_bytes)
         if not message.get("more_body", False):
             return bytes(data)
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    """Goes down level by level, so that the depth of the input is not the depth of our stack."""
+    level = [value]
+    for _ in range(limit):
+        children = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for group in children for child in group if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _too_large(max_bytes: int) -> PayloadTooLargeError:

@@ -166,6 +166,7 @@ class FakeClient:
         self.stats = EngineStats()
         self.alive = True
         self.busy = False
+        self.capacity: int | None = None  # sequences at a time
         self.delay = 0.0
         self.stall_after: int | None = None
         self.fail_after: int | None = None
@@ -190,7 +191,7 @@ class FakeClient:
     ) -> list[FakeStream]:
         if not self.alive:
             raise EngineDeadError("The engine is being started again.")
-        if self.busy:
+        if self.busy or (self.capacity is not None and len(self.running) + params.n > self.capacity):
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self.processor.check_prompt(prompt_ids)
         room = self.config.max_model_len - len(prompt_ids)
