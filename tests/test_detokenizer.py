@@ -78,6 +78,12 @@ def wordpiece() -> Tokenizer:
 BYTES, PIECES, META, WORDS = byte_level(), sentencepiece(), metaspace(), wordpiece()
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    index = tokenizer.backend.token_to_id(token)
+    assert index is not None
+    return index
+
+
 def ids_of(tokenizer: Tokenizer, **sizes: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, tokenizer.vocab_size - 1), **sizes)  # type: ignore[arg-type]
 
@@ -205,7 +211,7 @@ def test_sentencepiece_bytes_become_characters(text: str, data: st.DataObject) -
 
 
 def test_sentencepiece_invalid_bytes_do_not_undo_what_was_shown() -> None:
-    ids = [3 + byte for byte in "é".encode()] + [3 + 0xFF, PIECES.backend.token_to_id("b")]
+    ids = [3 + byte for byte in "é".encode()] + [3 + 0xFF, token_id(PIECES, "b")]
     assert stream(Detokenizer(PIECES, []), [[index] for index in ids])[0] == "é\ufffdb"
 
 
@@ -220,22 +226,22 @@ def test_other_decoders_stream_through_the_window(tokenizer: Tokenizer, data: st
 
 
 def test_a_character_of_four_tokens_appears_whole() -> None:
-    ids = [BYTES.backend.token_to_id(char) for char in "ðŁĺĢ"]
+    ids = [token_id(BYTES, char) for char in "ðŁĺĢ"]
     detokenizer = Detokenizer(BYTES, [])
     assert [detokenizer.push([index])[0] for index in ids] == ["", "", "", "😀"]
 
 
 def test_a_character_that_the_prompt_began_is_completed() -> None:
-    ids = [BYTES.backend.token_to_id(char) for char in "ðŁĺĢ"]
+    ids = [token_id(BYTES, char) for char in "ðŁĺĢ"]
     assert stream(Detokenizer(BYTES, ids[:2]), [ids[2:]])[0] == "😀"
-    letter = BYTES.backend.token_to_id("x")
+    letter = token_id(BYTES, "x")
     assert stream(Detokenizer(BYTES, ids[:2]), [[letter]])[0] == "x"
     assert Detokenizer(BYTES, ids[:2]).finish() == ""
 
 
 def test_an_open_character_at_the_end_is_flushed() -> None:
     detokenizer = Detokenizer(BYTES, [], stop=["zz"])
-    assert detokenizer.push([*BYTES.encode("az"), BYTES.backend.token_to_id("ð")]) == ("a", None)
+    assert detokenizer.push([*BYTES.encode("az"), token_id(BYTES, "ð")]) == ("a", None)
     assert detokenizer.finish() == "z\ufffd"
 
 
@@ -255,7 +261,7 @@ def test_nothing_after_a_stop_string() -> None:
 
 @pytest.mark.parametrize(("include", "shown"), [(False, "a"), (True, "a<end>")])
 def test_the_stopping_token_shows_only_on_request(include: bool, shown: str) -> None:
-    end = BYTES.backend.token_to_id("<end>")
+    end = token_id(BYTES, "<end>")
     detokenizer = Detokenizer(BYTES, [], skip_special_tokens=False, include_stop_str=include)
     assert detokenizer.push([*BYTES.encode("a"), end], last_is_stop=True) == (shown, None)
     assert detokenizer.num_tokens == 2
@@ -275,7 +281,7 @@ def test_ids_that_do_not_exist_add_nothing() -> None:
 def test_stops_that_nearly_match_every_step_stay_cheap() -> None:
     stops = ["a" * 1023 + tail for tail in "bcde"]
     detokenizer = Detokenizer(BYTES, [], stop=stops)
-    letter = BYTES.backend.token_to_id("a")
+    letter = token_id(BYTES, "a")
     started = time.process_time()
     for _ in range(5000):
         detokenizer.push([letter])
