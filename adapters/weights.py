@@ -104,7 +104,7 @@ def load_weights(
     missing, of another shape than the spec says, or there but unused: a model computed without some of its
     weights would answer nonsense.
     """
-    slots = list(_slots(spec))
+    slots = list(checkpoint_slots(spec))
     if load_format == "dummy":
         return _dummy_weights(model, slots, dtype, progress)
     actual = "safetensors" if model.is_dir() else "gguf"
@@ -129,7 +129,7 @@ def load_weights(
     return weights
 
 
-def _slots(spec: ModelSpec) -> Iterator[Slot]:
+def checkpoint_slots(spec: ModelSpec) -> Iterator[Slot]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     projections = (
