@@ -27,6 +27,8 @@ ROPE_COMMON_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `ModelFileError` if the file is missing, too large or holds something else."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ModelFileError(path, "is not a regular file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelFileError(path, f"larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is")
         content = path.read_text("utf-8")

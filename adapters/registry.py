@@ -41,10 +41,17 @@ def load_spec(model: Path) -> ModelSpec:
     Only the JSON and the GGUF header are read: no weights, and never code that comes with the model.
     Raises `ModelFileError` naming the file and the key.
     """
-    if model.is_dir():
-        return _from_folder(model)
+    try:
+        return _from_folder(model) if model.is_dir() else _from_file(model)
+    except OSError as error:  # no permission, a name that is too long, a loop of links, ...
+        raise ModelFileError(error.filename or model, f"cannot be read ({error.strerror})") from None
+
+
+def _from_file(model: Path) -> ModelSpec:
     if not model.exists():
         raise ModelFileError(model, "no such file or folder")
+    if not model.is_file():  # opening a pipe would wait for ever
+        raise ModelFileError(model, "is neither a folder nor a regular file")
     if model.suffix == ".safetensors":
         raise ModelFileError(model, "holds only weights; give the folder that also holds config.json")
     file = GGUFFile(model)

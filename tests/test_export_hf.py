@@ -1,4 +1,4 @@
-"""scripts/export_hf.py: with the exported folder transformers computes what the GGUF file's source computed."""
+"""scripts/export_hf.py: from the exported folder transformers computes what the GGUF's source computed."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,7 +154,7 @@ def problem(path: Path) -> str:
     with pytest.raises(ModelFileError) as caught:
         load_spec(path)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(message) < 600
     return message
 
 
@@ -376,7 +377,13 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"x")
     assert "config.json" in problem(tmp_path / "w.safetensors")
     (tmp_path / "config.json").mkdir()
-    assert "cannot be read" in problem(tmp_path)
+    assert "not a regular file" in problem(tmp_path)
+    assert "cannot be read" in problem(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert "regular file" in problem(tmp_path / "pipe.gguf")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert str(loop) in problem(loop)
 
 
 def test_code_of_the_model_is_never_run(tmp_path: Path) -> None:
