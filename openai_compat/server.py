@@ -86,6 +86,7 @@ async def _serve(
                 log_level=args.uvicorn_log_level,
                 access_log=not args.disable_uvicorn_access_log,
                 server_header=False,
+                proxy_headers=False,
                 timeout_graceful_shutdown=int(FAREWELL_S),
             ),
             on_ready=functools.partial(_announce, args, app.state.server.model_names[0], say),
