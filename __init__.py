@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from microvllm.runtime.threads import thread_environment
 
 if TYPE_CHECKING:
     from microvllm.runtime.engine import InferenceEngine
@@ -25,5 +29,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # Lazy, because the engine imports torch (seconds), which the API process and `--help` must not.
     if name in _HOMES:
+        if "torch" not in sys.modules:
+            os.environ.update(thread_environment())  # read by OpenMP when torch loads it
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'microvllm' has no attribute {name!r}")
