@@ -99,8 +99,7 @@ def choose_model(positional: str | None, option: str | None) -> str:
 class LoadProgress:
     """Shows how much of the weights is loaded: a bar on a terminal, a plain line each quarter elsewhere.
 
-    Call it with (done, total); it may be called from another thread. Writes to stderr, so that the
-    output of `generate` can be piped.
+    Call it with (done, total). Writes to stderr.
     """
 
     def __init__(self) -> None:
@@ -362,13 +361,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     model: ModelOpt = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this share.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this share.")] = None,
     min_p: Annotated[
-        float,
-        typer.Option(help="Drop tokens below this share of the likeliest."),
-    ] = 0.0,
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Texts to stop at.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
     tokenizer: TokenizerOpt = None,
@@ -381,35 +379,37 @@ def generate(
     block_size: BlockSizeOpt = None,
     kv_cache_memory_bytes: KVBytesOpt = None,
 ) -> None:
-    """Continue a text in the terminal, without a server."""
+    """Continue a text in the terminal, without a server.
+
+    Sampling options that are not given are the model's own defaults.
+    """
     name = choose_model(None, model)
+
+    from microvllm.runtime.config import EngineArgs
+    from microvllm.runtime.request import SamplingParams
+
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "load_format": load_format,
+        "max_model_len": None if max_model_len == -1 else max_model_len,
+        "seed": seed,
+        "cpu_threads": cpu_threads,
+        "attention_backend": attention_backend,
+        "block_size": block_size,
+        "kv_cache_memory_bytes": kv_cache_memory_bytes,
+    }
+    wishes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
+    sampling: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
+    sampling |= {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
+    # The engine checks all this again, but only after torch was imported and the model was loaded.
+    EngineArgs(model=name, **options).resolve()
+    SamplingParams(**sampling)
 
     from microvllm.runtime.engine import InferenceEngine
 
-    with LoadProgress() as progress:
-        engine = InferenceEngine(
-            name,
-            on_progress=progress,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            load_format=load_format,
-            max_model_len=None if max_model_len == -1 else max_model_len,
-            seed=seed,
-            cpu_threads=cpu_threads,
-            attention_backend=attention_backend,
-            block_size=block_size,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-        )
-    for _, text in engine.stream_generate(
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        stop=stop or [],
-        ignore_eos=ignore_eos,
-    ):
+    engine = InferenceEngine(name, **options)
+    for _, text in engine.stream_generate(prompt, **sampling):
         print(text, end="", flush=True)
     print()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -336,6 +338,10 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "hello"], "no model was given"),
         (["generate", "hello", "--model", "no-such-model"], "no-such-model"),
         (["generate", "hello", "--model", DEMO, "--temperature", "hot"], "--temperature"),
+        (["generate", "hello", "--model", DEMO, "--temperature", "nan"], "temperature"),
+        (["generate", "hello", "--model", DEMO, "--top-p", "0"], "top_p"),
+        (["generate", "hello", "--model", DEMO, "--stop", ""], "stop"),
+        (["generate", "hello", "--model", DEMO, "--dtype", "int4"], "--dtype"),
         (["frobnicate"], "frobnicate"),
         (["--frobnicate"], "--frobnicate"),
     ],
@@ -372,17 +378,21 @@ def test_options_that_do_not_fit_the_model_or_the_machine(
 
 
 def start(*argv: str, **env: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The console script in a process of its own, and how long it took in seconds."""
-    begin = time.monotonic()
+    """Runs the console script in a process of its own; the seconds are processor time.
+
+    A busy machine must not fail a test, so what "at once" means is measured in work done.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run(
         [MICROVLLM, *argv],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         stdin=subprocess.DEVNULL,
         env=os.environ | env,
     )
-    return result, time.monotonic() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("optimize", ["", "1", "2"])
@@ -397,7 +407,7 @@ def test_the_console_script(optimize: str) -> None:
         result, seconds = start(*argv, PYTHONOPTIMIZE=optimize)
         assert (result.returncode, result.stdout) == (2, "")
         assert names in result.stderr and result.stderr.count("\n") == 1
-        assert seconds < 5
+        assert seconds < 2
 
 
 @pytest.mark.model
@@ -407,22 +417,22 @@ def test_a_taken_port_is_known_before_the_model_loads() -> None:
         result, seconds = start("serve", "--model", DEMO, "--port", str(port))
     assert result.returncode == 2 and str(port) in result.stderr and result.stderr.count("\n") == 1
     assert "Loading" not in result.stdout + result.stderr
-    assert seconds < 5
+    assert seconds < 2
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    result, seconds = start("serve", "--help")
+    assert result.returncode == 0 and seconds < 2
+    for flag in own_flags():
+        assert flag in result.stdout
     code = (
         "import sys; from microvllm import cli; status = cli.run(['serve', '--help'])\n"
         "print(status, sorted({'torch', 'transformers', 'numpy', 'starlette'} & sys.modules.keys()))"
     )
-    begin = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert time.monotonic() - begin < 2
     assert result.stdout.endswith("0 []\n")
-    for flag in own_flags():
-        assert flag in result.stdout
 
 
 def test_version_and_help() -> None:
@@ -463,6 +473,42 @@ def test_load_progress_on_a_terminal(
         progress(1, 2)
         progress(2, 2)
     assert "100 %" in capsys.readouterr().err
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.model
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_ends_everything(number: signal.Signals) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [MICROVLLM, "serve", "--model", DEMO, "--port", str(port)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    engine: list[int] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not engine and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            engine = children(process.pid)
+        assert engine, "no engine process was started"
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in output
+    for pid in engine:
+        status = Path(f"/proc/{pid}/stat")
+        gone = not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert gone, f"process {pid} was left behind"
 
 
 @pytest.mark.model
