@@ -199,6 +199,7 @@ class FakeClient:
         if params.min_tokens > limit:
             raise InvalidRequestError("min_tokens must be at most max_tokens.", "min_tokens")
         self.submitted.append((prompt_ids, params, priority, cache_salt))
+        self.stats = EngineStats(prompt_tokens=self.stats.prompt_tokens + len(prompt_ids))
         streams = []
         for i in range(params.n):
             seed = None if params.seed is None else params.seed + i
