@@ -18,7 +18,7 @@ HEADER_BYTES = 4
 MAX_FRAME_BYTES = 1 << 30
 
 
-class Start(msgspec.Struct, frozen=True, tag="start"):
+class Start(msgspec.Struct, frozen=True, array_like=True, tag="start"):
     """First command: load this model."""
 
     config: EngineConfig

@@ -52,6 +52,7 @@ RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 WORKER_THREADS = 2  # for tokenising and templating
 
 _DEAD = "The engine process died; it is being started again."
+_DEAD_AT_START = "the engine process died while it was loading the model"
 
 
 class TokenStream:
@@ -162,6 +163,8 @@ class EngineClient:
             client = cls(config, tokenizer, processor)
             client._process, client._writer = channel.process, writer
             await client._await_ready(reader, on_progress)
+        except EngineDeadError:
+            raise EngineError(f"{_DEAD_AT_START}{channel.kill()}") from None
         except BaseException:
             channel.kill()
             raise
@@ -257,17 +260,8 @@ class EngineClient:
             size = int.from_bytes(await reader.readexactly(HEADER_BYTES), "little")
             event: Event = self._decoder.decode(await reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise EngineDeadError(f"{_DEAD}{self._exit_status()}") from error
+            raise EngineDeadError(_DEAD) from error
         return event
-
-    def _exit_status(self) -> str:
-        """How the engine process ended, for the log and for whoever waits."""
-        if self._process is None:
-            return ""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(timeout=0.5)
-            return f" (exit status {code})" if code >= 0 else f" (killed by signal {-code})"
-        return ""
 
     async def _keep(self, reader: asyncio.StreamReader) -> None:
         """Deliver step after step; when the engine dies, tell everyone and start another."""
@@ -275,8 +269,7 @@ class EngineClient:
             try:
                 while True:
                     self._deliver(await self._receive(reader))
-            except (EngineDeadError, msgspec.DecodeError) as error:
-                logger.error("%s", error)
+            except (EngineDeadError, msgspec.DecodeError):
                 self._ready = False
                 self._fail_all(EngineDeadError(_DEAD))
             reader = await self._restart()
@@ -302,7 +295,7 @@ class EngineClient:
             if self._writer is not None:
                 self._writer.close()
             if self._process is not None:
-                self._process.kill()
+                logger.error("%s%s", _DEAD, _end(self._process, wait_s=0.5))
             channel = _EngineProcess(self.config)
             self._process = channel.process
             reader, self._writer = await channel.connect()
@@ -333,10 +326,10 @@ class _EngineProcess:
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_unix_connection(sock=self._sock, limit=1 << 20)
 
-    def kill(self) -> None:
+    def kill(self) -> str:
+        """End the process now; see `_end` for the result."""
         self._sock.close()
-        self.process.kill()
-        self.process.wait()
+        return _end(self.process, wait_s=0.1)
 
 
 class _Call:
@@ -354,9 +347,12 @@ def _load_text(config: EngineConfig) -> tuple[Tokenizer, Processor]:
     return tokenizer, Processor(config, tokenizer)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], wait_s: float = EXIT_S) -> str:
+    """Wait for a process whose socket is closed, kill it if need be -> " (how it ended)"."""
     try:
-        process.wait(timeout=EXIT_S)
+        code = process.wait(timeout=wait_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+        return ""
+    return f" (exit status {code})" if code >= 0 else f" (killed by signal {-code})"
