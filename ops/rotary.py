@@ -14,7 +14,9 @@ class RotaryTable:
     """
 
     def __init__(self, inv_freq: Tensor, max_position: int, dtype: torch.dtype) -> None:
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device=inv_freq.device), inv_freq)
+        angles = torch.outer(
+            torch.arange(max_position, dtype=torch.float32, device=inv_freq.device), inv_freq
+        )
         cos, sin = angles.cos(), angles.sin()
         self._cos = torch.cat((cos, cos), -1).to(dtype)
         self._sin = torch.cat((-sin, sin), -1).to(dtype)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import msgspec
@@ -33,13 +34,14 @@ from microvllm.runtime.channel import (
     Step,
     frame,
 )
+from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput
-from microvllm.runtime.tokenizer import Tokenizer
 from microvllm.runtime.threads import thread_environment
+from microvllm.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -147,18 +149,22 @@ class EngineClient:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, on_progress: Callable[[int, int], None] | None = None
+        cls,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> EngineClient:
         """Start the engine process, load the tokenizer meanwhile, wait until the model is ready.
 
-        Raises `ConfigError` with one line when the model or the tokenizer cannot be loaded,
-        `EngineError` when the engine process dies while loading.
+        `chat_template` is used in place of the model's own. Raises `ConfigError` with one line when the
+        model or the tokenizer cannot be loaded, `EngineError` when the engine process dies while loading.
         """
         channel = _EngineProcess(config)
         loop = asyncio.get_running_loop()
         try:
             reader, writer = await channel.connect()
-            loading = loop.run_in_executor(None, _load_text, config)
+            loading = loop.run_in_executor(None, _load_text, config, chat_template)
             tokenizer, processor = await loading
             client = cls(config, tokenizer, processor)
             client._process, client._writer = channel.process, writer
@@ -200,7 +206,8 @@ class EngineClient:
         if not self._streams:
             self._heard = time.monotonic()  # an idle engine was silent with good reason
         streams = [TokenStream(self, request) for request in requests]
-        self._streams.update({request.request_id: stream for request, stream in zip(requests, streams)})
+        for request, stream in zip(requests, streams, strict=True):
+            self._streams[request.request_id] = stream
         self._send(Add(requests))
         return streams
 
@@ -340,11 +347,10 @@ class _Call:
         return self._function(*self._args, **self._kwargs)
 
 
-def _load_text(config: EngineConfig) -> tuple[Tokenizer, Processor]:
-    from pathlib import Path
-
+def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, Processor]:
     tokenizer = Tokenizer.load(Path(config.tokenizer_path))
-    return tokenizer, Processor(config, tokenizer)
+    template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
+    return tokenizer, Processor(config, tokenizer, template)
 
 
 def _end(process: subprocess.Popen[bytes], wait_s: float = EXIT_S) -> str:

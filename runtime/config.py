@@ -6,6 +6,7 @@ Nothing here imports torch: the API process resolves the configuration, the engi
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,22 @@ from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime import cpu
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
+from microvllm.runtime.request import SamplingParams
+
+logger = logging.getLogger("microvllm.config")
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 POLICIES = ("fcfs", "priority")
+# What is read from generation_config.json, and its name in `SamplingParams`.
+GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -70,9 +82,13 @@ class EngineArgs:
         dtype = self._dtype(spec)
         block_size = _positive(self.block_size, DEFAULT_BLOCK_SIZE, "--block-size")
         if self.attention_backend not in ("auto", "torch"):
-            raise ConfigError(f"--attention-backend {self.attention_backend}: only 'auto' and 'torch' exist on a CPU")
+            raise ConfigError(
+                f"--attention-backend {self.attention_backend}: only 'auto' and 'torch' exist on a CPU"
+            )
         if self.scheduling_policy not in POLICIES:
-            raise ConfigError(f"--scheduling-policy must be one of {', '.join(POLICIES)}, got {self.scheduling_policy}")
+            raise ConfigError(
+                f"--scheduling-policy must be one of {', '.join(POLICIES)}, got {self.scheduling_policy}"
+            )
         if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 1:
             raise ConfigError(f"--max-num-queued-reqs must be at least 1, got {self.max_num_queued_reqs}")
         if self.long_prefill_token_threshold < 0:
@@ -80,14 +96,16 @@ class EngineArgs:
         max_model_len = _positive(self.max_model_len, spec.max_position, "--max-model-len")
         if max_model_len > spec.max_position:
             raise ConfigError(
-                f"--max-model-len {max_model_len} is longer than the model's context of {spec.max_position} tokens"
+                f"--max-model-len {max_model_len} is longer than the model's context, {spec.max_position} tokens"
             )
         num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
-        budget = _positive(self.max_num_batched_tokens, DEFAULT_MAX_NUM_BATCHED_TOKENS, "--max-num-batched-tokens")
+        budget = _positive(
+            self.max_num_batched_tokens, DEFAULT_MAX_NUM_BATCHED_TOKENS, "--max-num-batched-tokens"
+        )
         if not self.enable_chunked_prefill and budget < max_model_len:
             if self.max_num_batched_tokens is not None:
                 raise ConfigError(
-                    f"--max-num-batched-tokens {budget} is smaller than the context of {max_model_len} tokens, "
+                    f"--max-num-batched-tokens {budget} is below the context of {max_model_len} tokens, "
                     "and --no-enable-chunked-prefill does not allow prompts to be split"
                 )
             budget = max_model_len
@@ -121,7 +139,9 @@ class EngineArgs:
 
     def _load_format(self, path: Path) -> str:
         if self.load_format not in LOAD_FORMATS:
-            raise ConfigError(f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format}")
+            raise ConfigError(
+                f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format}"
+            )
         actual = "gguf" if path.is_file() else "safetensors"
         if self.load_format in ("auto", actual):
             return actual
@@ -135,7 +155,9 @@ class EngineArgs:
             # Without bf16 arithmetic a CPU converts every weight on every step: float32 is faster there.
             return "bfloat16" if cpu.has_bf16() else "float32"
         if wish not in DTYPE_BYTES:
-            raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}")
+            raise ConfigError(
+                f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}"
+            )
         if wish == "float16":
             raise ConfigError("--dtype float16 is not available on a CPU; use bfloat16 or float32")
         return wish
@@ -160,8 +182,8 @@ class EngineArgs:
         if self.max_model_len is not None or num_blocks == 0:
             raise ConfigError(
                 f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
-                f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens needs "
-                f"{needed} blocks ({needed * block_bytes / 2**20:.0f} MiB): "
+                f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
+                f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB): "
                 "lower --max-model-len or raise --kv-cache-memory-bytes"
             )
         return num_blocks, num_blocks * block_size
@@ -221,10 +243,14 @@ def _generation_defaults(wish: str, model: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold a JSON object")
-    known = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "eos_token_id")
-    defaults = {name: content[name] for name in known if content.get(name) is not None}
-    if content.get("do_sample") is False:
-        # transformers decodes such a model greedily whatever its temperature field says; vLLM does not
-        # look at do_sample, and neither do we.
-        pass
-    return defaults
+    penalty = content.get("repetition_penalty")
+    if penalty not in (None, 1, 1.0):
+        logger.warning("%s: repetition_penalty %s is not applied: there are no penalties yet", file, penalty)
+    defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
+    ends = content.get("eos_token_id")
+    try:
+        msgspec.convert({GENERATION_FIELDS[name]: value for name, value in defaults.items()}, SamplingParams)
+        msgspec.convert(ends, int | list[int] | None)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return defaults if ends is None else {**defaults, "eos_token_id": ends}

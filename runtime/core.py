@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import RequestError
@@ -19,27 +19,30 @@ class StepInFlight(Protocol):
     def plan(self) -> StepPlan: ...
 
 
-class Runner(Protocol):
+StepT = TypeVar("StepT", bound=StepInFlight)
+
+
+class Runner(Protocol[StepT]):
     """What executes plans: the model runner, or a fake in tests."""
 
-    def launch(self, plan: StepPlan) -> StepInFlight:
+    def launch(self, plan: StepPlan) -> StepT:
         """Start a step; must not wait for its tokens."""
         ...
 
-    def collect(self, step: StepInFlight) -> Sequence[int]:
+    def collect(self, step: StepT) -> Sequence[int]:
         """Wait for a launched step: one token for each scheduled request, in the plan's order."""
         ...
 
 
-class EngineCore:
+class EngineCore(Generic[StepT]):
     """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`."""
 
-    def __init__(self, config: EngineConfig, runner: Runner) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner[StepT]) -> None:
         self.config = config
         self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.kv)
         self._runner = runner
-        self._in_flight: StepInFlight | None = None
+        self._in_flight: StepT | None = None
         self._num_steps = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0

@@ -41,7 +41,9 @@ class InferenceEngine:
         self.processor = Processor(self.config, self.tokenizer)
         self.core = EngineCore(self.config, ModelGraphRunner(self.config))
 
-    def generate(self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any) -> dict[str, str]:
+    def generate(
+        self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any
+    ) -> dict[str, str]:
         """A text for each prompt, generated together: {prompt: text}.
 
         Equal prompts are one key and are generated once; use `LLM.generate` for several answers to one.
@@ -78,7 +80,9 @@ class InferenceEngine:
             return msgspec.convert({**self.processor.default_params(), **wishes}, SamplingParams)
         except msgspec.ValidationError as error:
             cause = error.__cause__
-            raise cause if isinstance(cause, InvalidRequestError) else InvalidRequestError(str(error)) from None
+            raise (
+                cause if isinstance(cause, InvalidRequestError) else InvalidRequestError(str(error))
+            ) from None
 
     def run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, TextDelta]]:
         """Generate for all requests together; yields (index of the request, what became known).
@@ -114,4 +118,3 @@ class InferenceEngine:
         if not isinstance(prompt, str):
             raise InvalidRequestError(f"a prompt must be a string, got {type(prompt).__name__}", "prompt")
         return self.processor.requests(self.processor.tokenize_prompt(prompt), params)
-

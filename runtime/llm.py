@@ -110,7 +110,9 @@ class LLM:
         show_progress: bool,
         priority: Sequence[int] | None,
     ) -> list[RequestOutput]:
-        params = _one_each(sampling_params or self.get_default_sampling_params(), len(prompt_ids), "sampling_params")
+        params = _one_each(
+            sampling_params or self.get_default_sampling_params(), len(prompt_ids), "sampling_params"
+        )
         priorities = _one_each(0 if priority is None else priority, len(prompt_ids), "priority")
         results: list[RequestOutput] = []
         requests: list[EngineRequest] = []

@@ -36,4 +36,6 @@ def _demo_model() -> Path:
     if found is not None and found.origin is not None:
         for file in sorted(Path(found.origin).parent.rglob("*.gguf")):
             return file
-    raise ConfigError(f"model {DEMO_MODEL} comes with a package that is not installed: pip install {DEMO_PACKAGE}")
+    raise ConfigError(
+        f"model {DEMO_MODEL} comes with a package that is not installed: pip install {DEMO_PACKAGE}"
+    )

@@ -54,9 +54,11 @@ class OutputText:
         if output.finish_reason is FinishReason.ERROR:
             raise EngineError(output.error or "the request failed")
         ended_by_token = output.finish_reason is FinishReason.STOP
+        before = self._detokenizer.num_tokens
         text, stop = self._detokenizer.push(output.token_ids, last_is_stop=ended_by_token)
         if stop is not None:
-            return TextDelta(output.token_ids, text, str(FinishReason.STOP), stop)
+            counted = output.token_ids[: self._detokenizer.num_tokens - before]
+            return TextDelta(counted, text, str(FinishReason.STOP), stop)
         if output.finish_reason is None:
             return TextDelta(output.token_ids, text)
         text += self._detokenizer.finish()

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from microvllm.runtime.channel import (
     Abort,
@@ -29,6 +30,9 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core import EngineCore
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import StepOutput
+
+if TYPE_CHECKING:
+    from microvllm.runtime.model_runner import LaunchedStep
 
 PROGRESS_INTERVAL_S = 0.1
 
@@ -55,7 +59,7 @@ def main() -> None:
         _run(core, channel)
 
 
-def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore:
+def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
     from microvllm.runtime.model_runner import ModelGraphRunner  # imports torch: after the signals are set
 
     sent = 0.0
@@ -69,7 +73,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore:
     return EngineCore(config, ModelGraphRunner(config, progress))
 
 
-def _run(core: EngineCore, channel: EngineEnd) -> None:
+def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
     # What is alive now lives for ever: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
@@ -85,7 +89,7 @@ def _run(core: EngineCore, channel: EngineEnd) -> None:
             core.scheduler.check()
 
 
-def _obey(core: EngineCore, command: Command) -> list[StepOutput]:
+def _obey(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:
     """Carry out a command -> outputs of requests that were refused."""
     if isinstance(command, Add):
         return [refused for request in command.requests if (refused := core.add(request)) is not None]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from microvllm.runtime.chat_template import ChatTemplate
-from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.config import GENERATION_FIELDS, EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.request import INT64_MAX, EngineRequest, SamplingParams
 from microvllm.runtime.tokenizer import Tokenizer
@@ -22,19 +22,14 @@ _NO_TEMPLATE = (
     "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
     "template: this model has none, and the server was started without --chat-template."
 )
-_DEFAULT_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "max_new_tokens": "max_tokens",
-}
 
 
 class Processor:
     """Knows the model's tokenizer, template, limits and defaults."""
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None
+    ) -> None:
         self._config = config
         self._tokenizer = tokenizer
         if template is None and tokenizer.chat_template is not None:
@@ -47,15 +42,15 @@ class Processor:
     def default_params(self) -> dict[str, Any]:
         """Sampling defaults of the model's `generation_config.json`, under `SamplingParams`' names."""
         values = self._config.generation_defaults
-        return {ours: values[theirs] for theirs, ours in _DEFAULT_FIELDS.items() if theirs in values}
+        return {ours: values[theirs] for theirs, ours in GENERATION_FIELDS.items() if theirs in values}
 
     def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids. Raises `ContextLengthError` before tokenising a text that cannot fit."""
         if len(prompt) > self._max_chars:
             raise ContextLengthError(
                 f"This model's maximum context length is {self._config.max_model_len} tokens. However, your "
-                f"prompt has {len(prompt)} characters, more than that many tokens can hold. Please reduce the "
-                "length of the input prompt.",
+                f"prompt has {len(prompt)} characters, more than that many tokens can hold. Please reduce "
+                "the length of the input prompt.",
                 "input_text",
             )
         return self._tokenizer.encode(prompt, add_special_tokens)
@@ -72,7 +67,9 @@ class Processor:
         """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token."""
         limit, vocab = self._config.max_model_len, self._config.spec.vocab_size
         if not ids:
-            raise InvalidRequestError("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+            raise InvalidRequestError(
+                "Either prompt or prompt_embeds must be provided and non-empty.", "prompt"
+            )
         if len(ids) > limit:
             raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, your prompt contains "
@@ -110,13 +107,19 @@ class Processor:
         ends = params.stop_token_ids if params.ignore_eos else [*params.stop_token_ids, *self._further_ends]
         wrong = next((token for token in ends if token >= self._config.spec.vocab_size), None)
         if wrong is not None:
-            raise InvalidRequestError(f"stop_token_ids: token id {wrong} is out of vocabulary.", "stop_token_ids")
+            raise InvalidRequestError(
+                f"stop_token_ids: token id {wrong} is out of vocabulary.", "stop_token_ids"
+            )
         return [
             EngineRequest(
                 next(self._ids),
                 prompt_ids,
                 msgspec.structs.replace(
-                    params, n=1, max_tokens=max_tokens, seed=_child_seed(params.seed, child), stop_token_ids=[]
+                    params,
+                    n=1,
+                    max_tokens=max_tokens,
+                    seed=_child_seed(params.seed, child),
+                    stop_token_ids=[],
                 ),
                 eos,
                 ends,
