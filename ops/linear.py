@@ -34,7 +34,7 @@ class Linear:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch._C.has_mkldnn:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     # Where the CPU has no bf16 arithmetic, oneDNN refuses; torch's own kernels work there, slowly.
     return weight.dtype == torch.float32 or (

@@ -71,7 +71,7 @@ def frame(encoder: msgspec.msgpack.Encoder, message: Command | Event) -> bytes:
 
 
 class EngineEnd:
-    """The engine's end of the channel; blocking. Raises `EOFError` or `OSError` when the other side is gone."""
+    """The engine's end, blocking. Raises `EOFError` or `OSError` when the other side is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

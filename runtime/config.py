@@ -96,7 +96,7 @@ class EngineArgs:
         max_model_len = _positive(self.max_model_len, spec.max_position, "--max-model-len")
         if max_model_len > spec.max_position:
             raise ConfigError(
-                f"--max-model-len {max_model_len} is longer than the model's context, {spec.max_position} tokens"
+                f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
             )
         num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
         budget = _positive(
