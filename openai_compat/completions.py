@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 4096  # prompts times n
+MAX_PROMPT_TOKENS = (
+    8 << 20
+)  # of all sequences together: `echo` and `return_token_ids` repeat them in the answer
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -45,6 +48,10 @@ async def create_completion(request: Request) -> Response:
             f"{len(prompts)} prompts with n={params.n} are more than {MAX_SEQUENCES} sequences.", "n"
         )
     ids = await state.client.run_blocking(_tokenize, state.client, prompts, fields["add_special_tokens"])
+    if sum(map(len, ids)) * params.n > MAX_PROMPT_TOKENS:
+        raise InvalidRequestError(
+            f"The prompts with n={params.n} have more than {MAX_PROMPT_TOKENS} tokens together.", "n"
+        )
     echoes = [""] * (len(prompts) * params.n)
     if fields["echo"]:
         texts = await state.client.run_blocking(_texts, state.client, prompts)

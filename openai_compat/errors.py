@@ -6,7 +6,6 @@ vLLM spells `type` in two ways: "Bad Request" for a body of the wrong shape (wit
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import orjson
@@ -16,9 +15,8 @@ from starlette.responses import Response
 
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
 
-logger = logging.getLogger("microvllm.server")
-
 BAD_SHAPE = "Bad Request"
+INTERNAL = "Internal server error."
 MAX_QUOTED = 200  # characters of a client's text that an error repeats
 RETRY_AFTER_S = 1
 
@@ -122,4 +120,4 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """A bug of ours: logged with its traceback by the server, answered without any of it."""
-    return error_response(EngineError("Internal server error."))
+    return error_response(EngineError(INTERNAL))

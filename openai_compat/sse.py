@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from microvllm.openai_compat.errors import ClientGoneError, ServerStoppingError, error_event
+from microvllm.openai_compat.errors import INTERNAL, ClientGoneError, ServerStoppingError, error_event
 from microvllm.runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from microvllm.openai_compat.generation import Generation
     from microvllm.openai_compat.lifecycle import Lifecycle
     from microvllm.runtime.output import TextDelta
+
+logger = logging.getLogger("microvllm.server")
 
 DONE = b"data: [DONE]\n\n"
 
@@ -87,6 +90,10 @@ async def event_chunks(
             yield writer.final_usage(stream_usage(generation.prompt_tokens, sum(counts), cached))
     except (EngineError, RequestError) as error:
         yield error_event(error)
+    except Exception:
+        # A bug of ours. The 200 is out, so the stream is the only place left to say that it failed.
+        logger.exception("Streaming %s failed.", generation.id)
+        yield error_event(EngineError(INTERNAL))
     finally:
         generation.abort()
     yield DONE

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.errors import (
     ContextLengthError,
     EngineBusyError,
@@ -54,6 +55,7 @@ class FakeTokenizer:
         self.backend.decoder = decoders.ByteLevel()
         self.backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
         self.vocab_size = VOCAB_SIZE
+        self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
     @staticmethod
     def _byte(char: str) -> int:
@@ -73,8 +75,16 @@ class FakeTokenizer:
 
 
 class FakeProcessor:
-    def __init__(self, config: FakeConfig, tokenizer: FakeTokenizer, defaults: Mapping[str, Any]) -> None:
-        self.config, self.tokenizer, self.defaults = config, tokenizer, defaults
+    def __init__(
+        self,
+        config: FakeConfig,
+        tokenizer: FakeTokenizer,
+        template: ChatTemplate | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.template = config, tokenizer, template
+        self.defaults = defaults or {}
 
     def default_params(self) -> dict[str, Any]:
         return dict(self.defaults)
@@ -104,6 +114,9 @@ class FakeProcessor:
         add_special_tokens: bool = False,
         **kwargs: Any,
     ) -> list[int]:
+        if self.template is not None:
+            text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+            return self.tokenize_prompt(text, add_special_tokens)
         text = "\n".join(f"{message['role']}: {message['content']}" for message in messages) + (
             "" if continue_final_message else "\n"
         )
@@ -162,7 +175,7 @@ class FakeClient:
     def __init__(self, *, max_model_len: int = 256, defaults: Mapping[str, Any] | None = None) -> None:
         self.config = FakeConfig(max_model_len=max_model_len)
         self.tokenizer = FakeTokenizer()
-        self.processor = FakeProcessor(self.config, self.tokenizer, defaults or {})
+        self.processor = FakeProcessor(self.config, self.tokenizer, defaults=defaults)
         self.stats = EngineStats()
         self.alive = True
         self.busy = False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_tools import eventually
+from http_tools import eventually, raw_exchange
 
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.listen import address_of, bind_socket, release_socket, start_listening
@@ -29,7 +29,7 @@ from microvllm.runtime.request import EngineStats
 PROGRAM = """
 import asyncio, json, sys
 sys.path.insert(0, {tests!r})
-from fake_client import fresh
+from fake_client import FakeProcessor, fresh
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError
@@ -49,6 +49,7 @@ async def close(drain_s=0):
 
 client.close = close
 server.EngineClient = Engine
+server.Processor = FakeProcessor
 try:
     server.serve(client.config, ServerArgs(**options["args"]))
 except ConfigError as error:
@@ -85,9 +86,9 @@ class Serving:
         eventually(lambda: text in self.output or self.process.poll() is not None, seconds)
         assert text in self.output, self.output
 
-    def post(self, body: dict[str, Any]) -> http.client.HTTPResponse:
+    def post(self, body: dict[str, Any], path: str = "/v1/completions") -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
         return connection.getresponse()
 
     def stop(self, number: int = signal.SIGTERM) -> None:
@@ -131,6 +132,36 @@ def test_the_curl_line_works(tmp_path: Path) -> None:
             timeout=20,
         )
         assert json.loads(answer.stdout)["object"] == "chat.completion"
+
+
+def test_a_chat_template_of_ones_own(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    with serving(tmp_path, chat_template=template) as server:
+        server.wait_for("Application startup complete.")
+        tokens = json.loads(
+            server.post({"messages": [{"role": "user", "content": "hi"}]}, "/tokenize").read()
+        )
+        assert tokens["tokens"] == [256, *b"<hi>"]
+    with serving(tmp_path, load_s=60, chat_template="{% for %}") as server:
+        assert server.process.wait(20) == 2
+        assert server.output.startswith("ConfigError: --chat-template: ") and server.output.count("\n") == 1
+
+
+def test_no_request_forges_a_line_of_the_log(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        server.wait_for("Application startup complete.")
+        forged = b"GET /a%0d%0aINFO:%20forged%1b[31m HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        assert raw_exchange(server.port, forged).startswith(b"HTTP/1.1 404")
+        assert (
+            server.post({"prompt": "hi", "request_id": "x", "user": "\nforged", "model": "\nforged"}).status
+            == 404
+        )
+        server.stop()
+        assert server.process.wait(10) == 0
+        assert not [
+            line for line in server.output.splitlines() if line.startswith(("INFO: forged", "forged"))
+        ]
+        assert "\x1b" not in server.output
 
 
 def test_a_taken_port_is_known_before_the_model_loads(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fake_client import VOCAB_SIZE, FakeClient, fresh
 from http_tools import in_process
 
 from microvllm.openai_compat import body as body_module
+from microvllm.openai_compat import completions
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError, EngineDeadError
@@ -175,6 +176,20 @@ async def test_many_prompts_times_n() -> None:
     assert (answer.status_code, error_of(answer)["param"]) == (400, "n")
 
 
+async def test_many_tokens_times_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "MAX_PROMPT_TOKENS", 100)
+    body = {"prompt": ["a" * 9] * 5, "echo": True}
+    assert (await post("/v1/completions", {**body, "n": 2})).status_code == 200
+    answer = await post("/v1/completions", {**body, "n": 3})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "n")
+
+
+async def test_several_greedy_samples_are_refused() -> None:
+    answer = await post("/v1/completions", {"prompt": "a", "n": 2, "temperature": 0})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "n")
+    assert error_of(answer)["message"] == "n must be 1 when using greedy sampling, got 2."
+
+
 async def test_nul_is_legal_text() -> None:
     assert (await post("/v1/completions", {"prompt": "a\x00b"})).status_code == 200
 
@@ -298,6 +313,15 @@ async def test_failure_in_the_middle(failure: Any, status: int, n: int) -> None:
     assert json.loads(error.removeprefix("data: ")) == {
         "error": {"message": str(client.failure), "type": client.failure.kind, "param": None, "code": status}
     }
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_bug_in_the_middle_of_a_stream_is_an_event(n: int) -> None:
+    client = fresh(fail_after=2)
+    client.failure = ZeroDivisionError("secret")  # type: ignore[assignment]
+    answer = await post("/v1/completions", {"prompt": "hi", "n": n, "stream": True}, client)
+    assert '"error":{"message":"Internal server error.","type":"InternalServerError"' in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n") and "secret" not in answer.text and not client.running
 
 
 @pytest.mark.parametrize(
