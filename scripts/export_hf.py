@@ -74,7 +74,7 @@ def _unfuse(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torc
     """Cut the fused tensors into those of a Hugging Face checkpoint, emptying `weights` on the way."""
     tensors = {}
     for slot in checkpoint_slots(spec):
-        pieces = weights.pop(slot.name).split([part.rows for part in slot.parts])
+        pieces = torch.split(weights.pop(slot.name), [part.rows for part in slot.parts])
         for part, piece in zip(slot.parts, pieces, strict=True):
             suffix = "bias" if part.bias else "weight"
             # save_file wants tensors that share no storage.
