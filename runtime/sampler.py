@@ -63,10 +63,12 @@ class Sampler:
         for index, banned in masked:
             logits[index, banned] = -torch.inf
         best, tokens = logits.max(-1)
+        finite = best.isfinite()
         at = torch.from_numpy(rows)
         temperature = self._temperature[at]
-        if bool(temperature.any()):
-            drawn = temperature.nonzero().squeeze(-1)
+        # There is nothing to draw from a broken row, and its NaNs would become indices out of range.
+        drawn = ((temperature > 0) & finite).nonzero().squeeze(-1)
+        if len(drawn):
             uniform = torch.from_numpy(uniform_numbers(self._seed[rows], positions))
             tokens[drawn] = self._draw(
                 logits[drawn] / temperature[drawn, None],
@@ -75,7 +77,7 @@ class Sampler:
                 self._top_p[at[drawn]],
                 self._min_p[at[drawn]],
             )
-        return tokens.masked_fill_(~best.isfinite(), NO_TOKEN)
+        return tokens.masked_fill_(~finite, NO_TOKEN)
 
     def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         if bool(min_p.any()):
