@@ -1,0 +1,166 @@
+"""What the tests on real computation share: engines on small models, prompts, and runs token by token."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_models import make_hf_folder
+
+from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.model_runner import ModelGraphRunner
+from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
+from microvllm.runtime.scheduler import ScheduledRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every family with what is odd about it: 9 query heads over 3 KV heads everywhere, head sizes that are not
+# hidden / heads, biases, tied and untied embeddings, a window shorter than the texts, both rope scalings.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama-tied": {"family": "llama", "tie": True},
+    "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
+    "llama-llama3-rope": {
+        "family": "llama",
+        "head_dim": 24,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama-linear-rope": {
+        "family": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0},
+    },
+    "llama-one-kv-head": {"family": "llama", "num_key_value_heads": 1, "hidden_size": 90},
+    "mistral": {"family": "mistral", "head_dim": 20},
+    "mistral-window": {"family": "mistral", "sliding_window": 19, "head_dim": 40},
+    "qwen2": {"family": "qwen2", "tie": True},
+    "qwen2-untied": {"family": "qwen2", "num_key_value_heads": 9},
+    "qwen3": {"family": "qwen3", "tie": True, "head_dim": 48},
+    "qwen3-untied": {"family": "qwen3", "hidden_size": 126, "head_dim": 16},
+}
+
+
+@functools.cache
+def _models() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="microvllm-models-")  # deleted at exit
+
+
+@functools.cache
+def variant_folder(name: str) -> Path:
+    """The folder of one of `VARIANTS`; written once a test run."""
+    options = dict(VARIANTS[name])
+    return make_hf_folder(Path(_models().name) / name, options.pop("family"), **options)
+
+
+def make_engine(model: Path | str, **options: Any) -> InferenceEngine:
+    """An engine in float32 on one thread with a small pool."""
+    defaults: dict[str, Any] = {"dtype": "float32", "cpu_threads": 1, "num_gpu_blocks_override": 256}
+    return InferenceEngine(str(model), **{**defaults, **options})
+
+
+def make_prompts(count: int, vocab: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    """Random prompts of 1 to `longest` tokens, the lengths spread evenly."""
+    random = np.random.default_rng(seed)
+    lengths = [1 + i * (longest - 1) // max(1, count - 1) for i in range(count)]
+    return [random.integers(0, vocab, length).tolist() for length in lengths]
+
+
+def make_request(
+    request_id: int, prompt: list[int], max_tokens: int = 24, *, priority: int = 0, **params: Any
+) -> EngineRequest:
+    """A request that nothing but `max_tokens` ends; greedy unless `params` say otherwise."""
+    sampling = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **params})
+    return EngineRequest(request_id, prompt, sampling, priority=priority)
+
+
+def run_requests(engine: InferenceEngine, requests: Sequence[EngineRequest]) -> list[list[int]]:
+    """The tokens of each request, all submitted together; sees that the pool is at rest afterwards."""
+    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        refused = engine.core.add(request)
+        assert refused is None, refused
+    for output in drain(engine):
+        assert output.error is None, output
+        tokens[output.request_id] += output.token_ids
+    return [tokens[request.request_id] for request in requests]
+
+
+def drain(engine: InferenceEngine, max_steps: int = 20_000) -> Iterator[StepOutput]:
+    """Step until nothing is left to do, and check that every block came back."""
+    for _ in range(max_steps):
+        if not engine.core.has_work():
+            break
+        yield from engine.core.step()
+    assert not engine.core.has_work(), "the engine does not come to rest"
+    engine.core.scheduler.check()
+    assert engine.core.kv.num_used == 0
+
+
+def generate_ids(
+    engine: InferenceEngine, prompts: Sequence[list[int]], max_tokens: int = 24, **params: Any
+) -> list[list[int]]:
+    """Tokens after each prompt, all generated together."""
+    return run_requests(
+        engine, [make_request(i, prompt, max_tokens, **params) for i, prompt in enumerate(prompts)]
+    )
+
+
+@contextmanager
+def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterator[dict[int, torch.Tensor]]:
+    """Logits that the engine computes, by position in a sequence; for one request at a time.
+
+    With `every_position` those of all prompt tokens are computed too, of which the engine itself needs only
+    the last.
+    """
+    runner = engine.core._runner
+    assert isinstance(runner, ModelGraphRunner)
+    model = runner._model
+    forward, input_ids = model.forward, runner._input_ids
+    logits: dict[int, torch.Tensor] = {}
+    items: list[ScheduledRequest] = []
+
+    def noting_items(scheduled: Sequence[ScheduledRequest]) -> torch.Tensor:
+        items[:] = scheduled
+        return input_ids(scheduled)
+
+    def recording(ids: torch.Tensor, attention: Any) -> torch.Tensor:
+        hidden = forward(ids, attention)
+        (item,) = items
+        rows = hidden if every_position else hidden[-1:]
+        first = item.start + item.num_new - len(rows)
+        for offset, row in enumerate(model.logits(rows)):
+            logits[first + offset] = row.clone()
+        return hidden
+
+    runner._input_ids, model.forward = noting_items, recording  # type: ignore[method-assign]
+    try:
+        yield logits
+    finally:
+        runner._input_ids, model.forward = input_ids, forward  # type: ignore[method-assign]
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of the `scripts` folder as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
