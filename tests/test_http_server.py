@@ -85,19 +85,19 @@ def test_many_requests_on_one_connection(port: int) -> None:
 
 
 def test_half_a_head_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.2)
+    monkeypatch.setattr(protocol, "HEAD_DEADLINE_S", 0.6)
     with real_server(FakeClient()) as port:
         for sent in (b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: a\r\n"):
             began = time.monotonic()
             assert status_of(raw_exchange(port, sent)) == 408
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 3
         # The deadline starts anew with each request, and does not run while an answer is made.
         two = request("/v1/completions", {**COMPLETION, "max_tokens": 3})
         with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
             for _ in range(3):
                 sock.sendall(two)
                 assert sock.recv(65536).startswith(b"HTTP/1.1 200")
-                time.sleep(0.15)
+                time.sleep(0.4)
 
 
 def test_an_oversized_body_is_refused_before_it_is_read() -> None:

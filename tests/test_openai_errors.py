@@ -315,6 +315,25 @@ async def test_failure_in_the_middle(failure: Any, status: int, n: int) -> None:
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_is_still_tokenised_when_the_server_stops(stream: bool) -> None:
+    client = fresh(stall_after=0)
+    app = create_app(client, ServerArgs())  # type: ignore[arg-type]
+
+    async def stop_then_run(function: Any, *args: Any) -> Any:
+        app.state.server.lifecycle.cut()
+        return function(*args)
+
+    client.run_blocking = stop_then_run  # type: ignore[method-assign]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+        answer = await http.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+        assert answer.status_code == (200 if stream else 503)
+        assert '"error":{"message":"The server is shutting down."' in answer.text
+        assert client.aborted == 1 and not client.running
+        assert (await http.post("/v1/completions", json={"prompt": "hi"})).status_code == 503
+        assert (await http.get("/health")).status_code == 503
+
+
 @pytest.mark.parametrize("n", [1, 3])
 async def test_a_bug_in_the_middle_of_a_stream_is_an_event(n: int) -> None:
     client = fresh(fail_after=2)
