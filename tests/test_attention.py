@@ -1,0 +1,202 @@
+"""Paged attention against attention as it is defined: one query at a time, over dense keys and values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from microvllm.adapters.decoder import inverse_frequencies
+from microvllm.adapters.spec import RopeSpec
+from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment, make_backend
+from microvllm.ops.attention.torch_backend import TorchAttention
+
+INV_FREQ = {dim: inverse_frequencies(RopeSpec(theta=100.0), dim) for dim in (2, 8, 10, 32)}
+MAX_POSITION = 256
+
+
+@dataclass
+class Sequence:
+    """One sequence of a test: its tokens' vectors before rotation, and the blocks that it owns."""
+
+    qk: Tensor  # [length, heads + kv_heads, d]
+    v: Tensor  # [length, kv_heads, d]
+    blocks: list[int]
+
+
+def rotate(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
+    """By complex numbers: pair j is the number x[j] + i x[j + d/2], turned by its angle."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half].double(), x[..., half:].double())
+    angles = inv_freq.double() * position
+    turned = turned * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def dense(sequence: Sequence, shape: AttentionShape, query: int) -> Tensor:
+    """The output at one position, in float64: [heads * d]."""
+    inv_freq, heads = INV_FREQ[shape.head_dim], shape.num_heads
+    first = 0 if shape.window is None else max(0, query - shape.window + 1)
+    q = rotate(sequence.qk[query, :heads], inv_freq, query)
+    keys = torch.stack([rotate(sequence.qk[p, heads:], inv_freq, p) for p in range(first, query + 1)])
+    values = sequence.v[first : query + 1].double()
+    outputs = []
+    for head in range(heads):
+        shared = head * shape.num_kv_heads // heads
+        scores = keys[:, shared] @ q[head] / math.sqrt(shape.head_dim)
+        outputs.append(scores.softmax(0) @ values[:, shared])
+    return torch.cat(outputs)
+
+
+def make_batch(
+    work: list[tuple[Sequence, int, int]], block_size: int, padding_block: int
+) -> tuple[AttentionBatch, Tensor, Tensor]:
+    """(sequence, start, end) of each -> the batch with single tokens first, and its qk and v."""
+    work = sorted(work, key=lambda item: item[2] - item[1] > 1)
+    decodes = [item for item in work if item[2] - item[1] == 1]
+    positions, slots, segments = [], [], []
+    for sequence, start, end in work:
+        if end - start > 1:
+            blocks = torch.tensor(sequence.blocks[: -(-end // block_size)])
+            segments.append(PrefillSegment(len(positions), end - start, end, blocks))
+        for position in range(start, end):
+            positions.append(position)
+            slots.append(sequence.blocks[position // block_size] * block_size + position % block_size)
+    width = max((-(-end // block_size) for _, _, end in decodes), default=0)
+    tables = [
+        (sequence.blocks[: -(-end // block_size)] + [padding_block] * width)[:width]
+        for sequence, _, end in decodes
+    ]
+    batch = AttentionBatch(
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        num_decodes=len(decodes),
+        decode_blocks=torch.tensor(tables, dtype=torch.int64).view(len(decodes), width),
+        decode_lens=torch.tensor([end for _, _, end in decodes], dtype=torch.int64),
+        segments=tuple(segments),
+    )
+    qk = torch.cat([sequence.qk[start:end] for sequence, start, end in work])
+    v = torch.cat([sequence.v[start:end] for sequence, start, end in work])
+    return batch, qk, v
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    data=st.data(),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from(sorted(INV_FREQ)),
+    block_size=st.sampled_from([1, 2, 3, 8, 16]),
+    window=st.none() | st.integers(1, 20),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    seed=st.integers(0, 2**31),
+)
+def test_any_mixture_of_chunks_is_dense_attention(
+    data: st.DataObject,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    window: int | None,
+    lengths: list[int],
+    seed: int,
+) -> None:
+    """Sequences grow by arbitrary chunks in arbitrary company, in blocks that lie anywhere in the pool."""
+    random = torch.Generator().manual_seed(seed)
+    shape = AttentionShape(2, kv_heads * group, kv_heads, head_dim, window)
+    needed = sum(-(-length // block_size) for length in lengths)
+    backend = make_backend(
+        "torch",
+        shape,
+        num_blocks=needed + 2,
+        block_size=block_size,
+        inv_freq=INV_FREQ[head_dim],
+        max_position=MAX_POSITION,
+        dtype=torch.float32,
+    )
+    assert isinstance(backend, TorchAttention)
+    # What earlier requests left in the blocks must not be seen.
+    backend.cache.copy_(torch.randn(backend.cache.shape, generator=random) * 100)
+    free = torch.randperm(needed + 2, generator=random).tolist()
+    padding_block = free.pop()
+    sequences = []
+    for length in lengths:
+        sequences.append(
+            Sequence(
+                torch.randn(length, shape.num_heads + kv_heads, head_dim, generator=random),
+                torch.randn(length, kv_heads, head_dim, generator=random),
+                [free.pop() for _ in range(-(-length // block_size))],
+            )
+        )
+    done = [0] * len(sequences)
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        chunks = [data.draw(st.integers(0, 9)) for _ in lengths]
+        ends = [min(at + chunk, length) for at, chunk, length in zip(done, chunks, lengths, strict=True)]
+        if ends == done:
+            ends = lengths
+        work = [(s, at, end) for s, at, end in zip(sequences, done, ends, strict=True) if end > at]
+        batch, qk, v = make_batch(work, block_size, padding_block)
+        step = backend.begin_step(batch)
+        first_layer, second_layer = step(0, qk, v), step(1, qk.flip(0), v)
+        del second_layer  # writes elsewhere: must not be seen in the first layer
+        order = sorted(work, key=lambda item: item[2] - item[1] > 1)
+        expected = torch.stack([dense(s, shape, p) for s, at, end in order for p in range(at, end)])
+        torch.testing.assert_close(first_layer.double(), expected, rtol=1e-4, atol=1e-5)
+        done = ends
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_long_decode_batch_with_one_short_sequence(dtype: torch.dtype) -> None:
+    """Tables of very different widths: the padding of the short ones has no weight."""
+    random = torch.Generator().manual_seed(0)
+    shape = AttentionShape(1, 9, 3, 32)
+    lengths, block_size = [200, 1, 16, 17, 130], 16
+    backend = make_backend(
+        "torch",
+        shape,
+        num_blocks=64,
+        block_size=block_size,
+        inv_freq=INV_FREQ[32],
+        max_position=MAX_POSITION,
+        dtype=dtype,
+    )
+    blocks = iter(torch.randperm(64, generator=random).tolist())
+    sequences = [
+        Sequence(
+            torch.randn(length, 12, 32, generator=random).to(dtype),
+            torch.randn(length, 3, 32, generator=random).to(dtype),
+            [next(blocks) for _ in range(-(-length // block_size))],
+        )
+        for length in lengths
+    ]
+    fill = [(s, 0, length - 1) for s, length in zip(sequences, lengths, strict=True) if length > 1]
+    batch, qk, v = make_batch(fill, block_size, sequences[0].blocks[0])
+    backend.begin_step(batch)(0, qk, v)
+    last = [(s, length - 1, length) for s, length in zip(sequences, lengths, strict=True)]
+    batch, qk, v = make_batch(last, block_size, sequences[0].blocks[0])
+    ours = backend.begin_step(batch)(0, qk, v)
+    assert ours.dtype == dtype
+    expected = torch.stack(
+        [dense(s, shape, length - 1) for s, length in zip(sequences, lengths, strict=True)]
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    shape = AttentionShape(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="no attention backend is called flash"):
+        make_backend(
+            "flash",
+            shape,
+            num_blocks=1,
+            block_size=1,
+            inv_freq=INV_FREQ[8],
+            max_position=8,
+            dtype=torch.float32,
+        )

@@ -1,0 +1,166 @@
+"""The operators against their definitions and against transformers' own layers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from microvllm.adapters.decoder import inverse_frequencies
+from microvllm.adapters.spec import RopeSpec
+from microvllm.ops.activation import silu_and_mul
+from microvllm.ops.linear import Linear
+from microvllm.ops.norm import rms_norm
+from microvllm.ops.rotary import RotaryTable, apply_rotary
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---- Linear ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (48, 33), (129, 257), (320, 144)], ids=str)
+def test_packed_linear_is_the_plain_product_for_any_number_of_rows(
+    shape: tuple[int, int], bias: bool
+) -> None:
+    weight = random(*shape, seed=1)
+    offset = random(shape[0], seed=2) if bias else None
+    layer = Linear(weight.clone(), offset)
+    assert layer._packed, "on a CPU float32 weights are packed: otherwise nothing is tested here"
+    for rows in range(1, 41):
+        x = random(rows, shape[1], seed=rows)
+        exact = x.double() @ weight.double().T + (0 if offset is None else offset.double())
+        torch.testing.assert_close(layer(x), exact.float(), rtol=1e-5, atol=1e-5 * math.sqrt(shape[1]))
+
+
+def test_linear_takes_rows_of_a_larger_tensor() -> None:
+    """What slicing and transposing leave behind: strides that are not those of a fresh tensor."""
+    weight = random(24, 16, seed=1)
+    layer = Linear(weight)
+    wide = random(10, 40, seed=2)
+    for x in (wide[:, 5:21], wide[::3, :16], random(16, 10, seed=3).T):
+        torch.testing.assert_close(layer(x), x.contiguous() @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 40])
+def test_linear_in_bfloat16(rows: int) -> None:
+    weight, offset = random(37, 96, seed=1, dtype=torch.bfloat16), random(37, seed=2, dtype=torch.bfloat16)
+    x = random(rows, 96, seed=3, dtype=torch.bfloat16)
+    y = Linear(weight, offset)(x)
+    assert y.dtype == torch.bfloat16
+    exact = x.double() @ weight.double().T + offset.double()
+    # One rounding of the result: half a unit in the last of 8 bits, and a bit for the order of the sums.
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2e-2)
+
+
+# ---- norm and activation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (5, 144), (7, 9, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_is_that_of_the_reference_models(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = random(*shape, seed=1, dtype=dtype) * 5, random(shape[-1], seed=2, dtype=dtype)
+    norm = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
+    norm.weight.data.copy_(weight)
+    before = x.clone()
+    ours = rms_norm(x, weight, 1e-5)
+    assert ours.dtype == dtype and torch.equal(x, before)
+    torch.testing.assert_close(
+        ours, norm(x).detach(), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-6
+    )
+
+
+def test_rms_norm_of_tiny_and_huge_rows() -> None:
+    weight = torch.ones(4)
+    assert torch.equal(rms_norm(torch.zeros(2, 4), weight, 1e-6), torch.zeros(2, 4))
+    row = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    torch.testing.assert_close(rms_norm(row * 1e15, weight, 1e-6), row)
+    torch.testing.assert_close(rms_norm(row * 1e-3, weight, 1e-6), row / math.sqrt(2))
+
+
+def test_silu_and_mul() -> None:
+    x = random(6, 22) * 4
+    before = x.clone()
+    gate, up = x.double()[:, :11], x.double()[:, 11:]
+    torch.testing.assert_close(silu_and_mul(x), (gate / (1 + (-gate).exp()) * up).float())
+    assert torch.equal(x, before)
+
+
+# ---- rotary ---------------------------------------------------------------------------------------
+
+ROPES: dict[str, tuple[RopeSpec, dict[str, Any]]] = {
+    "default": (RopeSpec(theta=1e6), {"rope_type": "default", "rope_theta": 1e6}),
+    "linear": (
+        RopeSpec(theta=1e4, scaling="linear", factor=2.5),
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    ),
+    "llama3": (
+        RopeSpec(
+            theta=5e5,
+            scaling="llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position=8192,
+        ),
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_is_that_of_transformers(name: str, head_dim: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    spec, parameters = ROPES[name]
+    config = LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+        rope_parameters=parameters,
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    frequencies = inverse_frequencies(spec, head_dim)
+    torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
+
+    positions = torch.tensor([0, 1, 2, 63, 64, 1000, 8191, 8192, 20_000])
+    x = random(len(positions), 5, head_dim)
+    cos, sin = RotaryTable(frequencies, 20_001, torch.float32).at(positions)
+    ours = apply_rotary(x, cos, sin)
+    batched = x.transpose(0, 1).unsqueeze(0)
+    expected, _ = apply_rotary_pos_emb(batched, batched, *theirs(batched, positions.unsqueeze(0)))
+    # An angle of 20,000 is known to 2^-10 only in float32, and both round it in their own way.
+    torch.testing.assert_close(ours, expected[0].transpose(0, 1), rtol=0, atol=5e-3)
+    torch.testing.assert_close(ours[:6], expected[0].transpose(0, 1)[:6], rtol=0, atol=3e-4)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
+    table = RotaryTable(inverse_frequencies(RopeSpec(), 32), 200, torch.float32)
+    q, k = random(1, 1, 32, seed=1), random(1, 1, 32, seed=2)
+
+    def score(at_q: int, at_k: int) -> float:
+        turned = [apply_rotary(x, *table.at(torch.tensor([p]))) for x, p in ((q, at_q), (k, at_k))]
+        assert abs(float(turned[0].norm() / q.norm()) - 1) < 1e-5
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+    assert score(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
