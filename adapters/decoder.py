@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from microvllm.adapters.spec import ModelSpec, RopeSpec
-from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.attention import StepAttention
-from microvllm.ops.linear import Linear
-from microvllm.ops.norm import rms_norm
+from microvllm.ops.operators import LinearOperator, Operators
 
 
 class DecoderModel:
@@ -22,53 +20,57 @@ class DecoderModel:
     packed, so that plain and packed copies of the whole model never exist together.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators) -> None:
         self.spec = spec
+        self._ops = operators
         self._embed = weights.pop("embed")
-        # Tied embeddings are kept twice: rows are gathered from one and multiplied by the other.
-        self._head = Linear(self._embed if spec.tie_embeddings else weights.pop("lm_head"))
-        self._norm = weights.pop("norm")
-        self._layers = [_Layer(spec, i, weights) for i in range(spec.num_layers)]
+        self._head = operators.linear(self._embed if spec.tie_embeddings else weights.pop("lm_head"), None)
+        self._norm = weights.pop("norm").to(operators.activation_dtype)
+        self._layers = [_Layer(spec, i, weights, operators) for i in range(spec.num_layers)]
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
         """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden]."""
-        hidden = embedding(input_ids, self._embed)
+        hidden = embedding(input_ids, self._embed).to(self._ops.activation_dtype)
         for layer in self._layers:
             hidden = layer.forward(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32."""
-        return self._head(rms_norm(hidden, self._norm, self.spec.rms_norm_eps)).float()
+        return self._head(self._ops.rms_norm(hidden, self._norm, self.spec.rms_norm_eps)).float()
 
 
 class _Layer:
-    def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor]) -> None:
-        def take(name: str) -> Tensor | None:
-            return weights.pop(f"layers.{index}.{name}", None)
+    def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor], operators: Operators) -> None:
+        def linear(name: str) -> LinearOperator:
+            weight = weights.pop(f"layers.{index}.{name}")
+            return operators.linear(weight, weights.pop(f"layers.{index}.{name}_bias", None))
 
-        def linear(name: str) -> Linear:
-            return Linear(weights.pop(f"layers.{index}.{name}"), take(f"{name}_bias"))
+        def norm(name: str) -> Tensor:
+            return weights.pop(f"layers.{index}.{name}").to(operators.activation_dtype)
 
         self._spec = spec
+        self._ops = operators
         self._index = index
         self._qkv, self._o = linear("qkv"), linear("o")
         self._gate_up, self._down = linear("gate_up"), linear("down")
-        self._input_norm = weights.pop(f"layers.{index}.input_norm")
-        self._post_norm = weights.pop(f"layers.{index}.post_norm")
-        self._q_norm, self._k_norm = take("q_norm"), take("k_norm")
+        self._input_norm, self._post_norm = norm("input_norm"), norm("post_norm")
+        self._qk_norms = (norm("q_norm"), norm("k_norm")) if spec.qk_norm else None
 
     def forward(self, hidden: Tensor, attention: StepAttention) -> Tensor:
-        spec = self._spec
+        spec, ops = self._spec, self._ops
         eps, heads, kv_heads = spec.rms_norm_eps, spec.num_heads, spec.num_kv_heads
-        qkv = self._qkv(rms_norm(hidden, self._input_norm, eps)).view(-1, heads + 2 * kv_heads, spec.head_dim)
+        qkv = self._qkv(ops.rms_norm(hidden, self._input_norm, eps))
+        qkv = qkv.view(-1, heads + 2 * kv_heads, spec.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = rms_norm(qk[:, :heads], self._q_norm, eps), rms_norm(qk[:, heads:], self._k_norm, eps)
-            qk = torch.cat((q, k), 1)
-        hidden = self._o(attention(self._index, qk, v)).add_(hidden)
-        gate_up = self._gate_up(rms_norm(hidden, self._post_norm, eps))
-        return self._down(silu_and_mul(gate_up)).add_(hidden)
+        if self._qk_norms is not None:
+            q_norm, k_norm = self._qk_norms
+            qk = torch.cat(
+                (ops.rms_norm(qk[:, :heads], q_norm, eps), ops.rms_norm(qk[:, heads:], k_norm, eps)), 1
+            )
+        hidden = self._o(attention(self._index, qk, v), hidden)
+        gate_up = self._gate_up(ops.rms_norm(hidden, self._post_norm, eps))
+        return self._down(ops.silu_and_mul(gate_up), hidden)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

@@ -13,7 +13,7 @@ _PACKED_FOR_ROWS = 32
 
 
 class Linear:
-    """y = x @ weight.T + bias for x: [n, in], weight: [out, in], bias: [out] or None, all one dtype.
+    """y = x @ weight.T + bias + residual for x: [n, in], weight: [out, in], bias: [out] or None, all one dtype.
 
     On a CPU that computes in the weight's dtype, the weight is reordered for oneDNN here (and the plain
     copy is dropped by the caller), so that no step pays for it.
@@ -26,11 +26,12 @@ class Linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
         self._weight = weight
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-            return product
-        return linear(x, self._weight, self._bias)
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        else:
+            y = linear(x, self._weight, self._bias)
+        return y if residual is None else y.add_(residual)
 
 
 def _can_pack(weight: Tensor) -> bool:

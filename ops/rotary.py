@@ -18,12 +18,12 @@ class RotaryTable:
             torch.arange(max_position, dtype=torch.float32, device=inv_freq.device), inv_freq
         )
         cos, sin = angles.cos(), angles.sin()
-        self._cos = torch.cat((cos, cos), -1).to(dtype)
-        self._sin = torch.cat((-sin, sin), -1).to(dtype)
+        self.cos = torch.cat((cos, cos), -1).to(dtype)
+        self.sin = torch.cat((-sin, sin), -1).to(dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [n] int64 -> cos and sin, each [n, 1, d]."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

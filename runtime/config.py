@@ -17,6 +17,7 @@ import msgspec
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
+from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.runtime import cpu
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
@@ -79,12 +80,9 @@ class EngineArgs:
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
         load_format = self._load_format(path)
-        dtype = self._dtype(spec)
+        backend = self._backend()
+        dtype = self._dtype(backend)
         block_size = _positive(self.block_size, DEFAULT_BLOCK_SIZE, "--block-size")
-        if self.attention_backend not in ("auto", "torch"):
-            raise ConfigError(
-                f"--attention-backend {self.attention_backend}: only 'auto' and 'torch' exist on a CPU"
-            )
         if self.scheduling_policy not in POLICIES:
             raise ConfigError(
                 f"--scheduling-policy must be one of {', '.join(POLICIES)}, got {self.scheduling_policy}"
@@ -132,7 +130,7 @@ class EngineArgs:
             async_scheduling=self.async_scheduling,
             max_num_queued_reqs=self.max_num_queued_reqs,
             seed=self.seed,
-            attention_backend="torch",
+            attention_backend=backend,
             cpu_threads=threads,
             generation_defaults=_generation_defaults(self.generation_config, path),
         )
@@ -149,11 +147,28 @@ class EngineArgs:
             return "dummy"
         raise ConfigError(f"--load-format {self.load_format} does not fit {path}, which is {actual}")
 
-    def _dtype(self, spec: ModelSpec) -> str:
+    def _backend(self) -> str:
+        """Which operators run the model: our kernels where they can be compiled, else plain torch."""
+        if self.attention_backend == "torch":
+            return "torch"
+        if self.attention_backend not in ("auto", "cpu"):
+            raise ConfigError(
+                f"--attention-backend {self.attention_backend}: 'auto', 'cpu' and 'torch' exist on a CPU"
+            )
+        try:
+            load_kernels()
+        except NoCompilerError as error:
+            if self.attention_backend == "cpu":
+                raise ConfigError(f"--attention-backend cpu: {error}") from error
+            logger.warning("Plain torch operators are used, which are slower: %s", error)
+            return "torch"
+        return "cpu"
+
+    def _dtype(self, backend: str) -> str:
         wish = DTYPE_ALIASES.get(self.dtype, self.dtype)
         if wish == "auto":
-            # Without bf16 arithmetic a CPU converts every weight on every step: float32 is faster there.
-            return "bfloat16" if cpu.has_bf16() else "float32"
+            # torch's operators are slow in bf16 on a CPU without bf16 arithmetic; our kernels are not.
+            return "bfloat16" if backend == "cpu" or cpu.has_bf16() else "float32"
         if wish not in DTYPE_BYTES:
             raise ConfigError(
                 f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import EngineCore
@@ -14,7 +13,7 @@ from microvllm.runtime.errors import EngineError, InvalidRequestError
 from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
-from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
 from microvllm.runtime.tokenizer import Tokenizer
 
 
@@ -30,8 +29,8 @@ class InferenceEngine:
     options (temperature, top_p, top_k, min_p, seed, stop, ...) are those of `SamplingParams`; what is
     not given comes from the model's generation_config.json.
 
-    Not thread-safe: one call at a time. Raises `ConfigError` for a model that cannot be loaded and
-    `InvalidRequestError`, naming the field, for a wrong request.
+    Not thread-safe, but several streams may be open and taken from in turns. Raises `ConfigError` for a
+    model that cannot be loaded and `InvalidRequestError`, naming the field, for a wrong request.
     """
 
     def __init__(self, model_path: str, max_batch_size: int | None = None, **options: Any) -> None:
@@ -40,6 +39,7 @@ class InferenceEngine:
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = Processor(self.config, self.tokenizer)
         self.core = EngineCore(self.config, ModelGraphRunner(self.config))
+        self._inboxes: dict[int, deque[StepOutput]] = {}  # by request, of each open iterator of `run`
 
     def generate(
         self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any
@@ -74,15 +74,7 @@ class InferenceEngine:
         unknown = sorted(set(wishes) - set(SamplingParams.__struct_fields__))
         if unknown:
             raise InvalidRequestError(f"{unknown[0]} is not a sampling parameter", unknown[0])
-        if isinstance(wishes.get("stop"), str):
-            wishes["stop"] = [wishes["stop"]]
-        try:
-            return msgspec.convert({**self.processor.default_params(), **wishes}, SamplingParams)
-        except msgspec.ValidationError as error:
-            cause = error.__cause__
-            raise (
-                cause if isinstance(cause, InvalidRequestError) else InvalidRequestError(str(error))
-            ) from None
+        return SamplingParams(**{**self.processor.default_params(), **wishes})
 
     def run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, TextDelta]]:
         """Generate for all requests together; yields (index of the request, what became known).
@@ -93,26 +85,39 @@ class InferenceEngine:
             request.request_id: (index, OutputText(self.tokenizer, request))
             for index, request in enumerate(requests)
         }
+        # Steps serve every open iterator: what belongs to another waits in its inbox.
+        inbox: deque[StepOutput] = deque()
         try:
             for request in requests:
+                self._inboxes[request.request_id] = inbox
                 refused = self.core.add(request)
                 if refused is not None:
                     raise EngineError(refused.error or "the request was refused")
             while texts:
-                for output in self.core.step():
-                    if output.request_id not in texts:
-                        continue
-                    index, text = texts[output.request_id]
-                    delta = text.take(output)
-                    if delta.finish_reason is not None:
-                        del texts[output.request_id]
-                        self.core.abort(output.request_id)  # a stop string ended it, or it is gone anyway
-                    yield index, delta
+                while not inbox:
+                    self._step()
+                output = inbox.popleft()
+                if output.request_id not in texts:
+                    continue
+                index, text = texts[output.request_id]
+                delta = text.take(output)
+                if delta.finish_reason is not None:
+                    del texts[output.request_id]
+                    self.core.abort(output.request_id)  # a stop string ended it, or it is gone anyway
+                yield index, delta
         finally:
             for request_id in texts:
                 self.core.abort(request_id)
-            while self.core.has_work():  # steps in flight of what was aborted
-                self.core.step()
+            for request in requests:
+                self._inboxes.pop(request.request_id, None)
+            while self.core.has_work() and not self._inboxes:  # steps in flight of what was aborted
+                self._step()
+
+    def _step(self) -> None:
+        for output in self.core.step():
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:
+                inbox.append(output)
 
     def _requests(self, prompt: str, params: SamplingParams) -> list[EngineRequest]:
         if not isinstance(prompt, str):

@@ -14,6 +14,7 @@ from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.tokenizer import Tokenizer
 
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
+_WRONG_PROMPT = "a prompt must be a text, a list of token ids, or a dict with either"
 
 
 @dataclass(slots=True)
@@ -141,6 +142,8 @@ class LLM:
 def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequestError(_WRONG_PROMPT, "prompt")
     # A flat list of ids is one prompt.
     return [list(prompts)] if prompts and all(type(item) is int for item in prompts) else list(prompts)
 
@@ -152,7 +155,7 @@ def _prompt(prompt: Any) -> str | list[int]:
         return prompt
     if isinstance(prompt, Sequence) and all(type(item) is int for item in prompt):
         return list(prompt)
-    raise InvalidRequestError("a prompt must be a text, a list of token ids, or a dict with either", "prompt")
+    raise InvalidRequestError(_WRONG_PROMPT, "prompt")
 
 
 def _one_each(value: Any, count: int, name: str) -> list[Any]:

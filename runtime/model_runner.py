@@ -17,7 +17,8 @@ from torch import Tensor
 from microvllm.adapters.decoder import DecoderModel, inverse_frequencies
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.weights import load_weights
-from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment, make_backend
+from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
+from microvllm.ops.operators import make_operators
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError
 from microvllm.runtime.request import SamplingParams
@@ -45,18 +46,18 @@ class ModelGraphRunner:
             weights = load_weights(Path(config.model_path), spec, config.load_format, dtype, progress)
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
-        self._model = DecoderModel(spec, weights)
+        operators = make_operators(config.attention_backend, dtype)
+        self._model = DecoderModel(spec, weights, operators)
         shape = AttentionShape(
             spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window
         )
-        self._attention = make_backend(
-            config.attention_backend,
+        self._attention = operators.attention(
             shape,
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-            inv_freq=inverse_frequencies(spec.rope, spec.head_dim),
-            max_position=config.max_model_len,
-            dtype=dtype,
+            config.num_blocks,
+            config.block_size,
+            inverse_frequencies(spec.rope, spec.head_dim),
+            config.max_model_len,
+            dtype,
         )
         self._block_size = config.block_size
         rows = config.max_num_seqs

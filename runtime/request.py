@@ -39,7 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
 
     Raises `InvalidRequestError` naming the field for any value out of range. `max_tokens=None` means
-    "until the context is full". A temperature below 1e-5 is greedy.
+    "until the context is full". A temperature below 1e-5 is greedy. One stop string may be given bare.
     """
 
     n: int = 1
@@ -73,6 +73,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"got {self.min_tokens}.",
                 "min_tokens",
             )
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", [self.stop])
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name), list):
+                raise InvalidRequestError(f"{name} must be a list, got {getattr(self, name)!r}.", name)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequestError(f"stop cannot contain more than {MAX_STOP_STRINGS} strings.", "stop")
         for text in self.stop:
@@ -86,6 +91,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         for token in self.stop_token_ids:
             _integer(token, "stop_token_ids", 0, INT64_MAX)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if type(getattr(self, name)) is not bool:
+                raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r}.", name)
         if self.n > 1 and self.greedy:
             raise InvalidRequestError(f"n must be 1 when using greedy sampling, got {self.n}.", "n")
 

@@ -54,7 +54,7 @@ class StepAttention(Protocol):
     """A backend bound to the sequences of one step."""
 
     def __call__(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
-        """Rotate q and k, write k and v to the cache, attend.
+        """Rotate q and k (perhaps in place), write k and v to the cache, attend.
 
         qk: [n, heads + kv_heads, d], queries first, not yet rotated; v: [n, kv_heads, d]
         -> [n, heads * d].

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,10 +27,11 @@ class TorchAttention:
         inv_freq: Tensor,
         max_position: int,
         dtype: torch.dtype,
+        activation_dtype: torch.dtype | None = None,
     ) -> None:
         self.shape = shape
         self.block_size = block_size
-        self.rotary = RotaryTable(inv_freq, max_position, dtype)
+        self.rotary = RotaryTable(inv_freq, max_position, activation_dtype or dtype)
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
         # 0 * NaN is NaN. The pages come from the kernel as zeros: memory is taken when first written.
         self.cache = torch.zeros(
@@ -41,50 +44,51 @@ class TorchAttention:
             device=inv_freq.device,
         )
 
-    def begin_step(self, batch: AttentionBatch) -> _TorchStep:
-        return _TorchStep(self, batch)
+    def begin_step(self, batch: AttentionBatch) -> TorchStep:
+        return TorchStep(self, batch)
 
 
-class _TorchStep:
+class TorchStep:
     def __init__(self, backend: TorchAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch
-        self._cos, self._sin = backend.rotary.at(batch.positions)
-        self._decode_mask = self._make_decode_mask()
         self._segment_masks = [self._make_segment_mask(segment) for segment in batch.segments]
 
     def __call__(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
-        shape, batch = self._backend.shape, self._batch
-        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        qk = apply_rotary(qk, self._cos, self._sin)
-        q, k = qk[:, :heads], qk[:, heads:]
-        cache = self._backend.cache[layer]
-        slots = cache.view(2 * kv_heads, -1, dim)
-        slots[:kv_heads].index_copy_(1, batch.slots, k.transpose(0, 1))
-        slots[kv_heads:].index_copy_(1, batch.slots, v.transpose(0, 1))
-        decodes = batch.num_decodes
+        batch, decodes = self._batch, self._batch.num_decodes
+        q = self._rotate_and_cache(layer, qk, v)[:, : self._backend.shape.num_heads]
         if decodes == q.shape[0]:
-            return self._decode(cache, q)
-        out = torch.empty(q.shape[0], heads * dim, dtype=q.dtype, device=q.device)
+            return self._decode(layer, q)
+        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if decodes:
-            out[:decodes] = self._decode(cache, q[:decodes])
+            out[:decodes] = self._decode(layer, q[:decodes])
         for segment, mask in zip(batch.segments, self._segment_masks, strict=True):
             end = segment.first + segment.num_new
-            out[segment.first : end] = self._prefill(cache, q[segment.first : end], segment, mask)
+            out[segment.first : end] = self._prefill(layer, q[segment.first : end], segment, mask)
         return out
 
-    def _gather(self, cache: Tensor, blocks: Tensor) -> Tensor:
+    def _rotate_and_cache(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
+        """Rotated queries and keys, after keys and values went to their slots. Shapes as in `__call__`."""
+        kv_heads, dim = self._backend.shape.num_kv_heads, self._backend.shape.head_dim
+        qk = apply_rotary(qk, *self._rotation)
+        slots = self._backend.cache[layer].view(2 * kv_heads, -1, dim)
+        slots[:kv_heads].index_copy_(1, self._batch.slots, qk[:, -kv_heads:].transpose(0, 1))
+        slots[kv_heads:].index_copy_(1, self._batch.slots, v.transpose(0, 1))
+        return qk
+
+    def _gather(self, layer: int, blocks: Tensor) -> Tensor:
         """blocks: [m] -> keys and values of these blocks, [2, kv_heads, m * block_size, d]."""
         kv_heads, dim = self._backend.shape.num_kv_heads, self._backend.shape.head_dim
+        cache = self._backend.cache[layer]
         runs = cache.view(2 * kv_heads, cache.shape[1], -1).index_select(1, blocks)
         return runs.view(2, kv_heads, -1, dim)
 
-    def _decode(self, cache: Tensor, q: Tensor) -> Tensor:
+    def _decode(self, layer: int, q: Tensor) -> Tensor:
         """One query a sequence, all sequences at once. q: [b, heads, d] -> [b, heads * d]."""
         shape, batch = self._backend.shape, self._batch
         b, kv_heads, dim = q.shape[0], shape.num_kv_heads, shape.head_dim
         group = shape.num_heads // kv_heads
-        keys, values = self._gather(cache, batch.decode_blocks.view(-1)).view(2, kv_heads * b, -1, dim)
+        keys, values = self._gather(layer, batch.decode_blocks.view(-1)).view(2, kv_heads * b, -1, dim)
         # Query heads that share a KV head are the rows of one small matrix product.
         grouped = q.reshape(b, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads * b, group, dim)
         scores = torch.baddbmm(self._decode_mask, grouped, keys.transpose(1, 2), alpha=dim**-0.5)
@@ -92,16 +96,21 @@ class _TorchStep:
         out = torch.bmm(weights, values).view(kv_heads, b, group * dim)
         return out.transpose(0, 1).reshape(b, -1)
 
-    def _prefill(self, cache: Tensor, q: Tensor, segment: PrefillSegment, mask: Tensor | None) -> Tensor:
+    def _prefill(self, layer: int, q: Tensor, segment: PrefillSegment, mask: Tensor | None) -> Tensor:
         """The new tokens of one sequence. q: [m, heads, d] -> [m, heads * d]."""
-        gathered = self._gather(cache, segment.blocks)[:, :, : segment.context_len]
+        gathered = self._gather(layer, segment.blocks)[:, :, : segment.context_len].to(q.dtype)
         keys, values = gathered.unsqueeze(1)
         out = scaled_dot_product_attention(
             q.transpose(0, 1).unsqueeze(0), keys, values, mask, is_causal=mask is None, enable_gqa=True
         )
         return out.squeeze(0).transpose(0, 1).reshape(q.shape[0], -1)
 
-    def _make_decode_mask(self) -> Tensor:
+    @cached_property
+    def _rotation(self) -> tuple[Tensor, Tensor]:
+        return self._backend.rotary.at(self._batch.positions)
+
+    @cached_property
+    def _decode_mask(self) -> Tensor:
         """0 where a key is visible and -inf where not: [kv_heads * b, 1, width * block_size]."""
         batch, shape = self._batch, self._backend.shape
         at = torch.arange(batch.decode_blocks.shape[1] * self._backend.block_size, device=batch.slots.device)

@@ -1,0 +1,72 @@
+"""Compiles `kernels.c` for this machine at first use, and keeps the result."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = (
+    *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+)
+COMPILE_TIMEOUT_S = 120
+
+
+class NoCompilerError(Exception):
+    """The kernels cannot be built here; the message is one line that says why."""
+
+
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels, from the cache if this source was compiled on this kind of CPU before.
+
+    Takes about two seconds the first time. The cache is `microvllm` under $XDG_CACHE_HOME or ~/.cache.
+    Raises `NoCompilerError` when there is no C compiler or it fails.
+    """
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        raise NoCompilerError("there is no C compiler (cc, gcc or clang)")
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu_flags())).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microvllm"
+    library = folder / f"kernels-{key[:16]}.so"
+    if not library.exists():
+        _compile(compiler, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NoCompilerError(f"{library} cannot be loaded: {error}") from error
+
+
+def _compile(compiler: str, library: Path) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            target = Path(folder) / library.name
+            subprocess.run(
+                [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(target), "-lm"],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_TIMEOUT_S,
+            )
+            target.replace(library)  # in one step, as several processes may compile at once
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines() or ["no message"]
+        raise NoCompilerError(f"{compiler} failed: {lines[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoCompilerError(f"{compiler} failed: {error}") from error
+
+
+def _cpu_flags() -> str:
+    """What the processor can do: code compiled for one may be illegal on another that shares the folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
