@@ -126,6 +126,14 @@ def make_request(
     return EngineRequest(request_id, list(prompt), params, eos, list(stop_ids), priority, salt)
 
 
+class Cell(NamedTuple):
+    """The keys and values of one token: what they depend on, and on whose behalf they were computed."""
+
+    token: int
+    position: int
+    salt: str
+
+
 @dataclass
 class _Row:
     """One row of every device array. A fresh one is what a zeroed row looks like."""
@@ -137,6 +145,7 @@ class _Row:
     num_tokens: int = 0  # those, and every token sampled since
     num_computed: int = 0
     last_token: int = 0
+    salt: str = ""
     prompt_len: int = 0
     min_tokens: int = 0
     end_ids: frozenset[int] = frozenset()
@@ -158,7 +167,7 @@ class FakeRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.memory: list[tuple[int, int] | None] = [None] * (config.num_blocks * config.block_size)
+        self.memory: list[Cell | None] = [None] * (config.num_blocks * config.block_size)
         self.rows = [_Row() for _ in range(config.max_num_seqs)]
         self.in_flight: deque[FakeStep] = deque()
         self.plans: list[StepPlan] = []
@@ -168,8 +177,8 @@ class FakeRunner:
     def rows_in_use(self) -> set[int]:
         return {index for index, row in enumerate(self.rows) if row.in_use}
 
-    def block_content(self, block: int) -> tuple[tuple[int, int] | None, ...]:
-        """(token, position) of every slot of a block; None where nothing was ever written."""
+    def block_content(self, block: int) -> tuple[Cell | None, ...]:
+        """What every slot of a block holds; None where nothing was ever written."""
         size = self.config.block_size
         return tuple(self.memory[block * size : (block + 1) * size])
 
@@ -189,6 +198,7 @@ class FakeRunner:
                 prefill=list(request.token_ids),
                 num_tokens=len(request.token_ids),
                 num_computed=next(item.start for item in plan.scheduled if item.request is request),
+                salt=request.source.cache_salt,
                 prompt_len=request.prompt_len,
                 min_tokens=request.params.min_tokens,
                 end_ids=request.end_ids,
@@ -237,7 +247,7 @@ class FakeRunner:
             token = row.prefill[position] if position < len(row.prefill) else row.last_token
             slot = self._slot(row, position)
             self._require_sole_owner(row, slot // self.config.block_size)
-            self.memory[slot] = (token, position)
+            self.memory[slot] = Cell(token, position, row.salt)
         row.num_computed = end
         context = [self._read(row, position) for position in range(end)]
         if not item.samples:
@@ -257,9 +267,9 @@ class FakeRunner:
 
     def _read(self, row: _Row, position: int) -> int:
         cell = self.memory[self._slot(row, position)]
-        if cell is None or cell[1] != position:
-            raise Misuse(f"position {position} is read from a slot that holds {cell}")
-        return cell[0]
+        if cell is None or cell.position != position or cell.salt != row.salt:
+            raise Misuse(f"position {position} (salt {row.salt!r}) is read from a slot that holds {cell}")
+        return cell.token
 
     def _require_sole_owner(self, row: _Row, block: int) -> None:
         shared = any(block in other.table for other in self.rows if other is not row)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -27,11 +28,12 @@ CONTEXT = 16
 MAX_STEPS_TO_ADMIT = 400  # a waiting head that fits is admitted long before
 EXAMPLES = int(os.environ.get("MICROVLLM_STATE_MACHINE_EXAMPLES", "250"))
 
+IDS = st.integers(0, 4)  # few, so that they come again
+# A shared stem and a short tail over two letters: prefixes are hit, missed, hit in part, and hit wholly.
+STEM = [5, 6, 7, 8, 9, 10, 11, 12]
+TAILS = [[3], [4], [3, 3], [3, 4], [3, 4, 3], [3, 3, 3, 3], [3, 3, 3, 4], [4, 3, 3, 3, 3, 3]]
 PROMPTS = st.builds(
-    # A shared stem and a short tail over two letters: prefixes are hit, missed, and half hit.
-    lambda stem, tail: ([5, 6, 7, 8, 9, 10, 11, 12][:stem] + tail)[: CONTEXT - 1],
-    st.integers(0, 8),
-    st.lists(st.integers(3, 4), min_size=1, max_size=8),
+    lambda stem, tail: STEM[:stem] + tail, st.sampled_from([0, 1, 4, 8]), st.sampled_from(TAILS)
 )
 
 
@@ -44,12 +46,12 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     return {
         "max_model_len": CONTEXT,
         "block_size": block_size,
-        "num_blocks": CONTEXT // block_size + draw(st.integers(0, 4)),
+        "num_blocks": CONTEXT // block_size + draw(st.sampled_from([0, 0, 1, 3])),
         "max_num_batched_tokens": budget,
-        "max_num_seqs": draw(st.integers(1, 3)),
+        "max_num_seqs": draw(st.sampled_from([3, 2, 1])),
         "enable_chunked_prefill": chunked,
         "long_prefill_token_threshold": draw(st.sampled_from([0, 0, 2])),
-        "enable_prefix_caching": draw(st.sampled_from([True, True, False])),
+        "enable_prefix_caching": draw(st.sampled_from([True, True, True, False])),
         "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
     }
 
@@ -66,18 +68,20 @@ class EngineMachine(RuleBasedStateMachine):
         self.live: dict[int, Request] = {}  # what the scheduler still knows
         self.ended: list[Request] = []  # aborted or finished, perhaps with a step in flight
         self.faulty: set[int] = set()
-        self.waited: dict[int, int] = {}
+        self.waited: dict[int, int] = {}  # steps
+        self.arrivals = 0
+        self.place: dict[int, tuple[int, int]] = {}  # in the order of service
         self.contents: dict[bytes, tuple[object, ...]] = {}  # of each block under a prefix key
 
     # ---- rules ---------------------------------------------------------------------------------
 
     @rule(
-        request_id=st.integers(0, 5),
+        request_id=IDS,
         prompt=PROMPTS,
-        max_tokens=st.integers(1, CONTEXT),
+        max_tokens=st.sampled_from([CONTEXT, 8, 3, 2, 1]),
         min_tokens=st.integers(0, 4),
-        eos=st.sampled_from([EOS, None]),
-        stop_ids=st.sampled_from([(), (3, 4), tuple(range(12, VOCAB))]),
+        eos=st.sampled_from([None, EOS]),
+        stop_ids=st.sampled_from([(), (), (3, 4), (12, 13, 14, 15)]),
         priority=st.integers(0, 2),
         salt=st.sampled_from(["", "", "salt"]),
     )
@@ -103,31 +107,33 @@ class EngineMachine(RuleBasedStateMachine):
             priority=priority,
             salt=salt,
         )
-        refusal = self.engine.core.add(request)
-        if request_id in self.live:
-            assert refusal is not None and refusal.finish_reason is FinishReason.ERROR
-            return
-        assert refusal is None
-        self.requests[request_id] = request
-        self.engine.answers.pop(request_id, None)
-        self.faulty.discard(request_id)
-        self.engine.runner.no_logits.discard(request_id)
-        self.live[request_id] = self.engine.core.scheduler._requests[request_id]
-        self.waited[request_id] = 0
+        self.submit(request)
 
-    @rule(request_id=st.integers(0, 5), prompt=st.sampled_from([[], [VOCAB], [-1], [3] * CONTEXT]))
+    @precondition(lambda self: bool(self.requests))
+    @rule(data=st.data())
+    def add_again(self, data: st.DataObject) -> None:
+        """The same id and prompt once more: whole prefix hits, and ids reused with a step in flight."""
+        self.submit(self.requests[data.draw(st.sampled_from(sorted(self.requests)))])
+
+    @rule(request_id=IDS, prompt=st.sampled_from([[], [VOCAB], [-1], [3] * CONTEXT]))
     def add_what_can_never_run(self, request_id: int, prompt: list[int]) -> None:
         refusal = self.engine.core.add(make_request(request_id, prompt, 1))
         assert refusal is not None and refusal.finish_reason is FinishReason.ERROR
 
-    @rule(request_id=st.integers(0, 6))
-    def abort(self, request_id: int) -> None:
-        """Any id: waiting, running, in flight, preempted, finished, or never seen (6)."""
+    @precondition(lambda self: bool(self.live))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """Waiting, in the middle of its prompt, decoding, in flight, or preempted."""
+        self.abort_any(data.draw(st.sampled_from(sorted(self.live))))
+
+    @rule(request_id=st.integers(0, 5))
+    def abort_any(self, request_id: int) -> None:
+        """Also finished, already aborted, or never seen (5)."""
         assert self.engine.core.abort(request_id) == (request_id in self.live)
         if request_id in self.live:
             self.ended.append(self.live.pop(request_id))
 
-    @rule(steps=st.integers(1, 4))
+    @rule(steps=st.sampled_from([1, 1, 2, 3, 6]))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self.step_once()
@@ -135,14 +141,20 @@ class EngineMachine(RuleBasedStateMachine):
     def step_once(self) -> None:
         engine, scheduler = self.engine, self.engine.core.scheduler
         in_flight = [request for request in self.live.values() if request.steps_in_flight]
-        ended = list(self.ended)
+        waiting = [request for request in self.live.values() if request.row < 0]
+        running = [request for request in self.live.values() if request.row >= 0]
+        ended, num_plans = list(self.ended), len(engine.runner.plans)
         outputs = engine.step()
+        self.check_order(waiting, running, [r for p in engine.runner.plans[num_plans:] for r in p.admitted])
         assert len({output.request_id for output in outputs}) == len(outputs)
         for output in outputs:
             assert output.request_id in self.live, "output of a request that ended"
             self.compare(output.request_id)
             if output.finish_reason is not None:
-                self.ended.append(self.live.pop(output.request_id))
+                request = self.live.pop(output.request_id)
+                self.ended.append(request)
+                foreseen = output.finish_reason is FinishReason.LENGTH
+                assert not (foreseen and request.steps_in_flight), "a step after the last token"
         # What ended before this step has given everything back with it.
         assert all(request.row < 0 for request in ended), "an ended request holds its row after a step"
         self.ended = [request for request in self.ended if request.row >= 0]
@@ -154,6 +166,14 @@ class EngineMachine(RuleBasedStateMachine):
         if head is not None:
             assert self.waited[head.id] < MAX_STEPS_TO_ADMIT, "the head of the queue is never admitted"
         assert scheduler.has_work() == bool(self.live or self.ended)
+
+    def check_order(self, waiting: list[Request], running: list[Request], admitted: list[Request]) -> None:
+        """Nobody is admitted before one who is to be served earlier, or preempted instead of a later one."""
+        left_out = [request for request in waiting if request not in admitted]
+        assert all(self.place[a.id] < self.place[b.id] for a in admitted for b in left_out)
+        preempted = [request for request in running if request.row < 0 and request.finish_reason is None]
+        kept = [request for request in running if request.row >= 0]
+        assert all(self.place[a.id] < self.place[b.id] for a in kept for b in preempted)
 
     @precondition(lambda self: bool(self.live))
     @rule(data=st.data())
@@ -177,6 +197,22 @@ class EngineMachine(RuleBasedStateMachine):
             self.step_once()
         assert not self.live, "a request is never finished"
         self.engine.check_rest()
+
+    def submit(self, request: EngineRequest) -> None:
+        refusal = self.engine.core.add(request)
+        if request.request_id in self.live:
+            assert refusal is not None and refusal.finish_reason is FinishReason.ERROR
+            return
+        assert refusal is None
+        self.requests[request.request_id] = request
+        self.engine.answers.pop(request.request_id, None)
+        self.faulty.discard(request.request_id)
+        self.engine.runner.no_logits.discard(request.request_id)
+        self.live[request.request_id] = self.engine.core.scheduler._requests[request.request_id]
+        self.waited[request.request_id] = 0
+        self.arrivals += 1
+        urgency = request.priority if self.engine.config.scheduling_policy == "priority" else 0
+        self.place[request.request_id] = (urgency, self.arrivals)
 
     # ---- the oracle ----------------------------------------------------------------------------
 
@@ -218,12 +254,16 @@ class EngineMachine(RuleBasedStateMachine):
         kv, size = self.engine.core.kv, self.engine.config.block_size
         for key, block in kv._block_of.items():
             content = self.engine.runner.block_content(block)
-            positions = [cell[1] for cell in content if cell is not None]
+            positions = [cell.position for cell in content if cell is not None]
             assert len(positions) == size and positions[0] % size == 0
             assert positions == list(range(positions[0], positions[0] + size))
             assert self.contents.setdefault(key, content) == content
         if not kv.enable_prefix_caching:
             assert not kv._block_of
+        for request in self.live.values():
+            assert (len(request.keys._keys) - 1) * size <= len(request.token_ids), (
+                "an unknown token is hashed"
+            )
 
     @invariant()
     def each_request_is_in_one_place(self) -> None:
@@ -256,7 +296,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert request.num_tokens <= CONTEXT
 
     def teardown(self) -> None:
-        if hasattr(self, "engine"):
+        if hasattr(self, "engine") and sys.exc_info()[0] is None:  # else the first failure would be hidden
             self.drain()
 
 
