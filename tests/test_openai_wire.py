@@ -286,6 +286,11 @@ async def test_echo_of_text_and_ids() -> None:
         assert echoed["choices"][0]["text"].startswith(shown)
         assert len(echoed["choices"][0]["text"]) == len(shown) + 4
     assert echoed["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+    several = {"prompt": ["ab", "cd"], "n": 2, "max_tokens": 2, "echo": True}
+    answer = await post(client, "/v1/completions", **several)
+    assert [choice["text"][:2] for choice in answer["choices"]] == ["ab", "ab", "cd", "cd"]
+    chunks = await post(client, "/v1/completions", **several, stream=True)
+    assert [pieces(chunks, index)[0][:2] for index in range(4)] == ["ab", "ab", "cd", "cd"]
     chunks = await post(client, "/v1/completions", max_tokens=4, echo=True, stream=True)
     assert pieces(chunks)[0] == "hi" + plain["choices"][0]["text"][0] and len(chunks) == 4
 
