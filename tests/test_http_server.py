@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import logging
 import socket
@@ -92,12 +93,14 @@ def test_half_a_head_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
             assert status_of(raw_exchange(port, sent)) == 408
             assert time.monotonic() - began < 3
         # The deadline starts anew with each request, and does not run while an answer is made.
-        two = request("/v1/completions", {**COMPLETION, "max_tokens": 3})
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
-            for _ in range(3):
-                sock.sendall(two)
-                assert sock.recv(65536).startswith(b"HTTP/1.1 200")
-                time.sleep(0.4)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        for _ in range(3):
+            body = json.dumps({**COMPLETION, "max_tokens": 3})
+            connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.status == 200 and answer.read()
+            time.sleep(0.4)
+        connection.close()
 
 
 def test_an_oversized_body_is_refused_before_it_is_read() -> None:

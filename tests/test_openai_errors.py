@@ -326,7 +326,8 @@ async def test_a_request_that_is_still_tokenised_when_the_server_stops(stream: b
 
     client.run_blocking = stop_then_run  # type: ignore[method-assign]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
-        answer = await http.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+        asked = http.post("/v1/completions", json={"prompt": "hi", "stream": stream})
+        answer = await asyncio.wait_for(asked, 10)
         assert answer.status_code == (200 if stream else 503)
         assert '"error":{"message":"The server is shutting down."' in answer.text
         assert client.aborted == 1 and not client.running
