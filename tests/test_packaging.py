@@ -34,10 +34,10 @@ def requirements(text: str) -> list[Requirement]:
 
 
 def package_files() -> list[Path]:
-    """Relative to the root, all modules that belong into the wheel."""
+    """Relative to the root, all modules and C sources that belong into the wheel."""
     files = [ROOT / "__init__.py", ROOT / "cli.py"]
     for layer in LAYERS:
-        files += (ROOT / layer).rglob("*.py")
+        files += (file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h"))
     return sorted(file.relative_to(ROOT) for file in files)
 
 
@@ -54,7 +54,7 @@ def test_every_import_is_a_declared_dependency(setup_cfg: configparser.ConfigPar
     options = setup_cfg["options"]
     declared = {canonicalize_name(r.name) for r in requirements(options["install_requires"])}
     optional = {canonicalize_name(r.name) for r in requirements(setup_cfg["options.extras_require"]["gpu"])}
-    for file in package_files():
+    for file in (file for file in package_files() if file.suffix == ".py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
             names = []
             if isinstance(node, ast.Import):
