@@ -21,6 +21,7 @@ from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
 from microvllm.runtime.scheduler import ScheduledRequest
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("cpu", "torch")  # our own kernels, and the reference
 
 # Every family with what is odd about it: 9 query heads over 3 KV heads everywhere, head sizes that are not
 # hidden / heads, biases, tied and untied embeddings, a window shorter than the texts, both rope scalings.

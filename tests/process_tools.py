@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE_S = 60.0  # for what takes a second on an idle machine
+PATIENCE_S = 120.0  # for what takes a second on an idle machine
 
 
 def alive(pid: int) -> bool:

@@ -9,15 +9,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_tools import BACKENDS
 from torch import Tensor
 
 from microvllm.adapters.decoder import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
-from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment, make_backend
+from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
 from microvllm.ops.attention.torch_backend import TorchAttention
+from microvllm.ops.operators import make_operators
 
 INV_FREQ = {dim: inverse_frequencies(RopeSpec(theta=100.0), dim) for dim in (2, 8, 10, 32)}
-MAX_POSITION = 256
+MAX_POSITION = 640
+
+
+def make_backend(
+    name: str, shape: AttentionShape, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
+) -> tuple[TorchAttention, torch.dtype]:
+    """A backend with random rubbish in its cache, and the dtype of its activations."""
+    operators = make_operators(name, dtype)
+    inv_freq = INV_FREQ[shape.head_dim]
+    backend = operators.attention(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype)
+    assert isinstance(backend, TorchAttention)
+    # What earlier requests left in the blocks must not be seen.
+    backend.cache.copy_(torch.randn(backend.cache.shape, generator=torch.Generator().manual_seed(9)) * 100)
+    return backend, operators.activation_dtype
 
 
 @dataclass
@@ -85,7 +100,8 @@ def make_batch(
     return batch, qk, v
 
 
-@settings(deadline=None, max_examples=50)
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(deadline=None, max_examples=40)
 @given(
     data=st.data(),
     kv_heads=st.integers(1, 3),
@@ -97,6 +113,7 @@ def make_batch(
     seed=st.integers(0, 2**31),
 )
 def test_any_mixture_of_chunks_is_dense_attention(
+    name: str,
     data: st.DataObject,
     kv_heads: int,
     group: int,
@@ -110,18 +127,7 @@ def test_any_mixture_of_chunks_is_dense_attention(
     random = torch.Generator().manual_seed(seed)
     shape = AttentionShape(2, kv_heads * group, kv_heads, head_dim, window)
     needed = sum(-(-length // block_size) for length in lengths)
-    backend = make_backend(
-        "torch",
-        shape,
-        num_blocks=needed + 2,
-        block_size=block_size,
-        inv_freq=INV_FREQ[head_dim],
-        max_position=MAX_POSITION,
-        dtype=torch.float32,
-    )
-    assert isinstance(backend, TorchAttention)
-    # What earlier requests left in the blocks must not be seen.
-    backend.cache.copy_(torch.randn(backend.cache.shape, generator=random) * 100)
+    backend, _ = make_backend(name, shape, needed + 2, block_size)
     free = torch.randperm(needed + 2, generator=random).tolist()
     padding_block = free.pop()
     sequences = []
@@ -150,26 +156,22 @@ def test_any_mixture_of_chunks_is_dense_attention(
         done = ends
 
 
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_long_decode_batch_with_one_short_sequence(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_long_decode_batch_with_one_short_sequence(
+    name: str, dtype: torch.dtype, window: int | None
+) -> None:
     """Tables of very different widths: the padding of the short ones has no weight."""
     random = torch.Generator().manual_seed(0)
-    shape = AttentionShape(1, 9, 3, 32)
-    lengths, block_size = [200, 1, 16, 17, 130], 16
-    backend = make_backend(
-        "torch",
-        shape,
-        num_blocks=64,
-        block_size=block_size,
-        inv_freq=INV_FREQ[32],
-        max_position=MAX_POSITION,
-        dtype=dtype,
-    )
-    blocks = iter(torch.randperm(64, generator=random).tolist())
+    shape = AttentionShape(1, 9, 3, 32, window)
+    lengths, block_size = [600, 1, 16, 17, 513, 130], 16
+    backend, activations = make_backend(name, shape, 96, block_size, dtype)
+    blocks = iter(torch.randperm(96, generator=random).tolist())
     sequences = [
         Sequence(
-            torch.randn(length, 12, 32, generator=random).to(dtype),
-            torch.randn(length, 3, 32, generator=random).to(dtype),
+            torch.randn(length, 12, 32, generator=random).to(dtype).to(activations),
+            torch.randn(length, 3, 32, generator=random).to(dtype).to(activations),
             [next(blocks) for _ in range(-(-length // block_size))],
         )
         for length in lengths
@@ -180,7 +182,7 @@ def test_a_long_decode_batch_with_one_short_sequence(dtype: torch.dtype) -> None
     last = [(s, length - 1, length) for s, length in zip(sequences, lengths, strict=True)]
     batch, qk, v = make_batch(last, block_size, sequences[0].blocks[0])
     ours = backend.begin_step(batch)(0, qk, v)
-    assert ours.dtype == dtype
+    assert ours.dtype == activations
     expected = torch.stack(
         [dense(s, shape, length - 1) for s, length in zip(sequences, lengths, strict=True)]
     )
@@ -188,15 +190,21 @@ def test_a_long_decode_batch_with_one_short_sequence(dtype: torch.dtype) -> None
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_an_unknown_backend_is_refused_by_name() -> None:
-    shape = AttentionShape(1, 1, 1, 8)
-    with pytest.raises(ValueError, match="no attention backend is called flash"):
-        make_backend(
-            "flash",
-            shape,
-            num_blocks=1,
-            block_size=1,
-            inv_freq=INV_FREQ[8],
-            max_position=8,
-            dtype=torch.float32,
-        )
+@pytest.mark.parametrize("name", BACKENDS)
+def test_broken_values_stay_in_their_sequence(name: str) -> None:
+    """NaN keys of one sequence are NaN in its output alone, also where its block pads another's table."""
+    shape, block_size = AttentionShape(1, 4, 2, 8), 4
+    backend, _ = make_backend(name, shape, 8, block_size)
+    good = Sequence(torch.randn(3, 6, 8), torch.randn(3, 2, 8), [5])
+    bad = Sequence(torch.full((6, 6, 8), torch.nan), torch.randn(6, 2, 8), [1, 2])
+    for start, end in ((0, 2), (2, 3)):
+        work = [(good, start, end), (bad, 2 * start, 2 * end)] if start == 0 else [(good, 2, 3), (bad, 4, 5)]
+        batch, qk, v = make_batch(work, block_size, 5)
+        out = backend.begin_step(batch)(0, qk, v)
+    torch.testing.assert_close(out[0].double(), dense(good, shape, 2), rtol=1e-4, atol=1e-5)
+    assert out[1].isnan().all()
+
+
+def test_unknown_operators_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no operators are called flash"):
+        make_operators("flash", torch.float32)

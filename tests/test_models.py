@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from model_tools import (
+    BACKENDS,
     VARIANTS,
     generate_ids,
     load_script,
@@ -63,27 +64,33 @@ def assert_greedy(prompt: list[int], tokens: list[int], logits: torch.Tensor, la
 def test_greedy_tokens_and_logits_are_those_of_transformers(name: str) -> None:
     """64 prompts x 64 tokens together, then the logits of a prompt and of decode steps."""
     folder = variant_folder(name)
-    engine, model = make_engine(folder, num_gpu_blocks_override=512), reference(folder)
+    model = reference(folder)
     prompts = make_prompts(64, TOKENIZER_SIZE, longest=90)
-    outputs = generate_ids(engine, prompts, 64)
-    ties = 0
-    for number, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
-        assert len(tokens) == 64
-        logits = reference_logits(model, prompt + tokens)
-        ties += assert_greedy(prompt, tokens, logits, f"{name}, prompt {number}")
-    assert ties <= 4
-    assert len({tuple(tokens) for tokens in outputs}) > 48, (
-        "the model says always the same: nothing is tested"
-    )
+    compared: list[list[int]] = []
+    for backend in BACKENDS:
+        engine = make_engine(folder, num_gpu_blocks_override=512, attention_backend=backend)
+        outputs = generate_ids(engine, prompts, 64)
+        if outputs == compared:
+            continue  # the usual case: what follows was just found true of the very same tokens
+        ties = 0
+        for number, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
+            assert len(tokens) == 64
+            logits = reference_logits(model, prompt + tokens)
+            ties += assert_greedy(prompt, tokens, logits, f"{name} on {backend}, prompt {number}")
+        assert ties <= 4
+        assert len({tuple(tokens) for tokens in outputs}) > 48, "the model says always the same"
+        compared = outputs
 
-    engine = make_engine(folder, enable_prefix_caching=False)
-    for prompt in (prompts[5], prompts[-1]):
-        with recorded_logits(engine, every_position=True) as ours:
-            (tokens,) = generate_ids(engine, [prompt], 12)
-        theirs = reference_logits(model, prompt + tokens)
-        assert sorted(ours) == list(range(len(prompt) + 11))
-        for position, row in ours.items():
-            assert relative_error(row, theirs[position]) < LOGITS_TOLERANCE, f"position {position}"
+    for backend in BACKENDS:
+        engine = make_engine(folder, enable_prefix_caching=False, attention_backend=backend)
+        for prompt in (prompts[5], prompts[-1]):
+            with recorded_logits(engine, every_position=True) as ours:
+                (tokens,) = generate_ids(engine, [prompt], 12)
+            theirs = reference_logits(model, prompt + tokens)
+            assert sorted(ours) == list(range(len(prompt) + 11))
+            for position, row in ours.items():
+                error = relative_error(row, theirs[position])
+                assert error < LOGITS_TOLERANCE, f"position {position} on {backend}"
 
 
 def test_the_window_of_the_window_model_matters() -> None:
@@ -111,16 +118,24 @@ def test_a_gguf_file_gives_the_tokens_of_its_folder(tmp_path: Path, family: str)
 
 # ---- the ways of computing: none of them changes a token ------------------------------------------
 
-EQUIVALENCE = ("llama-tied", "mistral-window", "qwen3-untied")
+EQUIVALENCE = (("llama-tied", "torch"), ("mistral-window", "cpu"), ("qwen3-untied", "cpu"))
 
 
-@pytest.fixture(scope="module", params=EQUIVALENCE)
-def alone(request: pytest.FixtureRequest) -> tuple[Path, list[list[int]], list[list[int]]]:
-    """(model, 12 prompts, what each gives alone, whole, without a prefix cache)."""
-    folder = variant_folder(request.param)
+class Alone(NamedTuple):
+    """A model on a backend, 12 prompts, and what each gives alone, whole, without a prefix cache."""
+
+    model: dict[str, Any]  # arguments of `make_engine`
+    prompts: list[list[int]]
+    expected: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=EQUIVALENCE, ids="-".join)
+def alone(request: pytest.FixtureRequest) -> Alone:
+    variant, backend = request.param
+    model = {"model": variant_folder(variant), "attention_backend": backend}
     prompts = make_prompts(12, TOKENIZER_SIZE, seed=3)
-    engine = make_engine(folder, enable_prefix_caching=False)
-    return folder, prompts, [generate_ids(engine, [prompt], 40)[0] for prompt in prompts]
+    engine = make_engine(**model, enable_prefix_caching=False)
+    return Alone(model, prompts, [generate_ids(engine, [prompt], 40)[0] for prompt in prompts])
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -140,22 +155,18 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_way_of_batching_changes_a_token(
-    alone: tuple[Path, list[list[int]], list[list[int]]], way: str
-) -> None:
-    folder, prompts, expected = alone
-    engine = make_engine(folder, **WAYS[way])
+def test_no_way_of_batching_changes_a_token(alone: Alone, way: str) -> None:
+    model, prompts, expected = alone
+    engine = make_engine(**model, **WAYS[way])
     requests = [make_request(i, p, 40, priority=-i) for i, p in enumerate(prompts)]
     assert run_requests(engine, requests) == expected
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_preemption_changes_no_token(
-    alone: tuple[Path, list[list[int]], list[list[int]]], asynchronous: bool
-) -> None:
-    folder, prompts, expected = alone
+def test_preemption_changes_no_token(alone: Alone, asynchronous: bool) -> None:
+    model, prompts, expected = alone
     engine = make_engine(
-        folder,
+        **model,
         max_model_len=104,
         block_size=4,
         num_gpu_blocks_override=40,
@@ -166,9 +177,9 @@ def test_preemption_changes_no_token(
     assert engine.core.stats().preemptions >= 5
 
 
-def test_a_prefix_hit_changes_no_token(alone: tuple[Path, list[list[int]], list[list[int]]]) -> None:
-    folder, prompts, expected = alone
-    engine = make_engine(folder)
+def test_a_prefix_hit_changes_no_token(alone: Alone) -> None:
+    model, prompts, expected = alone
+    engine = make_engine(**model)
     for _ in range(2):
         assert generate_ids(engine, prompts, 40) == expected
     hits = engine.core.stats().prefix_hits
@@ -182,11 +193,11 @@ def test_a_prefix_hit_changes_no_token(alone: tuple[Path, list[list[int]], list[
 
 
 def test_requests_that_come_and_go_during_others(
-    alone: tuple[Path, list[list[int]], list[list[int]]],
+    alone: Alone,
 ) -> None:
     """Prefills beside decodes, an abort in the middle, new requests on its row."""
-    folder, prompts, expected = alone
-    engine = make_engine(folder, max_num_seqs=4, max_num_batched_tokens=24)
+    model, prompts, expected = alone
+    engine = make_engine(**model, max_num_seqs=4, max_num_batched_tokens=24)
     tokens: dict[int, list[int]] = {}
     waiting = list(range(len(prompts)))
     for step in range(2000):
@@ -214,19 +225,20 @@ def test_requests_that_come_and_go_during_others(
 BFLOAT16_TOLERANCE = 0.08
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen2", "qwen3"])
-def test_bfloat16_is_near_float32(name: str) -> None:
+def test_bfloat16_is_near_float32(name: str, backend: str) -> None:
     folder = variant_folder(name)
     prompt = make_prompts(2, TOKENIZER_SIZE)[1]
     logits = {}
     for dtype in ("float32", "bfloat16"):
-        engine = make_engine(folder, dtype=dtype)
+        engine = make_engine(folder, dtype=dtype, attention_backend=backend)
         with recorded_logits(engine, every_position=True) as found:
             (tokens,) = generate_ids(engine, [prompt], 8)
         assert len(tokens) == 8
         logits[dtype] = torch.stack([found[position] for position in range(len(prompt))])
     error = relative_error(logits["bfloat16"], logits["float32"])
-    print(f"{name}: bfloat16 differs by {error:.4f}")
+    print(f"{name} on {backend}: bfloat16 differs by {error:.4f}")
     assert 0 < error < BFLOAT16_TOLERANCE
 
 
@@ -259,19 +271,23 @@ def test_smollm2_beside_transformers() -> None:
     """A few prompts live: the tokens, and the logits of every position of a long one."""
     path = find_model(DEMO_MODEL)
     model = load_script("reference_tokens").transformers_model(path)
-    engine = make_engine(path)
     cases = json.loads(DATA.read_text("utf-8"))["cases"]
     prompts = [case["prompt_token_ids"] for case in (cases[0], cases[34], cases[48], cases[-1])]
-    for number, (prompt, tokens) in enumerate(zip(prompts, generate_ids(engine, prompts, 24), strict=True)):
-        assert_greedy(prompt, tokens, reference_logits(model, prompt + tokens), f"prompt {number}")
-    engine.core.reset_prefix_cache()
     longest = max(prompts, key=len)
-    with recorded_logits(engine, every_position=True) as ours:
-        (tokens,) = generate_ids(engine, [longest], 4)
-    theirs = reference_logits(model, longest + tokens)
-    error = relative_error(torch.stack([ours[i] for i in range(len(longest) + 3)]), theirs[:-1])
-    print(f"logits over {len(longest) + 3} positions differ by {error:.2e}")
-    assert error < LOGITS_TOLERANCE
+    for backend in BACKENDS:
+        engine = make_engine(path, attention_backend=backend)
+        for number, (prompt, tokens) in enumerate(
+            zip(prompts, generate_ids(engine, prompts, 24), strict=True)
+        ):
+            logits = reference_logits(model, prompt + tokens)
+            assert_greedy(prompt, tokens, logits, f"{backend}, prompt {number}")
+        engine.core.reset_prefix_cache()
+        with recorded_logits(engine, every_position=True) as ours:
+            (tokens,) = generate_ids(engine, [longest], 4)
+        theirs = reference_logits(model, longest + tokens)
+        error = relative_error(torch.stack([ours[i] for i in range(len(longest) + 3)]), theirs[:-1])
+        print(f"{backend}: logits over {len(longest) + 3} positions differ by {error:.2e}")
+        assert error < LOGITS_TOLERANCE
 
 
 @pytest.mark.model

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from model_tools import BACKENDS
 from torch import Tensor
 
 from microvllm.adapters.decoder import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
-from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.linear import Linear
-from microvllm.ops.norm import rms_norm
+from microvllm.ops.operators import Operators, make_operators
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 
@@ -21,77 +21,106 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- Linear ---------------------------------------------------------------------------------------
+@pytest.fixture(params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Operators:
+    """The operators for a model in float32."""
+    return make_operators(request.param, torch.float32)
+
+
+# ---- matrix products ------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_torch_weights_are_packed() -> None:
+    """Otherwise the tests of the torch operators below would not test the packed product."""
+    assert Linear(random(8, 8))._packed
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (48, 33), (129, 257), (320, 144)], ids=str)
-def test_packed_linear_is_the_plain_product_for_any_number_of_rows(
-    shape: tuple[int, int], bias: bool
-) -> None:
+def test_a_product_of_any_number_of_rows(ops: Operators, shape: tuple[int, int], bias: bool) -> None:
     weight = random(*shape, seed=1)
     offset = random(shape[0], seed=2) if bias else None
-    layer = Linear(weight.clone(), offset)
-    assert layer._packed, "on a CPU float32 weights are packed: otherwise nothing is tested here"
+    layer = ops.linear(weight.clone(), offset)
     for rows in range(1, 41):
-        x = random(rows, shape[1], seed=rows)
+        x, residual = random(rows, shape[1], seed=rows), random(rows, shape[0], seed=rows + 100)
         exact = x.double() @ weight.double().T + (0 if offset is None else offset.double())
-        torch.testing.assert_close(layer(x), exact.float(), rtol=1e-5, atol=1e-5 * math.sqrt(shape[1]))
+        tolerance = {"rtol": 1e-5, "atol": 1e-5 * math.sqrt(shape[1])}
+        torch.testing.assert_close(layer(x), exact.float(), **tolerance)
+        torch.testing.assert_close(layer(x, residual.clone()), (exact + residual).float(), **tolerance)
 
 
-def test_linear_takes_rows_of_a_larger_tensor() -> None:
-    """What slicing and transposing leave behind: strides that are not those of a fresh tensor."""
-    weight = random(24, 16, seed=1)
-    layer = Linear(weight)
-    wide = random(10, 40, seed=2)
-    for x in (wide[:, 5:21], wide[::3, :16], random(16, 10, seed=3).T):
-        torch.testing.assert_close(layer(x), x.contiguous() @ weight.T, rtol=1e-5, atol=1e-5)
+def test_a_row_hardly_depends_on_its_company(ops: Operators) -> None:
+    """The order of the sums may change with the number of rows, and nothing else."""
+    layer = ops.linear(random(77, 130, seed=1), None)
+    x = random(40, 130, seed=2)
+    together = layer(x)
+    for rows in range(1, 40):
+        torch.testing.assert_close(layer(x[:rows].clone()), together[:rows], rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17, 40])
-def test_linear_in_bfloat16(rows: int) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
+def test_a_product_with_bfloat16_weights(name: str, rows: int) -> None:
+    operators = make_operators(name, torch.bfloat16)
     weight, offset = random(37, 96, seed=1, dtype=torch.bfloat16), random(37, seed=2, dtype=torch.bfloat16)
-    x = random(rows, 96, seed=3, dtype=torch.bfloat16)
-    y = Linear(weight, offset)(x)
-    assert y.dtype == torch.bfloat16
+    x = random(rows, 96, seed=3, dtype=torch.bfloat16).to(operators.activation_dtype)
+    y = operators.linear(weight.clone(), offset.clone())(x)
+    assert y.dtype == operators.activation_dtype
     exact = x.double() @ weight.double().T + offset.double()
-    # One rounding of the result: half a unit in the last of 8 bits, and a bit for the order of the sums.
+    # At most one rounding of the result to 8 bits, and a little for the order of the sums.
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2e-2)
 
 
 # ---- norm and activation --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (5, 144), (7, 9, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 144), (7, 9, 32), (300, 133)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rms_norm_is_that_of_the_reference_models(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rms_norm_is_that_of_the_reference_models(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+    operators = make_operators(name, dtype)
+    dtype = operators.activation_dtype
     x, weight = random(*shape, seed=1, dtype=dtype) * 5, random(shape[-1], seed=2, dtype=dtype)
     norm = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
     norm.weight.data.copy_(weight)
     before = x.clone()
-    ours = rms_norm(x, weight, 1e-5)
+    ours = operators.rms_norm(x, weight, 1e-5)
     assert ours.dtype == dtype and torch.equal(x, before)
-    torch.testing.assert_close(
-        ours, norm(x).detach(), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-6
-    )
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(ours, norm(x).detach(), rtol=rtol, atol=1e-6)
 
 
-def test_rms_norm_of_tiny_and_huge_rows() -> None:
-    weight = torch.ones(4)
-    assert torch.equal(rms_norm(torch.zeros(2, 4), weight, 1e-6), torch.zeros(2, 4))
-    row = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    torch.testing.assert_close(rms_norm(row * 1e15, weight, 1e-6), row)
-    torch.testing.assert_close(rms_norm(row * 1e-3, weight, 1e-6), row / math.sqrt(2))
+def test_rms_norm_of_a_part_of_each_row(ops: Operators) -> None:
+    """As the heads of q are normalised, inside of qkv."""
+    wide, weight = random(5, 12, 16), random(16, seed=2)
+    part = wide[:, 2:9]
+    torch.testing.assert_close(ops.rms_norm(part, weight, 1e-5), ops.rms_norm(part.clone(), weight, 1e-5))
 
 
-def test_silu_and_mul() -> None:
-    x = random(6, 22) * 4
+def test_rms_norm_of_tiny_and_huge_rows(ops: Operators) -> None:
+    weight = torch.ones(20)
+    assert torch.equal(ops.rms_norm(torch.zeros(2, 20), weight, 1e-6), torch.zeros(2, 20))
+    row = torch.tensor([[1.0, -1.0] * 10])
+    torch.testing.assert_close(ops.rms_norm(row * 1e15, weight, 1e-6), row)
+    torch.testing.assert_close(ops.rms_norm(row * 1e-3, weight, 1e-6), row / math.sqrt(2))
+
+
+@pytest.mark.parametrize("width", [1, 11, 16, 160, 333])
+def test_silu_and_mul(ops: Operators, width: int) -> None:
+    x = random(6, 2 * width) * 4
+    x[0, 0], x[1, 0], x[2, 0], x[3, 0] = 100.0, -100.0, 0.0, -88.5
     before = x.clone()
-    gate, up = x.double()[:, :11], x.double()[:, 11:]
-    torch.testing.assert_close(silu_and_mul(x), (gate / (1 + (-gate).exp()) * up).float())
+    gate, up = x.double()[:, :width], x.double()[:, width:]
+    torch.testing.assert_close(
+        ops.silu_and_mul(x), (gate / (1 + (-gate).exp()) * up).float(), rtol=2e-6, atol=1e-30
+    )
     assert torch.equal(x, before)
+    x[1, 0] = torch.nan
+    assert ops.silu_and_mul(x)[1, 0].isnan()
 
 
 # ---- rotary ---------------------------------------------------------------------------------------

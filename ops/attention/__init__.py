@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -66,21 +65,3 @@ class AttentionBackend(Protocol):
     """Owns the KV cache's memory layout."""
 
     def begin_step(self, batch: AttentionBatch) -> StepAttention: ...
-
-
-def make_backend(
-    name: str,
-    shape: AttentionShape,
-    *,
-    num_blocks: int,
-    block_size: int,
-    inv_freq: Tensor,
-    max_position: int,
-    dtype: torch.dtype,
-) -> AttentionBackend:
-    """The backend called `name`; its KV cache is allocated here, on the device of `inv_freq`."""
-    from microvllm.ops.attention.torch_backend import TorchAttention
-
-    if name != "torch":
-        raise ValueError(f"no attention backend is called {name}")
-    return TorchAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype)
