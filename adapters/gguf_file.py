@@ -242,7 +242,8 @@ class _Header:
                 f"metadata key {shorten(key)} claims {count} elements, which do not fit the file"
             )
         if element == STRING:
-            return [self._string(f"an element of {shorten(key)}", MAX_STRING) for _ in range(count)]
+            what = f"an element of {shorten(key)}"  # once, as a vocabulary has 100,000 of them
+            return [self._string(what, MAX_STRING) for _ in range(count)]
         scalar = SCALARS[element]
         dtype = np.dtype(np.bool_ if element == BOOL else scalar.format)
         values = np.frombuffer(self._data, dtype, count, self._at).tolist()

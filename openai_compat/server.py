@@ -21,11 +21,9 @@ from microvllm.openai_compat.lifecycle import Lifecycle
 from microvllm.openai_compat.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.openai_compat.protocol import GuardedProtocol
 from microvllm.openai_compat.stats import log_stats
-from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.processor import Processor
 
 logger = logging.getLogger("microvllm.server")
 
@@ -111,7 +109,9 @@ async def _serve(
 async def _start_engine(
     config: EngineConfig, args: ServerArgs, on_progress: Callable[[int, int], None] | None, signals: Signals
 ) -> EngineClient:
-    start = asyncio.ensure_future(EngineClient.start(config, on_progress=on_progress))
+    start = asyncio.ensure_future(
+        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress)
+    )
     stopped = asyncio.ensure_future(signals.wait(1))
     await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -119,11 +119,7 @@ async def _start_engine(
         start.cancel()
         await asyncio.gather(start, return_exceptions=True)
         raise SystemExit(128 + signals.last)
-    client = start.result()
-    if args.chat_template is not None:
-        template = ChatTemplate(args.chat_template, client.tokenizer.special_tokens)
-        client.processor = Processor(client.config, client.tokenizer, template)
-    return client
+    return start.result()
 
 
 class Signals:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from rich.progress import Progress
 
+from microvllm.runtime.chat_template import normalize_messages
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import EngineRequest, SamplingParams
@@ -94,7 +95,7 @@ class LLM:
         conversations: list[Any] = [messages] if one else list(messages)
         ids = [
             self.engine.processor.render_chat(
-                list(conversation),
+                normalize_messages(list(conversation)),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),

