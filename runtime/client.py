@@ -140,7 +140,7 @@ class EngineClient:
         self._decoder = msgspec.msgpack.Decoder(Event)
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._streams: dict[int, TokenStream] = {}
-        self._submitted = 0  # since the engine last told how many are waiting
+        self._submitted = 0  # to the engine process that runs now
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._ready = False
@@ -200,7 +200,8 @@ class EngineClient:
         if not self._ready:
             raise EngineDeadError(_DEAD)
         limit = self.config.max_num_queued_reqs
-        if limit is not None and self.stats.num_waiting + self._submitted + len(requests) > limit:
+        on_their_way = self._submitted - self.stats.requests
+        if limit is not None and self.stats.num_waiting + on_their_way + len(requests) > limit:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._submitted += len(requests)
         if not self._streams:
@@ -284,7 +285,7 @@ class EngineClient:
     def _deliver(self, event: Event) -> None:
         if not isinstance(event, Step):
             return
-        self.stats, self._submitted, self._heard = event.stats, 0, time.monotonic()
+        self.stats, self._heard = event.stats, time.monotonic()
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -322,6 +323,9 @@ class _EngineProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         self._sock = ours
+        # Once the event loop has the socket, only the loop may close it: it would go on watching the
+        # number, and be deaf to the next socket that gets it.
+        self._ours: socket.socket | asyncio.StreamWriter = ours
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "microvllm.runtime.process", str(theirs.fileno())],
@@ -331,11 +335,13 @@ class _EngineProcess:
             )
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_unix_connection(sock=self._sock, limit=1 << 20)
+        reader, writer = await asyncio.open_unix_connection(sock=self._sock, limit=1 << 20)
+        self._ours = writer
+        return reader, writer
 
     def kill(self) -> str:
         """End the process now; see `_end` for the result."""
-        self._sock.close()
+        self._ours.close()
         return _end(self.process, wait_s=0.1)
 
 

@@ -44,11 +44,13 @@ class EngineCore(Generic[StepT]):
         self._runner = runner
         self._in_flight: StepT | None = None
         self._num_steps = 0
+        self._num_requests = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
     def add(self, request: EngineRequest) -> StepOutput | None:
         """Queue a request; a refusal is that request's output and concerns no other."""
+        self._num_requests += 1
         try:
             self.scheduler.add(request)
         except RequestError as error:
@@ -99,4 +101,5 @@ class EngineCore(Generic[StepT]):
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.num_preemptions,
             steps=self._num_steps,
+            requests=self._num_requests,
         )

@@ -161,3 +161,4 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_hits: int = 0
     preemptions: int = 0
     steps: int = 0
+    requests: int = 0  # that have arrived, also those that were refused
