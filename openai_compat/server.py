@@ -21,6 +21,7 @@ from microvllm.openai_compat.lifecycle import Lifecycle
 from microvllm.openai_compat.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.openai_compat.protocol import GuardedProtocol
 from microvllm.openai_compat.stats import log_stats
+from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError

@@ -13,8 +13,9 @@ _PACKED_FOR_ROWS = 32
 
 
 class Linear:
-    """y = x @ weight.T + bias + residual for x: [n, in], weight: [out, in], bias: [out] or None, all one dtype.
+    """y = x @ weight.T + bias + residual.
 
+    x: [n, in], weight: [out, in], bias: [out] or None, residual: [n, out] or None, all one dtype.
     On a CPU that computes in the weight's dtype, the weight is reordered for oneDNN here (and the plain
     copy is dropped by the caller), so that no step pays for it.
     """
