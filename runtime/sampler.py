@@ -104,7 +104,7 @@ def _draw_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor
     count = int(top_k.max())
     if bool(without_k.any()):
         count = min(vocab, max(count, _NUCLEUS_CANDIDATES))
-    values, ids = logits.topk(count)
+    values, ids = _best(logits, count)
     # Without top-k the probabilities are relative to the whole row, of which the candidates are a part.
     total = torch.where(without_k, logits.logsumexp(-1), torch.inf)
     values.masked_fill_(torch.arange(count) >= limit[:, None], -torch.inf)
@@ -112,7 +112,7 @@ def _draw_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor
     probs = (values - total[:, None]).exp()
     cumulative = probs.cumsum(-1)
     if count < vocab and bool((without_k & (cumulative[:, -1] < top_p)).any()):
-        values, ids = logits.sort(-1, descending=True)
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
         values.masked_fill_(torch.arange(vocab) >= limit[:, None], -torch.inf)
         probs = values.softmax(-1)
         cumulative = probs.cumsum(-1)
@@ -121,6 +121,26 @@ def _draw_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor
     outside[:, 0] = False
     probs.masked_fill_(outside, 0.0)
     return ids.gather(1, _invert(probs, uniform)[:, None]).squeeze(1)
+
+
+def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, falling, equal ones by rising id: (values, ids), each [m, count].
+
+    Logits computed in bfloat16 are full of equal values. `topk` takes and orders those as it likes for
+    each `count`, which depends on the other rows: a seeded request would draw another token in company.
+    """
+    values, ids = logits.topk(count)
+    last = values[:, -1:]
+    equal, taken = logits == last, values == last
+    cut = ((equal.sum(-1) > taken.sum(-1)) & last.squeeze(-1).isfinite()).nonzero().squeeze(-1)
+    if len(cut):  # the last place goes through a run of equal values: take those with the smallest ids
+        falling = -torch.arange(logits.shape[1], dtype=torch.float32)
+        smallest = torch.where(equal[cut], falling, -torch.inf).topk(count).indices
+        place = (taken[cut].cumsum(-1) - 1).clamp(min=0)
+        ids[cut] = torch.where(taken[cut], smallest.gather(1, place), ids[cut])
+    ids = ids.sort(-1).values
+    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

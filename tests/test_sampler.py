@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +202,25 @@ def test_a_seeded_request_draws_the_same_in_any_batch(params: list[SamplingParam
     together = draw(logits, params, positions)
     for index, one in enumerate(params):
         assert draw(logits[index : index + 1], [one], positions[index : index + 1]) == [together[index]]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 7, "top_p": 0.8}], ids=str)
+def test_equal_logits_do_not_make_a_draw_depend_on_its_company(options: dict[str, Any]) -> None:
+    """bfloat16 has 8 bits: among 3000 logits most have equals, also at the border of what is kept."""
+    company = SamplingParams(seed=1, top_k=600)
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        logits = (torch.randn(1, 3000, generator=generator) * 2).bfloat16().float()
+        one = SamplingParams(seed=seed, **options)
+        assert draw(logits, [one]) == draw(logits.repeat(2, 1), [one, company])[:1]
+
+
+def test_of_equal_logits_the_first_are_kept() -> None:
+    count = 3_000
+    logits = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 2.0, 1.0] + [-1.0] * 500)
+    tokens = draw(logits.repeat(count, 1), [SamplingParams(seed=seed, top_k=4) for seed in range(count)])
+    assert set(tokens) == {2, 5, 0, 3}
+    assert_distributed(tokens, exact(logits, SamplingParams(top_k=4)))
 
 
 def test_rows_are_independent_of_their_number_and_their_past() -> None:
