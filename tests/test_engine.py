@@ -136,6 +136,7 @@ def test_leaving_a_stream_frees_its_blocks(how: str, asynchronous: bool) -> None
         with pytest.raises(KeyError):
             stream.throw(KeyError)  # type: ignore[attr-defined]
     assert not engine.core.has_work() and engine.core.kv.num_used == 0
+    assert engine.core.stats().generation_tokens <= 6, "it went on generating for nobody"
     engine.core.scheduler.check()
     assert len(list(engine.stream_generate(PROMPT, 5, **SALTED))) == 5
 
@@ -190,6 +191,11 @@ def test_stop_tokens_and_min_tokens(engine: InferenceEngine) -> None:
     ]
     assert later[:first] == ids[:first] and later[first] != stop
     assert len(later) >= first + 3 and stop not in later[: first + 3]
+    # The stop token may not even be the last of these tokens.
+    for count, token in ((1, ids[0]), (first + 1, stop)):
+        options = {"temperature": 0.0, "stop_token_ids": [token], "min_tokens": count, **SALTED}
+        forced = [token for token, _ in engine.stream_generate(PROMPT, 30, **options)]
+        assert forced[: count - 1] == ids[: count - 1] and forced[count - 1] != token
 
 
 def test_the_end_token_is_forbidden_until_min_tokens_and_ends_the_text(engine: InferenceEngine) -> None:

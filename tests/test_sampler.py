@@ -326,3 +326,12 @@ def test_numbers_depend_on_seed_and_position_only() -> None:
     alone = [uniform_numbers(seeds[i : i + 1], positions[i : i + 1])[0] for i in range(4)]
     assert together.tolist() == alone
     assert len(set(together.tolist())) == 4
+
+
+def test_no_seed_gives_the_numbers_of_another_one_position_later() -> None:
+    """Adding to the seed what a position adds would only shift the numbers, were the seed not mixed first."""
+    positions = np.arange(1000)
+    later = uniform_numbers(np.zeros(1000, dtype=np.uint64), positions + 1)
+    step = np.full(1000, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    assert not np.isin(uniform_numbers(step, positions), later).any()
+    assert not np.isin(uniform_numbers(np.ones(1000, dtype=np.uint64), positions), later).any()
