@@ -22,6 +22,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 
+typedef float vec4 __attribute__((vector_size(16)));
 typedef uint16_t bf16;
 
 /* ---- vectors ------------------------------------------------------------------------------------ */
@@ -55,11 +56,14 @@ INLINE bf16 narrow(float f)
 
 INLINE float sum(vec v)
 {
-    float total = 0;
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    total += v[0];
-    return total;
+    vec4 parts[LANES / 4];
+    memcpy(parts, &v, sizeof v);
+#if LANES == 16
+    parts[0] += parts[2];
+    parts[1] += parts[3];
+#endif
+    vec4 s = parts[0] + parts[1];
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 /* e^x: 2^n times a polynomial in the rest (degree 6, relative error below 2e-7). Arguments below -87
@@ -255,58 +259,97 @@ void rotate_and_cache(float *qk, long qk_stride, const float *v, long v_stride, 
 
 #define CHUNK 256     /* tokens of one sequence that a thread takes at a time */
 
-#define DEFINE_DOT(NAME, TYPE, LOAD, SCALAR)                                                                \
-    INLINE float NAME(const float *q, const TYPE *k, long d)                                                \
+#define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
+#define SPAN 4        /* vectors of the output kept in registers for each of them */
+
+/* Keys: score[g][t] = scale * q[g] . k[t] for G queries, d floats apart. Values: out[g] = sum over t of
+ * weight[g][t] * v[t]. Each key and value is loaded and widened once for all G. */
+#define DEFINE_ATTEND(NAME, TYPE, LOAD, SCALAR)                                                             \
+    INLINE void NAME##_scores(const float *q, const TYPE *keys, const int64_t *blocks, long size, long begin, \
+                              long end, long d, float scale, float score[][CHUNK + LANES], const int G)     \
     {                                                                                                       \
-        vec acc = {};                                                                                       \
-        long i = 0;                                                                                         \
-        for (; i + LANES <= d; i += LANES) acc += load_f32(q + i) * LOAD(k + i);                            \
-        float total = sum(acc);                                                                             \
-        for (; i < d; i++) total += q[i] * SCALAR(k[i]);                                                    \
-        return total;                                                                                       \
+        for (long t = begin; t < end; t++) {                                                                \
+            const TYPE *k = keys + (blocks[t / size] * size + t % size) * d;                                \
+            vec acc[GROUP];                                                                                 \
+            for (int g = 0; g < G; g++) acc[g] = (vec){};                                                   \
+            long i = 0;                                                                                     \
+            for (; i + LANES <= d; i += LANES) {                                                            \
+                vec kv = LOAD(k + i);                                                                       \
+                for (int g = 0; g < G; g++) acc[g] += load_f32(q + g * d + i) * kv;                         \
+            }                                                                                               \
+            for (int g = 0; g < G; g++) {                                                                   \
+                float total = sum(acc[g]);                                                                  \
+                for (long r = i; r < d; r++) total += q[g * d + r] * SCALAR(k[r]);                          \
+                score[g][t - begin] = scale * total;                                                        \
+            }                                                                                               \
+        }                                                                                                   \
     }                                                                                                       \
-    INLINE void NAME##_axpy(float weight, const TYPE *v, float *out, long d)                                \
+    INLINE void NAME##_span(float weight[][CHUNK + LANES], const TYPE *values, const int64_t *blocks,       \
+                            long size, long begin, long end, long d, float *out, long stride, const int G,  \
+                            const int S)                                                                    \
+    {                                                                                                       \
+        vec acc[GROUP][SPAN];                                                                               \
+        for (int g = 0; g < G; g++)                                                                         \
+            for (int s = 0; s < S; s++) acc[g][s] = (vec){};                                                \
+        for (long t = begin; t < end; t++) {                                                                \
+            const TYPE *v = values + (blocks[t / size] * size + t % size) * d;                              \
+            for (int s = 0; s < S; s++) {                                                                   \
+                vec vv = LOAD(v + s * LANES);                                                               \
+                for (int g = 0; g < G; g++) acc[g][s] += weight[g][t - begin] * vv;                         \
+            }                                                                                               \
+        }                                                                                                   \
+        for (int g = 0; g < G; g++)                                                                         \
+            for (int s = 0; s < S; s++) store(out + g * stride + s * LANES, acc[g][s]);                     \
+    }                                                                                                       \
+    INLINE void NAME##_values(float weight[][CHUNK + LANES], const TYPE *values, const int64_t *blocks,     \
+                              long size, long begin, long end, long d, float *out, long stride, const int G) \
     {                                                                                                       \
         long i = 0;                                                                                         \
-        for (; i + LANES <= d; i += LANES) store(out + i, load_f32(out + i) + weight * LOAD(v + i));        \
-        for (; i < d; i++) out[i] += weight * SCALAR(v[i]);                                                 \
+        for (; i + SPAN * LANES <= d; i += SPAN * LANES)                                                    \
+            NAME##_span(weight, values + i, blocks, size, begin, end, d, out + i, stride, G, SPAN);         \
+        for (; i + LANES <= d; i += LANES)                                                                  \
+            NAME##_span(weight, values + i, blocks, size, begin, end, d, out + i, stride, G, 1);            \
+        for (; i < d; i++)                                                                                  \
+            for (int g = 0; g < G; g++) {                                                                   \
+                float total = 0;                                                                            \
+                for (long t = begin; t < end; t++)                                                          \
+                    total += weight[g][t - begin] * SCALAR(values[(blocks[t / size] * size + t % size) * d + i]); \
+                out[g * stride + i] = total;                                                                \
+            }                                                                                               \
     }
 
-DEFINE_DOT(dot_f32, float, load_f32, AS_IS)
-DEFINE_DOT(dot_bf16, bf16, load_bf16, widen)
+DEFINE_ATTEND(f32, float, load_f32, AS_IS)
+DEFINE_ATTEND(bf16, bf16, load_bf16, widen)
 
-/* One query head against tokens [begin, end) of a sequence: out = sum of weights * v, not normalised;
- * returns the maximum score and the sum of the weights through `top` and `total`. */
+/* G query heads of one KV head against tokens [begin, end) of a sequence. The parts, `stride` floats apart:
+ * d floats of sum of weights * v, not normalised, the maximum score, the sum of the weights. */
 INLINE void attend(const float *q, const Cache *cache, const int64_t *blocks, long head, long kv_heads, long begin,
-                   long end, long d, float scale, float *out, float *top, float *total)
+                   long end, long d, float scale, float *part, long stride, const int G)
 {
-    float score[CHUNK + LANES];
-    float best = -INFINITY;
+    float score[GROUP][CHUNK + LANES];
     long size = cache->block_size, count = end - begin;
-    for (long t = begin; t < end; t++) {
-        long slot = blocks[t / size] * size + t % size;
-        long at = (head * cache->num_slots + slot) * d;
-        float s = scale * (cache->is_bf16 ? dot_bf16(q, (const bf16 *)cache->data + at, d)
-                                          : dot_f32(q, (const float *)cache->data + at, d));
-        score[t - begin] = s;
-        best = s > best || s != s ? s : best;
+    long keys = head * cache->num_slots * d, values = (kv_heads + head) * cache->num_slots * d;
+    if (cache->is_bf16)
+        bf16_scores(q, (const bf16 *)cache->data + keys, blocks, size, begin, end, d, scale, score, G);
+    else
+        f32_scores(q, (const float *)cache->data + keys, blocks, size, begin, end, d, scale, score, G);
+    for (int g = 0; g < G; g++) {
+        float best = -INFINITY;
+        for (long t = 0; t < count; t++) best = score[g][t] > best || score[g][t] != score[g][t] ? score[g][t] : best;
+        for (long t = count; t < count + LANES; t++) score[g][t] = -INFINITY;
+        vec total = {};
+        for (long t = 0; t < count; t += LANES) {
+            vec weight = vexp(load_f32(score[g] + t) - best);
+            store(score[g] + t, weight);
+            total += weight;
+        }
+        part[g * stride + d] = best;
+        part[g * stride + d + 1] = sum(total);
     }
-    for (long i = count; i < count + LANES; i++) score[i] = -INFINITY;
-    vec weights = {};
-    for (long i = 0; i < count; i += LANES) {
-        vec e = vexp(load_f32(score + i) - best);
-        store(score + i, e);
-        weights += e;
-    }
-    memset(out, 0, d * sizeof(float));
-    for (long t = begin; t < end; t++) {
-        long slot = blocks[t / size] * size + t % size;
-        long at = ((kv_heads + head) * cache->num_slots + slot) * d;
-        if (cache->is_bf16) dot_bf16_axpy(score[t - begin], (const bf16 *)cache->data + at, out, d);
-        else dot_f32_axpy(score[t - begin], (const float *)cache->data + at, out, d);
-    }
-    *top = best;
-    *total = sum(weights);
+    if (cache->is_bf16)
+        bf16_values(score, (const bf16 *)cache->data + values, blocks, size, begin, end, d, part, stride, G);
+    else
+        f32_values(score, (const float *)cache->data + values, blocks, size, begin, end, d, part, stride, G);
 }
 
 /* Floats of scratch that `decode_attention` needs. */
@@ -332,13 +375,19 @@ void decode_attention(const float *q, long stride, const Cache *cache, const int
             long first = window && lens[row] > window ? lens[row] - window : 0;
             long begin = chunk * CHUNK > first ? chunk * CHUNK : first;
             long end = (chunk + 1) * CHUNK < lens[row] ? (chunk + 1) * CHUNK : lens[row];
-            /* The query heads of a group read the same keys and values, from cache after the first. */
-            for (long h = head * group; h < (head + 1) * group; h++) {
+            for (long h = head * group; h < (head + 1) * group; h += GROUP) {
+                const float *queries = q + row * stride + h * d;
                 float *at = scratch + ((row * heads + h) * chunks + chunk) * part;
-                at[d] = -INFINITY;
-                if (begin < end)
-                    attend(q + row * stride + h * d, cache, blocks + row * width, head, kv_heads, begin, end, d,
-                           scale, at, at + d, at + d + 1);
+                long left = (head + 1) * group - h, taken = left < GROUP ? left : GROUP;
+                if (begin >= end) {
+                    for (long g = 0; g < taken; g++) at[g * chunks * part + d] = -INFINITY;
+                    continue;
+                }
+#define ATTEND(G)                                                                                           \
+    case G:                                                                                                 \
+        attend(queries, cache, blocks + row * width, head, kv_heads, begin, end, d, scale, at, chunks * part, G); \
+        break
+                switch (taken) { ATTEND(1); ATTEND(2); ATTEND(3); ATTEND(4); }
             }
         }
 #pragma omp for
@@ -355,7 +404,7 @@ void decode_attention(const float *q, long stride, const Cache *cache, const int
                 if (p[d] == -INFINITY) continue;
                 float factor = expf(p[d] - best);
                 total += factor * p[d + 1];
-                dot_f32_axpy(factor, p, result, d);
+                for (long i = 0; i < d; i++) result[i] += factor * p[i];
             }
             for (long i = 0; i < d; i++) result[i] /= total;
         }
