@@ -15,8 +15,8 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math"),
-    # GCC tuned for Zen fuses some multiply-adds of a kernel and not others, so that a row's result would
-    # depend on how many rows are beside it.
+    # GCC tuned for Zen leaves multiply and add apart where one sum follows another, which the kernels' own
+    # partial sums make needless.
     "--param=avoid-fma-max-bits=0",
 )
 COMPILE_TIMEOUT_S = 120

@@ -93,70 +93,60 @@ INLINE vec vexp(vec x)
 
 /* ---- matrix products of a few rows ------------------------------------------------------------------ */
 
-#define ROWS 8        /* rows of x that share one pass over the weights */
 #define PIECE 32      /* weight rows a thread takes at a time */
+#define AHEAD 1024    /* bytes by which a weight is fetched before it is used */
 
-/* y[m, n..n+R) for R rows of the weight and M rows of x: each weight is loaded once for all M. */
+/* y[m] = x[m] . w for M rows of x (k floats apart; the results ldy apart) and one row of the weight, which
+ * is read once, as one sequential stream: several streams at a time reach half the bandwidth. U partial
+ * sums a dot keep the additions from waiting for each other; M * U of them fit the registers. */
 #define DEFINE_DOTS(NAME, TYPE, LOAD, SCALAR)                                                               \
-    INLINE void NAME(const float *x, const TYPE *w, float *y, long k, long ldy, const int M, const int R)   \
+    INLINE void NAME(const float *x, const TYPE *w, float *y, long k, long ldy, const int M, const int U)   \
     {                                                                                                       \
-        vec acc[ROWS][4];                                                                                   \
+        vec acc[8][4];                                                                                      \
         for (int m = 0; m < M; m++)                                                                         \
-            for (int r = 0; r < R; r++) acc[m][r] = (vec){};                                                \
+            for (int u = 0; u < U; u++) acc[m][u] = (vec){};                                                \
         long i = 0;                                                                                         \
-        for (; i + LANES <= k; i += LANES) {                                                                \
-            vec wv[4];                                                                                      \
-            for (int r = 0; r < R; r++) wv[r] = LOAD(w + r * k + i);                                        \
-            for (int m = 0; m < M; m++) {                                                                   \
-                vec xv = load_f32(x + m * k + i);                                                           \
-                for (int r = 0; r < R; r++) acc[m][r] += wv[r] * xv;                                        \
+        for (; i + U * LANES <= k; i += U * LANES) {                                                        \
+            __builtin_prefetch((const char *)(w + i) + AHEAD);                                              \
+            for (int u = 0; u < U; u++) {                                                                   \
+                vec wv = LOAD(w + i + u * LANES);                                                           \
+                for (int m = 0; m < M; m++) acc[m][u] += wv * load_f32(x + m * k + i + u * LANES);          \
             }                                                                                               \
         }                                                                                                   \
-        for (int m = 0; m < M; m++)                                                                         \
-            for (int r = 0; r < R; r++) {                                                                   \
-                float total = sum(acc[m][r]);                                                               \
-                for (long j = i; j < k; j++) total += SCALAR(w[r * k + j]) * x[m * k + j];                  \
-                y[m * ldy + r] = total;                                                                     \
+        for (; i + LANES <= k; i += LANES)                                                                  \
+            for (int m = 0; m < M; m++) acc[m][0] += LOAD(w + i) * load_f32(x + m * k + i);                 \
+        for (int m = 0; m < M; m++) {                                                                       \
+            for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];                                             \
+            float total = sum(acc[m][0]);                                                                   \
+            for (long j = i; j < k; j++) total += SCALAR(w[j]) * x[m * k + j];                              \
+            y[m * ldy] = total;                                                                             \
+        }                                                                                                   \
+    }                                                                                                       \
+    /* All m rows of x against weight rows [begin, end). */                                                 \
+    static void NAME##_panel(const float *x, const TYPE *w, float *y, long m, long n, long k, long begin,   \
+                             long end)                                                                      \
+    {                                                                                                       \
+        for (long r = begin; r < end; r++)                                                                  \
+            for (long i = 0; i < m; i += 8) {                                                               \
+                const TYPE *row = w + r * k;                                                                \
+                const float *xi = x + i * k;                                                                \
+                float *yi = y + i * n + r;                                                                  \
+                switch (m - i < 8 ? m - i : 8) {                                                            \
+                case 1: NAME(xi, row, yi, k, n, 1, 4); break;                                               \
+                case 2: NAME(xi, row, yi, k, n, 2, 4); break;                                               \
+                case 3: NAME(xi, row, yi, k, n, 3, 2); break;                                               \
+                case 4: NAME(xi, row, yi, k, n, 4, 2); break;                                               \
+                case 5: NAME(xi, row, yi, k, n, 5, 1); break;                                               \
+                case 6: NAME(xi, row, yi, k, n, 6, 1); break;                                               \
+                case 7: NAME(xi, row, yi, k, n, 7, 1); break;                                               \
+                case 8: NAME(xi, row, yi, k, n, 8, 1); break;                                               \
+                }                                                                                           \
             }                                                                                               \
     }
 
 #define AS_IS(v) (v)
 DEFINE_DOTS(dots_f32, float, load_f32, AS_IS)
 DEFINE_DOTS(dots_bf16, bf16, load_bf16, widen)
-
-/* All M rows of x against weight rows [begin, end). The constants let the compiler keep acc in registers:
- * 1 x 4 dots when x has one row (four streams from memory at once), else up to 4 x 2. */
-#define DEFINE_PANEL(NAME, TYPE, DOTS)                                                                      \
-    static void NAME(const float *x, const TYPE *w, float *y, long m, long n, long k, long begin, long end) \
-    {                                                                                                       \
-        long r = begin;                                                                                     \
-        if (m == 1) {                                                                                       \
-            for (; r + 4 <= end; r += 4) DOTS(x, w + r * k, y + r, k, n, 1, 4);                             \
-            for (; r < end; r++) DOTS(x, w + r * k, y + r, k, n, 1, 1);                                     \
-            return;                                                                                         \
-        }                                                                                                   \
-        for (; r < end; r += 2) {                                                                           \
-            const TYPE *rows = w + r * k;                                                                   \
-            int two = r + 2 <= end;                                                                         \
-            for (long i = 0; i < m; i += 4) {                                                               \
-                const float *xi = x + i * k;                                                                \
-                float *yi = y + i * n + r;                                                                  \
-                switch ((m - i < 4 ? m - i : 4) * 2 + two) {                                                \
-                case 2: DOTS(xi, rows, yi, k, n, 1, 1); break;                                              \
-                case 3: DOTS(xi, rows, yi, k, n, 1, 2); break;                                              \
-                case 4: DOTS(xi, rows, yi, k, n, 2, 1); break;                                              \
-                case 5: DOTS(xi, rows, yi, k, n, 2, 2); break;                                              \
-                case 6: DOTS(xi, rows, yi, k, n, 3, 1); break;                                              \
-                case 7: DOTS(xi, rows, yi, k, n, 3, 2); break;                                              \
-                case 8: DOTS(xi, rows, yi, k, n, 4, 1); break;                                              \
-                case 9: DOTS(xi, rows, yi, k, n, 4, 2); break;                                              \
-                }                                                                                           \
-            }                                                                                               \
-        }                                                                                                   \
-    }
-
-DEFINE_PANEL(panel_f32, float, dots_f32)
-DEFINE_PANEL(panel_bf16, bf16, dots_bf16)
 
 /* y[m, n] = x[m, k] . w[n, k]^T + bias[n] + residual[m, n]; bias and residual may be null. */
 void linear(const float *x, const void *w, const float *bias, const float *residual, float *y, long m, long n,
@@ -166,8 +156,8 @@ void linear(const float *x, const void *w, const float *bias, const float *resid
 #pragma omp parallel for schedule(dynamic, 1)
     for (long piece = 0; piece < pieces; piece++) {
         long begin = piece * PIECE, end = begin + PIECE < n ? begin + PIECE : n;
-        if (is_bf16) panel_bf16(x, w, y, m, n, k, begin, end);
-        else panel_f32(x, w, y, m, n, k, begin, end);
+        if (is_bf16) dots_bf16_panel(x, w, y, m, n, k, begin, end);
+        else dots_f32_panel(x, w, y, m, n, k, begin, end);
         for (long i = 0; i < m; i++)
             for (long r = begin; r < end; r++) {
                 if (bias) y[i * n + r] += bias[r];

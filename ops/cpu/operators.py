@@ -13,11 +13,14 @@ from torch.nn.functional import linear
 
 from microvllm.ops.attention import AttentionBatch, AttentionShape
 from microvllm.ops.attention.torch_backend import TorchAttention, TorchStep
+from microvllm.ops.linear import Linear
 from microvllm.ops.operators import LinearOperator
 
-# Up to this many rows a product is bound by reading the weight, which the kernel does once; for more,
-# a library that blocks for the caches is faster although it wants the weight in another form first.
+# Up to so many rows the kernel is faster than a library that blocks for the caches. Measured: with matrix
+# units (AMX) oneDNN's packed product wins from 8 rows on; without bf16 arithmetic the weight has to be
+# widened for it first, which pays from a few dozen rows on.
 MAX_KERNEL_ROWS = 16
+MAX_KERNEL_ROWS_AMX = 7
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
@@ -83,18 +86,21 @@ class CpuLinear:
         self._weight = weight
         self._bias = None if bias is None else bias.float()
         self._is_bf16 = weight.dtype == torch.bfloat16
-        self._wide_dtype = (
-            torch.bfloat16
-            if self._is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            else torch.float32
-        )
+        self._packed = None
+        self._max_rows = MAX_KERNEL_ROWS
+        if self._is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self._packed = Linear(weight)
+            self._max_rows = MAX_KERNEL_ROWS_AMX
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         m, (n, k) = x.shape[0], self._weight.shape
-        if m > MAX_KERNEL_ROWS:
-            y = linear(x.to(self._wide_dtype), self._weight.to(self._wide_dtype)).float()
-            if self._bias is not None:
-                y += self._bias
+        if m > self._max_rows:
+            if self._packed is None:
+                y = linear(x, self._weight.float(), self._bias)
+            else:
+                y = self._packed(x.bfloat16()).float()
+                if self._bias is not None:
+                    y += self._bias
             return y if residual is None else y.add_(residual)
         y = torch.empty(m, n)
         bias = None if self._bias is None else self._bias.data_ptr()
