@@ -406,9 +406,10 @@ def generate(
     EngineArgs(model=name, **options).resolve()
     SamplingParams(**sampling)
 
-    from microvllm.runtime.engine import InferenceEngine
+    from microvllm import InferenceEngine
 
-    engine = InferenceEngine(name, **options)
+    with LoadProgress() as progress:
+        engine = InferenceEngine(name, on_progress=progress, **options)
     for _, text in engine.stream_generate(prompt, **sampling):
         print(text, end="", flush=True)
     print()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,28 @@ class InferenceEngine:
         for token, text in engine.stream_generate("The future of AI is", max_tokens=50):
             print(text, end="", flush=True)
 
-    `max_batch_size` is vLLM's `max_num_seqs`; `options` are further fields of `EngineArgs`. Sampling
-    options (temperature, top_p, top_k, min_p, seed, stop, ...) are those of `SamplingParams`; what is
-    not given comes from the model's generation_config.json.
+    `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is called with (done, total) tensors while
+    the model loads; `options` are further fields of `EngineArgs`. Sampling options (temperature, top_p,
+    top_k, min_p, seed, stop, ...) are those of `SamplingParams`; what is not given comes from the model's
+    generation_config.json.
 
     Not thread-safe, but several streams may be open and taken from in turns. Raises `ConfigError` for a
     model that cannot be loaded and `InvalidRequestError`, naming the field, for a wrong request.
     """
 
-    def __init__(self, model_path: str, max_batch_size: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        max_batch_size: int | None = None,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> None:
         args = EngineArgs(model=model_path, **{"max_num_seqs": max_batch_size, **options})
         self.config = args.resolve()
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = Processor(self.config, self.tokenizer)
-        self.core = EngineCore(self.config, ModelGraphRunner(self.config))
+        self.core = EngineCore(self.config, ModelGraphRunner(self.config, on_progress))
         self._inboxes: dict[int, deque[StepOutput]] = {}  # by request, of each open iterator of `run`
 
     def generate(
