@@ -6,41 +6,21 @@ Imports no torch. One `EngineClient` a server; one `TokenStream` a sequence.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import msgspec
-
-from microvllm.runtime.channel import (
-    HEADER_BYTES,
-    Abort,
-    Add,
-    Command,
-    Event,
-    Failed,
-    Progress,
-    Ready,
-    ResetPrefixCache,
-    Start,
-    Step,
-    frame,
-)
+from microvllm.runtime.channel import Abort, Add, Command, Event, ResetPrefixCache, Step
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError, EngineError
+from microvllm.runtime.launcher import DEAD, EngineProcess
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput
-from microvllm.runtime.threads import thread_environment
 from microvllm.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.engine")
@@ -48,13 +28,14 @@ logger = logging.getLogger("microvllm.engine")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SILENCE_S = 120.0  # an engine with work that says nothing for so long is taken for hung
+# An engine with work that says nothing for longer than this, and than its largest step would take on a
+# very slow machine, is taken for hung.
+SILENCE_S = 60.0
+SLOWEST_FLOPS = 1e10
+WATCH_INTERVAL_S = 5.0
 EXIT_S = 3.0  # time for the engine process to leave after its socket was closed
 RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 WORKER_THREADS = 2  # for tokenising and templating
-
-_DEAD = "The engine process died; it is being started again."
-_DEAD_AT_START = "the engine process died while it was loading the model"
 
 
 class TokenStream:
@@ -136,16 +117,14 @@ class EngineClient:
         self.tokenizer = tokenizer
         self.processor = processor
         self.stats = EngineStats()
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Event)
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._streams: dict[int, TokenStream] = {}
         self._submitted = 0  # to the engine process that runs now
-        self._process: subprocess.Popen[bytes] | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._process: EngineProcess | None = None
         self._ready = False
         self._heard = time.monotonic()
-        self._keeper: asyncio.Task[None] | None = None
+        self._longest_step_s = SILENCE_S + _step_flops(config) / SLOWEST_FLOPS
+        self._keepers: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
@@ -160,27 +139,24 @@ class EngineClient:
         `chat_template` is used in place of the model's own. Raises `ConfigError` with one line when the
         model or the tokenizer cannot be loaded, `EngineError` when the engine process dies while loading.
         """
-        channel = _EngineProcess(config)
-        loop = asyncio.get_running_loop()
+        starting = asyncio.ensure_future(EngineProcess.start(config, on_progress))
         try:
-            reader, writer = await channel.connect()
-            loading = loop.run_in_executor(None, _load_text, config, chat_template)
-            tokenizer, processor = await loading
-            client = cls(config, tokenizer, processor)
-            client._process, client._writer = channel.process, writer
-            await client._await_ready(reader, on_progress)
-        except EngineDeadError:
-            raise EngineError(f"{_DEAD_AT_START}{channel.kill()}") from None
+            text = await asyncio.get_running_loop().run_in_executor(None, _load_text, config, chat_template)
+            process = await starting
         except BaseException:
-            channel.kill()
+            starting.cancel()
+            (outcome,) = await asyncio.gather(starting, return_exceptions=True)
+            if isinstance(outcome, EngineProcess):
+                await outcome.end()
             raise
-        client._keeper = asyncio.ensure_future(client._keep(reader))
+        client = cls(config, *text)
+        client._use(process)
+        client._keepers = [asyncio.ensure_future(client._keep()), asyncio.ensure_future(client._watch())]
         return client
 
     def healthy(self) -> bool:
         """Whether requests are being served: the engine is loaded, alive, and not silent at work."""
-        busy = bool(self._streams)
-        return self._ready and not (busy and time.monotonic() - self._heard > SILENCE_S)
+        return self._ready and not self._silent()
 
     async def run_blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a slow function in a worker thread."""
@@ -198,10 +174,11 @@ class EngineClient:
         """
         requests = self.processor.requests(prompt_ids, params, priority=priority, cache_salt=cache_salt)
         if not self._ready:
-            raise EngineDeadError(_DEAD)
+            raise EngineDeadError(DEAD)
         limit = self.config.max_num_queued_reqs
         on_their_way = self._submitted - self.stats.requests
-        if limit is not None and self.stats.num_waiting + on_their_way + len(requests) > limit:
+        free_rows = self.config.max_num_seqs - self.stats.num_running
+        if limit is not None and self.stats.num_waiting + on_their_way + len(requests) - free_rows > limit:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._submitted += len(requests)
         if not self._streams:
@@ -222,15 +199,12 @@ class EngineClient:
         while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._ready = False
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
         self._fail_all(EngineDeadError("The server is shutting down."))
-        if self._writer is not None:
-            self._writer.close()
         if self._process is not None:
-            await asyncio.get_running_loop().run_in_executor(None, _end, self._process)
+            await self._process.end(EXIT_S)
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     # ---- what streams call ---------------------------------------------------------------------
@@ -244,43 +218,40 @@ class EngineClient:
 
     # ---- the engine process --------------------------------------------------------------------
 
+    def _use(self, process: EngineProcess) -> None:
+        self._process, self.stats = process, process.first_stats
+        self._submitted, self._heard, self._ready = 0, time.monotonic(), True
+
     def _send(self, command: Command) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(frame(self._encoder, command))
+        if self._process is not None:
+            self._process.send(command)
 
-    async def _await_ready(
-        self, reader: asyncio.StreamReader, on_progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        self._send(Start(self.config))
-        while True:
-            event = await self._receive(reader)
-            if isinstance(event, Progress) and on_progress is not None:
-                on_progress(event.done, event.total)
-            elif isinstance(event, Failed):
-                raise ConfigError(event.message)
-            elif isinstance(event, Ready):
-                self.stats, self._submitted, self._ready = event.stats, 0, True
-                self._heard = time.monotonic()
-                return
+    def _silent(self) -> bool:
+        """Whether the engine has work and has said nothing for longer than any step can take."""
+        return bool(self._streams) and time.monotonic() - self._heard > self._longest_step_s
 
-    async def _receive(self, reader: asyncio.StreamReader) -> Event:
-        try:
-            size = int.from_bytes(await reader.readexactly(HEADER_BYTES), "little")
-            event: Event = self._decoder.decode(await reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise EngineDeadError(_DEAD) from error
-        return event
-
-    async def _keep(self, reader: asyncio.StreamReader) -> None:
+    async def _keep(self) -> None:
         """Deliver step after step; when the engine dies, tell everyone and start another."""
-        while True:
+        while self._process is not None:
             try:
                 while True:
-                    self._deliver(await self._receive(reader))
-            except (EngineDeadError, msgspec.DecodeError):
-                self._ready = False
-                self._fail_all(EngineDeadError(_DEAD))
-            reader = await self._restart()
+                    self._deliver(await self._process.receive())
+            except EngineDeadError:
+                pass
+            except Exception:
+                logger.exception("What the engine process said was not understood.")
+            self._ready = False
+            self._fail_all(EngineDeadError(DEAD))
+            logger.error("%s%s", DEAD, await self._process.end())
+            self._use(await self._restart())
+
+    async def _watch(self) -> None:
+        """End an engine that hangs; it is then started again like one that died."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._ready and self._silent() and self._process is not None:
+                logger.error("The engine has said nothing for %.0f s.", time.monotonic() - self._heard)
+                self._process.kill()
 
     def _deliver(self, event: Event) -> None:
         if not isinstance(event, Step):
@@ -295,54 +266,20 @@ class EngineClient:
         for stream in list(self._streams.values()):
             stream._fail(error)
 
-    async def _restart(self) -> asyncio.StreamReader:
+    async def _restart(self) -> EngineProcess:
         attempt = 0
         while True:
             await asyncio.sleep(RESTART_DELAYS_S[min(attempt, len(RESTART_DELAYS_S) - 1)])
             attempt += 1
-            if self._writer is not None:
-                self._writer.close()
-            if self._process is not None:
-                logger.error("%s%s", _DEAD, _end(self._process, wait_s=0.5))
-            channel = _EngineProcess(self.config)
-            self._process = channel.process
-            reader, self._writer = await channel.connect()
             try:
-                await self._await_ready(reader)
+                process = await EngineProcess.start(self.config)
             except (ConfigError, EngineError) as error:
                 logger.error("The engine could not be started again: %s", error)
-                continue
-            logger.info("The engine process was started again.")
-            return reader
-
-
-class _EngineProcess:
-    """A fresh engine process and our end of the socket pair to it."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        self._sock = ours
-        # Once the event loop has the socket, only the loop may close it: it would go on watching the
-        # number, and be deaf to the next socket that gets it.
-        self._ours: socket.socket | asyncio.StreamWriter = ours
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "microvllm.runtime.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **thread_environment(config.cpu_threads)},
-            )
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_unix_connection(sock=self._sock, limit=1 << 20)
-        self._ours = writer
-        return reader, writer
-
-    def kill(self) -> str:
-        """End the process now; see `_end` for the result."""
-        self._ours.close()
-        return _end(self.process, wait_s=0.1)
+            except Exception:  # no memory, no file handles: they may come back
+                logger.exception("The engine could not be started again.")
+            else:
+                logger.info("The engine process was started again.")
+                return process
 
 
 class _Call:
@@ -359,12 +296,10 @@ def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokeniz
     return tokenizer, Processor(config, tokenizer, template)
 
 
-def _end(process: subprocess.Popen[bytes], wait_s: float = EXIT_S) -> str:
-    """Wait for a process whose socket is closed, kill it if need be -> " (how it ended)"."""
-    try:
-        code = process.wait(timeout=wait_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return ""
-    return f" (exit status {code})" if code >= 0 else f" (killed by signal {-code})"
+def _step_flops(config: EngineConfig) -> float:
+    """Operations of the largest step: two for each weight and token."""
+    spec = config.spec
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+    return 2.0 * config.max_num_batched_tokens * weights

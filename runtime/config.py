@@ -21,7 +21,7 @@ from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.runtime import cpu
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
-from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
 
 logger = logging.getLogger("microvllm.config")
 
@@ -74,6 +74,10 @@ class EngineArgs:
 
         Raises `ConfigError` with one line that names the option or the file.
         """
+        try:
+            msgspec.convert(vars(self), type(self))
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"an engine option has the wrong type: {error}") from None
         path = find_model(self.model)
         try:
             spec = load_spec(path)
@@ -111,6 +115,10 @@ class EngineArgs:
         if max_num_seqs > budget:
             raise ConfigError(f"--max-num-seqs {max_num_seqs} exceeds --max-num-batched-tokens {budget}")
         threads = _positive(self.cpu_threads, cpu.usable_cores(), "--cpu-threads")
+        if threads > cpu.usable_cores():
+            raise ConfigError(f"--cpu-threads {threads} exceeds the {cpu.usable_cores()} cores there are")
+        if not INT64_MIN <= self.seed <= INT64_MAX:
+            raise ConfigError(f"--seed must fit 64 bits, got {self.seed}")
         return EngineConfig(
             model=self.model,
             model_path=str(path),
@@ -192,6 +200,11 @@ class EngineArgs:
         else:
             limit = int(cpu.available_memory() * CPU_KV_SHARE)
             num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), limit) // block_bytes
+        if num_blocks * block_bytes > cpu.available_memory():
+            raise ConfigError(
+                f"a KV cache of {num_blocks} blocks takes {num_blocks * block_bytes / 2**30:.1f} GiB, and "
+                f"{cpu.available_memory() / 2**30:.1f} GiB of memory are free"
+            )
         if num_blocks >= needed:
             return num_blocks, max_model_len
         if self.max_model_len is not None or num_blocks == 0:
@@ -201,6 +214,12 @@ class EngineArgs:
                 f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB): "
                 "lower --max-model-len or raise --kv-cache-memory-bytes"
             )
+        logger.warning(
+            "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
+            "--kv-cache-memory-bytes makes it larger.",
+            num_blocks * block_size,
+            max_model_len,
+        )
         return num_blocks, num_blocks * block_size
 
 

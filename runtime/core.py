@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.errors import RequestError
+from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.kv_cache import KVCacheManager
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.scheduler import Scheduler, StepPlan
+
+logger = logging.getLogger("microvllm.engine")
 
 
 class StepInFlight(Protocol):
@@ -74,12 +77,12 @@ class EngineCore(Generic[StepT]):
         while step k runs; otherwise the step is awaited at once. One loop serves both.
         """
         plan = self.scheduler.schedule()
-        done = self._runner.launch(plan) if plan is not None else None
+        done, failed = self._launch(plan) if plan is not None else (None, [])
         if self.config.async_scheduling:
             done, self._in_flight = self._in_flight, done
         if done is None:
-            return []
-        outputs = self.scheduler.commit(done.plan, self._runner.collect(done))
+            return failed
+        outputs = failed + self.scheduler.commit(done.plan, self._runner.collect(done))
         self._num_steps += 1
         self._prompt_tokens += sum(
             max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start)
@@ -87,6 +90,19 @@ class EngineCore(Generic[StepT]):
         )
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
+
+    def _launch(self, plan: StepPlan) -> tuple[StepT | None, list[StepOutput]]:
+        """The launched step, or the errors of all requests of a step that could not be launched.
+
+        Its blocks are not in the prefix cache yet, so nothing of it outlives them.
+        """
+        try:
+            return self._runner.launch(plan), []
+        except EngineError:
+            raise
+        except Exception as error:
+            logger.exception("A step of %d requests failed.", len(plan.scheduled))
+            return None, self.scheduler.fail(plan, f"the step failed ({type(error).__name__})")
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import EngineCore
 from microvllm.runtime.errors import EngineError, InvalidRequestError
@@ -43,7 +45,8 @@ class InferenceEngine:
         **options: Any,
     ) -> None:
         args = EngineArgs(model=model_path, **{"max_num_seqs": max_batch_size, **options})
-        self.config = args.resolve()
+        # A caller's own list of prompts is no overload: offline, the queue has no bound.
+        self.config = msgspec.structs.replace(args.resolve(), max_num_queued_reqs=None)
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = Processor(self.config, self.tokenizer)
         self.core = EngineCore(self.config, ModelGraphRunner(self.config, on_progress))

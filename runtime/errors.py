@@ -51,7 +51,7 @@ class ModelNotFoundError(RequestError):
 
 class EngineBusyError(RequestError):
     status = 503
-    kind = "ServiceUnavailableError"
+    kind = "Service Unavailable"
 
 
 class ConfigError(MicroVLLMError):
@@ -67,4 +67,4 @@ class EngineError(MicroVLLMError):
 
 class EngineDeadError(EngineError):
     status = 503
-    kind = "ServiceUnavailableError"
+    kind = "Service Unavailable"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -9,10 +11,13 @@ from typing import Any, TypeAlias
 from rich.progress import Progress
 
 from microvllm.runtime.chat_template import normalize_messages
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
-from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger("microvllm.llm")
 
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 _WRONG_PROMPT = "a prompt must be a text, a list of token ids, or a dict with either"
@@ -43,10 +48,35 @@ class RequestOutput:
     finished: bool = False
 
 
+# Options of vllm.LLM that are about GPUs, downloads or logging, and change no answer here.
+WITHOUT_EFFECT = frozenset(
+    (
+        *("gpu_memory_utilization", "enforce_eager", "disable_log_stats", "trust_remote_code", "revision"),
+        *("swap_space", "cpu_offload_gb", "compilation_config", "disable_custom_all_reduce", "download_dir"),
+    )
+)
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
 class LLM:
-    """Drop-in for `vllm.LLM` for text generation; options are the fields of `EngineArgs`."""
+    """Drop-in for `vllm.LLM` for text generation; options are the fields of `EngineArgs`.
+
+    An option of vLLM that has no effect here is ignored with a warning, any other unknown one raises
+    `ConfigError`.
+    """
 
     def __init__(self, model: str, **options: Any) -> None:
+        for name in sorted(WITHOUT_EFFECT & set(options)):
+            logger.warning("LLM: %s has no effect and is ignored", name)
+            del options[name]
+        for name in PARALLEL:
+            if options.pop(name, 1) != 1:
+                raise ConfigError(f"{name} must be 1: one model runs on one device")
+        unknown = sorted(
+            set(options) - {each.name for each in dataclasses.fields(EngineArgs)} - {"on_progress"}
+        )
+        if unknown:
+            raise ConfigError(f"LLM() has no option {unknown[0]}")
         self.engine = InferenceEngine(model, **options)
         self._count = 0
 

@@ -71,6 +71,8 @@ class ModelGraphRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Change the rows as the plan says, run the model once over all its tokens, and sample."""
+        # The rows first, and without anything that may fail: a step that fails below leaves them whole.
+        # The rows first, and without anything that may fail: a step that fails below leaves them whole.
         for row in plan.released_rows:
             self._release_row(row)
         for request in plan.admitted:

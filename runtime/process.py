@@ -1,7 +1,7 @@
 """The engine in its own process: commands in, one message a step out.
 
-Started by `runtime.client` as `python -m microvllm.runtime.process FD`, FD being its end of a socket
-pair. It ends when the other end closes, so no engine outlives its server.
+Started by `runtime.launcher`, which passes the file descriptor of its end of a socket pair. It ends when
+the other end closes, so no engine outlives its server.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def main() -> None:
         except ConfigError as error:
             channel.send(Failed(str(error)))
             return
-        except MemoryError:
-            channel.send(Failed("not enough memory to load the model"))
+        except (MemoryError, RuntimeError) as error:  # torch reports what it cannot allocate as the latter
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            channel.send(Failed(f"the model could not be loaded: {reason}"))
             return
         channel.send(Ready(core.stats()))
         _run(core, channel)

@@ -160,7 +160,8 @@ class Scheduler:
             raise InvalidRequestError("a prompt token id is out of vocabulary", "prompt")
         if any(not 0 <= token < config.spec.vocab_size for token in source.stop_token_ids):
             raise InvalidRequestError("a stop token id is out of vocabulary", "stop_token_ids")
-        if config.max_num_queued_reqs is not None and self._num_waiting >= config.max_num_queued_reqs:
+        limit = config.max_num_queued_reqs
+        if limit is not None and self._num_waiting - len(self._free_rows) >= limit:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._arrivals += 1
         order = (source.priority if self._by_priority else 0, self._arrivals)
@@ -226,6 +227,20 @@ class Scheduler:
                 self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
             if item.samples:
                 outputs.append(self._take_token(request, token))
+        return outputs
+
+    def fail(self, plan: StepPlan, message: str) -> list[StepOutput]:
+        """Give up a step that could not be launched, and every request in it."""
+        outputs: list[StepOutput] = []
+        for item in plan.scheduled:
+            request = item.request
+            request.steps_in_flight -= 1
+            request.num_in_flight -= item.samples
+            if request.finish_reason is None:
+                self._finish(request, FinishReason.ERROR)
+                outputs.append(StepOutput(request.id, [], FinishReason.ERROR, error=message))
+            elif request.steps_in_flight == 0:
+                self._release(request)
         return outputs
 
     def check(self) -> None:

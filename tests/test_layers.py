@@ -18,7 +18,7 @@ TORCH_FREE = {
     f"microvllm.{layer}.{name}"
     for layer, names in (
         ("runtime", "errors request config cpu models scheduler kv_cache tokenizer chat_template"),
-        ("runtime", "detokenizer processor client"),
+        ("runtime", "detokenizer processor client launcher channel output"),
         ("adapters", "spec registry errors gguf_file llama mistral qwen2 qwen3"),
     )
     for name in names.split()

@@ -10,7 +10,7 @@ from tiny_models import CHAT_TEMPLATE, token_id
 
 import microvllm
 from microvllm import LLM, SamplingParams
-from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.errors import ConfigError, InvalidRequestError
 
 PROMPTS = ["The quick brown fox", "The cache keeps", "x"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -165,3 +165,17 @@ def test_default_parameters_are_vllms_under_the_models(llm: LLM) -> None:
     assert (params.temperature, params.top_p, params.max_tokens, params.n) == (1.0, 1.0, 16, 1)
     (result,) = llm.generate("x", use_tqdm=False)
     assert 1 <= len(result.outputs[0].token_ids) <= 16
+
+
+def test_options_of_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    folder = variant_folder("llama-tied")
+    ignored = {"gpu_memory_utilization": 0.9, "enforce_eager": True, "tensor_parallel_size": 1}
+    llm = LLM(str(folder), max_model_len=64, **ignored)
+    assert llm.engine.config.max_model_len == 64
+    assert {record.args[0] for record in caplog.records if record.args} >= {"gpu_memory_utilization"}
+    with pytest.raises(ConfigError, match="tensor_parallel_size must be 1"):
+        LLM(str(folder), tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="no option max_modl_len"):
+        LLM(str(folder), max_modl_len=64)
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        LLM(str(folder), max_num_seqs=2.5)

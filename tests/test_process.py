@@ -20,7 +20,6 @@ import pytest_asyncio
 from model_tools import make_engine, variant_folder
 from process_tools import PATIENCE_S, alive, own_engines, wait_until, wait_until_async
 
-from microvllm.runtime import client as client_module
 from microvllm.runtime.channel import Ready, Start, Step, frame
 from microvllm.runtime.client import EngineClient, TokenStream
 from microvllm.runtime.config import EngineArgs, EngineConfig
@@ -339,14 +338,15 @@ async def test_an_engine_killed_twice_comes_back_twice(client: EngineClient) -> 
     """Once while it is idle, and once while it loads."""
     pid = engine_pid(client)
     os.kill(pid, signal.SIGKILL)
-    await wait_until_async(lambda: engine_pid(client) != pid and alive(engine_pid(client)), "it is started")
-    os.kill(engine_pid(client), signal.SIGKILL)
-    await wait_until_async(client.healthy, "the engine is back")
+    await wait_until_async(lambda: own_engines() not in ([], [pid]), "it is started")
+    (second,) = set(own_engines()) - {pid}
+    os.kill(second, signal.SIGKILL)
+    await wait_until_async(lambda: client.healthy() and engine_pid(client) != second, "the engine is back")
     assert len((await collect(client.submit(PROMPT, params(4))[0])).token_ids) == 4
 
 
 async def test_a_silent_engine_is_not_healthy(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "SILENCE_S", 1.0)
+    monkeypatch.setattr(client, "_longest_step_s", 1.0)
     (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
     await anext(stream)
     os.kill(engine_pid(client), signal.SIGSTOP)

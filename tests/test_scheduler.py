@@ -77,17 +77,51 @@ def test_a_bad_request_is_refused_by_name(bad: EngineRequest, param: str) -> Non
 
 def test_the_queue_is_bounded() -> None:
     engine = Engine(max_num_queued_reqs=2, max_num_seqs=1)
-    engine.add(make_request(1, [1]), make_request(2, [2]))
+    engine.add(make_request(1, [1]), make_request(2, [2]), make_request(4, [4]))  # the first has a free row
     with pytest.raises(EngineBusyError):
         scheduler_of(engine).add(make_request(3, [3]))
-    engine.step()  # one is admitted, and its place in the queue is free
-    engine.add(make_request(4, [4]))
+    engine.step()
     with pytest.raises(EngineBusyError):
         scheduler_of(engine).add(make_request(5, [5]))
     engine.core.abort(4)
     engine.add(make_request(6, [6]))
     engine.drain()
     assert sorted(engine.answers) == [1, 2, 6]
+
+
+def test_a_queue_with_free_rows_takes_a_burst() -> None:
+    engine = Engine(max_num_queued_reqs=1, max_num_seqs=4)
+    engine.add(*(make_request(i, [i]) for i in range(5)))
+    with pytest.raises(EngineBusyError):
+        scheduler_of(engine).add(make_request(5, [5]))
+    engine.drain()
+    assert sorted(engine.answers) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_step_that_fails_ends_its_own_requests_only(asynchronous: bool) -> None:
+    engine = Engine(async_scheduling=asynchronous, max_num_seqs=2)
+    doomed = [make_request(i, [i, i], 8, eos=None) for i in (1, 2)]
+    spared = make_request(3, [3, 3], 8, eos=None)
+    engine.add(*doomed, spared)
+    engine.step()
+    launch = engine.runner.launch
+
+    def fail(plan: object) -> None:
+        engine.runner.launch = launch  # type: ignore[method-assign]
+        raise ValueError("broken")
+
+    engine.runner.launch = fail  # type: ignore[method-assign, assignment]
+    outputs = engine.core.step()
+    failed = [output for output in outputs if output.finish_reason is FinishReason.ERROR]
+    assert sorted(output.request_id for output in failed) == [1, 2]
+    assert all(output.error == "the step failed (ValueError)" for output in failed)
+    answers: list[int] = []
+    while engine.core.has_work():
+        answers += [token for output in engine.core.step() for token in output.token_ids]
+    assert answers == list(run_alone(spared).tokens)
+    engine.core.scheduler.check()
+    assert engine.core.kv.num_used == 0
 
 
 def test_aborted_requests_do_not_pile_up_behind_a_blocked_head() -> None:

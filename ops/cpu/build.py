@@ -29,15 +29,15 @@ class NoCompilerError(Exception):
 def load_kernels() -> ctypes.CDLL:
     """The compiled kernels, from the cache if this source was compiled on this kind of CPU before.
 
-    Takes about two seconds the first time. The cache is `microvllm` under $XDG_CACHE_HOME or ~/.cache.
+    Takes about two seconds the first time. The cache is `microvllm` under $XDG_CACHE_HOME or ~/.cache, or a
+    private folder under the temporary one.
     Raises `NoCompilerError` when there is no C compiler or it fails.
     """
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise NoCompilerError("there is no C compiler (cc, gcc or clang)")
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu_flags())).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "microvllm"
-    library = folder / f"kernels-{key[:16]}.so"
+    library = _cache_folder() / f"kernels-{key[:16]}.so"
     if not library.exists():
         _compile(compiler, library)
     try:
@@ -46,9 +46,30 @@ def load_kernels() -> ctypes.CDLL:
         raise NoCompilerError(f"{library} cannot be loaded: {error}") from error
 
 
+def _cache_folder() -> Path:
+    """A folder of the user's own that can be written: what is loaded from it runs in this process."""
+    wishes = [os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache")]
+    for wish in filter(None, wishes):
+        folder = Path(wish) / "microvllm"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    folder = Path(tempfile.gettempdir()) / f"microvllm-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
+        raise NoCompilerError(f"{folder} is not a private folder of this user")
+    return folder
+
+
 def _compile(compiler: str, library: Path) -> None:
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
             subprocess.run(
