@@ -260,7 +260,8 @@ def parse_args() -> argparse.Namespace:
         help="values of VLLM_CPU_OMP_THREADS_BIND, such as auto,0-1: each is an engine of its own",
     )
     for name in ("microvllm", "vllm", "transformers", "llama-server", "llama-python"):
-        flags = "--continuous-batching" if name == "transformers" else ""
+        # Its cache would take most of the memory that is free.
+        flags = "--continuous-batching --cb-max-memory-percent 0.1" if name == "transformers" else ""
         parser.add_argument(
             f"--{name}-args",
             default=flags,
