@@ -1,10 +1,12 @@
-"""Reads a request body: bounded in size and time, JSON, an object."""
+"""Reads a request body: bounded in size, in time and in the work of parsing it; JSON, an object."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import orjson
 from starlette.requests import Request
 from starlette.types import Receive
@@ -19,14 +21,34 @@ from microvllm.openai_compat.errors import (
 )
 from microvllm.runtime.errors import InvalidRequestError
 
+if TYPE_CHECKING:
+    from microvllm.openai_compat.state import ServerState
+
 MAX_DEPTH = 100  # of nesting; orjson's own limit is 1024, where recursive code elsewhere already fails
+# Parsing holds the interpreter's lock, so every other request waits for it, whichever thread it runs in.
+# A unit is about 50 ns: a number costs one, a list or an object five, a string with its comma seven.
+MAX_PARSE_UNITS = 600_000
+QUOTE_UNITS = 3
+UNITS = {b",": 1, b"[": 4, b"{": 4, b'"': QUOTE_UNITS}
+WEIGH_BYTES = 256 << 10  # at a time
+INLINE_BYTES = 16 << 10  # smaller bodies are parsed at once, others in a worker thread
 BODY_DEADLINE_S = 60.0  # for the whole body: one byte a second must not hold a connection for ever
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+class LargeFields(msgspec.Struct):
+    """The fields that may hold many values, unparsed."""
+
+    prompt: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    tokens: msgspec.Raw = msgspec.Raw()
+    stop: msgspec.Raw = msgspec.Raw()
+    stop_token_ids: msgspec.Raw = msgspec.Raw()
+
+
+async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
     """The JSON object in the request's body.
 
-    Raises `InvalidRequestError` (content type, JSON, not an object), `PayloadTooLargeError`,
+    Raises `InvalidRequestError` (content type, JSON, not an object, too many values), `PayloadTooLargeError`,
     `RequestTimeoutError`, or `ClientGoneError` if the client left while sending.
     """
     media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
@@ -34,6 +56,7 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         raise InvalidRequestError(
             "Unsupported Media Type: Only 'application/json' is allowed", None, kind=BAD_SHAPE
         )
+    max_bytes = state.args.max_body_bytes
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
@@ -43,6 +66,15 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         raise RequestTimeoutError(
             f"The request body took longer than {BODY_DEADLINE_S:g} s to arrive."
         ) from None
+    if len(data) <= INLINE_BYTES:
+        return parse_object(data)
+    return await state.client.run_blocking(parse_object, data)
+
+
+def parse_object(data: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that `data` holds. Raises `InvalidRequestError`."""
+    if parse_units(data) > MAX_PARSE_UNITS:
+        raise shape_error([(_largest_field(data), Fault("too_long", "Input holds too many values"))])
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -50,14 +82,48 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         raise shape_error([(f"body.{error.pos}", fault)]) from None
     if not isinstance(body, dict):
         raise shape_error([("body", Fault("model_attributes_type", "Input should be a valid dictionary"))])
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _deeper_than(body, MAX_DEPTH):
+    if _deeper_than(body, MAX_DEPTH):
         raise shape_error(
             [("body", Fault("recursion_loop", f"Input is nested deeper than {MAX_DEPTH} levels"))]
         )
     return body
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes:
+def _largest_field(data: bytes | bytearray) -> str:
+    """Which field makes a body so large, "body" if no known one does. Skips values without creating them."""
+    try:
+        fields = msgspec.json.decode(data, type=LargeFields)
+    except (msgspec.DecodeError, RecursionError):
+        return "body"
+    sizes = {name: len(memoryview(getattr(fields, name))) for name in fields.__struct_fields__}
+    name = max(sizes, key=lambda name: sizes[name])
+    return f"body.{name}" if sizes[name] > len(data) // 2 else "body"
+
+
+def parse_units(data: bytes | bytearray) -> int:
+    """The work of parsing, in units, told from the punctuation alone; only exact up to `MAX_PARSE_UNITS`."""
+    units = _weigh(data, UNITS)
+    if units <= MAX_PARSE_UNITS:
+        return units
+    # Long texts hold punctuation, too. Once the escaped quotes are gone, every second piece is text.
+    bare = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    if _weigh(bare, {b'"': QUOTE_UNITS}) > MAX_PARSE_UNITS:
+        return units
+    return _weigh(b'""'.join(bare.split(b'"')[::2]), UNITS)
+
+
+def _weigh(data: bytes | bytearray, weights: Mapping[bytes, int]) -> int:
+    """The weighted count of single bytes; stops counting soon after it has exceeded `MAX_PARSE_UNITS`."""
+    units = 0
+    for start in range(0, len(data), WEIGH_BYTES):
+        end = start + WEIGH_BYTES
+        units += sum(weight * data.count(byte, start, end) for byte, weight in weights.items())
+        if units > MAX_PARSE_UNITS:
+            break
+    return units
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytearray:
     data = bytearray()
     while True:
         message = await receive()
@@ -67,7 +133,7 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
         if len(data) > max_bytes:
             raise _too_large(max_bytes)
         if not message.get("more_body", False):
-            return bytes(data)
+            return data
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 async def create_chat_completion(request: Request) -> Response:
     state: ServerState = request.app.state.server
-    fields = parse_fields(CHAT, await read_object(request, state.args.max_body_bytes))
+    fields = parse_fields(CHAT, await read_object(request, state))
     generation = begin(request, fields, state, "chatcmpl")
     # The newer name wins where both are given, as in vLLM.
     wish = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"

@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 4096  # prompts times n
-MAX_PROMPT_TOKENS = (
-    8 << 20
-)  # of all sequences together: `echo` and `return_token_ids` repeat them in the answer
+# Of all sequences together: each one's prompt travels to the engine, and `return_token_ids` repeats it.
+MAX_PROMPT_TOKENS = 1 << 20
 DEFAULT_MAX_TOKENS = 16
 
 
 async def create_completion(request: Request) -> Response:
     state: ServerState = request.app.state.server
-    fields = parse_fields(COMPLETIONS, await read_object(request, state.args.max_body_bytes))
+    fields = parse_fields(COMPLETIONS, await read_object(request, state))
     generation = begin(request, fields, state, "cmpl")
     max_tokens = DEFAULT_MAX_TOKENS if fields["max_tokens"] is None else fields["max_tokens"]
     echo_only = max_tokens == 0 and fields["echo"]
@@ -47,11 +46,9 @@ async def create_completion(request: Request) -> Response:
         raise InvalidRequestError(
             f"{len(prompts)} prompts with n={params.n} are more than {MAX_SEQUENCES} sequences.", "n"
         )
+    check_total(sum(len(prompt) for prompt in prompts if type(prompt) is list), params.n)
     ids = await state.client.run_blocking(_tokenize, state.client, prompts, fields["add_special_tokens"])
-    if sum(map(len, ids)) * params.n > MAX_PROMPT_TOKENS:
-        raise InvalidRequestError(
-            f"The prompts with n={params.n} have more than {MAX_PROMPT_TOKENS} tokens together.", "n"
-        )
+    check_total(sum(map(len, ids)), params.n)
     echoes = [""] * (len(prompts) * params.n)
     if fields["echo"]:
         texts = await state.client.run_blocking(_texts, state.client, prompts)
@@ -76,8 +73,8 @@ async def create_completion(request: Request) -> Response:
 def split_prompts(value: Any, max_model_len: int) -> list[str | list[int]]:
     """The prompts of a request: a text, a list of texts, a list of ids or a list of lists of ids.
 
-    Lengths are checked before anything is walked. Raises `InvalidRequestError` naming `prompt`,
-    `ContextLengthError` for ids beyond the context.
+    Only their number and lengths are checked here; `_tokenize` looks at the ids. Raises
+    `InvalidRequestError` naming `prompt`, `ContextLengthError` for ids beyond the context.
     """
     if isinstance(value, list) and value and type(value[0]) is not int:
         if len(value) > MAX_PROMPTS:
@@ -95,27 +92,34 @@ def split_prompts(value: Any, max_model_len: int) -> list[str | list[int]]:
             raise InvalidRequestError(
                 "Either prompt or prompt_embeds must be provided and non-empty.", "prompt"
             )
-        if type(prompt) is not str:
-            _check_ids(prompt, max_model_len)
+        if type(prompt) is str:
+            continue
+        if type(prompt) is not list:
+            raise _prompt_shape()
+        if len(prompt) > max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+                f"contains {len(prompt)} input tokens, which exceeds this limit even without any output "
+                "tokens. Please reduce the length of the input prompt.",
+                "input_tokens",
+            )
     return prompts
 
 
-def _check_ids(ids: Any, max_model_len: int) -> None:
-    if type(ids) is not list:
-        raise _prompt_shape()
-    if len(ids) > max_model_len:
-        raise ContextLengthError(
-            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
-            f"{len(ids)} input tokens, which exceeds this limit even without any output tokens. "
-            "Please reduce the length of the input prompt.",
-            "input_tokens",
+def check_total(tokens: int, n: int) -> None:
+    """Raises `InvalidRequestError` if the prompts of one request have too many tokens together."""
+    if tokens * n > MAX_PROMPT_TOKENS:
+        raise InvalidRequestError(
+            f"The prompts with n={n} have more than {MAX_PROMPT_TOKENS} tokens together.", "n"
         )
-    for token in ids:
-        if type(token) is not int:
-            raise _prompt_shape()
-        if token < 0:
-            fault = Fault("greater_than_equal", "Token ids should be greater than or equal to 0")
-            raise shape_error([("body.prompt", fault)])
+
+
+def _check_ids(ids: list[Any]) -> None:
+    if set(map(type, ids)) != {int}:
+        raise _prompt_shape()
+    if min(ids) < 0:
+        fault = Fault("greater_than_equal", "Token ids should be greater than or equal to 0")
+        raise shape_error([("body.prompt", fault)])
 
 
 def _prompt_shape() -> InvalidRequestError:
@@ -128,14 +132,14 @@ def _prompt_shape() -> InvalidRequestError:
 def _tokenize(
     client: EngineClient, prompts: Sequence[str | list[int]], add_special_tokens: bool
 ) -> list[list[int]]:
-    """Runs in a worker thread."""
+    """The checked ids of every prompt; runs in a worker thread."""
     found = []
     for prompt in prompts:
-        ids = (
-            client.processor.tokenize_prompt(prompt, add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-        )
+        if isinstance(prompt, str):
+            ids = client.processor.tokenize_prompt(prompt, add_special_tokens)
+        else:
+            _check_ids(prompt)
+            ids = prompt
         client.processor.check_prompt(ids)
         found.append(ids)
     return found

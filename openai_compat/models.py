@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import microvllm
+from microvllm.openai_compat.errors import RETRY_AFTER_S
 from microvllm.openai_compat.state import ServerState
 
 
@@ -50,7 +51,7 @@ async def health(request: Request) -> Response:
     """200 or 503, without a body; 503 while the engine is down and while the server drains."""
     state: ServerState = request.app.state.server
     fine = state.client.healthy() and not state.lifecycle.draining
-    return Response(status_code=200 if fine else 503)
+    return Response() if fine else Response(status_code=503, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 async def version(request: Request) -> Response:

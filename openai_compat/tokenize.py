@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of a conversation."""
     state: ServerState = request.app.state.server
-    fields = parse_fields(TOKENIZE, await read_object(request, state.args.max_body_bytes))
+    fields = parse_fields(TOKENIZE, await read_object(request, state))
     check_model(fields["model"], state.model_names)
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise shape_error([("body.prompt", Fault("value_error", "Give either prompt or messages"))])
@@ -55,7 +55,7 @@ def _tokenize(client: EngineClient, fields: Mapping[str, Any]) -> bytes:
 async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included; at most a context's worth of them."""
     state: ServerState = request.app.state.server
-    fields = parse_fields(DETOKENIZE, await read_object(request, state.args.max_body_bytes))
+    fields = parse_fields(DETOKENIZE, await read_object(request, state))
     check_model(fields["model"], state.model_names)
     client, tokens = state.client, fields["tokens"]
     if len(tokens) > client.config.max_model_len:
@@ -64,13 +64,17 @@ async def detokenize(request: Request) -> Response:
             f"but {len(tokens)} were given.",
             "tokens",
         )
+    return Response(await client.run_blocking(_detokenize, client, tokens), media_type="application/json")
+
+
+def _detokenize(client: EngineClient, tokens: list[Any]) -> bytes:
+    """Runs in a worker thread."""
     try:
         ids = array_of(integer(low=0), client.config.max_model_len)(tokens)
     except Fault as fault:
         raise shape_error([("body.tokens", fault)]) from None
     vocab_size = max(client.config.spec.vocab_size, client.tokenizer.vocab_size)
-    for token in ids:
-        if token >= vocab_size:
-            raise InvalidRequestError(f"Token id {token} is out of vocabulary", "tokens")
-    text = await client.run_blocking(client.tokenizer.decode, ids, False)
-    return Response(orjson.dumps({"prompt": text}), media_type="application/json")
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
+        raise InvalidRequestError(f"Token id {highest} is out of vocabulary", "tokens")
+    return orjson.dumps({"prompt": client.tokenizer.decode(ids, False)})

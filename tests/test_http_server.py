@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from fake_client import FakeClient, fresh
 from http_tools import events, eventually, raw_exchange, real_server
 
-from microvllm.openai_compat import protocol
+from microvllm.openai_compat import completions, protocol
 
 COMPLETION = {"prompt": "hi", "max_tokens": 200, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 200, "ignore_eos": True}
@@ -167,6 +168,7 @@ def test_a_client_that_leaves_in_the_middle_of_tokens() -> None:
 
 def test_a_client_that_stops_reading_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "WRITE_DEADLINE_S", 0.3)
+    monkeypatch.setattr(completions, "MAX_PROMPT_TOKENS", 8 << 20)
     client = FakeClient(max_model_len=100_000)
     with real_server(client) as port:
         with socket.socket() as sock:
@@ -259,6 +261,42 @@ def test_one_id_used_twice_is_two_requests() -> None:
     chunks = events("".join(frame.decode() for frame in frames))
     assert len(chunks) == 30 and {chunk["id"] for chunk in chunks} == {"cmpl-same"}
     assert client.aborted == 1
+
+
+ATTACKS = {
+    "lists": b'{"prompt": "a", "zz": [' + b"[]," * 4_900_000 + b"1]}",
+    "lists that are let through": b'{"prompt": "a", "max_tokens": 1, "zz": [' + b"[]," * 119_000 + b"1]}",
+    "objects": b'{"prompt": "a", "zz": [' + b"{}," * 4_900_000 + b"1]}",
+    "stops": b'{"prompt": "a", "stop": [' + b'"b",' * 500_000 + b'"b"]}',
+    "prompts": b'{"prompt": [' + b"[" + b"1," * 7899 + b"1]," + b"[" + b"1," * 7899 + b"1]," * 900 + b"[1]]}",
+    "bad id": b'{"prompt": [' + (b"[" + b"1," * 7899 + b"1],") * 75 + b"[99999999]]}",
+    "ids": b'{"prompt": "a", "zz": [' + b"1," * 8_000_000 + b"1]}",
+    "brackets in text": b'{"prompt": "' + b"[{," * 5_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
+def test_other_requests_are_served_while_a_body_is_read(name: str, path: str) -> None:
+    """A generous bound, for a busy machine: without the limits these take seconds."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    content = ATTACKS[name]
+    sent = head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
+    answers: list[bytes] = []
+    with real_server(FakeClient(max_model_len=8192)) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        attack = threading.Thread(target=lambda: answers.append(raw_exchange(port, sent, timeout=30)))
+        attack.start()
+        longest = 0.0
+        while attack.is_alive():
+            began = time.monotonic()
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b""
+            longest = max(longest, time.monotonic() - began)
+            time.sleep(0.002)
+        connection.close()
+    assert status_of(answers[0]) in (200, 400)
+    assert longest < 0.5
 
 
 def test_probes_answer_while_requests_run() -> None:

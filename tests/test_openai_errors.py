@@ -16,7 +16,7 @@ from microvllm.openai_compat import body as body_module
 from microvllm.openai_compat import completions
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.runtime.errors import ConfigError, EngineDeadError
+from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError
 
 JSON = {"content-type": "application/json"}
 
@@ -76,6 +76,53 @@ async def test_deep_nesting_is_refused_and_never_printed(path: str, field: str, 
 async def test_brackets_in_text_and_flat_lists_are_not_nesting() -> None:
     body = {"prompt": "[{" * 100, "unknown": [[]] * 1000, "metadata": [[[{}]]] * 200}
     assert (await post("/v1/completions", body)).status_code == 200
+
+
+UNITS = body_module.MAX_PARSE_UNITS
+
+
+@pytest.mark.parametrize(
+    ("content", "fits"),
+    [
+        (b"[" + b"[]," * (UNITS // 5 - 20) + b"1]", True),
+        (b"[" + b"[]," * (UNITS // 5 + 20) + b"1]", False),
+        (b"[" + b"{}," * (UNITS // 5 + 20) + b"1]", False),
+        (b"[" + b"1," * (UNITS - 100) + b"1]", True),
+        (b"[" + b"1," * (UNITS + 100) + b"1]", False),
+        (b"[" + b'"a",' * (UNITS // 7 - 20) + b"1]", True),
+        (b"[" + b'"a",' * (UNITS // 7 + 20) + b"1]", False),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(UNITS // 7 + 20)) + b"}", False),
+        # What is text is no structure, however it is quoted.
+        (b'"' + b"[{,:}]" * UNITS + b'"', True),
+        (b'"' + rb"\n\", [{," * UNITS + b'"', True),
+        (b'"' + rb"\\" * UNITS + rb"\"[" + b'"', True),
+        (b'["' + rb"\\" + b'",' + b'"[","a",' * UNITS + b"1]", False),
+    ],
+    ids=range(12),
+)
+@pytest.mark.parametrize("limit", [16 << 20])
+async def test_the_work_of_parsing_is_bounded(content: bytes, fits: bool, limit: int) -> None:
+    body = b'{"prompt": "hi", "max_tokens": 1, "unknown": ' + content + b"}"
+    answer = await post("/v1/completions", body, max_body_bytes=limit)
+    assert answer.status_code == (200 if fits else 400)
+    if not fits:
+        error = error_of(answer)
+        assert (error["param"], error["type"]) == ("body", "Bad Request")
+        assert "too many values" in error["message"]
+
+
+async def test_a_large_body_is_parsed_in_a_worker() -> None:
+    threads: list[str] = []
+
+    class Client(FakeClient):
+        async def run_blocking(self, fn: Any, *args: Any) -> Any:
+            threads.append(fn.__name__)
+            return await super().run_blocking(fn, *args)
+
+    for size, expected in ((10, False), (body_module.INLINE_BYTES, True)):
+        threads.clear()
+        answer = await post("/v1/completions", {"prompt": "hi", "user": "x" * size}, Client())
+        assert answer.status_code == 200 and ("parse_object" in threads) is expected
 
 
 async def test_number_that_overflows_is_refused() -> None:
@@ -151,7 +198,8 @@ async def test_body_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
         ([2**63], "prompt"),
         ([1] * 257, "input_tokens"),
         ([1] * 256, "max_tokens"),
-        ([1] * 1_000_000, "input_tokens"),
+        ([1] * 100_000, "input_tokens"),
+        ([1] * 1_000_000, "body.prompt"),
         ("a" * 1_000_000, "input_text"),
         ("a" * 300, "input_tokens"),
         (["a"] * 1025, "prompt"),
@@ -274,7 +322,8 @@ async def test_served_model(model: str | None) -> None:
         ("/detokenize", {"tokens": [1.5]}, "body.tokens"),
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),
         ("/detokenize", {"tokens": [2**63]}, "body.tokens"),
-        ("/detokenize", {"tokens": [1] * 1_000_000}, "tokens"),
+        ("/detokenize", {"tokens": [1] * 100_000}, "tokens"),
+        ("/detokenize", {"tokens": [1] * 1_000_000}, "body.tokens"),
     ],
 )
 async def test_tokenize_inputs(path: str, body: dict[str, Any], param: str) -> None:
@@ -286,9 +335,9 @@ async def test_tokenize_inputs(path: str, body: dict[str, Any], param: str) -> N
 async def test_a_refusal_by_the_engine_is_an_ordinary_error(stream: bool) -> None:
     answer = await post("/v1/completions", {"prompt": "hi", "stream": stream}, fresh(busy=True))
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
-    assert error_of(answer)["type"] == "ServiceUnavailableError"
+    assert error_of(answer)["type"] == EngineBusyError.kind == "Service Unavailable"
     answer = await post("/v1/completions", {"prompt": "hi", "stream": stream}, fresh(alive=False))
-    assert answer.status_code == 503
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 
 
 async def test_prompts_before_a_refused_one_are_aborted() -> None:

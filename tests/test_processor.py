@@ -1,0 +1,94 @@
+"""Prompts and parameters on their way to the engine: what is checked, once, and how a request fans out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_client import EOS, VOCAB_SIZE, FakeTokenizer
+
+from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+from microvllm.runtime.processor import Processor
+from microvllm.runtime.request import INT64_MAX, SamplingParams
+
+
+class Ids(list[int]):
+    """Counts how often it is walked from end to end."""
+
+    walks = 0
+
+    def __iter__(self) -> Any:
+        self.walks += 1
+        return super().__iter__()
+
+
+@pytest.fixture
+def processor() -> Processor:
+    tokenizer: Any = FakeTokenizer()
+    tokenizer.chat_template, tokenizer.eos_token_id = None, EOS
+    config: Any = SimpleNamespace(
+        max_model_len=64,
+        spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[EOS, 5]),
+        generation_defaults={"temperature": 0.5, "max_new_tokens": 9},
+    )
+    return Processor(config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("ids", "param"),
+    [
+        ([], "prompt"),
+        ([1, -1, 2], "prompt"),
+        ([1, VOCAB_SIZE], "prompt"),
+        ([2**70, 0], "prompt"),
+        ([1] * 64, "max_tokens"),
+        ([1] * 65, "input_tokens"),
+    ],
+)
+def test_wrong_prompts(processor: Processor, ids: list[int], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        processor.check_prompt(ids)
+    assert caught.value.param == param
+    with pytest.raises(InvalidRequestError):
+        processor.requests(ids, SamplingParams())
+
+
+def test_the_edges_of_the_vocabulary_and_the_context_pass(processor: Processor) -> None:
+    processor.check_prompt([0, VOCAB_SIZE - 1])
+    processor.check_prompt([0] * 63)
+
+
+def test_a_checked_prompt_is_not_walked_again(processor: Processor) -> None:
+    ids = Ids([1, 2, 3])
+    assert len(processor.requests(ids, SamplingParams(n=3), checked=True)) == 3
+    assert ids.walks == 0
+    processor.requests(ids, SamplingParams())
+    assert ids.walks == 2  # min and max
+
+
+def test_a_text_that_cannot_fit_is_not_tokenised(processor: Processor) -> None:
+    assert processor.tokenize_prompt("abc", False) == [97, 98, 99]
+    with pytest.raises(ContextLengthError) as caught:
+        processor.tokenize_prompt("a" * 10_000)
+    assert caught.value.param == "input_text"
+
+
+def test_requests(processor: Processor) -> None:
+    first, second = processor.requests([1, 2], SamplingParams(n=2, max_tokens=None, seed=INT64_MAX))
+    assert first.request_id != second.request_id
+    assert [request.params.seed for request in (first, second)] == [INT64_MAX, -INT64_MAX - 1]
+    assert {request.params.max_tokens for request in (first, second)} == {62}
+    assert (first.eos_token_id, first.stop_token_ids) == (EOS, [5])
+    (free,) = processor.requests([1], SamplingParams(ignore_eos=True, stop_token_ids=[7], max_tokens=99))
+    assert (free.eos_token_id, free.stop_token_ids, free.params.max_tokens) == (None, [7], 63)
+    with pytest.raises(InvalidRequestError) as caught:
+        processor.requests([1] * 60, SamplingParams(max_tokens=None, min_tokens=5))
+    assert caught.value.param == "min_tokens"
+    with pytest.raises(InvalidRequestError) as caught:
+        processor.requests([1], SamplingParams(stop_token_ids=[VOCAB_SIZE]))
+    assert caught.value.param == "stop_token_ids"
+
+
+def test_defaults_are_the_models(processor: Processor) -> None:
+    assert processor.default_params() == {"temperature": 0.5, "max_tokens": 9}
