@@ -110,6 +110,7 @@ _COMMON = (
     refused("allowed_token_ids"),
     refused("bad_words", []),
     refused("logprobs", False),
+    refused("top_logprobs", 0),
     refused("prompt_logprobs"),
     refused("logprob_token_ids"),
     refused("return_tokens_as_token_ids", False),
@@ -152,7 +153,6 @@ CHAT = table(
     ignored("prediction"),
     ignored("include_reasoning"),  # there is no reasoning parser, so there is nothing to leave out
     ignored("parallel_tool_calls"),  # without `tools` it has no meaning
-    refused("top_logprobs", 0),
     refused("tools"),
     refused("tool_choice", "none"),
     refused("functions"),

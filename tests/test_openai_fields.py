@@ -16,7 +16,7 @@ from microvllm.openai_compat.schemas import CHAT, COMPLETIONS
 # The fields of the OpenAI reference and of vLLM 0.33's request models, for both endpoints or for one.
 COMMON_FIELDS = """
     model max_tokens temperature top_p n stream stream_options stop presence_penalty frequency_penalty
-    logit_bias seed logprobs echo user response_format service_tier store metadata best_of
+    logit_bias seed logprobs top_logprobs echo user response_format service_tier store metadata best_of
     top_k min_p repetition_penalty length_penalty use_beam_search stop_token_ids include_stop_str_in_output
     ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
     truncation_side allowed_token_ids bad_words prompt_logprobs logprob_token_ids structured_outputs
@@ -28,7 +28,7 @@ COMMON_FIELDS = """
 """.split()
 COMPLETION_FIELDS = "prompt suffix prompt_embeds".split()
 CHAT_FIELDS = """
-    messages max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls reasoning_effort
+    messages max_completion_tokens tools tool_choice parallel_tool_calls reasoning_effort
     modalities add_generation_prompt continue_final_message chat_template chat_template_kwargs documents
     include_reasoning return_prompt_text functions function_call audio prediction verbosity web_search_options
 """.split()
