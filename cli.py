@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 
 from microvllm import __version__
 from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
+from microvllm.runtime.cpu import usable_cores
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
 
 if TYPE_CHECKING:
@@ -83,14 +84,26 @@ def chat_template_text(wish: str | None) -> str | None:
         if any(mark in wish for mark in "{}\n"):
             return wish
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"--chat-template {wish}: {reason}, and it is no template either") from error
+        shown = wish if len(wish) <= 200 else wish[:200] + "..."
+        raise ConfigError(f"--chat-template {shown!r}: {reason}, and it is no template either") from error
 
 
-def choose_model(positional: str | None, option: str | None) -> str:
-    """The model named in the argument or in `--model`. Raises `UsageError` for none or two."""
-    if positional is not None and option is not None and positional != option:
-        raise UsageError(f"two models were given: {positional} and --model {option}")
-    model = option if positional is None else positional
+def check_paths(tokenizer: str | None, generation_config: str = "auto") -> None:
+    """Raises `ConfigError` for paths that no file system takes, under the names of their flags."""
+    from microvllm.runtime.models import user_path
+
+    if tokenizer is not None:
+        user_path(tokenizer, "--tokenizer")
+    user_path(generation_config, "--generation-config")
+
+
+def choose_model(positional: Sequence[str], option: str | None) -> str:
+    """The model named in the arguments or in `--model`. Raises `UsageError` for none or two."""
+    if len(positional) > 1:
+        raise UsageError(f"two models were given: {positional[0]} and {positional[1]}")
+    if positional and option is not None and positional[0] != option:
+        raise UsageError(f"two models were given: {positional[0]} and --model {option}")
+    model = positional[0] if positional else option
     if not model:
         raise UsageError("no model was given: --model DIR, a .gguf file, or smollm2-135m-instruct")
     return model
@@ -172,7 +185,7 @@ def root(
 
 
 # The options of both commands.
-ModelArg = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")]
+ModelArg = Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")]
 ModelOpt = Annotated[
     str | None,
     typer.Option("--model", help="A model folder, a .gguf file, or smollm2-135m-instruct."),
@@ -198,12 +211,20 @@ MaxModelLenOpt = Annotated[
         help="Context length; auto or -1: as long as the model and memory allow.",
     ),
 ]
-SeedOpt = Annotated[int, typer.Option(help="Seed of requests that bring none.")]
+SeedOpt = Annotated[
+    int, typer.Option(min=-(1 << 63), max=(1 << 63) - 1, help="Seed of requests that bring none.")
+]
 CpuThreadsOpt = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads to compute with; all cores if not given."),
+    typer.Option(min=1, max=usable_cores(), help="Threads to compute with; all cores if not given."),
 ]
-BackendOpt = Annotated[str, typer.Option(help="auto or torch.")]
+BackendOpt = Annotated[
+    str,
+    typer.Option(
+        help="What computes: cpu, our kernels in C, compiled at the first start; torch, PyTorch's own "
+        "operators, slower; auto, cpu where a C compiler is found, else torch."
+    ),
+]
 BlockSizeOpt = Annotated[int | None, typer.Option(min=1, help="Tokens in a KV block.")]
 KVBytesOpt = Annotated[
     int | None,
@@ -242,7 +263,10 @@ def serve(
         typer.Option(help="critical, error, warning, info, debug or trace."),
     ] = "info",
     disable_uvicorn_access_log: Annotated[
-        bool, typer.Option("--disable-uvicorn-access-log", help="No line per request.")
+        bool,
+        typer.Option(
+            "--disable-uvicorn-access-log/--no-disable-uvicorn-access-log", help="No line per request."
+        ),
     ] = False,
     disable_log_stats: Annotated[
         bool,
@@ -254,10 +278,18 @@ def serve(
     ] = 10.0,
     response_role: Annotated[str, typer.Option(help="Role of the answers in chats.")] = "assistant",
     enable_prompt_tokens_details: Annotated[
-        bool, typer.Option("--enable-prompt-tokens-details", help="Report cached tokens in the usage.")
+        bool,
+        typer.Option(
+            "--enable-prompt-tokens-details/--no-enable-prompt-tokens-details",
+            help="Report cached tokens in the usage.",
+        ),
     ] = False,
     enable_force_include_usage: Annotated[
-        bool, typer.Option("--enable-force-include-usage", help="End every stream with its usage.")
+        bool,
+        typer.Option(
+            "--enable-force-include-usage/--no-enable-force-include-usage",
+            help="End every stream with its usage.",
+        ),
     ] = False,
     tokenizer: TokenizerOpt = None,
     dtype: DtypeOpt = "auto",
@@ -308,8 +340,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
-    name = choose_model(model_arg, model)
+    name = choose_model(model_arg or (), model)
     template = chat_template_text(chat_template)
+    check_paths(tokenizer, generation_config)
 
     from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.server import serve as serve_http
@@ -353,7 +386,7 @@ def serve(
         enable_force_include_usage=enable_force_include_usage,
     )
     with LoadProgress() as progress:
-        serve_http(engine_args.resolve(), server_args, on_progress=progress)
+        serve_http(engine_args, server_args, on_progress=progress)
 
 
 @app.command(cls=Command)
@@ -383,7 +416,10 @@ def generate(
 
     Sampling options that are not given are the model's own defaults.
     """
-    name = choose_model(None, model)
+    name = choose_model((), model)
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    check_paths(tokenizer)
 
     from microvllm.runtime.config import EngineArgs
     from microvllm.runtime.request import SamplingParams

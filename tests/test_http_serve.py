@@ -27,31 +27,39 @@ from microvllm.runtime.request import EngineStats
 
 # The real `serve` with the engine's client replaced: argv is the options as JSON.
 PROGRAM = """
-import asyncio, json, sys
+import asyncio, gc, json, sys
 sys.path.insert(0, {tests!r})
-from fake_client import FakeProcessor, fresh
+from fake_client import fresh
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.errors import ConfigError
 
 options = json.loads(sys.argv[1])
 client = fresh(**options["client"])
 
+class Args:
+    def resolve(self):
+        print("resolving", flush=True)
+        return client.config
+
 class Engine:
     @staticmethod
-    async def start(config, *, on_progress=None):
+    async def start(config, *, chat_template=None, on_progress=None):
         print("loading", flush=True)
+        if chat_template is not None:
+            client.processor.template = ChatTemplate(chat_template, client.tokenizer.special_tokens)
         await asyncio.sleep(options["load_s"])
         return client
 
 async def close(drain_s=0):
+    print("frozen", gc.get_freeze_count() > 10_000, flush=True)
     print("closed", len(client.running), client.aborted, flush=True)
 
 client.close = close
 server.EngineClient = Engine
-server.Processor = FakeProcessor
 try:
-    server.serve(client.config, ServerArgs(**options["args"]))
+    server.serve(Args(), ServerArgs(**options["args"]))
 except ConfigError as error:
     print("ConfigError:", error, flush=True)
     sys.exit(2)
@@ -119,6 +127,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
         server.stop()
         assert server.process.wait(10) == 0
         assert "closed 0 0" in server.output and "Traceback" not in server.output
+        assert "frozen True" in server.output
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -164,13 +173,13 @@ def test_no_request_forges_a_line_of_the_log(tmp_path: Path) -> None:
         assert "\x1b" not in server.output
 
 
-def test_a_taken_port_is_known_before_the_model_loads(tmp_path: Path) -> None:
+def test_a_taken_port_is_known_before_anything_slow(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with serving(tmp_path, load_s=60, port=taken.getsockname()[1]) as server:
             assert server.process.wait(20) == 2
-            assert "loading" not in server.output
+            assert "loading" not in server.output and "resolving" not in server.output
             assert server.output.startswith("ConfigError: cannot listen on 127.0.0.1 port")
             assert server.output.count("\n") == 1
 
