@@ -134,6 +134,16 @@ def test_readme_names_files_that_exist() -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_readme_installs_the_torch_that_the_constraints_name() -> None:
+    pin = next(
+        line
+        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+        if line.startswith("torch==")
+    )
+    commands = re.findall(r"pip install .*torch.*", (ROOT / "README.md").read_text("utf-8"))
+    assert commands and all(f"pip install {pin} --index-url" in command for command in commands)
+
+
 class TestSetUp:
     """scripts/lib.sh, with pip replaced by a line in a log."""
 
