@@ -32,6 +32,7 @@ QUOTE_UNITS = 3
 UNITS = {b",": 1, b"[": 4, b"{": 4, b'"': QUOTE_UNITS}
 WEIGH_BYTES = 256 << 10  # at a time
 INLINE_BYTES = 16 << 10  # smaller bodies are parsed at once, others in a worker thread
+NAMED_BYTES = 4 << 20  # up to here a refusal looks for the field at fault, which holds the lock, too
 BODY_DEADLINE_S = 60.0  # for the whole body: one byte a second must not hold a connection for ever
 
 
@@ -91,6 +92,8 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
 
 def _largest_field(data: bytes | bytearray) -> str:
     """Which field makes a body so large, "body" if no known one does. Skips values without creating them."""
+    if len(data) > NAMED_BYTES:
+        return "body"
     try:
         fields = msgspec.json.decode(data, type=LargeFields)
     except (msgspec.DecodeError, RecursionError):
@@ -106,7 +109,7 @@ def parse_units(data: bytes | bytearray) -> int:
     if units <= MAX_PARSE_UNITS:
         return units
     # Long texts hold punctuation, too. Once the escaped quotes are gone, every second piece is text.
-    bare = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    bare = data.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in data else data
     if _weigh(bare, {b'"': QUOTE_UNITS}) > MAX_PARSE_UNITS:
         return units
     return _weigh(b'""'.join(bare.split(b'"')[::2]), UNITS)

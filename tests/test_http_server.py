@@ -268,7 +268,7 @@ ATTACKS = {
     "lists that are let through": b'{"prompt": "a", "max_tokens": 1, "zz": [' + b"[]," * 119_000 + b"1]}",
     "objects": b'{"prompt": "a", "zz": [' + b"{}," * 4_900_000 + b"1]}",
     "stops": b'{"prompt": "a", "stop": [' + b'"b",' * 500_000 + b'"b"]}',
-    "prompts": b'{"prompt": [' + b"[" + b"1," * 7899 + b"1]," + b"[" + b"1," * 7899 + b"1]," * 900 + b"[1]]}",
+    "prompts": b'{"prompt": [' + (b"[" + b"1," * 7899 + b"1],") * 900 + b"[1]]}",
     "bad id": b'{"prompt": [' + (b"[" + b"1," * 7899 + b"1],") * 75 + b"[99999999]]}",
     "ids": b'{"prompt": "a", "zz": [' + b"1," * 8_000_000 + b"1]}",
     "brackets in text": b'{"prompt": "' + b"[{," * 5_000_000 + b'"}',
