@@ -33,7 +33,7 @@ async def create_chat_completion(request: Request) -> Response:
     params = sampling_params(fields, state.client, max_tokens=fields[wish], max_tokens_field=wish)
     priority = priority_of(request, fields)
     ids, last = await state.client.run_blocking(render, state.client, fields)
-    generation.submit(state, [ids], params, fields, priority)
+    await generation.submit(state, [ids], params, fields, priority)
     role, echo = _role_and_echo(fields, last, state.args.response_role)
     if fields["stream"]:
         options = StreamOptions.of(fields, state.args)

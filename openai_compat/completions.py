@@ -57,7 +57,7 @@ async def create_completion(request: Request) -> Response:
         generation.n = params.n
         generation.streams = [PromptOnly(prompt) for prompt in ids for _ in range(params.n)]
     else:
-        generation.submit(state, ids, params, fields, priority)
+        await generation.submit(state, ids, params, fields, priority)
     if fields["stream"]:
         writer = CompletionChunks(generation, echoes, fields["return_token_ids"])
         options = StreamOptions.of(fields, state.args)

@@ -61,7 +61,7 @@ class Generation:
     streams: list[Stream] = field(default_factory=list)
     n: int = 1
 
-    def submit(
+    async def submit(
         self,
         state: ServerState,
         prompts: Sequence[list[int]],
@@ -72,7 +72,9 @@ class Generation:
         """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
         self.n = params.n
         try:
-            for prompt in prompts:
+            for index, prompt in enumerate(prompts):
+                if index:
+                    await asyncio.sleep(0)  # a thousand prompts in one go would hold up every other request
                 self.streams += state.client.submit(
                     prompt, params, priority=priority, cache_salt=fields["cache_salt"]
                 )

@@ -340,6 +340,19 @@ async def test_a_refusal_by_the_engine_is_an_ordinary_error(stream: bool) -> Non
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 
 
+async def test_other_requests_get_in_between_many_prompts() -> None:
+    client = FakeClient()
+    async with in_process(client) as http:
+        many = asyncio.ensure_future(
+            http.post("/v1/completions", json={"prompt": ["hi"] * 200, "max_tokens": 1})
+        )
+        while not client.submitted:
+            await asyncio.sleep(0)
+        assert (await http.get("/health")).status_code == 200
+        assert len(client.submitted) < 200
+        assert len((await many).json()["choices"]) == 200
+
+
 async def test_prompts_before_a_refused_one_are_aborted() -> None:
     client = FakeClient()
     client.capacity = 2
