@@ -81,8 +81,11 @@ class TorchOperators:
         return TorchAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype)
 
 
-def make_operators(name: str, dtype: torch.dtype) -> Operators:
-    """The operators called `name`: "torch" or "cpu". Raises `NoCompilerError` if "cpu" cannot be built."""
+def make_operators(name: str, dtype: torch.dtype, threads: int) -> Operators:
+    """The operators called `name`: "torch", on torch's own threads, or "cpu", on `threads` threads.
+
+    Raises `NoCompilerError` if "cpu" cannot be built.
+    """
     if name == "torch":
         return TorchOperators(dtype)
     if name != "cpu":
@@ -90,4 +93,4 @@ def make_operators(name: str, dtype: torch.dtype) -> Operators:
     from microvllm.ops.cpu.build import load_kernels
     from microvllm.ops.cpu.operators import CpuOperators
 
-    return CpuOperators(load_kernels())
+    return CpuOperators(load_kernels(), threads)

@@ -20,7 +20,7 @@ from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.runtime import cpu
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.models import find_model
+from microvllm.runtime.models import find_model, user_path
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
 
 logger = logging.getLogger("microvllm.config")
@@ -122,7 +122,7 @@ class EngineArgs:
         return EngineConfig(
             model=self.model,
             model_path=str(path),
-            tokenizer_path=str(find_model(self.tokenizer)) if self.tokenizer else str(path),
+            tokenizer_path=str(find_model(self.tokenizer, "--tokenizer")) if self.tokenizer else str(path),
             spec=spec,
             load_format=load_format,
             dtype=dtype,
@@ -265,7 +265,7 @@ def _generation_defaults(wish: str, model: Path) -> dict[str, Any]:
     """
     if wish == "vllm":
         return {}
-    folder = model if wish == "auto" else Path(wish)
+    folder = model if wish == "auto" else user_path(wish, "--generation-config")
     file = folder / "generation_config.json"
     if not folder.is_dir() or not file.is_file():
         if wish == "auto":

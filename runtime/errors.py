@@ -67,4 +67,4 @@ class EngineError(MicroVLLMError):
 
 class EngineDeadError(EngineError):
     status = 503
-    kind = "Service Unavailable"
+    kind = "ServiceUnavailableError"

@@ -40,13 +40,14 @@ class ModelGraphRunner:
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
         """Load the model. Raises `ConfigError` that names the file or the tensor at fault."""
+        self._config = config
         torch.set_num_threads(config.cpu_threads)
         spec, dtype = config.spec, getattr(torch, config.dtype)
         try:
             weights = load_weights(Path(config.model_path), spec, config.load_format, dtype, progress)
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
-        operators = make_operators(config.attention_backend, dtype)
+        operators = make_operators(config.attention_backend, dtype, config.cpu_threads)
         self._model = DecoderModel(spec, weights, operators)
         shape = AttentionShape(
             spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window
@@ -85,6 +86,10 @@ class ModelGraphRunner:
         order = sorted(range(len(plan.scheduled)), key=lambda i: plan.scheduled[i].num_new > 1)
         items = [plan.scheduled[i] for i in order]
         batch = self._attention_batch(items)
+        if self._config.attention_backend == "cpu":
+            # What torch still does in a decode is too small to share, and its threads wait for each other
+            # at every operator, however long one of them is kept from its core.
+            torch.set_num_threads(self._config.cpu_threads if batch.segments else 1)
         hidden = self._model.forward(self._input_ids(items), self._attention.begin_step(batch))
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:

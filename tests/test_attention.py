@@ -26,7 +26,7 @@ def make_backend(
     name: str, shape: AttentionShape, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
 ) -> tuple[TorchAttention, torch.dtype]:
     """A backend with random rubbish in its cache, and the dtype of its activations."""
-    operators = make_operators(name, dtype)
+    operators = make_operators(name, dtype, 2)
     inv_freq = INV_FREQ[shape.head_dim]
     backend = operators.attention(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype)
     assert isinstance(backend, TorchAttention)
@@ -207,4 +207,4 @@ def test_broken_values_stay_in_their_sequence(name: str) -> None:
 
 def test_unknown_operators_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="no operators are called flash"):
-        make_operators("flash", torch.float32)
+        make_operators("flash", torch.float32, 2)

@@ -27,7 +27,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
-    return CpuOperators(load_kernels())
+    return CpuOperators(load_kernels(), 3)
 
 
 def random(*shape: int, seed: int) -> Tensor:

@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 @pytest.fixture(params=BACKENDS)
 def ops(request: pytest.FixtureRequest) -> Operators:
     """The operators for a model in float32."""
-    return make_operators(request.param, torch.float32)
+    return make_operators(request.param, torch.float32, 2)
 
 
 # ---- matrix products ------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_a_row_hardly_depends_on_its_company(ops: Operators) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
 def test_a_product_with_bfloat16_weights(name: str, rows: int) -> None:
-    operators = make_operators(name, torch.bfloat16)
+    operators = make_operators(name, torch.bfloat16, 2)
     weight, offset = random(37, 96, seed=1, dtype=torch.bfloat16), random(37, seed=2, dtype=torch.bfloat16)
     x = random(rows, 96, seed=3, dtype=torch.bfloat16).to(operators.activation_dtype)
     y = operators.linear(weight.clone(), offset.clone())(x)
@@ -82,7 +82,7 @@ def test_rms_norm_is_that_of_the_reference_models(
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    operators = make_operators(name, dtype)
+    operators = make_operators(name, dtype, 2)
     dtype = operators.activation_dtype
     x, weight = random(*shape, seed=1, dtype=dtype) * 5, random(shape[-1], seed=2, dtype=dtype)
     norm = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)

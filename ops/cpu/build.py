@@ -13,7 +13,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
-    *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
+    *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math"),
     # GCC tuned for Zen leaves multiply and add apart where one sum follows another, which the kernels' own
     # partial sums make needless.

@@ -3,11 +3,13 @@
  * Plain C with GCC/Clang vector types, compiled for the machine it runs on (AVX2, AVX-512, NEON, ...).
  * Activations are float32; weights and the KV cache are float32 or bfloat16, widened in registers, so
  * that a bfloat16 model moves half the bytes also where the processor has no bfloat16 arithmetic.
- * Arrays are row-major and contiguous. Work is handed to OpenMP threads in small pieces on demand: with
- * another process on one of the cores, the thread there simply takes fewer pieces.
+ * Arrays are row-major and contiguous.
  */
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -91,6 +93,146 @@ INLINE vec vexp(vec x)
     return (vec)((bits & ~nan) | ((ivec)x & nan));
 }
 
+/* ---- threads -------------------------------------------------------------------------------------- */
+
+/* An operator is cut into pieces that threads take one by one. The caller takes pieces, too, and waits only
+ * for pieces that somebody has taken: a thread that another process keeps from running takes none, and
+ * costs nothing. (OpenMP's barrier waits for every thread to arrive.) Who waits spins for longer than a
+ * piece takes, or the next operator takes to come, and then sleeps.
+ *
+ * A piece takes microseconds. If one lasts longer than a spin, its thread has lost its core to another
+ * process for milliseconds, and that will happen again: the caller then works alone for a while, twice as
+ * long each time, before it tries again. A busy neighbour thus costs one core, not the speed of both. */
+
+#define SPINS 3000          /* some 0.1 ms */
+#define SHORTEST_ALONE 32   /* operators */
+#define LONGEST_ALONE 16384 /* some seconds */
+
+typedef void (*Piece)(const void *job, long index);
+
+typedef struct {
+    _Atomic uint64_t ticket; /* generation << 48 | pieces << 24 | next piece: taken by compare-and-swap, so
+                                that nobody takes a piece of a job that is over */
+    _Atomic uint64_t done;   /* finished pieces of this generation */
+    _Atomic int sleepers, caller_sleeps, quit;
+    Piece run;               /* these two are stable while a piece of their generation is taken */
+    const void *job;
+    int alone, penalty;      /* the caller's: operators still to do alone; how many after the next delay */
+    pthread_mutex_t lock;
+    pthread_cond_t work, finished;
+    int num_workers;
+    pthread_t workers[];
+} Pool;
+
+#define MAX_PIECES ((1L << 24) - 1)
+#define NEXT(ticket) ((ticket) & MAX_PIECES)
+#define PIECES(ticket) ((ticket) >> 24 & MAX_PIECES)
+
+INLINE void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Takes and runs pieces until none is left to take. */
+static void help(Pool *pool)
+{
+    uint64_t ticket = atomic_load(&pool->ticket);
+    while (NEXT(ticket) < PIECES(ticket)) {
+        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1)) continue;
+        pool->run(pool->job, (long)NEXT(ticket));
+        if (atomic_fetch_add(&pool->done, 1) + 1 == PIECES(ticket) && atomic_load(&pool->caller_sleeps)) {
+            pthread_mutex_lock(&pool->lock);
+            pthread_cond_signal(&pool->finished);
+            pthread_mutex_unlock(&pool->lock);
+        }
+        ticket = atomic_load(&pool->ticket);
+    }
+}
+
+static void *worker(void *argument)
+{
+    Pool *pool = argument;
+    while (!atomic_load(&pool->quit)) {
+        uint64_t seen = atomic_load(&pool->ticket);
+        int spins = 0;
+        while (NEXT(seen) >= PIECES(seen) && spins++ < SPINS) {
+            relax();
+            seen = atomic_load_explicit(&pool->ticket, memory_order_relaxed);
+        }
+        if (NEXT(seen) >= PIECES(seen)) {
+            pthread_mutex_lock(&pool->lock);
+            atomic_fetch_add(&pool->sleepers, 1);
+            while (atomic_load(&pool->ticket) == seen && !atomic_load(&pool->quit))
+                pthread_cond_wait(&pool->work, &pool->lock);
+            atomic_fetch_sub(&pool->sleepers, 1);
+            pthread_mutex_unlock(&pool->lock);
+        }
+        help(pool);
+    }
+    return NULL;
+}
+
+/* A pool of `threads` threads, the caller's own counted. Null if there is no memory. */
+Pool *pool_new(int threads)
+{
+    Pool *pool = calloc(1, sizeof(Pool) + threads * sizeof(pthread_t));
+    if (!pool) return NULL;
+    pool->penalty = SHORTEST_ALONE;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->finished, NULL);
+    for (int i = 0; i < threads - 1; i++)
+        if (!pthread_create(&pool->workers[pool->num_workers], NULL, worker, pool)) pool->num_workers++;
+    return pool;
+}
+
+void pool_free(Pool *pool)
+{
+    atomic_store(&pool->quit, 1);
+    pthread_mutex_lock(&pool->lock);
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < pool->num_workers; i++) pthread_join(pool->workers[i], NULL);
+    free(pool);
+}
+
+/* run(job, i) for every i below `pieces`, on all threads; returns when all are done. */
+static void parallel(Pool *pool, Piece run, const void *job, long pieces)
+{
+    if (pieces <= 1 || pool->num_workers == 0 || pieces > MAX_PIECES || pool->alone > 0) {
+        if (pieces > 1 && pool->alone > 0) pool->alone--;
+        for (long i = 0; i < pieces; i++) run(job, i);
+        return;
+    }
+    pool->run = run;
+    pool->job = job;
+    atomic_store(&pool->done, 0);
+    uint64_t generation = (atomic_load(&pool->ticket) >> 48) + 1;
+    atomic_store(&pool->ticket, generation << 48 | (uint64_t)pieces << 24);
+    if (atomic_load(&pool->sleepers)) {
+        pthread_mutex_lock(&pool->lock);
+        pthread_cond_broadcast(&pool->work);
+        pthread_mutex_unlock(&pool->lock);
+    }
+    help(pool);
+    for (int spins = 0; atomic_load(&pool->done) < (uint64_t)pieces && spins < SPINS; spins++) relax();
+    if (atomic_load(&pool->done) == (uint64_t)pieces) {
+        pool->penalty -= (pool->penalty - SHORTEST_ALONE) / 128; /* forgotten over some hundred operators */
+    } else {
+        pool->alone = pool->penalty;
+        pool->penalty = 2 * pool->penalty < LONGEST_ALONE ? 2 * pool->penalty : LONGEST_ALONE;
+        pthread_mutex_lock(&pool->lock);
+        atomic_store(&pool->caller_sleeps, 1);
+        while (atomic_load(&pool->done) < (uint64_t)pieces) pthread_cond_wait(&pool->finished, &pool->lock);
+        atomic_store(&pool->caller_sleeps, 0);
+        pthread_mutex_unlock(&pool->lock);
+    }
+}
+
 /* ---- matrix products of a few rows ------------------------------------------------------------------ */
 
 #define PIECE 32      /* weight rows a thread takes at a time */
@@ -148,22 +290,33 @@ INLINE vec vexp(vec x)
 DEFINE_DOTS(dots_f32, float, load_f32, AS_IS)
 DEFINE_DOTS(dots_bf16, bf16, load_bf16, widen)
 
-/* y[m, n] = x[m, k] . w[n, k]^T + bias[n] + residual[m, n]; bias and residual may be null. */
-void linear(const float *x, const void *w, const float *bias, const float *residual, float *y, long m, long n,
-            long k, int is_bf16)
+typedef struct {
+    const float *x, *bias, *residual;
+    const void *w;
+    float *y;
+    long m, n, k;
+    int is_bf16;
+} Linear;
+
+static void linear_piece(const void *job, long piece)
 {
-    long pieces = (n + PIECE - 1) / PIECE;
-#pragma omp parallel for schedule(dynamic, 1)
-    for (long piece = 0; piece < pieces; piece++) {
-        long begin = piece * PIECE, end = begin + PIECE < n ? begin + PIECE : n;
-        if (is_bf16) dots_bf16_panel(x, w, y, m, n, k, begin, end);
-        else dots_f32_panel(x, w, y, m, n, k, begin, end);
-        for (long i = 0; i < m; i++)
-            for (long r = begin; r < end; r++) {
-                if (bias) y[i * n + r] += bias[r];
-                if (residual) y[i * n + r] += residual[i * n + r];
-            }
-    }
+    const Linear *a = job;
+    long begin = piece * PIECE, end = begin + PIECE < a->n ? begin + PIECE : a->n;
+    if (a->is_bf16) dots_bf16_panel(a->x, a->w, a->y, a->m, a->n, a->k, begin, end);
+    else dots_f32_panel(a->x, a->w, a->y, a->m, a->n, a->k, begin, end);
+    for (long i = 0; i < a->m; i++)
+        for (long r = begin; r < end; r++) {
+            if (a->bias) a->y[i * a->n + r] += a->bias[r];
+            if (a->residual) a->y[i * a->n + r] += a->residual[i * a->n + r];
+        }
+}
+
+/* y[m, n] = x[m, k] . w[n, k]^T + bias[n] + residual[m, n]; bias and residual may be null. */
+void linear(Pool *pool, const float *x, const void *w, const float *bias, const float *residual, float *y, long m,
+            long n, long k, int is_bf16)
+{
+    Linear job = {x, bias, residual, w, y, m, n, k, is_bf16};
+    parallel(pool, linear_piece, &job, (n + PIECE - 1) / PIECE);
 }
 
 /* ---- norms, rotary embedding, activation -------------------------------------------------------------- */
@@ -180,27 +333,57 @@ INLINE void norm_row(const float *x, const float *weight, float *y, long d, floa
     for (; i < d; i++) y[i] = x[i] * scale * weight[i];
 }
 
-/* Root-mean-square norm of each of n rows of d (arXiv:1910.07467). y may be x. */
-void rms_norm(const float *x, const float *weight, float *y, long n, long d, float eps)
+#define ROWS 16       /* rows of an elementwise operator that a thread takes at a time */
+
+typedef struct {
+    const float *x, *weight;
+    float *y;
+    long n, d;
+    float eps;
+} Norm;
+
+static void norm_piece(const void *job, long piece)
 {
-#pragma omp parallel for if (n * d > 32768)
-    for (long row = 0; row < n; row++) norm_row(x + row * d, weight, y + row * d, d, eps);
+    const Norm *a = job;
+    long end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
+    for (long row = piece * ROWS; row < end; row++)
+        norm_row(a->x + row * a->d, a->weight, a->y + row * a->d, a->d, a->eps);
 }
 
-/* silu(gate) * up; x: [n, 2i], gate before up -> y: [n, i] (arXiv:2002.05202). */
-void silu_and_mul(const float *x, float *y, long n, long width)
+/* Root-mean-square norm of each of n rows of d (arXiv:1910.07467). y may be x. */
+void rms_norm(Pool *pool, const float *x, const float *weight, float *y, long n, long d, float eps)
 {
-#pragma omp parallel for if (n * width > 16384)
-    for (long row = 0; row < n; row++) {
-        const float *gate = x + row * 2 * width, *up = gate + width;
-        float *out = y + row * width;
+    Norm job = {x, weight, y, n, d, eps};
+    parallel(pool, norm_piece, &job, (n + ROWS - 1) / ROWS);
+}
+
+typedef struct {
+    const float *x;
+    float *y;
+    long n, width;
+} Silu;
+
+static void silu_piece(const void *job, long piece)
+{
+    const Silu *a = job;
+    long end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
+    for (long row = piece * ROWS; row < end; row++) {
+        const float *gate = a->x + row * 2 * a->width, *up = gate + a->width;
+        float *out = a->y + row * a->width;
         long i = 0;
-        for (; i + LANES <= width; i += LANES) {
+        for (; i + LANES <= a->width; i += LANES) {
             vec g = load_f32(gate + i);
             store(out + i, g / (1.0f + vexp(-g)) * load_f32(up + i));
         }
-        for (; i < width; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        for (; i < a->width; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
     }
+}
+
+/* silu(gate) * up; x: [n, 2 * width], gate before up -> y: [n, width] (arXiv:2002.05202). */
+void silu_and_mul(Pool *pool, const float *x, float *y, long n, long width)
+{
+    Silu job = {x, y, n, width};
+    parallel(pool, silu_piece, &job, (n + ROWS - 1) / ROWS);
 }
 
 /* The paged cache of one layer: [2 * kv_heads, blocks * block_size, d], keys of all heads before values. */
@@ -220,29 +403,44 @@ INLINE void put(const Cache *cache, long head, long slot, const float *x, long d
         memcpy((float *)cache->data + at, x, d * sizeof(float));
 }
 
-/* Rotates qk: [n, heads + kv_heads, d] in place by cos and sin: [positions, d] (sin negated in its first
- * half), then puts k and v: [n, kv_heads, d] into their slots. Strides are from token to token, in floats. */
-void rotate_and_cache(float *qk, long qk_stride, const float *v, long v_stride, const float *cos, const float *sin,
-                      const int64_t *positions, const int64_t *slots, long n, long heads, long kv_heads, long d,
-                      const Cache *cache)
+typedef struct {
+    float *qk;
+    const float *v, *cos, *sin;
+    const int64_t *positions, *slots;
+    long qk_stride, v_stride, n, heads, kv_heads, d;
+    const Cache *cache;
+} Rotate;
+
+static void rotate_piece(const void *job, long piece)
 {
-#pragma omp parallel for if (n > 16)
-    for (long token = 0; token < n; token++) {
-        float *row = qk + token * qk_stride;
-        const float *c = cos + positions[token] * d, *s = sin + positions[token] * d;
-        for (long head = 0; head < heads + kv_heads; head++) {
+    const Rotate *a = job;
+    long d = a->d, end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
+    for (long token = piece * ROWS; token < end; token++) {
+        float *row = a->qk + token * a->qk_stride;
+        const float *c = a->cos + a->positions[token] * d, *s = a->sin + a->positions[token] * d;
+        for (long head = 0; head < a->heads + a->kv_heads; head++) {
             float *x = row + head * d;
             for (long i = 0; i < d / 2; i++) {
-                float a = x[i], b = x[i + d / 2];
-                x[i] = a * c[i] + b * s[i];
-                x[i + d / 2] = b * c[i + d / 2] + a * s[i + d / 2];
+                float p = x[i], q = x[i + d / 2];
+                x[i] = p * c[i] + q * s[i];
+                x[i + d / 2] = q * c[i + d / 2] + p * s[i + d / 2];
             }
         }
-        for (long head = 0; head < kv_heads; head++) {
-            put(cache, head, slots[token], row + (heads + head) * d, d);
-            put(cache, kv_heads + head, slots[token], v + token * v_stride + head * d, d);
+        for (long head = 0; head < a->kv_heads; head++) {
+            put(a->cache, head, a->slots[token], row + (a->heads + head) * d, d);
+            put(a->cache, a->kv_heads + head, a->slots[token], a->v + token * a->v_stride + head * d, d);
         }
     }
+}
+
+/* Rotates qk: [n, heads + kv_heads, d] in place by cos and sin: [positions, d] (sin negated in its first
+ * half), then puts k and v: [n, kv_heads, d] into their slots. Strides are from token to token, in floats. */
+void rotate_and_cache(Pool *pool, float *qk, long qk_stride, const float *v, long v_stride, const float *cos,
+                      const float *sin, const int64_t *positions, const int64_t *slots, long n, long heads,
+                      long kv_heads, long d, const Cache *cache)
+{
+    Rotate job = {qk, v, cos, sin, positions, slots, qk_stride, v_stride, n, heads, kv_heads, d, cache};
+    parallel(pool, rotate_piece, &job, (n + ROWS - 1) / ROWS);
 }
 
 /* ---- decode attention over the block table -------------------------------------------------------------- */
@@ -348,55 +546,73 @@ long decode_scratch(long batch, long heads, long d, long max_len)
     return batch * heads * ((max_len + CHUNK - 1) / CHUNK) * (d + 2);
 }
 
+typedef struct {
+    const float *q;
+    const Cache *cache;
+    const int64_t *blocks, *lens;
+    float *out, *scratch;
+    long stride, batch, heads, kv_heads, d, width, chunks, window;
+    float scale;
+} Decode;
+
+/* One KV head of one sequence, CHUNK of its tokens. */
+static void decode_piece(const void *job, long piece)
+{
+    const Decode *a = job;
+    long chunk = piece % a->chunks, head = piece / a->chunks % a->kv_heads, row = piece / a->chunks / a->kv_heads;
+    long group = a->heads / a->kv_heads, d = a->d, part = d + 2, len = a->lens[row];
+    long first = a->window && len > a->window ? len - a->window : 0;
+    long begin = chunk * CHUNK > first ? chunk * CHUNK : first;
+    long end = (chunk + 1) * CHUNK < len ? (chunk + 1) * CHUNK : len;
+    for (long h = head * group; h < (head + 1) * group; h += GROUP) {
+        const float *queries = a->q + row * a->stride + h * d;
+        float *at = a->scratch + ((row * a->heads + h) * a->chunks + chunk) * part;
+        long left = (head + 1) * group - h, taken = left < GROUP ? left : GROUP;
+        if (begin >= end) {
+            for (long g = 0; g < taken; g++) at[g * a->chunks * part + d] = -INFINITY;
+            continue;
+        }
+#define ATTEND(G)                                                                                           \
+    case G:                                                                                                 \
+        attend(queries, a->cache, a->blocks + row * a->width, head, a->kv_heads, begin, end, d, a->scale, at, \
+               a->chunks * part, G);                                                                        \
+        break
+        switch (taken) { ATTEND(1); ATTEND(2); ATTEND(3); ATTEND(4); }
+    }
+}
+
+/* The parts of one query head, by their maxima, into its output. */
+static void merge_piece(const void *job, long piece)
+{
+    const Decode *a = job;
+    long d = a->d, part = d + 2;
+    const float *parts = a->scratch + piece * a->chunks * part;
+    float *result = a->out + piece * d, best = -INFINITY, total = 0;
+    for (long c = 0; c < a->chunks; c++) {
+        float top = parts[c * part + d];
+        best = top > best || top != top ? top : best;
+    }
+    memset(result, 0, d * sizeof(float));
+    for (long c = 0; c < a->chunks; c++) {
+        const float *p = parts + c * part;
+        if (p[d] == -INFINITY) continue;
+        float factor = expf(p[d] - best);
+        total += factor * p[d + 1];
+        for (long i = 0; i < d; i++) result[i] += factor * p[i];
+    }
+    for (long i = 0; i < d; i++) result[i] /= total;
+}
+
 /* One query a sequence. q: [batch, heads, d], rotated, its rows `stride` floats apart; blocks: [batch, width];
  * lens: [batch], tokens to attend to, the new one included; window: only the last so many, or 0 for all
  * -> out: [batch, heads * d]. A sequence is split among threads and the parts are merged by their maxima
  * (Flash-Decoding, Dao et al., 2023). */
-void decode_attention(const float *q, long stride, const Cache *cache, const int64_t *blocks, const int64_t *lens,
-                      float *out, float *scratch, long batch, long heads, long kv_heads, long d, long width,
-                      long max_len, long window, float scale)
+void decode_attention(Pool *pool, const float *q, long stride, const Cache *cache, const int64_t *blocks,
+                      const int64_t *lens, float *out, float *scratch, long batch, long heads, long kv_heads, long d,
+                      long width, long max_len, long window, float scale)
 {
-    long chunks = (max_len + CHUNK - 1) / CHUNK, part = d + 2, group = heads / kv_heads;
-#pragma omp parallel
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (long job = 0; job < batch * kv_heads * chunks; job++) {
-            long chunk = job % chunks, head = job / chunks % kv_heads, row = job / chunks / kv_heads;
-            long first = window && lens[row] > window ? lens[row] - window : 0;
-            long begin = chunk * CHUNK > first ? chunk * CHUNK : first;
-            long end = (chunk + 1) * CHUNK < lens[row] ? (chunk + 1) * CHUNK : lens[row];
-            for (long h = head * group; h < (head + 1) * group; h += GROUP) {
-                const float *queries = q + row * stride + h * d;
-                float *at = scratch + ((row * heads + h) * chunks + chunk) * part;
-                long left = (head + 1) * group - h, taken = left < GROUP ? left : GROUP;
-                if (begin >= end) {
-                    for (long g = 0; g < taken; g++) at[g * chunks * part + d] = -INFINITY;
-                    continue;
-                }
-#define ATTEND(G)                                                                                           \
-    case G:                                                                                                 \
-        attend(queries, cache, blocks + row * width, head, kv_heads, begin, end, d, scale, at, chunks * part, G); \
-        break
-                switch (taken) { ATTEND(1); ATTEND(2); ATTEND(3); ATTEND(4); }
-            }
-        }
-#pragma omp for
-        for (long job = 0; job < batch * heads; job++) {
-            const float *parts = scratch + job * chunks * part;
-            float *result = out + job * d, best = -INFINITY, total = 0;
-            for (long c = 0; c < chunks; c++) {
-                float top = parts[c * part + d];
-                best = top > best || top != top ? top : best;
-            }
-            memset(result, 0, d * sizeof(float));
-            for (long c = 0; c < chunks; c++) {
-                const float *p = parts + c * part;
-                if (p[d] == -INFINITY) continue;
-                float factor = expf(p[d] - best);
-                total += factor * p[d + 1];
-                for (long i = 0; i < d; i++) result[i] += factor * p[i];
-            }
-            for (long i = 0; i < d; i++) result[i] /= total;
-        }
-    }
+    long chunks = (max_len + CHUNK - 1) / CHUNK;
+    Decode job = {q, cache, blocks, lens, out, scratch, stride, batch, heads, kv_heads, d, width, chunks, window, scale};
+    parallel(pool, decode_piece, &job, batch * kv_heads * chunks);
+    for (long i = 0; i < batch * heads; i++) merge_piece(&job, i);
 }

@@ -6,6 +6,7 @@ Activations are float32 whatever the weights are; a bfloat16 weight is widened i
 from __future__ import annotations
 
 import ctypes
+import weakref
 
 import torch
 from torch import Tensor
@@ -30,12 +31,23 @@ class _Cache(ctypes.Structure):
 
 
 _SIGNATURES = {
-    "linear": [*[_POINTER] * 5, *[_LONG] * 3, _INT],
-    "rms_norm": [*[_POINTER] * 3, *[_LONG] * 2, _FLOAT],
-    "silu_and_mul": [*[_POINTER] * 2, *[_LONG] * 2],
-    "rotate_and_cache": [_POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 4, _POINTER],
-    "decode_attention": [_POINTER, _LONG, *[_POINTER] * 5, *[_LONG] * 7, _FLOAT],
+    "linear": [*[_POINTER] * 6, *[_LONG] * 3, _INT],
+    "rms_norm": [*[_POINTER] * 4, *[_LONG] * 2, _FLOAT],
+    "silu_and_mul": [*[_POINTER] * 3, *[_LONG] * 2],
+    "rotate_and_cache": [*[_POINTER] * 2, _LONG, _POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 4, _POINTER],
+    "decode_attention": [*[_POINTER] * 2, _LONG, *[_POINTER] * 5, *[_LONG] * 7, _FLOAT],
+    "pool_free": [_POINTER],
 }
+
+
+class Pool:
+    """The kernels' threads; they end with the object, which every operator that uses them holds."""
+
+    def __init__(self, kernels: ctypes.CDLL, threads: int) -> None:
+        self.handle: int | None = kernels.pool_new(threads)
+        if self.handle is None:
+            raise MemoryError("no memory for the kernels' threads")
+        weakref.finalize(self, kernels.pool_free, self.handle)
 
 
 class CpuOperators:
@@ -43,27 +55,31 @@ class CpuOperators:
 
     activation_dtype = torch.float32
 
-    def __init__(self, kernels: ctypes.CDLL) -> None:
+    def __init__(self, kernels: ctypes.CDLL, threads: int) -> None:
         for name, arguments in _SIGNATURES.items():
             function = getattr(kernels, name)
             function.argtypes, function.restype = arguments, None
         kernels.decode_scratch.argtypes, kernels.decode_scratch.restype = [_LONG] * 4, _LONG
+        kernels.pool_new.argtypes, kernels.pool_new.restype = [_INT], _POINTER
         self._kernels = kernels
+        self._pool = Pool(kernels, threads)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearOperator:
-        return CpuLinear(self._kernels, weight, bias)
+        return CpuLinear(self._kernels, self._pool, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
         d = x.shape[-1]
-        self._kernels.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps)
+        self._kernels.rms_norm(
+            self._pool.handle, x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps
+        )
         return y
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         n, width = gate_up.shape[0], gate_up.shape[1] // 2
         y = torch.empty(n, width)
-        self._kernels.silu_and_mul(gate_up.data_ptr(), y.data_ptr(), n, width)
+        self._kernels.silu_and_mul(self._pool.handle, gate_up.data_ptr(), y.data_ptr(), n, width)
         return y
 
     def attention(
@@ -75,14 +91,17 @@ class CpuOperators:
         max_position: int,
         dtype: torch.dtype,
     ) -> CpuAttention:
-        return CpuAttention(self._kernels, shape, num_blocks, block_size, inv_freq, max_position, dtype)
+        return CpuAttention(
+            self._kernels, self._pool, shape, num_blocks, block_size, inv_freq, max_position, dtype
+        )
 
 
 class CpuLinear:
     """y = x @ weight.T + bias + residual; x: [n, in] float32, weight: [out, in] float32 or bfloat16."""
 
-    def __init__(self, kernels: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, kernels: ctypes.CDLL, pool: Pool, weight: Tensor, bias: Tensor | None) -> None:
         self._kernel = kernels.linear
+        self._pool = pool
         self._weight = weight
         self._bias = None if bias is None else bias.float()
         self._is_bf16 = weight.dtype == torch.bfloat16
@@ -105,7 +124,18 @@ class CpuLinear:
         y = torch.empty(m, n)
         bias = None if self._bias is None else self._bias.data_ptr()
         added = None if residual is None else residual.data_ptr()
-        self._kernel(x.data_ptr(), self._weight.data_ptr(), bias, added, y.data_ptr(), m, n, k, self._is_bf16)
+        self._kernel(
+            self._pool.handle,
+            x.data_ptr(),
+            self._weight.data_ptr(),
+            bias,
+            added,
+            y.data_ptr(),
+            m,
+            n,
+            k,
+            self._is_bf16,
+        )
         return y
 
 
@@ -115,6 +145,7 @@ class CpuAttention(TorchAttention):
     def __init__(
         self,
         kernels: ctypes.CDLL,
+        pool: Pool,
         shape: AttentionShape,
         num_blocks: int,
         block_size: int,
@@ -124,6 +155,7 @@ class CpuAttention(TorchAttention):
     ) -> None:
         super().__init__(shape, num_blocks, block_size, inv_freq, max_position, dtype, torch.float32)
         self.kernels = kernels
+        self.pool = pool
         is_bf16 = dtype == torch.bfloat16
         self.layers = [
             _Cache(layer.data_ptr(), num_blocks * block_size, block_size, is_bf16) for layer in self.cache
@@ -149,6 +181,7 @@ class CpuStep(TorchStep):
     def _rotate_and_cache(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
         shape, batch, rotary = self._cpu.shape, self._batch, self._cpu.rotary
         self._cpu.kernels.rotate_and_cache(
+            self._cpu.pool.handle,
             qk.data_ptr(),
             qk.stride(0),
             v.data_ptr(),
@@ -169,6 +202,7 @@ class CpuStep(TorchStep):
         shape, batch = self._cpu.shape, self._batch
         out = torch.empty(q.shape[0], shape.num_heads * shape.head_dim)
         self._cpu.kernels.decode_attention(
+            self._cpu.pool.handle,
             q.data_ptr(),
             q.stride(0),
             ctypes.byref(self._cpu.layers[layer]),
