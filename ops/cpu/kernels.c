@@ -105,8 +105,8 @@ INLINE vec vexp(vec x)
  * long each time, before it tries again. A busy neighbour thus costs one core, not the speed of both. */
 
 #define SPINS 3000          /* some 0.1 ms */
-#define SHORTEST_ALONE 32   /* operators */
-#define LONGEST_ALONE 16384 /* some seconds */
+#define SHORTEST_ALONE 16   /* operators */
+#define LONGEST_ALONE 4096  /* about a second */
 
 typedef void (*Piece)(const void *job, long index);
 
@@ -221,7 +221,7 @@ static void parallel(Pool *pool, Piece run, const void *job, long pieces)
     help(pool);
     for (int spins = 0; atomic_load(&pool->done) < (uint64_t)pieces && spins < SPINS; spins++) relax();
     if (atomic_load(&pool->done) == (uint64_t)pieces) {
-        pool->penalty -= (pool->penalty - SHORTEST_ALONE) / 128; /* forgotten over some hundred operators */
+        pool->penalty -= (pool->penalty - SHORTEST_ALONE + 31) / 32; /* forgotten within a step */
     } else {
         pool->alone = pool->penalty;
         pool->penalty = 2 * pool->penalty < LONGEST_ALONE ? 2 * pool->penalty : LONGEST_ALONE;

@@ -20,7 +20,7 @@ from microvllm.ops.operators import LinearOperator
 # Up to so many rows the kernel is faster than a library that blocks for the caches. Measured: with matrix
 # units (AMX) oneDNN's packed product wins from 8 rows on; without bf16 arithmetic the weight has to be
 # widened for it first, which pays from a few dozen rows on.
-MAX_KERNEL_ROWS = 16
+MAX_KERNEL_ROWS = 32
 MAX_KERNEL_ROWS_AMX = 7
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
