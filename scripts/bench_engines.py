@@ -90,7 +90,6 @@ def vllm(python: str, folder: Path, dtype: str, binding: str, arguments: Sequenc
     found = [library for library in libraries if library.exists()]
     if found:
         environment["LD_PRELOAD"] = ":".join(map(str, found))
-    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     remark = (
         f"preloaded: {', '.join(library.name for library in found) or 'nothing'}; OpenMP threads: {binding}"
     )
