@@ -243,10 +243,10 @@ def test_measured_times_are_those_of_the_script() -> None:
     (request,) = report.requests
     assert request.error == ""
     # A timer never fires early; how late it fires depends on what else the machine does.
-    assert 0.1 <= request.ttft < 2
+    assert 0.1 <= request.ttft < 20
     assert request.itls[0] >= 0.04 and request.itls[1] >= 0.14
     assert request.latency == pytest.approx(request.ttft + sum(request.itls))
-    assert request.latency <= report.duration < 5
+    assert request.latency <= report.duration < 50
     assert report.output_throughput == pytest.approx(3 / report.duration)
     assert 0 < report.client_cpu_s <= report.duration
 

@@ -200,7 +200,7 @@ def test_huge_values_are_refused_before_they_exist(source: str) -> None:
     started = time.process_time()
     with pytest.raises(InvalidRequestError, match="failed"):
         render(source)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 5
 
 
 def test_output_is_capped() -> None:

@@ -497,7 +497,7 @@ def test_the_console_script(optimize: str) -> None:
         result, seconds = start(*argv, PYTHONOPTIMIZE=optimize)
         assert (result.returncode, result.stdout) == (2, "")
         assert names in result.stderr and result.stderr.count("\n") == 1
-        assert seconds < 2
+        assert seconds < 10
 
 
 @pytest.mark.model
@@ -507,12 +507,12 @@ def test_a_taken_port_is_known_before_the_model_loads() -> None:
         result, seconds = start("serve", "--model", DEMO, "--port", str(port))
     assert result.returncode == 2 and str(port) in result.stderr and result.stderr.count("\n") == 1
     assert "Loading" not in result.stdout + result.stderr
-    assert seconds < 2
+    assert seconds < 6
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     result, seconds = start("serve", "--help")
-    assert result.returncode == 0 and seconds < 2
+    assert result.returncode == 0 and seconds < 6
     for flag in own_flags():
         assert flag in result.stdout
     code = (

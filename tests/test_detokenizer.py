@@ -285,5 +285,5 @@ def test_stops_that_nearly_match_every_step_stay_cheap() -> None:
     started = time.process_time()
     for _ in range(5000):
         detokenizer.push([letter])
-    assert (time.process_time() - started) / 5000 < 1e-3  # about 5 us
+    assert (time.process_time() - started) / 5000 < 3e-3  # about 5 us
     assert detokenizer.finish() == "a" * 1023

@@ -209,7 +209,7 @@ async def test_prompts(prompt: Any, param: str) -> None:
     client = FakeClient()
     began = time.monotonic()
     answer = await post("/v1/completions", {"prompt": prompt}, client)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     assert (answer.status_code, error_of(answer)["param"]) == (400, param)
     assert not client.submitted
 

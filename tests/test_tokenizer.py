@@ -99,7 +99,7 @@ def test_decode_inverts_encode(smollm2: Tokenizer, text: str) -> None:
 def test_loading_a_large_vocabulary_is_quick(smollm2_path: Path) -> None:
     started = time.process_time()
     Tokenizer.load(smollm2_path)
-    assert time.process_time() - started < 3  # 0.4 s on a quiet machine
+    assert time.process_time() - started < 10  # 0.4 s on a quiet machine
 
 
 def test_token_bytes_say_what_decode_says(smollm2: Tokenizer) -> None:
