@@ -20,7 +20,7 @@ from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadErr
 from microvllm.runtime.launcher import DEAD, EngineProcess
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
-from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput
+from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.engine")
@@ -48,6 +48,8 @@ class TokenStream:
     def __init__(self, client: EngineClient, request: EngineRequest) -> None:
         self.prompt_token_ids = request.prompt_token_ids
         self.num_cached_tokens = 0
+        # One entry a prompt token from the second on, if asked for; there when the first delta is.
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._client = client
         self._id = request.request_id
         self._text = OutputText(client.tokenizer, request)
@@ -90,6 +92,8 @@ class TokenStream:
             self._fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
             return
         self.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         if self._pending is None:
             self._pending = delta
         else:

@@ -29,12 +29,14 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 POLICIES = ("fcfs", "priority")
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 # What is read from generation_config.json, and its name in `SamplingParams`.
 GENERATION_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
     "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
 DEFAULT_BLOCK_SIZE = 16
@@ -66,6 +68,9 @@ class EngineArgs:
     seed: int = 0
     load_format: str = "auto"
     generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
+    max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
     attention_backend: str = "auto"
     cpu_threads: int | None = None
 
@@ -117,6 +122,12 @@ class EngineArgs:
         threads = _positive(self.cpu_threads, cpu.usable_cores(), "--cpu-threads")
         if threads > cpu.usable_cores():
             raise ConfigError(f"--cpu-threads {threads} exceeds the {cpu.usable_cores()} cores there are")
+        if self.max_logprobs < -1:
+            raise ConfigError(f"--max-logprobs must be at least -1 (no limit), got {self.max_logprobs}")
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ConfigError(
+                f"--logprobs-mode must be one of {', '.join(LOGPROBS_MODES)}, got {self.logprobs_mode}"
+            )
         if not INT64_MIN <= self.seed <= INT64_MAX:
             raise ConfigError(f"--seed must fit 64 bits, got {self.seed}")
         return EngineConfig(
@@ -140,7 +151,11 @@ class EngineArgs:
             seed=self.seed,
             attention_backend=backend,
             cpu_threads=threads,
-            generation_defaults=_generation_defaults(self.generation_config, path),
+            generation_defaults=_generation_defaults(
+                self.generation_config, path, self.override_generation_config or {}
+            ),
+            max_logprobs=self.max_logprobs,
+            logprobs_mode=self.logprobs_mode,
         )
 
     def _load_format(self, path: Path) -> str:
@@ -247,6 +262,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     cpu_threads: int
     generation_defaults: dict[str, Any] = {}
+    max_logprobs: int = 20  # that a request may ask for; -1: no limit
+    logprobs_mode: str = "raw_logprobs"
 
 
 def _positive(value: int | None, default: int, option: str) -> int:
@@ -257,34 +274,52 @@ def _positive(value: int | None, default: int, option: str) -> int:
     return value
 
 
-def _generation_defaults(wish: str, model: Path) -> dict[str, Any]:
-    """The sampling defaults of `generation_config.json`, as `--generation-config` asks.
+def _generation_defaults(wish: str, model: Path, override: dict[str, Any]) -> dict[str, Any]:
+    """The sampling defaults of `generation_config.json`, as `--generation-config` asks, under the override.
 
     "auto" reads the model's own, "vllm" none, anything else is a folder. Also carries the file's
     `eos_token_id` list: models name further end tokens there (Llama 3's 128009).
     """
+    file = _generation_file(wish, model)
+    defaults = {} if file is None else _read_generation_config(file)
+    unknown = sorted(set(override) - {*GENERATION_FIELDS, "eos_token_id"})
+    if unknown:
+        raise ConfigError(
+            f"--override-generation-config: {unknown[0]} is not known; it may hold "
+            f"{', '.join(GENERATION_FIELDS)} and eos_token_id"
+        )
+    return {**defaults, **_checked_defaults(override, "--override-generation-config")}
+
+
+def _generation_file(wish: str, model: Path) -> Path | None:
     if wish == "vllm":
-        return {}
+        return None
     folder = model if wish == "auto" else user_path(wish, "--generation-config")
     file = folder / "generation_config.json"
-    if not folder.is_dir() or not file.is_file():
-        if wish == "auto":
-            return {}
-        raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
+    if folder.is_dir() and file.is_file():
+        return file
+    if wish == "auto":
+        return None
+    raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
+
+
+def _read_generation_config(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold a JSON object")
-    penalty = content.get("repetition_penalty")
-    if penalty not in (None, 1, 1.0):
-        logger.warning("%s: repetition_penalty %s is not applied: there are no penalties yet", file, penalty)
+    return _checked_defaults(content, str(file))
+
+
+def _checked_defaults(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """What is known of a generation config, its types and ranges checked."""
     defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
     ends = content.get("eos_token_id")
     try:
         msgspec.convert({GENERATION_FIELDS[name]: value for name, value in defaults.items()}, SamplingParams)
         msgspec.convert(ends, int | list[int] | None)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{source}: {error}") from None
     return defaults if ends is None else {**defaults, "eos_token_id": ends}

@@ -118,4 +118,5 @@ class EngineCore(Generic[StepT]):
             preemptions=scheduler.num_preemptions,
             steps=self._num_steps,
             requests=self._num_requests,
+            kv_unused_slots=self.kv.num_unused_slots,
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from microvllm.runtime.detokenizer import Detokenizer
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
+from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
 
 
@@ -23,10 +23,13 @@ class TextDelta:
     text: str
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asks for them
 
     def merge(self, later: TextDelta) -> None:
         """Append the delta that follows this one."""
         self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
         self.text += later.text
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
@@ -58,8 +61,10 @@ class OutputText:
         text, stop = self._detokenizer.push(output.token_ids, last_is_stop=ended_by_token)
         if stop is not None:
             counted = output.token_ids[: self._detokenizer.num_tokens - before]
-            return TextDelta(counted, text, str(FinishReason.STOP), stop)
+            logprobs = None if output.logprobs is None else output.logprobs[: len(counted)]
+            return TextDelta(counted, text, str(FinishReason.STOP), stop, logprobs)
         if output.finish_reason is None:
-            return TextDelta(output.token_ids, text)
+            return TextDelta(output.token_ids, text, logprobs=output.logprobs)
         text += self._detokenizer.finish()
-        return TextDelta(output.token_ids, text, str(output.finish_reason), output.stop_reason)
+        reason = str(output.finish_reason)
+        return TextDelta(output.token_ids, text, reason, output.stop_reason, output.logprobs)

@@ -15,10 +15,16 @@ import msgspec
 from microvllm.runtime.errors import InvalidRequestError
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
+FLOAT32_MAX = 3.4e38
 MAX_STOP_STRINGS = 4
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_N = 128
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_PATTERN = 1024
 GREEDY_EPS = 1e-5  # temperatures below are greedy, as in vLLM
 MIN_TEMPERATURE = 1e-2  # positive temperatures below are raised to it, as in vLLM
 
@@ -30,9 +36,27 @@ class FinishReason(enum.IntEnum):
     LENGTH = 1
     ABORT = 2
     ERROR = 3
+    REPETITION = 4
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
+    """Stop when the output ends in `min_count` copies of one pattern of `min_` to `max_pattern_size` tokens.
+
+    A `max_pattern_size` of 0 is off. Raises `InvalidRequestError` for values out of range.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        name = "repetition_detection"
+        _integer(self.max_pattern_size, f"{name}.max_pattern_size", 0, MAX_PATTERN)
+        _integer(self.min_pattern_size, f"{name}.min_pattern_size", 0, self.max_pattern_size)
+        _integer(self.min_count, f"{name}.min_count", 2 if self.max_pattern_size else 0, INT64_MAX)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -40,6 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     Raises `InvalidRequestError` naming the field for any value out of range. `max_tokens=None` means
     "until the context is full". A temperature below 1e-5 is greedy. One stop string may be given bare.
+    `logprobs=k` asks for the k most likely tokens beside each sampled one, `prompt_logprobs=k` beside each
+    prompt token, -1 for the whole vocabulary; `logprob_token_ids` names the tokens in place of the k.
     """
 
     n: int = 1
@@ -47,6 +73,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -55,6 +87,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    repetition_detection: RepetitionDetection | None = None
 
     def __post_init__(self) -> None:
         _integer(self.n, "n", 1, MAX_N)
@@ -62,6 +98,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _number(self.top_p, "top_p", 0.0, 1.0, open_low=True)
         _integer(self.top_k, "top_k", -1, INT64_MAX)
         _number(self.min_p, "min_p", 0.0, 1.0)
+        _number(self.presence_penalty, "presence_penalty", -2.0, 2.0)
+        _number(self.frequency_penalty, "frequency_penalty", -2.0, 2.0)
+        _number(self.repetition_penalty, "repetition_penalty", 0.0, FLOAT32_MAX, open_low=True)
+        self._check_tokens()
+        self._check_logprobs()
         if self.seed is not None:
             _integer(self.seed, "seed", INT64_MIN, INT64_MAX)
         if self.max_tokens is not None:
@@ -97,9 +138,58 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.n > 1 and self.greedy:
             raise InvalidRequestError(f"n must be 1 when using greedy sampling, got {self.n}.", "n")
 
+    def _check_tokens(self) -> None:
+        """What concerns single tokens: bias, the allowed ones, bad words."""
+        if not isinstance(self.logit_bias, dict) or len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(
+                f"logit_bias must map at most {MAX_LOGIT_BIAS} token ids to numbers.", "logit_bias"
+            )
+        for token, bias in self.logit_bias.items():
+            _integer(token, "logit_bias", 0, INT64_MAX)
+            _number(bias, "logit_bias", -100.0, 100.0)
+        if self.allowed_token_ids is not None:
+            if not isinstance(self.allowed_token_ids, list) or not self.allowed_token_ids:
+                raise InvalidRequestError(
+                    "allowed_token_ids must be a list of at least one token id.", "allowed_token_ids"
+                )
+            for token in self.allowed_token_ids:
+                _integer(token, "allowed_token_ids", 0, INT64_MAX)
+        if not isinstance(self.bad_words, list) or len(self.bad_words) > MAX_BAD_WORDS:
+            raise InvalidRequestError(f"bad_words must be a list of at most {MAX_BAD_WORDS}.", "bad_words")
+        for word in self.bad_words:
+            if type(word) is not str or not word or len(word) > MAX_BAD_WORD_CHARS:
+                raise InvalidRequestError(
+                    f"bad_words must have 1 to {MAX_BAD_WORD_CHARS} characters each.", "bad_words"
+                )
+
+    def _check_logprobs(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None:
+                _integer(count, name, -1, INT64_MAX)
+        if self.logprob_token_ids is None:
+            return
+        if self.logprobs is None:
+            raise InvalidRequestError("logprob_token_ids needs logprobs to be set.", "logprob_token_ids")
+        if (
+            not isinstance(self.logprob_token_ids, list)
+            or len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS
+        ):
+            raise InvalidRequestError(
+                f"logprob_token_ids must be a list of at most {MAX_LOGPROB_TOKEN_IDS} ids.",
+                "logprob_token_ids",
+            )
+        for token in self.logprob_token_ids:
+            _integer(token, "logprob_token_ids", 0, INT64_MAX)
+
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPS
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was generated changes the logits, so that tokens have to be counted."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
 def _integer(value: Any, name: str, low: int, high: int) -> None:
@@ -120,7 +210,8 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
 
     `params.n` is 1 (the front end fans out), `params.max_tokens` is set. `eos_token_id` is None when
     the end-of-sequence token must not stop the request; `stop_token_ids` already holds the model's
-    further end tokens. `cache_salt` separates prefix-cache entries between tenants.
+    further end tokens. `cache_salt` separates prefix-cache entries between tenants. `bad_word_ids` are
+    `params.bad_words` as token sequences.
     """
 
     request_id: int
@@ -130,6 +221,20 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     stop_token_ids: list[int] = []
     priority: int = 0
     cache_salt: str = ""
+    bad_word_ids: list[list[int]] = []
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position of a sequence, natural logarithm, possibly -inf.
+
+    First of `token_ids` is the token that stands there, then come the asked-for ones (the most likely in
+    falling order, which may repeat the first; or `logprob_token_ids`). `logprobs` is of the same length.
+    `rank` of the first one: 1 is the most likely.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -137,7 +242,10 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
 
     `stop_reason` is the stop token id, or None for the primary end-of-sequence token and for length.
     `num_cached_tokens` (prompt tokens taken from the prefix cache) is meaningful in the first output.
-    `error` is a one-line message when `finish_reason` is ERROR.
+    `error` is a one-line message when `finish_reason` is ERROR. `logprobs` has one entry a token if the
+    request asks for them. `prompt_logprobs`, in the first output only, has one entry a prompt token from
+    the second on. `scheduled_at`, in the first output only, is when the request left the queue
+    (`time.monotonic()`, which all processes of a machine share).
     """
 
     request_id: int
@@ -146,6 +254,10 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    scheduled_at: float | None = None
+    num_preemptions: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -162,3 +274,4 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
     steps: int = 0
     requests: int = 0  # that have arrived, also those that were refused
+    kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
