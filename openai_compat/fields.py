@@ -5,7 +5,8 @@ it is honoured, it is ignored on purpose, or it is refused with a 400 that names
 asks for something. A name without a row is ignored, as in vLLM.
 
 Parsing is lax where vLLM's is: a number may come as a numeric string, 1 may stand for true, null for
-"not given". A boolean is never a number.
+"not given". A boolean is never a number. A parser carries the JSON schema of what it takes, so that the
+OpenAPI document (`openapi.py`) is made of the very table that requests are read with.
 """
 
 from __future__ import annotations
@@ -14,20 +15,44 @@ import enum
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
-Parser = Callable[[Any], Any]
+T = TypeVar("T")
+JsonSchema = Mapping[str, Any]  # draft 2020-12, as in OpenAPI 3.1
 Table = Mapping[str, "Field"]
 
 _INTEGER = re.compile(r"[+-]?\d{1,20}(\.0{1,8})?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
 _TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "off", "0"})
+
+
+@dataclass(frozen=True)
+class Parser(Generic[T]):
+    """Turns one value of JSON, never null, into one of ours, or raises `Fault`.
+
+    `schema` says what it takes in its canonical form, without the lax spellings.
+    """
+
+    convert: Callable[[Any], T]
+    schema: JsonSchema
+
+    def __call__(self, value: Any) -> T:
+        return self.convert(value)
+
+    def described(self, **keywords: Any) -> Parser[T]:
+        """The same parser with more keywords in its schema: what is checked later, with the whole request."""
+        return replace(self, schema={**self.schema, **keywords})
+
+
+def parser(**schema: Any) -> Callable[[Callable[[Any], T]], Parser[T]]:
+    """Makes a function a `Parser` with this schema; as a decorator."""
+    return lambda convert: Parser(convert, schema)
 
 
 class Fate(enum.Enum):
@@ -42,13 +67,13 @@ class Field:
 
     name: str
     fate: Fate
-    parse: Parser | None = None
+    parse: Parser[Any] | None = None
     default: Any = None
     required: bool = False
     harmless: tuple[Any, ...] = ()
 
 
-def honoured(name: str, parse: Parser, default: Any = None, *, required: bool = False) -> Field:
+def honoured(name: str, parse: Parser[Any], default: Any = None, *, required: bool = False) -> Field:
     return Field(name, Fate.HONOURED, parse, default, required)
 
 
@@ -101,9 +126,18 @@ def _asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
     return any(isinstance(value, bool) == isinstance(known, bool) and value == known for known in harmless)
 
 
-def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Parser:
+def or_null(schema: JsonSchema) -> JsonSchema:
+    """The schema of what may be left out: null means "not given" everywhere."""
+    kind = schema.get("type")
+    if isinstance(kind, str) and "enum" not in schema:
+        return {**schema, "type": [kind, "null"]}
+    return {"anyOf": [schema, {"type": "null"}]} if schema else schema
+
+
+def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Parser[int]:
     """A whole number; the sampling ranges are checked by `SamplingParams`, only the type's bounds here."""
 
+    @parser(type="integer", minimum=low, maximum=high)
     def parse(value: Any) -> int:
         if type(value) is str and _INTEGER.fullmatch(value):
             value = int(value.split(".")[0])
@@ -120,6 +154,7 @@ def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Parser:
     return parse
 
 
+@parser(type="number")
 def number(value: Any) -> float:
     """A finite number."""
     if type(value) is str and _NUMBER.fullmatch(value):
@@ -131,6 +166,7 @@ def number(value: Any) -> float:
     return value if type(value) is float else float(value)
 
 
+@parser(type="boolean")
 def boolean(value: Any) -> bool:
     if type(value) is bool:
         return value
@@ -143,22 +179,25 @@ def boolean(value: Any) -> bool:
     raise Fault("bool_type", "Input should be a valid boolean")
 
 
+@parser(type="string")
 def string(value: Any) -> str:
     if type(value) is not str:
         raise Fault("string_type", "Input should be a valid string")
     return value
 
 
+@parser(type="array")
 def array(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise Fault("list_type", "Input should be a valid list")
     return value
 
 
-def array_of(parse: Parser, max_items: int) -> Parser:
+def array_of(parse: Parser[T], max_items: int) -> Parser[list[T]]:
     """A list, its length bounded before its items are looked at."""
 
-    def parse_list(value: Any) -> list[Any]:
+    @parser(type="array", items=parse.schema, maxItems=max_items)
+    def parse_list(value: Any) -> list[T]:
         if len(array(value)) > max_items:
             raise Fault("too_long", f"List should have at most {max_items} items, not {len(value)}")
         return [parse(item) for item in value]
@@ -166,25 +205,28 @@ def array_of(parse: Parser, max_items: int) -> Parser:
     return parse_list
 
 
-def one_or_many(parse: Parser, max_items: int) -> Parser:
+def one_or_many(parse: Parser[T], max_items: int) -> Parser[list[T]]:
     """One value or a list of them, as a list."""
     parse_list = array_of(parse, max_items)
 
-    def parse_either(value: Any) -> Any:
+    @parser(anyOf=[parse.schema, parse_list.schema])
+    def parse_either(value: Any) -> list[T]:
         return parse_list(value if type(value) is list else [value])
 
     return parse_either
 
 
+@parser(type="object")
 def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Fault("dict_type", "Input should be a valid dictionary")
     return value
 
 
-def record(**parsers: Parser) -> Parser:
+def record(**parsers: Parser[Any]) -> Parser[dict[str, Any]]:
     """An object with known keys; unknown ones are dropped, null means "not given"."""
 
+    @parser(type="object", properties={key: or_null(item.schema) for key, item in parsers.items()})
     def parse(value: Any) -> dict[str, Any]:
         found = {}
         for key, parse_item in parsers.items():
@@ -200,6 +242,7 @@ def record(**parsers: Parser) -> Parser:
     return parse
 
 
+@parser()
 def anything(value: Any) -> Any:
     """Left to the endpoint, which knows the bounds."""
     return value

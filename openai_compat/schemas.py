@@ -17,6 +17,7 @@ from microvllm.openai_compat.fields import (
     mapping,
     number,
     one_or_many,
+    parser,
     record,
     refused,
     string,
@@ -32,6 +33,7 @@ _BAD_IN_SALT = re.compile(r"[@/\\\x00-\x1f\x7f]")
 TEMPLATE_KWARGS = ("enable_thinking", "thinking", "date_string")
 
 
+@parser(type="string", pattern=f"^(?:{_REQUEST_ID.pattern})$")
 def request_id(value: Any) -> str:
     """A client's own id: it is echoed in headers, logs and bodies, so it must be tame."""
     if not _REQUEST_ID.fullmatch(string(value)):
@@ -39,6 +41,7 @@ def request_id(value: Any) -> str:
     return str(value)
 
 
+@parser(type="string", minLength=1, maxLength=MAX_SALT_CHARS, pattern=r"^[^@/\\\x00-\x1f\x7f]*$")
 def cache_salt(value: Any) -> str:
     text = string(value)
     if not 1 <= len(text) <= MAX_SALT_CHARS or _BAD_IN_SALT.search(text):
@@ -49,6 +52,11 @@ def cache_salt(value: Any) -> str:
     return text
 
 
+@parser(
+    type="object",
+    properties={name: {"type": ["boolean", "string"], "maxLength": 256} for name in TEMPLATE_KWARGS},
+    additionalProperties=False,
+)
 def template_kwargs(value: Any) -> dict[str, bool | str]:
     kwargs = mapping(value)
     for name, item in kwargs.items():
