@@ -18,6 +18,7 @@ from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.launcher import DEAD, EngineProcess
+from microvllm.runtime.observer import EngineObserver, RequestTiming, SampleGroup
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
@@ -45,9 +46,14 @@ class TokenStream:
     bounded memory and never holds up the engine.
     """
 
-    def __init__(self, client: EngineClient, request: EngineRequest) -> None:
+    def __init__(self, client: EngineClient, request: EngineRequest, group: SampleGroup) -> None:
         self.prompt_token_ids = request.prompt_token_ids
+        self.max_tokens = request.params.max_tokens
         self.num_cached_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_preemptions = 0
+        self.timing = RequestTiming(time.monotonic())
+        self.group = group
         # One entry a prompt token from the second on, if asked for; there when the first delta is.
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._client = client
@@ -76,11 +82,11 @@ class TokenStream:
     def abort(self) -> None:
         """End the request now; its blocks are free within one step. May be called at any time."""
         if not self._ended:
-            self._ended = True
             self._client._abort(self._id)
+            self._end("abort")
         self._wake.set()
 
-    def _take(self, output: StepOutput) -> None:
+    def _take(self, output: StepOutput, now: float) -> None:
         try:
             delta = self._text.take(output)
         except EngineError as error:
@@ -88,10 +94,10 @@ class TokenStream:
             return
         except Exception as error:  # this request's text logic failed: no other request is concerned
             logger.exception("Detokenising request %d failed.", self._id)
-            self.abort()
+            self._client._abort(self._id)
             self._fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
             return
-        self.num_cached_tokens = output.num_cached_tokens
+        self._count(output, len(delta.token_ids), now)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if self._pending is None:
@@ -103,24 +109,44 @@ class TokenStream:
                 self._client._abort(self._id)
             else:
                 self._client._forget(self._id)
-            self._ended = True
+            self._end(delta.finish_reason)
         self._wake.set()
+
+    def _count(self, output: StepOutput, num_tokens: int, now: float) -> None:
+        timing = self.timing
+        if timing.first_token is None:
+            self.num_cached_tokens = output.num_cached_tokens
+            timing.scheduled = output.scheduled_at
+        self.num_preemptions = output.num_preemptions
+        if num_tokens:
+            self._client.observer.tokens(self, num_tokens, now)
+            self.num_generated_tokens += num_tokens
+            timing.last_token = now
+            if timing.first_token is None:
+                timing.first_token = now
 
     def _fail(self, error: EngineError) -> None:
         self._client._forget(self._id)
         self._error = error
-        self._ended = True
+        self._end("error")
         self._wake.set()
+
+    def _end(self, reason: str) -> None:
+        self._ended = True
+        self.group.unfinished -= 1
+        self.group.longest = max(self.group.longest, self.num_generated_tokens)
+        self._client.observer.finished(self, reason)
 
 
 class EngineClient:
-    """Owns the engine process. All methods belong to one event loop."""
+    """Owns the engine process. All methods belong to one event loop. `observer` may be replaced."""
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer, processor: Processor) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.processor = processor
         self.stats = EngineStats()
+        self.observer = EngineObserver()
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._streams: dict[int, TokenStream] = {}
         self._submitted = 0  # to the engine process that runs now
@@ -183,11 +209,13 @@ class EngineClient:
         on_their_way = self._submitted - self.stats.requests
         free_rows = self.config.max_num_seqs - self.stats.num_running
         if limit is not None and self.stats.num_waiting + on_their_way + len(requests) - free_rows > limit:
+            self.observer.rejected("max_num_queued_reqs")
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._submitted += len(requests)
         if not self._streams:
             self._heard = time.monotonic()  # an idle engine was silent with good reason
-        streams = [TokenStream(self, request) for request in requests]
+        group = SampleGroup(len(requests), len(requests))
+        streams = [TokenStream(self, request, group) for request in requests]
         for request, stream in zip(requests, streams, strict=True):
             self._streams[request.request_id] = stream
         self._send(Add(requests))
@@ -246,6 +274,7 @@ class EngineClient:
                 logger.exception("What the engine process said was not understood.")
             self._ready = False
             self._fail_all(EngineDeadError(DEAD))
+            self.observer.stopped()
             logger.error("%s%s", DEAD, await self._process.end())
             self._use(await self._restart())
 
@@ -264,7 +293,8 @@ class EngineClient:
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                stream._take(output)
+                stream._take(output, self._heard)
+        self.observer.step(event.stats)
 
     def _fail_all(self, error: EngineError) -> None:
         for stream in list(self._streams.values()):
