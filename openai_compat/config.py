@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from microvllm.openai_compat.errors import Fault
+from microvllm.openai_compat.schemas import template_kwargs
 from microvllm.runtime.errors import ConfigError
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
@@ -17,9 +20,11 @@ class ServerArgs:
     `host` is 127.0.0.1 unless asked otherwise (vLLM listens on every interface). `uds` is the path of a
     unix socket to listen on instead of host and port. `served_model_names` are all accepted and the first is
     echoed; empty means the model as it was given. `api_keys` empty means no authentication.
-    `chat_template` is the template's text, in place of the model's own. `max_body_bytes` bounds a request
-    body. `shutdown_timeout` is the time in seconds that running requests have to finish after SIGTERM or
-    SIGINT, `stats_interval` the time between two lines of statistics.
+    `chat_template` is the template's text, in place of the model's own, `default_chat_template_kwargs` what
+    it gets unless a request says otherwise. A chunk of a stream has at least `stream_interval` tokens, the
+    first and the last one excepted. `max_body_bytes` bounds a request body. `shutdown_timeout` is the time
+    in seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time
+    between two lines of statistics.
 
     Raises `ConfigError` with one line that names the option.
     """
@@ -30,7 +35,10 @@ class ServerArgs:
     served_model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     chat_template: str | None = None
+    default_chat_template_kwargs: Mapping[str, bool | str] = field(default_factory=dict)
     response_role: str = "assistant"
+    stream_interval: int = 1
+    return_tokens_as_token_ids: bool = False
     max_body_bytes: int = 16 << 20
     uvicorn_log_level: str = "info"
     disable_uvicorn_access_log: bool = False
@@ -39,6 +47,7 @@ class ServerArgs:
     shutdown_timeout: float = 10.0
     enable_prompt_tokens_details: bool = False
     enable_force_include_usage: bool = False
+    enable_per_request_metrics: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -51,6 +60,12 @@ class ServerArgs:
             raise ConfigError("--api-key must not be empty")
         if any(not name for name in self.served_model_names):
             raise ConfigError("--served-model-name must not be empty")
+        try:
+            template_kwargs(self.default_chat_template_kwargs)
+        except Fault as fault:
+            raise ConfigError(f"--default-chat-template-kwargs: {fault.problem}") from None
+        if self.stream_interval < 1:
+            raise ConfigError(f"--stream-interval must be at least 1, got {self.stream_interval}")
         if not self.response_role:
             raise ConfigError("--response-role must not be empty")
         if self.max_body_bytes < 1:
