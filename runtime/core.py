@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.kv_cache import KVCacheManager
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
-from microvllm.runtime.scheduler import Scheduler, StepPlan
+from microvllm.runtime.scheduler import Scheduler, StepPlan, StepResult
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -32,8 +31,8 @@ class Runner(Protocol[StepT]):
         """Start a step; must not wait for its tokens."""
         ...
 
-    def collect(self, step: StepT) -> Sequence[int]:
-        """Wait for a launched step: one token for each scheduled request, in the plan's order."""
+    def collect(self, step: StepT) -> StepResult:
+        """Wait for a launched step and read what it gave."""
         ...
 
 

@@ -21,18 +21,22 @@ from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegme
 from microvllm.ops.operators import make_operators
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError
-from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.sampler import Sampler
-from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan
+from microvllm.runtime.logits import Output
+from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, log_probabilities
+from microvllm.runtime.request import TokenLogprobs
+from microvllm.runtime.sampler import Sampled, Sampler
+from microvllm.runtime.scheduler import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 
 UNKNOWN = -1  # stands for an input token that only the row knows yet
+PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
     plan: StepPlan
-    sampled: Tensor  # [number of sampling requests] int64, in the order of `order`
+    sampled: Sampled | None  # of the requests that sample, in the order of `order`
     order: tuple[int, ...]  # index in plan.scheduled of each sampled token
+    prompt_logprobs: dict[int, list[LogprobTensors]]  # by index in plan.scheduled
 
 
 class ModelGraphRunner:
@@ -59,10 +63,11 @@ class ModelGraphRunner:
             inverse_frequencies(spec.rope, spec.head_dim),
             config.max_model_len,
             dtype,
+            self._model.qk_norms,
         )
         self._block_size = config.block_size
         rows = config.max_num_seqs
-        self._sampler = Sampler(rows, spec.vocab_size, config.seed)
+        self._sampler = Sampler(rows, spec.vocab_size, config.seed, config.logprobs_mode)
         self._block_tables = np.zeros((rows, -(-config.max_model_len // config.block_size)), dtype=np.int64)
         self._last_token = torch.zeros(rows, dtype=torch.int64)
         self._occupied = np.zeros(rows, dtype=bool)
@@ -73,11 +78,10 @@ class ModelGraphRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Change the rows as the plan says, run the model once over all its tokens, and sample."""
         # The rows first, and without anything that may fail: a step that fails below leaves them whole.
-        # The rows first, and without anything that may fail: a step that fails below leaves them whole.
         for row in plan.released_rows:
             self._release_row(row)
         for request in plan.admitted:
-            self._acquire_row(request.row, request.params)
+            self._acquire_row(request)
         for item in plan.scheduled:
             if item.new_blocks:
                 end = item.first_block + len(item.new_blocks)
@@ -91,21 +95,28 @@ class ModelGraphRunner:
             # at every operator, however long one of them is kept from its core.
             torch.set_num_threads(self._config.cpu_threads if batch.segments else 1)
         hidden = self._model.forward(self._input_ids(items), self._attention.begin_step(batch))
+        prompt_logprobs = self._prompt_logprobs(hidden, items, order)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
-            return LaunchedStep(plan, torch.empty(0, dtype=torch.int64), ())
+            return LaunchedStep(plan, None, (), prompt_logprobs)
         if len(sampling) < len(hidden):
             last = np.cumsum([item.num_new for item in items])[sampling] - 1
             hidden = hidden[torch.from_numpy(last)]
-        tokens = self._sample(self._model.logits(hidden), [items[j] for j in sampling])
-        return LaunchedStep(plan, tokens, tuple(order[j] for j in sampling))
+        sampled = self._sample(self._model.logits(hidden).float(), [items[j] for j in sampling])
+        return LaunchedStep(plan, sampled, tuple(order[j] for j in sampling), prompt_logprobs)
 
-    def collect(self, step: LaunchedStep) -> Sequence[int]:
-        """The sampled tokens in the plan's order; NO_TOKEN for requests that did not sample."""
+    def collect(self, step: LaunchedStep) -> StepResult:
+        """Waits for the device. The token is NO_TOKEN for requests that did not sample."""
         tokens = [NO_TOKEN] * len(step.plan.scheduled)
-        for index, token in zip(step.order, step.sampled.tolist(), strict=True):
+        if step.sampled is None:
+            return StepResult(tokens, {}, _read(step.prompt_logprobs))
+        for index, token in zip(step.order, step.sampled.tokens.tolist(), strict=True):
             tokens[index] = token
-        return tokens
+        if step.sampled.logprobs is None and not step.prompt_logprobs:
+            return StepResult(tokens)
+        found = step.sampled.logprobs.read() if step.sampled.logprobs is not None else []
+        logprobs = {step.order[i]: entry for i, entry in zip(step.sampled.asked, found, strict=True)}
+        return StepResult(tokens, logprobs, _read(step.prompt_logprobs))
 
     # ---- its parts -----------------------------------------------------------------------------
 
@@ -159,29 +170,65 @@ class ModelGraphRunner:
             segments=segments,
         )
 
-    def _sample(self, logits: Tensor, items: Sequence[ScheduledRequest]) -> Tensor:
+    def _prompt_logprobs(
+        self, hidden: Tensor, items: Sequence[ScheduledRequest], order: Sequence[int]
+    ) -> dict[int, list[LogprobTensors]]:
+        """For prompts that ask: hidden state i of a prompt gives the log probabilities of its token i + 1."""
+        found: dict[int, list[LogprobTensors]] = {}
+        first = 0
+        for item, index in zip(items, order, strict=True):
+            request, count = item.request, item.request.params.prompt_logprobs
+            at, first = first - item.start, first + item.num_new
+            if count is None:
+                continue
+            start = max(item.start, request.num_prompt_logprobs)
+            end = min(item.start + item.num_new, request.prompt_len - 1)
+            # In slices: logits are far larger than hidden states.
+            for low in range(start, end, PROMPT_SLICE):
+                high = min(low + PROMPT_SLICE, end)
+                tokens = torch.tensor(request.token_ids[low + 1 : high + 1])
+                logits = self._model.logits(hidden[at + low : at + high])
+                wishes = [LogprobWish(count)] * (high - low)
+                normalise = self._config.logprobs_mode.endswith("logprobs")
+                found.setdefault(index, []).append(
+                    log_probabilities(logits, tokens, wishes, normalise=normalise)
+                )
+        return found
+
+    def _sample(self, logits: Tensor, items: Sequence[ScheduledRequest]) -> Sampled:
         rows = np.array([item.request.row for item in items])
         positions = np.array([item.start + item.num_new for item in items])
         masked = [
-            (i, sorted(item.request.end_ids))
+            (i, item.request.end_ids)
             for i, item in enumerate(items)
             if item.start + item.num_new - item.request.prompt_len < item.request.params.min_tokens
         ]
-        tokens = self._sampler.sample(logits, rows, positions, masked)
-        # A request without finite logits ends at commit, but its next step may be launched before.
-        self._last_token[torch.from_numpy(rows)] = tokens.clamp(min=0)
-        return tokens
 
-    def _acquire_row(self, row: int, params: SamplingParams) -> None:
+        def output(i: int) -> Output:
+            request = items[i].request
+            known = request.token_ids[request.prompt_len :]
+            return known, len(request.token_ids) < positions[i]
+
+        sampled = self._sampler.sample(logits, rows, positions, masked, output, self._last_token)
+        # A request without finite logits ends at commit, but its next step may be launched before.
+        self._last_token[torch.from_numpy(rows)] = sampled.tokens.clamp(min=0)
+        return sampled
+
+    def _acquire_row(self, request: Request) -> None:
+        row = request.row
         # A row that kept anything of its former owner would change this request's output without a
         # trace (CVE-2026-114049): better to stop.
         if self._occupied[row] or self._block_tables[row].any() or self._last_token[row] != 0:
             raise EngineError(f"row {row} was not clean when it was acquired")
         self._occupied[row] = True
-        self._sampler.set_row(row, params)
+        self._sampler.set_row(row, request.source, request.token_ids, request.prompt_len)
 
     def _release_row(self, row: int) -> None:
         self._occupied[row] = False
         self._block_tables[row] = 0
         self._last_token[row] = 0
         self._sampler.clear_row(row)
+
+
+def _read(found: dict[int, list[LogprobTensors]]) -> dict[int, list[TokenLogprobs]]:
+    return {index: [entry for part in parts for entry in part.read()] for index, parts in found.items()}

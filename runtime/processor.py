@@ -112,6 +112,9 @@ class Processor:
                 f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}.",
                 "min_tokens",
             )
+        self._check_ids(params)
+        self._check_logprobs(params)
+        bad_word_ids = self._bad_word_ids(params.bad_words)
         eos = None if params.ignore_eos else self._eos
         ends = params.stop_token_ids if params.ignore_eos else [*params.stop_token_ids, *self._further_ends]
         wrong = next((token for token in ends if token >= self._config.spec.vocab_size), None)
@@ -134,9 +137,43 @@ class Processor:
                 ends,
                 priority,
                 cache_salt,
+                bad_word_ids,
             )
             for child in range(params.n)
         ]
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        """Raise `InvalidRequestError` for a token id that the model does not have, naming the field."""
+        vocab = self._config.spec.vocab_size
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
+            ids = getattr(params, name)
+            if ids and max(ids) >= vocab:
+                wrong = ", ".join(str(token) for token in sorted(ids) if token >= vocab)
+                raise InvalidRequestError(
+                    f"{name}: token ids out of vocabulary: {wrong[:200]}. The vocabulary size is {vocab}.",
+                    name,
+                )
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        vocab, limit = self._config.spec.vocab_size, self._config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            wish = getattr(params, name)
+            count = vocab if wish == -1 else wish or 0
+            if limit != -1 and count > limit:
+                raise InvalidRequestError(
+                    f"Requested {name} of {wish}, which is greater than max allowed: {limit}.", name
+                )
+
+    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word as it is spelt at the start of a text and after a space."""
+        found: list[list[int]] = []
+        for word in words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = self._tokenizer.encode(text, False)
+                # A token that the model has no logit for cannot come anyway.
+                if ids and ids not in found and max(ids) < self._config.spec.vocab_size:
+                    found.append(ids)
+        return found
 
 
 def _child_seed(seed: int | None, child: int) -> int | None:

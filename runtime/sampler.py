@@ -1,20 +1,23 @@
 """From logits to tokens, for a whole batch at once.
 
-Order, as in vLLM: end tokens masked until `min_tokens`; temperature; min-p; top-k; top-p; draw. The
-draw inverts the cumulative distribution at one uniform number that is a function of (seed, position)
-only, so a seeded request draws the same numbers in any batch and after preemption.
+Order, as in vLLM: the request's rules (`logits.py`); temperature; min-p; top-k; top-p; draw. The draw
+inverts the cumulative distribution at one uniform number that is a function of (seed, position) only,
+so a seeded request draws the same numbers in any batch and after preemption.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.runtime.request import MIN_TEMPERATURE, SamplingParams
+from microvllm.runtime.logits import LogitRules, Output
+from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, largest, log_probabilities
+from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest
 from microvllm.runtime.scheduler import NO_TOKEN
 
 # A nucleus rarely needs more candidates than this; when it does, the whole row is sorted.
@@ -22,10 +25,22 @@ _NUCLEUS_CANDIDATES = 256
 _UINT64 = (1 << 64) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """tokens: [m] int64, NO_TOKEN where there was nothing to choose from; log probabilities of the rows
+    that asked for them, whose indices into m are `asked`."""
+
+    tokens: Tensor
+    asked: list[int]
+    logprobs: LogprobTensors | None
+
+
 class Sampler:
     """Owns the sampling parameters of every row; rows are set at admission and cleared at release."""
 
-    def __init__(self, num_rows: int, vocab_size: int, seed: int) -> None:
+    def __init__(
+        self, num_rows: int, vocab_size: int, seed: int, logprobs_mode: str = "raw_logprobs"
+    ) -> None:
         self._vocab_size = vocab_size
         self._temperature = torch.zeros(num_rows)  # 0 is greedy
         self._top_k = torch.zeros(num_rows, dtype=torch.int64)  # 0 is off
@@ -33,9 +48,17 @@ class Sampler:
         self._min_p = torch.zeros(num_rows)
         self._seed = np.zeros(num_rows, dtype=np.uint64)
         self._unseeded = random.Random(seed)
+        self._rules = LogitRules(num_rows, vocab_size)
+        self._wishes: dict[int, LogprobWish] = {}
+        self._raw = logprobs_mode.startswith("raw")
+        self._normalise = logprobs_mode.endswith("logprobs")
 
-    def set_row(self, row: int, params: SamplingParams) -> None:
-        """Bind a request's parameters to its row; without a seed the engine's own generator gives one."""
+    def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
+        """Bind a request's parameters to its row; without a seed the engine's own generator gives one.
+
+        tokens: the prompt and, after a preemption, what was generated before it.
+        """
+        params = request.params
         greedy = params.greedy
         self._temperature[row] = 0.0 if greedy else max(params.temperature, MIN_TEMPERATURE)
         self._top_k[row] = 0 if greedy or params.top_k <= 0 else min(params.top_k, self._vocab_size)
@@ -43,6 +66,10 @@ class Sampler:
         self._min_p[row] = 0.0 if greedy else params.min_p
         seed = self._unseeded.getrandbits(64) if params.seed is None else params.seed & _UINT64
         self._seed[row] = np.uint64(seed)
+        self._rules.set_row(row, request, tokens, prompt_len)
+        wish = LogprobWish.of(params)
+        if wish is not None:
+            self._wishes[row] = wish
 
     def clear_row(self, row: int) -> None:
         self._temperature[row] = 0.0
@@ -50,24 +77,36 @@ class Sampler:
         self._top_p[row] = 1.0
         self._min_p[row] = 0.0
         self._seed[row] = 0
+        self._rules.clear_row(row)
+        self._wishes.pop(row, None)
 
     def sample(
-        self, logits: Tensor, rows: np.ndarray, positions: np.ndarray, masked: Sequence[tuple[int, list[int]]]
-    ) -> Tensor:
+        self,
+        logits: Tensor,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        masked: Sequence[tuple[int, Collection[int]]],
+        output: Callable[[int], Output],
+        last_token: Tensor,
+    ) -> Sampled:
         """One token a row of logits.
 
         logits: [m, vocab] float32, overwritten. rows: [m], the request row of each; positions: [m], the
-        index in its sequence of the token to be drawn. masked: (index into m, token ids that may not be
-        drawn). Returns [m] int64, NO_TOKEN where no logit is finite.
+        index in its sequence of the token to be chosen. masked, output and last_token as in
+        `LogitRules.apply`.
         """
-        for index, banned in masked:
-            logits[index, banned] = -torch.inf
+        row_list: list[int] = rows.tolist()
+        asked = [i for i, row in enumerate(row_list) if row in self._wishes] if self._wishes else []
+        shown = logits[asked] if asked and self._raw else None
+        self._rules.apply(logits, row_list, masked, output, last_token)
         best, tokens = logits.max(-1)
         finite = best.isfinite()
         at = torch.from_numpy(rows)
         temperature = self._temperature[at]
         # There is nothing to draw from a broken row, and its NaNs would become indices out of range.
         drawn = ((temperature > 0) & finite).nonzero().squeeze(-1)
+        if asked and shown is None:
+            shown = self._processed(logits[asked], at[asked])
         if len(drawn):
             uniform = torch.from_numpy(uniform_numbers(self._seed[rows], positions))
             tokens[drawn] = self._draw(
@@ -77,7 +116,28 @@ class Sampler:
                 self._top_p[at[drawn]],
                 self._min_p[at[drawn]],
             )
-        return tokens.masked_fill_(~finite, NO_TOKEN)
+        tokens.masked_fill_(~finite, NO_TOKEN)
+        self._rules.observe(row_list, tokens)
+        if shown is None:
+            return Sampled(tokens, [], None)
+        wishes = [self._wishes[row_list[i]] for i in asked]
+        return Sampled(
+            tokens, asked, log_probabilities(shown, tokens[asked], wishes, normalise=self._normalise)
+        )
+
+    def _processed(self, logits: Tensor, at: Tensor) -> Tensor:
+        """The logits that are really drawn from: [r, vocab] of rows at: [r], tokens that are out at -inf."""
+        temperature = self._temperature[at, None]
+        logits = torch.where(temperature > 0, logits / temperature.clamp(min=MIN_TEMPERATURE), logits)
+        floor = logits.max(-1, keepdim=True).values + self._min_p[at, None].log()
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+        top_k = self._top_k[at, None]
+        outside = (top_k > 0) & (torch.arange(self._vocab_size) >= top_k)
+        values.masked_fill_(outside, -torch.inf)
+        probs = values.softmax(-1)
+        values.masked_fill_(_outside_nucleus(probs, self._top_p[at, None]), -torch.inf)
+        return torch.full_like(values, -torch.inf).scatter_(1, ids, values)
 
     def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         if bool(min_p.any()):
@@ -104,43 +164,28 @@ def _draw_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor
     count = int(top_k.max())
     if bool(without_k.any()):
         count = min(vocab, max(count, _NUCLEUS_CANDIDATES))
-    values, ids = _best(logits, count)
+    values, ids = largest(logits, count)
     # Without top-k the probabilities are relative to the whole row, of which the candidates are a part.
     total = torch.where(without_k, logits.logsumexp(-1), torch.inf)
     values.masked_fill_(torch.arange(count) >= limit[:, None], -torch.inf)
     total = torch.minimum(total, torch.where(without_k, torch.inf, values.logsumexp(-1)))
     probs = (values - total[:, None]).exp()
-    cumulative = probs.cumsum(-1)
-    if count < vocab and bool((without_k & (cumulative[:, -1] < top_p)).any()):
+    if count < vocab and bool((without_k & (probs.sum(-1) < top_p)).any()):
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
         values.masked_fill_(torch.arange(vocab) >= limit[:, None], -torch.inf)
         probs = values.softmax(-1)
-        cumulative = probs.cumsum(-1)
-    # A token stays while the probability before it is below top_p: the first one always does.
-    outside = cumulative - probs >= top_p[:, None]
-    outside[:, 0] = False
-    probs.masked_fill_(outside, 0.0)
+    probs.masked_fill_(_outside_nucleus(probs, top_p[:, None]), 0.0)
     return ids.gather(1, _invert(probs, uniform)[:, None]).squeeze(1)
 
 
-def _best(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, falling, equal ones by rising id: (values, ids), each [m, count].
+def _outside_nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
+    """probs: [m, n], falling; a token stays while the probability before it is below top_p: [m, 1].
 
-    Logits computed in bfloat16 are full of equal values. `topk` takes and orders those as it likes for
-    each `count`, which depends on the other rows: a seeded request would draw another token in company.
+    The first one always stays.
     """
-    values, ids = logits.topk(count)
-    last = values[:, -1:]
-    equal, taken = logits == last, values == last
-    cut = ((equal.sum(-1) > taken.sum(-1)) & last.squeeze(-1).isfinite()).nonzero().squeeze(-1)
-    if len(cut):  # the last place goes through a run of equal values: take those with the smallest ids
-        falling = -torch.arange(logits.shape[1], dtype=torch.float32)
-        smallest = torch.where(equal[cut], falling, -torch.inf).topk(count).indices
-        place = (taken[cut].cumsum(-1) - 1).clamp(min=0)
-        ids[cut] = torch.where(taken[cut], smallest.gather(1, place), ids[cut])
-    ids = ids.sort(-1).values
-    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(1, order)
+    outside = (probs.cumsum(-1) - probs >= top_p) & (top_p < 1)
+    outside[:, 0] = False
+    return outside
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -16,14 +16,22 @@ tokens of a step when they are known. Three fences make that safe:
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
 from microvllm.runtime.kv_cache import KVCacheManager, PrefixKeys
-from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
+from microvllm.runtime.request import (
+    EngineRequest,
+    FinishReason,
+    RepetitionDetection,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+)
 
 NO_TOKEN = -1  # what a step reports for a request whose logits were not finite
 
@@ -43,10 +51,14 @@ class Request:
         "num_cached",
         "num_computed",
         "num_in_flight",
+        "num_preemptions",
+        "num_prompt_logprobs",
         "order",
         "params",
         "prompt_len",
+        "prompt_logprobs",
         "row",
+        "scheduled_at",
         "seq_id",
         "source",
         "steps_in_flight",
@@ -72,6 +84,10 @@ class Request:
         self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
         self.steps_in_flight = 0
         self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
+        self.num_preemptions = 0
+        self.scheduled_at: float | None = None  # when it first left the queue; None once it was told
+        self.prompt_logprobs: list[TokenLogprobs] = []  # until the first token goes out
+        self.num_prompt_logprobs = 0  # computed so far: a preempted request does not compute them again
         self.row = -1
         self.finish_reason: FinishReason | None = None
 
@@ -112,6 +128,19 @@ class StepPlan:
     released_rows: tuple[int, ...]
     admitted: tuple[Request, ...]
     scheduled: tuple[ScheduledRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave: `tokens[i]` belongs to `plan.scheduled[i]`.
+
+    A token is ignored where that entry does not sample, and NO_TOKEN where there was nothing to choose
+    from. The mappings, by i, have the entries that were asked for.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -208,14 +237,10 @@ class Scheduler:
         released, self._released_rows = tuple(self._released_rows), []
         return StepPlan(released, tuple(admitted), tuple(scheduled))
 
-    def commit(self, plan: StepPlan, tokens: Sequence[int]) -> list[StepOutput]:
-        """Take in the tokens of a step: `tokens[i]` belongs to `plan.scheduled[i]`.
-
-        The value is ignored where that entry does not sample, and is NO_TOKEN where the model gave
-        no finite logits. Plans are committed in the order in which they were scheduled.
-        """
+    def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
+        """Take in what a step gave. Plans are committed in the order in which they were scheduled."""
         outputs: list[StepOutput] = []
-        for item, token in zip(plan.scheduled, tokens, strict=True):
+        for index, (item, token) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
             request = item.request
             request.steps_in_flight -= 1
             request.num_in_flight -= item.samples
@@ -225,8 +250,11 @@ class Scheduler:
                 continue
             if not item.samples or token != NO_TOKEN:  # what gave no finite logits may be broken itself
                 self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
+            if index in result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs[index]
+                request.num_prompt_logprobs += len(result.prompt_logprobs[index])
             if item.samples:
-                outputs.append(self._take_token(request, token))
+                outputs.append(self._take_token(request, token, result.logprobs.get(index)))
         return outputs
 
     def fail(self, plan: StepPlan, message: str) -> list[StepOutput]:
@@ -281,7 +309,9 @@ class Scheduler:
             request = self._peek_waiting()
             if request is None:
                 break
-            prefix = self.kv.match_prefix(request.keys, request.num_tokens)
+            # What is in the cache is not computed, so it would have no log probabilities.
+            whole = request.params.prompt_logprobs is not None
+            prefix = [] if whole else self.kv.match_prefix(request.keys, request.num_tokens)
             num_cached = len(prefix) * self.kv.block_size
             num_new = self._chunk(request, num_cached, budget)
             if not self._config.enable_chunked_prefill and num_new < request.num_tokens - num_cached:
@@ -297,7 +327,8 @@ class Scheduler:
             request.num_computed = num_cached
             if request.num_cached is None:  # a preempted request hits its own blocks: not a reuse to count
                 request.num_cached = num_cached
-                if self.kv.enable_prefix_caching:
+                request.scheduled_at = time.monotonic()
+                if self.kv.enable_prefix_caching and not whole:
                     self.prefix_queries += request.prompt_len
                     self.prefix_hits += num_cached
             insort(self._running, request)
@@ -318,16 +349,34 @@ class Scheduler:
         request.num_in_flight += samples
         return ScheduledRequest(request, start, num_new, samples, first_block, blocks)
 
-    def _take_token(self, request: Request, token: int) -> StepOutput:
+    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
         if token == NO_TOKEN:
             self._finish(request, FinishReason.ERROR)
             message = "the model gave no finite logits for this request"
+            if request.params.allowed_token_ids is not None or request.params.bad_words:
+                message = "allowed_token_ids and bad_words leave this request no token to choose from"
             return StepOutput(request.id, [], FinishReason.ERROR, error=message)
         request.token_ids.append(token)
         reason, stop_reason = self._why_stop(request, token)
         if reason is not None:
             self._finish(request, reason)
-        return StepOutput(request.id, [token], reason, stop_reason, request.num_cached or 0)
+        output = StepOutput(
+            request.id,
+            [token],
+            reason,
+            stop_reason,
+            request.num_cached or 0,
+            logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=request.prompt_logprobs if self._tells_prompt(request) else None,
+            scheduled_at=request.scheduled_at,
+            num_preemptions=request.num_preemptions,
+        )
+        request.scheduled_at = None
+        return output
+
+    @staticmethod
+    def _tells_prompt(request: Request) -> bool:
+        return request.num_output == 1 and request.params.prompt_logprobs is not None
 
     def _why_stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         if request.num_output >= request.params.min_tokens:
@@ -337,6 +386,9 @@ class Scheduler:
                 return FinishReason.STOP, token
         if request.num_output >= request.max_tokens:
             return FinishReason.LENGTH, None
+        wish = request.params.repetition_detection
+        if wish is not None and request.num_output >= request.params.min_tokens and _repeats(request, wish):
+            return FinishReason.REPETITION, None
         return None, None
 
     # ---- where a request is: waiting, running, or gone -----------------------------------------
@@ -364,6 +416,7 @@ class Scheduler:
         """Give back row and blocks and wait again, at the old place in the queue."""
         self._release(request)
         request.num_computed = 0
+        request.num_preemptions += 1
         self.num_preemptions += 1
         self._wait(request)
 
@@ -382,3 +435,16 @@ class Scheduler:
         self._free_rows.append(request.row)
         self._released_rows.append(request.row)
         request.row = -1
+
+
+def _repeats(request: Request, wish: RepetitionDetection) -> bool:
+    """Whether the output ends in `min_count` copies of one pattern of an allowed size."""
+    tokens = request.token_ids
+    for size in range(max(1, wish.min_pattern_size), wish.max_pattern_size + 1):
+        first = len(tokens) - size * wish.min_count
+        if first < request.prompt_len:
+            return False
+        # Equal to itself moved by one pattern: all copies are equal.
+        if tokens[first : len(tokens) - size] == tokens[first + size :]:
+            return True
+    return False

@@ -17,7 +17,7 @@ from microvllm.adapters.spec import ModelSpec, RopeSpec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core import EngineCore, StepInFlight
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
-from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan
+from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
 
 VOCAB = 24
 EOS = 2
@@ -216,10 +216,10 @@ class FakeRunner:
         _require(len(self.in_flight) <= 1 + self.config.async_scheduling, "too many steps in flight")
         return step
 
-    def collect(self, step: StepInFlight) -> list[int]:
+    def collect(self, step: StepInFlight) -> StepResult:
         oldest = self.in_flight.popleft()
         _require(oldest is step, "steps are collected out of order")
-        return oldest.tokens
+        return StepResult(oldest.tokens)
 
     # ---- the device ----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from test_state_machine import MACHINES
 
 from microvllm.runtime.kv_cache import BrokenPoolError, KVCacheManager, PrefixKeys
 from microvllm.runtime.request import FinishReason, StepOutput
-from microvllm.runtime.scheduler import Request, ScheduledRequest, Scheduler, StepPlan
+from microvllm.runtime.scheduler import Request, ScheduledRequest, Scheduler, StepPlan, StepResult
 
 MAX_EXAMPLES = 400
 SETTINGS = settings(
@@ -374,13 +374,13 @@ def a_reused_id_meets_its_predecessor(patch: pytest.MonkeyPatch) -> None:
 def the_token_of_an_ended_request_is_delivered(patch: pytest.MonkeyPatch) -> None:
     commit = Scheduler.commit
 
-    def mutant(self: Scheduler, plan: StepPlan, tokens: list[int]) -> list[StepOutput]:
+    def mutant(self: Scheduler, plan: StepPlan, result: StepResult) -> list[StepOutput]:
         ended = [
             StepOutput(item.request.id, [token], None)
-            for item, token in zip(plan.scheduled, tokens, strict=True)
+            for item, token in zip(plan.scheduled, result.tokens, strict=True)
             if item.samples and item.request.finish_reason is not None
         ]
-        return commit(self, plan, tokens) + ended
+        return commit(self, plan, result) + ended
 
     patch.setattr(Scheduler, "commit", mutant)
 

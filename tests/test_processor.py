@@ -31,6 +31,7 @@ def processor() -> Processor:
         max_model_len=64,
         spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[EOS, 5]),
         generation_defaults={"temperature": 0.5, "max_new_tokens": 9},
+        max_logprobs=20,
     )
     return Processor(config, tokenizer)
 
@@ -92,3 +93,9 @@ def test_requests(processor: Processor) -> None:
 
 def test_defaults_are_the_models(processor: Processor) -> None:
     assert processor.default_params() == {"temperature": 0.5, "max_tokens": 9}
+
+
+def test_bad_words_are_spelt_at_the_start_and_after_a_space(processor: Processor) -> None:
+    (request,) = processor.requests([1], SamplingParams(bad_words=["ab", " ab", " "]))
+    a, b, space = b"ab "
+    assert request.bad_word_ids == [[a, b], [space, a, b], [space]]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microvllm.runtime.request import MIN_TEMPERATURE, SamplingParams
+from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
 from microvllm.runtime.sampler import Sampler, uniform_numbers
 from microvllm.runtime.scheduler import NO_TOKEN
 
@@ -20,6 +20,25 @@ NO_MASK: list[tuple[int, list[int]]] = []
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -4.0])[
     torch.tensor([3, 7, 0, 9, 5, 1, 8, 2, 6, 4])
 ]
+
+
+def bind(sampler: Sampler, row: int, params: SamplingParams) -> None:
+    sampler.set_row(row, EngineRequest(row, [0], params), [0], 1)
+
+
+def choose(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    rows: Sequence[int],
+    positions: Sequence[int],
+    masked: Sequence[tuple[int, list[int]]] = NO_MASK,
+) -> list[int]:
+    newest = torch.zeros(1 + max(rows), dtype=torch.int64)
+    sampled = sampler.sample(
+        logits.clone(), np.array(rows), np.array(positions), masked, lambda i: ([], False), newest
+    )
+    tokens: list[int] = sampled.tokens.tolist()
+    return tokens
 
 
 def draw(
@@ -31,10 +50,8 @@ def draw(
     """One token for each row of logits, request i on row i."""
     sampler = Sampler(len(params), logits.shape[1], seed=0)
     for row, one in enumerate(params):
-        sampler.set_row(row, one)
-    at = np.zeros(len(params), dtype=np.int64) if positions is None else np.array(positions)
-    tokens: list[int] = sampler.sample(logits.clone(), np.arange(len(params)), at, masked).tolist()
-    return tokens
+        bind(sampler, row, one)
+    return choose(sampler, logits, range(len(params)), positions or [0] * len(params), masked)
 
 
 def exact(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
@@ -230,13 +247,13 @@ def test_rows_are_independent_of_their_number_and_their_past() -> None:
     sampler = Sampler(4, 300, seed=0)
     drawn = []
     for row in range(4):
-        sampler.set_row(row, SamplingParams(seed=row, top_k=2, min_p=0.3, temperature=0.4))
+        bind(sampler, row, SamplingParams(seed=row, top_k=2, min_p=0.3, temperature=0.4))
         sampler.clear_row(row)
-        sampler.set_row(row, wish)
-        drawn += sampler.sample(logits.clone(), np.array([row]), np.array([31]), NO_MASK).tolist()
+        bind(sampler, row, wish)
+        drawn += choose(sampler, logits, [row], [31])
     assert len(set(drawn)) == 1
     sampler.clear_row(2)
-    cleared = sampler.sample(logits.clone(), np.array([2]), np.array([31]), NO_MASK).tolist()
+    cleared = choose(sampler, logits, [2], [31])
     assert cleared == logits.argmax(-1).tolist()
 
 
@@ -246,11 +263,8 @@ def test_the_engine_seed_decides_what_unseeded_requests_draw() -> None:
     def tokens(seed: int) -> list[int]:
         sampler = Sampler(50, 1000, seed)
         for row in range(50):
-            sampler.set_row(row, SamplingParams())
-        result: list[int] = sampler.sample(
-            logits.clone(), np.arange(50), np.zeros(50, np.int64), NO_MASK
-        ).tolist()
-        return result
+            bind(sampler, row, SamplingParams())
+        return choose(sampler, logits, range(50), [0] * 50)
 
     assert tokens(1) == tokens(1) != tokens(2)
 

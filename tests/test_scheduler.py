@@ -8,7 +8,7 @@ from fakes import EOS, VOCAB, Answer, Engine, FakeRunner, make_config, make_requ
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
 from microvllm.runtime.kv_cache import KVCacheManager
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams
-from microvllm.runtime.scheduler import NO_TOKEN, Scheduler
+from microvllm.runtime.scheduler import NO_TOKEN, Scheduler, StepResult
 
 both_modes = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 
@@ -519,4 +519,4 @@ def test_a_plan_is_committed_with_one_token_for_each_entry() -> None:
     assert plan is not None and [r.id for r in plan.admitted] == [1]
     FakeRunner(config).launch(plan)
     with pytest.raises(ValueError, match="zip"):
-        scheduler.commit(plan, [])
+        scheduler.commit(plan, StepResult([]))

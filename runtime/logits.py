@@ -1,0 +1,180 @@
+"""What a request may do to its logits before a token is chosen.
+
+Order, as in vLLM: allowed tokens, bad words, end tokens before `min_tokens`, logit bias, penalties. All
+requests of a step are changed together: every rule becomes (row, token) pairs of one indexed operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microvllm.runtime.request import EngineRequest
+
+# What a request has generated so far, and whether one more token is in flight, which only its row knows.
+Output = tuple[Sequence[int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    bias_ids: Tensor  # [b] int64
+    bias: Tensor  # [b] float32
+    allowed: Tensor | None  # [vocab] bool
+    bad_words: list[list[int]]
+    penalised: bool
+
+
+class LogitRules:
+    """Owns the rules and token counts of every row; a row without rules costs nothing."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: str | torch.device = "cpu") -> None:
+        self._num_rows = num_rows
+        self._vocab_size = vocab_size
+        self._device = device
+        self._rules: dict[int, _Rules] = {}
+        self._penalties: _Penalties | None = None  # most servers never see one
+
+    def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
+        """Bind a request to its row. tokens: its prompt and, after a preemption, what it has generated."""
+        params = request.params
+        allowed = None
+        if params.allowed_token_ids is not None:
+            allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
+            allowed[params.allowed_token_ids] = True
+            allowed = allowed.to(self._device)
+        elif not (params.logit_bias or params.penalised or request.bad_word_ids):
+            return
+        self._rules[row] = _Rules(
+            torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device),
+            torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device),
+            allowed,
+            request.bad_word_ids,
+            params.penalised,
+        )
+        if params.penalised:
+            if self._penalties is None:
+                self._penalties = _Penalties(self._num_rows, self._vocab_size, self._device)
+            self._penalties.set_row(row, request, tokens, prompt_len)
+
+    def clear_row(self, row: int) -> None:
+        rules = self._rules.pop(row, None)
+        if rules is not None and rules.penalised and self._penalties is not None:
+            self._penalties.clear_row(row)
+
+    def apply(
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        masked: Sequence[tuple[int, Collection[int]]],
+        output: Callable[[int], Output],
+        last_token: Tensor,
+    ) -> None:
+        """Change logits: [m, vocab] in place.
+
+        rows: the row of each; masked: (index into m, end tokens that may not come yet); output(i): what
+        request i has generated; last_token: [num_rows] int64, the newest token of every row.
+        """
+        banned = [(i, token) for i, tokens in masked for token in tokens]
+        ruled = (
+            [(i, self._rules[row]) for i, row in enumerate(rows) if row in self._rules] if self._rules else []
+        )
+        for i, rules in ruled:
+            if rules.allowed is not None:
+                logits[i].masked_fill_(~rules.allowed, -torch.inf)
+        in_flight: list[tuple[int, int, int]] = []
+        for i, rules in ruled:
+            if rules.bad_words:
+                found, undecided = _next_of_bad_words(rules.bad_words, *output(i))
+                banned += [(i, token) for token in found]
+                in_flight += [(i, before, token) for before, token in undecided]
+        if banned:
+            at, tokens = torch.tensor(banned, device=self._device).unbind(1)
+            logits[at, tokens] = -torch.inf
+        if in_flight:
+            at, before, tokens = torch.tensor(in_flight, device=self._device).unbind(1)
+            newest = last_token[torch.tensor([rows[i] for i, _, _ in in_flight], device=self._device)]
+            # Added, not assigned: several words may end in the same token, and only some apply.
+            penalty = torch.where(newest == before, -torch.inf, 0.0)
+            logits.index_put_((at, tokens), penalty, accumulate=True)
+        biased = [(i, rules) for i, rules in ruled if len(rules.bias_ids)]
+        if biased:
+            at = torch.cat([torch.full_like(rules.bias_ids, i) for i, rules in biased])
+            ids = torch.cat([rules.bias_ids for _, rules in biased])
+            logits.index_put_((at, ids), torch.cat([rules.bias for _, rules in biased]), accumulate=True)
+        penalised = [i for i, rules in ruled if rules.penalised]
+        if penalised and self._penalties is not None:
+            self._penalties.apply(logits, penalised, [rows[i] for i in penalised])
+
+    def observe(self, rows: Sequence[int], tokens: Tensor) -> None:
+        """Count the chosen tokens: [m] int64 (negative: none was chosen) of the given rows."""
+        if self._penalties is None:
+            return
+        counted = [i for i, row in enumerate(rows) if row in self._rules and self._rules[row].penalised]
+        if counted:
+            self._penalties.count([rows[i] for i in counted], tokens[counted])
+
+
+class _Penalties:
+    """Token counts of every row, [num_rows, vocab]: memory that is only touched where rows are penalised."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: str | torch.device) -> None:
+        self._device = device
+        self._in_output = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
+        self._in_prompt = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
+        self._presence = torch.zeros(num_rows, device=device)
+        self._frequency = torch.zeros(num_rows, device=device)
+        self._repetition = torch.ones(num_rows, device=device)
+
+    def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
+        params = request.params
+        self._presence[row] = params.presence_penalty
+        self._frequency[row] = params.frequency_penalty
+        self._repetition[row] = params.repetition_penalty
+        self._in_prompt[row, torch.tensor(tokens[:prompt_len], device=self._device)] = True
+        output = torch.tensor(tokens[prompt_len:], dtype=torch.int64, device=self._device)
+        self._in_output[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+    def clear_row(self, row: int) -> None:
+        self._presence[row] = self._frequency[row] = 0.0
+        self._repetition[row] = 1.0
+        self._in_output[row] = 0
+        self._in_prompt[row] = False
+
+    def count(self, rows: Sequence[int], tokens: Tensor) -> None:
+        at = torch.tensor(rows, device=self._device)
+        self._in_output[at, tokens.clamp(min=0)] += (tokens >= 0).int()
+
+    def apply(self, logits: Tensor, at: Sequence[int], rows: Sequence[int]) -> None:
+        """Presence and frequency look at the output, repetition (Keskar et al., 2019, arXiv:1909.05858) at
+        prompt and output."""
+        row = torch.tensor(rows, device=self._device)
+        index = torch.tensor(at, device=self._device)
+        counts, values = self._in_output[row], logits[index]
+        repetition = self._repetition[row, None]
+        scaled = torch.where(values > 0, values / repetition, values * repetition)
+        values = torch.where(self._in_prompt[row] | (counts > 0), scaled, values)
+        values -= self._frequency[row, None] * counts + self._presence[row, None] * (counts > 0)
+        logits[index] = values
+
+
+def _next_of_bad_words(
+    bad_words: list[list[int]], output: Sequence[int], in_flight: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens that would complete a bad word which the output has otherwise spelt already.
+
+    With a token in flight, those that depend on it come second, as (what it would have to be, token).
+    """
+    found: list[int] = []
+    undecided: list[tuple[int, int]] = []
+    for *head, last in bad_words:
+        if not head:
+            found.append(last)
+        elif not in_flight:
+            if list(output[-len(head) :]) == head:
+                found.append(last)
+        elif len(head) == 1 or list(output[1 - len(head) :]) == head[:-1]:
+            undecided.append((head[-1], last))
+    return found, undecided
