@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from microvllm.adapters.spec import ModelSpec, RopeSpec
-from microvllm.ops.attention import StepAttention
-from microvllm.ops.operators import LinearOperator, Operators
+from microvllm.ops.attention import QKNorms, StepAttention
+from microvllm.ops.operators import Operators
 
 
 class DecoderModel:
@@ -22,55 +21,61 @@ class DecoderModel:
 
     def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators) -> None:
         self.spec = spec
-        self._ops = operators
-        self._embed = weights.pop("embed")
-        self._head = operators.linear(self._embed if spec.tie_embeddings else weights.pop("lm_head"), None)
-        self._norm = weights.pop("norm").to(operators.activation_dtype)
+        dtype = operators.activation_dtype
+        embed = weights.pop("embed")
+        head = embed if spec.tie_embeddings else weights.pop("lm_head")
+        self._embed = operators.embedding(embed)
+        # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
+        self.head = operators.norm_linear(weights.pop("norm").to(dtype), spec.rms_norm_eps, head)
         self._layers = [_Layer(spec, i, weights, operators) for i in range(spec.num_layers)]
+        self.qk_norms = _take_qk_norms(spec, weights, dtype)
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
-        """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden]."""
-        hidden = embedding(input_ids, self._embed).to(self._ops.activation_dtype)
+        """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden].
+
+        The attention backend has to have this model's `qk_norms`.
+        """
+        hidden = self._embed(input_ids)
         for layer in self._layers:
             hidden = layer.forward(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32."""
-        return self._head(self._ops.rms_norm(hidden, self._norm, self.spec.rms_norm_eps)).float()
+        return self.head(hidden).float()
 
 
 class _Layer:
     def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor], operators: Operators) -> None:
-        def linear(name: str) -> LinearOperator:
+        def take(name: str) -> tuple[Tensor, Tensor | None]:
+            """A weight and its bias."""
             weight = weights.pop(f"layers.{index}.{name}")
-            return operators.linear(weight, weights.pop(f"layers.{index}.{name}_bias", None))
+            return weight, weights.pop(f"layers.{index}.{name}_bias", None)
 
-        def norm(name: str) -> Tensor:
-            return weights.pop(f"layers.{index}.{name}").to(operators.activation_dtype)
+        def norm(name: str) -> tuple[Tensor, float]:
+            weight = weights.pop(f"layers.{index}.{name}")
+            return weight.to(operators.activation_dtype), spec.rms_norm_eps
 
-        self._spec = spec
-        self._ops = operators
         self._index = index
-        self._qkv, self._o = linear("qkv"), linear("o")
-        self._gate_up, self._down = linear("gate_up"), linear("down")
-        self._input_norm, self._post_norm = norm("input_norm"), norm("post_norm")
-        self._qk_norms = (norm("q_norm"), norm("k_norm")) if spec.qk_norm else None
+        self._qkv = operators.norm_linear(*norm("input_norm"), *take("qkv"))
+        self._o = operators.linear(*take("o"))
+        self._gate_up = operators.norm_gate_up(*norm("post_norm"), *take("gate_up"))
+        self._down = operators.linear(*take("down"))
 
     def forward(self, hidden: Tensor, attention: StepAttention) -> Tensor:
-        spec, ops = self._spec, self._ops
-        eps, heads, kv_heads = spec.rms_norm_eps, spec.num_heads, spec.num_kv_heads
-        qkv = self._qkv(ops.rms_norm(hidden, self._input_norm, eps))
-        qkv = qkv.view(-1, heads + 2 * kv_heads, spec.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._qk_norms is not None:
-            q_norm, k_norm = self._qk_norms
-            qk = torch.cat(
-                (ops.rms_norm(qk[:, :heads], q_norm, eps), ops.rms_norm(qk[:, heads:], k_norm, eps)), 1
-            )
-        hidden = self._o(attention(self._index, qk, v), hidden)
-        gate_up = self._gate_up(ops.rms_norm(hidden, self._post_norm, eps))
-        return self._down(ops.silu_and_mul(gate_up), hidden)
+        hidden = self._o(attention(self._index, self._qkv(hidden)), hidden)
+        return self._down(self._gate_up(hidden), hidden)
+
+
+def _take_qk_norms(spec: ModelSpec, weights: dict[str, Tensor], dtype: torch.dtype) -> QKNorms | None:
+    if not spec.qk_norm:
+        return None
+
+    def take(layer: int, name: str) -> Tensor:
+        return weights.pop(f"layers.{layer}.{name}").to(dtype)
+
+    pairs = ((take(i, "q_norm"), take(i, "k_norm")) for i in range(spec.num_layers))
+    return QKNorms(tuple(pairs), spec.rms_norm_eps)
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

@@ -1,20 +1,26 @@
 """The operators that a decoder is made of, and which implementation a device gets.
 
-`torch` runs everywhere and is the reference; `cpu` is C compiled for this machine.
+They are as coarse as a device may want to fuse them; `SeparateOperators` composes them for one that fuses
+nothing. `torch` runs everywhere and is the reference; `cpu` is C compiled for this machine.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from microvllm.ops.activation import silu_and_mul
-from microvllm.ops.attention import AttentionBackend, AttentionShape
+from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
+
+Operator = Callable[[Tensor], Tensor]
 
 
 class LinearOperator(Protocol):
@@ -24,21 +30,36 @@ class LinearOperator(Protocol):
 
 
 class Operators(Protocol):
-    """Activations and norm weights are of `activation_dtype`; weights and KV cache of the model's dtype."""
+    """Makes operators on activations of `activation_dtype`; norm weights are of it, too.
+
+    Other weights and the KV cache are of the model's dtype. A weight is [out, in], its bias [out]; an
+    operator may keep a packed copy of it in its place.
+    """
 
     @property
     def activation_dtype(self) -> torch.dtype: ...
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearOperator:
-        """weight: [out, in]; bias: [out] or None. May keep a packed copy instead of the weight."""
+    def embedding(self, weight: Tensor) -> Operator:
+        """[vocab, d] -> the operator: [n] int64 token ids -> their rows of the weight, [n, d]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """See `ops.norm.rms_norm`."""
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
+        """The matrix product, with or without a residual."""
         ...
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """See `ops.activation.silu_and_mul`."""
+    def norm_linear(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        """`ops.norm.rms_norm`, then the product: [n, in] -> [n, out]."""
+        ...
+
+    def norm_gate_up(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        """`norm_linear` whose weight is [2 * i, in], gate before up, then SwiGLU: [n, in] -> [n, i].
+
+        See `ops.activation.silu_and_mul`.
+        """
         ...
 
     def attention(
@@ -49,18 +70,52 @@ class Operators(Protocol):
         inv_freq: Tensor,
         max_position: int,
         dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
     ) -> AttentionBackend:
         """An attention backend with a KV cache of its own, in `dtype`."""
         ...
 
 
-class TorchOperators:
+class SeparateOperators(ABC):
+    """One operator after another."""
+
+    activation_dtype: torch.dtype
+
+    @abstractmethod
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
+        """See `Operators.linear`."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `ops.norm.rms_norm`."""
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """See `ops.activation.silu_and_mul`."""
+
+    def embedding(self, weight: Tensor) -> Operator:
+        return lambda token_ids: embedding(token_ids, weight).to(self.activation_dtype)
+
+    def norm_linear(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        product = self.linear(weight, bias)
+        return lambda x: product(self.rms_norm(x, norm_weight, eps))
+
+    def norm_gate_up(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        product = self.linear(weight, bias)
+        return lambda x: self.silu_and_mul(product(self.rms_norm(x, norm_weight, eps)))
+
+
+class TorchOperators(SeparateOperators):
     """Plain torch, in the model's dtype throughout."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.activation_dtype = dtype
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearOperator:
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
         return Linear(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,8 +132,9 @@ class TorchOperators:
         inv_freq: Tensor,
         max_position: int,
         dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
     ) -> AttentionBackend:
-        return TorchAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype)
+        return TorchAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
 
 
 def make_operators(name: str, dtype: torch.dtype, threads: int) -> Operators:

@@ -102,7 +102,7 @@ class ModelGraphRunner:
         if len(sampling) < len(hidden):
             last = np.cumsum([item.num_new for item in items])[sampling] - 1
             hidden = hidden[torch.from_numpy(last)]
-        sampled = self._sample(self._model.logits(hidden).float(), [items[j] for j in sampling])
+        sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling])
         return LaunchedStep(plan, sampled, tuple(order[j] for j in sampling), prompt_logprobs)
 
     def collect(self, step: LaunchedStep) -> StepResult:

@@ -70,8 +70,8 @@ def dense(sequence: Sequence, shape: AttentionShape, query: int) -> Tensor:
 
 def make_batch(
     work: list[tuple[Sequence, int, int]], block_size: int, padding_block: int
-) -> tuple[AttentionBatch, Tensor, Tensor]:
-    """(sequence, start, end) of each -> the batch with single tokens first, and its qk and v."""
+) -> tuple[AttentionBatch, Tensor]:
+    """(sequence, start, end) of each -> the batch with single tokens first, and its qkv."""
     work = sorted(work, key=lambda item: item[2] - item[1] > 1)
     decodes = [item for item in work if item[2] - item[1] == 1]
     positions, slots, segments = [], [], []
@@ -97,7 +97,7 @@ def make_batch(
     )
     qk = torch.cat([sequence.qk[start:end] for sequence, start, end in work])
     v = torch.cat([sequence.v[start:end] for sequence, start, end in work])
-    return batch, qk, v
+    return batch, torch.cat((qk, v), 1).flatten(1)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -146,9 +146,9 @@ def test_any_mixture_of_chunks_is_dense_attention(
         if ends == done:
             ends = lengths
         work = [(s, at, end) for s, at, end in zip(sequences, done, ends, strict=True) if end > at]
-        batch, qk, v = make_batch(work, block_size, padding_block)
+        batch, qkv = make_batch(work, block_size, padding_block)
         step = backend.begin_step(batch)
-        first_layer, second_layer = step(0, qk, v), step(1, qk.flip(0), v)
+        first_layer, second_layer = step(0, qkv.clone()), step(1, qkv.flip(0))
         del second_layer  # writes elsewhere: must not be seen in the first layer
         order = sorted(work, key=lambda item: item[2] - item[1] > 1)
         expected = torch.stack([dense(s, shape, p) for s, at, end in order for p in range(at, end)])
@@ -177,11 +177,11 @@ def test_a_long_decode_batch_with_one_short_sequence(
         for length in lengths
     ]
     fill = [(s, 0, length - 1) for s, length in zip(sequences, lengths, strict=True) if length > 1]
-    batch, qk, v = make_batch(fill, block_size, sequences[0].blocks[0])
-    backend.begin_step(batch)(0, qk, v)
+    batch, qkv = make_batch(fill, block_size, sequences[0].blocks[0])
+    backend.begin_step(batch)(0, qkv)
     last = [(s, length - 1, length) for s, length in zip(sequences, lengths, strict=True)]
-    batch, qk, v = make_batch(last, block_size, sequences[0].blocks[0])
-    ours = backend.begin_step(batch)(0, qk, v)
+    batch, qkv = make_batch(last, block_size, sequences[0].blocks[0])
+    ours = backend.begin_step(batch)(0, qkv)
     assert ours.dtype == activations
     expected = torch.stack(
         [dense(s, shape, length - 1) for s, length in zip(sequences, lengths, strict=True)]
@@ -199,8 +199,8 @@ def test_broken_values_stay_in_their_sequence(name: str) -> None:
     bad = Sequence(torch.full((6, 6, 8), torch.nan), torch.randn(6, 2, 8), [1, 2])
     for start, end in ((0, 2), (2, 3)):
         work = [(good, start, end), (bad, 2 * start, 2 * end)] if start == 0 else [(good, 2, 3), (bad, 4, 5)]
-        batch, qk, v = make_batch(work, block_size, 5)
-        out = backend.begin_step(batch)(0, qk, v)
+        batch, qkv = make_batch(work, block_size, 5)
+        out = backend.begin_step(batch)(0, qkv)
     torch.testing.assert_close(out[0].double(), dense(good, shape, 2), rtol=1e-4, atol=1e-5)
     assert out[1].isnan().all()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape
+from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.cpu import build
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
@@ -101,6 +101,7 @@ def test_silu_keeps_nan_and_infinity(operators: CpuOperators) -> None:
     st.sampled_from([2, 10, 32, 64]),
     st.sampled_from([1, 8, 16, 256]),
     st.sampled_from([None, 1, 50, 300]),
+    st.booleans(),
     st.sampled_from(DTYPES),
     seeds,
 )
@@ -111,6 +112,7 @@ def test_decode_attention_reads_the_block_table(
     dim: int,
     block_size: int,
     window: int | None,
+    qk_norm: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -127,17 +129,15 @@ def test_decode_attention_reads_the_block_table(
     slots = tables[torch.arange(len(lens)), positions // block_size] * block_size + positions % block_size
     batch = AttentionBatch(positions, slots, len(lens), tables, torch.tensor(lens), ())
     contents = random(1, 2 * kv_heads, num_blocks, block_size, dim, seed=seed).to(dtype)
-    qk, v = (
-        random(len(lens), num_heads + kv_heads, dim, seed=seed),
-        random(len(lens), kv_heads, dim, seed=seed + 9),
-    )
+    qkv = random(len(lens), (num_heads + 2 * kv_heads) * dim, seed=seed)
+    norms = QKNorms(((random(dim, seed=seed + 1), random(dim, seed=seed + 2)),), 1e-5) if qk_norm else None
 
-    ours = operators.attention(shape, num_blocks, block_size, inv_freq, 1024, dtype)
-    reference = TorchAttention(shape, num_blocks, block_size, inv_freq, 1024, dtype, torch.float32)
+    ours = operators.attention(shape, num_blocks, block_size, inv_freq, 1024, dtype, norms)
+    reference = TorchAttention(shape, num_blocks, block_size, inv_freq, 1024, dtype, norms, torch.float32)
     ours.cache.copy_(contents)
     reference.cache.copy_(contents)
-    out = ours.begin_step(batch)(0, qk.clone(), v)
-    rotated = reference.begin_step(batch)._rotate_and_cache(0, qk, v)
+    out = ours.begin_step(batch)(0, qkv.clone())
+    rotated = reference.begin_step(batch)._rotate_and_cache(0, qkv)
     # One unit in the last place of bfloat16: the kernel and torch round the rotated key from sums that
     # differ in float32's last bit.
     assert_close(ours.cache.float(), reference.cache.float(), 1e-6 if dtype == torch.float32 else 8e-3)
@@ -162,9 +162,9 @@ def test_a_sequence_without_finite_scores_spoils_no_other(operators: CpuOperator
         torch.tensor([1, 1]),
         (),
     )
-    qk, v = torch.ones(2, 3, 8), torch.ones(2, 1, 8)
-    qk[0] = torch.nan
-    out = attention.begin_step(batch)(0, qk, v)
+    qkv = torch.ones(2, 4 * 8)
+    qkv[0, : 3 * 8] = torch.nan
+    out = attention.begin_step(batch)(0, qkv)
     assert out[0].isnan().all()
     assert torch.equal(out[1], torch.ones(16))
 

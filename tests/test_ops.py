@@ -13,7 +13,8 @@ from torch import Tensor
 from microvllm.adapters.decoder import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.linear import Linear
-from microvllm.ops.operators import Operators, make_operators
+from microvllm.ops.norm import rms_norm
+from microvllm.ops.operators import SeparateOperators, make_operators
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 
@@ -22,9 +23,16 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 @pytest.fixture(params=BACKENDS)
-def ops(request: pytest.FixtureRequest) -> Operators:
+def ops(request: pytest.FixtureRequest) -> SeparateOperators:
     """The operators for a model in float32."""
-    return make_operators(request.param, torch.float32, 2)
+    return separate(request.param, torch.float32)
+
+
+def separate(name: str, dtype: torch.dtype) -> SeparateOperators:
+    """The named operators for a model in `dtype`, each of which can be called by itself."""
+    operators = make_operators(name, dtype, 2)
+    assert isinstance(operators, SeparateOperators)
+    return operators
 
 
 # ---- matrix products ------------------------------------------------------------------------------
@@ -37,7 +45,7 @@ def test_on_a_cpu_torch_weights_are_packed() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (48, 33), (129, 257), (320, 144)], ids=str)
-def test_a_product_of_any_number_of_rows(ops: Operators, shape: tuple[int, int], bias: bool) -> None:
+def test_a_product_of_any_number_of_rows(ops: SeparateOperators, shape: tuple[int, int], bias: bool) -> None:
     weight = random(*shape, seed=1)
     offset = random(shape[0], seed=2) if bias else None
     layer = ops.linear(weight.clone(), offset)
@@ -49,7 +57,7 @@ def test_a_product_of_any_number_of_rows(ops: Operators, shape: tuple[int, int],
         torch.testing.assert_close(layer(x, residual.clone()), (exact + residual).float(), **tolerance)
 
 
-def test_a_row_hardly_depends_on_its_company(ops: Operators) -> None:
+def test_a_row_hardly_depends_on_its_company(ops: SeparateOperators) -> None:
     """The order of the sums may change with the number of rows, and nothing else."""
     layer = ops.linear(random(77, 130, seed=1), None)
     x = random(40, 130, seed=2)
@@ -82,7 +90,7 @@ def test_rms_norm_is_that_of_the_reference_models(
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    operators = make_operators(name, dtype, 2)
+    operators = separate(name, dtype)
     dtype = operators.activation_dtype
     x, weight = random(*shape, seed=1, dtype=dtype) * 5, random(shape[-1], seed=2, dtype=dtype)
     norm = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
@@ -94,14 +102,14 @@ def test_rms_norm_is_that_of_the_reference_models(
     torch.testing.assert_close(ours, norm(x).detach(), rtol=rtol, atol=1e-6)
 
 
-def test_rms_norm_of_a_part_of_each_row(ops: Operators) -> None:
+def test_rms_norm_of_a_part_of_each_row(ops: SeparateOperators) -> None:
     """As the heads of q are normalised, inside of qkv."""
     wide, weight = random(5, 12, 16), random(16, seed=2)
     part = wide[:, 2:9]
     torch.testing.assert_close(ops.rms_norm(part, weight, 1e-5), ops.rms_norm(part.clone(), weight, 1e-5))
 
 
-def test_rms_norm_of_tiny_and_huge_rows(ops: Operators) -> None:
+def test_rms_norm_of_tiny_and_huge_rows(ops: SeparateOperators) -> None:
     weight = torch.ones(20)
     assert torch.equal(ops.rms_norm(torch.zeros(2, 20), weight, 1e-6), torch.zeros(2, 20))
     row = torch.tensor([[1.0, -1.0] * 10])
@@ -110,7 +118,7 @@ def test_rms_norm_of_tiny_and_huge_rows(ops: Operators) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 11, 16, 160, 333])
-def test_silu_and_mul(ops: Operators, width: int) -> None:
+def test_silu_and_mul(ops: SeparateOperators, width: int) -> None:
     x = random(6, 2 * width) * 4
     x[0, 0], x[1, 0], x[2, 0], x[3, 0] = 100.0, -100.0, 0.0, -88.5
     before = x.clone()
@@ -121,6 +129,36 @@ def test_silu_and_mul(ops: Operators, width: int) -> None:
     assert torch.equal(x, before)
     x[1, 0] = torch.nan
     assert ops.silu_and_mul(x)[1, 0].isnan()
+
+
+# ---- what a decoder calls ---------------------------------------------------------------------------
+
+
+def test_norm_then_product(ops: SeparateOperators) -> None:
+    x, norm, weight, bias = random(5, 48), random(48, seed=1), random(33, 48, seed=2), random(33, seed=3)
+    before = x.clone()
+    y = ops.norm_linear(norm, 1e-3, weight.clone(), bias.clone())(x)
+    torch.testing.assert_close(y, rms_norm(x, norm, 1e-3) @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_norm_then_product_then_swiglu(ops: SeparateOperators, with_bias: bool) -> None:
+    x, norm, weight = random(5, 48), random(48, seed=1), random(2 * 33, 48, seed=2)
+    bias = random(2 * 33, seed=3) if with_bias else None
+    y = ops.norm_gate_up(norm, 1e-3, weight.clone(), bias)(x)
+    gate, up = torch.nn.functional.linear(rms_norm(x, norm, 1e-3), weight, bias).chunk(2, -1)
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_embedding_rows(name: str, dtype: torch.dtype) -> None:
+    operators = make_operators(name, dtype, 2)
+    weight = random(7, 16, dtype=dtype)
+    rows = operators.embedding(weight)(torch.tensor([6, 0, 6]))
+    assert rows.dtype == operators.activation_dtype
+    assert torch.equal(rows.to(dtype), weight[[6, 0, 6]])
 
 
 # ---- rotary ---------------------------------------------------------------------------------------

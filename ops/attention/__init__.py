@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +19,17 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorms:
+    """RMSNorm over each head of q and of k before the rotation, as in Qwen3 (arXiv:2505.09388).
+
+    weights: for each layer those of q and of k, each [d] in the activations' dtype.
+    """
+
+    weights: tuple[tuple[Tensor, Tensor], ...]
+    eps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +46,46 @@ class PrefillSegment:
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentTable:
+    """Prefill segments as arrays on the device, for kernels that take all of them in one launch.
+
+    starts: [s + 1] int32, where each segment's new tokens begin, counted from the step's first token that
+    is no decode, and where the last one's end; equal neighbours are an empty segment, which is padding.
+    context_lens: [s] int32; blocks: [s, width] int32, padded with any valid block; longest: no segment
+    has more new tokens.
+    """
+
+    starts: Tensor
+    context_lens: Tensor
+    blocks: Tensor
+    longest: int
+
+    @staticmethod
+    def of(segments: tuple[PrefillSegment, ...], device: torch.device) -> SegmentTable:
+        """Of segments that follow each other, as in an `AttentionBatch`."""
+        lengths = [segment.num_new for segment in segments]
+        width = max((len(segment.blocks) for segment in segments), default=0)
+        blocks = torch.zeros(len(segments), width, dtype=torch.int32, device=device)
+        for row, segment in zip(blocks, segments, strict=True):
+            row[: len(segment.blocks)] = segment.blocks
+        return SegmentTable(
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+            torch.tensor([s.context_len for s in segments], dtype=torch.int32, device=device),
+            blocks,
+            max(lengths, default=0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """The sequences of one step: `num_decodes` tokens of one sequence each, then the segments.
 
     positions, slots: [n] int64, slot = block * block_size + offset, where a token's keys and values go.
     decode_blocks: [num_decodes, width] int64, padded with any valid block; decode_lens: [num_decodes]
     int64, context length including the new token.
+
+    On a GPU all of these may be int32 as well, a slot of -1 is not written, a decode_len of 0 marks a row
+    that only pads a captured batch (its output is finite), and `segment_table` stands for `segments`.
     """
 
     positions: Tensor
@@ -47,16 +94,16 @@ class AttentionBatch:
     decode_blocks: Tensor
     decode_lens: Tensor
     segments: tuple[PrefillSegment, ...]
+    segment_table: SegmentTable | None = None
 
 
 class StepAttention(Protocol):
     """A backend bound to the sequences of one step."""
 
-    def __call__(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
-        """Rotate q and k (perhaps in place), write k and v to the cache, attend.
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Normalise q and k if the backend has norms, rotate them, write k and v to the cache, attend.
 
-        qk: [n, heads + kv_heads, d], queries first, not yet rotated; v: [n, kv_heads, d]
-        -> [n, heads * d].
+        qkv: [n, (heads + 2 * kv_heads) * d], queries, keys, values; perhaps overwritten -> [n, heads * d].
         """
         ...
 

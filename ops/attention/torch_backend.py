@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
+from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment, QKNorms
+from microvllm.ops.norm import rms_norm
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 
@@ -27,9 +28,11 @@ class TorchAttention:
         inv_freq: Tensor,
         max_position: int,
         dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
         activation_dtype: torch.dtype | None = None,
     ) -> None:
         self.shape = shape
+        self.qk_norms = qk_norms
         self.block_size = block_size
         self.rotary = RotaryTable(inv_freq, max_position, activation_dtype or dtype)
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
@@ -54,9 +57,9 @@ class TorchStep:
         self._batch = batch
         self._segment_masks = [self._make_segment_mask(segment) for segment in batch.segments]
 
-    def __call__(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         batch, decodes = self._batch, self._batch.num_decodes
-        q = self._rotate_and_cache(layer, qk, v)[:, : self._backend.shape.num_heads]
+        q = self._rotate_and_cache(layer, qkv)
         if decodes == q.shape[0]:
             return self._decode(layer, q)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
@@ -67,15 +70,22 @@ class TorchStep:
             out[segment.first : end] = self._prefill(layer, q[segment.first : end], segment, mask)
         return out
 
-    def _rotate_and_cache(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
-        """Rotated queries and keys, after keys and values went to their slots. Shapes as in `__call__`."""
-        kv_heads, dim = self._backend.shape.num_kv_heads, self._backend.shape.head_dim
+    def _rotate_and_cache(self, layer: int, qkv: Tensor) -> Tensor:
+        """Rotated queries: [n, heads, d], after keys and values went to their slots."""
+        shape, norms = self._backend.shape, self._backend.qk_norms
+        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        qkv = qkv.view(-1, heads + 2 * kv_heads, dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if norms is not None:
+            q_norm, k_norm = norms.weights[layer]
+            q, k = qk[:, :heads], qk[:, heads:]
+            qk = torch.cat((rms_norm(q, q_norm, norms.eps), rms_norm(k, k_norm, norms.eps)), 1)
         qk = apply_rotary(qk, *self._rotation)
         slots = self._backend.cache[layer].view(2 * kv_heads, -1, dim)
-        k, v = qk[:, -kv_heads:].to(slots.dtype), v.to(slots.dtype)
+        k, v = qk[:, heads:].to(slots.dtype), v.to(slots.dtype)
         slots[:kv_heads].index_copy_(1, self._batch.slots, k.transpose(0, 1))
         slots[kv_heads:].index_copy_(1, self._batch.slots, v.transpose(0, 1))
-        return qk
+        return qk[:, :heads]
 
     def _gather(self, layer: int, blocks: Tensor) -> Tensor:
         """blocks: [m] -> keys and values of these blocks, [2, kv_heads, m * block_size, d]."""

@@ -404,10 +404,11 @@ INLINE void put(const Cache *cache, long head, long slot, const float *x, long d
 }
 
 typedef struct {
-    float *qk;
-    const float *v, *cos, *sin;
+    float *qkv;
+    const float *q_norm, *k_norm, *cos, *sin;
     const int64_t *positions, *slots;
-    long qk_stride, v_stride, n, heads, kv_heads, d;
+    float eps;
+    long n, heads, kv_heads, d;
     const Cache *cache;
 } Rotate;
 
@@ -416,10 +417,11 @@ static void rotate_piece(const void *job, long piece)
     const Rotate *a = job;
     long d = a->d, end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
     for (long token = piece * ROWS; token < end; token++) {
-        float *row = a->qk + token * a->qk_stride;
+        float *row = a->qkv + token * (a->heads + 2 * a->kv_heads) * d;
         const float *c = a->cos + a->positions[token] * d, *s = a->sin + a->positions[token] * d;
         for (long head = 0; head < a->heads + a->kv_heads; head++) {
             float *x = row + head * d;
+            if (a->q_norm) norm_row(x, head < a->heads ? a->q_norm : a->k_norm, x, d, a->eps);
             for (long i = 0; i < d / 2; i++) {
                 float p = x[i], q = x[i + d / 2];
                 x[i] = p * c[i] + q * s[i];
@@ -428,18 +430,19 @@ static void rotate_piece(const void *job, long piece)
         }
         for (long head = 0; head < a->kv_heads; head++) {
             put(a->cache, head, a->slots[token], row + (a->heads + head) * d, d);
-            put(a->cache, a->kv_heads + head, a->slots[token], a->v + token * a->v_stride + head * d, d);
+            put(a->cache, a->kv_heads + head, a->slots[token], row + (a->heads + a->kv_heads + head) * d, d);
         }
     }
 }
 
-/* Rotates qk: [n, heads + kv_heads, d] in place by cos and sin: [positions, d] (sin negated in its first
- * half), then puts k and v: [n, kv_heads, d] into their slots. Strides are from token to token, in floats. */
-void rotate_and_cache(Pool *pool, float *qk, long qk_stride, const float *v, long v_stride, const float *cos,
+/* Normalises each head of q and k by q_norm and k_norm: [d] (null for none), and rotates it by cos and sin:
+ * [positions, d] (sin negated in its first half), in place in qkv: [n, heads + 2 * kv_heads, d], then puts k
+ * and v into their slots. */
+void rotate_and_cache(Pool *pool, float *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos,
                       const float *sin, const int64_t *positions, const int64_t *slots, long n, long heads,
                       long kv_heads, long d, const Cache *cache)
 {
-    Rotate job = {qk, v, cos, sin, positions, slots, qk_stride, v_stride, n, heads, kv_heads, d, cache};
+    Rotate job = {qkv, q_norm, k_norm, cos, sin, positions, slots, eps, n, heads, kv_heads, d, cache};
     parallel(pool, rotate_piece, &job, (n + ROWS - 1) / ROWS);
 }
 

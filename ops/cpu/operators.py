@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape
+from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention, TorchStep
 from microvllm.ops.linear import Linear
-from microvllm.ops.operators import LinearOperator
+from microvllm.ops.operators import LinearOperator, SeparateOperators
 
 # Up to so many rows the kernel is faster than a library that blocks for the caches. Measured: with matrix
 # units (AMX) oneDNN's packed product wins from 8 rows on; without bf16 arithmetic the weight has to be
@@ -34,7 +34,7 @@ _SIGNATURES = {
     "linear": [*[_POINTER] * 6, *[_LONG] * 3, _INT],
     "rms_norm": [*[_POINTER] * 4, *[_LONG] * 2, _FLOAT],
     "silu_and_mul": [*[_POINTER] * 3, *[_LONG] * 2],
-    "rotate_and_cache": [*[_POINTER] * 2, _LONG, _POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 4, _POINTER],
+    "rotate_and_cache": [*[_POINTER] * 4, _FLOAT, *[_POINTER] * 4, *[_LONG] * 4, _POINTER],
     "decode_attention": [*[_POINTER] * 2, _LONG, *[_POINTER] * 5, *[_LONG] * 7, _FLOAT],
     "pool_free": [_POINTER],
 }
@@ -50,7 +50,7 @@ class Pool:
         weakref.finalize(self, kernels.pool_free, self.handle)
 
 
-class CpuOperators:
+class CpuOperators(SeparateOperators):
     """The kernels, with the shapes and dtypes of `ops.operators.Operators`."""
 
     activation_dtype = torch.float32
@@ -64,7 +64,7 @@ class CpuOperators:
         self._kernels = kernels
         self._pool = Pool(kernels, threads)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearOperator:
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
         return CpuLinear(self._kernels, self._pool, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,9 +90,10 @@ class CpuOperators:
         inv_freq: Tensor,
         max_position: int,
         dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
     ) -> CpuAttention:
         return CpuAttention(
-            self._kernels, self._pool, shape, num_blocks, block_size, inv_freq, max_position, dtype
+            self._kernels, self._pool, shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms
         )
 
 
@@ -140,7 +141,7 @@ class CpuLinear:
 
 
 class CpuAttention(TorchAttention):
-    """The torch backend's cache; rotation, cache write and decode by the kernels, prefill by torch."""
+    """The torch backend's cache; norms, rotation, cache write and decode by the kernels, prefill by torch."""
 
     def __init__(
         self,
@@ -152,8 +153,11 @@ class CpuAttention(TorchAttention):
         inv_freq: Tensor,
         max_position: int,
         dtype: torch.dtype,
+        qk_norms: QKNorms | None,
     ) -> None:
-        super().__init__(shape, num_blocks, block_size, inv_freq, max_position, dtype, torch.float32)
+        super().__init__(
+            shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms, torch.float32
+        )
         self.kernels = kernels
         self.pool = pool
         is_bf16 = dtype == torch.bfloat16
@@ -178,25 +182,27 @@ class CpuStep(TorchStep):
                 )
             )
 
-    def _rotate_and_cache(self, layer: int, qk: Tensor, v: Tensor) -> Tensor:
-        shape, batch, rotary = self._cpu.shape, self._batch, self._cpu.rotary
+    def _rotate_and_cache(self, layer: int, qkv: Tensor) -> Tensor:
+        shape, batch, rotary, norms = self._cpu.shape, self._batch, self._cpu.rotary, self._cpu.qk_norms
+        q_norm, k_norm = (None, None) if norms is None else (w.data_ptr() for w in norms.weights[layer])
         self._cpu.kernels.rotate_and_cache(
             self._cpu.pool.handle,
-            qk.data_ptr(),
-            qk.stride(0),
-            v.data_ptr(),
-            v.stride(0),
+            qkv.data_ptr(),
+            q_norm,
+            k_norm,
+            0.0 if norms is None else norms.eps,
             rotary.cos.data_ptr(),
             rotary.sin.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
-            qk.shape[0],
+            qkv.shape[0],
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_dim,
             ctypes.byref(self._cpu.layers[layer]),
         )
-        return qk
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        return qkv.view(-1, heads, shape.head_dim)[:, : shape.num_heads]
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         shape, batch = self._cpu.shape, self._batch
