@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 from microvllm import cli
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.engine_options import human_int
+from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineError
@@ -370,7 +372,7 @@ def test_same_model_twice_is_one(launched: list[Any]) -> None:
     ],
 )
 def test_human_int(text: str, value: int) -> None:
-    assert cli.human_int(text) == value
+    assert human_int(text) == value
 
 
 @pytest.mark.parametrize(
@@ -551,7 +553,7 @@ def test_an_engine_that_fails_is_status_1(
 
 
 def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli.LoadProgress() as progress:
+    with ProgressLine() as progress:
         for done in range(101):
             progress(done, 100)
         progress(0, 0)
@@ -564,7 +566,7 @@ def test_load_progress_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with cli.LoadProgress() as progress:
+    with ProgressLine() as progress:
         progress(1, 2)
         progress(2, 2)
     assert "100 %" in capsys.readouterr().err

@@ -1,0 +1,219 @@
+"""The command line's options of the engine, for every command that starts one.
+
+`with_engine_args` gives a command all of them. Names and defaults are those of `vllm serve` 0.33.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from microvllm.openai_compat.vllm_flags import UsageError
+from microvllm.runtime.cpu import usable_cores
+
+if TYPE_CHECKING:
+    from microvllm.runtime.config import EngineArgs
+
+DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def human_int(text: str) -> int:
+    """`4096`, `1k` = 1000, `25.6k` = 25600, `1K` = 1024: as vLLM reads sizes. Raises `typer.BadParameter`."""
+    match = re.fullmatch(r"([+-]?\d+)(\.\d+)?([kKmMgGtT]?)", str(text).strip())
+    if match is None or (match[2] and match[3] not in DECIMAL):
+        raise typer.BadParameter(
+            f"{text!r} is not a whole number (1k = 1000 and 1K = 1024 are understood, 25.6k too)"
+        )
+    whole, fraction, suffix = match[1], match[2] or "", match[3]
+    if suffix not in DECIMAL:
+        return int(whole) * BINARY.get(suffix, 1)
+    # Digits are shifted, not multiplied as floats: 25.6k must be 25600 and not 25599.
+    factor = DECIMAL[suffix]
+    parts: int = 10 ** len(fraction[1:])
+    scaled = int(whole + fraction[1:]) * factor
+    if scaled % parts:
+        raise typer.BadParameter(f"{text!r} is not a whole number")
+    return scaled // parts
+
+
+def context_length(text: str) -> int:
+    """Like `human_int`; `auto` and -1 (as long as the model and the KV cache allow) give -1."""
+    return -1 if str(text).strip().lower() == "auto" else human_int(text)
+
+
+def check_paths(tokenizer: str | None, generation_config: str = "auto") -> None:
+    """Raises `ConfigError` for paths that no file system takes, under the names of their flags."""
+    from microvllm.runtime.models import user_path
+
+    if tokenizer is not None:
+        user_path(tokenizer, "--tokenizer")
+    user_path(generation_config, "--generation-config")
+
+
+def choose_model(positional: Sequence[str], option: str | None) -> str:
+    """The model named in the arguments or in `--model`. Raises `UsageError` for none or two."""
+    if len(positional) > 1:
+        raise UsageError(f"two models were given: {positional[0]} and {positional[1]}")
+    if positional and option is not None and positional[0] != option:
+        raise UsageError(f"two models were given: {positional[0]} and --model {option}")
+    model = positional[0] if positional else option
+    if not model:
+        raise UsageError("no model was given: --model DIR, a .gguf file, or smollm2-135m-instruct")
+    return model
+
+
+ModelArg = Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")]
+ModelOpt = Annotated[
+    str | None,
+    typer.Option("--model", help="A model folder, a .gguf file, or smollm2-135m-instruct."),
+]
+TokenizerOpt = Annotated[
+    str | None,
+    typer.Option(help="Folder or .gguf file of the tokenizer, if not the model's."),
+]
+DtypeOpt = Annotated[str, typer.Option(help="auto, float32 (float) or bfloat16.")]
+LoadFormatOpt = Annotated[
+    str,
+    typer.Option(help="auto, safetensors, gguf, or dummy (random weights)."),
+]
+GenerationConfigOpt = Annotated[
+    str,
+    typer.Option(help="Sampling defaults: auto (the model's), vllm (none), or a folder."),
+]
+MaxModelLenOpt = Annotated[
+    int | None,
+    typer.Option(
+        parser=context_length,
+        metavar="TOKENS",
+        help="Context length; auto or -1: as long as the model and memory allow.",
+    ),
+]
+SeedOpt = Annotated[
+    int, typer.Option(min=-(1 << 63), max=(1 << 63) - 1, help="Seed of requests that bring none.")
+]
+CpuThreadsOpt = Annotated[
+    int | None,
+    typer.Option(min=1, max=usable_cores(), help="Threads to compute with; all cores if not given."),
+]
+BackendOpt = Annotated[
+    str,
+    typer.Option(
+        help="What computes: cpu, our kernels in C, compiled at the first start; torch, PyTorch's own "
+        "operators, slower; auto, cpu where a C compiler is found, else torch."
+    ),
+]
+BlockSizeOpt = Annotated[int | None, typer.Option(min=1, help="Tokens in a KV block.")]
+KVBytesOpt = Annotated[
+    int | None,
+    typer.Option(parser=human_int, metavar="BYTES", help="Size of the KV cache, such as 1G."),
+]
+
+
+def engine_args(
+    *,
+    model_arg: ModelArg = None,
+    model: ModelOpt = None,
+    tokenizer: TokenizerOpt = None,
+    dtype: DtypeOpt = "auto",
+    load_format: LoadFormatOpt = "auto",
+    generation_config: GenerationConfigOpt = "auto",
+    max_model_len: MaxModelLenOpt = None,
+    seed: SeedOpt = 0,
+    cpu_threads: CpuThreadsOpt = None,
+    attention_backend: BackendOpt = "auto",
+    block_size: BlockSizeOpt = None,
+    kv_cache_memory_bytes: KVBytesOpt = None,
+    num_gpu_blocks_override: Annotated[
+        int | None, typer.Option(min=1, help="Number of KV blocks, whatever fits.")
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Reuse the KV blocks of equal prompt beginnings.",
+        ),
+    ] = True,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests that run at once.")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(parser=human_int, metavar="TOKENS", help="Tokens in one step."),
+    ] = None,
+    enable_chunked_prefill: Annotated[
+        bool,
+        typer.Option(
+            "--enable-chunked-prefill/--no-enable-chunked-prefill",
+            help="Split a long prompt over several steps.",
+        ),
+    ] = True,
+    long_prefill_token_threshold: Annotated[
+        int,
+        typer.Option(min=0, help="Most prompt tokens of one request in a step; 0: no limit."),
+    ] = 0,
+    scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority.")] = "fcfs",
+    async_scheduling: Annotated[
+        bool,
+        typer.Option(
+            "--async-scheduling/--no-async-scheduling", help="Plan the next step while this one computes."
+        ),
+    ] = False,
+) -> EngineArgs:
+    """What the options ask for. Raises `UsageError` and `ConfigError` naming the option."""
+    name = choose_model(model_arg or (), model)
+    check_paths(tokenizer, generation_config)
+
+    from microvllm.runtime.config import EngineArgs
+
+    return EngineArgs(
+        model=name,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_model_len=None if max_model_len == -1 else max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_gpu_blocks_override=num_gpu_blocks_override,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        enable_prefix_caching=enable_prefix_caching,
+        enable_chunked_prefill=enable_chunked_prefill,
+        long_prefill_token_threshold=long_prefill_token_threshold,
+        scheduling_policy=scheduling_policy,
+        async_scheduling=async_scheduling,
+        seed=seed,
+        load_format=load_format,
+        generation_config=generation_config,
+        attention_backend=attention_backend,
+        cpu_threads=cpu_threads,
+    )
+
+
+def with_engine_args(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for Typer: the options of `engine_args`, then the command's own.
+
+    `command` is called with the `EngineArgs` as its first argument, which is annotated so, and its own
+    options as keywords.
+    """
+    # The type of the first argument is not imported at run time; Typer never sees that argument.
+    own = get_type_hints(command, localns={"EngineArgs": Any}, include_extras=True)
+    engine = get_type_hints(engine_args, localns={"EngineArgs": Any}, include_extras=True)
+    engine_parameters = list(inspect.signature(engine_args).parameters.values())
+    own_parameters = list(inspect.signature(command).parameters.values())[1:]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        wishes = {parameter.name: values.pop(parameter.name) for parameter in engine_parameters}
+        command(engine_args(**wishes), **values)
+
+    parameters = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for hints, group in ((engine, engine_parameters), (own, own_parameters))
+        for parameter in group
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
