@@ -28,7 +28,7 @@ class ChatChunks:
         *,
         role: str,
         echo: str,
-        fingerprint: str,
+        fingerprint: str | None,
         with_ids: bool,
         usage_follows: bool,
         continuous: bool,
