@@ -14,7 +14,7 @@ from microvllm.runtime.chat_template import normalize_messages
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
-from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.llm")
@@ -23,13 +23,31 @@ Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 _WRONG_PROMPT = "a prompt must be a text, a list of token ids, or a dict with either"
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log probability; rank 1 is the most likely, None where it was not computed."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs: TypeAlias = "dict[int, Logprob]"
+
+
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated sequence; `finish_reason` is "stop" or "length"."""
+    """One generated sequence; `finish_reason` is "stop", "length" or "repetition".
+
+    With `SamplingParams.logprobs`, `logprobs` has one {token id: Logprob} a token, the sampled one first,
+    and `cumulative_logprob` is the sum over the sampled ones.
+    """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -39,13 +57,17 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All sequences of one prompt."""
+    """All sequences of one prompt.
+
+    With `SamplingParams.prompt_logprobs`, `prompt_logprobs` has one entry a prompt token, None for the first.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = False
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 # Options of vllm.LLM that are about GPUs, downloads or logging, and change no answer here.
@@ -152,6 +174,8 @@ class LLM:
         for text, ids, wish, rank in zip(texts, prompt_ids, params, priorities, strict=True):
             children = self.engine.processor.requests(ids, wish, priority=rank)
             outputs = [CompletionOutput(index) for index in range(len(children))]
+            for output in outputs:
+                output.logprobs = None if wish.logprobs is None else []
             result = RequestOutput(str(self._count), text, ids, outputs)
             self._count += 1
             results.append(result)
@@ -163,11 +187,31 @@ class LLM:
                 result, output = targets[index]
                 output.text += delta.text
                 output.token_ids += delta.token_ids
+                if delta.prompt_logprobs is not None:
+                    entries = [self._position(entry, True) for entry in delta.prompt_logprobs]
+                    result.prompt_logprobs = [None, *entries]
+                if delta.logprobs is not None and output.logprobs is not None:
+                    ranked = requests[index].params.logprob_token_ids is None
+                    output.logprobs += [self._position(entry, ranked) for entry in delta.logprobs]
+                    output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(
+                        entry.logprobs[0] for entry in delta.logprobs
+                    )
                 if delta.finish_reason is not None:
                     output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
                     result.finished = all(each.finished() for each in result.outputs)
                     progress.advance(task)
         return results
+
+    def _position(self, entry: TokenLogprobs, ranked: bool) -> PositionLogprobs:
+        """`ranked`: the tokens after the first are the most likely ones in order."""
+        others = range(1, len(entry.token_ids))
+        ranks = [entry.rank, *(rank if ranked else None for rank in others)]
+        found: PositionLogprobs = {}
+        for token, value, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True):
+            if token not in found:
+                text = self.engine.tokenizer.decode([token], skip_special_tokens=False)
+                found[token] = Logprob(value, rank, text)
+        return found
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -24,6 +24,8 @@ class TextDelta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asks for them
+    # In the first delta, if asked for: one a prompt token from the second on.
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     def merge(self, later: TextDelta) -> None:
         """Append the delta that follows this one."""
@@ -62,9 +64,11 @@ class OutputText:
         if stop is not None:
             counted = output.token_ids[: self._detokenizer.num_tokens - before]
             logprobs = None if output.logprobs is None else output.logprobs[: len(counted)]
-            return TextDelta(counted, text, str(FinishReason.STOP), stop, logprobs)
-        if output.finish_reason is None:
-            return TextDelta(output.token_ids, text, logprobs=output.logprobs)
-        text += self._detokenizer.finish()
-        reason = str(output.finish_reason)
-        return TextDelta(output.token_ids, text, reason, output.stop_reason, output.logprobs)
+            return TextDelta(counted, text, str(FinishReason.STOP), stop, logprobs, output.prompt_logprobs)
+        reason = None
+        if output.finish_reason is not None:
+            text += self._detokenizer.finish()
+            reason = str(output.finish_reason)
+        return TextDelta(
+            output.token_ids, text, reason, output.stop_reason, output.logprobs, output.prompt_logprobs
+        )

@@ -179,3 +179,30 @@ def test_options_of_vllm(caplog: pytest.LogCaptureFixture) -> None:
         LLM(str(folder), max_modl_len=64)
     with pytest.raises(ConfigError, match="max_num_seqs"):
         LLM(str(folder), max_num_seqs=2.5)
+
+
+def test_log_probabilities(llm: LLM) -> None:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=2, prompt_logprobs=1, presence_penalty=2.0
+    )
+    (result,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
+    (output,) = result.outputs
+    assert output.logprobs is not None and len(output.logprobs) == 4
+    assert [next(iter(position)) for position in output.logprobs] == output.token_ids
+    for position in output.logprobs:
+        assert 2 <= len(position) <= 3
+        by_rank = sorted(position.values(), key=lambda one: one.rank or 0)
+        assert by_rank[0].rank == 1 and by_rank[0].logprob == max(one.logprob for one in by_rank)
+    sampled = [
+        position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)
+    ]
+    assert output.cumulative_logprob == pytest.approx(sum(sampled))
+    assert result.prompt_logprobs is not None and result.prompt_logprobs[0] is None
+    pairs = zip(result.prompt_logprobs, result.prompt_token_ids, strict=True)
+    assert all(position is None or token in position for position, token in pairs)
+    decoded = output.logprobs[0][output.token_ids[0]].decoded_token
+    assert decoded == llm.get_tokenizer().decode(output.token_ids[:1])
+    chosen = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, logprob_token_ids=[3, 4])
+    (other,) = llm.generate(PROMPTS[0], chosen, use_tqdm=False)[0].outputs
+    assert other.logprobs is not None and list(other.logprobs[0])[-2:] == [3, 4]
+    assert other.logprobs[0][4].rank is None
