@@ -62,7 +62,7 @@ class TokenStream:
         self._pending: TextDelta | None = None
         self._error: EngineError | None = None
         self._ended = False
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while there is nothing for it
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -74,8 +74,8 @@ class TokenStream:
                 raise self._error
             if self._ended:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         delta, self._pending = self._pending, None
         return delta
 
@@ -84,7 +84,7 @@ class TokenStream:
         if not self._ended:
             self._client._abort(self._id)
             self._end("abort")
-        self._wake.set()
+        self._wake()
 
     def _take(self, output: StepOutput, now: float) -> None:
         try:
@@ -110,7 +110,7 @@ class TokenStream:
             else:
                 self._client._forget(self._id)
             self._end(delta.finish_reason)
-        self._wake.set()
+        self._wake()
 
     def _count(self, output: StepOutput, num_tokens: int, now: float) -> None:
         timing = self.timing
@@ -125,11 +125,16 @@ class TokenStream:
             if timing.first_token is None:
                 timing.first_token = now
 
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # done: its consumer was cancelled
+            waiter.set_result(None)
+
     def _fail(self, error: EngineError) -> None:
         self._client._forget(self._id)
         self._error = error
         self._end("error")
-        self._wake.set()
+        self._wake()
 
     def _end(self, reason: str) -> None:
         self._ended = True

@@ -171,7 +171,7 @@ class TextDecoder(Protocol):
 class ByteDecoder:
     """For tokenizers whose text is the concatenation of their tokens' bytes: a table and a UTF-8 decoder."""
 
-    __slots__ = ("_prompt_tail", "_strip", "_table", "_utf8")
+    __slots__ = ("_at_rest", "_prompt_tail", "_strip", "_table", "_utf8")
 
     def __init__(self, token_bytes: TokenBytes, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._table = table = token_bytes.visible if skip_special_tokens else token_bytes.all
@@ -180,6 +180,7 @@ class ByteDecoder:
         # The output may complete a character that the prompt's last tokens began.
         self._utf8.decode(b"".join(table[token] for token in prompt_ids[-PROMPT_TAIL:] if 0 <= token < size))
         self._prompt_tail = bool(self._utf8.getstate()[0])
+        self._at_rest = False  # nothing is held back and nothing has to be looked at but the next token
         self._strip = token_bytes.strips_space and not any(
             0 <= token < size and table[token] for token in prompt_ids
         )
@@ -189,6 +190,8 @@ class ByteDecoder:
             piece = self._table[token] if token >= 0 else b""
         except IndexError:
             return ""
+        if self._at_rest and piece.isascii():  # nearly every token
+            return piece.decode("ascii")
         if self._strip and piece:
             self._strip = False
             piece = piece.removeprefix(b" ")
@@ -196,7 +199,9 @@ class ByteDecoder:
             self._prompt_tail = False
             if piece[0] & 0xC0 != 0x80:  # no continuation byte: what the prompt left open is not the output's
                 self._utf8.reset()
-        return self._utf8.decode(piece)
+        text = self._utf8.decode(piece)
+        self._at_rest = not (self._strip or self._prompt_tail or self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         return "" if self._prompt_tail else self._utf8.decode(b"", True)
