@@ -1,4 +1,4 @@
-"""The ASGI application: routes, error handlers, and the two middlewares in front of them."""
+"""The ASGI application: routes, error handlers, and the middlewares in front of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from microvllm.openai_compat import errors, models
+from microvllm.openai_compat import errors, models, monitoring
 from microvllm.openai_compat.auth import AuthMiddleware
 from microvllm.openai_compat.chat import create_chat_completion
 from microvllm.openai_compat.completions import create_completion
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.http_metrics import HttpMetricsMiddleware
 from microvllm.openai_compat.lifecycle import AdmissionMiddleware
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.tokenize import detokenize, tokenize
@@ -29,16 +30,21 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
     middleware = [Middleware(AdmissionMiddleware, lifecycle=state.lifecycle)]
     if args.api_keys:
         middleware.insert(0, Middleware(AuthMiddleware, keys=args.api_keys))
+    middleware.insert(0, Middleware(HttpMetricsMiddleware, metrics=state.http_metrics))
+    load = [Middleware(monitoring.LoadMiddleware, state=state)]
     app = Starlette(
         routes=[
-            Route("/v1/completions", create_completion, methods=["POST"]),
-            Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
+            Route("/v1/completions", create_completion, methods=["POST"], middleware=load),
+            Route("/v1/chat/completions", create_chat_completion, methods=["POST"], middleware=load),
             Route("/v1/models", models.list_models, methods=["GET"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/health", models.health, methods=["GET"]),
             Route("/ping", models.health, methods=["GET", "POST"]),
             Route("/version", models.version, methods=["GET"]),
+            Route("/metrics", monitoring.metrics, methods=["GET"]),
+            Route("/metrics/", monitoring.metrics, methods=["GET"]),
+            Route("/load", monitoring.load, methods=["GET"]),
         ],
         middleware=middleware,
         exception_handlers={

@@ -48,6 +48,7 @@ class ServerArgs:
     enable_prompt_tokens_details: bool = False
     enable_force_include_usage: bool = False
     enable_per_request_metrics: bool = False
+    enable_server_load_tracking: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

@@ -96,8 +96,9 @@ async def _serve(
             on_ready=functools.partial(_announce, args, app.state.server.model_names[0], say),
         )
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
+        metrics = app.state.server.metrics
         reporting = (
-            None if args.disable_log_stats else asyncio.ensure_future(log_stats(client, args.stats_interval))
+            None if metrics is None else asyncio.ensure_future(log_stats(metrics, args.stats_interval))
         )
         stopped = asyncio.ensure_future(signals.wait(1))
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)

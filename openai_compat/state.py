@@ -11,24 +11,36 @@ import msgspec
 
 import microvllm
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.http_metrics import HttpMetrics
 from microvllm.openai_compat.lifecycle import Lifecycle
+from microvllm.openai_compat.metrics import EngineMetrics
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.exposition import Exposition
     from microvllm.runtime.client import EngineClient
 
 
 @dataclass
 class ServerState:
-    """One server. `model_names` are the accepted names, the first of which is echoed."""
+    """One server. `model_names` are the accepted names, the first of which is echoed.
+
+    `metrics` is None with --disable-log-stats, `exposition` until somebody asks for the metrics.
+    """
 
     client: EngineClient
     args: ServerArgs
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     created: int = field(default_factory=lambda: int(time.time()))
     model_names: tuple[str, ...] = ()
+    http_metrics: HttpMetrics = field(default_factory=HttpMetrics)
+    metrics: EngineMetrics | None = None
+    exposition: Exposition | None = None
+    num_generations: int = 0  # requests in progress that generate
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        if not self.args.disable_log_stats:
+            self.client.observer = self.metrics = EngineMetrics(self.client.config.max_model_len)
         self.model_names = self.args.served_model_names or (self.client.config.model,)
         # Same engine configuration, same fingerprint: what OpenAI's `system_fingerprint` promises.
         digest = hashlib.sha256(msgspec.json.encode(self.client.config)).hexdigest()

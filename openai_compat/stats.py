@@ -7,10 +7,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from microvllm.runtime.request import EngineStats
-
 if TYPE_CHECKING:
-    from microvllm.runtime.client import EngineClient
+    from microvllm.openai_compat.metrics import EngineMetrics
+    from microvllm.runtime.request import EngineStats
 
 logger = logging.getLogger("microvllm.stats")
 
@@ -18,26 +17,25 @@ logger = logging.getLogger("microvllm.stats")
 def stats_line(before: EngineStats, now: EngineStats, seconds: float) -> str:
     """Rates over the `seconds` between two snapshots, gauges of the later one."""
     prompt, generated, queries, hits, preemptions = (
-        max(0, getattr(now, name) - getattr(before, name))  # counters fall when the engine has been restarted
+        getattr(now, name) - getattr(before, name)
         for name in ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions")
     )
-    usage = now.kv_blocks_used / now.kv_blocks_total if now.kv_blocks_total else 0.0
     preempted = f"Preemptions: {preemptions} reqs, " if preemptions else ""
     return (
         f"Engine 000: Avg prompt throughput: {prompt / seconds:.1f} tokens/s, "
         f"Avg generation throughput: {generated / seconds:.1f} tokens/s, "
         f"Running: {now.num_running} reqs, Waiting: {now.num_waiting} reqs, {preempted}"
-        f"GPU KV cache usage: {usage * 100:.1f}%, "
+        f"GPU KV cache usage: {now.kv_usage * 100:.1f}%, "
         f"Prefix cache hit rate: {hits / queries * 100 if queries else 0.0:.1f}%"
     )
 
 
-async def log_stats(client: EngineClient, interval: float) -> None:
+async def log_stats(metrics: EngineMetrics, interval: float) -> None:
     """Logs a line every `interval` seconds with traffic, and one more when it has come to rest."""
-    before, then, busy = client.stats, time.monotonic(), False
+    before, then, busy = metrics.totals, time.monotonic(), False
     while True:
         await asyncio.sleep(interval)
-        now, moment = client.stats, time.monotonic()
+        now, moment = metrics.totals, time.monotonic()
         active = now.num_running + now.num_waiting > 0 or (
             (now.prompt_tokens, now.generation_tokens) != (before.prompt_tokens, before.generation_tokens)
         )

@@ -275,3 +275,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     steps: int = 0
     requests: int = 0  # that have arrived, also those that were refused
     kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV blocks that is used, 0 to 1."""
+        return self.kv_blocks_used / self.kv_blocks_total if self.kv_blocks_total else 0.0

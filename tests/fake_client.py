@@ -24,6 +24,7 @@ from microvllm.runtime.errors import (
     EngineError,
     InvalidRequestError,
 )
+from microvllm.runtime.observer import EngineObserver
 from microvllm.runtime.output import TextDelta
 from microvllm.runtime.request import EngineStats, SamplingParams
 
@@ -41,6 +42,10 @@ class FakeSpec:
 class FakeConfig:
     model: str = "fake-model"
     max_model_len: int = 256
+    num_blocks: int = 64
+    block_size: int = 16
+    dtype: str = "float32"
+    enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)
 
 
@@ -177,6 +182,7 @@ class FakeClient:
         self.tokenizer = FakeTokenizer()
         self.processor = FakeProcessor(self.config, self.tokenizer, defaults=defaults)
         self.stats = EngineStats()
+        self.observer = EngineObserver()
         self.alive = True
         self.busy = False
         self.capacity: int | None = None  # sequences at a time

@@ -1,0 +1,202 @@
+"""What the server counts about its requests, under vLLM's names: plain Python, cheap enough for every token.
+
+`EngineMetrics` listens to the engine's client; `exposition.py` turns it into Prometheus' text. The names,
+labels and buckets are vLLM's, so that its Grafana dashboard and its autoscalers work here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from microvllm.runtime.observer import EngineObserver
+from microvllm.runtime.request import EngineStats, FinishReason
+
+if TYPE_CHECKING:
+    from microvllm.runtime.client import TokenStream
+
+REJECTIONS = ("max_num_queued_reqs",)
+# Not failed and not given up: only such requests say how long a request takes.
+COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
+
+FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+BETWEEN_TOKENS_SECONDS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
+REQUEST_SECONDS = (
+    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960, 1920, 7680),
+)
+STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
+SAMPLES = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+
+
+class HistogramKind(NamedTuple):
+    """One of `HISTOGRAMS`: its help text and upper bounds; no bounds: token counts up to the context."""
+
+    help: str
+    bounds: Sequence[float] | None
+
+
+HISTOGRAMS = {
+    "iteration_tokens_total": HistogramKind("Tokens computed in an engine step.", STEP_TOKENS),
+    "time_to_first_token_seconds": HistogramKind(
+        "Time from a request's arrival to its first token.", FIRST_TOKEN_SECONDS
+    ),
+    "inter_token_latency_seconds": HistogramKind(
+        "Time from one token of a request to the next.", BETWEEN_TOKENS_SECONDS
+    ),
+    "request_time_per_output_token_seconds": HistogramKind(
+        "Mean time between the tokens of a request.", BETWEEN_TOKENS_SECONDS
+    ),
+    "e2e_request_latency_seconds": HistogramKind(
+        "Time from a request's arrival to its end.", REQUEST_SECONDS
+    ),
+    "request_queue_time_seconds": HistogramKind("Time that a request waited.", REQUEST_SECONDS),
+    "request_inference_time_seconds": HistogramKind(
+        "Time from leaving the queue to the last token.", REQUEST_SECONDS
+    ),
+    "request_prefill_time_seconds": HistogramKind(
+        "Time from leaving the queue to the first token.", REQUEST_SECONDS
+    ),
+    "request_decode_time_seconds": HistogramKind("Time from the first token to the last.", REQUEST_SECONDS),
+    "request_prompt_tokens": HistogramKind("Prompt tokens of a request.", None),
+    "request_generation_tokens": HistogramKind("Generated tokens of a request.", None),
+    "request_max_num_generation_tokens": HistogramKind(
+        "Generated tokens of the longest of a prompt's n samples.", None
+    ),
+    "request_params_max_tokens": HistogramKind("The max_tokens of a request.", None),
+    "request_prefill_kv_computed_tokens": HistogramKind(
+        "Prompt tokens of a request that were not in the prefix cache.", None
+    ),
+    "request_params_n": HistogramKind("The n of a request.", SAMPLES),
+    "request_num_preemptions": HistogramKind("How often a request was preempted.", PREEMPTIONS),
+}
+
+
+def one_two_five(highest: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... as far as `highest`."""
+    series = (factor * 10**power for power in range(len(str(highest))) for factor in (1, 2, 5))
+    return [value for value in series if value <= highest]
+
+
+class Histogram:
+    """How many values fell at or below each of the rising `bounds`, and their sum."""
+
+    __slots__ = ("_counts", "bounds", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.sum = 0.0
+        self._counts = [0] * (len(bounds) + 1)  # between a bound and the one before it; above the last
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    def cumulative(self) -> list[int]:
+        """Values at or below each bound, and at the end all of them."""
+        return list(accumulate(self._counts))
+
+
+class EngineMetrics(EngineObserver):
+    """Counts since the server started, over all engine processes that it has had. For one event loop."""
+
+    def __init__(self, max_model_len: int) -> None:
+        self.histograms = {
+            name: Histogram(one_two_five(max_model_len) if kind.bounds is None else kind.bounds)
+            for name, kind in HISTOGRAMS.items()
+        }
+        self.prompt_tokens = 0  # of requests that got their first token, with those from the prefix cache
+        self.cached_tokens = 0
+        self.generation_tokens = 0
+        self.finished_requests = {str(reason): 0 for reason in FinishReason}
+        self.rejections = dict.fromkeys(REJECTIONS, 0)
+        self.engine_deaths = 0
+        self._stats = EngineStats()  # of the engine process that runs now
+        self._past = EngineStats()  # what those before it have counted
+        self._gaps: list[float] = []  # seconds between tokens, seen since the last step
+        self._gap_seconds = self.histograms["inter_token_latency_seconds"]
+        self._step_tokens = self.histograms["iteration_tokens_total"]
+
+    @property
+    def totals(self) -> EngineStats:
+        """The engine's own counters, added up over engine processes, and its gauges."""
+        past, now = self._past, self._stats
+        return msgspec.structs.replace(
+            now,
+            prompt_tokens=past.prompt_tokens + now.prompt_tokens,
+            generation_tokens=past.generation_tokens + now.generation_tokens,
+            prefix_queries=past.prefix_queries + now.prefix_queries,
+            prefix_hits=past.prefix_hits + now.prefix_hits,
+            preemptions=past.preemptions + now.preemptions,
+            steps=past.steps + now.steps,
+            requests=past.requests + now.requests,
+        )
+
+    # ---- what the client tells ------------------------------------------------------------------
+
+    def tokens(self, stream: TokenStream, count: int, now: float) -> None:
+        self.generation_tokens += count
+        last = stream.timing.last_token
+        if last is not None:
+            self._gaps.append(now - last)
+            return
+        self.prompt_tokens += len(stream.prompt_token_ids)
+        self.cached_tokens += stream.num_cached_tokens
+        self.histograms["time_to_first_token_seconds"].observe(now - stream.timing.arrival)
+
+    def step(self, stats: EngineStats) -> None:
+        before, self._stats = self._stats, stats
+        if stats.steps != before.steps:
+            computed = stats.prompt_tokens - before.prompt_tokens
+            self._step_tokens.observe(computed + stats.generation_tokens - before.generation_tokens)
+        if self._gaps:
+            # The tokens of one step arrive at one time, so most of their gaps are the same number.
+            for gap, times in Counter(self._gaps).items():
+                self._gap_seconds.observe(gap, times)
+            self._gaps.clear()
+
+    def finished(self, stream: TokenStream, reason: str) -> None:
+        self.finished_requests[reason] += 1
+        timing, generated = stream.timing, stream.num_generated_tokens
+        first, last, scheduled = timing.first_token, timing.last_token, timing.scheduled
+        if reason not in COMPLETE or first is None or last is None or scheduled is None:
+            return
+        prompt = len(stream.prompt_token_ids)
+        values = {
+            "request_time_per_output_token_seconds": (last - first) / max(1, generated - 1),
+            "e2e_request_latency_seconds": last - timing.arrival,
+            "request_queue_time_seconds": scheduled - timing.arrival,
+            "request_inference_time_seconds": last - scheduled,
+            "request_prefill_time_seconds": first - scheduled,
+            "request_decode_time_seconds": last - first,
+            "request_prompt_tokens": prompt,
+            "request_generation_tokens": generated,
+            "request_prefill_kv_computed_tokens": prompt - stream.num_cached_tokens,
+            "request_num_preemptions": stream.num_preemptions,
+        }
+        if stream.max_tokens is not None:
+            values["request_params_max_tokens"] = stream.max_tokens
+        if stream.group.unfinished == 0:
+            values["request_params_n"] = stream.group.n
+            values["request_max_num_generation_tokens"] = stream.group.longest
+        for name, value in values.items():
+            self.histograms[name].observe(value)
+
+    def rejected(self, reason: str) -> None:
+        self.rejections[reason] += 1
+
+    def stopped(self) -> None:
+        self.engine_deaths += 1
+        self._past, self._stats = self.totals, EngineStats()

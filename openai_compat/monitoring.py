@@ -1,0 +1,83 @@
+"""What a Prometheus and a load balancer ask: GET /metrics, GET /load, and the load in a response header."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.exposition import Exposition
+    from microvllm.openai_compat.state import ServerState
+
+LOAD_HEADER = "endpoint-load-metrics"  # of ORCA, the open request cost aggregation that Envoy reads
+
+
+async def metrics(request: Request) -> Response:
+    """Everything that is counted, in Prometheus' text format."""
+    state: ServerState = request.app.state.server
+    if state.exposition is None:
+        # Its library takes a while to import: nobody's start, and nobody's tokens, shall wait for it.
+        state.exposition = await asyncio.to_thread(_make_exposition, state)
+    body, content_type = state.exposition.text()
+    return Response(body, headers={"content-type": content_type})
+
+
+def _make_exposition(state: ServerState) -> Exposition:
+    from microvllm.openai_compat import exposition
+
+    return exposition.Exposition(state)
+
+
+async def load(request: Request) -> Response:
+    """The number of generations in progress; always 0 without --enable-server-load-tracking, as in vLLM."""
+    state: ServerState = request.app.state.server
+    number = state.num_generations if state.args.enable_server_load_tracking else 0
+    return Response(orjson.dumps({"server_load": number}), media_type="application/json")
+
+
+class LoadMiddleware:
+    """In front of an endpoint that generates: counts its requests in progress.
+
+    Reports the engine's load with whole answers to requests with the header
+    `endpoint-load-metrics-format: TEXT` (or `JSON`).
+    """
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app = app
+        self.state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wish = Headers(scope=scope).get(f"{LOAD_HEADER}-format", "").upper()
+        self.state.num_generations += 1
+        try:
+            await self.app(scope, receive, self._reporting(wish, send) if wish in ("TEXT", "JSON") else send)
+        finally:
+            self.state.num_generations -= 1
+
+    def _reporting(self, wish: str, send: Send) -> Send:
+        def with_report(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                headers = MutableHeaders(raw=list(message["headers"]))
+                if headers.get("content-type") == "application/json":
+                    headers[LOAD_HEADER] = self._report(wish)
+                    message = {**message, "headers": headers.raw}
+            return send(message)
+
+        return with_report
+
+    def _report(self, wish: str) -> str:
+        stats = self.state.client.stats
+        numbers = {
+            "num_requests_waiting": float(stats.num_waiting),
+            "kv_cache_usage_perc": stats.kv_usage,
+        }
+        if wish == "JSON":
+            return f"JSON {orjson.dumps({'named_metrics': numbers}).decode()}"
+        return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in numbers.items())
