@@ -141,7 +141,7 @@ def normalise_argv(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[
     """Bring vLLM's spellings of flags into the one form that Typer reads.
 
     `own` maps each flag of the command to its kind: "value", "list" (several values) or "switch". In
-    the result underscores in flag names are dashes, each value is joined to its flag with "=", a list
+    the result underscores in flag names are dashes, each value is joined to its long flag with "=", a list
     flag is repeated for each value, and vLLM's flags that have no effect here are gone, each reported
     to `warn`. Raises `UsageError` for a flag that is unknown or lacks its value.
     """
@@ -154,7 +154,7 @@ def normalise_argv(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[
         if not _is_flag(token):
             out.append(token)
             continue
-        flag, value = _split_flag(token)
+        flag, value = _split_flag(token, own)
         kind = own.get(flag) or _ignored_kind(flag)
         if kind is None:
             raise UsageError(_unknown_flag(flag, own))
@@ -171,7 +171,11 @@ def normalise_argv(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[
         while kind == "list" and rest and not _is_flag(rest[0]):
             values.append(rest.pop(0))
         if flag in own:
-            out += [f"{flag}={value}" for value in values] or [flag]
+            for each in values:
+                # A short flag is followed by its value: with "=" that would become part of the value.
+                out += [f"{flag}={each}"] if flag.startswith("--") else [flag, each]
+            if not values:
+                out.append(flag)
         else:
             _check_ignored(flag, values)
             if flag.removeprefix("--") not in PARALLEL_FLAGS:
@@ -184,15 +188,18 @@ def _is_flag(token: str) -> bool:
     return len(token) > 1 and token[0] == "-" and " " not in token and not re.fullmatch(r"-\.?\d.*", token)
 
 
-def _split_flag(token: str) -> tuple[str, str | None]:
-    """`--a_b.c=1` -> (`--a-b.c`, `1`), `-tp=2` -> (`--tensor-parallel-size`, `2`), `-O3` likewise."""
+def _split_flag(token: str, own: Mapping[str, str]) -> tuple[str, str | None]:
+    """`--a_b.c=1` -> (`--a-b.c`, `1`), `-tp=2` -> (`--tensor-parallel-size`, `2`), `-O3` likewise.
+
+    A short flag of the command's own is not taken for vLLM's abbreviation of another.
+    """
     flag, equals, value = token.partition("=")
     if re.fullmatch(r"-O\d", flag):
         return OTHER_SPELLINGS["-O"], flag[2:]
     name, dot, key = flag.partition(".")
     if name.startswith("--"):
         name, key = name.replace("_", "-"), key.replace("_", "-")
-    flag = OTHER_SPELLINGS.get(name, name) + dot + key
+    flag = (name if name in own else OTHER_SPELLINGS.get(name, name)) + dot + key
     return ("--help" if flag == "--help" else flag), (value if equals and flag != "--help" else None)
 
 

@@ -37,6 +37,7 @@ OWN = {
     "--eager": "switch",
     "--no-eager": "switch",
     "-h": "switch",
+    "-r": "value",
 }
 
 
@@ -82,6 +83,7 @@ class TestNormalise:
             (["--", "--unknown"], ["--", "--unknown"]),
             (["--help=all"], ["--help"]),
             (["-h"], ["-h"]),
+            (["-r", "a b", "-r=-c"], ["-r", "a b", "-r", "-c"]),
             (["-tp", "1"], []),
             (["--tensor_parallel_size=1", "-pp=1", "-dp", "1"], []),
         ],
