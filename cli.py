@@ -1,4 +1,4 @@
-"""The command line: `microvllm serve` and `microvllm generate`.
+"""The command line: `microvllm serve`, `generate`, `chat` and the other commands.
 
 Flags carry the names and defaults of `vllm serve` 0.33. Everything is checked here or in
 `EngineArgs.resolve()` before a model is loaded; whatever is wrong is one line on stderr. Exit status:
@@ -251,6 +251,61 @@ def generate(
     for _, text in engine.stream_generate(prompt, **sampling):
         print(text, end="", flush=True)
     print()
+
+
+# The options of `chat` and `complete`.
+UrlOpt = Annotated[str, typer.Option(help="Where the server's OpenAI-compatible interface is.")]
+ClientKeyOpt = Annotated[
+    str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="The server's API key.")
+]
+ModelNameOpt = Annotated[str | None, typer.Option(help="Model to ask; the server's first if not given.")]
+QuickOpt = Annotated[
+    str | None, typer.Option("--quick", "-q", metavar="TEXT", help="Answer this one text and end.")
+]
+StatsOpt = Annotated[
+    bool, typer.Option("--stats", help="Show time to first token and tokens per second of each answer.")
+]
+DEFAULT_URL = "http://localhost:8000/v1"
+
+
+@app.command(cls=Command)
+def chat(
+    url: UrlOpt = DEFAULT_URL,
+    api_key: ClientKeyOpt = None,
+    model_name: ModelNameOpt = None,
+    system_prompt: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    quick: QuickOpt = None,
+    stats: StatsOpt = False,
+) -> None:
+    """Talk to a model on a running server.
+
+    Each line typed, or piped in, is a message; Ctrl-C ends an answer, Ctrl-D the chat.
+    """
+    from microvllm.openai_compat import terminal
+
+    remote = terminal.Remote.connect(url, api_key, model_name, stats)
+    terminal.chat(remote, system_prompt=system_prompt, quick=quick)
+
+
+@app.command(cls=Command)
+def complete(
+    url: UrlOpt = DEFAULT_URL,
+    api_key: ClientKeyOpt = None,
+    model_name: ModelNameOpt = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to generate; the server's default if not given.")
+    ] = None,
+    quick: QuickOpt = None,
+    stats: StatsOpt = False,
+) -> None:
+    """Continue texts with a model on a running server.
+
+    Each line typed, or piped in, is a text to go on from.
+    """
+    from microvllm.openai_compat import terminal
+
+    remote = terminal.Remote.connect(url, api_key, model_name, stats)
+    terminal.complete(remote, max_tokens=max_tokens, quick=quick)
 
 
 def main() -> NoReturn:
