@@ -175,11 +175,11 @@ class Reader(asyncio.Protocol):
         self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        seen = self.tail + data
-        self.events += seen.count(b"data: {")
-        self.tail = seen[-6:]  # shorter than the mark, so that nothing is counted twice
-        if b"[DONE]" in data[-64:]:
-            counted = re.search(rb'"completion_tokens":(\d+)', data[-2048:])
+        # One byte less than the mark from before, so that nothing is counted twice.
+        self.events += (self.tail[-6:] + data).count(b"data: {")
+        self.tail = (self.tail + data)[-1024:]
+        if b"[DONE]" in self.tail[-64:]:
+            counted = re.search(rb'"completion_tokens":(\d+)', self.tail)
             self.tokens = int(counted[1]) if counted else 0
             self.transport.close()
             if not self.done.done():
