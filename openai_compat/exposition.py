@@ -1,4 +1,4 @@
-"""What was counted, as Prometheus' text. Imported by the first scrape: starting needs no prometheus-client."""
+"""What was counted, as Prometheus' text. The first scrape imports it: no start waits for prometheus-client."""
 
 from __future__ import annotations
 

@@ -219,6 +219,7 @@ class FakeClient:
             raise InvalidRequestError("min_tokens must be at most max_tokens.", "min_tokens")
         self.submitted.append((prompt_ids, params, priority, cache_salt))
         self.stats = EngineStats(prompt_tokens=self.stats.prompt_tokens + len(prompt_ids))
+        self.observer.step(self.stats)
         streams = []
         for i in range(params.n):
             seed = None if params.seed is None else params.seed + i
