@@ -95,8 +95,9 @@ def load_weights(
     load_format: str,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
-    """Load all weights as `dtype` on the CPU; see the top of this file for names and shapes.
+    """Load all weights as `dtype` on `device`; see the top of this file for names and shapes.
 
     `load_format` is "auto", "safetensors", "gguf" or "dummy" (random values, no file is read).
     `progress(done, total)` is called after every tensor of the checkpoint. Beside the result only the tensor
@@ -106,7 +107,7 @@ def load_weights(
     """
     slots = list(checkpoint_slots(spec))
     if load_format == "dummy":
-        return _dummy_weights(model, slots, dtype, progress)
+        return _dummy_weights(model, slots, dtype, progress, device)
     actual = "safetensors" if model.is_dir() else "gguf"
     if load_format not in ("auto", actual):
         raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
@@ -117,7 +118,7 @@ def load_weights(
     weights = {}
     done, total = 0, sum(len(slot.parts) for slot in slots)
     for slot in slots:
-        tensor = _allocate(model, slot, dtype)
+        tensor = _allocate(model, slot, dtype, device)
         row = 0
         for part in slot.parts:
             checkpoint.copy(checkpoint.name(part, slot.layer), part, tensor[row : row + part.rows])
@@ -190,9 +191,9 @@ def _listed(names: list[str]) -> str:
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 
 
-def _allocate(model: Path, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
+def _allocate(model: Path, slot: Slot, dtype: torch.dtype, device: str) -> torch.Tensor:
     try:
-        return torch.empty(slot.shape, dtype=dtype)
+        return torch.empty(slot.shape, dtype=dtype, device=device)
     except RuntimeError:
         size = math.prod(slot.shape) * dtype.itemsize / 2**30
         raise ModelFileError(
@@ -277,7 +278,7 @@ class GGUFCheckpoint:
 
 
 def _dummy_weights(
-    model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None
+    model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None, device: str
 ) -> dict[str, torch.Tensor]:
     """Small random values, the same on every call; norms are ones.
 
@@ -285,10 +286,10 @@ def _dummy_weights(
     """
     size = min(DUMMY_POOL, max(math.prod(slot.shape) for slot in slots))
     generator = torch.Generator().manual_seed(0)
-    pool = torch.empty(size, dtype=torch.float32).normal_(0, DUMMY_STD, generator=generator).to(dtype)
+    pool = torch.empty(size, dtype=torch.float32).normal_(0, DUMMY_STD, generator=generator).to(device, dtype)
     weights, offset = {}, 0
     for done, slot in enumerate(slots, 1):
-        tensor = weights[slot.name] = _allocate(model, slot, dtype)
+        tensor = weights[slot.name] = _allocate(model, slot, dtype, device)
         if slot.name.endswith("norm"):
             tensor.fill_(1.0)
         else:

@@ -5,6 +5,7 @@ Nothing here imports torch: the API process resolves the configuration, the engi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.runtime import cpu
+from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model, user_path
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
@@ -39,9 +41,11 @@ GENERATION_FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-DEFAULT_BLOCK_SIZE = 16
+CPU_BACKENDS, GPU_BACKENDS = ("cpu", "torch"), ("triton", "flash_attn")
+# FlashAttention 2's paged kernel takes multiples of 256; a tile of our Triton kernels is one block.
+DEFAULT_BLOCK_SIZES = {"cpu": 16, "torch": 16, "triton": 64, "flash_attn": 256}
 DEFAULT_MAX_NUM_SEQS = 256
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 CPU_KV_BYTES = 512 << 20  # default KV pool on a CPU, if one full-length sequence fits into it
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
@@ -63,7 +67,7 @@ class EngineArgs:
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
-    async_scheduling: bool = False
+    async_scheduling: bool | None = None
     max_num_queued_reqs: int | None = None
     seed: int = 0
     load_format: str = "auto"
@@ -71,6 +75,9 @@ class EngineArgs:
     override_generation_config: dict[str, Any] | None = None
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
+    device: str = "auto"
+    gpu_memory_utilization: float = 0.92
+    enforce_eager: bool = False
     attention_backend: str = "auto"
     cpu_threads: int | None = None
 
@@ -89,9 +96,16 @@ class EngineArgs:
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
         load_format = self._load_format(path)
-        backend = self._backend()
-        dtype = self._dtype(backend)
-        block_size = _positive(self.block_size, DEFAULT_BLOCK_SIZE, "--block-size")
+        device = choose_device(self.device)
+        backend = self._cpu_backend() if device == "cpu" else self._gpu_backend()
+        dtype = self._dtype(device, backend)
+        block_size = _positive(self.block_size, DEFAULT_BLOCK_SIZES[backend], "--block-size")
+        if device == "cuda":
+            _check_gpu_block(block_size, backend)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization must be in (0, 1], got {self.gpu_memory_utilization}"
+            )
         if self.scheduling_policy not in POLICIES:
             raise ConfigError(
                 f"--scheduling-policy must be one of {', '.join(POLICIES)}, got {self.scheduling_policy}"
@@ -105,9 +119,12 @@ class EngineArgs:
             raise ConfigError(
                 f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
             )
-        num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
+        if device == "cpu":
+            num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
+        else:
+            num_blocks = self._gpu_blocks(spec, dtype, block_size, max_model_len)
         budget = _positive(
-            self.max_num_batched_tokens, DEFAULT_MAX_NUM_BATCHED_TOKENS, "--max-num-batched-tokens"
+            self.max_num_batched_tokens, DEFAULT_MAX_NUM_BATCHED_TOKENS[device], "--max-num-batched-tokens"
         )
         if not self.enable_chunked_prefill and budget < max_model_len:
             if self.max_num_batched_tokens is not None:
@@ -146,9 +163,13 @@ class EngineArgs:
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
-            async_scheduling=self.async_scheduling,
+            # On a CPU the scheduler would take from the model what it gains: they share the cores.
+            async_scheduling=device == "cuda" if self.async_scheduling is None else self.async_scheduling,
             max_num_queued_reqs=self.max_num_queued_reqs,
             seed=self.seed,
+            device=device,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            enforce_eager=self.enforce_eager,
             attention_backend=backend,
             cpu_threads=threads,
             generation_defaults=_generation_defaults(
@@ -170,7 +191,33 @@ class EngineArgs:
             return "dummy"
         raise ConfigError(f"--load-format {self.load_format} does not fit {path}, which is {actual}")
 
-    def _backend(self) -> str:
+    def _gpu_backend(self) -> str:
+        wish = self.attention_backend.lower()
+        if wish == "auto":
+            return "triton"
+        if wish not in GPU_BACKENDS:
+            raise ConfigError(
+                f"--attention-backend {self.attention_backend}: a GPU has 'auto', 'triton' and 'flash_attn'"
+            )
+        if wish == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError(
+                "--attention-backend flash_attn: the package is missing: pip install flash-attn"
+            )
+        return wish
+
+    def _gpu_blocks(self, spec: ModelSpec, dtype: str, block_size: int, max_model_len: int) -> int:
+        """KV blocks that were asked for; 0 if they depend on the memory that the model leaves."""
+        if self.num_gpu_blocks_override is not None:
+            blocks = _positive(self.num_gpu_blocks_override, 0, "--num-gpu-blocks-override")
+        elif self.kv_cache_memory_bytes is not None:
+            block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size
+            blocks = _positive(self.kv_cache_memory_bytes, 0, "--kv-cache-memory-bytes") // block_bytes
+        else:
+            return 0
+        check_pool(blocks, block_size, max_model_len)
+        return blocks
+
+    def _cpu_backend(self) -> str:
         """Which operators run the model: our kernels where they can be compiled, else plain torch."""
         if self.attention_backend == "torch":
             return "torch"
@@ -187,16 +234,18 @@ class EngineArgs:
             return "torch"
         return "cpu"
 
-    def _dtype(self, backend: str) -> str:
+    def _dtype(self, device: str, backend: str) -> str:
         wish = DTYPE_ALIASES.get(self.dtype, self.dtype)
         if wish == "auto":
+            if device == "cuda":
+                return "bfloat16"
             # torch's operators are slow in bf16 on a CPU without bf16 arithmetic; our kernels are not.
             return "bfloat16" if backend == "cpu" or cpu.has_bf16() else "float32"
         if wish not in DTYPE_BYTES:
             raise ConfigError(
                 f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}"
             )
-        if wish == "float16":
+        if wish == "float16" and device == "cpu":
             raise ConfigError("--dtype float16 is not available on a CPU; use bfloat16 or float32")
         return wish
 
@@ -261,9 +310,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     attention_backend: str
     cpu_threads: int
+    device: str = "cpu"
+    gpu_memory_utilization: float = 0.92
+    enforce_eager: bool = False
     generation_defaults: dict[str, Any] = {}
     max_logprobs: int = 20  # that a request may ask for; -1: no limit
     logprobs_mode: str = "raw_logprobs"
+
+
+def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Raises `ConfigError` unless the pool holds one request of full length, which else waits for ever."""
+    if num_blocks * block_size < max_model_len:
+        raise ConfigError(
+            f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "
+            "tokens does not fit: lower --max-model-len or raise --gpu-memory-utilization"
+        )
+
+
+def _check_gpu_block(block_size: int, backend: str) -> None:
+    if backend == "flash_attn" and block_size % 256:
+        raise ConfigError(f"--block-size {block_size}: flash_attn takes multiples of 256")
+    if backend == "triton" and (block_size < 16 or block_size & (block_size - 1)):
+        raise ConfigError(f"--block-size {block_size}: triton takes powers of two from 16 on")
 
 
 def _positive(value: int | None, default: int, option: str) -> int:
