@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from microvllm.openai_compat import errors, models, monitoring
+from microvllm.openai_compat import admin, docs, errors, models, monitoring
 from microvllm.openai_compat.auth import AuthMiddleware
 from microvllm.openai_compat.chat import create_chat_completion
 from microvllm.openai_compat.completions import create_completion
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.http_metrics import HttpMetricsMiddleware
+from microvllm.openai_compat.keep_alive import KeepAliveMiddleware
 from microvllm.openai_compat.lifecycle import AdmissionMiddleware
+from microvllm.openai_compat.middleware import RequestIdMiddleware, RootPathMiddleware
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.tokenize import detokenize, tokenize
 from microvllm.runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     from microvllm.runtime.client import EngineClient
+
+
+class Application(Starlette):
+    """Starlette with `layers` around everything, its handler of unexpected errors included, first outermost.
+
+    What Starlette calls middleware is inside of that handler, so a 500 would go out without their headers.
+    """
+
+    def __init__(self, layers: Sequence[Middleware], **options: Any) -> None:
+        super().__init__(**options)
+        self._layers = layers
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        for layer in reversed(self._layers):
+            stack = layer.cls(stack, *layer.args, **layer.kwargs)
+        return stack
 
 
 def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
@@ -32,7 +54,8 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
         middleware.insert(0, Middleware(AuthMiddleware, keys=args.api_keys))
     middleware.insert(0, Middleware(HttpMetricsMiddleware, metrics=state.http_metrics))
     load = [Middleware(monitoring.LoadMiddleware, state=state)]
-    app = Starlette(
+    app = Application(
+        layers=_layers(args),
         routes=[
             Route("/v1/completions", create_completion, methods=["POST"], middleware=load),
             Route("/v1/chat/completions", create_chat_completion, methods=["POST"], middleware=load),
@@ -43,8 +66,9 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
             Route("/ping", models.health, methods=["GET", "POST"]),
             Route("/version", models.version, methods=["GET"]),
             Route("/metrics", monitoring.metrics, methods=["GET"]),
-            Route("/metrics/", monitoring.metrics, methods=["GET"]),
+            Route("/metrics/", monitoring.metrics, methods=["GET"], include_in_schema=False),
             Route("/load", monitoring.load, methods=["GET"]),
+            *_optional_routes(args),
         ],
         middleware=middleware,
         exception_handlers={
@@ -59,3 +83,44 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
     app.router.redirect_slashes = False
     app.state.server = state
     return app
+
+
+def _optional_routes(args: ServerArgs) -> list[Route]:
+    """The endpoints that have to be asked for, and the documentation, which can be switched off."""
+    routes = []
+    if args.enable_tokenizer_info_endpoint:
+        routes.append(Route("/tokenizer_info", admin.tokenizer_info, methods=["GET"]))
+    if args.dev_mode:
+        routes += [
+            Route("/server_info", admin.server_info, methods=["GET"]),
+            Route("/reset_prefix_cache", admin.reset_prefix_cache, methods=["POST"]),
+            Route("/is_sleeping", admin.is_sleeping, methods=["GET"]),
+        ]
+    if not args.disable_fastapi_docs:
+        routes += [
+            Route("/openapi.json", docs.openapi, methods=["GET"], include_in_schema=False),
+            Route("/docs", docs.docs, methods=["GET"], include_in_schema=False),
+            Route("/redoc", docs.docs, methods=["GET"], include_in_schema=False),
+        ]
+    return routes
+
+
+def _layers(args: ServerArgs) -> list[Middleware]:
+    layers = []
+    if args.root_path:
+        layers.append(Middleware(RootPathMiddleware, prefix=args.root_path))
+    if args.enable_request_id_headers:
+        layers.append(Middleware(RequestIdMiddleware))
+    if args.allowed_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=args.allowed_origins,
+                allow_methods=args.allowed_methods,
+                allow_headers=args.allowed_headers,
+                allow_credentials=args.allow_credentials,
+            )
+        )
+    if args.sse_keep_alive_interval:
+        layers.append(Middleware(KeepAliveMiddleware, interval=args.sse_keep_alive_interval))
+    return layers

@@ -1,4 +1,4 @@
-"""API keys: `Authorization: Bearer KEY` on every route but the probes."""
+"""API keys: `Authorization: Bearer KEY` on every route that costs or changes something."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
+# Probes, what a Prometheus without a key collects in vLLM, too, and the description of the API.
+OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/version", "/metrics", "/metrics/", "/load", "/docs", "/redoc", "/openapi.json"}
+)
 
 
 class AuthMiddleware:
@@ -26,13 +29,18 @@ class AuthMiddleware:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
+        if scope["type"] == "http" and not self._open(scope) and not self._allowed(scope):
             refusal = Response(
                 b'{"error":"Unauthorized"}', 401, {"www-authenticate": "Bearer"}, "application/json"
             )
             await refusal(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    @staticmethod
+    def _open(scope: Scope) -> bool:
+        # A browser asks with OPTIONS whether it may send the key at all.
+        return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
 
     def _allowed(self, scope: Scope) -> bool:
         values = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -11,6 +11,7 @@ from microvllm.openai_compat.schemas import template_kwargs
 from microvllm.runtime.errors import ConfigError
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+FINGERPRINT_MODES = ("full", "hash", "custom", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,13 @@ class ServerArgs:
     first and the last one excepted. `max_body_bytes` bounds a request body. `shutdown_timeout` is the time
     in seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time
     between two lines of statistics.
+
+    `root_path` is the path prefix below which a proxy publishes the server. Web pages of `allowed_origins`
+    may use it from a browser (CORS). A stream that is silent for `sse_keep_alive_interval` seconds gets a
+    comment; 0 is off. `ssl_certfile` turns plain HTTP into HTTPS; `ssl_cert_reqs` 0, 1 or 2 never,
+    optionally or always asks the client for a certificate of `ssl_ca_certs`. `fingerprint_mode` says what
+    answers carry as `system_fingerprint`: version and configuration (full, hash), `fingerprint_value`
+    (custom) or null (none). `dev_mode` adds endpoints that tell or change what only an operator should.
 
     Raises `ConfigError` with one line that names the option.
     """
@@ -49,6 +57,26 @@ class ServerArgs:
     enable_force_include_usage: bool = False
     enable_per_request_metrics: bool = False
     enable_server_load_tracking: bool = False
+    root_path: str = ""
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    enable_request_id_headers: bool = False
+    enable_log_requests: bool = False
+    disable_access_log_for_endpoints: tuple[str, ...] = ()
+    sse_keep_alive_interval: float = 0.0
+    disable_fastapi_docs: bool = False
+    enable_tokenizer_info_endpoint: bool = False
+    fingerprint_mode: str = "full"
+    fingerprint_value: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0
+    ssl_ciphers: str | None = None
+    enable_ssl_refresh: bool = False
+    dev_mode: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -75,3 +103,36 @@ class ServerArgs:
             raise ConfigError(f"--shutdown-timeout must be at least 0 seconds, got {self.shutdown_timeout}")
         if not (math.isfinite(self.stats_interval) and self.stats_interval > 0):
             raise ConfigError("stats_interval must be a positive number of seconds")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(
+                f"--root-path must begin with a slash and not end with one, got {self.root_path}"
+            )
+        if not (math.isfinite(self.sse_keep_alive_interval) and self.sse_keep_alive_interval >= 0):
+            raise ConfigError(
+                f"--sse-keep-alive-interval must be at least 0 seconds, got {self.sse_keep_alive_interval}"
+            )
+        if self.fingerprint_mode not in FINGERPRINT_MODES:
+            raise ConfigError(
+                f"--fingerprint-mode must be one of {', '.join(FINGERPRINT_MODES)}, "
+                f"got {self.fingerprint_mode}"
+            )
+        if (self.fingerprint_mode == "custom") != (self.fingerprint_value is not None):
+            raise ConfigError("--fingerprint-mode custom and --fingerprint-value belong together")
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        """Half an encryption is none: every TLS option needs the certificate."""
+        options = {
+            "--ssl-keyfile": self.ssl_keyfile,
+            "--ssl-ca-certs": self.ssl_ca_certs,
+            "--ssl-cert-reqs": self.ssl_cert_reqs,
+            "--ssl-ciphers": self.ssl_ciphers,
+            "--enable-ssl-refresh": self.enable_ssl_refresh,
+        }
+        given = [option for option, value in options.items() if value]
+        if given and self.ssl_certfile is None:
+            raise ConfigError(f"{given[0]} needs --ssl-certfile")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ConfigError(f"--ssl-cert-reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}")
+        if self.ssl_cert_reqs and self.ssl_ca_certs is None:
+            raise ConfigError("--ssl-cert-reqs needs --ssl-ca-certs, or no client would be let in")

@@ -77,7 +77,8 @@ def address_of(args: ServerArgs) -> str:
     if args.uds is not None:
         return f"unix:{args.uds}"
     host = f"[{args.host}]" if ":" in args.host else args.host
-    return f"http://{host}:{args.port}"
+    scheme = "https" if args.ssl_certfile is not None else "http"
+    return f"{scheme}://{host}:{args.port}"
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ async def list_models(request: Request) -> Response:
                     "created": state.created,
                     "allow_create_engine": False,
                     "allow_sampling": True,
-                    "allow_logprobs": False,
+                    "allow_logprobs": True,
                     "allow_search_indices": False,
                     "allow_view": True,
                     "allow_fine_tuning": False,
@@ -55,4 +55,5 @@ async def health(request: Request) -> Response:
 
 
 async def version(request: Request) -> Response:
+    """`{"version"}` of this server."""
     return Response(orjson.dumps({"version": microvllm.__version__}), media_type="application/json")

@@ -10,6 +10,7 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -21,7 +22,9 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.lifecycle import Lifecycle
 from microvllm.openai_compat.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.openai_compat.protocol import GuardedProtocol
+from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.stats import log_stats
+from microvllm.openai_compat.tls import refresh_certificate, tls_context
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs, EngineConfig
@@ -49,9 +52,10 @@ def serve(
     """
     if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
         raise ConfigError(f"--chat-template: {problem}")
+    tls = tls_context(args)
     sock = bind_socket(args)
     try:
-        _run(_serve(engine_args.resolve(), args, sock, on_progress, say))
+        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, say))
     finally:
         release_socket(sock, args)
 
@@ -69,6 +73,7 @@ async def _serve(
     config: EngineConfig,
     args: ServerArgs,
     sock: socket.socket,
+    tls: ssl.SSLContext | None,
     on_progress: Callable[[int, int], None] | None,
     say: Callable[[str], None],
 ) -> None:
@@ -80,35 +85,37 @@ async def _serve(
         gc.collect()
         gc.freeze()
         start_listening(sock, args)
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http=GuardedProtocol,
-                ws="none",
-                lifespan="off",
-                log_config=_log_config(),
-                log_level=args.uvicorn_log_level,
-                access_log=not args.disable_uvicorn_access_log,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=int(FAREWELL_S),
-            ),
-            on_ready=functools.partial(_announce, args, app.state.server.model_names[0], say),
+        http = uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=_log_config(args),
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=int(FAREWELL_S),
         )
+        http.load()
+        http.ssl = tls
+        state: ServerState = app.state.server
+        server = _Server(http, on_ready=functools.partial(_announce, args, state.model_names[0], say))
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
-        metrics = app.state.server.metrics
-        reporting = (
-            None if metrics is None else asyncio.ensure_future(log_stats(metrics, args.stats_interval))
-        )
+        helpers = []
+        if state.metrics is not None:
+            helpers.append(asyncio.ensure_future(log_stats(state.metrics, args.stats_interval)))
+        if tls is not None and args.enable_ssl_refresh:
+            helpers.append(asyncio.ensure_future(refresh_certificate(tls, args)))
         stopped = asyncio.ensure_future(signals.wait(1))
         await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not serving.done():
-            await drain(app.state.server.lifecycle, args.shutdown_timeout, signals)
+            await drain(state.lifecycle, args.shutdown_timeout, signals)
         server.should_exit = True
         await serving
-        if reporting is not None:
-            reporting.cancel()
+        for helper in helpers:
+            helper.cancel()
     finally:
         await client.close()
 
@@ -194,7 +201,8 @@ class _Server(uvicorn.Server):
 def _announce(args: ServerArgs, model: str, say: Callable[[str], None]) -> None:
     address = address_of(args)
     say(f"Starting microvllm server on {address}")
-    where = f"--unix-socket {args.uds} http://localhost" if args.uds is not None else address
+    scheme = "https" if args.ssl_certfile is not None else "http"
+    where = f"--unix-socket {args.uds} {scheme}://localhost" if args.uds is not None else address
     key = " -H 'Authorization: Bearer YOUR_KEY'" if args.api_keys else ""
     say(
         f"Try: curl {where}/v1/chat/completions -H 'Content-Type: application/json'{key} "
@@ -203,8 +211,26 @@ def _announce(args: ServerArgs, model: str, say: Callable[[str], None]) -> None:
     say("Application startup complete.")
 
 
-def _log_config() -> dict[str, Any]:
-    """uvicorn's logging, and ours in the same form."""
+def _log_config(args: ServerArgs) -> dict[str, Any]:
+    """uvicorn's logging, and ours in the same form; no access lines for the paths that shall have none."""
     config = copy.deepcopy(LOGGING_CONFIG)
     config["loggers"]["microvllm"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    if args.disable_access_log_for_endpoints:
+        quiet = frozenset(args.disable_access_log_for_endpoints)
+        config["filters"] = {"quiet": {"()": QuietPaths, "paths": quiet}}
+        config["handlers"]["access"]["filters"] = ["quiet"]
     return config
+
+
+class QuietPaths(logging.Filter):
+    """Drops uvicorn's access lines for some paths, whatever their query."""
+
+    def __init__(self, paths: frozenset[str]) -> None:
+        super().__init__()
+        self._paths = paths
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # uvicorn logs (client, method, path with query, HTTP version, status).
+        arguments = record.args
+        path = arguments[2] if isinstance(arguments, tuple) and len(arguments) == 5 else ""
+        return str(path).partition("?")[0] not in self._paths

@@ -36,12 +36,21 @@ class ServerState:
     metrics: EngineMetrics | None = None
     exposition: Exposition | None = None
     num_generations: int = 0  # requests in progress that generate
-    fingerprint: str = ""
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.args.disable_log_stats:
             self.client.observer = self.metrics = EngineMetrics(self.client.config.max_model_len)
         self.model_names = self.args.served_model_names or (self.client.config.model,)
-        # Same engine configuration, same fingerprint: what OpenAI's `system_fingerprint` promises.
-        digest = hashlib.sha256(msgspec.json.encode(self.client.config)).hexdigest()
-        self.fingerprint = f"microvllm-{microvllm.__version__}-{digest[:8]}"
+        self.fingerprint = _fingerprint(self.client, self.args)
+
+
+def _fingerprint(client: EngineClient, args: ServerArgs) -> str | None:
+    """Same engine configuration, same fingerprint: what OpenAI's `system_fingerprint` promises.
+
+    "full" adds the degrees of parallelism in vLLM; one device has none, so it is the same as "hash".
+    """
+    if args.fingerprint_mode in ("custom", "none"):
+        return args.fingerprint_value
+    digest = hashlib.sha256(msgspec.json.encode(client.config)).hexdigest()
+    return f"microvllm-{microvllm.__version__}-{digest[:8]}"

@@ -1,0 +1,116 @@
+"""The OpenAPI 3.1 document of the server, made of its routes and of the tables that bodies are read with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from starlette.routing import BaseRoute, Route
+
+import microvllm
+from microvllm.openai_compat import answers
+from microvllm.openai_compat.auth import OPEN_PATHS
+from microvllm.openai_compat.fields import Fate, JsonSchema, Table, or_null
+from microvllm.openai_compat.schemas import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+
+# The endpoints that take a body: the name of its schema, and its table.
+BODIES: Mapping[str, tuple[str, Table]] = {
+    "/v1/completions": ("CompletionRequest", COMPLETIONS),
+    "/v1/chat/completions": ("ChatCompletionRequest", CHAT),
+    "/tokenize": ("TokenizeRequest", TOKENIZE),
+    "/detokenize": ("DetokenizeRequest", DETOKENIZE),
+}
+STREAMING = frozenset({"/v1/completions", "/v1/chat/completions"})
+NOTHING = (None, "", [], {})  # defaults that only say that nothing was given
+PARAMETERS: Mapping[str, Mapping[str, JsonSchema]] = {
+    "/server_info": {"config_format": {"enum": ["text", "json"], "default": "text"}},
+    "/reset_prefix_cache": {
+        "reset_running_requests": {"type": "boolean", "default": False},
+        "reset_external": {"type": "boolean", "default": False},
+    },
+}
+
+
+def build_document(routes: Iterable[BaseRoute], root_path: str, with_keys: bool) -> dict[str, Any]:
+    """The document for these routes, of which only those with `include_in_schema` appear.
+
+    `root_path` is the prefix that clients put in front of every path, `with_keys` whether a key is needed.
+    """
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if isinstance(route, Route) and route.include_in_schema:
+            for method in sorted((route.methods or set()) - {"HEAD"}):
+                operation = _operation(route, method, with_keys and route.path not in OPEN_PATHS)
+                paths.setdefault(route.path, {})[method.lower()] = operation
+    schemas = {name: request_schema(rows) for path, (name, rows) in BODIES.items() if path in paths}
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "microvllm",
+            "version": microvllm.__version__,
+            "description": "An OpenAI-compatible server, with the names and answers of vLLM.",
+        },
+        "servers": [{"url": root_path or "/"}],
+        "paths": paths,
+        "components": {"schemas": {**schemas, **answers.SCHEMAS}},
+    }
+    if with_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return document
+
+
+def request_schema(rows: Table) -> dict[str, Any]:
+    """The schema of a request body: what is honoured, what is ignored, what is refused."""
+    properties: dict[str, JsonSchema] = {}
+    for row in rows.values():
+        if row.parse is not None:
+            schema = row.parse.schema if row.required else or_null(row.parse.schema)
+            default = {} if row.default in NOTHING else {"default": row.default}
+            properties[row.name] = {**schema, **default}
+        elif row.fate is Fate.IGNORED:
+            properties[row.name] = {"description": "Accepted and ignored."}
+        else:
+            properties[row.name] = {
+                "enum": [None, *row.harmless],
+                "description": "Not supported: any other value is answered 400.",
+            }
+    required = [row.name for row in rows.values() if row.required]
+    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
+    """One method of one path. What the endpoint's docstring says is what the document says."""
+    path = route.path
+    summary, _, description = (inspect.getdoc(route.endpoint) or path).partition("\n")
+    content: dict[str, Any] = {}
+    if path in answers.OF_PATH:
+        content["application/json"] = {"schema": _reference(answers.OF_PATH[path])}
+    if path in STREAMING:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    responses: dict[str, Any] = {"200": {"description": "Done.", **({"content": content} if content else {})}}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "operationId": "_".join((method.lower(), *path.strip("/").replace(".", "_").split("/"))),
+        "responses": responses,
+    }
+    if description.strip():
+        operation["description"] = description.strip()
+    if path in PARAMETERS:
+        operation["parameters"] = [
+            {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS[path].items()
+        ]
+    if path in BODIES:
+        body = {"application/json": {"schema": _reference(BODIES[path][0])}}
+        operation["requestBody"] = {"required": True, "content": body}
+        for status, meaning in answers.FAILURES.items():
+            error = {"application/json": {"schema": _reference("Error")}}
+            responses[status] = {"description": meaning, "content": error}
+    if guarded:
+        operation["security"] = [{"key": []}]
+        responses["401"] = {"description": "The key is missing or wrong."}
+    return operation
+
+
+def _reference(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
