@@ -13,7 +13,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -33,13 +32,23 @@ from microvllm.openai_compat.engine_options import (
     TokenizerOpt,
     check_paths,
     choose_model,
-    with_engine_args,
+    engine_args,
 )
+from microvllm.openai_compat.option_groups import takes
+from microvllm.openai_compat.option_values import chat_template_text
 from microvllm.openai_compat.progress import ProgressLine
+from microvllm.openai_compat.server_options import (
+    ChatTemplateOpt,
+    PromptTokensDetailsOpt,
+    ResponseRoleOpt,
+    ServedModelNameOpt,
+    server_args,
+)
 from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.config import ServerArgs
     from microvllm.runtime.config import EngineArgs
 
 
@@ -58,20 +67,6 @@ class Command(TyperCommand):
 def warn(message: str) -> None:
     """One warning line on stderr."""
     print(f"microvllm: warning: {message}", file=sys.stderr)
-
-
-def chat_template_text(wish: str | None) -> str | None:
-    """The text of `--chat-template`, which is a file or the template itself. Raises `ConfigError`."""
-    if wish is None:
-        return None
-    try:
-        return Path(wish).read_text("utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
-        if any(mark in wish for mark in "{}\n"):
-            return wish
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        shown = wish if len(wish) <= 200 else wish[:200] + "..."
-        raise ConfigError(f"--chat-template {shown!r}: {reason}, and it is no template either") from error
 
 
 app = typer.Typer(
@@ -102,93 +97,21 @@ def root(
 
 
 @app.command(cls=Command)
-@with_engine_args
+@takes(engine_args, server_args)
 def serve(
     engine: EngineArgs,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="Names of the model in requests; the first is answered."),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    uds: Annotated[
-        str | None,
-        typer.Option(help="Unix socket to listen on, in place of host and port."),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar=["MICROVLLM_API_KEY", "VLLM_API_KEY"],
-            show_envvar=True,
-            help="Keys, one of which each request must carry.",
-        ),
-    ] = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="A file with a chat template, or the template."),
-    ] = None,
-    uvicorn_log_level: Annotated[
-        str,
-        typer.Option(help="critical, error, warning, info, debug or trace."),
-    ] = "info",
-    disable_uvicorn_access_log: Annotated[
-        bool,
-        typer.Option(
-            "--disable-uvicorn-access-log/--no-disable-uvicorn-access-log", help="No line per request."
-        ),
-    ] = False,
-    disable_log_stats: Annotated[
-        bool,
-        typer.Option("--disable-log-stats", help="No line of statistics every 10 s."),
-    ] = False,
-    shutdown_timeout: Annotated[
-        float,
-        typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM."),
-    ] = 10.0,
-    response_role: Annotated[str, typer.Option(help="Role of the answers in chats.")] = "assistant",
-    enable_prompt_tokens_details: Annotated[
-        bool,
-        typer.Option(
-            "--enable-prompt-tokens-details/--no-enable-prompt-tokens-details",
-            help="Report cached tokens in the usage.",
-        ),
-    ] = False,
-    enable_force_include_usage: Annotated[
-        bool,
-        typer.Option(
-            "--enable-force-include-usage/--no-enable-force-include-usage",
-            help="End every stream with its usage.",
-        ),
-    ] = False,
+    server: ServerArgs,
     max_num_queued_reqs: Annotated[
         int | None,
         typer.Option(min=1, help="Requests that may wait; more are answered 503."),
     ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
-    template = chat_template_text(chat_template)
-
-    from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.server import serve as serve_http
 
-    engine_args = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)
-    server_args = ServerArgs(
-        host=host,
-        port=port,
-        uds=uds,
-        served_model_names=tuple(served_model_name or []),
-        api_keys=tuple(api_key or []),
-        chat_template=template,
-        uvicorn_log_level=uvicorn_log_level,
-        disable_uvicorn_access_log=disable_uvicorn_access_log,
-        disable_log_stats=disable_log_stats,
-        shutdown_timeout=shutdown_timeout,
-        response_role=response_role,
-        enable_prompt_tokens_details=enable_prompt_tokens_details,
-        enable_force_include_usage=enable_force_include_usage,
-    )
+    engine = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)
     with ProgressLine() as progress:
-        serve_http(engine_args, server_args, on_progress=progress)
+        serve_http(engine, server, on_progress=progress)
 
 
 @app.command(cls=Command)
@@ -251,6 +174,42 @@ def generate(
     for _, text in engine.stream_generate(prompt, **sampling):
         print(text, end="", flush=True)
     print()
+
+
+@app.command(cls=Command)
+@takes(engine_args)
+def run_batch(
+    engine: EngineArgs,
+    input_file: Annotated[
+        str,
+        typer.Option("--input-file", "-i", help="Requests: a file, an http(s) address, or - for stdin."),
+    ],
+    output_file: Annotated[
+        str, typer.Option("--output-file", "-o", help="Answers: a file, or - for stdout.")
+    ],
+    served_model_name: ServedModelNameOpt = None,
+    chat_template: ChatTemplateOpt = None,
+    response_role: ResponseRoleOpt = "assistant",
+    enable_prompt_tokens_details: PromptTokensDetailsOpt = False,
+) -> None:
+    """Answer a file of requests in the format of OpenAI's batches, without a server.
+
+    A line is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions",
+    "body": {...}}. Answers come in the order of the requests; one that fails has a line that says why.
+    """
+    template = chat_template_text(chat_template)
+
+    from microvllm.openai_compat.batch import run_batch as answer_batch
+    from microvllm.openai_compat.config import ServerArgs
+
+    server_args = ServerArgs(
+        served_model_names=tuple(served_model_name or []),
+        chat_template=template,
+        response_role=response_role,
+        enable_prompt_tokens_details=enable_prompt_tokens_details,
+    )
+    with ProgressLine() as on_load, ProgressLine("Requests") as on_progress:
+        answer_batch(engine, server_args, input_file, output_file, on_load=on_load, on_progress=on_progress)
 
 
 # The options of `chat` and `complete`.

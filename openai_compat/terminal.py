@@ -145,7 +145,7 @@ def _turns(remote: Remote, hint: str, quick: str | None) -> Iterator[str]:
         yield quick
         return
     if not _on_terminal():
-        for line in sys.stdin:
+        for line in sys.stdin or ():
             if text := line.rstrip("\r\n"):
                 yield text
         return
@@ -223,7 +223,7 @@ def _check_text(flag: str, text: str | None) -> None:
 
 
 def _on_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def _note(line: str) -> None:

@@ -1,0 +1,298 @@
+"""`microvllm run-batch`: a file of requests in, a file of answers out, without a port.
+
+Lines are in the form of OpenAI's batch files: `{"custom_id", "method", "url", "body"}` in,
+`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}` out, in the same order.
+Each body goes through the server's own application, so what it may hold, what it means and how it is
+refused is the same as over HTTP. As vLLM writes it, an answer is in `response.body` with `error` null, and
+what went wrong is in `error` with `response.body` null.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import msgspec
+import orjson
+from starlette.types import ASGIApp, Message
+
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.errors import PayloadTooLargeError, clip, error_object
+from microvllm.openai_compat.server import Signals
+from microvllm.runtime.chat_template import ChatTemplate
+from microvllm.runtime.client import EngineClient
+from microvllm.runtime.config import EngineArgs, EngineConfig
+from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError, RequestError
+
+logger = logging.getLogger("microvllm.batch")
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+ENVELOPE_BYTES = 64 << 10  # what a line may hold beside the body
+ATTEMPTS = 3  # at a request that the engine process died over
+RESTART_S = 600.0  # for an engine process that died to be back
+POLL_S = 0.1
+
+Progress = Callable[[int, int], None]
+
+
+class Line(msgspec.Struct):
+    """A line of the input. The body stays as it is, for the application to parse."""
+
+    custom_id: Any = None
+    method: Any = None
+    url: Any = None
+    body: msgspec.Raw = msgspec.Raw()
+
+
+class Streaming(msgspec.Struct):
+    """The one field of a body that concerns us."""
+
+    stream: Any = None
+
+
+def run_batch(
+    engine_args: EngineArgs,
+    args: ServerArgs,
+    input_file: str,
+    output_file: str,
+    *,
+    on_load: Progress | None = None,
+    on_progress: Progress | None = None,
+) -> None:
+    """Answers all requests of `input_file` (a path, an http(s) address, `-`) in `output_file` (a path, `-`).
+
+    `on_load` gets (done, total) while the model loads, `on_progress` requests answered and all requests.
+    SIGINT and SIGTERM end in `SystemExit` with 128 + their number; what is answered by then is written.
+    Raises `ConfigError` naming the flag at fault, `EngineError` if the engine does not start or come back.
+    """
+    if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
+        raise ConfigError(f"--chat-template: {problem}")
+    with RequestFile(input_file, args.max_body_bytes + ENVELOPE_BYTES) as requests:
+        if requests.is_same_file(output_file):
+            raise ConfigError(f"-o {output_file}: the answers would overwrite the requests")
+        with AnswerFile(output_file) as answers:
+            config = engine_args.resolve()
+            asyncio.run(_until_signal(_run(config, args, requests, answers, on_load, on_progress)))
+
+
+async def _until_signal(work: Awaitable[None]) -> None:
+    signals = Signals()
+    working = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(signals.wait(1))
+    await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        raise SystemExit(128 + signals.last)
+    working.result()
+
+
+async def _run(
+    config: EngineConfig,
+    args: ServerArgs,
+    requests: RequestFile,
+    answers: AnswerFile,
+    on_load: Progress | None,
+    on_progress: Progress | None,
+) -> None:
+    client = await EngineClient.start(config, chat_template=args.chat_template, on_progress=on_load)
+    try:
+        batch = Batch(client, create_app(client, args), requests.num_lines, on_progress)
+        answers.start()
+        start = time.monotonic()
+        try:
+            # A few more than run at once, so that the next is there when one ends.
+            concurrency = config.max_num_seqs + max(8, config.max_num_seqs // 4)
+            await in_order(requests, batch.answer, answers.write, concurrency)
+        finally:
+            print(
+                f"{batch.done} of {batch.total} requests answered, {batch.failed} of them with an error, "
+                f"in {time.monotonic() - start:.1f} s",
+                file=sys.stderr,
+            )
+    finally:
+        await client.close()
+
+
+async def in_order(
+    lines: Iterable[bytes | None],
+    answer: Callable[[bytes | None], Awaitable[bytes]],
+    write: Callable[[bytes], None],
+    concurrency: int,
+) -> None:
+    """Writes the answer of each line, `concurrency` of them in work at a time, in the order of the lines.
+
+    Cut short, it writes what is done, though not all before it is.
+    """
+    slots = asyncio.Semaphore(concurrency)
+    window: deque[asyncio.Task[bytes]] = deque()
+
+    async def one(line: bytes | None) -> bytes:
+        try:
+            return await answer(line)
+        finally:
+            slots.release()
+
+    try:
+        for line in lines:
+            await slots.acquire()
+            window.append(asyncio.create_task(one(line)))
+            while window and window[0].done():
+                write(window.popleft().result())
+        while window:
+            await window[0]
+            write(window.popleft().result())
+    finally:
+        for task in window:
+            task.cancel()
+        outcomes = await asyncio.gather(*window, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, bytes):
+                write(outcome)
+
+
+class Batch:
+    """The requests of one run. Counts the lines that are `done`, among them those that `failed`."""
+
+    def __init__(
+        self, client: EngineClient, app: ASGIApp, total: int, on_progress: Progress | None = None
+    ) -> None:
+        self.total, self.done, self.failed = total, 0, 0
+        self._client, self._app = client, app
+        self._on_progress = on_progress
+        self._again = asyncio.Lock()
+
+    async def answer(self, text: bytes | None) -> bytes:
+        """The line of the output for a line of the input; None is one that was too long to be read."""
+        request_id = f"batch-{uuid.uuid4().hex}"
+        line = Line()
+        try:
+            line = _decode(text)
+            body = _checked_body(line)
+            status, answer = await self._ask(line.url, body, request_id)
+        except RequestError as error:
+            status, answer = error.status, orjson.dumps(error_object(error))
+        self.done += 1
+        self.failed += status != 200
+        if self._on_progress is not None:
+            self._on_progress(self.done, self.total)
+        fine = status == 200
+        return orjson.dumps(
+            {
+                "id": f"microvllm-{uuid.uuid4().hex}",
+                "custom_id": line.custom_id if isinstance(line.custom_id, str) else None,
+                "response": {
+                    "status_code": status,
+                    "request_id": request_id,
+                    "body": orjson.Fragment(answer) if fine else None,
+                },
+                "error": None if fine else orjson.Fragment(answer),
+            }
+        )
+
+    async def _ask(self, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
+        """Asks again where the engine process died.
+
+        It may have died of this request or of one beside it, and takes all that run with it. So second
+        attempts are made one at a time: a request that is to blame fails alone.
+        """
+        status, answer = await self._attempt(path, body, request_id)
+        for _ in range(ATTEMPTS - 1):
+            if status != 503:
+                break
+            async with self._again:
+                status, answer = await self._attempt(path, body, request_id)
+        return status, answer
+
+    async def _attempt(self, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
+        deadline = time.monotonic() + RESTART_S
+        while not self._client.healthy():
+            if time.monotonic() > deadline:
+                raise EngineError(f"the engine process died and was not back within {RESTART_S:g} s")
+            await asyncio.sleep(POLL_S)
+        return await post(self._app, path, body, request_id)
+
+
+async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
+    """Sends one JSON request to an application in this process -> (status, body of the answer)."""
+    status = 0
+    answer = bytearray()
+    unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not unread:
+            await asyncio.get_running_loop().create_future()  # this client does not leave
+        return unread.pop()
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            answer.extend(message.get("body", b""))
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", request_id.encode()),
+        ],
+        "client": None,
+        "server": None,
+    }
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        # Starlette answers 500 and then raises what happened, for the server to log.
+        if not status:
+            raise
+        logger.exception("A request failed.")
+    return status, bytes(answer)
+
+
+def _decode(text: bytes | None) -> Line:
+    if text is None:
+        raise PayloadTooLargeError("The line is too long.")
+    try:
+        return msgspec.json.decode(text, type=Line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"The line is not a JSON object: {clip(str(error))}") from error
+
+
+def _checked_body(line: Line) -> bytes:
+    """The body of a line as it stands there. Raises `InvalidRequestError` naming the field."""
+    if not isinstance(line.custom_id, str):
+        raise InvalidRequestError("custom_id must be a string.", "custom_id")
+    if line.method != "POST":
+        raise InvalidRequestError('method must be "POST".', "method")
+    if line.url not in ENDPOINTS:
+        raise InvalidRequestError(f"url must be one of {', '.join(ENDPOINTS)}.", "url")
+    body = bytes(line.body)
+    if not body:
+        raise InvalidRequestError("body is missing.", "body")
+    try:
+        streaming = msgspec.json.decode(body, type=Streaming).stream not in (None, False)
+    except (msgspec.DecodeError, RecursionError):
+        streaming = False  # the application says what is wrong with such a body
+    if streaming:
+        raise InvalidRequestError("stream must be false: a batch has whole answers.", "stream")
+    return body
