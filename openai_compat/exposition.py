@@ -1,4 +1,4 @@
-"""What was counted, as Prometheus' text. The first scrape imports it: no start waits for prometheus-client."""
+"""What was counted, as Prometheus' text. The first scrape imports it, not the start of the server."""
 
 from __future__ import annotations
 

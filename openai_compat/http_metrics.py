@@ -52,9 +52,10 @@ class HttpMetricsMiddleware:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (handler := _handler(scope)) in UNCOUNTED:
+        if scope["type"] != "http" or scope["path"] in UNCOUNTED:
             await self.app(scope, receive, send)
             return
+        handler = _handler(scope)
         status, sent_bytes = 500, 0  # what the client gets when nothing was sent and an exception leaves here
 
         # Not a coroutine of its own: a stream sends a message a token, and would await two for each.

@@ -110,9 +110,12 @@ class Histogram:
 
 
 class EngineMetrics(EngineObserver):
-    """Counts since the server started, over all engine processes that it has had. For one event loop."""
+    """Counts since the server started, over all engine processes that it has had. For one event loop.
 
-    def __init__(self, max_model_len: int) -> None:
+    `stats` are those of the engine process that runs at the start.
+    """
+
+    def __init__(self, max_model_len: int, stats: EngineStats) -> None:
         self.histograms = {
             name: Histogram(one_two_five(max_model_len) if kind.bounds is None else kind.bounds)
             for name, kind in HISTOGRAMS.items()
@@ -123,7 +126,7 @@ class EngineMetrics(EngineObserver):
         self.finished_requests = {str(reason): 0 for reason in FinishReason}
         self.rejections = dict.fromkeys(REJECTIONS, 0)
         self.engine_deaths = 0
-        self._stats = EngineStats()  # of the engine process that runs now
+        self._stats = stats  # of the engine process that runs now
         self._past = EngineStats()  # what those before it have counted
         self._gaps: list[float] = []  # seconds between tokens, seen since the last step
         self._gap_seconds = self.histograms["inter_token_latency_seconds"]

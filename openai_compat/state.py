@@ -40,7 +40,8 @@ class ServerState:
 
     def __post_init__(self) -> None:
         if not self.args.disable_log_stats:
-            self.client.observer = self.metrics = EngineMetrics(self.client.config.max_model_len)
+            self.metrics = EngineMetrics(self.client.config.max_model_len, self.client.stats)
+            self.client.observer = self.metrics
         self.model_names = self.args.served_model_names or (self.client.config.model,)
         self.fingerprint = _fingerprint(self.client, self.args)
 

@@ -1,0 +1,645 @@
+"""What /metrics and /load say: names, labels and exact counts, over a scripted engine and over a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import prometheus_client
+import pytest
+import pytest_asyncio
+from fake_client import FakeClient, fresh
+from http_tools import in_process
+from hypothesis import given
+from hypothesis import strategies as st
+from model_tools import variant_folder
+from process_tools import own_engines, wait_until_async
+from prometheus_client.parser import text_string_to_metric_families
+
+from microvllm.openai_compat.http_metrics import UNCOUNTED
+from microvllm.openai_compat.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
+from microvllm.openai_compat.stats import stats_line
+from microvllm.runtime import client as client_module
+from microvllm.runtime.channel import Abort, Step
+from microvllm.runtime.client import EngineClient, TokenStream
+from microvllm.runtime.config import EngineArgs, EngineConfig
+from microvllm.runtime.errors import EngineBusyError, EngineDeadError
+from microvllm.runtime.processor import Processor
+from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
+from microvllm.runtime.tokenizer import Tokenizer
+
+on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
+
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+# What vLLM's Grafana dashboard and the usual autoscalers query.
+DASHBOARD = (
+    *(f"vllm:{name}" for name in GAUGES),
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_success_total",
+    "vllm:request_prompt_tokens_bucket",
+    "vllm:request_generation_tokens_bucket",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:time_to_first_token_seconds_sum",
+    "vllm:time_to_first_token_seconds_count",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:inter_token_latency_seconds_sum",
+    "vllm:inter_token_latency_seconds_count",
+    "vllm:request_time_per_output_token_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_sum",
+    "vllm:e2e_request_latency_seconds_count",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:cache_config_info",
+)
+GENERATE = "/v1/completions"
+
+
+class Numbers:
+    """A parsed exposition."""
+
+    def __init__(self, text: str) -> None:
+        self.families = list(text_string_to_metric_families(text))
+        self.samples = [sample for family in self.families for sample in family.samples]
+
+    @property
+    def names(self) -> set[str]:
+        return {sample.name for sample in self.samples}
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The value of the one sample that has this name and these labels."""
+        found = [s for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
+        assert len(found) == 1, (name, labels, found)
+        return found[0].value
+
+    def engine(self, name: str, **labels: str) -> float:
+        return self(f"vllm:{name}", **labels)
+
+
+async def scrape(http: httpx.AsyncClient, path: str = "/metrics") -> Numbers:
+    answer = await http.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == prometheus_client.CONTENT_TYPE_LATEST
+    return Numbers(answer.text)
+
+
+# ---- the histogram --------------------------------------------------------------------------------
+
+
+@given(st.lists(st.one_of(st.floats(0, 3000), st.sampled_from((0.001, 0.1, 1, 2560)))))
+def test_a_histogram_is_the_librarys(values: list[float]) -> None:
+    """Also for values that are bounds, and for those above the last."""
+    bounds = HISTOGRAMS["time_to_first_token_seconds"].bounds
+    assert bounds is not None
+    theirs = prometheus_client.Histogram("h", "", buckets=bounds, registry=None)
+    ours = Histogram(bounds)
+    for value in values:
+        theirs.observe(value)
+        ours.observe(value)
+    samples = [sample.value for sample in theirs.collect()[0].samples if sample.name == "h_bucket"]
+    assert ours.cumulative() == samples
+    assert ours.sum == pytest.approx(sum(values))
+
+
+def test_several_equal_values_at_once() -> None:
+    histogram = Histogram((1, 2))
+    histogram.observe(1.5, 3)
+    assert (histogram.cumulative(), histogram.sum) == ([0, 3, 3], 4.5)
+
+
+def test_bounds_of_token_counts_end_at_the_context() -> None:
+    assert one_two_five(1) == [1]
+    assert one_two_five(49) == [1, 2, 5, 10, 20]
+    assert one_two_five(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+
+
+# ---- a scripted engine, and a clock that a test sets ------------------------------------------------
+
+
+class Clock:
+    """In place of the `time` module of the client."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class ScriptedProcess:
+    """In place of an engine process: notes what it is sent, and dies when it is told to."""
+
+    def __init__(self) -> None:
+        self.first_stats = EngineStats()
+        self.sent: list[Any] = []
+        self.died = asyncio.Event()
+
+    def send(self, command: Any) -> None:
+        self.sent.append(command)
+
+    async def receive(self) -> Any:
+        await self.died.wait()
+        raise EngineDeadError("dead")
+
+    async def end(self, patience_s: float = 0) -> str:
+        return ""
+
+
+class Script:
+    """A client whose engine says what a test writes, when the test says."""
+
+    def __init__(self, client: EngineClient, clock: Clock, metrics: EngineMetrics) -> None:
+        self.client, self.clock, self.metrics = client, clock, metrics
+        self.stats = EngineStats()
+
+    def submit(self, prompt: list[int], **params: Any) -> list[TokenStream]:
+        return self.client.submit(prompt, SamplingParams(**params))
+
+    def step(self, at: float, stats: dict[str, Any], *outputs: StepOutput) -> None:
+        """One step that arrives at `at` seconds; `stats` are those that have changed since the last one."""
+        self.clock.now = 1000.0 + at
+        values = {name: getattr(self.stats, name) for name in EngineStats.__struct_fields__}
+        self.stats = EngineStats(**{**values, "steps": self.stats.steps + 1, **stats})
+        self.client._deliver(Step(list(outputs), self.stats))
+
+    def buckets(self, name: str) -> list[int]:
+        return self.metrics.histograms[name].cumulative()
+
+    def seen(self, name: str) -> tuple[int, float]:
+        """How many values a histogram has, and their sum."""
+        histogram = self.metrics.histograms[name]
+        return histogram.cumulative()[-1], pytest.approx(histogram.sum)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def config() -> EngineConfig:
+    options: dict[str, Any] = {"dtype": "float32", "cpu_threads": 1, "num_gpu_blocks_override": 64}
+    return EngineArgs(
+        model=str(variant_folder("llama-tied")), max_num_seqs=4, max_num_queued_reqs=2, **options
+    ).resolve()
+
+
+@pytest.fixture(scope="module")
+def text(config: EngineConfig) -> tuple[Tokenizer, Processor]:
+    tokenizer = Tokenizer.load(variant_folder("llama-tied"))
+    return tokenizer, Processor(config, tokenizer)
+
+
+@pytest_asyncio.fixture
+async def script(
+    config: EngineConfig, text: tuple[Tokenizer, Processor], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Script]:
+    clock = Clock()
+    monkeypatch.setattr(client_module, "time", clock)
+    client = EngineClient(config, *text)
+    client._use(ScriptedProcess())  # type: ignore[arg-type]
+    metrics = EngineMetrics(config.max_model_len, client.stats)
+    client.observer = metrics
+    yield Script(client, clock, metrics)
+    client._workers.shutdown()
+
+
+def token(stream: TokenStream, finish: FinishReason | None = None, **more: Any) -> StepOutput:
+    return StepOutput(stream._id, [70], finish, **more)
+
+
+async def test_every_time_of_a_request(script: Script) -> None:
+    (stream,) = script.submit([5] * 20, max_tokens=3)
+    script.step(0.5, {"prompt_tokens": 4}, token(stream, num_cached_tokens=16, scheduled_at=1000.2))
+    timing = stream.timing
+    assert (timing.arrival, timing.scheduled, timing.first_token) == (1000.0, 1000.2, 1000.5)
+    script.step(0.75, {}, token(stream, num_cached_tokens=16))
+    script.step(2.0, {}, token(stream, FinishReason.LENGTH, num_preemptions=2))
+    assert (timing.first_token, timing.last_token) == (1000.5, 1002.0)
+    seen = script.seen
+    assert seen("time_to_first_token_seconds") == (1, 0.5)
+    assert seen("inter_token_latency_seconds") == (2, 1.5)
+    assert seen("request_queue_time_seconds") == (1, 0.2)
+    assert seen("request_prefill_time_seconds") == (1, 0.3)
+    assert seen("request_decode_time_seconds") == (1, 1.5)
+    assert seen("request_inference_time_seconds") == (1, 1.8)
+    assert seen("e2e_request_latency_seconds") == (1, 2.0)
+    assert seen("request_time_per_output_token_seconds") == (1, 0.75)
+    assert seen("request_prompt_tokens") == (1, 20)
+    assert seen("request_generation_tokens") == (1, 3)
+    assert seen("request_prefill_kv_computed_tokens") == (1, 4)
+    assert seen("request_params_max_tokens") == (1, 3)
+    assert seen("request_num_preemptions") == (1, 2)
+    assert script.buckets("inter_token_latency_seconds")[6:13] == [0, 1, 1, 1, 1, 1, 2]  # from 0.2 s to 2.5 s
+    metrics = script.metrics
+    assert (metrics.prompt_tokens, metrics.cached_tokens, metrics.generation_tokens) == (20, 16, 3)
+
+
+async def test_a_step_counts_what_the_engine_computed(script: Script) -> None:
+    """A chunk of a prefill is a step, too, though no tokens come of it; a message without a step is none."""
+    (stream,) = script.submit([5] * 20, max_tokens=2)
+    script.step(0.1, {"prompt_tokens": 16})
+    script.step(0.1, {"steps": 1})
+    script.step(0.2, {"prompt_tokens": 20, "generation_tokens": 1}, token(stream, scheduled_at=1000.0))
+    script.step(0.3, {"generation_tokens": 2}, token(stream, FinishReason.LENGTH))
+    assert script.seen("iteration_tokens_total") == (3, 22)
+    assert script.metrics.totals.steps == 3
+
+
+async def test_a_first_token_alone_has_no_gap(script: Script) -> None:
+    (stream,) = script.submit([5], max_tokens=1)
+    script.step(0.1, {}, token(stream, FinishReason.LENGTH, scheduled_at=1000.0))
+    assert script.seen("inter_token_latency_seconds") == (0, 0)
+    assert script.seen("request_time_per_output_token_seconds") == (1, 0)
+
+
+async def test_samples_of_one_prompt_are_one_request_with_n(script: Script) -> None:
+    streams = script.submit([5, 6], max_tokens=3, n=3)
+    begun = {"scheduled_at": 1000.0}
+    script.step(
+        0.1, {}, *(token(s, FinishReason.STOP if s is streams[0] else None, **begun) for s in streams)
+    )
+    script.step(0.2, {}, *(token(s) for s in streams[1:]))
+    script.step(0.3, {}, token(streams[1], FinishReason.LENGTH))
+    assert script.seen("request_params_n") == (0, 0)
+    script.step(0.3, {}, token(streams[2], FinishReason.STOP))
+    assert script.seen("request_params_n") == (1, 3)
+    assert script.seen("request_max_num_generation_tokens") == (1, 3)
+    assert script.seen("request_generation_tokens") == (3, 7)
+    assert script.metrics.finished_requests["stop"] == 2
+
+
+async def test_every_end_is_counted_once_and_only_whole_requests_are_measured(script: Script) -> None:
+    ends = [FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION, FinishReason.ERROR]
+    for end in ends:
+        (stream,) = script.submit([5], max_tokens=9)
+        script.step(0.1, {}, token(stream, scheduled_at=1000.0))
+        script.step(0.2, {}, token(stream, end))
+        stream.abort()  # as the server does in any case
+    stopped = script.submit([5], max_tokens=9, stop=[script.client.tokenizer.decode([70])])[0]
+    script.step(0.1, {}, token(stopped, scheduled_at=1000.0))
+    aborted = script.submit([5], max_tokens=9)[0]
+    aborted.abort()
+    aborted.abort()
+    assert script.metrics.finished_requests == {
+        "stop": 2,
+        "length": 1,
+        "repetition": 1,
+        "error": 1,
+        "abort": 1,
+    }
+    assert script.seen("e2e_request_latency_seconds")[0] == 4
+    assert not script.client._streams
+
+
+async def test_a_bug_in_the_text_logic_is_one_error(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    (stream,) = script.submit([5], max_tokens=9)
+    monkeypatch.setattr(stream, "_text", None)
+    script.step(0.1, {}, token(stream))
+    ended = script.metrics.finished_requests
+    assert (ended["error"], ended["abort"]) == (1, 0)
+    process = script.client._process
+    assert isinstance(process, ScriptedProcess) and isinstance(process.sent[-1], Abort)
+
+
+async def test_a_full_queue_is_a_rejection(script: Script) -> None:
+    script.submit([5], max_tokens=1, n=6, temperature=1.0)
+    for _ in range(2):
+        with pytest.raises(EngineBusyError):
+            script.submit([5], max_tokens=1)
+    assert script.metrics.rejections == {"max_num_queued_reqs": 2}
+
+
+async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = script.client._process, ScriptedProcess()
+    assert isinstance(first, ScriptedProcess)
+    restarting = asyncio.Event()
+
+    async def restart() -> ScriptedProcess:
+        await restarting.wait()
+        return second
+
+    monkeypatch.setattr(script.client, "_restart", restart)
+    counted = {"prompt_tokens": 8, "generation_tokens": 2, "prefix_queries": 8, "preemptions": 3}
+    (stream,) = script.submit([5] * 8, max_tokens=9)
+    now = {"num_running": 1, "kv_blocks_used": 4, "kv_blocks_total": 8, "kv_unused_slots": 7}
+    script.step(0.1, {**counted, **now}, token(stream, scheduled_at=1000.0))
+    keeper = asyncio.ensure_future(script.client._keep())
+    first.died.set()
+    metrics = script.metrics
+    await wait_until_async(lambda: metrics.engine_deaths == 1, "the death is known")
+    totals = metrics.totals
+    assert (totals.num_running, totals.kv_usage, totals.kv_unused_slots) == (0, 0, 0)
+    assert (totals.prompt_tokens, totals.steps, totals.preemptions) == (8, 1, 3)
+    assert metrics.finished_requests["error"] == 1
+    restarting.set()
+    await wait_until_async(script.client.healthy, "there is an engine again")
+    script.stats = EngineStats()
+    (stream,) = script.submit([5] * 8, max_tokens=9)
+    script.step(0.5, {**counted, **now}, token(stream, scheduled_at=1000.3))
+    totals = metrics.totals
+    assert (totals.num_running, totals.kv_usage, totals.kv_unused_slots) == (1, 0.5, 7)
+    assert (totals.prompt_tokens, totals.generation_tokens, totals.steps) == (16, 4, 2)
+    assert (totals.prefix_queries, totals.preemptions) == (16, 6)
+    assert script.seen("iteration_tokens_total") == (2, 20)
+    assert "Avg prompt throughput: 1.6 tokens/s" in stats_line(EngineStats(), totals, 10.0)
+    keeper.cancel()
+
+
+# ---- a real engine process --------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(config: EngineConfig) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(config)
+    yield client
+    await client.close()
+    assert own_engines() == []
+
+
+@asynccontextmanager
+async def serving(engine: EngineClient, **args: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A server of its own over the engine: it has counted nothing yet."""
+    async with in_process(engine, served_model_names=("tiny", "alias"), **args) as http:  # type: ignore[arg-type]
+        http.timeout = httpx.Timeout(120)
+        yield http
+
+
+def wish(prompt: Any, max_tokens: int, **more: Any) -> dict[str, Any]:
+    return {"model": "alias", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **more}
+
+
+@on_the_engines_loop
+async def test_exact_counts_of_requests_one_after_another(engine: EngineClient) -> None:
+    number, prompt, generated = 4, 7, 6
+    async with serving(engine) as http:
+        for i in range(number):
+            ids = [20 * i + j for j in range(prompt)]
+            answer = await http.post(GENERATE, json=wish(ids, generated, temperature=0, stream=bool(i % 2)))
+            assert answer.status_code == 200
+        await wait_until_async(lambda: engine.stats.num_running == 0, "the engine rests")
+        now = await scrape(http)
+    read = now.engine
+    assert read("prompt_tokens_total") == number * prompt
+    assert read("prompt_tokens_by_source_total", source="local_compute") == number * prompt
+    assert read("generation_tokens_total") == number * generated
+    assert read("request_success_total", finished_reason="length") == number
+    for reason in ("stop", "abort", "error", "repetition"):
+        assert read("request_success_total", finished_reason=reason) == 0
+    assert read("time_to_first_token_seconds_count") == number
+    assert read("inter_token_latency_seconds_count") == number * (generated - 1)
+    assert read("iteration_tokens_total_sum") == number * (prompt + generated)
+    assert read("iteration_tokens_total_count") == number * generated
+    for name in HISTOGRAMS:
+        if name.startswith(("request_", "e2e_")):
+            assert read(f"{name}_count") == number, name
+    assert read("request_prompt_tokens_sum") == number * prompt
+    assert read("request_generation_tokens_sum") == number * generated
+    assert read("request_max_num_generation_tokens_sum") == number * generated
+    assert read("request_params_max_tokens_sum") == number * generated
+    assert read("request_params_n_sum") == number
+    assert read("request_prefill_kv_computed_tokens_sum") == number * prompt
+    parts = (read(f"request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode"))
+    assert read("e2e_request_latency_seconds_sum") == pytest.approx(sum(parts))
+    assert read("inter_token_latency_seconds_sum") == pytest.approx(read("request_decode_time_seconds_sum"))
+    assert 0 < read("request_prefill_time_seconds_sum") <= read("time_to_first_token_seconds_sum")
+    assert now("microvllm:engine_steps_total") == number * generated
+    for name in GAUGES:
+        assert read(name) == 0
+    assert now("microvllm:kv_unused_slots") == 0
+
+
+@on_the_engines_loop
+async def test_what_the_prefix_cache_saves(engine: EngineClient, config: EngineConfig) -> None:
+    length = 3 * config.block_size + 1
+    ids = [(7 * i) % 300 for i in range(length)]
+    async with serving(engine) as http:
+        before = await scrape(http)
+        for _ in range(2):
+            await http.post(GENERATE, json=wish(ids, 2))
+        now = await scrape(http)
+    saved = length - 1
+    assert now.engine("prompt_tokens_total") == 2 * length
+    assert now.engine("prompt_tokens_cached_total") == saved
+    assert now.engine("prompt_tokens_by_source_total", source="local_cache_hit") == saved
+    assert now.engine("prompt_tokens_by_source_total", source="local_compute") == 2 * length - saved
+    assert now.engine("request_prefill_kv_computed_tokens_sum") == 2 * length - saved
+
+    def rise(name: str) -> float:
+        return now.engine(name) - before.engine(name)
+
+    assert rise("prefix_cache_queries_total") == 2 * length
+    assert rise("prefix_cache_hits_total") == saved
+    assert rise("prompt_tokens_cached_by_source_total") == saved
+
+
+@on_the_engines_loop
+async def test_gauges_rise_and_are_back_at_zero_after_aborts(engine: EngineClient) -> None:
+    async with serving(engine) as http:
+        streams = [engine.submit([i] * 40, SamplingParams(max_tokens=400, ignore_eos=True)) for i in range(6)]
+        await wait_until_async(lambda: engine.stats.num_running == 4, "four are running")
+        busy = await scrape(http)
+        assert busy.engine("num_requests_running") == 4
+        assert busy.engine("num_requests_waiting") == 2
+        assert busy.engine("num_requests_waiting_by_reason", reason="capacity") == 2
+        assert busy.engine("num_requests_waiting_by_reason", reason="deferred") == 0
+        assert 0 < busy.engine("kv_cache_usage_perc") <= 1
+        used = round(busy.engine("kv_cache_usage_perc") * engine.config.num_blocks)
+        assert 0 <= busy("microvllm:kv_unused_slots") <= used * engine.config.block_size
+        for (stream,) in streams:
+            stream.abort()
+        await wait_until_async(lambda: engine.stats.num_running == 0, "nothing is running")
+        now = await scrape(http)
+    for name in GAUGES:
+        assert now.engine(name) == 0, name
+    assert now("microvllm:kv_unused_slots") == 0
+    assert now.engine("request_success_total", finished_reason="abort") == 6
+    assert now.engine("e2e_request_latency_seconds_count") == 0
+
+
+@on_the_engines_loop
+async def test_an_existing_dashboard_finds_its_names_and_labels(engine: EngineClient) -> None:
+    async with serving(engine) as http:
+        now = await scrape(http)
+    assert [name for name in DASHBOARD if name not in now.names] == []
+    for sample in now.samples:
+        if sample.name.startswith(("vllm:", "microvllm:")) and sample.name != "vllm:cache_config_info":
+            assert sample.labels["model_name"] == "tiny"  # the first name, whatever a request says
+            further = {"le", "source", "finished_reason", "reason"}
+            expected = set() if sample.name == "vllm:admission_rejections_total" else {"engine"}
+            assert set(sample.labels) - further == {"model_name"} | expected, sample
+            assert sample.labels.get("engine", "0") == "0"
+    (cache,) = [sample for sample in now.samples if sample.name == "vllm:cache_config_info"]
+    config = engine.config
+    assert cache.value == 1 and cache.labels["engine"] == "0"
+    assert cache.labels["block_size"] == str(config.block_size)
+    assert cache.labels["num_gpu_blocks"] == str(config.num_blocks)
+    assert cache.labels["kv_cache_size_tokens"] == str(config.num_blocks * config.block_size)
+    kinds = {family.name: family.type for family in now.families}
+    assert kinds["vllm:iteration_tokens_total"] == kinds["vllm:request_params_n"] == "histogram"
+    assert kinds["vllm:generation_tokens"] == "counter" and kinds["vllm:kv_cache_usage_perc"] == "gauge"
+    assert {"process_resident_memory_bytes", "python_info"} <= now.names
+    assert all(family.documentation for family in now.families)
+
+
+@on_the_engines_loop
+async def test_buckets_are_vllms(engine: EngineClient) -> None:
+    async with serving(engine) as http:
+        now = await scrape(http)
+
+    def bounds(name: str) -> list[str]:
+        return [s.labels["le"] for s in now.samples if s.name == f"vllm:{name}_bucket"]
+
+    tokens = ["1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "200.0", "500.0", "+Inf"]
+    assert bounds("request_prompt_tokens") == bounds("request_generation_tokens") == tokens
+    assert bounds("iteration_tokens_total")[:3] == ["1.0", "8.0", "16.0"]
+    assert bounds("iteration_tokens_total")[-2:] == ["16384.0", "+Inf"]
+    assert bounds("time_to_first_token_seconds")[:2] == ["0.001", "0.005"]
+    assert len(bounds("time_to_first_token_seconds")) == 23
+    assert bounds("inter_token_latency_seconds") == bounds("request_time_per_output_token_seconds")
+    assert len(bounds("inter_token_latency_seconds")) == 20
+    assert bounds("e2e_request_latency_seconds")[-2:] == ["7680.0", "+Inf"]
+    assert len(bounds("e2e_request_latency_seconds")) == 22
+
+
+# ---- HTTP ---------------------------------------------------------------------------------------------
+
+
+async def test_http_requests_are_counted_by_handler_method_and_status() -> None:
+    async with in_process(FakeClient(), api_keys=("k",)) as http:
+        key = {"authorization": "Bearer k"}
+        for body in (wish("hi", 3, model=None), wish("hi", 3, model=None, stream=True), {"prompt": 3.5}):
+            await http.post(GENERATE, json=body, headers=key)
+        await http.post(GENERATE, json={}, headers={"authorization": "Bearer wrong"})
+        await http.get(GENERATE, headers=key)
+        await http.get("/v1/models", headers=key)
+        for path in ("/no/such/path", "/another"):
+            await http.get(path, headers=key)
+        for path in UNCOUNTED:
+            await http.get(path, headers=key)
+        now = await scrape(http)
+    counted = {
+        (s.labels["handler"], s.labels["method"], s.labels["status"]): s.value
+        for s in now.samples
+        if s.name == "http_requests_total"
+    }
+    assert counted == {
+        (GENERATE, "POST", "2xx"): 2,
+        (GENERATE, "POST", "4xx"): 2,
+        (GENERATE, "GET", "4xx"): 1,
+        ("/v1/models", "GET", "2xx"): 1,
+        ("none", "GET", "4xx"): 2,
+    }
+    assert now("http_request_duration_seconds_count", handler=GENERATE, method="POST") == 4
+    assert now("http_request_duration_highr_seconds_count") == 8
+    assert now("http_request_size_bytes_count", handler=GENERATE) == 5
+    assert now("http_request_size_bytes_sum", handler=GENERATE) > 20
+    assert now("http_response_size_bytes_sum", handler="/v1/models") > 20
+
+
+async def test_an_unexpected_failure_is_a_5xx(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(client, "submit", broken)
+    async with in_process(client) as http:
+        with pytest.raises(ZeroDivisionError):  # httpx shows what the server only logs
+            await http.post(GENERATE, json=wish("hi", 3, model=None))
+        now = await scrape(http)
+    assert now("http_requests_total", handler=GENERATE, status="5xx") == 1
+
+
+async def test_metrics_with_and_without_a_slash_and_without_a_key() -> None:
+    async with in_process(FakeClient(), api_keys=("k",)) as http:
+        for path in ("/metrics", "/metrics/"):
+            assert "vllm:num_requests_running" in (await scrape(http, path)).names
+
+
+async def test_without_log_stats_only_the_engines_numbers_are_off() -> None:
+    client = FakeClient()
+    before = client.observer
+    async with in_process(client, disable_log_stats=True) as http:
+        await http.post(GENERATE, json=wish("hi", 3, model=None))
+        now = await scrape(http)
+    assert client.observer is before
+    assert not [name for name in now.names if name.startswith(("vllm:", "microvllm:"))]
+    assert now("http_requests_total") == 1
+    assert "process_resident_memory_bytes" in now.names
+
+
+async def test_two_servers_in_one_process_count_apart() -> None:
+    async with in_process(FakeClient()) as one, in_process(FakeClient()) as other:
+        await one.post(GENERATE, json=wish("hi", 3, model=None))
+        assert (await scrape(one))("http_request_duration_highr_seconds_count") == 1
+        assert (await scrape(other))("http_request_duration_highr_seconds_count") == 0
+    registered = prometheus_client.generate_latest().decode()
+    assert "vllm:" not in registered and "http_requests" not in registered
+
+
+def test_prometheus_is_not_imported_to_start() -> None:
+    program = "import sys, microvllm.openai_compat.server; sys.exit('prometheus_client' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], env=dict(os.environ), check=False).returncode == 0
+
+
+# ---- the load -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+async def test_load_is_the_number_of_generations_in_progress(tracked: bool) -> None:
+    async with in_process(fresh(stall_after=1), enable_server_load_tracking=tracked) as http:
+
+        async def load() -> Any:
+            return (await http.get("/load")).json()
+
+        assert await load() == {"server_load": 0}
+        bodies = [wish("hi", 3, model=None), wish("hi", 3, model=None, stream=True)]
+        chat = {"messages": [{"role": "user", "content": "hi"}]}
+        tasks = [asyncio.ensure_future(http.post(GENERATE, json=body)) for body in bodies]
+        tasks.append(asyncio.ensure_future(http.post("/v1/chat/completions", json=chat)))
+        app = http._transport.app  # type: ignore[attr-defined]
+        state = app.state.server
+        await wait_until_async(lambda: state.num_generations == 3, "all are in progress")
+        assert (await http.post("/tokenize", json={"prompt": "hi"})).status_code == 200
+        assert await load() == {"server_load": 3 if tracked else 0}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await wait_until_async(lambda: state.num_generations == 0, "none is in progress")
+        assert await load() == {"server_load": 0}
+
+
+@pytest.mark.parametrize(
+    ("form", "report"),
+    [
+        ("TEXT", "TEXT named_metrics.num_requests_waiting=3.0, named_metrics.kv_cache_usage_perc=0.25"),
+        ("json", 'JSON {"named_metrics":{"num_requests_waiting":3.0,"kv_cache_usage_perc":0.25}}'),
+        ("XML", None),
+        (None, None),
+    ],
+)
+async def test_the_load_in_a_response_header(form: str | None, report: str | None) -> None:
+    class Loaded(FakeClient):
+        stats = property(  # type: ignore[assignment]
+            lambda self: EngineStats(num_waiting=3, kv_blocks_used=1, kv_blocks_total=4), lambda self, _: None
+        )
+
+    headers = {} if form is None else {"endpoint-load-metrics-format": form}
+    async with in_process(Loaded()) as http:
+        for path, body in (
+            (GENERATE, wish("hi", 3, model=None)),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}),
+        ):
+            whole = await http.post(path, json=body, headers=headers)
+            assert whole.status_code == 200
+            assert whole.headers.get("endpoint-load-metrics") == report
+            for other in ({**body, "stream": True}, {**body, "max_tokens": -1}):
+                answer = await http.post(path, json=other, headers=headers)
+                assert "endpoint-load-metrics" not in answer.headers
