@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from microvllm.runtime.request import EngineRequest
 
+Device = str | torch.device
+
 # What a request has generated so far, and whether one more token is in flight, which only its row knows.
 Output = tuple[Sequence[int], bool]
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: Device) -> Tensor:
+    """Host values as a tensor on the device; nobody waits for the transfer."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,7 @@ class _Rules:
 class LogitRules:
     """Owns the rules and token counts of every row; a row without rules costs nothing."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device: Device = "cpu") -> None:
         self._num_rows = num_rows
         self._vocab_size = vocab_size
         self._device = device
@@ -42,14 +51,13 @@ class LogitRules:
         params = request.params
         allowed = None
         if params.allowed_token_ids is not None:
-            allowed = torch.zeros(self._vocab_size, dtype=torch.bool)
-            allowed[params.allowed_token_ids] = True
-            allowed = allowed.to(self._device)
+            allowed = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+            allowed[on_device(params.allowed_token_ids, torch.int64, self._device)] = True
         elif not (params.logit_bias or params.penalised or request.bad_word_ids):
             return
         self._rules[row] = _Rules(
-            torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device),
-            torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self._device),
+            on_device(list(params.logit_bias), torch.int64, self._device),
+            on_device(list(params.logit_bias.values()), torch.float32, self._device),
             allowed,
             request.bad_word_ids,
             params.penalised,
@@ -91,11 +99,11 @@ class LogitRules:
                 banned += [(i, token) for token in found]
                 in_flight += [(i, before, token) for before, token in undecided]
         if banned:
-            at, tokens = torch.tensor(banned, device=self._device).unbind(1)
+            at, tokens = on_device(banned, torch.int64, self._device).unbind(1)
             logits[at, tokens] = -torch.inf
         if in_flight:
-            at, before, tokens = torch.tensor(in_flight, device=self._device).unbind(1)
-            newest = last_token[torch.tensor([rows[i] for i, _, _ in in_flight], device=self._device)]
+            at, before, tokens = on_device(in_flight, torch.int64, self._device).unbind(1)
+            newest = last_token[on_device([rows[i] for i, _, _ in in_flight], torch.int64, self._device)]
             # Added, not assigned: several words may end in the same token, and only some apply.
             penalty = torch.where(newest == before, -torch.inf, 0.0)
             logits.index_put_((at, tokens), penalty, accumulate=True)
@@ -114,13 +122,14 @@ class LogitRules:
             return
         counted = [i for i, row in enumerate(rows) if row in self._rules and self._rules[row].penalised]
         if counted:
-            self._penalties.count([rows[i] for i in counted], tokens[counted])
+            at = on_device(counted, torch.int64, self._device)
+            self._penalties.count([rows[i] for i in counted], tokens[at])
 
 
 class _Penalties:
     """Token counts of every row, [num_rows, vocab]: memory that is only touched where rows are penalised."""
 
-    def __init__(self, num_rows: int, vocab_size: int, device: str | torch.device) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device: Device) -> None:
         self._device = device
         self._in_output = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
         self._in_prompt = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
@@ -133,8 +142,8 @@ class _Penalties:
         self._presence[row] = params.presence_penalty
         self._frequency[row] = params.frequency_penalty
         self._repetition[row] = params.repetition_penalty
-        self._in_prompt[row, torch.tensor(tokens[:prompt_len], device=self._device)] = True
-        output = torch.tensor(tokens[prompt_len:], dtype=torch.int64, device=self._device)
+        self._in_prompt[row, on_device(tokens[:prompt_len], torch.int64, self._device)] = True
+        output = on_device(tokens[prompt_len:], torch.int64, self._device)
         self._in_output[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def clear_row(self, row: int) -> None:
@@ -144,14 +153,14 @@ class _Penalties:
         self._in_prompt[row] = False
 
     def count(self, rows: Sequence[int], tokens: Tensor) -> None:
-        at = torch.tensor(rows, device=self._device)
+        at = on_device(rows, torch.int64, self._device)
         self._in_output[at, tokens.clamp(min=0)] += (tokens >= 0).int()
 
     def apply(self, logits: Tensor, at: Sequence[int], rows: Sequence[int]) -> None:
         """Presence and frequency look at the output, repetition (Keskar et al., 2019, arXiv:1909.05858) at
         prompt and output."""
-        row = torch.tensor(rows, device=self._device)
-        index = torch.tensor(at, device=self._device)
+        row = on_device(rows, torch.int64, self._device)
+        index = on_device(at, torch.int64, self._device)
         counts, values = self._in_output[row], logits[index]
         repetition = self._repetition[row, None]
         scaled = torch.where(values > 0, values / repetition, values * repetition)

@@ -73,7 +73,7 @@ def log_probabilities(
     others = largest(values, max(counts))[1]
     for i, wish in enumerate(wishes):
         if wish.ids:
-            others[i, : len(wish.ids)] = torch.tensor(wish.ids, device=others.device)
+            others[i, : len(wish.ids)] = torch.tensor(wish.ids)
     return LogprobTensors(tokens, own.squeeze(1), ranks, others, values.gather(1, others), counts)
 
 

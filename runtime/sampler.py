@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.runtime.logits import LogitRules, Output
+from microvllm.runtime.logits import LogitRules, Output, on_device
 from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, largest, log_probabilities
-from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest
+from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
 from microvllm.runtime.scheduler import NO_TOKEN
 
 # A nucleus rarely needs more candidates than this; when it does, the whole row is sorted.
@@ -35,20 +35,46 @@ class Sampled:
     logprobs: LogprobTensors | None
 
 
+class RowParameters:
+    """The sampling parameters of every row, on the host."""
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.temperature = np.zeros(num_rows, dtype=np.float32)  # 0 is greedy
+        self.top_k = np.zeros(num_rows, dtype=np.int64)  # 0 is off
+        self.top_p = np.ones(num_rows, dtype=np.float32)
+        self.min_p = np.zeros(num_rows, dtype=np.float32)
+        self.seed = np.zeros(num_rows, dtype=np.uint64)
+
+    def set(self, row: int, params: SamplingParams, seed: int) -> None:
+        greedy = params.greedy
+        self.temperature[row] = 0.0 if greedy else max(params.temperature, MIN_TEMPERATURE)
+        self.top_k[row] = 0 if greedy or params.top_k <= 0 else min(params.top_k, self._vocab_size)
+        self.top_p[row] = 1.0 if greedy else params.top_p
+        self.min_p[row] = 0.0 if greedy else params.min_p
+        self.seed[row] = np.uint64(seed)
+
+    def clear(self, row: int) -> None:
+        self.temperature[row], self.top_k[row], self.top_p[row], self.min_p[row] = 0.0, 0, 1.0, 0.0
+        self.seed[row] = 0
+
+
 class Sampler:
-    """Owns the sampling parameters of every row; rows are set at admission and cleared at release."""
+    """Chooses tokens on the CPU. Rows are set at admission and cleared at release."""
 
     def __init__(
-        self, num_rows: int, vocab_size: int, seed: int, logprobs_mode: str = "raw_logprobs"
+        self,
+        num_rows: int,
+        vocab_size: int,
+        seed: int,
+        logprobs_mode: str = "raw_logprobs",
+        device: str | torch.device = "cpu",
     ) -> None:
         self._vocab_size = vocab_size
-        self._temperature = torch.zeros(num_rows)  # 0 is greedy
-        self._top_k = torch.zeros(num_rows, dtype=torch.int64)  # 0 is off
-        self._top_p = torch.ones(num_rows)
-        self._min_p = torch.zeros(num_rows)
-        self._seed = np.zeros(num_rows, dtype=np.uint64)
+        self._device = device
+        self._params = RowParameters(num_rows, vocab_size)
         self._unseeded = random.Random(seed)
-        self._rules = LogitRules(num_rows, vocab_size)
+        self._rules = LogitRules(num_rows, vocab_size, device)
         self._wishes: dict[int, LogprobWish] = {}
         self._raw = logprobs_mode.startswith("raw")
         self._normalise = logprobs_mode.endswith("logprobs")
@@ -58,25 +84,16 @@ class Sampler:
 
         tokens: the prompt and, after a preemption, what was generated before it.
         """
-        params = request.params
-        greedy = params.greedy
-        self._temperature[row] = 0.0 if greedy else max(params.temperature, MIN_TEMPERATURE)
-        self._top_k[row] = 0 if greedy or params.top_k <= 0 else min(params.top_k, self._vocab_size)
-        self._top_p[row] = 1.0 if greedy else params.top_p
-        self._min_p[row] = 0.0 if greedy else params.min_p
-        seed = self._unseeded.getrandbits(64) if params.seed is None else params.seed & _UINT64
-        self._seed[row] = np.uint64(seed)
+        wish = request.params.seed
+        seed = self._unseeded.getrandbits(64) if wish is None else wish & _UINT64
+        self._params.set(row, request.params, seed)
         self._rules.set_row(row, request, tokens, prompt_len)
-        wish = LogprobWish.of(params)
-        if wish is not None:
-            self._wishes[row] = wish
+        logprobs = LogprobWish.of(request.params)
+        if logprobs is not None:
+            self._wishes[row] = logprobs
 
     def clear_row(self, row: int) -> None:
-        self._temperature[row] = 0.0
-        self._top_k[row] = 0
-        self._top_p[row] = 1.0
-        self._min_p[row] = 0.0
-        self._seed[row] = 0
+        self._params.clear(row)
         self._rules.clear_row(row)
         self._wishes.pop(row, None)
 
@@ -97,47 +114,53 @@ class Sampler:
         """
         row_list: list[int] = rows.tolist()
         asked = [i for i, row in enumerate(row_list) if row in self._wishes] if self._wishes else []
-        shown = logits[asked] if asked and self._raw else None
+        at = on_device(asked, torch.int64, self._device) if asked else None
+        shown = logits[at] if at is not None and self._raw else None
         self._rules.apply(logits, row_list, masked, output, last_token)
+        if at is not None and shown is None:
+            shown = self._processed(logits[at], rows[asked])
+        tokens = self._choose(logits, rows, positions)
+        self._rules.observe(row_list, tokens)
+        if shown is None or at is None:
+            return Sampled(tokens, [], None)
+        wishes = [self._wishes[row_list[i]] for i in asked]
+        return Sampled(tokens, asked, log_probabilities(shown, tokens[at], wishes, normalise=self._normalise))
+
+    def _processed(self, logits: Tensor, rows: np.ndarray) -> Tensor:
+        """The logits that are really drawn from: [r, vocab] of rows: [r], tokens that are out at -inf."""
+        params = self._params
+        temperature, top_p, min_p, top_k = (
+            torch.from_numpy(values[rows]).to(self._device)[:, None]
+            for values in (params.temperature, params.top_p, params.min_p, params.top_k)
+        )
+        logits = torch.where(temperature > 0, logits / temperature.clamp(min=MIN_TEMPERATURE), logits)
+        floor = logits.max(-1, keepdim=True).values + min_p.log()
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+        outside = (top_k > 0) & (torch.arange(self._vocab_size, device=self._device) >= top_k)
+        values.masked_fill_(outside, -torch.inf)
+        values.masked_fill_(_outside_nucleus(values.softmax(-1), top_p), -torch.inf)
+        return torch.full_like(values, -torch.inf).scatter_(1, ids, values)
+
+    def _choose(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+        """[m] int64 tokens, NO_TOKEN where no logit is finite; may overwrite logits."""
+        params = self._params
         best, tokens = logits.max(-1)
         finite = best.isfinite()
-        at = torch.from_numpy(rows)
-        temperature = self._temperature[at]
+        temperature = torch.from_numpy(params.temperature[rows])
         # There is nothing to draw from a broken row, and its NaNs would become indices out of range.
         drawn = ((temperature > 0) & finite).nonzero().squeeze(-1)
-        if asked and shown is None:
-            shown = self._processed(logits[asked], at[asked])
         if len(drawn):
-            uniform = torch.from_numpy(uniform_numbers(self._seed[rows], positions))
+            uniform = torch.from_numpy(uniform_numbers(params.seed[rows], positions))
+            at = rows[drawn.numpy()]
             tokens[drawn] = self._draw(
                 logits[drawn] / temperature[drawn, None],
                 uniform[drawn],
-                self._top_k[at[drawn]],
-                self._top_p[at[drawn]],
-                self._min_p[at[drawn]],
+                torch.from_numpy(params.top_k[at]),
+                torch.from_numpy(params.top_p[at]),
+                torch.from_numpy(params.min_p[at]),
             )
-        tokens.masked_fill_(~finite, NO_TOKEN)
-        self._rules.observe(row_list, tokens)
-        if shown is None:
-            return Sampled(tokens, [], None)
-        wishes = [self._wishes[row_list[i]] for i in asked]
-        return Sampled(
-            tokens, asked, log_probabilities(shown, tokens[asked], wishes, normalise=self._normalise)
-        )
-
-    def _processed(self, logits: Tensor, at: Tensor) -> Tensor:
-        """The logits that are really drawn from: [r, vocab] of rows at: [r], tokens that are out at -inf."""
-        temperature = self._temperature[at, None]
-        logits = torch.where(temperature > 0, logits / temperature.clamp(min=MIN_TEMPERATURE), logits)
-        floor = logits.max(-1, keepdim=True).values + self._min_p[at, None].log()
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        top_k = self._top_k[at, None]
-        outside = (top_k > 0) & (torch.arange(self._vocab_size) >= top_k)
-        values.masked_fill_(outside, -torch.inf)
-        probs = values.softmax(-1)
-        values.masked_fill_(_outside_nucleus(probs, self._top_p[at, None]), -torch.inf)
-        return torch.full_like(values, -torch.inf).scatter_(1, ids, values)
+        return tokens.masked_fill_(~finite, NO_TOKEN)
 
     def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         if bool(min_p.any()):
