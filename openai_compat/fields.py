@@ -205,6 +205,35 @@ def array_of(parse: Parser[T], max_items: int) -> Parser[list[T]]:
     return parse_list
 
 
+def token_ids(max_items: int) -> Parser[list[int]]:
+    """Token ids, at least 0; that the model has them is checked with the request."""
+    one = integer(low=0)
+
+    @parser(type="array", items=one.schema, maxItems=max_items)
+    def parse(value: Any) -> list[int]:
+        items = array(value)
+        if len(items) > max_items:
+            raise Fault("too_long", f"List should have at most {max_items} items, not {len(items)}")
+        # A loop over every id of a long list would hold up all other requests; these three run at C speed.
+        if set(map(type, items)) == {int} and min(items) >= 0 and max(items) <= INT64_MAX:
+            return items
+        return [one(item) for item in items]
+
+    return parse
+
+
+def choice(*words: str) -> Parser[str]:
+    """One of a few words."""
+
+    @parser(type="string", enum=list(words))
+    def parse(value: Any) -> str:
+        if type(value) is not str or value not in words:
+            raise Fault("literal_error", f"Input should be one of {', '.join(map(repr, words))}")
+        return value
+
+    return parse
+
+
 def one_or_many(parse: Parser[T], max_items: int) -> Parser[list[T]]:
     """One value or a list of them, as a list."""
     parse_list = array_of(parse, max_items)
@@ -221,6 +250,18 @@ def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Fault("dict_type", "Input should be a valid dictionary")
     return value
+
+
+def map_of(parse: Parser[T], max_items: int) -> Parser[dict[str, T]]:
+    """An object whose values are all alike, its size bounded before they are looked at."""
+
+    @parser(type="object", additionalProperties=parse.schema, maxProperties=max_items)
+    def parse_map(value: Any) -> dict[str, T]:
+        if len(mapping(value)) > max_items:
+            raise Fault("too_long", f"Dictionary should have at most {max_items} items, not {len(value)}")
+        return {key: parse(item) for key, item in value.items()}
+
+    return parse_map
 
 
 def record(**parsers: Parser[Any]) -> Parser[dict[str, Any]]:

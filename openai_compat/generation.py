@@ -7,29 +7,33 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import Request
 
 from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.usage import request_metrics
 from microvllm.runtime.errors import InvalidRequestError, ModelNotFoundError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
+    from microvllm.runtime.observer import RequestTiming
     from microvllm.runtime.output import TextDelta
-    from microvllm.runtime.request import SamplingParams
+    from microvllm.runtime.request import SamplingParams, TokenLogprobs
 
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(slots=True)
 class Outcome:
-    """One finished choice."""
+    """One finished choice; `logprobs` has one entry a token if they were asked for."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -39,6 +43,12 @@ class Stream(Protocol):
 
     @property
     def prompt_token_ids(self) -> list[int]: ...
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs] | None: ...
+
+    @property
+    def timing(self) -> RequestTiming: ...
 
     @property
     def num_cached_tokens(self) -> int: ...
@@ -91,6 +101,12 @@ class Generation:
     def cached_tokens(self) -> int:
         return sum(stream.num_cached_tokens for stream in self.streams[:: self.n])
 
+    def metrics(self, completion_tokens: int) -> dict[str, float | None] | None:
+        """The times of the request; None for several sequences, which have no times in common."""
+        if len(self.streams) != 1:
+            return None
+        return request_metrics(self.streams[0].timing, completion_tokens)
+
     def abort(self) -> None:
         """Frees what the engine still holds for this request; harmless when it has finished."""
         for stream in self.streams:
@@ -105,6 +121,7 @@ class Generation:
             async for delta in stream:
                 parts.append(delta.text)
                 outcome.token_ids += delta.token_ids
+                outcome.logprobs += delta.logprobs or []
                 if delta.finish_reason is not None:
                     outcome.finish_reason = delta.finish_reason
                     outcome.stop_reason = delta.stop_reason
@@ -112,8 +129,14 @@ class Generation:
             outcomes.append(outcome)
         return outcomes
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """(choice, delta) pairs as they arrive."""
+    def deltas(self, interval: int = 1) -> AsyncGenerator[tuple[int, TextDelta], None]:
+        """(choice, delta) pairs as they arrive, of at least `interval` tokens each.
+
+        The first and the last delta of a choice do not wait for others.
+        """
+        return self._arriving() if interval == 1 else _spaced(self._arriving(), interval)
+
+    async def _arriving(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         if len(self.streams) == 1:
             async for delta in self.streams[0]:
                 yield 0, delta
@@ -134,6 +157,25 @@ class Generation:
         finally:
             for pump in pumps:
                 pump.cancel()
+
+
+async def _spaced(
+    deltas: AsyncGenerator[tuple[int, TextDelta], None], interval: int
+) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    held: dict[int, TextDelta] = {}
+    begun: set[int] = set()
+    async with aclosing(deltas):
+        async for index, later in deltas:
+            delta = held.pop(index, None)
+            if delta is None:
+                delta = later
+            else:
+                delta.merge(later)
+            if index in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
+                held[index] = delta
+                continue
+            begun.add(index)
+            yield index, delta
 
 
 async def _pump(
@@ -183,14 +225,3 @@ def priority_of(request: Request, fields: Mapping[str, Any]) -> int:
     if not INT64_MIN <= value <= INT64_MAX:
         raise InvalidRequestError("The header X-Vllm-Priority must be a 64-bit integer.", "priority")
     return value
-
-
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """The `usage` object of a whole answer; `cached_tokens` is None unless the server reports details."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "completion_tokens": completion_tokens,
-        "prompt_tokens_details": None if cached_tokens is None else {"cached_tokens": cached_tokens},
-        "completion_tokens_details": None,
-    }

@@ -11,9 +11,11 @@ from microvllm.openai_compat.fields import (
     array,
     array_of,
     boolean,
+    choice,
     honoured,
     ignored,
     integer,
+    map_of,
     mapping,
     number,
     one_or_many,
@@ -22,10 +24,18 @@ from microvllm.openai_compat.fields import (
     refused,
     string,
     table,
+    token_ids,
 )
-from microvllm.runtime.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from microvllm.runtime.request import (
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 
 MAX_SALT_CHARS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 18  # as many as the largest vocabularies have
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _BAD_IN_SALT = re.compile(r"[@/\\\x00-\x1f\x7f]")
 # A template variable may steer the template, never the rendering: names such as `tokenize` or
@@ -78,15 +88,33 @@ _COMMON = (
     honoured("n", integer(), 1),
     honoured("seed", integer()),
     honoured("stop", one_or_many(string, MAX_STOP_STRINGS), []),
-    honoured("stop_token_ids", array_of(integer(low=0), MAX_STOP_TOKEN_IDS), []),
+    honoured("stop_token_ids", token_ids(MAX_STOP_TOKEN_IDS), []),
+    honoured("presence_penalty", number),
+    honoured("frequency_penalty", number),
+    honoured("repetition_penalty", number),
+    honoured("logit_bias", map_of(number, MAX_LOGIT_BIAS), {}),
+    honoured("allowed_token_ids", token_ids(MAX_ALLOWED_TOKEN_IDS)),
+    honoured("bad_words", array_of(string, MAX_BAD_WORDS), []),
     honoured("ignore_eos", boolean, False),
     honoured("min_tokens", integer(), 0),
     honoured("include_stop_str_in_output", boolean, False),
     honoured("skip_special_tokens", boolean, True),
+    honoured("spaces_between_special_tokens", boolean, True),
+    honoured(
+        "repetition_detection",
+        record(max_pattern_size=integer(), min_pattern_size=integer(), min_count=integer()),
+    ),
+    # honoured: what to make of the prompt
+    honoured("truncate_prompt_tokens", integer(low=-1)),
+    honoured("truncation_side", choice("left", "right")),
     # honoured: how to answer
     honoured("stream", boolean, False),
     honoured("stream_options", record(include_usage=boolean, continuous_usage_stats=boolean)),
     honoured("echo", boolean, False),
+    honoured("stream_interval", integer(low=1)),
+    honoured("prompt_logprobs", integer()),
+    honoured("logprob_token_ids", token_ids(MAX_LOGPROB_TOKEN_IDS)),
+    honoured("return_tokens_as_token_ids", boolean),
     honoured("return_token_ids", boolean, False),
     honoured("cache_salt", cache_salt, ""),
     honoured("priority", integer(), 0),
@@ -110,18 +138,7 @@ _COMMON = (
     ignored("media_io_kwargs"),
     ignored("mm_processor_kwargs"),
     # refused, with the values that ask for nothing
-    refused("presence_penalty", 0),
-    refused("frequency_penalty", 0),
-    refused("repetition_penalty", 1),
     refused("length_penalty", 1),
-    refused("logit_bias", {}),
-    refused("allowed_token_ids"),
-    refused("bad_words", []),
-    refused("logprobs", False),
-    refused("top_logprobs", 0),
-    refused("prompt_logprobs"),
-    refused("logprob_token_ids"),
-    refused("return_tokens_as_token_ids", False),
     refused("best_of", 1),
     refused("use_beam_search", False),
     refused("response_format", {"type": "text"}),
@@ -131,12 +148,7 @@ _COMMON = (
     refused("guided_choice"),
     refused("guided_grammar"),
     refused("logits_processors", []),
-    refused("truncate_prompt_tokens"),
-    refused("truncation_side"),
-    refused("spaces_between_special_tokens", True),
     refused("thinking_token_budget"),
-    refused("repetition_detection"),
-    refused("stream_interval", 1),
     refused("vllm_xargs", {}),
     refused("kv_transfer_params"),
     refused("ec_transfer_params"),
@@ -146,6 +158,8 @@ COMPLETIONS = table(
     *_COMMON,
     honoured("prompt", anything),
     honoured("add_special_tokens", boolean, True),
+    honoured("logprobs", integer()),
+    refused("top_logprobs", 0),
     refused("suffix", ""),
     refused("prompt_embeds"),
 )
@@ -158,6 +172,10 @@ CHAT = table(
     honoured("add_generation_prompt", boolean),
     honoured("continue_final_message", boolean, False),
     honoured("chat_template_kwargs", template_kwargs, {}),
+    honoured("reasoning_effort", choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+    honoured("logprobs", boolean, False),
+    honoured("top_logprobs", integer(), 0),
+    honoured("return_prompt_text", boolean, False),
     ignored("prediction"),
     ignored("include_reasoning"),  # there is no reasoning parser, so there is nothing to leave out
     ignored("parallel_tool_calls"),  # without `tools` it has no meaning
@@ -165,14 +183,12 @@ CHAT = table(
     refused("tool_choice", "none"),
     refused("functions"),
     refused("function_call", "none"),
-    refused("reasoning_effort"),
     refused("verbosity", "medium"),
     refused("modalities", ["text"]),
     refused("audio"),
     refused("web_search_options"),
     refused("documents"),
     refused("chat_template"),
-    refused("return_prompt_text", False),
 )
 
 TOKENIZE = table(

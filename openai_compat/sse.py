@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from microvllm.openai_compat.errors import INTERNAL, ClientGoneError, ServerStoppingError, error_event
+from microvllm.openai_compat.usage import stream_usage
 from microvllm.runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -28,17 +29,29 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Which chunks carry token counts: a last one of its own, and with `continuous` all of them."""
+    """Which chunks carry token counts: a last one of its own, and with `continuous` all of them.
+
+    `interval` is the number of tokens a chunk; `details` and `metrics` say more in the last chunk.
+    """
 
     include_usage: bool
     continuous: bool
+    interval: int
+    details: bool
+    metrics: bool
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], args: ServerArgs) -> StreamOptions:
         options = fields["stream_options"] or {}
         forced = args.enable_force_include_usage
         include = forced or options.get("include_usage", False)
-        return cls(include, include and (forced or options.get("continuous_usage_stats", False)))
+        return cls(
+            include_usage=include,
+            continuous=include and (forced or options.get("continuous_usage_stats", False)),
+            interval=max(fields["stream_interval"] or 1, args.stream_interval),
+            details=args.enable_prompt_tokens_details,
+            metrics=args.enable_per_request_metrics,
+        )
 
 
 class ChunkWriter(Protocol):
@@ -50,31 +63,27 @@ class ChunkWriter(Protocol):
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
         """One delta of choice `index`; `usage` is b"" or a `"usage":{...}` member with a leading comma."""
 
-    def final_usage(self, counts: bytes) -> bytes:
-        """The chunk without choices that closes a stream; `counts` is a `usage` object."""
+    def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
+        """The chunk without choices that closes a stream.
+
+        `counts` is a `usage` object, `metrics` b"" or a `"metrics":{...}` member with a leading comma.
+        """
 
 
-def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> bytes:
-    """A `usage` object of a chunk: without the null members of the whole answer's."""
-    counts: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "completion_tokens": completion_tokens,
-    }
-    if cached_tokens is not None:
-        counts["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
-    return orjson.dumps(counts)
+def fingerprint_member(fingerprint: str | None) -> bytes:
+    """The `system_fingerprint` member of a chunk with a leading comma; b"" for a server that shows none."""
+    return b"" if fingerprint is None else b',"system_fingerprint":' + orjson.dumps(fingerprint)
 
 
 async def event_chunks(
-    generation: Generation, writer: ChunkWriter, options: StreamOptions, details: bool
+    generation: Generation, writer: ChunkWriter, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
     """Every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
     streams = generation.streams
     counts = [0] * len(streams)
     opened = False
     try:
-        async with aclosing(generation.deltas()) as deltas:
+        async with aclosing(generation.deltas(options.interval)) as deltas:
             async for index, delta in deltas:
                 if not opened:
                     opened = True
@@ -86,8 +95,10 @@ async def event_chunks(
                     usage = b',"usage":' + stream_usage(len(streams[index].prompt_token_ids), counts[index])
                 yield writer.chunk(index, delta, usage)
         if options.include_usage:
-            cached = generation.cached_tokens if details else None
-            yield writer.final_usage(stream_usage(generation.prompt_tokens, sum(counts), cached))
+            cached = generation.cached_tokens if options.details else None
+            times = generation.metrics(sum(counts)) if options.metrics else None
+            metrics = b"" if times is None else b',"metrics":' + orjson.dumps(_without_nulls(times))
+            yield writer.final_usage(stream_usage(generation.prompt_tokens, sum(counts), cached), metrics)
     except (EngineError, RequestError) as error:
         yield error_event(error)
     except Exception:
@@ -97,6 +108,10 @@ async def event_chunks(
     finally:
         generation.abort()
     yield DONE
+
+
+def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
 
 
 class EventStream(Response):

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from microvllm.openai_compat.body import read_object
 from microvllm.openai_compat.chat import render
 from microvllm.openai_compat.errors import Fault, shape_error
-from microvllm.openai_compat.fields import array_of, integer, parse_fields
+from microvllm.openai_compat.fields import parse_fields, token_ids
 from microvllm.openai_compat.generation import check_model
 from microvllm.openai_compat.schemas import DETOKENIZE, TOKENIZE
 from microvllm.openai_compat.state import ServerState
@@ -29,15 +29,14 @@ async def tokenize(request: Request) -> Response:
     check_model(fields["model"], state.model_names)
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise shape_error([("body.prompt", Fault("value_error", "Give either prompt or messages"))])
-    return Response(
-        await state.client.run_blocking(_tokenize, state.client, fields), media_type="application/json"
-    )
+    return Response(await state.client.run_blocking(_tokenize, state, fields), media_type="application/json")
 
 
-def _tokenize(client: EngineClient, fields: Mapping[str, Any]) -> bytes:
+def _tokenize(state: ServerState, fields: Mapping[str, Any]) -> bytes:
     """Runs in a worker thread."""
+    client = state.client
     if fields["messages"] is not None:
-        ids, _ = render(client, fields)
+        ids = render(state, fields).token_ids
     else:
         ids = client.processor.tokenize_prompt(fields["prompt"], fields["add_special_tokens"] is not False)
     return orjson.dumps(
@@ -70,7 +69,7 @@ async def detokenize(request: Request) -> Response:
 def _detokenize(client: EngineClient, tokens: list[Any]) -> bytes:
     """Runs in a worker thread."""
     try:
-        ids = array_of(integer(low=0), client.config.max_model_len)(tokens)
+        ids = token_ids(client.config.max_model_len)(tokens)
     except Fault as fault:
         raise shape_error([("body.tokens", fault)]) from None
     vocab_size = max(client.config.spec.vocab_size, client.tokenizer.vocab_size)

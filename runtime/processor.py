@@ -25,7 +25,10 @@ _NO_TEMPLATE = (
 
 
 class Processor:
-    """Knows the model's tokenizer, template, limits and defaults."""
+    """Knows the model's tokenizer, template, limits and defaults.
+
+    `max_chars` is the length in characters that no prompt within the context can exceed.
+    """
 
     def __init__(
         self, config: EngineConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None
@@ -35,7 +38,7 @@ class Processor:
         if template is None and tokenizer.chat_template is not None:
             template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         self._template = template
-        self._max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
+        self.max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
         self._eos, self._further_ends = _end_tokens(config, tokenizer)
         self._ids = itertools.count()
 
@@ -46,7 +49,7 @@ class Processor:
 
     def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids. Raises `ContextLengthError` before tokenising a text that cannot fit."""
-        if len(prompt) > self._max_chars:
+        if len(prompt) > self.max_chars:
             raise ContextLengthError(
                 f"This model's maximum context length is {self._config.max_model_len} tokens. However, your "
                 f"prompt has {len(prompt)} characters, more than that many tokens can hold. Please reduce "
@@ -55,13 +58,17 @@ class Processor:
             )
         return self._tokenizer.encode(prompt, add_special_tokens)
 
+    def render_text(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Conversation -> text, through the chat template; `options` go to `ChatTemplate.render`."""
+        if self._template is None:
+            raise InvalidRequestError(_NO_TEMPLATE)
+        return self._template.render(messages, **options)
+
     def render_chat(
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
     ) -> list[int]:
-        """Conversation -> token ids, through the chat template; `options` go to `ChatTemplate.render`."""
-        if self._template is None:
-            raise InvalidRequestError(_NO_TEMPLATE)
-        return self.tokenize_prompt(self._template.render(messages, **options), add_special_tokens)
+        """Conversation -> token ids."""
+        return self.tokenize_prompt(self.render_text(messages, **options), add_special_tokens)
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token."""

@@ -9,44 +9,47 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+import random
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from microvllm.runtime.chat_template import ChatTemplate
-from microvllm.runtime.errors import (
-    ContextLengthError,
-    EngineBusyError,
-    EngineDeadError,
-    EngineError,
-    InvalidRequestError,
-)
-from microvllm.runtime.observer import EngineObserver
+from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
+from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.output import TextDelta
-from microvllm.runtime.request import EngineStats, SamplingParams
+from microvllm.runtime.processor import Processor
+from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
+from microvllm.runtime.token_bytes import build_token_bytes
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
 LETTERS = [*range(ord("a"), ord("z") + 1), ord(" ")]
+IMPOSSIBLE = 255  # the token whose log probability is always -inf
 
 
 @dataclass(frozen=True)
 class FakeSpec:
     vocab_size: int = VOCAB_SIZE
+    eos_token_ids: tuple[int, ...] = (EOS,)
 
 
 @dataclass(frozen=True)
 class FakeConfig:
     model: str = "fake-model"
+    tokenizer_path: str = "fake-model"
     max_model_len: int = 256
     num_blocks: int = 64
     block_size: int = 16
     dtype: str = "float32"
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)
+    max_logprobs: int = 20
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class FakeTokenizer:
@@ -61,6 +64,9 @@ class FakeTokenizer:
         self.backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
         self.vocab_size = VOCAB_SIZE
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        self.chat_template = None
+        self.eos_token_id = EOS
+        self.token_bytes = build_token_bytes(self.backend.decoder, self.backend.get_vocab(), {BOS, EOS})
 
     @staticmethod
     def _byte(char: str) -> int:
@@ -79,7 +85,9 @@ class FakeTokenizer:
         return self.backend.id_to_token(token)
 
 
-class FakeProcessor:
+class FakeProcessor(Processor):
+    """The real one, but for a template that shows every variable and for defaults that are given."""
+
     def __init__(
         self,
         config: FakeConfig,
@@ -88,59 +96,41 @@ class FakeProcessor:
         *,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.tokenizer, self.template = config, tokenizer, template
+        super().__init__(config, tokenizer, template)  # type: ignore[arg-type]
+        self.template = template
         self.defaults = defaults or {}
 
     def default_params(self) -> dict[str, Any]:
         return dict(self.defaults)
 
-    def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        if len(prompt) > 8 * self.config.max_model_len:
-            raise ContextLengthError("The prompt is too long.", "input_text")
-        return self.tokenizer.encode(prompt, add_special_tokens)
-
-    def check_prompt(self, ids: list[int]) -> None:
-        if not ids:
-            raise InvalidRequestError("The prompt is empty.", "prompt")
-        for token in ids:
-            if not 0 <= token < VOCAB_SIZE:
-                raise InvalidRequestError(f"Token id {token} is out of vocabulary", "prompt")
-        if len(ids) > self.config.max_model_len:
-            raise ContextLengthError("The prompt is longer than the context.", "input_tokens")
-        if len(ids) == self.config.max_model_len:
-            raise ContextLengthError("max_tokens must be at least 1, got 0.", "max_tokens")
-
-    def render_chat(
+    def render_text(
         self,
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        add_special_tokens: bool = False,
         **kwargs: Any,
-    ) -> list[int]:
+    ) -> str:
         if self.template is not None:
-            text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
-            return self.tokenize_prompt(text, add_special_tokens)
+            return self.template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
         text = "\n".join(f"{message['role']}: {message['content']}" for message in messages) + (
             "" if continue_final_message else "\n"
         )
         text += "assistant: " if add_generation_prompt else ""
-        text += "".join(f"{name}={value};" for name, value in sorted(kwargs.items()))
-        ids = self.tokenize_prompt(text, add_special_tokens)
-        self.check_prompt(ids)
-        return ids
+        return text + "".join(f"{name}={value};" for name, value in sorted(kwargs.items()))
 
 
 class FakeStream:
     """One sequence. `delay` seconds pass before each token; None waits for ever."""
 
-    def __init__(self, client: FakeClient, prompt: list[int], params: SamplingParams, salt: str) -> None:
-        self.prompt_token_ids = prompt
+    def __init__(self, client: FakeClient, request: EngineRequest, salt: str) -> None:
+        self.prompt_token_ids = request.prompt_token_ids
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.timing = RequestTiming(time.monotonic())
         self._client = client
-        self._params = params
-        self._deltas = list(client.generate(prompt, params, salt))
+        self._request = request
+        self._deltas = client.generate(request, salt)
         self._at = 0
         self.finished = False
         client.running.add(self)
@@ -160,6 +150,11 @@ class FakeStream:
         await asyncio.sleep(client.delay)
         self._at += 1
         client.tokens_made += 1
+        timing = self.timing
+        timing.last_token = time.monotonic()
+        if self._at == 1:
+            timing.scheduled, timing.first_token = timing.arrival, timing.last_token
+            self.prompt_logprobs = client.score_prompt(self._request)
         if self._at == len(self._deltas):
             self._end()
         return self._deltas[self._at - 1]
@@ -212,43 +207,35 @@ class FakeClient:
             raise EngineDeadError("The engine is being started again.")
         if self.busy or (self.capacity is not None and len(self.running) + params.n > self.capacity):
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
-        self.processor.check_prompt(prompt_ids)
-        room = self.config.max_model_len - len(prompt_ids)
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        if params.min_tokens > limit:
-            raise InvalidRequestError("min_tokens must be at most max_tokens.", "min_tokens")
+        requests = self.processor.requests(prompt_ids, params, priority=priority, cache_salt=cache_salt)
         self.submitted.append((prompt_ids, params, priority, cache_salt))
         self.stats = EngineStats(prompt_tokens=self.stats.prompt_tokens + len(prompt_ids))
         self.observer.step(self.stats)
-        streams = []
-        for i in range(params.n):
-            seed = None if params.seed is None else params.seed + i
-            # Without a seed the samples differ between children, but not between runs of a test.
-            single = msgspec.structs.replace(params, n=1, max_tokens=limit, seed=seed)
-            streams.append(FakeStream(self, prompt_ids, single, f"{i}" if seed is None else ""))
-        return streams
+        # Without a seed the samples differ between children, but not between runs of a test.
+        return [
+            FakeStream(self, request, f"{i}" if request.params.seed is None else "")
+            for i, request in enumerate(requests)
+        ]
 
-    def generate(self, prompt: list[int], params: SamplingParams, salt: str) -> list[TextDelta]:
+    def generate(self, request: EngineRequest, salt: str) -> list[TextDelta]:
         """All deltas of a sequence, one token each."""
-        knobs = (
-            "greedy"
-            if params.greedy
-            else repr((params.temperature, params.top_p, params.top_k, params.min_p, params.seed, salt))
-        )
+        params, prompt = request.params, request.prompt_token_ids
+        knobs = _knobs(request, salt)
         made: list[int] = []
         deltas: list[TextDelta] = []
         text = ""
         held = max((len(s) for s in params.stop), default=1) - 1
         shown = 0
         while True:
-            token = self._next(prompt + made, knobs)
+            context = prompt + made
+            token = self._next(context, knobs, params.allowed_token_ids or LETTERS)
             made.append(token)
             may_stop = len(made) >= params.min_tokens
             finish: str | None = None
             reason: int | str | None = None
-            if may_stop and token == EOS and not params.ignore_eos:
+            if may_stop and token == request.eos_token_id:
                 finish = "stop"
-            elif may_stop and token in params.stop_token_ids:
+            elif may_stop and token in request.stop_token_ids:
                 finish, reason = "stop", token
             ends_by_token = finish is not None
             if not ends_by_token or params.include_stop_str_in_output:
@@ -261,16 +248,68 @@ class FakeClient:
                     text = text[: at + (len(hit) if params.include_stop_str_in_output else 0)]
             if finish is None and len(made) == params.max_tokens:
                 finish = "length"
+            if finish is None and _repeats(made, params):
+                finish = "repetition"
             until = len(text) if finish else max(shown, len(text) - held)
-            deltas.append(TextDelta([token], text[shown:until], finish, reason))
+            logprobs = None
+            if params.logprobs is not None:
+                logprobs = [score(context, token, params.logprobs, params.logprob_token_ids)]
+            deltas.append(TextDelta([token], text[shown:until], finish, reason, logprobs))
             shown = until
             if finish:
                 return deltas
 
     @staticmethod
-    def _next(context: list[int], knobs: str) -> int:
+    def score_prompt(request: EngineRequest) -> list[TokenLogprobs] | None:
+        ids, count = request.prompt_token_ids, request.params.prompt_logprobs
+        if count is None:
+            return None
+        return [score(ids[:i], ids[i], count) for i in range(1, len(ids))]
+
+    @staticmethod
+    def _next(context: list[int], knobs: str, letters: Sequence[int]) -> int:
         digest = hashlib.sha256(f"{context}{knobs}".encode()).digest()
-        return EOS if digest[0] < 12 else LETTERS[digest[1] % len(LETTERS)]
+        return EOS if digest[0] < 12 else letters[digest[1] % len(letters)]
+
+
+def _knobs(request: EngineRequest, salt: str) -> str:
+    """Everything that changes which token comes next."""
+    params = request.params
+    drawn = (params.temperature, params.top_p, params.top_k, params.min_p, params.seed, salt)
+    forced = (
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+        sorted(params.logit_bias.items()),
+        request.bad_word_ids,
+    )
+    plain = forced == (0, 0, 1, [], [])
+    return ("greedy" if params.greedy else repr(drawn)) + ("" if plain else repr(forced))
+
+
+def _repeats(made: list[int], params: SamplingParams) -> bool:
+    wish = params.repetition_detection
+    if wish is None:
+        return False
+    for size in range(max(1, wish.min_pattern_size), wish.max_pattern_size + 1):
+        tail = made[-size * wish.min_count :]
+        if len(tail) == size * wish.min_count and tail == tail[:size] * wish.min_count:
+            return True
+    return False
+
+
+def score(context: Sequence[int], token: int, count: int, ids: Sequence[int] | None = None) -> TokenLogprobs:
+    """What the engine would report for `token` behind `context`; a hash of the context decides."""
+    numbers = random.Random(repr(list(context)))
+    logits = [numbers.uniform(-6, 6) for _ in range(VOCAB_SIZE)]
+    logits[IMPOSSIBLE] = -math.inf
+    total = math.log(sum(map(math.exp, logits)))
+    logprobs = [logit - total for logit in logits]
+    order = sorted(range(VOCAB_SIZE), key=lambda i: -logprobs[i])
+    others = ids if ids is not None else order if count < 0 else order[:count]
+    rank = 1 + sum(value > logprobs[token] for value in logprobs)
+    shown = [token, *others]
+    return TokenLogprobs(shown, [logprobs[i] for i in shown], rank)
 
 
 def fresh(**changes: Any) -> FakeClient:
@@ -283,4 +322,4 @@ def fresh(**changes: Any) -> FakeClient:
     return client
 
 
-__all__ = ["BOS", "EOS", "VOCAB_SIZE", "FakeClient", "TextDelta", "fresh"]
+__all__ = ["BOS", "EOS", "IMPOSSIBLE", "VOCAB_SIZE", "FakeClient", "TextDelta", "fresh", "score"]

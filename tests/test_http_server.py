@@ -17,7 +17,7 @@ import pytest
 from fake_client import FakeClient, fresh
 from http_tools import events, eventually, raw_exchange, real_server
 
-from microvllm.openai_compat import completions, protocol
+from microvllm.openai_compat import prompts, protocol
 
 COMPLETION = {"prompt": "hi", "max_tokens": 200, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 200, "ignore_eos": True}
@@ -168,7 +168,7 @@ def test_a_client_that_leaves_in_the_middle_of_tokens() -> None:
 
 def test_a_client_that_stops_reading_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "WRITE_DEADLINE_S", 0.3)
-    monkeypatch.setattr(completions, "MAX_PROMPT_TOKENS", 8 << 20)
+    monkeypatch.setattr(prompts, "MAX_PROMPT_TOKENS", 8 << 20)
     client = FakeClient(max_model_len=100_000)
     with real_server(client) as port:
         with socket.socket() as sock:

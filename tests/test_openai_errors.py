@@ -13,7 +13,7 @@ from fake_client import VOCAB_SIZE, FakeClient, fresh
 from http_tools import in_process
 
 from microvllm.openai_compat import body as body_module
-from microvllm.openai_compat import completions
+from microvllm.openai_compat import prompts
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError
@@ -225,7 +225,7 @@ async def test_many_prompts_times_n() -> None:
 
 
 async def test_many_tokens_times_n(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "MAX_PROMPT_TOKENS", 100)
+    monkeypatch.setattr(prompts, "MAX_PROMPT_TOKENS", 100)
     body = {"prompt": ["a" * 9] * 5, "echo": True}
     assert (await post("/v1/completions", {**body, "n": 2})).status_code == 200
     answer = await post("/v1/completions", {**body, "n": 3})

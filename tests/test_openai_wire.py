@@ -124,13 +124,13 @@ async def test_chat_body_is_vllms_member_for_member() -> None:
     assert body["id"].startswith("chatcmpl-")
 
 
-async def test_completion_chunks_are_vllms_byte_for_byte() -> None:
+@pytest.mark.parametrize("include_usage", [False, True])
+async def test_completion_chunks_are_vllms_byte_for_byte(include_usage: bool) -> None:
+    body = {"prompt": "hi", "max_tokens": 2}
+    options = {"stream": True, "stream_options": {"include_usage": include_usage}}
     async with in_process(FakeClient()) as http:
-        whole = (await http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2})).json()
-        answer = await http.post(
-            "/v1/completions",
-            json={"prompt": "hi", "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}},
-        )
+        whole = (await http.post("/v1/completions", json=body)).json()
+        answer = await http.post("/v1/completions", json={**body, **options})
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     first, second = whole["choices"][0]["text"]
     seen = events(answer.text)[0]
@@ -138,19 +138,20 @@ async def test_completion_chunks_are_vllms_byte_for_byte() -> None:
         seen["id"],
         seen["created"],
     )
+    fingerprint = f',"system_fingerprint":"{whole["system_fingerprint"]}"'
     choice = (
         '{"index":0,"text":"%s","logprobs":null,"finish_reason":%s,"stop_reason":null,'
-        '"prompt_token_ids":null,"token_ids":null,"weight_versions":null}],"kv_transfer_params":null}'
+        '"prompt_token_ids":null,"token_ids":null,"weight_versions":null}]%s,"kv_transfer_params":null}'
     )
-    last = choice % (second, '"length"')
-    usage = '],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2}}'
-    assert answer.text.split("\n\n") == [
-        f"data: {head}{choice % (first, 'null')}",
-        f"data: {head}{last}",
-        f"data: {head}{usage}",
-        "data: [DONE]",
-        "",
+    frames = [
+        choice % (first, "null", ""),
+        choice % (second, '"length"', "" if include_usage else fingerprint),
     ]
+    if include_usage:
+        frames.append(
+            '],"usage":{"prompt_tokens":3,"total_tokens":5,"completion_tokens":2}' + fingerprint + "}"
+        )
+    assert answer.text.split("\n\n") == [*(f"data: {head}{frame}" for frame in frames), "data: [DONE]", ""]
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
@@ -366,7 +367,11 @@ async def test_max_tokens_defaults() -> None:
 async def test_usage_flags_of_the_server() -> None:
     args = {"enable_prompt_tokens_details": True, "enable_force_include_usage": True}
     whole = await post(FakeClient(), "/v1/completions", args=args)
-    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert whole["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": 0,
+        "created_cache_tokens": None,
+        "multimodal_tokens": None,
+    }
     chunks = await post(FakeClient(), "/v1/completions", args=args, stream=True, max_tokens=3)
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
     assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
