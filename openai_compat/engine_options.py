@@ -1,50 +1,18 @@
-"""The command line's options of the engine, for every command that starts one.
-
-`with_engine_args` gives a command all of them. Names and defaults are those of `vllm serve` 0.33.
-"""
+"""The command line's options of the engine. Names and defaults are those of `vllm serve` 0.33."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microvllm.openai_compat.option_values import context_length, human_int, json_object
 from microvllm.openai_compat.vllm_flags import UsageError
 from microvllm.runtime.cpu import usable_cores
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineArgs
-
-DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def human_int(text: str) -> int:
-    """`4096`, `1k` = 1000, `25.6k` = 25600, `1K` = 1024: as vLLM reads sizes. Raises `typer.BadParameter`."""
-    match = re.fullmatch(r"([+-]?\d+)(\.\d+)?([kKmMgGtT]?)", str(text).strip())
-    if match is None or (match[2] and match[3] not in DECIMAL):
-        raise typer.BadParameter(
-            f"{text!r} is not a whole number (1k = 1000 and 1K = 1024 are understood, 25.6k too)"
-        )
-    whole, fraction, suffix = match[1], match[2] or "", match[3]
-    if suffix not in DECIMAL:
-        return int(whole) * BINARY.get(suffix, 1)
-    # Digits are shifted, not multiplied as floats: 25.6k must be 25600 and not 25599.
-    factor = DECIMAL[suffix]
-    parts: int = 10 ** len(fraction[1:])
-    scaled = int(whole + fraction[1:]) * factor
-    if scaled % parts:
-        raise typer.BadParameter(f"{text!r} is not a whole number")
-    return scaled // parts
-
-
-def context_length(text: str) -> int:
-    """Like `human_int`; `auto` and -1 (as long as the model and the KV cache allow) give -1."""
-    return -1 if str(text).strip().lower() == "auto" else human_int(text)
 
 
 def check_paths(tokenizer: str | None, generation_config: str = "auto") -> None:
@@ -123,6 +91,17 @@ def engine_args(
     dtype: DtypeOpt = "auto",
     load_format: LoadFormatOpt = "auto",
     generation_config: GenerationConfigOpt = "auto",
+    override_generation_config: Annotated[
+        Any,
+        typer.Option(parser=json_object, metavar="JSON", help="Sampling defaults in place of the model's."),
+    ] = None,
+    max_logprobs: Annotated[
+        int, typer.Option(min=-1, help="Log probabilities that a request may ask for; -1: all.")
+    ] = 20,
+    logprobs_mode: Annotated[
+        str,
+        typer.Option(help="raw_logprobs, processed_logprobs, raw_logits or processed_logits."),
+    ] = "raw_logprobs",
     max_model_len: MaxModelLenOpt = None,
     seed: SeedOpt = 0,
     cpu_threads: CpuThreadsOpt = None,
@@ -187,33 +166,9 @@ def engine_args(
         seed=seed,
         load_format=load_format,
         generation_config=generation_config,
+        override_generation_config=override_generation_config,
+        max_logprobs=max_logprobs,
+        logprobs_mode=logprobs_mode,
         attention_backend=attention_backend,
         cpu_threads=cpu_threads,
     )
-
-
-def with_engine_args(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for Typer: the options of `engine_args`, then the command's own.
-
-    `command` is called with the `EngineArgs` as its first argument, which is annotated so, and its own
-    options as keywords.
-    """
-    # The type of the first argument is not imported at run time; Typer never sees that argument.
-    own = get_type_hints(command, localns={"EngineArgs": Any}, include_extras=True)
-    engine = get_type_hints(engine_args, localns={"EngineArgs": Any}, include_extras=True)
-    engine_parameters = list(inspect.signature(engine_args).parameters.values())
-    own_parameters = list(inspect.signature(command).parameters.values())[1:]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        wishes = {parameter.name: values.pop(parameter.name) for parameter in engine_parameters}
-        command(engine_args(**wishes), **values)
-
-    parameters = [
-        parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
-        for hints, group in ((engine, engine_parameters), (own, own_parameters))
-        for parameter in group
-    ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run

@@ -1,0 +1,240 @@
+"""The command line's options of the HTTP server. Names and defaults are those of `vllm serve` 0.33."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from microvllm.openai_compat.option_values import chat_template_text, comma_list, json_object, json_strings
+from microvllm.openai_compat.vllm_flags import UsageError
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.config import ServerArgs
+
+DEV_MODE = "VLLM_SERVER_DEV_MODE"
+
+# What shapes the answers of a server, and of a batch.
+ServedModelNameOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="Names of the model in requests; the first is answered."),
+]
+ChatTemplateOpt = Annotated[
+    str | None,
+    typer.Option(help="A file with a chat template, or the template."),
+]
+ResponseRoleOpt = Annotated[str, typer.Option(help="Role of the answers in chats.")]
+PromptTokensDetailsOpt = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prompt-tokens-details/--no-enable-prompt-tokens-details",
+        help="Report cached tokens in the usage.",
+    ),
+]
+
+
+def server_args(
+    *,
+    served_model_name: ServedModelNameOpt = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    uds: Annotated[
+        str | None,
+        typer.Option(help="Unix socket to listen on, in place of host and port."),
+    ] = None,
+    root_path: Annotated[
+        str, typer.Option(metavar="/PREFIX", help="Path prefix that a proxy puts in front of every path.")
+    ] = "",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=["MICROVLLM_API_KEY", "VLLM_API_KEY"],
+            show_envvar=True,
+            help="Keys, one of which each request must carry.",
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Certificate (PEM): serve HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its key, if not in the same file.")
+    ] = None,
+    ssl_ca_certs: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Who may have signed a client's certificate.")
+    ] = None,
+    ssl_cert_reqs: Annotated[
+        int,
+        typer.Option(help="Whether a client needs a certificate: 0 no, 1 checked if there is one, 2 yes."),
+    ] = 0,
+    ssl_ciphers: Annotated[
+        str | None, typer.Option(help="Ciphers for TLS 1.2, as OpenSSL writes them.")
+    ] = None,
+    enable_ssl_refresh: Annotated[
+        bool,
+        typer.Option(
+            "--enable-ssl-refresh/--no-enable-ssl-refresh", help="Read the certificate again when it changes."
+        ),
+    ] = False,
+    allowed_origins: Annotated[
+        Any,
+        typer.Option(parser=json_strings, metavar="JSON", help="Web pages that may use the server (CORS)."),
+    ] = None,
+    allowed_methods: Annotated[
+        Any, typer.Option(parser=json_strings, metavar="JSON", help="Methods they may use.")
+    ] = None,
+    allowed_headers: Annotated[
+        Any, typer.Option(parser=json_strings, metavar="JSON", help="Headers they may send.")
+    ] = None,
+    allow_credentials: Annotated[
+        bool, typer.Option("--allow-credentials/--no-allow-credentials", help="They may send cookies.")
+    ] = False,
+    chat_template: ChatTemplateOpt = None,
+    default_chat_template_kwargs: Annotated[
+        Any,
+        typer.Option(
+            parser=json_object, metavar="JSON", help="Template variables, unless a request sets them."
+        ),
+    ] = None,
+    response_role: ResponseRoleOpt = "assistant",
+    stream_interval: Annotated[int, typer.Option(min=1, help="Least tokens in a chunk of a stream.")] = 1,
+    sse_keep_alive_interval: Annotated[
+        float, typer.Option(min=0, help="Seconds of silence after which a stream gets a comment; 0: never.")
+    ] = 0.0,
+    return_tokens_as_token_ids: Annotated[
+        bool,
+        typer.Option(
+            "--return-tokens-as-token-ids/--no-return-tokens-as-token-ids",
+            help="Write tokens of log probabilities as token_id:N.",
+        ),
+    ] = False,
+    enable_prompt_tokens_details: PromptTokensDetailsOpt = False,
+    enable_force_include_usage: Annotated[
+        bool,
+        typer.Option(
+            "--enable-force-include-usage/--no-enable-force-include-usage",
+            help="End every stream with its usage.",
+        ),
+    ] = False,
+    enable_per_request_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--enable-per-request-metrics/--no-enable-per-request-metrics",
+            help="Report the times of a request in its answer.",
+        ),
+    ] = False,
+    fingerprint_mode: Annotated[
+        str, typer.Option(help="The system_fingerprint of answers: full, hash, custom or none.")
+    ] = "full",
+    fingerprint_value: Annotated[str | None, typer.Option(help="The fingerprint, if custom.")] = None,
+    enable_request_id_headers: Annotated[
+        bool,
+        typer.Option(
+            "--enable-request-id-headers/--no-enable-request-id-headers", help="Answer with X-Request-Id."
+        ),
+    ] = False,
+    enable_server_load_tracking: Annotated[
+        bool,
+        typer.Option(
+            "--enable-server-load-tracking/--no-enable-server-load-tracking",
+            help="Count requests in progress at /load.",
+        ),
+    ] = False,
+    enable_tokenizer_info_endpoint: Annotated[
+        bool,
+        typer.Option(
+            "--enable-tokenizer-info-endpoint/--no-enable-tokenizer-info-endpoint",
+            help="Serve /tokenizer_info.",
+        ),
+    ] = False,
+    disable_fastapi_docs: Annotated[
+        bool,
+        typer.Option(
+            "--disable-fastapi-docs/--no-disable-fastapi-docs", help="No /docs, /redoc and /openapi.json."
+        ),
+    ] = False,
+    uvicorn_log_level: Annotated[
+        str,
+        typer.Option(help="critical, error, warning, info, debug or trace."),
+    ] = "info",
+    disable_uvicorn_access_log: Annotated[
+        bool,
+        typer.Option(
+            "--disable-uvicorn-access-log/--no-disable-uvicorn-access-log", help="No line per request."
+        ),
+    ] = False,
+    disable_access_log_for_endpoints: Annotated[
+        Any,
+        typer.Option(parser=comma_list, metavar="PATHS", help="No such line for these, as /health,/metrics."),
+    ] = None,
+    enable_log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--enable-log-requests/--no-enable-log-requests",
+            help="Log the parameters of each request, never its text.",
+        ),
+    ] = False,
+    disable_log_stats: Annotated[
+        bool,
+        typer.Option(
+            "--disable-log-stats/--no-disable-log-stats", help="No statistics: no log line, no metrics."
+        ),
+    ] = False,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM."),
+    ] = 10.0,
+) -> ServerArgs:
+    """What the options ask for. Raises `ConfigError` naming the option."""
+    template = chat_template_text(chat_template)
+
+    from microvllm.openai_compat.config import ServerArgs
+
+    return ServerArgs(
+        served_model_names=tuple(served_model_name or ()),
+        host=host,
+        port=port,
+        uds=uds,
+        root_path=root_path.rstrip("/"),
+        api_keys=tuple(api_key or ()),
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        ssl_ca_certs=ssl_ca_certs,
+        ssl_cert_reqs=ssl_cert_reqs,
+        ssl_ciphers=ssl_ciphers,
+        enable_ssl_refresh=enable_ssl_refresh,
+        allowed_origins=allowed_origins or (),
+        allowed_methods=("*",) if allowed_methods is None else allowed_methods,
+        allowed_headers=("*",) if allowed_headers is None else allowed_headers,
+        allow_credentials=allow_credentials,
+        chat_template=template,
+        default_chat_template_kwargs=default_chat_template_kwargs or {},
+        response_role=response_role,
+        stream_interval=stream_interval,
+        sse_keep_alive_interval=sse_keep_alive_interval,
+        return_tokens_as_token_ids=return_tokens_as_token_ids,
+        enable_prompt_tokens_details=enable_prompt_tokens_details,
+        enable_force_include_usage=enable_force_include_usage,
+        enable_per_request_metrics=enable_per_request_metrics,
+        fingerprint_mode=fingerprint_mode,
+        fingerprint_value=fingerprint_value,
+        enable_request_id_headers=enable_request_id_headers,
+        enable_server_load_tracking=enable_server_load_tracking,
+        enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
+        disable_fastapi_docs=disable_fastapi_docs,
+        uvicorn_log_level=uvicorn_log_level,
+        disable_uvicorn_access_log=disable_uvicorn_access_log,
+        disable_access_log_for_endpoints=disable_access_log_for_endpoints or (),
+        enable_log_requests=enable_log_requests,
+        disable_log_stats=disable_log_stats,
+        shutdown_timeout=shutdown_timeout,
+        dev_mode=_dev_mode(),
+    )
+
+
+def _dev_mode() -> bool:
+    """Whether the environment asks for vLLM's developer endpoints. Raises `UsageError`."""
+    wish = os.environ.get(DEV_MODE, "0")
+    if wish not in ("0", "1"):
+        raise UsageError(f"the environment variable {DEV_MODE} must be 0 or 1, got {wish!r}")
+    return wish == "1"
