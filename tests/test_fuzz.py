@@ -1,6 +1,6 @@
 """Requests made from the server's own OpenAPI document, and bytes that are no request: no 5xx, no death.
 
-Some hundreds of examples by default; for a long run: `MICROVLLM_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py`,
+A few hundred examples by default; for a long run: `MICROVLLM_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py`,
 that many for each test and endpoint. After every example nothing may be left running; after every
 `GOLDEN_EVERY` of them, and at the end, the same application must answer golden requests with the very same
 bytes.
