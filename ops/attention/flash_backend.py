@@ -1,0 +1,186 @@
+"""Paged attention by FlashAttention 2 (Dao, 2023, arXiv:2307.08691), from the package `flash-attn`.
+
+It wants blocks of a multiple of 256, bfloat16 or float16, and head sizes that are multiples of 8 up to 256.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.gpu.rope_cache import RotaryAngles, rope_and_cache
+
+BLOCK_MULTIPLE = 256
+MAX_SPLITS = 32
+KEYS_A_SPLIT = 128  # fewer are not worth a split
+
+
+class FlashAttentionMissingError(RuntimeError):
+    """The package is not there, or was built for another torch."""
+
+
+def load_flash_attention() -> ModuleType:
+    """The module `flash_attn`. Raises `FlashAttentionMissingError` saying how to get it."""
+    try:
+        return importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise FlashAttentionMissingError(
+            "the flash_attn attention backend needs the package flash-attn "
+            f"(pip install flash-attn --no-build-isolation): {error}"
+        ) from error
+
+
+class FlashAttention:
+    """Decodes by `flash_attn_with_kvcache`, segments by `flash_attn_varlen_func`, both on the paged cache.
+
+    Rotation and cache write of a decode are part of its one call, unless the model normalises q and k:
+    then, and for segments, `rope_and_cache` goes before. The cache is [layers, 2, blocks + 1, block_size,
+    kv_heads, d]; the last block is the padding rows', whose keys and values have to be written somewhere.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        num_blocks: int,
+        block_size: int,
+        inv_freq: Tensor,
+        max_position: int,
+        dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
+    ) -> None:
+        """Raises `FlashAttentionMissingError`, or ValueError for what the kernels cannot do."""
+        if block_size % BLOCK_MULTIPLE:
+            raise ValueError(f"block_size: the flash_attn backend needs a multiple of 256, not {block_size}")
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: the flash_attn backend needs bfloat16 or float16, not {dtype}")
+        if shape.head_dim % 8 or shape.head_dim > 256:
+            raise ValueError(f"head_dim: the flash_attn backend cannot do {shape.head_dim}")
+        self.module = load_flash_attention()
+        self.shape = shape
+        self.norms = qk_norms
+        self.num_blocks = num_blocks
+        self.angles = RotaryAngles.up_to(max_position, inv_freq)
+        self.cos, self.sin = self.angles.cos.to(dtype), self.angles.sin.to(dtype)
+        # Zeroed: a padding row reads what nobody wrote.
+        self.cache = torch.zeros(
+            shape.num_layers,
+            2,
+            num_blocks + 1,
+            block_size,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype=dtype,
+            device=inv_freq.device,
+        )
+        self.sms = 1
+        if inv_freq.device.type == "cuda":
+            self.sms = torch.cuda.get_device_properties(inv_freq.device).multi_processor_count
+
+    def num_splits(self, batch_size: int, width: int) -> int:
+        """How many programs share a sequence and KV head: as many as fill the GPU twice.
+
+        Left alone the kernel decides by the width of the block table, which under a captured graph is that
+        of the longest possible sequence. A split beyond a sequence's end does nothing.
+        """
+        wanted = 2 * self.sms // (batch_size * self.shape.num_kv_heads)
+        longest = width * self.cache.shape[3]
+        return max(1, min(wanted, MAX_SPLITS, -(-longest // KEYS_A_SPLIT)))
+
+    def begin_step(self, batch: AttentionBatch) -> FlashStep:
+        return FlashStep(self, batch)
+
+
+class FlashStep:
+    def __init__(self, backend: FlashAttention, batch: AttentionBatch) -> None:
+        self._backend = backend
+        self._batch = batch
+        window = backend.shape.window
+        self._window = (-1, -1) if window is None else (window - 1, 0)
+        if batch.num_decodes:
+            lens = batch.decode_lens.int()
+            # A padding row gets a first token in the block that is nobody's.
+            self._cached_lens = (lens - 1).clamp_(min=0)
+            blocks = batch.decode_blocks.int()
+            self._blocks = blocks.masked_fill((lens == 0).unsqueeze(1), backend.num_blocks)
+            self._splits = backend.num_splits(batch.num_decodes, blocks.shape[1])
+        if batch.num_decodes < batch.positions.shape[0]:
+            self._segments = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
+            ends = self._segments.context_lens.cumsum(0, dtype=torch.int32)
+            self._context_starts = torch.nn.functional.pad(ends, (1, 0))
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        decodes = self._batch.num_decodes
+        if decodes == qkv.shape[0]:
+            return self._decode(layer, qkv)
+        segments = self._prefill(layer, qkv[decodes:])
+        return torch.cat((self._decode(layer, qkv[:decodes]), segments)) if decodes else segments
+
+    def _decode(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv: [b, (heads + 2 * kv_heads) * d] -> [b, heads * d]."""
+        backend, shape = self._backend, self._backend.shape
+        keys, values = backend.cache[layer]
+        common = {
+            "block_table": self._blocks,
+            "causal": True,
+            "window_size": self._window,
+            "num_splits": self._splits,
+        }
+        flash = backend.module.flash_attn_with_kvcache
+        if backend.norms is None:
+            sizes = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+            q, k, v = qkv.view(-1, 1, sum(sizes), shape.head_dim).split(sizes, 2)
+            out = flash(
+                q,
+                keys,
+                values,
+                k=k,
+                v=v,
+                rotary_cos=backend.cos,
+                rotary_sin=backend.sin,
+                rotary_interleaved=False,
+                cache_seqlens=self._cached_lens,
+                **common,
+            )
+        else:
+            q = self._rotate(layer, qkv, slice(None, qkv.shape[0]))
+            out = flash(q.unsqueeze(1), keys, values, cache_seqlens=self._cached_lens + 1, **common)
+        attended: Tensor = out.view(qkv.shape[0], -1)
+        return attended
+
+    def _prefill(self, layer: int, qkv: Tensor) -> Tensor:
+        """The segments' tokens. qkv: [m, (heads + 2 * kv_heads) * d] -> [m, heads * d]."""
+        backend, table = self._backend, self._segments
+        keys, values = backend.cache[layer]
+        out: Tensor = backend.module.flash_attn_varlen_func(
+            self._rotate(layer, qkv, slice(self._batch.num_decodes, None)),
+            keys,
+            values,
+            cu_seqlens_q=table.starts,
+            cu_seqlens_k=self._context_starts,
+            max_seqlen_q=table.longest,
+            max_seqlen_k=table.blocks.shape[1] * backend.cache.shape[3],
+            causal=True,
+            window_size=self._window,
+            block_table=table.blocks,
+        )
+        return out.view(qkv.shape[0], -1)
+
+    def _rotate(self, layer: int, qkv: Tensor, tokens: slice) -> Tensor:
+        backend, batch = self._backend, self._batch
+        keys, values = backend.cache[layer]
+        return rope_and_cache(
+            qkv,
+            batch.positions[tokens],
+            batch.slots[tokens],
+            keys,
+            values,
+            backend.shape,
+            backend.angles,
+            backend.norms,
+            layer,
+            heads_first=False,
+        )

@@ -1,0 +1,124 @@
+"""Paged attention by Triton kernels: any CUDA GPU, nothing to compile beforehand, any power-of-two block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention.triton_decode import (
+    DecodeTiling,
+    DecodeWorkspace,
+    decode_attention,
+    plan_decode,
+)
+from microvllm.ops.attention.triton_prefill import PrefillTiling, prefill_attention
+from microvllm.ops.gpu.rope_cache import RotaryAngles, rope_and_cache
+
+MIN_BLOCK = 16
+INTERPRETED_PROGRAMS = 6  # where there are no multiprocessors to fill: enough to split sequences
+
+
+class TritonAttention:
+    """Decodes by one kernel; segments by two, one that writes their keys and values and one that attends.
+
+    The cache is [layers, 2, blocks, kv_heads, block_size, d], keys before values: what a head reads of a
+    block is one contiguous run. float32, bfloat16 or float16; a head's size is even.
+    `pdl`: let each kernel start before the one in front of it has ended (programmatic dependent launch,
+    from compute capability 9.0 on); then the kernels around these have to wait in the same way.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        num_blocks: int,
+        block_size: int,
+        inv_freq: Tensor,
+        max_position: int,
+        dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
+        *,
+        pdl: bool = False,
+        decode_tiling: DecodeTiling | None = None,
+        prefill_tiling: PrefillTiling | None = None,
+    ) -> None:
+        """Raises ValueError for a block size that is no power of two from 16 on."""
+        if block_size < MIN_BLOCK or block_size & (block_size - 1):
+            raise ValueError(f"block_size: {block_size} is no power of two from {MIN_BLOCK} on")
+        device = inv_freq.device
+        self.shape = shape
+        self.norms = qk_norms
+        self.pdl = pdl
+        self.angles = RotaryAngles.up_to(max_position, inv_freq)
+        self.cache = torch.zeros(
+            shape.num_layers,
+            2,
+            num_blocks,
+            shape.num_kv_heads,
+            block_size,
+            shape.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.decode_tiling = decode_tiling or DecodeTiling.measured(shape.head_dim, dtype)
+        group = shape.num_heads // shape.num_kv_heads
+        self.prefill_tiling = prefill_tiling or PrefillTiling.measured(shape.head_dim, dtype, group)
+        programs = INTERPRETED_PROGRAMS
+        if device.type == "cuda":
+            sms = torch.cuda.get_device_properties(device).multi_processor_count
+            programs = sms * self.decode_tiling.programs_per_sm
+        self.workspace = DecodeWorkspace(shape, programs, device)
+
+    def begin_step(self, batch: AttentionBatch) -> TritonStep:
+        return TritonStep(self, batch)
+
+
+class TritonStep:
+    def __init__(self, backend: TritonAttention, batch: AttentionBatch) -> None:
+        self._backend = backend
+        self._batch = batch
+        self._segments = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
+        if batch.num_decodes:
+            self._tile_ends = plan_decode(batch.decode_lens, backend.shape, backend.decode_tiling)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        backend, batch, decodes = self._backend, self._batch, self._batch.num_decodes
+        shape = backend.shape
+        keys, values = backend.cache[layer]
+        out = torch.empty(qkv.shape[0], shape.num_heads * shape.head_dim, dtype=qkv.dtype, device=qkv.device)
+        if decodes:
+            decode_attention(
+                out,
+                qkv,
+                keys,
+                values,
+                batch.slots,
+                batch.decode_lens,
+                batch.decode_blocks,
+                self._tile_ends,
+                shape,
+                backend.angles,
+                backend.norms,
+                layer,
+                backend.decode_tiling,
+                backend.workspace,
+                pdl=backend.pdl,
+            )
+        if decodes < qkv.shape[0]:
+            q = rope_and_cache(
+                qkv[decodes:],
+                batch.positions[decodes:],
+                batch.slots[decodes:],
+                keys,
+                values,
+                shape,
+                backend.angles,
+                backend.norms,
+                layer,
+                heads_first=True,
+                pdl=backend.pdl,
+            )
+            prefill_attention(
+                out[decodes:], q, keys, values, self._segments, shape, backend.prefill_tiling, pdl=backend.pdl
+            )
+        return out

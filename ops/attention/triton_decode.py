@@ -1,0 +1,391 @@
+"""Paged attention of one new token a sequence: everything between its qkv product and its output product.
+
+One kernel normalises and rotates q and k, writes k and v to the cache, attends to the cached tokens and
+merges the parts of a sequence that was split. Splitting keys and values among programs is flash-decoding
+(Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html); the query heads that share a
+KV head are the rows of one tile, so each key and value is read once.
+
+The work is the *tiles* of all (sequence, KV head) pairs, called units, in a row. It is cut into equal runs,
+one a program, whatever the lengths are: `plan` counts the tiles once a step, and from that count each
+program finds its run. So the grid depends on no length, and a captured graph stays balanced.
+A unit that lies in several runs is merged by the program that comes to it last (runs share at most one
+unit with each neighbour, which is why two parts a program and one arrival counter a program are enough).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microvllm.ops.attention import AttentionShape, QKNorms
+from microvllm.ops.gpu.launch import follow, launch_options
+from microvllm.ops.gpu.rope_cache import RotaryAngles, load_rotated
+
+LOG2_E = 1.4426950408889634
+MIN_DOT_ROWS = 16  # of a tensor core's tile
+SEARCH = 512  # sequences looked at at once where a program looks for its first
+
+
+@triton.jit
+def cached_rows(
+    table, start, end, head, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
+):
+    """Where positions [start, start + TILE) lie in a layer's keys or values: [TILE] int64 elements.
+
+    start is a multiple of TILE; positions from `end` on, which the table may not hold, get any row.
+    """
+    at = start + tl.arange(0, TILE)
+    block = tl.load(table + start // PAGE) if TILE <= PAGE else tl.load(table + at // PAGE, at < end, 0)
+    return ((block.to(tl.int64) * KV_HEADS + head) * PAGE + at % PAGE) * D
+
+
+@triton.jit
+def _cached_tiles(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """The first tile with a cached token that the newest one sees, and how many there are (perhaps 0)."""
+    first = length * 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0) // TILE
+    cached = tl.maximum(length - 1, 0)
+    return first, tl.maximum((cached + TILE - 1) // TILE - first, 0)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _plan_kernel(
+    tile_ends,
+    lens,
+    num_seqs,
+    KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    total = 0
+    for start in range(0, num_seqs, SEARCH):
+        seqs = start + tl.arange(0, SEARCH)
+        length = tl.load(lens + seqs, seqs < num_seqs, 0).to(tl.int32)
+        _, tiles = _cached_tiles(length, WINDOW, TILE)
+        # A sequence without a cached token is a tile of its own: its output is still to be written.
+        tiles = tl.where(seqs < num_seqs, tl.maximum(tiles, 1) * KV_HEADS, 0)
+        tl.store(tile_ends + seqs, total + tl.cumsum(tiles, 0), seqs < num_seqs)
+        total += tl.sum(tiles, 0)
+
+
+@triton.jit
+def _program_of(tile, programs, total):
+    """Whose run holds a tile: program p's is [p * total // programs, (p + 1) * total // programs)."""
+    return (((tile + 1).to(tl.int64) * programs - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def _merge(
+    out,
+    partial,
+    partial_lse,
+    first,
+    last,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Combine the parts that programs first ... last wrote for one unit, CHUNK parts at a time."""
+    rows = tl.arange(0, BLOCK_GROUP)
+    d = tl.arange(0, BLOCK_D)
+    inside = (rows < GROUP)[:, None] & (d < D)[None, :]
+    highest = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+    weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
+    total = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    for start in range(first, last + 1, CHUNK):
+        program = start + tl.arange(0, CHUNK)
+        part = 2 * program + (program == first).to(tl.int32)
+        written = (program <= last)[:, None] & (rows < GROUP)[None, :]
+        at = part[:, None] * GROUP + rows[None, :]
+        lse = tl.load(partial_lse + at, written, -float("inf"))
+        values = tl.load(
+            partial + at[:, :, None] * D + d[None, None, :], written[:, :, None] & (d < D)[None, None, :], 0.0
+        )
+        higher = tl.maximum(highest, tl.max(lse, 0))
+        # Rows beyond the group have no part, and must not become NaN.
+        higher = tl.where(rows < GROUP, higher, 0.0)
+        weights = tl.exp2(lse - higher[None, :])
+        kept = tl.exp2(highest - higher)
+        weight_sum = weight_sum * kept + tl.sum(weights, 0)
+        total = total * kept[:, None] + tl.sum(values * weights[:, :, None], 0)
+        highest = higher
+    weight_sum = tl.where(rows < GROUP, weight_sum, 1.0)
+    tl.store(out + rows[:, None] * D + d[None, :], total / weight_sum[:, None], inside)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+def _decode_kernel(
+    out,
+    qkv,
+    keys,
+    values,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    slots,
+    lens,
+    tables,
+    tile_ends,
+    partial,
+    partial_lse,
+    arrivals,
+    num_seqs,
+    table_stride,
+    scale,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    NORM: tl.constexpr,
+    SEARCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    follow(PDL)
+    program = tl.program_id(0)
+    total = tl.load(tile_ends + num_seqs - 1)
+    programs = tl.minimum(tl.num_programs(0), total)
+    if program >= programs:
+        return
+    tile = (program.to(tl.int64) * total // programs).to(tl.int32)
+    end = ((program + 1).to(tl.int64) * total // programs).to(tl.int32)
+    seq = 0
+    for chunk in range(0, num_seqs, SEARCH):
+        seqs = chunk + tl.arange(0, SEARCH)
+        seq += tl.sum((tl.load(tile_ends + seqs, seqs < num_seqs, total) <= tile).to(tl.int32), 0)
+
+    d = tl.arange(0, BLOCK_D)
+    rows = tl.arange(0, ROWS)
+    one = tl.arange(0, 1)
+    while tile < end:
+        # The unit, and the part of it that is this program's: tiles [tile, stop).
+        length = tl.load(lens + seq).to(tl.int32)
+        slot = tl.load(slots + seq).to(tl.int64)
+        seq_end = tl.load(tile_ends + seq)
+        first_tile, cached_tiles = _cached_tiles(length, WINDOW, TILE)
+        unit_tiles = tl.maximum(cached_tiles, 1)
+        seq_begin = seq_end - unit_tiles * KV_HEADS
+        head = (tile - seq_begin) // unit_tiles
+        unit_begin = seq_begin + head * unit_tiles
+        stop = tl.minimum(end, unit_begin + unit_tiles)
+        # The program that begins a unit also takes the new token, which no one has to wait for.
+        begins = tile == unit_begin
+        takes_new = begins & (length > 0)
+        cached = length - 1
+        table = tables + seq.to(tl.int64) * table_stride
+
+        token = qkv + seq.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * D)
+        position = tl.maximum(cached, 0).to(tl.int64) * (D // 2)
+        q = load_rotated(
+            token + head * (GROUP * D),
+            rows,
+            rows < GROUP,
+            q_norm,
+            cos + position,
+            sin + position,
+            eps,
+            D,
+            BLOCK_D,
+            NORM,
+        ).to(out.dtype.element_ty)
+        new_k = load_rotated(
+            token + (HEADS + head) * D,
+            one,
+            (one == 0) & takes_new,
+            k_norm,
+            cos + position,
+            sin + position,
+            eps,
+            D,
+            BLOCK_D,
+            NORM,
+        ).to(out.dtype.element_ty)
+        new_v = tl.load(
+            token + (HEADS + KV_HEADS + head) * D + d[None, :], ((d < D) & takes_new)[None, :], 0.0
+        )
+        new_place = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d[None, :]
+        written = ((d < D) & takes_new & (slot >= 0))[None, :]
+        tl.store(keys + new_place, new_k, written)
+        tl.store(values + new_place, new_v, written)
+
+        # Softmax as it goes, in powers of two (Milakov & Gimelshein, 2018, arXiv:1805.02867).
+        scores = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
+        highest = tl.where(takes_new, scores, -float("inf"))
+        weight_sum = tl.where(takes_new, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
+        attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32)
+        for i in tl.range(tile - unit_begin, tl.minimum(stop - unit_begin, cached_tiles), num_stages=STAGES):
+            start = (first_tile + i) * TILE
+            at = start + tl.arange(0, TILE)
+            visible = at < cached
+            if WINDOW > 0:
+                visible &= at >= length - WINDOW
+            place = cached_rows(table, start, cached, head, KV_HEADS, PAGE, D, TILE)
+            place = place[:, None] + d[None, :]
+            inside = visible[:, None]
+            if BLOCK_D != D:
+                inside &= (d < D)[None, :]
+            k = tl.load(keys + place, inside, 0.0)
+            tile_scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            tile_scores = tl.where(visible[None, :], tile_scores, -float("inf"))
+            higher = tl.maximum(highest, tl.max(tile_scores, 1))
+            weights = tl.exp2(tile_scores - higher[:, None])
+            kept = tl.exp2(highest - higher)
+            weight_sum = weight_sum * kept + tl.sum(weights, 1)
+            v = tl.load(values + place, inside, 0.0)
+            attended = tl.dot(weights.to(v.dtype), v, attended * kept[:, None], input_precision="ieee")
+            highest = higher
+        # Only padding (length 0) has no weight at all: its output is zeros.
+        attended = attended / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
+
+        owned = (rows < GROUP)[:, None] & (d < D)[None, :]
+        result = out + seq.to(tl.int64) * (HEADS * D) + head * (GROUP * D)
+        first = _program_of(unit_begin, programs, total)
+        last = _program_of(unit_begin + unit_tiles - 1, programs, total)
+        if first == last:
+            tl.store(result + rows[:, None] * D + d[None, :], attended, owned)
+        else:
+            part = (2 * program + begins.to(tl.int32)) * GROUP + rows
+            tl.store(partial + part[:, None] * D + d[None, :], attended, owned)
+            tl.store(partial_lse + part, highest + tl.log2(weight_sum), rows < GROUP)
+            tl.debug_barrier()  # the whole part is written before one thread says so
+            arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
+            if arrived == last - first:
+                tl.store(arrivals + first, 0)  # as the next layer needs it
+                _merge(result, partial, partial_lse, first, last, GROUP, BLOCK_GROUP, D, BLOCK_D, CHUNK)
+        seq += (stop == seq_end).to(tl.int32)
+        tile = stop
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTiling:
+    """How the work is cut: tokens a tile, stages of the loop over tiles, warps a program, programs an SM.
+
+    Triton gives every second stage to the look-up in the block table: 5 stages keep two tiles in flight.
+    """
+
+    tile: int
+    stages: int
+    warps: int
+    programs_per_sm: int
+
+    @staticmethod
+    def measured(dim: int, dtype: torch.dtype) -> DecodeTiling:
+        """Tiles of 16 KiB of keys; the rest is what was fastest on an H100."""
+        row = triton.next_power_of_2(dim) * dtype.itemsize
+        return DecodeTiling(max(16, min(128, 16384 // row)), 5, 4, 3)
+
+
+class DecodeWorkspace:
+    """Room for the parts of split units, for all layers and batch sizes; used by one stream at a time.
+
+    programs: the grid of every launch. partial: [2 * programs, group, d] float32, each part's attention;
+    partial_lse: [2 * programs, group] float32, log2 of its sum of weights; arrivals: [programs] int32,
+    how many parts of the unit that begins in a program's run are there: 0 between launches.
+    """
+
+    def __init__(self, shape: AttentionShape, programs: int, device: torch.device) -> None:
+        group = shape.num_heads // shape.num_kv_heads
+        self.programs = programs
+        self.partial = torch.empty(2 * programs, group, shape.head_dim, device=device)
+        self.partial_lse = torch.empty(2 * programs, group, device=device)
+        self.arrivals = torch.zeros(programs, dtype=torch.int32, device=device)
+
+
+def plan_decode(lens: Tensor, shape: AttentionShape, tiling: DecodeTiling) -> Tensor:
+    """lens: [b] context lengths with the new token, 0 for padding -> [b] int32 running sum of the tiles."""
+    tile_ends = torch.empty(lens.shape[0], dtype=torch.int32, device=lens.device)
+    _plan_kernel[(1,)](
+        tile_ends,
+        lens,
+        lens.shape[0],
+        KV_HEADS=shape.num_kv_heads,
+        WINDOW=shape.window or 0,
+        TILE=tiling.tile,
+        SEARCH=SEARCH,
+        num_warps=4,
+    )
+    return tile_ends
+
+
+def decode_attention(
+    out: Tensor,
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lens: Tensor,
+    tables: Tensor,
+    tile_ends: Tensor,
+    shape: AttentionShape,
+    angles: RotaryAngles,
+    norms: QKNorms | None,
+    layer: int,
+    tiling: DecodeTiling,
+    workspace: DecodeWorkspace,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Attention of b sequences' newest tokens, whose k and v are written to `slots`.
+
+    qkv: [b, (heads + 2 * kv_heads) * d], not rotated; keys, values: [blocks, kv_heads, block, d], all of
+    one dtype; slots, lens: [b]; tables: [b, width], rows of blocks; tile_ends: of `plan_decode`;
+    out: [b, heads * d]. A slot of -1 is not written; a length of 0 gives zeros.
+    No host synchronisation, a grid that depends on no value: may be captured in a CUDA graph.
+    """
+    dim = shape.head_dim
+    group = shape.num_heads // shape.num_kv_heads
+    block_group, block_dim = triton.next_power_of_2(group), triton.next_power_of_2(dim)
+    q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
+    _decode_kernel[(workspace.programs,)](
+        out,
+        qkv,
+        keys,
+        values,
+        angles.cos,
+        angles.sin,
+        q_norm,
+        k_norm,
+        slots,
+        lens,
+        tables,
+        tile_ends,
+        workspace.partial,
+        workspace.partial_lse,
+        workspace.arrivals,
+        lens.shape[0],
+        tables.stride(0),
+        dim**-0.5 * LOG2_E,
+        norms.eps if norms else 0.0,
+        HEADS=shape.num_heads,
+        KV_HEADS=shape.num_kv_heads,
+        D=dim,
+        BLOCK_D=block_dim,
+        ROWS=max(MIN_DOT_ROWS, block_group),
+        BLOCK_GROUP=block_group,
+        CHUNK=max(1, 4096 // (block_group * block_dim)),  # 32 registers a thread
+        PAGE=keys.shape[2],
+        TILE=tiling.tile,
+        WINDOW=shape.window or 0,
+        STAGES=tiling.stages,
+        NORM=norms is not None,
+        SEARCH=SEARCH,
+        num_warps=tiling.warps,
+        **launch_options(pdl),
+    )

@@ -1,0 +1,210 @@
+"""Paged attention of several new tokens a sequence: prefill, whole or in chunks, of all sequences at once.
+
+The queries of a segment attend causally to all cached tokens of its sequence, their own included: the cache
+is written before (`ops.gpu.rope_cache`). The algorithm is FlashAttention-2 (Dao, 2023, arXiv:2307.08691);
+as in the decode kernel, the query heads that share a KV head lie in one tile, so that a short chunk fills it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microvllm.ops.attention import AttentionShape, SegmentTable
+from microvllm.ops.attention.triton_decode import LOG2_E, cached_rows
+from microvllm.ops.gpu.launch import follow, launch_options
+
+
+@triton.jit
+def _attend(
+    attended,
+    highest,
+    weight_sum,
+    q,
+    keys,
+    values,
+    table,
+    positions,
+    begin,
+    end,
+    head,
+    scale,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take the keys [begin, end) into the running softmax. Without MASKED every query sees all of them."""
+    d = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        at = start + tl.arange(0, TILE)
+        place = cached_rows(table, start, end, head, KV_HEADS, PAGE, D, TILE)
+        place = place[:, None] + d[None, :]
+        inside = (at < end)[:, None] & (d < D)[None, :]
+        k = tl.load(keys + place, inside, 0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if MASKED:
+            seen = at[None, :] <= positions[:, None]
+            if WINDOW > 0:
+                seen &= at[None, :] > positions[:, None] - WINDOW
+            scores = tl.where(seen, scores, -float("inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        # A query may see nothing in a window's first tile: -inf - -inf must not become NaN.
+        base = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
+        weights = tl.exp2(scores - base[:, None])
+        kept = tl.exp2(highest - base)
+        weight_sum = weight_sum * kept + tl.sum(weights, 1)
+        v = tl.load(values + place, inside, 0.0)
+        attended = tl.dot(weights.to(v.dtype), v, attended * kept[:, None], input_precision="ieee")
+        highest = higher
+    return attended, highest, weight_sum
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _prefill_kernel(
+    out,
+    q,
+    keys,
+    values,
+    starts,
+    context_lens,
+    tables,
+    table_stride,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: up to ROWS // GROUP consecutive tokens of a segment and one KV head's group of query heads."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    TOKENS: tl.constexpr = ROWS // GROUP
+    follow(PDL)
+    # The last queries see most keys: begin with them, so that no long program is left at the end.
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    segment = tl.program_id(2)
+    start = tl.load(starts + segment)
+    num_new = tl.load(starts + segment + 1) - start
+    token = chunk * TOKENS
+    if token >= num_new:
+        return
+    context = tl.load(context_lens + segment)
+    table = tables + segment.to(tl.int64) * table_stride
+    rows = tl.arange(0, ROWS)
+    tokens = token + rows // GROUP
+    inside = (tokens < num_new) & (rows < TOKENS * GROUP)
+    positions = context - num_new + tokens
+    d = tl.arange(0, BLOCK_D)
+    place = ((start + tokens).to(tl.int64) * HEADS + head * GROUP + rows % GROUP) * D
+    place = place[:, None] + d[None, :]
+    inside = inside[:, None] & (d < D)[None, :]
+    queries = tl.load(q + place, inside, 0.0)
+
+    # Keys from `begin` on are seen by some query, those of [full_begin, full_end) by all of them.
+    first = context - num_new + token
+    end = tl.minimum(context, first + TOKENS)
+    begin = first * 0
+    full_begin = begin
+    full_end = (first + 1) // TILE * TILE
+    if WINDOW > 0:
+        begin = tl.maximum(first - WINDOW + 1, 0) // TILE * TILE
+        full_begin = (tl.maximum(end - WINDOW, 0) + TILE - 1) // TILE * TILE
+        full_begin = tl.minimum(full_begin, end)
+        full_end = tl.maximum(full_end, full_begin)
+    highest = tl.full([ROWS], -float("inf"), tl.float32)
+    weight_sum = tl.zeros([ROWS], tl.float32)
+    attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if WINDOW > 0:
+        attended, highest, weight_sum = _attend(
+            attended, highest, weight_sum, queries, keys, values, table, positions, begin, full_begin,
+            head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
+        )  # fmt: skip
+    attended, highest, weight_sum = _attend(
+        attended, highest, weight_sum, queries, keys, values, table, positions, full_begin, full_end,
+        head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
+    )  # fmt: skip
+    attended, highest, weight_sum = _attend(
+        attended, highest, weight_sum, queries, keys, values, table, positions, full_end, end,
+        head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
+    )  # fmt: skip
+    weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
+    tl.store(out + place, attended / weight_sum[:, None], inside)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiling:
+    """How the work is cut: rows (token and head) and keys a tile, tiles in flight, warps a program."""
+
+    rows: int
+    tile: int
+    stages: int
+    warps: int
+
+    @staticmethod
+    def measured(dim: int, dtype: torch.dtype, group: int) -> PrefillTiling:
+        """What was fastest on an H100 for heads of 128 in bf16; smaller tiles where a row is wider."""
+        row = triton.next_power_of_2(dim) * dtype.itemsize
+        if row > 256:
+            return PrefillTiling(max(32, triton.next_power_of_2(group)), max(16, 16384 // row), 2, 4)
+        return PrefillTiling(max(128, triton.next_power_of_2(group)), 64, 3, 8)
+
+
+def prefill_attention(
+    out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: SegmentTable,
+    shape: AttentionShape,
+    tiling: PrefillTiling,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Attention of the segments' tokens, whose keys and values are in the cache.
+
+    q: [n, heads, d], rotated, the step's tokens from its first; keys, values: [blocks, kv_heads, block, d],
+    all of one dtype; out: [n, heads * d], of which the segments' rows are written.
+    No host synchronisation; the grid depends on the number of segments and on `segments.longest` alone.
+    """
+    group = shape.num_heads // shape.num_kv_heads
+    tokens = tiling.rows // group
+    grid = (triton.cdiv(segments.longest, tokens), shape.num_kv_heads, segments.context_lens.shape[0])
+    if 0 in grid:
+        return
+    _prefill_kernel[grid](
+        out,
+        q,
+        keys,
+        values,
+        segments.starts,
+        segments.context_lens,
+        segments.blocks,
+        segments.blocks.stride(0),
+        shape.head_dim**-0.5 * LOG2_E,
+        HEADS=shape.num_heads,
+        KV_HEADS=shape.num_kv_heads,
+        D=shape.head_dim,
+        BLOCK_D=triton.next_power_of_2(shape.head_dim),
+        ROWS=tiling.rows,
+        PAGE=keys.shape[2],
+        TILE=tiling.tile,
+        WINDOW=shape.window or 0,
+        STAGES=tiling.stages,
+        num_warps=tiling.warps,
+        **launch_options(pdl),
+    )

@@ -1,0 +1,154 @@
+"""One mixed step for an attention backend under test and for the torch backend in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from microvllm.adapters.decoder import inverse_frequencies
+from microvllm.adapters.spec import RopeSpec
+from microvllm.ops.attention import (
+    AttentionBatch,
+    AttentionShape,
+    PrefillSegment,
+    QKNorms,
+    SegmentTable,
+)
+from microvllm.ops.attention.torch_backend import TorchAttention
+
+
+@dataclass
+class Sequence:
+    """`new` tokens of a sequence of `context`, in `blocks`; (0, 0) pads a captured batch."""
+
+    new: int
+    context: int
+    blocks: list[int] = field(default_factory=list)
+
+
+class Case:
+    """Random inputs, exact in `dtype`: contexts of the decodes, (new, context) of the segments.
+
+    qkv: [n, (heads + 2 * kv_heads) * d]; cache: [layers, 2, blocks, kv_heads, block_size, d]; the last block
+    of the pool is the only one that no sequence has.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        block_size: int,
+        decodes: list[int],
+        segments: list[tuple[int, int]],
+        dtype: torch.dtype,
+        *,
+        with_norms: bool = False,
+        seed: int = 0,
+    ) -> None:
+        random = torch.Generator().manual_seed(seed)
+
+        def rounded(*size: int) -> Tensor:
+            return torch.randn(*size, generator=random).to(dtype)
+
+        self.shape, self.block_size, self.dtype = shape, block_size, dtype
+        self.decodes = [Sequence(min(1, context), context) for context in decodes]
+        self.segments = [Sequence(new, context) for new, context in segments]
+        sequences = self.decodes + self.segments
+        self.num_blocks = sum(-(-s.context // block_size) for s in sequences) + 1
+        free = torch.randperm(self.num_blocks - 1, generator=random).tolist()
+        for sequence in sequences:
+            sequence.blocks = [free.pop() for _ in range(-(-sequence.context // block_size))]
+        dim, kv_heads = shape.head_dim, shape.num_kv_heads
+        self.num_tokens = len(decodes) + sum(new for new, _ in segments)
+        self.qkv = rounded(self.num_tokens, (shape.num_heads + 2 * kv_heads) * dim)
+        self.cache = rounded(shape.num_layers, 2, self.num_blocks, kv_heads, block_size, dim)
+        self.inv_freq = inverse_frequencies(RopeSpec(theta=100.0), dim)
+        self.max_position = max(s.context for s in sequences) + 1
+        weights = [(rounded(dim) * 0.2 + 1, rounded(dim) * 0.2 + 1) for _ in range(shape.num_layers)]
+        self.norms = QKNorms(tuple(weights), 1e-3) if with_norms else None
+
+    def norms_on(self, device: torch.device, dtype: torch.dtype) -> QKNorms | None:
+        if self.norms is None:
+            return None
+        pairs = ((q.to(device, dtype), k.to(device, dtype)) for q, k in self.norms.weights)
+        return QKNorms(tuple(pairs), self.norms.eps)
+
+    def batch(self, device: torch.device, *, as_table: bool = False) -> AttentionBatch:
+        """With the padding; indices are int32 and segments a table if asked for, else as on a CPU."""
+        index = torch.int32 if as_table else torch.int64
+
+        def tensor(values: list[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=index, device=device)
+
+        positions, slots, segments, first = [], [], [], len(self.decodes)
+        for sequence in self.decodes + self.segments:
+            for at in range(sequence.context - sequence.new, sequence.context):
+                positions.append(at)
+                block = sequence.blocks[at // self.block_size]
+                slots.append(block * self.block_size + at % self.block_size)
+            if any(sequence is s for s in self.decodes) and not sequence.context:
+                positions.append(0)
+                slots.append(-1)
+        for sequence in self.segments:
+            segments.append(
+                PrefillSegment(first, sequence.new, sequence.context, tensor(sequence.blocks).long())
+            )
+            first += sequence.new
+        width = max((len(s.blocks) for s in self.decodes), default=0) + 2
+        padding = [self.num_blocks - 1] * width
+        return AttentionBatch(
+            tensor(positions),
+            tensor(slots),
+            len(self.decodes),
+            tensor([(s.blocks + padding)[:width] for s in self.decodes]).view(-1, width),
+            tensor([s.context for s in self.decodes]),
+            () if as_table else tuple(segments),
+            SegmentTable.of(tuple(segments), device) if as_table else None,
+        )
+
+    def expected(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The torch backend's output in float32, zeros for padding, [n, heads * d]; and its cache."""
+        shape, cpu = self.shape, torch.device("cpu")
+        backend = TorchAttention(
+            shape,
+            self.num_blocks,
+            self.block_size,
+            self.inv_freq,
+            self.max_position,
+            torch.float32,
+            self.norms_on(cpu, torch.float32),
+        )
+        layers, kv_heads = shape.num_layers, shape.num_kv_heads
+        backend.cache = (
+            self.cache.float().transpose(2, 3).reshape(layers, 2 * kv_heads, -1, *self.cache.shape[-2:])
+        ).contiguous()
+        batch = self.batch(cpu)
+        real = torch.ones(self.num_tokens, dtype=torch.bool)
+        real[: batch.num_decodes] = batch.decode_lens > 0
+        padding = int((~real).sum())
+        segments = tuple(
+            PrefillSegment(s.first - padding, s.num_new, s.context_len, s.blocks)
+            for s in batch.segments
+            if s.num_new
+        )
+        kept = AttentionBatch(
+            batch.positions[real],
+            batch.slots[real],
+            batch.num_decodes - padding,
+            batch.decode_blocks[real[: batch.num_decodes]],
+            batch.decode_lens[real[: batch.num_decodes]],
+            segments,
+        )
+        out = torch.zeros(self.num_tokens, shape.num_heads * shape.head_dim)
+        if real.any():
+            out[real] = backend.begin_step(kept)(layer, self.qkv.float()[real])
+        return out, backend.cache.view(
+            layers, 2, kv_heads, self.num_blocks, *self.cache.shape[-2:]
+        ).transpose(2, 3)
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """‖ours - reference‖ / ‖reference‖ in float32; NaN if anything is."""
+    difference = (ours.float().cpu() - reference.float().cpu()).norm()
+    return float(difference / reference.float().cpu().norm().clamp(min=1e-6))

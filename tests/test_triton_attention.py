@@ -1,0 +1,89 @@
+"""The Triton attention kernels against the torch backend in float32; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_case import Case, relative_error
+from triton_interpreter import DEVICE
+
+from microvllm.ops.attention import AttentionShape, triton_decode
+from microvllm.ops.attention.triton_backend import TritonAttention
+from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.attention.triton_prefill import PrefillTiling
+
+# What relative error is allowed on inputs that are exact in the dtype. (The interpreter has no bfloat16.)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+TILES_OF_16 = DecodeTiling(16, 2, 4, 2)
+
+
+def make_backend(case: Case, tiling: DecodeTiling | None = None) -> TritonAttention:
+    backend = TritonAttention(
+        case.shape,
+        case.num_blocks,
+        case.block_size,
+        case.inv_freq.to(DEVICE),
+        case.max_position,
+        case.dtype,
+        case.norms_on(DEVICE, case.dtype),
+        decode_tiling=tiling,
+        prefill_tiling=PrefillTiling(16, 16, 2, 4) if tiling else None,
+    )
+    backend.cache.copy_(case.cache)
+    return backend
+
+
+def check(case: Case, tiling: DecodeTiling | None = None, layer: int = 0) -> None:
+    """The output, and the cache after it: nothing but this step's slots of this layer may change."""
+    backend = make_backend(case, tiling)
+    out = backend.begin_step(case.batch(DEVICE, as_table=True))(layer, case.qkv.to(DEVICE))
+    expected, cache = case.expected(layer)
+    assert relative_error(out, expected) < TOLERANCE[case.dtype]
+    assert not out[[not s.context for s in case.decodes] + [False] * (len(out) - len(case.decodes))].any()
+    assert relative_error(backend.cache, cache) < TOLERANCE[case.dtype]
+    assert (backend.cache.cpu() != case.cache).sum() <= 2 * case.num_tokens * case.cache[
+        0, 0, 0, :, 0
+    ].numel()
+    assert not backend.workspace.arrivals.any()
+
+
+SHAPES = {
+    "plain": AttentionShape(2, 4, 2, 16),
+    "odd group, window": AttentionShape(2, 7, 1, 32, 24),
+    "odd head size": AttentionShape(2, 3, 3, 24),
+    "window of one": AttentionShape(2, 6, 2, 16, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "with_norms", "dtype"),
+    [
+        ("plain", False, torch.float32),
+        ("odd group, window", True, torch.float32),
+        ("odd head size", True, torch.float16),
+        ("window of one", False, torch.float32),
+        *((shape, True, torch.bfloat16) for shape in SHAPES if DEVICE.type == "cuda"),
+    ],
+)
+def test_a_mixed_step(shape: str, with_norms: bool, dtype: torch.dtype) -> None:
+    """Short and long sequences, padding, empty and continued segments, several tiles and blocks each."""
+    decodes, segments = [50, 1, 0, 17, 2], [(3, 40), (0, 20), (0, 0), (7, 21), (2, 2)]
+    check(Case(SHAPES[shape], 16, decodes, segments, dtype, with_norms=with_norms), TILES_OF_16, layer=1)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("tile", [16, 32])
+def test_tiles_and_blocks_of_any_ratio(tile: int, block_size: int) -> None:
+    case = Case(AttentionShape(1, 2, 1, 16), block_size, [130, 65], [(2, 70)], torch.float32)
+    check(case, DecodeTiling(tile, 2, 4, 2))
+
+
+def test_one_long_sequence_is_split_among_all_programs() -> None:
+    case = Case(AttentionShape(1, 2, 1, 16), 16, [16 * 13 + 1], [], torch.float32)
+    check(case, TILES_OF_16)
+
+
+def test_more_sequences_than_a_program_looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "SEARCH", 4)
+    case = Case(AttentionShape(1, 1, 1, 16), 16, [0, 3, 20, 1, 40, 0, 0, 2, 18, 5], [], torch.float32)
+    check(case, TILES_OF_16)
