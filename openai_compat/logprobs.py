@@ -72,7 +72,9 @@ def _unfinished(text: bytes) -> int:
     for count in range(1, min(MAX_OPEN_BYTES, len(text)) + 1):
         byte = text[-count]
         if byte & 0xC0 != 0x80:  # the first byte of a character, which tells its length
-            length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+            length = (
+                1 if byte >= 0xF8 else 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+            )
             return count if length > count else 0
     return 0
 

@@ -8,6 +8,7 @@ stall or to fail, and it counts what is running and what was aborted.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import math
 import random
@@ -24,7 +25,7 @@ from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.output import TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
-from microvllm.runtime.token_bytes import build_token_bytes
+from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
@@ -52,27 +53,32 @@ class FakeConfig:
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+@functools.cache
+def _backend() -> tuple[Tokenizer, TokenBytes | None]:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    by_byte = {_byte(char): char for char in alphabet}
+    backend = Tokenizer(models.BPE({by_byte[b]: b for b in range(256)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return backend, build_token_bytes(backend.decoder, backend.get_vocab(), {BOS, EOS})
+
+
+def _byte(char: str) -> int:
+    """ByteLevel shows printable bytes as themselves and the other 68 as U+0100 onwards."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    return ord(char) if ord(char) < 256 else [b for b in range(256) if b not in shown][ord(char) - 256]
+
+
 class FakeTokenizer:
     """One token a byte, and two special ones."""
 
     def __init__(self) -> None:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        by_byte = {self._byte(char): char for char in alphabet}
-        self.backend = Tokenizer(models.BPE({by_byte[b]: b for b in range(256)}, []))
-        self.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self.backend.decoder = decoders.ByteLevel()
-        self.backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+        self.backend, self.token_bytes = _backend()
         self.vocab_size = VOCAB_SIZE
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self.chat_template = None
         self.eos_token_id = EOS
-        self.token_bytes = build_token_bytes(self.backend.decoder, self.backend.get_vocab(), {BOS, EOS})
-
-    @staticmethod
-    def _byte(char: str) -> int:
-        """ByteLevel shows printable bytes as themselves and the other 68 as U+0100 onwards."""
-        shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
-        return ord(char) if ord(char) < 256 else [b for b in range(256) if b not in shown][ord(char) - 256]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -172,8 +178,14 @@ class FakeStream:
 class FakeClient:
     """See the module's docstring. `alive=False` is an engine that has died."""
 
-    def __init__(self, *, max_model_len: int = 256, defaults: Mapping[str, Any] | None = None) -> None:
-        self.config = FakeConfig(max_model_len=max_model_len)
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 256,
+        max_logprobs: int = 20,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = FakeConfig(max_model_len=max_model_len, max_logprobs=max_logprobs)
         self.tokenizer = FakeTokenizer()
         self.processor = FakeProcessor(self.config, self.tokenizer, defaults=defaults)
         self.stats = EngineStats()
