@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from microvllm.adapters.decoder import inverse_frequencies
-from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.attention import (
     AttentionBatch,
     AttentionShape,
@@ -63,7 +61,7 @@ class Case:
         self.num_tokens = len(decodes) + sum(new for new, _ in segments)
         self.qkv = rounded(self.num_tokens, (shape.num_heads + 2 * kv_heads) * dim)
         self.cache = rounded(shape.num_layers, 2, self.num_blocks, kv_heads, block_size, dim)
-        self.inv_freq = inverse_frequencies(RopeSpec(theta=100.0), dim)
+        self.inv_freq = 100.0 ** -(torch.arange(0, dim, 2) / dim)
         self.max_position = max(s.context for s in sequences) + 1
         weights = [(rounded(dim) * 0.2 + 1, rounded(dim) * 0.2 + 1) for _ in range(shape.num_layers)]
         self.norms = QKNorms(tuple(weights), 1e-3) if with_norms else None
