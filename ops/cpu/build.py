@@ -26,6 +26,11 @@ class NoCompilerError(Exception):
     """The kernels cannot be built here; the message is one line that says why."""
 
 
+def find_compiler() -> str | None:
+    """The command of the C compiler: $CC, or the first of cc, gcc and clang that there is."""
+    return os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+
+
 def load_kernels() -> ctypes.CDLL:
     """The compiled kernels, from the cache if this source was compiled on this kind of CPU before.
 
@@ -33,7 +38,7 @@ def load_kernels() -> ctypes.CDLL:
     private folder under the temporary one.
     Raises `NoCompilerError` when there is no C compiler or it fails.
     """
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError("there is no C compiler (cc, gcc or clang)")
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu_flags())).encode()).hexdigest()
