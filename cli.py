@@ -267,6 +267,14 @@ def complete(
     terminal.complete(remote, max_tokens=max_tokens, quick=quick)
 
 
+@app.command(cls=Command)
+def collect_env() -> None:
+    """Print what a bug report needs: versions, processor, memory, GPU, settings. Secrets are left out."""
+    from microvllm.runtime.environment import report
+
+    print(report())
+
+
 def main() -> NoReturn:
     """The console script: runs the command and turns every deliberate error into one line."""
     sys.exit(run(sys.argv[1:]))
