@@ -20,6 +20,8 @@ from microvllm.runtime.request import EngineStats, FinishReason
 if TYPE_CHECKING:
     from microvllm.runtime.client import TokenStream
 
+GAUGES = frozenset({"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots"})
+COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES)
 REJECTIONS = ("max_num_queued_reqs",)
 # Not failed and not given up: only such requests say how long a request takes.
 COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
@@ -136,16 +138,8 @@ class EngineMetrics(EngineObserver):
     def totals(self) -> EngineStats:
         """The engine's own counters, added up over engine processes, and its gauges."""
         past, now = self._past, self._stats
-        return msgspec.structs.replace(
-            now,
-            prompt_tokens=past.prompt_tokens + now.prompt_tokens,
-            generation_tokens=past.generation_tokens + now.generation_tokens,
-            prefix_queries=past.prefix_queries + now.prefix_queries,
-            prefix_hits=past.prefix_hits + now.prefix_hits,
-            preemptions=past.preemptions + now.preemptions,
-            steps=past.steps + now.steps,
-            requests=past.requests + now.requests,
-        )
+        sums = {name: getattr(past, name) + getattr(now, name) for name in COUNTERS}
+        return msgspec.structs.replace(now, **sums)
 
     # ---- what the client tells ------------------------------------------------------------------
 

@@ -314,6 +314,18 @@ async def test_a_full_queue_is_a_rejection(script: Script) -> None:
     assert script.metrics.rejections == {"max_num_queued_reqs": 2}
 
 
+def test_every_counter_of_the_engine_is_added_up() -> None:
+    metrics = EngineMetrics(100, EngineStats())
+    stats = EngineStats(*range(1, len(EngineStats.__struct_fields__) + 1))
+    for _ in range(3):
+        metrics.step(stats)
+        metrics.stopped()
+    metrics.step(stats)
+    for name in EngineStats.__struct_fields__:
+        gauge = name.startswith(("num_", "kv_"))
+        assert getattr(metrics.totals, name) == getattr(stats, name) * (1 if gauge else 4), name
+
+
 async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
