@@ -35,7 +35,7 @@ from microvllm.openai_compat.engine_options import (
     engine_args,
 )
 from microvllm.openai_compat.option_groups import takes
-from microvllm.openai_compat.option_values import chat_template_text
+from microvllm.openai_compat.option_values import OBJECT, chat_template_text
 from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.server_options import (
     ChatTemplateOpt,
@@ -58,8 +58,11 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {"--help": "switch", "-h": "switch"}
         for param in self.params:
-            switch = getattr(param, "is_flag", False)
-            kind = "switch" if switch else "list" if getattr(param, "multiple", False) else "value"
+            kind = "list" if getattr(param, "multiple", False) else "value"
+            if getattr(param, "is_flag", False):
+                kind = "switch"
+            elif param.metavar == OBJECT:
+                kind = "json"
             own |= {name: kind for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
         return super().parse_args(ctx, normalise_argv(args, own, warn))
 
@@ -105,8 +108,13 @@ def serve(
         int | None,
         typer.Option(min=1, help="Requests that may wait; more are answered 503."),
     ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A YAML file of options, for those that are not given here."),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
+    # `config` is only here for --help: `Command` has put the file's options into the others.
     from microvllm.openai_compat.server import serve as serve_http
 
     engine = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)

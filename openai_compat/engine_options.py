@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microvllm.openai_compat.option_values import context_length, human_int, json_object
+from microvllm.openai_compat.option_values import OBJECT, context_length, human_int, json_object
 from microvllm.openai_compat.vllm_flags import UsageError
 from microvllm.runtime.cpu import usable_cores
 
@@ -93,7 +93,7 @@ def engine_args(
     generation_config: GenerationConfigOpt = "auto",
     override_generation_config: Annotated[
         Any,
-        typer.Option(parser=json_object, metavar="JSON", help="Sampling defaults in place of the model's."),
+        typer.Option(parser=json_object, metavar=OBJECT, help="Sampling defaults in place of the model's."),
     ] = None,
     max_logprobs: Annotated[
         int, typer.Option(min=-1, help="Log probabilities that a request may ask for; -1: all.")

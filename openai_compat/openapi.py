@@ -22,7 +22,7 @@ BODIES: Mapping[str, tuple[str, Table]] = {
     "/detokenize": ("DetokenizeRequest", DETOKENIZE),
 }
 STREAMING = frozenset({"/v1/completions", "/v1/chat/completions"})
-NOTHING = (None, "", [], {})  # defaults that only say that nothing was given
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # defaults that only say that nothing was given
 PARAMETERS: Mapping[str, Mapping[str, JsonSchema]] = {
     "/server_info": {"config_format": {"enum": ["text", "json"], "default": "text"}},
     "/reset_prefix_cache": {

@@ -11,6 +11,7 @@ import typer
 
 from microvllm.runtime.errors import ConfigError
 
+OBJECT = "{JSON}"  # the metavar of options whose keys may follow a dot: `--option.key value`
 DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

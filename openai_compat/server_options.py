@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microvllm.openai_compat.option_values import chat_template_text, comma_list, json_object, json_strings
+from microvllm.openai_compat.option_values import (
+    OBJECT,
+    chat_template_text,
+    comma_list,
+    json_object,
+    json_strings,
+)
 from microvllm.openai_compat.vllm_flags import UsageError
 
 if TYPE_CHECKING:
@@ -65,10 +71,10 @@ def server_args(
     ] = None,
     ssl_cert_reqs: Annotated[
         int,
-        typer.Option(help="Whether a client needs a certificate: 0 no, 1 checked if there is one, 2 yes."),
+        typer.Option(help="Whether clients need a certificate: 0 no, 1 if they have one, 2 yes."),
     ] = 0,
     ssl_ciphers: Annotated[
-        str | None, typer.Option(help="Ciphers for TLS 1.2, as OpenSSL writes them.")
+        str | None, typer.Option(help="OpenSSL's names of the ciphers for TLS 1.2.")
     ] = None,
     enable_ssl_refresh: Annotated[
         bool,
@@ -78,13 +84,13 @@ def server_args(
     ] = False,
     allowed_origins: Annotated[
         Any,
-        typer.Option(parser=json_strings, metavar="JSON", help="Web pages that may use the server (CORS)."),
+        typer.Option(parser=json_strings, metavar="[JSON]", help="Web pages that may use the server (CORS)."),
     ] = None,
     allowed_methods: Annotated[
-        Any, typer.Option(parser=json_strings, metavar="JSON", help="Methods they may use.")
+        Any, typer.Option(parser=json_strings, metavar="[JSON]", help="Methods they may use.")
     ] = None,
     allowed_headers: Annotated[
-        Any, typer.Option(parser=json_strings, metavar="JSON", help="Headers they may send.")
+        Any, typer.Option(parser=json_strings, metavar="[JSON]", help="Headers they may send.")
     ] = None,
     allow_credentials: Annotated[
         bool, typer.Option("--allow-credentials/--no-allow-credentials", help="They may send cookies.")
@@ -92,9 +98,7 @@ def server_args(
     chat_template: ChatTemplateOpt = None,
     default_chat_template_kwargs: Annotated[
         Any,
-        typer.Option(
-            parser=json_object, metavar="JSON", help="Template variables, unless a request sets them."
-        ),
+        typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
     ] = None,
     response_role: ResponseRoleOpt = "assistant",
     stream_interval: Annotated[int, typer.Option(min=1, help="Least tokens in a chunk of a stream.")] = 1,
