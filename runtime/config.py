@@ -317,6 +317,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_logprobs: int = 20  # that a request may ask for; -1: no limit
     logprobs_mode: str = "raw_logprobs"
 
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of a sequence that fills the context."""
+        return -(-self.max_model_len // self.block_size)
+
 
 def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
     """Raises `ConfigError` unless the pool holds one request of full length, which else waits for ever."""

@@ -49,7 +49,9 @@ class InferenceEngine:
         self.config = msgspec.structs.replace(args.resolve(), max_num_queued_reqs=None)
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = Processor(self.config, self.tokenizer)
-        self.core = EngineCore(self.config, ModelGraphRunner(self.config, on_progress))
+        runner = ModelGraphRunner(self.config, on_progress)
+        self.config = runner.config
+        self.core = EngineCore(self.config, runner)
         self._inboxes: dict[int, deque[StepOutput]] = {}  # by request, of each open iterator of `run`
 
     def generate(

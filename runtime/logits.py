@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ Device = str | torch.device
 Output = tuple[Sequence[int], bool]
 
 
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: Device) -> Tensor:
+def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: Device) -> Tensor:
     """Host values as a tensor on the device; nobody waits for the transfer."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
@@ -71,6 +72,10 @@ class LogitRules:
         rules = self._rules.pop(row, None)
         if rules is not None and rules.penalised and self._penalties is not None:
             self._penalties.clear_row(row)
+
+    def concern(self, rows: np.ndarray) -> bool:
+        """Whether any of the rows has rules."""
+        return bool(self._rules) and not self._rules.keys().isdisjoint(rows.tolist())
 
     def apply(
         self,

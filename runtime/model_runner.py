@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,42 +19,57 @@ from torch import Tensor
 from microvllm.adapters.decoder import DecoderModel, inverse_frequencies
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.weights import load_weights
-from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
+from microvllm.ops.attention import AttentionShape
 from microvllm.ops.operators import make_operators
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError
-from microvllm.runtime.logits import Output
+from microvllm.runtime.gpu_memory import measure_kv_blocks
+from microvllm.runtime.logits import Output, on_device
 from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, log_probabilities
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.sampler import Sampled, Sampler
 from microvllm.runtime.scheduler import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
+from microvllm.runtime.transfer import Readback
 
-UNKNOWN = -1  # stands for an input token that only the row knows yet
+if TYPE_CHECKING:
+    from microvllm.runtime.graphs import DecodeGraphs
+
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
+    """`read_tokens` waits for the device; `order` has the index in plan.scheduled of each sampled token."""
+
     plan: StepPlan
-    sampled: Sampled | None  # of the requests that sample, in the order of `order`
-    order: tuple[int, ...]  # index in plan.scheduled of each sampled token
-    prompt_logprobs: dict[int, list[LogprobTensors]]  # by index in plan.scheduled
+    order: Sequence[int] = ()
+    read_tokens: Callable[[], list[int]] = list
+    sampled: Sampled | None = None
+    prompt_logprobs: dict[int, list[LogprobTensors]] | None = None  # by index in plan.scheduled
 
 
 class ModelGraphRunner:
-    """Owns the model, the KV cache and the rows; the only user of the device."""
+    """Owns the model, the KV cache and the rows; the only user of the device.
+
+    `config` is the given one with the size of the KV cache, which on a GPU is measured.
+    """
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
         """Load the model. Raises `ConfigError` that names the file or the tensor at fault."""
-        self._config = config
         torch.set_num_threads(config.cpu_threads)
-        spec, dtype = config.spec, getattr(torch, config.dtype)
+        spec, dtype, device = config.spec, getattr(torch, config.dtype), torch.device(config.device)
         try:
-            weights = load_weights(Path(config.model_path), spec, config.load_format, dtype, progress)
+            weights = load_weights(
+                Path(config.model_path), spec, config.load_format, dtype, progress, config.device
+            )
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
         operators = make_operators(config.attention_backend, dtype, config.cpu_threads)
         self._model = DecoderModel(spec, weights, operators)
+        if config.num_blocks == 0:
+            config = msgspec.structs.replace(config, num_blocks=measure_kv_blocks(config, self._model))
+        self.config = config
         shape = AttentionShape(
             spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window
         )
@@ -60,17 +77,36 @@ class ModelGraphRunner:
             shape,
             config.num_blocks,
             config.block_size,
-            inverse_frequencies(spec.rope, spec.head_dim),
+            inverse_frequencies(spec.rope, spec.head_dim).to(device),
             config.max_model_len,
             dtype,
             self._model.qk_norms,
         )
-        self._block_size = config.block_size
-        rows = config.max_num_seqs
-        self._sampler = Sampler(rows, spec.vocab_size, config.seed, config.logprobs_mode)
-        self._block_tables = np.zeros((rows, -(-config.max_model_len // config.block_size)), dtype=np.int64)
-        self._last_token = torch.zeros(rows, dtype=torch.int64)
-        self._occupied = np.zeros(rows, dtype=bool)
+        self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
+        self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
+        self._graphs: DecodeGraphs | None = None
+        self._readback: Readback | None = None
+        self._inputs: StepInputs
+        if config.device == "cpu":
+            self._inputs = HostInputs(config.max_num_seqs, config.block_size)
+            self._sampler = Sampler(config.max_num_seqs, spec.vocab_size, config.seed, config.logprobs_mode)
+        else:
+            self._use_gpu(device)
+
+    def _use_gpu(self, device: torch.device) -> None:
+        # Here, because a machine without a GPU need not have Triton.
+        from microvllm.runtime.gpu_sampler import GPUSampler
+        from microvllm.runtime.graphs import DecodeGraphs
+
+        config = self.config
+        rows = config.max_num_seqs + 1  # the last is nobody's: for what only fills a captured batch
+        inputs = DeviceInputs(rows, config.block_size, device)
+        sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
+        self._inputs, self._sampler = inputs, sampler
+        self._readback = Readback(config.max_num_seqs)
+        if not config.enforce_eager:
+            self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler)
+            self._graphs.capture()
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -89,86 +125,65 @@ class ModelGraphRunner:
         # Single tokens first: the attention backend takes all of them at once.
         order = sorted(range(len(plan.scheduled)), key=lambda i: plan.scheduled[i].num_new > 1)
         items = [plan.scheduled[i] for i in order]
-        batch = self._attention_batch(items)
-        if self._config.attention_backend == "cpu":
-            # What torch still does in a decode is too small to share, and its threads wait for each other
-            # at every operator, however long one of them is kept from its core.
-            torch.set_num_threads(self._config.cpu_threads if batch.segments else 1)
-        hidden = self._model.forward(self._input_ids(items), self._attention.begin_step(batch))
+        if self._graphs is not None:
+            if self._graphs.covers(items):
+                return self._replay(self._graphs, plan, items)
+            self._graphs.note_blocks(items)
+        hidden = self._forward(items)
         prompt_logprobs = self._prompt_logprobs(hidden, items, order)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
-            return LaunchedStep(plan, None, (), prompt_logprobs)
+            return LaunchedStep(plan, prompt_logprobs=prompt_logprobs)
         if len(sampling) < len(hidden):
             last = np.cumsum([item.num_new for item in items])[sampling] - 1
-            hidden = hidden[torch.from_numpy(last)]
+            hidden = hidden[on_device(last, torch.int64, hidden.device)]
         sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling])
-        return LaunchedStep(plan, sampled, tuple(order[j] for j in sampling), prompt_logprobs)
+        return self._launched(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Waits for the device. The token is NO_TOKEN for requests that did not sample."""
         tokens = [NO_TOKEN] * len(step.plan.scheduled)
-        if step.sampled is None:
-            return StepResult(tokens, {}, _read(step.prompt_logprobs))
-        for index, token in zip(step.order, step.sampled.tokens.tolist(), strict=True):
+        for index, token in zip(step.order, step.read_tokens(), strict=True):
             tokens[index] = token
-        if step.sampled.logprobs is None and not step.prompt_logprobs:
-            return StepResult(tokens)
-        found = step.sampled.logprobs.read() if step.sampled.logprobs is not None else []
-        logprobs = {step.order[i]: entry for i, entry in zip(step.sampled.asked, found, strict=True)}
-        return StepResult(tokens, logprobs, _read(step.prompt_logprobs))
+        logprobs, prompt_logprobs = {}, {}
+        if step.sampled is not None and step.sampled.logprobs is not None:
+            entries = step.sampled.logprobs.read()
+            logprobs = {step.order[i]: one for i, one in zip(step.sampled.asked, entries, strict=True)}
+        if step.prompt_logprobs:
+            prompt_logprobs = {index: _read(parts) for index, parts in step.prompt_logprobs.items()}
+        return StepResult(tokens, logprobs, prompt_logprobs)
 
     # ---- its parts -----------------------------------------------------------------------------
 
-    def _input_ids(self, items: Sequence[ScheduledRequest]) -> Tensor:
-        """[n] int64: known tokens from the request, the one in flight (always a lone one) from its row."""
-        ids: list[int] = []
-        rows: list[int] = []
-        unknown = False
-        for item in items:
-            known = item.request.token_ids
-            if item.start + item.num_new <= len(known):
-                ids += known[item.start : item.start + item.num_new]
-            else:
-                ids.append(UNKNOWN)
-                unknown = True
-            rows += [item.request.row] * item.num_new
-        tokens = torch.tensor(ids)
-        if unknown:
-            tokens = torch.where(tokens == UNKNOWN, self._last_token[torch.tensor(rows)], tokens)
-        return tokens
+    def _forward(self, items: Sequence[ScheduledRequest]) -> Tensor:
+        """The hidden state of every token of the step: [n, hidden]."""
+        arrays = StepArrays.of(items, self._block_tables, self.config.block_size)
+        ids, batch = self._inputs.make(arrays, self._block_tables)
+        if self.config.attention_backend == "cpu":
+            # What torch still does in a decode is too small to share, and its threads wait for each other
+            # at every operator, however long one of them is kept from its core.
+            torch.set_num_threads(self.config.cpu_threads if batch.segments else 1)
+        return self._model.forward(ids, self._attention.begin_step(batch))
 
-    def _attention_batch(self, items: Sequence[ScheduledRequest]) -> AttentionBatch:
-        rows = np.array([item.request.row for item in items])
-        starts = np.array([item.start for item in items])
-        lengths = np.array([item.num_new for item in items])
-        total = int(lengths.sum())
-        firsts = np.cumsum(lengths) - lengths
-        token_rows = np.repeat(rows, lengths)
-        positions = np.repeat(starts - firsts, lengths) + np.arange(total)
-        blocks = self._block_tables[token_rows, positions // self._block_size]
-        slots = blocks * self._block_size + positions % self._block_size
-        num_decodes = int((lengths == 1).sum())
-        context = starts + lengths
-        widths = -(-context // self._block_size)
-        widest = int(widths[:num_decodes].max()) if num_decodes else 0
-        segments = tuple(
-            PrefillSegment(
-                int(firsts[j]),
-                int(lengths[j]),
-                int(context[j]),
-                torch.from_numpy(self._block_tables[rows[j], : widths[j]]),
-            )
-            for j in range(num_decodes, len(items))
-        )
-        return AttentionBatch(
-            positions=torch.from_numpy(positions),
-            slots=torch.from_numpy(slots),
-            num_decodes=num_decodes,
-            decode_blocks=torch.from_numpy(self._block_tables[rows[:num_decodes], :widest]),
-            decode_lens=torch.from_numpy(context[:num_decodes]),
-            segments=segments,
-        )
+    def _replay(
+        self, graphs: DecodeGraphs, plan: StepPlan, items: Sequence[ScheduledRequest]
+    ) -> LaunchedStep:
+        """A step of single tokens by its captured graph, which also chooses the tokens of plain requests."""
+        tokens, logits = graphs.replay(items)
+        sampled = Sampled(tokens, [], None)
+        if not graphs.chose_all(items):
+            sampled = self._sample(logits.float(), items)
+        return self._launched(plan, range(len(items)), sampled, {})
+
+    def _launched(
+        self,
+        plan: StepPlan,
+        order: Sequence[int],
+        sampled: Sampled,
+        prompt_logprobs: dict[int, list[LogprobTensors]],
+    ) -> LaunchedStep:
+        read = sampled.tokens.tolist if self._readback is None else self._readback.begin(sampled.tokens)
+        return LaunchedStep(plan, order, read, sampled, prompt_logprobs)
 
     def _prompt_logprobs(
         self, hidden: Tensor, items: Sequence[ScheduledRequest], order: Sequence[int]
@@ -186,10 +201,10 @@ class ModelGraphRunner:
             # In slices: logits are far larger than hidden states.
             for low in range(start, end, PROMPT_SLICE):
                 high = min(low + PROMPT_SLICE, end)
-                tokens = torch.tensor(request.token_ids[low + 1 : high + 1])
+                tokens = on_device(request.token_ids[low + 1 : high + 1], torch.int64, hidden.device)
                 logits = self._model.logits(hidden[at + low : at + high])
                 wishes = [LogprobWish(count)] * (high - low)
-                normalise = self._config.logprobs_mode.endswith("logprobs")
+                normalise = self.config.logprobs_mode.endswith("logprobs")
                 found.setdefault(index, []).append(
                     log_probabilities(logits, tokens, wishes, normalise=normalise)
                 )
@@ -209,16 +224,17 @@ class ModelGraphRunner:
             known = request.token_ids[request.prompt_len :]
             return known, len(request.token_ids) < positions[i]
 
-        sampled = self._sampler.sample(logits, rows, positions, masked, output, self._last_token)
+        sampled = self._sampler.sample(logits, rows, positions, masked, output, self._inputs.newest)
         # A request without finite logits ends at commit, but its next step may be launched before.
-        self._last_token[torch.from_numpy(rows)] = sampled.tokens.clamp(min=0)
+        newest = self._inputs.newest
+        newest[on_device(rows, torch.int64, newest.device)] = sampled.tokens.clamp(min=0)
         return sampled
 
     def _acquire_row(self, request: Request) -> None:
         row = request.row
         # A row that kept anything of its former owner would change this request's output without a
         # trace (CVE-2026-114049): better to stop.
-        if self._occupied[row] or self._block_tables[row].any() or self._last_token[row] != 0:
+        if self._occupied[row] or self._block_tables[row].any() or not self._inputs.is_clean(row):
             raise EngineError(f"row {row} was not clean when it was acquired")
         self._occupied[row] = True
         self._sampler.set_row(row, request.source, request.token_ids, request.prompt_len)
@@ -226,9 +242,9 @@ class ModelGraphRunner:
     def _release_row(self, row: int) -> None:
         self._occupied[row] = False
         self._block_tables[row] = 0
-        self._last_token[row] = 0
+        self._inputs.clear_row(row)
         self._sampler.clear_row(row)
 
 
-def _read(found: dict[int, list[LogprobTensors]]) -> dict[int, list[TokenLogprobs]]:
-    return {index: [entry for part in parts for entry in part.read()] for index, parts in found.items()}
+def _read(parts: Sequence[LogprobTensors]) -> list[TokenLogprobs]:
+    return [entry for part in parts for entry in part.read()]

@@ -71,7 +71,8 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
             sent = time.monotonic()
             channel.send(Progress(done, total))
 
-    return EngineCore(config, ModelGraphRunner(config, progress))
+    runner = ModelGraphRunner(config, progress)
+    return EngineCore(runner.config, runner)
 
 
 def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:

@@ -128,14 +128,14 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
     """
     runner = engine.core._runner
     assert isinstance(runner, ModelGraphRunner)
-    model = runner._model
-    forward, input_ids = model.forward, runner._input_ids
+    model, inputs = runner._model, runner._forward
+    forward = model.forward
     logits: dict[int, torch.Tensor] = {}
     items: list[ScheduledRequest] = []
 
     def noting_items(scheduled: Sequence[ScheduledRequest]) -> torch.Tensor:
         items[:] = scheduled
-        return input_ids(scheduled)
+        return inputs(scheduled)
 
     def recording(ids: torch.Tensor, attention: Any) -> torch.Tensor:
         hidden = forward(ids, attention)
@@ -146,11 +146,11 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
             logits[first + offset] = row.clone()
         return hidden
 
-    runner._input_ids, model.forward = noting_items, recording  # type: ignore[method-assign]
+    runner._forward, model.forward = noting_items, recording  # type: ignore[method-assign]
     try:
         yield logits
     finally:
-        runner._input_ids, model.forward = input_ids, forward  # type: ignore[method-assign]
+        runner._forward, model.forward = inputs, forward  # type: ignore[method-assign]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

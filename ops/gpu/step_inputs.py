@@ -1,0 +1,75 @@
+"""The inputs of a decode step, put together on the GPU from what the host sends of it.
+
+The host knows positions, lengths and new blocks; the newest token of a row may still be on the GPU alone,
+and the block tables of all rows stay there. One kernel, inside the captured step, does the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STAGED = 6  # row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), new block
+CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """ids, positions, slots, lens: [batch] int32, slot -1 for padding; blocks: [batch, width] int32."""
+
+    rows: Tensor
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    lens: Tensor
+    blocks: Tensor
+
+
+def prepare_decode(staged: Tensor, tables: Tensor, newest: Tensor, block_size: int) -> DecodeInputs:
+    """staged: [6, batch] int32, see `STAGED`; tables: [rows, width] int32, updated with the new blocks;
+    newest: [rows] int64, the newest token of every row.
+
+    Padding names a row that no request has. Only the blocks that a sequence reads are written.
+    """
+    batch, width = staged.shape[1], tables.shape[1]
+    made = torch.empty(4, batch, dtype=torch.int32, device=staged.device)
+    blocks = torch.empty(batch, width, dtype=torch.int32, device=staged.device)
+    _prepare_kernel[(batch,)](
+        staged, tables, newest, made, blocks, batch, width, PAGE=block_size, CHUNK=CHUNK, num_warps=4
+    )
+    return DecodeInputs(staged[0], *made.unbind(0), blocks)
+
+
+@triton.jit
+def _prepare_kernel(
+    staged, tables, newest, made, blocks, batch, width, PAGE: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Program: one sequence."""
+    i = tl.program_id(0)
+    row = tl.load(staged + i).to(tl.int64)
+    token = tl.load(staged + batch + i)
+    position = tl.load(staged + 2 * batch + i)
+    length = tl.load(staged + 3 * batch + i)
+    column = tl.load(staged + 4 * batch + i)
+    block = tl.load(staged + 5 * batch + i)
+    tables += row * width
+    tl.store(tables + column, block, mask=column >= 0)
+    token = tl.where(token < 0, tl.load(newest + row).to(tl.int32), token)
+    here = position // PAGE
+    own = tl.where(here == column, block, tl.load(tables + here))
+    slot = tl.where(length > 0, own * PAGE + position % PAGE, -1)
+    tl.store(made + i, token)
+    tl.store(made + batch + i, position)
+    tl.store(made + 2 * batch + i, slot)
+    tl.store(made + 3 * batch + i, length)
+    used = (length + PAGE - 1) // PAGE
+    for first in range(0, used, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        inside = at < used
+        # The new block was stored above by one thread: others need not see it yet.
+        values = tl.where(at == column, block, tl.load(tables + at, inside, 0))
+        tl.store(blocks + i.to(tl.int64) * width + at, values, inside)
