@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""The engine alone, without a server or text: random token ids in, token ids out, as fast as it goes.
+
+    python scripts/bench_offline.py --model DIR --load-format dummy --requests 256 --input 100-1024
+
+Prints output tokens a second over the whole run and, for steps in which every request decodes, the time
+of a step and what part of it the host takes. The first run of a size compiles kernels: there is a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.core import EngineCore
+from microvllm.runtime.model_runner import LaunchedStep, ModelGraphRunner
+from microvllm.runtime.request import EngineRequest, SamplingParams
+
+
+def span(text: str) -> tuple[int, int]:
+    """ "128" or "100-1024"."""
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
+@dataclass
+class Run:
+    seconds: float = 0.0
+    tokens: int = 0
+    first_s: float = 0.0  # until every request had its first token
+    decode_s: list[float] = field(default_factory=list)  # steps that only decode
+    host_s: list[float] = field(default_factory=list)  # of these, what the host was busy for
+
+
+def run(core: EngineCore[LaunchedStep], requests: list[EngineRequest]) -> Run:
+    """All requests at once, to their ends."""
+    result, started = Run(), time.perf_counter()
+    waiting = {request.request_id for request in requests}
+    for request in requests:
+        refused = core.add(request)
+        if refused is not None:
+            raise SystemExit(f"a request was refused: {refused.error}")
+    while core.has_work():
+        before, busy = time.perf_counter(), time.thread_time()
+        decoding = not waiting and core.scheduler.num_waiting == 0
+        outputs = core.step()
+        if decoding:
+            result.decode_s.append(time.perf_counter() - before)
+            result.host_s.append(time.thread_time() - busy)
+        result.tokens += sum(len(output.token_ids) for output in outputs)
+        if waiting:
+            waiting -= {output.request_id for output in outputs if output.token_ids}
+            result.first_s = time.perf_counter() - started
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--input", type=span, default=(100, 1024))
+    parser.add_argument("--output", type=span, default=(100, 1024))
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="fields of EngineArgs")
+    args = parser.parse_args()
+    options = {}
+    for each in args.set:
+        name, _, value = each.partition("=")
+        options[name] = (
+            int(value) if value.lstrip("-").isdigit() else {"true": True, "false": False}.get(value, value)
+        )
+    started = time.perf_counter()
+    config = EngineArgs(model=args.model, load_format=args.load_format, **options).resolve()
+    runner = ModelGraphRunner(config)
+    core = EngineCore(runner.config, runner)
+    print(
+        f"{args.model}: {config.device} {config.dtype} {config.attention_backend}, block {config.block_size},"
+        f" {runner.config.num_blocks} blocks, ready in {time.perf_counter() - started:.1f} s"
+    )
+    draw = random.Random(0)
+    params = {"temperature": args.temperature, "ignore_eos": True}
+    next_id = 0
+    for repeat in range(args.repeat + 1):
+        requests = []
+        for _ in range(args.requests if repeat else min(args.requests, 4)):
+            prompt = [draw.randrange(config.spec.vocab_size) for _ in range(draw.randint(*args.input))]
+            output = draw.randint(*args.output) if repeat else 8
+            requests.append(EngineRequest(next_id, prompt, SamplingParams(max_tokens=output, **params)))
+            next_id += 1
+        result = run(core, requests)
+        if repeat == 0:
+            continue
+        rate = result.tokens / result.seconds
+        line = f"run {repeat}: {result.tokens} tokens in {result.seconds:.2f} s = {rate:,.0f} tok/s"
+        line += f", all first tokens after {result.first_s * 1e3:.0f} ms"
+        if result.decode_s:
+            step, host = statistics.median(result.decode_s), statistics.median(result.host_s)
+            line += f", decode step {step * 1e3:.3f} ms (host {host * 1e3:.3f} ms)"
+        print(line)
+    core.scheduler.check()
+
+
+if __name__ == "__main__":
+    main()
