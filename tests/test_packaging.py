@@ -34,10 +34,10 @@ def requirements(text: str) -> list[Requirement]:
 
 
 def package_files() -> list[Path]:
-    """Relative to the root, all modules and C sources that belong into the wheel."""
+    """Relative to the root, all modules, C sources and pages that belong into the wheel."""
     files = [ROOT / "__init__.py", ROOT / "cli.py"]
     for layer in LAYERS:
-        files += (file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h"))
+        files += (file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h", ".html"))
     return sorted(file.relative_to(ROOT) for file in files)
 
 
@@ -62,6 +62,7 @@ def test_every_import_is_a_declared_dependency(setup_cfg: configparser.ConfigPar
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             for name in {name.split(".")[0] for name in names} - {"microvllm", "__future__"}:
+                name = {"yaml": "pyyaml"}.get(name, name)
                 known = name in sys.stdlib_module_names or canonicalize_name(name) in declared | optional
                 assert known, f"{file}:{node.lineno} imports {name}"
 
