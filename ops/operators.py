@@ -1,7 +1,8 @@
 """The operators that a decoder is made of, and which implementation a device gets.
 
 They are as coarse as a device may want to fuse them; `SeparateOperators` composes them for one that fuses
-nothing. `torch` runs everywhere and is the reference; `cpu` is C compiled for this machine.
+nothing. `torch` runs everywhere and is the reference; `cpu` is C compiled for this machine; on a GPU they are
+Triton kernels and cuBLAS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Operator = Callable[[Tensor], Tensor]
 
 class LinearOperator(Protocol):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [n, in] -> x @ weight.T + bias + residual: [n, out], in x's dtype."""
+        """x: [n, in] -> x @ weight.T + bias + residual: [n, out], in x's dtype; may be where residual was."""
         ...
 
 
@@ -138,15 +139,20 @@ class TorchOperators(SeparateOperators):
 
 
 def make_operators(name: str, dtype: torch.dtype, threads: int) -> Operators:
-    """The operators called `name`: "torch", on torch's own threads, or "cpu", on `threads` threads.
+    """The operators called `name`.
 
-    Raises `NoCompilerError` if "cpu" cannot be built.
+    "torch": on torch's own threads; "cpu": on `threads` threads; "triton" and "flash_attn": on the current
+    GPU, with the attention backend of that name. Raises `NoCompilerError` if "cpu" cannot be built.
     """
     if name == "torch":
         return TorchOperators(dtype)
-    if name != "cpu":
-        raise ValueError(f"no operators are called {name}")
-    from microvllm.ops.cpu.build import load_kernels
-    from microvllm.ops.cpu.operators import CpuOperators
+    if name == "cpu":
+        from microvllm.ops.cpu.build import load_kernels
+        from microvllm.ops.cpu.operators import CpuOperators
 
-    return CpuOperators(load_kernels(), threads)
+        return CpuOperators(load_kernels(), threads)
+    if name in ("triton", "flash_attn"):
+        from microvllm.ops.gpu.operators import GpuOperators
+
+        return GpuOperators(dtype, torch.device("cuda", torch.cuda.current_device()), name)
+    raise ValueError(f"no operators are called {name}")

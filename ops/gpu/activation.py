@@ -1,0 +1,39 @@
+"""SwiGLU of many rows; the reference is `ops.activation.silu_and_mul`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microvllm.ops.gpu.launch import follow, launch_options
+
+BLOCK = 1024  # elements of a row that one program takes
+
+
+@triton.jit
+def swiglu(gate, up):
+    """silu(gate) * up of float32 tensors."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _silu_and_mul_kernel(y, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Program: BLOCK elements of one row."""
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x + row * 2 * WIDTH + i, i < WIDTH, 0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * WIDTH + WIDTH + i, i < WIDTH, 0.0).to(tl.float32)
+    tl.store(y + row * WIDTH + i, swiglu(gate, up), i < WIDTH)
+
+
+def silu_and_mul(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
+    """[n, 2 * i] contiguous -> silu(first half) * second half, [n, i], rounded once, at the end."""
+    n, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty(n, width, dtype=gate_up.dtype, device=gate_up.device)
+    if n:
+        grid = (n, triton.cdiv(width, BLOCK))
+        _silu_and_mul_kernel[grid](y, gate_up, WIDTH=width, BLOCK=BLOCK, num_warps=4, **launch_options(pdl))
+    return y

@@ -1,0 +1,123 @@
+"""The operators of a decoder on an NVIDIA GPU, fused, behind the interface of `ops.operators`.
+
+All of them launch on the current stream, wait for nothing, and choose their grids by shapes alone, so that a
+step of them can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms
+from microvllm.ops.gpu.activation import silu_and_mul
+from microvllm.ops.gpu.embedding import gather_rows
+from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.norm import rms_norm
+from microvllm.ops.gpu.skinny import MAX_GEMV_ROWS, skinny_linear
+from microvllm.ops.gpu.tiling import max_skinny_rows
+
+if TYPE_CHECKING:
+    from microvllm.ops.operators import LinearOperator, Operator
+
+
+class GpuOperators:
+    """See `ops.operators.Operators`. Activations are of the model's dtype: float32, bfloat16 or float16.
+
+    attention: "triton" or "flash_attn". Sums are taken in float32, and each fused operator rounds once.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, attention: str) -> None:
+        self.activation_dtype = dtype
+        self.pdl = can_launch_early(device)
+        self._attention = attention
+
+    def embedding(self, weight: Tensor) -> Operator:
+        return partial(gather_rows, weight, pdl=self.pdl)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
+        return GpuProduct(weight, bias, pdl=self.pdl)
+
+    def norm_linear(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        return GpuProduct(weight, bias, norm=norm_weight, eps=eps, pdl=self.pdl)
+
+    def norm_gate_up(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        return GpuProduct(weight, bias, norm=norm_weight, eps=eps, gated=True, pdl=self.pdl)
+
+    def attention(
+        self,
+        shape: AttentionShape,
+        num_blocks: int,
+        block_size: int,
+        inv_freq: Tensor,
+        max_position: int,
+        dtype: torch.dtype,
+        qk_norms: QKNorms | None = None,
+    ) -> AttentionBackend:
+        if self._attention == "flash_attn":
+            from microvllm.ops.attention.flash_backend import FlashAttention
+
+            return FlashAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
+        from microvllm.ops.attention.triton_backend import TritonAttention
+
+        return TritonAttention(
+            shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms, pdl=self.pdl
+        )
+
+
+class GpuProduct:
+    """act(norm(x) @ weight.T + bias) + residual: own kernels for few rows, cuBLAS between two for many.
+
+    norm is RMSNorm, or nothing without its weight; act is SwiGLU if `gated`, else nothing.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+        pdl: bool,
+    ) -> None:
+        self._weight, self._bias = weight.contiguous(), bias
+        self._norm, self._eps = norm, eps
+        self._gated = gated
+        self._pdl = pdl
+        self._max_skinny_rows = max_skinny_rows(*weight.shape)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
+        norm = self._norm
+        few = 0 < x.shape[0] <= self._max_skinny_rows
+        # float16 might not hold x * norm before it is scaled, which is what the tensor cores would be given.
+        separate = not few or (x.shape[0] > MAX_GEMV_ROWS and x.dtype == torch.float16)
+        if norm is not None and separate:
+            x, norm = rms_norm(x, norm, self._eps, pdl=self._pdl), None
+        if few:
+            return skinny_linear(
+                x,
+                self._weight,
+                self._bias,
+                norm=norm,
+                eps=self._eps,
+                residual=residual,
+                gated=self._gated,
+                pdl=self._pdl,
+            )
+        if residual is None:
+            y = linear(x, self._weight, self._bias)
+        else:
+            y = residual.addmm_(x, self._weight.t())
+            if self._bias is not None:
+                y += self._bias
+        return silu_and_mul(y, pdl=self._pdl) if self._gated else y

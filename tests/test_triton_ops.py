@@ -1,0 +1,230 @@
+"""The fused GPU operators against plain torch in float32; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
+
+import triton
+import triton.language as tl
+
+from microvllm.ops.activation import silu_and_mul
+from microvllm.ops.gpu import sampling
+from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.sampling import TokenSampler
+from microvllm.ops.gpu.skinny import MAX_ROWS, skinny_linear
+from microvllm.ops.gpu.tiling import Tiling
+from microvllm.ops.norm import rms_norm
+
+# Relative error of a result that is rounded once, after sums in float32. (The interpreter's product of
+# matrices takes bfloat16 for integers.)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|a - b| / |b|; NaN is infinite."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    return math.inf if math.isnan(error) else error
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def ops(request: pytest.FixtureRequest) -> GpuOperators:
+    return GpuOperators(request.param, DEVICE, "triton")
+
+
+# ---- products -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 5, 33])
+def test_a_skinny_product(rows: int, fused: bool, gated: bool, dtype: torch.dtype) -> None:
+    """Sizes that are no multiple of a tile's; fused: with norm, bias and residual."""
+    n, k = 21, 88
+    x, weight = random(rows, k, seed=1, dtype=dtype), random(2 * n if gated else n, k, seed=2, dtype=dtype)
+    tiling = Tiling(4, 32, 4) if rows <= 4 else Tiling(16, 32, 4, 2)
+    bias = norm = residual = None
+    reference = x.float()
+    if fused:
+        bias, norm = random(weight.shape[0], seed=3, dtype=dtype), random(k, seed=4, dtype=dtype)
+        residual = random(rows, n, seed=5, dtype=dtype)
+        reference = rms_norm(reference, norm.float(), 1e-3)
+    reference = linear(reference, weight.float(), None if bias is None else bias.float())
+    reference = silu_and_mul(reference) if gated else reference
+    reference = reference if residual is None else reference + residual.float()
+    y = skinny_linear(x, weight, bias, norm=norm, eps=1e-3, residual=residual, gated=gated, tiling=tiling)
+    assert y.dtype == dtype and y.shape == (rows, n)
+    assert relative_error(y, reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, MAX_ROWS + 1])
+def test_what_a_decoder_calls(ops: GpuOperators, rows: int) -> None:
+    """Whichever way a number of rows goes, with the tilings that are chosen for it."""
+    dtype, hidden, width = ops.activation_dtype, 80, 72
+    tolerance = TOLERANCE[dtype]
+    x, norm = random(rows, hidden, seed=1, dtype=dtype), random(hidden, seed=2, dtype=dtype)
+    up, down = random(2 * width, hidden, seed=3, dtype=dtype) / 9, random(hidden, width, seed=4, dtype=dtype)
+    bias = random(2 * width, seed=5, dtype=dtype)
+    before = x.clone()
+    normed = rms_norm(x.float(), norm.float(), 1e-5)
+    plain = linear(normed, up.float(), bias.float())
+    assert relative_error(ops.norm_linear(norm, 1e-5, up, bias)(x), plain) < tolerance
+    act = ops.norm_gate_up(norm, 1e-5, up)(x)
+    assert relative_error(act, silu_and_mul(linear(normed, up.float()))) < tolerance
+    assert torch.equal(x, before)
+    for offset in (None, random(hidden, seed=6, dtype=dtype)):
+        product = linear(act.float(), down.float(), None if offset is None else offset.float())
+        assert relative_error(ops.linear(down, offset)(act), product) < tolerance
+        y = ops.linear(down, offset)(act, x.clone())
+        assert relative_error(y, product + x.float()) < tolerance
+
+
+def test_a_norm_before_a_product_of_large_float16_rows() -> None:
+    """x times the norm's weight would overflow; the normalised row does not."""
+    ops = GpuOperators(torch.float16, DEVICE, "triton")
+    norm, weight = torch.full((64,), 9.0).to(DEVICE, torch.float16), random(16, 64, dtype=torch.float16)
+    for rows in (2, 8):
+        x = (random(rows, 64, seed=1) * 9000).clamp(-60000, 60000).half()
+        expected = linear(rms_norm(x.float(), norm.float(), 1e-5), weight.float())
+        assert relative_error(ops.norm_linear(norm, 1e-5, weight)(x), expected) < 3e-3
+
+
+def test_no_rows_and_embedding_rows(ops: GpuOperators) -> None:
+    table = random(11, 24, dtype=ops.activation_dtype)
+    gather = ops.embedding(table)
+    for dtype in (torch.int64, torch.int32):
+        ids = torch.tensor([10, 0, 3, 3], dtype=dtype, device=DEVICE)
+        assert torch.equal(gather(ids), table[[10, 0, 3, 3]])
+    assert gather(torch.empty(0, dtype=torch.int64, device=DEVICE)).shape == (0, 24)
+    assert ops.norm_gate_up(table[0], 1e-5, table[:6])(table[:0]).shape == (0, 3)
+
+
+# ---- sampling -------------------------------------------------------------------------------------
+
+
+def sample(
+    logits: Tensor,
+    temperature: float | list[float],
+    *,
+    top_k: int | list[int] = 0,
+    top_p: float | list[float] = 1.0,
+    min_p: float | list[float] = 0.0,
+    seed: int = 11,
+    position: int = 0,
+    filters: bool = False,
+    sampler: TokenSampler | None = None,
+) -> list[int]:
+    m = len(logits)
+
+    def table(value: object, dtype: torch.dtype) -> Tensor:
+        # Parameters lie at rows[i], in falling order: nothing may take i for the row.
+        values = value if isinstance(value, list) else [value] * m
+        return torch.tensor([*values, 77][::-1], dtype=dtype, device=DEVICE)
+
+    return (sampler or TokenSampler(m, DEVICE))(
+        logits,
+        torch.arange(m, 0, -1, device=DEVICE),
+        torch.full((m,), position, device=DEVICE) + torch.arange(m, device=DEVICE),
+        temperature=table(temperature, torch.float32),
+        top_k=table(top_k, torch.int32),
+        top_p=table(top_p, torch.float32),
+        min_p=table(min_p, torch.float32),
+        seed=table(seed, torch.int64),
+        filters=filters,
+    ).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("filters", [False, True])
+def test_greedy_is_the_lowest_id_of_the_largest(dtype: torch.dtype, filters: bool) -> None:
+    logits = random(5, 4100, dtype=dtype)
+    logits[0, [4099, 4096]] = 9.0  # of two equal ones
+    logits[1, 1024] = 9.0
+    logits[2, :] = -torch.inf  # nothing to choose from
+    logits[3, 77] = torch.nan
+    logits[4, 3] = torch.inf
+    sampler = TokenSampler(8, DEVICE)
+    for _ in range(2):  # and again: the first call left nothing behind
+        tokens = sample(logits, 0.0, filters=filters, sampler=sampler)
+        assert tokens == [4096, 1024, -1, -1, -1]
+
+
+@triton.jit
+def _store_numbers(out, seed, position, block, LANE: tl.constexpr):
+    numbers = sampling._numbers(seed, position, block, LANE)
+    for w in tl.static_range(4):
+        tl.store(out + w * LANE + tl.arange(0, LANE), numbers[w])
+
+
+def numbers_of(seed: int, position: int, count: int) -> Tensor:
+    """The Gumbel numbers of the first entries of a vocabulary: [count] float32."""
+    blocks = -(-count // 4096)
+    out = torch.empty(blocks, 4096, device=DEVICE)
+    for block in range(blocks):
+        _store_numbers[(1,)](out[block], seed, position, block, LANE=1024)
+    return out.view(-1)[:count]
+
+
+def test_the_numbers_are_independent_standard_gumbel_numbers() -> None:
+    """By Kolmogorov and Smirnov, at a level of 10^-6, and by their correlations."""
+    same = numbers_of(5, 9, 8192).double().cpu()
+    uniform = (-(-same).exp()).exp().sort().values
+    steps = torch.arange(1, 8193) / 8192
+    assert float(torch.maximum(steps - uniform, uniform - steps + 1 / 8192).max()) < 2.7 / 8192**0.5
+    for seed, position in ((5, 10), (6, 9), (5 + (1 << 40), 9), (5, 9 + (1 << 35))):
+        other = numbers_of(seed, position, 8192).double().cpu()
+        assert abs(float(torch.corrcoef(torch.stack((same, other)))[0, 1])) < 0.06
+    for shift in (1, 1024, 4096):
+        assert abs(float(torch.corrcoef(torch.stack((same[:-shift], same[shift:])))[0, 1])) < 0.08
+
+
+def test_a_draw_is_a_function_of_seed_and_position() -> None:
+    logits = random(3, 6000)
+    for seed, position in ((11, 7), (-(1 << 62), 1 << 40)):
+        tokens = sample(logits, [0.0, 0.7, 1.3], seed=seed, position=position)
+        expected = [int(logits[0].argmax())]
+        for i, temperature in ((1, 0.7), (2, 1.3)):
+            numbers = numbers_of(seed, position + i, 6000)
+            expected.append(int((logits[i] / temperature + numbers).argmax()))
+        assert tokens == expected
+
+
+def kept(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """[vocab] bool, by the definition: sorted, equal ones by id."""
+    scaled = row.double().cpu() / temperature
+    if min_p:
+        scaled[scaled < scaled.max() + math.log(min_p)] = -math.inf
+    values, ids = scaled.sort(descending=True, stable=True)
+    if top_k:
+        values[top_k:] = -math.inf
+    probs = values.softmax(-1)
+    stays = torch.zeros(len(row), dtype=torch.bool)
+    stays[ids] = (probs.cumsum(-1) - probs < top_p) & (probs > 0)
+    return stays
+
+
+FILTERS = [(1, 1.0, 0.0), (7, 1.0, 0.0), (5000, 0.6, 0.0), (0, 0.01, 0.0), (0, 1.0, 0.2), (9, 0.8, 0.05)]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_filters_keep_what_they_should(rounded: bool) -> None:
+    """The token is the best of those kept, by the numbers that decide without a filter, too."""
+    logits = random(len(FILTERS), 300, seed=5) * 2
+    logits = logits.round() if rounded else logits  # then many are equal
+    top_k, top_p, min_p = (list(column) for column in zip(*FILTERS, strict=True))
+    tokens = sample(logits, 1.5, top_k=top_k, top_p=top_p, min_p=min_p, filters=True)
+    for i, (token, wishes) in enumerate(zip(tokens, FILTERS, strict=True)):
+        scores = (logits[i] / 1.5 + numbers_of(11, i, 300)).cpu()
+        stays = kept(logits[i], 1.5, *wishes)
+        assert token == int(scores.masked_fill(~stays, -math.inf).argmax()), wishes
