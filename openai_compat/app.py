@@ -21,6 +21,7 @@ from microvllm.openai_compat.http_metrics import HttpMetricsMiddleware
 from microvllm.openai_compat.keep_alive import KeepAliveMiddleware
 from microvllm.openai_compat.lifecycle import AdmissionMiddleware
 from microvllm.openai_compat.middleware import RequestIdMiddleware, RootPathMiddleware
+from microvllm.openai_compat.sse import ShortcutMiddleware
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.tokenize import detokenize, tokenize
 from microvllm.runtime.errors import EngineError, RequestError
@@ -40,7 +41,7 @@ class Application(Starlette):
         self._layers = layers
 
     def build_middleware_stack(self) -> ASGIApp:
-        stack = super().build_middleware_stack()
+        stack: ASGIApp = ShortcutMiddleware(super().build_middleware_stack())
         for layer in reversed(self._layers):
             stack = layer.cls(stack, *layer.args, **layer.kwargs)
         return stack

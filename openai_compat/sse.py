@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from microvllm.openai_compat.errors import INTERNAL, ClientGoneError, ServerStoppingError, error_event
 from microvllm.openai_compat.usage import stream_usage
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microvllm.server")
 
+SHORTCUT = "microvllm.shortcut"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -114,6 +115,20 @@ def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
 
 
+class ShortcutMiddleware:
+    """Remembers the way out in front of the layers behind it, for the chunks in the middle of a stream.
+
+    Layers look at an answer's first message, at most at its last. A coroutine of each for every token would
+    cost more than the token's own chunk.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, SHORTCUT: send}, receive, send)
+
+
 class EventStream(Response):
     """Sends the events of a generation; a client that leaves ends it at once, wherever it waits."""
 
@@ -131,7 +146,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._lifecycle.run(self._send_events(send), receive)
+            await self._lifecycle.run(self._send_events(send, scope.get(SHORTCUT, send)), receive)
         except ServerStoppingError as error:
             farewell = error_event(error) + DONE
             await send({"type": "http.response.body", "body": farewell, "more_body": False})
@@ -140,8 +155,8 @@ class EventStream(Response):
         finally:
             self._generation.abort()
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, send: Send, shortcut: Send) -> None:
         async with aclosing(self._events) as events:
             async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await shortcut({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
