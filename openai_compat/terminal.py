@@ -182,7 +182,7 @@ def _one_line_errors(url: str) -> Iterator[None]:
     except openai.APITimeoutError as error:
         raise RemoteError(f"{url} does not answer in time") from error
     except openai.APIConnectionError as error:
-        raise RemoteError(f"no server answers at {url} ({_one_line(error.__cause__ or error)})") from error
+        raise _failed_connection(url, error.__cause__ or error) from error
     except openai.AuthenticationError as error:
         raise RemoteError(f"{url}: the API key is missing or wrong (--api-key or OPENAI_API_KEY)") from error
     except openai.APIStatusError as error:
@@ -194,9 +194,13 @@ def _one_line_errors(url: str) -> Iterator[None]:
     except openai.OpenAIError as error:  # among them an error event in a stream
         raise RemoteError(f"{url}: {_one_line(error)}") from error
     except Exception as error:
-        # A connection that breaks in mid-answer raises what the HTTP library below openai has for it, and
+        # A connection that breaks in mid-answer may raise what the HTTP library below openai has for it, and
         # which library that is depends on the version of openai.
-        raise RemoteError(f"{url}: the answer broke off ({_one_line(error)})") from error
+        raise _failed_connection(url, error) from error
+
+
+def _failed_connection(url: str, error: BaseException) -> RemoteError:
+    return RemoteError(f"the connection to {url} failed ({_one_line(error)}): is a server running there?")
 
 
 def _one_line(what: object) -> str:
