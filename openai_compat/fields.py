@@ -114,12 +114,13 @@ def parse_fields(rows: Table, body: Mapping[str, Any]) -> dict[str, Any]:
         raise shape_error(faults)
     for name, value in body.items():
         found = rows.get(name)
-        if found is not None and found.fate is Fate.REFUSED and not _asks_nothing(value, found.harmless):
+        if found is not None and found.fate is Fate.REFUSED and not asks_nothing(value, found.harmless):
             raise InvalidRequestError(f"{name} is not supported by this server.", name)
     return values
 
 
-def _asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+def asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """Whether a value is null or one of the harmless ones."""
     if value is None:
         return True
     # bool is an int in Python, but `logprobs: false` and `logprobs: 0` are different wishes.

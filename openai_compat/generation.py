@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 import uuid
@@ -11,8 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 from starlette.requests import Request
 
+from microvllm.openai_compat.beam import BeamSearch, check_beam_fields
 from microvllm.openai_compat.errors import clip
 from microvllm.openai_compat.usage import request_metrics
 from microvllm.runtime.errors import InvalidRequestError, ModelNotFoundError
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from microvllm.runtime.output import TextDelta
     from microvllm.runtime.request import SamplingParams, TokenLogprobs
 
+logger = logging.getLogger("microvllm.server")
+
+MAX_LOGGED = 1000  # characters of a request's parameters
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -81,16 +87,32 @@ class Generation:
     ) -> None:
         """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
         self.n = params.n
+        if state.args.enable_log_requests:
+            self._log(prompts, params)
+        options = {"priority": priority, "cache_salt": fields["cache_salt"]}
         try:
             for index, prompt in enumerate(prompts):
                 if index:
                     await asyncio.sleep(0)  # a thousand prompts in one go would hold up every other request
-                self.streams += state.client.submit(
-                    prompt, params, priority=priority, cache_salt=fields["cache_salt"]
-                )
+                if fields["use_beam_search"]:
+                    search = BeamSearch(state.client, prompt, params, fields["length_penalty"], **options)
+                    self.streams += search.streams
+                else:
+                    self.streams += state.client.submit(prompt, params, **options)
         except BaseException:
             self.abort()
             raise
+
+    def _log(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        """What is asked for, on one line: the parameters that are not defaults, and no prompt."""
+        wishes = str(msgspec.to_builtins(params))
+        logger.info(
+            "Received request %s: %d prompts, %d prompt tokens, %s",
+            self.id,
+            len(prompts),
+            sum(map(len, prompts)),
+            wishes if len(wishes) <= MAX_LOGGED else wishes[:MAX_LOGGED] + "...",
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -199,6 +221,7 @@ def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefi
     check_model(fields["model"], state.model_names)
     if fields["stream_options"] and not fields["stream"]:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    check_beam_fields(fields, state.client)
     suffix = request.headers.get("x-request-id", "")
     if not _HEADER_ID.fullmatch(suffix):
         suffix = fields["request_id"] or uuid.uuid4().hex

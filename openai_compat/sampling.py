@@ -57,6 +57,8 @@ def sampling_params(
     _check_spaces(fields, client)
     defaults = {**OPENAI_DEFAULTS, **client.processor.default_params()}
     chosen = {name: defaults[name] if fields[name] is None else fields[name] for name in OPENAI_DEFAULTS}
+    if fields["use_beam_search"]:
+        chosen["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
     detection = fields["repetition_detection"]
     return SamplingParams(
         seed=None if fields["seed"] == -1 else fields["seed"],  # -1 is vLLM's "no seed"

@@ -30,6 +30,7 @@ from microvllm.runtime.request import (
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROB_TOKEN_IDS,
+    MAX_N,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
@@ -77,26 +78,56 @@ def template_kwargs(value: Any) -> dict[str, bool | str]:
     return kwargs
 
 
+# What the endpoints check themselves, because the bounds are theirs.
+_TOKEN = {"type": "integer", "minimum": 0}
+_TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+PROMPT = anything.described(
+    anyOf=[
+        _TEXT,
+        _TOKENS,
+        {"type": "array", "items": _TEXT, "minItems": 1},
+        {"type": "array", "items": _TOKENS, "minItems": 1},
+    ]
+)
+MESSAGES = array.described(
+    items={
+        "type": "object",
+        "properties": {
+            "role": {"type": "string"},
+            "content": {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "object"}},
+                    {"type": "null"},
+                ]
+            },
+        },
+        "required": ["role"],
+    }
+)
+
+
 _COMMON = (
     # honoured: what to sample and how
     honoured("model", string),
     honoured("max_tokens", integer()),
-    honoured("temperature", number),
-    honoured("top_p", number),
-    honoured("top_k", integer()),
-    honoured("min_p", number),
-    honoured("n", integer(), 1),
+    honoured("temperature", number.described(minimum=0, maximum=2)),
+    honoured("top_p", number.described(exclusiveMinimum=0, maximum=1)),
+    honoured("top_k", integer().described(minimum=-1)),
+    honoured("min_p", number.described(minimum=0, maximum=1)),
+    honoured("n", integer().described(minimum=1, maximum=MAX_N), 1),
     honoured("seed", integer()),
     honoured("stop", one_or_many(string, MAX_STOP_STRINGS), []),
     honoured("stop_token_ids", token_ids(MAX_STOP_TOKEN_IDS), []),
-    honoured("presence_penalty", number),
-    honoured("frequency_penalty", number),
-    honoured("repetition_penalty", number),
+    honoured("presence_penalty", number.described(minimum=-2, maximum=2)),
+    honoured("frequency_penalty", number.described(minimum=-2, maximum=2)),
+    honoured("repetition_penalty", number.described(exclusiveMinimum=0)),
     honoured("logit_bias", map_of(number, MAX_LOGIT_BIAS), {}),
     honoured("allowed_token_ids", token_ids(MAX_ALLOWED_TOKEN_IDS)),
     honoured("bad_words", array_of(string, MAX_BAD_WORDS), []),
     honoured("ignore_eos", boolean, False),
-    honoured("min_tokens", integer(), 0),
+    honoured("min_tokens", integer().described(minimum=0), 0),
     honoured("include_stop_str_in_output", boolean, False),
     honoured("skip_special_tokens", boolean, True),
     honoured("spaces_between_special_tokens", boolean, True),
@@ -104,6 +135,8 @@ _COMMON = (
         "repetition_detection",
         record(max_pattern_size=integer(), min_pattern_size=integer(), min_count=integer()),
     ),
+    honoured("use_beam_search", boolean, False),
+    honoured("length_penalty", number, 1.0),
     # honoured: what to make of the prompt
     honoured("truncate_prompt_tokens", integer(low=-1)),
     honoured("truncation_side", choice("left", "right")),
@@ -138,9 +171,7 @@ _COMMON = (
     ignored("media_io_kwargs"),
     ignored("mm_processor_kwargs"),
     # refused, with the values that ask for nothing
-    refused("length_penalty", 1),
     refused("best_of", 1),
-    refused("use_beam_search", False),
     refused("response_format", {"type": "text"}),
     refused("structured_outputs"),
     refused("guided_json"),
@@ -156,7 +187,7 @@ _COMMON = (
 
 COMPLETIONS = table(
     *_COMMON,
-    honoured("prompt", anything),
+    honoured("prompt", PROMPT),
     honoured("add_special_tokens", boolean, True),
     honoured("logprobs", integer()),
     refused("top_logprobs", 0),
@@ -166,7 +197,7 @@ COMPLETIONS = table(
 
 CHAT = table(
     *_COMMON,
-    honoured("messages", array, required=True),
+    honoured("messages", MESSAGES, required=True),
     honoured("max_completion_tokens", integer()),
     honoured("add_special_tokens", boolean, False),
     honoured("add_generation_prompt", boolean),
@@ -194,7 +225,7 @@ CHAT = table(
 TOKENIZE = table(
     honoured("model", string),
     honoured("prompt", string),
-    honoured("messages", array),
+    honoured("messages", MESSAGES),
     honoured("add_special_tokens", boolean),
     honoured("add_generation_prompt", boolean),
     honoured("continue_final_message", boolean, False),
@@ -208,5 +239,5 @@ TOKENIZE = table(
 
 DETOKENIZE = table(
     honoured("model", string),
-    honoured("tokens", array, required=True),
+    honoured("tokens", array.described(items=_TOKEN), required=True),
 )

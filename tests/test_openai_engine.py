@@ -177,6 +177,25 @@ async def test_truncation_and_metrics(sdk: openai.AsyncOpenAI) -> None:
     assert metrics["time_to_first_token_ms"] > 0 and metrics["tokens_per_second"] > 0
 
 
+async def test_beams(sdk: openai.AsyncOpenAI) -> None:
+    def likelihood(read: Any) -> float:
+        return float(sum(read.logprobs.token_logprobs[len(PROMPT) :]))
+
+    greedy = await tokens(sdk)
+    assert await tokens(sdk, extra={"use_beam_search": True}) == greedy
+    answer = await sdk.completions.create(
+        model="m", **PLAIN, n=4, extra_body={**EXTRA, "use_beam_search": True}
+    )
+    beams = [choice.token_ids for choice in answer.choices]  # type: ignore[attr-defined]
+    read = [
+        await complete(sdk, prompt=[*PROMPT, *ids], echo=True, max_tokens=0, logprobs=0)
+        for ids in (*beams, greedy)
+    ]
+    *found, of_greedy = map(likelihood, read)
+    assert len({*map(tuple, beams)}) == 4 and found == sorted(found, reverse=True)
+    assert found[0] >= of_greedy - CLOSE
+
+
 async def test_wrong_wishes_leave_the_engine_well(sdk: openai.AsyncOpenAI, engine: EngineClient) -> None:
     plain = await tokens(sdk)
     vocab = engine.config.spec.vocab_size

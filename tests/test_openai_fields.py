@@ -35,10 +35,8 @@ CHAT_FIELDS = """
 
 # A value that asks for something, for every field that is refused.
 DEMANDING: dict[str, Any] = {
-    "length_penalty": 2,
     "top_logprobs": 3,
     "best_of": 2,
-    "use_beam_search": True,
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a"},
     "guided_json": {},
@@ -114,6 +112,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "logprob_token_ids": ({"logprobs": True}, [1, 2]),
     "return_tokens_as_token_ids": ({"logprobs": True}, True),
     "reasoning_effort": ({}, "low"),
+    "use_beam_search": ({}, True),
+    "length_penalty": ({"use_beam_search": True, "n": 3, "stop_token_ids": [*range(128)]}, 10),
     "return_prompt_text": ({}, True),
 }
 PATHS = {"/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT}
