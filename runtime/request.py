@@ -130,8 +130,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidRequestError(
                 f"stop_token_ids cannot contain more than {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids"
             )
-        for token in self.stop_token_ids:
-            _integer(token, "stop_token_ids", 0, INT64_MAX)
+        _token_ids(self.stop_token_ids, "stop_token_ids")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if type(getattr(self, name)) is not bool:
                 raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r}.", name)
@@ -152,8 +151,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise InvalidRequestError(
                     "allowed_token_ids must be a list of at least one token id.", "allowed_token_ids"
                 )
-            for token in self.allowed_token_ids:
-                _integer(token, "allowed_token_ids", 0, INT64_MAX)
+            _token_ids(self.allowed_token_ids, "allowed_token_ids")
         if not isinstance(self.bad_words, list) or len(self.bad_words) > MAX_BAD_WORDS:
             raise InvalidRequestError(f"bad_words must be a list of at most {MAX_BAD_WORDS}.", "bad_words")
         for word in self.bad_words:
@@ -179,8 +177,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"logprob_token_ids must be a list of at most {MAX_LOGPROB_TOKEN_IDS} ids.",
                 "logprob_token_ids",
             )
-        for token in self.logprob_token_ids:
-            _integer(token, "logprob_token_ids", 0, INT64_MAX)
+        _token_ids(self.logprob_token_ids, "logprob_token_ids")
 
     @property
     def greedy(self) -> bool:
@@ -190,6 +187,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def penalised(self) -> bool:
         """Whether what was generated changes the logits, so that tokens have to be counted."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+def _token_ids(ids: list[Any], name: str) -> None:
+    # At C speed: a whole vocabulary may be allowed, and both processes check it between two tokens of others.
+    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= INT64_MAX)):
+        return
+    for token in ids:
+        _integer(token, name, 0, INT64_MAX)
 
 
 def _integer(value: Any, name: str, low: int, high: int) -> None:
