@@ -36,6 +36,7 @@ class Conversation:
 
 
 async def create_chat_completion(request: Request) -> Response:
+    """Answers a conversation, whole or as a stream of events."""
     state: ServerState = request.app.state.server
     fields = parse_fields(CHAT, await read_object(request, state))
     generation = begin(request, fields, state, "chatcmpl")

@@ -32,6 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 async def create_completion(request: Request) -> Response:
+    """Continues one or several texts, whole or as a stream of events."""
     state: ServerState = request.app.state.server
     fields = parse_fields(COMPLETIONS, await read_object(request, state))
     generation = begin(request, fields, state, "cmpl")

@@ -82,7 +82,7 @@ def request_schema(rows: Table) -> dict[str, Any]:
 def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
     """One method of one path. What the endpoint's docstring says is what the document says."""
     path = route.path
-    summary, _, description = (inspect.getdoc(route.endpoint) or path).partition("\n")
+    summary, _, description = (inspect.getdoc(route.endpoint) or path).partition("\n\n")
     content: dict[str, Any] = {}
     if path in answers.OF_PATH:
         content["application/json"] = {"schema": _reference(answers.OF_PATH[path])}
@@ -90,7 +90,7 @@ def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {"200": {"description": "Done.", **({"content": content} if content else {})}}
     operation: dict[str, Any] = {
-        "summary": summary,
+        "summary": " ".join(summary.split()),
         "operationId": "_".join((method.lower(), *path.strip("/").replace(".", "_").split("/"))),
         "responses": responses,
     }

@@ -200,10 +200,14 @@ class FakeClient:
         self.running: set[FakeStream] = set()
         self.aborted = 0
         self.tokens_made = 0
+        self.resets = 0
         self.submitted: list[tuple[list[int], SamplingParams, int, str]] = []
 
     def healthy(self) -> bool:
         return self.alive
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
 
     async def run_blocking(self, fn: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(None, fn, *args)

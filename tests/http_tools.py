@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,10 +31,12 @@ async def in_process(client: FakeClient, **args: Any) -> AsyncIterator[httpx.Asy
 
 
 @contextmanager
-def real_server(client: FakeClient, **args: Any) -> Iterator[int]:
+def real_server(client: FakeClient, tls: ssl.SSLContext | None = None, **args: Any) -> Iterator[int]:
     """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port."""
     app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
     config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="error")
+    config.load()
+    config.ssl = tls
     server = uvicorn.Server(config)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))

@@ -1,0 +1,172 @@
+"""The OpenAPI document: valid, complete, true to the tables, and held against what the server does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import openapi_spec_validator
+import pytest
+from fake_client import FakeClient
+from http_tools import in_process
+
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.fields import Fate
+from microvllm.openai_compat.openapi import BODIES, build_document, request_schema
+from microvllm.openai_compat.schemas import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi", "max_tokens": 4},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [104, 105]},
+}
+EVERYTHING: dict[str, Any] = {"dev_mode": True, "enable_tokenizer_info_endpoint": True}
+
+
+def document(**args: Any) -> dict[str, Any]:
+    server_args = ServerArgs(**args)
+    app = create_app(FakeClient(), server_args)  # type: ignore[arg-type]
+    return build_document(app.routes, server_args.root_path, bool(server_args.api_keys))
+
+
+def schema_of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """A schema of the document with its references resolvable."""
+    return {"$ref": f"#/components/schemas/{name}", "components": found["components"]}
+
+
+@pytest.mark.parametrize("args", [{}, EVERYTHING, {"root_path": "/llm", "api_keys": ("k",)}])
+def test_it_is_valid(args: dict[str, Any]) -> None:
+    found = document(**args)
+    openapi_spec_validator.validate(found)
+    assert found["openapi"].startswith("3.1") and found["servers"] == [{"url": args.get("root_path", "/")}]
+    guarded = {path for path, methods in found["paths"].items() for m in methods.values() if "security" in m}
+    assert guarded == ({"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize"}
+                       if "api_keys" in args else set())  # fmt: skip
+
+
+def test_every_route_is_in_it() -> None:
+    app = create_app(FakeClient(), ServerArgs(**EVERYTHING))  # type: ignore[arg-type]
+    routes = {(route.path, method.lower()) for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
+    listed = {
+        (path, method) for path, methods in document(**EVERYTHING)["paths"].items() for method in methods
+    }
+    hidden = {("/docs", "get"), ("/redoc", "get"), ("/openapi.json", "get"), ("/metrics/", "get")}
+    assert routes - listed == hidden and listed <= routes
+    for methods in document(**EVERYTHING)["paths"].values():
+        for operation in methods.values():
+            assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
+
+
+@pytest.mark.parametrize("table", [COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE])
+def test_every_row_of_the_tables_is_in_it(table: Any) -> None:
+    properties = request_schema(table)["properties"]
+    assert properties.keys() == table.keys()
+    for name, row in table.items():
+        if row.fate is Fate.REFUSED:
+            assert properties[name]["enum"] == [None, *row.harmless]
+        elif row.fate is Fate.HONOURED:
+            assert "description" not in properties[name] or "ignored" not in properties[name]["description"]
+
+
+def borders() -> Iterator[tuple[str, str, Any, bool]]:
+    """(path, field, value, whether the document allows it), at each limit that a schema states and beyond."""
+    for path, (_, table) in BODIES.items():
+        for name, row in table.items():
+            if row.parse is None or name in ("cache_salt", "request_id"):
+                continue
+            schema = row.parse.schema
+            for key, step in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0)):
+                if key in schema and abs(schema[key]) < 1 << 62:
+                    yield path, name, schema[key] + step, False
+                    yield path, name, schema[key] + (step == 0), True
+            if "maxItems" in schema and schema["maxItems"] < 5000:
+                yield path, name, [1] * (schema["maxItems"] + 1), False
+            if schema.get("type") == "boolean":
+                yield path, name, "perhaps", False
+                yield path, name, True, True
+            if schema.get("type") in ("integer", "number"):
+                yield path, name, [1], False
+            if schema.get("type") == "string" and "enum" in schema:
+                yield path, name, "no such word", False
+                for word in schema["enum"]:
+                    yield path, name, word, True
+
+
+@pytest.mark.parametrize(("path", "name", "value", "allowed"), list(borders()))
+async def test_the_server_keeps_to_it(path: str, name: str, value: Any, allowed: bool) -> None:
+    """What the document forbids is a 400 that names the field; what it allows has the right shape."""
+    async with in_process(FakeClient()) as http:
+        answer = await http.post(path, json={**SUBJECTS[path], name: value})
+    if allowed:
+        assert answer.status_code == 200, answer.text
+    else:
+        assert answer.status_code == 400 and name in answer.text
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_refused_fields_take_exactly_what_it_says(path: str) -> None:
+    name, table = BODIES[path]
+    schema = request_schema(table)
+    async with in_process(FakeClient()) as http:
+        for row in table.values():
+            if row.fate is not Fate.REFUSED:
+                continue
+            for value in (None, *row.harmless, "something", 987, {"a": 1}):
+                body = {**SUBJECTS[path], row.name: value}
+                fits = jsonschema.Draft202012Validator(schema).is_valid(body)
+                answer = await http.post(path, json=body)
+                assert (answer.status_code == 200) == fits, (name, row.name, value)
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_answers_are_as_it_says(path: str) -> None:
+    found = document()
+    content = found["paths"][path]["post"]["responses"]
+    answers, errors = (
+        schema_of(found, content[status]["content"]["application/json"]["schema"]["$ref"].split("/")[-1])
+        for status in ("200", "400")
+    )
+    async with in_process(FakeClient()) as http:
+        answer = await http.post(path, json=SUBJECTS[path])
+        wrong = await http.post(path, json={"model": 5})
+    assert (answer.status_code, wrong.status_code) == (200, 400)
+    jsonschema.validate(answer.json(), answers)
+    jsonschema.validate(wrong.json(), errors)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong.json(), answers)
+
+
+async def test_answers_without_a_body_are_as_it_says() -> None:
+    async with in_process(FakeClient(), **EVERYTHING) as http:
+        found = (await http.get("/openapi.json")).json()
+        checked = 0
+        for path, methods in found["paths"].items():
+            for method, operation in methods.items():
+                content = operation["responses"]["200"].get("content", {})
+                if path not in BODIES and "application/json" in content:
+                    answer = await http.request(method, path)
+                    name = content["application/json"]["schema"]["$ref"].split("/")[-1]
+                    jsonschema.validate(answer.json(), schema_of(found, name))
+                    checked += 1
+    assert checked == 7
+
+
+class TestPage:
+    async def test_it_needs_nothing_from_elsewhere(self) -> None:
+        async with in_process(FakeClient()) as http:
+            page = await http.get("/docs")
+            assert (await http.get("/redoc")).text == page.text
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert not re.findall(r"https?://|src=|@import|innerHTML|insertAdjacent", page.text)
+        # A relative address, so that it also works below a proxy's prefix.
+        assert 'fetch("openapi.json")' in page.text
+
+    async def test_it_can_be_switched_off(self) -> None:
+        async with in_process(FakeClient(), disable_fastapi_docs=True) as http:
+            for path in ("/docs", "/redoc", "/openapi.json"):
+                assert (await http.get(path)).status_code == 404
