@@ -44,6 +44,9 @@ class LargeFields(msgspec.Struct):
     tokens: msgspec.Raw = msgspec.Raw()
     stop: msgspec.Raw = msgspec.Raw()
     stop_token_ids: msgspec.Raw = msgspec.Raw()
+    logit_bias: msgspec.Raw = msgspec.Raw()
+    allowed_token_ids: msgspec.Raw = msgspec.Raw()
+    bad_words: msgspec.Raw = msgspec.Raw()
 
 
 async def read_object(request: Request, state: ServerState) -> dict[str, Any]:

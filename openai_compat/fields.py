@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +24,6 @@ from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 T = TypeVar("T")
 JsonSchema = Mapping[str, Any]  # draft 2020-12, as in OpenAPI 3.1
-Table = Mapping[str, "Field"]
 
 _INTEGER = re.compile(r"[+-]?\d{1,20}(\.0{1,8})?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
@@ -86,8 +85,17 @@ def refused(name: str, *harmless: Any) -> Field:
     return Field(name, Fate.REFUSED, harmless=harmless)
 
 
-def table(*rows: Field) -> dict[str, Field]:
-    return {row.name: row for row in rows}
+class Table(dict[str, Field]):
+    """The rows of one endpoint by their names; `defaults` is what a body without any field would give."""
+
+    def __init__(self, rows: Sequence[Field]) -> None:
+        super().__init__((row.name, row) for row in rows)
+        self.defaults = {row.name: row.default for row in rows if row.fate is Fate.HONOURED}
+        self.required = [row.name for row in rows if row.required]
+
+
+def table(*rows: Field) -> Table:
+    return Table(rows)
 
 
 def parse_fields(rows: Table, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,27 +103,26 @@ def parse_fields(rows: Table, body: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `InvalidRequestError`: for wrong shapes (all of them, "Bad Request"), then for a refused field.
     """
-    values: dict[str, Any] = {}
-    faults: list[tuple[str, Fault]] = []
-    for row in rows.values():
-        if row.parse is None:
+    values = dict(rows.defaults)
+    missing = Fault("missing", "Field required")
+    faults = [(f"body.{name}", missing) for name in rows.required if name not in body]
+    refusals = []
+    for name, value in body.items():
+        row = rows.get(name)
+        if row is None:
             continue
-        value = body.get(row.name)
-        if value is None and not (row.required and row.name in body):
-            if row.required:
-                faults.append((f"body.{row.name}", Fault("missing", "Field required")))
-            values[row.name] = row.default
+        if row.fate is Fate.REFUSED and not asks_nothing(value, row.harmless):
+            refusals.append(name)
+        if row.parse is None or (value is None and not row.required):
             continue
         try:
-            values[row.name] = row.parse(value)
+            values[name] = row.parse(value)
         except Fault as fault:
-            faults.append((f"body.{row.name}", fault))
+            faults.append((f"body.{name}", fault))
     if faults:
         raise shape_error(faults)
-    for name, value in body.items():
-        found = rows.get(name)
-        if found is not None and found.fate is Fate.REFUSED and not asks_nothing(value, found.harmless):
-            raise InvalidRequestError(f"{name} is not supported by this server.", name)
+    if refusals:
+        raise InvalidRequestError(f"{refusals[0]} is not supported by this server.", refusals[0])
     return values
 
 
