@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.ops.attention import AttentionBackend, AttentionBatch
+from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.gpu_sampler import GPUSampler
@@ -31,11 +31,15 @@ def batch_sizes(largest: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """tokens: [size] int64; logits: [size, vocab] in the model's dtype; both live in the graph's memory."""
+    """ids: [size] int32, what went in; logits: [size, vocab] in the model's dtype; tokens: [size] int64.
+
+    They live in the graphs' common memory: the next replay overwrites them.
+    """
 
     graph: torch.cuda.CUDAGraph
-    tokens: Tensor
+    ids: Tensor
     logits: Tensor
+    tokens: Tensor
 
 
 class DecodeGraphs:
@@ -65,6 +69,7 @@ class DecodeGraphs:
         self._tables = torch.zeros(
             config.max_num_seqs + 1, config.max_blocks, dtype=torch.int32, device=device
         )
+        self._no_segments = SegmentTable.of((), device)
         self.replays = 0
         self.padded_tokens = 0
 
@@ -83,21 +88,23 @@ class DecodeGraphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                tokens, logits = self._step(size)
+                made = self._step(size)
             pool = graph.pool()
-            self._captured[size] = _Captured(graph, tokens, logits)
+            self._captured[size] = _Captured(graph, *made)
         torch.cuda.synchronize()
 
-    def _step(self, size: int) -> tuple[Tensor, Tensor]:
+    def _step(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         newest = self._inputs.newest
         inputs = prepare_decode(self._view(size), self._tables, newest, self._config.block_size)
-        batch = AttentionBatch(inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens, ())
+        batch = AttentionBatch(
+            inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens, (), self._no_segments
+        )
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
         rows = inputs.rows.long()
         tokens = self._sampler.choose_plain(logits, rows, inputs.lens.long())
         newest.index_copy_(0, rows, tokens.clamp(min=0))
-        return tokens, logits
+        return inputs.ids, logits, tokens
 
     def _view(self, size: int) -> Tensor:
         return self._staged[: STAGED * size].view(STAGED, size)
@@ -134,8 +141,11 @@ class DecodeGraphs:
             item.request.num_output < item.request.params.min_tokens for item in items
         )
 
-    def replay(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor]:
-        """-> tokens [m] int64, as of plain requests, and logits [m, vocab]; valid until the next replay."""
+    def replay(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor, Tensor]:
+        """-> the ids that went in, logits [m, vocab], and tokens [m] int64 as plain requests choose them.
+
+        All are valid until the next replay.
+        """
         count = len(items)
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         # A request that was just admitted may bring a whole table.
@@ -157,4 +167,4 @@ class DecodeGraphs:
         captured.graph.replay()
         self.replays += 1
         self.padded_tokens += size - count
-        return captured.tokens[:count], captured.logits[:count]
+        return captured.ids[:count], captured.logits[:count], captured.tokens[:count]

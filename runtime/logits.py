@@ -88,7 +88,7 @@ class LogitRules:
         """Change logits: [m, vocab] in place.
 
         rows: the row of each; masked: (index into m, end tokens that may not come yet); output(i): what
-        request i has generated; last_token: [num_rows] int64, the newest token of every row.
+        request i has generated; last_token: [m], the token in front of the one to be chosen.
         """
         banned = [(i, token) for i, tokens in masked for token in tokens]
         ruled = (
@@ -108,9 +108,8 @@ class LogitRules:
             logits[at, tokens] = -torch.inf
         if in_flight:
             at, before, tokens = on_device(in_flight, torch.int64, self._device).unbind(1)
-            newest = last_token[on_device([rows[i] for i, _, _ in in_flight], torch.int64, self._device)]
             # Added, not assigned: several words may end in the same token, and only some apply.
-            penalty = torch.where(newest == before, -torch.inf, 0.0)
+            penalty = torch.where(last_token[at] == before, -torch.inf, 0.0)
             logits.index_put_((at, tokens), penalty, accumulate=True)
         biased = [(i, rules) for i, rules in ruled if len(rules.bias_ids)]
         if biased:

@@ -129,15 +129,16 @@ class ModelGraphRunner:
             if self._graphs.covers(items):
                 return self._replay(self._graphs, plan, items)
             self._graphs.note_blocks(items)
-        hidden = self._forward(items)
+        ids, hidden = self._forward(items)
         prompt_logprobs = self._prompt_logprobs(hidden, items, order)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
             return LaunchedStep(plan, prompt_logprobs=prompt_logprobs)
         if len(sampling) < len(hidden):
-            last = np.cumsum([item.num_new for item in items])[sampling] - 1
-            hidden = hidden[on_device(last, torch.int64, hidden.device)]
-        sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling])
+            ends = np.cumsum([item.num_new for item in items])[sampling] - 1
+            last = on_device(ends, torch.int64, hidden.device)
+            ids, hidden = ids[last], hidden[last]
+        sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling], ids)
         return self._launched(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
 
     def collect(self, step: LaunchedStep) -> StepResult:
@@ -155,24 +156,24 @@ class ModelGraphRunner:
 
     # ---- its parts -----------------------------------------------------------------------------
 
-    def _forward(self, items: Sequence[ScheduledRequest]) -> Tensor:
-        """The hidden state of every token of the step: [n, hidden]."""
+    def _forward(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor]:
+        """The id and the hidden state of every token of the step: [n], [n, hidden]."""
         arrays = StepArrays.of(items, self._block_tables, self.config.block_size)
         ids, batch = self._inputs.make(arrays, self._block_tables)
         if self.config.attention_backend == "cpu":
             # What torch still does in a decode is too small to share, and its threads wait for each other
             # at every operator, however long one of them is kept from its core.
             torch.set_num_threads(self.config.cpu_threads if batch.segments else 1)
-        return self._model.forward(ids, self._attention.begin_step(batch))
+        return ids, self._model.forward(ids, self._attention.begin_step(batch))
 
     def _replay(
         self, graphs: DecodeGraphs, plan: StepPlan, items: Sequence[ScheduledRequest]
     ) -> LaunchedStep:
         """A step of single tokens by its captured graph, which also chooses the tokens of plain requests."""
-        tokens, logits = graphs.replay(items)
+        ids, logits, tokens = graphs.replay(items)
         sampled = Sampled(tokens, [], None)
         if not graphs.chose_all(items):
-            sampled = self._sample(logits.float(), items)
+            sampled = self._sample(logits.float(), items, ids)
         return self._launched(plan, range(len(items)), sampled, {})
 
     def _launched(
@@ -210,7 +211,8 @@ class ModelGraphRunner:
                 )
         return found
 
-    def _sample(self, logits: Tensor, items: Sequence[ScheduledRequest]) -> Sampled:
+    def _sample(self, logits: Tensor, items: Sequence[ScheduledRequest], ids: Tensor) -> Sampled:
+        """ids: [m], the token in front of the one to be chosen."""
         rows = np.array([item.request.row for item in items])
         positions = np.array([item.start + item.num_new for item in items])
         masked = [
@@ -224,7 +226,7 @@ class ModelGraphRunner:
             known = request.token_ids[request.prompt_len :]
             return known, len(request.token_ids) < positions[i]
 
-        sampled = self._sampler.sample(logits, rows, positions, masked, output, self._inputs.newest)
+        sampled = self._sampler.sample(logits, rows, positions, masked, output, ids)
         # A request without finite logits ends at commit, but its next step may be launched before.
         newest = self._inputs.newest
         newest[on_device(rows, torch.int64, newest.device)] = sampled.tokens.clamp(min=0)

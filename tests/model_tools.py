@@ -133,7 +133,7 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
     logits: dict[int, torch.Tensor] = {}
     items: list[ScheduledRequest] = []
 
-    def noting_items(scheduled: Sequence[ScheduledRequest]) -> torch.Tensor:
+    def noting_items(scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, torch.Tensor]:
         items[:] = scheduled
         return inputs(scheduled)
 

@@ -68,7 +68,7 @@ def test_all_rules_together_in_a_batch(
     """Half of the output is known at admission, the rest is observed; the newest may be in flight."""
     rules = LogitRules(len(batch) + 2, VOCAB)
     rows = list(range(len(batch) + 1, 1, -1))
-    newest = torch.zeros(len(batch) + 2, dtype=torch.int64)
+    newest = torch.zeros(len(batch), dtype=torch.int64)
     logits = torch.randn(len(batch), VOCAB, generator=torch.Generator().manual_seed(seed)) * 5
     expected, masked = [], []
     for i, (options, bad_words, prompt, output) in enumerate(batch):
@@ -80,7 +80,7 @@ def test_all_rules_together_in_a_batch(
         for token in [*output[len(known) :], NO_TOKEN]:
             rules.observe([rows[i]], torch.tensor([token]))
         if output:
-            newest[rows[i]] = output[-1]
+            newest[i] = output[-1]
         masked.append((i, {i}))
         expected.append(by_definition(logits[i].tolist(), params, bad_words, prompt, output, {i}))
 
@@ -147,7 +147,7 @@ def test_the_modes(mode: str) -> None:
     greedy = SamplingParams(logprobs=2, temperature=0.0, top_k=2, logit_bias={1: -100.0})
     sampler.set_row(2, EngineRequest(0, [0], params), [0], 1)
     sampler.set_row(0, EngineRequest(1, [0], greedy), [0], 1)
-    newest = torch.zeros(3, dtype=torch.int64)
+    newest = torch.zeros(2, dtype=torch.int64)
     sampled = sampler.sample(
         logits.clone(), np.array([2, 0]), np.array([1, 1]), [], lambda i: ([], False), newest
     )

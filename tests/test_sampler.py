@@ -33,7 +33,7 @@ def choose(
     positions: Sequence[int],
     masked: Sequence[tuple[int, list[int]]] = NO_MASK,
 ) -> list[int]:
-    newest = torch.zeros(1 + max(rows), dtype=torch.int64)
+    newest = torch.zeros(len(rows), dtype=torch.int64)
     sampled = sampler.sample(
         logits.clone(), np.array(rows), np.array(positions), masked, lambda i: ([], False), newest
     )

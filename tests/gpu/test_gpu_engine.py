@@ -1,0 +1,184 @@
+"""The whole engine on a GPU: graphs, asynchronous scheduling and backends change no token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from model_tools import (
+    VARIANTS,
+    drain,
+    generate_ids,
+    make_engine,
+    make_prompts,
+    relative_error,
+    variant_folder,
+)
+
+from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.model_runner import ModelGraphRunner
+from microvllm.runtime.request import EngineRequest, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+MODELS = ("llama-tied", "qwen2", "qwen3")
+VOCAB = 300
+
+
+@functools.cache
+def engine(model: str, **options: Any) -> InferenceEngine:
+    defaults = {"device": "cuda", "max_num_seqs": 16, "num_gpu_blocks_override": 512, "block_size": 16}
+    return make_engine(variant_folder(model), **{**defaults, **options})
+
+
+def runner_of(made: InferenceEngine) -> ModelGraphRunner:
+    runner = made.core._runner
+    assert isinstance(runner, ModelGraphRunner)
+    return runner
+
+
+PROMPTS = make_prompts(12, VOCAB, seed=1)
+
+
+@functools.cache
+def on_the_cpu(model: str) -> list[list[int]]:
+    return generate_ids(
+        make_engine(variant_folder(model), device="cpu", attention_backend="torch", max_num_seqs=16),
+        PROMPTS,
+        40,
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"async_scheduling": False},
+        {"max_num_batched_tokens": 24},
+        {"num_gpu_blocks_override": 24, "max_model_len": 128},
+        {"enable_prefix_caching": False},
+    ],
+    ids=["graphs", "eager", "sync", "chunked", "preempted", "no-prefix"],
+)
+def test_greedy_tokens_in_float32_are_those_of_the_cpu(model: str, options: dict[str, Any]) -> None:
+    made = engine(model, dtype="float32", **options)
+    assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model)
+    assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model), "with what is in the prefix cache"
+    if "num_gpu_blocks_override" in options:
+        assert made.core.stats().preemptions > 0
+    graphs = runner_of(made)._graphs
+    assert (graphs is None) == bool(options.get("enforce_eager")) and (graphs is None or graphs.replays > 0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_graphs_and_async_scheduling_change_no_token(model: str, dtype: str) -> None:
+    """At the same batch shape: the padding of a graph is one, so a batch of a captured size is taken."""
+    prompts = [prompt[:20] + [7] * (20 - len(prompt[:20])) for prompt in PROMPTS[:8]]
+    tokens = [
+        generate_ids(engine(model, dtype=dtype, **options), prompts, 40)
+        for options in ({}, {"enforce_eager": True}, {"async_scheduling": False})
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 4e-2), ("float16", 5e-3)])
+def test_log_probabilities_are_near_the_cpu_s(model: str, dtype: str, tolerance: float) -> None:
+    """Of a prompt, and of 100 decoded tokens that are forced to be the reference's."""
+    prompt = PROMPTS[5]
+    found = []
+    for made in (
+        make_engine(variant_folder(model), device="cpu", attention_backend="torch", max_logprobs=-1),
+        engine(model, dtype=dtype, max_logprobs=-1),
+    ):
+        wish = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=-1, ignore_eos=True)
+        text = [*prompt, *on_the_cpu(model)[5]]
+        outputs = run(made, [made.processor.requests(text, wish)[0]])[0]
+        entries = outputs[0].prompt_logprobs
+        assert entries is not None
+        rows = torch.zeros(len(entries), made.config.spec.vocab_size)
+        for row, entry in zip(rows, entries, strict=True):
+            row[entry.token_ids] = torch.tensor(entry.logprobs)
+        found.append(rows)
+    assert relative_error(found[1], found[0]) < tolerance
+
+
+def run(made: InferenceEngine, requests: Sequence[EngineRequest]) -> list[list[Any]]:
+    outputs: dict[int, list[Any]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert made.core.add(request) is None
+    for output in drain(made):
+        outputs[output.request_id].append(output)
+    return list(outputs.values())
+
+
+def test_rules_and_log_probabilities_are_those_of_the_cpu() -> None:
+    """Greedy with every kind of rule, some rows with and some without, graphs on."""
+    made = engine("llama-tied", dtype="float32")
+    cpu = make_engine(variant_folder("llama-tied"), device="cpu", attention_backend="torch", max_num_seqs=16)
+    rules: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.3},
+        {"logit_bias": {5: 4.0, 9: -100.0}, "logprobs": 3},
+        {"allowed_token_ids": list(range(20, 90)), "prompt_logprobs": 1},
+        {"min_tokens": 9, "stop_token_ids": list(range(100, 200)), "logprobs": 1},
+        {},
+    ]
+    results = []
+    for each in (cpu, made):
+        requests = []
+        for i, rule in enumerate(rules):
+            params = SamplingParams(**{"temperature": 0.0, "max_tokens": 30, "ignore_eos": True, **rule})
+            (request,) = each.processor.requests(PROMPTS[i + 4], params)
+            bad = [on_the_cpu("llama-tied")[i + 4][:2], on_the_cpu("llama-tied")[i + 4][3:6]] if i < 2 else []
+            requests.append(msgspec.structs.replace(request, bad_word_ids=bad))
+        results.append(run(each, requests))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert [o.token_ids for o in ours] == [o.token_ids for o in theirs]
+        assert [o.finish_reason for o in ours] == [o.finish_reason for o in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            for a, b in zip(one.logprobs or [], other.logprobs or [], strict=True):
+                assert a.token_ids == b.token_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+def test_seeded_draws_do_not_depend_on_company() -> None:
+    made = engine("llama-tied", dtype="float32")
+    wishes = [{"seed": 5}, {"seed": 6, "top_p": 0.8}, {"seed": 7, "top_k": 9}, {"seed": 8, "min_p": 0.1}]
+
+    def ask(wish: dict[str, Any]) -> EngineRequest:
+        params = SamplingParams(temperature=0.9, max_tokens=25, ignore_eos=True, **wish)
+        return made.processor.requests(PROMPTS[7], params)[0]
+
+    alone = [run(made, [ask(wish)])[0] for wish in wishes]
+    together = run(made, [ask(wish) for wish in [*wishes, {"seed": 9}]])
+    for one, other in zip(alone, together, strict=False):
+        assert [o.token_ids for o in one] == [o.token_ids for o in other]
+    assert len({str([o.token_ids for o in each]) for each in together}) == 5
+
+
+def test_aborts_under_load_leave_the_pool_whole() -> None:
+    made = engine("qwen3", dtype="bfloat16")
+    for round_number in range(3):
+        requests = [
+            made.processor.requests(prompt, SamplingParams(max_tokens=30, ignore_eos=True))[0]
+            for prompt in PROMPTS
+        ]
+        for request in requests:
+            made.core.add(request)
+        for step in range(12):
+            made.core.step()
+            made.core.abort(requests[(step + round_number) % len(requests)].request_id)
+        for _ in drain(made):
+            pass
+
+
+def test_the_families_that_are_tested() -> None:
+    assert set(MODELS) <= set(VARIANTS)
