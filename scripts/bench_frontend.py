@@ -11,8 +11,9 @@ this one, reads the streams and counts their chunks.
 The figure is token chunks per second of CPU time of the API process, which neighbours on the same machine
 disturb less than the wall clock; both are printed. A token is a chunk of its own unless the server is so far
 behind that it joins some, so the share of joined tokens is printed, too.
-With `--profile` py-spy (a program on its own) samples the API process, and the functions that took the time
-are listed. Last comes one line of JSON. Exit status: 0, or 1 if tokens went missing.
+With `--running` the process of another server is measured, with that server's own engine: give as many streams
+as it runs at once. With `--profile` py-spy (a program on its own) samples the API process, and the functions
+that took the time are listed. Last comes one line of JSON. Exit status: 0, or 1 if tokens went missing.
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ def run_server(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def server(args: argparse.Namespace) -> Any:
-    """A running server -> (its process id, its port); ends it."""
+    """A running server -> (its process id, its port); ends it. With `--running` one that is there already."""
+    if args.running is not None:
+        pid, _, port = args.running.partition(":")
+        yield int(pid), int(port)
+        return
     port = free_port()
     command = [sys.executable, str(Path(__file__).resolve()), "server", "--model", args.model]
     command += ["--port", str(port), "--max-model-len", "8192", "--disable-log-stats"]
@@ -302,6 +307,9 @@ def main() -> int:
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=2000, help="tokens of each stream")
+    parser.add_argument(
+        "--running", metavar="PID:PORT", help="measure this process of another server instead"
+    )
     parser.add_argument("--steps-per-second", type=float, help="default: as fast as the server reads")
     parser.add_argument("--extra-body", default="{}", help="more request fields, as JSON")
     parser.add_argument("--profile", action="store_true", help="list where the time goes (needs py-spy)")
