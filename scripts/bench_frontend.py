@@ -11,7 +11,7 @@ this one, reads the streams and counts their chunks.
 The figure is token chunks per second of CPU time of the API process, which neighbours on the same machine
 disturb less than the wall clock; both are printed. A token is a chunk of its own unless the server is so far
 behind that it joins some, so the share of joined tokens is printed, too.
-With `--running` the process of another server is measured, with that server's own engine: give as many streams
+With `--running` the process of another server is measured, over its own engine: give as many streams
 as it runs at once. With `--profile` py-spy (a program on its own) samples the API process, and the functions
 that took the time are listed. Last comes one line of JSON. Exit status: 0, or 1 if tokens went missing.
 """
