@@ -40,8 +40,11 @@ from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.server_options import (
     ChatTemplateOpt,
     PromptTokensDetailsOpt,
+    RequestMetricsOpt,
     ResponseRoleOpt,
     ServedModelNameOpt,
+    TemplateKwargsOpt,
+    TokenIdsOpt,
     server_args,
 )
 from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
@@ -197,8 +200,11 @@ def run_batch(
     ],
     served_model_name: ServedModelNameOpt = None,
     chat_template: ChatTemplateOpt = None,
+    default_chat_template_kwargs: TemplateKwargsOpt = None,
     response_role: ResponseRoleOpt = "assistant",
+    return_tokens_as_token_ids: TokenIdsOpt = False,
     enable_prompt_tokens_details: PromptTokensDetailsOpt = False,
+    enable_per_request_metrics: RequestMetricsOpt = False,
 ) -> None:
     """Answer a file of requests in the format of OpenAI's batches, without a server.
 
@@ -213,8 +219,11 @@ def run_batch(
     server_args = ServerArgs(
         served_model_names=tuple(served_model_name or []),
         chat_template=template,
+        default_chat_template_kwargs=default_chat_template_kwargs or {},
         response_role=response_role,
+        return_tokens_as_token_ids=return_tokens_as_token_ids,
         enable_prompt_tokens_details=enable_prompt_tokens_details,
+        enable_per_request_metrics=enable_per_request_metrics,
     )
     with ProgressLine() as on_load, ProgressLine("Requests") as on_progress:
         answer_batch(engine, server_args, input_file, output_file, on_load=on_load, on_progress=on_progress)

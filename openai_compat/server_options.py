@@ -31,6 +31,24 @@ ChatTemplateOpt = Annotated[
     typer.Option(help="A file with a chat template, or the template."),
 ]
 ResponseRoleOpt = Annotated[str, typer.Option(help="Role of the answers in chats.")]
+TemplateKwargsOpt = Annotated[
+    Any,
+    typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
+]
+TokenIdsOpt = Annotated[
+    bool,
+    typer.Option(
+        "--return-tokens-as-token-ids/--no-return-tokens-as-token-ids",
+        help="Write tokens of log probabilities as token_id:N.",
+    ),
+]
+RequestMetricsOpt = Annotated[
+    bool,
+    typer.Option(
+        "--enable-per-request-metrics/--no-enable-per-request-metrics",
+        help="Report the times of a request in its answer.",
+    ),
+]
 PromptTokensDetailsOpt = Annotated[
     bool,
     typer.Option(
@@ -96,22 +114,13 @@ def server_args(
         bool, typer.Option("--allow-credentials/--no-allow-credentials", help="They may send cookies.")
     ] = False,
     chat_template: ChatTemplateOpt = None,
-    default_chat_template_kwargs: Annotated[
-        Any,
-        typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
-    ] = None,
+    default_chat_template_kwargs: TemplateKwargsOpt = None,
     response_role: ResponseRoleOpt = "assistant",
     stream_interval: Annotated[int, typer.Option(min=1, help="Least tokens in a chunk of a stream.")] = 1,
     sse_keep_alive_interval: Annotated[
         float, typer.Option(min=0, help="Seconds of silence after which a stream gets a comment; 0: never.")
     ] = 0.0,
-    return_tokens_as_token_ids: Annotated[
-        bool,
-        typer.Option(
-            "--return-tokens-as-token-ids/--no-return-tokens-as-token-ids",
-            help="Write tokens of log probabilities as token_id:N.",
-        ),
-    ] = False,
+    return_tokens_as_token_ids: TokenIdsOpt = False,
     enable_prompt_tokens_details: PromptTokensDetailsOpt = False,
     enable_force_include_usage: Annotated[
         bool,
@@ -120,13 +129,7 @@ def server_args(
             help="End every stream with its usage.",
         ),
     ] = False,
-    enable_per_request_metrics: Annotated[
-        bool,
-        typer.Option(
-            "--enable-per-request-metrics/--no-enable-per-request-metrics",
-            help="Report the times of a request in its answer.",
-        ),
-    ] = False,
+    enable_per_request_metrics: RequestMetricsOpt = False,
     fingerprint_mode: Annotated[
         str, typer.Option(help="The system_fingerprint of answers: full, hash, custom or none.")
     ] = "full",

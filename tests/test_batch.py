@@ -23,10 +23,12 @@ from model_tools import variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
 from microvllm import cli
+from microvllm.openai_compat import batch
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.batch import ATTEMPTS, Batch, in_order
 from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -312,6 +314,26 @@ def test_bad_usage_is_one_line(
     err = capsys.readouterr().err
     assert names in err and err.count("\n") == 1 and err.startswith("microvllm: error: ")
     assert Path("in").read_bytes() == line({"prompt": "x"}) + b"\n"
+
+
+def test_options_reach_the_engine_and_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(batch, "run_batch", lambda *args, **_: calls.append(args))
+    argv = ["run-batch", "-i=in", "-o", "-", "--model", "m", "--max_num_seqs", "3", "--seed=7"]
+    names = ["--served-model-name", "a", "b", "--response-role", "bot", "--return-tokens-as-token-ids"]
+    more = ["--enable-prompt-tokens-details", "--enable-per-request-metrics"]
+    kwargs = ["--default-chat-template-kwargs", '{"thinking": true}', "--chat-template", "{{ messages }}"]
+    assert cli.run([*argv, *names, *more, *kwargs]) == 0
+    expected = ServerArgs(
+        served_model_names=("a", "b"),
+        chat_template="{{ messages }}",
+        default_chat_template_kwargs={"thinking": True},
+        response_role="bot",
+        return_tokens_as_token_ids=True,
+        enable_prompt_tokens_details=True,
+        enable_per_request_metrics=True,
+    )
+    assert calls == [(EngineArgs(model="m", max_num_seqs=3, seed=7), expected, "in", "-")]
 
 
 # ---- the command on a real engine -------------------------------------------------------------------
