@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microvllm.openai_compat.option_values import OBJECT, context_length, human_int, json_object
+from microvllm.openai_compat.option_values import OBJECT, context_length, human_int, json_object, share
 from microvllm.openai_compat.vllm_flags import UsageError
 from microvllm.runtime.cpu import usable_cores
 
@@ -45,7 +45,7 @@ TokenizerOpt = Annotated[
     str | None,
     typer.Option(help="Folder or .gguf file of the tokenizer, if not the model's."),
 ]
-DtypeOpt = Annotated[str, typer.Option(help="auto, float32 (float) or bfloat16.")]
+DtypeOpt = Annotated[str, typer.Option(help="auto, float32 (float), bfloat16, or on a GPU float16 (half).")]
 LoadFormatOpt = Annotated[
     str,
     typer.Option(help="auto, safetensors, gguf, or dummy (random weights)."),
@@ -108,6 +108,17 @@ def engine_args(
     attention_backend: BackendOpt = "auto",
     block_size: BlockSizeOpt = None,
     kv_cache_memory_bytes: KVBytesOpt = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")] = "auto",
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            parser=share, metavar="SHARE", help="Part of the GPU's memory to use; no effect on a CPU."
+        ),
+    ] = 0.92,
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager/--no-enforce-eager", help="Run every step without CUDA graphs."),
+    ] = False,
     num_gpu_blocks_override: Annotated[
         int | None, typer.Option(min=1, help="Number of KV blocks, whatever fits.")
     ] = None,
@@ -136,11 +147,12 @@ def engine_args(
     ] = 0,
     scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority.")] = "fcfs",
     async_scheduling: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--async-scheduling/--no-async-scheduling", help="Plan the next step while this one computes."
+            "--async-scheduling/--no-async-scheduling",
+            help="Plan the next step while this one computes; on by default on a GPU.",
         ),
-    ] = False,
+    ] = None,
 ) -> EngineArgs:
     """What the options ask for. Raises `UsageError` and `ConfigError` naming the option."""
     name = choose_model(model_arg or (), model)
@@ -156,6 +168,9 @@ def engine_args(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        device=device,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
         num_gpu_blocks_override=num_gpu_blocks_override,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         enable_prefix_caching=enable_prefix_caching,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def human_int(text: str) -> int:
 def context_length(text: str) -> int:
     """Like `human_int`; `auto` and -1 (as long as the model and the KV cache allow) give -1."""
     return -1 if str(text).strip().lower() == "auto" else human_int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1. Raises `typer.BadParameter`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:  # false for nan, too
+        raise typer.BadParameter(f"{text!r} is not a number above 0 and at most 1")
+    return value
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,30 +28,30 @@ IGNORED_VALUE_FLAGS = """
     cpu-distributed-timeout-seconds cpu-offload-gb custom-histogram-buckets data-parallel-address
     data-parallel-backend data-parallel-rank data-parallel-rpc-port data-parallel-start-rank
     data-parallel-supervisor-port dbo-decode-token-threshold dbo-prefill-token-threshold dcp-comm-backend
-    dcp-kv-cache-interleave-size default-mm-loras device device-ids diffusion-config
-    distributed-executor-backend distributed-timeout-seconds download-dir
-    dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s dp-supervisor-probe-timeout-s
-    dp-sync-interval ec-manager-config ec-transfer-config elastic-ep-max-dp-size engram-config eplb-config
-    expert-placement-strategy fault-tolerance-config gdn-prefill-backend gpu-memory-utilization grpc-port
-    guided-decoding-backend h11-max-header-count h11-max-incomplete-event-size hf-config-path hf-overrides
-    io-processor-plugin ir-op-priority jit-monitor-mode kda-decode-backend kda-prefill-backend
-    kernel-config kv-cache-dtype kv-cache-metrics-sample kv-events-config kv-offloading-backend
-    kv-offloading-size kv-transfer-config limit-mm-per-prompt linear-backend log-config-file log-level
-    logging-config lora-dtype mamba-backend mamba-block-size mamba-cache-dtype mamba-cache-mode
-    mamba-cache-philox-rounds mamba-ssm-cache-dtype mamba-ssu-algorithm master-addr master-port
-    max-cpu-loras max-cudagraph-capture-size max-log-len max-lora-cls-labels max-lora-rank max-loras
-    max-num-active-seqs max-num-queued-tokens max-num-scheduled-tokens max-parallel-loading-workers
-    max-seq-len-to-capture media-io-kwargs middleware mm-encoder-attn-backend mm-encoder-attn-dtype
-    mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-margin mm-encoder-fp8-scale-save-path
-    mm-encoder-tp-mode mm-hasher-algorithm mm-ipc-gpu-memory-gb mm-processor-cache-gb
-    mm-processor-cache-type mm-processor-device mm-processor-kwargs mm-shm-cache-max-object-size-mb
-    mm-tensor-ipc model-class-overrides model-impl model-loader-extra-config moe-backend node-rank
-    num-scheduler-steps offload-backend offload-group-size offload-num-in-group offload-prefetch-step
-    optimization-level otlp-traces-endpoint per-request-spec-decode-metrics performance-mode pooler-config
-    preemption-mode prefill-schedule-interval prefix-cache-retention-interval prefix-caching-hash-algo
-    prefix-match-unit profiler-config pt-load-map-location quantization quantization-config
-    reasoning-config reasoning-parser reasoning-parser-plugin renderer-num-workers replayssm-buffer-len
-    revision rope-scaling runner safetensors-load-strategy safetensors-prefetch-block-size
+    dcp-kv-cache-interleave-size default-mm-loras device-ids diffusion-config distributed-executor-backend
+    distributed-timeout-seconds download-dir dp-supervisor-probe-failure-threshold
+    dp-supervisor-probe-interval-s dp-supervisor-probe-timeout-s dp-sync-interval ec-manager-config
+    ec-transfer-config elastic-ep-max-dp-size engram-config eplb-config expert-placement-strategy
+    fault-tolerance-config gdn-prefill-backend grpc-port guided-decoding-backend h11-max-header-count
+    h11-max-incomplete-event-size hf-config-path hf-overrides io-processor-plugin ir-op-priority
+    jit-monitor-mode kda-decode-backend kda-prefill-backend kernel-config kv-cache-dtype
+    kv-cache-metrics-sample kv-events-config kv-offloading-backend kv-offloading-size kv-transfer-config
+    limit-mm-per-prompt linear-backend log-config-file log-level logging-config lora-dtype mamba-backend
+    mamba-block-size mamba-cache-dtype mamba-cache-mode mamba-cache-philox-rounds mamba-ssm-cache-dtype
+    mamba-ssu-algorithm master-addr master-port max-cpu-loras max-cudagraph-capture-size max-log-len
+    max-lora-cls-labels max-lora-rank max-loras max-num-active-seqs max-num-queued-tokens
+    max-num-scheduled-tokens max-parallel-loading-workers max-seq-len-to-capture media-io-kwargs
+    middleware mm-encoder-attn-backend mm-encoder-attn-dtype mm-encoder-fp8-scale-path
+    mm-encoder-fp8-scale-save-margin mm-encoder-fp8-scale-save-path mm-encoder-tp-mode mm-hasher-algorithm
+    mm-ipc-gpu-memory-gb mm-processor-cache-gb mm-processor-cache-type mm-processor-device
+    mm-processor-kwargs mm-shm-cache-max-object-size-mb mm-tensor-ipc model-class-overrides model-impl
+    model-loader-extra-config moe-backend node-rank num-scheduler-steps offload-backend offload-group-size
+    offload-num-in-group offload-prefetch-step optimization-level otlp-traces-endpoint
+    per-request-spec-decode-metrics performance-mode pooler-config preemption-mode
+    prefill-schedule-interval prefix-cache-retention-interval prefix-caching-hash-algo prefix-match-unit
+    profiler-config pt-load-map-location quantization quantization-config reasoning-config
+    reasoning-parser reasoning-parser-plugin renderer-num-workers replayssm-buffer-len revision
+    rope-scaling runner safetensors-load-strategy safetensors-prefetch-block-size
     safetensors-prefetch-num-threads scheduler-cls show-hidden-metrics-for-version
     sparse-indexer-topk-backend spec-method spec-model spec-tokens speculative-config speculative-model
     structured-outputs-config swap-space task tokenizer-mode tokenizer-revision tool-call-parser
@@ -74,14 +73,13 @@ IGNORED_SWITCHES = """
     enable-mixed-moe-lora-format enable-mm-embeds enable-moe-shared-loras enable-nccl-comm-suspend
     enable-offline-docs enable-prompt-embeds enable-reasoning enable-return-routed-experts
     enable-scale-out enable-shm-tensor-arena enable-sleep-mode enable-tower-connector-lora
-    enable-trace-replay enforce-eager exclude-tools-when-tool-choice-none fail-on-environ-validation
-    fully-sharded-loras grpc headless interleave-mm-strings jit-monitor-verbose kv-cache-metrics
-    kv-sharing-fast-prefill language-model-only log-error-stack long-prefill-token-threshold-adaptive
-    mm-device-do-normalize mm-encoder-only numa-bind ray-workers-use-nsight return-sampling-mask
-    scheduler-reserve-full-isl skip-mm-profiling skip-tokenizer-init sleep-mode-offload-cudagraph
-    specialize-active-lora swa-bounded-replay tokens-only trust-remote-code trust-request-chat-template
-    trust-request-mm-kwargs use-fp64-gumbel use-replayssm use-tqdm-on-load use-v2-block-manager
-    worker-use-ray
+    enable-trace-replay exclude-tools-when-tool-choice-none fail-on-environ-validation fully-sharded-loras
+    grpc headless interleave-mm-strings jit-monitor-verbose kv-cache-metrics kv-sharing-fast-prefill
+    language-model-only log-error-stack long-prefill-token-threshold-adaptive mm-device-do-normalize
+    mm-encoder-only numa-bind ray-workers-use-nsight return-sampling-mask scheduler-reserve-full-isl
+    skip-mm-profiling skip-tokenizer-init sleep-mode-offload-cudagraph specialize-active-lora
+    swa-bounded-replay tokens-only trust-remote-code trust-request-chat-template trust-request-mm-kwargs
+    use-fp64-gumbel use-replayssm use-tqdm-on-load use-v2-block-manager worker-use-ray
 """.split()
 # vLLM reads several values after each of these.
 IGNORED_LISTS = """
@@ -122,8 +120,6 @@ OTHER_SPELLINGS = {
     "--device-memory-utilization": "--gpu-memory-utilization",
 }
 IGNORED_BECAUSE = {
-    "gpu-memory-utilization": "has no effect on a CPU; --kv-cache-memory-bytes sets the size of the KV cache",
-    "enforce-eager": "has no effect on a CPU: there are no CUDA graphs, every step is eager",
     "trust-remote-code": "is ignored: code that comes with a model is never run",
     "revision": "is ignored: models are never downloaded, a path is what it is",
 }
@@ -180,6 +176,7 @@ def _option(token: str) -> str:
 def _normalise(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[str], None]) -> list[str]:
     out: list[str] = []
     objects: dict[str, dict[str, Any]] = {}
+    warned: set[str] = set()
     rest = list(argv)
     while rest:
         token = rest.pop(0)
@@ -214,7 +211,8 @@ def _normalise(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[str]
                 out.append(flag)
         else:
             _check_ignored(flag, values)
-            if flag.removeprefix("--") not in PARALLEL_FLAGS:
+            if flag.removeprefix("--") not in PARALLEL_FLAGS and flag not in warned:
+                warned.add(flag)
                 warn(_ignored_warning(flag))
     return [*out, *(f"{flag}={json.dumps(found)}" for flag, found in objects.items()), *rest]
 
@@ -243,8 +241,9 @@ def _update(found: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _is_flag(token: str) -> bool:
-    # As argparse sees it: a negative number or anything with a space in it is a value.
-    return len(token) > 1 and token[0] == "-" and " " not in token and not re.fullmatch(r"-\.?\d.*", token)
+    # As argparse sees it: a negative number or a name with a space in it is a value.
+    name = token.partition("=")[0]
+    return len(token) > 1 and token[0] == "-" and " " not in name and not re.fullmatch(r"-\.?\d.*", name)
 
 
 def _split_flag(token: str, own: Mapping[str, str]) -> tuple[str, str | None]:
@@ -282,13 +281,6 @@ def _check_ignored(flag: str, values: Sequence[str]) -> None:
     """Refuse what vLLM refuses too, or what asks for several GPUs, though the flag is ignored."""
     if flag.removeprefix("--") in PARALLEL_FLAGS and values[0].strip() != "1":
         raise UsageError(f"{flag} must be 1 (one model runs on one device here), got {values[0]}")
-    if flag == "--gpu-memory-utilization":
-        try:
-            share = float(values[0])
-        except ValueError:
-            share = math.nan
-        if not 0 < share <= 1:  # false for nan, too
-            raise UsageError(f"{flag} must be a number above 0 and at most 1, got {values[0]}")
 
 
 def _unknown_flag(flag: str, own: Mapping[str, str]) -> str:

@@ -78,6 +78,7 @@ class TestNormalise:
             (["--port", "-1.5k"], ["--port=-1.5k"]),
             (["--model", "-a b"], ["--model=-a b"]),
             (["--model=a=b_c"], ["--model=a=b_c"]),
+            (["--model={{ a }} b"], ["--model={{ a }} b"]),
             (["--model="], ["--model="]),
             (["--names", "a", "b", "--port", "1", "m"], ["--names=a", "--names=b", "--port=1", "m"]),
             (["--names=a", "b"], ["--names=a", "--names=b"]),
@@ -116,13 +117,10 @@ class TestNormalise:
             ["-ep"],
             ["-dpa", "10.0.0.1"],
             ["-ac.backend", "FLASH_ATTN"],
-            ["--device_memory_utilization=0.9"],
             ["--hf-token"],
             ["--hf-token", "secret"],
             ["--hf-token=secret"],
             ["--no-enable-lora"],
-            ["--enforce-eager"],
-            ["--gpu-memory-utilization", "0.9"],
         ],
     )
     def test_a_flag_of_vllm_without_effect_is_dropped_with_its_value(self, argv: list[str]) -> None:
@@ -282,8 +280,8 @@ def test_every_flag_of_vllm_is_known(
     status = cli.run(["serve", "the-model", flag, *values, "--port", "8123"])
     err = capsys.readouterr().err.splitlines()
     assert status == 0
-    shown = "--gpu-memory-utilization" if name == "device-memory-utilization" else flag
-    assert len(err) == (0 if name in PARALLEL_FLAGS else 1) and all(shown in line for line in err)
+    silent = name in PARALLEL_FLAGS or name == "device-memory-utilization"  # which is another spelling
+    assert len(err) == (0 if silent else 1) and all(flag in line for line in err)
     (engine, http), = launched  # fmt: skip
     assert engine.model == "the-model" and http.port == 8123
 
@@ -296,7 +294,7 @@ def test_parallelism_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -
 NOT_DEFAULT = {
     "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
     "chat_template": "{{ messages }}", "scheduling_policy": "priority", "cpu_threads": "1",
-    "ssl_cert_reqs": "2",
+    "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "override_generation_config": '{"top_k": 7}', "logprobs_mode": "raw_logits", "root_path": "/llm",
     "default_chat_template_kwargs": '{"enable_thinking": false}', "allowed_origins": '["https://a.example"]',
     "allowed_methods": '["GET"]', "allowed_headers": '["x-a"]', "fingerprint_mode": "none",
@@ -354,6 +352,117 @@ def test_spellings_reach_the_options(launched: list[Any], tmp_path: Path) -> Non
     assert engine.max_num_batched_tokens == 25600 and engine.kv_cache_memory_bytes == 1 << 30
     assert engine.max_model_len == 2048 and engine.enable_prefix_caching is False
     assert http.chat_template == "{{ messages[0].content }}é"
+
+
+class TestConfigFile:
+    def serve(self, folder: Path, content: str, *argv: str, name: str = "serve.yaml") -> int:
+        (folder / name).write_text(content, "utf-8")
+        return cli.run(["serve", "--config", str(folder / name), *argv])
+
+    def test_its_options_are_taken(self, launched: list[Any], tmp_path: Path) -> None:
+        content = """
+            model: the-model
+            port: 12323
+            served_model_name: [a, b]
+            enable-prefix-caching: false
+            enable_log_requests: true
+            max-model-len: 2k
+            allowed-origins: ["https://a.example"]
+            override-generation-config: {temperature: 0.5, top_k: 7}
+            chat-template: |
+              {{ messages }}
+              end
+        """
+        assert self.serve(tmp_path, content) == 0
+        (engine, http), = launched  # fmt: skip
+        assert (engine.model, engine.enable_prefix_caching, engine.max_model_len) == (
+            "the-model",
+            False,
+            2000,
+        )
+        assert (http.port, http.served_model_names, http.enable_log_requests) == (12323, ("a", "b"), True)
+        assert engine.override_generation_config == {"temperature": 0.5, "top_k": 7}
+        assert http.allowed_origins == ("https://a.example",)
+        assert http.chat_template == "{{ messages }}\nend\n"
+
+    def test_the_command_line_wins(self, launched: list[Any], tmp_path: Path) -> None:
+        content = (
+            "model: a\nport: 1\napi-key: [x, y]\nasync-scheduling: true\n"
+            "override-generation-config: {top_k: 7}\nseed: 5"
+        )
+        argv = ["b", "--port", "2", "--api-key", "z", "--no-async-scheduling"]
+        assert self.serve(tmp_path, content, *argv, "--override-generation-config.top_p", "0.5") == 0
+        (engine, http), = launched  # fmt: skip
+        assert (engine.model, engine.seed, engine.async_scheduling) == ("b", 5, False)
+        assert (http.port, http.api_keys) == (2, ("z",))
+        assert engine.override_generation_config == {"top_p": 0.5}
+
+    def test_flags_of_vllm_without_effect_warn(
+        self, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        content = "model: m\nswap-space: 4\ncompilation-config: {mode: 3}\ncudagraph-capture-sizes: [1, 2]"
+        assert self.serve(tmp_path, content) == 0
+        assert len(capsys.readouterr().err.splitlines()) == 3 and len(launched) == 1
+
+    def test_an_empty_file_is_no_option(self, launched: list[Any], tmp_path: Path) -> None:
+        assert self.serve(tmp_path, "# nothing\n", "m") == 0
+        assert launched == [(EngineArgs(model="m"), ServerArgs())]
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            ("prot: 1", "serve.yaml: prot: unknown flag --prot, did you mean --port?"),
+            ("port:", "serve.yaml: port: has no value"),
+            ("port: x", "--port"),
+            ("port: true", "serve.yaml: port: --port needs a value"),
+            ("enable-prefix-caching: 5", "enable-prefix-caching: --enable-prefix-caching takes no value"),
+            ("tensor-parallel-size: 2", "serve.yaml: tensor-parallel-size: --tensor-parallel-size must be 1"),
+            ("config: other.yaml", "serve.yaml: config: a file cannot name another one"),
+            ("override-generation-config: 5", "override-generation-config needs a JSON object"),
+            ("override-generation-config: {a: 2020-01-01}", "cannot be written as JSON"),
+            ("- a\n- b", "serve.yaml: must hold names of options"),
+            ("5: a", "serve.yaml: must hold names of options"),
+            ("a: [", "serve.yaml: not readable as YAML"),
+            ("a: !!python/object:os.system x", "serve.yaml: not readable as YAML"),
+            ("a: " + "[" * 5000, "serve.yaml: not readable as YAML"),
+            ("a: \0", "serve.yaml: not readable as YAML"),
+        ],
+    )
+    def test_what_is_wrong_is_named(
+        self, content: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.serve(tmp_path, content, "m") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert problem in line
+
+    @pytest.mark.parametrize(
+        ("argv", "problem"),
+        [
+            (["--config"], "--config needs a value"),
+            (["--config", "none.yaml"], "--config none.yaml: No such file"),
+            (["--config", "none.json"], "--config none.json: must be a .yaml or .yml file"),
+            (["--config", "nul\0.yaml"], "--config"),
+            (["--config", "a.yaml", "--config", "b.yaml"], "--config was given more than once"),
+        ],
+    )
+    def test_wrong_files(self, argv: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert problem in error_line(capsys, "serve", "m", *argv)
+
+
+@pytest.mark.parametrize("wish", ["0", "1"])
+def test_developer_mode_comes_from_the_environment(
+    wish: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", wish)
+    assert cli.run(["serve", "m"]) == 0
+    assert launched[0][1].dev_mode is (wish == "1")
+
+
+def test_a_wrong_developer_mode_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "yes")
+    assert "VLLM_SERVER_DEV_MODE" in error_line(capsys, "serve", "m")
 
 
 @pytest.mark.parametrize("text", ["auto", "-1"])
@@ -441,6 +550,26 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "m", "--uvicorn-log-level", "loud"], "--uvicorn-log-level"),
         (["serve", "m", "--shutdown-timeout", "nan"], "--shutdown-timeout"),
         (["serve", "m", "--api-key", ""], "--api-key"),
+        (["serve", "m", "--root-path", "llm"], "--root-path"),
+        (["serve", "m", "--allowed-origins", "https://a.example"], "--allowed-origins"),
+        (["serve", "m", "--allowed-origins", "[1]"], "--allowed-origins"),
+        (["serve", "m", "--allowed-methods", "[" * 100_000], "--allowed-methods"),
+        (["serve", "m", "--sse-keep-alive-interval", "nan"], "--sse-keep-alive-interval"),
+        (["serve", "m", "--sse-keep-alive-interval", "-1"], "--sse-keep-alive-interval"),
+        (["serve", "m", "--stream-interval", "0"], "--stream-interval"),
+        (["serve", "m", "--fingerprint-mode", "odd"], "--fingerprint-mode"),
+        (["serve", "m", "--fingerprint-mode", "custom"], "--fingerprint-value"),
+        (
+            ["serve", "m", "--default-chat-template-kwargs", '{"tokenize": 1}'],
+            "--default-chat-template-kwargs",
+        ),
+        (["serve", "m", "--default-chat-template-kwargs", "[]"], "--default-chat-template-kwargs"),
+        (["serve", "m", "--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
+        (["serve", "m", "--ssl-certfile", "no-such-file"], "--ssl-certfile no-such-file: No such file"),
+        (["serve", DEMO, "--override-generation-config.temperature", "9"], "--override-generation-config"),
+        (["serve", DEMO, "--override-generation-config.heat", "1"], "--override-generation-config: heat"),
+        (["serve", DEMO, "--max-logprobs", "-2"], "--max-logprobs"),
+        (["serve", DEMO, "--logprobs-mode", "x"], "--logprobs-mode"),
         (["serve", "m", "--chat-template", "no-such-file"], "no-such-file"),
         (["serve", "m", "--chat-template", "nul\0byte"], "--chat-template"),
         (["serve", "m", "--chat-template", "."], "--chat-template"),
