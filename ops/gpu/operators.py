@@ -18,7 +18,7 @@ from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.norm import rms_norm
-from microvllm.ops.gpu.skinny import MAX_GEMV_ROWS, skinny_linear
+from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import max_skinny_rows
 
 if TYPE_CHECKING:
@@ -35,22 +35,23 @@ class GpuOperators:
         self.activation_dtype = dtype
         self.pdl = can_launch_early(device)
         self._attention = attention
+        self._arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
     def embedding(self, weight: Tensor) -> Operator:
         return partial(gather_rows, weight, pdl=self.pdl)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        return GpuProduct(weight, bias, pdl=self.pdl)
+        return GpuProduct(weight, bias, self._arrivals, pdl=self.pdl)
 
     def norm_linear(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return GpuProduct(weight, bias, norm=norm_weight, eps=eps, pdl=self.pdl)
+        return GpuProduct(weight, bias, self._arrivals, norm=norm_weight, eps=eps, pdl=self.pdl)
 
     def norm_gate_up(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return GpuProduct(weight, bias, norm=norm_weight, eps=eps, gated=True, pdl=self.pdl)
+        return GpuProduct(weight, bias, self._arrivals, norm=norm_weight, eps=eps, gated=True, pdl=self.pdl)
 
     def attention(
         self,
@@ -83,6 +84,7 @@ class GpuProduct:
         self,
         weight: Tensor,
         bias: Tensor | None,
+        arrivals: Tensor,
         *,
         norm: Tensor | None = None,
         eps: float = 0.0,
@@ -91,29 +93,27 @@ class GpuProduct:
     ) -> None:
         self._weight, self._bias = weight.contiguous(), bias
         self._norm, self._eps = norm, eps
+        self._arrivals = arrivals
         self._gated = gated
         self._pdl = pdl
         self._max_skinny_rows = max_skinny_rows(*weight.shape)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
-        norm = self._norm
-        few = 0 < x.shape[0] <= self._max_skinny_rows
-        # float16 might not hold x * norm before it is scaled, which is what the tensor cores would be given.
-        separate = not few or (x.shape[0] > MAX_GEMV_ROWS and x.dtype == torch.float16)
-        if norm is not None and separate:
-            x, norm = rms_norm(x, norm, self._eps, pdl=self._pdl), None
-        if few:
+        if 0 < x.shape[0] <= self._max_skinny_rows:
             return skinny_linear(
                 x,
                 self._weight,
+                self._arrivals,
                 self._bias,
-                norm=norm,
+                norm=self._norm,
                 eps=self._eps,
                 residual=residual,
                 gated=self._gated,
                 pdl=self._pdl,
             )
+        if self._norm is not None:
+            x = rms_norm(x, self._norm, self._eps, pdl=self._pdl)
         if residual is None:
             y = linear(x, self._weight, self._bias)
         else:

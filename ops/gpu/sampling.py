@@ -2,7 +2,7 @@
 
 A token is drawn by the Gumbel-max trick (Gumbel, 1954): the largest of logit / temperature + g, where the g
 are independent standard Gumbel numbers, is distributed as softmax(logits / temperature). The g of an entry
-of the vocabulary is a function of (seed, position, entry) alone: word w of Philox-4x32-10 (Salmon et al.,
+of the vocabulary is a function of (seed, position, entry) alone: word w of Philox-4x32-7 (Salmon et al.,
 2011) with the seed as key and (c, position's low half, its high half, 0) as counter, where
 w = entry // 1024 % 4 and c = entry // 4096 * 1024 + entry % 1024.
 """
@@ -20,12 +20,13 @@ NO_TOKEN = -1
 WORDS = 4  # that one Philox gives
 LANE = 1024  # entries between those whose numbers come from one Philox
 _LOWEST = -(1 << 63)
+_STEP = {torch.float32: 1, torch.bfloat16: 1 << 16, torch.float16: 1 << 13}
 
 
 @triton.jit
 def _ordered(value):
-    """float32 -> int32 in the same order; NaN above all."""
-    bits = tl.where(value != value, float("inf"), value).to(tl.int32, bitcast=True)
+    """float32 -> int32 in the same order."""
+    bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -44,19 +45,32 @@ def _gumbel(word):
 
 
 @triton.jit
-def _numbers(seed, position, block, LANE: tl.constexpr):
+def _numbers(seed, position, block, LANE: tl.constexpr, ROUNDS: tl.constexpr = 7):
     """The Gumbel numbers of entries [4 * LANE * block, 4 * LANE * (block + 1)), in four tensors of LANE."""
     counter = (block * LANE + tl.arange(0, LANE)).to(tl.uint32)
-    low = (position & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(counter)
+    position = position.to(tl.uint64)
+    low = position.to(tl.uint32) + tl.zeros_like(counter)
     high = (position >> 32).to(tl.uint32) + tl.zeros_like(counter)
-    a, b, c, d = tl.philox(seed, counter, low, high, tl.zeros_like(counter))
+    a, b, c, d = tl.philox(seed, counter, low, high, tl.zeros_like(counter), ROUNDS)
     return _gumbel(a), _gumbel(b), _gumbel(c), _gumbel(d)
+
+
+@triton.jit
+def _no_nan(value):
+    """float32 with infinity for NaN, so that it is found as the largest."""
+    return tl.where(value != value, float("inf"), value)
 
 
 @triton.jit
 def _rank(score, entry):
     """int64 in the order of the scores; of equal ones the lowest entry is first."""
     return (_ordered(score).to(tl.int64) << 32) | (0x7FFFFFFF - entry).to(tl.int64)
+
+
+@triton.jit
+def _first_of(largest, score, entry):
+    """The lowest of the entries with the largest score, [n] each."""
+    return tl.min(tl.where(score == largest, entry, 0x7FFFFFFF), 0)
 
 
 @triton.jit
@@ -106,9 +120,13 @@ def _best_kernel(
         ga, gb, gc, gd = _numbers(tl.load(seeds + row), tl.load(positions + i), block, LANE)
         a, b = a / temperature + ga, b / temperature + gb
         c, d = c / temperature + gc, d / temperature + gd
-    ab = tl.maximum(_rank(a, entry), _rank(b, entry + LANE))
-    cd = tl.maximum(_rank(c, entry + 2 * LANE), _rank(d, entry + 3 * LANE))
-    tl.atomic_max(best + i, tl.max(tl.maximum(ab, cd), 0))
+    a, b, c, d = _no_nan(a), _no_nan(b), _no_nan(c), _no_nan(d)
+    largest = tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), 0)
+    first = _first_of(largest, a, entry)
+    first = tl.minimum(first, _first_of(largest, b, entry + LANE))
+    first = tl.minimum(first, _first_of(largest, c, entry + 2 * LANE))
+    first = tl.minimum(first, _first_of(largest, d, entry + 3 * LANE))
+    tl.atomic_max(best + i, _rank(largest, first))
     if tl.atomic_add(arrivals + i, 1) == tl.num_programs(1) - 1:
         # The last one: nobody else touches this row any more, so it can be made ready for the next step.
         winner = tl.atomic_xchg(best + i, -9223372036854775808)
@@ -121,13 +139,20 @@ def _weigh(logits, threshold, top, temperature, VOCAB: tl.constexpr, BLOCK: tl.c
     """Of the entries from `threshold` on: their number, and the sum of exp((logit - top) / temperature)."""
     count = tl.zeros((BLOCK,), tl.int32)
     mass = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in tl.range(0, VOCAB, BLOCK, num_stages=4):
         entry = start + tl.arange(0, BLOCK)
         value = tl.load(logits + entry, entry < VOCAB, float("-inf")).to(tl.float32)
         taken = (value >= threshold) & (entry < VOCAB)
         count += taken.to(tl.int32)
         mass += tl.where(taken, tl.exp((value - top) / temperature), 0.0)
     return tl.sum(count, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def _between(low, high, top, temperature):
+    """Where to look next in [low, high): the middle, or while there is no low yet, farther and farther down."""
+    down = high - tl.maximum(2.0 * (top - high), 16.0 * temperature)
+    return tl.where(low == float("-inf"), down, low + (high - low) * 0.5)
 
 
 @triton.jit
@@ -144,13 +169,14 @@ def _filter_kernel(
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     LANE: tl.constexpr,
+    STEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: one row. Draws again where the row has a filter; its token so far is the argmax.
 
     The entries that a filter keeps are those above a threshold and, of those at the threshold, the first
-    few. Bisection over all float32 values finds it: [low, high) holds the threshold, until nothing or one
-    entry, or one value, is left in between.
+    few. Bisection finds it: [low, high) holds the threshold, until one entry or one value is left there.
+    Values are STEP apart at least, in the numbers of `_ordered`.
     """
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
@@ -179,8 +205,9 @@ def _filter_kernel(
                 wanted = top_k.to(tl.float32)
             if active:
                 high, high_count, high_mass = _ordered(top) + 1, low_count * 0, low_mass * 0.0
-                while (low_count - high_count > 1) & (high.to(tl.int64) - low.to(tl.int64) > 1):
-                    middle = ((low.to(tl.int64) + high.to(tl.int64)) >> 1).to(tl.int32)
+                while (low_count - high_count > 1) & (high.to(tl.int64) - low.to(tl.int64) > STEP):
+                    middle = _ordered(_between(_unordered(low), _unordered(high), top, temperature))
+                    middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
                     count, mass = _weigh(logits, _unordered(middle), top, temperature, VOCAB, BLOCK)
                     enough = mass >= wanted if by_mass else count >= top_k
                     if enough:
@@ -282,6 +309,7 @@ class TokenSampler:
                 VOCAB=vocab,
                 BLOCK=8 * LANE,
                 LANE=LANE,
+                STEP=_STEP[logits.dtype],
                 num_warps=16,
                 **self._options,
             )

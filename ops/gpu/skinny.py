@@ -1,8 +1,8 @@
 """Products of up to MAX_ROWS rows with a weight: bound by the weight's bytes, which are read once.
 
-Up to `gemv.MAX_ROWS` rows by `gemv`, above by tensor cores, whose tile is padded to 16 rows or more. The
-norm needs no pass of its own: x times the norm's weight goes into the product, the sum of squares is taken
-beside it, and the product's result is scaled at the end.
+Up to `gemv.MAX_ROWS` rows by `gemv`; above by tensor cores, whose tile is padded to 16 rows or more. There
+the sums over k may be split among programs, so that a narrow weight fills the device, too: each leaves its
+part, and the one that comes last adds them up, always in the same order.
 """
 
 from __future__ import annotations
@@ -16,20 +16,40 @@ from microvllm.ops.gpu.activation import swiglu
 from microvllm.ops.gpu.gemv import MAX_ROWS as MAX_GEMV_ROWS
 from microvllm.ops.gpu.gemv import gemv
 from microvllm.ops.gpu.launch import follow, launch_options
+from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.tiling import Tiling, gemv_tiling, skinny_tiling
 
 MAX_ROWS = 64  # of x
+MAX_SPLIT_TILES = 1024  # of block_n columns of a result whose sums are split
 
 
 @triton.jit
-def _x_tile(x, norm, m, k, squares, M, K: tl.constexpr, NORM: tl.constexpr):
-    """x[m, k], times the norm's weight if NORM, in x's dtype; and `squares` with those of x[m, k] added."""
-    tile = tl.load(x + m[:, None] * K + k[None, :], (m < M)[:, None] & (k < K)[None, :], 0.0)
-    if NORM:
-        wide = tile.to(tl.float32)
-        squares += wide * wide
-        tile = (wide * tl.load(norm + k, k < K, 0.0).to(tl.float32)[None, :]).to(tile.dtype)
-    return tile, squares
+def _add_parts(part, stride, SPLITS: tl.constexpr):
+    """part: pointers to a program's first part; the others are `stride` apart."""
+    # Past the L1 cache, which other multiprocessors do not write through.
+    total = tl.load(part, cache_modifier=".cg")
+    for split in range(1, SPLITS):
+        total += tl.load(part + split * stride, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _finish(
+    y, sums, up_sums, m, n, bias, residual, M, N: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """y[m, n] from the complete sums."""
+    if BIAS:
+        sums += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
+    if GATED:
+        if BIAS:
+            up_sums += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)[None, :]
+        sums = swiglu(sums, up_sums)
+    at = m[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if RESIDUAL:
+        sums += tl.load(residual + at, inside, 0.0).to(tl.float32)
+    tl.store(y + at, sums, inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -37,68 +57,81 @@ def _skinny_kernel(
     y,
     x,
     weight,
-    norm,
     bias,
     residual,
-    eps,
+    parts,
+    arrivals,
     M,
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: BLOCK_N columns of y: as many rows of the weight and, if GATED, of its second half."""
+    """Program: BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
+
+    That is as many rows of the weight and, if GATED, of its second half.
+    """
+    tile_id, split = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    n = tile_id * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = split * SPLIT_K + tl.arange(0, BLOCK_K)
     here = (n < N)[None, :]
     tile_at = weight + n.to(tl.int64)[None, :] * K + k[:, None]
+    x_at = x + m[:, None] * K + k[None, :]
     # The first tile of the weight is loaded before x is known.
     tile = tl.load(tile_at, here & (k < K)[:, None], 0.0)
+    up_tile = tile
     if GATED:
         up_tile = tl.load(tile_at + N * K, here & (k < K)[:, None], 0.0)
     follow(PDL)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    x_tile, squares = _x_tile(x, norm, m, k, squares, M, K, NORM)
+    x_tile = tl.load(x_at, (m < M)[:, None] & (k < K)[None, :], 0.0)
     sums = tl.dot(x_tile, tile, input_precision="ieee")
+    up_sums = sums
     if GATED:
         up_sums = tl.dot(x_tile, up_tile, input_precision="ieee")
-    for start in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(BLOCK_K, SPLIT_K, BLOCK_K, num_stages=STAGES):
         inside = here & (start + k < K)[:, None]
-        x_tile, squares = _x_tile(x, norm, m, start + k, squares, M, K, NORM)
+        x_tile = tl.load(x_at + start, (m < M)[:, None] & (start + k < K)[None, :], 0.0)
         tile = tl.load(tile_at + start, inside, 0.0)
         sums = tl.dot(x_tile, tile, sums, input_precision="ieee")
         if GATED:
             up_tile = tl.load(tile_at + N * K + start, inside, 0.0)
             up_sums = tl.dot(x_tile, up_tile, up_sums, input_precision="ieee")
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
-        sums *= scale
+    if SPLITS == 1:
+        _finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+    else:
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        stride = tl.num_programs(0) * size * (2 if GATED else 1)
+        part = (
+            parts
+            + tile_id * size * (2 if GATED else 1)
+            + m[:, None] * BLOCK_N
+            + tl.arange(0, BLOCK_N)[None, :]
+        )
+        tl.store(part + split * stride, sums)
         if GATED:
-            up_sums *= scale
-    if BIAS:
-        sums += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
-        if GATED:
-            up_sums += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)[None, :]
-    if GATED:
-        sums = swiglu(sums, up_sums)
-    at = m[:, None] * N + n[None, :]
-    inside = (m < M)[:, None] & here
-    if RESIDUAL:
-        sums += tl.load(residual + at, inside, 0.0).to(tl.float32)
-    tl.store(y + at, sums, inside)
+            tl.store(part + split * stride + size, up_sums)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrivals + tile_id, 1) == SPLITS - 1:
+            tl.atomic_xchg(arrivals + tile_id, 0)
+            sums = _add_parts(part, stride, SPLITS)
+            if GATED:
+                up_sums = _add_parts(part + size, stride, SPLITS)
+            _finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
 
 
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
+    arrivals: Tensor,
     bias: Tensor | None = None,
     *,
     norm: Tensor | None = None,
@@ -112,34 +145,45 @@ def skinny_linear(
 
     x: [m, k], 1 <= m <= MAX_ROWS; weight: [n, k], or [2 * n, k] (gate before up) if `gated`, which makes act
     SwiGLU; bias: one number a row of the weight; norm: [k], the weight of an RMSNorm; residual: [m, n].
-    All contiguous and of one dtype. -> [m, n].
-    More than `gemv.MAX_ROWS` rows with a norm: x * norm is rounded to x's dtype before its scale is known,
-    and a float16 may not hold it.
+    All contiguous and of one dtype. arrivals: [MAX_SPLIT_TILES] int32 zeros, and zeros again afterwards; for
+    one call at a time. -> [m, n].
     """
     m, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
+    # Each program would normalise all rows for itself, which costs nothing with one row, but soon more than
+    # a kernel of its own.
+    if norm is not None and m > 1:
+        x, norm = rms_norm(x, norm, eps, pdl=pdl), None
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m <= MAX_GEMV_ROWS:
-        tiling = tiling or gemv_tiling(m, n, k, gated=gated)
+        tiling = tiling or gemv_tiling(m, n, k, gated=gated, norm=norm is not None)
         gemv(y, x, weight, bias, norm, eps, residual, tiling, gated=gated, pdl=pdl)
         return y
     tiling = tiling or skinny_tiling(m, n, k, gated=gated)
-    _skinny_kernel[(triton.cdiv(n, tiling.block_n),)](
+    block_m = max(16, triton.next_power_of_2(m))
+    split_k = triton.cdiv(triton.cdiv(k, tiling.block_k), tiling.splits) * tiling.block_k
+    splits, tiles = triton.cdiv(k, split_k), triton.cdiv(n, tiling.block_n)
+    parts = None
+    if splits > 1:
+        shape = (splits, tiles, 2 if gated else 1, block_m, tiling.block_n)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _skinny_kernel[(tiles, splits)](
         y,
         x,
         weight,
-        norm,
         bias,
         residual,
-        eps,
+        parts,
+        arrivals,
         m,
         N=n,
         K=k,
-        BLOCK_M=max(16, triton.next_power_of_2(m)),
+        BLOCK_M=block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
+        SPLIT_K=split_k,
+        SPLITS=splits,
         STAGES=tiling.stages,
-        NORM=norm is not None,
         GATED=gated,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,

@@ -2,8 +2,8 @@
 
     python scripts/gpu/check_ops.py [--tune] [--out FOLDER]
 
-Everything is timed inside CUDA graphs, over copies of the inputs that together do not fit the L2 cache, and
-the median of the replays is shown. Correctness is tests/test_triton_ops.py's matter, which runs on a GPU, too.
+Everything is timed inside CUDA graphs, over copies of the inputs that together do not fit the L2 cache; the
+median of the replays is shown. Correctness is tests/test_triton_ops.py's matter, which runs on a GPU, too.
 `--tune` tries many tilings for each product and writes all times to FOLDER/tune.json.
 """
 
@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import TokenSampler
-from microvllm.ops.gpu.skinny import skinny_linear
+from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import Tiling
 
 DEVICE = torch.device("cuda")
@@ -107,13 +108,15 @@ def candidates(m: int, product: Product) -> list[Tiling]:
         wishes += [(2, 2048, 8), (4, 2048, 8)]
         most = 16 // m // (2 if gated else 1)
         return [Tiling(*wish) for wish in wishes if wish[0] <= max(most, 2) and wish[1] < 2 * k]
-    # A program's result is [m or 16, block_n]; what is in flight is stages * (block_n + m) * block_k * 2 bytes.
-    wishes = [(16, 128), (16, 256), (32, 128), (32, 256), (64, 64), (64, 128)]
+    # What is in flight is stages * (block_n + m) * block_k * 2 bytes.
     found = []
-    for (block_n, block_k), stages in itertools.product(wishes, (3, 5)):
-        taken = stages * block_k * 2 * (block_n * (2 if gated else 1) + max(m, 16))
-        if 40_000 < taken < 110_000:
-            found.append(Tiling(block_n, block_k, 4, stages))
+    for (block_n, block_k, stages), per_sm in itertools.product(
+        ((16, 256, 3), (32, 128, 4), (32, 256, 3), (64, 128, 3), (64, 64, 5)), (1, 2, 4)
+    ):
+        splits = max(1, per_sm * 132 // -(-n // block_n))
+        tiling = Tiling(block_n, block_k, 4, stages, splits)
+        if tiling not in found and splits * block_k <= k:
+            found.append(tiling)
     return found
 
 
@@ -122,11 +125,13 @@ def run_product(
 ) -> list[Callable[[], object]]:
     n, k, gated, norm, residual = product
     x, gamma, added = normal(m, k), normal(k), normal(m, n)
+    arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
 
     def call(weight: Tensor) -> Callable[[], object]:
         return lambda: skinny_linear(
             x,
             weight,
+            arrivals,
             norm=gamma if norm else None,
             eps=1e-6,
             residual=added if residual else None,
@@ -176,17 +181,17 @@ def tune(models: list[str], rows: list[int], out: Path, seconds: float) -> None:
             n, k, gated, _, _ = product
             weights = rotated(lambda n=n, k=k, gated=gated: normal(2 * n if gated else n, k), 12)
             x = normal(m, k)
-            plain = graph_ms([lambda w=w: torch.mm(x, w.t()) for w in weights]) / len(weights) * 1e3
+            plain = graph_ms([partial(torch.mm, x, w.t()) for w in weights]) / len(weights) * 1e3
             times = []
             for tiling in candidates(m, product):
                 if (16 if m == 8 else m, product, tiling) not in good:
                     continue
                 us = graph_ms(run_product(m, product, tiling, weights), 5) / len(weights) * 1e3
-                times.append((us, tiling.block_n, tiling.block_k, tiling.warps, tiling.stages))
+                times.append((us, tiling.block_n, tiling.block_k, tiling.warps, tiling.stages, tiling.splits))
             times.sort()
             gigabytes = weights[0].nbytes / 1e9
             results.append([model, name, m, product, plain, times])
-            best = " ".join(f"{t[0]:.2f}:{t[1]}x{t[2]}w{t[3]}s{t[4]}" for t in times[:3])
+            best = " ".join(f"{t[0]:.2f}:{t[1]}x{t[2]}w{t[3]}s{t[4]}/{t[5]}" for t in times[:3])
             rate = gigabytes / times[0][0] * 1e3
             print(f"{model[:10]} {name:7} m={m:<2} mm {plain:6.2f} us  {rate:.2f} TB/s  {best}", flush=True)
             (out / "tune.json").write_text(json.dumps(results))
@@ -237,17 +242,16 @@ def time_step(model: str, rows: list[int]) -> None:
             f" {read / b / 1e9:.2f} TB/s",
             flush=True,
         )
-    del layers
     torch.cuda.empty_cache()
 
 
 def time_others() -> None:
     for n, d in ((1, 1024), (64, 3584), (2048, 3584)):
         xs, gamma = rotated(lambda n=n, d=d: normal(n, d)), normal(d)
-        us = graph_ms([lambda x=x: rms_norm(x, gamma, 1e-6, pdl=True) for x in xs]) / len(xs) * 1e3
+        us = graph_ms([partial(rms_norm, x, gamma, 1e-6, pdl=True) for x in xs]) / len(xs) * 1e3
         print(f"rms_norm {n} x {d}: {us:.2f} us {2 * xs[0].nbytes / us / 1e6:.2f} TB/s", flush=True)
         xs = rotated(lambda n=n, d=d: normal(n, 6 * d))
-        us = graph_ms([lambda x=x: silu_and_mul(x, pdl=True) for x in xs]) / len(xs) * 1e3
+        us = graph_ms([partial(silu_and_mul, x, pdl=True) for x in xs]) / len(xs) * 1e3
         print(f"silu_and_mul {n} x {6 * d}: {us:.2f} us {1.5 * xs[0].nbytes / us / 1e6:.2f} TB/s", flush=True)
 
 
@@ -273,10 +277,10 @@ def time_sampling() -> None:
                 "seed": rows * 7919,
             }
             filters = k > 0 or p < 1
-            calls = [lambda x=x, f=filters, a=tables: sampler(x, rows, rows, filters=f, **a) for x in logits]
+            calls = [partial(sampler, x, rows, rows, filters=filters, **tables) for x in logits]
             us = graph_ms(calls) / len(calls) * 1e3
             line += f"  {name} {us:.1f} us ({logits[0].nbytes / us / 1e6:.2f} TB/s)"
-        argmax = graph_ms([lambda x=x: x.argmax(-1) for x in logits]) / len(logits) * 1e3
+        argmax = graph_ms([partial(torch.argmax, x, -1) for x in logits]) / len(logits) * 1e3
         print(f"{line}  torch.argmax {argmax:.1f} us", flush=True)
 
 
