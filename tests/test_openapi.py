@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -70,6 +71,13 @@ def test_every_row_of_the_tables_is_in_it(table: Any) -> None:
             assert properties[name]["enum"] == [None, *row.harmless]
         elif row.fate is Fate.HONOURED:
             assert "description" not in properties[name] or "ignored" not in properties[name]["description"]
+
+
+@pytest.mark.parametrize("table", [COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE])
+def test_the_manual_names_what_is_ignored_and_refused(table: Any) -> None:
+    manual = (Path(__file__).parent.parent / "docs" / "http.md").read_text("utf-8")
+    for name, row in table.items():
+        assert row.fate is Fate.HONOURED or f"`{name}`" in manual, name
 
 
 def borders() -> Iterator[tuple[str, str, Any, bool]]:
