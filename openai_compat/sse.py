@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -32,7 +33,8 @@ DONE = b"data: [DONE]\n\n"
 class StreamOptions:
     """Which chunks carry token counts: a last one of its own, and with `continuous` all of them.
 
-    `interval` is the number of tokens a chunk; `details` and `metrics` say more in the last chunk.
+    `interval` is the number of tokens a chunk; `details` and `metrics` say more in the last chunk. `slow`
+    chunks are those with the log probabilities of a prompt or of a whole vocabulary.
     """
 
     include_usage: bool
@@ -40,18 +42,22 @@ class StreamOptions:
     interval: int
     details: bool
     metrics: bool
+    slow: bool
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], args: ServerArgs) -> StreamOptions:
         options = fields["stream_options"] or {}
         forced = args.enable_force_include_usage
         include = forced or options.get("include_usage", False)
+        scored = fields["logprobs"] is not None and fields["logprobs"] is not False
+        whole_vocabulary = -1 in (fields["logprobs"], fields.get("top_logprobs"))
         return cls(
             include_usage=include,
             continuous=include and (forced or options.get("continuous_usage_stats", False)),
             interval=max(fields["stream_interval"] or 1, args.stream_interval),
             details=args.enable_prompt_tokens_details,
             metrics=args.enable_per_request_metrics,
+            slow=scored and (fields["echo"] or whole_vocabulary),
         )
 
 
@@ -94,7 +100,10 @@ async def event_chunks(
                 usage = b""
                 if options.continuous:
                     usage = b',"usage":' + stream_usage(len(streams[index].prompt_token_ids), counts[index])
-                yield writer.chunk(index, delta, usage)
+                if options.slow:  # a thread lets other requests in between
+                    yield await asyncio.to_thread(writer.chunk, index, delta, usage)
+                else:
+                    yield writer.chunk(index, delta, usage)
         if options.include_usage:
             cached = generation.cached_tokens if options.details else None
             times = generation.metrics(sum(counts)) if options.metrics else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 from fake_client import BOS, EOS, IMPOSSIBLE, VOCAB_SIZE, FakeClient, score
 from http_tools import events, in_process
 
+from microvllm.openai_compat.chat_chunks import ChatChunks
+from microvllm.openai_compat.completion_chunks import CompletionChunks
 from microvllm.openai_compat.logprobs import LOWEST, Speller, finite
 from microvllm.runtime.request import TokenLogprobs
 
@@ -285,6 +288,36 @@ async def test_a_stream_may_ask_for_the_prompts_own() -> None:
     """vLLM refuses only what it would have to leave out: 0 is let through."""
     for path in PATHS:
         assert (await ask(path, prompt_logprobs=0, stream=True))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "slow"),
+    [
+        (COMPLETIONS, {}, False),
+        (COMPLETIONS, {"echo": True}, False),
+        (COMPLETIONS, {"logprobs": 5}, False),
+        (COMPLETIONS, {"logprobs": 0, "echo": True}, True),
+        (COMPLETIONS, {"logprobs": -1}, True),
+        (CHAT, {"logprobs": True, "top_logprobs": 5}, False),
+        (CHAT, {"logprobs": True, "top_logprobs": -1}, True),
+    ],
+)
+async def test_chunks_of_many_numbers_are_made_in_a_thread(
+    path: str, body: dict[str, Any], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take long enough for every other stream to notice."""
+    threads = []
+    for chunks in (CompletionChunks, ChatChunks):
+
+        def chunk(*args: Any, made: Any = chunks.chunk) -> bytes:
+            threads.append(threading.current_thread())
+            return bytes(made(*args))
+
+        monkeypatch.setattr(chunks, "chunk", chunk)
+    async with in_process(FakeClient(max_logprobs=-1)) as http:
+        await http.post(path, json={**PATHS[path], **BASE, **body, "stream": True})
+    assert len(threads) == 12
+    assert all((thread is not threading.current_thread()) == slow for thread in threads)
 
 
 # ---- spelling -------------------------------------------------------------------------------------
