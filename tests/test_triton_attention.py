@@ -71,8 +71,7 @@ def test_a_mixed_step(shape: str, with_norms: bool, dtype: torch.dtype) -> None:
     check(Case(SHAPES[shape], 16, decodes, segments, dtype, with_norms=with_norms), TILES_OF_16, layer=1)
 
 
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("tile", [16, 32])
+@pytest.mark.parametrize(("tile", "block_size"), [(16, 64), (32, 16)])
 def test_tiles_and_blocks_of_any_ratio(tile: int, block_size: int) -> None:
     case = Case(AttentionShape(1, 2, 1, 16), block_size, [130, 65], [(2, 70)], torch.float32)
     check(case, DecodeTiling(tile, 2, 4, 2))

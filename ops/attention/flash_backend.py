@@ -63,7 +63,9 @@ class FlashAttention:
         self.shape = shape
         self.norms = qk_norms
         self.num_blocks = num_blocks
-        self.angles = RotaryAngles.up_to(max_position, inv_freq)
+        # A decode call wants angles for all that its block table could hold.
+        self.max_blocks = -(-max_position // block_size)
+        self.angles = RotaryAngles.up_to(self.max_blocks * block_size, inv_freq)
         self.cos, self.sin = self.angles.cos.to(dtype), self.angles.sin.to(dtype)
         # Zeroed: a padding row reads what nobody wrote.
         self.cache = torch.zeros(
@@ -104,7 +106,7 @@ class FlashStep:
             lens = batch.decode_lens.int()
             # A padding row gets a first token in the block that is nobody's.
             self._cached_lens = (lens - 1).clamp_(min=0)
-            blocks = batch.decode_blocks.int()
+            blocks = batch.decode_blocks[:, : backend.max_blocks].int()
             self._blocks = blocks.masked_fill((lens == 0).unsqueeze(1), backend.num_blocks)
             self._splits = backend.num_splits(batch.num_decodes, blocks.shape[1])
         if batch.num_decodes < batch.positions.shape[0]:

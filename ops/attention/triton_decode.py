@@ -26,7 +26,9 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.rope_cache import RotaryAngles, load_rotated
 
 LOG2_E = 1.4426950408889634
+REGISTERS_OF_SM = 65536
 MIN_DOT_ROWS = 16  # of a tensor core's tile
+MAX_PARTS = 32  # of a unit, on average: more would take longer to merge than they save
 SEARCH = 512  # sequences looked at at once where a program looks for its first
 
 
@@ -91,33 +93,33 @@ def _merge(
     BLOCK_GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
+    MERGED_AT_ONCE: tl.constexpr,
 ):
-    """Combine the parts that programs first ... last wrote for one unit, CHUNK parts at a time."""
+    """Combine the parts that programs first ... last wrote for one unit.
+
+    Every thread keeps its elements and takes the parts one by one, so that threads exchange nothing; the
+    loads of MERGED_AT_ONCE parts are under way together.
+    """
     rows = tl.arange(0, BLOCK_GROUP)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < GROUP)[:, None] & (d < D)[None, :]
     highest = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
     weight_sum = tl.zeros([BLOCK_GROUP], tl.float32)
     total = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
-    for start in range(first, last + 1, CHUNK):
-        program = start + tl.arange(0, CHUNK)
-        part = 2 * program + (program == first).to(tl.int32)
-        written = (program <= last)[:, None] & (rows < GROUP)[None, :]
-        at = part[:, None] * GROUP + rows[None, :]
-        lse = tl.load(partial_lse + at, written, -float("inf"))
-        values = tl.load(
-            partial + at[:, :, None] * D + d[None, None, :], written[:, :, None] & (d < D)[None, None, :], 0.0
-        )
-        higher = tl.maximum(highest, tl.max(lse, 0))
-        # Rows beyond the group have no part, and must not become NaN.
-        higher = tl.where(rows < GROUP, higher, 0.0)
-        weights = tl.exp2(lse - higher[None, :])
-        kept = tl.exp2(highest - higher)
-        weight_sum = weight_sum * kept + tl.sum(weights, 0)
-        total = total * kept[:, None] + tl.sum(values * weights[:, :, None], 0)
-        highest = higher
-    weight_sum = tl.where(rows < GROUP, weight_sum, 1.0)
+    for start in range(first, last + 1, MERGED_AT_ONCE):
+        for i in tl.static_range(MERGED_AT_ONCE):
+            program = start + i
+            # Rows beyond the group repeat its last one, so that they are no NaN.
+            at = (2 * program + (program == first).to(tl.int32)) * GROUP + tl.minimum(rows, GROUP - 1)
+            written = program <= last
+            lse = tl.load(partial_lse + at, written, -float("inf"))
+            values = tl.load(partial + at[:, None] * D + d[None, :], inside & written, 0.0)
+            # The first part is always there, so this is finite in every row of the group.
+            higher = tl.maximum(highest, lse)
+            kept, weight = tl.exp2(highest - higher), tl.exp2(lse - higher)
+            weight_sum = weight_sum * kept + weight
+            total = total * kept[:, None] + values * weight[:, None]
+            highest = higher
     tl.store(out + rows[:, None] * D + d[None, :], total / weight_sum[:, None], inside)
 
 
@@ -148,7 +150,8 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    MERGED_AT_ONCE: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -161,7 +164,7 @@ def _decode_kernel(
     follow(PDL)
     program = tl.program_id(0)
     total = tl.load(tile_ends + num_seqs - 1)
-    programs = tl.minimum(tl.num_programs(0), total)
+    programs = tl.minimum(tl.minimum(tl.num_programs(0), total), num_seqs * KV_HEADS * MAX_PARTS)
     if program >= programs:
         return
     tile = (program.to(tl.int64) * total // programs).to(tl.int32)
@@ -268,7 +271,9 @@ def _decode_kernel(
             arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
             if arrived == last - first:
                 tl.store(arrivals + first, 0)  # as the next layer needs it
-                _merge(result, partial, partial_lse, first, last, GROUP, BLOCK_GROUP, D, BLOCK_D, CHUNK)
+                _merge(
+                    result, partial, partial_lse, first, last, GROUP, BLOCK_GROUP, D, BLOCK_D, MERGED_AT_ONCE
+                )
         seq += (stop == seq_end).to(tl.int32)
         tile = stop
 
@@ -277,7 +282,8 @@ def _decode_kernel(
 class DecodeTiling:
     """How the work is cut: tokens a tile, stages of the loop over tiles, warps a program, programs an SM.
 
-    Triton gives every second stage to the look-up in the block table: 5 stages keep two tiles in flight.
+    Triton gives every second stage to the look-up in the block table: 3 stages keep one tile in flight
+    while another is computed, 5 stages two.
     """
 
     tile: int
@@ -287,9 +293,14 @@ class DecodeTiling:
 
     @staticmethod
     def measured(dim: int, dtype: torch.dtype) -> DecodeTiling:
-        """Tiles of 16 KiB of keys; the rest is what was fastest on an H100."""
+        """Tiles of 16 KiB of keys; the rest is what was fastest on an H100 for heads of 128 in bf16."""
         row = triton.next_power_of_2(dim) * dtype.itemsize
-        return DecodeTiling(max(16, min(128, 16384 // row)), 5, 4, 3)
+        return DecodeTiling(max(16, min(128, 16384 // row)), 3, 4, 3)
+
+    @property
+    def max_registers(self) -> int:
+        """A thread's share, so that as many programs as are launched for an SM find room on it."""
+        return min(255, REGISTERS_OF_SM // (self.programs_per_sm * self.warps * 32) // 8 * 8)
 
 
 class DecodeWorkspace:
@@ -379,7 +390,8 @@ def decode_attention(
         BLOCK_D=block_dim,
         ROWS=max(MIN_DOT_ROWS, block_group),
         BLOCK_GROUP=block_group,
-        CHUNK=max(1, 4096 // (block_group * block_dim)),  # 32 registers a thread
+        MERGED_AT_ONCE=max(1, min(8, 8192 // (block_group * block_dim))),  # 64 registers a thread
+        MAX_PARTS=MAX_PARTS,
         PAGE=keys.shape[2],
         TILE=tiling.tile,
         WINDOW=shape.window or 0,
@@ -387,5 +399,6 @@ def decode_attention(
         NORM=norms is not None,
         SEARCH=SEARCH,
         num_warps=tiling.warps,
+        maxnreg=tiling.max_registers,
         **launch_options(pdl),
     )

@@ -161,7 +161,7 @@ class PrefillTiling:
         row = triton.next_power_of_2(dim) * dtype.itemsize
         if row > 256:
             return PrefillTiling(max(32, triton.next_power_of_2(group)), max(16, 16384 // row), 2, 4)
-        return PrefillTiling(max(128, triton.next_power_of_2(group)), 64, 3, 8)
+        return PrefillTiling(max(64, triton.next_power_of_2(group)), 64, 5, 4)
 
 
 def prefill_attention(

@@ -26,36 +26,51 @@ from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, Seg
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.attention.triton_prefill import PrefillTiling
 
 MODELS = {"28/4x128": AttentionShape(1, 28, 4, 128), "16/8x128 norms": AttentionShape(1, 16, 8, 128)}
-WORK = [(1, 600), (35, 600), (64, 850), (256, 850), (8, 8000)]  # sequences, tokens of context
+WORK = [
+    (1, 64),
+    (1, 600),
+    (1, 8000),
+    (35, 600),
+    (64, 850),
+    (256, 850),
+    (8, 8000),
+]  # sequences, tokens of context
 PREFILL = [(1, 512), (8, 1024), (1, 8192)]  # segments, new tokens of each
 TILINGS = {
-    "64x5 4w 3p": DecodeTiling(64, 5, 4, 3),
-    "64x5 4w 2p": DecodeTiling(64, 5, 4, 2),
-    "64x7 4w 2p": DecodeTiling(64, 7, 4, 2),
     "64x3 4w 3p": DecodeTiling(64, 3, 4, 3),
+    "64x3 4w 4p": DecodeTiling(64, 3, 4, 4),
+    "64x5 4w 2p": DecodeTiling(64, 5, 4, 2),
     "32x5 4w 3p": DecodeTiling(32, 5, 4, 3),
-    "32x7 4w 3p": DecodeTiling(32, 7, 4, 3),
     "128x5 8w 1p": DecodeTiling(128, 5, 8, 1),
 }
+PREFILL_TILINGS = {
+    "64x64x3 4w": PrefillTiling(64, 64, 3, 4),
+    "64x64x5 4w": PrefillTiling(64, 64, 5, 4),
+    "128x64x5 8w": PrefillTiling(128, 64, 5, 8),
+}
 CACHE_BYTES = 256 << 20  # of keys and values behind one graph: five times an H100's second-level cache
+MAX_POSITION = 32768  # block tables are as wide as the longest sequence that a server may meet
 REPLAYS = 25
 DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to attend: "flash" or "triton", and for the latter its block size, tiling and launches."""
+    """One way to attend: "flash" or "triton", the block size, and what else may differ."""
 
     backend: str
     block: int
     tiling: str | None = None
     pdl: bool = True
+    own_splits: bool = True
 
     @property
     def name(self) -> str:
-        parts = [self.backend, f"b{self.block}", self.tiling, None if self.pdl else "no pdl"]
+        parts = [self.backend, f"b{self.block}", self.tiling]
+        parts += ["no pdl"] * (not self.pdl) + ["its own splits"] * (not self.own_splits)
         return " ".join(part for part in parts if part)
 
 
@@ -63,9 +78,10 @@ def variants(with_tilings: bool) -> list[Variant]:
     found = [Variant("triton", 64), Variant("triton", 64, pdl=False), Variant("triton", 16)]
     found.append(Variant("triton", 256))
     if with_tilings:
-        found += [Variant("triton", 64, name) for name in TILINGS]
+        found += [Variant("triton", 64, name) for name in (*TILINGS, *PREFILL_TILINGS)]
     if importlib.util.find_spec("flash_attn"):
         found.insert(0, Variant("flash", 256, pdl=False))
+        found.insert(1, Variant("flash", 256, pdl=False, own_splits=False))
     return found
 
 
@@ -77,11 +93,19 @@ def make_backend(
         weight = torch.ones(shape.head_dim, dtype=DTYPE, device=device)
         norms = QKNorms(((weight, weight),) * 1000, 1e-6)
     inv_freq = 1e6 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    arguments = (shape, 1, variant.block, inv_freq, 8192 + 1, DTYPE, norms)
+    arguments = (shape, 1, variant.block, inv_freq, MAX_POSITION, DTYPE, norms)
     if variant.backend == "flash":
-        return FlashAttention(*arguments)
-    tiling = TILINGS[variant.tiling] if variant.tiling else None
-    return TritonAttention(*arguments, pdl=variant.pdl, decode_tiling=tiling)
+        flash = FlashAttention(*arguments)
+        if not variant.own_splits:
+            flash.num_splits = lambda *_: 0
+        return flash
+    name = variant.tiling or ""
+    return TritonAttention(
+        *arguments,
+        pdl=variant.pdl,
+        decode_tiling=TILINGS.get(name),
+        prefill_tiling=PREFILL_TILINGS.get(name),
+    )
 
 
 def put_cache(
@@ -109,8 +133,7 @@ def decode_batch(
         torch.full((sequences,), last, dtype=torch.int32, device=device),
         table[:, last // block] * block + last % block,
         sequences,
-        # As wide as the longest sequence that a server may meet.
-        torch.nn.functional.pad(table, (0, 32768 // block - blocks_each)),
+        torch.nn.functional.pad(table, (0, MAX_POSITION // block - blocks_each)),
         torch.full((sequences,), context, dtype=torch.int32, device=device),
         (),
     )
@@ -150,12 +173,17 @@ def seconds_a_call(calls: Callable[[], None], count: int) -> float:
     return statistics.median(times)
 
 
+def layers_for(shape: AttentionShape, sequences: int, context: int) -> int:
+    """How many layers a graph goes through, so that none finds its keys in the second-level cache."""
+    layer_bytes = 2 * shape.num_kv_heads * shape.head_dim * DTYPE.itemsize * sequences * context
+    return min(200, max(8, -(-CACHE_BYTES // layer_bytes)))
+
+
 def time_decode(
     variant: Variant, shape: AttentionShape, sequences: int, context: int, random: Tensor
 ) -> float:
     device = random.device
-    token_bytes = 2 * shape.num_kv_heads * shape.head_dim * DTYPE.itemsize
-    layers = min(200, max(8, -(-CACHE_BYTES // (sequences * context * token_bytes))))
+    layers = layers_for(shape, sequences, context)
     num_blocks = sequences * -(-context // variant.block)
     backend = make_backend(variant, shape, device)
     put_cache(backend, random, layers, num_blocks, variant.block)
@@ -196,10 +224,12 @@ def warm(arguments: list[str]) -> None:
     step = make_backend(variant, MODELS[model], random.device)
     put_cache(step, random, 1, 16, variant.block)
     width = (MODELS[model].num_heads + 2 * MODELS[model].num_kv_heads) * MODELS[model].head_dim
-    for batch in (
-        decode_batch(1, 600, variant.block, 16 * 256 // variant.block, random.device),
-        prefill_batch(1, 512, variant.block, 512 // variant.block, random.device),
-    ):
+    batches = []
+    if variant.tiling not in PREFILL_TILINGS:
+        batches.append(decode_batch(1, 600, variant.block, 16 * 256 // variant.block, random.device))
+    if variant.tiling not in TILINGS:
+        batches.append(prefill_batch(1, 512, variant.block, 512 // variant.block, random.device))
+    for batch in batches:
         put_cache(step, random, 1, 16 * 256 // variant.block, variant.block)
         step.begin_step(batch)(0, torch.zeros(len(batch.positions), width, dtype=DTYPE, device="cuda"))
     torch.cuda.synchronize()
@@ -217,7 +247,7 @@ def main() -> None:
         return warm(options.warm)
     chosen = variants(options.tilings)
     # Compiling takes seconds a kernel: all at once, in processes of their own.
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(16) as pool:
         jobs = [
             [sys.executable, __file__, "--warm", model, json.dumps(asdict(variant))]
             for model in MODELS
@@ -228,7 +258,7 @@ def main() -> None:
                 print(job.args[-1], job.stderr.strip().splitlines()[-1], sep=": ", flush=True)
     device = torch.device("cuda")
     largest = max(
-        max(8 * b * (n + 256), CACHE_BYTES // 2) * 2 * shape.num_kv_heads * shape.head_dim
+        layers_for(shape, b, n) * (b * (n + 256) + 256) * 2 * shape.num_kv_heads * shape.head_dim
         for shape in MODELS.values()
         for b, n in WORK
     )
@@ -238,7 +268,7 @@ def main() -> None:
     for model, shape in MODELS.items():
         token_bytes = 2 * shape.num_kv_heads * shape.head_dim * DTYPE.itemsize
         print(f"\ndecode {model}: us (TB/s)  " + "  ".join(f"{b}x{n}" for b, n in WORK))
-        for variant in chosen:
+        for variant in (v for v in chosen if v.tiling not in PREFILL_TILINGS):
             cells = []
             for sequences, context in WORK:
                 try:
@@ -251,10 +281,14 @@ def main() -> None:
                 rows.append([model, variant.name, sequences, context, seconds * 1e6, rate])
             print(f"{variant.name:32s}", "  ".join(cells), flush=True)
         print(f"prefill {model}: us (TFLOP/s)  " + "  ".join(f"{s}x{n}" for s, n in PREFILL))
-        for variant in (v for v in chosen if v.tiling is None):
+        for variant in (v for v in chosen if v.tiling not in TILINGS):
             cells = []
             for segments, new in PREFILL:
-                seconds = time_prefill(variant, shape, segments, new, random)
+                try:
+                    seconds = time_prefill(variant, shape, segments, new, random)
+                except Exception as error:
+                    cells.append(f"{type(error).__name__}: {str(error)[:60]}")
+                    continue
                 rate = 2 * segments * new * new * shape.num_heads * shape.head_dim / seconds / 1e12
                 cells.append(f"{seconds * 1e6:7.1f} ({rate:.0f})")
                 rows.append([model, f"prefill {variant.name}", segments, new, seconds * 1e6, rate])
