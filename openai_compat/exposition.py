@@ -123,6 +123,8 @@ class EngineCollector(Collector):
             ("vllm:prompt_tokens_cached", "Prompt tokens from the prefix cache.", metrics.cached_tokens),
             ("vllm:generation_tokens", "Generated tokens.", metrics.generation_tokens),
             ("microvllm:engine_steps", "Steps of the engine.", total.steps),
+            ("microvllm:graph_replays", "Steps that ran as a captured CUDA graph.", total.graph_replays),
+            ("microvllm:padded_tokens", "Tokens computed to fill up a graph.", total.padded_tokens),
             ("microvllm:engine_deaths", "Engine processes that died.", metrics.engine_deaths),
         ):
             yield self._number(CounterMetricFamily, name, text, value)

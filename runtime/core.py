@@ -31,6 +31,12 @@ class Runner(Protocol[StepT]):
         """Start a step; must not wait for its tokens."""
         ...
 
+    @property
+    def graph_replays(self) -> int: ...
+
+    @property
+    def padded_tokens(self) -> int: ...
+
     def collect(self, step: StepT) -> StepResult:
         """Wait for a launched step and read what it gave."""
         ...
@@ -118,4 +124,6 @@ class EngineCore(Generic[StepT]):
             steps=self._num_steps,
             requests=self._num_requests,
             kv_unused_slots=self.kv.num_unused_slots,
+            graph_replays=self._runner.graph_replays,
+            padded_tokens=self._runner.padded_tokens,
         )

@@ -35,6 +35,7 @@ from microvllm.runtime.transfer import Readback
 if TYPE_CHECKING:
     from microvllm.runtime.graphs import DecodeGraphs
 
+WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 
 
@@ -107,6 +108,36 @@ class ModelGraphRunner:
         if not config.enforce_eager:
             self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler)
             self._graphs.capture()
+        self._warm_up()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Steps of nobody's tokens, with and without single ones in front: the first of a kind compiles.
+
+        They write no keys and values: their slots are -1.
+        """
+        for longest in WARM_UP_TOKENS:
+            for decodes in (0, 1, 16):
+                lengths = np.array([1] * decodes + [min(longest, self.config.max_model_len)] * 2)
+                total = int(lengths.sum())
+                if total > self.config.max_num_batched_tokens:
+                    continue
+                positions = np.concatenate([np.arange(length) for length in lengths])
+                nothing = np.zeros(total, dtype=np.int64)
+                rows = np.zeros(len(lengths), dtype=np.int64)
+                arrays = StepArrays(nothing, nothing, positions, nothing - 1, rows, lengths, lengths, decodes)
+                ids, batch = self._inputs.make(arrays, self._block_tables)
+                hidden = self._model.forward(ids, self._attention.begin_step(batch))
+                self._model.logits(hidden[: decodes + 2])
+        torch.cuda.synchronize()
+
+    @property
+    def graph_replays(self) -> int:
+        return 0 if self._graphs is None else self._graphs.replays
+
+    @property
+    def padded_tokens(self) -> int:
+        return 0 if self._graphs is None else self._graphs.padded_tokens
 
     # ---- a step --------------------------------------------------------------------------------
 

@@ -165,6 +165,8 @@ class FakeRunner:
     `last_token`, as on a GPU, so a step that runs ahead of its predecessor's results is really tested.
     """
 
+    graph_replays = padded_tokens = 0
+
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.memory: list[Cell | None] = [None] * (config.num_blocks * config.block_size)
