@@ -133,8 +133,9 @@ class FlashStep:
         }
         flash = backend.module.flash_attn_with_kvcache
         if backend.norms is None:
-            sizes = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-            q, k, v = qkv.view(-1, 1, sum(sizes), shape.head_dim).split(sizes, 2)
+            heads, kv_heads = shape.num_heads, shape.num_kv_heads
+            tokens = qkv.view(-1, 1, heads + 2 * kv_heads, shape.head_dim)
+            q, k, v = tokens[:, :, :heads], tokens[:, :, heads:-kv_heads], tokens[:, :, -kv_heads:]
             out = flash(
                 q,
                 keys,
