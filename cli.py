@@ -35,23 +35,13 @@ from microvllm.openai_compat.engine_options import (
     engine_args,
 )
 from microvllm.openai_compat.option_groups import takes
-from microvllm.openai_compat.option_values import OBJECT, chat_template_text
+from microvllm.openai_compat.option_values import OBJECT
 from microvllm.openai_compat.progress import ProgressLine
-from microvllm.openai_compat.server_options import (
-    ChatTemplateOpt,
-    PromptTokensDetailsOpt,
-    RequestMetricsOpt,
-    ResponseRoleOpt,
-    ServedModelNameOpt,
-    TemplateKwargsOpt,
-    TokenIdsOpt,
-    server_args,
-)
+from microvllm.openai_compat.server_options import answer_options, server_options
 from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
 
 if TYPE_CHECKING:
-    from microvllm.openai_compat.config import ServerArgs
     from microvllm.runtime.config import EngineArgs
 
 
@@ -103,10 +93,11 @@ def root(
 
 
 @app.command(cls=Command)
-@takes(engine_args, server_args)
+@takes(engine_args, answer_options, server_options)
 def serve(
     engine: EngineArgs,
-    server: ServerArgs,
+    answers: dict[str, Any],
+    server: dict[str, Any],
     max_num_queued_reqs: Annotated[
         int | None,
         typer.Option(min=1, help="Requests that may wait; more are answered 503."),
@@ -118,11 +109,13 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
     # `config` is only here for --help: `Command` has put the file's options into the others.
+    from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.server import serve as serve_http
 
     engine = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)
+    server_args = ServerArgs(**answers, **server)
     with ProgressLine() as progress:
-        serve_http(engine, server, on_progress=progress)
+        serve_http(engine, server_args, on_progress=progress)
 
 
 @app.command(cls=Command)
@@ -188,9 +181,10 @@ def generate(
 
 
 @app.command(cls=Command)
-@takes(engine_args)
+@takes(engine_args, answer_options)
 def run_batch(
     engine: EngineArgs,
+    answers: dict[str, Any],
     input_file: Annotated[
         str,
         typer.Option("--input-file", "-i", help="Requests: a file, an http(s) address, or - for stdin."),
@@ -198,33 +192,16 @@ def run_batch(
     output_file: Annotated[
         str, typer.Option("--output-file", "-o", help="Answers: a file, or - for stdout.")
     ],
-    served_model_name: ServedModelNameOpt = None,
-    chat_template: ChatTemplateOpt = None,
-    default_chat_template_kwargs: TemplateKwargsOpt = None,
-    response_role: ResponseRoleOpt = "assistant",
-    return_tokens_as_token_ids: TokenIdsOpt = False,
-    enable_prompt_tokens_details: PromptTokensDetailsOpt = False,
-    enable_per_request_metrics: RequestMetricsOpt = False,
 ) -> None:
     """Answer a file of requests in the format of OpenAI's batches, without a server.
 
     A line is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions",
     "body": {...}}. Answers come in the order of the requests; one that fails has a line that says why.
     """
-    template = chat_template_text(chat_template)
-
     from microvllm.openai_compat.batch import run_batch as answer_batch
     from microvllm.openai_compat.config import ServerArgs
 
-    server_args = ServerArgs(
-        served_model_names=tuple(served_model_name or []),
-        chat_template=template,
-        default_chat_template_kwargs=default_chat_template_kwargs or {},
-        response_role=response_role,
-        return_tokens_as_token_ids=return_tokens_as_token_ids,
-        enable_prompt_tokens_details=enable_prompt_tokens_details,
-        enable_per_request_metrics=enable_per_request_metrics,
-    )
+    server_args = ServerArgs(**answers)
     with ProgressLine() as on_load, ProgressLine("Requests") as on_progress:
         answer_batch(engine, server_args, input_file, output_file, on_load=on_load, on_progress=on_progress)
 

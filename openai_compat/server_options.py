@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,51 +16,74 @@ from microvllm.openai_compat.option_values import (
 )
 from microvllm.openai_compat.vllm_flags import UsageError
 
-if TYPE_CHECKING:
-    from microvllm.openai_compat.config import ServerArgs
-
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
 
-# What shapes the answers of a server, and of a batch.
-ServedModelNameOpt = Annotated[
-    list[str] | None,
-    typer.Option(help="Names of the model in requests; the first is answered."),
-]
-ChatTemplateOpt = Annotated[
-    str | None,
-    typer.Option(help="A file with a chat template, or the template."),
-]
-ResponseRoleOpt = Annotated[str, typer.Option(help="Role of the answers in chats.")]
-TemplateKwargsOpt = Annotated[
-    Any,
-    typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
-]
-TokenIdsOpt = Annotated[
-    bool,
-    typer.Option(
-        "--return-tokens-as-token-ids/--no-return-tokens-as-token-ids",
-        help="Write tokens of log probabilities as token_id:N.",
-    ),
-]
-RequestMetricsOpt = Annotated[
-    bool,
-    typer.Option(
-        "--enable-per-request-metrics/--no-enable-per-request-metrics",
-        help="Report the times of a request in its answer.",
-    ),
-]
-PromptTokensDetailsOpt = Annotated[
-    bool,
-    typer.Option(
-        "--enable-prompt-tokens-details/--no-enable-prompt-tokens-details",
-        help="Report cached tokens in the usage.",
-    ),
-]
 
-
-def server_args(
+def answer_options(
     *,
-    served_model_name: ServedModelNameOpt = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Names of the model in requests; the first is answered."),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="A file with a chat template, or the template."),
+    ] = None,
+    default_chat_template_kwargs: Annotated[
+        Any,
+        typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
+    ] = None,
+    response_role: Annotated[str, typer.Option(help="Role of the answers in chats.")] = "assistant",
+    return_tokens_as_token_ids: Annotated[
+        bool,
+        typer.Option(
+            "--return-tokens-as-token-ids/--no-return-tokens-as-token-ids",
+            help="Write tokens of log probabilities as token_id:N.",
+        ),
+    ] = False,
+    enable_prompt_tokens_details: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prompt-tokens-details/--no-enable-prompt-tokens-details",
+            help="Report cached tokens in the usage.",
+        ),
+    ] = False,
+    enable_per_request_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--enable-per-request-metrics/--no-enable-per-request-metrics",
+            help="Report the times of a request in its answer.",
+        ),
+    ] = False,
+    fingerprint_mode: Annotated[
+        str, typer.Option(help="The system_fingerprint of answers: full, hash, custom or none.")
+    ] = "full",
+    fingerprint_value: Annotated[str | None, typer.Option(help="The fingerprint, if custom.")] = None,
+    enable_log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--enable-log-requests/--no-enable-log-requests",
+            help="Log the parameters of each request, never its text.",
+        ),
+    ] = False,
+) -> dict[str, Any]:
+    """Fields of `ServerArgs`: what shapes the answers of a server, and of a batch. Raises `ConfigError`."""
+    return {
+        "served_model_names": tuple(served_model_name or ()),
+        "chat_template": chat_template_text(chat_template),
+        "default_chat_template_kwargs": default_chat_template_kwargs or {},
+        "response_role": response_role,
+        "return_tokens_as_token_ids": return_tokens_as_token_ids,
+        "enable_prompt_tokens_details": enable_prompt_tokens_details,
+        "enable_per_request_metrics": enable_per_request_metrics,
+        "fingerprint_mode": fingerprint_mode,
+        "fingerprint_value": fingerprint_value,
+        "enable_log_requests": enable_log_requests,
+    }
+
+
+def server_options(
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     uds: Annotated[
@@ -113,15 +136,10 @@ def server_args(
     allow_credentials: Annotated[
         bool, typer.Option("--allow-credentials/--no-allow-credentials", help="They may send cookies.")
     ] = False,
-    chat_template: ChatTemplateOpt = None,
-    default_chat_template_kwargs: TemplateKwargsOpt = None,
-    response_role: ResponseRoleOpt = "assistant",
     stream_interval: Annotated[int, typer.Option(min=1, help="Least tokens in a chunk of a stream.")] = 1,
     sse_keep_alive_interval: Annotated[
         float, typer.Option(min=0, help="Seconds of silence after which a stream gets a comment; 0: never.")
     ] = 0.0,
-    return_tokens_as_token_ids: TokenIdsOpt = False,
-    enable_prompt_tokens_details: PromptTokensDetailsOpt = False,
     enable_force_include_usage: Annotated[
         bool,
         typer.Option(
@@ -129,11 +147,6 @@ def server_args(
             help="End every stream with its usage.",
         ),
     ] = False,
-    enable_per_request_metrics: RequestMetricsOpt = False,
-    fingerprint_mode: Annotated[
-        str, typer.Option(help="The system_fingerprint of answers: full, hash, custom or none.")
-    ] = "full",
-    fingerprint_value: Annotated[str | None, typer.Option(help="The fingerprint, if custom.")] = None,
     enable_request_id_headers: Annotated[
         bool,
         typer.Option(
@@ -174,13 +187,6 @@ def server_args(
         Any,
         typer.Option(parser=comma_list, metavar="PATHS", help="No such line for these, as /health,/metrics."),
     ] = None,
-    enable_log_requests: Annotated[
-        bool,
-        typer.Option(
-            "--enable-log-requests/--no-enable-log-requests",
-            help="Log the parameters of each request, never its text.",
-        ),
-    ] = False,
     disable_log_stats: Annotated[
         bool,
         typer.Option(
@@ -191,52 +197,38 @@ def server_args(
         float,
         typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM."),
     ] = 10.0,
-) -> ServerArgs:
-    """What the options ask for. Raises `ConfigError` naming the option."""
-    template = chat_template_text(chat_template)
-
-    from microvllm.openai_compat.config import ServerArgs
-
-    return ServerArgs(
-        served_model_names=tuple(served_model_name or ()),
-        host=host,
-        port=port,
-        uds=uds,
-        root_path=root_path.rstrip("/"),
-        api_keys=tuple(api_key or ()),
-        ssl_certfile=ssl_certfile,
-        ssl_keyfile=ssl_keyfile,
-        ssl_ca_certs=ssl_ca_certs,
-        ssl_cert_reqs=ssl_cert_reqs,
-        ssl_ciphers=ssl_ciphers,
-        enable_ssl_refresh=enable_ssl_refresh,
-        allowed_origins=allowed_origins or (),
-        allowed_methods=("*",) if allowed_methods is None else allowed_methods,
-        allowed_headers=("*",) if allowed_headers is None else allowed_headers,
-        allow_credentials=allow_credentials,
-        chat_template=template,
-        default_chat_template_kwargs=default_chat_template_kwargs or {},
-        response_role=response_role,
-        stream_interval=stream_interval,
-        sse_keep_alive_interval=sse_keep_alive_interval,
-        return_tokens_as_token_ids=return_tokens_as_token_ids,
-        enable_prompt_tokens_details=enable_prompt_tokens_details,
-        enable_force_include_usage=enable_force_include_usage,
-        enable_per_request_metrics=enable_per_request_metrics,
-        fingerprint_mode=fingerprint_mode,
-        fingerprint_value=fingerprint_value,
-        enable_request_id_headers=enable_request_id_headers,
-        enable_server_load_tracking=enable_server_load_tracking,
-        enable_tokenizer_info_endpoint=enable_tokenizer_info_endpoint,
-        disable_fastapi_docs=disable_fastapi_docs,
-        uvicorn_log_level=uvicorn_log_level,
-        disable_uvicorn_access_log=disable_uvicorn_access_log,
-        disable_access_log_for_endpoints=disable_access_log_for_endpoints or (),
-        enable_log_requests=enable_log_requests,
-        disable_log_stats=disable_log_stats,
-        shutdown_timeout=shutdown_timeout,
-        dev_mode=_dev_mode(),
-    )
+) -> dict[str, Any]:
+    """Fields of `ServerArgs`: how the server listens and what it offers. Raises `UsageError`."""
+    return {
+        "host": host,
+        "port": port,
+        "uds": uds,
+        "root_path": root_path.rstrip("/"),
+        "api_keys": tuple(api_key or ()),
+        "ssl_certfile": ssl_certfile,
+        "ssl_keyfile": ssl_keyfile,
+        "ssl_ca_certs": ssl_ca_certs,
+        "ssl_cert_reqs": ssl_cert_reqs,
+        "ssl_ciphers": ssl_ciphers,
+        "enable_ssl_refresh": enable_ssl_refresh,
+        "allowed_origins": allowed_origins or (),
+        "allowed_methods": ("*",) if allowed_methods is None else allowed_methods,
+        "allowed_headers": ("*",) if allowed_headers is None else allowed_headers,
+        "allow_credentials": allow_credentials,
+        "stream_interval": stream_interval,
+        "sse_keep_alive_interval": sse_keep_alive_interval,
+        "enable_force_include_usage": enable_force_include_usage,
+        "enable_request_id_headers": enable_request_id_headers,
+        "enable_server_load_tracking": enable_server_load_tracking,
+        "enable_tokenizer_info_endpoint": enable_tokenizer_info_endpoint,
+        "disable_fastapi_docs": disable_fastapi_docs,
+        "uvicorn_log_level": uvicorn_log_level,
+        "disable_uvicorn_access_log": disable_uvicorn_access_log,
+        "disable_access_log_for_endpoints": disable_access_log_for_endpoints or (),
+        "disable_log_stats": disable_log_stats,
+        "shutdown_timeout": shutdown_timeout,
+        "dev_mode": _dev_mode(),
+    }
 
 
 def _dev_mode() -> bool:
