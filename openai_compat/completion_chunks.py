@@ -29,6 +29,7 @@ class Choice:
 
     def __init__(self, stream: Stream, echo: str | None, logprobs: CompletionLogprobs | None) -> None:
         self.plain = echo is None and logprobs is None
+        self.echoes = echo is not None
         self.begun = False
         self._stream = stream
         self._echo = echo
@@ -87,10 +88,10 @@ class CompletionChunks:
         if self._plain and delta.finish_reason is None and not usage:
             return b'%s%d,"text":%s%s' % (self._head, index, orjson.dumps(delta.text), _PLAIN_END)
         choice = self._choices[index]
-        prompt_ids = token_ids = None
-        if self._with_ids:
-            token_ids = delta.token_ids
-            prompt_ids = None if choice.begun else self._generation.streams[index].prompt_token_ids
+        token_ids = delta.token_ids if self._with_ids else None
+        prompt_ids = None
+        if not choice.begun and (self._with_ids or choice.echoes):  # with an echo unasked, as in vLLM
+            prompt_ids = self._generation.streams[index].prompt_token_ids
         text, logprobs = choice.take(delta.text, delta.token_ids, delta.logprobs)
         ends = delta.finish_reason is not None and not self._usage_follows
         return (

@@ -27,6 +27,7 @@ JsonSchema = Mapping[str, Any]  # draft 2020-12, as in OpenAPI 3.1
 
 _INTEGER = re.compile(r"[+-]?\d{1,20}(\.0{1,8})?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,3})?", re.ASCII)
+MAX_EXACT = 1 << 53  # a float beyond it may stand for another integer than was written
 _TRUE = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE = frozenset({"false", "f", "no", "n", "off", "0"})
 
@@ -149,7 +150,7 @@ def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Parser[int]:
     def parse(value: Any) -> int:
         if type(value) is str and _INTEGER.fullmatch(value):
             value = int(value.split(".")[0])
-        elif type(value) is float and value.is_integer():
+        elif type(value) is float and value.is_integer() and abs(value) < MAX_EXACT:
             value = int(value)
         if type(value) is not int:
             raise Fault("int_type", "Input should be a valid integer")

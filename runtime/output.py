@@ -9,14 +9,16 @@ from microvllm.runtime.errors import EngineError
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
 
+REPEATED = "repetition_detected"  # the stop reason that vLLM gives with "repetition"
+
 
 @dataclass(slots=True)
 class TextDelta:
     """What became known since the last one.
 
     `text` may be "" while bytes of a character or a possible stop string are held back.
-    `finish_reason` is "stop", "length" or "abort" in the last delta; `stop_reason` is then the stop
-    string or stop token id, None for the end-of-sequence token.
+    `finish_reason` is "stop", "length", "repetition" or "abort" in the last delta; `stop_reason` is then the
+    stop string or stop token id, `REPEATED` for a repetition, None for the end-of-sequence token.
     """
 
     token_ids: list[int]
@@ -69,6 +71,5 @@ class OutputText:
         if output.finish_reason is not None:
             text += self._detokenizer.finish()
             reason = str(output.finish_reason)
-        return TextDelta(
-            output.token_ids, text, reason, output.stop_reason, output.logprobs, output.prompt_logprobs
-        )
+        stop_reason = REPEATED if output.finish_reason is FinishReason.REPETITION else output.stop_reason
+        return TextDelta(output.token_ids, text, reason, stop_reason, output.logprobs, output.prompt_logprobs)

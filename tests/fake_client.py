@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.observer import EngineObserver, RequestTiming
-from microvllm.runtime.output import TextDelta
+from microvllm.runtime.output import REPEATED, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
 from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
@@ -265,7 +265,7 @@ class FakeClient:
             if finish is None and len(made) == params.max_tokens:
                 finish = "length"
             if finish is None and _repeats(made, params):
-                finish = "repetition"
+                finish, reason = "repetition", REPEATED
             until = len(text) if finish else max(shown, len(text) - held)
             logprobs = None
             if params.logprobs is not None:

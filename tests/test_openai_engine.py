@@ -157,6 +157,7 @@ async def test_repetition_is_noticed(sdk: openai.AsyncOpenAI) -> None:
     wish = {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 4}
     choice = await complete(sdk, logit_bias={"77": 100}, extra={"repetition_detection": wish})
     assert (choice.finish_reason, choice.token_ids) == ("repetition", [77] * 4)
+    assert choice.stop_reason == "repetition_detected"
 
 
 async def test_chosen_tokens_are_reported(sdk: openai.AsyncOpenAI) -> None:

@@ -221,6 +221,8 @@ async def test_unknown_fields_are_ignored() -> None:
         ("min_tokens", -1, "min_tokens"),
         ("min_tokens", 17, "min_tokens"),
         ("seed", 2**63, "body.seed"),
+        ("seed", -(2**63) - 1, "body.seed"),
+        ("seed", 1e18, "body.seed"),
         ("seed", 1.5, "body.seed"),
         ("seed", "x", "body.seed"),
         ("stop", ["a"] * 5, "body.stop"),

@@ -216,7 +216,7 @@ async def test_repetition_ends_a_choice() -> None:
     wish = {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 2}
     _, answer, _ = await ask(COMPLETIONS, max_tokens=200, ignore_eos=True, repetition_detection=wish)
     choice = answer["choices"][0]
-    assert choice["finish_reason"] == "repetition" and choice["stop_reason"] is None
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("repetition", "repetition_detected")
     _, answer, _ = await ask(COMPLETIONS, max_tokens=200, ignore_eos=True, repetition_detection={})
     assert answer["choices"][0]["finish_reason"] == "length"
 

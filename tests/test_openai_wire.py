@@ -294,6 +294,8 @@ async def test_echo_of_text_and_ids() -> None:
     assert [pieces(chunks, index)[0][:2] for index in range(4)] == ["ab", "ab", "cd", "cd"]
     chunks = await post(client, "/v1/completions", max_tokens=4, echo=True, stream=True)
     assert pieces(chunks)[0] == "hi" + plain["choices"][0]["text"][0] and len(chunks) == 4
+    ids = [chunk["choices"][0]["prompt_token_ids"] for chunk in chunks]
+    assert ids == [[BOS, *b"hi"], None, None, None]
 
 
 async def test_return_token_ids() -> None:
