@@ -45,6 +45,12 @@ class GPUSampler(Sampler):
         self._integers.copy_(_pinned(params.top_k, params.seed.view(np.int64)), non_blocking=True)
         self._changed = False
 
+    def warm_up(self, logits: Tensor) -> None:
+        """Compile what draws from logits of this dtype, with and without filters."""
+        at = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        for filters in (False, True):
+            self._draw_tokens(logits, at, at, filters=filters)
+
     def choose_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Greedy, or drawn by temperature alone; for a captured graph. See `TokenSampler`."""
         return self._draw_tokens(logits, rows, positions, filters=False)

@@ -33,6 +33,7 @@ from microvllm.runtime.step_inputs import DeviceInputs, HostInputs, StepArrays, 
 from microvllm.runtime.transfer import Readback
 
 if TYPE_CHECKING:
+    from microvllm.runtime.gpu_sampler import GPUSampler
     from microvllm.runtime.graphs import DecodeGraphs
 
 WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
@@ -108,10 +109,10 @@ class ModelGraphRunner:
         if not config.enforce_eager:
             self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler)
             self._graphs.capture()
-        self._warm_up()
+        self._warm_up(sampler)
 
     @torch.inference_mode()
-    def _warm_up(self) -> None:
+    def _warm_up(self, sampler: GPUSampler) -> None:
         """Steps of nobody's tokens, with and without single ones in front: the first of a kind compiles.
 
         They write no keys and values: their slots are -1.
@@ -128,7 +129,7 @@ class ModelGraphRunner:
                 arrays = StepArrays(nothing, nothing, positions, nothing - 1, rows, lengths, lengths, decodes)
                 ids, batch = self._inputs.make(arrays, self._block_tables)
                 hidden = self._model.forward(ids, self._attention.begin_step(batch))
-                self._model.logits(hidden[: decodes + 2])
+                sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
         torch.cuda.synchronize()
 
     @property

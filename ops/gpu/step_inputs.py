@@ -41,7 +41,8 @@ def prepare_decode(staged: Tensor, tables: Tensor, newest: Tensor, block_size: i
     _prepare_kernel[(batch,)](
         staged, tables, newest, made, blocks, batch, width, PAGE=block_size, CHUNK=CHUNK, num_warps=4
     )
-    return DecodeInputs(staged[0], *made.unbind(0), blocks)
+    ids, positions, slots, lens = made.unbind(0)
+    return DecodeInputs(staged[0], ids, positions, slots, lens, blocks)
 
 
 @triton.jit
