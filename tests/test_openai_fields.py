@@ -306,6 +306,54 @@ async def test_bad_values_are_named(path: str, field: str, value: Any, param: st
     assert not submitted and len(error["message"]) < 400
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+ODD_VALUES: list[Any] = [
+    True,
+    -1,
+    1.5,
+    1e308,
+    -(2**63),
+    2**64 - 1,
+    "",
+    "\u0000",
+    "x" * 20_000,
+    [],
+    {},
+    [None],
+    [[1], ["a"]],
+    {"a": None},
+    {"": {"": []}},
+    [1, "a", None, 2.5],
+    nested(90),
+    [nested(40)] * 3,
+]
+
+
+@pytest.mark.parametrize(("path", "name"), rows(Fate.HONOURED) + rows(Fate.REFUSED))
+async def test_no_value_of_a_field_is_a_bug(path: str, name: str) -> None:
+    """Each is taken, or refused with one short answer that names the field."""
+    client = FakeClient()
+    base = {**SUBJECTS[path], "max_tokens": 2}
+    async with in_process(client) as http:
+        for value in ODD_VALUES:
+            answer = await http.post(path, json={**base, name: value})
+            if answer.status_code == 200:
+                continue
+            error = answer.json()["error"]
+            # A body without a model or with an endless prompt has its own words for it.
+            known = (name, "input_text", "input_tokens") if name in ("prompt", "messages") else (name,)
+            assert answer.status_code == (404 if name == "model" and type(value) is str else 400)
+            assert error["param"].removeprefix("body.").split(".")[0] in known, (value, error)
+            assert len(error["message"]) < 500
+    assert not client.running
+
+
 @pytest.mark.parametrize("path", PATHS)
 async def test_lax_values_are_understood(path: str) -> None:
     plain = await ask(path, max_tokens=9, temperature=0.5, seed=3, ignore_eos=True, n=1)
