@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from attention_case import Case, relative_error
@@ -86,3 +88,25 @@ def test_more_sequences_than_a_program_looks_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_decode, "SEARCH", 4)
     case = Case(AttentionShape(1, 1, 1, 16), 16, [0, 3, 20, 1, 40, 0, 0, 2, 18, 5], [], torch.float32)
     check(case, TILES_OF_16)
+
+
+@pytest.mark.parametrize("seed", range(12 if DEVICE.type == "cuda" else 3))
+def test_random_shapes(seed: int) -> None:
+    random = Random(seed)
+    kv_heads, group = random.randint(1, 3), random.randint(1, 5)
+    window = random.choice([None, random.randint(1, 40)])
+    shape = AttentionShape(1, kv_heads * group, kv_heads, 8 * random.randint(2, 6), window)
+    decodes = [random.choice([0, random.randint(1, 60)]) for _ in range(random.randint(0, 4))]
+    contexts = [random.randint(0, 50) for _ in range(random.randint(0 if decodes else 1, 3))]
+    segments = [(random.randint(0, min(6, context)), context) for context in contexts]
+    block_size = random.choice([16, 32])
+    case = Case(shape, block_size, decodes, segments, torch.float32, with_norms=bool(seed % 2), seed=seed)
+    check(case, TILES_OF_16)
+
+
+def test_a_slot_of_minus_one_is_not_written() -> None:
+    case = Case(AttentionShape(2, 2, 1, 16), 16, [5], [(2, 3)], torch.float32)
+    backend, batch = make_backend(case), case.batch(DEVICE, as_table=True)
+    batch.slots.fill_(-1)
+    assert backend.begin_step(batch)(1, case.qkv.to(DEVICE)).isfinite().all()
+    assert (backend.cache.cpu() == case.cache).all()
