@@ -1,4 +1,6 @@
-"""Products of very few rows with a weight, by plain multiply and add: the weight is streamed once.
+"""Products of one to four rows with a weight, by plain multiply and add: the weight is streamed once.
+
+Each row costs a register for every weight element that is in flight.
 
 The reference is `ops.norm.rms_norm`, `torch.nn.functional.linear` and `ops.activation.silu_and_mul` in
 float32, with one rounding at the end.
@@ -13,8 +15,6 @@ from torch import Tensor
 from microvllm.ops.gpu.activation import swiglu
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tiling import Tiling
-
-MAX_ROWS = 4  # of x: each costs a register for every weight element that is in flight
 
 
 @triton.jit

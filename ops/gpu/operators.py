@@ -19,7 +19,7 @@ from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
-from microvllm.ops.gpu.tiling import max_skinny_rows
+from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
 
 if TYPE_CHECKING:
     from microvllm.ops.operators import LinearOperator, Operator
@@ -96,11 +96,10 @@ class GpuProduct:
         self._arrivals = arrivals
         self._gated = gated
         self._pdl = pdl
-        self._max_skinny_rows = max_skinny_rows(*weight.shape)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
-        if 0 < x.shape[0] <= self._max_skinny_rows:
+        if 0 < x.shape[0] <= MAX_SKINNY_ROWS:
             return skinny_linear(
                 x,
                 self._weight,

@@ -135,24 +135,25 @@ def _best_kernel(
 
 
 @triton.jit
-def _weigh(logits, threshold, top, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the entries from `threshold` on: their number, and the sum of exp((logit - top) / temperature)."""
+def _weigh(logits, threshold, top, scale, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the entries from `threshold` on: their number, and the sum of 2 ** ((logit - top) * scale)."""
     count = tl.zeros((BLOCK,), tl.int32)
     mass = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, VOCAB, BLOCK, num_stages=4):
         entry = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + entry, entry < VOCAB, float("-inf")).to(tl.float32)
-        taken = (value >= threshold) & (entry < VOCAB)
+        # NaN, which padding is, too, is not above anything.
+        value = tl.load(logits + entry, entry < VOCAB, float("nan")).to(tl.float32)
+        taken = value >= threshold
         count += taken.to(tl.int32)
-        mass += tl.where(taken, tl.exp((value - top) / temperature), 0.0)
+        mass += tl.where(taken, tl.exp2((value - top) * scale), 0.0)
     return tl.sum(count, 0), tl.sum(mass, 0)
 
 
 @triton.jit
 def _between(low, high, top, temperature):
-    """Where to look next in [low, high): the middle, or while there is no low yet, farther and farther down."""
+    """Where to look next in [low, high): the middle; farther and farther down while there is no low."""
     down = high - tl.maximum(2.0 * (top - high), 16.0 * temperature)
-    return tl.where(low == float("-inf"), down, low + (high - low) * 0.5)
+    return tl.where(low < -3e38, down, low + (high - low) * 0.5)
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def _filter_kernel(
     """Program: one row. Draws again where the row has a filter; its token so far is the argmax.
 
     The entries that a filter keeps are those above a threshold and, of those at the threshold, the first
-    few. Bisection finds it: [low, high) holds the threshold, until one entry or one value is left there.
+    few. Bisection finds it: [low, high) holds the threshold, until one entry, or one value, is left.
     Values are STEP apart at least, in the numbers of `_ordered`.
     """
     follow(PDL)
@@ -189,9 +190,11 @@ def _filter_kernel(
     if (temperature > 0) & (token >= 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
         logits += i * VOCAB
         top = tl.load(logits + token).to(tl.float32)
-        floor = top + temperature * tl.log(min_p)  # log(0) = -inf keeps everything
+        # log(0) = -inf keeps all that is finite.
+        floor = tl.maximum(top + temperature * tl.log(min_p), -3.4028234663852886e38)
         low, high = _ordered(floor), _ordered(top) + 1
-        low_count, low_mass = _weigh(logits, floor, top, temperature, VOCAB, BLOCK)
+        scale = 1.4426950408889634 / temperature
+        low_count, low_mass = _weigh(logits, floor, top, scale, VOCAB, BLOCK)
         high_count, high_mass = low_count * 0, low_mass * 0.0
         kept = low_count  # how many of [low, high) stay; all from `high` on do
         total = low_mass
@@ -208,7 +211,7 @@ def _filter_kernel(
                 while (low_count - high_count > 1) & (high.to(tl.int64) - low.to(tl.int64) > STEP):
                     middle = _ordered(_between(_unordered(low), _unordered(high), top, temperature))
                     middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-                    count, mass = _weigh(logits, _unordered(middle), top, temperature, VOCAB, BLOCK)
+                    count, mass = _weigh(logits, _unordered(middle), top, scale, VOCAB, BLOCK)
                     enough = mass >= wanted if by_mass else count >= top_k
                     if enough:
                         low, low_count, low_mass = middle, count, mass
@@ -226,15 +229,18 @@ def _filter_kernel(
         seed, position = tl.load(seeds + row), tl.load(positions + i)
         best = tl.full((LANE,), -9223372036854775808, tl.int64)
         seen = low_count * 0
+        ties = kept < low_count - high_count
         for block in range(0, tl.cdiv(VOCAB, 4 * LANE)):
             numbers = _numbers(seed, position, block, LANE)
             for w in tl.static_range(4):
                 entry = (block * 4 + w) * LANE + tl.arange(0, LANE)
-                value = tl.load(logits + entry, entry < VOCAB, float("-inf")).to(tl.float32)
-                between = (value >= first) & (value < above) & (entry < VOCAB)
-                place = seen + tl.cumsum(between.to(tl.int32), 0)
-                seen += tl.sum(between.to(tl.int32), 0)
-                stays = (value >= above) | (between & (place <= kept))
+                value = tl.load(logits + entry, entry < VOCAB, float("nan")).to(tl.float32)
+                stays = value >= first
+                if ties:
+                    between = (stays & (value < above)).to(tl.int32)
+                    place = seen + tl.cumsum(between, 0)
+                    seen += tl.sum(between, 0)
+                    stays = (value >= above) | (stays & (place <= kept))
                 score = tl.where(stays, value / temperature + numbers[w], float("-inf"))
                 best = tl.maximum(best, _rank(score, entry))
         tl.store(tokens + i, _token(tl.max(best, 0)))

@@ -1,6 +1,6 @@
 """Products of up to MAX_ROWS rows with a weight: bound by the weight's bytes, which are read once.
 
-Up to `gemv.MAX_ROWS` rows by `gemv`; above by tensor cores, whose tile is padded to 16 rows or more. There
+The fewest by `gemv`; more by tensor cores, whose tile is padded to 16 rows or more. There
 the sums over k may be split among programs, so that a narrow weight fills the device, too: each leaves its
 part, and the one that comes last adds them up, always in the same order.
 """
@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.gpu.activation import swiglu
-from microvllm.ops.gpu.gemv import MAX_ROWS as MAX_GEMV_ROWS
 from microvllm.ops.gpu.gemv import gemv
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.norm import rms_norm
-from microvllm.ops.gpu.tiling import Tiling, gemv_tiling, skinny_tiling
+from microvllm.ops.gpu.tiling import Tiling, gemv_tiling, prefers_gemv, skinny_tiling
 
 MAX_ROWS = 64  # of x
 MAX_SPLIT_TILES = 1024  # of block_n columns of a result whose sums are split
@@ -155,7 +154,7 @@ def skinny_linear(
     if norm is not None and m > 1:
         x, norm = rms_norm(x, norm, eps, pdl=pdl), None
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m <= MAX_GEMV_ROWS:
+    if prefers_gemv(m, n, k, gated=gated):
         tiling = tiling or gemv_tiling(m, n, k, gated=gated, norm=norm is not None)
         gemv(y, x, weight, bias, norm, eps, residual, tiling, gated=gated, pdl=pdl)
         return y

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PROGRAMS = 264  # two for each multiprocessor of an H100
-
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -21,12 +19,21 @@ class Tiling:
     splits: int = 1
 
 
+def prefers_gemv(m: int, n: int, k: int, *, gated: bool) -> bool:
+    """Whether m rows of x are too few for tensor cores to pay."""
+    return m <= 2 or (m <= 4 and not gated and n * k <= 1 << 22)
+
+
 def gemv_tiling(m: int, n: int, k: int, *, gated: bool, norm: bool) -> Tiling:
-    """For m <= 4 rows of x, n columns of the result, sums over k."""
+    """For at most 4 rows of x, n columns of the result, sums over k."""
     if m > 2:
-        return Tiling(2, 512, 4) if gated else Tiling(4, 1024, 4)
+        return Tiling(4, 1024, 4)
     if m == 2:
-        return Tiling(2, 2048, 8) if n <= 1024 < k else Tiling(2, 1024, 4)
+        if gated:
+            return Tiling(4, 512, 4) if k <= 1024 else Tiling(1, 2048, 8)
+        if k <= 1024:
+            return Tiling(4, 1024, 4)
+        return Tiling(2, 2048, 8) if n <= 4096 and k <= 4096 else Tiling(2, 1024, 4)
     if gated:
         return Tiling(8, 512, 4)
     if k <= 1024:
@@ -37,13 +44,11 @@ def gemv_tiling(m: int, n: int, k: int, *, gated: bool, norm: bool) -> Tiling:
 
 
 def skinny_tiling(m: int, n: int, k: int, *, gated: bool) -> Tiling:
-    """For 4 < m <= 64 rows of x: enough programs to fill the device, by splitting the sums if need be."""
-    block_n = 32 if gated or n < 8192 else 64
+    """For 2 < m <= 64 rows of x: enough programs to fill the device, by splitting the sums if need be."""
+    block_n, block_k, stages = (32, 128, 4) if gated else (32, 256, 3) if k <= 4096 else (64, 128, 3)
     tiles = -(-n // block_n)
-    splits = max(1, min(2 * PROGRAMS // tiles, k // 512))
-    return Tiling(block_n, 128, 4, 4, splits)
+    return Tiling(block_n, block_k, 4, stages, 256 // tiles if tiles <= 64 else 1)
 
 
-def max_skinny_rows(n: int, k: int) -> int:
-    """Up to how many rows the own kernels are faster than cuBLAS, for a weight of [n, k]."""
-    return 16
+# Beyond, cuBLAS with a kernel before and after it is as fast or faster, for every weight that was measured.
+MAX_SKINNY_ROWS = 16

@@ -27,7 +27,7 @@ from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import TokenSampler
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
-from microvllm.ops.gpu.tiling import Tiling
+from microvllm.ops.gpu.tiling import Tiling, prefers_gemv
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -95,7 +95,7 @@ def normal(*shape: int) -> Tensor:
 
 def candidates(m: int, product: Product) -> list[Tiling]:
     n, k, gated, _, _ = product
-    if m <= 4:
+    if prefers_gemv(m, n, k, gated=gated):
         wishes = [
             (2, 512, 4),
             (4, 512, 4),
