@@ -70,10 +70,10 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
-# Options of vllm.LLM that are about GPUs, downloads or logging, and change no answer here.
+# Options of vllm.LLM that are about memory, downloads or logging, and change no answer here.
 WITHOUT_EFFECT = frozenset(
     (
-        *("gpu_memory_utilization", "enforce_eager", "disable_log_stats", "trust_remote_code", "revision"),
+        *("disable_log_stats", "trust_remote_code", "revision"),
         *("swap_space", "cpu_offload_gb", "compilation_config", "disable_custom_all_reduce", "download_dir"),
     )
 )
