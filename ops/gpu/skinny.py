@@ -1,4 +1,4 @@
-"""Products of up to MAX_ROWS rows with a weight: bound by the weight's bytes, which are read once.
+"""Products of up to some 64 rows with a weight: bound by the weight's bytes, which are read once.
 
 The fewest by `gemv`; more by tensor cores, whose tile is padded to 16 rows or more. There
 the sums over k may be split among programs, so that a narrow weight fills the device, too: each leaves its
@@ -18,7 +18,6 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.tiling import Tiling, gemv_tiling, prefers_gemv, skinny_tiling
 
-MAX_ROWS = 64  # of x
 MAX_SPLIT_TILES = 1024  # of block_n columns of a result whose sums are split
 
 
@@ -142,7 +141,7 @@ def skinny_linear(
 ) -> Tensor:
     """act(norm(x) @ weight.T + bias) + residual, with float32 sums and one rounding at the end.
 
-    x: [m, k], 1 <= m <= MAX_ROWS; weight: [n, k], or [2 * n, k] (gate before up) if `gated`, which makes act
+    x: [m, k], m from 1 to some 64; weight: [n, k], or [2 * n, k] (gate before up) if `gated`, which makes act
     SwiGLU; bias: one number a row of the weight; norm: [k], the weight of an RMSNorm; residual: [m, n].
     All contiguous and of one dtype. arrivals: [MAX_SPLIT_TILES] int32 zeros, and zeros again afterwards; for
     one call at a time. -> [m, n].
