@@ -414,7 +414,73 @@ def _post(
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:50]}...({len(text)})"
+    return text if len(text) <= 120 else f"{text[:50]}...({len(text)})"
 
 
-KNOWN: tuple[Known, ...] = ()
+# The first that explains a difference is shown. What is said here is said in docs/http.md, too.
+KNOWN = (
+    Known(
+        "",
+        r"weight_versions: only ours|kv_transfer_params: only ours|completion_tokens_details: only theirs",
+        "vLLM 0.33 answers as we do; the 0.32 that was compared does not know the member, or knows one more",
+    ),
+    Known(
+        "continue_final_message=true", r"^status 200 / 400", "vLLM 0.33 answers as we do: only both are wrong"
+    ),
+    Known("bad_words=.*x?129|bad_words=.*\\(645\\)", r"^status 400 / 200", "vLLM 0.33 has our limit of 128"),
+    Known("repetition", "stop_reason", "vLLM 0.33 answers as we do"),
+    Known("=null$", r"^status 200 / 400", "null means `not given` for every field"),
+    Known(
+        r"(user|logprobs|suffix|service_tier|include_reasoning)=",
+        r"^status 200 / 400",
+        "a field that is ignored takes any value, a number may be a numeric string, an empty suffix is none",
+    ),
+    Known(
+        "=true$|=\\[true\\]$|top_k=9223372036854775808",
+        r"^status 400 / 200",
+        "a boolean is no number, and numbers have 64 bits",
+    ),
+    Known(
+        "best_of|guided_json|vllm_xargs|documents|length_penalty=2|chat_template_kwargs",
+        r"^status 400 / 200",
+        "what is not implemented is refused; vLLM ignores it",
+    ),
+    Known(
+        "request_id=",
+        r"^status 400 / 200",
+        "an id is 1 to 128 letters, digits, '.', '_' or '-'",
+    ),
+    Known("chat messages=", r"^status 400 / 200", "a user's message has a content"),
+    Known("byte order mark", "", "JSON has no byte order mark"),
+    Known("no UTF-8", "", "a body that is no UTF-8 is answered with the usual error object"),
+    Known("POST /metrics", "", "/metrics answers GET alone"),
+    Known("", "header allow", "HEAD is allowed wherever GET is"),
+    Known("/v1/models", "owned_by", "owned by microvllm"),
+    Known(
+        "/metrics",
+        r"_created: |estimated_|external_prefix_cache|mm_cache|sleep_state|cache_config_info",
+        "no metrics of parts that we do not have (caches of images, other hosts), no estimates, no `_created`",
+    ),
+    Known(
+        "",
+        r"error\.param: \"[\w.]+\" / null",
+        "`param` names the field at fault where vLLM leaves it null",
+    ),
+    Known(
+        "",
+        r"error\.(type|param): ",
+        "`type` and `param` tell whether a value's form was refused (Bad Request, body.x) or its size "
+        "(BadRequestError, x); vLLM draws that line elsewhere for some fields, and names places inside lists",
+    ),
+    Known(
+        "echo alone",
+        "usage",
+        "nothing was generated, so nothing is counted; vLLM counts a token of its engine",
+    ),
+    Known("echo streamed", "prompt_token_ids", "the ids of the prompt come with return_token_ids alone"),
+    Known(
+        "chat .*echo", "prompt_logprobs", "`echo` in a chat does not ask for log probabilities of the prompt"
+    ),
+    Known("logprobs as ids", "bytes", "`bytes` are those of the token, not of its number"),
+    Known("split character", "text", "an unfinished character at the end is shown as U+FFFD; vLLM drops it"),
+)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Send the same requests to this server and to a vLLM, and print every difference between their answers.
 
-    python scripts/compare_vllm.py http://127.0.0.1:8000 http://127.0.0.1:8001
+    python scripts/compare_vllm.py http://127.0.0.1:8000 http://127.0.0.1:8001 --record vllm.json
+    python scripts/compare_vllm.py http://127.0.0.1:8000 vllm.json
 
 Both should serve the same model in float32 under the same name with `--max-model-len 2048` (some requests are
 about that number) and `--generation-config vllm`. Compared are the status, the media type, the shape of the
@@ -23,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,19 +37,21 @@ FREE = {"id", "created", "system_fingerprint", "message", "root", "version", "de
 FREE_METRICS = {"queue_time_ms", "time_to_first_token_ms", "generation_time_ms", "mean_itl_ms"}
 # Objects whose keys are data: token texts and ids.
 KEYED_BY_DATA = {"top_logprobs", "prompt_logprobs"}
-LOGPROBS = {"logprob", "token_logprobs", "top_logprobs"}
+LOGPROBS = {"logprob", "token_logprobs", "top_logprobs", "prompt_logprobs"}
 DRAWN = {
-    "text",
-    "content",
-    "token",
-    "tokens",
-    "bytes",
-    "token_ids",
-    "text_offset",
-    "finish_reason",
-    "stop_reason",
+    *(
+        "text",
+        "content",
+        "token",
+        "tokens",
+        "bytes",
+        "token_ids",
+        "text_offset",
+        "finish_reason",
+        "stop_reason",
+    ),
+    *("completion_tokens", "total_tokens", "chunks"),
 }
-DRAWN_COUNTS = {"completion_tokens", "total_tokens"}
 
 
 @dataclass
@@ -76,7 +80,10 @@ def send(client: httpx.Client, case: Case) -> Answer:
     request = client.build_request(case.method, case.path, content=case.body, headers=case.headers)
     if "content-type" not in case.headers:
         request.headers.pop("content-type", None)
-    answer = client.send(request)
+    try:
+        answer = client.send(request)
+    except httpx.TransportError as error:
+        raise SystemExit(f"{client.base_url}: {error or type(error).__name__} ({case.name})") from None
     media_type = answer.headers.get("content-type", "").split(";")[0]
     return Answer(answer.status_code, media_type, answer.headers, answer.content)
 
@@ -106,16 +113,18 @@ def differences(case: Case, ours: Answer, theirs: Answer) -> Iterator[str]:
 def _joined(events: list[Any]) -> dict[str, Any]:
     """A stream in a form that does not depend on which tokens shared a chunk.
 
-    `kinds` is the sequence of event shapes without repetitions, `first` and `last` the outermost events,
-    `texts` what each choice said in all, `ends` how it ended.
+    `order` is the sequence of the kinds of events without repetitions, `chunks` their number, `events` the
+    first event of each kind, `text` what each choice said in all, `ends` how it ended.
     """
-    kinds: list[Any] = []
+    order: list[str] = []
+    firsts: dict[str, Any] = {}
     texts: dict[str, str] = defaultdict(str)
     ends: dict[str, Any] = {}
     for event in events:
         kind = _kind(event)
-        if not kinds or kinds[-1] != kind:
-            kinds.append(kind)
+        firsts.setdefault(kind, event)
+        if not order or order[-1] != kind:
+            order.append(kind)
         for choice in event["choices"] if isinstance(event, dict) and "choices" in event else ():
             index = str(choice["index"])
             texts[index] += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
@@ -123,21 +132,24 @@ def _joined(events: list[Any]) -> dict[str, Any]:
                 ends[index] = {name: choice.get(name) for name in ("finish_reason", "stop_reason")}
     return {
         "chunks": len(events),
-        "kinds": kinds if len(texts) <= 1 else sorted(set(kinds)),  # choices take turns as they like
+        "order": " ".join(
+            order if len(texts) <= 1 else sorted(set(order))
+        ),  # choices take turns as they like
         "text": [texts[index] for index in sorted(texts)],
         "ends": [ends[index] for index in sorted(ends)],
-        "first": events[0],
-        "usage": [event["usage"] for event in events[-2:] if isinstance(event, dict) and "usage" in event],
+        "events": {kind: event for kind, event in firsts.items() if kind != "[DONE]"},
     }
 
 
-def _kind(value: Any) -> str:
-    """The shape of an event as text: keys in their order, and the type of each leaf."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_kind(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + " | ".join(dict.fromkeys(map(_kind, value))) + "]"
-    return value if value == "[DONE]" else _type(value)
+def _kind(event: Any) -> str:
+    if not isinstance(event, dict):
+        return str(event)
+    if not event.get("choices"):
+        return "usage" if "usage" in event else "error" if "error" in event else "empty"
+    choice = event["choices"][0]
+    if choice["finish_reason"] is not None:
+        return "last"
+    return "role" if "role" in choice.get("delta", {}) else "token"
 
 
 def _type(value: Any) -> str:
@@ -152,12 +164,13 @@ def _walk(a: Any, b: Any, path: str, random: bool) -> Iterator[str]:
     name = path.rsplit(".", 1)[-1]
     if name in FREE and isinstance(a, str) == isinstance(b, str):
         return
-    if random and (name in DRAWN | LOGPROBS | DRAWN_COUNTS or name == "chunks"):
+    if random and name in DRAWN | LOGPROBS:
         return
     if _type(a) != _type(b):
         yield f"{path}: {_shown(a)} / {_shown(b)}"
     elif isinstance(a, dict):
-        if name in KEYED_BY_DATA or path.endswith("prompt_logprobs"):
+        by_data = name in KEYED_BY_DATA and "token" not in a
+        if by_data:
             if a.keys() != b.keys():
                 yield f"{path}: other tokens"
         else:
@@ -168,8 +181,7 @@ def _walk(a: Any, b: Any, path: str, random: bool) -> Iterator[str]:
                 yield f"{path}: order of the keys"
         for key in a.keys() & b.keys():
             # Keys that are data have no place in a path.
-            below = path if name in KEYED_BY_DATA else f"{path}.{key}"
-            yield from _walk(a[key], b[key], below, random)
+            yield from _walk(a[key], b[key], path if by_data else f"{path}.{key}", random)
     elif isinstance(a, list):
         if len(a) != len(b):
             yield f"{path}: {len(a)} / {len(b)} entries"
@@ -207,26 +219,60 @@ def _families(text: str) -> dict[str, frozenset[str]]:
     return found
 
 
+class Recording:
+    """The answers of a server, by the names of the requests, in a file for later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = ""
+        self.answers: dict[str, Answer] = {}
+
+    def load(self) -> Recording:
+        known = json.loads(self.path.read_text())
+        self.model = known["model"]
+        for name, (status, media_type, headers, content) in known["answers"].items():
+            self.answers[name] = Answer(status, media_type, httpx.Headers(headers), content.encode("latin-1"))
+        return self
+
+    def save(self) -> None:
+        answers = {
+            name: (answer.status, answer.media_type, dict(answer.headers), answer.content.decode("latin-1"))
+            for name, answer in self.answers.items()
+        }
+        self.path.write_text(json.dumps({"model": self.model, "answers": answers}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("ours", help="base URL of this server")
-    parser.add_argument("theirs", help="base URL of the vLLM")
+    parser.add_argument("theirs", help="base URL of the vLLM, or a file that --record wrote")
+    parser.add_argument("--record", type=Path, help="write the answers of the vLLM here")
     parser.add_argument("--only", default="", help="a pattern: only the requests whose name it is found in")
+    parser.add_argument("--names", type=int, default=12, help="requests to name for each difference")
     parser.add_argument("--verbose", action="store_true", help="show both bodies of each answer that differs")
     args = parser.parse_args()
     groups: dict[str, list[str]] = defaultdict(list)
     explained: dict[str, list[str]] = defaultdict(list)
     sent = same = 0
+    live = args.theirs.startswith("http")
+    recording = Recording(args.record or Path("-")) if live else Recording(Path(args.theirs)).load()
     with (
         httpx.Client(base_url=args.ours, timeout=TIMEOUT_S) as first,
-        httpx.Client(base_url=args.theirs, timeout=TIMEOUT_S) as second,
+        httpx.Client(base_url=args.theirs if live else "", timeout=TIMEOUT_S) as second,
         ThreadPoolExecutor(2) as pool,
     ):
-        model = second.get("/v1/models").json()["data"][0]["id"]
-        for case in cases(model):
-            if not re.search(args.only, case.name):
+        if live:
+            recording.model = second.get("/v1/models").json()["data"][0]["id"]
+        for case in cases(recording.model):
+            if not re.search(args.only, case.name) or not (live or case.name in recording.answers):
                 continue
-            ours, theirs = pool.map(send, (first, second), (case, case))
+            if live:
+                asked = pool.submit(send, second, case)
+                ours = send(first, case)
+                recording.answers[case.name] = asked.result()
+            else:
+                ours = send(first, case)
+            theirs = recording.answers[case.name]
             sent += 1
             found = list(differences(case, ours, theirs))
             same += not found
@@ -236,20 +282,22 @@ def main() -> int:
             if found and args.verbose:
                 print(f"{case.name}\n  ours   {ours.content[:1500]!r}\n  theirs {theirs.content[:1500]!r}")
                 print("".join(f"  {aspect}\n" for aspect in found))
+    if args.record is not None:
+        recording.save()
     print(f"{sent} requests, {same} answered alike\n")
     print(f"{len(explained)} differences that are meant")
     for why, names in explained.items():
-        print(f"  {why}\n      {_names(names)}")
+        print(f"  {why}\n      {_names(names, args.names)}")
     print(f"\n{len(groups)} differences that are not explained (ours / theirs)")
     for aspect, names in sorted(groups.items(), key=lambda item: -len(item[1])):
-        print(f"  {aspect}\n      {_names(names)}")
+        print(f"  {aspect}\n      {_names(names, args.names)}")
     return 1 if groups else 0
 
 
-def _names(names: list[str]) -> str:
+def _names(names: list[str], most: int) -> str:
     unique = list(dict.fromkeys(names))
-    more = f" and {len(unique) - 12} more" if len(unique) > 12 else ""
-    return f"{len(unique)}: {'; '.join(unique[:12])}{more}"
+    more = f" and {len(unique) - most} more" if len(unique) > most else ""
+    return f"{len(unique)}: {'; '.join(unique[:most])}{more}"
 
 
 if __name__ == "__main__":
