@@ -459,7 +459,7 @@ KNOWN = (
     Known(
         "/metrics",
         r"_created: |estimated_|external_prefix_cache|mm_cache|sleep_state|cache_config_info",
-        "no metrics of parts that we do not have (caches of images, other hosts), no estimates, no `_created`",
+        "no metrics of parts that we do not have (image cache, other hosts), no estimates, no `_created`",
     ),
     Known(
         "",
@@ -482,5 +482,5 @@ KNOWN = (
         "chat .*echo", "prompt_logprobs", "`echo` in a chat does not ask for log probabilities of the prompt"
     ),
     Known("logprobs as ids", "bytes", "`bytes` are those of the token, not of its number"),
-    Known("split character", "text", "an unfinished character at the end is shown as U+FFFD; vLLM drops it"),
+    Known("split character", "text", "an unfinished last character is shown as U+FFFD; vLLM drops it"),
 )
