@@ -125,8 +125,8 @@ def server(args: argparse.Namespace) -> Any:
         return
     port = free_port()
     command = [sys.executable, str(Path(__file__).resolve()), "server", "--model", args.model]
-    command += ["--port", str(port), "--max-model-len", "8192", "--disable-log-stats"]
-    command += ["--disable-uvicorn-access-log", *args.server_arguments]
+    command += ["--port", str(port), "--disable-log-stats", "--disable-uvicorn-access-log"]
+    command += args.server_arguments
     environment = {**os.environ, "FAKE_STEPS_PER_SECOND": str(args.steps_per_second or "")}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
