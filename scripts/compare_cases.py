@@ -451,6 +451,16 @@ KNOWN = (
         "an id is 1 to 128 letters, digits, '.', '_' or '-'",
     ),
     Known("chat messages=", r"^status 400 / 200", "a user's message has a content"),
+    Known(
+        "streamed stop id",
+        r"^status 400 / 200",
+        "refused with a 400 before the stream, not by an event in it",
+    ),
+    Known(
+        "X-Vllm-Priority: abc", r"^status 400 / 200", "a priority that is no number is refused, not ignored"
+    ),
+    Known("^tokenize both", r"^status 400 / 200", "a prompt and messages together are refused"),
+    Known("^detokenize beyond", r"^status 400 / 200", "ids out of the vocabulary are refused"),
     Known("byte order mark", "", "JSON has no byte order mark"),
     Known("no UTF-8", "", "a body that is no UTF-8 is answered with the usual error object"),
     Known("POST /metrics", "", "/metrics answers GET alone"),

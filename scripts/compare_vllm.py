@@ -253,7 +253,7 @@ def main() -> int:
     args = parser.parse_args()
     groups: dict[str, list[str]] = defaultdict(list)
     explained: dict[str, list[str]] = defaultdict(list)
-    sent = same = 0
+    sent = same = meant = 0
     live = args.theirs.startswith("http")
     recording = Recording(args.record or Path("-")) if live else Recording(Path(args.theirs)).load()
     with (
@@ -275,16 +275,17 @@ def main() -> int:
             theirs = recording.answers[case.name]
             sent += 1
             found = list(differences(case, ours, theirs))
+            reasons = [_reason(case.name, aspect) for aspect in found]
             same += not found
-            for aspect in found:
-                why = next((known.why for known in KNOWN if known.explains(case.name, aspect)), None)
+            meant += bool(found) and None not in reasons
+            for aspect, why in zip(found, reasons, strict=True):
                 (groups[aspect] if why is None else explained[why]).append(case.name)
             if found and args.verbose:
                 print(f"{case.name}\n  ours   {ours.content[:1500]!r}\n  theirs {theirs.content[:1500]!r}")
                 print("".join(f"  {aspect}\n" for aspect in found))
     if args.record is not None:
         recording.save()
-    print(f"{sent} requests, {same} answered alike\n")
+    print(f"{sent} requests: {same} answered alike, {meant} with differences that are meant\n")
     print(f"{len(explained)} differences that are meant")
     for why, names in explained.items():
         print(f"  {why}\n      {_names(names, args.names)}")
@@ -292,6 +293,10 @@ def main() -> int:
     for aspect, names in sorted(groups.items(), key=lambda item: -len(item[1])):
         print(f"  {aspect}\n      {_names(names, args.names)}")
     return 1 if groups else 0
+
+
+def _reason(case: str, aspect: str) -> str | None:
+    return next((known.why for known in KNOWN if known.explains(case, aspect)), None)
 
 
 def _names(names: list[str], most: int) -> str:
