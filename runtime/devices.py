@@ -25,7 +25,7 @@ def choose_device(wish: str) -> str:
 
 
 def _why_no_cuda() -> str | None:
-    """None if there is an NVIDIA GPU and a torch that was built for it."""
+    """None if there is an NVIDIA GPU, a torch that was built for it, and Triton, which compiles our kernels."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -41,4 +41,6 @@ def _why_no_cuda() -> str | None:
     version = Path(found.origin).with_name("version.py").read_text("utf-8")
     if re.search(r"^cuda\b.*=\s*['\"]", version, re.MULTILINE) is None:
         return "this torch was built without CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing: pip install triton"
     return None

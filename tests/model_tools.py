@@ -68,7 +68,12 @@ def variant_folder(name: str) -> Path:
 
 def make_engine(model: Path | str, **options: Any) -> InferenceEngine:
     """An engine in float32 on one thread with a small pool."""
-    defaults: dict[str, Any] = {"dtype": "float32", "cpu_threads": 1, "num_gpu_blocks_override": 256}
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "cpu_threads": 1,
+        "num_gpu_blocks_override": 256,
+    }
     return InferenceEngine(str(model), **{**defaults, **options})
 
 

@@ -1,0 +1,77 @@
+"""Which device computes, and why not the other one."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from microvllm.runtime.devices import choose_device
+from microvllm.runtime.errors import ConfigError
+
+
+class Driver:
+    """What is used of libcuda: every call answers 0, success."""
+
+    def __init__(self, gpus: int) -> None:
+        self._gpus = gpus
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = self._gpus
+        return 0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """A machine with a GPU and all that it takes; tests take something away."""
+    made = SimpleNamespace(gpus=1, torch_cuda="'13.0'", packages={"torch", "triton"})
+
+    def load(name: str) -> Driver:
+        if made.gpus is None:
+            raise OSError(name)
+        return Driver(made.gpus)
+
+    def find_spec(name: str) -> SimpleNamespace | None:
+        (tmp_path / "version.py").write_text(
+            f"__version__ = '2.11.0'\ncuda: str | None = {made.torch_cuda}\n"
+        )
+        return SimpleNamespace(origin=str(tmp_path / "__init__.py")) if name in made.packages else None
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    return made
+
+
+def test_a_gpu_is_taken_where_everything_is_there(machine: SimpleNamespace) -> None:
+    assert [choose_device(wish) for wish in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ({"gpus": None}, "libcuda"),
+        ({"gpus": 0}, "shows no GPU"),
+        ({"torch_cuda": "None"}, "built without CUDA"),
+        ({"packages": {"torch"}}, "pip install triton"),
+        ({"packages": {"triton"}}, "torch is not installed"),
+    ],
+)
+def test_without_one_of_them_the_cpu_is_taken(
+    machine: SimpleNamespace, missing: dict[str, Any], says: str
+) -> None:
+    vars(machine).update(missing)
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match=says):
+        choose_device("cuda")
+
+
+def test_an_unknown_device() -> None:
+    with pytest.raises(ConfigError, match="--device must be one of auto, cpu, cuda, got tpu"):
+        choose_device("tpu")
