@@ -25,7 +25,7 @@ def choose_device(wish: str) -> str:
 
 
 def _why_no_cuda() -> str | None:
-    """None if there is an NVIDIA GPU, a torch that was built for it, and Triton, which compiles our kernels."""
+    """None if there is an NVIDIA GPU, a torch that was built for it, and Triton."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

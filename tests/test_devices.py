@@ -20,10 +20,10 @@ class Driver:
     def __init__(self, gpus: int) -> None:
         self._gpus = gpus
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802
+    def cuInit(self, flags: int) -> int:
         return 0
 
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+    def cuDeviceGetCount(self, count: Any) -> int:
         count._obj.value = self._gpus
         return 0
 
