@@ -142,9 +142,22 @@ class ModelGraphRunner:
 
     # ---- a step --------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Change the rows as the plan says, run the model once over all its tokens, and sample."""
+        """Change the rows as the plan says, run the model once over all its tokens, and sample.
+
+        Raises `EngineError` for a fault of the GPU, after which it answers nothing any more.
+        """
+        try:
+            return self._launch(plan)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.config.device == "cpu":
+                raise
+            raise EngineError(f"the GPU failed: {next(iter(str(error).splitlines()), '')}") from error
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
         # The rows first, and without anything that may fail: a step that fails below leaves them whole.
         for row in plan.released_rows:
             self._release_row(row)
