@@ -25,6 +25,7 @@ from prometheus_client.utils import floatToGoString
 
 from microvllm.openai_compat.http_metrics import HttpMetrics
 from microvllm.openai_compat.metrics import HISTOGRAMS, EngineMetrics, Histogram
+from microvllm.runtime.step_clock import PARTS
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
@@ -148,6 +149,14 @@ class EngineCollector(Collector):
             ),
         ):
             yield self._numbers(CounterMetricFamily, name, text, label, values)
+        # All parts together are the time since the start, as far as the last step told.
+        yield self._numbers(
+            CounterMetricFamily,
+            "microvllm:step_seconds",
+            "Time of the engine's thread by part of a step.",
+            "part",
+            {part: getattr(total, f"{part}_seconds") for part in PARTS},
+        )
         rejections = [((self._model, reason), number) for reason, number in metrics.rejections.items()]
         yield _numbers(
             CounterMetricFamily,

@@ -10,6 +10,7 @@ from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.kv_cache import KVCacheManager
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.scheduler import Scheduler, StepPlan, StepResult
+from microvllm.runtime.step_clock import StepClock
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -32,6 +33,11 @@ class Runner(Protocol[StepT]):
         ...
 
     @property
+    def clock(self) -> StepClock:
+        """Told by `launch` which part of a step it is in."""
+        ...
+
+    @property
     def graph_replays(self) -> int: ...
 
     @property
@@ -49,6 +55,7 @@ class EngineCore(Generic[StepT]):
         self.config = config
         self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.kv)
+        self.clock = runner.clock
         self._runner = runner
         self._in_flight: StepT | None = None
         self._num_steps = 0
@@ -81,19 +88,26 @@ class EngineCore(Generic[StepT]):
         With asynchronous scheduling these are the previous step's, so the host schedules step k+1
         while step k runs; otherwise the step is awaited at once. One loop serves both.
         """
+        self.clock.enter("schedule")
         plan = self.scheduler.schedule()
+        self.clock.enter("prepare")
         done, failed = self._launch(plan) if plan is not None else (None, [])
         if self.config.async_scheduling:
             done, self._in_flight = self._in_flight, done
         if done is None:
+            self.clock.enter("messages")
             return failed
-        outputs = failed + self.scheduler.commit(done.plan, self._runner.collect(done))
+        self.clock.enter("wait")
+        result = self._runner.collect(done)
+        self.clock.enter("commit")
+        outputs = failed + self.scheduler.commit(done.plan, result)
         self._num_steps += 1
         self._prompt_tokens += sum(
             max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start)
             for item in done.plan.scheduled
         )
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
+        self.clock.enter("messages")
         return outputs
 
     def _launch(self, plan: StepPlan) -> tuple[StepT | None, list[StepOutput]]:
@@ -110,7 +124,7 @@ class EngineCore(Generic[StepT]):
             return None, self.scheduler.fail(plan, f"the step failed ({type(error).__name__})")
 
     def stats(self) -> EngineStats:
-        scheduler = self.scheduler
+        scheduler, seconds = self.scheduler, self.clock.seconds
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -126,4 +140,12 @@ class EngineCore(Generic[StepT]):
             kv_unused_slots=self.kv.num_unused_slots,
             graph_replays=self._runner.graph_replays,
             padded_tokens=self._runner.padded_tokens,
+            schedule_seconds=seconds["schedule"],
+            prepare_seconds=seconds["prepare"],
+            forward_seconds=seconds["forward"],
+            sample_seconds=seconds["sample"],
+            wait_seconds=seconds["wait"],
+            commit_seconds=seconds["commit"],
+            messages_seconds=seconds["messages"],
+            idle_seconds=seconds["idle"],
         )

@@ -29,6 +29,7 @@ from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, log_probabil
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.sampler import Sampled, Sampler
 from microvllm.runtime.scheduler import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.step_clock import StepClock
 from microvllm.runtime.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
 from microvllm.runtime.transfer import Readback
 
@@ -94,6 +95,7 @@ class ModelGraphRunner:
             self._sampler = Sampler(config.max_num_seqs, spec.vocab_size, config.seed, config.logprobs_mode)
         else:
             self._use_gpu(device)
+        self.clock = StepClock()
 
     def _use_gpu(self, device: torch.device) -> None:
         # Here, because a machine without a GPU need not have Triton.
@@ -209,12 +211,14 @@ class ModelGraphRunner:
             # What torch still does in a decode is too small to share, and its threads wait for each other
             # at every operator, however long one of them is kept from its core.
             torch.set_num_threads(self.config.cpu_threads if batch.segments else 1)
+        self.clock.enter("forward")
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
 
     def _replay(
         self, graphs: DecodeGraphs, plan: StepPlan, items: Sequence[ScheduledRequest]
     ) -> LaunchedStep:
         """A step of single tokens by its captured graph, which also chooses the tokens of plain requests."""
+        self.clock.enter("forward")
         ids, logits, tokens = graphs.replay(items)
         sampled = Sampled(tokens, [], None)
         if not graphs.chose_all(items):
@@ -258,6 +262,7 @@ class ModelGraphRunner:
 
     def _sample(self, logits: Tensor, items: Sequence[ScheduledRequest], ids: Tensor) -> Sampled:
         """ids: [m], the token in front of the one to be chosen."""
+        self.clock.enter("sample")
         rows = np.array([item.request.row for item in items])
         positions = np.array([item.start + item.num_new for item in items])
         masked = [

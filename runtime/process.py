@@ -81,7 +81,11 @@ def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
     gc.freeze()
     while True:
         outputs: list[StepOutput] = []
-        for command in channel.receive(wait=not core.has_work()):
+        resting = not core.has_work()
+        core.clock.enter("idle" if resting else "messages")
+        commands = channel.receive(wait=resting)
+        core.clock.enter("messages")
+        for command in commands:
             outputs += _obey(core, command)
         worked = core.has_work()
         outputs += core.step()

@@ -282,6 +282,14 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
     graph_replays: int = 0  # steps that ran as a captured graph; the others ran eagerly
     padded_tokens: int = 0  # computed for nobody, because a graph is larger than its step
+    schedule_seconds: float = 0.0  # the parts of `StepClock`
+    prepare_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    messages_seconds: float = 0.0
+    idle_seconds: float = 0.0
 
     @property
     def kv_usage(self) -> float:

@@ -18,6 +18,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core import EngineCore, StepInFlight
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.step_clock import StepClock
 
 VOCAB = 24
 EOS = 2
@@ -169,6 +170,7 @@ class FakeRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.clock = StepClock()
         self.memory: list[Cell | None] = [None] * (config.num_blocks * config.block_size)
         self.rows = [_Row() for _ in range(config.max_num_seqs)]
         self.in_flight: deque[FakeStep] = deque()

@@ -32,6 +32,7 @@ from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
+from microvllm.runtime.step_clock import PARTS
 from microvllm.runtime.tokenizer import Tokenizer
 
 on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
@@ -422,6 +423,8 @@ async def test_exact_counts_of_requests_one_after_another(engine: EngineClient) 
     assert read("inter_token_latency_seconds_sum") == pytest.approx(read("request_decode_time_seconds_sum"))
     assert 0 < read("request_prefill_time_seconds_sum") <= read("time_to_first_token_seconds_sum")
     assert now("microvllm:engine_steps_total") == number * generated
+    for part in PARTS:
+        assert now("microvllm:step_seconds_total", part=part) > 0, part
     for name in GAUGES:
         assert read(name) == 0
     assert now("microvllm:kv_unused_slots") == 0
@@ -483,7 +486,7 @@ async def test_an_existing_dashboard_finds_its_names_and_labels(engine: EngineCl
     for sample in now.samples:
         if sample.name.startswith(("vllm:", "microvllm:")) and sample.name != "vllm:cache_config_info":
             assert sample.labels["model_name"] == "tiny"  # the first name, whatever a request says
-            further = {"le", "source", "finished_reason", "reason"}
+            further = {"le", "source", "finished_reason", "reason", "part"}
             expected = set() if sample.name == "vllm:admission_rejections_total" else {"engine"}
             assert set(sample.labels) - further == {"model_name"} | expected, sample
             assert sample.labels.get("engine", "0") == "0"
