@@ -23,8 +23,10 @@ class InferenceEngine:
     """Loads a model by its path and generates.
 
         engine = InferenceEngine(model_path="smollm2-135m-instruct", max_batch_size=32)
-        texts = engine.generate(["Hello", "AI is"], max_tokens=100)
-        for token, text in engine.stream_generate("The future of AI is", max_tokens=50):
+        results = engine.generate(["Hello", "AI is"], max_tokens=100)
+        for prompt, text in results.items():
+            print(f"{prompt}: {text}")
+        for token, text in engine.stream_generate("AI 的未来是", max_tokens=50):
             print(text, end="", flush=True)
 
     `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is called with (done, total) tensors while
@@ -74,13 +76,19 @@ class InferenceEngine:
     def stream_generate(
         self, prompt: str, max_tokens: int | None = 16, **sampling: Any
     ) -> Iterator[tuple[int, str]]:
-        """Each new token id with the text that became known by it ("" inside a multi-byte character)."""
+        """Each new token id with the text that became known by it.
+
+        That is "" inside a multi-byte character, whose text comes whole with its last token, and while the
+        text may still become a stop string. Leaving the loop ends the request.
+        """
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
         if params.n != 1:
             raise InvalidRequestError("stream_generate() gives one text; n must be 1", "n")
         for _, delta in self.run(self._requests(prompt, params)):
-            for token in delta.token_ids:
-                yield token, delta.text
+            *earlier, last = delta.token_ids
+            for token in earlier:
+                yield token, ""
+            yield last, delta.text
 
     def sampling_params(self, **wishes: Any) -> SamplingParams:
         """`SamplingParams` of the given fields over the model's own defaults."""
