@@ -38,19 +38,19 @@ _USAGE = _object(
     prompt_tokens_details=OBJECT_OR_NULL,
     completion_tokens_details=OBJECT_OR_NULL,
 )
-_CHOICE = {
-    "index": INTEGER,
-    "logprobs": OBJECT_OR_NULL,
+_ENDED = {
     "finish_reason": {"enum": ["stop", "length", "abort", "repetition"]},
     "stop_reason": {"type": ["string", "integer", "null"]},
     "token_ids": IDS_OR_NULL,
 }
+_CHOICE = {"index": INTEGER, "logprobs": OBJECT_OR_NULL, **_ENDED}
+_USAGE_OF = {"$ref": "#/components/schemas/Usage"}
 _ANSWER = {
     "id": STRING,
     "created": INTEGER,
     "model": STRING,
     "system_fingerprint": TEXT_OR_NULL,
-    "usage": {"$ref": "#/components/schemas/Usage"},
+    "usage": _USAGE_OF,
     "metrics": OBJECT_OR_NULL,
 }
 
@@ -67,6 +67,7 @@ SCHEMAS: Mapping[str, Any] = {
         prompt_token_ids=IDS_OR_NULL,
         **_ANSWER,
     ),
+    "Generation": _object(id=STRING, text=STRING, usage=_USAGE_OF, metrics=OBJECT_OR_NULL, **_ENDED),
     "ModelList": _object(
         object={"const": "list"},
         data=_list(
@@ -104,6 +105,8 @@ SCHEMAS: Mapping[str, Any] = {
 OF_PATH: Mapping[str, str] = {
     "/v1/completions": "Completion",
     "/v1/chat/completions": "ChatCompletion",
+    "/generate": "Generation",
+    "/generate_stream": "Generation",
     "/v1/models": "ModelList",
     "/tokenize": "Tokens",
     "/detokenize": "Text",

@@ -21,6 +21,7 @@ from microvllm.openai_compat.http_metrics import HttpMetricsMiddleware
 from microvllm.openai_compat.keep_alive import KeepAliveMiddleware
 from microvllm.openai_compat.lifecycle import AdmissionMiddleware
 from microvllm.openai_compat.middleware import RequestIdMiddleware, RootPathMiddleware
+from microvllm.openai_compat.native import generate, generate_stream
 from microvllm.openai_compat.sse import ShortcutMiddleware
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.tokenize import detokenize, tokenize
@@ -60,6 +61,8 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
         routes=[
             Route("/v1/completions", create_completion, methods=["POST"], middleware=load),
             Route("/v1/chat/completions", create_chat_completion, methods=["POST"], middleware=load),
+            Route("/generate", generate, methods=["POST"], middleware=load),
+            Route("/generate_stream", generate_stream, methods=["POST"], middleware=load),
             Route("/v1/models", models.list_models, methods=["GET"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),

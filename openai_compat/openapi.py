@@ -12,16 +12,25 @@ import microvllm
 from microvllm.openai_compat import answers
 from microvllm.openai_compat.auth import OPEN_PATHS
 from microvllm.openai_compat.fields import Fate, JsonSchema, Table, or_null
-from microvllm.openai_compat.schemas import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from microvllm.openai_compat.schemas import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    GENERATE,
+    GENERATE_STREAM,
+    TOKENIZE,
+)
 
 # The endpoints that take a body: the name of its schema, and its table.
 BODIES: Mapping[str, tuple[str, Table]] = {
     "/v1/completions": ("CompletionRequest", COMPLETIONS),
     "/v1/chat/completions": ("ChatCompletionRequest", CHAT),
+    "/generate": ("GenerateRequest", GENERATE),
+    "/generate_stream": ("GenerateStreamRequest", GENERATE_STREAM),
     "/tokenize": ("TokenizeRequest", TOKENIZE),
     "/detokenize": ("DetokenizeRequest", DETOKENIZE),
 }
-STREAMING = frozenset({"/v1/completions", "/v1/chat/completions"})
+STREAMING = frozenset({"/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"})
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # defaults that only say that nothing was given
 PARAMETERS: Mapping[str, Mapping[str, JsonSchema]] = {
     "/server_info": {"config_format": {"enum": ["text", "json"], "default": "text"}},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from microvllm.openai_compat.errors import Fault
 from microvllm.openai_compat.fields import (
+    Table,
     anything,
     array,
     array_of,
@@ -61,6 +63,13 @@ def cache_salt(value: Any) -> str:
             f"Input should be 1 to {MAX_SALT_CHARS} characters, none of '@', '/', '\\' or control characters",
         )
     return text
+
+
+@parser(type="string", minLength=1)
+def nonempty(value: Any) -> str:
+    if string(value) == "":
+        raise Fault("string_too_short", "Input should have at least 1 character")
+    return str(value)
 
 
 @parser(
@@ -221,6 +230,36 @@ CHAT = table(
     refused("documents"),
     refused("chat_template"),
 )
+
+# What an answer that is one text and nothing about it has no place for, and the values that ask for nothing.
+_NOT_FOR_ONE_TEXT: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "suffix": ("",),
+    "prompt_embeds": (),
+}
+
+
+def _one_text(*, stream: bool) -> Table:
+    """The rows of an endpoint that continues one prompt; `stream` is what is done unless a body says it."""
+    return table(
+        *(row for row in _COMMON if row.name not in {"stream", *_NOT_FOR_ONE_TEXT}),
+        honoured("prompt", nonempty, required=True),
+        honoured("add_special_tokens", boolean, True),
+        honoured("stream", boolean, stream),
+        *(refused(name, *harmless) for name, harmless in _NOT_FOR_ONE_TEXT.items()),
+    )
+
+
+GENERATE = _one_text(stream=False)
+GENERATE_STREAM = _one_text(stream=True)
 
 TOKENIZE = table(
     honoured("model", string),

@@ -17,14 +17,16 @@ from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.fields import Fate
 from microvllm.openai_compat.openapi import BODIES, build_document, request_schema
-from microvllm.openai_compat.schemas import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 
 SUBJECTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi", "max_tokens": 4},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    "/generate": {"prompt": "hi", "max_tokens": 4},
+    "/generate_stream": {"prompt": "hi", "max_tokens": 4, "stream": False},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104, 105]},
 }
+TABLES = [table for _, table in BODIES.values()]
 EVERYTHING: dict[str, Any] = {"dev_mode": True, "enable_tokenizer_info_endpoint": True}
 
 
@@ -45,8 +47,7 @@ def test_it_is_valid(args: dict[str, Any]) -> None:
     openapi_spec_validator.validate(found)
     assert found["openapi"].startswith("3.1") and found["servers"] == [{"url": args.get("root_path", "/")}]
     guarded = {path for path, methods in found["paths"].items() for m in methods.values() if "security" in m}
-    assert guarded == ({"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize"}
-                       if "api_keys" in args else set())  # fmt: skip
+    assert guarded == ({*BODIES, "/v1/models"} if "api_keys" in args else set())
 
 
 def test_every_route_is_in_it() -> None:
@@ -62,7 +63,7 @@ def test_every_route_is_in_it() -> None:
             assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
 
 
-@pytest.mark.parametrize("table", [COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE])
+@pytest.mark.parametrize("table", TABLES)
 def test_every_row_of_the_tables_is_in_it(table: Any) -> None:
     properties = request_schema(table)["properties"]
     assert properties.keys() == table.keys()
@@ -73,7 +74,7 @@ def test_every_row_of_the_tables_is_in_it(table: Any) -> None:
             assert "description" not in properties[name] or "ignored" not in properties[name]["description"]
 
 
-@pytest.mark.parametrize("table", [COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE])
+@pytest.mark.parametrize("table", TABLES)
 def test_the_manual_names_what_is_ignored_and_refused(table: Any) -> None:
     manual = (Path(__file__).parent.parent / "docs" / "http.md").read_text("utf-8")
     for name, row in table.items():
