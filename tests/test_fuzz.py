@@ -38,6 +38,8 @@ JSON_HEADERS = {"content-type": "application/json"}
 BASES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 4},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4},
+    "/generate": {"prompt": "hello", "max_tokens": 4},
+    "/generate_stream": {"prompt": "hello", "max_tokens": 4},
     "/tokenize": {"prompt": "hello"},
     "/detokenize": {"tokens": [104, 105]},
 }
@@ -52,6 +54,7 @@ MESSAGE_PARTS = (
     "function",
     "arguments",
 )
+EVENTS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat.completion.chunk"}
 GOLDEN = (
     ("/v1/completions", {"prompt": "golden", "max_tokens": 12, "seed": 7, "request_id": "golden"}),
     (
@@ -143,7 +146,8 @@ def check_answer(path: str, response: httpx.Response) -> None:
                 assert event["error"]["code"] < 500, event
                 check_error(event, event["error"]["code"])
             else:
-                assert event["object"] in ("text_completion", "chat.completion.chunk")
+                assert event.get("object") == EVENTS.get(path)
+                assert path in EVENTS or type(event["text"]) is str
     else:
         check_finite(response.json())
 

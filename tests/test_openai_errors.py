@@ -53,7 +53,9 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         (b'"x"', "body"),
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize"]
+)
 async def test_bodies_that_are_no_json_object(path: str, content: bytes, param: str | None) -> None:
     answer = await post(path, content)
     error = error_of(answer)
@@ -285,7 +287,9 @@ async def test_every_wrong_field_is_listed() -> None:
 
 
 @pytest.mark.parametrize("model", ["other", "../../etc/passwd", "x" * 10_000, "fake-model\r\nevil: 1"])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/generate", "/tokenize", "/detokenize"]
+)
 async def test_unknown_model(path: str, model: str) -> None:
     body = {"model": model, "prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "tokens": [1]}
     answer = await post(path, body)
