@@ -16,7 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 from microvllm.runtime.channel import Abort, Add, Command, Event, ResetPrefixCache, Step
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError, EngineError
+from microvllm.runtime.errors import (
+    ConfigError,
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+    RequestError,
+)
 from microvllm.runtime.launcher import DEAD, EngineProcess
 from microvllm.runtime.observer import EngineObserver, RequestTiming, SampleGroup
 from microvllm.runtime.output import OutputText, TextDelta
@@ -60,7 +66,7 @@ class TokenStream:
         self._id = request.request_id
         self._text = OutputText(client.tokenizer, request)
         self._pending: TextDelta | None = None
-        self._error: EngineError | None = None
+        self._error: EngineError | RequestError | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while there is nothing for it
 
@@ -68,7 +74,7 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> TextDelta:
-        """The next delta. Raises `EngineError` when the engine or this request failed."""
+        """The next delta. Raises `EngineError` or `RequestError`, by whose fault the request failed."""
         while self._pending is None:
             if self._error is not None:
                 raise self._error
@@ -89,7 +95,7 @@ class TokenStream:
     def _take(self, output: StepOutput, now: float) -> None:
         try:
             delta = self._text.take(output)
-        except EngineError as error:
+        except (EngineError, RequestError) as error:
             self._fail(error)
             return
         except Exception as error:  # this request's text logic failed: no other request is concerned
@@ -130,7 +136,7 @@ class TokenStream:
         if waiter is not None and not waiter.done():  # done: its consumer was cancelled
             waiter.set_result(None)
 
-    def _fail(self, error: EngineError) -> None:
+    def _fail(self, error: EngineError | RequestError) -> None:
         self._client._forget(self._id)
         self._error = error
         self._end("error")

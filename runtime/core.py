@@ -69,7 +69,9 @@ class EngineCore(Generic[StepT]):
         try:
             self.scheduler.add(request)
         except RequestError as error:
-            return StepOutput(request.request_id, [], FinishReason.ERROR, error=error.message)
+            return StepOutput(
+                request.request_id, [], FinishReason.ERROR, error=error.message, param=error.param
+            )
         return None
 
     def abort(self, request_id: int) -> bool:

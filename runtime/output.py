@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from microvllm.runtime.detokenizer import Detokenizer
-from microvllm.runtime.errors import EngineError
+from microvllm.runtime.errors import EngineError, InvalidRequestError
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
 
@@ -53,12 +53,16 @@ class OutputText:
         )
 
     def take(self, output: StepOutput) -> TextDelta:
-        """The delta of one step. Raises `EngineError` when the request failed in the engine.
+        """The delta of one step.
+
+        Raises `EngineError` when the request failed in the engine, `InvalidRequestError` if by its own fault.
 
         When a stop string was found, `finish_reason` is "stop" although the engine goes on: the caller
         must abort the request there.
         """
         if output.finish_reason is FinishReason.ERROR:
+            if output.param is not None:
+                raise InvalidRequestError(output.error or "the request is wrong", output.param)
             raise EngineError(output.error or "the request failed")
         ended_by_token = output.finish_reason is FinishReason.STOP
         before = self._detokenizer.num_tokens

@@ -247,10 +247,11 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
 
     `stop_reason` is the stop token id, or None for the primary end-of-sequence token and for length.
     `num_cached_tokens` (prompt tokens taken from the prefix cache) is meaningful in the first output.
-    `error` is a one-line message when `finish_reason` is ERROR. `logprobs` has one entry a token if the
-    request asks for them. `prompt_logprobs`, in the first output only, has one entry a prompt token from
-    the second on. `scheduled_at`, in the first output only, is when the request left the queue
-    (`time.monotonic()`, which all processes of a machine share).
+    `error` is a one-line message when `finish_reason` is ERROR, and `param` the request's field at fault,
+    None where the engine is. `logprobs` has one entry a token if the request asks for them.
+    `prompt_logprobs`, in the first output only, has one entry a prompt token from the second on.
+    `scheduled_at`, in the first output only, is when the request left the queue (`time.monotonic()`, which
+    all processes of a machine share).
     """
 
     request_id: int
@@ -263,6 +264,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     scheduled_at: float | None = None
     num_preemptions: int = 0
+    param: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -352,10 +352,13 @@ class Scheduler:
     def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
         if token == NO_TOKEN:
             self._finish(request, FinishReason.ERROR)
-            message = "the model gave no finite logits for this request"
+            message, param = "the model gave no finite logits for this request", None
             if request.params.allowed_token_ids is not None or request.params.bad_words:
-                message = "allowed_token_ids and bad_words leave this request no token to choose from"
-            return StepOutput(request.id, [], FinishReason.ERROR, error=message)
+                message = (
+                    "allowed_token_ids, bad_words and min_tokens leave this request no token to choose from"
+                )
+                param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
+            return StepOutput(request.id, [], FinishReason.ERROR, error=message, param=param)
         request.token_ids.append(token)
         reason, stop_reason = self._why_stop(request, token)
         if reason is not None:

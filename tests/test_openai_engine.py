@@ -197,6 +197,22 @@ async def test_beams(sdk: openai.AsyncOpenAI) -> None:
     assert found[0] >= of_greedy - CLOSE
 
 
+async def test_a_request_that_leaves_itself_no_token_is_refused(
+    sdk: openai.AsyncOpenAI, engine: EngineClient
+) -> None:
+    plain = await tokens(sdk)
+    extra = {"allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 2}
+    with pytest.raises(openai.BadRequestError, match="no token to choose from") as refused:
+        await complete(sdk, extra=extra)
+    assert refused.value.param == "allowed_token_ids"
+    stream = await sdk.completions.create(model="m", stream=True, **PLAIN, extra_body=extra)
+    with pytest.raises(openai.APIError, match="no token to choose from") as failed:
+        async for _ in stream:
+            pass
+    assert (failed.value.code, failed.value.param) == ("400", "allowed_token_ids")
+    assert await tokens(sdk) == plain and not engine._streams
+
+
 async def test_wrong_wishes_leave_the_engine_well(sdk: openai.AsyncOpenAI, engine: EngineClient) -> None:
     plain = await tokens(sdk)
     vocab = engine.config.spec.vocab_size
