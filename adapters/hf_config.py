@@ -69,7 +69,7 @@ def hf_spec(
     Raises `ModelFileError` naming the key for anything that this engine would compute differently from
     the model's authors: other activations, quantised weights, experts, unknown rotary scaling, ...
     """
-    _refuse_unsupported(config)
+    refuse_unsupported(config)
     vocab_size = config.size("vocab_size")
     hidden_size = config.size("hidden_size")
     num_heads = config.size("num_attention_heads")
@@ -105,7 +105,7 @@ def hf_spec(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         sliding_window=None if sliding_window is None or sliding_window >= max_position else sliding_window,
-        dtype=_dtype(config),
+        dtype=stored_dtype(config),
         bos_token_id=config.token_id("bos_token_id", vocab_size),
         eos_token_ids=config.token_ids("eos_token_id", vocab_size),
     )
@@ -152,7 +152,8 @@ def layerwise_window(config: Fields, default_max_position: int) -> int | None:
     return window
 
 
-def _refuse_unsupported(config: Fields) -> None:
+def refuse_unsupported(config: Fields) -> None:
+    """Raise `ModelFileError` for what no family here computes: quantised weights, experts, ..."""
     if config.get("quantization_config") is not None:
         quantization = config.get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -209,7 +210,8 @@ def _rope(config: Fields, default_max_position: int) -> RopeSpec:
     )
 
 
-def _dtype(config: Fields) -> str:
+def stored_dtype(config: Fields) -> str:
+    """The checkpoint's own dtype, under transformers' newer or older key."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     dtype = config.text(key, "float32").removeprefix("torch.")
     if dtype not in DTYPES:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from microvllm.adapters import llama, mistral, qwen2, qwen3
+from microvllm.adapters import llama, mistral, qwen, qwen2, qwen3
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
@@ -18,15 +18,19 @@ from microvllm.adapters.spec import ModelSpec
 HF_CLASSES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "QWenLMHeadModel": "qwen",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
 HF_FAMILIES = {
     "llama": llama.from_hf,
     "mistral": mistral.from_hf,
+    "qwen": qwen.from_hf,
     "qwen2": qwen2.from_hf,
     "qwen3": qwen3.from_hf,
 }
+# Families whose checkpoints name their tensors otherwise than Llama's do.
+HF_NAMES = {"qwen": qwen.HF_NAMES}
 GGUF_FAMILIES = {"llama": llama.from_gguf, "qwen2": qwen2.from_gguf, "qwen3": qwen3.from_gguf}
 GGUF_INTERLEAVED = {
     "llama": llama.GGUF_INTERLEAVED,

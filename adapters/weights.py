@@ -20,7 +20,7 @@ import torch
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten
 from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.registry import GGUF_INTERLEAVED
+from microvllm.adapters.registry import GGUF_INTERLEAVED, HF_NAMES
 from microvllm.adapters.safetensors_file import open_folder
 from microvllm.adapters.spec import ModelSpec
 
@@ -30,7 +30,8 @@ CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, smal
 DUMMY_STD = 0.02
 DUMMY_POOL = (1 << 24) - 3  # prime to all row lengths in use, so that rows of one matrix differ
 
-# role -> name in a Hugging Face checkpoint, name in a GGUF file; "{i}" is the layer. All families agree.
+# role -> name in a Hugging Face checkpoint, name in a GGUF file; "{i}" is the layer. All families agree but
+# those of `HF_NAMES` in the registry; one that stores q, k and v as one tensor has the role "qkv" there.
 NAMES = {
     "embed": ("model.embed_tokens", "token_embd"),
     "lm_head": ("lm_head", "output"),
@@ -112,7 +113,7 @@ def load_weights(
     if load_format not in ("auto", actual):
         raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
     checkpoint: Checkpoint = (
-        FolderCheckpoint(model) if model.is_dir() else GGUFCheckpoint(model, spec.head_dim)
+        FolderCheckpoint(model, spec.architecture) if model.is_dir() else GGUFCheckpoint(model, spec.head_dim)
     )
     _check_names(checkpoint, spec, slots)
     weights = {}
@@ -133,8 +134,11 @@ def load_weights(
 def checkpoint_slots(spec: ModelSpec) -> Iterator[Slot]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    qkv: tuple[tuple[str, int], ...] = (("q", q_size), ("k", kv_size), ("v", kv_size))
+    if "qkv" in HF_NAMES.get(spec.architecture, {}):
+        qkv = (("qkv", q_size + 2 * kv_size),)
     projections = (
-        ("qkv", (("q", q_size), ("k", kv_size), ("v", kv_size)), hidden, spec.qkv_bias),
+        ("qkv", qkv, hidden, spec.qkv_bias),
         ("o", (("o", hidden),), q_size, spec.o_bias),
         ("gate_up", (("gate", inner), ("up", inner)), hidden, spec.mlp_bias),
         ("down", (("down", hidden),), inner, spec.mlp_bias),
@@ -207,12 +211,13 @@ class FolderCheckpoint:
     # Older checkpoints carry the rotary frequencies, which follow from the configuration.
     _IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, architecture: str) -> None:
         self.path = folder
         self._files = open_folder(folder)
+        self._names = HF_NAMES.get(architecture) or {role: names[0] for role, names in NAMES.items()}
 
     def name(self, part: Part, layer: int) -> str:
-        return NAMES[part.role][0].format(i=layer) + (".bias" if part.bias else ".weight")
+        return self._names[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: file.tensors[name].shape for name, file in self._files.items()}

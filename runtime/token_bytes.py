@@ -31,7 +31,7 @@ def build_token_bytes(
     strips_space = False
     to_bytes: Callable[[str], bytes]
     if isinstance(decoder, decoders.ByteLevel):
-        to_bytes = _ByteLevelAlphabet().to_bytes
+        to_bytes = ByteLevelAlphabet().to_bytes
     elif isinstance(decoder, decoders.Sequence):
         chain = json.loads(decoder.__getstate__())["decoders"]
         if chain and chain[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
@@ -68,7 +68,7 @@ def _piece_bytes(token: str) -> bytes:
     return token.replace("\u2581", " ").encode("utf-8", "replace")
 
 
-class _ByteLevelAlphabet:
+class ByteLevelAlphabet:
     """GPT-2's alphabet: each byte is one printable character (Radford et al., 2019).
 
     The bytes that are printable in Latin-1 stand for themselves, the others are U+0100, U+0101, ... in order.
@@ -79,9 +79,14 @@ class _ByteLevelAlphabet:
         printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
         others = [byte for byte in range(256) if byte not in printable]
         self._to_latin1 = {0x100 + index: byte for index, byte in enumerate(others)}
+        self._from_latin1 = {byte: code for code, byte in self._to_latin1.items()}
         self._alphabet = frozenset(map(chr, [*printable, *self._to_latin1]))
 
     def to_bytes(self, token: str) -> bytes:
         if self._alphabet.issuperset(token):
             return token.translate(self._to_latin1).encode("latin-1")
         return token.encode("utf-8", "replace")
+
+    def from_bytes(self, token: bytes) -> str:
+        """How a vocabulary spells a token of these bytes."""
+        return token.decode("latin-1").translate(self._from_latin1)

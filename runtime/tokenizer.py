@@ -19,6 +19,7 @@ from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDED_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+TIKTOKEN_FILE = "qwen.tiktoken"
 # Without one of these there is nothing that transformers could convert.
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
@@ -98,13 +99,19 @@ class Tokenizer:
         config = _read_optional(folder / "tokenizer_config.json")
         # special_tokens_map.json is the older place; tokenizer_config.json is read later and wins.
         named = {**_named_tokens(_read_optional(folder / "special_tokens_map.json")), **_named_tokens(config)}
+        template = _chat_template(folder, config)
         file = folder / "tokenizer.json"
         if file.is_file():
             backend = _read_backend(file)
             _add_config_tokens(backend, config, named)
+        elif (folder / TIKTOKEN_FILE).is_file():
+            from microvllm.runtime.tiktoken_tokenizer import build_tokenizer
+
+            built = build_tokenizer(folder / TIKTOKEN_FILE)
+            return cls(built.backend, {**built.named, **named}, template or built.chat_template)
         else:
             backend = _convert_slow_tokenizer(folder)
-        return cls(backend, named, _chat_template(folder, config))
+        return cls(backend, named, template)
 
 
 def _read_optional(file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ TORCH_FREE = {
     for layer, names in (
         ("runtime", "errors request config cpu models scheduler kv_cache tokenizer chat_template"),
         ("runtime", "detokenizer processor client launcher channel output"),
-        ("adapters", "spec registry errors gguf_file llama mistral qwen2 qwen3"),
+        ("adapters", "spec registry errors gguf_file llama mistral qwen qwen2 qwen3"),
     )
     for name in names.split()
 }
