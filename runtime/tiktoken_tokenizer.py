@@ -58,15 +58,16 @@ def build_tokenizer(file: Path) -> TiktokenTokenizer:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if len(ranks) != len(tokens):
         raise ModelFileError(file, "holds the same token twice")
-    spell = ByteLevelAlphabet().from_bytes
+    alphabet = ByteLevelAlphabet()
+    spelled = {token: alphabet.from_bytes(token) for token in tokens}
     merges = []
     for rank, token in enumerate(tokens):
         if len(token) > 1:
             parts = _split(token, ranks, rank)
             if len(parts) != 2:
                 raise ModelFileError(file, f"line {rank + 1}: no two tokens before it make up this one")
-            merges.append((spell(parts[0]), spell(parts[1])))
-    backend = Tokenizer(BPE(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges))
+            merges.append((spelled[parts[0]], spelled[parts[1]]))
+    backend = Tokenizer(BPE(vocab={spelled[token]: rank for token, rank in ranks.items()}, merges=merges))
     backend.normalizer = normalizers.NFC()
     (split,) = PRE_TOKENIZERS["qwen2"].splits
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -321,3 +321,5 @@ def test_text_in_and_text_out(chat_folder: Path) -> None:
     assert len(streamed) == 8
     assert engine.generate(["你好"], max_tokens=8, temperature=0.0, ignore_eos=True) == {"你好": text}
     assert engine.tokenizer.decode([token for token, _ in streamed]) == text
+    end = len(ranks()) + SPECIAL.index("<|im_end|>")
+    assert engine.generate(["你好"], temperature=0.0, logit_bias={end: 100.0}) == {"你好": ""}
