@@ -163,12 +163,12 @@ class Processor:
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         vocab, limit = self._config.spec.vocab_size, self._config.max_logprobs
-        for name in ("logprobs", "prompt_logprobs"):
+        for name, what in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
             wish = getattr(params, name)
             count = vocab if wish == -1 else wish or 0
             if limit != -1 and count > limit:
                 raise InvalidRequestError(
-                    f"Requested {name} of {wish}, which is greater than max allowed: {limit}.", name
+                    f"Requested {what} logprobs of {wish}, which is greater than max allowed: {limit}", name
                 )
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:

@@ -91,6 +91,16 @@ def test_requests(processor: Processor) -> None:
     assert caught.value.param == "stop_token_ids"
 
 
+@pytest.mark.parametrize(("field", "what"), [("logprobs", "sample"), ("prompt_logprobs", "prompt")])
+@pytest.mark.parametrize("count", [21, -1])
+def test_too_many_log_probabilities(processor: Processor, field: str, what: str, count: int) -> None:
+    wish: dict[str, Any] = {field: count}
+    text = f"Requested {what} logprobs of {count}, which is greater than max allowed: 20$"
+    with pytest.raises(InvalidRequestError, match=text) as caught:
+        processor.requests([1], SamplingParams(**wish))
+    assert caught.value.param == field
+
+
 def test_defaults_are_the_models(processor: Processor) -> None:
     assert processor.default_params() == {"temperature": 0.5, "max_tokens": 9}
 
