@@ -277,8 +277,8 @@ def stop_at_length_one_token_late(patch: pytest.MonkeyPatch) -> None:
 def no_logits_is_a_token(patch: pytest.MonkeyPatch) -> None:
     take = Scheduler._take_token
 
-    def mutant(self: Scheduler, request: Request, token: int) -> StepOutput:
-        return take(self, request, max(token, 0))
+    def mutant(self: Scheduler, request: Request, token: int, *rest: Any) -> StepOutput:
+        return take(self, request, max(token, 0), *rest)
 
     patch.setattr(Scheduler, "_take_token", mutant)
 
