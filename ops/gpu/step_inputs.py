@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STAGED = 6  # row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), new block
+# row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), new block
+STAGED = 6
 CHUNK = 1024
 
 
