@@ -19,7 +19,7 @@ from microvllm.runtime.kv_cache import BrokenPoolError, KVCacheManager, PrefixKe
 from microvllm.runtime.request import FinishReason, StepOutput
 from microvllm.runtime.scheduler import Request, ScheduledRequest, Scheduler, StepPlan, StepResult
 
-MAX_EXAMPLES = 400
+MAX_EXAMPLES = 1500
 SETTINGS = settings(
     max_examples=MAX_EXAMPLES,
     stateful_step_count=40,
