@@ -54,6 +54,11 @@ def check_beam_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
         raise InvalidRequestError(
             f"length_penalty must be in [-{MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}].", "length_penalty"
         )
+    if not client.config.logprobs_mode.endswith("logprobs"):
+        raise InvalidRequestError(
+            "use_beam_search needs a server with log probabilities, not logits, as its --logprobs-mode.",
+            "use_beam_search",
+        )
     limit = client.config.max_logprobs
     widest = (client.config.spec.vocab_size if limit == -1 else limit) // 2
     if fields["n"] > widest:

@@ -11,7 +11,7 @@ import msgspec
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import EngineCore
-from microvllm.runtime.errors import EngineError, InvalidRequestError
+from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
@@ -113,7 +113,7 @@ class InferenceEngine:
                 self._inboxes[request.request_id] = inbox
                 refused = self.core.add(request)
                 if refused is not None:
-                    raise EngineError(refused.error or "the request was refused")
+                    texts[request.request_id][1].take(refused)  # raises what was wrong with it
             while texts:
                 while not inbox:
                     self._step()

@@ -50,6 +50,7 @@ class FakeConfig:
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)
     max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from typing import Any
 
@@ -182,3 +183,10 @@ async def test_a_client_that_leaves_ends_the_search() -> None:
     assert not client.running
     await asyncio.sleep(0.2)
     assert client.tokens_made == made
+
+
+async def test_logits_rank_no_beams() -> None:
+    client = FakeClient()
+    client.config = dataclasses.replace(client.config, logprobs_mode="raw_logits")
+    status, answer = await ask("/v1/completions", client, prompt="ab", use_beam_search=True, n=2)
+    assert status == 400 and answer["error"]["param"] == "use_beam_search"
