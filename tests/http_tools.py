@@ -52,7 +52,7 @@ def real_server(client: FakeClient, tls: ssl.SSLContext | None = None, **args: A
         raise RuntimeError("the server did not stop")
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Waits until the condition holds; fails the test if it does not within the time."""
     end = time.monotonic() + seconds
     while not condition():
