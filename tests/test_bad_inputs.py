@@ -341,7 +341,8 @@ def test_j11_a_stream_is_the_whole_answer_in_pieces(victim: Victim) -> None:
                 part["ends"].append((choice["finish_reason"], choice["stop_reason"]))
     for choice, part in zip(whole, parts, strict=True):
         assert part["text"] == choice["text"]
-        assert part["logprobs"] == choice["logprobs"]["token_logprobs"]
+        # Which samples share a step is a matter of timing, and sums in another order round otherwise.
+        assert part["logprobs"] == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-3)
         assert part["ends"] == [(choice["finish_reason"], choice["stop_reason"])]
 
 
