@@ -95,10 +95,11 @@ class EngineCollector(Collector):
             now.kv_unused_slots,
         )
         config = self._config
-        slots = config.num_blocks * config.block_size
+        # Not the configuration's number: on a GPU that is measured by the engine.
+        slots = now.kv_blocks_total * config.block_size
         labels = {
             "block_size": config.block_size,
-            "num_gpu_blocks": config.num_blocks,
+            "num_gpu_blocks": now.kv_blocks_total,
             "cache_dtype": config.dtype,
             "enable_prefix_caching": config.enable_prefix_caching,
             "kv_cache_size_tokens": slots,

@@ -45,6 +45,7 @@ CPU_BACKENDS, GPU_BACKENDS = ("cpu", "torch"), ("triton", "flash_attn")
 # FlashAttention 2's paged kernel takes multiples of 256; a tile of our Triton kernels is one block.
 DEFAULT_BLOCK_SIZES = {"cpu": 16, "torch": 16, "triton": 64, "flash_attn": 256}
 DEFAULT_MAX_NUM_SEQS = 256
+GPU_MEMORY_UTILIZATION = 0.92
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 CPU_KV_BYTES = 512 << 20  # default KV pool on a CPU, if one full-length sequence fits into it
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
@@ -76,7 +77,7 @@ class EngineArgs:
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
     device: str = "auto"
-    gpu_memory_utilization: float = 0.92
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False
     attention_backend: str = "auto"
     cpu_threads: int | None = None
@@ -97,6 +98,11 @@ class EngineArgs:
             raise ConfigError(str(error)) from error
         load_format = self._load_format(path)
         device = choose_device(self.device)
+        if device == "cpu" and (self.enforce_eager or self.gpu_memory_utilization != GPU_MEMORY_UTILIZATION):
+            logger.warning(
+                "--gpu-memory-utilization and --enforce-eager have no effect on a CPU; "
+                "--kv-cache-memory-bytes sets the size of the KV cache there"
+            )
         backend = self._cpu_backend() if device == "cpu" else self._gpu_backend()
         dtype = self._dtype(device, backend)
         block_size = _positive(self.block_size, DEFAULT_BLOCK_SIZES[backend], "--block-size")
@@ -311,7 +317,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     cpu_threads: int
     device: str = "cpu"
-    gpu_memory_utilization: float = 0.92
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False
     generation_defaults: dict[str, Any] = {}
     max_logprobs: int = 20  # that a request may ask for; -1: no limit

@@ -123,7 +123,8 @@ class ModelGraphRunner:
             for decodes in (0, 1, 16):
                 lengths = np.array([1] * decodes + [min(longest, self.config.max_model_len)] * 2)
                 total = int(lengths.sum())
-                if total > self.config.max_num_batched_tokens:
+                # The sampler has room for one row more than there are requests.
+                if total > self.config.max_num_batched_tokens or len(lengths) > self.config.max_num_seqs + 1:
                     continue
                 positions = np.concatenate([np.arange(length) for length in lengths])
                 nothing = np.zeros(total, dtype=np.int64)

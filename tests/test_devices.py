@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from model_tools import variant_folder
 
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
 
@@ -70,6 +72,19 @@ def test_without_one_of_them_the_cpu_is_taken(
     assert choose_device("auto") == "cpu"
     with pytest.raises(ConfigError, match=says):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "wish", [{"gpu_memory_utilization": 0.5}, {"enforce_eager": True}], ids=["memory", "eager"]
+)
+def test_what_is_for_a_gpu_alone_warns_on_a_cpu(
+    wish: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = str(variant_folder("llama-tied"))
+    EngineArgs(model=model, device="cpu").resolve()
+    assert not caplog.records
+    EngineArgs(model=model, device="cpu", **wish).resolve()
+    assert "no effect on a CPU" in caplog.text
 
 
 def test_an_unknown_device() -> None:

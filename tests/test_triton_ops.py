@@ -234,3 +234,14 @@ def test_filters_keep_what_they_should(rounded: bool) -> None:
         scores = (logits[i] / 1.5 + numbers_of(11, i, 300)).cpu()
         stays = kept(logits[i], 1.5, *wishes)
         assert token == int(scores.masked_fill(~stays, -math.inf).argmax()), wishes
+
+
+def test_more_rows_than_the_sampler_has_are_refused() -> None:
+    table = torch.zeros(2, device=DEVICE)
+    with pytest.raises(ValueError, match="3 rows"):
+        TokenSampler(2, DEVICE)(
+            torch.zeros(3, 8, device=DEVICE),
+            torch.zeros(3, dtype=torch.int64, device=DEVICE),
+            torch.zeros(3, dtype=torch.int64, device=DEVICE),
+            temperature=table, top_k=table, top_p=table, min_p=table, seed=table, filters=False,
+        )  # fmt: skip

@@ -278,11 +278,14 @@ class TokenSampler:
         The tables: temperature (0 is greedy), top_p (1 is off), min_p (0 is off) float32, top_k (0 is off)
         integers, seed int64 (the bits of the unsigned seed). Without `filters` the last three that filter
         are not looked at. Order: temperature, min-p, top-k, top-p; a tie at the edge goes to the lower id.
+        Raises `ValueError` for more than `max_rows` rows.
         """
         m, vocab = logits.shape
         tokens = torch.empty(m, dtype=torch.int64, device=logits.device) if out is None else out
         if m == 0:
             return tokens
+        if m > len(self._best):
+            raise ValueError(f"{m} rows of logits for a sampler of {len(self._best)}")
         _best_kernel[(m, triton.cdiv(vocab, WORDS * LANE))](
             tokens,
             self._best,
