@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` for this machine at first use, and keeps the result."""
+"""Compiles the C files of this folder into one library at first use, and keeps the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
+FOLDER = Path(__file__).parent
+SOURCES = sorted(FOLDER.glob("*.c"))
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math"),
@@ -41,7 +42,8 @@ def load_kernels() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError("there is no C compiler (cc, gcc or clang)")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu_flags())).encode()).hexdigest()
+    text = b"".join(path.read_bytes() for path in [*SOURCES, *sorted(FOLDER.glob("*.h"))])
+    key = hashlib.sha256(text + repr((compiler, FLAGS, _cpu_flags())).encode()).hexdigest()
     library = _cache_folder() / f"kernels-{key[:16]}.so"
     if not library.exists():
         _compile(compiler, library)
@@ -78,7 +80,7 @@ def _compile(compiler: str, library: Path) -> None:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
             subprocess.run(
-                [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(target), "-lm"],
+                [*compiler.split(), *FLAGS, *map(str, SOURCES), "-o", str(target), "-lm"],
                 check=True,
                 capture_output=True,
                 text=True,

@@ -1,4 +1,4 @@
-"""Own operators for CPUs: `kernels.c` behind the interface of `ops.operators`.
+"""Own operators for CPUs: this folder's C files behind the interface of `ops.operators`.
 
 Activations are float32 whatever the weights are; a bfloat16 weight is widened in registers.
 """

@@ -1,0 +1,17 @@
+/* Threads that share the pieces of an operator. */
+#ifndef POOL_H
+#define POOL_H
+
+typedef struct Pool Pool;
+typedef void (*Piece)(const void *job, long index);
+
+/* A pool of `threads` threads, the caller's own counted. Null if there is no memory. */
+Pool *pool_new(int threads);
+
+/* Ends its threads. */
+void pool_free(Pool *pool);
+
+/* run(job, i) for every i below `pieces`, on all threads; returns when all are done. One caller at a time. */
+__attribute__((visibility("hidden"))) void parallel(Pool *pool, Piece run, const void *job, long pieces);
+
+#endif

@@ -1,0 +1,121 @@
+/* What is done to each row of activations: norms, rotary embedding with the cache write, SwiGLU. */
+#include "cache.h"
+#include "pool.h"
+#include "vectors.h"
+
+INLINE void norm_row(const float *x, const float *weight, float *y, long d, float eps)
+{
+    vec acc = {};
+    float total = 0;
+    long i = 0;
+    for (; i + LANES <= d; i += LANES) { vec v = load_f32(x + i); acc += v * v; }
+    for (; i < d; i++) total += x[i] * x[i];
+    float scale = 1.0f / sqrtf((sum(acc) + total) / d + eps);
+    for (i = 0; i + LANES <= d; i += LANES) store(y + i, load_f32(x + i) * scale * load_f32(weight + i));
+    for (; i < d; i++) y[i] = x[i] * scale * weight[i];
+}
+
+#define ROWS 16       /* rows of an elementwise operator that a thread takes at a time */
+
+typedef struct {
+    const float *x, *weight;
+    float *y;
+    long n, d;
+    float eps;
+} Norm;
+
+static void norm_piece(const void *job, long piece)
+{
+    const Norm *a = job;
+    long end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
+    for (long row = piece * ROWS; row < end; row++)
+        norm_row(a->x + row * a->d, a->weight, a->y + row * a->d, a->d, a->eps);
+}
+
+/* Root-mean-square norm of each of n rows of d (arXiv:1910.07467). y may be x. */
+void rms_norm(Pool *pool, const float *x, const float *weight, float *y, long n, long d, float eps)
+{
+    Norm job = {x, weight, y, n, d, eps};
+    parallel(pool, norm_piece, &job, (n + ROWS - 1) / ROWS);
+}
+
+typedef struct {
+    const float *x;
+    float *y;
+    long n, width;
+} Silu;
+
+static void silu_piece(const void *job, long piece)
+{
+    const Silu *a = job;
+    long end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
+    for (long row = piece * ROWS; row < end; row++) {
+        const float *gate = a->x + row * 2 * a->width, *up = gate + a->width;
+        float *out = a->y + row * a->width;
+        long i = 0;
+        for (; i + LANES <= a->width; i += LANES) {
+            vec g = load_f32(gate + i);
+            store(out + i, g / (1.0f + vexp(-g)) * load_f32(up + i));
+        }
+        for (; i < a->width; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    }
+}
+
+/* silu(gate) * up; x: [n, 2 * width], gate before up -> y: [n, width] (arXiv:2002.05202). */
+void silu_and_mul(Pool *pool, const float *x, float *y, long n, long width)
+{
+    Silu job = {x, y, n, width};
+    parallel(pool, silu_piece, &job, (n + ROWS - 1) / ROWS);
+}
+
+INLINE void put(const Cache *cache, long head, long slot, const float *x, long d)
+{
+    long at = (head * cache->num_slots + slot) * d;
+    if (cache->is_bf16)
+        for (long i = 0; i < d; i++) ((bf16 *)cache->data)[at + i] = narrow(x[i]);
+    else
+        memcpy((float *)cache->data + at, x, d * sizeof(float));
+}
+
+typedef struct {
+    float *qkv;
+    const float *q_norm, *k_norm, *cos, *sin;
+    const int64_t *positions, *slots;
+    float eps;
+    long n, heads, kv_heads, d;
+    const Cache *cache;
+} Rotate;
+
+static void rotate_piece(const void *job, long piece)
+{
+    const Rotate *a = job;
+    long d = a->d, end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
+    for (long token = piece * ROWS; token < end; token++) {
+        float *row = a->qkv + token * (a->heads + 2 * a->kv_heads) * d;
+        const float *c = a->cos + a->positions[token] * d, *s = a->sin + a->positions[token] * d;
+        for (long head = 0; head < a->heads + a->kv_heads; head++) {
+            float *x = row + head * d;
+            if (a->q_norm) norm_row(x, head < a->heads ? a->q_norm : a->k_norm, x, d, a->eps);
+            for (long i = 0; i < d / 2; i++) {
+                float p = x[i], q = x[i + d / 2];
+                x[i] = p * c[i] + q * s[i];
+                x[i + d / 2] = q * c[i + d / 2] + p * s[i + d / 2];
+            }
+        }
+        for (long head = 0; head < a->kv_heads; head++) {
+            put(a->cache, head, a->slots[token], row + (a->heads + head) * d, d);
+            put(a->cache, a->kv_heads + head, a->slots[token], row + (a->heads + a->kv_heads + head) * d, d);
+        }
+    }
+}
+
+/* Normalises each head of q and k by q_norm and k_norm: [d] (null for none), and rotates it by cos and sin:
+ * [positions, d] (sin negated in its first half), in place in qkv: [n, heads + 2 * kv_heads, d], then puts k
+ * and v into their slots. */
+void rotate_and_cache(Pool *pool, float *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos,
+                      const float *sin, const int64_t *positions, const int64_t *slots, long n, long heads,
+                      long kv_heads, long d, const Cache *cache)
+{
+    Rotate job = {qkv, q_norm, k_norm, cos, sin, positions, slots, eps, n, heads, kv_heads, d, cache};
+    parallel(pool, rotate_piece, &job, (n + ROWS - 1) / ROWS);
+}

@@ -1,0 +1,96 @@
+/* Vectors of as many floats as the processor's registers hold, by GCC's and Clang's vector types: one source for
+ * AVX2, AVX-512, NEON and processors without any of them.
+ *
+ * Activations are float32; weights and the KV cache are float32 or bfloat16, widened in registers, so
+ * that a bfloat16 model moves half the bytes also where the processor has no bfloat16 arithmetic.
+ * Arrays are row-major and contiguous.
+ */
+#ifndef VECTORS_H
+#define VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+typedef float vec4 __attribute__((vector_size(16)));
+typedef uint16_t bf16;
+
+INLINE vec load_f32(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE vec load_bf16(const bf16 *p)
+{
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+
+INLINE float widen(bf16 h)
+{
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* Round to nearest, ties to even; a NaN stays a NaN. */
+INLINE bf16 narrow(float f)
+{
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return (bf16)((bits >> 16) | 64);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE float sum(vec v)
+{
+    vec4 parts[LANES / 4];
+    memcpy(parts, &v, sizeof v);
+#if LANES == 16
+    parts[0] += parts[2];
+    parts[1] += parts[3];
+#endif
+    vec4 s = parts[0] + parts[1];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+/* e^x: 2^n times a polynomial in the rest (degree 6, relative error below 2e-7). Arguments below -87
+ * give 0, which is what a masked score wants; NaN stays NaN. */
+INLINE vec vexp(vec x)
+{
+    const vec low = (vec){} - 87.0f, high = (vec){} + 88.0f;
+    ivec under = x < low, over = x > high;
+    vec t = x * 1.44269504088896341f;
+    vec n = (t + 12582912.0f) - 12582912.0f; /* round to an integer */
+    vec r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23;
+    vec result = p * (vec)exponent;
+    ivec finite = ~under & ~over;
+    vec huge = (vec){} + INFINITY;
+    ivec bits = ((ivec)result & finite) | ((ivec)huge & over);
+    ivec nan = x != x;
+    return (vec)((bits & ~nan) | ((ivec)x & nan));
+}
+
+#define AS_IS(v) (v)
+
+#endif
