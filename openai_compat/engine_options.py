@@ -145,7 +145,12 @@ def engine_args(
         int,
         typer.Option(min=0, help="Most prompt tokens of one request in a step; 0: no limit."),
     ] = 0,
-    scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority.")] = "fcfs",
+    scheduling_policy: Annotated[
+        str,
+        typer.Option(
+            help="fcfs; priority: of each request, smaller first; sjf: align lengths, shorter texts first."
+        ),
+    ] = "fcfs",
     async_scheduling: Annotated[
         bool | None,
         typer.Option(

@@ -23,6 +23,7 @@ from microvllm.runtime import cpu
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model, user_path
+from microvllm.runtime.policies import POLICIES
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
 
 logger = logging.getLogger("microvllm.config")
@@ -30,7 +31,6 @@ logger = logging.getLogger("microvllm.config")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-POLICIES = ("fcfs", "priority")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 # What is read from generation_config.json, and its name in `SamplingParams`.
 GENERATION_FIELDS = {

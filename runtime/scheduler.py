@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
 from microvllm.runtime.kv_cache import KVCacheManager, PrefixKeys
+from microvllm.runtime.policies import POLICIES
 from microvllm.runtime.request import (
     EngineRequest,
     FinishReason,
@@ -96,6 +97,16 @@ class Request:
         return len(self.token_ids) + self.num_in_flight
 
     @property
+    def num_missing(self) -> int:
+        """How many tokens a step could compute now; 1 is a decode, or the end of a prompt."""
+        if self.finish_reason is not None:
+            return 0  # ended; it only waits for its last step in flight
+        in_flight, known = self.num_in_flight, len(self.token_ids)
+        if in_flight and known - self.prompt_len + in_flight >= self.max_tokens:
+            return 0  # its last token is being sampled: another step would be wasted
+        return known + in_flight - self.num_computed
+
+    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
@@ -149,7 +160,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
         self.kv = kv
         self._config = config
-        self._by_priority = config.scheduling_policy == "priority"
+        self._policy = POLICIES[config.scheduling_policy]()
         self._requests: dict[int, Request] = {}  # waiting and running
         self._waiting: list[Request] = []  # heap by order; also holds some that have ended
         self._num_waiting = 0
@@ -157,6 +168,7 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []  # since the last plan
         self._arrivals = 0
+        self._short_of_blocks = False  # in the last step
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -193,7 +205,7 @@ class Scheduler:
         if limit is not None and self._num_waiting - len(self._free_rows) >= limit:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._arrivals += 1
-        order = (source.priority if self._by_priority else 0, self._arrivals)
+        order = (self._policy.rank(source), self._arrivals)
         request = Request(source, order, self.kv.prefix_keys(tokens, source.cache_salt), tokens)
         self._requests[request.id] = request
         self._wait(request)
@@ -211,27 +223,30 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Hand out this step's token budget; None when nothing can be computed now.
 
-        Older requests come first, running before waiting. When blocks run out the newest running
-        request gives its own back and is computed again later.
+        Running requests come before waiting ones, and whoever has a turn gets at least one token: a prompt
+        takes what the others leave of the budget. When blocks run out the newest running request gives its
+        own back and is computed again later.
         """
-        budget = self._config.max_num_batched_tokens
+        budget = self._config.max_num_batched_tokens  # at least one for every row
         scheduled: list[ScheduledRequest] = []
-        short_of_blocks = False
-        index = 0
-        while index < len(self._running) and budget > 0:
-            request = self._running[index]
-            num_new = self._chunk(request, request.num_computed, budget)
-            if num_new > 0:
-                room, preempted = self._make_room(request, num_new)
-                short_of_blocks |= preempted or not room
-                if request.row < 0:
-                    break  # it was itself the newest, and gave way
-                if not room:
-                    break  # blocks come free when the steps in flight are committed
-                scheduled.append(self._advance(request, num_new))
-                budget -= num_new
-            index += 1
-        admitted = [] if short_of_blocks else self._admit(budget, scheduled)
+        # While blocks are short everyone has a turn, the oldest first: who was denied blocks is the next to
+        # get them, which the policy's choice could put off for ever.
+        turn = self._running if self._short_of_blocks else self._policy.turn(self._running)
+        self._short_of_blocks = False
+        for index, request in enumerate(turn):
+            if request.row < 0:
+                break  # gave way to an older one, as did all after it
+            missing = request.num_missing
+            if missing == 0:
+                continue
+            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(turn) - index - 1))
+            room, preempted = self._make_room(request, num_new)
+            self._short_of_blocks |= preempted or not room
+            if not room:
+                break  # it gave way itself, or blocks come free when the steps in flight are committed
+            scheduled.append(self._advance(request, num_new))
+            budget -= num_new
+        admitted = [] if self._short_of_blocks else self._admit(budget, scheduled)
         if not scheduled:
             return None
         released, self._released_rows = tuple(self._released_rows), []
@@ -277,14 +292,8 @@ class Scheduler:
 
     # ---- the parts of a step -------------------------------------------------------------------
 
-    def _chunk(self, request: Request, num_computed: int, budget: int) -> int:
-        """How many tokens of the request this step may compute."""
-        if request.finish_reason is not None:
-            return 0  # ended; it only waits for its last step in flight
-        in_flight = request.num_in_flight
-        if in_flight and request.num_output + in_flight >= request.max_tokens:
-            return 0  # its last token is being sampled: another step would be wasted
-        missing = request.num_tokens - num_computed
+    def _chunk(self, missing: int, budget: int) -> int:
+        """How many of a request's missing tokens one step computes."""
         limit = self._config.long_prefill_token_threshold
         if limit and self._config.enable_chunked_prefill:  # else a longer prompt would wait for ever
             budget = min(budget, limit)
@@ -313,8 +322,9 @@ class Scheduler:
             whole = request.params.prompt_logprobs is not None
             prefix = [] if whole else self.kv.match_prefix(request.keys, request.num_tokens)
             num_cached = len(prefix) * self.kv.block_size
-            num_new = self._chunk(request, num_cached, budget)
-            if not self._config.enable_chunked_prefill and num_new < request.num_tokens - num_cached:
+            missing = request.num_tokens - num_cached
+            num_new = self._chunk(missing, budget)
+            if not self._config.enable_chunked_prefill and num_new < missing:
                 break
             # Room for all of its known tokens, not only for this chunk: otherwise several long prompts
             # are admitted together, run out of blocks half way, and preempt each other in turn.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fakes import EOS, VOCAB, Answer, Engine, make_request, run_alone
 
+from microvllm.runtime.policies import POLICIES
 from microvllm.runtime.request import EngineRequest, FinishReason
 
 CONTEXT = 64
@@ -120,7 +121,7 @@ def test_random_configurations(async_scheduling: bool, seed: int) -> None:
         enable_prefix_caching=rng.random() < 0.7,
         enable_chunked_prefill=budget < CONTEXT or rng.random() < 0.5,
         long_prefill_token_threshold=rng.choice([0, 0, 2, 7]),
-        scheduling_policy=rng.choice(["fcfs", "priority"]),
+        scheduling_policy=rng.choice(sorted(POLICIES)),
     )
     requests = workload(seed, 24)
     aborted: set[int] = set()

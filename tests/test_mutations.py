@@ -155,16 +155,16 @@ def reset_loses_the_cached_blocks(patch: pytest.MonkeyPatch) -> None:
 @mutation("sync")
 def drop_the_budget(patch: pytest.MonkeyPatch) -> None:
     chunk = Scheduler._chunk
-    patch.setattr(Scheduler, "_chunk", lambda self, request, done, budget: chunk(self, request, done, 1000))
+    patch.setattr(Scheduler, "_chunk", lambda self, missing, budget: chunk(self, missing, 1000))
 
 
 @mutation("sync")
 def split_what_may_not_be_split(patch: pytest.MonkeyPatch) -> None:
     chunk = Scheduler._chunk
 
-    def mutant(self: Scheduler, request: Request, num_computed: int, budget: int) -> int:
+    def mutant(self: Scheduler, missing: int, budget: int) -> int:
         limit = self._config.long_prefill_token_threshold or budget
-        return min(chunk(self, request, num_computed, budget), limit)
+        return min(chunk(self, missing, budget), limit)
 
     patch.setattr(Scheduler, "_chunk", mutant)
 
@@ -304,16 +304,17 @@ def free_before_the_last_step_in_flight(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("async")
 def do_not_skip_finished(patch: pytest.MonkeyPatch) -> None:
-    chunk = Scheduler._chunk
+    missing = Request.num_missing.fget
+    assert missing is not None
 
-    def mutant(self: Scheduler, request: Request, num_computed: int, budget: int) -> int:
-        reason, request.finish_reason = request.finish_reason, None
+    def mutant(self: Request) -> int:
+        reason, self.finish_reason = self.finish_reason, None
         try:
-            return chunk(self, request, num_computed, budget)
+            return missing(self)
         finally:
-            request.finish_reason = reason
+            self.finish_reason = reason
 
-    patch.setattr(Scheduler, "_chunk", mutant)
+    patch.setattr(Request, "num_missing", property(mutant))
 
 
 @mutation("async")
@@ -333,16 +334,10 @@ def preempt_in_flight(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("async")
 def a_step_after_the_last_token(patch: pytest.MonkeyPatch) -> None:
-    chunk = Scheduler._chunk
+    def mutant(self: Request) -> int:
+        return 0 if self.finish_reason is not None else self.num_tokens - self.num_computed
 
-    def mutant(self: Scheduler, request: Request, num_computed: int, budget: int) -> int:
-        limit, request.max_tokens = request.max_tokens, 1000
-        try:
-            return chunk(self, request, num_computed, budget)
-        finally:
-            request.max_tokens = limit
-
-    patch.setattr(Scheduler, "_chunk", mutant)
+    patch.setattr(Request, "num_missing", property(mutant))
 
 
 @mutation("async")

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from microvllm.runtime.policies import POLICIES
 from microvllm.runtime.request import EngineRequest, FinishReason
 from microvllm.runtime.scheduler import Request
 
@@ -52,7 +53,7 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
         "enable_chunked_prefill": chunked,
         "long_prefill_token_threshold": draw(st.sampled_from([0, 0, 2])),
         "enable_prefix_caching": draw(st.sampled_from([True, True, True, False])),
-        "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "scheduling_policy": draw(st.sampled_from(sorted(POLICIES))),
     }
 
 

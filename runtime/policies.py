@@ -1,0 +1,65 @@
+"""Which requests are served first, and which of the running ones have a turn in a step. Imports no torch.
+
+`fcfs`      first come, first served; every running request has a turn in every step.
+`priority`  the smaller number first (vLLM's meaning), first come among equals; every one has a turn.
+`sjf`       shortest job first, to align lengths: of the requests that decode, those of the shortest length
+            have a turn, so that equal lengths form the batch and short ones catch up with long ones:
+            50 52 55 60 100 runs 50, 51, then 52 52 together, 55 55 55, and 60 60 60 60.
+            It made batches without padding for kernels that need equal lengths. Ours do not, so what is
+            passed over is batch size lost: it is here to be compared.
+
+A policy never changes a token, only when it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from microvllm.runtime.request import EngineRequest
+    from microvllm.runtime.scheduler import Request
+
+# Steps in a row in which `sjf` may pass somebody over; in the next one every request has a turn.
+MAX_PASSED_OVER = 16
+
+
+class Policy:
+    """First come, first served; what the others start from."""
+
+    def rank(self, source: EngineRequest) -> int:
+        """What comes before the order of arrival: smaller is served first, and preempted last."""
+        return 0
+
+    def turn(self, running: Sequence[Request]) -> Sequence[Request]:
+        """Those of the running requests that this step may compute, in their order."""
+        return running
+
+
+class Priority(Policy):
+    def rank(self, source: EngineRequest) -> int:
+        return source.priority
+
+
+class Alignment(Policy):
+    """Shortest job first. Prompts go on as ever; `MAX_PASSED_OVER` bounds how long a long one waits."""
+
+    def __init__(self) -> None:
+        self._passed_over = 0  # steps in a row in which somebody was
+
+    def turn(self, running: Sequence[Request]) -> Sequence[Request]:
+        ready = [request for request in running if request.num_missing]
+        shortest = min((request.num_tokens for request in ready if _decodes(request)), default=0)
+        turn = [request for request in ready if request.num_tokens == shortest or not _decodes(request)]
+        if len(turn) == len(ready) or self._passed_over == MAX_PASSED_OVER:
+            self._passed_over = 0
+            return ready
+        self._passed_over += 1
+        return turn
+
+
+def _decodes(request: Request) -> bool:
+    return request.num_missing == 1 and request.num_computed >= request.prompt_len
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "priority": Priority, "sjf": Alignment}
