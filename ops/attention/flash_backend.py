@@ -82,14 +82,15 @@ class FlashAttention:
         if inv_freq.device.type == "cuda":
             self.sms = torch.cuda.get_device_properties(inv_freq.device).multi_processor_count
 
-    def num_splits(self, batch_size: int, width: int) -> int:
+    def num_splits(self, batch_size: int) -> int:
         """How many programs share a sequence and KV head: as many as fill the GPU twice.
 
         Left alone the kernel decides by the width of the block table, which under a captured graph is that
-        of the longest possible sequence. A split beyond a sequence's end does nothing.
+        of the longest possible sequence; by that width or not, a step without a graph has to sum in the same
+        order. A split beyond a sequence's end does nothing.
         """
         wanted = 2 * self.sms // (batch_size * self.shape.num_kv_heads)
-        longest = width * self.cache.shape[3]
+        longest = self.max_blocks * self.cache.shape[3]
         return max(1, min(wanted, MAX_SPLITS, -(-longest // KEYS_A_SPLIT)))
 
     def begin_step(self, batch: AttentionBatch) -> FlashStep:
@@ -108,7 +109,7 @@ class FlashStep:
             self._cached_lens = (lens - 1).clamp_(min=0)
             blocks = batch.decode_blocks[:, : backend.max_blocks].int()
             self._blocks = blocks.masked_fill((lens == 0).unsqueeze(1), backend.num_blocks)
-            self._splits = backend.num_splits(batch.num_decodes, blocks.shape[1])
+            self._splits = backend.num_splits(batch.num_decodes)
         if batch.num_decodes < batch.positions.shape[0]:
             self._segments = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
             ends = self._segments.context_lens.cumsum(0, dtype=torch.int32)
