@@ -1,9 +1,11 @@
-# source scripts/gpu/environment.sh WHEELS
+# source scripts/gpu/environment.sh WHEELS…
 #
 # Makes the checkout importable as `microvllm` on a machine that has torch but no network: installs the
-# wheels of the folder WHEELS (made where there is a network: pip download --no-deps --python-version 3.12 …)
+# wheels of the folders WHEELS (made where there is a network: pip download --no-deps --python-version 3.12 …)
 # beside torch, and links the checkout under its package name.
 site=$(mktemp -d)
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$1"/*.whl
+wheels=()
+for folder in "$@"; do wheels+=("$folder"/*.whl); done
+python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${wheels[@]}"
 ln -s "$(pwd)" "$site/microvllm"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

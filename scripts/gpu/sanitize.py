@@ -1,0 +1,187 @@
+"""Launches every kernel of the engine once or more at tiny shapes, to be watched by compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/gpu/sanitize.py
+
+Without torch's caching every tensor is an allocation of its own, so that an access past its end is seen.
+Exit status 1 if a kernel of ours was not launched, or gave something that is not finite. What is right is
+tests/'s business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+import torch
+from torch import Tensor
+from triton.runtime import JITFunction
+
+from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention.flash_backend import FlashAttention
+from microvllm.ops.attention.triton_backend import TritonAttention
+from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.sampling import TokenSampler
+from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
+from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
+from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling
+
+DEVICE = torch.device("cuda")
+MODULES = (
+    *("activation", "embedding", "gemv", "norm", "rope_cache", "sampling", "skinny", "step_inputs"),
+    *("triton_decode", "triton_prefill"),
+)
+DTYPE = torch.bfloat16
+
+
+def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def check(name: str, *results: Tensor) -> None:
+    """Raises `SystemExit` that names the kernel, for NaN and infinity, and for faults that came late."""
+    torch.cuda.synchronize()
+    if not all(bool(result.isfinite().all()) for result in results):
+        raise SystemExit(f"{name}: a result is not finite")
+
+
+def operators() -> None:
+    """Whatever a decoder calls, for row counts that each way takes; sizes are no multiples of a tile's."""
+    ops, hidden, width = GpuOperators(DTYPE, DEVICE, "triton"), 88, 40
+    norm, up, down = normal(hidden), normal(2 * width, hidden), normal(hidden, width)
+    bias = normal(2 * width)
+    for rows in (1, 2, 3, 7, MAX_SKINNY_ROWS + 1):
+        x = normal(rows, hidden)
+        act = ops.norm_gate_up(norm, 1e-5, up)(x)
+        check(
+            f"products of {rows} rows",
+            act,
+            ops.norm_linear(norm, 1e-5, up, bias)(x),
+            ops.linear(down)(act, x),
+        )
+    check("gather", ops.embedding(normal(11, hidden))(ints(10, 0, 3)))
+    arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    for pdl in {False, can_launch_early(DEVICE)}:  # sums that several programs share
+        split = Tiling(16, 32, 4, 2, splits=3)
+        y = skinny_linear(normal(5, 200), normal(37, 200), arrivals, tiling=split, pdl=pdl)
+        check("split product", y, arrivals)
+
+
+def sampling() -> None:
+    rows, vocab = 4, 5000
+    for dtype in (DTYPE, torch.float32):
+        for pdl in {False, can_launch_early(DEVICE)}:
+            sampler = TokenSampler(rows, DEVICE, pdl=pdl)
+            for filters in (False, True):
+                tokens = sampler(
+                    normal(rows, vocab, dtype=dtype),
+                    torch.arange(rows, device=DEVICE),
+                    torch.arange(rows, device=DEVICE),
+                    temperature=torch.tensor([0.0, 0.7, 1.0, 1.3], device=DEVICE),
+                    top_k=ints(0, 0, 7, 0),
+                    top_p=torch.tensor([1.0, 1.0, 0.9, 0.5], device=DEVICE),
+                    min_p=torch.tensor([0.0, 0.0, 0.0, 0.1], device=DEVICE),
+                    seed=torch.arange(rows, device=DEVICE),
+                    filters=filters,
+                )
+                if not bool(((tokens >= 0) & (tokens < vocab)).all()):
+                    raise SystemExit(f"sampling: {tokens.tolist()} are no tokens")
+
+
+def step_inputs() -> None:
+    staged = torch.zeros(STAGED, 4, dtype=torch.int32, device=DEVICE)
+    staged[0], staged[2] = ints(2, 0, 1, 3), ints(0, 15, 16, 0)
+    staged[3], staged[4] = ints(1, 16, 17, 0), ints(0, -1, 1, -1)  # the last one is padding
+    staged[1, 1:3], staged[5, 0] = -1, 5
+    tables = torch.zeros(4, 9, dtype=torch.int32, device=DEVICE)
+    made = prepare_decode(staged, tables, torch.arange(4, device=DEVICE), 16)
+    check("step inputs", made.ids, made.slots, made.lens)
+
+
+def mixed_step(block: int) -> tuple[AttentionBatch, int]:
+    """Decodes of several lengths, one of them padding, then segments, one of them empty; (batch, blocks)."""
+    decodes, segments = (1, block + 3, 0, 5 * block), ((9, 9), (0, 0), (3, block + 1))
+    free = iter(range(1000))
+    tables = [[next(free) for _ in range(-(-n // block))] for n in (*decodes, *(n for _, n in segments))]
+    width = max(map(len, tables))
+    padded = torch.tensor(
+        [row + [0] * (width - len(row)) for row in tables], dtype=torch.int32, device=DEVICE
+    )
+    positions, slots = [max(n - 1, 0) for n in decodes], []
+    for row, n in zip(tables, decodes, strict=False):
+        slots.append(row[(n - 1) // block] * block + (n - 1) % block if n else -1)
+    for row, (new, n) in zip(tables[len(decodes) :], segments, strict=True):
+        for at in range(n - new, n):
+            positions.append(at)
+            slots.append(row[at // block] * block + at % block)
+    starts = [0]
+    for new, _ in segments:
+        starts.append(starts[-1] + new)
+    table = SegmentTable(
+        ints(*starts), ints(*(n for _, n in segments)), padded[len(decodes) :].contiguous(), 9
+    )
+    count = len(decodes)
+    batch = AttentionBatch(
+        ints(*positions), ints(*slots), count, padded[:count].contiguous(), ints(*decodes), (), table
+    )
+    return batch, next(free)
+
+
+def attention() -> None:
+    """Of heads that are no power of two, with a window and without, with norms and without."""
+    for heads, kv_heads, dim, window, with_norms in ((7, 1, 64, None, False), (4, 2, 128, 20, True)):
+        shape = AttentionShape(1, heads, kv_heads, dim, window)
+        norms = QKNorms(((normal(dim), normal(dim)),), 1e-6) if with_norms else None
+        inv_freq = 100.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
+        qkv_width = (heads + 2 * kv_heads) * dim
+        for pdl in {False, can_launch_early(DEVICE)}:
+            for block, tiling in ((16, DecodeTiling(16, 3, 4, 2)), (64, None)):
+                batch, blocks = mixed_step(block)
+                own = TritonAttention(
+                    *(shape, blocks, block, inv_freq, 2048, DTYPE, norms), pdl=pdl, decode_tiling=tiling
+                )
+                own.cache.normal_()
+                out = own.begin_step(batch)(0, normal(len(batch.positions), qkv_width))
+                check("triton attention", out, own.cache, own.workspace.arrivals)
+        if importlib.util.find_spec("flash_attn"):
+            batch, blocks = mixed_step(256)
+            flash = FlashAttention(shape, blocks, 256, inv_freq, 2048, DTYPE, norms)
+            flash.cache.normal_()
+            out = flash.begin_step(batch)(0, normal(len(batch.positions), qkv_width))
+            check("flash_attn attention", out, flash.cache)
+
+
+def never_launched() -> list[str]:
+    """Kernels of ours that have no compiled form by now; by name, what others call is no kernel."""
+    missed = []
+    for module in MODULES:
+        package = "attention" if module.startswith("triton") else "gpu"
+        for name, found in vars(importlib.import_module(f"microvllm.ops.{package}.{module}")).items():
+            if isinstance(found, JITFunction) and name.endswith("_kernel"):
+                compiled = any(cache[0] for cache in found.device_caches.values())
+                print(f"{module}.{name}: {'launched' if compiled else 'NOT LAUNCHED'}")
+                missed += [] if compiled else [name]
+    return missed
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for part in (operators, sampling, step_inputs, attention):
+            part()
+            print(part.__name__, "done", flush=True)
+    sys.exit(bool(never_launched()))
+
+
+if __name__ == "__main__":
+    main()
