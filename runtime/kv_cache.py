@@ -166,10 +166,10 @@ class KVCacheManager:
         """Give a sequence room for `num_tokens` more tokens; False, and no change, if there is none."""
         table = self._tables[seq_id]
         missing = self._blocks_for(table.num_tokens + num_tokens) - len(table.blocks)
-        if missing > self.num_available:
-            return False
-        for _ in range(missing):
-            table.blocks.append(self._take())
+        if missing > 0:
+            if missing > self.num_available:
+                return False
+            table.blocks += [self._take() for _ in range(missing)]
         table.num_tokens += num_tokens
         return True
 

@@ -49,8 +49,10 @@ class Alignment(Policy):
 
     def turn(self, running: Sequence[Request]) -> Sequence[Request]:
         ready = [request for request in running if request.num_missing]
-        shortest = min((request.num_tokens for request in ready if _decodes(request)), default=0)
-        turn = [request for request in ready if request.num_tokens == shortest or not _decodes(request)]
+        # The length of each that decodes, and 0 for those that still compute their prompt.
+        lengths = [_decode_length(request) for request in ready]
+        shortest = min(filter(None, lengths), default=0)
+        turn = [request for request, length in zip(ready, lengths, strict=True) if length in (0, shortest)]
         if len(turn) == len(ready) or self._passed_over == MAX_PASSED_OVER:
             self._passed_over = 0
             return ready
@@ -58,8 +60,9 @@ class Alignment(Policy):
         return turn
 
 
-def _decodes(request: Request) -> bool:
-    return request.num_missing == 1 and request.num_computed >= request.prompt_len
+def _decode_length(request: Request) -> int:
+    done = request.num_computed
+    return done + 1 if done >= request.prompt_len and request.num_missing == 1 else 0
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "priority": Priority, "sjf": Alignment}

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import Misuse
 from hypothesis import HealthCheck, Phase, Verbosity, settings
@@ -175,7 +176,7 @@ def wrong_first_block(patch: pytest.MonkeyPatch) -> None:
 
     def mutant(self: Scheduler, request: Request, num_new: int, first_block: int | None = None) -> Any:
         item = advance(self, request, num_new, first_block)
-        return dataclasses.replace(item, first_block=item.start // self.kv.block_size)
+        return msgspec.structs.replace(item, first_block=item.start // self.kv.block_size)
 
     patch.setattr(Scheduler, "_advance", mutant)
 
