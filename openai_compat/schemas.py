@@ -87,6 +87,16 @@ def template_kwargs(value: Any) -> dict[str, bool | str]:
     return kwargs
 
 
+_STREAM_OPTIONS = record(include_usage=boolean, continuous_usage_stats=boolean)
+
+
+@parser(**_STREAM_OPTIONS.schema)
+def stream_options(value: Any) -> dict[str, Any]:
+    """Empty only if the client wrote `{}`: whatever else it wrote needs a stream, unknown options too."""
+    known = _STREAM_OPTIONS(value)
+    return {"include_usage": False, **known} if value else known
+
+
 # What the endpoints check themselves, because the bounds are theirs.
 _TOKEN = {"type": "integer", "minimum": 0}
 _TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
@@ -151,7 +161,7 @@ _COMMON = (
     honoured("truncation_side", choice("left", "right")),
     # honoured: how to answer
     honoured("stream", boolean, False),
-    honoured("stream_options", record(include_usage=boolean, continuous_usage_stats=boolean)),
+    honoured("stream_options", stream_options),
     honoured("echo", boolean, False),
     honoured("stream_interval", integer(low=1)),
     honoured("prompt_logprobs", integer()),

@@ -154,10 +154,11 @@ class Processor:
         vocab = self._config.spec.vocab_size
         for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
             ids = getattr(params, name)
-            if ids and max(ids) >= vocab:
-                wrong = ", ".join(str(token) for token in sorted(ids) if token >= vocab)
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                wrong = ", ".join(str(token) for token in sorted(ids) if not 0 <= token < vocab)
                 raise InvalidRequestError(
-                    f"{name}: token ids out of vocabulary: {wrong[:200]}. The vocabulary size is {vocab}.",
+                    f"{name}: token ids out of vocabulary: {wrong[:200]}. "
+                    f"The vocabulary size is {vocab}: ids are 0 to {vocab - 1}.",
                     name,
                 )
 

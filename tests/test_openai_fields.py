@@ -238,6 +238,8 @@ async def test_unknown_fields_are_ignored() -> None:
         ("ignore_eos", "perhaps", "body.ignore_eos"),
         ("stream", 2, "body.stream"),
         ("stream_options", {"include_usage": True}, "stream_options"),
+        ("stream_options", {"include_usage": None}, "stream_options"),
+        ("stream_options", {"x": 1}, "stream_options"),
         ("stream_options", {"include_usage": "x"}, "body.stream_options"),
         ("stream_options", [], "body.stream_options"),
         ("cache_salt", "", "body.cache_salt"),

@@ -165,6 +165,12 @@ async def test_unknown_token_ids_are_listed_with_the_vocabulary_size() -> None:
         status, answer, _ = await ask(COMPLETIONS, **{field: value})
         message = answer["error"]["message"]
         assert status == 400 and all(part in message for part in (field, "300", "999", "258"))
+    for key, shown in (("-1", "-1."), ("-0", None), ("-99999999999999999", "-99999999999999999.")):
+        status, answer, _ = await ask(COMPLETIONS, logit_bias={key: 1, "5": 1})
+        assert status == (400 if shown else 200)
+        if shown:
+            message = answer["error"]["message"]
+            assert f"vocabulary: {shown}" in message and message.endswith("size is 258: ids are 0 to 257.")
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,20 @@ async def test_chat_body_is_vllms_member_for_member() -> None:
     assert body["id"].startswith("chatcmpl-")
 
 
-@pytest.mark.parametrize("include_usage", [False, True])
-async def test_completion_chunks_are_vllms_byte_for_byte(include_usage: bool) -> None:
+@pytest.mark.parametrize(
+    ("stream_options", "include_usage"),
+    [
+        ({"include_usage": False}, False),
+        ({"include_usage": True}, True),
+        ({"unknown": 1}, False),
+        ({}, False),
+    ],
+)
+async def test_completion_chunks_are_vllms_byte_for_byte(
+    stream_options: dict[str, Any], include_usage: bool
+) -> None:
     body = {"prompt": "hi", "max_tokens": 2}
-    options = {"stream": True, "stream_options": {"include_usage": include_usage}}
+    options = {"stream": True, "stream_options": stream_options}
     async with in_process(FakeClient()) as http:
         whole = (await http.post("/v1/completions", json=body)).json()
         answer = await http.post("/v1/completions", json={**body, **options})
@@ -154,10 +164,20 @@ async def test_completion_chunks_are_vllms_byte_for_byte(include_usage: bool) ->
     assert answer.text.split("\n\n") == [*(f"data: {head}{frame}" for frame in frames), "data: [DONE]", ""]
 
 
-@pytest.mark.parametrize("include_usage", [False, True])
-async def test_chat_chunks_are_vllms_byte_for_byte(include_usage: bool) -> None:
+@pytest.mark.parametrize(
+    ("stream_options", "include_usage"),
+    [
+        ({"include_usage": False}, False),
+        ({"include_usage": True}, True),
+        ({"unknown": 1}, False),
+        ({}, False),
+    ],
+)
+async def test_chat_chunks_are_vllms_byte_for_byte(
+    stream_options: dict[str, Any], include_usage: bool
+) -> None:
     body = {"messages": HI, "max_tokens": 2}
-    options = {"stream": True, "stream_options": {"include_usage": include_usage}}
+    options = {"stream": True, "stream_options": stream_options}
     async with in_process(FakeClient()) as http:
         whole = (await http.post("/v1/chat/completions", json=body)).json()
         answer = await http.post("/v1/chat/completions", json={**body, **options})
