@@ -48,21 +48,19 @@ class Alignment(Policy):
         self._passed_over = 0  # steps in a row in which somebody was
 
     def turn(self, running: Sequence[Request]) -> Sequence[Request]:
-        ready = [request for request in running if request.num_missing]
-        # The length of each that decodes, and 0 for those that still compute their prompt.
-        lengths = [_decode_length(request) for request in ready]
+        lengths = [_decode_length(request) for request in running]
         shortest = min(filter(None, lengths), default=0)
-        turn = [request for request, length in zip(ready, lengths, strict=True) if length in (0, shortest)]
-        if len(turn) == len(ready) or self._passed_over == MAX_PASSED_OVER:
+        if max(lengths, default=0) == shortest or self._passed_over == MAX_PASSED_OVER:
             self._passed_over = 0
-            return ready
+            return running
         self._passed_over += 1
-        return turn
+        return [r for r, length in zip(running, lengths, strict=True) if length in (0, shortest)]
 
 
 def _decode_length(request: Request) -> int:
-    done = request.num_computed
-    return done + 1 if done >= request.prompt_len and request.num_missing == 1 else 0
+    """The current length of one that decodes; 0 for one that computes its prompt, or nothing."""
+    length = request.num_computed + 1
+    return length if length > request.prompt_len and request.num_missing == 1 else 0
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "priority": Priority, "sjf": Alignment}

@@ -148,6 +148,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "no-prefix-cache": {"enable_prefix_caching": False},
     "three-rows": {"max_num_seqs": 3},
     "by-priority": {"scheduling_policy": "priority"},
+    "aligned": {"scheduling_policy": "sjf"},
+    "aligned-async": {
+        "scheduling_policy": "sjf",
+        "max_num_batched_tokens": 13,
+        "max_num_seqs": 12,
+        "async_scheduling": True,
+    },
     "blocks-of-1": {"block_size": 1, "num_gpu_blocks_override": 2000},
     "blocks-of-8": {"block_size": 8},
     "blocks-of-256": {"block_size": 256, "num_gpu_blocks_override": 16},
