@@ -19,11 +19,13 @@ from fakes import Answer, Engine, make_request, run_alone
 
 from microvllm.runtime.logits import LogitRules
 from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.sampler import Sampler
 from microvllm.runtime.transfer import Readback, Stager
 
 # The tests that fail without the guard, as file::test; of a planted bug, the function that plants it.
 HAZARDS: dict[str, list[str]] = {
     "penalties count a token that is not known yet": [
+        "test_hazards::test_penalties_count_what_the_host_does_not_know_yet",
         "test_hazards::test_a_token_that_was_not_chosen_is_not_counted",
         "test_sampling_rules::test_rules_are_the_same_in_company",
     ],
@@ -102,6 +104,25 @@ def test_a_token_that_was_not_chosen_is_not_counted() -> None:
 
     assert penalised() == penalised(-1) == [0.0] * 8
     assert penalised(5, -1, 5, -1) == penalised(5, 5) == [0.0] * 5 + [-4.0] + [0.0] * 2
+
+
+def test_penalties_count_what_the_host_does_not_know_yet() -> None:
+    """Of equal logits the first is chosen, each but once: a count one step late would choose it twice."""
+    sampler = Sampler(1, 8, seed=0)
+    params = SamplingParams(max_tokens=9, temperature=0.0, presence_penalty=1.0)
+    sampler.set_row(0, EngineRequest(1, [3], params), [3], 1)
+    tokens = [3]
+    for position in range(1, 7):
+        sampled = sampler.sample(
+            torch.zeros(1, 8),
+            np.array([0]),
+            np.array([position]),
+            [],
+            lambda i: ([], True),  # the host knows of no token: all are in flight
+            torch.tensor(tokens[-1:]),
+        )
+        tokens += sampled.tokens.tolist()
+    assert tokens[1:] == [0, 1, 2, 3, 4, 5]
 
 
 # ---- rows and blocks -------------------------------------------------------------------------------
