@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# scripts/gpu/compare.sh PARTS CONFIGS WHEELS…
+#
+# This engine and vLLM side by side on one GPU, on a machine with torch but perhaps no network: installs the
+# wheels of the folders WHEELS for us and vLLM from PARTS (*.whl, and vllm.part.*, its packed files in pieces),
+# writes a random checkpoint of each model of CONFIGS, drives both engines in turn with vLLM's own client, and
+# prints one table. Takes some 20 minutes; $OUT, or the folder of the logs, gets compare.json, and a row that is
+# in it already is not measured again. ROWS="7b-1 …" measures only those.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+[ $# -ge 3 ] || { echo "usage: scripts/gpu/compare.sh PARTS CONFIGS WHEELS…" >&2; exit 2; }
+parts=$1 configs=$2
+shift 2
+work=${TMPDIR:-/tmp}/microvllm-compare
+vllm=$work/vllm
+result=${OUT:-$work}/compare.json
+mkdir -p "$work"
+
+source scripts/gpu/environment.sh "$@"
+trap 'rm -rf "$site"' EXIT
+if [ ! -e "$vllm/.complete" ]; then
+    echo "Installing vLLM into $vllm"
+    pip=(python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade)
+    "${pip[@]}" --target "$vllm" "$parts"/*.whl
+    cat "$parts"/vllm.part.* | tar xJ -C "$vllm"
+    touch "$vllm/.complete"
+fi
+
+compare() {
+    python3 scripts/gpu/compare.py "$@" --folder "$work" --site "$vllm"
+}
+
+# measure ENGINES -- ROWS: only rows that are wanted, and engines only for them.
+measure() {
+    local engines=() rows=() row
+    while [ "$1" != -- ]; do
+        engines+=("$1")
+        shift
+    done
+    shift
+    for row in "$@"; do
+        [[ " ${ROWS:-$*} " == *" $row "* ]] && rows+=("$row")
+    done
+    [ "${#rows[@]}" -gt 0 ] || return 0
+    compare start "${engines[@]}" # all at once: their start takes minutes
+    compare measure "${rows[@]}" --out "$result"
+    compare stop "${engines[@]}"
+}
+
+compare prepare --configs "$configs"
+measure {vllm,microvllm}:{qwen3-0.6b,qwen2.5-0.5b} -- 0.6b-1 0.6b-256 0.5b-256
+measure {vllm,microvllm}-offline:qwen3-0.6b -- 0.6b-offline
+measure {vllm,microvllm}:qwen2-7b -- 7b-1 7b-35
+python3 scripts/gpu/compare.py table "$result" | tee "${result%.json}.md"
