@@ -47,9 +47,10 @@ class GPUSampler(Sampler):
 
     def warm_up(self, logits: Tensor) -> None:
         """Compile what draws from logits of this dtype, with and without filters."""
-        at = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        # As they come in a step: one behind the other, which decides how the second is aligned.
+        at, places = torch.zeros(2, len(logits), dtype=torch.int64, device=logits.device).unbind(0)
         for filters in (False, True):
-            self._draw_tokens(logits, at, at, filters=filters)
+            self._draw_tokens(logits, at, places, filters=filters)
 
     def choose_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Greedy, or drawn by temperature alone; for a captured graph. See `TokenSampler`."""

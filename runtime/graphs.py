@@ -43,9 +43,10 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Owns the graphs, and the block tables on the device, [rows, width] int32.
+    """Owns the graphs, and `tables`, the block tables on the device, [rows, width] int32.
 
     Of a row's table only the blocks below its context length are read, so it need not be zeroed.
+    `pool`: the memory that the graphs share with others.
     """
 
     def __init__(
@@ -55,18 +56,20 @@ class DecodeGraphs:
         attention: AttentionBackend,
         inputs: DeviceInputs,
         sampler: GPUSampler,
+        pool: torch.cuda._POOL_HANDLE,
     ) -> None:
         self._config = config
         self._model = model
         self._attention = attention
         self._inputs = inputs
         self._sampler = sampler
+        self._pool = pool
         self._nobody = config.max_num_seqs
         self._sizes = batch_sizes(config.max_num_seqs)
         self._captured: dict[int, _Captured] = {}
         device = inputs.newest.device
         self._staged = torch.zeros(STAGED * config.max_num_seqs, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(
+        self.tables = torch.zeros(
             config.max_num_seqs + 1, config.max_blocks, dtype=torch.int32, device=device
         )
         self._no_segments = SegmentTable.of((), device)
@@ -78,7 +81,6 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took."""
-        pool = None
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for size in reversed(self._sizes):
             self._inputs.stager.send_into(self._view(size), self._padding(size))
@@ -87,15 +89,14 @@ class DecodeGraphs:
                 self._step(size)  # compiles kernels, which a capture cannot
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 made = self._step(size)
-            pool = graph.pool()
             self._captured[size] = _Captured(graph, *made)
         torch.cuda.synchronize()
 
     def _step(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         newest = self._inputs.newest
-        inputs = prepare_decode(self._view(size), self._tables, newest, self._config.block_size)
+        inputs = prepare_decode(self._view(size), self.tables, newest, self._config.block_size)
         batch = AttentionBatch(
             inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens, (), self._no_segments
         )
@@ -130,7 +131,7 @@ class DecodeGraphs:
             blocks += item.new_blocks
         if places:
             at, values = self._inputs.stager.send(np.array(places), np.array(blocks))
-            self._tables.view(-1).scatter_(0, at.long(), values)
+            self.tables.view(-1).scatter_(0, at.long(), values)
 
     def chose_all(self, items: Sequence[ScheduledRequest]) -> bool:
         """Whether the graph's tokens stand: no request filters, has rules, or asks for log probabilities.

@@ -36,6 +36,7 @@ from microvllm.runtime.transfer import Readback
 if TYPE_CHECKING:
     from microvllm.runtime.gpu_sampler import GPUSampler
     from microvllm.runtime.graphs import DecodeGraphs
+    from microvllm.runtime.prompt_graphs import PromptGraphs
 
 WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
@@ -88,6 +89,7 @@ class ModelGraphRunner:
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         self._readback: Readback | None = None
         self._inputs: StepInputs
         if config.device == "cpu":
@@ -101,6 +103,7 @@ class ModelGraphRunner:
         # Here, because a machine without a GPU need not have Triton.
         from microvllm.runtime.gpu_sampler import GPUSampler
         from microvllm.runtime.graphs import DecodeGraphs
+        from microvllm.runtime.prompt_graphs import PromptGraphs
 
         config = self.config
         rows = config.max_num_seqs + 1  # the last is nobody's: for what only fills a captured batch
@@ -109,7 +112,12 @@ class ModelGraphRunner:
         self._inputs, self._sampler = inputs, sampler
         self._readback = Readback(config.max_num_seqs)
         if not config.enforce_eager:
-            self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler)
+            pool = torch.cuda.graph_pool_handle()
+            self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler, pool)
+            self._prompt_graphs = PromptGraphs(
+                config, self._model, self._attention, inputs, self._graphs.tables, pool
+            )
+            self._prompt_graphs.capture()
             self._graphs.capture()
         self._warm_up(sampler)
 
@@ -137,11 +145,12 @@ class ModelGraphRunner:
 
     @property
     def graph_replays(self) -> int:
-        return 0 if self._graphs is None else self._graphs.replays
+        return sum(graphs.replays for graphs in (self._graphs, self._prompt_graphs) if graphs is not None)
 
     @property
     def padded_tokens(self) -> int:
-        return 0 if self._graphs is None else self._graphs.padded_tokens
+        graphs = (self._graphs, self._prompt_graphs)
+        return sum(each.padded_tokens for each in graphs if each is not None)
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -207,6 +216,10 @@ class ModelGraphRunner:
     def _forward(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor]:
         """The id and the hidden state of every token of the step: [n], [n, hidden]."""
         arrays = StepArrays.of(items, self._block_tables, self.config.block_size)
+        graphs = self._prompt_graphs
+        if graphs is not None and (size := graphs.size_for(arrays)) is not None:
+            self.clock.enter("forward")
+            return graphs.forward(size, arrays)
         ids, batch = self._inputs.make(arrays, self._block_tables)
         if self.config.attention_backend == "cpu":
             # What torch still does in a decode is too small to share, and its threads wait for each other
