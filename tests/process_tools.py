@@ -13,10 +13,19 @@ PATIENCE_S = 120.0  # for what takes a second on an idle machine
 
 def alive(pid: int) -> bool:
     """Whether a process runs; one that only waits to be reaped does not."""
+    return _state(pid) not in ("", "Z")
+
+
+def asleep(pid: int) -> bool:
+    """Whether the main thread of a process waits for something in the kernel."""
+    return _state(pid) == "S"
+
+
+def _state(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return ""
 
 
 def engines_of(parent: int) -> list[int]:

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
 import pytest
 from fake_client import FakeClient, fresh
 from http_tools import real_server
-from process_tools import PATIENCE_S, wait_until
+from process_tools import PATIENCE_S, asleep, wait_until
 
 import microvllm
 from microvllm import cli
@@ -234,12 +234,19 @@ class Session:
 
     def expect(self, text: str) -> None:
         """Reads until `text` was shown, and forgets what came up to there."""
+        self._read_until(lambda: text in self.text, repr(text))
+        self.text = self.text.partition(text)[2]
+
+    def await_more(self, characters: int) -> None:
+        """Reads until so many characters were shown that no `expect` has taken."""
+        self._read_until(lambda: len(self.text) >= characters, f"{characters} characters")
+
+    def _read_until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while text not in self.text:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} in {self.text!r}"
             if select.select([self._terminal], [], [], 0.1)[0]:
                 self.text += os.read(self._terminal, 4096).decode()
-        self.text = self.text.partition(text)[2]
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -257,10 +264,11 @@ def test_a_session_on_a_terminal(url: str, client: FakeClient) -> None:
         session.expect("Using model: fake-model")
         session.expect("> ")
         session.type("hello\n")
-        wait_until(lambda: client.tokens_made == 2, "the answer has begun")
+        session.expect("hello\r\n")
+        session.await_more(2)
         # A signal between Python's look for signals and the call that waits for data is seen only when data
-        # come, and here none do: let the client get to where it waits.
-        time.sleep(2)
+        # come, and here none do; one in the middle of a library may be lost there.
+        wait_until(lambda: asleep(session.process.pid), "the client waits for the next token")
         session.process.send_signal(signal.SIGINT)
         session.expect("> ")
         wait_until(lambda: not client.running, "the answer was aborted")
