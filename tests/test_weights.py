@@ -373,17 +373,22 @@ def test_gguf_with_a_tensor_too_many_or_too_few(tmp_path: Path) -> None:
     assert "[160, 144]" in message and "[320, 144]" in message
 
 
-def peak_and_size(model: Path, dtype: str) -> tuple[float, float]:
-    """MiB that loading adds to the peak resident memory of a process, and MiB of weights."""
+def load_in_a_process(model: Path, dtype: str) -> dict[str, Any]:
+    """In MiB what loading adds to a process's peak resident memory ("peak") and the "size" of the weights.
+
+    And of each tensor its shape and whether all its values are finite: "tensors".
+    """
     code = (
-        "import resource, sys, gguf, torch; from pathlib import Path\n"
+        "import json, resource, sys, gguf, torch; from pathlib import Path\n"
         "from microvllm.adapters.registry import load_spec\n"
         "from microvllm.adapters.weights import load_weights\n"
         "spec = load_spec(Path(sys.argv[1]))\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10\n"
         "before = peak()\n"
         "weights = load_weights(Path(sys.argv[1]), spec, 'auto', getattr(torch, sys.argv[2]))\n"
-        "print((peak() - before) / 2**10, sum(t.nbytes for t in weights.values()) / 2**20)"
+        "result = {'peak': peak() - before, 'size': sum(t.nbytes for t in weights.values()) / 2**20}\n"
+        "tensors = {name: [list(t.shape), bool(t.isfinite().all())] for name, t in weights.items()}\n"
+        "print(json.dumps({**result, 'tensors': tensors}))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(model), dtype],
@@ -392,29 +397,27 @@ def peak_and_size(model: Path, dtype: str) -> tuple[float, float]:
         timeout=120,
         check=True,
     )
-    peak, size = run.stdout.split()
-    return float(peak), float(size)
+    result: dict[str, Any] = json.loads(run.stdout)
+    return result
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights beside which the rest of a process is small: 180 MiB, no tensor above 27 MiB."""
+    sizes = {"vocab_size": 6000, "hidden_size": 1152, "intermediate_size": 4096, "num_hidden_layers": 2}
+    return make_hf_folder(tmp_path_factory.mktemp("large"), "llama", tokenizer=False, **sizes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_second_copy_in_memory(tmp_path: Path, dtype: str) -> None:
-    """Resident: the result, and of the file only the tensor that is being copied (here at most 25 MiB)."""
-    make_hf_folder(
-        tmp_path,
-        "llama",
-        vocab_size=6000,
-        hidden_size=1152,
-        intermediate_size=4096,
-        num_hidden_layers=2,
-        tokenizer=False,
-    )
-    peak, size = peak_and_size(tmp_path, dtype)
-    assert size > 70
-    assert peak < size + 60
+def test_no_second_copy_in_memory(large: Path, dtype: str) -> None:
+    """Resident: the result, and of the file only the tensor that is being copied."""
+    loaded = load_in_a_process(large, dtype)
+    assert loaded["size"] > 70
+    assert loaded["peak"] < loaded["size"] + 60
 
 
 @pytest.mark.model
-def test_smollm2(tmp_path: Path) -> None:
+def test_smollm2() -> None:
     path = find_model(DEMO_MODEL)
     spec = load_spec(path)
     assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == (30, 576, 9, 3)
@@ -425,10 +428,11 @@ def test_smollm2(tmp_path: Path) -> None:
         True,
     )
     assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2,))
-    weights = load(path, torch.bfloat16)
-    assert len(weights) == 2 + 30 * 6
-    assert weights["layers.29.qkv"].shape == (960, 576) and weights["layers.29.gate_up"].shape == (3072, 576)
-    assert all(tensor.isfinite().all() for tensor in weights.values())
-    peak, size = peak_and_size(path, "bfloat16")
-    assert 255 < size < 260
-    assert peak < size + 130  # the header, the file's 30 MiB embedding, and the pieces being dequantised
+    loaded = load_in_a_process(path, "bfloat16")
+    tensors = loaded["tensors"]
+    assert len(tensors) == 2 + 30 * 6
+    assert all(finite for _, finite in tensors.values())
+    assert tensors["layers.29.qkv"][0] == [960, 576] and tensors["layers.29.gate_up"][0] == [3072, 576]
+    assert 255 < loaded["size"] < 260
+    # The header, the file's 30 MiB embedding, and the pieces being dequantised.
+    assert loaded["peak"] < loaded["size"] + 130
