@@ -29,6 +29,7 @@ from microvllm.openai_compat.engine_options import (
     MaxModelLenOpt,
     ModelOpt,
     SeedOpt,
+    StepTimesOpt,
     TokenizerOpt,
     check_paths,
     choose_model,
@@ -140,6 +141,7 @@ def generate(
     attention_backend: BackendOpt = "auto",
     block_size: BlockSizeOpt = None,
     kv_cache_memory_bytes: KVBytesOpt = None,
+    log_step_times: StepTimesOpt = False,
 ) -> None:
     """Continue a text in the terminal, without a server.
 
@@ -163,6 +165,7 @@ def generate(
         "attention_backend": attention_backend,
         "block_size": block_size,
         "kv_cache_memory_bytes": kv_cache_memory_bytes,
+        "log_step_times": log_step_times,
     }
     wishes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
     sampling: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}

@@ -24,7 +24,7 @@ class DecoderModel:
         dtype = operators.activation_dtype
         embed = weights.pop("embed")
         head = embed if spec.tie_embeddings else weights.pop("lm_head")
-        self._embed = operators.embedding(embed)
+        self.embed = operators.embedding(embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = operators.norm_linear(weights.pop("norm").to(dtype), spec.rms_norm_eps, head)
         self._layers = [_Layer(spec, i, weights, operators) for i in range(spec.num_layers)]
@@ -35,7 +35,7 @@ class DecoderModel:
 
         The attention backend has to have this model's `qk_norms`.
         """
-        hidden = self._embed(input_ids)
+        hidden = self.embed(input_ids)
         for layer in self._layers:
             hidden = layer.forward(hidden, attention)
         return hidden

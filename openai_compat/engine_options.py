@@ -81,6 +81,13 @@ KVBytesOpt = Annotated[
     int | None,
     typer.Option(parser=human_int, metavar="BYTES", help="Size of the KV cache, such as 1G."),
 ]
+StepTimesOpt = Annotated[
+    bool,
+    typer.Option(
+        "--log-step-times/--no-log-step-times",
+        help="Log where the time of steps goes: a table every 10 s while there are requests, one at the end.",
+    ),
+]
 
 
 def engine_args(
@@ -158,6 +165,7 @@ def engine_args(
             help="Plan the next step while this one computes; on by default on a GPU.",
         ),
     ] = None,
+    log_step_times: StepTimesOpt = False,
 ) -> EngineArgs:
     """What the options ask for. Raises `UsageError` and `ConfigError` naming the option."""
     name = choose_model(model_arg or (), model)
@@ -191,4 +199,5 @@ def engine_args(
         logprobs_mode=logprobs_mode,
         attention_backend=attention_backend,
         cpu_threads=cpu_threads,
+        log_step_times=log_step_times,
     )

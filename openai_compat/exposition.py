@@ -25,11 +25,12 @@ from prometheus_client.utils import floatToGoString
 
 from microvllm.openai_compat.http_metrics import HttpMetrics
 from microvllm.openai_compat.metrics import HISTOGRAMS, EngineMetrics, Histogram
-from microvllm.runtime.step_clock import PARTS
+from microvllm.runtime.step_clock import FORWARD_PARTS, PARTS
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
     from microvllm.runtime.config import EngineConfig
+    from microvllm.runtime.request import EngineStats
 
 ENGINE_LABELS = ("model_name", "engine")
 ENGINE = "0"  # there is one; vLLM numbers those of a data-parallel server
@@ -150,14 +151,7 @@ class EngineCollector(Collector):
             ),
         ):
             yield self._numbers(CounterMetricFamily, name, text, label, values)
-        # All parts together are the time since the start, as far as the last step told.
-        yield self._numbers(
-            CounterMetricFamily,
-            "microvllm:step_seconds",
-            "Time of the engine's thread by part of a step.",
-            "part",
-            {part: getattr(total, f"{part}_seconds") for part in PARTS},
-        )
+        yield from self._step_times(total)
         rejections = [((self._model, reason), number) for reason, number in metrics.rejections.items()]
         yield _numbers(
             CounterMetricFamily,
@@ -166,6 +160,43 @@ class EngineCollector(Collector):
             ("model_name", "reason"),
             rejections,
         )
+
+    def _step_times(self, total: EngineStats) -> Iterator[Metric]:
+        yield self._numbers(
+            CounterMetricFamily,
+            "microvllm:engine_steps_by_kind",
+            "Steps by what they compute: one token of each request (decode), or more of some (prefill).",
+            "kind",
+            {"decode": total.decode_steps, "prefill": total.steps - total.decode_steps},
+        )
+        # All parts together are the time since the start, as far as the last step told.
+        yield self._numbers(
+            CounterMetricFamily,
+            "microvllm:step_seconds",
+            "Time of the engine's thread by part of a step; on a GPU forward and sample launch and wait is "
+            "for the device.",
+            "part",
+            {part: getattr(total, f"{part}_seconds") for part in PARTS},
+        )
+        # These are measured with --log-step-times only.
+        inside: dict[str, float] = {part: getattr(total, f"{part}_seconds") for part in FORWARD_PARTS}
+        if any(inside.values()):
+            yield self._numbers(
+                CounterMetricFamily,
+                "microvllm:forward_seconds",
+                "Time of step_seconds' forward by part of the model; layers is what the others leave.",
+                "part",
+                {**inside, "layers": total.forward_seconds - sum(inside.values())},
+            )
+        if total.gpu_busy_seconds:
+            yield self._numbers(
+                CounterMetricFamily,
+                "microvllm:gpu_seconds",
+                "Time of the GPU, by its own clock: busy with a step, or idle between two although there was "
+                "work.",
+                "state",
+                {"busy": total.gpu_busy_seconds, "idle": total.gpu_idle_seconds},
+            )
 
     def _number(self, kind: Kind, name: str, text: str, value: float) -> Metric:
         return _numbers(kind, name, text, ENGINE_LABELS, [((self._model, ENGINE), value)])

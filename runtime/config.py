@@ -81,6 +81,7 @@ class EngineArgs:
     enforce_eager: bool = False
     attention_backend: str = "auto"
     cpu_threads: int | None = None
+    log_step_times: bool = False
 
     def resolve(self) -> EngineConfig:
         """Check every wish against the model and the machine.
@@ -183,6 +184,7 @@ class EngineArgs:
             ),
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
+            log_step_times=self.log_step_times,
         )
 
     def _load_format(self, path: Path) -> str:
@@ -322,6 +324,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     generation_defaults: dict[str, Any] = {}
     max_logprobs: int = 20  # that a request may ask for; -1: no limit
     logprobs_mode: str = "raw_logprobs"
+    log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
 
     @property
     def max_blocks(self) -> int:

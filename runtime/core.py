@@ -11,6 +11,7 @@ from microvllm.runtime.kv_cache import KVCacheManager
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.scheduler import Scheduler, StepPlan, StepResult
 from microvllm.runtime.step_clock import StepClock
+from microvllm.runtime.step_report import DeviceTimes, StepReport
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -38,6 +39,11 @@ class Runner(Protocol[StepT]):
         ...
 
     @property
+    def device_clock(self) -> DeviceTimes | None:
+        """There if the times of steps are to be logged and a GPU computes them."""
+        ...
+
+    @property
     def graph_replays(self) -> int: ...
 
     @property
@@ -49,16 +55,21 @@ class Runner(Protocol[StepT]):
 
 
 class EngineCore(Generic[StepT]):
-    """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`."""
+    """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`.
+
+    `report` has the times of the steps, if the configuration asks for them.
+    """
 
     def __init__(self, config: EngineConfig, runner: Runner[StepT]) -> None:
         self.config = config
         self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.kv)
         self.clock = runner.clock
+        self.report = StepReport(runner) if config.log_step_times else None
         self._runner = runner
         self._in_flight: StepT | None = None
         self._num_steps = 0
+        self._num_decode_steps = 0
         self._num_requests = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -102,14 +113,18 @@ class EngineCore(Generic[StepT]):
         self.clock.enter("wait")
         result = self._runner.collect(done)
         self.clock.enter("commit")
+        scheduled = done.plan.scheduled
         outputs = failed + self.scheduler.commit(done.plan, result)
+        num_tokens = sum(item.num_new for item in scheduled)
         self._num_steps += 1
+        self._num_decode_steps += num_tokens == len(scheduled)
         self._prompt_tokens += sum(
-            max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start)
-            for item in done.plan.scheduled
+            max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start) for item in scheduled
         )
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         self.clock.enter("messages")
+        if self.report is not None:
+            self.report.add(scheduled, num_tokens)
         return outputs
 
     def _launch(self, plan: StepPlan) -> tuple[StepT | None, list[StepOutput]]:
@@ -126,7 +141,8 @@ class EngineCore(Generic[StepT]):
             return None, self.scheduler.fail(plan, f"the step failed ({type(error).__name__})")
 
     def stats(self) -> EngineStats:
-        scheduler, seconds = self.scheduler, self.clock.seconds
+        scheduler, seconds, inside = self.scheduler, self.clock.seconds, self.clock.inside
+        device = self._runner.device_clock
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -138,6 +154,7 @@ class EngineCore(Generic[StepT]):
             prefix_hits=scheduler.prefix_hits,
             preemptions=scheduler.num_preemptions,
             steps=self._num_steps,
+            decode_steps=self._num_decode_steps,
             requests=self._num_requests,
             kv_unused_slots=self.kv.num_unused_slots,
             graph_replays=self._runner.graph_replays,
@@ -150,4 +167,9 @@ class EngineCore(Generic[StepT]):
             commit_seconds=seconds["commit"],
             messages_seconds=seconds["messages"],
             idle_seconds=seconds["idle"],
+            embedding_seconds=inside["embedding"],
+            attention_seconds=inside["attention"],
+            head_seconds=inside["head"],
+            gpu_busy_seconds=0.0 if device is None else device.busy_seconds,
+            gpu_idle_seconds=0.0 if device is None else device.idle_seconds,
         )

@@ -133,12 +133,19 @@ class InferenceEngine:
                 self._inboxes.pop(request.request_id, None)
             while self.core.has_work() and not self._inboxes:  # steps in flight of what was aborted
                 self._step()
+            if not self.core.has_work():
+                self._rest()
 
     def _step(self) -> None:
         for output in self.core.step():
             inbox = self._inboxes.get(output.request_id)
             if inbox is not None:
                 inbox.append(output)
+
+    def _rest(self) -> None:
+        self.core.clock.enter("idle")
+        if self.core.report is not None:
+            self.core.report.write()
 
     def _requests(self, prompt: str, params: SamplingParams) -> list[EngineRequest]:
         if not isinstance(prompt, str):

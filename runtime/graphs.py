@@ -142,11 +142,8 @@ class DecodeGraphs:
             item.request.num_output < item.request.params.min_tokens for item in items
         )
 
-    def replay(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the ids that went in, logits [m, vocab], and tokens [m] int64 as plain requests choose them.
-
-        All are valid until the next replay.
-        """
+    def stage(self, items: Sequence[ScheduledRequest]) -> int:
+        """Send the step's inputs -> the size of the graph to replay."""
         count = len(items)
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         # A request that was just admitted may bring a whole table.
@@ -164,6 +161,14 @@ class DecodeGraphs:
                 staged[4, i], staged[5, i] = item.first_block, item.new_blocks[0]
         self._sampler.upload()
         self._inputs.stager.send_into(self._view(size), staged)
+        return size
+
+    def replay(self, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the `count` requests that were staged for the graph of this size.
+
+        -> the ids that went in, logits [count, vocab], and tokens [count] int64 as plain requests choose
+        them. All are valid until the next replay.
+        """
         captured = self._captured[size]
         captured.graph.replay()
         self.replays += 1

@@ -22,7 +22,9 @@ from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionShape
 from microvllm.ops.operators import make_operators
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.device_clock import DeviceClock
 from microvllm.runtime.errors import ConfigError, EngineError
+from microvllm.runtime.forward_times import time_forward
 from microvllm.runtime.gpu_memory import measure_kv_blocks
 from microvllm.runtime.logits import Output, on_device
 from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, log_probabilities
@@ -98,6 +100,11 @@ class ModelGraphRunner:
         else:
             self._use_gpu(device)
         self.clock = StepClock()
+        self.device_clock: DeviceClock | None = None
+        if config.log_step_times and config.device == "cpu":
+            self._attention = time_forward(self._model, self._attention, self.clock)
+        elif config.log_step_times:
+            self.device_clock = DeviceClock(self.clock)
 
     def _use_gpu(self, device: torch.device) -> None:
         # Here, because a machine without a GPU need not have Triton.
@@ -160,7 +167,10 @@ class ModelGraphRunner:
         Raises `EngineError` for a fault of the GPU, after which it answers nothing any more.
         """
         try:
-            return self._launch(plan)
+            step = self._launch(plan)
+            if self.device_clock is not None:
+                self.device_clock.end()
+            return step
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -209,6 +219,8 @@ class ModelGraphRunner:
             logprobs = {step.order[i]: one for i, one in zip(step.sampled.asked, entries, strict=True)}
         if step.prompt_logprobs:
             prompt_logprobs = {index: _read(parts) for index, parts in step.prompt_logprobs.items()}
+        if self.device_clock is not None:
+            self.device_clock.collect()
         return StepResult(tokens, logprobs, prompt_logprobs)
 
     # ---- its parts -----------------------------------------------------------------------------
@@ -218,22 +230,28 @@ class ModelGraphRunner:
         arrays = StepArrays.of(items, self._block_tables, self.config.block_size)
         graphs = self._prompt_graphs
         if graphs is not None and (size := graphs.size_for(arrays)) is not None:
-            self.clock.enter("forward")
+            self._begin_forward()
             return graphs.forward(size, arrays)
         ids, batch = self._inputs.make(arrays, self._block_tables)
         if self.config.attention_backend == "cpu":
             # What torch still does in a decode is too small to share, and its threads wait for each other
             # at every operator, however long one of them is kept from its core.
             torch.set_num_threads(self.config.cpu_threads if batch.segments else 1)
-        self.clock.enter("forward")
+        self._begin_forward()
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
+
+    def _begin_forward(self) -> None:
+        self.clock.enter("forward")
+        if self.device_clock is not None:
+            self.device_clock.begin()
 
     def _replay(
         self, graphs: DecodeGraphs, plan: StepPlan, items: Sequence[ScheduledRequest]
     ) -> LaunchedStep:
         """A step of single tokens by its captured graph, which also chooses the tokens of plain requests."""
-        self.clock.enter("forward")
-        ids, logits, tokens = graphs.replay(items)
+        size = graphs.stage(items)
+        self._begin_forward()
+        ids, logits, tokens = graphs.replay(size, len(items))
         sampled = Sampled(tokens, [], None)
         if not graphs.chose_all(items):
             sampled = self._sample(logits.float(), items, ids)

@@ -79,9 +79,19 @@ def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
     # What is alive now lives for ever: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
+    try:
+        _serve(core, channel)
+    finally:
+        if core.report is not None:
+            core.report.write_last()
+
+
+def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
     while True:
         outputs: list[StepOutput] = []
         resting = not core.has_work()
+        if core.report is not None:
+            core.report.write_if_due(resting)
         core.clock.enter("idle" if resting else "messages")
         commands = channel.receive(wait=resting)
         core.clock.enter("messages")

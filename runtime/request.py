@@ -280,6 +280,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_hits: int = 0
     preemptions: int = 0
     steps: int = 0
+    decode_steps: int = 0  # of them: those that computed one token of every request in them
     requests: int = 0  # that have arrived, also those that were refused
     kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
     graph_replays: int = 0  # steps that ran as a captured graph; the others ran eagerly
@@ -292,6 +293,11 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     commit_seconds: float = 0.0
     messages_seconds: float = 0.0
     idle_seconds: float = 0.0
+    embedding_seconds: float = 0.0  # of the forward seconds, as far as they were told apart
+    attention_seconds: float = 0.0
+    head_seconds: float = 0.0
+    gpu_busy_seconds: float = 0.0  # of `DeviceClock`, if there is one
+    gpu_idle_seconds: float = 0.0
 
     @property
     def kv_usage(self) -> float:

@@ -423,6 +423,10 @@ async def test_exact_counts_of_requests_one_after_another(engine: EngineClient) 
     assert read("inter_token_latency_seconds_sum") == pytest.approx(read("request_decode_time_seconds_sum"))
     assert 0 < read("request_prefill_time_seconds_sum") <= read("time_to_first_token_seconds_sum")
     assert now("microvllm:engine_steps_total") == number * generated
+    assert now("microvllm:engine_steps_by_kind_total", kind="prefill") == number
+    assert now("microvllm:engine_steps_by_kind_total", kind="decode") == number * (generated - 1)
+    # Only measured with --log-step-times.
+    assert not {"microvllm:forward_seconds_total", "microvllm:gpu_seconds_total"} & now.names
     for part in PARTS:
         assert now("microvllm:step_seconds_total", part=part) > 0, part
     for name in GAUGES:
@@ -486,7 +490,7 @@ async def test_an_existing_dashboard_finds_its_names_and_labels(engine: EngineCl
     for sample in now.samples:
         if sample.name.startswith(("vllm:", "microvllm:")) and sample.name != "vllm:cache_config_info":
             assert sample.labels["model_name"] == "tiny"  # the first name, whatever a request says
-            further = {"le", "source", "finished_reason", "reason", "part"}
+            further = {"le", "source", "finished_reason", "reason", "part", "kind"}
             expected = set() if sample.name == "vllm:admission_rejections_total" else {"engine"}
             assert set(sample.labels) - further == {"model_name"} | expected, sample
             assert sample.labels.get("engine", "0") == "0"
