@@ -19,6 +19,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
+from microvllm.ops.cpu.isa import IsaError
 from microvllm.runtime import cpu
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
@@ -235,6 +236,8 @@ class EngineArgs:
             )
         try:
             load_kernels()
+        except IsaError as error:
+            raise ConfigError(str(error)) from error
         except NoCompilerError as error:
             if self.attention_backend == "cpu":
                 raise ConfigError(f"--attention-backend cpu: {error}") from error

@@ -58,17 +58,21 @@ class TorchStep:
         self._segment_masks = [self._make_segment_mask(segment) for segment in batch.segments]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        batch, decodes = self._batch, self._batch.num_decodes
+        decodes = self._batch.num_decodes
         q = self._rotate_and_cache(layer, qkv)
         if decodes == q.shape[0]:
             return self._decode(layer, q)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if decodes:
             out[:decodes] = self._decode(layer, q[:decodes])
-        for segment, mask in zip(batch.segments, self._segment_masks, strict=True):
+        self._prefill_segments(layer, q, out)
+        return out
+
+    def _prefill_segments(self, layer: int, q: Tensor, out: Tensor) -> None:
+        """q: [n, heads, d], the whole step's -> the segments' rows of out: [n, heads * d]."""
+        for segment, mask in zip(self._batch.segments, self._segment_masks, strict=True):
             end = segment.first + segment.num_new
             out[segment.first : end] = self._prefill(layer, q[segment.first : end], segment, mask)
-        return out
 
     def _rotate_and_cache(self, layer: int, qkv: Tensor) -> Tensor:
         """Rotated queries: [n, heads, d], after keys and values went to their slots."""

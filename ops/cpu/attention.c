@@ -3,82 +3,81 @@
 #include "pool.h"
 #include "vectors.h"
 
-#define CHUNK 256     /* tokens of one sequence that a thread takes at a time */
-
+#define CHUNK 128     /* tokens of one sequence that a thread takes at a time */
 #define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
 #define SPAN 4        /* vectors of the output kept in registers for each of them */
 
-/* Keys: score[g][t] = scale * q[g] . k[t] for G queries, d floats apart. Values: out[g] = sum over t of
- * weight[g][t] * v[t]. Each key and value is loaded and widened once for all G. */
-#define DEFINE_ATTEND(NAME, TYPE, LOAD, SCALAR)                                                             \
-    INLINE void NAME##_scores(const float *q, const TYPE *keys, const int64_t *blocks, long size, long begin, \
-                              long end, long d, float scale, float score[][CHUNK + LANES], const int G)     \
-    {                                                                                                       \
-        for (long t = begin; t < end; t++) {                                                                \
-            const TYPE *k = keys + (blocks[t / size] * size + t % size) * d;                                \
-            vec acc[GROUP];                                                                                 \
-            for (int g = 0; g < G; g++) acc[g] = (vec){};                                                   \
-            long i = 0;                                                                                     \
-            for (; i + LANES <= d; i += LANES) {                                                            \
-                vec kv = LOAD(k + i);                                                                       \
-                for (int g = 0; g < G; g++) acc[g] += load_f32(q + g * d + i) * kv;                         \
-            }                                                                                               \
-            for (int g = 0; g < G; g++) {                                                                   \
-                float total = sum(acc[g]);                                                                  \
-                for (long r = i; r < d; r++) total += q[g * d + r] * SCALAR(k[r]);                          \
-                score[g][t - begin] = scale * total;                                                        \
-            }                                                                                               \
-        }                                                                                                   \
-    }                                                                                                       \
-    INLINE void NAME##_span(float weight[][CHUNK + LANES], const TYPE *values, const int64_t *blocks,       \
-                            long size, long begin, long end, long d, float *out, long stride, const int G,  \
-                            const int S)                                                                    \
-    {                                                                                                       \
-        vec acc[GROUP][SPAN];                                                                               \
-        for (int g = 0; g < G; g++)                                                                         \
-            for (int s = 0; s < S; s++) acc[g][s] = (vec){};                                                \
-        for (long t = begin; t < end; t++) {                                                                \
-            const TYPE *v = values + (blocks[t / size] * size + t % size) * d;                              \
-            for (int s = 0; s < S; s++) {                                                                   \
-                vec vv = LOAD(v + s * LANES);                                                               \
-                for (int g = 0; g < G; g++) acc[g][s] += weight[g][t - begin] * vv;                         \
-            }                                                                                               \
-        }                                                                                                   \
-        for (int g = 0; g < G; g++)                                                                         \
-            for (int s = 0; s < S; s++) store(out + g * stride + s * LANES, acc[g][s]);                     \
-    }                                                                                                       \
-    INLINE void NAME##_values(float weight[][CHUNK + LANES], const TYPE *values, const int64_t *blocks,     \
-                              long size, long begin, long end, long d, float *out, long stride, const int G) \
-    {                                                                                                       \
-        long i = 0;                                                                                         \
-        for (; i + SPAN * LANES <= d; i += SPAN * LANES)                                                    \
-            NAME##_span(weight, values + i, blocks, size, begin, end, d, out + i, stride, G, SPAN);         \
-        for (; i + LANES <= d; i += LANES)                                                                  \
-            NAME##_span(weight, values + i, blocks, size, begin, end, d, out + i, stride, G, 1);            \
-        for (; i < d; i++)                                                                                  \
-            for (int g = 0; g < G; g++) {                                                                   \
-                float total = 0;                                                                            \
-                for (long t = begin; t < end; t++)                                                          \
-                    total += weight[g][t - begin] * SCALAR(values[(blocks[t / size] * size + t % size) * d + i]); \
-                out[g * stride + i] = total;                                                                \
-            }                                                                                               \
-    }
+typedef float Scores[GROUP][CHUNK + LANES];
 
-DEFINE_ATTEND(f32, float, load_f32, AS_IS)
-DEFINE_ATTEND(bf16, bf16, load_bf16, widen)
-
-/* G query heads of one KV head against tokens [begin, end) of a sequence. The parts, `stride` floats apart:
- * d floats of sum of weights * v, not normalised, the maximum score, the sum of the weights. */
-INLINE void attend(const float *q, const Cache *cache, const int64_t *blocks, long head, long kv_heads, long begin,
-                   long end, long d, float scale, float *part, long stride, const int G)
+/* Element i of a token's key or value, and the LANES from there. */
+INLINE float element(const void *p, long i, const int is_bf16)
 {
-    float score[GROUP][CHUNK + LANES];
-    long size = cache->block_size, count = end - begin;
-    long keys = head * cache->num_slots * d, values = (kv_heads + head) * cache->num_slots * d;
-    if (cache->is_bf16)
-        bf16_scores(q, (const bf16 *)cache->data + keys, blocks, size, begin, end, d, scale, score, G);
-    else
-        f32_scores(q, (const float *)cache->data + keys, blocks, size, begin, end, d, scale, score, G);
+    return is_bf16 ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i];
+}
+
+INLINE vec elements(const void *p, long i, const int is_bf16)
+{
+    return is_bf16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
+}
+
+/* score[g][t] = scale * q[g] . k[t] for G queries, d floats apart. Each key is widened once for all of them. */
+INLINE void score_keys(const float *q, const void *const *keys, long count, long d, float scale, Scores score,
+                       const int is_bf16, const int G)
+{
+    for (long t = 0; t < count; t++) {
+        vec acc[GROUP];
+        for (int g = 0; g < G; g++) acc[g] = (vec){};
+        long i = 0;
+        for (; i + LANES <= d; i += LANES) {
+            vec k = elements(keys[t], i, is_bf16);
+            for (int g = 0; g < G; g++) acc[g] += load_f32(q + g * d + i) * k;
+        }
+        for (int g = 0; g < G; g++) {
+            float total = sum(acc[g]);
+            for (long r = i; r < d; r++) total += q[g * d + r] * element(keys[t], r, is_bf16);
+            score[g][t] = scale * total;
+        }
+    }
+}
+
+/* out[g] = sum over t of weight[g][t] * v[t], for S vectors of it from element i on. */
+INLINE void add_span(Scores weight, const void *const *values, long count, long i, float *out, long stride,
+                     const int is_bf16, const int G, const int S)
+{
+    vec acc[GROUP][SPAN];
+    for (int g = 0; g < G; g++)
+        for (int s = 0; s < S; s++) acc[g][s] = (vec){};
+    for (long t = 0; t < count; t++)
+        for (int s = 0; s < S; s++) {
+            vec v = elements(values[t], i + s * LANES, is_bf16);
+            for (int g = 0; g < G; g++) acc[g][s] += weight[g][t] * v;
+        }
+    for (int g = 0; g < G; g++)
+        for (int s = 0; s < S; s++) store(out + g * stride + i + s * LANES, acc[g][s]);
+}
+
+INLINE void add_values(Scores weight, const void *const *values, long count, long d, float *out, long stride,
+                       const int is_bf16, const int G)
+{
+    long i = 0;
+    for (; i + SPAN * LANES <= d; i += SPAN * LANES)
+        add_span(weight, values, count, i, out, stride, is_bf16, G, SPAN);
+    for (; i + LANES <= d; i += LANES) add_span(weight, values, count, i, out, stride, is_bf16, G, 1);
+    for (; i < d; i++)
+        for (int g = 0; g < G; g++) {
+            float total = 0;
+            for (long t = 0; t < count; t++) total += weight[g][t] * element(values[t], i, is_bf16);
+            out[g * stride + i] = total;
+        }
+}
+
+/* G query heads of one KV head against `count` tokens. Their parts, `stride` floats apart: d floats of the sum of
+ * weights * v, not normalised, the maximum score, the sum of the weights. */
+INLINE void attend(const float *q, const void *const *keys, const void *const *values, long count, long d, float scale,
+                   float *part, long stride, const int is_bf16, const int G)
+{
+    Scores score;
+    score_keys(q, keys, count, d, scale, score, is_bf16, G);
     for (int g = 0; g < G; g++) {
         float best = -INFINITY;
         for (long t = 0; t < count; t++) best = score[g][t] > best || score[g][t] != score[g][t] ? score[g][t] : best;
@@ -92,66 +91,70 @@ INLINE void attend(const float *q, const Cache *cache, const int64_t *blocks, lo
         part[g * stride + d] = best;
         part[g * stride + d + 1] = sum(total);
     }
-    if (cache->is_bf16)
-        bf16_values(score, (const bf16 *)cache->data + values, blocks, size, begin, end, d, part, stride, G);
-    else
-        f32_values(score, (const float *)cache->data + values, blocks, size, begin, end, d, part, stride, G);
+    add_values(score, values, count, d, part, stride, is_bf16, G);
 }
 
-/* Floats of scratch that `decode_attention` needs. */
-long decode_scratch(long batch, long heads, long d, long max_len)
+/* `heads` of them: at most GROUP. */
+static void attend_heads(const float *q, const void *const *keys, const void *const *values, long count, long d,
+                         float scale, float *part, long stride, int is_bf16, long heads)
 {
-    return batch * heads * ((max_len + CHUNK - 1) / CHUNK) * (d + 2);
+#define HEADS_ARE(G)                                                                                        \
+    case G:                                                                                                 \
+        if (is_bf16) attend(q, keys, values, count, d, scale, part, stride, 1, G);                          \
+        else attend(q, keys, values, count, d, scale, part, stride, 0, G);                                  \
+        break
+    switch (heads) { HEADS_ARE(1); HEADS_ARE(2); HEADS_ARE(3); HEADS_ARE(4); }
 }
 
 typedef struct {
-    const float *q;
+    const Step *step;
     const Cache *cache;
-    const int64_t *blocks, *lens;
-    float *out, *scratch;
-    long stride, batch, heads, kv_heads, d, width, chunks, window;
-    float scale;
+    const float *qkv;
+    float *out, *parts;
+    long chunks;
 } Decode;
 
 /* One KV head of one sequence, CHUNK of its tokens. */
 static void decode_piece(const void *job, long piece)
 {
-    const Decode *a = job;
-    long chunk = piece % a->chunks, head = piece / a->chunks % a->kv_heads, row = piece / a->chunks / a->kv_heads;
+    const Decode *j = job;
+    const Step *a = j->step;
+    const Cache *cache = j->cache;
+    long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads, row = piece / j->chunks / a->kv_heads;
     long group = a->heads / a->kv_heads, d = a->d, part = d + 2, len = a->lens[row];
     long first = a->window && len > a->window ? len - a->window : 0;
     long begin = chunk * CHUNK > first ? chunk * CHUNK : first;
     long end = (chunk + 1) * CHUNK < len ? (chunk + 1) * CHUNK : len;
+    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), to_values = a->kv_heads * cache->num_slots * bytes;
+    const void *keys[CHUNK], *values[CHUNK];
+    for (long t = begin; t < end; t++) {
+        long slot = a->blocks[row * a->width + t / cache->block_size] * cache->block_size + t % cache->block_size;
+        keys[t - begin] = (const char *)cache->data + (head * cache->num_slots + slot) * bytes;
+        values[t - begin] = (const char *)keys[t - begin] + to_values;
+    }
     for (long h = head * group; h < (head + 1) * group; h += GROUP) {
-        const float *queries = a->q + row * a->stride + h * d;
-        float *at = a->scratch + ((row * a->heads + h) * a->chunks + chunk) * part;
-        long left = (head + 1) * group - h, taken = left < GROUP ? left : GROUP;
-        if (begin >= end) {
-            for (long g = 0; g < taken; g++) at[g * a->chunks * part + d] = -INFINITY;
-            continue;
-        }
-#define ATTEND(G)                                                                                           \
-    case G:                                                                                                 \
-        attend(queries, a->cache, a->blocks + row * a->width, head, a->kv_heads, begin, end, d, a->scale, at, \
-               a->chunks * part, G);                                                                        \
-        break
-        switch (taken) { ATTEND(1); ATTEND(2); ATTEND(3); ATTEND(4); }
+        const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
+        float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
+        long left = (head + 1) * group - h, heads = left < GROUP ? left : GROUP, stride = j->chunks * part;
+        if (begin < end)
+            attend_heads(queries, keys, values, end - begin, d, a->scale, at, stride, cache->is_bf16, heads);
+        else
+            for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
     }
 }
 
 /* The parts of one query head, by their maxima, into its output. */
-static void merge_piece(const void *job, long piece)
+static void merge(const Decode *j, long query)
 {
-    const Decode *a = job;
-    long d = a->d, part = d + 2;
-    const float *parts = a->scratch + piece * a->chunks * part;
-    float *result = a->out + piece * d, best = -INFINITY, total = 0;
-    for (long c = 0; c < a->chunks; c++) {
+    long d = j->step->d, part = d + 2;
+    const float *parts = j->parts + query * j->chunks * part;
+    float *result = j->out + query * d, best = -INFINITY, total = 0;
+    for (long c = 0; c < j->chunks; c++) {
         float top = parts[c * part + d];
         best = top > best || top != top ? top : best;
     }
     memset(result, 0, d * sizeof(float));
-    for (long c = 0; c < a->chunks; c++) {
+    for (long c = 0; c < j->chunks; c++) {
         const float *p = parts + c * part;
         if (p[d] == -INFINITY) continue;
         float factor = expf(p[d] - best);
@@ -161,16 +164,16 @@ static void merge_piece(const void *job, long piece)
     for (long i = 0; i < d; i++) result[i] /= total;
 }
 
-/* One query a sequence. q: [batch, heads, d], rotated, its rows `stride` floats apart; blocks: [batch, width];
- * lens: [batch], tokens to attend to, the new one included; window: only the last so many, or 0 for all
- * -> out: [batch, heads * d]. A sequence is split among threads and the parts are merged by their maxima
- * (Flash-Decoding, Dao et al., 2023). */
-void decode_attention(Pool *pool, const float *q, long stride, const Cache *cache, const int64_t *blocks,
-                      const int64_t *lens, float *out, float *scratch, long batch, long heads, long kv_heads, long d,
-                      long width, long max_len, long window, float scale)
+/* The decodes' queries, rotated, against their sequences. qkv: [n, heads + 2 * kv_heads, d] -> the first rows of
+ * out: [n, heads * d]. A sequence is split among threads and the parts are merged by their maxima (Flash-Decoding,
+ * Dao et al., 2023). Returns -1 if there is no memory, else 0. */
+int decode_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
-    long chunks = (max_len + CHUNK - 1) / CHUNK;
-    Decode job = {q, cache, blocks, lens, out, scratch, stride, batch, heads, kv_heads, d, width, chunks, window, scale};
-    parallel(pool, decode_piece, &job, batch * kv_heads * chunks);
-    for (long i = 0; i < batch * heads; i++) merge_piece(&job, i);
+    long chunks = (step->longest + CHUNK - 1) / CHUNK, queries = step->decodes * step->heads;
+    float *parts = pool_scratch(pool, queries * chunks * (step->d + 2));
+    if (!parts) return -1;
+    Decode job = {step, cache, qkv, out, parts, chunks};
+    parallel(pool, decode_piece, &job, step->decodes * step->kv_heads * chunks);
+    for (long i = 0; i < queries; i++) merge(&job, i);
+    return 0;
 }

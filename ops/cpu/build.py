@@ -11,10 +11,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from microvllm.ops.cpu.isa import Level, usable_levels
+
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.c"))
+HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = (
-    *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread"),
+    *("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math"),
     # GCC tuned for Zen leaves multiply and add apart where one sum follows another, which the kernels' own
     # partial sums make needless.
@@ -33,24 +36,36 @@ def find_compiler() -> str | None:
 
 
 def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels, from the cache if this source was compiled on this kind of CPU before.
+    """The compiled kernels for the best level of this processor, from the cache if they were compiled before.
 
     Takes about two seconds the first time. The cache is `microvllm` under $XDG_CACHE_HOME or ~/.cache, or a
     private folder under the temporary one.
-    Raises `NoCompilerError` when there is no C compiler or it fails.
+    Raises `NoCompilerError` when there is no C compiler or it fails, `IsaError` for a level that is not
+    there.
     """
+    for level in usable_levels():
+        path = build_kernels(level)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NoCompilerError(f"{path} cannot be loaded: {error}") from error
+        if library.runs_here():
+            return library
+    raise NoCompilerError("the compiled kernels do not run on this processor")
+
+
+def build_kernels(level: Level) -> Path:
+    """The library of one level, compiled unless the cache has it. Raises `NoCompilerError`."""
     compiler = find_compiler()
     if compiler is None:
         raise NoCompilerError("there is no C compiler (cc, gcc or clang)")
-    text = b"".join(path.read_bytes() for path in [*SOURCES, *sorted(FOLDER.glob("*.h"))])
-    key = hashlib.sha256(text + repr((compiler, FLAGS, _cpu_flags())).encode()).hexdigest()
-    library = _cache_folder() / f"kernels-{key[:16]}.so"
+    command = [*compiler.split(), *FLAGS, *level.flags]
+    text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
+    key = hashlib.sha256(text + repr((command, platform.machine())).encode()).hexdigest()
+    library = _cache_folder() / f"kernels-{level.name}-{key[:16]}.so"
     if not library.exists():
-        _compile(compiler, library)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise NoCompilerError(f"{library} cannot be loaded: {error}") from error
+        _compile(command, library)
+    return library
 
 
 def _cache_folder() -> Path:
@@ -75,12 +90,12 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(command: list[str], library: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             target = Path(folder) / library.name
             subprocess.run(
-                [*compiler.split(), *FLAGS, *map(str, SOURCES), "-o", str(target), "-lm"],
+                [*command, *map(str, SOURCES), "-o", str(target), "-lm"],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -89,15 +104,6 @@ def _compile(compiler: str, library: Path) -> None:
             target.replace(library)  # in one step, as several processes may compile at once
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
-        raise NoCompilerError(f"{compiler} failed: {lines[0]}") from error
+        raise NoCompilerError(f"{command[0]} failed: {lines[0]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoCompilerError(f"{compiler} failed: {error}") from error
-
-
-def _cpu_flags() -> str:
-    """What the processor can do: code compiled for one may be illegal on another that shares the folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+        raise NoCompilerError(f"{command[0]} failed: {error}") from error

@@ -1,12 +1,26 @@
+/* What the kernels of a step's attention are told. */
 #ifndef CACHE_H
 #define CACHE_H
 
-/* The paged cache of one layer: [2 * kv_heads, blocks * block_size, d], keys of all heads before values. */
+#include <stdint.h>
+
+/* The paged cache of one layer: [2 * kv_heads, blocks * block_size, d], keys of all heads before values; and the
+ * norms of its queries and keys: [d], or null. */
 typedef struct {
     void *data;
-    long num_slots;
-    long block_size;
+    long num_slots, block_size;
     int is_bf16;
+    const float *q_norm, *k_norm;
 } Cache;
+
+/* The sequences of one step: `decodes` tokens of one sequence each, then others. */
+typedef struct {
+    const float *cos, *sin;           /* [positions, d], sin negated in its first half */
+    const int64_t *positions, *slots; /* [n] */
+    const int64_t *blocks, *lens;     /* [decodes, width]; [decodes], tokens to attend to, the new one included */
+    long n, decodes, width, longest;  /* longest: the largest of lens */
+    long heads, kv_heads, d, window;  /* window: only the last so many tokens, or 0 for all */
+    float scale, eps;                 /* of the scores; of the norms */
+} Step;
 
 #endif

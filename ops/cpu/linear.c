@@ -1,86 +1,198 @@
-/* Matrix products of a few rows: bound by reading the weight, which is read once for all of them. */
+/* y = x . W^T for any number of rows of x, by one kernel: a tile of a few rows by one panel of the weight, which
+ * stays in registers while it is summed up over k. With few rows the tile is as fast as memory, and each weight is
+ * read once for all of them; with many it is as fast as the multipliers (Goto & van de Geijn, 2008). */
+#include "norm.h"
 #include "pool.h"
 #include "vectors.h"
 
-#define PIECE 32      /* weight rows a thread takes at a time */
-#define AHEAD 1024    /* bytes by which a weight is fetched before it is used */
+/* A weight is packed into panels of so many of its rows. A panel is [k][WIDTH], so that a step along k reads one
+ * run of memory and needs no sum across lanes. In bfloat16 the first LANES of a run are the lower halves of its
+ * 32-bit words, the others the upper: one shift and one mask widen them. */
+#define WIDTH (2 * LANES)
 
-/* y[m] = x[m] . w for M rows of x (k floats apart; the results ldy apart) and one row of the weight, which
- * is read once, as one sequential stream: several streams at a time reach half the bandwidth. U partial
- * sums a dot keep the additions from waiting for each other; M * U of them fit the registers. */
-#define DEFINE_DOTS(NAME, TYPE, LOAD, SCALAR)                                                               \
-    INLINE void NAME(const float *x, const TYPE *w, float *y, long k, long ldy, const int M, const int U)   \
-    {                                                                                                       \
-        vec acc[8][4];                                                                                      \
-        for (int m = 0; m < M; m++)                                                                         \
-            for (int u = 0; u < U; u++) acc[m][u] = (vec){};                                                \
-        long i = 0;                                                                                         \
-        for (; i + U * LANES <= k; i += U * LANES) {                                                        \
-            __builtin_prefetch((const char *)(w + i) + AHEAD);                                              \
-            for (int u = 0; u < U; u++) {                                                                   \
-                vec wv = LOAD(w + i + u * LANES);                                                           \
-                for (int m = 0; m < M; m++) acc[m][u] += wv * load_f32(x + m * k + i + u * LANES);          \
-            }                                                                                               \
-        }                                                                                                   \
-        for (; i + LANES <= k; i += LANES)                                                                  \
-            for (int m = 0; m < M; m++) acc[m][0] += LOAD(w + i) * load_f32(x + m * k + i);                 \
-        for (int m = 0; m < M; m++) {                                                                       \
-            for (int u = 1; u < U; u++) acc[m][0] += acc[m][u];                                             \
-            float total = sum(acc[m][0]);                                                                   \
-            for (long j = i; j < k; j++) total += SCALAR(w[j]) * x[m * k + j];                              \
-            y[m * ldy] = total;                                                                             \
-        }                                                                                                   \
-    }                                                                                                       \
-    /* All m rows of x against weight rows [begin, end). */                                                 \
-    static void NAME##_panel(const float *x, const TYPE *w, float *y, long m, long n, long k, long begin,   \
-                             long end)                                                                      \
-    {                                                                                                       \
-        for (long r = begin; r < end; r++)                                                                  \
-            for (long i = 0; i < m; i += 8) {                                                               \
-                const TYPE *row = w + r * k;                                                                \
-                const float *xi = x + i * k;                                                                \
-                float *yi = y + i * n + r;                                                                  \
-                switch (m - i < 8 ? m - i : 8) {                                                            \
-                case 1: NAME(xi, row, yi, k, n, 1, 4); break;                                               \
-                case 2: NAME(xi, row, yi, k, n, 2, 4); break;                                               \
-                case 3: NAME(xi, row, yi, k, n, 3, 2); break;                                               \
-                case 4: NAME(xi, row, yi, k, n, 4, 2); break;                                               \
-                case 5: NAME(xi, row, yi, k, n, 5, 1); break;                                               \
-                case 6: NAME(xi, row, yi, k, n, 6, 1); break;                                               \
-                case 7: NAME(xi, row, yi, k, n, 7, 1); break;                                               \
-                case 8: NAME(xi, row, yi, k, n, 8, 1); break;                                               \
-                }                                                                                           \
-            }                                                                                               \
-    }
+/* Rows of x in a tile: two accumulators each, which leave registers for the weight and for x. */
+#define ROWS (VECTORS == 32 ? 12 : 6)
 
-DEFINE_DOTS(dots_f32, float, load_f32, AS_IS)
-DEFINE_DOTS(dots_bf16, bf16, load_bf16, widen)
+/* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
+#define AHEAD 2048
+
+/* Bytes of x that a thread goes through again and again, panel after panel: half a small second-level cache. */
+#define BLOCK_BYTES (256L << 10)
 
 typedef struct {
-    const float *x, *bias, *residual;
-    const void *w;
-    float *y;
-    long m, n, k;
-    int is_bf16;
+    const void *weight;       /* packed */
+    const float *norm, *bias; /* [k], [n] ([2 * n] if gated), or null */
+    float eps;
+    long n, k;
+    int is_bf16, is_gated;
 } Linear;
 
-static void linear_piece(const void *job, long piece)
+INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec *high)
 {
-    const Linear *a = job;
-    long begin = piece * PIECE, end = begin + PIECE < a->n ? begin + PIECE : a->n;
-    if (a->is_bf16) dots_bf16_panel(a->x, a->w, a->y, a->m, a->n, a->k, begin, end);
-    else dots_f32_panel(a->x, a->w, a->y, a->m, a->n, a->k, begin, end);
-    for (long i = 0; i < a->m; i++)
-        for (long r = begin; r < end; r++) {
-            if (a->bias) a->y[i * a->n + r] += a->bias[r];
-            if (a->residual) a->y[i * a->n + r] += a->residual[i * a->n + r];
-        }
+    if (is_bf16) {
+        uvec words;
+        memcpy(&words, (const bf16 *)panel + i * WIDTH, sizeof words);
+        *low = (vec)(words << 16);
+        *high = (vec)(words & 0xffff0000u);
+    } else {
+        *low = load_f32((const float *)panel + i * WIDTH);
+        *high = load_f32((const float *)panel + i * WIDTH + LANES);
+    }
 }
 
-/* y[m, n] = x[m, k] . w[n, k]^T + bias[n] + residual[m, n]; bias and residual may be null. */
-void linear(Pool *pool, const float *x, const void *w, const float *bias, const float *residual, float *y, long m,
-            long n, long k, int is_bf16)
+/* out[m] = x[m] . panel^T for M rows of x. U partial sums keep the additions from waiting for each other. What is
+ * to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
+INLINE void tile_rows(const float *x, const void *panel, long k, float out[][WIDTH], const char *ahead, long step,
+                      const int is_bf16, const int M, const int U)
 {
-    Linear job = {x, bias, residual, w, y, m, n, k, is_bf16};
-    parallel(pool, linear_piece, &job, (n + PIECE - 1) / PIECE);
+    vec acc[4][ROWS][2], low, high;
+    for (int u = 0; u < U; u++)
+        for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
+    long i = 0;
+    for (; i + U <= k; i += U)
+        for (int u = 0; u < U; u++) {
+            __builtin_prefetch(ahead);
+            ahead += step;
+            load_run(panel, i + u, is_bf16, &low, &high);
+            for (int m = 0; m < M; m++) {
+                acc[u][m][0] += low * x[m * k + i + u];
+                acc[u][m][1] += high * x[m * k + i + u];
+            }
+        }
+    for (; i < k; i++) {
+        load_run(panel, i, is_bf16, &low, &high);
+        for (int m = 0; m < M; m++) {
+            acc[0][m][0] += low * x[m * k + i];
+            acc[0][m][1] += high * x[m * k + i];
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        for (int u = 1; u < U; u++) {
+            acc[0][m][0] += acc[u][m][0];
+            acc[0][m][1] += acc[u][m][1];
+        }
+        store(out[m], acc[0][m][0]);
+        store(out[m] + LANES, acc[0][m][1]);
+    }
+}
+
+INLINE void tile(const float *x, const void *panel, long k, float out[][WIDTH], const char *ahead, long step,
+                 const int is_bf16, long rows)
+{
+#define ROWS_ARE(M)                                                                                         \
+    case M:                                                                                                 \
+        tile_rows(x, panel, k, out, ahead, step, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1);                  \
+        break
+    switch (rows) {
+        ROWS_ARE(1); ROWS_ARE(2); ROWS_ARE(3); ROWS_ARE(4); ROWS_ARE(5); ROWS_ARE(6);
+#if VECTORS == 32
+        ROWS_ARE(7); ROWS_ARE(8); ROWS_ARE(9); ROWS_ARE(10); ROWS_ARE(11); ROWS_ARE(12);
+#endif
+    }
+}
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+typedef struct {
+    const Linear *layer;
+    const float *x, *residual;
+    float *y;
+    long m, block, panels;    /* rows of x; rows of a block; pieces of a block */
+} Product;
+
+/* Columns [first, first + count) of one row of y from the sums of a tile. */
+INLINE void finish(const Product *p, const float *sums, const float *up, long row, long first, long count)
+{
+    const Linear *a = p->layer;
+    float *y = p->y + row * a->n + first;
+    float value[WIDTH];
+    memcpy(value, sums, sizeof value);
+    if (a->bias)
+        for (long j = 0; j < count; j++) value[j] += a->bias[first + j];
+    if (a->is_gated) {
+        float other[WIDTH];
+        memcpy(other, up, sizeof other);
+        if (a->bias)
+            for (long j = 0; j < count; j++) other[j] += a->bias[a->n + first + j];
+        for (int j = 0; j < WIDTH; j += LANES) {
+            vec gate = load_f32(value + j);
+            store(value + j, gate / (1.0f + vexp(-gate)) * load_f32(other + j));
+        }
+    }
+    if (p->residual)
+        for (long j = 0; j < count; j++) value[j] += p->residual[row * a->n + first + j];
+    if (count == WIDTH) memcpy(y, value, sizeof value);
+    else for (long j = 0; j < count; j++) y[j] = value[j];
+}
+
+/* One block of rows against one panel, or one of the gate and one of the up projection. */
+static void product_piece(const void *job, long piece)
+{
+    const Product *p = job;
+    const Linear *a = p->layer;
+    long panel = piece % p->panels, begin = piece / p->panels * p->block, end = least(begin + p->block, p->m);
+    long tiles = (end - begin + ROWS - 1) / ROWS, halves = 1 + a->is_gated;
+    long run = WIDTH * (a->is_bf16 ? sizeof(bf16) : sizeof(float)), size = run * a->k;
+    float sums[2][ROWS][WIDTH];
+    for (long t = 0; t < tiles; t++) {
+        long row = begin + (end - begin) * t / tiles, rows = begin + (end - begin) * (t + 1) / tiles - row;
+        const float *x = p->x + row * a->k;
+        for (long half = 0; half < halves; half++) {
+            /* The first tile waits for memory; with more of them, each fetches its part of the next panel. */
+            const char *at = (const char *)a->weight + (panel * halves + half) * size;
+            const char *ahead = tiles == 1 ? at + AHEAD : at + halves * size + size * t / tiles;
+            if (a->is_bf16) tile(x, at, a->k, sums[half], ahead, run / tiles, 1, rows);
+            else tile(x, at, a->k, sums[half], ahead, run / tiles, 0, rows);
+        }
+        for (long r = 0; r < rows; r++)
+            finish(p, sums[0][r], sums[1][r], row + r, panel * WIDTH, least(WIDTH, a->n - panel * WIDTH));
+    }
+}
+
+/* y[m, n] = x[m, k] . W^T + bias + residual[m, n], where the rows of x are normalised before if the layer has a
+ * norm. If it is gated, W is [2 * n, k], gate before up, and silu(gate) * up takes the place of the product
+ * (arXiv:2002.05202). residual may be null, or y. Returns -1 if there is no memory, else 0. */
+int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
+{
+    long n = layer->n, k = layer->k, block = BLOCK_BYTES / (4 * k) / ROWS * ROWS, panels = (n + WIDTH - 1) / WIDTH;
+    if (layer->norm) {
+        float *normed = pool_scratch(pool, m * k);
+        if (!normed) return -1;
+        rms_norm(pool, x, layer->norm, normed, m, k, layer->eps);
+        x = normed;
+    }
+    Product product = {layer, x, residual, y, m, block > ROWS ? block : ROWS, panels};
+    parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
+    return 0;
+}
+
+typedef struct {
+    const void *weight;
+    void *packed;
+    long n, k;
+    int is_bf16, is_gated;
+} Packing;
+
+static void pack_piece(const void *job, long piece)
+{
+    const Packing *p = job;
+    long halves = 1 + p->is_gated, panel = piece / halves, half = piece % halves, at = piece * p->k * WIDTH;
+    for (long lane = 0; lane < WIDTH; lane++) {
+        long row = panel * WIDTH + lane, from = (half * p->n + row) * p->k;
+        long to = !p->is_bf16 ? lane : lane < LANES ? 2 * lane : 2 * (lane - LANES) + 1;
+        for (long i = 0; i < p->k; i++) {
+            if (p->is_bf16) ((bf16 *)p->packed)[at + i * WIDTH + to] = row < p->n ? ((const bf16 *)p->weight)[from + i] : 0;
+            else ((float *)p->packed)[at + i * WIDTH + to] = row < p->n ? ((const float *)p->weight)[from + i] : 0;
+        }
+    }
+}
+
+/* Numbers that `linear` needs in the place of a weight of n rows of k ([2 * n, k] if it is gated). */
+long packed_size(long n, long k, int is_gated) { return (n + WIDTH - 1) / WIDTH * WIDTH * k * (1 + is_gated); }
+
+/* Packs it; the rest of the last panel is zeros. */
+void pack(Pool *pool, const void *weight, void *packed, long n, long k, int is_bf16, int is_gated)
+{
+    Packing packing = {weight, packed, n, k, is_bf16, is_gated};
+    parallel(pool, pack_piece, &packing, (n + WIDTH - 1) / WIDTH * (1 + is_gated));
 }

@@ -10,44 +10,82 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention, TorchStep
+from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.linear import Linear
-from microvllm.ops.operators import LinearOperator, SeparateOperators
+from microvllm.ops.operators import LinearOperator, Operator, SeparateOperators
 
-# Up to so many rows the kernel is faster than a library that blocks for the caches. Measured: with matrix
-# units (AMX) oneDNN's packed product wins from 8 rows on; without bf16 arithmetic the weight has to be
-# widened for it first, which pays from a few dozen rows on.
-MAX_KERNEL_ROWS = 32
-MAX_KERNEL_ROWS_AMX = 7
+# Up to so many rows the kernel is faster than oneDNN with bfloat16 arithmetic (AMX, AVX512-BF16); without
+# that, it always is.
+MAX_KERNEL_ROWS_BF16 = 7
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
+class _Linear(ctypes.Structure):
+    """`Linear` of linear.c."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("weight", "norm", "bias")),
+        ("eps", _FLOAT),
+        *((name, _LONG) for name in ("n", "k")),
+        *((name, _INT) for name in ("is_bf16", "is_gated")),
+    ]
+
+
 class _Cache(ctypes.Structure):
-    _fields_ = [("data", _POINTER), ("num_slots", _LONG), ("block_size", _LONG), ("is_bf16", _INT)]
+    """`Cache` of cache.h."""
+
+    _fields_ = [
+        ("data", _POINTER),
+        *((name, _LONG) for name in ("num_slots", "block_size")),
+        ("is_bf16", _INT),
+        *((name, _POINTER) for name in ("q_norm", "k_norm")),
+    ]
 
 
-_SIGNATURES = {
-    "linear": [*[_POINTER] * 6, *[_LONG] * 3, _INT],
-    "rms_norm": [*[_POINTER] * 4, *[_LONG] * 2, _FLOAT],
-    "silu_and_mul": [*[_POINTER] * 3, *[_LONG] * 2],
-    "rotate_and_cache": [*[_POINTER] * 4, _FLOAT, *[_POINTER] * 4, *[_LONG] * 4, _POINTER],
-    "decode_attention": [*[_POINTER] * 2, _LONG, *[_POINTER] * 5, *[_LONG] * 7, _FLOAT],
-    "pool_free": [_POINTER],
+class _Step(ctypes.Structure):
+    """`Step` of cache.h."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("cos", "sin", "positions", "slots", "blocks", "lens")),
+        *((name, _LONG) for name in ("n", "decodes", "width", "longest", "heads", "kv_heads", "d", "window")),
+        *((name, _FLOAT) for name in ("scale", "eps")),
+    ]
+
+
+# Arguments and result of each function.
+_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "pool_new": ([_INT], _POINTER),
+    "pool_free": ([_POINTER], None),
+    "packed_size": ([_LONG, _LONG, _INT], _LONG),
+    "pack": ([_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT], None),
+    "linear": ([_POINTER] * 5 + [_LONG], _INT),
+    "rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT], None),
+    "silu_and_mul": ([_POINTER] * 3 + [_LONG] * 2, None),
+    "rotate_and_cache": ([_POINTER] * 4, None),
+    "decode_attention": ([_POINTER] * 5, _INT),
 }
 
 
-class Pool:
-    """The kernels' threads; they end with the object, which every operator that uses them holds."""
+class Kernels:
+    """The compiled functions, and their threads, which end with the object: every operator holds it."""
 
-    def __init__(self, kernels: ctypes.CDLL, threads: int) -> None:
-        self.handle: int | None = kernels.pool_new(threads)
-        if self.handle is None:
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+        self.library = library
+        self.pool: int | None = library.pool_new(threads)
+        if self.pool is None:
             raise MemoryError("no memory for the kernels' threads")
-        weakref.finalize(self, kernels.pool_free, self.handle)
+        weakref.finalize(self, library.pool_free, self.pool)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class CpuOperators(SeparateOperators):
@@ -55,31 +93,36 @@ class CpuOperators(SeparateOperators):
 
     activation_dtype = torch.float32
 
-    def __init__(self, kernels: ctypes.CDLL, threads: int) -> None:
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(kernels, name)
-            function.argtypes, function.restype = arguments, None
-        kernels.decode_scratch.argtypes, kernels.decode_scratch.restype = [_LONG] * 4, _LONG
-        kernels.pool_new.argtypes, kernels.pool_new.restype = [_INT], _POINTER
-        self._kernels = kernels
-        self._pool = Pool(kernels, threads)
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self.kernels = Kernels(library, threads)
+        self.memory = WeightMemory()
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        return CpuLinear(self._kernels, self._pool, weight, bias)
+        return CpuLinear(self, weight, bias)
+
+    def norm_linear(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        return CpuLinear(self, weight, bias, norm_weight, eps)
+
+    def norm_gate_up(
+        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    ) -> Operator:
+        return CpuLinear(self, weight, bias, norm_weight, eps, gated=True)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
         d = x.shape[-1]
-        self._kernels.rms_norm(
-            self._pool.handle, x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps
+        self.kernels.library.rms_norm(
+            self.kernels.pool, x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps
         )
         return y
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         n, width = gate_up.shape[0], gate_up.shape[1] // 2
         y = torch.empty(n, width)
-        self._kernels.silu_and_mul(self._pool.handle, gate_up.data_ptr(), y.data_ptr(), n, width)
+        self.kernels.library.silu_and_mul(self.kernels.pool, gate_up.data_ptr(), y.data_ptr(), n, width)
         return y
 
     def attention(
@@ -93,51 +136,77 @@ class CpuOperators(SeparateOperators):
         qk_norms: QKNorms | None = None,
     ) -> CpuAttention:
         return CpuAttention(
-            self._kernels, self._pool, shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms
+            self.kernels, shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms
         )
 
 
 class CpuLinear:
-    """y = x @ weight.T + bias + residual; x: [n, in] float32, weight: [out, in] float32 or bfloat16."""
+    """RMS norm, x @ weight.T + bias, then SwiGLU or + residual: all in one call.
 
-    def __init__(self, kernels: ctypes.CDLL, pool: Pool, weight: Tensor, bias: Tensor | None) -> None:
-        self._kernel = kernels.linear
-        self._pool = pool
-        self._weight = weight
+    x: [n, in] float32; weight: [out, in] ([2 * out, in] if `gated`, gate before up) float32 or bfloat16,
+    packed here; residual: [n, out], where the result may be put -> [n, out].
+    """
+
+    def __init__(
+        self,
+        operators: CpuOperators,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+    ) -> None:
+        kernels, is_bf16 = operators.kernels, weight.dtype == torch.bfloat16
+        self._operators = operators
+        self._n, self._k = weight.shape[0] // (1 + gated), weight.shape[1]
         self._bias = None if bias is None else bias.float()
-        self._is_bf16 = weight.dtype == torch.bfloat16
-        self._packed = None
-        self._max_rows = MAX_KERNEL_ROWS
-        if self._is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            self._packed = Linear(weight)
-            self._max_rows = MAX_KERNEL_ROWS_AMX
+        self._norm, self._eps, self._gated = norm, eps, gated
+        weight = weight.contiguous()
+        size = kernels.library.packed_size(self._n, self._k, gated)
+        self._packed = operators.memory.empty(size, weight.dtype)
+        kernels.library.pack(
+            kernels.pool,
+            weight.data_ptr(),
+            self._packed.data_ptr(),
+            self._n,
+            self._k,
+            is_bf16,
+            gated,
+        )
+        self._arguments = _Linear(
+            self._packed.data_ptr(),
+            _pointer(norm),
+            _pointer(self._bias),
+            eps,
+            self._n,
+            self._k,
+            is_bf16,
+            gated,
+        )
+        self._address = ctypes.addressof(self._arguments)
+        self._kernel, self._pool = kernels.library.linear, kernels.pool
+        self._library = None
+        if is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        m, (n, k) = x.shape[0], self._weight.shape
-        if m > self._max_rows:
-            if self._packed is None:
-                y = linear(x, self._weight.float(), self._bias)
-            else:
-                y = self._packed(x.bfloat16()).float()
-                if self._bias is not None:
-                    y += self._bias
-            return y if residual is None else y.add_(residual)
-        y = torch.empty(m, n)
-        bias = None if self._bias is None else self._bias.data_ptr()
-        added = None if residual is None else residual.data_ptr()
-        self._kernel(
-            self._pool.handle,
-            x.data_ptr(),
-            self._weight.data_ptr(),
-            bias,
-            added,
-            y.data_ptr(),
-            m,
-            n,
-            k,
-            self._is_bf16,
-        )
+        if self._library is not None and len(x) > MAX_KERNEL_ROWS_BF16:
+            return self._by_library(x, self._library, residual)
+        x = x.contiguous()
+        y = torch.empty(len(x), self._n) if residual is None else residual
+        if self._kernel(self._pool, self._address, x.data_ptr(), _pointer(residual), y.data_ptr(), len(x)):
+            raise MemoryError(f"no memory for {len(x)} rows of {self._k}")
         return y
+
+    def _by_library(self, x: Tensor, product: Linear, residual: Tensor | None) -> Tensor:
+        if self._norm is not None:
+            x = self._operators.rms_norm(x, self._norm, self._eps)
+        y = product(x.bfloat16()).float()
+        if self._bias is not None:
+            y += self._bias
+        if self._gated:
+            y = self._operators.silu_and_mul(y)
+        return y if residual is None else residual.add_(y)
 
 
 class CpuAttention(TorchAttention):
@@ -145,8 +214,7 @@ class CpuAttention(TorchAttention):
 
     def __init__(
         self,
-        kernels: ctypes.CDLL,
-        pool: Pool,
+        kernels: Kernels,
         shape: AttentionShape,
         num_blocks: int,
         block_size: int,
@@ -159,11 +227,17 @@ class CpuAttention(TorchAttention):
             shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms, torch.float32
         )
         self.kernels = kernels
-        self.pool = pool
-        is_bf16 = dtype == torch.bfloat16
-        self.layers = [
-            _Cache(layer.data_ptr(), num_blocks * block_size, block_size, is_bf16) for layer in self.cache
+        self._layers = [
+            _Cache(
+                layer.data_ptr(),
+                num_blocks * block_size,
+                block_size,
+                dtype == torch.bfloat16,
+                *((None, None) if qk_norms is None else map(_pointer, qk_norms.weights[index])),
+            )
+            for index, layer in enumerate(self.cache)
         ]
+        self.layer_addresses = [ctypes.addressof(layer) for layer in self._layers]
 
     def begin_step(self, batch: AttentionBatch) -> CpuStep:
         return CpuStep(self, batch)
@@ -172,57 +246,40 @@ class CpuAttention(TorchAttention):
 class CpuStep(TorchStep):
     def __init__(self, backend: CpuAttention, batch: AttentionBatch) -> None:
         super().__init__(backend, batch)
-        self._cpu = backend
-        shape = backend.shape
-        if batch.num_decodes:
-            self._longest = int(batch.decode_lens.max())
-            self._scratch = torch.empty(
-                backend.kernels.decode_scratch(
-                    batch.num_decodes, shape.num_heads, shape.head_dim, self._longest
-                )
-            )
-
-    def _rotate_and_cache(self, layer: int, qkv: Tensor) -> Tensor:
-        shape, batch, rotary, norms = self._cpu.shape, self._batch, self._cpu.rotary, self._cpu.qk_norms
-        q_norm, k_norm = (None, None) if norms is None else (w.data_ptr() for w in norms.weights[layer])
-        self._cpu.kernels.rotate_and_cache(
-            self._cpu.pool.handle,
-            qkv.data_ptr(),
-            q_norm,
-            k_norm,
-            0.0 if norms is None else norms.eps,
+        shape, rotary, decodes = backend.shape, backend.rotary, batch.num_decodes
+        self._layers = backend.layer_addresses
+        self._width = shape.num_heads * shape.head_dim
+        self._library, self._pool = backend.kernels.library, backend.kernels.pool
+        self._step = _Step(
             rotary.cos.data_ptr(),
             rotary.sin.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
-            qkv.shape[0],
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            ctypes.byref(self._cpu.layers[layer]),
-        )
-        heads = shape.num_heads + 2 * shape.num_kv_heads
-        return qkv.view(-1, heads, shape.head_dim)[:, : shape.num_heads]
-
-    def _decode(self, layer: int, q: Tensor) -> Tensor:
-        shape, batch = self._cpu.shape, self._batch
-        out = torch.empty(q.shape[0], shape.num_heads * shape.head_dim)
-        self._cpu.kernels.decode_attention(
-            self._cpu.pool.handle,
-            q.data_ptr(),
-            q.stride(0),
-            ctypes.byref(self._cpu.layers[layer]),
             batch.decode_blocks.data_ptr(),
             batch.decode_lens.data_ptr(),
-            out.data_ptr(),
-            self._scratch.data_ptr(),
-            q.shape[0],
+            len(batch.positions),
+            decodes,
+            batch.decode_blocks.shape[1] if decodes else 0,
+            int(batch.decode_lens.max()) if decodes else 0,
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_dim,
-            batch.decode_blocks.shape[1],
-            self._longest,
             shape.window or 0,
             shape.head_dim**-0.5,
+            0.0 if backend.qk_norms is None else backend.qk_norms.eps,
         )
+        self._address = ctypes.addressof(self._step)
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        at = qkv.data_ptr()
+        self._library.rotate_and_cache(self._pool, self._address, self._layers[layer], at)
+        out = torch.empty(len(qkv), self._width)
+        if self._batch.num_decodes and self._library.decode_attention(
+            self._pool, self._address, self._layers[layer], at, out.data_ptr()
+        ):
+            raise MemoryError(f"no memory for attention over {self._step.longest} tokens")
+        if self._batch.segments:
+            shape = self._backend.shape
+            q = qkv[:, : self._width].view(-1, shape.num_heads, shape.head_dim)
+            self._prefill_segments(layer, q, out)
         return out

@@ -1,7 +1,8 @@
-/* An operator is cut into pieces that threads take one by one. The caller takes pieces, too, and waits only
- * for pieces that somebody has taken: a thread that another process keeps from running takes none, and
- * costs nothing. (OpenMP's barrier waits for every thread to arrive.) Who waits spins for longer than a
- * piece takes, or the next operator takes to come, and then sleeps.
+/* An operator is cut into pieces. Each thread has a span of neighbouring pieces, so that it reads a weight as one
+ * long stream, and takes them one by one; when its span is done it takes from the others'. The caller is one of
+ * the threads, and waits only for pieces that somebody has taken: a thread that another process keeps from
+ * running takes none, and costs nothing. (OpenMP's barrier waits for every thread to arrive.) Who waits spins for
+ * longer than a piece takes, or the next operator takes to come, and then sleeps.
  *
  * A piece takes microseconds. If one lasts longer than a spin, its thread has lost its core to another
  * process for milliseconds, and that will happen again: the caller then works alone for a while, twice as
@@ -17,23 +18,38 @@
 #define SHORTEST_ALONE 16   /* operators */
 #define LONGEST_ALONE 4096  /* about a second */
 
-struct Pool {
-    _Atomic uint64_t ticket; /* generation << 48 | pieces << 24 | next piece: taken by compare-and-swap, so
-                                that nobody takes a piece of a job that is over */
-    _Atomic uint64_t done;   /* finished pieces of this generation */
-    _Atomic int sleepers, caller_sleeps, quit;
-    Piece run;               /* these two are stable while a piece of their generation is taken */
-    const void *job;
-    int alone, penalty;      /* the caller's: operators still to do alone; how many after the next delay */
-    pthread_mutex_t lock;
-    pthread_cond_t work, finished;
-    int num_workers;
-    pthread_t workers[];
-};
+/* The pieces of one thread that nobody has taken: generation << 48 | end << 24 | next. They are taken by
+ * compare-and-swap, so that nobody takes a piece of an operator that is over. Each has a cache line of its own. */
+typedef struct {
+    _Alignas(128) _Atomic uint64_t ticket;
+} Span;
 
 #define MAX_PIECES ((1L << 24) - 1)
-#define NEXT(ticket) ((ticket) & MAX_PIECES)
-#define PIECES(ticket) ((ticket) >> 24 & MAX_PIECES)
+#define NEXT(ticket) ((long)((ticket) & MAX_PIECES))
+#define END(ticket) ((long)((ticket) >> 24 & MAX_PIECES))
+
+typedef struct {
+    Pool *pool;
+    int index;
+    pthread_t thread;
+} Worker;
+
+struct Pool {
+    Span *spans;             /* one a thread; the caller's is the first */
+    Worker *workers;
+    float *scratch;
+    long scratch_size;
+    int num_threads;         /* the caller counted */
+    int alone, penalty;      /* the caller's: operators still to do alone; how many after the next delay */
+    uint64_t generation;     /* the caller's */
+    Piece run;               /* these three are stable while a piece of their generation is taken */
+    const void *job;
+    long pieces;
+    pthread_mutex_t lock;
+    pthread_cond_t work, finished;
+    _Atomic int sleepers, caller_sleeps, quit;
+    _Alignas(128) _Atomic long done; /* finished pieces of this generation */
+};
 
 static inline void relax(void)
 {
@@ -44,95 +60,134 @@ static inline void relax(void)
 #endif
 }
 
-/* Takes and runs pieces until none is left to take. */
-static void help(Pool *pool)
+/* Takes and runs pieces until none is left to take, from the thread's own span first. */
+static void help(Pool *pool, int self)
 {
-    uint64_t ticket = atomic_load(&pool->ticket);
-    while (NEXT(ticket) < PIECES(ticket)) {
-        if (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1)) continue;
-        pool->run(pool->job, (long)NEXT(ticket));
-        if (atomic_fetch_add(&pool->done, 1) + 1 == PIECES(ticket) && atomic_load(&pool->caller_sleeps)) {
-            pthread_mutex_lock(&pool->lock);
-            pthread_cond_signal(&pool->finished);
-            pthread_mutex_unlock(&pool->lock);
+    long finished = 0;
+    for (int i = 0; i < pool->num_threads; i++) {
+        Span *span = &pool->spans[self + i < pool->num_threads ? self + i : self + i - pool->num_threads];
+        uint64_t ticket = atomic_load(&span->ticket);
+        while (NEXT(ticket) < END(ticket)) {
+            if (!atomic_compare_exchange_weak(&span->ticket, &ticket, ticket + 1)) continue;
+            pool->run(pool->job, NEXT(ticket));
+            finished++;
+            ticket = atomic_load(&span->ticket);
         }
-        ticket = atomic_load(&pool->ticket);
+    }
+    if (!finished) return;
+    long pieces = pool->pieces;
+    if (atomic_fetch_add(&pool->done, finished) + finished == pieces && atomic_load(&pool->caller_sleeps)) {
+        pthread_mutex_lock(&pool->lock);
+        pthread_cond_signal(&pool->finished);
+        pthread_mutex_unlock(&pool->lock);
     }
 }
 
-static void *worker(void *argument)
+static void *work(void *argument)
 {
-    Pool *pool = argument;
+    Worker *me = argument;
+    Pool *pool = me->pool;
+    _Atomic uint64_t *mine = &pool->spans[me->index].ticket;
     while (!atomic_load(&pool->quit)) {
-        uint64_t seen = atomic_load(&pool->ticket);
+        uint64_t seen = atomic_load(mine);
         int spins = 0;
-        while (NEXT(seen) >= PIECES(seen) && spins++ < SPINS) {
+        while (NEXT(seen) >= END(seen) && spins++ < SPINS) {
             relax();
-            seen = atomic_load_explicit(&pool->ticket, memory_order_relaxed);
+            seen = atomic_load_explicit(mine, memory_order_relaxed);
         }
-        if (NEXT(seen) >= PIECES(seen)) {
+        if (NEXT(seen) >= END(seen)) {
             pthread_mutex_lock(&pool->lock);
             atomic_fetch_add(&pool->sleepers, 1);
-            while (atomic_load(&pool->ticket) == seen && !atomic_load(&pool->quit))
+            while (atomic_load(mine) == seen && !atomic_load(&pool->quit))
                 pthread_cond_wait(&pool->work, &pool->lock);
             atomic_fetch_sub(&pool->sleepers, 1);
             pthread_mutex_unlock(&pool->lock);
         }
-        help(pool);
+        help(pool, me->index);
     }
     return NULL;
 }
 
 Pool *pool_new(int threads)
 {
-    Pool *pool = calloc(1, sizeof(Pool) + threads * sizeof(pthread_t));
+    Pool *pool = aligned_alloc(128, sizeof(Pool));
     if (!pool) return NULL;
-    pool->penalty = SHORTEST_ALONE;
+    *pool = (Pool){.penalty = SHORTEST_ALONE, .num_threads = 1};
+    pool->spans = aligned_alloc(128, threads * sizeof(Span));
+    pool->workers = calloc(threads, sizeof(Worker));
+    if (!pool->spans || !pool->workers) {
+        free(pool->spans);
+        free(pool->workers);
+        free(pool);
+        return NULL;
+    }
+    for (int i = 0; i < threads; i++) atomic_init(&pool->spans[i].ticket, 0);
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->finished, NULL);
-    for (int i = 0; i < threads - 1; i++)
-        if (!pthread_create(&pool->workers[pool->num_workers], NULL, worker, pool)) pool->num_workers++;
+    for (int i = 1; i < threads; i++) {
+        pool->workers[i] = (Worker){.pool = pool, .index = i};
+        if (pthread_create(&pool->workers[i].thread, NULL, work, &pool->workers[i])) break;
+        pool->num_threads++;
+    }
     return pool;
 }
 
 void pool_free(Pool *pool)
 {
-    atomic_store(&pool->quit, 1);
     pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->quit, 1);
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->lock);
-    for (int i = 0; i < pool->num_workers; i++) pthread_join(pool->workers[i], NULL);
+    for (int i = 1; i < pool->num_threads; i++) pthread_join(pool->workers[i].thread, NULL);
+    free(pool->scratch);
+    free(pool->spans);
+    free(pool->workers);
     free(pool);
+}
+
+float *pool_scratch(Pool *pool, long floats)
+{
+    if (floats > pool->scratch_size) {
+        free(pool->scratch);
+        pool->scratch = aligned_alloc(128, (floats + 31) / 32 * 128);
+        pool->scratch_size = pool->scratch ? floats : 0;
+    }
+    return pool->scratch;
 }
 
 void parallel(Pool *pool, Piece run, const void *job, long pieces)
 {
-    if (pieces <= 1 || pool->num_workers == 0 || pieces > MAX_PIECES || pool->alone > 0) {
+    int threads = pool->num_threads;
+    if (pieces <= 1 || threads == 1 || pieces > MAX_PIECES || pool->alone > 0) {
         if (pieces > 1 && pool->alone > 0) pool->alone--;
         for (long i = 0; i < pieces; i++) run(job, i);
         return;
     }
     pool->run = run;
     pool->job = job;
+    pool->pieces = pieces;
     atomic_store(&pool->done, 0);
-    uint64_t generation = (atomic_load(&pool->ticket) >> 48) + 1;
-    atomic_store(&pool->ticket, generation << 48 | (uint64_t)pieces << 24);
+    pool->generation++;
+    for (long i = 0; i < threads; i++) {
+        uint64_t next = pieces * i / threads, end = pieces * (i + 1) / threads;
+        atomic_store(&pool->spans[i].ticket, pool->generation << 48 | end << 24 | next);
+    }
     if (atomic_load(&pool->sleepers)) {
         pthread_mutex_lock(&pool->lock);
         pthread_cond_broadcast(&pool->work);
         pthread_mutex_unlock(&pool->lock);
     }
-    help(pool);
-    for (int spins = 0; atomic_load(&pool->done) < (uint64_t)pieces && spins < SPINS; spins++) relax();
-    if (atomic_load(&pool->done) == (uint64_t)pieces) {
+    help(pool, 0);
+    for (int spins = 0; atomic_load(&pool->done) < pieces && spins < SPINS; spins++) relax();
+    if (atomic_load(&pool->done) == pieces) {
         pool->penalty -= (pool->penalty - SHORTEST_ALONE + 31) / 32; /* forgotten within a step */
     } else {
         pool->alone = pool->penalty;
         pool->penalty = 2 * pool->penalty < LONGEST_ALONE ? 2 * pool->penalty : LONGEST_ALONE;
         pthread_mutex_lock(&pool->lock);
         atomic_store(&pool->caller_sleeps, 1);
-        while (atomic_load(&pool->done) < (uint64_t)pieces) pthread_cond_wait(&pool->finished, &pool->lock);
+        while (atomic_load(&pool->done) < pieces) pthread_cond_wait(&pool->finished, &pool->lock);
         atomic_store(&pool->caller_sleeps, 0);
         pthread_mutex_unlock(&pool->lock);
     }

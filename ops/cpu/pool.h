@@ -2,6 +2,9 @@
 #ifndef POOL_H
 #define POOL_H
 
+/* Of this library only, whatever another one calls its functions. */
+#define INTERNAL __attribute__((visibility("hidden")))
+
 typedef struct Pool Pool;
 typedef void (*Piece)(const void *job, long index);
 
@@ -12,6 +15,9 @@ Pool *pool_new(int threads);
 void pool_free(Pool *pool);
 
 /* run(job, i) for every i below `pieces`, on all threads; returns when all are done. One caller at a time. */
-__attribute__((visibility("hidden"))) void parallel(Pool *pool, Piece run, const void *job, long pieces);
+INTERNAL void parallel(Pool *pool, Piece run, const void *job, long pieces);
+
+/* Memory for the caller of `parallel` until it asks again. Null if there is none. */
+INTERNAL float *pool_scratch(Pool *pool, long floats);
 
 #endif

@@ -1,5 +1,6 @@
 /* What is done to each row of activations: norms, rotary embedding with the cache write, SwiGLU. */
 #include "cache.h"
+#include "norm.h"
 #include "pool.h"
 #include "vectors.h"
 
@@ -32,7 +33,6 @@ static void norm_piece(const void *job, long piece)
         norm_row(a->x + row * a->d, a->weight, a->y + row * a->d, a->d, a->eps);
 }
 
-/* Root-mean-square norm of each of n rows of d (arXiv:1910.07467). y may be x. */
 void rms_norm(Pool *pool, const float *x, const float *weight, float *y, long n, long d, float eps)
 {
     Norm job = {x, weight, y, n, d, eps};
@@ -78,24 +78,22 @@ INLINE void put(const Cache *cache, long head, long slot, const float *x, long d
 }
 
 typedef struct {
-    float *qkv;
-    const float *q_norm, *k_norm, *cos, *sin;
-    const int64_t *positions, *slots;
-    float eps;
-    long n, heads, kv_heads, d;
+    const Step *step;
     const Cache *cache;
+    float *qkv;
 } Rotate;
 
 static void rotate_piece(const void *job, long piece)
 {
-    const Rotate *a = job;
+    const Step *a = ((const Rotate *)job)->step;
+    const Cache *cache = ((const Rotate *)job)->cache;
     long d = a->d, end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n;
     for (long token = piece * ROWS; token < end; token++) {
-        float *row = a->qkv + token * (a->heads + 2 * a->kv_heads) * d;
+        float *row = ((const Rotate *)job)->qkv + token * (a->heads + 2 * a->kv_heads) * d;
         const float *c = a->cos + a->positions[token] * d, *s = a->sin + a->positions[token] * d;
         for (long head = 0; head < a->heads + a->kv_heads; head++) {
             float *x = row + head * d;
-            if (a->q_norm) norm_row(x, head < a->heads ? a->q_norm : a->k_norm, x, d, a->eps);
+            if (cache->q_norm) norm_row(x, head < a->heads ? cache->q_norm : cache->k_norm, x, d, a->eps);
             for (long i = 0; i < d / 2; i++) {
                 float p = x[i], q = x[i + d / 2];
                 x[i] = p * c[i] + q * s[i];
@@ -103,19 +101,16 @@ static void rotate_piece(const void *job, long piece)
             }
         }
         for (long head = 0; head < a->kv_heads; head++) {
-            put(a->cache, head, a->slots[token], row + (a->heads + head) * d, d);
-            put(a->cache, a->kv_heads + head, a->slots[token], row + (a->heads + a->kv_heads + head) * d, d);
+            put(cache, head, a->slots[token], row + (a->heads + head) * d, d);
+            put(cache, a->kv_heads + head, a->slots[token], row + (a->heads + a->kv_heads + head) * d, d);
         }
     }
 }
 
-/* Normalises each head of q and k by q_norm and k_norm: [d] (null for none), and rotates it by cos and sin:
- * [positions, d] (sin negated in its first half), in place in qkv: [n, heads + 2 * kv_heads, d], then puts k
- * and v into their slots. */
-void rotate_and_cache(Pool *pool, float *qkv, const float *q_norm, const float *k_norm, float eps, const float *cos,
-                      const float *sin, const int64_t *positions, const int64_t *slots, long n, long heads,
-                      long kv_heads, long d, const Cache *cache)
+/* Normalises each head of q and k if there are norms, and rotates it, in place in qkv: [n, heads + 2 * kv_heads, d];
+ * then puts k and v into their slots. */
+void rotate_and_cache(Pool *pool, const Step *step, const Cache *cache, float *qkv)
 {
-    Rotate job = {qkv, q_norm, k_norm, cos, sin, positions, slots, eps, n, heads, kv_heads, d, cache};
-    parallel(pool, rotate_piece, &job, (n + ROWS - 1) / ROWS);
+    Rotate job = {step, cache, qkv};
+    parallel(pool, rotate_piece, &job, (step->n + ROWS - 1) / ROWS);
 }

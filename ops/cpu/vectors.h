@@ -12,10 +12,21 @@
 #include <stdint.h>
 #include <string.h>
 
+/* LANES: floats a vector. VECTORS: registers there are. Clang and GCC make two of a wider type, so that a kernel
+ * may be written for any width; these fit. */
 #if defined(__AVX512F__)
 #define LANES 16
-#else
+#define VECTORS 32
+#elif defined(__AVX__)
 #define LANES 8
+#define VECTORS 16
+#else
+#define LANES 4
+#if defined(__aarch64__)
+#define VECTORS 32
+#else
+#define VECTORS 16
+#endif
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -23,8 +34,6 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
-
-typedef float vec4 __attribute__((vector_size(16)));
 typedef uint16_t bf16;
 
 INLINE vec load_f32(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
@@ -56,14 +65,11 @@ INLINE bf16 narrow(float f)
 
 INLINE float sum(vec v)
 {
-    vec4 parts[LANES / 4];
-    memcpy(parts, &v, sizeof v);
-#if LANES == 16
-    parts[0] += parts[2];
-    parts[1] += parts[3];
-#endif
-    vec4 s = parts[0] + parts[1];
-    return (s[0] + s[2]) + (s[1] + s[3]);
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
 }
 
 /* e^x: 2^n times a polynomial in the rest (degree 6, relative error below 2e-7). Arguments below -87
@@ -90,7 +96,5 @@ INLINE vec vexp(vec x)
     ivec nan = x != x;
     return (vec)((bits & ~nan) | ((ivec)x & nan));
 }
-
-#define AS_IS(v) (v)
 
 #endif

@@ -1,0 +1,16 @@
+/* Whether this processor has what the library was compiled for. */
+
+/* By cpuid, and by xgetbv: whether the system keeps the registers. It runs on any processor of the architecture. */
+int runs_here(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#endif
+    return 1;
+}

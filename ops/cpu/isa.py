@@ -1,0 +1,74 @@
+"""Which vector instructions the kernels are compiled for: an instruction-set level.
+
+Not `-march=native`: a hypervisor or an emulator may tell the compiler of a processor whose instructions it
+does not let through. The level comes from the features that the operating system found usable, and the
+compiled library asks the processor once more (`runs_here` in isa.c).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "MICROVLLM_CPU_ISA"
+X86_64 = ("x86_64", "AMD64")
+
+
+class IsaError(ValueError):
+    """The level that `VARIABLE` asks for cannot be had; the message is one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """features: what /proc/cpuinfo has to list; flags: the compiler's."""
+
+    name: str
+    features: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+# Those of x86-64, the best first. Elsewhere there is one: NEON belongs to every 64-bit Arm.
+_LEVELS = (
+    Level("avx512", frozenset((*_AVX2, *_AVX512)), tuple(f"-m{name}" for name in (*_AVX2, *_AVX512))),
+    Level("avx2", frozenset(_AVX2), tuple(f"-m{name}" for name in _AVX2)),
+    Level("portable", frozenset(), ("-march=x86-64",)),
+)
+_ELSEWHERE = (Level("portable", frozenset(), ()),)
+
+
+def levels() -> tuple[Level, ...]:
+    """Those of this architecture, the best first, whether or not this processor has them."""
+    return _LEVELS if platform.machine() in X86_64 else _ELSEWHERE
+
+
+def usable_levels() -> Iterator[Level]:
+    """Levels to try on this processor, the best first; `VARIABLE` in the environment names the best allowed.
+
+    Raises `IsaError`, when the first is asked for, if it names none or one that this processor lacks.
+    """
+    wish = os.environ.get(VARIABLE) or levels()[0].name
+    names = [level.name for level in levels()]
+    if wish not in names:
+        raise IsaError(f"{VARIABLE}={wish}: must be one of {', '.join(names)}")
+    features = cpu_features()
+    for level in levels()[names.index(wish) :]:
+        missing = set() if features is None else level.features - features
+        if not missing:
+            yield level
+        elif level.name == os.environ.get(VARIABLE):
+            raise IsaError(f"{VARIABLE}={wish}: this processor has no {', '.join(sorted(missing))}")
+
+
+def cpu_features() -> frozenset[str] | None:
+    """What the operating system lets programs use of the processor; None where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), None)
+    return None if line is None else frozenset(line.partition(":")[2].split())
