@@ -10,6 +10,7 @@ Nothing heavy is imported at the top, so that `--help` and a mistyped flag answe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -205,8 +206,15 @@ def run_batch(
     from microvllm.openai_compat.config import ServerArgs
 
     server_args = ServerArgs(**answers)
-    with ProgressLine() as on_load, ProgressLine("Requests") as on_progress:
-        answer_batch(engine, server_args, input_file, output_file, on_load=on_load, on_progress=on_progress)
+    with ProgressLine() as progress:
+        answer_batch(
+            engine,
+            server_args,
+            input_file,
+            output_file,
+            on_load=progress,
+            on_progress=functools.partial(progress, "Requests"),
+        )
 
 
 # The options of `chat` and `complete`.

@@ -31,6 +31,7 @@ from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.batch")
 
@@ -40,7 +41,7 @@ ATTEMPTS = 3  # at a request that the engine process died over
 RESTART_S = 600.0  # for an engine process that died to be back
 POLL_S = 0.1
 
-Progress = Callable[[int, int], None]
+RequestsDone = Callable[[int, int], None]
 
 
 class Line(msgspec.Struct):
@@ -64,12 +65,12 @@ def run_batch(
     input_file: str,
     output_file: str,
     *,
-    on_load: Progress | None = None,
-    on_progress: Progress | None = None,
+    on_load: OnProgress | None = None,
+    on_progress: RequestsDone | None = None,
 ) -> None:
     """Answers all requests of `input_file` (a path, an http(s) address, `-`) in `output_file` (a path, `-`).
 
-    `on_load` gets (done, total) while the model loads, `on_progress` requests answered and all requests.
+    `on_load` is told how far the engine's start has come, `on_progress` requests answered and all requests.
     SIGINT and SIGTERM end in `SystemExit` with 128 + their number; what is answered by then is written.
     Raises `ConfigError` naming the flag at fault, `EngineError` if the engine does not start or come back.
     """
@@ -101,8 +102,8 @@ async def _run(
     args: ServerArgs,
     requests: RequestFile,
     answers: AnswerFile,
-    on_load: Progress | None,
-    on_progress: Progress | None,
+    on_load: OnProgress | None,
+    on_progress: RequestsDone | None,
 ) -> None:
     client = await EngineClient.start(config, chat_template=args.chat_template, on_progress=on_load)
     try:
@@ -164,7 +165,7 @@ class Batch:
     """The requests of one run. Counts the lines that are `done`, among them those that `failed`."""
 
     def __init__(
-        self, client: EngineClient, app: ASGIApp, total: int, on_progress: Progress | None = None
+        self, client: EngineClient, app: ASGIApp, total: int, on_progress: RequestsDone | None = None
     ) -> None:
         self.total, self.done, self.failed = total, 0, 0
         self._client, self._app = client, app

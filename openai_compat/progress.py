@@ -7,31 +7,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 
 class ProgressLine:
-    """Shows what share of `what` is done: a bar on a terminal, a plain line each quarter elsewhere.
+    """Shows how much of some work is done: a bar on a terminal, a plain line each quarter elsewhere.
 
-    Call it with (done, total). Writes to stderr.
+    See `microvllm.runtime.progress.OnProgress`; each new `what` begins a line of its own, and its `note` is
+    what remains of it. Writes to stderr.
     """
 
-    def __init__(self, what: str = "Loading weights") -> None:
-        self._what = what
+    def __init__(self) -> None:
+        self._what = ""
+        self._quarter = -1
+        self._on_terminal = sys.stderr.isatty()
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._quarter = 0
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._bar = Progress(
-                TextColumn(what),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f} %"),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-            )
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -42,18 +32,41 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()  # gives the cursor back, also after Ctrl-C
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None:
         if total < 1:
             return
-        if self._bar is None:
-            quarter = 4 * done // total
-            if quarter > self._quarter:
-                self._quarter = quarter
-                print(f"{self._what}: {25 * quarter} %", file=sys.stderr, flush=True)
+        if self._on_terminal:
+            self._show_bar(what, done, total, note)
             return
-        if self._task is None:
-            self._task = self._bar.add_task("work", total=total)
-            self._bar.start()
-        self._bar.update(self._task, completed=done, total=total)
+        if what != self._what:
+            self._what, self._quarter = what, -1
+        quarter = 4 * done // total
+        if quarter > self._quarter and (quarter > 0 or done == 0):
+            self._quarter = quarter
+            print(note or f"{what}: {25 * quarter} %", file=sys.stderr, flush=True)
+
+    def _show_bar(self, what: str, done: int, total: int, note: str) -> None:
+        bar = self._bar
+        if bar is None or what != self._what:
+            if bar is not None:
+                bar.stop()
+            self._what, self._bar = what, (bar := _new_bar())
+            bar.add_task(what, total=total)
+            bar.start()
+        bar.update(bar.task_ids[0], description=note or what, completed=done, total=total)
         if done >= total:
-            self._bar.stop()
+            bar.stop()
+
+
+def _new_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )

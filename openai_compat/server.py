@@ -29,6 +29,7 @@ from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.server")
 
@@ -40,13 +41,13 @@ def serve(
     engine_args: EngineArgs,
     args: ServerArgs,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
     say: Callable[[str], None] = say_plainly,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish and returns.
 
-    `on_progress` gets (done, total) while the model loads, `say` the few lines meant for people. The port is
-    taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
+    `on_progress` is told how far the engine's start has come, `say` the few lines meant for people. The port
+    is taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
     during loading ends in `SystemExit` with 128 + its number.
     Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start.
     """
@@ -74,7 +75,7 @@ async def _serve(
     args: ServerArgs,
     sock: socket.socket,
     tls: ssl.SSLContext | None,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
     say: Callable[[str], None],
 ) -> None:
     signals = Signals()
@@ -121,7 +122,7 @@ async def _serve(
 
 
 async def _start_engine(
-    config: EngineConfig, args: ServerArgs, on_progress: Callable[[int, int], None] | None, signals: Signals
+    config: EngineConfig, args: ServerArgs, on_progress: OnProgress | None, signals: Signals
 ) -> EngineClient:
     start = asyncio.ensure_future(
         EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress)

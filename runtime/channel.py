@@ -37,10 +37,12 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag="reset"
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
-    """Model loading: `done` of `total` tensors."""
+    """The start of the engine, see `microvllm.runtime.progress.OnProgress`."""
 
+    what: str
     done: int
     total: int
+    note: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):

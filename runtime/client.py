@@ -27,6 +27,7 @@ from microvllm.runtime.launcher import DEAD, EngineProcess
 from microvllm.runtime.observer import EngineObserver, RequestTiming, SampleGroup
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
+from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
 
@@ -173,7 +174,7 @@ class EngineClient:
         config: EngineConfig,
         *,
         chat_template: str | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> EngineClient:
         """Start the engine process, load the tokenizer meanwhile, wait until the model is ready.
 

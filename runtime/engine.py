@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
+from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
 from microvllm.runtime.tokenizer import Tokenizer
 
@@ -29,10 +30,10 @@ class InferenceEngine:
         for token, text in engine.stream_generate("AI 的未来是", max_tokens=50):
             print(text, end="", flush=True)
 
-    `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is called with (done, total) tensors while
-    the model loads; `options` are further fields of `EngineArgs`. Sampling options (temperature, top_p,
-    top_k, min_p, seed, stop, ...) are those of `SamplingParams`; what is not given comes from the model's
-    generation_config.json.
+    `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is told how far the start has come, see
+    `microvllm.runtime.progress`; `options` are further fields of `EngineArgs`. With `log_step_times` a table
+    goes to stderr whenever all requests have ended. Sampling options (temperature, top_p, top_k, min_p, seed,
+    stop, ...) are those of `SamplingParams`; what is not given comes from the model's generation_config.json.
 
     Not thread-safe, but several streams may be open and taken from in turns. Raises `ConfigError` for a
     model that cannot be loaded and `InvalidRequestError`, naming the field, for a wrong request.
@@ -43,7 +44,7 @@ class InferenceEngine:
         model_path: str,
         max_batch_size: int | None = None,
         *,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
         **options: Any,
     ) -> None:
         args = EngineArgs(model=model_path, **{"max_num_seqs": max_batch_size, **options})

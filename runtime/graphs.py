@@ -19,6 +19,7 @@ from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTab
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.gpu_sampler import GPUSampler
+from microvllm.runtime.progress import Stage
 from microvllm.runtime.scheduler import ScheduledRequest
 from microvllm.runtime.step_inputs import UNKNOWN, DeviceInputs
 
@@ -65,7 +66,7 @@ class DecodeGraphs:
         self._sampler = sampler
         self._pool = pool
         self._nobody = config.max_num_seqs
-        self._sizes = batch_sizes(config.max_num_seqs)
+        self.sizes = batch_sizes(config.max_num_seqs)
         self._captured: dict[int, _Captured] = {}
         device = inputs.newest.device
         self._staged = torch.zeros(STAGED * config.max_num_seqs, dtype=torch.int32, device=device)
@@ -79,10 +80,13 @@ class DecodeGraphs:
     # ---- capture -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took."""
+    def capture(self, stage: Stage) -> None:
+        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took.
+
+        Each is a part of the stage.
+        """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        for size in reversed(self._sizes):
+        for size in reversed(self.sizes):
             self._inputs.stager.send_into(self._view(size), self._padding(size))
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
@@ -92,6 +96,7 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 made = self._step(size)
             self._captured[size] = _Captured(graph, *made)
+            stage.advance()
         torch.cuda.synchronize()
 
     def _step(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,10 +147,10 @@ class DecodeGraphs:
             item.request.num_output < item.request.params.min_tokens for item in items
         )
 
-    def stage(self, items: Sequence[ScheduledRequest]) -> int:
-        """Send the step's inputs -> the size of the graph to replay."""
+    def send(self, items: Sequence[ScheduledRequest]) -> int:
+        """Bring a step's inputs to the graph that has room for it -> the size of that graph."""
         count = len(items)
-        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        size = self.sizes[bisect.bisect_left(self.sizes, count)]
         # A request that was just admitted may bring a whole table.
         self.note_blocks([item for item in items if len(item.new_blocks) > 1])
         staged = self._padding(size)
@@ -164,7 +169,7 @@ class DecodeGraphs:
         return size
 
     def replay(self, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the `count` requests that were staged for the graph of this size.
+        """Compute the `count` requests that were sent to the graph of this size.
 
         -> the ids that went in, logits [count, vocab], and tokens [count] int64 as plain requests choose
         them. All are valid until the next replay.

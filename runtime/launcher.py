@@ -7,13 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 
 import msgspec
 
 from microvllm.runtime.channel import HEADER_BYTES, Command, Event, Failed, Progress, Ready, Start, frame
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
+from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineStats
 from microvllm.runtime.threads import thread_environment
 
@@ -41,9 +41,7 @@ class EngineProcess:
         self._decoder = msgspec.msgpack.Decoder(Event)
 
     @classmethod
-    async def start(
-        cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None
-    ) -> EngineProcess:
+    async def start(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> EngineProcess:
         """A process that has loaded the model.
 
         Raises `ConfigError` with the engine's own line if it cannot load, `EngineError` if it dies.
@@ -117,11 +115,11 @@ class EngineProcess:
             return ""
         return f" (exit status {code})" if code >= 0 else f" (killed by signal {-code})"
 
-    async def _await_ready(self, on_progress: Callable[[int, int], None] | None) -> None:
+    async def _await_ready(self, on_progress: OnProgress | None) -> None:
         while True:
             event = await self.receive()
             if isinstance(event, Progress) and on_progress is not None:
-                on_progress(event.done, event.total)
+                on_progress(event.what, event.done, event.total, event.note)
             elif isinstance(event, Failed):
                 raise ConfigError(event.message)
             elif isinstance(event, Ready):

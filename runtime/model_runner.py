@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from microvllm.runtime.forward_times import time_forward
 from microvllm.runtime.gpu_memory import measure_kv_blocks
 from microvllm.runtime.logits import Output, on_device
 from microvllm.runtime.logprobs import LogprobTensors, LogprobWish, log_probabilities
+from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.sampler import Sampled, Sampler
 from microvllm.runtime.scheduler import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
@@ -61,20 +63,23 @@ class ModelGraphRunner:
     `config` is the given one with the size of the KV cache, which on a GPU is measured.
     """
 
-    def __init__(self, config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
         """Load the model. Raises `ConfigError` that names the file or the tensor at fault."""
         torch.set_num_threads(config.cpu_threads)
         spec, dtype, device = config.spec, getattr(torch, config.dtype), torch.device(config.device)
         try:
+            loaded = None if on_progress is None else partial(on_progress, "Loading weights")
             weights = load_weights(
-                Path(config.model_path), spec, config.load_format, dtype, progress, config.device
+                Path(config.model_path), spec, config.load_format, dtype, loaded, config.device
             )
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
         operators = make_operators(config.attention_backend, dtype, config.cpu_threads)
         self._model = DecoderModel(spec, weights, operators)
         if config.num_blocks == 0:
+            measuring = Stage("Measuring memory", 1, on_progress)
             config = msgspec.structs.replace(config, num_blocks=measure_kv_blocks(config, self._model))
+            measuring.finish(f"KV cache: room for {config.num_blocks * config.block_size:,} tokens")
         self.config = config
         shape = AttentionShape(
             spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window
@@ -98,7 +103,7 @@ class ModelGraphRunner:
             self._inputs = HostInputs(config.max_num_seqs, config.block_size)
             self._sampler = Sampler(config.max_num_seqs, spec.vocab_size, config.seed, config.logprobs_mode)
         else:
-            self._use_gpu(device)
+            self._use_gpu(device, on_progress)
         self.clock = StepClock()
         self.device_clock: DeviceClock | None = None
         if config.log_step_times and config.device == "cpu":
@@ -106,7 +111,7 @@ class ModelGraphRunner:
         elif config.log_step_times:
             self.device_clock = DeviceClock(self.clock)
 
-    def _use_gpu(self, device: torch.device) -> None:
+    def _use_gpu(self, device: torch.device, on_progress: OnProgress | None) -> None:
         # Here, because a machine without a GPU need not have Triton.
         from microvllm.runtime.gpu_sampler import GPUSampler
         from microvllm.runtime.graphs import DecodeGraphs
@@ -124,16 +129,22 @@ class ModelGraphRunner:
             self._prompt_graphs = PromptGraphs(
                 config, self._model, self._attention, inputs, self._graphs.tables, pool
             )
-            self._prompt_graphs.capture()
-            self._graphs.capture()
-        self._warm_up(sampler)
+            number = len(self._prompt_graphs.sizes) + len(self._graphs.sizes)
+            free, _ = torch.cuda.mem_get_info()
+            capturing = Stage("Capturing CUDA graphs", number, on_progress)
+            self._prompt_graphs.capture(capturing)
+            self._graphs.capture(capturing)
+            taken = free - torch.cuda.mem_get_info()[0]
+            capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
+        self._warm_up(sampler, on_progress)
 
     @torch.inference_mode()
-    def _warm_up(self, sampler: GPUSampler) -> None:
+    def _warm_up(self, sampler: GPUSampler, on_progress: OnProgress | None) -> None:
         """Steps of nobody's tokens, with and without single ones in front: the first of a kind compiles.
 
         They write no keys and values: their slots are -1.
         """
+        warming = Stage("Warming up", len(WARM_UP_TOKENS), on_progress)
         for longest in WARM_UP_TOKENS:
             for decodes in (0, 1, 16):
                 lengths = np.array([1] * decodes + [min(longest, self.config.max_model_len)] * 2)
@@ -148,7 +159,9 @@ class ModelGraphRunner:
                 ids, batch = self._inputs.make(arrays, self._block_tables)
                 hidden = self._model.forward(ids, self._attention.begin_step(batch))
                 sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
+            warming.advance()
         torch.cuda.synchronize()
+        warming.finish(f"Warmed up in {warming.seconds:.1f} s")
 
     @property
     def graph_replays(self) -> int:
@@ -230,6 +243,7 @@ class ModelGraphRunner:
         arrays = StepArrays.of(items, self._block_tables, self.config.block_size)
         graphs = self._prompt_graphs
         if graphs is not None and (size := graphs.size_for(arrays)) is not None:
+            graphs.send(size, arrays)
             self._begin_forward()
             return graphs.forward(size, arrays)
         ids, batch = self._inputs.make(arrays, self._block_tables)
@@ -249,7 +263,7 @@ class ModelGraphRunner:
         self, graphs: DecodeGraphs, plan: StepPlan, items: Sequence[ScheduledRequest]
     ) -> LaunchedStep:
         """A step of single tokens by its captured graph, which also chooses the tokens of plain requests."""
-        size = graphs.stage(items)
+        size = graphs.send(items)
         self._begin_forward()
         ids, logits, tokens = graphs.replay(size, len(items))
         sampled = Sampled(tokens, [], None)

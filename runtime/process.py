@@ -65,11 +65,11 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
 
     sent = 0.0
 
-    def progress(done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int, note: str = "", /) -> None:
         nonlocal sent
-        if done == total or time.monotonic() - sent > PROGRESS_INTERVAL_S:
+        if done in (0, total) or time.monotonic() - sent > PROGRESS_INTERVAL_S:
             sent = time.monotonic()
-            channel.send(Progress(done, total))
+            channel.send(Progress(what, done, total, note))
 
     runner = ModelGraphRunner(config, progress)
     return EngineCore(runner.config, runner)

@@ -17,6 +17,7 @@ from torch import Tensor
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.progress import Stage
 from microvllm.runtime.step_inputs import UNKNOWN, DeviceInputs, StepArrays
 
 PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
@@ -117,12 +118,15 @@ class PromptGraphs:
         self.padded_tokens = 0
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took."""
+    def capture(self, stage: Stage) -> None:
+        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took.
+
+        Each is a part of the stage.
+        """
         nothing = np.zeros(0, dtype=np.int64)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for size in sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True):
-            self._stage(size, StepArrays(nothing, nothing, nothing, nothing, nothing, nothing, nothing, 0))
+            self.send(size, StepArrays(nothing, nothing, nothing, nothing, nothing, nothing, nothing, 0))
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
                 self._step(size)  # compiles kernels, which a capture cannot
@@ -131,15 +135,20 @@ class PromptGraphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 made = self._step(size)
             self._captured[size] = _Captured(graph, *made)
+            stage.advance()
         torch.cuda.synchronize()
 
     def size_for(self, arrays: StepArrays) -> StepSize | None:
         """The smallest size that has room for a step."""
         return next((size for size in self.sizes if size.fits(arrays)), None)
 
+    def send(self, size: StepSize, arrays: StepArrays) -> None:
+        """Bring a step's inputs to the graph of this size, which `forward` then replays."""
+        staged = size.staged(arrays, self._nobody)
+        self._inputs.stager.send_into(self._staged[: len(staged)], staged)
+
     def forward(self, size: StepSize, arrays: StepArrays) -> tuple[Tensor, Tensor]:
         """The id and the hidden state of every token of the step: [n], [n, hidden], until the next replay."""
-        self._stage(size, arrays)
         captured = self._captured[size]
         captured.graph.replay()
         count, decodes = len(arrays.ids), arrays.num_decodes
@@ -151,10 +160,6 @@ class PromptGraphs:
             return torch.cat((padded[:decodes], prompts)) if decodes else prompts
 
         return without_padding(captured.ids), without_padding(captured.hidden)
-
-    def _stage(self, size: StepSize, arrays: StepArrays) -> None:
-        staged = size.staged(arrays, self._nobody)
-        self._inputs.stager.send_into(self._staged[: len(staged)], staged)
 
     def _step(self, size: StepSize) -> tuple[Tensor, Tensor]:
         ids, rows, positions, slots, context, request_rows, starts = (

@@ -108,9 +108,7 @@ def render(period: Period, title: str) -> str:
             "forward and sample are the host's launches, wait is for the GPU; GPU idle: between steps"
         )
     if period.graph_replays:
-        lines.append(
-            f"{period.graph_replays:,} steps ran as a CUDA graph, in one piece from the ids to the token"
-        )
+        lines.append(f"{period.graph_replays:,} steps ran as a CUDA graph, whose parts cannot be told apart")
     return "\n".join(lines)
 
 

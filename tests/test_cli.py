@@ -717,11 +717,20 @@ def test_an_engine_that_fails_is_status_1(
 
 def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressLine() as progress:
-        for done in range(101):
-            progress(done, 100)
-        progress(0, 0)
+        for done in range(1, 101):
+            progress("Loading weights", done, 100)
+        progress("Nothing", 0, 0)
+        for done in range(3):
+            progress("Capturing CUDA graphs", done, 3)
+        progress("Capturing CUDA graphs", 3, 3, "Captured 3 graphs in 4.2 s, 1.1 GB")
+        progress("Warming up", 0, 1)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"Loading weights: {share} %" for share in (25, 50, 75, 100)]
+    assert lines == [
+        *(f"Loading weights: {share} %" for share in (25, 50, 75, 100)),
+        *(f"Capturing CUDA graphs: {share} %" for share in (0, 25, 50)),
+        "Captured 3 graphs in 4.2 s, 1.1 GB",
+        "Warming up: 0 %",
+    ]
 
 
 def test_load_progress_on_a_terminal(
@@ -730,9 +739,17 @@ def test_load_progress_on_a_terminal(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     with ProgressLine() as progress:
-        progress(1, 2)
-        progress(2, 2)
-    assert "100 %" in capsys.readouterr().err
+        progress("Loading weights", 1, 2)
+        progress("Loading weights", 2, 2)
+        progress("Capturing CUDA graphs", 0, 35)
+        progress("Capturing CUDA graphs", 34, 35)
+        progress("Capturing CUDA graphs", 35, 35, "Captured 35 graphs in 4.2 s, 1.1 GB")
+    shown = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    lines = [line for line in re.split("[\r\n]", shown) if line.strip()]
+    assert re.match(
+        r"Loading weights .* 2/2 100 % 0:\d\d:\d\d", [line for line in lines if "weights" in line][-1]
+    )
+    assert re.match(r"Captured 35 graphs in 4.2 s, 1.1 GB .* 35/35 100 % 0:\d\d:\d\d", lines[-1])
 
 
 def children(pid: int) -> list[int]:

@@ -97,14 +97,14 @@ def engine_pid(client: EngineClient) -> int:
 
 
 async def test_start_reports_progress_and_is_ready() -> None:
-    told: list[tuple[int, int]] = []
-    client = await EngineClient.start(
-        make_config(), on_progress=lambda done, total: told.append((done, total))
-    )
+    told: list[tuple[Any, ...]] = []
+    client = await EngineClient.start(make_config(), on_progress=lambda *each: told.append(each))
     try:
         assert client.healthy() and client.stats.kv_blocks_total == 64
-        assert told == sorted(told) and told[-1][0] == told[-1][1] > 0
-        assert len({total for _, total in told}) == 1
+        assert told == sorted(told) and told[-1][1] == told[-1][2] > 0
+        assert {(what, total, note) for what, _, total, note in told} == {
+            ("Loading weights", told[-1][2], "")
+        }
         pid = engine_pid(client)
         assert alive(pid) and pid != os.getpid()
     finally:

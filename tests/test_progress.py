@@ -1,0 +1,60 @@
+"""How far the start of an engine has come: what a stage tells, and its way from one process to the other."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import msgspec
+import pytest
+
+from microvllm.runtime import progress
+from microvllm.runtime.channel import Progress, Ready, frame
+from microvllm.runtime.launcher import EngineProcess
+from microvllm.runtime.progress import Stage
+from microvllm.runtime.request import EngineStats
+
+
+def test_a_stage_tells_its_beginning_each_part_and_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 14.25])
+    monkeypatch.setattr(progress, "perf_counter", lambda: next(times))
+    told: list[tuple[Any, ...]] = []
+    stage = Stage("Capturing CUDA graphs", 3, lambda *each: told.append(each))
+    for _ in range(3):
+        stage.advance()
+    stage.finish(f"Captured 3 graphs in {stage.seconds:.1f} s")
+    assert told == [
+        ("Capturing CUDA graphs", 0, 3, ""),
+        ("Capturing CUDA graphs", 1, 3, ""),
+        ("Capturing CUDA graphs", 2, 3, ""),
+        ("Capturing CUDA graphs", 3, 3, "Captured 3 graphs in 4.2 s"),
+    ]
+
+
+def test_a_stage_need_not_tell_anybody() -> None:
+    stage = Stage("Warming up", 1, None)
+    stage.advance()
+    stage.finish("")
+
+
+async def test_every_stage_comes_from_the_engine_process_to_whoever_shows_it() -> None:
+    """The engine's end is scripted: no test machine need have a GPU whose graphs could be captured."""
+    told: list[tuple[Any, ...]] = [
+        ("Loading weights", 272, 272, ""),
+        ("Capturing CUDA graphs", 0, 35, ""),
+        ("Capturing CUDA graphs", 35, 35, "Captured 35 graphs in 4.2 s, 1.1 GB"),
+    ]
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    heard: list[tuple[Any, ...]] = []
+    with theirs:
+        encoder = msgspec.msgpack.Encoder()
+        for each in told:
+            theirs.sendall(frame(encoder, Progress(*each)))
+        theirs.sendall(frame(encoder, Ready(EngineStats(kv_blocks_total=7))))
+        engine = EngineProcess(None, reader, writer)  # type: ignore[arg-type]
+        await engine._await_ready(lambda *each: heard.append(each))
+    assert heard == told and engine.first_stats.kv_blocks_total == 7
+    writer.close()
+    await writer.wait_closed()
