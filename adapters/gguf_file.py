@@ -77,6 +77,10 @@ class GGUFTensor(msgspec.Struct, frozen=True):
     offset: int
     num_bytes: int
 
+    @property
+    def is_quantized(self) -> bool:
+        return TENSOR_TYPES[self.type_id][1] > 1
+
 
 class GGUFFile:
     """A GGUF file, memory-mapped.
@@ -128,6 +132,12 @@ class GGUFFile:
 
         values: npt.NDArray[np.float32] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
         return values.reshape(stop - start, *tensor.shape[1:])
+
+    def raw_rows(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, row by row: [rows, bytes of a row], a read-only view of the file."""
+        tensor = self.tensors[name]
+        raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        return raw.reshape(tensor.shape[0], -1)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor, dequantised: float32 with the shape in the table."""

@@ -5,16 +5,19 @@ Result names, all of one dtype and contiguous, matrices as [out, in]:
 `qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `gate_up` [2 I, h], `down` [h, I], `input_norm`, `post_norm` [h],
 `q_norm`, `k_norm` [D], and `qkv_bias`, `o_bias`, `gate_up_bias`, `down_bias`, as far as the spec has them.
 Rotary halves are Hugging Face's: dimension j of a head turns with dimension j + D/2.
+Matrices that are kept as a GGUF file quantises them are `QuantizedTensor`s instead, of the same rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from microvllm.adapters.errors import ModelFileError
@@ -23,6 +26,7 @@ from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.registry import GGUF_INTERLEAVED, HF_NAMES
 from microvllm.adapters.safetensors_file import open_folder
 from microvllm.adapters.spec import ModelSpec
+from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
 Progress = Callable[[int, int], None]
 
@@ -97,10 +101,14 @@ def load_weights(
     dtype: torch.dtype,
     progress: Progress | None = None,
     device: str = "cpu",
+    *,
+    keep_quantized: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Load all weights as `dtype` on `device`; see the top of this file for names and shapes.
 
     `load_format` is "auto", "safetensors", "gguf" or "dummy" (random values, no file is read).
+    With `keep_quantized`, matrices stay as a GGUF file quantises them, and vectors are float32: nothing in
+    such a file is rounded, unless it has matrices that are not quantised, which are `dtype` all the same.
     `progress(done, total)` is called after every tensor of the checkpoint. Beside the result only the tensor
     being copied is resident. Raises `ModelFileError` for files that are malformed, and for tensors that are
     missing, of another shape than the spec says, or there but unused: a model computed without some of its
@@ -116,19 +124,41 @@ def load_weights(
         FolderCheckpoint(model, spec.architecture) if model.is_dir() else GGUFCheckpoint(model, spec.head_dim)
     )
     _check_names(checkpoint, spec, slots)
-    weights = {}
-    done, total = 0, sum(len(slot.parts) for slot in slots)
+    count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
+
+    def loaded() -> None:
+        if progress is not None:
+            progress(next(count), total)
+
+    weights: dict[str, torch.Tensor] = {}
     for slot in slots:
-        tensor = _allocate(model, slot, dtype, device)
-        row = 0
-        for part in slot.parts:
-            checkpoint.copy(checkpoint.name(part, slot.layer), part, tensor[row : row + part.rows])
-            row += part.rows
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        weights[slot.name] = tensor
+        if keep_quantized and isinstance(checkpoint, GGUFCheckpoint) and checkpoint.is_quantized(slot):
+            weights[slot.name] = _load_quantized(checkpoint, slot, loaded)
+        else:
+            exact = keep_quantized and slot.columns is None
+            weights[slot.name] = _load(checkpoint, slot, torch.float32 if exact else dtype, device, loaded)
     return weights
+
+
+def _load(
+    checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
+) -> torch.Tensor:
+    tensor = _allocate(checkpoint.path, slot.name, slot.shape, dtype, device)
+    pieces = tensor.split([part.rows for part in slot.parts])
+    for part, piece in zip(slot.parts, pieces, strict=True):
+        checkpoint.copy(checkpoint.name(part, slot.layer), part, piece)
+        loaded()
+    return tensor
+
+
+def _load_quantized(checkpoint: GGUFCheckpoint, slot: Slot, loaded: Callable[[], None]) -> QuantizedTensor:
+    rows = tuple(checkpoint.quantized_rows(checkpoint.name(part, slot.layer)) for part in slot.parts)
+    sizes = [one.rows * one.row_bytes for one in rows]
+    data = _allocate(checkpoint.path, slot.name, (sum(sizes),), torch.uint8, "cpu")
+    for part, piece in zip(slot.parts, data.split(sizes), strict=True):
+        checkpoint.copy_quantized(checkpoint.name(part, slot.layer), part, piece)
+        loaded()
+    return QuantizedTensor.of(data, slot.shape[1], rows)
 
 
 def checkpoint_slots(spec: ModelSpec) -> Iterator[Slot]:
@@ -195,14 +225,14 @@ def _listed(names: list[str]) -> str:
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"
 
 
-def _allocate(model: Path, slot: Slot, dtype: torch.dtype, device: str) -> torch.Tensor:
+def _allocate(
+    model: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> torch.Tensor:
     try:
-        return torch.empty(slot.shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError:
-        size = math.prod(slot.shape) * dtype.itemsize / 2**30
-        raise ModelFileError(
-            model, f"no memory for {slot.name} {list(slot.shape)} ({size:.1f} GiB)"
-        ) from None
+        size = math.prod(shape) * dtype.itemsize / 2**30
+        raise ModelFileError(model, f"no memory for {name} {list(shape)} ({size:.1f} GiB)") from None
 
 
 class FolderCheckpoint:
@@ -239,7 +269,7 @@ class FolderCheckpoint:
 
 
 class GGUFCheckpoint:
-    """One GGUF file, dequantised piece by piece."""
+    """One GGUF file, copied as it is or dequantised piece by piece."""
 
     # Rotary factors become part of the spec.
     _IGNORED = ("rope_freqs.weight",)
@@ -262,9 +292,25 @@ class GGUFCheckpoint:
     def file_of(self, name: str) -> Path:
         return self.path
 
+    def is_quantized(self, slot: Slot) -> bool:
+        names = (self.name(part, slot.layer) for part in slot.parts)
+        return slot.columns is not None and all(self._file.tensors[name].is_quantized for name in names)
+
+    def quantized_rows(self, name: str) -> QuantizedRows:
+        tensor = self._file.tensors[name]
+        return QuantizedRows(tensor.type_id, tensor.shape[0], tensor.num_bytes // tensor.shape[0])
+
+    def copy_quantized(self, name: str, part: Part, out: torch.Tensor) -> None:
+        raw = self._file.raw_rows(name)
+        if self._is_turned(part):
+            # Blocks do not cross rows, so that rows can change places as they are; see `copy`.
+            raw = raw.reshape(-1, self._head_dim // 2, 2, raw.shape[1]).swapaxes(1, 2)
+        np.copyto(out.numpy().reshape(raw.shape), raw)
+        self._file.forget(name)
+
     def copy(self, name: str, part: Part, out: torch.Tensor) -> None:
         rows = out.shape[0]
-        turned = self._interleaved and part.role in ("q", "k")
+        turned = self._is_turned(part)
         columns = out.numel() // rows
         step = max(1, CHUNK_ELEMENTS // columns)
         if turned:
@@ -281,6 +327,9 @@ class GGUFCheckpoint:
             out[start:stop].copy_(source.reshape(out[start:stop].shape))
         self._file.forget(name)
 
+    def _is_turned(self, part: Part) -> bool:
+        return self._interleaved and part.role in ("q", "k")
+
 
 def _dummy_weights(
     model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None, device: str
@@ -294,7 +343,7 @@ def _dummy_weights(
     pool = torch.empty(size, dtype=torch.float32).normal_(0, DUMMY_STD, generator=generator).to(device, dtype)
     weights, offset = {}, 0
     for done, slot in enumerate(slots, 1):
-        tensor = weights[slot.name] = _allocate(model, slot, dtype, device)
+        tensor = weights[slot.name] = _allocate(model, slot.name, slot.shape, dtype, device)
         if slot.name.endswith("norm"):
             tensor.fill_(1.0)
         else:

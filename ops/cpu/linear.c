@@ -2,16 +2,12 @@
  * stays in registers while it is summed up over k. With few rows the tile is as fast as memory, and each weight is
  * read once for all of them; with many it is as fast as the multipliers (Goto & van de Geijn, 2008). */
 #include "norm.h"
+#include "panel.h"
 #include "pool.h"
-#include "vectors.h"
+#include "quantized.h"
 
-/* A weight is packed into panels of so many of its rows. A panel is [k][WIDTH], so that a step along k reads one
- * run of memory and needs no sum across lanes. In bfloat16 the first LANES of a run are the lower halves of its
- * 32-bit words, the others the upper: one shift and one mask widen them. */
-#define WIDTH (2 * LANES)
-
-/* Rows of x in a tile: two accumulators each, which leave registers for the weight and for x. */
-#define ROWS (VECTORS == 32 ? 12 : 6)
+/* A panel is [k][WIDTH]; in bfloat16 the first LANES of a run are the lower halves of its 32-bit words, the others the
+ * upper: one shift and one mask widen them. Panels of quantised weights are described in quantized.h. */
 
 /* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
 #define AHEAD 2048
@@ -24,7 +20,7 @@ typedef struct {
     const float *norm, *bias; /* [k], [n] ([2 * n] if gated), or null */
     float eps;
     long n, k;
-    int is_bf16, is_gated;
+    int format, is_gated;     /* FORMAT_F32, FORMAT_BF16 or one of QUANTIZED_FORMATS */
 } Linear;
 
 INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec *high)
@@ -92,6 +88,8 @@ INLINE void tile(const float *x, const void *panel, long k, float out[][WIDTH], 
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE int is_plain(int format) { return format == FORMAT_F32 || format == FORMAT_BF16; }
+INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16) : sizeof(float); }
 
 typedef struct {
     const Linear *layer;
@@ -132,7 +130,8 @@ static void product_piece(const void *job, long piece)
     const Linear *a = p->layer;
     long panel = piece % p->panels, begin = piece / p->panels * p->block, end = least(begin + p->block, p->m);
     long tiles = (end - begin + ROWS - 1) / ROWS, halves = 1 + a->is_gated;
-    long run = WIDTH * (a->is_bf16 ? sizeof(bf16) : sizeof(float)), size = run * a->k;
+    long run = WIDTH * plain_bytes(a->format);
+    long size = is_plain(a->format) ? run * a->k : quantized_panel_bytes(a->format, a->k);
     float sums[2][ROWS][WIDTH];
     for (long t = 0; t < tiles; t++) {
         long row = begin + (end - begin) * t / tiles, rows = begin + (end - begin) * (t + 1) / tiles - row;
@@ -141,7 +140,8 @@ static void product_piece(const void *job, long piece)
             /* The first tile waits for memory; with more of them, each fetches its part of the next panel. */
             const char *at = (const char *)a->weight + (panel * halves + half) * size;
             const char *ahead = tiles == 1 ? at + AHEAD : at + halves * size + size * t / tiles;
-            if (a->is_bf16) tile(x, at, a->k, sums[half], ahead, run / tiles, 1, rows);
+            if (!is_plain(a->format)) tile_quantized(a->format, x, at, a->k, sums[half], rows);
+            else if (a->format == FORMAT_BF16) tile(x, at, a->k, sums[half], ahead, run / tiles, 1, rows);
             else tile(x, at, a->k, sums[half], ahead, run / tiles, 0, rows);
         }
         for (long r = 0; r < rows; r++)
@@ -166,33 +166,46 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     return 0;
 }
 
+/* Bytes that `linear` needs in the place of a weight of n rows of k (2 * n if it is gated); 0 for a format that it does
+ * not know. */
+long packed_bytes(int format, long n, long k, int is_gated)
+{
+    long panels = (n + WIDTH - 1) / WIDTH * (1 + is_gated);
+    return panels * (is_plain(format) ? WIDTH * k * plain_bytes(format) : quantized_panel_bytes(format, k));
+}
+
 typedef struct {
     const void *weight;
     void *packed;
     long n, k;
-    int is_bf16, is_gated;
+    int format, is_gated;
 } Packing;
 
+/* One panel: rows of the weight, or zeros where it has no more. */
 static void pack_piece(const void *job, long piece)
 {
     const Packing *p = job;
-    long halves = 1 + p->is_gated, panel = piece / halves, half = piece % halves, at = piece * p->k * WIDTH;
+    long halves = 1 + p->is_gated, first = piece / halves * WIDTH, rows = least(WIDTH, p->n - first);
+    long row = piece % halves * p->n + first; /* the first of the weight */
+    if (!is_plain(p->format)) {
+        uint8_t *to = (uint8_t *)p->packed + piece * quantized_panel_bytes(p->format, p->k);
+        pack_quantized(p->format, p->weight, row, rows, p->k, to);
+        return;
+    }
     for (long lane = 0; lane < WIDTH; lane++) {
-        long row = panel * WIDTH + lane, from = (half * p->n + row) * p->k;
-        long to = !p->is_bf16 ? lane : lane < LANES ? 2 * lane : 2 * (lane - LANES) + 1;
-        for (long i = 0; i < p->k; i++) {
-            if (p->is_bf16) ((bf16 *)p->packed)[at + i * WIDTH + to] = row < p->n ? ((const bf16 *)p->weight)[from + i] : 0;
-            else ((float *)p->packed)[at + i * WIDTH + to] = row < p->n ? ((const float *)p->weight)[from + i] : 0;
+        int is_bf16 = p->format == FORMAT_BF16;
+        long to = piece * p->k * WIDTH, from = (row + lane) * p->k;
+        to += !is_bf16 ? lane : lane < LANES ? 2 * lane : 2 * (lane - LANES) + 1;
+        for (long i = 0; i < p->k; i++, to += WIDTH) {
+            if (is_bf16) ((bf16 *)p->packed)[to] = lane < rows ? ((const bf16 *)p->weight)[from + i] : 0;
+            else ((float *)p->packed)[to] = lane < rows ? ((const float *)p->weight)[from + i] : 0;
         }
     }
 }
 
-/* Numbers that `linear` needs in the place of a weight of n rows of k ([2 * n, k] if it is gated). */
-long packed_size(long n, long k, int is_gated) { return (n + WIDTH - 1) / WIDTH * WIDTH * k * (1 + is_gated); }
-
-/* Packs it; the rest of the last panel is zeros. */
-void pack(Pool *pool, const void *weight, void *packed, long n, long k, int is_bf16, int is_gated)
+/* Packs it, from rows as a GGUF file has them if they are quantised. */
+void pack(Pool *pool, int format, const void *weight, void *packed, long n, long k, int is_gated)
 {
-    Packing packing = {weight, packed, n, k, is_bf16, is_gated};
+    Packing packing = {weight, packed, n, k, format, is_gated};
     parallel(pool, pack_piece, &packing, (n + WIDTH - 1) / WIDTH * (1 + is_gated));
 }

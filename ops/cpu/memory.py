@@ -26,7 +26,9 @@ class WeightMemory:
         """An uninitialised tensor of `count` numbers."""
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk = mmap.mmap(-1, max(CHUNK_BYTES, size))
+            # Private: pages of memory that could be shared have other rules.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._chunk = mmap.mmap(-1, max(CHUNK_BYTES, size), flags)
             self._used = 0
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them

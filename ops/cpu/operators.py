@@ -1,12 +1,13 @@
 """Own operators for CPUs: this folder's C files behind the interface of `ops.operators`.
 
-Activations are float32 whatever the weights are; a bfloat16 weight is widened in registers.
+Activations are float32 whatever the weights are; a bfloat16 or quantised weight is widened in registers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention, TorchStep
 from microvllm.ops.cpu.memory import WeightMemory
+from microvllm.ops.cpu.quantized import QuantizedEmbedding, StackedLinear
 from microvllm.ops.linear import Linear
 from microvllm.ops.operators import LinearOperator, Operator, SeparateOperators
+from microvllm.ops.quantized import QuantizedTensor
 
 # Up to so many rows the kernel is faster than oneDNN with bfloat16 arithmetic (AMX, AVX512-BF16); without
 # that, it always is.
@@ -31,7 +34,7 @@ class _Linear(ctypes.Structure):
         *((name, _POINTER) for name in ("weight", "norm", "bias")),
         ("eps", _FLOAT),
         *((name, _LONG) for name in ("n", "k")),
-        *((name, _INT) for name in ("is_bf16", "is_gated")),
+        *((name, _INT) for name in ("format", "is_gated")),
     ]
 
 
@@ -60,8 +63,9 @@ class _Step(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "pool_new": ([_INT], _POINTER),
     "pool_free": ([_POINTER], None),
-    "packed_size": ([_LONG, _LONG, _INT], _LONG),
-    "pack": ([_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT], None),
+    "packed_bytes": ([_INT, _LONG, _LONG, _INT], _LONG),
+    "pack": ([_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT], None),
+    "gather_quantized": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
     "linear": ([_POINTER] * 5 + [_LONG], _INT),
     "rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT], None),
     "silu_and_mul": ([_POINTER] * 3 + [_LONG] * 2, None),
@@ -88,6 +92,19 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+# ggml's numbers of the formats that are not quantised.
+_FORMATS = {torch.float32: 0, torch.bfloat16: 30}
+
+
+class Packed(NamedTuple):
+    """A weight in panels, as bytes, the number of its format, and its shape (half of its rows if gated)."""
+
+    data: Tensor
+    format: int
+    rows: int
+    columns: int
+
+
 class CpuOperators(SeparateOperators):
     """The kernels, with the shapes and dtypes of `ops.operators.Operators`."""
 
@@ -97,18 +114,53 @@ class CpuOperators(SeparateOperators):
         self.kernels = Kernels(library, threads)
         self.memory = WeightMemory()
 
+    def embedding(self, weight: Tensor) -> Operator:
+        if isinstance(weight, QuantizedTensor):
+            return QuantizedEmbedding(self, weight)
+        return super().embedding(weight)
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        return CpuLinear(self, weight, bias)
+        return self._product(weight, bias)
 
     def norm_linear(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return CpuLinear(self, weight, bias, norm_weight, eps)
+        return self._product(weight, bias, norm_weight, eps)
 
     def norm_gate_up(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return CpuLinear(self, weight, bias, norm_weight, eps, gated=True)
+        return self._product(weight, bias, norm_weight, eps, gated=True)
+
+    def _product(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+    ) -> LinearOperator:
+        if isinstance(weight, QuantizedTensor) and len(weight.parts) > 1:
+            return StackedLinear(self, weight, bias, norm, eps, gated)
+        return CpuLinear(self, weight, bias, norm, eps, gated)
+
+    def pack(self, weight: Tensor, gated: bool = False) -> Packed:
+        """The weight as `linear` of linear.c takes it."""
+        if isinstance(weight, QuantizedTensor):
+            ((number, rows, _),), columns = weight.parts, weight.columns
+            if weight.packed is not None:
+                return Packed(weight.packed, number, rows // (1 + gated), columns)
+        else:
+            number, (rows, columns) = _FORMATS[weight.dtype], weight.shape
+        rows //= 1 + gated
+        size = self.kernels.library.packed_bytes(number, rows, columns, gated)
+        data = self.memory.empty(size, torch.uint8)
+        self.kernels.library.pack(
+            self.kernels.pool, number, weight.contiguous().data_ptr(), data.data_ptr(), rows, columns, gated
+        )
+        if isinstance(weight, QuantizedTensor):
+            weight.packed = data
+        return Packed(data, number, rows, columns)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
@@ -143,8 +195,8 @@ class CpuOperators(SeparateOperators):
 class CpuLinear:
     """RMS norm, x @ weight.T + bias, then SwiGLU or + residual: all in one call.
 
-    x: [n, in] float32; weight: [out, in] ([2 * out, in] if `gated`, gate before up) float32 or bfloat16,
-    packed here; residual: [n, out], where the result may be put -> [n, out].
+    x: [n, in] float32; weight: [out, in] ([2 * out, in] if `gated`, gate before up) float32, bfloat16 or
+    quantised in one part, packed here; residual: [n, out], where the result may be put -> [n, out].
     """
 
     def __init__(
@@ -156,37 +208,25 @@ class CpuLinear:
         eps: float = 0.0,
         gated: bool = False,
     ) -> None:
-        kernels, is_bf16 = operators.kernels, weight.dtype == torch.bfloat16
         self._operators = operators
-        self._n, self._k = weight.shape[0] // (1 + gated), weight.shape[1]
+        self._packed = packed = operators.pack(weight, gated)
+        self._n, self._k = packed.rows, packed.columns
         self._bias = None if bias is None else bias.float()
         self._norm, self._eps, self._gated = norm, eps, gated
-        weight = weight.contiguous()
-        size = kernels.library.packed_size(self._n, self._k, gated)
-        self._packed = operators.memory.empty(size, weight.dtype)
-        kernels.library.pack(
-            kernels.pool,
-            weight.data_ptr(),
-            self._packed.data_ptr(),
-            self._n,
-            self._k,
-            is_bf16,
-            gated,
-        )
         self._arguments = _Linear(
-            self._packed.data_ptr(),
+            packed.data.data_ptr(),
             _pointer(norm),
             _pointer(self._bias),
             eps,
-            self._n,
-            self._k,
-            is_bf16,
+            packed.rows,
+            packed.columns,
+            packed.format,
             gated,
         )
         self._address = ctypes.addressof(self._arguments)
-        self._kernel, self._pool = kernels.library.linear, kernels.pool
+        self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
         self._library = None
-        if is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -1,0 +1,175 @@
+/* Products with quantised weights: widened in registers, exactly, for several rows of x at a time. */
+#include "quantized.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+INLINE uvec load_words(const uint8_t *p) { uvec v; memcpy(&v, p, sizeof v); return v; }
+
+/* float16 to float32, exactly: infinities, NaNs and numbers below the normal ones, too. */
+INLINE vec load_f16(const uint8_t *p)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+#elif defined(__F16C__)
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+#else
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    uvec bits = __builtin_convertvector(h, uvec);
+    /* The biases of the exponents differ by 112; a product makes normal what was below the normal numbers. */
+    vec value = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    uvec special = (uvec)((bits & 0x7c00) == 0x7c00) & 0x7f800000u;
+    return (vec)((uvec)value | special | (bits & 0x8000) << 16);
+#endif
+}
+
+/* Byte t of each word, signed. */
+INLINE vec load_byte(const uint8_t *p, int t)
+{
+    return __builtin_convertvector((ivec)(load_words(p) << (24 - 8 * t)) >> 24, vec);
+}
+
+/* `bits` bits of the quants of quad q, in the bytes of a word. */
+INLINE uvec load_bits(const uint8_t *plane, int q, const int bits)
+{
+    const int quads = 8 / bits; /* that share a word */
+    uvec words = load_words(plane + q / quads * WORDS);
+    return bits == 8 ? words : words >> (q % quads * bits) & 0x01010101u * ((1u << bits) - 1);
+}
+
+INLINE uvec load_quad(const uint8_t *group, int q, const Format f)
+{
+    uvec quad = load_bits(group, q, f.low);
+    return f.high ? quad | load_bits(group + f.low * WORDS, q, f.high) << f.low : quad;
+}
+
+/* The scale and the offset of the weights from `at` on in a block. */
+typedef struct {
+    vec scale, offset;
+} Scale;
+
+/* Of the lower rows of a panel (half 0) or of the upper ones (half 1). */
+INLINE Scale load_scale(const uint8_t *block, int at, int half, const Format f)
+{
+    const uint8_t *words = block + (f.sign ? 2 : 1) * HALVES + half * WORDS / 2;
+    int index = at / f.span;
+    Scale s;
+    s.scale = load_f16(block + half * HALVES / 2);
+    if (f.groups > 1) s.scale *= load_byte(words + index / 4 * WORDS, index % 4);
+    if (!f.sign) {
+        s.offset = s.scale * (float)-f.zero;
+        return s;
+    }
+    words += multiples(f) * WORDS;
+    s.offset = load_f16(block + HALVES + half * HALVES / 2) * (float)f.sign;
+    if (f.groups > 1) s.offset *= load_byte(words + index / 4 * WORDS, index % 4);
+    return s;
+}
+
+/* Weight t of a quad. Its byte stays where it is, and the scale makes up for that, exactly; but in the last place a
+ * byte would be the sign. */
+INLINE vec widen_quant(uvec quad, int t, const Scale s)
+{
+    static const float unit[4] = {1.0f, 0x1p-8f, 0x1p-16f, 1.0f};
+    ivec quant = (ivec)(t < 3 ? quad & (uint32_t)(0xff << 8 * t) : quad >> 24);
+    return __builtin_convertvector(quant, vec) * (s.scale * unit[t]) + s.offset;
+}
+
+/* M rows of x. U partial sums keep the additions from waiting for each other. */
+INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH], const int M, const int U,
+                 const Format f)
+{
+    vec acc[4][ROWS][2];
+    const long stride = k;
+    for (int u = 0; u < U; u++)
+        for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
+    for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
+        for (int at = 0; at < f.groups * GROUP; at += f.span, x += f.span) {
+            const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
+            const Scale low = load_scale(panel, at, 0, f), high = load_scale(panel, at, 1, f);
+            for (int i = 0; i < f.span; i += 4) {
+                int q = (at % GROUP + i) / 4;
+                uvec quads[2] = {load_quad(group, q, f), load_quad(group + WORDS / 2, q, f)};
+                for (int t = 0; t < 4; t++) {
+                    vec lower = widen_quant(quads[0], t, low), upper = widen_quant(quads[1], t, high);
+                    for (int m = 0; m < M; m++) {
+                        acc[t % U][m][0] += lower * x[m * stride + i + t];
+                        acc[t % U][m][1] += upper * x[m * stride + i + t];
+                    }
+                }
+            }
+        }
+    for (int m = 0; m < M; m++) {
+        for (int u = 1; u < U; u++)
+            for (int half = 0; half < 2; half++) acc[0][m][half] += acc[u][m][half];
+        store(out[m], acc[0][m][0]);
+        store(out[m] + LANES, acc[0][m][1]);
+    }
+}
+
+/* Compiling a tile takes a tenth of a second, so not every number of rows has one: they are put together from these. */
+#define MOST (VECTORS == 32 ? 8 : 6)
+#define DEFINE_TILES(NUMBER, NAME, ...)                                                                     \
+    static void tile_##NAME(const float *x, const uint8_t *panel, long k, float out[][WIDTH], long rows)    \
+    {                                                                                                       \
+        const Format f = {__VA_ARGS__};                                                                     \
+        if (rows == MOST) tile(x, panel, k, out, MOST, 1, f);                                               \
+        else if (rows == 4) tile(x, panel, k, out, 4, 1, f);                                                \
+        else if (rows == 2) tile(x, panel, k, out, 2, 2, f);                                                \
+        else tile(x, panel, k, out, 1, 4, f);                                                               \
+    }
+QUANTIZED_FORMATS(DEFINE_TILES)
+
+void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows)
+{
+    while (rows > 0) {
+        long taken = rows >= MOST ? MOST : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+#define CASE(NUMBER, NAME, ...)                                                                             \
+    case NUMBER: tile_##NAME(x, panel, k, out, taken); break;
+        switch (format) { QUANTIZED_FORMATS(CASE) }
+        x += taken * k;
+        out += taken;
+        rows -= taken;
+    }
+}
+
+typedef struct {
+    const uint8_t *packed;
+    const int64_t *rows;
+    float *y;
+    long k;
+    int format;
+} Gather;
+
+/* One row: its panel is widened, of which only its lane is kept. */
+INLINE void gather_row(const Gather *g, long index, const Format f)
+{
+    long row = g->rows[index], lane = row % WIDTH;
+    int half = lane / LANES;
+    const uint8_t *block = g->packed + row / WIDTH * (g->k / (f.groups * GROUP)) * block_bytes(f);
+    float *y = g->y + index * g->k;
+    for (long i = 0; i < g->k; i += f.groups * GROUP, block += block_bytes(f))
+        for (int at = 0; at < f.groups * GROUP; at += 4) {
+            const uint8_t *group = block + head_bytes(f) + at / GROUP * group_bytes(f);
+            const Scale scale = load_scale(block, at, half, f);
+            uvec quad = load_quad(group + half * WORDS / 2, at % GROUP / 4, f);
+            for (int t = 0; t < 4; t++) *y++ = widen_quant(quad, t, scale)[lane % LANES];
+        }
+}
+
+static void gather_piece(const void *job, long index)
+{
+    const Gather *g = job;
+#define GATHER(NUMBER, NAME, ...)                                                                           \
+    case NUMBER: gather_row(g, index, (Format){__VA_ARGS__}); break;
+    switch (g->format) { QUANTIZED_FORMATS(GATHER) }
+}
+
+/* y[m, k] = the m rows, whose numbers are `rows`, of a packed weight that is not gated. */
+void gather_quantized(Pool *pool, int format, const uint8_t *packed, const int64_t *rows, float *y, long m, long k)
+{
+    Gather gather = {packed, rows, y, k, format};
+    parallel(pool, gather_piece, &gather, m);
+}

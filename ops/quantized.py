@@ -1,0 +1,50 @@
+"""Weights that stay in the block formats of a GGUF file."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class QuantizedRows(NamedTuple):
+    """Rows of a matrix in one format: ggml's number of it, how many they are, and the bytes of each."""
+
+    format: int
+    rows: int
+    row_bytes: int
+
+
+class QuantizedTensor(Tensor):
+    """A matrix in ggml's block formats, its rows one after another as a GGUF file has them.
+
+    As a tensor it is these bytes: [n] uint8. `parts` are the rows below each other, neighbours of one format
+    together; each row has `columns` weights.
+    """
+
+    columns: int
+    parts: tuple[QuantizedRows, ...]
+    packed: Tensor | None  # what operators that pack their weights made of it: a tied matrix is used twice
+
+    # Bytes have no arithmetic; what is made of them is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def of(data: Tensor, columns: int, parts: tuple[QuantizedRows, ...]) -> QuantizedTensor:
+        """data: [n] uint8, the bytes of all parts."""
+        tensor: QuantizedTensor = Tensor._make_subclass(QuantizedTensor, data)
+        tensor.columns, tensor.packed = columns, None
+        merged: list[QuantizedRows] = []
+        for part in parts:
+            if merged and merged[-1].format == part.format:
+                part = part._replace(rows=merged.pop().rows + part.rows)
+            merged.append(part)
+        tensor.parts = tuple(merged)
+        return tensor
+
+    def split_parts(self) -> list[QuantizedTensor]:
+        """Each part as a tensor of its own."""
+        sizes = [part.rows * part.row_bytes for part in self.parts]
+        pairs = zip(self.split(sizes), self.parts, strict=True)
+        return [QuantizedTensor.of(data, self.columns, (part,)) for data, part in pairs]
