@@ -144,7 +144,7 @@ def _load(
     checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
 ) -> torch.Tensor:
     tensor = _allocate(checkpoint.path, slot.name, slot.shape, dtype, device)
-    pieces = tensor.split([part.rows for part in slot.parts])
+    pieces = torch.split(tensor, [part.rows for part in slot.parts])
     for part, piece in zip(slot.parts, pieces, strict=True):
         checkpoint.copy(checkpoint.name(part, slot.layer), part, piece)
         loaded()
@@ -155,7 +155,7 @@ def _load_quantized(checkpoint: GGUFCheckpoint, slot: Slot, loaded: Callable[[],
     rows = tuple(checkpoint.quantized_rows(checkpoint.name(part, slot.layer)) for part in slot.parts)
     sizes = [one.rows * one.row_bytes for one in rows]
     data = _allocate(checkpoint.path, slot.name, (sum(sizes),), torch.uint8, "cpu")
-    for part, piece in zip(slot.parts, data.split(sizes), strict=True):
+    for part, piece in zip(slot.parts, torch.split(data, sizes), strict=True):
         checkpoint.copy_quantized(checkpoint.name(part, slot.layer), part, piece)
         loaded()
     return QuantizedTensor.of(data, slot.shape[1], rows)

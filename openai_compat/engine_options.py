@@ -50,6 +50,13 @@ LoadFormatOpt = Annotated[
     str,
     typer.Option(help="auto, safetensors, gguf, or dummy (random weights)."),
 ]
+GGUFWeightsOpt = Annotated[
+    str,
+    typer.Option(
+        help="How the matrices of a .gguf file are kept: packed, multiplied exactly from its own blocks; "
+        "dequantized, rounded to --dtype; auto, packed with the backend cpu."
+    ),
+]
 GenerationConfigOpt = Annotated[
     str,
     typer.Option(help="Sampling defaults: auto (the model's), vllm (none), or a folder."),
@@ -97,6 +104,7 @@ def engine_args(
     tokenizer: TokenizerOpt = None,
     dtype: DtypeOpt = "auto",
     load_format: LoadFormatOpt = "auto",
+    gguf_weights: GGUFWeightsOpt = "auto",
     generation_config: GenerationConfigOpt = "auto",
     override_generation_config: Annotated[
         Any,
@@ -193,6 +201,7 @@ def engine_args(
         async_scheduling=async_scheduling,
         seed=seed,
         load_format=load_format,
+        gguf_weights=gguf_weights,
         generation_config=generation_config,
         override_generation_config=override_generation_config,
         max_logprobs=max_logprobs,

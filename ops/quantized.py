@@ -28,7 +28,7 @@ class QuantizedTensor(Tensor):
     packed: Tensor | None  # what operators that pack their weights made of it: a tied matrix is used twice
 
     # Bytes have no arithmetic; what is made of them is a plain tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(data: Tensor, columns: int, parts: tuple[QuantizedRows, ...]) -> QuantizedTensor:
@@ -46,5 +46,5 @@ class QuantizedTensor(Tensor):
     def split_parts(self) -> list[QuantizedTensor]:
         """Each part as a tensor of its own."""
         sizes = [part.rows * part.row_bytes for part in self.parts]
-        pairs = zip(self.split(sizes), self.parts, strict=True)
+        pairs = zip(torch.split(self, sizes), self.parts, strict=True)
         return [QuantizedTensor.of(data, self.columns, (part,)) for data, part in pairs]

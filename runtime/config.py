@@ -32,6 +32,7 @@ logger = logging.getLogger("microvllm.config")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+GGUF_WEIGHTS = ("auto", "packed", "dequantized")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 # What is read from generation_config.json, and its name in `SamplingParams`.
 GENERATION_FIELDS = {
@@ -73,6 +74,7 @@ class EngineArgs:
     max_num_queued_reqs: int | None = None
     seed: int = 0
     load_format: str = "auto"
+    gguf_weights: str = "auto"
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
     max_logprobs: int = 20
@@ -161,6 +163,7 @@ class EngineArgs:
             tokenizer_path=str(find_model(self.tokenizer, "--tokenizer")) if self.tokenizer else str(path),
             spec=spec,
             load_format=load_format,
+            packed_weights=self._packed_weights(load_format, backend),
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -199,6 +202,19 @@ class EngineArgs:
         if self.load_format == "dummy":
             return "dummy"
         raise ConfigError(f"--load-format {self.load_format} does not fit {path}, which is {actual}")
+
+    def _packed_weights(self, load_format: str, backend: str) -> bool:
+        wish = self.gguf_weights
+        if wish not in GGUF_WEIGHTS:
+            raise ConfigError(f"--gguf-weights must be one of {', '.join(GGUF_WEIGHTS)}, got {wish}")
+        if wish == "packed" and load_format != "gguf":
+            raise ConfigError(f"--gguf-weights packed: {self.model} is not read from a GGUF file")
+        if wish == "packed" and backend != "cpu":
+            raise ConfigError(
+                "--gguf-weights packed: only the CPU kernels (--device cpu --attention-backend cpu) multiply "
+                f"packed weights, {backend} does not"
+            )
+        return wish != "dequantized" and load_format == "gguf" and backend == "cpu"
 
     def _gpu_backend(self) -> str:
         wish = self.attention_backend.lower()
@@ -321,6 +337,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     attention_backend: str
     cpu_threads: int
+    packed_weights: bool = False  # matrices of a GGUF file are multiplied from their own blocks
     device: str = "cpu"
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False

@@ -70,7 +70,13 @@ class ModelGraphRunner:
         try:
             loaded = None if on_progress is None else partial(on_progress, "Loading weights")
             weights = load_weights(
-                Path(config.model_path), spec, config.load_format, dtype, loaded, config.device
+                Path(config.model_path),
+                spec,
+                config.load_format,
+                dtype,
+                loaded,
+                config.device,
+                keep_quantized=config.packed_weights,
             )
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
