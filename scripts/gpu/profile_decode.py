@@ -1,4 +1,8 @@
-"""Where the time of a decode step goes on a GPU: kernels by name, and the gaps between them.
+"""Where the time of a decode step goes on a GPU: the host's parts, kernels by name, and gaps.
+
+The GPU is idle between the last work of a step, the copy of its tokens to the host, and the first kernel of
+the next: then it waits for the host. That is meant both in the table of `--log-step-times`, which comes first
+and has it from events, and in the profile. Gaps between the kernels of a step are told apart from it.
 
 python scripts/gpu/profile_decode.py --model DIR --load-format dummy --batch 1 64 --context 600
 """
@@ -37,7 +41,11 @@ def report(core: EngineCore[LaunchedStep], batch: int, context: int, first_id: i
         core.add(EngineRequest(first_id + i, [draw.randrange(vocab) for _ in range(context)], params))
     while any(request.num_output < 2 for request in core.scheduler._running) or core.scheduler.num_waiting:
         core.step()
+    if core.report is not None:
+        core.report.write()  # of the prompts
     plain = decode_steps(core, STEPS)
+    if core.report is not None:
+        core.report.write()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         decode_steps(core, STEPS)
     events = sorted(
@@ -46,14 +54,23 @@ def report(core: EngineCore[LaunchedStep], batch: int, context: int, first_id: i
         if e.device_type.name == "CUDA"
     )
     busy: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    gaps, end = 0.0, events[0][0]
+    between, inside, begin, end = 0.0, 0.0, events[0][0], events[0][0]
+    after_step = False
     for start, stop, name in events:
         busy[name][0] += 1
         busy[name][1] += stop - max(start, end) if stop > end else 0.0
-        gaps += max(0.0, start - end)
-        end = max(end, stop)
-    total = end - events[0][0]
-    print(f"\nbatch {batch}, context {context}: {plain * 1e3:.3f} ms a step, idle {gaps / total:.1%}")
+        if name.startswith("Memcpy HtoD"):
+            continue  # the inputs of the next step: until its first kernel the GPU is idle
+        if after_step:
+            between += max(0.0, start - end)
+        else:
+            inside += max(0.0, start - end)
+        end, after_step = max(end, stop), name.startswith("Memcpy DtoH")
+    total = end - begin
+    print(
+        f"\nbatch {batch}, context {context}: {plain * 1e3:.3f} ms a step; idle in the profile: "
+        f"{between / STEPS:.1f} us between steps ({between / total:.2%}), {inside / STEPS:.1f} us inside"
+    )
     for name, (count, time_us) in sorted(busy.items(), key=lambda kv: -kv[1][1])[:14]:
         print(
             f"  {time_us / STEPS:9.1f} us {count / STEPS:6.1f} x {time_us / count:8.2f} us each  {name[:80]}"
@@ -78,6 +95,7 @@ def main() -> None:
         max_model_len=args.max_model_len,
         max_num_seqs=max(args.batch),
         enable_prefix_caching=False,
+        log_step_times=True,
     ).resolve()
     runner = ModelGraphRunner(config)
     core = EngineCore(runner.config, runner)
