@@ -173,8 +173,8 @@ class EngineCollector(Collector):
         yield self._numbers(
             CounterMetricFamily,
             "microvllm:step_seconds",
-            "Time of the engine's thread by part of a step; on a GPU forward and sample launch and wait is "
-            "for the device.",
+            "Time of the engine's thread by part of a step; on a GPU forward and sample only launch, "
+            "and wait is for the device.",
             "part",
             {part: getattr(total, f"{part}_seconds") for part in PARTS},
         )

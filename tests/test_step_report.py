@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import Engine, FakeRunner, FakeStep, make_request
-from model_tools import BACKENDS, make_engine, variant_folder
+from model_tools import BACKENDS, generate_ids, make_engine, variant_folder
 
 from microvllm import cli
 from microvllm.openai_compat.exposition import EngineCollector
@@ -21,6 +21,7 @@ from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import StepInFlight
 from microvllm.runtime.device_clock import DeviceClock
+from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.request import EngineStats, SamplingParams
 from microvllm.runtime.scheduler import StepPlan, StepResult
 from microvllm.runtime.step_clock import StepClock
@@ -336,6 +337,41 @@ def test_a_launch_that_fails_leaves_the_clock_in_order(time: Time, device: Devic
     launch(clock, device, 2.0)
     clock.collect()
     assert clock.busy_seconds == 3.0
+
+
+class Calls:
+    """In place of a `DeviceClock`: what it is told, by a step's first letter."""
+
+    busy_seconds = idle_seconds = 0.0
+
+    def __init__(self) -> None:
+        self.told = ""
+
+    def begin(self) -> None:
+        self.told += "b"
+
+    def end(self) -> None:
+        self.told += "e"
+
+    def collect(self) -> None:
+        self.told += "c"
+
+
+@pytest.mark.parametrize(("ahead", "told"), [(False, "bec" * 6), (True, "be" + "bec" * 5 + "c")])
+def test_the_runner_tells_every_step_once(ahead: bool, told: str) -> None:
+    """Also those of prompts in pieces, which sample nothing: three, and then three decodes."""
+    engine = make_engine(
+        variant_folder("llama-tied"),
+        attention_backend="torch",
+        async_scheduling=ahead,
+        max_num_batched_tokens=4,
+        max_num_seqs=4,
+    )
+    runner, clock = engine.core._runner, Calls()
+    assert isinstance(runner, ModelGraphRunner)
+    runner.device_clock = clock  # type: ignore[assignment]
+    generate_ids(engine, [list(range(10))], 4)
+    assert clock.told == told
 
 
 # ---- a real model -----------------------------------------------------------------------------------
