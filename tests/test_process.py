@@ -96,7 +96,7 @@ def engine_pid(client: EngineClient) -> int:
 # ---- start ----------------------------------------------------------------------------------------
 
 
-async def test_start_reports_progress_and_is_ready() -> None:
+async def test_start_reports_progress_and_is_ready_until_it_is_closed() -> None:
     told: list[tuple[Any, ...]] = []
     client = await EngineClient.start(make_config(), on_progress=lambda *each: told.append(each))
     try:
@@ -107,8 +107,12 @@ async def test_start_reports_progress_and_is_ready() -> None:
         }
         pid = engine_pid(client)
         assert alive(pid) and pid != os.getpid()
+        (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
+        await anext(stream)
     finally:
         await client.close()
+    with pytest.raises(EngineDeadError, match="shutting down"):
+        await collect(stream)
     assert not alive(pid) and not client.healthy()
     with pytest.raises(EngineDeadError):
         client.submit(PROMPT, params())
@@ -123,22 +127,17 @@ def break_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {')
 
 
-@pytest.mark.parametrize(
-    ("damage", "named"), [(break_weights, "model.safetensors"), (break_tokenizer, "tokenizer.json")]
-)
-async def test_a_broken_folder_is_one_line_and_leaves_no_process(
-    tmp_path: Path, damage: Any, named: str
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(variant_folder("llama-tied"), folder)
-    config = make_config(model=str(folder))
-    damage(folder)
+async def test_a_broken_folder_is_one_line_and_leaves_no_process(tmp_path: Path) -> None:
     before = own_engines()
-    for _ in range(2):
+    for damage, named in ((break_weights, "model.safetensors"), (break_tokenizer, "tokenizer.json")):
+        folder = tmp_path / named
+        shutil.copytree(variant_folder("llama-tied"), folder)
+        config = make_config(model=str(folder))
+        damage(folder)
         with pytest.raises(ConfigError) as caught:
             await EngineClient.start(config)
         assert named in str(caught.value) and "\n" not in str(caught.value)
-    assert own_engines() == before
+        assert own_engines() == before
     # The event loop is as good as before: the next start works.
     good = await EngineClient.start(make_config())
     assert len((await collect(good.submit(PROMPT, params(3))[0])).token_ids) == 3
@@ -369,43 +368,44 @@ async def test_signals_for_the_service_do_not_end_the_engine(client: EngineClien
 # ---- limits ---------------------------------------------------------------------------------------
 
 
-async def test_a_full_queue_is_busy() -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def narrow() -> AsyncIterator[EngineClient]:
+    """One request runs, two wait."""
     client = await EngineClient.start(make_config(max_num_seqs=1, max_num_queued_reqs=2))
-    try:
-        (running,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
-        await anext(running)
-        waiting = [client.submit(PROMPT, params(5))[0] for _ in range(2)]
-        with pytest.raises(EngineBusyError):
-            client.submit(PROMPT, params(5))
-        with pytest.raises(EngineBusyError):
-            client.submit(PROMPT, params(5, n=2, temperature=1.0))
-        running.abort()
-        for stream in waiting:
-            assert len((await collect(stream)).token_ids) == 5
-        assert len((await collect(client.submit(PROMPT, params(5))[0])).token_ids) == 5
-    finally:
-        await client.close()
+    yield client
+    await client.close()
 
 
-async def test_the_queue_is_counted_while_requests_are_on_their_way() -> None:
+async def test_a_full_queue_is_busy(narrow: EngineClient) -> None:
+    (running,) = narrow.submit(PROMPT, params(None))  # type: ignore[arg-type]
+    await anext(running)
+    waiting = [narrow.submit(PROMPT, params(5))[0] for _ in range(2)]
+    with pytest.raises(EngineBusyError):
+        narrow.submit(PROMPT, params(5))
+    with pytest.raises(EngineBusyError):
+        narrow.submit(PROMPT, params(5, n=2, temperature=1.0))
+    running.abort()
+    for stream in waiting:
+        assert len((await collect(stream)).token_ids) == 5
+    assert len((await collect(narrow.submit(PROMPT, params(5))[0])).token_ids) == 5
+
+
+async def test_the_queue_is_counted_while_requests_are_on_their_way(narrow: EngineClient) -> None:
     """A step that was computed before a request arrived says nothing about it: it still takes its place.
 
     Otherwise the next request would be let through, and refused by the engine as if the engine had failed.
     """
-    client = await EngineClient.start(make_config(max_num_seqs=1, max_num_queued_reqs=1))
-    try:
-        (running,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
-        await anext(running)
-        earlier = client.stats
-        (waiting,) = client.submit(PROMPT, params(5))
-        client._deliver(Step([], earlier))
-        with pytest.raises(EngineBusyError):
-            client.submit(PROMPT, params(5))
-        running.abort()
-        assert len((await collect(waiting)).token_ids) == 5
-        assert len((await collect(client.submit(PROMPT, params(5))[0])).token_ids) == 5
-    finally:
-        await client.close()
+    (running,) = narrow.submit(PROMPT, params(None))  # type: ignore[arg-type]
+    await anext(running)
+    earlier = narrow.stats
+    waiting = [narrow.submit(PROMPT, params(5))[0] for _ in range(2)]
+    narrow._deliver(Step([], earlier))
+    with pytest.raises(EngineBusyError):
+        narrow.submit(PROMPT, params(5))
+    running.abort()
+    for stream in waiting:
+        assert len((await collect(stream)).token_ids) == 5
+    assert len((await collect(narrow.submit(PROMPT, params(5))[0])).token_ids) == 5
 
 
 async def test_close_waits_for_streams_as_long_as_asked() -> None:
@@ -414,13 +414,6 @@ async def test_close_waits_for_streams_as_long_as_asked() -> None:
     reading = asyncio.ensure_future(collect(stream))
     await client.close(drain_s=PATIENCE_S)
     assert len((await reading).token_ids) == 60
-
-    client = await EngineClient.start(make_config())
-    (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
-    await anext(stream)
-    await client.close()
-    with pytest.raises(EngineDeadError, match="shutting down"):
-        await collect(stream)
 
 
 # ---- orphans --------------------------------------------------------------------------------------
