@@ -612,6 +612,8 @@ def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.Captu
         ("--dtype int4", "--dtype"),
         ("--load-format pickle", "--load-format"),
         ("--load-format safetensors", "--load-format"),
+        ("--gguf-weights 4bit", "--gguf-weights"),
+        ("--gguf-weights packed --attention-backend torch", "--gguf-weights packed"),
         ("--scheduling-policy random", "--scheduling-policy"),
         ("--attention-backend cuda", "--attention-backend"),
         ("--generation-config no-such-folder", "no-such-folder"),

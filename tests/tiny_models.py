@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,14 @@ def write_gguf(
     quantization: str = "F32",
     extra_tensors: dict[str, Any] | None = None,
     extra_metadata: dict[str, Any] | None = None,
+    blocks: Callable[[str, Any], tuple[str, Any] | None] | None = None,
 ) -> Path:
     """Write the model of a folder made by `make_hf_folder(dtype="float32")` as one GGUF file.
 
     `quantization` is a type that gguf can write: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 or Q5_1. Vectors stay
     F32, and so do matrices whose rows are no whole number of blocks (see `QUANTIZABLE`). Values of
-    `extra_metadata` may be str, int or float, and replace those written otherwise.
+    `extra_metadata` may be str, int or float, and replace those written otherwise. `blocks` gives, for a
+    tensor's GGUF name and values, the type and the bytes to store in their place: [rows, bytes of a row].
     """
     import gguf
     import numpy as np
@@ -208,6 +211,11 @@ def write_gguf(
     for name, values in weights.items():
         if architecture == "llama":
             values = _interleave(name, values, config)
+        instead = None if blocks is None else blocks(_gguf_name(name), values)
+        if instead is not None:
+            stored = gguf.GGMLQuantizationType[instead[0]]
+            writer.add_tensor(_gguf_name(name), instead[1], raw_dtype=stored)
+            continue
         fits = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         stored = kind if fits else gguf.GGMLQuantizationType.F32
         writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
