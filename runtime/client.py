@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 from microvllm.runtime.channel import Abort, Add, Command, Event, ResetPrefixCache, Step
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.cpu import usable_cores
 from microvllm.runtime.errors import (
     ConfigError,
     EngineBusyError,
@@ -43,7 +44,8 @@ SLOWEST_FLOPS = 1e10
 WATCH_INTERVAL_S = 5.0
 EXIT_S = 3.0  # time for the engine process to leave after its socket was closed
 RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
-WORKER_THREADS = 2  # for tokenising and templating
+# For tokenising and templating. 250 prompts of 600 tokens that come at once are a second's work for one.
+WORKER_THREADS = max(2, min(8, usable_cores() // 2))
 
 
 class TokenStream:

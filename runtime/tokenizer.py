@@ -68,7 +68,8 @@ class Tokenizer:
         adds those that the model puts around every text (BOS). `InvalidRequestError` for a lone surrogate.
         """
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Only a batch is encoded without the interpreter's lock, under which nothing else would go on.
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):
             raise InvalidRequestError("The text holds a lone surrogate, which no UTF-8 text can.") from None
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_token_bytes_say_what_decode_says(smollm2: Tokenizer) -> None:
 def test_a_lone_surrogate_is_the_requests_fault(smollm2: Tokenizer) -> None:
     with pytest.raises(InvalidRequestError, match="surrogate"):
         smollm2.encode("a\ud800b")
+
+
+def test_others_go_on_while_a_text_is_encoded(smollm2: Tokenizer) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        encoded = pool.submit(smollm2.encode, " ".join(map(str, range(30_000))))
+        turns = 0
+        while not encoded.done():
+            time.sleep(0.001)
+            turns += 1
+    assert turns > 40 and len(encoded.result()) > 30_000
 
 
 def test_ids_outside_the_vocabulary_decode_to_nothing(smollm2: Tokenizer) -> None:
