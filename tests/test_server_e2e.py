@@ -94,8 +94,8 @@ def serve(folder: Path, model: Path | str, *flags: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    with serve(folder, variant_folder("llama-tied"), "--dtype", "float32", "--max-num-seqs", "8") as server:
+    flags = ("--dtype", "float32", "--max-num-seqs", "8", "--shutdown-timeout", "60")
+    with serve(tmp_path_factory.mktemp("server"), variant_folder("llama-tied"), *flags) as server:
         yield server
 
 
@@ -220,7 +220,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("narrow")
     model = make_hf_folder(folder / "model", "llama", max_position_embeddings=LONG)
     pool = ("--num-gpu-blocks-override", str(LONG // 16), "--max-num-seqs", "1")
-    with serve(folder, model, "--dtype", "float32", *pool) as server:
+    with serve(folder, model, "--dtype", "float32", "--shutdown-timeout", "0.5", *pool) as server:
         server.complete(2)
         yield server
 
@@ -313,43 +313,30 @@ def test_a_killed_engine_is_an_error_event_a_503_and_then_well_again(server: Ser
     assert server.complete(40).choices[0].text == expected
 
 
-# ---- the server stops -----------------------------------------------------------------------------
+# ---- the server stops: each test ends one of the servers that the tests above have used --------------
 
 
-def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path, expected: str) -> None:
-    with serve(
-        tmp_path, variant_folder("llama-tied"), "--dtype", "float32", "--shutdown-timeout", "60"
-    ) as server:
-        engine = server.engine_pid()
-        stream = server.complete(400, stream=True)
-        first = next(iter(stream))
-        server.process.send_signal(signal.SIGTERM)
-        chunks = [first, *stream]
-        assert sum(chunk.choices[0].finish_reason == "length" for chunk in chunks) == 1
-        assert "".join(chunk.choices[0].text for chunk in chunks).startswith(expected.rstrip("\ufffd"))
-        assert server.process.wait(PATIENCE_S) == 0
-        wait_until(lambda: not alive(engine), "the engine has ended")
-        assert "Traceback" not in server.log.read_text()
+def test_sigterm_finishes_what_runs_and_exits_with_0(server: Server, expected: str) -> None:
+    engine = server.engine_pid()
+    stream = server.complete(400, stream=True)
+    first = next(iter(stream))
+    server.process.send_signal(signal.SIGTERM)
+    chunks = [first, *stream]
+    assert sum(chunk.choices[0].finish_reason == "length" for chunk in chunks) == 1
+    assert "".join(chunk.choices[0].text for chunk in chunks).startswith(expected.rstrip("\ufffd"))
+    assert server.process.wait(PATIENCE_S) == 0
+    wait_until(lambda: not alive(engine), "the engine has ended")
+    assert "Traceback" not in server.log.read_text()
 
 
-def test_sigterm_cuts_what_takes_too_long(tmp_path: Path) -> None:
-    model = make_hf_folder(tmp_path / "model", "llama", max_position_embeddings=LONG)
-    pool = ("--num-gpu-blocks-override", str(LONG // 16))
-    with serve(tmp_path, model, "--dtype", "float32", "--shutdown-timeout", "0.5", *pool) as server:
-        stream = server.complete(LONG - 100, stream=True)
-        next(iter(stream))
-        server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError, match="shutting down"):
-            for _ in stream:
-                pass
-        assert server.process.wait(PATIENCE_S) == 0
-
-
-def test_a_killed_server_takes_its_engine_along(tmp_path: Path) -> None:
-    with serve(tmp_path, variant_folder("llama-tied"), "--dtype", "float32") as server:
-        engine = server.engine_pid()
-        server.process.kill()
-        wait_until(lambda: not alive(engine), "the engine has ended", SOON_S)
+def test_sigterm_cuts_what_takes_too_long(narrow: Server) -> None:
+    stream = narrow.complete(LONG - 100, stream=True)
+    next(iter(stream))
+    narrow.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="shutting down"):
+        for _ in stream:
+            pass
+    assert narrow.process.wait(PATIENCE_S) == 0
 
 
 # ---- the real model -------------------------------------------------------------------------------
@@ -387,3 +374,10 @@ async def test_the_capital_of_france_asynchronously(smollm2: Server) -> None:
 
         answers = await asyncio.gather(*(ask() for _ in range(4)))
     assert all("Paris" in answer for answer in answers)
+
+
+@pytest.mark.model
+def test_a_killed_server_takes_its_engine_along(smollm2: Server) -> None:
+    engine = smollm2.engine_pid()
+    smollm2.process.kill()
+    wait_until(lambda: not alive(engine), "the engine has ended", SOON_S)
