@@ -137,14 +137,16 @@ class Engines:
         """The engine's URL once it answers. Raises `SystemExit` with its last lines if it does not."""
         engine = self.known[name]
         url = f"http://127.0.0.1:{engine['port']}"
+        waited = False
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and alive(engine["pid"]):
             try:
                 get(f"{url}/health")
             except (OSError, urllib.error.URLError):
                 time.sleep(0.5)
+                waited = True
                 continue
-            if "ready_s" not in engine:
+            if waited:  # else it may have been ready long ago
                 engine["ready_s"] = round(time.time() - engine["began"], 1)
                 self._file.write_text(json.dumps(self.known, indent=1))
                 print(f"{name} answers, {engine['ready_s']} s after its start", flush=True)
@@ -295,7 +297,7 @@ def command_measure(args: argparse.Namespace, engines: Engines) -> None:
             "config": json.loads((args.models / row.model / "config.json").read_text()),
             "runs": runs,
             "commands": {kind: engines.known[engine]["command"] for kind, engine in needed.items()},
-            "ready_s": {kind: engines.known[engine]["ready_s"] for kind, engine in needed.items()},
+            "ready_s": {kind: engines.known[engine].get("ready_s") for kind, engine in needed.items()},
             "on_the_gpu": together,
         }
         args.out.write_text(json.dumps(results))
@@ -322,7 +324,7 @@ def main() -> None:
     parser.add_argument("--configs", type=Path, help="folders of configurations")
     parser.add_argument("--site", default="", help="where vLLM is installed: its PYTHONPATH")
     parser.add_argument("--out", type=Path, help="the results")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.command == "table":
         print(markdown([json.loads(Path(name).read_text()) for name in args.names]))
         return

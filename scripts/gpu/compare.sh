@@ -4,8 +4,9 @@
 # This engine and vLLM side by side on one GPU, on a machine with torch but perhaps no network: installs the
 # wheels of the folders WHEELS for us and vLLM from PARTS (*.whl, and vllm.part.*, its packed files in pieces),
 # writes a random checkpoint of each model of CONFIGS, drives both engines in turn with vLLM's own client, and
-# prints one table. Takes some 20 minutes; $OUT, or the folder of the logs, gets compare.json, and a row that is
-# in it already is not measured again. ROWS="7b-1 …" measures only those.
+# prints one table. Takes some 15 minutes; $OUT, or the folder of the logs, gets compare.json, and a row that is
+# in it already is not measured again. ROWS="7b-1 …" measures only those. A tokenizer.json is in CONFIGS or
+# beside it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 [ $# -ge 3 ] || { echo "usage: scripts/gpu/compare.sh PARTS CONFIGS WHEELS…" >&2; exit 2; }
@@ -42,12 +43,12 @@ measure() {
         [[ " ${ROWS:-$*} " == *" $row "* ]] && rows+=("$row")
     done
     [ "${#rows[@]}" -gt 0 ] || return 0
+    compare prepare --configs "$configs" $(printf '%s\n' "${engines[@]#*:}" | sort -u)
     compare start "${engines[@]}" # all at once: their start takes minutes
     compare measure "${rows[@]}" --out "$result"
     compare stop "${engines[@]}"
 }
 
-compare prepare --configs "$configs"
 measure {vllm,microvllm}:{qwen3-0.6b,qwen2.5-0.5b} -- 0.6b-1 0.6b-256 0.5b-256
 measure {vllm,microvllm}-offline:qwen3-0.6b -- 0.6b-offline
 measure {vllm,microvllm}:qwen2-7b -- 7b-1 7b-35

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 READ_BYTES_S = 3.1e12  # what a kernel that only reads reaches on an H100
@@ -112,11 +113,12 @@ def markdown(files: Sequence[dict[str, Any]]) -> str:
         if file.get("machine") and file["machine"] not in machines:
             machines.append(file["machine"])
     lines += ["", *(", ".join(f"{key} {value}" for key, value in each.items()) for each in machines)]
-    return "\n".join([*lines, "", *notes])
+    commands = {shown(command) for row in rows.values() for command in row["commands"].values()}
+    return "\n".join([*lines, "", *notes, "", *sorted(commands)])
 
 
 def note(name: str, row: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """One line: rounds, tokens, clients and their load, preemptions, start-up, commands."""
+    """One line: rounds, tokens, clients and their load, preemptions, start-up."""
     made = [run for each in runs.values() for run in each]
     tokens = sorted({run["tokens"] for run in made})
     parts = [f"{len(runs['vllm'])} rounds, {', '.join(f'{n:,}' for n in tokens)} tokens each"]
@@ -130,8 +132,19 @@ def note(name: str, row: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) 
         parts.append(f"prompts of {low} to {high} tokens")
         preempted = sum(run["counters"].get("vllm:num_preemptions_total", 0) for run in made)
         parts.append(f"{preempted:.0f} preemptions")
-    ready = row["ready_s"]
-    parts.append(f"ready {ready['microvllm']} s after its start, vLLM {ready['vllm']} s")
-    parts.append(f"on the GPU: {', '.join(row['on_the_gpu'])}")
-    commands = "; ".join(f"`{' '.join(command)}`" for command in row["commands"].values())
-    return f"* {LABELS[name]}: {'; '.join(parts)}. {commands}"
+    parts += [
+        f"{engine} ready {seconds} s after its start" for engine, seconds in row["ready_s"].items() if seconds
+    ]
+    parts.append(f"engines in the GPU's memory: {', '.join(row['on_the_gpu'])}")
+    return f"* {LABELS[name]}: {'; '.join(parts)}."
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command line without what is this machine's own: interpreter, folders, port."""
+    parts = ["python3", *command[1:]]
+    for i, part in enumerate(parts):
+        if part.isdigit() and (parts[i - 1] == "--port" or (parts[1].endswith(".py") and i == 4)):
+            parts[i] = "PORT"
+        elif part.startswith("/"):
+            parts[i] = Path(part).name
+    return f"    {' '.join(parts)}"
