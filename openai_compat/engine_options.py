@@ -74,7 +74,11 @@ SeedOpt = Annotated[
 ]
 CpuThreadsOpt = Annotated[
     int | None,
-    typer.Option(min=1, max=usable_cores(), help="Threads to compute with; all cores if not given."),
+    typer.Option(
+        min=1,
+        max=usable_cores(),
+        help="Threads to compute with; one for each physical core, within the cgroup's limit, if not given.",
+    ),
 ]
 BackendOpt = Annotated[
     str,

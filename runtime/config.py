@@ -146,7 +146,7 @@ class EngineArgs:
         max_num_seqs = _positive(self.max_num_seqs, min(DEFAULT_MAX_NUM_SEQS, budget), "--max-num-seqs")
         if max_num_seqs > budget:
             raise ConfigError(f"--max-num-seqs {max_num_seqs} exceeds --max-num-batched-tokens {budget}")
-        threads = _positive(self.cpu_threads, cpu.usable_cores(), "--cpu-threads")
+        threads = _positive(self.cpu_threads, cpu.default_threads(), "--cpu-threads")
         if threads > cpu.usable_cores():
             raise ConfigError(f"--cpu-threads {threads} exceeds the {cpu.usable_cores()} cores there are")
         if self.max_logprobs < -1:

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
 
+_CORES = "/sys/devices/system/cpu"
+_CGROUP = "/sys/fs/cgroup"
+
 
 def usable_cores() -> int:
-    """Number of cores this process may run on."""
+    """Number of logical cores this process may run on."""
+    return len(_affinity())
+
+
+def default_threads() -> int:
+    """Threads that a computation gains from: one for each physical core of `usable_cores`, and no more than
+    the time that a cgroup allows, beyond which all of them would be halted together."""
+    physical = {_siblings(core) for core in _affinity()}
+    return max(1, int(min(len(physical), _quota())))
+
+
+def _affinity() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _siblings(core: int) -> str:
+    """The same text for all logical cores of one physical core; one of its own if the system does not say."""
+    try:
+        return Path(f"{_CORES}/cpu{core}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(core)
+
+
+def _quota() -> float:
+    """Cores' worth of time that the cgroup (version 2 or 1) allows."""
+    try:
+        try:
+            limit, period = Path(f"{_CGROUP}/cpu.max").read_text().split()
+        except OSError:
+            limit = Path(f"{_CGROUP}/cpu/cpu.cfs_quota_us").read_text()
+            period = Path(f"{_CGROUP}/cpu/cpu.cfs_period_us").read_text()
+        return int(limit) / int(period) if int(limit) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return math.inf
 
 
 def has_bf16() -> bool:

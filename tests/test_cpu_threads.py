@@ -1,0 +1,92 @@
+"""How many threads compute: by cores, by hyperthreads, by the cgroup's limit, and as --cpu-threads says."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from model_tools import make_engine, variant_folder
+
+from microvllm.ops.cpu.build import load_kernels
+from microvllm.ops.cpu.operators import CpuOperators
+from microvllm.runtime import cpu
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """64 logical cores, of which i and i + 32 are one physical core, without a limit."""
+    for core in range(64):
+        folder = tmp_path / "cores" / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{core % 32},{core % 32 + 32}\n")
+    monkeypatch.setattr(cpu, "_CORES", str(tmp_path / "cores"))
+    monkeypatch.setattr(cpu, "_CGROUP", str(tmp_path))
+    monkeypatch.setattr(cpu, "_affinity", lambda: set(range(64)))
+    return tmp_path
+
+
+def test_one_thread_a_physical_core_that_we_may_use(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (cpu.usable_cores(), cpu.default_threads()) == (64, 32)
+    monkeypatch.setattr(cpu, "_affinity", lambda: {0, 1, 32, 40})
+    assert (cpu.usable_cores(), cpu.default_threads()) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [("max 100000", 32), ("800000 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("rubbish", 32)],
+)
+def test_the_limit_of_a_cgroup_bounds_the_threads(machine: Path, limit: str, threads: int) -> None:
+    (machine / "cpu.max").write_text(limit + "\n")
+    assert cpu.default_threads() == threads
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("-1", 32), ("400000", 4)])
+def test_the_limit_of_an_old_cgroup(machine: Path, quota: str, threads: int) -> None:
+    (machine / "cpu").mkdir()
+    (machine / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+    (machine / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    assert cpu.default_threads() == threads
+
+
+def test_where_the_system_says_nothing_every_core_counts(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_CORES", str(machine / "nothing"))
+    assert cpu.default_threads() == 64
+
+
+def num_tasks() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() -> None:
+    library, before = load_kernels(), num_tasks()
+    operators = CpuOperators(library, 5)
+    assert num_tasks() == before + 4
+    product = operators.linear(torch.randn(640, 64))
+    for _ in range(20):
+        product(torch.randn(3, 64))
+    time.sleep(0.2)  # all of them have stopped spinning
+    begin = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - begin < 0.05
+    del operators, product
+    assert num_tasks() == before
+
+
+@pytest.mark.skipif(cpu.usable_cores() < 2, reason="needs two cores")
+def test_cpu_threads_is_also_torchs_number_in_a_prefill() -> None:
+    seen = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    engine = make_engine(variant_folder("llama-tied"), cpu_threads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "microvllm.ops.attention.torch_backend.scaled_dot_product_attention",
+            lambda *args, **options: (seen.append(torch.get_num_threads()), real(*args, **options))[1],
+        )
+        engine.generate("one two three", max_tokens=3)
+    assert set(seen) == {2}
