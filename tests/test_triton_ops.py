@@ -16,6 +16,7 @@ import triton.language as tl
 
 from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.gpu import sampling
+from microvllm.ops.gpu.gumbel import gumbel_block
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import TokenSampler
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
@@ -158,7 +159,7 @@ def test_greedy_is_the_lowest_id_of_the_largest(dtype: torch.dtype, filters: boo
 
 @triton.jit
 def _store_numbers(out, seed, position, block, LANE: tl.constexpr):
-    numbers = sampling._numbers(tl.load(seed), tl.load(position), block, LANE)
+    numbers = gumbel_block(tl.load(seed), tl.load(position), block, LANE)
     for w in tl.static_range(4):
         tl.store(out + w * LANE + tl.arange(0, LANE), numbers[w])
 
@@ -211,6 +212,17 @@ def kept(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
     return stays
 
 
+def check_draws(logits: Tensor, temperature: float, wishes: list[tuple[int, float, float]]) -> None:
+    """Each row's token is the best of those kept, by the numbers that decide without a filter, too."""
+    top_k, top_p, min_p = (list(column) for column in zip(*wishes, strict=True))
+    tokens = sample(logits, temperature, top_k=top_k, top_p=top_p, min_p=min_p, filters=True)
+    for i, (token, wish) in enumerate(zip(tokens, wishes, strict=True)):
+        row = logits[i].float()
+        scores = (row / temperature + numbers_of(11, i, len(row))).cpu()
+        stays = kept(row, temperature, *wish)
+        assert token == int(scores.masked_fill(~stays, -math.inf).argmax()), (i, wish)
+
+
 FILTERS = [
     (7, 1.0, 0.0),
     (1, 1.0, 0.0),
@@ -224,16 +236,46 @@ FILTERS = [
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_filters_keep_what_they_should(rounded: bool) -> None:
-    """The token is the best of those kept, by the numbers that decide without a filter, too."""
     logits = random(len(FILTERS), 300, seed=5) * 2
     logits = logits.round() if rounded else logits  # then many are equal
     logits[0, 5:] = -torch.inf  # fewer than top-k are left
-    top_k, top_p, min_p = (list(column) for column in zip(*FILTERS, strict=True))
-    tokens = sample(logits, 1.5, top_k=top_k, top_p=top_p, min_p=min_p, filters=True)
-    for i, (token, wishes) in enumerate(zip(tokens, FILTERS, strict=True)):
-        scores = (logits[i] / 1.5 + numbers_of(11, i, 300)).cpu()
-        stays = kept(logits[i], 1.5, *wishes)
-        assert token == int(scores.masked_fill(~stays, -math.inf).argmax()), wishes
+    check_draws(logits, 1.5, FILTERS)
+
+
+# More stays than a list holds; a list is too short for the mass; there are fewer groups than the top-k.
+WIDE = [(20, 0.95, 0.0), (0, 0.9, 0.0), (700, 0.5, 1e-6), (1199, 0.7, 0.0), (0, 1.0, 0.01)]
+BRIEF = [(0, 0.9, 0.0), (300, 0.8, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "dtype, ways", [(torch.float32, WIDE), (torch.bfloat16, BRIEF), (torch.float16, BRIEF)], ids=str
+)
+def test_filters_of_more_than_a_list_holds(
+    dtype: torch.dtype, ways: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "CAPACITY", 64)
+    monkeypatch.setattr(sampling, "FEW", 8)
+    logits = random(1, 1201, seed=7).repeat(len(ways), 1) * 3
+    logits[1, 17] = -torch.inf
+    check_draws(logits.to(dtype), 1.1, ways)
+
+
+def test_filters_of_rows_with_little_to_choose_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "CAPACITY", 64)
+    logits = random(8, 300) * 2
+    logits[0] = -torch.inf
+    logits[1, 299] = torch.nan
+    logits[2, 9] = torch.inf
+    logits[3:5] = -torch.inf
+    logits[3, 298] = -2.0  # one is finite
+    logits[4, [5, 290]] = torch.tensor([-0.0, 0.0], device=DEVICE)  # equal: the lower id is first
+    logits[5] = -1e30  # all are equal
+    temperature, top_k = [1.0, 1.0, 1.0, 1.0, 1.0, 0.7, 0.01, 1e30], [5, 5, 5, 5, 1, 5, 50, 8]
+    tokens = sample(logits, temperature, top_k=top_k, top_p=[0.9] * 7 + [0.5], filters=True)
+    assert tokens[:5] == [-1, -1, -1, 298, 5]
+    assert 0 <= tokens[5] < 5
+    assert tokens[6] == int(logits[6].argmax())  # at so low a temperature
+    assert tokens[7] in logits[7].topk(4).indices  # half of the mass of eight that are alike
 
 
 def test_more_rows_than_the_sampler_has_are_refused() -> None:
