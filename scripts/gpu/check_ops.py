@@ -260,10 +260,10 @@ def time_sampling() -> None:
     ways = (
         ("greedy", 0.0, 0, 1.0),
         ("gumbel", 1.0, 0, 1.0),
-        ("top-k 50", 1.0, 50, 1.0),
+        ("top-k 20 top-p .95", 0.6, 20, 0.95),
         ("top-p .9", 1.0, 0, 0.9),
     )
-    for dtype, m in itertools.product((BF16, torch.float32), (1, 64, 256)):
+    for dtype, m in itertools.product((BF16, torch.float32), (1, 8, 64, 256)):
         sampler = TokenSampler(m, DEVICE, pdl=True)
         rows = torch.arange(m, device=DEVICE)
         logits = rotated(lambda m=m, dtype=dtype: torch.randn(m, vocab, device=DEVICE).to(dtype) * 3, 4)[:8]
