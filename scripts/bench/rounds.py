@@ -1,0 +1,195 @@
+"""Engines take turns: A B C A B C ..., the same requests for all in a round, new ones in the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.client import BenchError, Measured, RequestResult, measure
+from bench.engines import Engine
+from bench.servers import Server, busy_neighbour, stop_all
+from bench.workloads import Case
+
+# After its first answer a server gets a moment to come to rest; then it is watched for as long as IDLE_S.
+SETTLE_S = 1.0
+IDLE_S = 2.0
+TURNS = ("halt", "restart", "sequence")
+
+
+@dataclass(slots=True)
+class Row:
+    """What was measured of one engine; `reports` has one entry a round."""
+
+    engine: Engine
+    ready_s: list[float] = field(default_factory=list)
+    """Of each start."""
+    idle_cpu: float = 0.0
+    """Share of a core that the server took while it had nothing to do and was not halted."""
+    memory: int = 0
+    """Resident bytes after the last round."""
+    reports: dict[Case, list[Measured]] = field(default_factory=dict)
+    trouble: str = ""
+    """Why it is missing, or ended early."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.engine.name} ({self.engine.weights})"
+
+    def requests(self, case: Case) -> list[RequestResult]:
+        """All requests of all rounds of a case."""
+        return [request for report in self.reports.get(case, ()) for request in report.requests]
+
+    def errors(self) -> list[str]:
+        """What went wrong in any request, once each."""
+        return sorted({e for reports in self.reports.values() for report in reports for e in report.errors})
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the engines are compared."""
+
+    cases: Sequence[Case]
+    rounds: int
+    turns: str = "halt"
+    """`halt`: all servers stay up, those whose turn it is not are stopped (SIGSTOP) and take no processor
+    time. `restart`: each turn has a fresh server, the only one. `sequence`: one engine after the other."""
+    prompts: str = "text"
+    seed: int = 0
+    warmup_len: int = 16
+    """Longest answer of the turn before the first round, which is thrown away."""
+    start_timeout_s: float = 600.0
+    timeout_s: float = 600.0
+    ends: float = float("inf")
+    """Moment (`time.monotonic`) by which no further round begins if it would not be over by then."""
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Runs a plan; `rows` has the results, also of a run that was interrupted."""
+
+    plan: Plan
+    logs: Path
+    say: Callable[[str], None]
+    """Takes lines of progress."""
+    advance: Callable[[str], None]
+    """Is told what begins now, before each start of a server and each measurement."""
+    rows: list[Row] = field(default_factory=list)
+    rounds_done: int = 0
+    _servers: list[Server] = field(default_factory=list)
+
+    def run(self, engines: Sequence[Engine]) -> None:
+        """All rounds. A server that does not start or ends too early is left out from there on."""
+        self.rows = [Row(engine) for engine in engines]
+        try:
+            {"halt": self._halt, "restart": self._restart, "sequence": self._sequence}[self.plan.turns]()
+        finally:
+            stop_all(self._servers)
+
+    def steps(self, engines: int) -> int:
+        """How often `advance` is called at most."""
+        quiet = sum(not case.busy for case in self.plan.cases)
+        starts = self.plan.rounds if self.plan.turns == "restart" else 1
+        return engines * (starts * (1 + quiet) + self.plan.rounds * len(self.plan.cases))
+
+    def _halt(self) -> None:
+        running = []
+        for row in self.rows:
+            server = self._start(row)
+            if server:
+                running.append((row, server))
+                server.halt()
+        for turn in self._rounds(first=0):
+            for row, server in running:
+                if not row.trouble:
+                    server.resume()
+                    self._turn(row, server, turn)
+                    server.halt()
+
+    def _restart(self) -> None:
+        for turn in self._rounds(first=1):
+            for row in self.rows:
+                if not row.trouble:
+                    with self._served(row) as server:
+                        if server:
+                            self._turn(row, server, 0)
+                            self._turn(row, server, turn)
+
+    def _sequence(self) -> None:
+        for row in self.rows:
+            with self._served(row) as server:
+                for turn in range(self.plan.rounds + 1):
+                    if server and not row.trouble:
+                        self._turn(row, server, turn)
+        self.rounds_done = self.plan.rounds
+
+    def _rounds(self, first: int) -> Iterator[int]:
+        """The rounds, 0 for the one that only warms up; ends early where the time does."""
+        for turn in range(first, self.plan.rounds + 1):
+            began = time.monotonic()
+            yield turn
+            self.rounds_done = turn
+            now = time.monotonic()
+            if 0 < turn < self.plan.rounds and now + (now - began) > self.plan.ends:
+                self.say(f"the time is up after {turn} of {self.plan.rounds} rounds")
+                return
+
+    @contextmanager
+    def _served(self, row: Row) -> Iterator[Server | None]:
+        """A server for the block; None, and a note in the row, if it does not start."""
+        server = self._start(row)
+        try:
+            yield server
+        finally:
+            if server:
+                stop_all([server])
+                self._servers.remove(server)
+
+    def _start(self, row: Row) -> Server | None:
+        self.advance(f"{row.engine.name}: starting")
+        try:
+            server = Server(row.engine, self.logs)
+            self._servers.append(server)
+            server.wait_ready(self.plan.start_timeout_s)
+        except BenchError as error:
+            row.trouble = str(error)
+            self.say(f"{row.label} is left out: {error}")
+            return None
+        if not row.ready_s:
+            time.sleep(SETTLE_S)
+            before = server.cpu_seconds()
+            time.sleep(IDLE_S)
+            row.idle_cpu = (server.cpu_seconds() - before) / IDLE_S
+        row.ready_s.append(server.ready_s)
+        self.say(f"{row.label}: ready after {server.ready_s:.1f} s")
+        return server
+
+    def _turn(self, row: Row, server: Server, turn: int) -> None:
+        """All cases once; turn 0 is short and not kept, so that code and data are loaded and compiled."""
+        for index, case in enumerate(self.plan.cases):
+            if turn == 0 and case.busy:
+                continue
+            what = f"round {turn}" if turn else "warm-up"
+            self.advance(f"{row.engine.name}: {what}, {case}")
+            sent = case if turn else case.shortened(self.plan.warmup_len)
+            seed = (self.plan.seed * 1000 + turn) * 1000 + index
+            with busy_neighbour() if case.busy else nullcontext():
+                report = measure(
+                    server.target,
+                    sent.users(self.plan.prompts, seed),
+                    concurrency=case.concurrency,
+                    arrivals=case.arrivals(seed) if turn else (),
+                    timeout_s=self.plan.timeout_s,
+                )
+            if turn:
+                row.reports.setdefault(case, []).append(report)
+                self.say(f"{what}: {row.label}, {case}: {report.output_throughput:.1f} tok/s")
+            for error in report.errors:
+                self.say(f"{row.label}, {case}: error: {error}")
+            if server.ended():
+                row.trouble = f"ended in {case}: {server.last_words()}"
+                self.say(f"{row.label} {row.trouble}")
+                return
+        row.memory = server.memory()

@@ -1,0 +1,190 @@
+"""The running server of an engine: started, waited for, halted, measured, and ended with all it has started.
+
+Reads /proc, so Linux only.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bench.client import BenchError, Completion, measure
+from bench.engines import Engine
+from bench.workloads import random_texts
+
+LOG_LINES = 5
+GRACE_S = 15.0
+"""What a server gets to end by itself."""
+
+
+class Server:
+    """The processes of an engine are those of one session of the operating system.
+
+    An engine with a URL runs somewhere else: it has no processes here, and is left alone.
+    """
+
+    def __init__(self, engine: Engine, logs: Path) -> None:
+        """Starts it. Raises `BenchError` if the program cannot be started."""
+        self.engine = engine
+        self.ready_s = 0.0
+        """Seconds from its start to its first token, once `wait_ready` has returned."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = time.perf_counter()
+        self._log_start = 0
+        self.log = logs / f"{engine.name}.log".replace("/", "-").replace(" ", "-")
+        if engine.url:
+            self.target = engine.target(engine.url)
+            return
+        port = _free_port()
+        self.target = engine.target(f"http://127.0.0.1:{port}")
+        command = engine.command_at(port)
+        with self.log.open("ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            self._log_start = log.tell()
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **engine.environment},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise BenchError(f"cannot start {command[0]}: {error.strerror}") from error
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until it has given its first token. Raises `BenchError`."""
+        while True:
+            prompt = Completion(random_texts([4], time.monotonic_ns())[0], 1)
+            answer = measure(self.target, [prompt], timeout_s=timeout_s)
+            passed = time.perf_counter() - self._started
+            failure = answer.requests[0].error
+            if not failure:
+                self.ready_s = passed
+                return
+            if self.ended():
+                raise BenchError(f"ended while it started: {self.last_words()}")
+            if passed > timeout_s:
+                raise BenchError(f"no answer within {timeout_s:g} s: {failure}")
+            if failure.startswith("HTTP status 4"):
+                raise BenchError(failure)
+            time.sleep(0.1)
+
+    def ended(self) -> bool:
+        """Whether its first process has ended."""
+        return self._process is not None and self._process.poll() is not None
+
+    def last_words(self) -> str:
+        """The last lines of its log, in one line."""
+        text = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        lines = text.strip().splitlines()[-LOG_LINES:]
+        return f"{' / '.join(line.strip()[:200] for line in lines)} (its log: {self.log})"
+
+    def processes(self) -> list[int]:
+        """Ids of its processes."""
+        found = []
+        for entry in Path("/proc").iterdir() if self._process else ():
+            if entry.name.isdecimal():
+                fields = _stat(int(entry.name))
+                if fields and self._process and int(fields[3]) == self._process.pid and fields[0] != "Z":
+                    found.append(int(entry.name))
+        return found
+
+    def cpu_seconds(self) -> float:
+        """Processor time that its processes have taken so far."""
+        ticks = 0
+        for process in self.processes():
+            fields = _stat(process)
+            ticks += int(fields[11]) + int(fields[12]) if fields else 0
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> int:
+        """Resident bytes of its processes; a page that several share counts once (PSS)."""
+        total = 0
+        for process in self.processes():
+            try:
+                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue  # it has just ended
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+        return total
+
+    def halt(self) -> None:
+        """Take the processor away from it until `resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it run again."""
+        self._signal(signal.SIGCONT)
+
+    def terminate(self) -> None:
+        """Tell it to end, without waiting."""
+        self.resume()
+        if self._process is not None:
+            self._process.terminate()
+
+    def stop(self) -> None:
+        """End it and everything it has started; returns when all is gone."""
+        self.terminate()
+        if self._process is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_S)
+        deadline = time.monotonic() + 10
+        while self.processes() and time.monotonic() < deadline:
+            self._signal(signal.SIGKILL)
+            self._process.poll()
+            time.sleep(0.05)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes():
+            with suppress(ProcessLookupError):  # it may just have ended
+                os.kill(process, number)
+
+
+def stop_all(servers: Sequence[Server]) -> None:
+    """End servers side by side; an interrupt in the meantime is passed over, so that none is left behind."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of /proc/ID/stat from the state on; empty if there is no such process any more."""
+    try:
+        # The name before them is in brackets and may hold anything.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+@contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """A process that never rests, for as long as the block runs."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,256 @@
+"""What is sent and when: the named workloads, their prompts and the moments at which requests arrive.
+
+`single` and `concurrent35` are those of the origin documents (one user, and 35 requests at once, 128 to 512
+tokens in and 500 out); `nano256` has the lengths of nano-vllm's bench.py, draw by draw. Each has a small form
+for a CPU, in which it takes seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from bench.client import Completion, Conversation, Prompt, User
+
+# Common words, each one token with its leading space in the usual byte-pair vocabularies.
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country "
+    "problem hand part place case week company system program question work government number night point "
+    "home water room mother area money story fact month lot right study book eye job word business issue "
+    "side kind head house service friend father power hour game line end member law car city community name"
+).split()
+CHAT_TEMPLATE_TOKENS = 16
+"""About what a chat template adds to a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Lengths are drawn uniformly from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low} to {self.high}"
+
+    def draw(self, source: random.Random) -> int:
+        return source.randint(self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One measurement: some requests of known lengths under one load."""
+
+    workload: str
+    load: str
+    """For the reader, such as `8 streams` or `2 requests/s`."""
+    lengths: tuple[tuple[int, int], ...]
+    """(tokens of the prompt, tokens of the answer) of each user; of a chat: of each message, each answer."""
+    concurrency: int | None = None
+    """Requests at a time; None: as many as come."""
+    request_rate: float = math.inf
+    """Requests a second; infinite: all come at once."""
+    burstiness: float = 1.0
+    """Shape of the gamma distribution of the gaps between arrivals; 1 makes them a Poisson process."""
+    turns: int = 0
+    """Messages of each user in a chat; 0: a completion each."""
+    shared_len: int = 0
+    """Tokens of a chat's system prompt, which all users of a measurement share."""
+    busy: bool = False
+    """With a process beside it that never rests."""
+
+    def __str__(self) -> str:
+        return f"{self.workload}, {self.load}" + (", busy neighbour" if self.busy else "")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request with its answer; an estimate from above in a chat."""
+        if not self.turns:
+            return max(prompt + output for prompt, output in self.lengths)
+        per_turn = max(message + answer for message, answer in self.lengths) + 2 * CHAT_TEMPLATE_TOKENS
+        return self.shared_len + CHAT_TEMPLATE_TOKENS + self.turns * per_turn
+
+    @property
+    def at_once(self) -> int:
+        """Requests that may run at the same time."""
+        return min(len(self.lengths), self.concurrency or len(self.lengths))
+
+    @property
+    def prefill_only(self) -> bool:
+        """Whether the answers are single tokens, so that the prompts' speed is what counts."""
+        return all(output == 1 for _, output in self.lengths)
+
+    def arrivals(self, seed: int) -> list[float]:
+        """Seconds after which each user comes; empty if all come at once. The same for the same seed."""
+        if math.isinf(self.request_rate):
+            return []
+        source = random.Random(seed)
+        scale = 1 / (self.request_rate * self.burstiness)
+        gaps = [source.gammavariate(self.burstiness, scale) for _ in self.lengths]
+        return list(accumulate(gaps))
+
+    def users(self, kind: str, seed: int) -> list[User]:
+        """The users with new prompts, of token ids (`ids`) or words (`text`); the same for the same seed."""
+        if self.turns:
+            source = random.Random(seed)
+            system = _words(source, self.shared_len)
+            return [
+                Conversation(system, tuple(_words(source, length) for _ in range(self.turns)), output)
+                for length, output in self.lengths
+            ]
+        make = random_ids if kind == "ids" else random_texts
+        prompts = make([length for length, _ in self.lengths], seed)
+        return [Completion(p, output) for p, (_, output) in zip(prompts, self.lengths, strict=True)]
+
+    def shortened(self, output_len: int) -> Case:
+        """The same with answers of at most `output_len` tokens, to warm up."""
+        return replace(self, lengths=tuple((prompt, min(out, output_len)) for prompt, out in self.lengths))
+
+
+def _words(source: random.Random, length: int) -> str:
+    return " ".join(source.choice(WORDS) for _ in range(length))
+
+
+def random_ids(lengths: Sequence[int], seed: int, low: int = 1000, high: int = 10000) -> list[Prompt]:
+    """Different prompts of token ids in [low, high): no two share a beginning that a cache could hold."""
+    source = random.Random(seed)
+    return [[source.randrange(low, high) for _ in range(length)] for length in lengths]
+
+
+def random_texts(lengths: Sequence[int], seed: int) -> list[Prompt]:
+    """Different prompts of words; the server says how many tokens these are to it."""
+    source = random.Random(seed)
+    return [" " + _words(source, length) for length in lengths]
+
+
+def draw_lengths(count: int, prompt: Span, output: Span, seed: int) -> tuple[tuple[int, int], ...]:
+    """(prompt, answer) tokens of each request; the same for the same seed."""
+    source = random.Random(seed)
+    return tuple((prompt.draw(source), output.draw(source)) for _ in range(count))
+
+
+def nano_lengths(count: int = 256, low: int = 100, high: int = 1024) -> tuple[tuple[int, int], ...]:
+    """The lengths of nano-vllm's bench.py: its seed, its draws in its order. 133,966 answer tokens in all."""
+    source = random.Random(0)
+    prompts = []
+    for _ in range(count):
+        length = source.randint(low, high)
+        for _ in range(length):
+            source.randint(0, 10000)  # there the prompt's token ids
+        prompts.append(length)
+    return tuple((length, source.randint(low, high)) for length in prompts)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the user may change about a workload; None keeps its own."""
+
+    quick: bool = False
+    """The small form."""
+    streams: Sequence[int] | None = None
+    request_rates: Sequence[float] | None = None
+    requests: int | None = None
+    input_len: Span | None = None
+    output_len: Span | None = None
+    burstiness: float = 1.0
+    seed: int = 0
+    """Of the lengths."""
+
+    def lengths(self, count: int, prompt: Span, output: Span) -> tuple[tuple[int, int], ...]:
+        """`count`, `prompt` and `output` are the workload's own."""
+        return draw_lengths(
+            self.requests or count, self.input_len or prompt, self.output_len or output, self.seed
+        )
+
+
+def single(sizes: Sizes) -> list[Case]:
+    """One user, one request after the other."""
+    if sizes.quick:
+        lengths = sizes.lengths(2, Span(64, 256), Span(64, 64))
+    else:
+        lengths = sizes.lengths(4, Span(128, 512), Span(500, 500))
+    return [Case("single", "1 stream", lengths, concurrency=1)]
+
+
+def concurrent35(sizes: Sizes) -> list[Case]:
+    """35 requests at once."""
+    if sizes.quick:
+        lengths = sizes.lengths(35, Span(16, 64), Span(16, 16))
+    else:
+        lengths = sizes.lengths(35, Span(128, 512), Span(500, 500))
+    return [Case("concurrent35", f"{len(lengths)} at once", lengths, concurrency=len(lengths))]
+
+
+def nano256(sizes: Sizes) -> list[Case]:
+    """nano-vllm's benchmark, served: 256 requests at once, the lengths those of its seed."""
+    if sizes.input_len or sizes.output_len or sizes.requests:
+        lengths = sizes.lengths(256, Span(100, 1024), Span(100, 1024))
+    else:
+        lengths = nano_lengths(64, 12, 128) if sizes.quick else nano_lengths()
+    return [Case("nano256", f"{len(lengths)} at once", lengths, concurrency=len(lengths))]
+
+
+def streams(sizes: Sizes) -> list[Case]:
+    """A growing number of streams, each of one request: throughput against concurrency."""
+    counts = sizes.streams or ((1, 2, 4, 8) if sizes.quick else (1, 2, 4, 8, 16, 32, 64, 128, 256))
+    span = Span(32, 32) if sizes.quick else Span(128, 128)
+    return [
+        Case(
+            "streams",
+            f"{count} stream{'s' if count > 1 else ''}",
+            sizes.lengths(count, span, span),
+            concurrency=count,
+        )
+        for count in counts
+    ]
+
+
+def sweep(sizes: Sizes) -> list[Case]:
+    """An open loop: requests come at random moments, whether or not the server keeps up."""
+    rates = sizes.request_rates or ((0.5, 1.0, 2.0) if sizes.quick else (1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
+    cases = []
+    for rate in rates:
+        if sizes.quick:
+            lengths = sizes.lengths(max(6, round(8 * rate)), Span(32, 96), Span(16, 16))
+        else:
+            lengths = sizes.lengths(max(20, round(20 * rate)), Span(128, 512), Span(128, 128))
+        load = f"{rate:g} requests/s"
+        cases.append(
+            Case("sweep", load, lengths, request_rate=rate, burstiness=sizes.burstiness),
+        )
+    return cases
+
+
+def chat(sizes: Sizes) -> list[Case]:
+    """Users of one assistant: all share a long system prompt, each repeats its conversation every turn."""
+    if sizes.quick:
+        users, turns, shared, message, answer = 4, 3, 192, Span(16, 32), Span(16, 16)
+    else:
+        users, turns, shared, message, answer = 16, 5, 768, Span(32, 96), Span(128, 128)
+    lengths = sizes.lengths(users, message, answer)
+    load = f"{len(lengths)} users, {turns} turns, {shared} shared tokens"
+    return [Case("chat", load, lengths, concurrency=len(lengths), turns=turns, shared_len=shared)]
+
+
+def prefill1000(sizes: Sizes) -> list[Case]:
+    """Prompts of 1,000 tokens and one token out, one after the other: how fast a prompt is read."""
+    lengths = sizes.lengths(2 if sizes.quick else 4, Span(1000, 1000), Span(1, 1))
+    return [Case("prefill1000", "1 stream", lengths, concurrency=1)]
+
+
+WORKLOADS: dict[str, Callable[[Sizes], list[Case]]] = {
+    workload.__name__: workload
+    for workload in (single, concurrent35, nano256, streams, sweep, chat, prefill1000)
+}
+QUICK_WORKLOADS = ("single", "streams", "concurrent35", "chat")
+"""What is run on a CPU if none is named; the others take longer."""
+FULL_WORKLOADS = ("single", "concurrent35", "nano256", "streams", "sweep", "chat")
+
+
+def cases_of(names: Sequence[str], sizes: Sizes, *, busy: bool = False) -> list[Case]:
+    """The cases of some workloads in their order; with `busy` each of them also beside a busy process."""
+    cases = [case for name in names for case in WORKLOADS[name](sizes)]
+    return cases + [replace(case, busy=True) for case in cases] if busy else cases
