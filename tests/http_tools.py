@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import uvicorn
 from fake_client import FakeClient
+from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
@@ -52,7 +53,7 @@ def real_server(client: FakeClient, tls: ssl.SSLContext | None = None, **args: A
         raise RuntimeError("the server did not stop")
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     """Waits until the condition holds; fails the test if it does not within the time."""
     end = time.monotonic() + seconds
     while not condition():

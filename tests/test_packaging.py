@@ -115,7 +115,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(wheel)!r}); from microvllm.cli import run; run(['--version'])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path, check=True
     )
     assert result.stdout == f"microvllm {microvllm.__version__}\n"
 
@@ -260,6 +260,6 @@ class TestSetUp:
         (venv / ".installed-demo").write_text(key)
         result = subprocess.run(
             [str(ROOT / "scripts" / "serve"), *argv.split()],
-            capture_output=True, text=True, timeout=30, env=os.environ | {"MICROVLLM_VENV": str(venv)},
+            capture_output=True, text=True, timeout=300, env=os.environ | {"MICROVLLM_VENV": str(venv)},
         )  # fmt: skip
         assert result.stdout == f"serve {expected}\n", result.stderr
