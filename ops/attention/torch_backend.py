@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,19 +38,21 @@ class TorchAttention:
         self.block_size = block_size
         self.rotary = RotaryTable(inv_freq, max_position, activation_dtype or dtype)
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
-        # 0 * NaN is NaN. The pages come from the kernel as zeros: memory is taken when first written.
-        self.cache = torch.zeros(
-            shape.num_layers,
-            2 * shape.num_kv_heads,
-            num_blocks,
-            block_size,
-            shape.head_dim,
-            dtype=dtype,
-            device=inv_freq.device,
-        )
+        # 0 * NaN is NaN.
+        sizes = (shape.num_layers, 2 * shape.num_kv_heads, num_blocks, block_size, shape.head_dim)
+        self.cache = _zeros(sizes, dtype, inv_freq.device)
 
     def begin_step(self, batch: AttentionBatch) -> TorchStep:
         return TorchStep(self, batch)
+
+
+def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`, but on a CPU without writing them: memory is taken when something is first stored."""
+    if device.type != "cpu":
+        return torch.zeros(sizes, dtype=dtype, device=device)
+    # numpy asks for memory that the system promises to be zeros; torch writes them itself.
+    untouched = np.zeros(math.prod(sizes) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(sizes)
 
 
 class TorchStep:
