@@ -140,6 +140,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--logs", type=Path, default=Path(os.environ.get("OUT", "/tmp/gpu-checks")))
     args = parser.parse_args()
+    if shutil.which("nvidia-smi") is None:
+        print("checks: there is no NVIDIA GPU here: nvidia-smi is not found", file=sys.stderr)
+        return 1
     args.logs.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     for stage in stages():
