@@ -392,7 +392,7 @@ def test_hugging_face_generate_answers_as_a_server(tmp_path: Path, model: Path) 
     """Whole: the adapter on a tiny model, requests of several lengths in one batch, and a chat."""
     engine = build(
         Spec.parse("name=loop kind=hf-generate dtype=float32 env='OMP_NUM_THREADS=1'"),
-        setup_for(model, tmp_path),
+        setup_for(model.parent / "hf", tmp_path),
     )
     server = Server(engine, tmp_path)
     try:

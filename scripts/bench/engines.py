@@ -6,6 +6,7 @@ What is told to all is the same: the weights, the context, that an answer does n
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shlex
@@ -138,6 +139,7 @@ def microvllm(spec: Spec, setup: Setup) -> Engine:
     return Engine(spec.name, version, spec.weights or dtype, command, remark=_remark(remark, spec))
 
 
+@functools.cache
 def _microvllm_defaults(python: str, model: Path, dtype: str, device: str) -> tuple[str, str]:
     """(dtype, attention backend) that its "auto" means here; asking compiles its kernels the first time."""
     program = (
@@ -339,6 +341,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise BenchError(f"{command[0]}: {error.strerror}") from error
 
 
+@functools.cache
 def _versions(python: str, *packages: str) -> str:
     """Names and versions of packages of an interpreter; each may be `A|B`: whichever is there.
 
