@@ -1,29 +1,34 @@
 #!/usr/bin/env bash
-# scripts/gpu/compare.sh PARTS CONFIGS WHEELS…
+# scripts/gpu/compare.sh VLLM CONFIGS WHEELS…
 #
-# This engine and vLLM side by side on one GPU, on a machine with torch but perhaps no network: installs the
-# wheels of the folders WHEELS for us and vLLM from PARTS (*.whl, and vllm.part.*, its packed files in pieces),
-# writes a random checkpoint of each model of CONFIGS, drives both engines in turn with vLLM's own client, and
-# prints one table. Takes some 15 minutes; $OUT, or the folder of the logs, gets compare.json, and a row that is
-# in it already is not measured again. ROWS="7b-1 …" measures only those. A tokenizer.json is in CONFIGS or
-# beside it.
+# This engine and vLLM side by side on one GPU, on a machine with torch but perhaps no network. VLLM is a
+# folder that vLLM is installed in (pip install --target), or one that holds its wheels and, in pieces, a tar.xz
+# of what is no wheel (vllm.part.*). Installs the wheels of the folders WHEELS for us, writes a random checkpoint
+# of each model of CONFIGS (their config.json and so on; a tokenizer.json there or beside it), drives both
+# engines in turn with vLLM's own client, and prints one table. Takes some 15 minutes. $OUT, or the folder of the
+# logs, gets compare.json; a row that is in it already is not measured again. ROWS="7b-1 …" measures only those.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-[ $# -ge 3 ] || { echo "usage: scripts/gpu/compare.sh PARTS CONFIGS WHEELS…" >&2; exit 2; }
-parts=$1 configs=$2
+[ $# -ge 3 ] || { echo "usage: scripts/gpu/compare.sh VLLM CONFIGS WHEELS…" >&2; exit 2; }
+parts=$(realpath "$1") configs=$(realpath "$2")
 shift 2
+mapfile -t wheels < <(realpath "$@")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 work=${TMPDIR:-/tmp}/microvllm-compare
 vllm=$work/vllm
 result=${OUT:-$work}/compare.json
 mkdir -p "$work"
 
-source scripts/gpu/environment.sh "$@"
-trap 'rm -rf "$site"' EXIT
-if [ ! -e "$vllm/.complete" ]; then
+source scripts/gpu/environment.sh "${wheels[@]}"
+trap 'compare stop; rm -rf "$site"' EXIT
+if [ -d "$parts/vllm" ]; then
+    vllm=$parts
+elif [ ! -e "$vllm/.complete" ]; then
     echo "Installing vLLM into $vllm"
     pip=(python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade)
     "${pip[@]}" --target "$vllm" "$parts"/*.whl
-    cat "$parts"/vllm.part.* | tar xJ -C "$vllm"
+    if compgen -G "$parts/vllm.part.*" >/dev/null; then
+        cat "$parts"/vllm.part.* | tar xJ -C "$vllm"
+    fi
     touch "$vllm/.complete"
 fi
 

@@ -5,15 +5,15 @@
 # beside torch, then tests the engine there, looks at its kernels with compute-sanitizer, times them, and
 # prints one table. Exit status 1 if anything failed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folders=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    folders+=("$1")
+    folders+=("$(realpath "$1")")
     shift
 done
 [ $# -eq 0 ] || shift
 [ "${#folders[@]}" -gt 0 ] || { echo "usage: scripts/gpu/test.sh WHEELS… [-- arguments]" >&2; exit 2; }
 arguments=("$@")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/gpu/environment.sh "${folders[@]}"
 trap 'rm -rf "$site"' EXIT
 python3 scripts/gpu/checks.py "${arguments[@]}"
