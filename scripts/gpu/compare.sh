@@ -16,10 +16,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 work=${TMPDIR:-/tmp}/microvllm-compare
 vllm=$work/vllm
 result=${OUT:-$work}/compare.json
-mkdir -p "$work"
+mkdir -p "$vllm"
+
+compare() {
+    python3 scripts/gpu/compare.py "$@" --folder "$work" --site "$vllm"
+}
 
 source scripts/gpu/environment.sh "${wheels[@]}"
-trap 'compare stop; rm -rf "$site"' EXIT
+trap 'compare stop || true; rm -rf "$site"' EXIT
 if [ -d "$parts/vllm" ]; then
     vllm=$parts
 elif [ ! -e "$vllm/.complete" ]; then
@@ -31,10 +35,6 @@ elif [ ! -e "$vllm/.complete" ]; then
     fi
     touch "$vllm/.complete"
 fi
-
-compare() {
-    python3 scripts/gpu/compare.py "$@" --folder "$work" --site "$vllm"
-}
 
 # measure ENGINES -- ROWS: only rows that are wanted, and engines only for them.
 measure() {
