@@ -40,7 +40,7 @@ def store_largest(largest, values, LANE: tl.constexpr):
 @triton.jit
 def _below(low, high, top, temperature):
     """A value to try between two: the middle; farther and farther down where there is no low one."""
-    down = high - tl.maximum(2.0 * (top - high), 16.0 * temperature)
+    down = high - tl.maximum(top - high, 4.0 * temperature)
     return tl.where(low < -3e38, down, low + (high - low) * 0.5)
 
 
