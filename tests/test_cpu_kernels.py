@@ -272,6 +272,6 @@ def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> N
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]

@@ -12,6 +12,9 @@
 /* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
 #define AHEAD 2048
 
+/* Terms of a sum that are added up one by one. */
+#define DEPTH 1024L
+
 /* Bytes of x that a thread goes through again and again, panel after panel: half a small second-level cache. */
 #define BLOCK_BYTES (256L << 10)
 
@@ -36,39 +39,40 @@ INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec
     }
 }
 
-/* out[m] = x[m] . panel^T for M rows of x. U partial sums keep the additions from waiting for each other. What is
- * to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
+/* out[m] = x[m] . panel^T for M rows of x. U partial sums keep the additions from waiting for each other, and sums of
+ * DEPTH terms each keep rounding small however long k is. What is to be read next is fetched on the way: `step` bytes
+ * of it, from `ahead` on, for each run. */
 INLINE void tile_rows(const float *x, const void *panel, long k, float out[][WIDTH], const char *ahead, long step,
                       const int is_bf16, const int M, const int U)
 {
-    vec acc[4][ROWS][2], low, high;
-    for (int u = 0; u < U; u++)
-        for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
-    long i = 0;
-    for (; i + U <= k; i += U)
-        for (int u = 0; u < U; u++) {
-            __builtin_prefetch(ahead);
-            ahead += step;
-            load_run(panel, i + u, is_bf16, &low, &high);
+    for (long begin = 0; begin < k; begin += DEPTH) {
+        long end = k - begin < DEPTH ? k : begin + DEPTH, i = begin;
+        vec acc[4][ROWS][2], low, high;
+        for (int u = 0; u < U; u++)
+            for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
+        for (; i + U <= end; i += U)
+            for (int u = 0; u < U; u++) {
+                __builtin_prefetch(ahead);
+                ahead += step;
+                load_run(panel, i + u, is_bf16, &low, &high);
+                for (int m = 0; m < M; m++) {
+                    acc[u][m][0] += low * x[m * k + i + u];
+                    acc[u][m][1] += high * x[m * k + i + u];
+                }
+            }
+        for (; i < end; i++) {
+            load_run(panel, i, is_bf16, &low, &high);
             for (int m = 0; m < M; m++) {
-                acc[u][m][0] += low * x[m * k + i + u];
-                acc[u][m][1] += high * x[m * k + i + u];
+                acc[0][m][0] += low * x[m * k + i];
+                acc[0][m][1] += high * x[m * k + i];
             }
         }
-    for (; i < k; i++) {
-        load_run(panel, i, is_bf16, &low, &high);
-        for (int m = 0; m < M; m++) {
-            acc[0][m][0] += low * x[m * k + i];
-            acc[0][m][1] += high * x[m * k + i];
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        for (int u = 1; u < U; u++) {
-            acc[0][m][0] += acc[u][m][0];
-            acc[0][m][1] += acc[u][m][1];
-        }
-        store(out[m], acc[0][m][0]);
-        store(out[m] + LANES, acc[0][m][1]);
+        for (int m = 0; m < M; m++)
+            for (int half = 0; half < 2; half++) {
+                for (int u = 1; u < U; u++) acc[0][m][half] += acc[u][m][half];
+                if (begin) acc[0][m][half] += load_f32(out[m] + half * LANES);
+                store(out[m] + half * LANES, acc[0][m][half]);
+            }
     }
 }
 

@@ -148,9 +148,9 @@ void pool_free(Pool *pool)
 
 float *pool_scratch(Pool *pool, long floats)
 {
-    if (floats > pool->scratch_size) {
+    if (floats > pool->scratch_size || !pool->scratch) {
         free(pool->scratch);
-        pool->scratch = aligned_alloc(128, (floats + 31) / 32 * 128);
+        pool->scratch = aligned_alloc(128, (floats / 32 + 1) * 128);
         pool->scratch_size = pool->scratch ? floats : 0;
     }
     return pool->scratch;
