@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,9 +50,11 @@ def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """`torch.zeros`, but on a CPU without writing them: memory is taken when something is first stored."""
     if device.type != "cpu":
         return torch.zeros(sizes, dtype=dtype, device=device)
-    # numpy asks for memory that the system promises to be zeros; torch writes them itself.
-    untouched = np.zeros(math.prod(sizes) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(untouched).view(dtype).view(sizes)
+    # Fresh pages are zeros. In small ones, not huge ones: a sequence lies in as many places as there are
+    # heads in all layers.
+    size = max(1, math.prod(sizes) * dtype.itemsize)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(sizes)).view(sizes)
 
 
 class TorchStep:
