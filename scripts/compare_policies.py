@@ -247,12 +247,12 @@ def figures(jobs: Sequence[Job], burst: Run, open_loop: Run, alone: Alone) -> di
     return {
         "tokens/s, all at once": sum(map(len, burst.tokens)) / burst.seconds,
         "requests a step": sum(burst.batches) / len(burst.batches),
-        "TTFT p50": percentile(open_loop.first, 0.5),
-        "TTFT p99": percentile(open_loop.first, 0.99),
-        "TTFT p99, urgent": percentile(urgent, 0.99) if urgent else float("nan"),
-        "latency p50": percentile(open_loop.latency, 0.5),
-        "latency p99": percentile(open_loop.latency, 0.99),
-        "longest wait": open_loop.longest_wait,
+        "TTFT p50": 1e3 * percentile(open_loop.first, 0.5),
+        "TTFT p99": 1e3 * percentile(open_loop.first, 0.99),
+        "TTFT p99, urgent": 1e3 * percentile(urgent, 0.99) if urgent else float("nan"),
+        "latency p50": 1e3 * percentile(open_loop.latency, 0.5),
+        "latency p99": 1e3 * percentile(open_loop.latency, 0.99),
+        "longest wait": 1e3 * open_loop.longest_wait,
         "slowdown, mean": sum(slowdowns) / len(slowdowns),
         "fairness": fairness(slowdowns),
     }
@@ -271,7 +271,7 @@ def table(rows: dict[str, list[dict[str, float]]], same: dict[str, int], count: 
     lines = [f"| policy | {' | '.join(names)} | same tokens |", "|---" * (len(names) + 2) + "|"]
     for policy, rounds in rows.items():
         cells = [
-            FORMATS.get(name, "{:.2f} s").format(median(each[name] for each in rounds)) for name in names
+            FORMATS.get(name, "{:.0f} ms").format(median(each[name] for each in rounds)) for name in names
         ]
         lines.append(f"| {policy} | {' | '.join(cells)} | {same[policy]} of {count} |")
     return "\n".join(lines)
@@ -366,8 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same = dict.fromkeys(POLICIES, 0)
     jobs: list[Job] = []
     gap, alone = 0.0, Alone(0.0, 0.0)
+    names = list(POLICIES)
     for number in range(args.rounds):
-        for policy in POLICIES:
+        first = number % len(names)  # each begins a round in its turn; fcfs the first, which sets the rate
+        for policy in names[first:] + names[:first]:
             try:
                 engine = Engine(options, policy, CLOCKS[args.clock])
             except ConfigError as error:

@@ -117,8 +117,8 @@ def test_the_figures_of_a_known_run(policies: Any) -> None:
     run = policies.Run([0.0, 1.0], [[1.0, 2.0], [1.5, 5.0]], [[7, 7], [8, 8]], batches=[1, 2, 2])
     found = policies.figures(jobs, run, run, policies.Alone(0.05, 0.25))
     assert found["tokens/s, all at once"] == 4 / 5 and found["requests a step"] == 5 / 3
-    assert (found["TTFT p50"], found["TTFT p99"], found["TTFT p99, urgent"]) == (0.5, 1.0, 1.0)
-    assert (found["latency p50"], found["latency p99"], found["longest wait"]) == (2.0, 4.0, 3.5)
+    assert (found["TTFT p50"], found["TTFT p99"], found["TTFT p99, urgent"]) == (500, 1000, 1000)
+    assert (found["latency p50"], found["latency p99"], found["longest wait"]) == (2000, 4000, 3500)
     # Alone they take 1.0 s and 1.5 s: slowdowns of 2 and 8/3.
     assert found["slowdown, mean"] == pytest.approx(7 / 3)
     assert found["fairness"] == pytest.approx((14 / 3) ** 2 / (2 * (4 + 64 / 9)))
