@@ -10,7 +10,7 @@ Starts every engine that is installed (microvllm, vLLM, Hugging Face `generate`,
 llama.cpp's `llama-server`), waits until it answers, and drives all with one OpenAI client. On a CPU all
 servers stay up, and those whose turn it is not are halted; on a GPU each turn has a fresh server. The
 engines take turns, A B C A B C, after a turn that only warms up; ratios are taken within a round. Every
-prompt is new.
+prompt is new. Engines on quantised weights are compared with each other, and so are the others.
 
 Without a GPU the workloads are in their small form and the whole takes less than 10 minutes; `--full` runs
 them as they were described. Writes report.md (one table), result.json (each measurement as `vllm bench serve
@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench.client import BenchError
-from bench.engines import DEFAULT_SPECS, KINDS, MOST_SLOTS, Engine, Setup, Spec, build, named
+from bench.engines import KINDS, MOST_SLOTS, Engine, Setup, Spec, build, default_specs, named
 from bench.options import add_sizes, list_of, positive_float, positive_int, sizes_of, workload
 from bench.plots import draw
 from bench.report import as_json, facts, markdown
@@ -203,7 +203,7 @@ def main() -> int:
         if quick:
             display.say(f"small workloads, at most {minutes:g} minutes and what the first round takes; "
                         "--full runs them as described")  # fmt: skip
-        engines, missing = build_engines(args.engine or DEFAULT_SPECS, setup, args.prompts)
+        engines, missing = build_engines(args.engine or default_specs(setup), setup, args.prompts)
         for name, reason in missing.items():
             display.say(f"{name} is left out: {reason}")
         if not engines:

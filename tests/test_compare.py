@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -354,22 +355,33 @@ def test_engines_get_the_same_weights_and_their_own_flags(tmp_path: Path, model:
         [
             Spec.parse("microvllm"),
             Spec.parse("name=ours-q4 kind=microvllm args='--block-size 32 --seed 1' env='A=1 B=2'"),
+            Spec.parse("microvllm dtype=float32"),
             Spec.parse("hf-generate dtype=float32"),
             Spec.parse("llama.cpp"),
             Spec.parse("llama.cpp dtype=bf16 args='--threads 2'"),
             Spec.parse("name=mine url=http://localhost:1/v1 model=m"),
         ]
     )
-    ours, q4, loop, file, converted, other = (build(spec, setup) for spec in specs)
+    ours, q4, plain, loop, file, converted, other = (build(spec, setup) for spec in specs)
     assert [spec.name for spec in specs] == [
-        *("microvllm", "ours-q4", "hf-generate float32", "llama.cpp", "llama.cpp bf16", "mine")
+        *(
+            "microvllm",
+            "ours-q4",
+            "microvllm float32",
+            "hf-generate float32",
+            "llama.cpp",
+            "llama.cpp bf16",
+            "mine",
+        )
     ]
-    assert str(model) in ours.command and ours.weights in ("float32", "bfloat16")
+    assert str(model) in ours.command and ours.weights == ("Q8_0" if ours.quantized else "bfloat16")
+    assert plain.weights == "float32" and not plain.quantized and "dequantized" in plain.command
     assert q4.command[-4:] == ["--block-size", "32", "--seed", "1"]
     assert (q4.environment["A"], q4.environment["B"]) == ("1", "2")
     assert str(tmp_path / "hf-float32") in loop.command
     assert json.loads((tmp_path / "hf-float32" / "config.json").read_text())["model_type"] == "llama"
     assert str(model) in file.command and (file.weights, file.version) == ("Q8_0", "77 (abc)")
+    assert file.quantized and not converted.quantized
     assert file.command[file.command.index("--parallel") + 1] == "3"
     assert converted.command[-2:] == ["--threads", "2"] and converted.weights == "bf16"
     assert str(tmp_path / "tiny.bf16.gguf") in converted.command
@@ -459,6 +471,14 @@ Left out: vllm: not found."""
 def test_the_report_is_this_one_and_ratios_are_taken_within_a_round() -> None:
     rows = [row("ours", 10, 40, 30), row("other", 5, 10, 10)]
     assert report.markdown(rows, [ONE], FACTS) == GOLDEN
+
+
+def test_quantised_weights_are_compared_with_quantised_ones() -> None:
+    rows = [row("ours", 40), row("ours 16", 20), row("theirs", 20), row("theirs 16", 20)]
+    for each, kind, quantized in zip(rows, ("a", "a", "b", "b"), (True, False, True, False), strict=True):
+        each.engine = replace(each.engine, kind=kind, quantized=quantized)
+    ratios = [line.split("|")[4].strip() for line in report.markdown(rows, [ONE], FACTS).splitlines()[6:10]]
+    assert ratios == ["", "", "2.00 x as fast", "1.00 x as fast (float32)"]
 
 
 def test_an_open_loop_is_compared_by_the_time_of_a_request_and_a_prefill_by_its_prompts() -> None:

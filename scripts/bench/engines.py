@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.client import BenchError, Target
-from bench.weights import Weights
+from bench.weights import Weights, gguf_format
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 MODEL_NAME = "bench"
@@ -108,6 +108,9 @@ class Engine:
     text_only: bool = False
     """Whether it cannot take prompts of token ids."""
     remark: str = ""
+    kind: str = ""
+    quantized: bool = False
+    """Whether it computes from quantised weights; such engines are compared with each other."""
 
     def target(self, url: str) -> Target:
         """Where and how to ask its server."""
@@ -122,10 +125,14 @@ LISTEN = ("--host", "127.0.0.1", "--port", "{port}")
 
 
 def microvllm(spec: Spec, setup: Setup) -> Engine:
-    """This project's server, on the model as it was given."""
+    """This project's server, on the model as it was given; a dtype goes for a GGUF file, too."""
     python, flags = spec.program or sys.executable, shlex.split(spec.args)
     model = setup.weights.model
-    dtype, backend = _microvllm_defaults(python, model, spec.dtype, setup.device)
+    if spec.dtype != "auto" and model.is_file():
+        flags = ["--gguf-weights", "dequantized", *flags]
+    wish = _value_of("--gguf-weights", flags)
+    dtype, backend, packed = _microvllm_defaults(python, model, spec.dtype, setup.device, wish)
+    weights = gguf_format(model) if packed else dtype
     command = [python, "-m", "microvllm.cli", "serve", "--model", str(model)]
     command += ["--served-model-name", MODEL_NAME, "--device", setup.device, "--dtype", dtype]
     command += ["--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
@@ -136,23 +143,38 @@ def microvllm(spec: Spec, setup: Setup) -> Engine:
     ).stdout.strip()
     version = f"{version}, commit {commit}" if commit else version
     remark = f"attention backend {backend}" if "--attention-backend" not in spec.args else ""
-    return Engine(spec.name, version, spec.weights or dtype, command, remark=_remark(remark, spec))
+    remark = _remark(remark, spec)
+    return Engine(spec.name, version, spec.weights or weights, command, remark=remark, quantized=packed)
+
+
+def _value_of(flag: str, flags: Sequence[str]) -> str:
+    """What a flag is given as, at last; "auto" if it is not."""
+    for index in range(len(flags) - 1, -1, -1):
+        name, equals, value = flags[index].partition("=")
+        if name == flag:
+            return value if equals else flags[index + 1] if index + 1 < len(flags) else ""
+    return "auto"
 
 
 @functools.cache
-def _microvllm_defaults(python: str, model: Path, dtype: str, device: str) -> tuple[str, str]:
-    """(dtype, attention backend) that its "auto" means here; asking compiles its kernels the first time."""
+def _microvllm_defaults(
+    python: str, model: Path, dtype: str, device: str, gguf_weights: str
+) -> tuple[str, str, bool]:
+    """(dtype, attention backend, whether it computes from packed weights) that its "auto" means here.
+
+    Asking compiles its kernels the first time.
+    """
     program = (
         "import sys; from microvllm.runtime.config import EngineArgs\n"
-        "model, dtype, device = sys.argv[1:]\n"
-        "config = EngineArgs(model=model, dtype=dtype, device=device).resolve()\n"
-        "print(config.dtype, config.attention_backend)"
+        "model, dtype, device, weights = sys.argv[1:]\n"
+        "config = EngineArgs(model=model, dtype=dtype, device=device, gguf_weights=weights).resolve()\n"
+        "print(config.dtype, config.attention_backend, config.packed_weights)"
     )
-    answer = _run([python, "-c", program, str(model), dtype, device])
+    answer = _run([python, "-c", program, str(model), dtype, device, gguf_weights])
     if answer.returncode:
         raise BenchError((answer.stderr.strip().splitlines() or ["?"])[-1])
-    chosen, backend = answer.stdout.split()[-2:]
-    return chosen, backend
+    chosen, backend, packed = answer.stdout.split()[-3:]
+    return chosen, backend, packed == "True"
 
 
 def vllm(spec: Spec, setup: Setup) -> Engine:
@@ -251,7 +273,10 @@ def llama_cpp(spec: Spec, setup: Setup) -> Engine:
     answer = _run([program, "--version"])
     version = (answer.stdout + answer.stderr).partition("version:")[2].partition("\n")[0].strip()
     remark = _remark(f"`llama-server`, {slots} slots", spec)
-    return Engine(spec.name, version or "?", spec.weights or weights, command, remark=remark)
+    quantized = weights not in ("F32", "F16", "BF16", "f32", "f16", "bf16")
+    return Engine(
+        spec.name, version or "?", spec.weights or weights, command, remark=remark, quantized=quantized
+    )
 
 
 def any_url(spec: Spec, setup: Setup) -> Engine:
@@ -284,14 +309,23 @@ KINDS: dict[str, Callable[[Spec, Setup], Engine]] = {
     "url": any_url,
     "command": any_command,
 }
-DEFAULT_SPECS = tuple(Spec(kind) for kind in KINDS if kind not in ("url", "command"))
+
+
+def default_specs(setup: Setup) -> list[Spec]:
+    """All that are known; on a CPU from a quantised file as it is, and with 16 bits a weight."""
+    specs = [Spec(kind) for kind in KINDS if kind not in ("url", "command")]
+    file = setup.weights.gguf
+    if setup.device == "cpu" and file and gguf_format(file) not in ("F32", "F16", "BF16"):
+        specs[1:1] = [Spec("microvllm", dtype="bfloat16")]
+        specs.append(Spec("llama.cpp", dtype="bf16" if "avx512_bf16" in cpu_flags() else "f16"))
+    return specs
 
 
 def build(spec: Spec, setup: Setup) -> Engine:
     """The engine, with its model files written. Raises `BenchError` where something is missing."""
     engine = KINDS[spec.kind](spec, setup)
     extra = dict(pair.split("=", 1) for pair in shlex.split(spec.env))
-    return replace(engine, environment={**engine.environment, **extra})
+    return replace(engine, kind=spec.kind, environment={**engine.environment, **extra})
 
 
 def named(specs: Sequence[Spec]) -> list[Spec]:

@@ -59,7 +59,7 @@ def facts(**more: Any) -> dict[str, Any]:
 def markdown(rows: Sequence[Row], cases: Sequence[Case], facts: dict[str, Any]) -> str:
     """The heading, the table of all workloads and the one of the engines.
 
-    The first row is the engine that the others are compared with.
+    The first row is the engine that the others are compared with: see `_base`.
     """
     measured = [row for row in rows if row.reports]
     blocks = [_heading(facts), _speeds(measured, cases), _engines(measured)]
@@ -102,13 +102,25 @@ def _speeds(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
                 for report in reports
             ]
             unit = " in" if case.prefill_only else ""
-            ratio = ""
-            if row is not rows[0] and rows[0].reports.get(case):
-                ratio = f"{_spread(_ratios(rows[0].reports[case], reports, case), 2)} x as fast"
+            ratio, base = "", _base(rows, row)
+            if row is not base and base.reports.get(case):
+                ratio = f"{_spread(_ratios(base.reports[case], reports, case), 2)} x as fast"
+                ratio += "" if base is rows[0] else f" ({base.engine.weights})"
             cells = [title, row.label, f"{_spread(speeds, 1)}{unit}", ratio]
             lines.append(f"| {' | '.join([*cells, *_times(row, case)])} |")
             title = ""
     return lines
+
+
+def _base(rows: Sequence[Row], row: Row) -> Row:
+    """What a row is compared with: the first one's kind of engine, quantised weights with quantised ones."""
+    first = rows[0].engine
+    same = [
+        other
+        for other in rows
+        if other.engine.kind == first.kind and other.engine.quantized == row.engine.quantized
+    ]
+    return rows[0] if first.quantized == row.engine.quantized or not same else same[0]
 
 
 def _times(row: Row, case: Case) -> list[str]:

@@ -185,7 +185,7 @@ class Comparison:
                 )
             if turn:
                 row.reports.setdefault(case, []).append(report)
-                self.say(f"{what}: {row.label}, {case}: {report.output_throughput:.1f} tok/s")
+            self.say(f"{what}: {row.label}, {case}: {report.output_throughput:.1f} tok/s")
             for error in report.errors:
                 self.say(f"{row.label}, {case}: error: {error}")
             if server.ended():
