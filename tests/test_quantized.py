@@ -87,7 +87,7 @@ def assert_products(actual: Tensor, x: Tensor, weight: Tensor, added: Tensor | f
     expected = x.double() @ weight.double().t() + added
     terms = x.double().abs() @ weight.double().abs().t() + torch.as_tensor(added).abs()
     assert actual.dtype == torch.float32 and actual.shape == expected.shape
-    assert float(((actual - expected).abs() / terms.clamp(min=1e-30)).max()) < 3e-6
+    assert ((actual - expected).abs() / terms.clamp(min=1e-30) < 3e-6).all()  # there may be no row
 
 
 def test_every_quantised_type_has_a_kernel(operators: CpuOperators) -> None:
