@@ -1,5 +1,7 @@
 """Chat templates: the text transformers gives, refusals that name the message, and templates gone wrong."""
 
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -353,3 +355,25 @@ def test_deep_nesting_is_answered_not_printed() -> None:
             normalize_messages(messages)
     with pytest.raises(InvalidRequestError):
         render("{{ messages | tojson }}", [{"role": "user", "content": "", "tool_calls": deep}])
+
+
+def test_a_deadline_leaves_no_trace_in_the_interpreter() -> None:
+    """A withdrawn exception would keep a traced function from going on, in Python 3.11 and others."""
+    code = """
+import sys
+from microvllm.runtime.template_sandbox import DeadlineExceeded, run_with_deadline
+
+def for_ever():
+    while True:
+        pass
+
+assert run_with_deadline(lambda: 1, 60) == 1
+try:
+    run_with_deadline(for_ever, 0.01)
+except DeadlineExceeded:
+    sys.settrace(lambda *event: None)
+    assert (lambda: 2)() == 2
+    print("went on")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "went on\n", ran.stderr
