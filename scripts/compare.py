@@ -262,7 +262,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    # Ended from outside, it must not leave servers behind, least of all halted ones.
+    # Ended from outside, it must not leave servers behind, least of all halted ones. A shell lets what it
+    # starts in the background ignore interrupts; whoever sends one means it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:
