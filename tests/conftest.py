@@ -1,11 +1,17 @@
 """Makes `fakes` importable, which `--import-mode=importlib` does not; puts the longest files first."""
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# What a shell starts in the background ignores interrupts, and so does all that it starts in turn; tests send
+# interrupts to their own processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # By processor time, from 100 seconds down to 15. The processes of a test run take whole files: what comes
 # last must be short, or all but one wait for it.
