@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,9 +63,17 @@ class InferenceEngine:
     ) -> dict[str, str]:
         """A text for each prompt, generated together: {prompt: text}.
 
-        Equal prompts are one key and are generated once; use `LLM.generate` for several answers to one.
+        Equal prompts are one key and are generated once, which a `UserWarning` says; use `LLM.generate` for
+        several answers to one.
         """
-        unique = list(dict.fromkeys([prompts] if isinstance(prompts, str) else prompts))
+        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        unique = list(dict.fromkeys(wanted))
+        if len(unique) < len(wanted):
+            warnings.warn(
+                f"{len(wanted) - len(unique)} of {len(wanted)} prompts repeat an earlier one: generate() gives "
+                "one text to each different prompt; LLM.generate() gives one to every prompt",
+                stacklevel=2,
+            )
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
         if params.n != 1:
             raise InvalidRequestError("generate() gives one text a prompt; n must be 1", "n")

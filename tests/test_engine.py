@@ -65,9 +65,10 @@ def test_each_prompt_gets_its_own_text(engine: InferenceEngine) -> None:
     assert len(set(together.values())) == len(prompts)
 
 
-def test_equal_prompts_are_one_key_and_computed_once(engine: InferenceEngine) -> None:
+def test_equal_prompts_are_one_key_computed_once_and_said_so(engine: InferenceEngine) -> None:
     before = engine.core.stats().generation_tokens
-    texts = engine.generate([PROMPT, "x", PROMPT], 7, **SALTED)
+    with pytest.warns(UserWarning, match="1 of 3 prompts repeat an earlier one"):
+        texts = engine.generate([PROMPT, "x", PROMPT], 7, **SALTED)
     assert list(texts) == [PROMPT, "x"]
     assert engine.core.stats().generation_tokens - before == 14
 
