@@ -94,7 +94,6 @@ def parse_args() -> argparse.Namespace:
         "--workload", type=list_of(workload), metavar="LIST", help="workloads by name, as in compare.py"
     )
     parser.add_argument("--quick", action="store_true", help="the small form of the workloads")
-    parser.add_argument("--requests", type=positive_int, help="requests of a step (default: one a stream)")
     add_sizes(parser)
     parser.add_argument(
         "--warmup", type=positive_int, help="requests before the measured ones (default: as many again)"
@@ -133,7 +132,7 @@ def main() -> int:
         return 2
     console = Console()
     results, failed = [], False
-    for number, case in enumerate(steps(args, sizes_of(args, quick=args.quick, requests=args.requests))):
+    for number, case in enumerate(steps(args, sizes_of(args, quick=args.quick))):
         warmup = replace(
             case, lengths=(case.lengths * (args.warmup or 1))[: args.warmup or len(case.lengths)]
         )

@@ -82,6 +82,7 @@ def http_url(text: str) -> str:
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """The options that change a workload; `sizes_of` reads them."""
     group = parser.add_argument_group("sizes", "in place of a workload's own")
+    group.add_argument("--requests", type=positive_int, metavar="N", help="requests, or users of a chat")
     group.add_argument(
         "--streams", type=list_of(positive_int), metavar="LIST", help="requests at a time, such as 1,8"
     )
@@ -98,13 +99,13 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-len", type=span, metavar="N[-M]", help="tokens of an answer")
 
 
-def sizes_of(args: argparse.Namespace, *, quick: bool, requests: int | None = None, seed: int = 0) -> Sizes:
+def sizes_of(args: argparse.Namespace, *, quick: bool, seed: int = 0) -> Sizes:
     """The sizes of a command line with the options of `add_sizes`."""
     return Sizes(
         quick=quick,
         streams=args.streams,
         request_rates=args.request_rate,
-        requests=requests,
+        requests=args.requests,
         input_len=args.input_len,
         output_len=args.output_len,
         burstiness=args.burstiness,

@@ -187,7 +187,8 @@ def concurrent35(sizes: Sizes) -> list[Case]:
 def nano256(sizes: Sizes) -> list[Case]:
     """nano-vllm's benchmark, served: 256 requests at once, the lengths those of its seed."""
     if sizes.input_len or sizes.output_len or sizes.requests:
-        lengths = sizes.lengths(256, Span(100, 1024), Span(100, 1024))
+        span = Span(12, 128) if sizes.quick else Span(100, 1024)
+        lengths = sizes.lengths(64 if sizes.quick else 256, span, span)
     else:
         lengths = nano_lengths(64, 12, 128) if sizes.quick else nano_lengths()
     return [Case("nano256", f"{len(lengths)} at once", lengths, concurrency=len(lengths))]
