@@ -48,6 +48,7 @@ from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 
 QUICK_MINUTES = 9.0
+CPU_WARMUP_LEN = 16
 CONTEXT_STEP = 256
 
 
@@ -131,8 +132,8 @@ def parse_args() -> argparse.Namespace:
         metavar="SPEC",
         help="only these engines; the first is the one that the others are compared with. One of "
         f"{', '.join(KINDS)}, or words: name=ours-q4 kind=microvllm dtype=auto args='--flag value' env='A=1' "
-        "program=FILE. llama.cpp's dtype: file, bf16, f16 or f32. Any other server: url=URL or "
-        "command='... {port}', with model=NAME",
+        "program=FILE workloads=LIST. llama.cpp's dtype: file, bf16, f16 or f32. Any other server: "
+        "url=URL or command='... {port}', with model=NAME",
     )
     parser.add_argument("--vllm-python", help="interpreter that has vLLM")
     parser.add_argument("--hf-python", help="interpreter that has transformers[serving]")
@@ -147,6 +148,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small workloads, as without a GPU")
     parser.add_argument("--full", action="store_true", help="workloads as described, as on a GPU")
     parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument(
+        "--warmup-len",
+        type=positive_int,
+        help="longest answer of the turn that only warms up (if not given: "
+        f"{CPU_WARMUP_LEN} on a CPU, on a GPU the workloads' own)",
+    )
     parser.add_argument(
         "--turns", choices=TURNS, help="halt: servers stay up; restart: one fresh server a turn; sequence: "
         "one engine after the other (if not given: halt on a CPU, restart on a GPU)"
@@ -208,6 +215,7 @@ def main() -> int:
             display.say(f"{name} is left out: {reason}")
         if not engines:
             raise BenchError("no engine is left")
+        longest_answer = max(out for case in cases for _, out in case.lengths)
         plan = Plan(
             cases,
             args.rounds,
@@ -215,7 +223,7 @@ def main() -> int:
             args.prompts,
             args.seed,
             # Short answers warm up a CPU; a GPU has graphs and kernels for every batch size on the way.
-            warmup_len=16 if device == "cpu" else max(out for case in cases for _, out in case.lengths),
+            warmup_len=args.warmup_len or (CPU_WARMUP_LEN if device == "cpu" else longest_answer),
             start_timeout_s=args.start_timeout,
             timeout_s=args.timeout,
             ends=began + 60 * minutes,

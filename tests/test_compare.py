@@ -230,11 +230,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def command(tmp_path: Path, name: str, delay: float = 0.0, program: str = ENGINE) -> list[str]:
+def command(
+    tmp_path: Path, name: str, delay: float = 0.0, program: str = ENGINE, fields: str = "weights=f32"
+) -> list[str]:
     """The option for an engine that is a script."""
     file = tmp_path / f"{name}.py"
     file.write_text(program)
-    return ["--engine", f"name={name} weights=f32 command='{sys.executable} {file} {delay} {{port}}'"]
+    return ["--engine", f"name={name} {fields} command='{sys.executable} {file} {delay} {{port}}'"]
 
 
 @needs_proc
@@ -274,6 +276,27 @@ def test_engines_take_turns_and_the_faster_one_is_reported_so(
     assert (folder / "report.md").read_text() == out
     (log,) = (folder / "logs").glob("two.log")
     assert log.read_text().count("$ ") == (2 if turns == "restart" else 1)
+
+
+@needs_proc
+def test_an_engine_takes_part_in_its_own_workloads_alone(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rounds, "SETTLE_S", 0.0)
+    monkeypatch.setattr(rounds, "IDLE_S", 0.05)
+    seen: list[int] = []
+    shortened = rounds.Case.shortened
+    monkeypatch.setattr(rounds.Case, "shortened", lambda self, n: seen.append(n) or shortened(self, n))
+    options = [*command(tmp_path, "one"), *command(tmp_path, "two", fields="workloads=single,chat")]
+    options += ["--workload", "streams,single", "--streams", "2", "--output-len", "4", "--rounds", "1"]
+    options += ["--no-plots", "--warmup-len", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--model", str(model), "--device", "cpu", *options])
+    assert compare.main() == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    found = {(each["label"], each["load"]) for each in result["results"]}
+    assert found == {("one", "2 streams"), ("one", "1 stream"), ("two", "1 stream")}
+    assert seen == [2, 2, 2], "the longest answer of the turn that warms up"
+    assert "streams, 2 streams | one" in capsys.readouterr().out
 
 
 @needs_proc
@@ -317,6 +340,7 @@ def test_ended_from_outside_it_leaves_no_process_behind(
         (["--engine", "name=x url=http://x kind=vllm"], "kind=url goes with url="),
         (["--engine", "vllm speed=9"], "'speed' is none of kind"),
         (["--engine", "vllm env=9"], "env is not NAME=VALUE"),
+        (["--engine", "vllm workloads=single,solo"], "workloads: 'solo' is none of single"),
         (["--engine", "vllm args='--x"], "No closing quotation"),
         (["--workload", "solo"], "'solo' is none of single"),
         (["--quick", "--full"], "exclude each other"),

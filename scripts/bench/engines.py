@@ -13,13 +13,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bench.client import BenchError, Target
 from bench.weights import Weights, gguf_format
+from bench.workloads import WORKLOADS
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 MODEL_NAME = "bench"
@@ -49,6 +50,8 @@ class Spec:
     """What starts an OpenAI-compatible server; `{port}` stands for its port (kind `command`)."""
     weights: str = ""
     """What the table says about its weights, in place of the dtype."""
+    workloads: str = ""
+    """Those that it takes part in, separated by commas; all if not given."""
 
     @classmethod
     def parse(cls, text: str) -> Spec:
@@ -72,6 +75,9 @@ class Spec:
                 raise ValueError(f"kind={wanted} goes with {wanted}=...")
         if any("=" not in pair for pair in shlex.split(fields.get("env", ""))):
             raise ValueError("env is not NAME=VALUE")
+        for name in fields["workloads"].split(",") if "workloads" in fields else ():
+            if name not in WORKLOADS:
+                raise ValueError(f"workloads: {name!r} is none of {', '.join(WORKLOADS)}")
         return cls(**fields)
 
 
@@ -111,6 +117,8 @@ class Engine:
     kind: str = ""
     quantized: bool = False
     """Whether it computes from quantised weights; such engines are compared with each other."""
+    workloads: Collection[str] = tuple(WORKLOADS)
+    """Names of those that it takes part in."""
 
     def target(self, url: str) -> Target:
         """Where and how to ask its server."""
@@ -325,7 +333,9 @@ def build(spec: Spec, setup: Setup) -> Engine:
     """The engine, with its model files written. Raises `BenchError` where something is missing."""
     engine = KINDS[spec.kind](spec, setup)
     extra = dict(pair.split("=", 1) for pair in shlex.split(spec.env))
-    return replace(engine, kind=spec.kind, environment={**engine.environment, **extra})
+    chosen = spec.workloads.split(",") if spec.workloads else tuple(WORKLOADS)
+    environment = {**engine.environment, **extra}
+    return replace(engine, kind=spec.kind, environment=environment, workloads=chosen)
 
 
 def named(specs: Sequence[Spec]) -> list[Spec]:

@@ -169,7 +169,7 @@ class Comparison:
     def _turn(self, row: Row, server: Server, turn: int) -> None:
         """All cases once; turn 0 is short and not kept, so that code and data are loaded and compiled."""
         for index, case in enumerate(self.plan.cases):
-            if turn == 0 and case.busy:
+            if case.workload not in row.engine.workloads or (turn == 0 and case.busy):
                 continue
             what = f"round {turn}" if turn else "warm-up"
             self.advance(f"{row.engine.name}: {what}, {case}")
