@@ -9,12 +9,13 @@
 Starts every engine that is installed (microvllm, vLLM, Hugging Face `generate`, `transformers serve`,
 llama.cpp's `llama-server`), waits until it answers, and drives all with one OpenAI client. On a CPU all
 servers stay up, and those whose turn it is not are halted; on a GPU each turn has a fresh server. The
-engines take turns, A B C A B C, after a turn that only warms up; ratios are taken within a round. Every
-prompt is new. Engines on quantised weights are compared with each other, and so are the others.
+engines take turns, A B C A B C, each after a short warm-up; ratios are taken within a round. Every prompt is
+new. Engines on quantised weights are compared with each other, and so are the others.
 
-Without a GPU the workloads are in their small form and the whole takes less than 10 minutes; `--full` runs
-them as they were described. Writes report.md (one table), result.json (each measurement as `vllm bench serve
---save-result` writes it), plots, and the servers' logs.
+Without a GPU the workloads are in their small form and the whole takes less than 10 minutes: what finds no
+time, and an engine that takes too long to start, is left out and named. `--full` runs them as they were
+described, however long that takes. Writes report.md (one table), result.json (each measurement as `vllm
+bench serve --save-result` writes it), plots, and the servers' logs.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 
 QUICK_MINUTES = 9.0
-CPU_WARMUP_LEN = 16
+START_TIMEOUT_S, START_SHARE = 600.0, 0.5
+CPU_WARMUP_LEN, QUICK_WARMUP_LEN, QUICK_WARMUP_USERS = 16, 2, 4
 CONTEXT_STEP = 256
 
 
@@ -152,7 +154,7 @@ def parse_args() -> argparse.Namespace:
         "--warmup-len",
         type=positive_int,
         help="longest answer of the turn that only warms up (if not given: "
-        f"{CPU_WARMUP_LEN} on a CPU, on a GPU the workloads' own)",
+        f"{CPU_WARMUP_LEN} on a CPU, small workloads {QUICK_WARMUP_LEN}, on a GPU the workloads' own)",
     )
     parser.add_argument(
         "--turns", choices=TURNS, help="halt: servers stay up; restart: one fresh server a turn; sequence: "
@@ -161,14 +163,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=positive_float,
-        help=f"begin no round that would end later (quick: {QUICK_MINUTES:g})",
+        help=f"begin nothing that would end later (quick: {QUICK_MINUTES:g})",
     )
     parser.add_argument("--busy-neighbour", action="store_true", help="measure with a competing process, too")
     parser.add_argument("--prompts", choices=("text", "ids"), default="text", help="send words or token ids")
     add_sizes(parser)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
     parser.add_argument(
-        "--start-timeout", type=positive_float, default=600.0, help="seconds a server may take to start"
+        "--start-timeout",
+        type=positive_float,
+        help=f"seconds a server may take to start (if not given: {START_TIMEOUT_S:g}, and of --minutes not "
+        f"more than {START_SHARE:.0%})",
     )
     parser.add_argument("--timeout", type=positive_float, default=600.0, help="seconds a request may take")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for what is written")
@@ -192,6 +197,7 @@ def main() -> int:
     names = args.workload or (QUICK_WORKLOADS if quick else FULL_WORKLOADS)
     cases = cases_of(names, sizes_of(args, quick=quick), busy=args.busy_neighbour)
     minutes = args.minutes or (QUICK_MINUTES if quick else float("inf"))
+    start_timeout = args.start_timeout or min(START_TIMEOUT_S, START_SHARE * 60 * minutes)
     try:
         model = find_model(args.model)
     except ConfigError as error:
@@ -208,23 +214,28 @@ def main() -> int:
             {"vllm": args.vllm_python, "hf": args.hf_python, "llama.cpp": args.llama_server},
         )
         if quick:
-            display.say(f"small workloads, at most {minutes:g} minutes and what the first round takes; "
-                        "--full runs them as described")  # fmt: skip
+            display.say(f"small workloads for {minutes:g} minutes (--minutes); --full runs them as described")
+        if start_timeout < START_TIMEOUT_S:
+            display.say(f"a server that takes longer than {start_timeout:g} s to start is left out")
         engines, missing = build_engines(args.engine or default_specs(setup), setup, args.prompts)
         for name, reason in missing.items():
             display.say(f"{name} is left out: {reason}")
         if not engines:
             raise BenchError("no engine is left")
-        longest_answer = max(out for case in cases for _, out in case.lengths)
+        # Short answers warm up a CPU; a GPU has graphs and kernels for every batch size on the way.
+        warmup_len, warmup_users = max(out for case in cases for _, out in case.lengths), None
+        if device == "cpu":
+            warmup_len = QUICK_WARMUP_LEN if quick else CPU_WARMUP_LEN
+            warmup_users = QUICK_WARMUP_USERS if quick else None
         plan = Plan(
             cases,
             args.rounds,
             args.turns or ("halt" if device == "cpu" else "restart"),
             args.prompts,
             args.seed,
-            # Short answers warm up a CPU; a GPU has graphs and kernels for every batch size on the way.
-            warmup_len=args.warmup_len or (CPU_WARMUP_LEN if device == "cpu" else longest_answer),
-            start_timeout_s=args.start_timeout,
+            warmup_len=args.warmup_len or warmup_len,
+            warmup_users=warmup_users,
+            start_timeout_s=start_timeout,
             timeout_s=args.timeout,
             ends=began + 60 * minutes,
         )
@@ -246,6 +257,7 @@ def main() -> int:
     rows = comparison.rows
     missing |= {row.engine.name: row.trouble for row in rows if row.trouble and not row.reports}
     heading["rounds"] = comparison.rounds_done
+    heading["no_time"] = [str(case) for case in comparison.skipped]
     heading["remark"] = ", small workloads" if quick else ""
     if not any(row.reports for row in rows):
         raise BenchError("nothing was measured")

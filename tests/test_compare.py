@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import gguf
 import msgspec
@@ -118,6 +120,9 @@ def test_sizes_replace_a_workloads_own_and_a_neighbour_doubles_the_cases() -> No
     assert [str(case) for case in cases[3:]] == [f"{case}, busy neighbour" for case in cases[:3]]
     assert {length for case in cases for length in case.lengths} == {(5, 7)}
     assert cases[1].shortened(2).lengths == ((5, 2),) * 8
+    assert cases[1].shortened(9, 3).lengths == ((5, 7),) * 3
+    chat = Case("chat", "l", ((10, 4), (20, 4)), turns=3, shared_len=100)
+    assert (chat.tokens, chat.shortened(1, 9).tokens, chat.shortened(1).turns) == (214, 132, 3)
 
 
 # ---------------------------------------------------------------- engines that are scripts
@@ -261,15 +266,23 @@ def test_engines_take_turns_and_the_faster_one_is_reported_so(
     out, err = capsys.readouterr()
     result = json.loads((folder / "result.json").read_text())
     assert [engine["engine"] for engine in result["engines"]] == ["one", "two", "three"]
-    loads = ["1 stream", "2 streams", "4 users, 3 turns, 192 shared tokens"]
+    loads = ["1 stream", "2 streams", "4 users, 2 turns, 128 shared tokens"]
     seen = Counter((each["label"], each["load"], each["busy_neighbour"]) for each in result["results"])
     busy = (False, True) if turns == "halt" else (False,)
     assert seen == {(name, load, b): 2 for name in ("one", "two") for load in loads for b in busy}
     assert all(each["failed"] == 0 and each["completed"] == each["num_prompts"] for each in result["results"])
     order = [line.split()[2:4] for line in err.splitlines() if line.split()[1:2] == ["round"]]
-    alternating = [["1:", "one"], ["1:", "two"], ["2:", "one"], ["2:", "two"]]
-    expected = alternating if turns != "sequence" else sorted(alternating, key=lambda pair: pair[1])
-    assert order[:: len(loads) * len(busy)] == expected
+    cases = len(loads) * len(busy)
+    expected = {
+        "halt": [[number, name] for number in ("1:", "2:") for _ in range(cases) for name in ("one", "two")],
+        "restart": [
+            [number, name] for number in ("1:", "2:") for name in ("one", "two") for _ in range(cases)
+        ],
+        "sequence": [
+            [number, name] for name in ("one", "two") for number in ("1:", "2:") for _ in range(cases)
+        ],
+    }
+    assert order == expected[turns]
     ratio = next(line for line in out.splitlines() if "| two (f32) |" in line).split("|")[4]
     assert float(ratio.split()[0]) > 1.0, "the other one waits each time"
     assert "Left out: three: ended while it started: refused" in out
@@ -286,7 +299,7 @@ def test_an_engine_takes_part_in_its_own_workloads_alone(
     monkeypatch.setattr(rounds, "IDLE_S", 0.05)
     seen: list[int] = []
     shortened = rounds.Case.shortened
-    monkeypatch.setattr(rounds.Case, "shortened", lambda self, n: seen.append(n) or shortened(self, n))
+    monkeypatch.setattr(rounds.Case, "shortened", lambda self, n, m: seen.append(n) or shortened(self, n, m))
     options = [*command(tmp_path, "one"), *command(tmp_path, "two", fields="workloads=single,chat")]
     options += ["--workload", "streams,single", "--streams", "2", "--output-len", "4", "--rounds", "1"]
     options += ["--no-plots", "--warmup-len", "2", "--out", str(tmp_path / "out")]
@@ -297,6 +310,42 @@ def test_an_engine_takes_part_in_its_own_workloads_alone(
     assert found == {("one", "2 streams"), ("one", "1 stream"), ("two", "1 stream")}
     assert seen == [2, 2, 2], "the longest answer of the turn that warms up"
     assert "streams, 2 streams | one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("minutes", "skipped", "rounds_done"),
+    [(0.4, ["sweep, long", "sweep, more"], 1), (1.5, ["sweep, more"], 1), (3.0, [], 1), (10.0, [], 3)],
+)
+def test_what_would_end_too_late_does_not_begin(
+    minutes: float, skipped: list[str], rounds_done: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two engines that need 0.1 s for a token of an answer, on a clock of their own; 100 s a round."""
+    now = 0.0
+
+    def pass_time(target: object, users: list[Completion], **options: object) -> Measured:
+        nonlocal now
+        seconds = sum(user.output_len for user in users) / 10
+        now += seconds
+        return Measured([request_result(1.0, seconds, user.output_len) for user in users], seconds, 0.0)
+
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(rounds, "measure", pass_time)
+    monkeypatch.setattr(rounds.Comparison, "_start", lambda self, row: MagicMock(ended=lambda: False))
+    monkeypatch.setattr(rounds, "stop_all", lambda servers: None)
+    cases = [
+        Case("single", "short", ((0, 100),), concurrency=1),
+        Case("sweep", "long", ((0, 200),)),
+        Case("sweep", "more", ((0, 200),)),
+    ]
+    plan = rounds.Plan(cases, 3, warmup_len=1, ends=60 * minutes)
+    comparison = rounds.Comparison(plan, tmp_path, lambda text: None, lambda text: None)
+    comparison.run([Engine("one", "1", "f32"), Engine("two", "1", "f32")])
+    assert ([str(case) for case in comparison.skipped], comparison.rounds_done) == (skipped, rounds_done)
+    assert now <= 60 * minutes
+    for row in comparison.rows:
+        assert {str(case): len(reports) for case, reports in row.reports.items()} == {
+            str(case): rounds_done for case in cases if str(case) not in skipped
+        }
 
 
 @needs_proc
@@ -459,6 +508,7 @@ FACTS = {
     "machine": {"cpu": "A CPU", "cores": 2, "flags": ["avx2"], "gpus": [], "system": "Linux", "load": 0.5},
     "date": "today", "model": "m", "rounds": 3, "remark": ", small", "command": "python compare.py",
     "left_out": {"vllm": "not found"},
+    "no_time": [],
 }  # fmt: skip
 
 

@@ -67,6 +67,8 @@ def markdown(rows: Sequence[Row], cases: Sequence[Case], facts: dict[str, Any]) 
     if busy := [case for case in cases if case.busy]:
         blocks.append(_beside_a_neighbour(measured, cases, busy))
     blocks += [_reused(measured, cases), _client(measured)]
+    if facts["no_time"]:
+        blocks.append([f"Not measured, as there was no time left: {'; '.join(facts['no_time'])}."])
     blocks += [[f"Left out: {name}: {reason}."] for name, reason in facts["left_out"].items()]
     blocks += [[f"{row.label}: {row.trouble}"] for row in measured if row.trouble]
     blocks += [[f"Error with {row.label}: {error}"] for row in measured for error in row.errors()]

@@ -59,11 +59,13 @@ class Plan:
     prompts: str = "text"
     seed: int = 0
     warmup_len: int = 16
-    """Longest answer of the turn before the first round, which is thrown away."""
+    """Longest answer of what is sent before the first round, and thrown away."""
+    warmup_users: int | None = None
+    """Most users of it; None: as many as are measured."""
     start_timeout_s: float = 600.0
     timeout_s: float = 600.0
     ends: float = float("inf")
-    """Moment (`time.monotonic`) by which no further round begins if it would not be over by then."""
+    """Moment (`time.monotonic`) at which all should be over: what would end later does not begin."""
 
 
 @dataclass(slots=True)
@@ -78,7 +80,11 @@ class Comparison:
     """Is told what begins now, before each start of a server and each measurement."""
     rows: list[Row] = field(default_factory=list)
     rounds_done: int = 0
+    skipped: list[Case] = field(default_factory=list)
+    """For which there was no time."""
     _servers: list[Server] = field(default_factory=list)
+    _pace: float = 0.0
+    """Seconds that all engines together took for a token of the case before."""
 
     def run(self, engines: Sequence[Engine]) -> None:
         """All rounds. A server that does not start or ends too early is left out from there on."""
@@ -95,44 +101,51 @@ class Comparison:
         return engines * (starts * (1 + quiet) + self.plan.rounds * len(self.plan.cases))
 
     def _halt(self) -> None:
+        """Case by case, so that the time between the turns of two engines is short."""
         running = []
         for row in self.rows:
             server = self._start(row)
             if server:
                 running.append((row, server))
                 server.halt()
-        for turn in self._rounds(first=0):
-            for row, server in running:
-                if not row.trouble:
+        for turn in self._rounds():
+            for case in self.plan.cases:
+                began = time.monotonic()
+                if turn == 1 and began + self._pace * case.tokens > self.plan.ends:
+                    self.skipped.append(case)
+                    self.say(f"no time is left for {case}")
+                if case in self.skipped:
+                    continue
+                for row, server in running:
                     server.resume()
-                    self._turn(row, server, turn)
+                    self._measure(row, server, case, turn)
                     server.halt()
+                self._pace = (time.monotonic() - began) / case.tokens
 
     def _restart(self) -> None:
-        for turn in self._rounds(first=1):
+        for turn in self._rounds():
             for row in self.rows:
                 if not row.trouble:
                     with self._served(row) as server:
-                        if server:
-                            self._turn(row, server, 0)
-                            self._turn(row, server, turn)
+                        for case in self.plan.cases if server else ():
+                            self._measure(row, server, case, turn, warm_up=True)
 
     def _sequence(self) -> None:
         for row in self.rows:
             with self._served(row) as server:
-                for turn in range(self.plan.rounds + 1):
-                    if server and not row.trouble:
-                        self._turn(row, server, turn)
+                for turn in range(1, self.plan.rounds + 1):
+                    for case in self.plan.cases if server else ():
+                        self._measure(row, server, case, turn)
         self.rounds_done = self.plan.rounds
 
-    def _rounds(self, first: int) -> Iterator[int]:
-        """The rounds, 0 for the one that only warms up; ends early where the time does."""
-        for turn in range(first, self.plan.rounds + 1):
+    def _rounds(self) -> Iterator[int]:
+        """The rounds from 1; ends early where the time does."""
+        for turn in range(1, self.plan.rounds + 1):
             began = time.monotonic()
             yield turn
             self.rounds_done = turn
             now = time.monotonic()
-            if 0 < turn < self.plan.rounds and now + (now - began) > self.plan.ends:
+            if turn < self.plan.rounds and now + (now - began) > self.plan.ends:
                 self.say(f"the time is up after {turn} of {self.plan.rounds} rounds")
                 return
 
@@ -166,24 +179,30 @@ class Comparison:
         self.say(f"{row.label}: ready after {server.ready_s:.1f} s")
         return server
 
-    def _turn(self, row: Row, server: Server, turn: int) -> None:
-        """All cases once; turn 0 is short and not kept, so that code and data are loaded and compiled."""
-        for index, case in enumerate(self.plan.cases):
-            if case.workload not in row.engine.workloads or (turn == 0 and case.busy):
-                continue
-            what = f"round {turn}" if turn else "warm-up"
+    def _measure(self, row: Row, server: Server, case: Case, turn: int, *, warm_up: bool = False) -> None:
+        """One case, if the engine takes part in it.
+
+        In round 1 and with `warm_up` a short form of it comes first and is not kept, so that code and data
+        are loaded and compiled.
+        """
+        if row.trouble or case.workload not in row.engine.workloads:
+            return
+        seed = (self.plan.seed * 1000 + turn) * 1000 + self.plan.cases.index(case)
+        steps = [(f"round {turn}", case, seed)]
+        if (warm_up or turn == 1) and not case.busy:
+            short = case.shortened(self.plan.warmup_len, self.plan.warmup_users)
+            steps.insert(0, ("warm-up", short, seed + 500))
+        for what, sent, its_seed in steps:
             self.advance(f"{row.engine.name}: {what}, {case}")
-            sent = case if turn else case.shortened(self.plan.warmup_len)
-            seed = (self.plan.seed * 1000 + turn) * 1000 + index
             with busy_neighbour() if case.busy else nullcontext():
                 report = measure(
                     server.target,
-                    sent.users(self.plan.prompts, seed),
+                    sent.users(self.plan.prompts, its_seed),
                     concurrency=case.concurrency,
-                    arrivals=case.arrivals(seed) if turn else (),
+                    arrivals=() if sent is not case else case.arrivals(seed),
                     timeout_s=self.plan.timeout_s,
                 )
-            if turn:
+            if sent is case:
                 row.reports.setdefault(case, []).append(report)
             self.say(f"{what}: {row.label}, {case}: {report.output_throughput:.1f} tok/s")
             for error in report.errors:

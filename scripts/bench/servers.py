@@ -66,7 +66,8 @@ class Server:
         """Wait until it has given its first token. Raises `BenchError`."""
         while True:
             prompt = Completion(random_texts([4], time.monotonic_ns())[0], 1)
-            answer = measure(self.target, [prompt], timeout_s=timeout_s)
+            left = max(0.1, self._started + timeout_s - time.perf_counter())
+            answer = measure(self.target, [prompt], timeout_s=left)
             passed = time.perf_counter() - self._started
             failure = answer.requests[0].error
             if not failure:

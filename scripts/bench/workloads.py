@@ -105,9 +105,19 @@ class Case:
         prompts = make([length for length, _ in self.lengths], seed)
         return [Completion(p, output) for p, (_, output) in zip(prompts, self.lengths, strict=True)]
 
-    def shortened(self, output_len: int) -> Case:
-        """The same with answers of at most `output_len` tokens, to warm up."""
-        return replace(self, lengths=tuple((prompt, min(out, output_len)) for prompt, out in self.lengths))
+    @property
+    def tokens(self) -> int:
+        """Of all prompts and answers; of a chat without what a turn repeats of those before it."""
+        each = sum(prompt + output for prompt, output in self.lengths)
+        return self.shared_len + each * max(1, self.turns)
+
+    def shortened(self, output_len: int, users: int | None = None) -> Case:
+        """The same with answers of at most `output_len` tokens for at most so many users, to warm up.
+
+        With a limit of users a chat has a single turn.
+        """
+        lengths = tuple((prompt, min(output, output_len)) for prompt, output in self.lengths[:users])
+        return replace(self, lengths=lengths, turns=min(self.turns, 1) if users else self.turns)
 
 
 def _words(source: random.Random, length: int) -> str:
@@ -169,7 +179,7 @@ class Sizes:
 def single(sizes: Sizes) -> list[Case]:
     """One user, one request after the other."""
     if sizes.quick:
-        lengths = sizes.lengths(2, Span(64, 256), Span(64, 64))
+        lengths = sizes.lengths(2, Span(64, 256), Span(32, 32))
     else:
         lengths = sizes.lengths(4, Span(128, 512), Span(500, 500))
     return [Case("single", "1 stream", lengths, concurrency=1)]
@@ -178,7 +188,7 @@ def single(sizes: Sizes) -> list[Case]:
 def concurrent35(sizes: Sizes) -> list[Case]:
     """35 requests at once."""
     if sizes.quick:
-        lengths = sizes.lengths(35, Span(16, 64), Span(16, 16))
+        lengths = sizes.lengths(35, Span(8, 32), Span(8, 8))
     else:
         lengths = sizes.lengths(35, Span(128, 512), Span(500, 500))
     return [Case("concurrent35", f"{len(lengths)} at once", lengths, concurrency=len(lengths))]
@@ -187,22 +197,22 @@ def concurrent35(sizes: Sizes) -> list[Case]:
 def nano256(sizes: Sizes) -> list[Case]:
     """nano-vllm's benchmark, served: 256 requests at once, the lengths those of its seed."""
     if sizes.input_len or sizes.output_len or sizes.requests:
-        span = Span(12, 128) if sizes.quick else Span(100, 1024)
+        span = Span(4, 32) if sizes.quick else Span(100, 1024)
         lengths = sizes.lengths(64 if sizes.quick else 256, span, span)
     else:
-        lengths = nano_lengths(64, 12, 128) if sizes.quick else nano_lengths()
+        lengths = nano_lengths(64, 4, 32) if sizes.quick else nano_lengths()
     return [Case("nano256", f"{len(lengths)} at once", lengths, concurrency=len(lengths))]
 
 
 def streams(sizes: Sizes) -> list[Case]:
     """A growing number of streams, each of one request: throughput against concurrency."""
     counts = sizes.streams or ((1, 2, 4, 8) if sizes.quick else (1, 2, 4, 8, 16, 32, 64, 128, 256))
-    span = Span(32, 32) if sizes.quick else Span(128, 128)
+    prompt, output = (Span(32, 32), Span(16, 16)) if sizes.quick else (Span(128, 128), Span(128, 128))
     return [
         Case(
             "streams",
             f"{count} stream{'s' if count > 1 else ''}",
-            sizes.lengths(count, span, span),
+            sizes.lengths(count, prompt, output),
             concurrency=count,
         )
         for count in counts
@@ -211,11 +221,11 @@ def streams(sizes: Sizes) -> list[Case]:
 
 def sweep(sizes: Sizes) -> list[Case]:
     """An open loop: requests come at random moments, whether or not the server keeps up."""
-    rates = sizes.request_rates or ((0.5, 1.0, 2.0) if sizes.quick else (1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
+    rates = sizes.request_rates or ((1.0, 2.0, 4.0) if sizes.quick else (1.0, 2.0, 4.0, 8.0, 16.0, 32.0))
     cases = []
     for rate in rates:
         if sizes.quick:
-            lengths = sizes.lengths(max(6, round(8 * rate)), Span(32, 96), Span(16, 16))
+            lengths = sizes.lengths(max(4, round(3 * rate)), Span(16, 48), Span(8, 8))
         else:
             lengths = sizes.lengths(max(20, round(20 * rate)), Span(128, 512), Span(128, 128))
         load = f"{rate:g} requests/s"
@@ -228,7 +238,7 @@ def sweep(sizes: Sizes) -> list[Case]:
 def chat(sizes: Sizes) -> list[Case]:
     """Users of one assistant: all share a long system prompt, each repeats its conversation every turn."""
     if sizes.quick:
-        users, turns, shared, message, answer = 4, 3, 192, Span(16, 32), Span(16, 16)
+        users, turns, shared, message, answer = 4, 2, 128, Span(16, 32), Span(8, 8)
     else:
         users, turns, shared, message, answer = 16, 5, 768, Span(32, 96), Span(128, 128)
     lengths = sizes.lengths(users, message, answer)
@@ -246,8 +256,8 @@ WORKLOADS: dict[str, Callable[[Sizes], list[Case]]] = {
     workload.__name__: workload
     for workload in (single, concurrent35, nano256, streams, sweep, chat, prefill1000)
 }
-QUICK_WORKLOADS = ("single", "streams", "concurrent35", "chat")
-"""What is run on a CPU if none is named; the others take longer."""
+QUICK_WORKLOADS = ("single", "streams", "concurrent35", "chat", "sweep", "nano256")
+"""What is run on a CPU if none is named, in this order as far as the time goes."""
 FULL_WORKLOADS = ("single", "concurrent35", "nano256", "streams", "sweep", "chat")
 
 
