@@ -18,6 +18,9 @@
 /* Bytes of x that a thread goes through again and again, panel after panel: half a small second-level cache. */
 #define BLOCK_BYTES (256L << 10)
 
+/* Rows of such a block. */
+#define BLOCK_ROWS (10 * ROWS)
+
 typedef struct {
     const void *weight;       /* packed */
     const float *norm, *bias; /* [k], [n] ([2 * n] if gated), or null */
@@ -39,11 +42,11 @@ INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec
     }
 }
 
-/* out[m] = x[m] . panel^T for M rows of x. U partial sums keep the additions from waiting for each other, and sums of
- * DEPTH terms each keep rounding small however long k is. What is to be read next is fetched on the way: `step` bytes
- * of it, from `ahead` on, for each run. */
-INLINE void tile_rows(const float *x, const void *panel, long k, float out[][WIDTH], const char *ahead, long step,
-                      const int is_bf16, const int M, const int U)
+/* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. U partial sums
+ * keep the additions from waiting for each other, and sums of DEPTH terms each keep rounding small however long k is.
+ * What is to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
+INLINE void tile_rows(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
+                      const char *ahead, long step, const int is_bf16, const int M, const int U)
 {
     for (long begin = 0; begin < k; begin += DEPTH) {
         long end = k - begin < DEPTH ? k : begin + DEPTH, i = begin;
@@ -56,32 +59,32 @@ INLINE void tile_rows(const float *x, const void *panel, long k, float out[][WID
                 ahead += step;
                 load_run(panel, i + u, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {
-                    acc[u][m][0] += low * x[m * k + i + u];
-                    acc[u][m][1] += high * x[m * k + i + u];
+                    acc[u][m][0] += low * x[m * stride + i + u];
+                    acc[u][m][1] += high * x[m * stride + i + u];
                 }
             }
         for (; i < end; i++) {
             load_run(panel, i, is_bf16, &low, &high);
             for (int m = 0; m < M; m++) {
-                acc[0][m][0] += low * x[m * k + i];
-                acc[0][m][1] += high * x[m * k + i];
+                acc[0][m][0] += low * x[m * stride + i];
+                acc[0][m][1] += high * x[m * stride + i];
             }
         }
         for (int m = 0; m < M; m++)
             for (int half = 0; half < 2; half++) {
                 for (int u = 1; u < U; u++) acc[0][m][half] += acc[u][m][half];
-                if (begin) acc[0][m][half] += load_f32(out[m] + half * LANES);
+                if (begin || is_more) acc[0][m][half] += load_f32(out[m] + half * LANES);
                 store(out[m] + half * LANES, acc[0][m][half]);
             }
     }
 }
 
-INLINE void tile(const float *x, const void *panel, long k, float out[][WIDTH], const char *ahead, long step,
-                 const int is_bf16, long rows)
+INLINE void tile(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
+                 const char *ahead, long step, const int is_bf16, long rows)
 {
 #define ROWS_ARE(M)                                                                                         \
     case M:                                                                                                 \
-        tile_rows(x, panel, k, out, ahead, step, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1);                  \
+        tile_rows(x, stride, panel, k, out, is_more, ahead, step, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1); \
         break
     switch (rows) {
         ROWS_ARE(1); ROWS_ARE(2); ROWS_ARE(3); ROWS_ARE(4); ROWS_ARE(5); ROWS_ARE(6);
@@ -89,6 +92,13 @@ INLINE void tile(const float *x, const void *panel, long k, float out[][WIDTH], 
         ROWS_ARE(7); ROWS_ARE(8); ROWS_ARE(9); ROWS_ARE(10); ROWS_ARE(11); ROWS_ARE(12);
 #endif
     }
+}
+
+/* Compiled once for all who call it. */
+static void tile_f32(const float *x, long stride, const float *panel, long k, float out[][WIDTH], int is_more,
+                     const char *ahead, long step, long rows)
+{
+    tile(x, stride, panel, k, out, is_more, ahead, step, 0, rows);
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
@@ -127,29 +137,58 @@ INLINE void finish(const Product *p, const float *sums, const float *up, long ro
     else for (long j = 0; j < count; j++) y[j] = value[j];
 }
 
+/* sums = x . panel^T for a block of rows and a panel of quantised weights. For a few rows they are widened in registers;
+ * for more into the first-level cache, PART of each row at a time, once for all rows of x. */
+static void multiply_quantized(const Linear *a, const float *x, long rows, const void *panel, float sums[][WIDTH])
+{
+    float weights[PART * WIDTH];
+    long tiles = (rows + ROWS - 1) / ROWS;
+    if (rows <= FEW) {
+        tile_quantized(a->format, x, panel, a->k, sums, rows);
+        return;
+    }
+    for (long i = 0; i < a->k; i += PART) {
+        long count = least(PART, a->k - i);
+        widen_quantized(a->format, panel, i, count, weights);
+        for (long t = 0; t < tiles; t++) {
+            long row = rows * t / tiles, next = rows * (t + 1) / tiles;
+            tile_f32(x + row * a->k + i, a->k, weights, count, sums + row, i > 0, (const char *)weights, 0,
+                     next - row);
+        }
+    }
+}
+
 /* One block of rows against one panel, or one of the gate and one of the up projection. */
 static void product_piece(const void *job, long piece)
 {
     const Product *p = job;
     const Linear *a = p->layer;
     long panel = piece % p->panels, begin = piece / p->panels * p->block, end = least(begin + p->block, p->m);
+    long first = panel * WIDTH, count = least(WIDTH, a->n - first);
     long tiles = (end - begin + ROWS - 1) / ROWS, halves = 1 + a->is_gated;
     long run = WIDTH * plain_bytes(a->format);
     long size = is_plain(a->format) ? run * a->k : quantized_panel_bytes(a->format, a->k);
+    const char *weight = (const char *)a->weight + panel * halves * size;
+    if (!is_plain(a->format)) {
+        float sums[2][BLOCK_ROWS][WIDTH];
+        for (long half = 0; half < halves; half++)
+            multiply_quantized(a, p->x + begin * a->k, end - begin, weight + half * size, sums[half]);
+        for (long r = 0; r < end - begin; r++) finish(p, sums[0][r], sums[1][r], begin + r, first, count);
+        return;
+    }
     float sums[2][ROWS][WIDTH];
     for (long t = 0; t < tiles; t++) {
         long row = begin + (end - begin) * t / tiles, rows = begin + (end - begin) * (t + 1) / tiles - row;
         const float *x = p->x + row * a->k;
         for (long half = 0; half < halves; half++) {
             /* The first tile waits for memory; with more of them, each fetches its part of the next panel. */
-            const char *at = (const char *)a->weight + (panel * halves + half) * size;
+            const char *at = weight + half * size;
             const char *ahead = tiles == 1 ? at + AHEAD : at + halves * size + size * t / tiles;
-            if (!is_plain(a->format)) tile_quantized(a->format, x, at, a->k, sums[half], rows);
-            else if (a->format == FORMAT_BF16) tile(x, at, a->k, sums[half], ahead, run / tiles, 1, rows);
-            else tile(x, at, a->k, sums[half], ahead, run / tiles, 0, rows);
+            if (a->format == FORMAT_F32)
+                tile_f32(x, a->k, (const float *)at, a->k, sums[half], 0, ahead, run / tiles, rows);
+            else tile(x, a->k, at, a->k, sums[half], 0, ahead, run / tiles, 1, rows);
         }
-        for (long r = 0; r < rows; r++)
-            finish(p, sums[0][r], sums[1][r], row + r, panel * WIDTH, least(WIDTH, a->n - panel * WIDTH));
+        for (long r = 0; r < rows; r++) finish(p, sums[0][r], sums[1][r], row + r, first, count);
     }
 }
 
@@ -158,7 +197,8 @@ static void product_piece(const void *job, long piece)
  * (arXiv:2002.05202). residual may be null, or y. Returns -1 if there is no memory, else 0. */
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
 {
-    long n = layer->n, k = layer->k, block = BLOCK_BYTES / (4 * k) / ROWS * ROWS, panels = (n + WIDTH - 1) / WIDTH;
+    long n = layer->n, k = layer->k, panels = (n + WIDTH - 1) / WIDTH;
+    long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
     if (layer->norm) {
         float *normed = pool_scratch(pool, m * k);
         if (!normed) return -1;

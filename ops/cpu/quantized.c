@@ -1,4 +1,4 @@
-/* Products with quantised weights: widened in registers, exactly, for several rows of x at a time. */
+/* Quantised weights, widened exactly: in registers for a product with few rows of x, or to memory. */
 #include "quantized.h"
 
 #if defined(__F16C__)
@@ -81,7 +81,7 @@ INLINE vec widen_quant(uvec quad, int t, const Scale s)
 INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH], const int M, const int U,
                  const Format f)
 {
-    vec acc[4][ROWS][2];
+    vec acc[4][FEW][2];
     const long stride = k;
     for (int u = 0; u < U; u++)
         for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
@@ -109,30 +109,51 @@ INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH
     }
 }
 
-/* Compiling a tile takes a tenth of a second, so not every number of rows has one: they are put together from these. */
-#define MOST (VECTORS == 32 ? 8 : 6)
+INLINE void widen_part(const uint8_t *block, long count, float *out, const Format f)
+{
+    for (; count > 0; count -= f.groups * GROUP, block += block_bytes(f))
+        for (int at = 0; at < f.groups * GROUP; at += f.span) {
+            const uint8_t *group = block + head_bytes(f) + at / GROUP * group_bytes(f);
+            for (int half = 0; half < 2; half++) {
+                const Scale scale = load_scale(block, at, half, f);
+#pragma GCC unroll 8
+                for (int i = 0; i < f.span; i += 4) {
+                    uvec quad = load_quad(group + half * WORDS / 2, (at % GROUP + i) / 4, f);
+                    for (int t = 0; t < 4; t++)
+                        store(out + (i + t) * WIDTH + half * LANES, widen_quant(quad, t, scale));
+                }
+            }
+            out += f.span * WIDTH;
+        }
+}
+
+void widen_quantized(int format, const void *panel, long begin, long count, float *out)
+{
+#define WIDEN(NUMBER, NAME, ...)                                                                            \
+    case NUMBER: {                                                                                          \
+        const Format f = {__VA_ARGS__};                                                                     \
+        long block = begin / (f.groups * GROUP);                                                            \
+        widen_part((const uint8_t *)panel + block * block_bytes(f), count, out, f);                         \
+        break;                                                                                              \
+    }
+    switch (format) { QUANTIZED_FORMATS(WIDEN) }
+}
+
+/* Compiling a tile takes a tenth of a second. */
 #define DEFINE_TILES(NUMBER, NAME, ...)                                                                     \
     static void tile_##NAME(const float *x, const uint8_t *panel, long k, float out[][WIDTH], long rows)    \
     {                                                                                                       \
         const Format f = {__VA_ARGS__};                                                                     \
-        if (rows == MOST) tile(x, panel, k, out, MOST, 1, f);                                               \
-        else if (rows == 4) tile(x, panel, k, out, 4, 1, f);                                                \
-        else if (rows == 2) tile(x, panel, k, out, 2, 2, f);                                                \
-        else tile(x, panel, k, out, 1, 4, f);                                                               \
+        if (rows == 1) tile(x, panel, k, out, 1, 4, f);                                                     \
+        else tile(x, panel, k, out, FEW, 2, f);                                                             \
     }
 QUANTIZED_FORMATS(DEFINE_TILES)
 
 void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows)
 {
-    while (rows > 0) {
-        long taken = rows >= MOST ? MOST : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
 #define CASE(NUMBER, NAME, ...)                                                                             \
-    case NUMBER: tile_##NAME(x, panel, k, out, taken); break;
-        switch (format) { QUANTIZED_FORMATS(CASE) }
-        x += taken * k;
-        out += taken;
-        rows -= taken;
-    }
+    case NUMBER: tile_##NAME(x, panel, k, out, rows); break;
+    switch (format) { QUANTIZED_FORMATS(CASE) }
 }
 
 typedef struct {

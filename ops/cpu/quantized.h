@@ -56,7 +56,13 @@ INTERNAL long quantized_panel_bytes(int format, long k);
 /* Packs rows [first, first + rows) of a weight that lies as in the file into a panel. Others of the panel are zeros. */
 INTERNAL void pack_quantized(int format, const void *weight, long first, long rows, long k, void *panel);
 
-/* out[m] = x[m] . panel^T for `rows` rows of x, k floats apart. */
+/* out[m] = x[m] . panel^T for 1 to FEW rows of x, k floats apart: the weights are widened in registers. */
+#define FEW 2
 INTERNAL void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows);
+
+/* Weights [begin, begin + count) of the rows of a panel as float32: out[count][WIDTH]. Both are multiples of a block;
+ * PART is one of every format's. */
+#define PART 256
+INTERNAL void widen_quantized(int format, const void *panel, long begin, long count, float *out);
 
 #endif
