@@ -24,17 +24,7 @@ compare() {
 
 source scripts/gpu/environment.sh "${wheels[@]}"
 trap 'compare stop || true; rm -rf "$site"' EXIT
-if [ -d "$parts/vllm" ]; then
-    vllm=$parts
-elif [ ! -e "$vllm/.complete" ]; then
-    echo "Installing vLLM into $vllm"
-    pip=(python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade)
-    "${pip[@]}" --target "$vllm" "$parts"/*.whl
-    if compgen -G "$parts/vllm.part.*" >/dev/null; then
-        cat "$parts"/vllm.part.* | tar xJ -C "$vllm"
-    fi
-    touch "$vllm/.complete"
-fi
+source scripts/gpu/vllm.sh "$parts" "$vllm"
 
 # measure ENGINES -- ROWS: only rows that are wanted, and engines only for them.
 measure() {
