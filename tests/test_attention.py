@@ -16,6 +16,7 @@ from microvllm.adapters.decoder import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
 from microvllm.ops.attention.torch_backend import TorchAttention
+from microvllm.ops.cpu.operators import CpuAttention
 from microvllm.ops.operators import make_operators
 
 INV_FREQ = {dim: inverse_frequencies(RopeSpec(theta=100.0), dim) for dim in (2, 8, 10, 32)}
@@ -24,12 +25,12 @@ MAX_POSITION = 640
 
 def make_backend(
     name: str, shape: AttentionShape, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
-) -> tuple[TorchAttention, torch.dtype]:
+) -> tuple[TorchAttention | CpuAttention, torch.dtype]:
     """A backend with random rubbish in its cache, and the dtype of its activations."""
     operators = make_operators(name, dtype, 2)
     inv_freq = INV_FREQ[shape.head_dim]
     backend = operators.attention(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype)
-    assert isinstance(backend, TorchAttention)
+    assert isinstance(backend, TorchAttention | CpuAttention)
     # What earlier requests left in the blocks must not be seen.
     backend.cache.copy_(torch.randn(backend.cache.shape, generator=torch.Generator().manual_seed(9)) * 100)
     return backend, operators.activation_dtype

@@ -10,8 +10,9 @@ import pytest
 import torch
 from model_tools import make_engine, variant_folder
 
+from microvllm.ops.attention import AttentionBatch, StepAttention
 from microvllm.ops.cpu.build import load_kernels
-from microvllm.ops.cpu.operators import CpuOperators
+from microvllm.ops.cpu.operators import CpuAttention, CpuOperators
 from microvllm.runtime import cpu
 
 
@@ -81,12 +82,15 @@ def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() ->
 @pytest.mark.skipif(cpu.usable_cores() < 2, reason="needs two cores")
 def test_cpu_threads_is_also_torchs_number_in_a_prefill() -> None:
     seen = []
-    real = torch.nn.functional.scaled_dot_product_attention
+    real = CpuAttention.begin_step
+
+    def begin_step(attention: CpuAttention, batch: AttentionBatch) -> StepAttention:
+        if len(batch.positions) > batch.num_decodes:
+            seen.append(torch.get_num_threads())
+        return real(attention, batch)
+
     engine = make_engine(variant_folder("llama-tied"), cpu_threads=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "microvllm.ops.attention.torch_backend.scaled_dot_product_attention",
-            lambda *args, **options: (seen.append(torch.get_num_threads()), real(*args, **options))[1],
-        )
+        patch.setattr(CpuAttention, "begin_step", begin_step)
         engine.generate("one two three", max_tokens=3)
     assert set(seen) == {2}

@@ -15,8 +15,8 @@ from microvllm.ops.norm import rms_norm
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 
-class TorchAttention:
-    """Gathers the blocks of a sequence, then attends to them as to a dense cache.
+class HeadMajorCache:
+    """What a model's attention consists of between two steps, where a head's tokens lie side by side.
 
     The cache is [layers, 2 * kv_heads, blocks, block_size, d], keys before values: the blocks of all
     heads, keys and values, are then gathered by one copy of contiguous block_size * d runs.
@@ -41,6 +41,10 @@ class TorchAttention:
         # 0 * NaN is NaN.
         sizes = (shape.num_layers, 2 * shape.num_kv_heads, num_blocks, block_size, shape.head_dim)
         self.cache = _zeros(sizes, dtype, inv_freq.device)
+
+
+class TorchAttention(HeadMajorCache):
+    """Gathers the blocks of a sequence, then attends to them as to a dense cache."""
 
     def begin_step(self, batch: AttentionBatch) -> TorchStep:
         return TorchStep(self, batch)
@@ -71,14 +75,10 @@ class TorchStep:
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if decodes:
             out[:decodes] = self._decode(layer, q[:decodes])
-        self._prefill_segments(layer, q, out)
-        return out
-
-    def _prefill_segments(self, layer: int, q: Tensor, out: Tensor) -> None:
-        """q: [n, heads, d], the whole step's -> the segments' rows of out: [n, heads * d]."""
         for segment, mask in zip(self._batch.segments, self._segment_masks, strict=True):
             end = segment.first + segment.num_new
             out[segment.first : end] = self._prefill(layer, q[segment.first : end], segment, mask)
+        return out
 
     def _rotate_and_cache(self, layer: int, qkv: Tensor) -> Tensor:
         """Rotated queries: [n, heads, d], after keys and values went to their slots."""

@@ -1,6 +1,6 @@
-/* Decode attention over the block table: one query a sequence. */
-#include "cache.h"
-#include "pool.h"
+/* Attention over the block table, of a whole step and of its decodes: one query a sequence. */
+#include "attention.h"
+
 #include "vectors.h"
 
 #define CHUNK 128     /* tokens of one sequence that a thread takes at a time */
@@ -164,10 +164,9 @@ static void merge(const Decode *j, long query)
     for (long i = 0; i < d; i++) result[i] /= total;
 }
 
-/* The decodes' queries, rotated, against their sequences. qkv: [n, heads + 2 * kv_heads, d] -> the first rows of
- * out: [n, heads * d]. A sequence is split among threads and the parts are merged by their maxima (Flash-Decoding,
- * Dao et al., 2023). Returns -1 if there is no memory, else 0. */
-int decode_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
+/* The decodes. A sequence is split among threads and the parts are merged by their maxima (Flash-Decoding, Dao et
+ * al., 2023). */
+static int decode_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
     long chunks = (step->longest + CHUNK - 1) / CHUNK, queries = step->decodes * step->heads;
     float *parts = pool_scratch(pool, queries * chunks * (step->d + 2));
@@ -176,4 +175,12 @@ int decode_attention(Pool *pool, const Step *step, const Cache *cache, const flo
     parallel(pool, decode_piece, &job, step->decodes * step->kv_heads * chunks);
     for (long i = 0; i < queries; i++) merge(&job, i);
     return 0;
+}
+
+/* Every token of the step against its sequence, of which the cache has all keys and values. qkv: [n, heads + 2 *
+ * kv_heads, d], the queries rotated -> out: [n, heads * d]. Returns -1 if there is no memory, else 0. */
+int attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
+{
+    if (step->decodes && decode_attention(pool, step, cache, qkv, out)) return -1;
+    return step->segments ? prefill_attention(pool, step, cache, qkv, out) : 0;
 }

@@ -13,12 +13,15 @@ typedef struct {
     const float *q_norm, *k_norm;
 } Cache;
 
-/* The sequences of one step: `decodes` tokens of one sequence each, then others. */
+/* The sequences of one step: `decodes` tokens of one sequence each, then `segments`, each the last tokens of one. */
 typedef struct {
     const float *cos, *sin;           /* [positions, d], sin negated in its first half */
     const int64_t *positions, *slots; /* [n] */
     const int64_t *blocks, *lens;     /* [decodes, width]; [decodes], tokens to attend to, the new one included */
+    const int64_t *segment_starts;    /* [segments + 1], counted from the first token that is no decode */
+    const int64_t *segment_blocks, *segment_lens; /* [segments, segment_width]; [segments], as lens */
     long n, decodes, width, longest;  /* longest: the largest of lens */
+    long segments, segment_width;
     long heads, kv_heads, d, window;  /* window: only the last so many tokens, or 0 for all */
     float scale, eps;                 /* of the scores; of the norms */
 } Step;

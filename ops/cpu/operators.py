@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
-from microvllm.ops.attention.torch_backend import TorchAttention, TorchStep
+from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention.torch_backend import HeadMajorCache
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.cpu.quantized import QuantizedEmbedding, StackedLinear
 from microvllm.ops.linear import Linear
@@ -54,7 +54,9 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *((name, _POINTER) for name in ("cos", "sin", "positions", "slots", "blocks", "lens")),
-        *((name, _LONG) for name in ("n", "decodes", "width", "longest", "heads", "kv_heads", "d", "window")),
+        *((name, _POINTER) for name in ("segment_starts", "segment_blocks", "segment_lens")),
+        *((name, _LONG) for name in ("n", "decodes", "width", "longest", "segments", "segment_width")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "d", "window")),
         *((name, _FLOAT) for name in ("scale", "eps")),
     ]
 
@@ -70,7 +72,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT], None),
     "silu_and_mul": ([_POINTER] * 3 + [_LONG] * 2, None),
     "rotate_and_cache": ([_POINTER] * 4, None),
-    "decode_attention": ([_POINTER] * 5, _INT),
+    "attention": ([_POINTER] * 5, _INT),
 }
 
 
@@ -249,8 +251,8 @@ class CpuLinear:
         return y if residual is None else residual.add_(y)
 
 
-class CpuAttention(TorchAttention):
-    """The torch backend's cache; norms, rotation, cache write and decode by the kernels, prefill by torch."""
+class CpuAttention(HeadMajorCache):
+    """Norms, rotation, cache write and attention by the kernels."""
 
     def __init__(
         self,
@@ -283,24 +285,35 @@ class CpuAttention(TorchAttention):
         return CpuStep(self, batch)
 
 
-class CpuStep(TorchStep):
+class CpuStep:
+    """A `StepAttention` of the kernels."""
+
     def __init__(self, backend: CpuAttention, batch: AttentionBatch) -> None:
-        super().__init__(backend, batch)
         shape, rotary, decodes = backend.shape, backend.rotary, batch.num_decodes
+        table = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
+        indices = (
+            batch.positions,
+            batch.slots,
+            batch.decode_blocks,
+            batch.decode_lens,
+            table.starts,
+            table.blocks,
+            table.context_lens,
+        )
+        # Held, as the kernels get addresses.
+        self._held = backend, batch, [tensor.long().contiguous() for tensor in indices]
         self._layers = backend.layer_addresses
         self._width = shape.num_heads * shape.head_dim
         self._library, self._pool = backend.kernels.library, backend.kernels.pool
         self._step = _Step(
             rotary.cos.data_ptr(),
             rotary.sin.data_ptr(),
-            batch.positions.data_ptr(),
-            batch.slots.data_ptr(),
-            batch.decode_blocks.data_ptr(),
-            batch.decode_lens.data_ptr(),
+            *(tensor.data_ptr() for tensor in self._held[2]),
             len(batch.positions),
             decodes,
             batch.decode_blocks.shape[1] if decodes else 0,
             int(batch.decode_lens.max()) if decodes else 0,
+            *table.blocks.shape,
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_dim,
@@ -311,15 +324,9 @@ class CpuStep(TorchStep):
         self._address = ctypes.addressof(self._step)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        at = qkv.data_ptr()
-        self._library.rotate_and_cache(self._pool, self._address, self._layers[layer], at)
+        at, cache = qkv.data_ptr(), self._layers[layer]
+        self._library.rotate_and_cache(self._pool, self._address, cache, at)
         out = torch.empty(len(qkv), self._width)
-        if self._batch.num_decodes and self._library.decode_attention(
-            self._pool, self._address, self._layers[layer], at, out.data_ptr()
-        ):
+        if self._library.attention(self._pool, self._address, cache, at, out.data_ptr()):
             raise MemoryError(f"no memory for attention over {self._step.longest} tokens")
-        if self._batch.segments:
-            shape = self._backend.shape
-            q = qkv[:, : self._width].view(-1, shape.num_heads, shape.head_dim)
-            self._prefill_segments(layer, q, out)
         return out

@@ -83,10 +83,16 @@ static void help(Pool *pool, int self)
     }
 }
 
+static _Thread_local int self; /* 0 in a pool's caller */
+
+int pool_self(void) { return self; }
+int pool_threads(const Pool *pool) { return pool->num_threads; }
+
 static void *work(void *argument)
 {
     Worker *me = argument;
     Pool *pool = me->pool;
+    self = me->index;
     _Atomic uint64_t *mine = &pool->spans[me->index].ticket;
     while (!atomic_load(&pool->quit)) {
         uint64_t seen = atomic_load(mine);

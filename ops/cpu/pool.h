@@ -17,6 +17,10 @@ void pool_free(Pool *pool);
 /* run(job, i) for every i below `pieces`, on all threads; returns when all are done. One caller at a time. */
 INTERNAL void parallel(Pool *pool, Piece run, const void *job, long pieces);
 
+/* How many threads there are, and which of them runs this, counted from 0. */
+INTERNAL int pool_threads(const Pool *pool);
+INTERNAL int pool_self(void);
+
 /* Memory for the caller of `parallel` until it asks again. Null if there is none. */
 INTERNAL float *pool_scratch(Pool *pool, long floats);
 
