@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 from microvllm.ops.attention import QKNorms, StepAttention
-from microvllm.ops.operators import Operators
+from microvllm.ops.operators import DecoderLayer, Operators
 
 
 class DecoderModel:
@@ -27,7 +27,7 @@ class DecoderModel:
         self.embed = operators.embedding(embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = operators.norm_linear(weights.pop("norm").to(dtype), spec.rms_norm_eps, head)
-        self._layers = [_Layer(spec, i, weights, operators) for i in range(spec.num_layers)]
+        self._layers = [_take_layer(spec, i, weights, operators) for i in range(spec.num_layers)]
         self.qk_norms = _take_qk_norms(spec, weights, dtype)
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
@@ -37,7 +37,7 @@ class DecoderModel:
         """
         hidden = self.embed(input_ids)
         for layer in self._layers:
-            hidden = layer.forward(hidden, attention)
+            hidden = layer(hidden, attention)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -45,26 +45,25 @@ class DecoderModel:
         return self.head(hidden).float()
 
 
-class _Layer:
-    def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor], operators: Operators) -> None:
-        def take(name: str) -> tuple[Tensor, Tensor | None]:
-            """A weight and its bias."""
-            weight = weights.pop(f"layers.{index}.{name}")
-            return weight, weights.pop(f"layers.{index}.{name}_bias", None)
+def _take_layer(
+    spec: ModelSpec, index: int, weights: dict[str, Tensor], operators: Operators
+) -> DecoderLayer:
+    def take(name: str) -> tuple[Tensor, Tensor | None]:
+        """A weight and its bias."""
+        weight = weights.pop(f"layers.{index}.{name}")
+        return weight, weights.pop(f"layers.{index}.{name}_bias", None)
 
-        def norm(name: str) -> tuple[Tensor, float]:
-            weight = weights.pop(f"layers.{index}.{name}")
-            return weight.to(operators.activation_dtype), spec.rms_norm_eps
+    def norm(name: str) -> tuple[Tensor, float]:
+        weight = weights.pop(f"layers.{index}.{name}")
+        return weight.to(operators.activation_dtype), spec.rms_norm_eps
 
-        self._index = index
-        self._qkv = operators.norm_linear(*norm("input_norm"), *take("qkv"))
-        self._o = operators.linear(*take("o"))
-        self._gate_up = operators.norm_gate_up(*norm("post_norm"), *take("gate_up"))
-        self._down = operators.linear(*take("down"))
-
-    def forward(self, hidden: Tensor, attention: StepAttention) -> Tensor:
-        hidden = self._o(attention(self._index, self._qkv(hidden)), hidden)
-        return self._down(self._gate_up(hidden), hidden)
+    return operators.layer(
+        index,
+        operators.norm_linear(*norm("input_norm"), *take("qkv")),
+        operators.linear(*take("o")),
+        operators.norm_gate_up(*norm("post_norm"), *take("gate_up")),
+        operators.linear(*take("down")),
+    )
 
 
 def _take_qk_norms(spec: ModelSpec, weights: dict[str, Tensor], dtype: torch.dtype) -> QKNorms | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from microvllm.ops.activation import silu_and_mul
-from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms
+from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
@@ -28,6 +28,21 @@ class LinearOperator(Protocol):
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [n, in] -> x @ weight.T + bias + residual: [n, out], in x's dtype; may be where residual was."""
         ...
+
+
+class DecoderLayer:
+    """A pre-norm layer of attention and SwiGLU, one operator after another."""
+
+    def __init__(
+        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
+    ) -> None:
+        self._index = index
+        self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
+
+    def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
+        """hidden: [n, d] -> [n, d], perhaps where hidden was."""
+        hidden = self._o(attention(self._index, self._qkv(hidden)), hidden)
+        return self._down(self._gate_up(hidden), hidden)
 
 
 class Operators(Protocol):
@@ -61,6 +76,12 @@ class Operators(Protocol):
 
         See `ops.activation.silu_and_mul`.
         """
+        ...
+
+    def layer(
+        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
+    ) -> DecoderLayer:
+        """Layer `index` of these operators, which were made here."""
         ...
 
     def attention(
@@ -108,6 +129,11 @@ class SeparateOperators(ABC):
     ) -> Operator:
         product = self.linear(weight, bias)
         return lambda x: self.silu_and_mul(product(self.rms_norm(x, norm_weight, eps)))
+
+    def layer(
+        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
+    ) -> DecoderLayer:
+        return DecoderLayer(index, qkv, o, gate_up, down)
 
 
 class TorchOperators(SeparateOperators):

@@ -1,6 +1,7 @@
 /* y = x . W^T for any number of rows of x, by one kernel: a tile of a few rows by one panel of the weight, which
  * stays in registers while it is summed up over k. With few rows the tile is as fast as memory, and each weight is
  * read once for all of them; with many it is as fast as the multipliers (Goto & van de Geijn, 2008). */
+#include "linear.h"
 #include "norm.h"
 #include "panel.h"
 #include "pool.h"
@@ -21,13 +22,13 @@
 /* Rows of such a block. */
 #define BLOCK_ROWS (10 * ROWS)
 
-typedef struct {
+struct Linear {
     const void *weight;       /* packed */
     const float *norm, *bias; /* [k], [n] ([2 * n] if gated), or null */
     float eps;
     long n, k;
     int format, is_gated;     /* FORMAT_F32, FORMAT_BF16 or one of QUANTIZED_FORMATS */
-} Linear;
+};
 
 INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec *high)
 {

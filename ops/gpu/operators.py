@@ -7,7 +7,6 @@ step of them can be captured in a CUDA graph.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +19,7 @@ from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
-
-if TYPE_CHECKING:
-    from microvllm.ops.operators import LinearOperator, Operator
+from microvllm.ops.operators import DecoderLayer, LinearOperator, Operator
 
 
 class GpuOperators:
@@ -52,6 +49,11 @@ class GpuOperators:
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
         return GpuProduct(weight, bias, self._arrivals, norm=norm_weight, eps=eps, gated=True, pdl=self.pdl)
+
+    def layer(
+        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
+    ) -> DecoderLayer:
+        return DecoderLayer(index, qkv, o, gate_up, down)
 
     def attention(
         self,
