@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
         "--start-timeout",
         type=positive_float,
         help=f"seconds a server may take to start (if not given: {START_TIMEOUT_S:g}, and of --minutes not "
-        f"more than {START_SHARE:.0%})",
+        f"more than {START_SHARE:.0%}%)",  # twice, as argparse formats it again
     )
     parser.add_argument("--timeout", type=positive_float, default=600.0, help="seconds a request may take")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for what is written")
