@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--output", type=span, default=(100, 1024))
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="fields of EngineArgs")
     args = parser.parse_args()
     options = {}
@@ -85,7 +87,7 @@ def main() -> None:
         f" {runner.config.num_blocks} blocks, ready in {time.perf_counter() - started:.1f} s"
     )
     draw = random.Random(0)
-    params = {"temperature": args.temperature, "ignore_eos": True}
+    params = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "ignore_eos": True}
     next_id = 0
     for repeat in range(args.repeat + 1):
         requests = []
