@@ -11,6 +11,8 @@ without a server: once with all requests at once, for the throughput, and once w
 share of the rate that `fcfs` sustained, for latencies. The policies take turns, and medians over the rounds
 are printed as a Markdown table.
 
+Padding is the share of the decoding requests' keys and values that would be padding if a kernel wanted equal
+lengths: what alignment saves there. The attention here takes lengths as they are and computes none of it.
 Slowdown is a request's latency over what it takes alone on an idle engine (its prompt and its answer at
 rates that are measured first); fairness is Jain's index of all slowdowns, (sum x)^2 / (n sum x^2): 1 when all
 requests are slowed down alike, 1/n when one bears it all. The longest wait is that for any token, the first
@@ -103,6 +105,7 @@ class Run:
     times: list[list[float]]  # of every token
     tokens: list[list[int]]
     batches: list[int] = field(default_factory=list)  # requests in each step
+    decodes: list[list[int]] = field(default_factory=list)  # lengths of those that decode, of each step
 
     @property
     def seconds(self) -> float:
@@ -115,6 +118,12 @@ class Run:
     @property
     def latency(self) -> list[float]:
         return [times[-1] - arrival for times, arrival in zip(self.times, self.arrivals, strict=True)]
+
+    @property
+    def padding(self) -> float:
+        """Share of a decode batch, padded to its longest, that would be padding."""
+        padded = sum(len(lengths) * max(lengths, default=0) for lengths in self.decodes)
+        return 1 - sum(map(sum, self.decodes)) / padded if padded else 0.0
 
     @property
     def longest_wait(self) -> float:
@@ -169,7 +178,9 @@ class Engine:
                 result.times[output.request_id - first_id] += [now] * len(output.token_ids)
                 result.tokens[output.request_id - first_id] += output.token_ids
         self.core.scheduler.check()
-        result.batches = [len(plan.scheduled) for plan in self.recorder.plans]
+        plans = [plan.scheduled for plan in self.recorder.plans]
+        result.batches = [len(plan) for plan in plans]
+        result.decodes = [[item.start + 1 for item in plan if item.num_new == 1] for plan in plans]
         return result
 
 
@@ -247,6 +258,7 @@ def figures(jobs: Sequence[Job], burst: Run, open_loop: Run, alone: Alone) -> di
     return {
         "tokens/s, all at once": sum(map(len, burst.tokens)) / burst.seconds,
         "requests a step": sum(burst.batches) / len(burst.batches),
+        "padding": burst.padding,
         "TTFT p50": 1e3 * percentile(open_loop.first, 0.5),
         "TTFT p99": 1e3 * percentile(open_loop.first, 0.99),
         "TTFT p99, urgent": 1e3 * percentile(urgent, 0.99) if urgent else float("nan"),
@@ -261,6 +273,7 @@ def figures(jobs: Sequence[Job], burst: Run, open_loop: Run, alone: Alone) -> di
 FORMATS = {
     "tokens/s, all at once": "{:.0f}",
     "requests a step": "{:.1f}",
+    "padding": "{:.0%}",
     "fairness": "{:.2f}",
     "slowdown, mean": "{:.1f}",
 }

@@ -103,6 +103,7 @@ def test_the_comparison_of_policies(
         row = cells(output, policy)
         assert row[0] == policy and row[-1] == "4 of 4" and 0 < float(row[-2]) <= 1
     assert float(cells(output, "sjf")[2]) < float(cells(output, "fcfs")[2]), "requests a step"
+    assert int(cells(output, "sjf")[3].strip("%")) < int(cells(output, "fcfs")[3].strip("%")), "padding"
     written = sorted(path.name for path in (tmp_path / "plots").rglob("*.*"))
     if matplotlib:
         assert written == ["alignment.png", "alignment.svg", "policies.png", "policies.svg"]
@@ -115,8 +116,10 @@ def test_the_comparison_of_policies(
 def test_the_figures_of_a_known_run(policies: Any) -> None:
     jobs = [policies.Job([1] * 10, 2, policies.URGENT, 0), policies.Job([1] * 20, 2, policies.ORDINARY, 0)]
     run = policies.Run([0.0, 1.0], [[1.0, 2.0], [1.5, 5.0]], [[7, 7], [8, 8]], batches=[1, 2, 2])
+    run.decodes = [[11], [12, 20], [21], []]
     found = policies.figures(jobs, run, run, policies.Alone(0.05, 0.25))
     assert found["tokens/s, all at once"] == 4 / 5 and found["requests a step"] == 5 / 3
+    assert found["padding"] == pytest.approx(8 / (11 + 40 + 21))
     assert (found["TTFT p50"], found["TTFT p99"], found["TTFT p99, urgent"]) == (500, 1000, 1000)
     assert (found["latency p50"], found["latency p99"], found["longest wait"]) == (2000, 4000, 3500)
     # Alone they take 1.0 s and 1.5 s: slowdowns of 2 and 8/3.
