@@ -82,10 +82,11 @@ def _distributions(pyplot: Any, rows: Sequence[Row], cases: Sequence[Case]) -> A
                 times = samples(row.requests(case))[metric]
                 values = sorted(value for value in times if value > 0)  # as the axis is logarithmic
                 if values:
-                    shares = [(index + 1) / len(values) for index in range(len(values))]
-                    axes.step(values, shares, where="post", color=f"C{number}", label=row.label)
+                    shares = [index / len(values) for index in range(len(values) + 1)]
+                    axes.step(values[:1] + values, shares, where="post", color=f"C{number}", label=row.label)
             axes.set(xscale="log", ylim=(0, 1.02), title=str(case), xlabel=f"{name}, ms")
             axes.set_ylabel("share of requests")
+            _plain_numbers(axes.xaxis, *axes.get_xlim())
             axes.grid(alpha=0.3, which="both")
     grid[0][0].legend(fontsize="small")
     return figure
@@ -108,6 +109,19 @@ def _sweep(pyplot: Any, rows: Sequence[Row], cases: Sequence[Case]) -> Any:
             axes.plot(rates, values, style, color=f"C{number}", label=label)
     axes.set(xlabel="requests/s, Poisson", ylabel="time to first token, ms (dashed: p99)", yscale="log")
     axes.set_title("First token under open load")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([case.request_rate for case in chosen], [f"{case.request_rate:g}" for case in chosen])
+    _plain_numbers(axes.yaxis, *axes.get_ylim())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
+
+
+def _plain_numbers(axis: Any, low: float, high: float) -> None:
+    """Label a logarithmic axis that ends at `low` and `high` with plain numbers, as many as find room."""
+    from matplotlib import ticker
+
+    few = ticker.LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0))
+    axis.set_major_locator(ticker.MaxNLocator(5) if high < 8 * low else few)
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
