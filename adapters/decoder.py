@@ -27,7 +27,9 @@ class DecoderModel:
         self.embed = operators.embedding(embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = operators.norm_linear(weights.pop("norm").to(dtype), spec.rms_norm_eps, head)
-        self._layers = [_take_layer(spec, i, weights, operators) for i in range(spec.num_layers)]
+        self._layers = operators.layers(
+            [_take_layer(spec, i, weights, operators) for i in range(spec.num_layers)]
+        )
         self.qk_norms = _take_qk_norms(spec, weights, dtype)
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
@@ -35,10 +37,7 @@ class DecoderModel:
 
         The attention backend has to have this model's `qk_norms`.
         """
-        hidden = self.embed(input_ids)
-        for layer in self._layers:
-            hidden = layer(hidden, attention)
-        return hidden
+        return self._layers(self.embed(input_ids), attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32."""
@@ -57,8 +56,7 @@ def _take_layer(
         weight = weights.pop(f"layers.{index}.{name}")
         return weight.to(operators.activation_dtype), spec.rms_norm_eps
 
-    return operators.layer(
-        index,
+    return DecoderLayer(
         operators.norm_linear(*norm("input_norm"), *take("qkv")),
         operators.linear(*take("o")),
         operators.norm_gate_up(*norm("post_norm"), *take("gate_up")),

@@ -8,8 +8,8 @@ Triton kernels and cuBLAS.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,19 +30,27 @@ class LinearOperator(Protocol):
         ...
 
 
-class DecoderLayer:
-    """A pre-norm layer of attention and SwiGLU, one operator after another."""
+class DecoderLayer(NamedTuple):
+    """The operators of a pre-norm layer of attention and SwiGLU."""
 
-    def __init__(
-        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
-    ) -> None:
-        self._index = index
-        self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
+    qkv: Operator
+    o: LinearOperator
+    gate_up: Operator
+    down: LinearOperator
+
+
+class DecoderLayers:
+    """The layers of a decoder, one operator after another."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._layers = layers
 
     def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
         """hidden: [n, d] -> [n, d], perhaps where hidden was."""
-        hidden = self._o(attention(self._index, self._qkv(hidden)), hidden)
-        return self._down(self._gate_up(hidden), hidden)
+        for index, layer in enumerate(self._layers):
+            hidden = layer.o(attention(index, layer.qkv(hidden)), hidden)
+            hidden = layer.down(layer.gate_up(hidden), hidden)
+        return hidden
 
 
 class Operators(Protocol):
@@ -78,10 +86,8 @@ class Operators(Protocol):
         """
         ...
 
-    def layer(
-        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
-    ) -> DecoderLayer:
-        """Layer `index` of these operators, which were made here."""
+    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
+        """The layers whose operators were made here, to be run in this order."""
         ...
 
     def attention(
@@ -130,10 +136,8 @@ class SeparateOperators(ABC):
         product = self.linear(weight, bias)
         return lambda x: self.silu_and_mul(product(self.rms_norm(x, norm_weight, eps)))
 
-    def layer(
-        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
-    ) -> DecoderLayer:
-        return DecoderLayer(index, qkv, o, gate_up, down)
+    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
+        return DecoderLayers(layers)
 
 
 class TorchOperators(SeparateOperators):

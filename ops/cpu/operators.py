@@ -6,18 +6,26 @@ Activations are float32 whatever the weights are; a bfloat16 or quantised weight
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention import (
+    AttentionBatch,
+    AttentionShape,
+    QKNorms,
+    SegmentTable,
+    StepAttention,
+)
 from microvllm.ops.attention.torch_backend import HeadMajorCache
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.cpu.quantized import QuantizedEmbedding, StackedLinear
 from microvllm.ops.linear import Linear
-from microvllm.ops.operators import LinearOperator, Operator, SeparateOperators
+from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
 
 # Up to so many rows the kernel is faster than oneDNN with bfloat16 arithmetic (AMX, AVX512-BF16); without
@@ -61,8 +69,14 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Layer(ctypes.Structure):
+    """`Layer` of layers.c."""
+
+    _fields_ = [(name, _POINTER) for name in ("qkv", "o", "gate_up", "down")]
+
+
 # Arguments and result of each function.
-_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+_SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "pool_new": ([_INT], _POINTER),
     "pool_free": ([_POINTER], None),
     "packed_bytes": ([_INT, _LONG, _LONG, _INT], _LONG),
@@ -73,6 +87,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "silu_and_mul": ([_POINTER] * 3 + [_LONG] * 2, None),
     "rotate_and_cache": ([_POINTER] * 4, None),
     "attention": ([_POINTER] * 5, _INT),
+    "decoder_layers": ([_POINTER] * 4 + [_LONG] + [_POINTER] * 2, _INT),
 }
 
 
@@ -179,6 +194,12 @@ class CpuOperators(SeparateOperators):
         self.kernels.library.silu_and_mul(self.kernels.pool, gate_up.data_ptr(), y.data_ptr(), n, width)
         return y
 
+    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
+        products = [[operator for operator in layer if isinstance(operator, CpuLinear)] for layer in layers]
+        if all(len(four) == 4 for four in products):
+            return CpuLayers(self.kernels, layers, products)
+        return super().layers(layers)
+
     def attention(
         self,
         shape: AttentionShape,
@@ -212,7 +233,7 @@ class CpuLinear:
     ) -> None:
         self._operators = operators
         self._packed = packed = operators.pack(weight, gated)
-        self._n, self._k = packed.rows, packed.columns
+        self.n, self.k = packed.rows, packed.columns
         self._bias = None if bias is None else bias.float()
         self._norm, self._eps, self._gated = norm, eps, gated
         self._arguments = _Linear(
@@ -225,7 +246,7 @@ class CpuLinear:
             packed.format,
             gated,
         )
-        self._address = ctypes.addressof(self._arguments)
+        self.address = ctypes.addressof(self._arguments)
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
         self._library = None
         if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -235,10 +256,15 @@ class CpuLinear:
         if self._library is not None and len(x) > MAX_KERNEL_ROWS_BF16:
             return self._by_library(x, self._library, residual)
         x = x.contiguous()
-        y = torch.empty(len(x), self._n) if residual is None else residual
-        if self._kernel(self._pool, self._address, x.data_ptr(), _pointer(residual), y.data_ptr(), len(x)):
-            raise MemoryError(f"no memory for {len(x)} rows of {self._k}")
+        y = torch.empty(len(x), self.n) if residual is None else residual
+        if self._kernel(self._pool, self.address, x.data_ptr(), _pointer(residual), y.data_ptr(), len(x)):
+            raise MemoryError(f"no memory for {len(x)} rows of {self.k}")
         return y
+
+    @property
+    def max_rows(self) -> float:
+        """More of them are multiplied by oneDNN."""
+        return math.inf if self._library is None else MAX_KERNEL_ROWS_BF16
 
     def _by_library(self, x: Tensor, product: Linear, residual: Tensor | None) -> Tensor:
         if self._norm is not None:
@@ -249,6 +275,41 @@ class CpuLinear:
         if self._gated:
             y = self._operators.silu_and_mul(y)
         return y if residual is None else residual.add_(y)
+
+
+class CpuLayers(DecoderLayers):
+    """All layers in one call, unless their attention is timed or there are rows enough for oneDNN.
+
+    products: [layers, 4], the operators of each.
+    """
+
+    def __init__(
+        self, kernels: Kernels, layers: Sequence[DecoderLayer], products: Sequence[Sequence[CpuLinear]]
+    ) -> None:
+        super().__init__(layers)
+        self._kernel, self._pool = kernels.library.decoder_layers, kernels.pool
+        self._width = max(max(qkv.n + o.k, gate_up.n) for qkv, o, gate_up, _ in products)
+        self.max_rows = min(product.max_rows for four in products for product in four)
+        self._arguments = (_Layer * len(layers))(
+            *(_Layer(*(one.address for one in four)) for four in products)
+        )
+
+    def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
+        rows = len(hidden)
+        if not isinstance(attention, CpuStep) or rows > self.max_rows:
+            return super().__call__(hidden, attention)
+        scratch = torch.empty(rows * self._width)
+        if self._kernel(
+            self._pool,
+            attention.address,
+            attention.caches,
+            self._arguments,
+            len(self._arguments),
+            hidden.data_ptr(),
+            scratch.data_ptr(),
+        ):
+            raise MemoryError(f"no memory for a step of {rows} rows")
+        return hidden
 
 
 class CpuAttention(HeadMajorCache):
@@ -269,7 +330,7 @@ class CpuAttention(HeadMajorCache):
             shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms, torch.float32
         )
         self.kernels = kernels
-        self._layers = [
+        layers = (
             _Cache(
                 layer.data_ptr(),
                 num_blocks * block_size,
@@ -278,8 +339,8 @@ class CpuAttention(HeadMajorCache):
                 *((None, None) if qk_norms is None else map(_pointer, qk_norms.weights[index])),
             )
             for index, layer in enumerate(self.cache)
-        ]
-        self.layer_addresses = [ctypes.addressof(layer) for layer in self._layers]
+        )
+        self.layers = (_Cache * shape.num_layers)(*layers)
 
     def begin_step(self, batch: AttentionBatch) -> CpuStep:
         return CpuStep(self, batch)
@@ -302,7 +363,7 @@ class CpuStep:
         )
         # Held, as the kernels get addresses.
         self._held = backend, batch, [tensor.long().contiguous() for tensor in indices]
-        self._layers = backend.layer_addresses
+        self.caches = backend.layers
         self._width = shape.num_heads * shape.head_dim
         self._library, self._pool = backend.kernels.library, backend.kernels.pool
         self._step = _Step(
@@ -321,12 +382,12 @@ class CpuStep:
             shape.head_dim**-0.5,
             0.0 if backend.qk_norms is None else backend.qk_norms.eps,
         )
-        self._address = ctypes.addressof(self._step)
+        self.address = ctypes.addressof(self._step)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        at, cache = qkv.data_ptr(), self._layers[layer]
-        self._library.rotate_and_cache(self._pool, self._address, cache, at)
+        at, cache = qkv.data_ptr(), ctypes.addressof(self.caches[layer])
+        self._library.rotate_and_cache(self._pool, self.address, cache, at)
         out = torch.empty(len(qkv), self._width)
-        if self._library.attention(self._pool, self._address, cache, at, out.data_ptr()):
+        if self._library.attention(self._pool, self.address, cache, at, out.data_ptr()):
             raise MemoryError(f"no memory for attention over {self._step.longest} tokens")
         return out

@@ -6,6 +6,7 @@ step of them can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
-from microvllm.ops.operators import DecoderLayer, LinearOperator, Operator
+from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator
 
 
 class GpuOperators:
@@ -50,10 +51,8 @@ class GpuOperators:
     ) -> Operator:
         return GpuProduct(weight, bias, self._arrivals, norm=norm_weight, eps=eps, gated=True, pdl=self.pdl)
 
-    def layer(
-        self, index: int, qkv: Operator, o: LinearOperator, gate_up: Operator, down: LinearOperator
-    ) -> DecoderLayer:
-        return DecoderLayer(index, qkv, o, gate_up, down)
+    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
+        return DecoderLayers(layers)
 
     def attention(
         self,

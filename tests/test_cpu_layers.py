@@ -1,0 +1,117 @@
+"""All layers in one call of the CPU kernels: the same numbers as operator by operator, and as plain torch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from attention_case import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microvllm.ops.attention import AttentionBackend, AttentionShape, StepAttention
+from microvllm.ops.cpu.build import load_kernels
+from microvllm.ops.cpu.operators import CpuLayers, CpuOperators
+from microvllm.ops.operators import DecoderLayer, DecoderLayers, Operators, TorchOperators
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Under the sanitizers (see test_cpu_kernels.py) an example in so many.
+ONE_IN = int(os.environ.get("KERNEL_EXAMPLES_ONE_IN", "1"))
+
+
+class Decoder:
+    """Layers of random weights, equal for every set of operators, and the attention of one step."""
+
+    def __init__(self, case: Case, operators: Operators, dtype: torch.dtype, seed: int) -> None:
+        shape, hidden, inner = case.shape, 24, 40
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator)
+
+        def weight(n: int, k: int) -> torch.Tensor:
+            """Numbers of `dtype` in the type that these operators compute with."""
+            exact = (random(n, k) * k**-0.5).to(dtype)
+            return exact.float() if isinstance(operators, TorchOperators) else exact
+
+        def norm() -> torch.Tensor:
+            return random(hidden) * 0.2 + 1
+
+        width = shape.num_heads * shape.head_dim
+        together = width + 2 * shape.num_kv_heads * shape.head_dim
+        self.layers = operators.layers(
+            [
+                DecoderLayer(
+                    operators.norm_linear(norm(), 1e-5, weight(together, hidden), random(together)),
+                    operators.linear(weight(hidden, width)),
+                    operators.norm_gate_up(norm(), 1e-5, weight(2 * inner, hidden)),
+                    operators.linear(weight(hidden, inner), random(hidden)),
+                )
+                for _ in range(shape.num_layers)
+            ]
+        )
+        norms = case.norms_on(torch.device("cpu"), torch.float32)
+        self.backend: AttentionBackend = operators.attention(
+            shape, case.num_blocks, case.block_size, case.inv_freq, case.max_position, torch.float32, norms
+        )
+        self.hidden = random(case.num_tokens, hidden)
+        self.batch = case.batch(torch.device("cpu"))
+
+    def run(self, *, apart: bool = False) -> torch.Tensor:
+        """What comes out; `apart`: as if the step's attention were timed."""
+        step: StepAttention = self.backend.begin_step(self.batch)
+        return self.layers(self.hidden.clone(), (lambda *args: step(*args)) if apart else step)
+
+
+@pytest.fixture(scope="module")
+def operators() -> CpuOperators:
+    return CpuOperators(load_kernels(), 3)
+
+
+@settings(deadline=None, max_examples=30 // ONE_IN)
+@given(
+    st.lists(st.integers(1, 40), max_size=6),
+    st.lists(st.integers(1, 20), max_size=2),
+    st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    st.booleans(),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**32 - 1),
+)
+def test_one_call_gives_what_the_operators_give(
+    operators: CpuOperators,
+    decodes: list[int],
+    prompts: list[int],
+    heads: tuple[int, int],
+    with_norms: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    if not decodes and not prompts:
+        decodes = [1]
+    segments = [(length, length) for length in prompts]
+    case = Case(
+        AttentionShape(3, *heads, 8), 4, decodes, segments, torch.float32, with_norms=with_norms, seed=seed
+    )
+    ours = Decoder(case, operators, dtype, seed)
+    assert isinstance(ours.layers, CpuLayers)
+    together, apart = ours.run(), ours.run(apart=True)
+    assert torch.equal(together, apart)
+    if case.num_tokens <= ours.layers.max_rows:
+        expected = Decoder(case, TorchOperators(torch.float32), dtype, seed).run()
+        assert float((together - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_more_rows_than_the_kernels_take_go_operator_by_operator(
+    operators: CpuOperators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(AttentionShape(2, 2, 1, 8), 4, [3, 9, 5], [], torch.float32)
+    decoder = Decoder(case, operators, torch.float32, 0)
+    assert isinstance(decoder.layers, CpuLayers)
+    calls = []
+    monkeypatch.setattr(DecoderLayers, "__call__", lambda *args: calls.append(args))
+    decoder.run()
+    assert not calls
+    decoder.layers.max_rows = 2
+    decoder.run()
+    assert len(calls) == 1
