@@ -66,7 +66,7 @@ class InferenceEngine:
         Equal prompts are one key and are generated once, which a `UserWarning` says; use `LLM.generate` for
         several answers to one.
         """
-        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        wanted = [prompts] if isinstance(prompts, str) else [_text(prompt) for prompt in prompts]
         unique = list(dict.fromkeys(wanted))
         if len(unique) < len(wanted):
             warnings.warn(
@@ -158,6 +158,11 @@ class InferenceEngine:
             self.core.report.write()
 
     def _requests(self, prompt: str, params: SamplingParams) -> list[EngineRequest]:
-        if not isinstance(prompt, str):
-            raise InvalidRequestError(f"a prompt must be a string, got {type(prompt).__name__}", "prompt")
-        return self.processor.requests(self.processor.tokenize_prompt(prompt), params)
+        return self.processor.requests(self.processor.tokenize_prompt(_text(prompt)), params)
+
+
+def _text(prompt: object) -> str:
+    """A prompt. Raises `InvalidRequestError` if it is no string."""
+    if isinstance(prompt, str):
+        return prompt
+    raise InvalidRequestError(f"a prompt must be a string, got {type(prompt).__name__}", "prompt")

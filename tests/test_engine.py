@@ -334,6 +334,7 @@ def test_a_wrong_option_is_named(engine: InferenceEngine, options: dict[str, Any
         ("x " * 2000, ContextLengthError),
         (None, InvalidRequestError),
         (5, InvalidRequestError),
+        (["unhashable"], InvalidRequestError),
     ],
     ids=str,
 )
