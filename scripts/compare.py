@@ -49,8 +49,9 @@ from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 
 QUICK_MINUTES = 9.0
-START_TIMEOUT_S, START_SHARE = 600.0, 0.5
-CPU_WARMUP_LEN, QUICK_WARMUP_LEN, QUICK_WARMUP_USERS = 16, 2, 4
+START_TIMEOUT_S, START_SHARE = 600.0, 0.65
+CPU_WARMUP_LEN, CPU_WARMUP_USERS = 16, MOST_SLOTS
+QUICK_WARMUP_LEN, QUICK_WARMUP_USERS = 2, 4
 CONTEXT_STEP = 256
 
 
@@ -226,7 +227,7 @@ def main() -> int:
         warmup_len, warmup_users = max(out for case in cases for _, out in case.lengths), None
         if device == "cpu":
             warmup_len = QUICK_WARMUP_LEN if quick else CPU_WARMUP_LEN
-            warmup_users = QUICK_WARMUP_USERS if quick else None
+            warmup_users = QUICK_WARMUP_USERS if quick else CPU_WARMUP_USERS
         plan = Plan(
             cases,
             args.rounds,
@@ -260,6 +261,8 @@ def main() -> int:
     heading["no_time"] = [str(case) for case in comparison.skipped]
     heading["remark"] = ", small workloads" if quick else ""
     if not any(row.reports for row in rows):
+        if interrupted:
+            return 130
         raise BenchError("nothing was measured")
     text = markdown(rows, cases, heading)
     print(text)

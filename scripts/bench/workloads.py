@@ -112,11 +112,12 @@ class Case:
         return self.shared_len + each * max(1, self.turns)
 
     def shortened(self, output_len: int, users: int | None = None) -> Case:
-        """The same with answers of at most `output_len` tokens for at most so many users, to warm up.
+        """The same with answers of at most `output_len` tokens, to warm up.
 
-        With a limit of users a chat has a single turn.
+        A limit of users also leaves out what only repeats: users who wait for others, a chat's further turns.
         """
-        lengths = tuple((prompt, min(output, output_len)) for prompt, output in self.lengths[:users])
+        count = min(users, self.at_once) if users else None
+        lengths = tuple((prompt, min(output, output_len)) for prompt, output in self.lengths[:count])
         return replace(self, lengths=lengths, turns=min(self.turns, 1) if users else self.turns)
 
 
