@@ -71,7 +71,7 @@ class InferenceEngine:
         if len(unique) < len(wanted):
             warnings.warn(
                 f"{len(wanted) - len(unique)} of {len(wanted)} prompts repeat an earlier one: generate() gives "
-                "one text to each different prompt; LLM.generate() gives one to every prompt",
+                "a text to each different prompt, LLM.generate() to every prompt",
                 stacklevel=2,
             )
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
