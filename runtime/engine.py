@@ -70,8 +70,8 @@ class InferenceEngine:
         unique = list(dict.fromkeys(wanted))
         if len(unique) < len(wanted):
             warnings.warn(
-                f"{len(wanted) - len(unique)} of {len(wanted)} prompts repeat an earlier one: generate() gives "
-                "a text to each different prompt, LLM.generate() to every prompt",
+                f"{len(wanted) - len(unique)} of {len(wanted)} prompts repeat an earlier one: generate() "
+                "gives a text to each different prompt, LLM.generate() to every prompt",
                 stacklevel=2,
             )
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
