@@ -23,6 +23,7 @@ from microvllm import __version__
 from microvllm.openai_compat.engine_options import (
     BackendOpt,
     BlockSizeOpt,
+    CpuActivationsOpt,
     CpuThreadsOpt,
     DtypeOpt,
     GGUFWeightsOpt,
@@ -138,6 +139,7 @@ def generate(
     dtype: DtypeOpt = "auto",
     load_format: LoadFormatOpt = "auto",
     gguf_weights: GGUFWeightsOpt = "auto",
+    cpu_activations: CpuActivationsOpt = "float32",
     max_model_len: MaxModelLenOpt = None,
     seed: SeedOpt = 0,
     cpu_threads: CpuThreadsOpt = None,
@@ -163,6 +165,7 @@ def generate(
         "dtype": dtype,
         "load_format": load_format,
         "gguf_weights": gguf_weights,
+        "cpu_activations": cpu_activations,
         "max_model_len": None if max_model_len == -1 else max_model_len,
         "seed": seed,
         "cpu_threads": cpu_threads,

@@ -57,6 +57,13 @@ GGUFWeightsOpt = Annotated[
         "dequantized, rounded to --dtype; auto, packed with the backend cpu."
     ),
 ]
+CpuActivationsOpt = Annotated[
+    str,
+    typer.Option(
+        help="What packed weights are multiplied with: float32, exact; int8, activations rounded to 8 bits "
+        "in groups of 32: products in integers, faster, not exact."
+    ),
+]
 GenerationConfigOpt = Annotated[
     str,
     typer.Option(help="Sampling defaults: auto (the model's), vllm (none), or a folder."),
@@ -109,6 +116,7 @@ def engine_args(
     dtype: DtypeOpt = "auto",
     load_format: LoadFormatOpt = "auto",
     gguf_weights: GGUFWeightsOpt = "auto",
+    cpu_activations: CpuActivationsOpt = "float32",
     generation_config: GenerationConfigOpt = "auto",
     override_generation_config: Annotated[
         Any,
@@ -206,6 +214,7 @@ def engine_args(
         seed=seed,
         load_format=load_format,
         gguf_weights=gguf_weights,
+        cpu_activations=cpu_activations,
         generation_config=generation_config,
         override_generation_config=override_generation_config,
         max_logprobs=max_logprobs,

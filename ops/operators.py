@@ -168,10 +168,11 @@ class TorchOperators(SeparateOperators):
         return TorchAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
 
 
-def make_operators(name: str, dtype: torch.dtype, threads: int) -> Operators:
+def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations: bool = False) -> Operators:
     """The operators called `name`.
 
-    "torch": on torch's own threads; "cpu": on `threads` threads; "triton" and "flash_attn": on the current
+    "torch": on torch's own threads; "cpu": on `threads` threads, where `int8_activations` may round what is
+    multiplied with quantised weights (see `CpuOperators`); "triton" and "flash_attn": on the current
     GPU, with the attention backend of that name. Raises `NoCompilerError` if "cpu" cannot be built.
     """
     if name == "torch":
@@ -180,7 +181,7 @@ def make_operators(name: str, dtype: torch.dtype, threads: int) -> Operators:
         from microvllm.ops.cpu.build import load_kernels
         from microvllm.ops.cpu.operators import CpuOperators
 
-        return CpuOperators(load_kernels(), threads)
+        return CpuOperators(load_kernels(), threads, int8_activations)
     if name in ("triton", "flash_attn"):
         from microvllm.ops.gpu.operators import GpuOperators
 

@@ -33,6 +33,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 GGUF_WEIGHTS = ("auto", "packed", "dequantized")
+CPU_ACTIVATIONS = ("float32", "int8")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 # What is read from generation_config.json, and its name in `SamplingParams`.
 GENERATION_FIELDS = {
@@ -75,6 +76,7 @@ class EngineArgs:
     seed: int = 0
     load_format: str = "auto"
     gguf_weights: str = "auto"
+    cpu_activations: str = "float32"
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
     max_logprobs: int = 20
@@ -164,6 +166,7 @@ class EngineArgs:
             spec=spec,
             load_format=load_format,
             packed_weights=self._packed_weights(load_format, backend),
+            int8_activations=self._int8_activations(load_format, backend),
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -207,14 +210,32 @@ class EngineArgs:
         wish = self.gguf_weights
         if wish not in GGUF_WEIGHTS:
             raise ConfigError(f"--gguf-weights must be one of {', '.join(GGUF_WEIGHTS)}, got {wish}")
-        if wish == "packed" and load_format != "gguf":
-            raise ConfigError(f"--gguf-weights packed: {self.model} is not read from a GGUF file")
-        if wish == "packed" and backend != "cpu":
-            raise ConfigError(
-                "--gguf-weights packed: only the CPU kernels (--device cpu --attention-backend cpu) multiply "
-                f"packed weights, {backend} does not"
+        problem = self._no_packed_weights(load_format, backend)
+        if wish == "packed" and problem:
+            raise ConfigError(f"--gguf-weights packed: {problem}")
+        return wish != "dequantized" and not problem
+
+    def _no_packed_weights(self, load_format: str, backend: str) -> str | None:
+        """Why packed weights cannot be had; None if they can."""
+        if load_format != "gguf":
+            return f"{self.model} is not read from a GGUF file"
+        if backend != "cpu":
+            return (
+                "only the CPU kernels (--device cpu --attention-backend cpu) multiply packed weights, "
+                f"{backend} does not"
             )
-        return wish != "dequantized" and load_format == "gguf" and backend == "cpu"
+        return None
+
+    def _int8_activations(self, load_format: str, backend: str) -> bool:
+        wish = self.cpu_activations
+        if wish not in CPU_ACTIVATIONS:
+            raise ConfigError(f"--cpu-activations must be one of {', '.join(CPU_ACTIVATIONS)}, got {wish}")
+        problem = self._no_packed_weights(load_format, backend)
+        if not problem and self.gguf_weights == "dequantized":
+            problem = "--gguf-weights dequantized leaves nothing to multiply in integers"
+        if wish == "int8" and problem:
+            raise ConfigError(f"--cpu-activations int8: {problem}")
+        return wish == "int8"
 
     def _gpu_backend(self) -> str:
         wish = self.attention_backend.lower()
@@ -339,6 +360,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     cpu_threads: int
     packed_weights: bool = False  # matrices of a GGUF file are multiplied from their own blocks
+    int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
     device: str = "cpu"
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False

@@ -22,6 +22,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionShape
 from microvllm.ops.operators import make_operators
+from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.device_clock import DeviceClock
 from microvllm.runtime.errors import ConfigError, EngineError
@@ -80,7 +81,11 @@ class ModelGraphRunner:
             )
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
-        operators = make_operators(config.attention_backend, dtype, config.cpu_threads)
+        if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
+            raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
+        operators = make_operators(
+            config.attention_backend, dtype, config.cpu_threads, config.int8_activations
+        )
         self._model = DecoderModel(spec, weights, operators)
         if config.num_blocks == 0:
             measuring = Stage("Measuring memory", 1, on_progress)

@@ -614,6 +614,8 @@ def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.Captu
         ("--load-format safetensors", "--load-format"),
         ("--gguf-weights 4bit", "--gguf-weights"),
         ("--gguf-weights packed --attention-backend torch", "--gguf-weights packed"),
+        ("--cpu-activations int4", "--cpu-activations"),
+        ("--cpu-activations int8 --gguf-weights dequantized", "--cpu-activations int8"),
         ("--scheduling-policy random", "--scheduling-policy"),
         ("--attention-backend cuda", "--attention-backend"),
         ("--generation-config no-such-folder", "no-such-folder"),

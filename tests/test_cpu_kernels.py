@@ -256,7 +256,8 @@ def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> N
         f'#!/bin/sh\nexec {compiler} "$@" -O1 -fsanitize=address,undefined -fno-sanitize-recover=all\n'
     )
     wrapper.chmod(0o755)
-    others = (Path(__file__).with_name(f"test_{name}.py") for name in ("quantized", "cpu_layers"))
+    names = ("quantized", "int8", "cpu_layers")
+    others = (Path(__file__).with_name(f"test_{name}.py") for name in names)
     files = [__file__, *map(str, others)]
     unwanted = ("building", "out_of_bounds", "tokens", "kept", "option", "vectors")
     result = subprocess.run(

@@ -1,6 +1,7 @@
 /* y = x . W^T for any number of rows of x, by one kernel: a tile of a few rows by one panel of the weight, which
  * stays in registers while it is summed up over k. With few rows the tile is as fast as memory, and each weight is
  * read once for all of them; with many it is as fast as the multipliers (Goto & van de Geijn, 2008). */
+#include "int8.h"
 #include "linear.h"
 #include "norm.h"
 #include "panel.h"
@@ -28,6 +29,7 @@ struct Linear {
     float eps;
     long n, k;
     int format, is_gated;     /* FORMAT_F32, FORMAT_BF16 or one of QUANTIZED_FORMATS */
+    int rounds_x;             /* to 8 bits, for a product in integers; QUANTIZED_FORMATS only */
 };
 
 INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec *high)
@@ -109,6 +111,7 @@ INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16
 typedef struct {
     const Linear *layer;
     const float *x, *residual;
+    const Int8Group *rounded; /* x, or null */
     float *y;
     long m, block, panels;    /* rows of x; rows of a block; pieces of a block */
 } Product;
@@ -172,8 +175,11 @@ static void product_piece(const void *job, long piece)
     const char *weight = (const char *)a->weight + panel * halves * size;
     if (!is_plain(a->format)) {
         float sums[2][BLOCK_ROWS][WIDTH];
-        for (long half = 0; half < halves; half++)
-            multiply_quantized(a, p->x + begin * a->k, end - begin, weight + half * size, sums[half]);
+        for (long half = 0; half < halves; half++) {
+            const char *at = weight + half * size;
+            if (p->rounded) tile_int8(a->format, p->rounded + begin, p->m, at, a->k, sums[half], end - begin);
+            else multiply_quantized(a, p->x + begin * a->k, end - begin, at, sums[half]);
+        }
         for (long r = 0; r < end - begin; r++) finish(p, sums[0][r], sums[1][r], begin + r, first, count);
         return;
     }
@@ -200,13 +206,20 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
 {
     long n = layer->n, k = layer->k, panels = (n + WIDTH - 1) / WIDTH;
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
-    if (layer->norm) {
-        float *normed = pool_scratch(pool, m * k);
-        if (!normed) return -1;
-        rms_norm(pool, x, layer->norm, normed, m, k, layer->eps);
-        x = normed;
+    long normed_floats = layer->norm ? m * k : 0;
+    long rounded_floats = layer->rounds_x ? m * k / GROUP * (long)(sizeof(Int8Group) / sizeof(float)) : 0;
+    float *scratch = NULL;
+    if (normed_floats || rounded_floats) {
+        scratch = pool_scratch(pool, normed_floats + rounded_floats);
+        if (!scratch) return -1;
     }
-    Product product = {layer, x, residual, y, m, block > ROWS ? block : ROWS, panels};
+    if (layer->norm) {
+        rms_norm(pool, x, layer->norm, scratch, m, k, layer->eps);
+        x = scratch;
+    }
+    Int8Group *rounded = layer->rounds_x ? (Int8Group *)(scratch + normed_floats) : NULL;
+    if (rounded) quantize_rows(pool, x, rounded, m, k);
+    Product product = {layer, x, residual, rounded, y, m, block > ROWS ? block : ROWS, panels};
     parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
     return 0;
 }

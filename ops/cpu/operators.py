@@ -1,6 +1,7 @@
 """Own operators for CPUs: this folder's C files behind the interface of `ops.operators`.
 
-Activations are float32 whatever the weights are; a bfloat16 or quantised weight is widened in registers.
+Activations are float32 whatever the weights are; a bfloat16 or quantised weight is widened in registers, or
+activations are rounded to 8 bits for products with quantised weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class _Linear(ctypes.Structure):
         *((name, _POINTER) for name in ("weight", "norm", "bias")),
         ("eps", _FLOAT),
         *((name, _LONG) for name in ("n", "k")),
-        *((name, _INT) for name in ("format", "is_gated")),
+        *((name, _INT) for name in ("format", "is_gated", "rounds_x")),
     ]
 
 
@@ -123,11 +124,15 @@ class Packed(NamedTuple):
 
 
 class CpuOperators(SeparateOperators):
-    """The kernels, with the shapes and dtypes of `ops.operators.Operators`."""
+    """The kernels, with the shapes and dtypes of `ops.operators.Operators`.
+
+    With `int8_activations`, what is multiplied with quantised weights is rounded to 8 bits: see int8.c.
+    """
 
     activation_dtype = torch.float32
 
-    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, library: ctypes.CDLL, threads: int, int8_activations: bool = False) -> None:
+        self.int8_activations = int8_activations
         self.kernels = Kernels(library, threads)
         self.memory = WeightMemory()
 
@@ -245,6 +250,7 @@ class CpuLinear:
             packed.columns,
             packed.format,
             gated,
+            operators.int8_activations and isinstance(weight, QuantizedTensor),
         )
         self.address = ctypes.addressof(self._arguments)
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool

@@ -1,0 +1,161 @@
+/* x is rounded to 8 bits in groups of 32 values with a scale each, as ggml does (its Q8_1), and multiplied with the
+ * quants of a weight in integers, which is exact: the float32 scales and offsets of both follow once a group. */
+#include "int8.h"
+
+#include "quantized_panel.h"
+
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+
+typedef struct {
+    const float *x;
+    Int8Group *y;
+    long m, k;
+} Rounding;
+
+/* A largest value so small that 127 divided by it is no number counts as 0. A group with a NaN or an infinity is NaN as
+ * a whole: its scale is. */
+static void quantize_group(const float *x, Int8Group *y)
+{
+    enum { COUNT = GROUP / LANES };
+    const uvec positive = (uvec){} + 0x7fffffffu;
+    uvec most = {};
+    vec v[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        v[i] = load_f32(x + i * LANES);
+        uvec size = (uvec)v[i] & positive; /* bits of floats are in order, NaN last */
+        uvec greater = (uvec)(size > most);
+        most = (size & greater) | (most & ~greater);
+    }
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits = most[i] > bits ? most[i] : bits;
+    float largest;
+    memcpy(&largest, &bits, 4);
+    int is_finite = bits < 0x7f800000u, is_zero = largest < 0x1p-119f;
+    float inverse = is_finite && !is_zero ? 127.0f / largest : 0.0f;
+    y->scale = !is_finite ? NAN : is_zero ? 0.0f : largest / 127.0f;
+    ivec sums[2] = {};
+    for (int i = 0; i < COUNT; i++) {
+        vec scaled = v[i] * inverse;
+        __asm__("" : "+m"(scaled)); /* no fused addition: processors with and without one shall round alike */
+        vec rounded = scaled + 12582912.0f; /* 1.5 * 2^23: what is behind the point is rounded away */
+        ivec quants = is_finite ? (ivec)rounded - 0x4b400000 : (ivec){};
+        bytes narrow = __builtin_convertvector(quants, bytes);
+        memcpy(y->quants + i * LANES, &narrow, sizeof narrow);
+        sums[2 * i / COUNT] += quants;
+    }
+    for (int half = 0; half < 2; half++) {
+        int total = 0;
+        for (int i = 0; i < LANES; i++) total += sums[half][i];
+        y->sums[half] = y->scale * (float)total;
+    }
+}
+
+static void quantize_row(const void *job, long row)
+{
+    const Rounding *r = job;
+    const float *x = r->x + row * r->k;
+    Int8Group *y = r->y + row;
+    for (long i = 0; i < r->k; i += GROUP, x += GROUP, y += r->m) quantize_group(x, y);
+}
+
+void quantize_rows(Pool *pool, const float *x, Int8Group *y, long m, long k)
+{
+    Rounding rounding = {x, y, m, k};
+    parallel(pool, quantize_row, &rounding, m);
+}
+
+INLINE int32_t word_of(const int8_t *x) { int32_t w; memcpy(&w, x, 4); return w; }
+
+#if defined(__AVX512BW__) || defined(__AVX2__)
+
+#if defined(__AVX512BW__)
+typedef __m512i wide;
+#define MULTIPLY_PAIRS _mm512_maddubs_epi16
+#define ADD_PAIRS _mm512_add_epi16
+#define JOIN_PAIRS(pairs) _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))
+#define ALL_WORDS _mm512_set1_epi32
+#define SIZES _mm512_abs_epi8
+#define WITH_SIGNS(x, signs) _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), x)
+#else
+typedef __m256i wide;
+#define MULTIPLY_PAIRS _mm256_maddubs_epi16
+#define ADD_PAIRS _mm256_add_epi16
+#define JOIN_PAIRS(pairs) _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+#define ALL_WORDS _mm256_set1_epi32
+#define SIZES _mm256_abs_epi8
+#define WITH_SIGNS _mm256_sign_epi8
+#endif
+
+/* Of each row: the sum of quant * x over `count` quads; 8 bits are signed. Products of two neighbours are added up in 16
+ * bits, where a quant of b bits gives at most 2 * (2^b - 1) * 127: their sum over 8 quads stays below 2^15 for 4 bits
+ * (30480), over 4 for 5 bits (31496), over 2 for 6 bits (32004). Of 8 bits, the size goes with x, which takes over the
+ * sign, as the instruction wants one factor without: 2 * 128 * 127 is 32512. */
+INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits)
+{
+    const int run = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+    ivec sum = {};
+    for (int q = 0; q < count; q += run) {
+        wide pairs = {};
+        for (int i = q; i < q + run && i < count; i++) {
+            wide weights = (wide)quads[i], values = ALL_WORDS(word_of(x + 4 * i));
+            if (bits == 8) {
+                values = WITH_SIGNS(values, weights);
+                weights = SIZES(weights);
+            }
+            pairs = ADD_PAIRS(pairs, MULTIPLY_PAIRS(weights, values));
+        }
+        sum += (ivec)JOIN_PAIRS(pairs);
+    }
+    return sum;
+}
+
+#else
+
+INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits)
+{
+    ivec sum = {};
+    for (int q = 0; q < count; q++)
+        for (int t = 0; t < 4; t++) {
+            uvec shifted = quads[q] << (24 - 8 * t);
+            sum += (bits == 8 ? (ivec)shifted >> 24 : (ivec)(shifted >> 24)) * (int32_t)x[4 * q + t];
+        }
+    return sum;
+}
+
+#endif
+
+/* The weights of a span are unpacked once for all rows. */
+INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, float out[][WIDTH], long rows,
+                 const Format f)
+{
+    /* 8 bits are made signed, which takes the place of the offset. */
+    const int bits = f.low + f.high, is_signed = bits == 8;
+    const uint32_t signs = is_signed ? 0x80808080u : 0;
+    memset(out, 0, rows * sizeof *out);
+    for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
+        for (int at = 0; at < f.groups * GROUP; at += f.span) {
+            const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
+            for (int half = 0; half < 2; half++) {
+                const Scale s = load_scale(panel, at, half, f);
+                uvec quads[GROUP / 4];
+#pragma GCC unroll 8
+                for (int q = 0; q < f.span / 4; q++)
+                    quads[q] = load_quad(group + half * WORDS / 2, at % GROUP / 4 + q, f) ^ signs;
+                for (long r = 0; r < rows; r++) {
+                    float *sums = out[r] + half * LANES;
+                    ivec dot = dot_quads(quads, x[r].quants + at % GROUP, f.span / 4, bits);
+                    float sum = f.span == GROUP ? x[r].sums[0] + x[r].sums[1] : x[r].sums[at / f.span % 2];
+                    vec scaled = __builtin_convertvector(dot, vec) * (s.scale * x[r].scale);
+                    store(sums, load_f32(sums) + (is_signed ? scaled : scaled + s.offset * sum));
+                }
+            }
+            if ((at + f.span) % GROUP == 0) x += stride;
+        }
+}
+
+void tile_int8(int format, const Int8Group *x, long stride, const void *panel, long k, float out[][WIDTH], long rows)
+{
+#define CASE(NUMBER, NAME, ...)                                                                             \
+    case NUMBER: tile(x, stride, panel, k, out, rows, (Format){__VA_ARGS__}); break;
+    switch (format) { QUANTIZED_FORMATS(CASE) }
+}
