@@ -144,23 +144,23 @@ class Sampler:
 
     def _choose(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
         """[m] int64 tokens, NO_TOKEN where no logit is finite; may overwrite logits."""
-        params = self._params
-        best, tokens = logits.max(-1)
-        finite = best.isfinite()
-        temperature = torch.from_numpy(params.temperature[rows])
+        params, scores = self._params, logits.numpy()
+        tokens = scores.argmax(1)  # NumPy's takes a tenth of the time of torch's
+        finite = np.isfinite(scores[np.arange(len(scores)), tokens])
+        temperature = params.temperature[rows]
         # There is nothing to draw from a broken row, and its NaNs would become indices out of range.
-        drawn = ((temperature > 0) & finite).nonzero().squeeze(-1)
+        drawn = np.flatnonzero((temperature > 0) & finite)
         if len(drawn):
-            uniform = torch.from_numpy(uniform_numbers(params.seed[rows], positions))
-            at = rows[drawn.numpy()]
+            at = rows[drawn]
             tokens[drawn] = self._draw(
-                logits[drawn] / temperature[drawn, None],
-                uniform[drawn],
+                logits[torch.from_numpy(drawn)] / torch.from_numpy(temperature[drawn, None]),
+                torch.from_numpy(uniform_numbers(params.seed[at], positions[drawn])),
                 torch.from_numpy(params.top_k[at]),
                 torch.from_numpy(params.top_p[at]),
                 torch.from_numpy(params.min_p[at]),
-            )
-        return tokens.masked_fill_(~finite, NO_TOKEN)
+            ).numpy()
+        tokens[~finite] = NO_TOKEN
+        return torch.from_numpy(tokens)
 
     def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
         if bool(min_p.any()):

@@ -39,10 +39,11 @@ class StepArrays:
         request_rows = np.array([item.request.row for item in items])
         starts = np.array([item.start for item in items])
         lengths = np.array([item.num_new for item in items])
-        total = int(lengths.sum())
-        firsts = np.cumsum(lengths) - lengths
-        rows = np.repeat(request_rows, lengths)
-        positions = np.repeat(starts - firsts, lengths) + np.arange(total)
+        rows, positions = request_rows, starts
+        if (total := int(lengths.sum())) > len(items):
+            firsts = np.cumsum(lengths) - lengths
+            rows = np.repeat(request_rows, lengths)
+            positions = np.repeat(starts - firsts, lengths) + np.arange(total)
         blocks = block_tables[rows, positions // block_size]
         return cls(
             np.array(_known_ids(items)),
@@ -97,25 +98,21 @@ class HostInputs:
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[torch.from_numpy(arrays.rows)], ids)
         decodes = arrays.num_decodes
-        widths = -(-arrays.context // self._block_size)
-        widest = int(widths[:decodes].max()) if decodes else 0
-        firsts = np.cumsum(arrays.lengths) - arrays.lengths
-        segments = tuple(
-            PrefillSegment(
-                int(firsts[j]),
-                int(arrays.lengths[j]),
-                int(arrays.context[j]),
-                torch.from_numpy(block_tables[arrays.request_rows[j], : widths[j]]),
-            )
-            for j in range(decodes, len(arrays.lengths))
-        )
+        widest = -(-int(arrays.context[:decodes].max(initial=0)) // self._block_size)
+        segments: list[PrefillSegment] = []
+        first = decodes
+        for j in range(decodes, len(arrays.lengths)):
+            length, context = int(arrays.lengths[j]), int(arrays.context[j])
+            blocks = block_tables[arrays.request_rows[j], : -(-context // self._block_size)]
+            segments.append(PrefillSegment(first, length, context, torch.from_numpy(blocks)))
+            first += length
         batch = AttentionBatch(
             positions=torch.from_numpy(arrays.positions),
             slots=torch.from_numpy(arrays.slots),
             num_decodes=decodes,
             decode_blocks=torch.from_numpy(block_tables[arrays.request_rows[:decodes], :widest]),
             decode_lens=torch.from_numpy(arrays.context[:decodes]),
-            segments=segments,
+            segments=tuple(segments),
         )
         return ids, batch
 

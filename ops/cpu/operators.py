@@ -357,30 +357,27 @@ class CpuStep:
 
     def __init__(self, backend: CpuAttention, batch: AttentionBatch) -> None:
         shape, rotary, decodes = backend.shape, backend.rotary, batch.num_decodes
-        table = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
-        indices = (
-            batch.positions,
-            batch.slots,
-            batch.decode_blocks,
-            batch.decode_lens,
-            table.starts,
-            table.blocks,
-            table.context_lens,
-        )
-        # Held, as the kernels get addresses.
-        self._held = backend, batch, [tensor.long().contiguous() for tensor in indices]
+        table = batch.segment_table
+        if batch.segments:
+            table = SegmentTable.of(batch.segments, batch.slots.device)
+        indices = [batch.positions, batch.slots, batch.decode_blocks, batch.decode_lens]
+        if table is not None:
+            indices += [table.starts, table.blocks, table.context_lens]
+        indices = [tensor.long().contiguous() for tensor in indices]
+        self._held = backend, batch, indices  # as the kernels get addresses
+        addresses = [tensor.data_ptr() for tensor in indices]
         self.caches = backend.layers
         self._width = shape.num_heads * shape.head_dim
         self._library, self._pool = backend.kernels.library, backend.kernels.pool
         self._step = _Step(
             rotary.cos.data_ptr(),
             rotary.sin.data_ptr(),
-            *(tensor.data_ptr() for tensor in self._held[2]),
+            *(addresses if table is not None else (*addresses, None, None, None)),
             len(batch.positions),
             decodes,
             batch.decode_blocks.shape[1] if decodes else 0,
-            int(batch.decode_lens.max()) if decodes else 0,
-            *table.blocks.shape,
+            int(batch.decode_lens.numpy().max(initial=0)),
+            *((0, 0) if table is None else table.blocks.shape),
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_dim,
