@@ -95,7 +95,7 @@ def render(period: Period, title: str) -> str:
         part(name, lambda tally, name=name: tally.seconds[name])  # type: ignore[misc]
         if name == "forward" and any(tally.seconds["embedding"] for tally in tallies):
             part("  embedding", lambda tally: tally.seconds["embedding"])
-            part("  attention", lambda tally: tally.seconds["attention"])
+            part("  cache, attn.", lambda tally: tally.seconds["attention"])
             part("  layers", _layers)
             part("  norm, head", lambda tally: tally.seconds["head"])
     part("step", lambda tally: tally.total)
