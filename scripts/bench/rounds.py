@@ -127,15 +127,17 @@ class Comparison:
             for row in self.rows:
                 if not row.trouble:
                     with self._served(row) as server:
-                        for case in self.plan.cases if server else ():
-                            self._measure(row, server, case, turn, warm_up=True)
+                        if server:
+                            for case in self.plan.cases:
+                                self._measure(row, server, case, turn, warm_up=True)
 
     def _sequence(self) -> None:
         for row in self.rows:
             with self._served(row) as server:
-                for turn in range(1, self.plan.rounds + 1):
-                    for case in self.plan.cases if server else ():
-                        self._measure(row, server, case, turn)
+                if server:
+                    for turn in range(1, self.plan.rounds + 1):
+                        for case in self.plan.cases:
+                            self._measure(row, server, case, turn)
         self.rounds_done = self.plan.rounds
 
     def _rounds(self) -> Iterator[int]:
