@@ -106,9 +106,13 @@ def test_time_without_requests_is_not_idle_time() -> None:
 
 
 def test_every_stage_of_the_start_is_told() -> None:
-    told: list[tuple[Any, ...]] = []
+    told: list[tuple[str, float, float, str]] = []
+
+    def note_progress(what: str, done: float, total: float, note: str = "") -> None:
+        told.append((what, done, total, note))
+
     options = {"num_gpu_blocks_override": None, "gpu_memory_utilization": 0.3, "max_model_len": 256}
-    made = engine(on_progress=lambda *each: told.append(each), **options)
+    made = engine(on_progress=note_progress, **options)
     graphs, prompts = runner_of(made)._graphs, runner_of(made)._prompt_graphs
     assert graphs is not None and prompts is not None
     number = len(graphs.sizes) + len(prompts.sizes)
