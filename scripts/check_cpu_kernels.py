@@ -180,6 +180,7 @@ def step_profile(model: str, streams: int, steps: int, threads: int) -> tuple[fl
             dtype="bfloat16",
             gguf_weights="dequantized",
             cpu_threads=threads,
+            max_model_len=1024,
             num_gpu_blocks_override=256,
         )
     finally:

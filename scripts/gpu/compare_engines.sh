@@ -6,7 +6,7 @@
 # takes, with fastapi for `transformers serve`; CONFIG is the folder of a model's config.json and tokenizer, of
 # which a random checkpoint is written. All servers are in the GPU's memory at once, and those whose turn it is
 # not are halted; this engine and vLLM have KV caches of the same size. The two from Hugging Face take part in the
-# shorter workloads. Takes half an hour; results go to $OUT, or the folder that --out names.
+# shorter workloads; ENGINES="microvllm vllm" takes only those. Results go to $OUT, or the folder that --out names.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: scripts/gpu/compare_engines.sh VLLM CONFIG WHEELS… [-- arguments]" >&2; exit 2; }
 parts=$(realpath "$1") config=$(realpath "$2")
@@ -37,10 +37,14 @@ chmod +x "$work/python"
 
 cache='--kv-cache-memory-bytes 23000000000 --max-model-len 4096'
 short=single,concurrent35,chat
+engines=()
+for engine in ${ENGINES:-microvllm vllm hf-generate transformers}; do
+    case $engine in
+    microvllm) engines+=(--engine "microvllm args='$cache'") ;;
+    vllm) engines+=(--engine "vllm args='$cache --gpu-memory-utilization 0.35'") ;;
+    transformers) engines+=(--engine "transformers workloads=$short args='--cb-max-memory-percent 0.5'") ;;
+    *) engines+=(--engine "$engine workloads=$short") ;;
+    esac
+done
 python3 scripts/compare.py --model "$model" --device cuda --turns halt --warmup-len 64 \
-    --vllm-python "$work/python" --hf-python "$work/python" \
-    --engine "microvllm args='$cache'" \
-    --engine "vllm args='$cache --gpu-memory-utilization 0.35'" \
-    --engine "hf-generate workloads=$short" \
-    --engine "transformers workloads=$short args='--cb-max-memory-percent 0.5'" \
-    --out "${OUT:-comparison}" "$@"
+    --vllm-python "$work/python" --hf-python "$work/python" "${engines[@]}" --out "${OUT:-comparison}" "$@"
