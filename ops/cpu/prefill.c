@@ -7,8 +7,9 @@
 #include "panel.h"
 #include "vectors.h"
 
-#define TILE 128L     /* rows, unless one token has more heads */
-#define CHUNK 120L    /* keys */
+#define TILE 128L     /* rows at most, unless one token has more heads */
+#define CHUNK 120L    /* keys, a multiple of ROWS */
+#define LOG2_E 1.44269504f
 #define LOWEST -1e30f /* what a maximum starts from: -inf minus this is -inf, not NaN */
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
@@ -43,68 +44,84 @@ INLINE void multiply(const float *a, long row, long step, const float *panel, lo
     }
 }
 
-/* A block's queries times the scale, [d][WIDTH]; its sums of weights * values, [stride][WIDTH]; the highest score and
- * the sum of the weights of each row. Then, of the keys that it takes: the first one's position, their number, floats
- * between two of them, and the scores, [CHUNK][WIDTH]. */
 typedef struct {
-    float *query, *sum, *highest, *total, *score;
-    ivec positions[2]; /* of the rows' tokens */
-    long d, window, first, count, stride;
+    const Step *step;
+    const Cache *cache;
+    const float *qkv;    /* from the segments' first token on, as out */
+    float *out, *scratch;
+    long group, window;  /* query heads of a KV head; as the step's, but never 0 */
+    long stride;         /* floats between two widened keys or values: d, in whole ROWS */
+    long tokens, tiles;  /* of a tile, at most; of a KV head */
+    long block, each;    /* floats of a block; of a thread's scratch */
+} Prefill;
+
+/* WIDTH rows of a tile, in one piece of memory: queries times the scale, [d][WIDTH]; sums of weights * values,
+ * [stride][WIDTH]; of each row the highest score and the sum of the weights. */
+typedef struct {
+    float *query, *sum, *highest, *total;
+    ivec positions[2]; /* of the rows' tokens, where there is something to take */
 } Block;
 
-/* Scores, -inf where a row does not see the key; `highest`: also of what was taken before. */
-INLINE void score_keys(const Block *b, const float *keys, vec highest[2], const int is_masked)
+/* `count` keys and values of neighbouring tokens, the first one's position, and room for the scores. */
+typedef struct {
+    const float *keys, *values;
+    long first, count;
+    float (*scores)[WIDTH];
+} Chunk;
+
+INLINE Block block_of(const Prefill *p, float *blocks, long row)
 {
-    for (long t = 0; t < b->count; t += ROWS) {
+    float *query = blocks + row / WIDTH * p->block, *sum = query + p->step->d * WIDTH;
+    return (Block){query, sum, sum + p->stride * WIDTH, sum + (p->stride + 1) * WIDTH, {}};
+}
+
+/* The scores, -inf where a key is not seen because it is younger than the row's token or too old, and the highest. */
+INLINE void score_keys(const Prefill *p, const Block *b, const Chunk *c, vec highest[2])
+{
+    for (long t = 0; t < c->count; t += ROWS) {
         vec acc[ROWS][2];
         for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = (vec){};
-        multiply(keys + t * b->stride, b->stride, 1, b->query, b->d, acc);
-        for (int r = 0; r < ROWS && t + r < b->count; r++)
+        multiply(c->keys + t * p->stride, p->stride, 1, b->query, p->step->d, acc);
+        for (int r = 0; r < ROWS && t + r < c->count; r++)
             for (int half = 0; half < 2; half++) {
-                vec score = acc[r][half];
-                if (is_masked) {
-                    ivec age = b->positions[half] - (int32_t)(b->first + t + r);
-                    ivec hidden = (age < 0) | (age >= (int32_t)b->window);
-                    score = choose(hidden, (vec){} - INFINITY, score);
-                }
-                store(b->score + (t + r) * WIDTH + half * LANES, score);
+                ivec age = b->positions[half] - (int32_t)(c->first + t + r);
+                vec score = choose((age < 0) | (age >= (int32_t)p->window), (vec){} - INFINITY, acc[r][half]);
+                store(c->scores[t + r] + half * LANES, score);
                 highest[half] = choose(score > highest[half], score, highest[half]);
             }
     }
 }
 
-/* Takes the keys and values into the sums. */
-static void attend(const Block *b, const float *keys, const float *values)
+/* Takes a chunk into the sums of a block. */
+static void attend(const Prefill *p, const Block *b, const Chunk *c)
 {
     vec highest[2], factor[2], total[2];
     for (int half = 0; half < 2; half++) highest[half] = load_f32(b->highest + half * LANES);
-    score_keys(b, keys, highest, 1);
+    score_keys(p, b, c, highest);
     for (int half = 0; half < 2; half++) {
         factor[half] = power_of_2(load_f32(b->highest + half * LANES) - highest[half]);
         total[half] = load_f32(b->total + half * LANES) * factor[half];
         store(b->highest + half * LANES, highest[half]);
     }
-    for (long t = 0; t < b->count; t++)
+    for (long t = 0; t < c->count; t++)
         for (int half = 0; half < 2; half++) {
-            float *score = b->score + t * WIDTH + half * LANES;
-            vec weight = power_of_2(load_f32(score) - highest[half]);
-            store(score, weight);
+            vec weight = power_of_2(load_f32(c->scores[t] + half * LANES) - highest[half]);
+            store(c->scores[t] + half * LANES, weight);
             total[half] += weight;
         }
     for (int half = 0; half < 2; half++) store(b->total + half * LANES, total[half]);
-    for (long i = 0; i < b->d; i += ROWS) {
+    for (long i = 0; i < p->step->d; i += ROWS) {
         vec acc[ROWS][2];
         float *sum = b->sum + i * WIDTH;
         for (int r = 0; r < ROWS; r++)
             for (int half = 0; half < 2; half++)
                 acc[r][half] = load_f32(sum + r * WIDTH + half * LANES) * factor[half];
-        multiply(values + i, 1, b->stride, b->score, b->count, acc);
+        multiply(c->values + i, 1, p->stride, c->scores[0], c->count, acc);
         for (int r = 0; r < ROWS; r++)
             for (int half = 0; half < 2; half++) store(sum + r * WIDTH + half * LANES, acc[r][half]);
     }
 }
 
-/* One row of the cache, widened. */
 INLINE void widen_row(const Cache *cache, long row, long d, float *to)
 {
     long i = 0;
@@ -117,62 +134,62 @@ INLINE void widen_row(const Cache *cache, long row, long d, float *to)
     for (; i < d; i++) to[i] = widen(from[i]);
 }
 
-typedef struct {
-    const Step *step;
-    const Cache *cache;
-    const float *qkv;         /* of the segments' first token, as out */
-    float *out, *scratch;
-    long tokens, tiles, each; /* tokens of a tile; tiles of a KV head; floats of a thread's scratch */
-    long stride;              /* d, rounded up to whole ROWS */
-} Prefill;
-
-/* The tokens [begin, end) of the step's segments, which belong to one of them, in the heads of one KV head. */
-static void attend_tile(const Prefill *p, long segment, long head, long begin, long end)
+/* Keys and values of the positions [from, to) of a segment's sequence. */
+static void gather(const Prefill *p, long segment, long head, long from, long to, float *keys, float *values)
 {
     const Step *a = p->step;
     const Cache *cache = p->cache;
-    long d = a->d, group = a->heads / a->kv_heads, rows = (end - begin) * group, width = (a->heads + 2 * a->kv_heads) * d;
-    long shift = a->segment_lens[segment] - a->segment_starts[segment + 1]; /* from a token's number to its position */
-    long window = a->window ? a->window : INT32_MAX, size = (d + p->stride + 2) * WIDTH;
-    float *score = p->scratch + pool_self() * p->each, *keys = score + CHUNK * WIDTH;
-    float *values = keys + (CHUNK + ROWS) * p->stride, *blocks = values + CHUNK * p->stride;
-    for (long row = 0; row < (rows + WIDTH - 1) / WIDTH * WIDTH; row++) {
-        float *to = blocks + row / WIDTH * size + row % WIDTH;
-        const float *query = p->qkv + (begin + row / group) * width + (head * group + row % group) * d;
-        for (long i = 0; i < d; i++) to[i * WIDTH] = row < rows ? query[i] * a->scale * 1.44269504f : 0;
-        for (long i = 0; i < p->stride; i++) to[(d + i) * WIDTH] = 0;
-        to[(d + p->stride) * WIDTH] = LOWEST;
-        to[(d + p->stride + 1) * WIDTH] = 0;
-    }
-    for (long from = most(0, begin + shift - window + 1); from < end + shift; from += CHUNK) {
-        long to = least(from + CHUNK, end + shift);
-        for (long t = from; t < to; t++) {
-            long block = a->segment_blocks[segment * a->segment_width + t / cache->block_size];
-            long row = head * cache->num_slots + block * cache->block_size + t % cache->block_size;
-            widen_row(cache, row, d, keys + (t - from) * p->stride);
-            widen_row(cache, row + a->kv_heads * cache->num_slots, d, values + (t - from) * p->stride);
-        }
-        for (long row = 0; row < rows; row += WIDTH) {
-            float *query = blocks + row / WIDTH * size, *sum = query + d * WIDTH, *highest = sum + p->stride * WIDTH;
-            Block b = {query, sum, highest, highest + WIDTH, score, .d = d, .window = window, .stride = p->stride};
-            int32_t positions[WIDTH];
-            for (long i = 0; i < WIDTH; i++) positions[i] = begin + least(row + i, rows - 1) / group + shift;
-            memcpy(b.positions, positions, sizeof positions);
-            b.first = most(from, positions[0] - window + 1);
-            b.count = least(to, positions[WIDTH - 1] + 1) - b.first;
-            if (b.count > 0) attend(&b, keys + (b.first - from) * p->stride, values + (b.first - from) * p->stride);
-        }
-    }
-    for (long row = 0; row < rows; row++) {
-        const float *from = blocks + row / WIDTH * size + d * WIDTH + row % WIDTH;
-        float *to = p->out + ((begin + row / group) * a->heads + head * group + row % group) * d;
-        float total = from[(p->stride + 1) * WIDTH];
-        for (long i = 0; i < d; i++) to[i] = from[i * WIDTH] / total;
+    for (long t = from; t < to; t++, keys += p->stride, values += p->stride) {
+        long block = a->segment_blocks[segment * a->segment_width + t / cache->block_size];
+        long row = head * cache->num_slots + block * cache->block_size + t % cache->block_size;
+        widen_row(cache, row, a->d, keys);
+        widen_row(cache, row + a->kv_heads * cache->num_slots, a->d, values);
     }
 }
 
-/* The number of tiles before a segment is found without a sum over them: each one may have an empty tile. */
-INLINE long tiles_before(const Prefill *p, long segment)
+/* Tokens [begin, end) of the segments', all of one of them, in the query heads of one KV head: row i is head i % group
+ * of token i / group. */
+static void attend_tile(const Prefill *p, long segment, long head, long begin, long end)
+{
+    const Step *a = p->step;
+    long d = a->d, group = p->group, rows = (end - begin) * group, heads = a->heads + 2 * a->kv_heads;
+    long shift = a->segment_lens[segment] - a->segment_starts[segment + 1]; /* from a token's number to its position */
+    float *scores = p->scratch + pool_self() * p->each, *keys = scores + CHUNK * WIDTH;
+    float *values = keys + (CHUNK + ROWS) * p->stride, *blocks = values + CHUNK * p->stride;
+    for (long first = 0; first < rows; first += WIDTH) {
+        Block b = block_of(p, blocks, first);
+        memset(b.query, 0, p->block * sizeof(float));
+        for (long r = 0; r < WIDTH; r++) b.highest[r] = LOWEST;
+        for (long row = first; row < least(first + WIDTH, rows); row++) {
+            const float *query = p->qkv + ((begin + row / group) * heads + head * group + row % group) * d;
+            for (long i = 0; i < d; i++) b.query[i * WIDTH + row % WIDTH] = query[i] * a->scale * LOG2_E;
+        }
+    }
+    for (long from = most(0, begin + shift - p->window + 1); from < end + shift; from += CHUNK) {
+        long to = least(from + CHUNK, end + shift);
+        gather(p, segment, head, from, to, keys, values);
+        for (long row = 0; row < rows; row += WIDTH) {
+            Block b = block_of(p, blocks, row);
+            int32_t positions[WIDTH];
+            for (long r = 0; r < WIDTH; r++) positions[r] = begin + shift + least(row + r, rows - 1) / group;
+            memcpy(b.positions, positions, sizeof positions);
+            long first = most(from, positions[0] - p->window + 1), skipped = (first - from) * p->stride;
+            long count = least(to, positions[WIDTH - 1] + 1) - first;
+            Chunk c = {keys + skipped, values + skipped, first, count, (float (*)[WIDTH])scores};
+            if (count > 0) attend(p, &b, &c);
+        }
+    }
+    for (long row = 0; row < rows; row++) {
+        Block b = block_of(p, blocks, row);
+        float *to = p->out + ((begin + row / group) * a->heads + head * group + row % group) * d;
+        float factor = 1 / b.total[row % WIDTH];
+        for (long i = 0; i < d; i++) to[i] = b.sum[i * WIDTH + row % WIDTH] * factor;
+    }
+}
+
+/* The number of a segment's first tile. To be known without a sum over the segments, each has room for a tile more than
+ * it may need. */
+INLINE long first_tile(const Prefill *p, long segment)
 {
     return p->step->segment_starts[segment] / p->tokens + segment;
 }
@@ -180,31 +197,34 @@ INLINE long tiles_before(const Prefill *p, long segment)
 static void prefill_piece(const void *job, long piece)
 {
     const Prefill *p = job;
-    const Step *a = p->step;
-    long tile = p->tiles - 1 - piece % p->tiles; /* the longest first, as others can then take the short ones */
-    long low = 0, high = a->segments;
-    while (high - low > 1) {
-        long middle = (low + high) / 2;
-        if (tiles_before(p, middle) <= tile) low = middle;
-        else high = middle;
+    const int64_t *starts = p->step->segment_starts;
+    long tile = p->tiles - 1 - piece % p->tiles; /* the longest of a sequence first: others may take the short ones */
+    long segment = 0, beyond = p->step->segments;
+    while (beyond - segment > 1) {
+        long middle = (segment + beyond) / 2;
+        if (first_tile(p, middle) <= tile) segment = middle;
+        else beyond = middle;
     }
-    long begin = a->segment_starts[low] + (tile - tiles_before(p, low)) * p->tokens;
-    long end = least(begin + p->tokens, a->segment_starts[low + 1]);
-    if (begin < end) attend_tile(p, low, piece / p->tiles, begin, end);
+    long begin = starts[segment] + (tile - first_tile(p, segment)) * p->tokens;
+    long end = least(begin + p->tokens, starts[segment + 1]);
+    if (begin < end) attend_tile(p, segment, piece / p->tiles, begin, end);
 }
 
 int prefill_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
     long d = step->d, group = step->heads / step->kv_heads, stride = (d + ROWS - 1) / ROWS * ROWS;
-    long tokens = most(1, TILE / group), blocks = (tokens * group + WIDTH - 1) / WIDTH;
-    long each = CHUNK * WIDTH + (2 * CHUNK + ROWS) * stride + blocks * (d + stride + 2) * WIDTH;
-    each = (each + 31) / 32 * 32;
-    float *scratch = pool_scratch(pool, pool_threads(pool) * each);
+    long total = step->segment_starts[step->segments], threads = pool_threads(pool);
+    /* Some tiles for every thread, but none with less than a block of rows if there are more. */
+    long tokens = most(1, most(WIDTH / group, least(TILE / group, total * step->kv_heads / (4 * threads))));
+    long block = (d + stride + 2) * WIDTH, blocks = (tokens * group + WIDTH - 1) / WIDTH;
+    long each = (CHUNK * WIDTH + (2 * CHUNK + ROWS) * stride + blocks * block + 31) / 32 * 32;
+    float *scratch = pool_scratch(pool, threads * each);
     if (!scratch) return -1;
     qkv += step->decodes * (step->heads + 2 * step->kv_heads) * d;
     out += step->decodes * step->heads * d;
-    Prefill job = {step, cache, qkv, out, scratch, tokens, 0, each, stride};
-    job.tiles = tiles_before(&job, step->segments);
+    long window = step->window ? least(step->window, INT32_MAX) : INT32_MAX;
+    Prefill job = {step, cache, qkv, out, scratch, group, window, stride, tokens, 0, block, each};
+    job.tiles = first_tile(&job, step->segments);
     parallel(pool, prefill_piece, &job, job.tiles * step->kv_heads);
     return 0;
 }
