@@ -49,7 +49,7 @@ from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 
 QUICK_MINUTES = 9.0
-START_TIMEOUT_S, START_SHARE = 600.0, 0.65
+START_SHARE = 0.65
 CPU_WARMUP_LEN, CPU_WARMUP_USERS = 16, MOST_SLOTS
 QUICK_WARMUP_LEN, QUICK_WARMUP_USERS = 2, 4
 CONTEXT_STEP = 256
@@ -164,17 +164,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=positive_float,
-        help=f"begin nothing that would end later (quick: {QUICK_MINUTES:g})",
+        help=f"begin nothing that would end later, and give a server {100 * START_SHARE:.0f} percent of the "
+        f"time that is left to start (quick: {QUICK_MINUTES:g})",
     )
     parser.add_argument("--busy-neighbour", action="store_true", help="measure with a competing process, too")
     parser.add_argument("--prompts", choices=("text", "ids"), default="text", help="send words or token ids")
     add_sizes(parser)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
     parser.add_argument(
-        "--start-timeout",
-        type=positive_float,
-        help=f"seconds a server may take to start (if not given: {START_TIMEOUT_S:g}, and of --minutes not "
-        f"more than {START_SHARE:.0%}%)",  # twice, as argparse formats it again
+        "--start-timeout", type=positive_float, default=600.0, help="seconds a server may take to start"
     )
     parser.add_argument("--timeout", type=positive_float, default=600.0, help="seconds a request may take")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for what is written")
@@ -198,7 +196,6 @@ def main() -> int:
     names = args.workload or (QUICK_WORKLOADS if quick else FULL_WORKLOADS)
     cases = cases_of(names, sizes_of(args, quick=quick), busy=args.busy_neighbour)
     minutes = args.minutes or (QUICK_MINUTES if quick else float("inf"))
-    start_timeout = args.start_timeout or min(START_TIMEOUT_S, START_SHARE * 60 * minutes)
     try:
         model = find_model(args.model)
     except ConfigError as error:
@@ -216,8 +213,6 @@ def main() -> int:
         )
         if quick:
             display.say(f"small workloads for {minutes:g} minutes (--minutes); --full runs them as described")
-        if start_timeout < START_TIMEOUT_S:
-            display.say(f"a server that takes longer than {start_timeout:g} s to start is left out")
         engines, missing = build_engines(args.engine or default_specs(setup), setup, args.prompts)
         for name, reason in missing.items():
             display.say(f"{name} is left out: {reason}")
@@ -236,7 +231,8 @@ def main() -> int:
             args.seed,
             warmup_len=args.warmup_len or warmup_len,
             warmup_users=warmup_users,
-            start_timeout_s=start_timeout,
+            start_timeout_s=args.start_timeout,
+            start_share=START_SHARE,
             timeout_s=args.timeout,
             ends=began + 60 * minutes,
         )

@@ -349,6 +349,23 @@ def test_what_would_end_too_late_does_not_begin(
         }
 
 
+@pytest.mark.parametrize(("ends", "seconds"), [(160.0, 30.0), (math.inf, 600.0), (99.0, 1.0)])
+def test_a_server_gets_a_share_of_the_time_that_is_left_to_start(
+    ends: float, seconds: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = MagicMock()
+    server.wait_ready.side_effect = BenchError("not ready")
+    monkeypatch.setattr(rounds, "Server", lambda engine, logs: server)
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    monkeypatch.setattr(rounds, "stop_all", lambda servers: None)
+    plan = rounds.Plan([ONE], 1, start_share=0.5, ends=ends)
+    said: list[str] = []
+    comparison = rounds.Comparison(plan, tmp_path, said.append, lambda text: None)
+    comparison.run([Engine("one", "1", "f32")])
+    server.wait_ready.assert_called_once_with(seconds)
+    assert said[0] == "one (f32) is left out: not ready" and comparison.rows[0].trouble == "not ready"
+
+
 @needs_proc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ended_from_outside_it_leaves_no_process_behind(

@@ -63,6 +63,8 @@ class Plan:
     warmup_users: int | None = None
     """Most users of it; None: as many as are measured."""
     start_timeout_s: float = 600.0
+    start_share: float = 1.0
+    """Of the time that is left, what a server may take to start."""
     timeout_s: float = 600.0
     ends: float = float("inf")
     """Moment (`time.monotonic`) at which all should be over: what would end later does not begin."""
@@ -167,7 +169,8 @@ class Comparison:
         try:
             server = Server(row.engine, self.logs)
             self._servers.append(server)
-            server.wait_ready(self.plan.start_timeout_s)
+            left = self.plan.ends - time.monotonic()
+            server.wait_ready(max(1.0, min(self.plan.start_timeout_s, self.plan.start_share * left)))
         except BenchError as error:
             row.trouble = str(error)
             self.say(f"{row.label} is left out: {error}")

@@ -76,7 +76,7 @@ class Server:
             if self.ended():
                 raise BenchError(f"ended while it started: {self.last_words()}")
             if passed > timeout_s:
-                raise BenchError(f"no answer within {timeout_s:g} s: {failure}")
+                raise BenchError(f"no answer within {timeout_s:.3g} s: {failure}")
             if failure.startswith("HTTP status 4"):
                 raise BenchError(failure)
             time.sleep(0.1)
