@@ -5,85 +5,132 @@
 
 #define CHUNK 128     /* tokens of one sequence that a thread takes at a time */
 #define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
-#define SPAN 4        /* vectors of the output kept in registers for each of them */
+#define KEYS 4        /* keys whose scores are summed up side by side */
+#define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Scores[GROUP][CHUNK + LANES];
 
-/* Element i of a token's key or value, and the LANES from there. */
+/* Element i of a token's key or value. */
 INLINE float element(const void *p, long i, const int is_bf16)
 {
     return is_bf16 ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i];
 }
 
-INLINE vec elements(const void *p, long i, const int is_bf16)
-{
-    return is_bf16 ? load_bf16((const bf16 *)p + i) : load_f32((const float *)p + i);
-}
-
-/* score[g][t] = scale * q[g] . k[t] for G queries, d floats apart. Each key is widened once for all of them. */
-INLINE void score_keys(const float *q, const void *const *keys, long count, long d, float scale, Scores score,
-                       const int is_bf16, const int G)
-{
-    for (long t = 0; t < count; t++) {
-        vec acc[GROUP];
-        for (int g = 0; g < G; g++) acc[g] = (vec){};
-        long i = 0;
-        for (; i + LANES <= d; i += LANES) {
-            vec k = elements(keys[t], i, is_bf16);
-            for (int g = 0; g < G; g++) acc[g] += load_f32(q + g * d + i) * k;
-        }
-        for (int g = 0; g < G; g++) {
-            float total = sum(acc[g]);
-            for (long r = i; r < d; r++) total += q[g * d + r] * element(keys[t], r, is_bf16);
-            score[g][t] = scale * total;
-        }
-    }
-}
-
-/* out[g] = sum over t of weight[g][t] * v[t], for S vectors of it from element i on. */
-INLINE void add_span(Scores weight, const void *const *values, long count, long i, float *out, long stride,
-                     const int is_bf16, const int G, const int S)
-{
-    vec acc[GROUP][SPAN];
-    for (int g = 0; g < G; g++)
-        for (int s = 0; s < S; s++) acc[g][s] = (vec){};
-    for (long t = 0; t < count; t++)
-        for (int s = 0; s < S; s++) {
-            vec v = elements(values[t], i + s * LANES, is_bf16);
-            for (int g = 0; g < G; g++) acc[g][s] += weight[g][t] * v;
-        }
-    for (int g = 0; g < G; g++)
-        for (int s = 0; s < S; s++) store(out + g * stride + i + s * LANES, acc[g][s]);
-}
-
-INLINE void add_values(Scores weight, const void *const *values, long count, long d, float *out, long stride,
-                       const int is_bf16, const int G)
+/* x in the order in which load_pair gives the elements of a key: of each PAIR of bfloat16, even before odd. */
+INLINE void to_pairs(const float *x, float *pairs, long d, const int is_bf16)
 {
     long i = 0;
-    for (; i + SPAN * LANES <= d; i += SPAN * LANES)
-        add_span(weight, values, count, i, out, stride, is_bf16, G, SPAN);
-    for (; i + LANES <= d; i += LANES) add_span(weight, values, count, i, out, stride, is_bf16, G, 1);
+    for (; is_bf16 && i + PAIR <= d; i += PAIR)
+        for (int j = 0; j < LANES; j++) {
+            pairs[i + j] = x[i + 2 * j];
+            pairs[i + LANES + j] = x[i + 2 * j + 1];
+        }
+    memcpy(pairs + i, x + i, (d - i) * sizeof(float));
+}
+
+/* And back. */
+INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
+{
+    long i = 0;
+    for (; is_bf16 && i + PAIR <= d; i += PAIR)
+        for (int j = 0; j < LANES; j++) {
+            x[i + 2 * j] = pairs[i + j];
+            x[i + 2 * j + 1] = pairs[i + LANES + j];
+        }
+    memcpy(x + i, pairs + i, (d - i) * sizeof(float));
+}
+
+/* score[g][t] = scale * q[g] . key t, for G queries and K keys from `first` on. */
+INLINE void score_keys(const float *q, const void *const *keys, const void *const *values, long first, long d,
+                       float scale, Scores score, const int is_bf16, const int G, const int K)
+{
+    vec acc[KEYS][GROUP];
+    long i = 0, size = is_bf16 ? sizeof(bf16) : sizeof(float);
+    for (int t = 0; t < K; t++)
+        for (int g = 0; g < G; g++) acc[t][g] = (vec){};
+    for (; i + PAIR <= d; i += PAIR) {
+        vec query[GROUP][2], low, high;
+        for (int g = 0; g < G; g++)
+            for (int half = 0; half < 2; half++) query[g][half] = load_f32(q + g * d + i + half * LANES);
+        for (int t = 0; t < K; t++) {
+            __builtin_prefetch((const char *)values[first + t] + i * size); /* for add_values */
+            load_pair(keys[first + t], i, is_bf16, &low, &high);
+            for (int g = 0; g < G; g++) acc[t][g] += low * query[g][0];
+            for (int g = 0; g < G; g++) acc[t][g] += high * query[g][1];
+        }
+    }
+    UNROLL for (int t = 0; t < K; t++) {
+        UNROLL for (int g = 0; g < G; g++) score[g][first + t] = scale * sum(acc[t][g]);
+    }
+    for (; i < d; i++)
+        for (int t = 0; t < K; t++)
+            for (int g = 0; g < G; g++)
+                score[g][first + t] += scale * q[g * d + i] * element(keys[first + t], i, is_bf16);
+}
+
+/* out[g] = sum over t of weight[g][t] * v[t], for one pair of vectors of it, from element i on. U partial sums keep
+ * the additions from waiting for each other. */
+INLINE void add_pair(Scores weight, const void *const *values, long count, long i, float *out, long d,
+                     const int is_bf16, const int G, const int U)
+{
+    vec acc[4][GROUP][2], low, high;
+    long t = 0;
+    for (int u = 0; u < U; u++)
+        for (int g = 0; g < G; g++) acc[u][g][0] = acc[u][g][1] = (vec){};
+    for (; t + U <= count; t += U)
+        for (int u = 0; u < U; u++) {
+            load_pair(values[t + u], i, is_bf16, &low, &high);
+            for (int g = 0; g < G; g++) {
+                acc[u][g][0] += weight[g][t + u] * low;
+                acc[u][g][1] += weight[g][t + u] * high;
+            }
+        }
+    for (; t < count; t++) {
+        load_pair(values[t], i, is_bf16, &low, &high);
+        for (int g = 0; g < G; g++) {
+            acc[0][g][0] += weight[g][t] * low;
+            acc[0][g][1] += weight[g][t] * high;
+        }
+    }
+    for (int g = 0; g < G; g++)
+        for (int half = 0; half < 2; half++) {
+            for (int u = 1; u < U; u++) acc[0][g][half] += acc[u][g][half];
+            store(out + g * d + i + half * LANES, acc[0][g][half]);
+        }
+}
+
+INLINE void add_values(Scores weight, const void *const *values, long count, long d, float *out, const int is_bf16,
+                       const int G)
+{
+    long i = 0;
+    for (; i + PAIR <= d; i += PAIR)
+        add_pair(weight, values, count, i, out, d, is_bf16, G, G == 1 ? 4 : G <= 3 ? 2 : 1);
     for (; i < d; i++)
         for (int g = 0; g < G; g++) {
             float total = 0;
             for (long t = 0; t < count; t++) total += weight[g][t] * element(values[t], i, is_bf16);
-            out[g * stride + i] = total;
+            out[g * d + i] = total;
         }
 }
 
 /* G query heads of one KV head against `count` tokens. Their parts, `stride` floats apart: d floats of the sum of
  * weights * v, not normalised, the maximum score, the sum of the weights. */
-INLINE void attend(const float *q, const void *const *keys, const void *const *values, long count, long d, float scale,
-                   float *part, long stride, const int is_bf16, const int G)
+INLINE void attend(const float *queries, const void *const *keys, const void *const *values, long count, long d,
+                   float scale, float *part, long stride, const int is_bf16, const int G)
 {
     Scores score;
-    score_keys(q, keys, count, d, scale, score, is_bf16, G);
+    float q[G * d], sums[G * d];
+    for (int g = 0; g < G; g++) to_pairs(queries + g * d, q + g * d, d, is_bf16);
+    long t = 0;
+    for (; t + KEYS <= count; t += KEYS) score_keys(q, keys, values, t, d, scale, score, is_bf16, G, KEYS);
+    for (; t < count; t++) score_keys(q, keys, values, t, d, scale, score, is_bf16, G, 1);
     for (int g = 0; g < G; g++) {
-        float best = -INFINITY;
-        for (long t = 0; t < count; t++) best = score[g][t] > best || score[g][t] != score[g][t] ? score[g][t] : best;
-        for (long t = count; t < count + LANES; t++) score[g][t] = -INFINITY;
-        vec total = {};
-        for (long t = 0; t < count; t += LANES) {
+        for (t = count; t < count + LANES; t++) score[g][t] = -INFINITY;
+        vec top = load_f32(score[g]), total = {};
+        for (t = LANES; t < count; t += LANES) top = larger(top, load_f32(score[g] + t));
+        float best = top[0];
+        for (int l = 1; l < LANES; l++) best = top[l] > best || top[l] != top[l] ? top[l] : best;
+        for (t = 0; t < count; t += LANES) {
             vec weight = vexp(load_f32(score[g] + t) - best);
             store(score[g] + t, weight);
             total += weight;
@@ -91,7 +138,8 @@ INLINE void attend(const float *q, const void *const *keys, const void *const *v
         part[g * stride + d] = best;
         part[g * stride + d + 1] = sum(total);
     }
-    add_values(score, values, count, d, part, stride, is_bf16, G);
+    add_values(score, values, count, d, sums, is_bf16, G);
+    for (int g = 0; g < G; g++) from_pairs(sums + g * d, part + g * stride, d, is_bf16);
 }
 
 /* `heads` of them: at most GROUP. */

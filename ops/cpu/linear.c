@@ -8,8 +8,8 @@
 #include "pool.h"
 #include "quantized.h"
 
-/* A panel is [k][WIDTH]; in bfloat16 the first LANES of a run are the lower halves of its 32-bit words, the others the
- * upper: one shift and one mask widen them. Panels of quantised weights are described in quantized.h. */
+/* A panel is [k][WIDTH]; in bfloat16 each run is in the order in which load_pair gives it back as it was. Panels of
+ * quantised weights are described in quantized.h. */
 
 /* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
 #define AHEAD 2048
@@ -32,19 +32,6 @@ struct Linear {
     int rounds_x;             /* to 8 bits, for a product in integers; QUANTIZED_FORMATS only */
 };
 
-INLINE void load_run(const void *panel, long i, const int is_bf16, vec *low, vec *high)
-{
-    if (is_bf16) {
-        uvec words;
-        memcpy(&words, (const bf16 *)panel + i * WIDTH, sizeof words);
-        *low = (vec)(words << 16);
-        *high = (vec)(words & 0xffff0000u);
-    } else {
-        *low = load_f32((const float *)panel + i * WIDTH);
-        *high = load_f32((const float *)panel + i * WIDTH + LANES);
-    }
-}
-
 /* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. U partial sums
  * keep the additions from waiting for each other, and sums of DEPTH terms each keep rounding small however long k is.
  * What is to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
@@ -60,14 +47,14 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
             for (int u = 0; u < U; u++) {
                 __builtin_prefetch(ahead);
                 ahead += step;
-                load_run(panel, i + u, is_bf16, &low, &high);
+                load_pair(panel, (i + u) * WIDTH, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {
                     acc[u][m][0] += low * x[m * stride + i + u];
                     acc[u][m][1] += high * x[m * stride + i + u];
                 }
             }
         for (; i < end; i++) {
-            load_run(panel, i, is_bf16, &low, &high);
+            load_pair(panel, i * WIDTH, is_bf16, &low, &high);
             for (int m = 0; m < M; m++) {
                 acc[0][m][0] += low * x[m * stride + i];
                 acc[0][m][1] += high * x[m * stride + i];

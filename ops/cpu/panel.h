@@ -5,7 +5,7 @@
 
 #include "vectors.h"
 
-#define WIDTH (2 * LANES)
+#define WIDTH PAIR
 
 /* Rows of x in a tile: two accumulators each, which leave registers for the weight and for x. */
 #define ROWS (VECTORS == 32 ? 12 : 6)

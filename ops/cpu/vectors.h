@@ -46,6 +46,29 @@ INLINE vec load_bf16(const bf16 *p)
     return (vec)(__builtin_convertvector(h, uvec) << 16);
 }
 
+/* PAIR elements from element i on. bfloat16 come as those at even places and those at odd places, the lower halves of
+ * 32-bit words and the upper: one shift and one mask widen them. */
+#define PAIR (2 * LANES)
+INLINE void load_pair(const void *p, long i, const int is_bf16, vec *low, vec *high)
+{
+    if (is_bf16) {
+        uvec words;
+        memcpy(&words, (const bf16 *)p + i, sizeof words);
+        *low = (vec)(words << 16);
+        *high = (vec)(words & 0xffff0000u);
+    } else {
+        *low = load_f32((const float *)p + i);
+        *high = load_f32((const float *)p + i + LANES);
+    }
+}
+
+/* The larger of each two; of a NaN and a number the NaN. */
+INLINE vec larger(vec a, vec b)
+{
+    ivec first = (a > b) | (a != a);
+    return (vec)(((ivec)a & first) | ((ivec)b & ~first));
+}
+
 INLINE float widen(bf16 h)
 {
     uint32_t bits = (uint32_t)h << 16;
