@@ -261,7 +261,7 @@ class ModelGraphRunner:
         if self.config.attention_backend == "cpu":
             # What torch still does in a decode is too small to share, and its threads wait for each other
             # at every operator, however long one of them is kept from its core.
-            torch.set_num_threads(self.config.cpu_threads if batch.segments else 1)
+            torch.set_num_threads(self.config.cpu_threads if batch.num_decodes < len(ids) else 1)
         self._begin_forward()
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
 

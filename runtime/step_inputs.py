@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, PrefillSegment, SegmentTable
+from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.runtime.scheduler import ScheduledRequest
 from microvllm.runtime.transfer import Stager
 
@@ -99,20 +99,24 @@ class HostInputs:
             ids = torch.where(ids == UNKNOWN, self.newest[torch.from_numpy(arrays.rows)], ids)
         decodes = arrays.num_decodes
         widest = -(-int(arrays.context[:decodes].max(initial=0)) // self._block_size)
-        segments: list[PrefillSegment] = []
-        first = decodes
-        for j in range(decodes, len(arrays.lengths)):
-            length, context = int(arrays.lengths[j]), int(arrays.context[j])
-            blocks = block_tables[arrays.request_rows[j], : -(-context // self._block_size)]
-            segments.append(PrefillSegment(first, length, context, torch.from_numpy(blocks)))
-            first += length
+        table = None
+        if decodes < len(arrays.lengths):
+            lengths, context = arrays.lengths[decodes:], arrays.context[decodes:]
+            width = -(-int(context.max()) // self._block_size)
+            table = SegmentTable(
+                torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
+                torch.from_numpy(context),
+                torch.from_numpy(block_tables[arrays.request_rows[decodes:], :width]),
+                int(lengths.max()),
+            )
         batch = AttentionBatch(
             positions=torch.from_numpy(arrays.positions),
             slots=torch.from_numpy(arrays.slots),
             num_decodes=decodes,
             decode_blocks=torch.from_numpy(block_tables[arrays.request_rows[:decodes], :widest]),
             decode_lens=torch.from_numpy(arrays.context[:decodes]),
-            segments=tuple(segments),
+            segments=(),
+            segment_table=table,
         )
         return ids, batch
 

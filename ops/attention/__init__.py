@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -49,10 +49,10 @@ class PrefillSegment:
 class SegmentTable:
     """Prefill segments as arrays on the device, for kernels that take all of them in one launch.
 
-    starts: [s + 1] int32, where each segment's new tokens begin, counted from the step's first token that
-    is no decode, and where the last one's end; equal neighbours are an empty segment, which is padding.
-    context_lens: [s] int32; blocks: [s, width] int32, padded with any valid block; longest: no segment
-    has more new tokens.
+    All are int32, or, on a CPU, int64. starts: [s + 1], where each segment's new tokens begin, counted from
+    the step's first token that is no decode, and where the last one's end; equal neighbours are an empty
+    segment, which is padding. context_lens: [s]; blocks: [s, width], padded with any valid block; longest:
+    no segment has more new tokens.
     """
 
     starts: Tensor
@@ -75,6 +75,15 @@ class SegmentTable:
             max(lengths, default=0),
         )
 
+    def unpacked(self, first: int, block_size: int) -> tuple[PrefillSegment, ...]:
+        """One by one, with tokens; `first`: the step's first token that is no decode."""
+        starts, contexts = self.starts.tolist(), self.context_lens.tolist()
+        return tuple(
+            PrefillSegment(first + start, end - start, context, blocks[: -(-context // block_size)])
+            for (start, end), context, blocks in zip(pairwise(starts), contexts, self.blocks, strict=True)
+            if start < end
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -84,8 +93,9 @@ class AttentionBatch:
     decode_blocks: [num_decodes, width] int64, padded with any valid block; decode_lens: [num_decodes]
     int64, context length including the new token.
 
-    On a GPU all of these may be int32 as well, a slot of -1 is not written, a decode_len of 0 marks a row
-    that only pads a captured batch (its output is finite), and `segment_table` stands for `segments`.
+    Where there is a `segment_table` it stands for `segments`. On a GPU all of these may be int32 as well, a
+    slot of -1 is not written, and a decode_len of 0 marks a row that only pads a captured batch (its output
+    is finite).
     """
 
     positions: Tensor

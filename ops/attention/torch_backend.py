@@ -65,7 +65,10 @@ class TorchStep:
     def __init__(self, backend: TorchAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch
-        self._segment_masks = [self._make_segment_mask(segment) for segment in batch.segments]
+        table, self._segments = batch.segment_table, batch.segments
+        if table is not None:
+            self._segments = table.unpacked(batch.num_decodes, backend.block_size)
+        self._segment_masks = [self._make_segment_mask(segment) for segment in self._segments]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         decodes = self._batch.num_decodes
@@ -75,7 +78,7 @@ class TorchStep:
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
         if decodes:
             out[:decodes] = self._decode(layer, q[:decodes])
-        for segment, mask in zip(self._batch.segments, self._segment_masks, strict=True):
+        for segment, mask in zip(self._segments, self._segment_masks, strict=True):
             end = segment.first + segment.num_new
             out[segment.first : end] = self._prefill(layer, q[segment.first : end], segment, mask)
         return out
