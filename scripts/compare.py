@@ -260,6 +260,7 @@ def main() -> int:
         if interrupted:
             return 130
         raise BenchError("nothing was measured")
+    cases = [case for case in cases if any(row.reports.get(case) for row in rows)]
     text = markdown(rows, cases, heading)
     print(text)
     (args.out / "report.md").write_text(text + "\n")

@@ -612,6 +612,10 @@ def test_plots_are_drawn_for_what_was_measured(tmp_path: Path, monkeypatch: pyte
     files = plots.draw([one, row("other", 5)], [ONE, two, OPEN, fast], tmp_path)
     assert [file.name for file in files] == ["throughput.png", "latency.png", "sweep.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    failed = Measured([request_result(0, 0, 0, "refused")], 1.0, 0.0)
+    none = Row(one.engine, reports={case: [failed] for case in (ONE, two, OPEN, fast)})
+    files = plots.draw([none], [ONE, two, OPEN, fast], tmp_path)
+    assert [file.name for file in files] == ["throughput.png"], "no times to draw"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BenchError, match="pip install matplotlib"):
         plots.draw([one], [ONE], tmp_path)

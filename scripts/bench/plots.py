@@ -68,7 +68,8 @@ def _throughput(pyplot: Any, rows: Sequence[Row], cases: Sequence[Case]) -> Any:
 
 def _distributions(pyplot: Any, rows: Sequence[Row], cases: Sequence[Case]) -> Any:
     """For each workload (its largest load) the share of requests at or below a time, over all rounds."""
-    last = list({case.workload: case for case in cases if not case.prefill_only}.values())
+    shown = [case for case in cases if not case.prefill_only and any(row.good(case) for row in rows)]
+    last = list({case.workload: case for case in shown}.values())
     if not last:
         return None
     figure, grid = pyplot.subplots(
@@ -95,7 +96,7 @@ def _distributions(pyplot: Any, rows: Sequence[Row], cases: Sequence[Case]) -> A
 def _sweep(pyplot: Any, rows: Sequence[Row], cases: Sequence[Case]) -> Any:
     """Time to first token against the rate at which requests come: p50, and p99 dashed."""
     chosen = [case for case in cases if case.workload == "sweep"]
-    if len(chosen) < 2:
+    if len(chosen) < 2 or not any(row.good(case) for row in rows for case in chosen):
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for number, row in enumerate(rows):

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -65,7 +66,7 @@ def markdown(rows: Sequence[Row], cases: Sequence[Case], facts: dict[str, Any]) 
     blocks = [_heading(facts), _speeds(measured, cases), _engines(measured)]
     blocks += [_sent(measured, cases)]
     if busy := [case for case in cases if case.busy]:
-        blocks.append(_beside_a_neighbour(measured, cases, busy))
+        blocks.append(_beside_a_neighbour(measured, busy))
     blocks += [_reused(measured, cases), _client(measured)]
     if facts["no_time"]:
         blocks.append([f"Not measured, as there was no time left: {'; '.join(facts['no_time'])}."])
@@ -186,8 +187,8 @@ def _sent(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
     return lines
 
 
-def _beside_a_neighbour(rows: Sequence[Row], cases: Sequence[Case], busy: Sequence[Case]) -> list[str]:
-    quiet = cases[: len(busy)]
+def _beside_a_neighbour(rows: Sequence[Row], busy: Sequence[Case]) -> list[str]:
+    quiet = [replace(case, busy=False) for case in busy]
     lines = [f"| throughput kept beside a busy neighbour | {' | '.join(map(str, quiet))} |"]
     lines.append(f"|{'---|' * (1 + len(quiet))}")
     for row in rows:

@@ -42,6 +42,10 @@ class Row:
         """All requests of all rounds of a case."""
         return [request for report in self.reports.get(case, ()) for request in report.requests]
 
+    def good(self, case: Case) -> list[RequestResult]:
+        """Those without error."""
+        return [request for request in self.requests(case) if not request.error]
+
     def errors(self) -> list[str]:
         """What went wrong in any request, once each."""
         return sorted({e for reports in self.reports.values() for report in reports for e in report.errors})
