@@ -259,7 +259,7 @@ def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> N
     names = ("cpu_attention", "cpu_layers", "int8", "quantized")
     others = (Path(__file__).with_name(f"test_{name}.py") for name in names)
     files = [__file__, *map(str, others)]
-    unwanted = ("building", "out_of_bounds", "tokens", "kept", "option", "vectors")
+    unwanted = ("building", "out_of_bounds", "tokens", "kept", "option", "vectors", "portable")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-qs", *files, "-k", f"not {' and not '.join(unwanted)}"],
         env={

@@ -54,7 +54,8 @@ def rounded(x: Tensor) -> Tensor:
     """What the kernels make of x: multiples of a 127th of the largest of 32 values."""
     groups = x.reshape(len(x), -1, GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
-    quants = (groups * torch.where(largest > 0, 127.0 / largest, 0.0)).round()
+    inverse = torch.tensor(127.0) / largest  # 127.0 / largest is 127 * (1 / largest) to torch
+    quants = (groups * torch.where(largest > 0, inverse, 0.0)).round()
     assert quants.abs().max() <= 127
     return (quants.double() * (largest / 127.0).double()).reshape(x.shape)
 

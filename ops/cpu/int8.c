@@ -86,10 +86,10 @@ typedef __m256i wide;
 #define WITH_SIGNS _mm256_sign_epi8
 #endif
 
-/* Of each row: the sum of quant * x over `count` quads; 8 bits are signed. Products of two neighbours are added up in 16
- * bits, where a quant of b bits gives at most 2 * (2^b - 1) * 127: their sum over 8 quads stays below 2^15 for 4 bits
- * (30480), over 4 for 5 bits (31496), over 2 for 6 bits (32004). Of 8 bits, the size goes with x, which takes over the
- * sign, as the instruction wants one factor without: 2 * 128 * 127 is 32512. */
+/* Of each row: the sum of quant * x over `count` quads; 8 bits are signed. Products of two neighbours are added up in
+ * 16 bits, where a quant of b bits gives at most 2 * (2^b - 1) * 127. Their sum over 8 quads stays below 2^15 for 4
+ * bits (30480), over 4 for 5 bits (31496), over 2 for 6 bits (32004). Of 8 bits, the size goes with x, which takes over
+ * the sign, as the instruction wants one factor without: 2 * 128 * 127 is 32512. */
 INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits)
 {
     const int run = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
@@ -135,6 +135,7 @@ INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, 
     for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
         for (int at = 0; at < f.groups * GROUP; at += f.span) {
             const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
+            if (at % GROUP == 0) fetch_ahead(group, f);
             for (int half = 0; half < 2; half++) {
                 const Scale s = load_scale(panel, at, half, f);
                 uvec quads[GROUP / 4];

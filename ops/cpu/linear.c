@@ -128,8 +128,8 @@ INLINE void finish(const Product *p, const float *sums, const float *up, long ro
     else for (long j = 0; j < count; j++) y[j] = value[j];
 }
 
-/* sums = x . panel^T for a block of rows and a panel of quantised weights. For a few rows they are widened in registers;
- * for more into the first-level cache, PART of each row at a time, once for all rows of x. */
+/* sums = x . panel^T for a block of rows and a panel of quantised weights. For a few rows they are widened in
+ * registers; for more into the first-level cache, PART of each row at a time, once for all rows of x. */
 static void multiply_quantized(const Linear *a, const float *x, long rows, const void *panel, float sums[][WIDTH])
 {
     float weights[PART * WIDTH];

@@ -1,4 +1,4 @@
-/* Quantised weights, widened exactly: in registers for a product with few rows of x, or to memory. */
+/* Quantised weights, widened exactly: the quants alone in registers for a product, or whole weights to memory. */
 #include "quantized_panel.h"
 
 /* Weight t of a quad. Its byte stays where it is, and the scale makes up for that, exactly; but in the last place a
@@ -10,36 +10,48 @@ INLINE vec widen_quant(uvec quad, int t, const Scale s)
     return __builtin_convertvector(quant, vec) * (s.scale * unit[t]) + s.offset;
 }
 
-/* M rows of x. U partial sums keep the additions from waiting for each other. */
-INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH], const int M, const int U,
-                 const Format f)
+/* Quant t of a quad, less that of a weight of 0, 2^(8 t) fold: see widen_quant. */
+INLINE vec take_quant(uvec quad, int t, const Format f)
 {
-    vec acc[4][FEW][2];
-    const long stride = k;
-    for (int u = 0; u < U; u++)
-        for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
+    const int shift = t < 3 ? 8 * t : 0;
+    ivec quant = (ivec)(t < 3 ? quad & 0xffu << shift : quad >> 24);
+    return __builtin_convertvector(f.sign ? quant : quant - (f.zero << shift), vec);
+}
+
+INLINE float sum_up(const float *x, const int count)
+{
+    vec total = load_f32(x);
+    for (int i = LANES; i < count; i += LANES) total += load_f32(x + i);
+    return sum(total);
+}
+
+/* One row of x. In a span, the quants times x are added up, separately for each place in a quad; then they are scaled,
+ * and the offset is multiplied with the sum of x. */
+INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, const Format f)
+{
+    vec total[2] = {};
     for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
         for (int at = 0; at < f.groups * GROUP; at += f.span, x += f.span) {
             const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
-            const Scale low = load_scale(panel, at, 0, f), high = load_scale(panel, at, 1, f);
+            if (at % GROUP == 0) fetch_ahead(group, f);
+            vec acc[2][4] = {};
+#pragma GCC unroll 8
             for (int i = 0; i < f.span; i += 4) {
                 int q = (at % GROUP + i) / 4;
                 uvec quads[2] = {load_quad(group, q, f), load_quad(group + WORDS / 2, q, f)};
-                for (int t = 0; t < 4; t++) {
-                    vec lower = widen_quant(quads[0], t, low), upper = widen_quant(quads[1], t, high);
-                    for (int m = 0; m < M; m++) {
-                        acc[t % U][m][0] += lower * x[m * stride + i + t];
-                        acc[t % U][m][1] += upper * x[m * stride + i + t];
-                    }
-                }
+                for (int t = 0; t < 4; t++)
+                    for (int half = 0; half < 2; half++) acc[half][t] += take_quant(quads[half], t, f) * x[i + t];
+            }
+            float sum = f.sign ? sum_up(x, f.span) : 0.0f;
+            for (int half = 0; half < 2; half++) {
+                const Scale s = load_scale(panel, at, half, f);
+                const vec *a = acc[half];
+                total[half] += s.scale * (a[0] + a[3] + a[1] * 0x1p-8f + a[2] * 0x1p-16f);
+                if (f.sign) total[half] += s.offset * sum;
             }
         }
-    for (int m = 0; m < M; m++) {
-        for (int u = 1; u < U; u++)
-            for (int half = 0; half < 2; half++) acc[0][m][half] += acc[u][m][half];
-        store(out[m], acc[0][m][0]);
-        store(out[m] + LANES, acc[0][m][1]);
-    }
+    store(out, total[0]);
+    store(out + LANES, total[1]);
 }
 
 INLINE void widen_part(const uint8_t *block, long count, float *out, const Format f)
@@ -47,6 +59,7 @@ INLINE void widen_part(const uint8_t *block, long count, float *out, const Forma
     for (; count > 0; count -= f.groups * GROUP, block += block_bytes(f))
         for (int at = 0; at < f.groups * GROUP; at += f.span) {
             const uint8_t *group = block + head_bytes(f) + at / GROUP * group_bytes(f);
+            if (at % GROUP == 0) fetch_ahead(group, f);
             for (int half = 0; half < 2; half++) {
                 const Scale scale = load_scale(block, at, half, f);
 #pragma GCC unroll 8
@@ -72,21 +85,12 @@ void widen_quantized(int format, const void *panel, long begin, long count, floa
     switch (format) { QUANTIZED_FORMATS(WIDEN) }
 }
 
-/* Compiling a tile takes a tenth of a second. */
-#define DEFINE_TILES(NUMBER, NAME, ...)                                                                     \
-    static void tile_##NAME(const float *x, const uint8_t *panel, long k, float out[][WIDTH], long rows)    \
-    {                                                                                                       \
-        const Format f = {__VA_ARGS__};                                                                     \
-        if (rows == 1) tile(x, panel, k, out, 1, 4, f);                                                     \
-        else tile(x, panel, k, out, FEW, 2, f);                                                             \
-    }
-QUANTIZED_FORMATS(DEFINE_TILES)
-
 void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows)
 {
-#define CASE(NUMBER, NAME, ...)                                                                             \
-    case NUMBER: tile_##NAME(x, panel, k, out, rows); break;
-    switch (format) { QUANTIZED_FORMATS(CASE) }
+    for (long r = 0; r < rows; r++)
+#define TILE(NUMBER, NAME, ...)                                                                             \
+    case NUMBER: tile_row(x + r * k, panel, k, out[r], (Format){__VA_ARGS__}); break;
+        switch (format) { QUANTIZED_FORMATS(TILE) }
 }
 
 typedef struct {

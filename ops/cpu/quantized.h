@@ -56,7 +56,8 @@ INTERNAL long quantized_panel_bytes(int format, long k);
 /* Packs rows [first, first + rows) of a weight that lies as in the file into a panel. Others of the panel are zeros. */
 INTERNAL void pack_quantized(int format, const void *weight, long first, long rows, long k, void *panel);
 
-/* out[m] = x[m] . panel^T for 1 to FEW rows of x, k floats apart: the weights are widened in registers. */
+/* out[m] = x[m] . panel^T for rows of x, k floats apart, each by itself. For more than FEW of them it is faster to
+ * widen the weights first. */
 #define FEW 2
 INTERNAL void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows);
 

@@ -48,6 +48,13 @@ INLINE uvec load_quad(const uint8_t *group, int q, const Format f)
     return f.high ? quad | load_bits(group + f.low * WORDS, q, f.high) << f.low : quad;
 }
 
+/* Asks for what lies 2048 bytes behind a group: with few rows of x, memory is what there is to wait for. */
+INLINE void fetch_ahead(const uint8_t *group, const Format f)
+{
+    for (long i = f.groups == 1 ? -head_bytes(f) : 0; i < group_bytes(f); i += 64)
+        __builtin_prefetch(group + 2048 + i);
+}
+
 /* The scale and the offset of the weights from `at` on in a block. */
 typedef struct {
     vec scale, offset;
