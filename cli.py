@@ -113,13 +113,16 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
     # `config` is only here for --help: `Command` has put the file's options into the others.
-    from microvllm.openai_compat.config import ServerArgs
-    from microvllm.openai_compat.server import serve as serve_http
+    from microvllm.runtime.program import EngineProgram
 
     engine = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)
-    server_args = ServerArgs(**answers, **server)
-    with ProgressLine() as progress:
-        serve_http(engine, server_args, on_progress=progress)
+    with EngineProgram(engine.cpu_threads) as program:
+        from microvllm.openai_compat.config import ServerArgs
+        from microvllm.openai_compat.server import serve as serve_http
+
+        server_args = ServerArgs(**answers, **server)
+        with ProgressLine() as progress:
+            serve_http(engine, server_args, on_progress=progress, program=program)
 
 
 @app.command(cls=Command)

@@ -29,6 +29,7 @@ from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.server")
@@ -42,10 +43,12 @@ def serve(
     args: ServerArgs,
     *,
     on_progress: OnProgress | None = None,
+    program: EngineProgram | None = None,
     say: Callable[[str], None] = say_plainly,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets running requests finish and returns.
 
+    `program` is an engine's that runs already, for a start that takes less time.
     `on_progress` is told how far the engine's start has come, `say` the few lines meant for people. The port
     is taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
     during loading ends in `SystemExit` with 128 + its number.
@@ -56,7 +59,7 @@ def serve(
     tls = tls_context(args)
     sock = bind_socket(args)
     try:
-        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, say))
+        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, program, say))
     finally:
         release_socket(sock, args)
 
@@ -76,10 +79,11 @@ async def _serve(
     sock: socket.socket,
     tls: ssl.SSLContext | None,
     on_progress: OnProgress | None,
+    program: EngineProgram | None,
     say: Callable[[str], None],
 ) -> None:
     signals = Signals()
-    client = await _start_engine(config, args, on_progress, signals)
+    client = await _start_engine(config, args, on_progress, program, signals)
     try:
         app = create_app(client, args)
         # What is alive now stays: a collection need not walk it, which would hold up every request.
@@ -122,10 +126,14 @@ async def _serve(
 
 
 async def _start_engine(
-    config: EngineConfig, args: ServerArgs, on_progress: OnProgress | None, signals: Signals
+    config: EngineConfig,
+    args: ServerArgs,
+    on_progress: OnProgress | None,
+    program: EngineProgram | None,
+    signals: Signals,
 ) -> EngineClient:
     start = asyncio.ensure_future(
-        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress)
+        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress, program=program)
     )
     stopped = asyncio.ensure_future(signals.wait(1))
     await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -28,6 +28,7 @@ from microvllm.runtime.launcher import DEAD, EngineProcess
 from microvllm.runtime.observer import EngineObserver, RequestTiming, SampleGroup
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
+from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
@@ -177,13 +178,15 @@ class EngineClient:
         *,
         chat_template: str | None = None,
         on_progress: OnProgress | None = None,
+        program: EngineProgram | None = None,
     ) -> EngineClient:
         """Start the engine process, load the tokenizer meanwhile, wait until the model is ready.
 
-        `chat_template` is used in place of the model's own. Raises `ConfigError` with one line when the
-        model or the tokenizer cannot be loaded, `EngineError` when the engine process dies while loading.
+        The engine process is that of `program` if one runs already. `chat_template` is used in place of the
+        model's own. Raises `ConfigError` with one line when the model or the tokenizer cannot be loaded,
+        `EngineError` when the engine process dies while loading.
         """
-        starting = asyncio.ensure_future(EngineProcess.start(config, on_progress))
+        starting = asyncio.ensure_future(EngineProcess.start(config, on_progress, program))
         try:
             text = await asyncio.get_running_loop().run_in_executor(None, _load_text, config, chat_template)
             process = await starting

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import subprocess
-import sys
 
 import msgspec
 
 from microvllm.runtime.channel import HEADER_BYTES, Command, Event, Failed, Progress, Ready, Start, frame
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
+from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineStats
-from microvllm.runtime.threads import thread_environment
 
 DEAD = "The engine process died; it is being started again."
-# Unlike `python -m`, this does not let files of the current folder take the place of modules.
-_PROGRAM = """
-import sys
-sys.path[:] = filter(None, sys.path)
-from microvllm.runtime.process import main
-main()
-"""
 
 
 class EngineProcess:
@@ -41,24 +31,17 @@ class EngineProcess:
         self._decoder = msgspec.msgpack.Decoder(Event)
 
     @classmethod
-    async def start(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> EngineProcess:
-        """A process that has loaded the model.
+    async def start(
+        cls,
+        config: EngineConfig,
+        on_progress: OnProgress | None = None,
+        program: EngineProgram | None = None,
+    ) -> EngineProcess:
+        """A process that has loaded the model: the given program's, which is taken, or a new one's.
 
         Raises `ConfigError` with the engine's own line if it cannot load, `EngineError` if it dies.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        try:
-            with theirs:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, **thread_environment(config.cpu_threads)},
-                )
-        except BaseException:
-            ours.close()
-            raise
+        process, ours = (program or EngineProgram(config.cpu_threads)).take()
         try:
             # From here on only the loop may close the socket: it would go on watching the number, and
             # be deaf to the next socket that gets it.

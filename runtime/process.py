@@ -1,6 +1,6 @@
 """The engine in its own process: commands in, one message a step out.
 
-Started by `runtime.launcher`, which passes the file descriptor of its end of a socket pair. It ends when
+Started by `runtime.program`, which passes the file descriptor of its end of a socket pair. It ends when
 the other end closes, so no engine outlives its server.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import signal
 import socket
 import sys
@@ -43,6 +44,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
+    gc.disable()  # until the model is loaded: nothing of what is imported is ever freed
+    # Torch takes longest: after the signals are set, and before it is known what to load.
+    importlib.import_module("microvllm.runtime.model_runner")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         (start,) = channel.receive(wait=True)
         if not isinstance(start, Start):
@@ -61,7 +65,7 @@ def main() -> None:
 
 
 def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
-    from microvllm.runtime.model_runner import ModelGraphRunner  # imports torch: after the signals are set
+    from microvllm.runtime.model_runner import ModelGraphRunner
 
     sent = 0.0
 
@@ -79,6 +83,7 @@ def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
     # What is alive now lives for ever: the collector need not walk it again and again.
     gc.collect()
     gc.freeze()
+    gc.enable()
     try:
         _serve(core, channel)
     finally:

@@ -106,9 +106,9 @@ def unread(sock: socket.socket) -> int:
 def run_server(arguments: list[str]) -> None:
     """The API process: `microvllm serve`, but the engine is the one above."""
     from microvllm.cli import main
-    from microvllm.runtime import launcher
+    from microvllm.runtime import program
 
-    launcher._PROGRAM = (
+    program.CODE = (
         f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"
         f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -26,6 +27,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.option_values import human_int
 from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
+from microvllm.runtime import program
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineError
 
@@ -65,7 +67,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[EngineArgs,
     calls: list[tuple[EngineArgs, ServerArgs]] = []
     for name in ("MICROVLLM_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server, "serve", lambda config, args, on_progress: calls.append((config, args)))
+    monkeypatch.setattr(program, "EngineProgram", lambda cpu_threads: contextlib.nullcontext())
+    monkeypatch.setattr(server, "serve", lambda config, args, **_: calls.append((config, args)))
     yield calls
 
 

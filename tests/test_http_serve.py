@@ -46,7 +46,7 @@ class Args:
 
 class Engine:
     @staticmethod
-    async def start(config, *, chat_template=None, on_progress=None):
+    async def start(config, *, chat_template=None, on_progress=None, program=None):
         print("loading", flush=True)
         if chat_template is not None:
             client.processor.template = ChatTemplate(chat_template, client.tokenizer.special_tokens)

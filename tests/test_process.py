@@ -31,6 +31,7 @@ from microvllm.runtime.errors import (
     InvalidRequestError,
 )
 from microvllm.runtime.output import TextDelta
+from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.request import EngineStats, SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -473,6 +474,21 @@ async def test_no_engine_outlives_its_parent(parent: Any, how: str) -> None:
         process.kill()
     process.wait(PATIENCE_S)
     wait_until(lambda: not alive(pid), "the engine has ended", AT_ONCE_S)
+
+
+async def test_a_program_that_was_started_early_is_taken_or_ends() -> None:
+    others = set(own_engines())
+    with EngineProgram(1) as program:
+        (pid,) = set(own_engines()) - others
+        client = await EngineClient.start(make_config(), program=program)
+        (stream,) = client.submit(PROMPT, params(3))
+        assert len((await collect(stream)).token_ids) == 3
+    assert set(own_engines()) - others == {pid}
+    await client.close()
+    with pytest.raises(ZeroDivisionError), EngineProgram():
+        assert len(set(own_engines()) - others) == 1
+        raise ZeroDivisionError
+    assert set(own_engines()) == others
 
 
 async def test_the_engine_ends_when_its_socket_closes_during_load() -> None:
