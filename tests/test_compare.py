@@ -123,7 +123,7 @@ def test_sizes_replace_a_workloads_own_and_a_neighbour_doubles_the_cases() -> No
     assert cases[1].shortened(9, 3).lengths == ((5, 7),) * 3
     assert Case("single", "l", ((9, 7),) * 3, concurrency=1).shortened(2, 5).lengths == ((9, 2),)
     chat = Case("chat", "l", ((10, 4), (20, 4)), turns=3, shared_len=100)
-    assert (chat.tokens, chat.shortened(1, 9).tokens, chat.shortened(1).turns) == (214, 132, 3)
+    assert (chat.work, chat.shortened(1, 9).work, chat.shortened(1).turns) == (119, 67, 3)
 
 
 # ---------------------------------------------------------------- engines that are scripts

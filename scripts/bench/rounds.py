@@ -90,7 +90,7 @@ class Comparison:
     """For which there was no time."""
     _servers: list[Server] = field(default_factory=list)
     _pace: float = 0.0
-    """Seconds that all engines together took for a token of the case before."""
+    """Seconds that all engines together took for a unit of work of the case before."""
 
     def run(self, engines: Sequence[Engine]) -> None:
         """All rounds. A server that does not start or ends too early is left out from there on."""
@@ -117,7 +117,7 @@ class Comparison:
         for turn in self._rounds():
             for case in self.plan.cases:
                 began = time.monotonic()
-                if turn == 1 and began + self._pace * case.tokens > self.plan.ends:
+                if turn == 1 and began + self._pace * case.work > self.plan.ends:
                     self.skipped.append(case)
                     self.say(f"no time is left for {case}")
                 if case in self.skipped:
@@ -126,7 +126,7 @@ class Comparison:
                     server.resume()
                     self._measure(row, server, case, turn)
                     server.halt()
-                self._pace = (time.monotonic() - began) / case.tokens
+                self._pace = (time.monotonic() - began) / case.work
 
     def _restart(self) -> None:
         for turn in self._rounds():

@@ -106,10 +106,11 @@ class Case:
         return [Completion(p, output) for p, (_, output) in zip(prompts, self.lengths, strict=True)]
 
     @property
-    def tokens(self) -> int:
-        """Of all prompts and answers; of a chat without what a turn repeats of those before it."""
-        each = sum(prompt + output for prompt, output in self.lengths)
-        return self.shared_len + each * max(1, self.turns)
+    def work(self) -> float:
+        """About how long it takes next to others: tokens of answers, and half of those of new prompts."""
+        prompts, answers = (sum(lengths) for lengths in zip(*self.lengths, strict=True))
+        turns = max(1, self.turns)
+        return (self.shared_len + turns * prompts) / 2 + turns * answers
 
     def shortened(self, output_len: int, users: int | None = None) -> Case:
         """The same with answers of at most `output_len` tokens, to warm up.
