@@ -108,8 +108,9 @@ class Case:
     @property
     def work(self) -> float:
         """About how long it takes next to others: tokens of answers, and half of those of new prompts."""
-        prompts, answers = (sum(lengths) for lengths in zip(*self.lengths, strict=True))
         turns = max(1, self.turns)
+        prompts = sum(prompt for prompt, _ in self.lengths)
+        answers = sum(answer for _, answer in self.lengths)
         return (self.shared_len + turns * prompts) / 2 + turns * answers
 
     def shortened(self, output_len: int, users: int | None = None) -> Case:
