@@ -259,9 +259,9 @@ class ModelGraphRunner:
             return graphs.forward(size, arrays)
         ids, batch = self._inputs.make(arrays, self._block_tables)
         if self.config.attention_backend == "cpu":
-            # What torch still does in a decode is too small to share, and its threads wait for each other
+            # What torch still does is too small to share, and its threads wait for each other
             # at every operator, however long one of them is kept from its core.
-            torch.set_num_threads(self.config.cpu_threads if batch.num_decodes < len(ids) else 1)
+            torch.set_num_threads(1)
         self._begin_forward()
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tools import make_engine, variant_folder
+from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, StepAttention
 from microvllm.ops.cpu.build import load_kernels
@@ -80,17 +81,26 @@ def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() ->
 
 
 @pytest.mark.skipif(cpu.usable_cores() < 2, reason="needs two cores")
-def test_cpu_threads_is_also_torchs_number_in_a_prefill() -> None:
+def test_torch_has_the_threads_for_its_products_alone() -> None:
     seen = []
     real = CpuAttention.begin_step
 
     def begin_step(attention: CpuAttention, batch: AttentionBatch) -> StepAttention:
-        if len(batch.positions) > batch.num_decodes:
-            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
         return real(attention, batch)
 
     engine = make_engine(variant_folder("llama-tied"), cpu_threads=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuAttention, "begin_step", begin_step)
         engine.generate("one two three", max_tokens=3)
-    assert set(seen) == {2}
+    assert set(seen) == {1}
+    product = CpuOperators(load_kernels(), 2).linear(torch.randn(4, 8))
+
+    def by_library(x: Tensor) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return torch.zeros(len(x), 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "_library", by_library)
+        product(torch.randn(20, 8))
+    assert seen[-1] == 2 and torch.get_num_threads() == 1

@@ -99,7 +99,7 @@ class Kernels:
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, result
-        self.library = library
+        self.library, self.threads = library, threads
         self.pool: int | None = library.pool_new(threads)
         if self.pool is None:
             raise MemoryError("no memory for the kernels' threads")
@@ -273,9 +273,13 @@ class CpuLinear:
         return math.inf if self._library is None else MAX_KERNEL_ROWS_BF16
 
     def _by_library(self, x: Tensor, product: Linear, residual: Tensor | None) -> Tensor:
+        """The only work that torch's threads are worth: idle ones spin, and take the kernels' cores."""
         if self._norm is not None:
             x = self._operators.rms_norm(x, self._norm, self._eps)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._operators.kernels.threads)
         y = product(x.bfloat16()).float()
+        torch.set_num_threads(before)
         if self._bias is not None:
             y += self._bias
         if self._gated:
