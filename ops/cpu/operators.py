@@ -29,9 +29,9 @@ from microvllm.ops.linear import Linear
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
 
-# Up to so many rows the kernel is faster than oneDNN with bfloat16 arithmetic (AMX, AVX512-BF16); without
-# that, it always is.
-MAX_KERNEL_ROWS_BF16 = 7
+# Up to so many rows the kernel is faster than oneDNN with bfloat16 arithmetic (AMX, AVX512-BF16), as measured
+# by scripts/check_cpu_kernels.py on a processor with both; without that, it always is.
+MAX_KERNEL_ROWS_BF16 = 32
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
