@@ -177,6 +177,7 @@ def step_profile(model: str, streams: int, steps: int, threads: int) -> tuple[fl
         engine = InferenceEngine(
             model,
             16,
+            device="cpu",
             dtype="bfloat16",
             gguf_weights="dequantized",
             cpu_threads=threads,
