@@ -4,19 +4,21 @@
  * running takes none, and costs nothing. (OpenMP's barrier waits for every thread to arrive.) Who waits spins for
  * longer than a piece takes, or the next operator takes to come, and then sleeps.
  *
- * A piece takes microseconds. If one lasts longer than a spin, its thread has lost its core to another
- * process for milliseconds, and that will happen again: the caller then works alone for a while, twice as
- * long each time, before it tries again. A busy neighbour thus costs one core, not the speed of both. */
+ * If a piece lasts much longer than the caller's own did, its thread has lost its core to another process for
+ * milliseconds, and that will happen again: the caller then works alone for a while, twice as long each time, before
+ * it tries again. A busy neighbour thus costs one core, not the speed of both. */
 #include "pool.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
-#define SPINS 3000          /* some 0.1 ms */
-#define SHORTEST_ALONE 16   /* operators */
-#define LONGEST_ALONE 4096  /* about a second */
+#define SPINS 3000                /* some 0.1 ms */
+#define PATIENCE 100000           /* ns, beside the time of some pieces */
+#define SHORTEST_ALONE 4000000    /* ns */
+#define LONGEST_ALONE 1000000000
 
 /* The pieces of one thread that nobody has taken: generation << 48 | end << 24 | next. They are taken by
  * compare-and-swap, so that nobody takes a piece of an operator that is over. Each has a cache line of its own. */
@@ -40,7 +42,8 @@ struct Pool {
     float *scratch;
     long scratch_size;
     int num_threads;         /* the caller counted */
-    int alone, penalty;      /* the caller's: operators still to do alone; how many after the next delay */
+    int64_t alone_until, penalty; /* the caller's, in ns: when to try the others again; for how long not after the
+                                     next delay */
     uint64_t generation;     /* the caller's */
     Piece run;               /* these three are stable while a piece of their generation is taken */
     const void *job;
@@ -60,8 +63,15 @@ static inline void relax(void)
 #endif
 }
 
-/* Takes and runs pieces until none is left to take, from the thread's own span first. */
-static void help(Pool *pool, int self)
+static int64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Takes and runs pieces until none is left to take, from the thread's own span first. How many it was. */
+static long help(Pool *pool, int self)
 {
     long finished = 0;
     for (int i = 0; i < pool->num_threads; i++) {
@@ -74,13 +84,14 @@ static void help(Pool *pool, int self)
             ticket = atomic_load(&span->ticket);
         }
     }
-    if (!finished) return;
+    if (!finished) return 0;
     long pieces = pool->pieces;
     if (atomic_fetch_add(&pool->done, finished) + finished == pieces && atomic_load(&pool->caller_sleeps)) {
         pthread_mutex_lock(&pool->lock);
         pthread_cond_signal(&pool->finished);
         pthread_mutex_unlock(&pool->lock);
     }
+    return finished;
 }
 
 static _Thread_local int self; /* 0 in a pool's caller */
@@ -165,8 +176,8 @@ float *pool_scratch(Pool *pool, long floats)
 void parallel(Pool *pool, Piece run, const void *job, long pieces)
 {
     int threads = pool->num_threads;
-    if (pieces <= 1 || threads == 1 || pieces > MAX_PIECES || pool->alone > 0) {
-        if (pieces > 1 && pool->alone > 0) pool->alone--;
+    int64_t begin = now();
+    if (pieces <= 1 || threads == 1 || pieces > MAX_PIECES || begin < pool->alone_until) {
         for (long i = 0; i < pieces; i++) run(job, i);
         return;
     }
@@ -184,13 +195,16 @@ void parallel(Pool *pool, Piece run, const void *job, long pieces)
         pthread_cond_broadcast(&pool->work);
         pthread_mutex_unlock(&pool->lock);
     }
-    help(pool, 0);
-    for (int spins = 0; atomic_load(&pool->done) < pieces && spins < SPINS; spins++) relax();
+    long own = help(pool, 0);
+    int64_t end = now(), limit = end + PATIENCE + 4 * (end - begin) / (own ? own : 1);
+    while (atomic_load(&pool->done) < pieces && now() < limit) relax();
     if (atomic_load(&pool->done) == pieces) {
-        pool->penalty -= (pool->penalty - SHORTEST_ALONE + 31) / 32; /* forgotten within a step */
+        pool->penalty -= (pool->penalty - SHORTEST_ALONE) / 32; /* forgotten within a step */
     } else {
-        pool->alone = pool->penalty;
-        pool->penalty = 2 * pool->penalty < LONGEST_ALONE ? 2 * pool->penalty : LONGEST_ALONE;
+        if (own) { /* else nobody knows how long a piece should take */
+            pool->alone_until = limit + pool->penalty;
+            pool->penalty = 2 * pool->penalty < LONGEST_ALONE ? 2 * pool->penalty : LONGEST_ALONE;
+        }
         pthread_mutex_lock(&pool->lock);
         atomic_store(&pool->caller_sleeps, 1);
         while (atomic_load(&pool->done) < pieces) pthread_cond_wait(&pool->finished, &pool->lock);
