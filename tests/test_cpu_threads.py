@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, StepAttention
 from microvllm.ops.cpu.build import load_kernels
-from microvllm.ops.cpu.operators import CpuAttention, CpuOperators
+from microvllm.ops.cpu.operators import MAX_KERNEL_ROWS_BF16, CpuAttention, CpuOperators
 from microvllm.runtime import cpu
 
 
@@ -102,5 +102,5 @@ def test_torch_has_the_threads_for_its_products_alone() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(product, "_library", by_library)
-        product(torch.randn(20, 8))
+        product(torch.randn(MAX_KERNEL_ROWS_BF16 + 1, 8))
     assert seen[-1] == 2 and torch.get_num_threads() == 1
