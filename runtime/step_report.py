@@ -52,6 +52,7 @@ class StepReport:
         self._whole = Period()  # what was told
         self._part = Period()  # since then
         self._tables = 0
+        source.clock.enter("idle")  # what was before belongs to no account
         self._since = perf_counter()
         self._seconds = self._read()
         self._graph_replays = source.graph_replays

@@ -17,7 +17,7 @@
 
 #define SPINS 3000                /* some 0.1 ms */
 #define PATIENCE 100000           /* ns, beside the time of some pieces */
-#define SHORTEST_ALONE 4000000    /* ns */
+#define SHORTEST_ALONE 1000000
 #define LONGEST_ALONE 1000000000
 
 /* The pieces of one thread that nobody has taken: generation << 48 | end << 24 | next. They are taken by
