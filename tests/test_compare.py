@@ -194,7 +194,7 @@ def test_a_server_is_halted_resumed_and_ended_with_all_its_processes(tmp_path: P
     ("engine", "message"),
     [
         (
-            script_engine("one", program="print('a\\nb'); raise SystemExit('no such model')"),
+            script_engine("one", program="print('a\\nb', flush=True); raise SystemExit('no such model')"),
             "ended while it started: a / b / no such model",
         ),
         (script_engine("one", program="import time; time.sleep(60)"), "no answer within 0.3 s"),
