@@ -334,9 +334,7 @@ class ModelGraphRunner:
             return known, len(request.token_ids) < positions[i]
 
         sampled = self._sampler.sample(logits, rows, positions, masked, output, ids)
-        # A request without finite logits ends at commit, but its next step may be launched before.
-        newest = self._inputs.newest
-        newest[on_device(rows, torch.int64, newest.device)] = sampled.tokens.clamp(min=0)
+        self._inputs.set_newest(rows, sampled.tokens)
         return sampled
 
     def _acquire_row(self, request: Request) -> None:

@@ -149,7 +149,7 @@ class Sampler:
         finite = np.isfinite(scores[np.arange(len(scores)), tokens])
         temperature = params.temperature[rows]
         # There is nothing to draw from a broken row, and its NaNs would become indices out of range.
-        drawn = np.flatnonzero((temperature > 0) & finite)
+        (drawn,) = ((temperature > 0) & finite).nonzero()
         if len(drawn):
             at = rows[drawn]
             tokens[drawn] = self._draw(

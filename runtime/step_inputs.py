@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, SegmentTable
+from microvllm.runtime.logits import on_device
 from microvllm.runtime.scheduler import ScheduledRequest
 from microvllm.runtime.transfer import Stager
 
@@ -75,6 +76,14 @@ class StepInputs(Protocol):
     @property
     def newest(self) -> Tensor: ...
 
+    def set_newest(self, rows: np.ndarray, tokens: Tensor) -> None:
+        """The rows' newest tokens, [m] int64.
+
+        NO_TOKEN becomes 0: a request without finite logits ends at commit, but its next step may be launched
+        before.
+        """
+        ...
+
     def make(self, arrays: StepArrays, block_tables: np.ndarray) -> tuple[Tensor, AttentionBatch]:
         """-> token ids [n], and where their keys and values go and lie."""
         ...
@@ -90,8 +99,12 @@ class HostInputs:
     """On the CPU the tensors are the arrays."""
 
     def __init__(self, num_rows: int, block_size: int) -> None:
-        self.newest = torch.zeros(num_rows, dtype=torch.int64)
+        self._newest = np.zeros(num_rows, np.int64)
+        self.newest = torch.from_numpy(self._newest)
         self._block_size = block_size
+
+    def set_newest(self, rows: np.ndarray, tokens: Tensor) -> None:
+        self._newest[rows] = np.maximum(tokens.numpy(), 0)
 
     def make(self, arrays: StepArrays, block_tables: np.ndarray) -> tuple[Tensor, AttentionBatch]:
         ids = torch.from_numpy(arrays.ids)
@@ -134,6 +147,10 @@ class DeviceInputs:
         self.newest = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._block_size = block_size
         self.stager = Stager(device)
+
+    def set_newest(self, rows: np.ndarray, tokens: Tensor) -> None:
+        at = on_device(rows, torch.int64, self.newest.device)
+        self.newest.index_copy_(0, at, tokens.clamp(min=0))
 
     def make(self, arrays: StepArrays, block_tables: np.ndarray) -> tuple[Tensor, AttentionBatch]:
         decodes = arrays.num_decodes
