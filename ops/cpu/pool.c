@@ -17,8 +17,8 @@
 
 #define SPINS 3000                /* some 0.1 ms */
 #define PATIENCE 100000           /* ns, beside the time of some pieces */
-#define SHORTEST_ALONE 1000000
-#define LONGEST_ALONE 1000000000
+#define SHORTEST_ALONE 1000000    /* ns */
+#define LONGEST_ALONE 1000000000  /* ns */
 
 /* The pieces of one thread that nobody has taken: generation << 48 | end << 24 | next. They are taken by
  * compare-and-swap, so that nobody takes a piece of an operator that is over. Each has a cache line of its own. */
