@@ -70,6 +70,29 @@ float read_all(const char *data, long bytes, int threads)
 }
 """
 
+# Products of numbers that one instruction of AVX-512 adds up, the feature it needs, and its code.
+INSTRUCTIONS = {
+    "vfmadd231ps (float32)": (16, "avx512f", "vfmadd231ps {x}, {x}, {sum}"),
+    "vdpbf16ps (bfloat16)": (32, "avx512_bf16", "vdpbf16ps {x}, {x}, {sum}"),
+    "vpdpbusd (8 bits)": (64, "avx512_vnni", "vpdpbusd {x}, {x}, {sum}"),
+    "vpmaddubsw, vpaddw (8 bits)": (
+        *(64, "avx512bw"),
+        "vpmaddubsw {x}, {x}, %%zmm31; vpaddw %%zmm31, {sum}, {sum}",
+    ),
+}
+# Twelve sums, so that none is waited for.
+SUMS = 12
+REPEAT = f"""
+typedef float vec __attribute__((vector_size(64)));
+float repeat(long count)
+{{
+    vec x = {{}}, {", ".join(f"a{i} = {{}}" for i in range(SUMS))};
+    while (count--)
+        __asm__ volatile(CODES : {", ".join(f'"+v"(a{i})' for i in range(SUMS))} : "v"(x) : "zmm31");
+    return {" + ".join(f"a{i}[0]" for i in range(SUMS))};
+}}
+"""
+
 
 def best_time(action: Callable[[], object], turns: int = TURNS) -> float:
     """Seconds of the fastest of several turns, the first of which does not count."""
@@ -81,18 +104,31 @@ def best_time(action: Callable[[], object], turns: int = TURNS) -> float:
     return min(times[1:])
 
 
+def compiled(source: str, flag: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        file, library = Path(folder) / "source.c", Path(folder) / "library.so"
+        file.write_text(source)
+        command = [*(find_compiler() or "cc").split(), "-O3", "-shared", "-fPIC", "-pthread", flag]
+        subprocess.run([*command, str(file), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+
 def bandwidth(threads: int) -> float:
     """Bytes a second that so many threads read from memory."""
     data = torch.ones(64 << 20)
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "stream.c", Path(folder) / "stream.so"
-        source.write_text(STREAM)
-        command = [*(find_compiler() or "cc").split(), "-O3", "-shared", "-fPIC", "-pthread", "-march=native"]
-        subprocess.run([*command, str(source), "-o", str(library)], check=True)
-        read = ctypes.CDLL(str(library)).read_all
-        read.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int]
-        size = data.numel() * 4
-        return size / best_time(lambda: read(data.data_ptr(), size, threads))
+    read = compiled(STREAM, "-march=native").read_all
+    read.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int]
+    size = data.numel() * 4
+    return size / best_time(lambda: read(data.data_ptr(), size, threads))
+
+
+def products_per_second(products: int, code: str) -> float:
+    """That one thread multiplies and adds up in registers."""
+    codes = "; ".join(code.format(x=f"%{SUMS}", sum=f"%{i}") for i in range(SUMS))
+    repeat = compiled(REPEAT.replace("CODES", f'"{codes}"'), "-mavx512f").repeat
+    repeat.argtypes = [ctypes.c_long]
+    count = 2_000_000
+    return count * SUMS * products / best_time(lambda: repeat(count))
 
 
 def registers(library: Path) -> str:
@@ -214,6 +250,13 @@ def main() -> int:
     print(f"{model[1] if model else 'processor'}, {args.threads} threads of {cpu.usable_cores()} cores\n")
     rates = {threads: bandwidth(threads) for threads in sorted({1, args.threads})}
     print(", ".join(f"{rate / 1e9:.1f} GB/s on {threads} threads" for threads, rate in rates.items()))
+
+    features = isa.cpu_features() or frozenset()
+    if "avx512f" in features:
+        print("\n| instruction | products, 10^9/s on 1 thread |\n|---|---|")
+        for name, (products, feature, code) in INSTRUCTIONS.items():
+            if feature in features:
+                print(f"| {name} | {products_per_second(products, code) / 1e9:.0f} |")
 
     print("\n| level | registers named in its code | largest relative error |\n|---|---|---|")
     operators.MAX_KERNEL_ROWS_BF16 = 1 << 30

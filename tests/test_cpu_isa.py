@@ -21,7 +21,7 @@ from microvllm.runtime.errors import ConfigError
 
 ON_X86_64 = len(isa.levels()) > 1
 needs_x86_64 = pytest.mark.skipif(not ON_X86_64, reason="other architectures have one level")
-REGISTERS = {"avx512": "zmm", "avx2": "ymm", "portable": "xmm"}
+REGISTERS = {"avx512_vnni": "zmm", "avx512": "zmm", "avx2_vnni": "ymm", "avx2": "ymm", "portable": "xmm"}
 
 
 def level_named(name: str) -> Level:
@@ -37,12 +37,13 @@ def test_a_level_uses_its_registers_and_no_wider_ones(name: str) -> None:
     code = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
     ).stdout
-    widest = list(REGISTERS.values())
+    widest = ["zmm", "ymm", "xmm"]
     beyond = widest[: widest.index(REGISTERS[name])]
     assert re.search(rf"%{REGISTERS[name]}\d", code)
     assert not any(f"%{register}" in code for register in beyond)
     # What avx2 and avx512 have and the portable level must not: instructions with three operands.
     assert (re.search(r"\svfmadd", code) is None) == (name == "portable")
+    assert (re.search(r"\svpdpbusd", code) is None) != name.endswith("vnni")
 
 
 @pytest.mark.parametrize("level", isa.levels(), ids=lambda level: level.name)
@@ -88,11 +89,47 @@ def loaded_level(monkeypatch: pytest.MonkeyPatch, features: frozenset[str] | Non
 
 
 @needs_x86_64
-def test_masked_features_give_a_lower_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    best = level_named("avx2").features
-    assert loaded_level(monkeypatch, frozenset()) == "portable"
-    for missing in best:
-        assert loaded_level(monkeypatch, best - {missing}) == "portable"
+@pytest.mark.parametrize("level", isa.levels(), ids=lambda level: level.name)
+def test_masked_features_give_a_lower_level(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any one of a level's features, the best that needs none but the others is taken."""
+    if not level.features <= (isa.cpu_features() or frozenset()):
+        pytest.skip("this processor has no such level")
+    assert loaded_level(monkeypatch, level.features) == level.name
+    for missing in level.features:
+        left = level.features - {missing}
+        best = next(lower.name for lower in isa.levels() if lower.features <= left)
+        assert best != level.name
+        assert loaded_level(monkeypatch, left) == best
+
+
+@needs_x86_64
+def test_no_level_is_chosen_without_all_its_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of levels that this processor does not have: nothing is compiled or loaded here."""
+    for level in isa.levels():
+        monkeypatch.setattr(isa, "cpu_features", lambda features=level.features: features)
+        assert next(isa.usable_levels()) == level
+        for missing in level.features:
+            monkeypatch.setattr(isa, "cpu_features", lambda left=level.features - {missing}: left)
+            assert level not in isa.usable_levels()
+
+
+@needs_x86_64
+def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses an option that it does not know: the best level that it can compile is taken."""
+    best = next(isa.usable_levels())
+    if best.name == "portable":
+        pytest.skip("there is no lower level")
+    newest = next(flag for flag in best.flags if flag not in level_named("portable").flags)
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {newest} "*) echo unknown option >&2; exit 1;; esac\nexec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    features = isa.cpu_features()
+    expected = next(level.name for level in isa.usable_levels() if newest not in level.flags)
+    assert loaded_level(monkeypatch, features) == expected
 
 
 @needs_x86_64
@@ -116,7 +153,8 @@ def test_the_variable_caps_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_level_that_is_not_there_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "cpu_features", lambda: level_named("avx2").features)
     monkeypatch.setenv(isa.VARIABLE, "sse9")
-    with pytest.raises(ConfigError, match=r"^MICROVLLM_CPU_ISA=sse9: must be one of avx512, avx2, portable$"):
+    levels = "avx512_vnni, avx512, avx2_vnni, avx2, portable"
+    with pytest.raises(ConfigError, match=rf"^MICROVLLM_CPU_ISA=sse9: must be one of {levels}$"):
         EngineArgs(model="smollm2-135m-instruct", device="cpu").resolve()
     monkeypatch.setenv(isa.VARIABLE, "avx512")
     with pytest.raises(IsaError, match=r"^MICROVLLM_CPU_ISA=avx512: this processor has no avx512bw, "):

@@ -266,8 +266,9 @@ def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> N
             **os.environ,
             "CC": str(wrapper),
             "LD_PRELOAD": found,
-            # Python and torch never free what they keep for the life of the process.
-            "ASAN_OPTIONS": "detect_leaks=0",
+            # Python and torch never free what they keep for the life of the process. The stack on which use
+            # after a return is found is too little aligned for AVX-512 (GCC's bug 110027).
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
             "XDG_CACHE_HOME": str(tmp_path),
             "OMP_NUM_THREADS": "2",
             "KERNEL_EXAMPLES_ONE_IN": "10",

@@ -45,15 +45,20 @@ def load_kernels() -> ctypes.CDLL:
     Raises `NoCompilerError` when there is no C compiler or it fails, `IsaError` for a level that is not
     there.
     """
+    failure = NoCompilerError("the compiled kernels do not run on this processor")
     for level in usable_levels():
-        path = build_kernels(level)
+        try:
+            path = build_kernels(level)
+        except NoCompilerError as error:  # it may be older than the processor
+            failure = error
+            continue
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise NoCompilerError(f"{path} cannot be loaded: {error}") from error
         if library.runs_here():
             return library
-    raise NoCompilerError("the compiled kernels do not run on this processor")
+    raise failure
 
 
 def build_kernels(level: Level) -> Path:

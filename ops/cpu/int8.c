@@ -44,9 +44,8 @@ static void quantize_group(const float *x, Int8Group *y)
         sums[2 * i / COUNT] += quants;
     }
     for (int half = 0; half < 2; half++) {
-        int total = 0;
-        for (int i = 0; i < LANES; i++) total += sums[half][i];
-        y->sums[half] = y->scale * (float)total;
+        y->sums[half] = 0;
+        for (int i = 0; i < LANES; i++) y->sums[half] += sums[half][i];
     }
 }
 
@@ -66,39 +65,63 @@ void quantize_rows(Pool *pool, const float *x, Int8Group *y, long m, long k)
 
 INLINE int32_t word_of(const int8_t *x) { int32_t w; memcpy(&w, x, 4); return w; }
 
-#if defined(__AVX512BW__) || defined(__AVX2__)
-
 #if defined(__AVX512BW__)
 typedef __m512i wide;
+#define ALL_WORDS _mm512_set1_epi32
+#elif defined(__AVX2__)
+typedef __m256i wide;
+#define ALL_WORDS _mm256_set1_epi32
+#endif
+
+/* dot_quads gives for each row `start` plus the sum of quant * x over `count` quads. */
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+#if defined(__AVX512VNNI__)
+#define ADD_PRODUCTS _mm512_dpbusd_epi32
+#else
+#define ADD_PRODUCTS _mm256_dpbusd_avx_epi32
+#endif
+#define SIGNED_BITS 0
+
+INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits, int start)
+{
+    wide sum = ALL_WORDS(start);
+    (void)bits;
+    for (int q = 0; q < count; q++) sum = ADD_PRODUCTS(sum, (wide)quads[q], ALL_WORDS(word_of(x + 4 * q)));
+    return (ivec)sum;
+}
+
+#elif defined(__AVX2__)
+
+#if defined(__AVX512BW__)
 #define MULTIPLY_PAIRS _mm512_maddubs_epi16
 #define ADD_PAIRS _mm512_add_epi16
 #define JOIN_PAIRS(pairs) _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))
-#define ALL_WORDS _mm512_set1_epi32
 #define SIZES _mm512_abs_epi8
 #define WITH_SIGNS(x, signs) _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(signs), _mm512_setzero_si512(), x)
 #else
-typedef __m256i wide;
 #define MULTIPLY_PAIRS _mm256_maddubs_epi16
 #define ADD_PAIRS _mm256_add_epi16
 #define JOIN_PAIRS(pairs) _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
-#define ALL_WORDS _mm256_set1_epi32
 #define SIZES _mm256_abs_epi8
 #define WITH_SIGNS _mm256_sign_epi8
 #endif
+#define SIGNED_BITS 8
 
-/* Of each row: the sum of quant * x over `count` quads; 8 bits are signed. Products of two neighbours are added up in
- * 16 bits, where a quant of b bits gives at most 2 * (2^b - 1) * 127. Their sum over 8 quads stays below 2^15 for 4
- * bits (30480), over 4 for 5 bits (31496), over 2 for 6 bits (32004). Of 8 bits, the size goes with x, which takes over
- * the sign, as the instruction wants one factor without: 2 * 128 * 127 is 32512. */
-INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits)
+/* Products of two neighbours are added up in 16 bits, where a quant of b bits gives at most 2 * (2^b - 1) * 127. Their
+ * sum over 8 quads stays below 2^15 for 4 bits (30480), over 4 for 5 bits (31496), over 2 for 6 bits (32004). Of 8
+ * bits, the size goes with x, which takes over the sign, as the instruction wants one factor without: 2 * 128 * 127 is
+ * 32512. */
+INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits, int start)
 {
     const int run = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
-    ivec sum = {};
+    ivec sum = (ivec)ALL_WORDS(start);
     for (int q = 0; q < count; q += run) {
         wide pairs = {};
         for (int i = q; i < q + run && i < count; i++) {
             wide weights = (wide)quads[i], values = ALL_WORDS(word_of(x + 4 * i));
-            if (bits == 8) {
+            if (bits == SIGNED_BITS) {
                 values = WITH_SIGNS(values, weights);
                 weights = SIZES(weights);
             }
@@ -111,14 +134,14 @@ INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const
 
 #else
 
-INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits)
+#define SIGNED_BITS 0
+
+INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const int bits, int start)
 {
-    ivec sum = {};
+    ivec sum = (ivec){} + start;
+    (void)bits;
     for (int q = 0; q < count; q++)
-        for (int t = 0; t < 4; t++) {
-            uvec shifted = quads[q] << (24 - 8 * t);
-            sum += (bits == 8 ? (ivec)shifted >> 24 : (ivec)(shifted >> 24)) * (int32_t)x[4 * q + t];
-        }
+        for (int t = 0; t < 4; t++) sum += (ivec)(quads[q] << (24 - 8 * t) >> 24) * (int32_t)x[4 * q + t];
     return sum;
 }
 
@@ -128,8 +151,8 @@ INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const
 INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, float out[][WIDTH], long rows,
                  const Format f)
 {
-    /* 8 bits are made signed, which takes the place of the offset. */
-    const int bits = f.low + f.high, is_signed = bits == 8;
+    /* Quants of SIGNED_BITS are made signed. Of others, that of a weight of 0 is subtracted, times the sum of x. */
+    const int bits = f.low + f.high, is_signed = bits == SIGNED_BITS;
     const uint32_t signs = is_signed ? 0x80808080u : 0;
     memset(out, 0, rows * sizeof *out);
     for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
@@ -144,10 +167,12 @@ INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, 
                     quads[q] = load_quad(group + half * WORDS / 2, at % GROUP / 4 + q, f) ^ signs;
                 for (long r = 0; r < rows; r++) {
                     float *sums = out[r] + half * LANES;
-                    ivec dot = dot_quads(quads, x[r].quants + at % GROUP, f.span / 4, bits);
-                    float sum = f.span == GROUP ? x[r].sums[0] + x[r].sums[1] : x[r].sums[at / f.span % 2];
-                    vec scaled = __builtin_convertvector(dot, vec) * (s.scale * x[r].scale);
-                    store(sums, load_f32(sums) + (is_signed ? scaled : scaled + s.offset * sum));
+                    int total = f.span == GROUP ? x[r].sums[0] + x[r].sums[1] : x[r].sums[at / f.span % 2];
+                    int start = is_signed ? 0 : -f.zero * total;
+                    ivec dot = dot_quads(quads, x[r].quants + at % GROUP, f.span / 4, bits, start);
+                    vec value = __builtin_convertvector(dot, vec) * (s.scale * x[r].scale);
+                    if (f.sign) value += s.offset * (x[r].scale * (float)total);
+                    store(sums, load_f32(sums) + value);
                 }
             }
             if ((at + f.span) % GROUP == 0) x += stride;

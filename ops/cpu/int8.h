@@ -8,7 +8,7 @@
 typedef struct {
     int8_t quants[GROUP]; /* -127 to 127 */
     float scale;
-    float sums[2];        /* of scale * quant in either half of them */
+    int32_t sums[2];      /* of the quants in either half */
 } Int8Group;
 
 /* Rounds x[m][k] to y[k / GROUP][m]; k is a multiple of GROUP. */

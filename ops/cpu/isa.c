@@ -5,6 +5,11 @@ int runs_here(void)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#if defined(__AVX512VNNI__)
+    if (!__builtin_cpu_supports("avx512vnni")) return 0;
+#elif defined(__AVXVNNI__)
+    if (!__builtin_cpu_supports("avxvnni")) return 0;
+#endif
 #if defined(__AVX512F__)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
