@@ -155,10 +155,10 @@ def test_norm_then_product_then_swiglu(ops: SeparateOperators, with_bias: bool) 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_embedding_rows(name: str, dtype: torch.dtype) -> None:
     operators = make_operators(name, dtype, 2)
-    weight = random(7, 16, dtype=dtype)
-    rows = operators.embedding(weight)(torch.tensor([6, 0, 6]))
+    weight, ids = random(7, 17, dtype=dtype), [6, 0, 6, 3] * 9
+    rows = operators.embedding(weight)(torch.tensor(ids))
     assert rows.dtype == operators.activation_dtype
-    assert torch.equal(rows.to(dtype), weight[[6, 0, 6]])
+    assert torch.equal(rows.to(dtype), weight[ids])
 
 
 # ---- rotary ---------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ _SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "pool_free": ([_POINTER], None),
     "packed_bytes": ([_INT, _LONG, _LONG, _INT], _LONG),
     "pack": ([_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT], None),
+    "gather": ([_POINTER] * 2 + [_INT] + [_POINTER] * 2 + [_LONG] * 2, None),
     "gather_quantized": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
     "linear": ([_POINTER] * 5 + [_LONG], _INT),
     "rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT], None),
@@ -139,7 +140,7 @@ class CpuOperators(SeparateOperators):
     def embedding(self, weight: Tensor) -> Operator:
         if isinstance(weight, QuantizedTensor):
             return QuantizedEmbedding(self, weight)
-        return super().embedding(weight)
+        return CpuEmbedding(self.kernels, weight)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
         return self._product(weight, bias)
@@ -218,6 +219,28 @@ class CpuOperators(SeparateOperators):
         return CpuAttention(
             self.kernels, shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms
         )
+
+
+class CpuEmbedding:
+    """[n] int64 row numbers -> those rows of a float32 or bfloat16 weight, [n, d] float32."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor) -> None:
+        self._kernels, self._weight = kernels, weight.contiguous()
+        self._is_bf16 = weight.dtype == torch.bfloat16
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        n, d = len(token_ids), self._weight.shape[1]
+        y = torch.empty(n, d)
+        self._kernels.library.gather(
+            self._kernels.pool,
+            self._weight.data_ptr(),
+            self._is_bf16,
+            token_ids.contiguous().data_ptr(),
+            y.data_ptr(),
+            n,
+            d,
+        )
+        return y
 
 
 class CpuLinear:

@@ -1,4 +1,4 @@
-/* What is done to each row of activations: norms, rotary embedding with the cache write, SwiGLU. */
+/* What is done to each row of activations: embedding, norms, rotary embedding with the cache write, SwiGLU. */
 #include "cache.h"
 #include "norm.h"
 #include "pool.h"
@@ -17,6 +17,36 @@ INLINE void norm_row(const float *x, const float *weight, float *y, long d, floa
 }
 
 #define ROWS 16       /* rows of an elementwise operator that a thread takes at a time */
+
+typedef struct {
+    const void *table;
+    const int64_t *ids;
+    float *y;
+    long n, d;
+    int is_bf16;
+} Gather;
+
+static void gather_piece(const void *job, long piece)
+{
+    const Gather *a = job;
+    long end = (piece + 1) * ROWS < a->n ? (piece + 1) * ROWS : a->n, d = a->d;
+    for (long row = piece * ROWS; row < end; row++) {
+        float *y = a->y + row * d;
+        if (!a->is_bf16) {
+            memcpy(y, (const float *)a->table + a->ids[row] * d, d * sizeof(float));
+            continue;
+        }
+        const bf16 *x = (const bf16 *)a->table + a->ids[row] * d;
+        for (long i = 0; i < d; i++) y[i] = widen(x[i]);
+    }
+}
+
+/* y: [n, d], the rows `ids` of a table of d floats or bf16 a row. */
+void gather(Pool *pool, const void *table, int is_bf16, const int64_t *ids, float *y, long n, long d)
+{
+    Gather job = {table, ids, y, n, d, is_bf16};
+    parallel(pool, gather_piece, &job, (n + ROWS - 1) / ROWS);
+}
 
 typedef struct {
     const float *x, *weight;
