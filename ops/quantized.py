@@ -19,8 +19,8 @@ class QuantizedRows(NamedTuple):
 class QuantizedTensor(Tensor):
     """A matrix in ggml's block formats, its rows one after another as a GGUF file has them.
 
-    As a tensor it is these bytes: [n] uint8. `parts` are the rows below each other, neighbours of one format
-    together; each row has `columns` weights.
+    As a tensor it is these bytes: [n] uint8. `parts` are the matrices of the file that it is made of, below
+    each other; each row has `columns` weights.
     """
 
     columns: int
@@ -35,16 +35,13 @@ class QuantizedTensor(Tensor):
         """data: [n] uint8, the bytes of all parts."""
         tensor: QuantizedTensor = Tensor._make_subclass(QuantizedTensor, data)
         tensor.columns, tensor.packed = columns, None
-        merged: list[QuantizedRows] = []
-        for part in parts:
-            if merged and merged[-1].format == part.format:
-                part = part._replace(rows=merged.pop().rows + part.rows)
-            merged.append(part)
-        tensor.parts = tuple(merged)
+        tensor.parts = parts
         return tensor
 
     def split_parts(self) -> list[QuantizedTensor]:
         """Each part as a tensor of its own."""
+        if len(self.parts) == 1:
+            return [self]  # with what was packed of it
         sizes = [part.rows * part.row_bytes for part in self.parts]
         pairs = zip(torch.split(self, sizes), self.parts, strict=True)
         return [QuantizedTensor.of(data, self.columns, (part,)) for data, part in pairs]

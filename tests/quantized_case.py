@@ -9,9 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
 Bytes = npt.NDArray[np.uint8]
+GROUP = 32
 
 # Where the float16 factors of a block lie: of the scales, and of the offsets.
 FACTORS = {
@@ -57,6 +59,21 @@ def quantized(*parts: tuple[str, Bytes]) -> QuantizedTensor:
 
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What int8 activations make of x: multiples of a 127th of the largest of 32 values."""
+    groups = x.reshape(len(x), -1, GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.tensor(127.0) / largest  # 127.0 / largest is 127 * (1 / largest) to torch
+    quants = (groups * torch.where(largest > 0, inverse, 0.0)).round()
+    assert quants.abs().max() <= 127
+    return (quants.double() * (largest / 127.0).double()).reshape(x.shape)
+
+
+def seen(operators: CpuOperators, x: Tensor) -> Tensor:
+    """What quantised weights are multiplied with."""
+    return rounded(x) if operators.int8_activations else x
 
 
 def assert_products(actual: Tensor, x: Tensor, weight: Tensor, added: Tensor | float = 0.0) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 
+import gguf
 import pytest
 import torch
 from attention_case import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_case import dequantized, quantized
 
 from microvllm.ops.attention import AttentionBackend, AttentionShape, StepAttention
 from microvllm.ops.cpu.build import load_kernels
 from microvllm.ops.cpu.operators import CpuLayers, CpuOperators
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, Operators, TorchOperators
 
-DTYPES = (torch.float32, torch.bfloat16)
+# The last: each matrix of a GGUF file in a format of its own.
+DTYPES = (torch.float32, torch.bfloat16, None)
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # Under the sanitizers (see test_cpu_kernels.py) an example in so many.
 ONE_IN = int(os.environ.get("KERNEL_EXAMPLES_ONE_IN", "1"))
 
@@ -23,30 +27,41 @@ ONE_IN = int(os.environ.get("KERNEL_EXAMPLES_ONE_IN", "1"))
 class Decoder:
     """Layers of random weights, equal for every set of operators, and the attention of one step."""
 
-    def __init__(self, case: Case, operators: Operators, dtype: torch.dtype, seed: int) -> None:
-        shape, hidden, inner = case.shape, 24, 40
+    def __init__(self, case: Case, operators: Operators, dtype: torch.dtype | None, seed: int) -> None:
+        shape = case.shape
+        hidden, inner = (24, 40) if dtype else (64, 96)
         generator = torch.Generator().manual_seed(seed)
 
         def random(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator)
 
-        def weight(n: int, k: int) -> torch.Tensor:
+        def weight(k: int, *rows: int) -> torch.Tensor:
             """Numbers of `dtype` in the type that these operators compute with."""
-            exact = (random(n, k) * k**-0.5).to(dtype)
-            return exact.float() if isinstance(operators, TorchOperators) else exact
+            exact = random(sum(rows), k) * k**-0.5
+            is_reference = isinstance(operators, TorchOperators)
+            if dtype is not None:
+                return exact.to(dtype).float() if is_reference else exact.to(dtype)
+            names = (FORMATS[i] for i in torch.randint(len(FORMATS), (len(rows),), generator=generator))
+            parts = [
+                (name, gguf.quants.quantize(one.numpy(), gguf.GGMLQuantizationType[name]))
+                for name, one in zip(names, exact.split(rows), strict=True)
+            ]
+            return torch.cat([dequantized(*one) for one in parts]) if is_reference else quantized(*parts)
 
         def norm() -> torch.Tensor:
             return random(hidden) * 0.2 + 1
 
         width = shape.num_heads * shape.head_dim
-        together = width + 2 * shape.num_kv_heads * shape.head_dim
+        kv_width = shape.num_kv_heads * shape.head_dim
         self.layers = operators.layers(
             [
                 DecoderLayer(
-                    operators.norm_linear(norm(), 1e-5, weight(together, hidden), random(together)),
-                    operators.linear(weight(hidden, width)),
-                    operators.norm_gate_up(norm(), 1e-5, weight(2 * inner, hidden)),
-                    operators.linear(weight(hidden, inner), random(hidden)),
+                    operators.norm_linear(
+                        norm(), 1e-5, weight(hidden, width, kv_width, kv_width), random(width + 2 * kv_width)
+                    ),
+                    operators.linear(weight(width, hidden)),
+                    operators.norm_gate_up(norm(), 1e-5, weight(hidden, inner, inner)),
+                    operators.linear(weight(inner, hidden), random(hidden)),
                 )
                 for _ in range(shape.num_layers)
             ]
@@ -84,14 +99,20 @@ def test_one_call_gives_what_the_operators_give(
     prompts: list[int],
     heads: tuple[int, int],
     with_norms: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     seed: int,
 ) -> None:
     if not decodes and not prompts:
         decodes = [1]
     segments = [(length, length) for length in prompts]
     case = Case(
-        AttentionShape(3, *heads, 8), 4, decodes, segments, torch.float32, with_norms=with_norms, seed=seed
+        AttentionShape(3, *heads, 8 if dtype else 32),
+        4,
+        decodes,
+        segments,
+        torch.float32,
+        with_norms=with_norms,
+        seed=seed,
     )
     ours = Decoder(case, operators, dtype, seed)
     assert isinstance(ours.layers, CpuLayers)

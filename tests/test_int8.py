@@ -1,4 +1,4 @@
-"""Products with activations rounded to 8 bits: against the same in torch, at the limits, and the option."""
+"""Products with activations rounded to 8 bits, beyond those of test_quantized.py: limits, and the option."""
 
 from __future__ import annotations
 
@@ -21,19 +21,16 @@ from quantized_case import (
     quantized,
     random,
     random_blocks,
+    rounded,
     seeds,
 )
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
-from torch import Tensor
-from torch.nn.functional import silu
 
 from microvllm.ops.cpu.build import load_kernels
 from microvllm.ops.cpu.isa import VARIABLE, IsaError, levels
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
-
-GROUP = 32
 
 
 @pytest.fixture(scope="module")
@@ -48,49 +45,6 @@ def of_each_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         return CpuOperators(load_kernels(), 2, int8_activations=True)
     except IsaError as error:
         pytest.skip(str(error))
-
-
-def rounded(x: Tensor) -> Tensor:
-    """What the kernels make of x: multiples of a 127th of the largest of 32 values."""
-    groups = x.reshape(len(x), -1, GROUP)
-    largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.tensor(127.0) / largest  # 127.0 / largest is 127 * (1 / largest) to torch
-    quants = (groups * torch.where(largest > 0, inverse, 0.0)).round()
-    assert quants.abs().max() <= 127
-    return (quants.double() * (largest / 127.0).double()).reshape(x.shape)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    formats, st.integers(1, 150), st.integers(1, 70), st.integers(1, 3), st.booleans(), st.booleans(), seeds
-)
-def test_linear(
-    operators: CpuOperators, name: str, m: int, n: int, blocks: int, bias: bool, residual: bool, seed: int
-) -> None:
-    raw = random_blocks(name, n, blocks, seed)
-    weight, packed = dequantized(name, raw), quantized((name, raw))
-    x = random(m, weight.shape[1], seed=seed)
-    b = random(n, seed=seed + 1) if bias else None
-    r = random(m, n, seed=seed + 2) if residual else None
-    added = torch.zeros(m, n) + (0 if b is None else b) + (0 if r is None else r)
-    actual = operators.linear(packed, b)(x, None if r is None else r.clone())
-    assert_products(actual, rounded(x), weight, added)
-    ids = torch.randint(0, n, (m,), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(operators.embedding(packed)(ids), weight[ids]), "rows of an embedding stay exact"
-
-
-@settings(deadline=None, max_examples=30)
-@given(formats, st.integers(1, 9), st.integers(1, 40), seeds)
-def test_norm_and_gate(operators: CpuOperators, name: str, m: int, n: int, seed: int) -> None:
-    raw = random_blocks(name, 2 * n, 2, seed)
-    weight = dequantized(name, raw)
-    x, norm = random(m, weight.shape[1], seed=seed), random(weight.shape[1], seed=seed + 1)
-    normed = rounded(operators.rms_norm(x, norm, 1e-5))
-    gate, up = (normed @ weight.double().t()).chunk(2, -1)
-    gate_terms, up_terms = (normed.abs() @ weight.double().abs().t()).chunk(2, -1)
-    actual = operators.norm_gate_up(norm, 1e-5, quantized((name, raw)))(x)
-    scale = gate_terms * up_terms + 1e-30
-    assert float(((actual - silu(gate) * up).abs() / scale).max()) < 1e-5
 
 
 @pytest.mark.parametrize("name", sorted(FACTORS))
@@ -130,17 +84,6 @@ def test_what_is_no_number_shows_and_stays_in_its_row(of_each_level: CpuOperator
     assert y[1:4].isnan().all()
     assert torch.equal(y[0], product(x)[0])
     assert (y[4:] == 0).all(), "no numbers as small as these are told from 0"
-
-
-@settings(deadline=None, max_examples=30)
-@given(formats, st.integers(1, 9), st.integers(1, 40), seeds)
-def test_whatever_bytes_spoil_no_other_row(
-    operators: CpuOperators, name: str, m: int, n: int, seed: int
-) -> None:
-    raw = random_blocks(name, n, 2, seed, any_factor=True)
-    weight = dequantized(name, raw)
-    x, fine = random(m, weight.shape[1], seed=seed), weight.isfinite().all(1)
-    assert_products(operators.linear(quantized((name, raw)))(x)[:, fine], rounded(x), weight[fine])
 
 
 @settings(deadline=None, max_examples=20)

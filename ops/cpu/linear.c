@@ -23,13 +23,20 @@
 /* Rows of such a block. */
 #define BLOCK_ROWS (10 * ROWS)
 
+/* Rows of a weight that are of one format. */
+typedef struct {
+    const void *panels;
+    long n;
+    int format; /* FORMAT_F32, FORMAT_BF16 or one of QUANTIZED_FORMATS */
+} Part;
+
 struct Linear {
-    const void *weight;       /* packed */
+    const Part *parts;        /* one below the other; gate and up, n rows each, if gated */
     const float *norm, *bias; /* [k], [n] ([2 * n] if gated), or null */
     float eps;
     long n, k;
-    int format, is_gated;     /* FORMAT_F32, FORMAT_BF16 or one of QUANTIZED_FORMATS */
-    int rounds_x;             /* to 8 bits, for a product in integers; QUANTIZED_FORMATS only */
+    int num_parts, is_gated;
+    int rounds_x;             /* to 8 bits, for products in integers with parts of QUANTIZED_FORMATS */
 };
 
 /* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. U partial sums
@@ -94,6 +101,11 @@ static void tile_f32(const float *x, long stride, const float *panel, long k, fl
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE int is_plain(int format) { return format == FORMAT_F32 || format == FORMAT_BF16; }
 INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16) : sizeof(float); }
+INLINE long panels_of(long n) { return (n + WIDTH - 1) / WIDTH; }
+INLINE long panel_bytes(int format, long k)
+{
+    return is_plain(format) ? WIDTH * k * plain_bytes(format) : quantized_panel_bytes(format, k);
+}
 
 typedef struct {
     const Linear *layer;
@@ -128,23 +140,36 @@ INLINE void finish(const Product *p, const float *sums, const float *up, long ro
     else for (long j = 0; j < count; j++) y[j] = value[j];
 }
 
-/* sums = x . panel^T for a block of rows and a panel of quantised weights. For a few rows they are widened in
- * registers; for more into the first-level cache, PART of each row at a time, once for all rows of x. */
-static void multiply_quantized(const Linear *a, const float *x, long rows, const void *panel, float sums[][WIDTH])
+/* sums = x . panel^T for a block of rows and a panel of float32 or bfloat16, tile by tile. The first waits for memory;
+ * with more of them, each fetches its part of the next panel. */
+static void multiply_plain(int format, const float *x, long rows, const char *panel, long k, float sums[][WIDTH])
+{
+    long tiles = (rows + ROWS - 1) / ROWS, run = WIDTH * plain_bytes(format), size = run * k;
+    for (long t = 0; t < tiles; t++) {
+        long row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+        const char *ahead = panel + (tiles == 1 ? AHEAD : size + size * t / tiles);
+        if (format == FORMAT_F32)
+            tile_f32(x + row * k, k, (const float *)panel, k, sums + row, 0, ahead, run / tiles, count);
+        else tile(x + row * k, k, panel, k, sums + row, 0, ahead, run / tiles, 1, count);
+    }
+}
+
+/* The same for quantised weights. For a few rows they are widened in registers; for more into the first-level cache,
+ * PART of each row at a time, once for all rows of x. */
+static void multiply_quantized(int format, const float *x, long rows, const void *panel, long k, float sums[][WIDTH])
 {
     float weights[PART * WIDTH];
     long tiles = (rows + ROWS - 1) / ROWS;
     if (rows <= FEW) {
-        tile_quantized(a->format, x, panel, a->k, sums, rows);
+        tile_quantized(format, x, panel, k, sums, rows);
         return;
     }
-    for (long i = 0; i < a->k; i += PART) {
-        long count = least(PART, a->k - i);
-        widen_quantized(a->format, panel, i, count, weights);
+    for (long i = 0; i < k; i += PART) {
+        long count = least(PART, k - i);
+        widen_quantized(format, panel, i, count, weights);
         for (long t = 0; t < tiles; t++) {
             long row = rows * t / tiles, next = rows * (t + 1) / tiles;
-            tile_f32(x + row * a->k + i, a->k, weights, count, sums + row, i > 0, (const char *)weights, 0,
-                     next - row);
+            tile_f32(x + row * k + i, k, weights, count, sums + row, i > 0, (const char *)weights, 0, next - row);
         }
     }
 }
@@ -154,36 +179,24 @@ static void product_piece(const void *job, long piece)
 {
     const Product *p = job;
     const Linear *a = p->layer;
-    long panel = piece % p->panels, begin = piece / p->panels * p->block, end = least(begin + p->block, p->m);
-    long first = panel * WIDTH, count = least(WIDTH, a->n - first);
-    long tiles = (end - begin + ROWS - 1) / ROWS, halves = 1 + a->is_gated;
-    long run = WIDTH * plain_bytes(a->format);
-    long size = is_plain(a->format) ? run * a->k : quantized_panel_bytes(a->format, a->k);
-    const char *weight = (const char *)a->weight + panel * halves * size;
-    if (!is_plain(a->format)) {
-        float sums[2][BLOCK_ROWS][WIDTH];
-        for (long half = 0; half < halves; half++) {
-            const char *at = weight + half * size;
-            if (p->rounded) tile_int8(a->format, p->rounded + begin, p->m, at, a->k, sums[half], end - begin);
-            else multiply_quantized(a, p->x + begin * a->k, end - begin, at, sums[half]);
-        }
-        for (long r = 0; r < end - begin; r++) finish(p, sums[0][r], sums[1][r], begin + r, first, count);
-        return;
+    const Part *part = a->parts;
+    long panel = piece % p->panels, begin = piece / p->panels * p->block, k = a->k;
+    long rows = least(p->block, p->m - begin), column = 0;
+    for (; panel >= panels_of(part->n); part++) {
+        panel -= panels_of(part->n);
+        column += part->n;
     }
-    float sums[2][ROWS][WIDTH];
-    for (long t = 0; t < tiles; t++) {
-        long row = begin + (end - begin) * t / tiles, rows = begin + (end - begin) * (t + 1) / tiles - row;
-        const float *x = p->x + row * a->k;
-        for (long half = 0; half < halves; half++) {
-            /* The first tile waits for memory; with more of them, each fetches its part of the next panel. */
-            const char *at = weight + half * size;
-            const char *ahead = tiles == 1 ? at + AHEAD : at + halves * size + size * t / tiles;
-            if (a->format == FORMAT_F32)
-                tile_f32(x, a->k, (const float *)at, a->k, sums[half], 0, ahead, run / tiles, rows);
-            else tile(x, a->k, at, a->k, sums[half], 0, ahead, run / tiles, 1, rows);
-        }
-        for (long r = 0; r < rows; r++) finish(p, sums[0][r], sums[1][r], row + r, first, count);
+    const float *x = p->x + begin * k;
+    float sums[2][BLOCK_ROWS][WIDTH];
+    for (int half = 0; half <= a->is_gated; half++) {
+        int format = part[half].format;
+        const char *at = (const char *)part[half].panels + panel * panel_bytes(format, k);
+        if (is_plain(format)) multiply_plain(format, x, rows, at, k, sums[half]);
+        else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, sums[half], rows);
+        else multiply_quantized(format, x, rows, at, k, sums[half]);
     }
+    long first = panel * WIDTH, count = least(WIDTH, part->n - first);
+    for (long r = 0; r < rows; r++) finish(p, sums[0][r], sums[1][r], begin + r, column + first, count);
 }
 
 /* y[m, n] = x[m, k] . W^T + bias + residual[m, n], where the rows of x are normalised before if the layer has a
@@ -191,7 +204,8 @@ static void product_piece(const void *job, long piece)
  * (arXiv:2002.05202). residual may be null, or y. Returns -1 if there is no memory, else 0. */
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
 {
-    long n = layer->n, k = layer->k, panels = (n + WIDTH - 1) / WIDTH;
+    long k = layer->k, panels = 0;
+    for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
     long normed_floats = layer->norm ? m * k : 0;
     long rounded_floats = layer->rounds_x ? m * k / GROUP * (long)(sizeof(Int8Group) / sizeof(float)) : 0;
@@ -211,27 +225,21 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     return 0;
 }
 
-/* Bytes that `linear` needs in the place of a weight of n rows of k (2 * n if it is gated); 0 for a format that it does
- * not know. */
-long packed_bytes(int format, long n, long k, int is_gated)
-{
-    long panels = (n + WIDTH - 1) / WIDTH * (1 + is_gated);
-    return panels * (is_plain(format) ? WIDTH * k * plain_bytes(format) : quantized_panel_bytes(format, k));
-}
+/* Bytes that `linear` needs in the place of n rows of k; 0 for a format that it does not know. */
+long packed_bytes(int format, long n, long k) { return panels_of(n) * panel_bytes(format, k); }
 
 typedef struct {
     const void *weight;
     void *packed;
     long n, k;
-    int format, is_gated;
+    int format;
 } Packing;
 
 /* One panel: rows of the weight, or zeros where it has no more. */
 static void pack_piece(const void *job, long piece)
 {
     const Packing *p = job;
-    long halves = 1 + p->is_gated, first = piece / halves * WIDTH, rows = least(WIDTH, p->n - first);
-    long row = piece % halves * p->n + first; /* the first of the weight */
+    long row = piece * WIDTH, rows = least(WIDTH, p->n - row);
     if (!is_plain(p->format)) {
         uint8_t *to = (uint8_t *)p->packed + piece * quantized_panel_bytes(p->format, p->k);
         pack_quantized(p->format, p->weight, row, rows, p->k, to);
@@ -248,9 +256,9 @@ static void pack_piece(const void *job, long piece)
     }
 }
 
-/* Packs it, from rows as a GGUF file has them if they are quantised. */
-void pack(Pool *pool, int format, const void *weight, void *packed, long n, long k, int is_gated)
+/* Packs them, from rows as a GGUF file has them if they are quantised. */
+void pack(Pool *pool, int format, const void *weight, void *packed, long n, long k)
 {
-    Packing packing = {weight, packed, n, k, format, is_gated};
-    parallel(pool, pack_piece, &packing, (n + WIDTH - 1) / WIDTH * (1 + is_gated));
+    Packing packing = {weight, packed, n, k, format};
+    parallel(pool, pack_piece, &packing, panels_of(n));
 }

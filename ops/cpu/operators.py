@@ -10,7 +10,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from microvllm.ops.attention import (
 )
 from microvllm.ops.attention.torch_backend import HeadMajorCache
 from microvllm.ops.cpu.memory import WeightMemory
-from microvllm.ops.cpu.quantized import QuantizedEmbedding, StackedLinear
 from microvllm.ops.linear import Linear
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
@@ -36,14 +35,20 @@ MAX_KERNEL_ROWS_BF16 = 32
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
+class _Part(ctypes.Structure):
+    """`Part` of linear.c."""
+
+    _fields_ = [("panels", _POINTER), ("n", _LONG), ("format", _INT)]
+
+
 class _Linear(ctypes.Structure):
     """`Linear` of linear.c."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("weight", "norm", "bias")),
+        *((name, _POINTER) for name in ("parts", "norm", "bias")),
         ("eps", _FLOAT),
         *((name, _LONG) for name in ("n", "k")),
-        *((name, _INT) for name in ("format", "is_gated", "rounds_x")),
+        *((name, _INT) for name in ("num_parts", "is_gated", "rounds_x")),
     ]
 
 
@@ -80,9 +85,9 @@ class _Layer(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "pool_new": ([_INT], _POINTER),
     "pool_free": ([_POINTER], None),
-    "packed_bytes": ([_INT, _LONG, _LONG, _INT], _LONG),
-    "pack": ([_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT], None),
-    "gather": ([_POINTER] * 2 + [_INT] + [_POINTER] * 2 + [_LONG] * 2, None),
+    "packed_bytes": ([_INT, _LONG, _LONG], _LONG),
+    "pack": ([_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG], None),
+    "gather": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
     "gather_quantized": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
     "linear": ([_POINTER] * 5 + [_LONG], _INT),
     "rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT], None),
@@ -116,7 +121,7 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 30}
 
 
 class Packed(NamedTuple):
-    """A weight in panels, as bytes, the number of its format, and its shape (half of its rows if gated)."""
+    """A weight in panels, as bytes, the number of its format, and its shape."""
 
     data: Tensor
     format: int
@@ -138,48 +143,33 @@ class CpuOperators(SeparateOperators):
         self.memory = WeightMemory()
 
     def embedding(self, weight: Tensor) -> Operator:
-        if isinstance(weight, QuantizedTensor):
-            return QuantizedEmbedding(self, weight)
-        return CpuEmbedding(self.kernels, weight)
+        return CpuEmbedding(self, weight)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        return self._product(weight, bias)
+        return CpuLinear(self, weight, bias)
 
     def norm_linear(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return self._product(weight, bias, norm_weight, eps)
+        return CpuLinear(self, weight, bias, norm_weight, eps)
 
     def norm_gate_up(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return self._product(weight, bias, norm_weight, eps, gated=True)
+        return CpuLinear(self, weight, bias, norm_weight, eps, gated=True)
 
-    def _product(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        gated: bool = False,
-    ) -> LinearOperator:
-        if isinstance(weight, QuantizedTensor) and len(weight.parts) > 1:
-            return StackedLinear(self, weight, bias, norm, eps, gated)
-        return CpuLinear(self, weight, bias, norm, eps, gated)
-
-    def pack(self, weight: Tensor, gated: bool = False) -> Packed:
-        """The weight as `linear` of linear.c takes it."""
+    def pack(self, weight: Tensor) -> Packed:
+        """Rows of one format as `linear` of linear.c takes them."""
         if isinstance(weight, QuantizedTensor):
             ((number, rows, _),), columns = weight.parts, weight.columns
             if weight.packed is not None:
-                return Packed(weight.packed, number, rows // (1 + gated), columns)
+                return Packed(weight.packed, number, rows, columns)
         else:
             number, (rows, columns) = _FORMATS[weight.dtype], weight.shape
-        rows //= 1 + gated
-        size = self.kernels.library.packed_bytes(number, rows, columns, gated)
-        data = self.memory.empty(size, torch.uint8)
+        data = self.memory.empty(self.kernels.library.packed_bytes(number, rows, columns), torch.uint8)
+        source = weight.contiguous()
         self.kernels.library.pack(
-            self.kernels.pool, number, weight.contiguous().data_ptr(), data.data_ptr(), rows, columns, gated
+            self.kernels.pool, number, source.data_ptr(), data.data_ptr(), rows, columns
         )
         if isinstance(weight, QuantizedTensor):
             weight.packed = data
@@ -200,11 +190,8 @@ class CpuOperators(SeparateOperators):
         self.kernels.library.silu_and_mul(self.kernels.pool, gate_up.data_ptr(), y.data_ptr(), n, width)
         return y
 
-    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
-        products = [[operator for operator in layer if isinstance(operator, CpuLinear)] for layer in layers]
-        if all(len(four) == 4 for four in products):
-            return CpuLayers(self.kernels, layers, products)
-        return super().layers(layers)
+    def layers(self, layers: Sequence[DecoderLayer]) -> CpuLayers:
+        return CpuLayers(self.kernels, layers)
 
     def attention(
         self,
@@ -222,24 +209,21 @@ class CpuOperators(SeparateOperators):
 
 
 class CpuEmbedding:
-    """[n] int64 row numbers -> those rows of a float32 or bfloat16 weight, [n, d] float32."""
+    """[n] int64 row numbers -> those rows of a weight of any format, [n, d] float32."""
 
-    def __init__(self, kernels: Kernels, weight: Tensor) -> None:
-        self._kernels, self._weight = kernels, weight.contiguous()
-        self._is_bf16 = weight.dtype == torch.bfloat16
+    def __init__(self, operators: CpuOperators, weight: Tensor) -> None:
+        self._kernels, library = operators.kernels, operators.kernels.library
+        if isinstance(weight, QuantizedTensor):
+            self._data, self._kind, _, self._d = operators.pack(weight)
+            self._gather = library.gather_quantized
+        else:
+            self._data, self._d = weight.contiguous(), weight.shape[1]
+            self._gather, self._kind = library.gather, weight.dtype == torch.bfloat16
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        n, d = len(token_ids), self._weight.shape[1]
-        y = torch.empty(n, d)
-        self._kernels.library.gather(
-            self._kernels.pool,
-            self._weight.data_ptr(),
-            self._is_bf16,
-            token_ids.contiguous().data_ptr(),
-            y.data_ptr(),
-            n,
-            d,
-        )
+        token_ids, y = token_ids.contiguous(), torch.empty(len(token_ids), self._d)
+        addresses = self._data.data_ptr(), token_ids.data_ptr(), y.data_ptr()
+        self._gather(self._kernels.pool, self._kind, *addresses, len(token_ids), self._d)
         return y
 
 
@@ -247,7 +231,8 @@ class CpuLinear:
     """RMS norm, x @ weight.T + bias, then SwiGLU or + residual: all in one call.
 
     x: [n, in] float32; weight: [out, in] ([2 * out, in] if `gated`, gate before up) float32, bfloat16 or
-    quantised in one part, packed here; residual: [n, out], where the result may be put -> [n, out].
+    quantised (in two parts if `gated`), packed here; residual: [n, out], where the result may be put ->
+    [n, out].
     """
 
     def __init__(
@@ -260,20 +245,28 @@ class CpuLinear:
         gated: bool = False,
     ) -> None:
         self._operators = operators
-        self._packed = packed = operators.pack(weight, gated)
-        self.n, self.k = packed.rows, packed.columns
+        rounds_x = operators.int8_activations and isinstance(weight, QuantizedTensor)
+        parts = weight.split_parts() if isinstance(weight, QuantizedTensor) else weight.chunk(1 + gated)
+        self._packed = packed = [operators.pack(part) for part in parts]
+        rows = [part.rows for part in packed]
+        if gated and rows != rows[:1] * 2:
+            raise ValueError(f"gate and up have to be two parts of as many rows, not of {rows}")
+        self.n, self.k = sum(rows) // (1 + gated), packed[0].columns
         self._bias = None if bias is None else bias.float()
         self._norm, self._eps, self._gated = norm, eps, gated
+        self._parts = (_Part * len(packed))(
+            *(_Part(part.data.data_ptr(), part.rows, part.format) for part in packed)
+        )
         self._arguments = _Linear(
-            packed.data.data_ptr(),
+            ctypes.addressof(self._parts),
             _pointer(norm),
             _pointer(self._bias),
             eps,
-            packed.rows,
-            packed.columns,
-            packed.format,
+            self.n,
+            self.k,
+            len(packed),
             gated,
-            operators.int8_activations and isinstance(weight, QuantizedTensor),
+            rounds_x,
         )
         self.address = ctypes.addressof(self._arguments)
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
@@ -311,15 +304,11 @@ class CpuLinear:
 
 
 class CpuLayers(DecoderLayers):
-    """All layers in one call, unless their attention is timed or there are rows enough for oneDNN.
+    """All layers in one call, unless their attention is timed or there are rows enough for oneDNN."""
 
-    products: [layers, 4], the operators of each.
-    """
-
-    def __init__(
-        self, kernels: Kernels, layers: Sequence[DecoderLayer], products: Sequence[Sequence[CpuLinear]]
-    ) -> None:
+    def __init__(self, kernels: Kernels, layers: Sequence[DecoderLayer]) -> None:
         super().__init__(layers)
+        products = cast("Sequence[tuple[CpuLinear, CpuLinear, CpuLinear, CpuLinear]]", layers)
         self._kernel, self._pool = kernels.library.decoder_layers, kernels.pool
         self._width = max(max(qkv.n + o.k, gate_up.n) for qkv, o, gate_up, _ in products)
         self.max_rows = min(product.max_rows for four in products for product in four)

@@ -42,7 +42,7 @@ static void gather_piece(const void *job, long piece)
 }
 
 /* y: [n, d], the rows `ids` of a table of d floats or bf16 a row. */
-void gather(Pool *pool, const void *table, int is_bf16, const int64_t *ids, float *y, long n, long d)
+void gather(Pool *pool, int is_bf16, const void *table, const int64_t *ids, float *y, long n, long d)
 {
     Gather job = {table, ids, y, n, d, is_bf16};
     parallel(pool, gather_piece, &job, (n + ROWS - 1) / ROWS);
