@@ -216,7 +216,9 @@ static void merge(const Decode *j, long query)
  * al., 2023). */
 static int decode_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
-    long chunks = (step->longest + CHUNK - 1) / CHUNK, queries = step->decodes * step->heads;
+    long longest = 0;
+    for (long i = 0; i < step->decodes; i++) longest = step->lens[i] > longest ? step->lens[i] : longest;
+    long chunks = (longest + CHUNK - 1) / CHUNK, queries = step->decodes * step->heads;
     float *parts = pool_scratch(pool, queries * chunks * (step->d + 2));
     if (!parts) return -1;
     Decode job = {step, cache, qkv, out, parts, chunks};

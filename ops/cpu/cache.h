@@ -20,8 +20,7 @@ typedef struct {
     const int64_t *blocks, *lens;     /* [decodes, width]; [decodes], tokens to attend to, the new one included */
     const int64_t *segment_starts;    /* [segments + 1], counted from the first token that is no decode */
     const int64_t *segment_blocks, *segment_lens; /* [segments, segment_width]; [segments], as lens */
-    long n, decodes, width, longest;  /* longest: the largest of lens */
-    long segments, segment_width;
+    long n, decodes, width, segments, segment_width;
     long heads, kv_heads, d, window;  /* window: only the last so many tokens, or 0 for all */
     float scale, eps;                 /* of the scores; of the norms */
 } Step;

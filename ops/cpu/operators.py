@@ -69,7 +69,7 @@ class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("cos", "sin", "positions", "slots", "blocks", "lens")),
         *((name, _POINTER) for name in ("segment_starts", "segment_blocks", "segment_lens")),
-        *((name, _LONG) for name in ("n", "decodes", "width", "longest", "segments", "segment_width")),
+        *((name, _LONG) for name in ("n", "decodes", "width", "segments", "segment_width")),
         *((name, _LONG) for name in ("heads", "kv_heads", "d", "window")),
         *((name, _FLOAT) for name in ("scale", "eps")),
     ]
@@ -363,9 +363,13 @@ class CpuAttention(HeadMajorCache):
             for index, layer in enumerate(self.cache)
         )
         self.layers = (_Cache * shape.num_layers)(*layers)
+        self._last: CpuStep | None = None
 
     def begin_step(self, batch: AttentionBatch) -> CpuStep:
-        return CpuStep(self, batch)
+        # Where the last step's batch lies is known, whatever its values are now.
+        if self._last is None or self._last.batch is not batch:
+            self._last = CpuStep(self, batch)
+        return self._last
 
 
 class CpuStep:
@@ -380,7 +384,9 @@ class CpuStep:
         if table is not None:
             indices += [table.starts, table.blocks, table.context_lens]
         indices = [tensor.long().contiguous() for tensor in indices]
-        self._held = backend, batch, indices  # as the kernels get addresses
+        # As the kernels get addresses. Not the backend, which holds this step: only a collection would end both.
+        self._held = backend.cache, backend.qk_norms, rotary, indices, backend.kernels
+        self.batch = batch
         addresses = [tensor.data_ptr() for tensor in indices]
         self.caches = backend.layers
         self._width = shape.num_heads * shape.head_dim
@@ -392,7 +398,6 @@ class CpuStep:
             len(batch.positions),
             decodes,
             batch.decode_blocks.shape[1] if decodes else 0,
-            int(batch.decode_lens.numpy().max(initial=0)),
             *((0, 0) if table is None else table.blocks.shape),
             shape.num_heads,
             shape.num_kv_heads,
@@ -408,5 +413,5 @@ class CpuStep:
         self._library.rotate_and_cache(self._pool, self.address, cache, at)
         out = torch.empty(len(qkv), self._width)
         if self._library.attention(self._pool, self.address, cache, at, out.data_ptr()):
-            raise MemoryError(f"no memory for attention over {self._step.longest} tokens")
+            raise MemoryError(f"no memory for the attention of {len(qkv)} tokens")
         return out
