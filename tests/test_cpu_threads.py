@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from model_tools import make_engine, variant_folder
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, StepAttention
-from microvllm.ops.cpu.build import load_kernels
+from microvllm.ops.cpu.build import FLAGS, FOLDER, find_compiler, load_kernels
 from microvllm.ops.cpu.operators import MAX_KERNEL_ROWS_BF16, CpuAttention, CpuOperators
 from microvllm.runtime import cpu
 
@@ -78,6 +81,45 @@ def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() ->
     assert time.process_time() - begin < 0.05
     del operators, product
     assert num_tasks() == before
+
+
+POOL = """
+#include "pool.c"
+void run(Pool *pool, Piece piece, long pieces) { parallel(pool, piece, 0, pieces); }
+int thread(void) { return pool_self(); }
+"""
+
+
+def test_a_thread_without_a_core_is_done_without_and_the_others_go_on(tmp_path: Path) -> None:
+    """What one of four threads takes lasts 30 ms instead of 1: another process has its core."""
+    source, path = tmp_path / "source.c", tmp_path / "pool.so"
+    source.write_text(POOL)
+    command = [*(find_compiler() or "cc").split(), *FLAGS, "-I", str(FOLDER), "-shared", str(source)]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+    library.pool_new.restype = ctypes.c_void_p
+    library.pool_free.argtypes = [ctypes.c_void_p]
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long)
+    library.run.argtypes = [ctypes.c_void_p, callback, ctypes.c_long]
+    taken: list[tuple[int, int]] = []
+
+    @callback
+    def piece(_: int, index: int) -> None:
+        thread = library.thread()
+        taken.append((index, thread))
+        time.sleep(0.03 if thread == 2 else 0.001)
+
+    pool = library.pool_new(4)
+    operators = []
+    for _ in range(60):
+        taken.clear()
+        library.run(pool, piece, 8)
+        assert sorted(index for index, _ in taken) == list(range(8))
+        operators.append(Counter(thread for _, thread in taken))
+    library.pool_free(pool)
+    without = [threads for threads in operators if not threads[2]]
+    assert operators[0][2] and len(without) > 20
+    assert all(sum(threads[other] for threads in without) > 20 for other in (0, 1, 3))
 
 
 @pytest.mark.skipif(cpu.usable_cores() < 2, reason="needs two cores")

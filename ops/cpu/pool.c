@@ -5,8 +5,8 @@
  * longer than a piece takes, or the next operator takes to come, and then sleeps.
  *
  * If a piece lasts much longer than the caller's own did, its thread has lost its core to another process for
- * milliseconds, and that will happen again: the caller then works alone for a while, twice as long each time, before
- * it tries again. A busy neighbour thus costs one core, not the speed of both. */
+ * milliseconds, and that will happen again: the caller then does without this thread for a while, twice as long each
+ * time, before it tries it again. A busy neighbour thus costs one core, not the speed of all. */
 #include "pool.h"
 
 #include <pthread.h>
@@ -17,23 +17,26 @@
 
 #define SPINS 3000                /* some 0.1 ms */
 #define PATIENCE 100000           /* ns, beside the time of some pieces */
-#define SHORTEST_ALONE 1000000    /* ns */
-#define LONGEST_ALONE 1000000000  /* ns */
+#define SHORTEST_AWAY 1000000     /* ns */
+#define LONGEST_AWAY 1000000000   /* ns */
 
-/* The pieces of one thread that nobody has taken: generation << 48 | end << 24 | next. They are taken by
+/* ticket: the pieces of one thread that nobody has taken: generation << 48 | end << 24 | next. They are taken by
  * compare-and-swap, so that nobody takes a piece of an operator that is over. Each has a cache line of its own. */
 typedef struct {
     _Alignas(128) _Atomic uint64_t ticket;
+    _Atomic int is_asleep, is_busy;
 } Span;
 
 #define MAX_PIECES ((1L << 24) - 1)
 #define NEXT(ticket) ((long)((ticket) & MAX_PIECES))
 #define END(ticket) ((long)((ticket) >> 24 & MAX_PIECES))
 
+/* away_until, penalty: the caller's, in ns: when to try this thread again; for how long not after its next delay. */
 typedef struct {
     Pool *pool;
     int index;
     pthread_t thread;
+    int64_t away_until, penalty;
 } Worker;
 
 struct Pool {
@@ -42,15 +45,13 @@ struct Pool {
     float *scratch;
     long scratch_size;
     int num_threads;         /* the caller counted */
-    int64_t alone_until, penalty; /* the caller's, in ns: when to try the others again; for how long not after the
-                                     next delay */
     uint64_t generation;     /* the caller's */
     Piece run;               /* these three are stable while a piece of their generation is taken */
     const void *job;
     long pieces;
     pthread_mutex_t lock;
     pthread_cond_t work, finished;
-    _Atomic int sleepers, caller_sleeps, quit;
+    _Atomic int caller_sleeps, quit;
     _Alignas(128) _Atomic long done; /* finished pieces of this generation */
 };
 
@@ -104,7 +105,8 @@ static void *work(void *argument)
     Worker *me = argument;
     Pool *pool = me->pool;
     self = me->index;
-    _Atomic uint64_t *mine = &pool->spans[me->index].ticket;
+    Span *span = &pool->spans[me->index];
+    _Atomic uint64_t *mine = &span->ticket;
     while (!atomic_load(&pool->quit)) {
         uint64_t seen = atomic_load(mine);
         int spins = 0;
@@ -114,13 +116,15 @@ static void *work(void *argument)
         }
         if (NEXT(seen) >= END(seen)) {
             pthread_mutex_lock(&pool->lock);
-            atomic_fetch_add(&pool->sleepers, 1);
+            atomic_store(&span->is_asleep, 1);
             while (atomic_load(mine) == seen && !atomic_load(&pool->quit))
                 pthread_cond_wait(&pool->work, &pool->lock);
-            atomic_fetch_sub(&pool->sleepers, 1);
+            atomic_store(&span->is_asleep, 0);
             pthread_mutex_unlock(&pool->lock);
         }
+        atomic_store(&span->is_busy, 1);
         help(pool, me->index);
+        atomic_store(&span->is_busy, 0);
     }
     return NULL;
 }
@@ -129,7 +133,7 @@ Pool *pool_new(int threads)
 {
     Pool *pool = aligned_alloc(128, sizeof(Pool));
     if (!pool) return NULL;
-    *pool = (Pool){.penalty = SHORTEST_ALONE, .num_threads = 1};
+    *pool = (Pool){.num_threads = 1};
     pool->spans = aligned_alloc(128, threads * sizeof(Span));
     pool->workers = calloc(threads, sizeof(Worker));
     if (!pool->spans || !pool->workers) {
@@ -138,12 +142,12 @@ Pool *pool_new(int threads)
         free(pool);
         return NULL;
     }
-    for (int i = 0; i < threads; i++) atomic_init(&pool->spans[i].ticket, 0);
+    for (int i = 0; i < threads; i++) pool->spans[i] = (Span){0};
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->finished, NULL);
     for (int i = 1; i < threads; i++) {
-        pool->workers[i] = (Worker){.pool = pool, .index = i};
+        pool->workers[i] = (Worker){.pool = pool, .index = i, .penalty = SHORTEST_AWAY};
         if (pthread_create(&pool->workers[i].thread, NULL, work, &pool->workers[i])) break;
         pool->num_threads++;
     }
@@ -175,9 +179,10 @@ float *pool_scratch(Pool *pool, long floats)
 
 void parallel(Pool *pool, Piece run, const void *job, long pieces)
 {
-    int threads = pool->num_threads;
     int64_t begin = now();
-    if (pieces <= 1 || threads == 1 || pieces > MAX_PIECES || begin < pool->alone_until) {
+    long members = 1; /* the caller, and threads that are not away */
+    for (int i = 1; i < pool->num_threads; i++) members += begin >= pool->workers[i].away_until;
+    if (pieces <= 1 || members == 1 || pieces > MAX_PIECES) {
         for (long i = 0; i < pieces; i++) run(job, i);
         return;
     }
@@ -186,11 +191,16 @@ void parallel(Pool *pool, Piece run, const void *job, long pieces)
     pool->pieces = pieces;
     atomic_store(&pool->done, 0);
     pool->generation++;
-    for (long i = 0; i < threads; i++) {
-        uint64_t next = pieces * i / threads, end = pieces * (i + 1) / threads;
-        atomic_store(&pool->spans[i].ticket, pool->generation << 48 | end << 24 | next);
+    int is_one_asleep = 0;
+    for (long i = 0, member = 0; i < pool->num_threads; i++) {
+        Span *span = &pool->spans[i];
+        if (i && begin < pool->workers[i].away_until) continue;
+        uint64_t next = pieces * member / members, end = pieces * (member + 1) / members;
+        atomic_store(&span->ticket, pool->generation << 48 | end << 24 | next);
+        is_one_asleep |= atomic_load(&span->is_asleep);
+        member++;
     }
-    if (atomic_load(&pool->sleepers)) {
+    if (is_one_asleep) {
         pthread_mutex_lock(&pool->lock);
         pthread_cond_broadcast(&pool->work);
         pthread_mutex_unlock(&pool->lock);
@@ -198,13 +208,17 @@ void parallel(Pool *pool, Piece run, const void *job, long pieces)
     long own = help(pool, 0);
     int64_t end = now(), limit = end + PATIENCE + 4 * (end - begin) / (own ? own : 1);
     while (atomic_load(&pool->done) < pieces && now() < limit) relax();
-    if (atomic_load(&pool->done) == pieces) {
-        pool->penalty -= (pool->penalty - SHORTEST_ALONE) / 32; /* forgotten within a step */
-    } else {
-        if (own) { /* else nobody knows how long a piece should take */
-            pool->alone_until = limit + pool->penalty;
-            pool->penalty = 2 * pool->penalty < LONGEST_ALONE ? 2 * pool->penalty : LONGEST_ALONE;
+    int is_late = atomic_load(&pool->done) < pieces;
+    for (int i = 1; i < pool->num_threads; i++) {
+        Worker *worker = &pool->workers[i];
+        if (begin < worker->away_until) continue;
+        if (!is_late) worker->penalty -= (worker->penalty - SHORTEST_AWAY) / 32; /* forgotten within a step */
+        else if (own && atomic_load(&pool->spans[i].is_busy)) { /* without own, who knows how long a piece takes */
+            worker->away_until = limit + worker->penalty;
+            worker->penalty = 2 * worker->penalty < LONGEST_AWAY ? 2 * worker->penalty : LONGEST_AWAY;
         }
+    }
+    if (is_late) {
         pthread_mutex_lock(&pool->lock);
         atomic_store(&pool->caller_sleeps, 1);
         while (atomic_load(&pool->done) < pieces) pthread_cond_wait(&pool->finished, &pool->lock);
