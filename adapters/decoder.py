@@ -41,7 +41,8 @@ class DecoderModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32."""
-        return self.head(hidden).float()
+        logits = self.head(hidden)
+        return logits if logits.dtype == torch.float32 else logits.float()
 
 
 def _take_layer(

@@ -32,7 +32,7 @@ class GPUSampler(Sampler):
         super().set_row(row, request, tokens, prompt_len)
         self._changed = True
 
-    def plain(self, rows: np.ndarray) -> bool:
+    def plain(self, rows: Sequence[int]) -> bool:
         """Whether `choose_plain` is all that these rows ask for."""
         return not self._filtered(rows) and not self._rules.concern(rows) and not self._asked(rows)
 
@@ -56,7 +56,7 @@ class GPUSampler(Sampler):
         """Greedy, or drawn by temperature alone; for a captured graph. See `TokenSampler`."""
         return self._draw_tokens(logits, rows, positions, filters=False)
 
-    def _choose(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+    def _choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         self.upload()
         at, places = on_device(np.stack((rows, positions)), torch.int64, self._device).unbind(0)
         return self._draw_tokens(logits, at, places, filters=self._filtered(rows))
@@ -76,12 +76,12 @@ class GPUSampler(Sampler):
             filters=filters,
         )
 
-    def _filtered(self, rows: np.ndarray) -> bool:
-        params = self._params
-        return bool(((params.top_k[rows] > 0) | (params.top_p[rows] < 1) | (params.min_p[rows] > 0)).any())
+    def _filtered(self, rows: Sequence[int]) -> bool:
+        params, at = self._params, np.array(rows)
+        return bool(((params.top_k[at] > 0) | (params.top_p[at] < 1) | (params.min_p[at] > 0)).any())
 
-    def _asked(self, rows: np.ndarray) -> bool:
-        return bool(self._wishes) and not self._wishes.keys().isdisjoint(rows.tolist())
+    def _asked(self, rows: Sequence[int]) -> bool:
+        return bool(self._wishes) and not self._wishes.keys().isdisjoint(rows)
 
 
 def _pinned(*arrays: np.ndarray) -> Tensor:

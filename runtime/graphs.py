@@ -143,7 +143,7 @@ class DecodeGraphs:
 
         End tokens that may not come yet are such a rule.
         """
-        return self._sampler.plain(np.array([item.request.row for item in items])) and not any(
+        return self._sampler.plain([item.request.row for item in items]) and not any(
             item.request.num_output < item.request.params.min_tokens for item in items
         )
 

@@ -73,9 +73,9 @@ class LogitRules:
         if rules is not None and rules.penalised and self._penalties is not None:
             self._penalties.clear_row(row)
 
-    def concern(self, rows: np.ndarray) -> bool:
+    def concern(self, rows: Sequence[int]) -> bool:
         """Whether any of the rows has rules."""
-        return bool(self._rules) and not self._rules.keys().isdisjoint(rows.tolist())
+        return bool(self._rules) and not self._rules.keys().isdisjoint(rows)
 
     def apply(
         self,

@@ -7,6 +7,7 @@ so a seeded request draws the same numbers in any batch and after preemption.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ class Sampler:
     def sample(
         self,
         logits: Tensor,
-        rows: np.ndarray,
-        positions: np.ndarray,
+        rows: Sequence[int],
+        positions: Sequence[int],
         masked: Sequence[tuple[int, Collection[int]]],
         output: Callable[[int], Output],
         last_token: Tensor,
@@ -112,21 +113,20 @@ class Sampler:
         index in its sequence of the token to be chosen. masked, output and last_token as in
         `LogitRules.apply`.
         """
-        row_list: list[int] = rows.tolist()
-        asked = [i for i, row in enumerate(row_list) if row in self._wishes] if self._wishes else []
+        asked = [i for i, row in enumerate(rows) if row in self._wishes] if self._wishes else []
         at = on_device(asked, torch.int64, self._device) if asked else None
         shown = logits[at] if at is not None and self._raw else None
-        self._rules.apply(logits, row_list, masked, output, last_token)
+        self._rules.apply(logits, rows, masked, output, last_token)
         if at is not None and shown is None:
-            shown = self._processed(logits[at], rows[asked])
+            shown = self._processed(logits[at], [rows[i] for i in asked])
         tokens = self._choose(logits, rows, positions)
-        self._rules.observe(row_list, tokens)
+        self._rules.observe(rows, tokens)
         if shown is None or at is None:
             return Sampled(tokens, [], None)
-        wishes = [self._wishes[row_list[i]] for i in asked]
+        wishes = [self._wishes[rows[i]] for i in asked]
         return Sampled(tokens, asked, log_probabilities(shown, tokens[at], wishes, normalise=self._normalise))
 
-    def _processed(self, logits: Tensor, rows: np.ndarray) -> Tensor:
+    def _processed(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """The logits that are really drawn from: [r, vocab] of rows: [r], tokens that are out at -inf."""
         params = self._params
         temperature, top_p, min_p, top_k = (
@@ -142,24 +142,25 @@ class Sampler:
         values.masked_fill_(_outside_nucleus(values.softmax(-1), top_p), -torch.inf)
         return torch.full_like(values, -torch.inf).scatter_(1, ids, values)
 
-    def _choose(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+    def _choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """[m] int64 tokens, NO_TOKEN where no logit is finite; may overwrite logits."""
         params, scores = self._params, logits.numpy()
         tokens = scores.argmax(1)  # NumPy's takes a tenth of the time of torch's
-        finite = np.isfinite(scores[np.arange(len(scores)), tokens])
-        temperature = params.temperature[rows]
+        finite = [math.isfinite(scores[i, token]) for i, token in enumerate(tokens.tolist())]
         # There is nothing to draw from a broken row, and its NaNs would become indices out of range.
-        (drawn,) = ((temperature > 0) & finite).nonzero()
-        if len(drawn):
-            at = rows[drawn]
+        drawn = [i for i, row in enumerate(rows) if finite[i] and params.temperature[row] > 0]
+        if drawn:
+            at = [rows[i] for i in drawn]
             tokens[drawn] = self._draw(
-                logits[torch.from_numpy(drawn)] / torch.from_numpy(temperature[drawn, None]),
-                torch.from_numpy(uniform_numbers(params.seed[at], positions[drawn])),
+                logits[drawn] / torch.from_numpy(params.temperature[at])[:, None],
+                torch.from_numpy(uniform_numbers(params.seed[at], np.array(positions)[drawn])),
                 torch.from_numpy(params.top_k[at]),
                 torch.from_numpy(params.top_p[at]),
                 torch.from_numpy(params.min_p[at]),
             ).numpy()
-        tokens[~finite] = NO_TOKEN
+        for i, fine in enumerate(finite):
+            if not fine:
+                tokens[i] = NO_TOKEN
         return torch.from_numpy(tokens)
 
     def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

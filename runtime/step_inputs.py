@@ -71,12 +71,9 @@ def _known_ids(items: Sequence[ScheduledRequest]) -> list[int]:
 
 
 class StepInputs(Protocol):
-    """Makes a step's tensors on one device; owns the newest token of every row, [rows] int64, there."""
+    """Makes a step's tensors on one device; owns the newest token of every row there."""
 
-    @property
-    def newest(self) -> Tensor: ...
-
-    def set_newest(self, rows: np.ndarray, tokens: Tensor) -> None:
+    def set_newest(self, rows: Sequence[int], tokens: Tensor) -> None:
         """The rows' newest tokens, [m] int64.
 
         NO_TOKEN becomes 0: a request without finite logits ends at commit, but its next step may be launched
@@ -88,6 +85,10 @@ class StepInputs(Protocol):
         """-> token ids [n], and where their keys and values go and lie."""
         ...
 
+    def advance(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionBatch] | None:
+        """What the last `make` gave, its values changed to those of this step, if nothing else has to be."""
+        ...
+
     def is_clean(self, row: int) -> bool:
         """Whether nothing is left of the row's former owner, as far as that can be seen without waiting."""
         ...
@@ -96,20 +97,28 @@ class StepInputs(Protocol):
 
 
 class HostInputs:
-    """On the CPU the tensors are the arrays."""
+    """On the CPU the tensors are the arrays.
+
+    Those of single tokens are used again while the same requests go on within their blocks: every position,
+    slot and length is one more. To make them anew takes longer than to compute on them, since each function
+    that is called has to come from memory again after a pass over the weights.
+    """
 
     def __init__(self, num_rows: int, block_size: int) -> None:
-        self._newest = np.zeros(num_rows, np.int64)
-        self.newest = torch.from_numpy(self._newest)
+        self._newest = [0] * num_rows
         self._block_size = block_size
+        self._arrays: StepArrays | None = None  # of single tokens, behind `_made`
+        self._made: tuple[Tensor, AttentionBatch] | None = None
+        self._places: list[tuple[int, int, int]] = []  # where the next step's tokens would be
+        self._slots: list[int] = []
 
-    def set_newest(self, rows: np.ndarray, tokens: Tensor) -> None:
-        self._newest[rows] = np.maximum(tokens.numpy(), 0)
+    def set_newest(self, rows: Sequence[int], tokens: Tensor) -> None:
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            self._newest[row] = max(token, 0)
 
     def make(self, arrays: StepArrays, block_tables: np.ndarray) -> tuple[Tensor, AttentionBatch]:
-        ids = torch.from_numpy(arrays.ids)
-        if (arrays.ids == UNKNOWN).any():
-            ids = torch.where(ids == UNKNOWN, self.newest[torch.from_numpy(arrays.rows)], ids)
+        for i in (arrays.ids == UNKNOWN).nonzero()[0].tolist():
+            arrays.ids[i] = self._newest[arrays.rows[i]]
         decodes = arrays.num_decodes
         widest = -(-int(arrays.context[:decodes].max(initial=0)) // self._block_size)
         table = None
@@ -131,24 +140,50 @@ class HostInputs:
             segments=(),
             segment_table=table,
         )
-        return ids, batch
+        self._arrays = arrays if table is None else None
+        self._slots = arrays.slots.tolist() if table is None else []
+        self._made = torch.from_numpy(arrays.ids), batch
+        return self._made
+
+    def advance(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionBatch] | None:
+        places = [(item.request.row, item.start, item.num_new) for item in items]
+        expected, self._places = self._places, [(row, start + 1, 1) for row, start, _ in places]
+        arrays = self._arrays
+        if (
+            arrays is None
+            or places != expected
+            or any(start % self._block_size == 0 for _, start, _ in places)
+        ):
+            return None
+        self._slots = [slot + 1 for slot in self._slots]
+        # One by one: NumPy's operators on whole arrays have to come from memory, too.
+        for i, ((row, start, _), token, slot) in enumerate(
+            zip(places, _known_ids(items), self._slots, strict=True)
+        ):
+            arrays.ids[i] = self._newest[row] if token == UNKNOWN else token
+            arrays.positions[i], arrays.context[i], arrays.slots[i] = start, start + 1, slot
+        return self._made
 
     def is_clean(self, row: int) -> bool:
-        return int(self.newest[row]) == 0
+        return self._newest[row] == 0
 
     def clear_row(self, row: int) -> None:
-        self.newest[row] = 0
+        self._newest[row] = 0
+        self._arrays = None  # the row's next owner has other blocks
 
 
 class DeviceInputs:
-    """On a GPU all arrays of a step travel in one transfer that nobody waits for."""
+    """On a GPU all arrays of a step travel in one transfer that nobody waits for.
+
+    `newest`: [rows] int64, what captured graphs read and write.
+    """
 
     def __init__(self, num_rows: int, block_size: int, device: torch.device) -> None:
         self.newest = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._block_size = block_size
         self.stager = Stager(device)
 
-    def set_newest(self, rows: np.ndarray, tokens: Tensor) -> None:
+    def set_newest(self, rows: Sequence[int], tokens: Tensor) -> None:
         at = on_device(rows, torch.int64, self.newest.device)
         self.newest.index_copy_(0, at, tokens.clamp(min=0))
 
@@ -175,6 +210,9 @@ class DeviceInputs:
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[rows], ids)
         return ids, batch
+
+    def advance(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionBatch] | None:
+        return None
 
     def is_clean(self, row: int) -> bool:
         return True  # to look would be to wait for the device

@@ -115,8 +115,8 @@ def test_penalties_count_what_the_host_does_not_know_yet() -> None:
     for position in range(1, 7):
         sampled = sampler.sample(
             torch.zeros(1, 8),
-            np.array([0]),
-            np.array([position]),
+            [0],
+            [position],
             [],
             lambda i: ([], True),  # the host knows of no token: all are in flight
             torch.tensor(tokens[-1:]),

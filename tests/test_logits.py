@@ -148,9 +148,7 @@ def test_the_modes(mode: str) -> None:
     sampler.set_row(2, EngineRequest(0, [0], params), [0], 1)
     sampler.set_row(0, EngineRequest(1, [0], greedy), [0], 1)
     newest = torch.zeros(2, dtype=torch.int64)
-    sampled = sampler.sample(
-        logits.clone(), np.array([2, 0]), np.array([1, 1]), [], lambda i: ([], False), newest
-    )
+    sampled = sampler.sample(logits.clone(), [2, 0], [1, 1], [], lambda i: ([], False), newest)
     assert sampled.logprobs is not None and sampled.asked == [0, 1]
     drawn, best = sampled.logprobs.read()
     assert best.token_ids[0] == 2

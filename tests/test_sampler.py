@@ -34,9 +34,7 @@ def choose(
     masked: Sequence[tuple[int, list[int]]] = NO_MASK,
 ) -> list[int]:
     newest = torch.zeros(len(rows), dtype=torch.int64)
-    sampled = sampler.sample(
-        logits.clone(), np.array(rows), np.array(positions), masked, lambda i: ([], False), newest
-    )
+    sampled = sampler.sample(logits.clone(), rows, positions, masked, lambda i: ([], False), newest)
     tokens: list[int] = sampled.tokens.tolist()
     return tokens
 
