@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 from microvllm.runtime.channel import Abort, Add, Command, Event, ResetPrefixCache, Step
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.cpu import usable_cores
+from microvllm.runtime.cpu import return_freed_memory, usable_cores
 from microvllm.runtime.errors import (
     ConfigError,
     EngineBusyError,
@@ -344,7 +344,9 @@ class _Call:
 def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, Processor]:
     tokenizer = Tokenizer.load(Path(config.tokenizer_path))
     template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
-    return tokenizer, Processor(config, tokenizer, template)
+    processor = Processor(config, tokenizer, template)
+    return_freed_memory()  # the vocabulary as it was read
+    return tokenizer, processor
 
 
 def _step_flops(config: EngineConfig) -> float:

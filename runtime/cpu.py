@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -75,3 +76,10 @@ def available_memory() -> int:
         if platform.system() == "Darwin":
             available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return available
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed: the GNU C library keeps much of it. Takes about a millisecond."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -29,6 +29,7 @@ from microvllm.runtime.channel import (
 )
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core import EngineCore
+from microvllm.runtime.cpu import return_freed_memory
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import StepOutput
 
@@ -82,6 +83,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
 def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
     # What is alive now lives for ever: the collector need not walk it again and again.
     gc.collect()
+    return_freed_memory()  # the weights as they were read: they lie packed elsewhere
     gc.freeze()
     gc.enable()
     try:
@@ -108,6 +110,8 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
         channel.send(Step(outputs, core.stats()))
         if worked and not core.has_work():
             core.scheduler.check()
+            if core.config.device == "cpu":
+                return_freed_memory()  # the activations of long prompts
 
 
 def _obey(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:

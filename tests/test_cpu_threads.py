@@ -146,3 +146,19 @@ def test_torch_has_the_threads_for_its_products_alone() -> None:
         patch.setattr(product, "_library", by_library)
         product(torch.randn(MAX_KERNEL_ROWS_BF16 + 1, 8))
     assert seen[-1] == 2 and torch.get_num_threads() == 1
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("not the GNU C library")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    rows = [torch.ones(15_000) for _ in range(2000)]  # 120 MB in pieces that are no mappings of their own
+    last = rows[-1]  # what lies before it cannot be given back by lowering the end of the heap
+    rows.clear()
+    before = resident()
+    cpu.return_freed_memory()
+    assert before - resident() > 60e6
+    assert float(last.sum()) == 15_000
