@@ -7,7 +7,6 @@ labels and buckets are vLLM's, so that its Grafana dashboard and its autoscalers
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -130,7 +129,7 @@ class EngineMetrics(EngineObserver):
         self.engine_deaths = 0
         self._stats = stats  # of the engine process that runs now
         self._past = EngineStats()  # what those before it have counted
-        self._gaps: list[float] = []  # seconds between tokens, seen since the last step
+        self._gaps: dict[float, int] = {}  # seconds between tokens of this step: how many waited so long
         self._gap_seconds = self.histograms["inter_token_latency_seconds"]
         self._step_tokens = self.histograms["iteration_tokens_total"]
 
@@ -147,7 +146,7 @@ class EngineMetrics(EngineObserver):
         self.generation_tokens += count
         last = stream.timing.last_token
         if last is not None:
-            self._gaps.append(now - last)
+            self._gaps[now - last] = self._gaps.get(now - last, 0) + 1
             return
         self.prompt_tokens += len(stream.prompt_token_ids)
         self.cached_tokens += stream.num_cached_tokens
@@ -158,11 +157,10 @@ class EngineMetrics(EngineObserver):
         if stats.steps != before.steps:
             computed = stats.prompt_tokens - before.prompt_tokens
             self._step_tokens.observe(computed + stats.generation_tokens - before.generation_tokens)
-        if self._gaps:
-            # The tokens of one step arrive at one time, so most of their gaps are the same number.
-            for gap, times in Counter(self._gaps).items():
-                self._gap_seconds.observe(gap, times)
-            self._gaps.clear()
+        # The tokens of one step arrive at one time, so most of their gaps are the same number.
+        for gap, times in self._gaps.items():
+            self._gap_seconds.observe(gap, times)
+        self._gaps.clear()
 
     def finished(self, stream: TokenStream, reason: str) -> None:
         self.finished_requests[reason] += 1

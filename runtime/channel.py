@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -65,11 +66,37 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 Command = Start | Add | Abort | ResetPrefixCache
 Event = Progress | Ready | Failed | Step
 
+MessageT = TypeVar("MessageT")
+
 
 def frame(encoder: msgspec.msgpack.Encoder, message: Command | Event) -> bytes:
     """One message with its length in front."""
     body = encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+class Frames(Generic[MessageT]):
+    """Messages of one type out of the bytes that arrive."""
+
+    def __init__(self, messages: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(messages)
+        self._received = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self._received += data
+
+    def take(self) -> MessageT | None:
+        """The next message, if all of it is here. Raises `EOFError` where there cannot be one."""
+        if len(self._received) < HEADER_BYTES:
+            return None
+        end = HEADER_BYTES + int.from_bytes(self._received[:HEADER_BYTES], "little")
+        if end > MAX_FRAME_BYTES:
+            raise EOFError(f"a frame of {end} bytes")
+        if len(self._received) < end:
+            return None
+        message = self._decoder.decode(self._received[HEADER_BYTES:end])
+        del self._received[:end]
+        return message
 
 
 class EngineEnd:
@@ -78,36 +105,19 @@ class EngineEnd:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Command)
-        self._received = bytearray()
+        self._frames: Frames[Command] = Frames(Command)
 
     def send(self, event: Event) -> None:
         self._sock.sendall(frame(self._encoder, event))
 
     def receive(self, *, wait: bool) -> list[Command]:
         """All commands that have arrived; waits for one if there are none and `wait` is set."""
-        commands = self._decode()
-        while not commands or select.select([self._sock], [], [], 0)[0]:
-            if not commands and not wait and not select.select([self._sock], [], [], 0)[0]:
-                return commands
+        commands: list[Command] = []
+        while (wait and not commands) or select.select([self._sock], [], [], 0)[0]:
             data = self._sock.recv(1 << 20)
             if not data:
                 raise EOFError("the API process is gone")
-            self._received += data
-            commands += self._decode()
-        return commands
-
-    def _decode(self) -> list[Command]:
-        commands: list[Command] = []
-        start = 0
-        while len(self._received) - start >= HEADER_BYTES:
-            size = int.from_bytes(self._received[start : start + HEADER_BYTES], "little")
-            end = start + HEADER_BYTES + size
-            if size > MAX_FRAME_BYTES:
-                raise EOFError(f"a frame of {size} bytes")
-            if len(self._received) < end:
-                break
-            commands.append(self._decoder.decode(self._received[start + HEADER_BYTES : end]))
-            start = end
-        del self._received[:start]
+            self._frames.feed(data)
+            while (command := self._frames.take()) is not None:
+                commands.append(command)
         return commands

@@ -283,8 +283,7 @@ class EngineClient:
         """Deliver step after step; when the engine dies, tell everyone and start another."""
         while self._process is not None:
             try:
-                while True:
-                    self._deliver(await self._process.receive())
+                await self._process.hear(self._deliver)
             except EngineDeadError:
                 pass
             except Exception:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Callable
 
 import msgspec
 
-from microvllm.runtime.channel import HEADER_BYTES, Command, Event, Failed, Progress, Ready, Start, frame
+from microvllm.runtime.channel import Command, Event, Failed, Frames, Progress, Ready, Start, frame
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
 from microvllm.runtime.program import EngineProgram
@@ -17,18 +18,18 @@ from microvllm.runtime.request import EngineStats
 DEAD = "The engine process died; it is being started again."
 
 
-class EngineProcess:
+class EngineProcess(asyncio.Protocol):
     """One engine process, alive until `end`; made by `start`."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.first_stats = EngineStats()
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._transport: asyncio.Transport
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Event)
+        self._frames: Frames[Event] = Frames(Event)
+        self._on_event: Callable[[Event], bool | None] | None = None
+        self._heard: asyncio.Future[None]  # done when whoever hears need not any more, or cannot
+        self._gone = False
 
     @classmethod
     async def start(
@@ -42,15 +43,15 @@ class EngineProcess:
         Raises `ConfigError` with the engine's own line if it cannot load, `EngineError` if it dies.
         """
         process, ours = (program or EngineProgram(config.cpu_threads)).take()
+        engine = cls(process)
         try:
             # From here on only the loop may close the socket: it would go on watching the number, and
             # be deaf to the next socket that gets it.
-            streams = await asyncio.open_unix_connection(sock=ours, limit=1 << 20)
+            await asyncio.get_running_loop().create_unix_connection(lambda: engine, sock=ours)
         except BaseException:
             process.kill()
             process.wait()
             raise
-        engine = cls(process, *streams)
         try:
             engine.send(Start(config))
             await engine._await_ready(on_progress)
@@ -68,17 +69,50 @@ class EngineProcess:
 
     def send(self, command: Command) -> None:
         """Never blocks; what is sent to a dead process is lost."""
-        if not self._writer.is_closing():
-            self._writer.write(frame(self._encoder, command))
+        if not self._transport.is_closing():
+            self._transport.write(frame(self._encoder, command))
 
-    async def receive(self) -> Event:
-        """The next event. Raises `EngineDeadError` when there will be none."""
+    async def hear(self, on_event: Callable[[Event], bool | None]) -> None:
+        """Hand over every event as it arrives, until the function says that this was the last one.
+
+        It is called where the event arrives: to wake a task for each would take longer than the rest. Raises
+        what it raises, and `EngineDeadError` when there will be no more events.
+        """
+        self._on_event, self._heard = on_event, asyncio.get_running_loop().create_future()
         try:
-            size = int.from_bytes(await self._reader.readexactly(HEADER_BYTES), "little")
-            event: Event = self._decoder.decode(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise EngineDeadError(DEAD) from error
-        return event
+            self._hand_over()
+            if self._gone and not self._heard.done():
+                raise EngineDeadError(DEAD)
+            await self._heard
+        finally:
+            self._on_event = None
+
+    def _hand_over(self) -> None:
+        try:
+            while self._on_event is not None and not self._heard.done():
+                event = self._frames.take()
+                if event is None:
+                    break
+                if self._on_event(event):
+                    self._heard.set_result(None)
+        except Exception as error:
+            self._heard.set_exception(error)
+
+    # ---- what the event loop calls -------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._frames.feed(data)
+        self._hand_over()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._gone = True
+        if self._on_event is not None and not self._heard.done():
+            self._heard.set_exception(EngineDeadError(DEAD))
+
+    # ---- its end -------------------------------------------------------------------------------
 
     def kill(self) -> None:
         """End the process this instant; `receive` then raises."""
@@ -86,7 +120,7 @@ class EngineProcess:
 
     async def end(self, patience_s: float = 0.1) -> str:
         """Close the channel, wait, kill if need be -> " (how the process ended)"."""
-        self._writer.close()
+        self._transport.close()
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._wait, patience_s))
 
     def _wait(self, patience_s: float) -> str:
@@ -99,12 +133,14 @@ class EngineProcess:
         return f" (exit status {code})" if code >= 0 else f" (killed by signal {-code})"
 
     async def _await_ready(self, on_progress: OnProgress | None) -> None:
-        while True:
-            event = await self.receive()
+        def on_event(event: Event) -> bool:
             if isinstance(event, Progress) and on_progress is not None:
                 on_progress(event.what, event.done, event.total, event.note)
             elif isinstance(event, Failed):
                 raise ConfigError(event.message)
             elif isinstance(event, Ready):
                 self.first_stats = event.stats
-                return
+                return True
+            return False
+
+        await self.hear(on_event)

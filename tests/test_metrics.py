@@ -147,7 +147,7 @@ class ScriptedProcess:
     def send(self, command: Any) -> None:
         self.sent.append(command)
 
-    async def receive(self) -> Any:
+    async def hear(self, on_event: Any) -> None:
         await self.died.wait()
         raise EngineDeadError("dead")
 

@@ -260,14 +260,7 @@ async def test_an_abort_frees_the_blocks_within_one_step(
 ) -> None:
     """The engine is stopped meanwhile, so that it is known at which step the abort reaches it."""
     told: list[EngineStats] = []
-    deliver = client._deliver
-
-    def noting(event: Any) -> None:
-        deliver(event)
-        if isinstance(event, Step):
-            told.append(event.stats)
-
-    monkeypatch.setattr(client, "_deliver", noting)
+    monkeypatch.setattr(client.observer, "step", told.append)
     (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
     for _ in range(3):
         await anext(stream)
