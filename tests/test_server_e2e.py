@@ -136,7 +136,8 @@ def test_a_streamed_completion(server: Server, tokenizer: Tokenizer, expected: s
     choices = [chunk.choices[0] for chunk in chunks[:-1]]
     assert "".join(choice.text for choice in choices) == expected
     assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["length"]
-    assert len(choices) > 10, "one chunk a token, not all at the end"
+    # One chunk a token, but for those of steps that were computed while the server waited for a core.
+    assert len(choices) > 2, "not all at the end"
     assert len({chunk.id for chunk in chunks}) == 1
 
 
