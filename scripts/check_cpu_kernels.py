@@ -143,7 +143,7 @@ def largest_error(ours: CpuOperators) -> float:
     """Of products with norm and SwiGLU, against float64, relative to the largest result."""
     worst = 0.0
     generator = torch.Generator().manual_seed(0)
-    for m in (1, 2, 3, 5, 6, 7, 12, 13, 40):
+    for m in (1, 2, 3, 5, 6, 7, 12, 13, 30):
         for n, k in ((1, 1), (33, 70), (96, 577), (300, 1500)):
             for dtype in (torch.float32, torch.bfloat16):
                 x = torch.randn(m, k, generator=generator)
@@ -277,12 +277,13 @@ def main() -> int:
     kernels = [
         Products(CpuOperators(ctypes.CDLL(str(build.build_kernels(level))), args.threads)) for level in usable
     ]
+    by_library = kernels[usable[0].name == "amx"]  # whose kernels leave nothing to the library
     for m in ROWS:
         operators.MAX_KERNEL_ROWS_BF16 = 1 << 30
         times = [products.seconds(m) for products in kernels]
         if has_library:
             operators.MAX_KERNEL_ROWS_BF16 = 0
-            times.append(kernels[0].seconds(m))
+            times.append(by_library.seconds(m))
         work = 2 * m * kernels[0].weights
         cells = " | ".join(f"{1e3 * t:.2f} ({work / t / 1e9:.0f})" for t in times)
         print(f"| {m} | {1e3 * 2 * kernels[0].weights / max(rates.values()):.2f} ms | {cells} |", flush=True)

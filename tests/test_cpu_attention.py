@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from attention_case import Case, relative_error
+from attention_case import Case
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cpu_kernels import DTYPES, ONE_IN, examples, seeds
@@ -61,7 +61,9 @@ def check(operators: CpuOperators, case: Case, *, as_table: bool = False) -> Non
     cache = cache.transpose(2, 3).reshape(ours.cache.shape)
     assert float((ours.cache.float() - cache).abs().max() / cache.abs().max()) < tolerance
     assert out.shape == expected.shape
-    assert all(relative_error(row, true) < tolerance for row, true in zip(out, expected, strict=True))
+    # Values of size 1 are averaged, and may cancel out.
+    errors, sizes = (out.float() - expected).norm(dim=1), expected.float().norm(dim=1).clamp(min=0.1)
+    assert (errors < tolerance * sizes).all()
 
 
 @examples(80)

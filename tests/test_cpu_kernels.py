@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -240,6 +241,41 @@ def test_building_happens_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     built = library.stat().st_mtime_ns
     load_kernels()
     assert library.stat().st_mtime_ns == built
+
+
+@examples(60)
+@given(
+    st.integers(MAX_KERNEL_ROWS_BF16 + 1, 1200),
+    st.integers(1, 150),
+    st.integers(1, 1300),
+    st.booleans(),
+    st.sampled_from(["plain", "normed", "gated"]),
+    seeds,
+)
+def test_many_rows_on_the_matrix_unit(
+    operators: CpuOperators, m: int, n: int, k: int, bias: bool, kind: str, seed: int
+) -> None:
+    """As exact as float32 once x is rounded to bfloat16."""
+    if not operators.kernels.library.has_amx():
+        pytest.skip("this processor has no matrix unit")
+    x, weight = random(m, k, seed=seed), random(n * (1 + (kind == "gated")), k, seed=seed + 1).bfloat16()
+    b = random(len(weight), seed=seed + 2) if bias else None
+    norm, residual = random(k, seed=seed + 3), random(m, n, seed=seed + 4)
+    rounded = (x if kind == "plain" else operators.rms_norm(x, norm, 1e-5)).bfloat16().double()
+    product = rounded @ weight.double().t() + (0 if b is None else b.double())
+    scale = rounded.abs() @ weight.double().abs().t()
+    if kind == "plain":
+        actual = operators.linear(weight, b)(x, residual.clone())
+        assert_close(actual, product + residual, scale=scale)
+        x[m // 2, k // 2] = math.nan
+        is_nan = operators.linear(weight, b)(x).isnan()
+        assert is_nan[m // 2].all() and is_nan.sum() == n
+    elif kind == "normed":
+        assert_close(operators.norm_linear(norm, 1e-5, weight, b)(x), product, scale=scale)
+    else:
+        gate, up = product.chunk(2, -1)
+        actual = operators.norm_gate_up(norm, 1e-5, weight, b)(x)
+        assert_close(actual, torch.nn.functional.silu(gate) * up, 1e-5)
 
 
 def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> None:

@@ -35,13 +35,16 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
 def _level(name: str, *features: str) -> Level:
-    return Level(name, frozenset(features), tuple(f"-m{feature.replace('_', '')}" for feature in features))
+    options = (feature.replace("amx_", "amx-").replace("_", "") for feature in features)
+    return Level(name, frozenset(features), tuple(f"-m{option}" for option in options))
 
 
 # Those of x86-64, the best first. Elsewhere there is one: NEON belongs to every 64-bit Arm.
-# VNNI multiplies activations of 8 bits. AVX512-BF16 is left out: activations would be rounded for it, and on
-# Sapphire Rapids it does half the products a second of float32 (scripts/check_cpu_kernels.py).
+# VNNI multiplies activations of 8 bits, AMX many rows with bfloat16 weights. A few rows are left to float32:
+# AVX512-BF16 would round them, and does half as many products a second on Sapphire Rapids
+# (scripts/check_cpu_kernels.py).
 _LEVELS = (
+    _level("amx", *_AVX512, "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),
     _level("avx512_vnni", *_AVX512, "avx512_vnni"),
     _level("avx512", *_AVX512),
     _level("avx2_vnni", *_AVX2, "avx_vnni"),

@@ -1,6 +1,7 @@
 /* y = x . W^T for any number of rows of x, by one kernel: a tile of a few rows by one panel of the weight, which
  * stays in registers while it is summed up over k. With few rows the tile is as fast as memory, and each weight is
  * read once for all of them; with many it is as fast as the multipliers (Goto & van de Geijn, 2008). */
+#include "amx.h"
 #include "int8.h"
 #include "linear.h"
 #include "norm.h"
@@ -20,8 +21,9 @@
 /* Bytes of x that a thread goes through again and again, panel after panel: half a small second-level cache. */
 #define BLOCK_BYTES (256L << 10)
 
-/* Rows of such a block. */
+/* Rows of such a block; on the matrix unit MATRIX_ROWS. */
 #define BLOCK_ROWS (10 * ROWS)
+#define MOST_ROWS (HAS_AMX ? MATRIX_ROWS : BLOCK_ROWS)
 
 /* Rows of a weight that are of one format. */
 typedef struct {
@@ -111,6 +113,7 @@ typedef struct {
     const Linear *layer;
     const float *x, *residual;
     const Int8Group *rounded; /* x, or null */
+    const bf16 *narrowed;     /* x, or null */
     float *y;
     long m, block, panels;    /* rows of x; rows of a block; pieces of a block */
 } Product;
@@ -187,11 +190,13 @@ static void product_piece(const void *job, long piece)
         column += part->n;
     }
     const float *x = p->x + begin * k;
-    float sums[2][BLOCK_ROWS][WIDTH];
+    float sums[2][MOST_ROWS][WIDTH];
     for (int half = 0; half <= a->is_gated; half++) {
         int format = part[half].format;
         const char *at = (const char *)part[half].panels + panel * panel_bytes(format, k);
-        if (is_plain(format)) multiply_plain(format, x, rows, at, k, sums[half]);
+        if (HAS_AMX && p->narrowed && format == FORMAT_BF16)
+            multiply_matrix(narrowed_row(p->narrowed, begin, k), (const bf16 *)at, k, sums[half], rows);
+        else if (is_plain(format)) multiply_plain(format, x, rows, at, k, sums[half]);
         else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, sums[half], rows);
         else multiply_quantized(format, x, rows, at, k, sums[half]);
     }
@@ -205,13 +210,18 @@ static void product_piece(const void *job, long piece)
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
 {
     long k = layer->k, panels = 0;
-    for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
+    int narrows = 0;
+    for (int i = 0; i < layer->num_parts; i++) {
+        if (!i || !layer->is_gated) panels += panels_of(layer->parts[i].n);
+        narrows |= HAS_AMX && m > EXACT_ROWS && layer->parts[i].format == FORMAT_BF16;
+    }
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
     long normed_floats = layer->norm ? m * k : 0;
     long rounded_floats = layer->rounds_x ? m * k / GROUP * (long)(sizeof(Int8Group) / sizeof(float)) : 0;
+    long bf16_floats = narrows ? narrowed_floats(m, k) : 0;
     float *scratch = NULL;
-    if (normed_floats || rounded_floats) {
-        scratch = pool_scratch(pool, normed_floats + rounded_floats);
+    if (normed_floats || rounded_floats || bf16_floats) {
+        scratch = pool_scratch(pool, normed_floats + rounded_floats + bf16_floats);
         if (!scratch) return -1;
     }
     if (layer->norm) {
@@ -220,7 +230,12 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     }
     Int8Group *rounded = layer->rounds_x ? (Int8Group *)(scratch + normed_floats) : NULL;
     if (rounded) quantize_rows(pool, x, rounded, m, k);
-    Product product = {layer, x, residual, rounded, y, m, block > ROWS ? block : ROWS, panels};
+    bf16 *narrowed = narrows ? (bf16 *)(scratch + normed_floats + rounded_floats) : NULL;
+    if (narrows) {
+        narrow_rows(pool, x, narrowed, m, k);
+        block = MATRIX_ROWS;
+    }
+    Product product = {layer, x, residual, rounded, narrowed, y, m, block > ROWS ? block : ROWS, panels};
     parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
     return 0;
 }

@@ -28,8 +28,8 @@ from microvllm.ops.linear import Linear
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
 
-# Up to so many rows the kernel is faster than oneDNN with bfloat16 arithmetic (AMX, AVX512-BF16), as measured
-# by scripts/check_cpu_kernels.py on a processor with both; without that, it always is.
+# Up to so many rows the kernels multiply bfloat16 weights with activations in float32. More are rounded to
+# bfloat16 for the matrix unit (amx.c), or for oneDNN where only that has bfloat16 arithmetic to use.
 MAX_KERNEL_ROWS_BF16 = 32
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -85,6 +85,7 @@ class _Layer(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "pool_new": ([_INT], _POINTER),
     "pool_free": ([_POINTER], None),
+    "has_amx": ([], _INT),
     "packed_bytes": ([_INT, _LONG, _LONG], _LONG),
     "pack": ([_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG], None),
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
@@ -271,7 +272,8 @@ class CpuLinear:
         self.address = ctypes.addressof(self._arguments)
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
         self._library = None
-        if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        has_amx = operators.kernels.library.has_amx()
+        if weight.dtype == torch.bfloat16 and not has_amx and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -384,7 +386,7 @@ class CpuStep:
         if table is not None:
             indices += [table.starts, table.blocks, table.context_lens]
         indices = [tensor.long().contiguous() for tensor in indices]
-        # As the kernels get addresses. Not the backend, which holds this step: only a collection would end both.
+        # The kernels get addresses. Not the backend, which holds this step: only a collection would end both.
         self._held = backend.cache, backend.qk_norms, rotary, indices, backend.kernels
         self.batch = batch
         addresses = [tensor.data_ptr() for tensor in indices]
