@@ -50,7 +50,7 @@ DEFAULT_BLOCK_SIZES = {"cpu": 16, "torch": 16, "triton": 64, "flash_attn": 256}
 DEFAULT_MAX_NUM_SEQS = 256
 GPU_MEMORY_UTILIZATION = 0.92
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
-CPU_KV_BYTES = 512 << 20  # default KV pool on a CPU, if one full-length sequence fits into it
+CPU_KV_BYTES = 256 << 20  # default KV pool on a CPU, if one full-length sequence fits into it
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
 
