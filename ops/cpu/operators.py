@@ -222,9 +222,10 @@ class CpuEmbedding:
             self._gather, self._kind = library.gather, weight.dtype == torch.bfloat16
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        token_ids, y = token_ids.contiguous(), torch.empty(len(token_ids), self._d)
+        n = token_ids.shape[0]  # `len` of a tensor is a function in Python
+        token_ids, y = token_ids.contiguous(), torch.empty(n, self._d)
         addresses = self._data.data_ptr(), token_ids.data_ptr(), y.data_ptr()
-        self._gather(self._kernels.pool, self._kind, *addresses, len(token_ids), self._d)
+        self._gather(self._kernels.pool, self._kind, *addresses, n, self._d)
         return y
 
 
@@ -277,12 +278,13 @@ class CpuLinear:
             self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._library is not None and len(x) > MAX_KERNEL_ROWS_BF16:
+        rows = x.shape[0]
+        if self._library is not None and rows > MAX_KERNEL_ROWS_BF16:
             return self._by_library(x, self._library, residual)
         x = x.contiguous()
-        y = torch.empty(len(x), self.n) if residual is None else residual
-        if self._kernel(self._pool, self.address, x.data_ptr(), _pointer(residual), y.data_ptr(), len(x)):
-            raise MemoryError(f"no memory for {len(x)} rows of {self.k}")
+        y = torch.empty(rows, self.n) if residual is None else residual
+        if self._kernel(self._pool, self.address, x.data_ptr(), _pointer(residual), y.data_ptr(), rows):
+            raise MemoryError(f"no memory for {rows} rows of {self.k}")
         return y
 
     @property
@@ -319,7 +321,7 @@ class CpuLayers(DecoderLayers):
         )
 
     def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
-        rows = len(hidden)
+        rows = hidden.shape[0]
         if not isinstance(attention, CpuStep) or rows > self.max_rows:
             return super().__call__(hidden, attention)
         scratch = torch.empty(rows * self._width)
