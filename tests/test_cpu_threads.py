@@ -140,11 +140,16 @@ def test_torch_has_the_threads_for_its_products_alone() -> None:
 
     def by_library(x: Tensor) -> Tensor:
         seen.append(torch.get_num_threads())
+        if len(x) > 100:
+            raise MemoryError
         return torch.zeros(len(x), 4)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(product, "_library", by_library)
         product(torch.randn(MAX_KERNEL_ROWS_BF16 + 1, 8))
+        assert seen[-1] == 2 and torch.get_num_threads() == 1
+        with pytest.raises(MemoryError):
+            product(torch.randn(101, 8))
     assert seen[-1] == 2 and torch.get_num_threads() == 1
 
 

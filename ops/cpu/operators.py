@@ -298,8 +298,10 @@ class CpuLinear:
             x = self._operators.rms_norm(x, self._norm, self._eps)
         before = torch.get_num_threads()
         torch.set_num_threads(self._operators.kernels.threads)
-        y = product(x.bfloat16()).float()
-        torch.set_num_threads(before)
+        try:
+            y = product(x.bfloat16()).float()
+        finally:  # the server goes on when there was no memory for one step
+            torch.set_num_threads(before)
         if self._bias is not None:
             y += self._bias
         if self._gated:
