@@ -115,7 +115,7 @@ class EngineProcess(asyncio.Protocol):
     # ---- its end -------------------------------------------------------------------------------
 
     def kill(self) -> None:
-        """End the process this instant; `receive` then raises."""
+        """End the process this instant; `hear` then raises."""
         self._process.kill()
 
     async def end(self, patience_s: float = 0.1) -> str:

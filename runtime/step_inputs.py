@@ -22,7 +22,7 @@ UNKNOWN = -1  # stands for an input token that only the row knows yet
 class StepArrays:
     """One step on the host; single tokens come first, because the attention takes all of them at once.
 
-    ids, rows, positions, slots: [n], of every token; starts, lengths, context: [number of requests].
+    ids, rows, positions, slots: [n], of every token; request_rows, lengths, context: [number of requests].
     """
 
     ids: np.ndarray
