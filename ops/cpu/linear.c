@@ -54,7 +54,8 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
             for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
         for (; i + U <= end; i += U)
             for (int u = 0; u < U; u++) {
-                __builtin_prefetch(ahead);
+                if (M <= 2) __builtin_prefetch(ahead, 0, 0); /* read once: keep what is used again in the caches */
+                else __builtin_prefetch(ahead);
                 ahead += step;
                 load_pair(panel, (i + u) * WIDTH, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {

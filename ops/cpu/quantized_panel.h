@@ -48,11 +48,12 @@ INLINE uvec load_quad(const uint8_t *group, int q, const Format f)
     return f.high ? quad | load_bits(group + f.low * WORDS, q, f.high) << f.low : quad;
 }
 
-/* Asks for what lies 2048 bytes behind a group: with few rows of x, memory is what there is to wait for. */
+/* Asks for what lies 2048 bytes behind a group: with few rows of x, memory is what there is to wait for. It is read
+ * once, and shall not take the place of what is used again. */
 INLINE void fetch_ahead(const uint8_t *group, const Format f)
 {
     for (long i = f.groups == 1 ? -head_bytes(f) : 0; i < group_bytes(f); i += 64)
-        __builtin_prefetch(group + 2048 + i);
+        __builtin_prefetch(group + 2048 + i, 0, 0);
 }
 
 /* The scale and the offset of the weights from `at` on in a block. */
