@@ -42,6 +42,7 @@ class DecoderModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32."""
         logits = self.head(hidden)
+        # An operator that does nothing takes 20 us of a step on a CPU.
         return logits if logits.dtype == torch.float32 else logits.float()
 
 

@@ -19,7 +19,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
-from microvllm.ops.cpu.isa import IsaError
+from microvllm.ops.cpu.isa import IsaError, has_bf16
 from microvllm.runtime import cpu
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
@@ -289,7 +289,7 @@ class EngineArgs:
             if device == "cuda":
                 return "bfloat16"
             # torch's operators are slow in bf16 on a CPU without bf16 arithmetic; our kernels are not.
-            return "bfloat16" if backend == "cpu" or cpu.has_bf16() else "float32"
+            return "bfloat16" if backend == "cpu" or has_bf16() else "float32"
         if wish not in DTYPE_BYTES:
             raise ConfigError(
                 f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}"

@@ -51,16 +51,6 @@ def _quota() -> float:
         return math.inf
 
 
-def has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 by itself (AVX512-BF16, AMX or Arm's BF16)."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    words = next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), "").split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
-
-
 def available_memory() -> int:
     """Bytes of memory that can be taken without swapping; a cgroup limit counts."""
     available = 4 << 30

@@ -91,8 +91,8 @@ class AttentionBatch:
 
     positions, slots: [n] int64, slot = block * block_size + offset, where a token's keys and values go.
     decode_blocks: [num_decodes, width] int64, padded with any valid block; decode_lens: [num_decodes]
-    int64, context length including the new token. From one step to the next the values of all four may change
-    in place.
+    int64, context length including the new token. From one step to the next the values of positions, slots
+    and decode_lens may change in place.
 
     Where there is a `segment_table` it stands for `segments`. On a GPU all of these may be int32 as well, a
     slot of -1 is not written, and a decode_len of 0 marks a row that only pads a captured batch (its output

@@ -10,13 +10,13 @@ int has_amx(void) { return HAS_AMX; }
 #include <immintrin.h>
 
 #define TILE_ROWS 16
-#define DEPTH 32
-#define TILE (TILE_ROWS * DEPTH / 2) /* 32-bit words of a tile of weights */
+#define TILE_DEPTH 32 /* values of k */
+#define TILE (TILE_ROWS * TILE_DEPTH / 2) /* 32-bit words of a tile of weights */
 
 /* Of k, whose weights are put in the order of tiles at a time: a part of the second-level cache. */
-#define PART 1024L
+#define ARRANGED 1024L
 
-static long padded(long k) { return (k + DEPTH - 1) / DEPTH * DEPTH; }
+static long padded(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH; }
 static long padded_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
 
 long narrowed_floats(long m, long k) { return padded_rows(m) * padded(k) / 2; }
@@ -61,7 +61,7 @@ INLINE uvec load_run(const bf16 *panel, long i, long k)
 static void arrange(const bf16 *panel, long begin, long count, long k, uint32_t *tiles)
 {
     const uint32_t upper = 0xffff0000u;
-    for (long i = 0; i < count; i += DEPTH, tiles += 2 * TILE)
+    for (long i = 0; i < count; i += TILE_DEPTH, tiles += 2 * TILE)
         for (int r = 0; r < TILE_ROWS; r++) {
             uvec even = load_run(panel, begin + i + 2 * r, k), odd = load_run(panel, begin + i + 2 * r + 1, k);
             uvec low = (even & ~upper) | odd << 16, high = even >> 16 | (odd & upper);
@@ -86,11 +86,11 @@ void multiply_matrix(const bf16 *x, const bf16 *panel, long k, float out[][WIDTH
         .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
         .rows = {16, 16, 16, 16, 16, 16, 16, 16},
     };
-    uint32_t weights[PART / DEPTH * 2 * TILE];
+    uint32_t weights[ARRANGED / TILE_DEPTH * 2 * TILE];
     const long stride = padded(k), bytes = stride * sizeof *x, line = sizeof *out;
     _tile_loadconfig(&all);
-    for (long begin = 0; begin < stride; begin += PART) {
-        long count = stride - begin < PART ? stride - begin : PART;
+    for (long begin = 0; begin < stride; begin += ARRANGED) {
+        long count = stride - begin < ARRANGED ? stride - begin : ARRANGED;
         arrange(panel, begin, count, k, weights);
         MEMORY_IS_USED();
         for (long row = 0; row < rows; row += 2 * TILE_ROWS) {
@@ -109,8 +109,8 @@ void multiply_matrix(const bf16 *x, const bf16 *panel, long k, float out[][WIDTH
                 _tile_loadd(2, below, line);
                 _tile_loadd(3, below + TILE_ROWS, line);
             }
-            for (long i = 0; i < count; i += DEPTH) {
-                const uint32_t *tiles = weights + i / DEPTH * 2 * TILE;
+            for (long i = 0; i < count; i += TILE_DEPTH) {
+                const uint32_t *tiles = weights + i / TILE_DEPTH * 2 * TILE;
                 _tile_loadd(4, upper + i, bytes);
                 _tile_loadd(6, tiles, 64);
                 _tile_loadd(7, tiles + TILE, 64);

@@ -11,10 +11,11 @@
 #define HAS_AMX 0
 #endif
 
-/* Rows of x are narrowed to bfloat16 for it, so that up to so many, where memory is waited for anyway, are not. */
+/* Rows of x are narrowed to bfloat16 for it, so that up to so many, where memory is waited for anyway, are not:
+ * MAX_KERNEL_ROWS_BF16 in operators.py. */
 #define EXACT_ROWS 32
 
-/* Rows that a thread multiplies with a panel at a time. */
+/* Most rows that a thread multiplies with a panel at a time. */
 #define MATRIX_ROWS 512L
 
 /* Floats that narrowed rows of k take. */

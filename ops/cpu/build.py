@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -14,6 +15,8 @@ from itertools import repeat
 from pathlib import Path
 
 from microvllm.ops.cpu.isa import Level, usable_levels
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("*.c"))
@@ -50,6 +53,7 @@ def load_kernels() -> ctypes.CDLL:
         try:
             path = build_kernels(level)
         except NoCompilerError as error:  # it may be older than the processor
+            logger.info("no kernels for %s: %s", level.name, error)
             failure = error
             continue
         try:

@@ -85,3 +85,8 @@ def cpu_features() -> frozenset[str] | None:
         return None
     line = next((line for line in lines if line.startswith(("flags", "Features"))), None)
     return None if line is None else frozenset(line.partition(":")[2].split())
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself (AVX512-BF16, AMX or Arm's BF16)."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features() or ())

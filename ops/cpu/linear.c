@@ -21,9 +21,8 @@
 /* Bytes of x that a thread goes through again and again, panel after panel: half a small second-level cache. */
 #define BLOCK_BYTES (256L << 10)
 
-/* Rows of such a block; on the matrix unit MATRIX_ROWS. */
+/* Rows of such a block. */
 #define BLOCK_ROWS (10 * ROWS)
-#define MOST_ROWS (HAS_AMX ? MATRIX_ROWS : BLOCK_ROWS)
 
 /* Rows of a weight that are of one format. */
 typedef struct {
@@ -178,10 +177,10 @@ static void multiply_quantized(int format, const float *x, long rows, const void
     }
 }
 
-/* One block of rows against one panel, or one of the gate and one of the up projection. */
-static void product_piece(const void *job, long piece)
+/* One block of rows against one panel, or one of the gate and one of the up projection: sums has room for a block of
+ * each. */
+INLINE void multiply_piece(const Product *p, long piece, float (*sums)[WIDTH], const long room, const int is_matrix)
 {
-    const Product *p = job;
     const Linear *a = p->layer;
     const Part *part = a->parts;
     long panel = piece % p->panels, begin = piece / p->panels * p->block, k = a->k;
@@ -191,19 +190,55 @@ static void product_piece(const void *job, long piece)
         column += part->n;
     }
     const float *x = p->x + begin * k;
-    float sums[2][MOST_ROWS][WIDTH];
     for (int half = 0; half <= a->is_gated; half++) {
         int format = part[half].format;
         const char *at = (const char *)part[half].panels + panel * panel_bytes(format, k);
-        if (HAS_AMX && p->narrowed && format == FORMAT_BF16)
-            multiply_matrix(narrowed_row(p->narrowed, begin, k), (const bf16 *)at, k, sums[half], rows);
-        else if (is_plain(format)) multiply_plain(format, x, rows, at, k, sums[half]);
-        else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, sums[half], rows);
-        else multiply_quantized(format, x, rows, at, k, sums[half]);
+        float(*to)[WIDTH] = sums + half * room;
+#if HAS_AMX
+        if (is_matrix && format == FORMAT_BF16) {
+            multiply_matrix(narrowed_row(p->narrowed, begin, k), (const bf16 *)at, k, to, rows);
+            continue;
+        }
+#endif
+        if (is_plain(format)) multiply_plain(format, x, rows, at, k, to);
+        else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, to, rows);
+        else multiply_quantized(format, x, rows, at, k, to);
     }
     long first = panel * WIDTH, count = least(WIDTH, part->n - first);
-    for (long r = 0; r < rows; r++) finish(p, sums[0][r], sums[1][r], begin + r, column + first, count);
+    for (long r = 0; r < rows; r++) finish(p, sums[r], sums[room + r], begin + r, column + first, count);
 }
+
+static void product_piece(const void *job, long piece)
+{
+    float sums[2 * BLOCK_ROWS][WIDTH];
+    multiply_piece(job, piece, sums, BLOCK_ROWS, 0);
+}
+
+#if HAS_AMX
+
+/* A function of its own, for its large stack. */
+static void matrix_piece(const void *job, long piece)
+{
+    float sums[2 * MATRIX_ROWS][WIDTH];
+    multiply_piece(job, piece, sums, MATRIX_ROWS, 1);
+}
+
+/* With as many rows as there may be a panel is arranged least often; fewer of them give every thread its share. */
+static long matrix_block(long m, long panels, int threads)
+{
+    long block = MATRIX_ROWS;
+    while (block > 64 && panels * ((m + block - 1) / block) < 4 * threads) block /= 2;
+    return block;
+}
+
+static int has_bf16(const Linear *layer)
+{
+    for (int i = 0; i < layer->num_parts; i++)
+        if (layer->parts[i].format == FORMAT_BF16) return 1;
+    return 0;
+}
+
+#endif
 
 /* y[m, n] = x[m, k] . W^T + bias + residual[m, n], where the rows of x are normalised before if the layer has a
  * norm. If it is gated, W is [2 * n, k], gate before up, and silu(gate) * up takes the place of the product
@@ -211,15 +246,14 @@ static void product_piece(const void *job, long piece)
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
 {
     long k = layer->k, panels = 0;
-    int narrows = 0;
-    for (int i = 0; i < layer->num_parts; i++) {
-        if (!i || !layer->is_gated) panels += panels_of(layer->parts[i].n);
-        narrows |= HAS_AMX && m > EXACT_ROWS && layer->parts[i].format == FORMAT_BF16;
-    }
+    for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
     long normed_floats = layer->norm ? m * k : 0;
     long rounded_floats = layer->rounds_x ? m * k / GROUP * (long)(sizeof(Int8Group) / sizeof(float)) : 0;
-    long bf16_floats = narrows ? narrowed_floats(m, k) : 0;
+    long bf16_floats = 0;
+#if HAS_AMX
+    if (m > EXACT_ROWS && has_bf16(layer)) bf16_floats = narrowed_floats(m, k);
+#endif
     float *scratch = NULL;
     if (normed_floats || rounded_floats || bf16_floats) {
         scratch = pool_scratch(pool, normed_floats + rounded_floats + bf16_floats);
@@ -231,13 +265,18 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     }
     Int8Group *rounded = layer->rounds_x ? (Int8Group *)(scratch + normed_floats) : NULL;
     if (rounded) quantize_rows(pool, x, rounded, m, k);
-    bf16 *narrowed = narrows ? (bf16 *)(scratch + normed_floats + rounded_floats) : NULL;
-    if (narrows) {
+    Product product = {layer, x, residual, rounded, NULL, y, m, block > ROWS ? block : ROWS, panels};
+    Piece run = product_piece;
+#if HAS_AMX
+    if (bf16_floats) {
+        bf16 *narrowed = (bf16 *)(scratch + normed_floats + rounded_floats);
         narrow_rows(pool, x, narrowed, m, k);
-        block = MATRIX_ROWS;
+        product.narrowed = narrowed;
+        product.block = matrix_block(m, panels, pool_threads(pool));
+        run = matrix_piece;
     }
-    Product product = {layer, x, residual, rounded, narrowed, y, m, block > ROWS ? block : ROWS, panels};
-    parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
+#endif
+    parallel(pool, run, &product, panels * ((m + product.block - 1) / product.block));
     return 0;
 }
 

@@ -23,13 +23,14 @@ from microvllm.ops.attention import (
     StepAttention,
 )
 from microvllm.ops.attention.torch_backend import HeadMajorCache
+from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.linear import Linear
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
 
 # Up to so many rows the kernels multiply bfloat16 weights with activations in float32. More are rounded to
-# bfloat16 for the matrix unit (amx.c), or for oneDNN where only that has bfloat16 arithmetic to use.
+# bfloat16 for the matrix unit (EXACT_ROWS of amx.h), or for oneDNN where only that has bfloat16 arithmetic.
 MAX_KERNEL_ROWS_BF16 = 32
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -229,6 +230,11 @@ class CpuEmbedding:
         return y
 
 
+def _has_fast_library() -> bool:
+    """Whether oneDNN multiplies bfloat16 by instructions for it: what only has AVX-512 it would emulate."""
+    return has_bf16() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class CpuLinear:
     """RMS norm, x @ weight.T + bias, then SwiGLU or + residual: all in one call.
 
@@ -274,7 +280,7 @@ class CpuLinear:
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
         self._library = None
         has_amx = operators.kernels.library.has_amx()
-        if weight.dtype == torch.bfloat16 and not has_amx and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if weight.dtype == torch.bfloat16 and not has_amx and _has_fast_library():
             self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
