@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.cpu import build
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
+from microvllm.ops.cpu.isa import X86_64
 from microvllm.ops.cpu.operators import MAX_KERNEL_ROWS_BF16, CpuOperators
 from microvllm.ops.norm import rms_norm
 
@@ -243,6 +246,27 @@ def test_building_happens_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert library.stat().st_mtime_ns == built
 
 
+@pytest.fixture(scope="module", params=["here", "emulated"])
+def matrix_operators(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> CpuOperators:
+    """With the matrix unit: this processor's, and one in plain C."""
+    if request.param == "here":
+        library = load_kernels()
+        if not library.has_amx():
+            pytest.skip("this processor has no matrix unit")
+        return CpuOperators(library, 3)
+    if platform.machine() not in X86_64:
+        pytest.skip("not of this architecture")
+    path = tmp_path_factory.mktemp("amx") / "emulated.so"
+    folder = Path(__file__).with_name("emulated_amx")
+    defined = (f"-D__{name}__" for name in ("AVX512F", "F16C", "AMX_BF16"))
+    command = [*(build.find_compiler() or "cc").split(), *build.FLAGS, "-march=x86-64", *defined]
+    command += ["-O1", "-w", "-Wno-psabi", "-I", str(folder), "-shared", *map(str, build.SOURCES)]
+    subprocess.run([*command, "-o", str(path), "-lm"], check=True)
+    return CpuOperators(ctypes.CDLL(str(path)), 3)
+
+
 @examples(60)
 @given(
     st.integers(MAX_KERNEL_ROWS_BF16 + 1, 1200),
@@ -253,11 +277,10 @@ def test_building_happens_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     seeds,
 )
 def test_many_rows_on_the_matrix_unit(
-    operators: CpuOperators, m: int, n: int, k: int, bias: bool, kind: str, seed: int
+    matrix_operators: CpuOperators, m: int, n: int, k: int, bias: bool, kind: str, seed: int
 ) -> None:
     """As exact as float32 once x is rounded to bfloat16."""
-    if not operators.kernels.library.has_amx():
-        pytest.skip("this processor has no matrix unit")
+    operators = matrix_operators
     x, weight = random(m, k, seed=seed), random(n * (1 + (kind == "gated")), k, seed=seed + 1).bfloat16()
     b = random(len(weight), seed=seed + 2) if bias else None
     norm, residual = random(k, seed=seed + 3), random(m, n, seed=seed + 4)
