@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import os
 import re
@@ -177,15 +178,17 @@ def test_an_engine_that_fails_in_an_answer(
 
 @contextmanager
 def scripted_server(answer: bytes) -> Iterator[str]:
-    """Sends `answer` to whoever asks and hangs up."""
+    """Sends `answer` to whoever asks and hangs up, after the whole request: a socket closed with bytes
+    unread resets the connection, which may take the answer with it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
             try:
                 while True:
                     connection, _ = listening.accept()
-                    with connection:
-                        connection.recv(65536)
+                    with connection, connection.makefile("rb") as request:
+                        request.readline()
+                        request.read(int(http.client.parse_headers(request).get("content-length", 0)))
                         connection.sendall(answer)
             except OSError:
                 pass
