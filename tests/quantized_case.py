@@ -27,6 +27,8 @@ FACTORS = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
 }
 formats = st.sampled_from(sorted(FACTORS))
 seeds = st.integers(0, 2**32 - 1)

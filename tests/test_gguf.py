@@ -175,6 +175,25 @@ def q6_k(raw: npt.NDArray[np.uint8]) -> list[float]:
     return values
 
 
+IQ4_QUANTS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def iq4_nl(raw: npt.NDArray[np.uint8]) -> list[float]:
+    quants = [int(byte) & 15 for byte in raw[2:]] + [int(byte) >> 4 for byte in raw[2:]]
+    return [half(raw, 0) * IQ4_QUANTS[q] for q in quants]
+
+
+def iq4_xs(raw: npt.NDArray[np.uint8]) -> list[float]:
+    high, low, d = int(raw[2:4].view("<u2")[0]), raw[4:8], half(raw, 0)
+    values = []
+    for i in range(256):
+        group = i // 32
+        scale = int(low[group // 2]) >> (4 * (group % 2)) & 15 | (high >> (2 * group) & 3) << 4
+        q = int(raw[8 + group * 16 + i % 16]) >> (4 * (i // 16 % 2)) & 15
+        values.append(d * (scale - 32) * IQ4_QUANTS[q])
+    return values
+
+
 Decoder = Callable[[npt.NDArray[np.uint8]], list[float]]
 DECODERS: dict[str, tuple[Decoder, tuple[int, ...]]] = {  # and where the float16 scales lie in a block
     "Q4_0": (q4_0, (0,)),
@@ -187,6 +206,8 @@ DECODERS: dict[str, tuple[Decoder, tuple[int, ...]]] = {  # and where the float1
     "Q4_K": (q4_k, (0, 2)),
     "Q5_K": (q5_k, (0, 2)),
     "Q6_K": (q6_k, (208,)),
+    "IQ4_NL": (iq4_nl, (0,)),
+    "IQ4_XS": (iq4_xs, (0,)),
 }
 
 

@@ -53,8 +53,10 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
             for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
         for (; i + U <= end; i += U)
             for (int u = 0; u < U; u++) {
-                if (M <= 2) __builtin_prefetch(ahead, 0, 0); /* read once: keep what is used again in the caches */
-                else __builtin_prefetch(ahead);
+                /* What is read once must not push out what is used again; the next panel only fits the second level
+                 * beside this one and x. */
+                if (M <= 2) __builtin_prefetch(ahead, 0, 0);
+                else __builtin_prefetch(ahead, 0, 2);
                 ahead += step;
                 load_pair(panel, (i + u) * WIDTH, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {

@@ -13,9 +13,9 @@ INLINE uint16_t half_at(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return
 INLINE uint32_t word_at(const uint8_t *p) { uint32_t w; memcpy(&w, p, 4); return w; }
 
 /* The low halves of 16 bytes are the first 16 weights, the high halves the others. */
-INLINE void unpack_halves(const uint8_t *p, Block *b)
+INLINE void unpack_halves(const uint8_t *p, uint32_t quads[8])
 {
-    for (int q = 0; q < 8; q++) b->quads[0][q] = word_at(p + q % 4 * 4) >> q / 4 * 4 & EACH(4);
+    for (int q = 0; q < 8; q++) quads[q] = word_at(p + q % 4 * 4) >> q / 4 * 4 & EACH(4);
 }
 
 /* Bit i of the word at p is the fifth of weight i. */
@@ -24,19 +24,19 @@ INLINE void add_fifth_bits(const uint8_t *p, Block *b)
     for (int q = 0; q < 8; q++) b->quads[0][q] |= ((word_at(p) >> 4 * q & 15) * 0x00204081u & EACH(1)) << 4;
 }
 
-static void unpack_q4_0(const uint8_t *p, Block *b) { b->d = half_at(p); unpack_halves(p + 2, b); }
+static void unpack_q4_0(const uint8_t *p, Block *b) { b->d = half_at(p); unpack_halves(p + 2, b->quads[0]); }
 
 static void unpack_q4_1(const uint8_t *p, Block *b)
 {
     b->d = half_at(p);
     b->m = half_at(p + 2);
-    unpack_halves(p + 4, b);
+    unpack_halves(p + 4, b->quads[0]);
 }
 
 static void unpack_q5_0(const uint8_t *p, Block *b)
 {
     b->d = half_at(p);
-    unpack_halves(p + 6, b);
+    unpack_halves(p + 6, b->quads[0]);
     add_fifth_bits(p + 2, b);
 }
 
@@ -44,7 +44,7 @@ static void unpack_q5_1(const uint8_t *p, Block *b)
 {
     b->d = half_at(p);
     b->m = half_at(p + 2);
-    unpack_halves(p + 8, b);
+    unpack_halves(p + 8, b->quads[0]);
     add_fifth_bits(p + 4, b);
 }
 
@@ -120,6 +120,29 @@ static void unpack_q6_k(const uint8_t *p, Block *b)
     for (int g = 0; g < 8; g++) {
         unpack_shared(p + g / 4 * 64 + g % 2 * 32, g % 4 / 2 * 4, 4, 0, b->quads[g]);
         unpack_shared(p + 128 + g / 4 * 32, g % 4 * 2, 2, 4, b->quads[g]);
+    }
+}
+
+/* Four bits choose one of 16 quants, which lie closer together about 0; kept as 8 bits, + 128. */
+INLINE void unpack_chosen(const uint8_t *p, uint32_t quads[8])
+{
+    static const uint8_t quants[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+    unpack_halves(p, quads);
+    for (int q = 0; q < 8; q++) {
+        uint32_t choices = quads[q];
+        quads[q] = 0;
+        for (int at = 0; at < 32; at += 8) quads[q] |= (uint32_t)quants[choices >> at & 15] << at;
+    }
+}
+
+static void unpack_iq4_nl(const uint8_t *p, Block *b) { b->d = half_at(p); unpack_chosen(p + 2, b->quads[0]); }
+
+static void unpack_iq4_xs(const uint8_t *p, Block *b)
+{
+    b->d = half_at(p);
+    for (int g = 0; g < 8; g++) {
+        b->scales[g] = ((p[4 + g / 2] >> g % 2 * 4 & 15) | (half_at(p + 2) >> 2 * g & 3) << 4) - 32;
+        unpack_chosen(p + 8 + 16 * g, b->quads[g]);
     }
 }
 
