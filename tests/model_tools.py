@@ -23,6 +23,7 @@ from microvllm.runtime.scheduler import ScheduledRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cpu", "torch")  # our own kernels, and the reference
+LONG = 32768  # tokens; many seconds of work even for a small model: however late a test looks, it goes on
 
 # Every family with what is odd about it: 9 query heads over 3 KV heads everywhere, head sizes that are not
 # hidden / heads, biases, tied and untied embeddings, a window shorter than the texts, both rope scalings.
@@ -65,6 +66,13 @@ def variant_folder(name: str) -> Path:
     """The folder of one of `VARIANTS`; written once a test run."""
     options = dict(VARIANTS[name])
     return make_hf_folder(Path(_models().name) / name, options.pop("family"), **options)
+
+
+@functools.cache
+def long_folder() -> Path:
+    """The folder of "llama-tied" with a context of `LONG` tokens; written once a test run."""
+    options = {**VARIANTS["llama-tied"], "max_position_embeddings": LONG}
+    return make_hf_folder(Path(_models().name) / "long", options.pop("family"), **options)
 
 
 def make_engine(model: Path | str, **options: Any) -> InferenceEngine:

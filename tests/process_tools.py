@@ -21,6 +21,11 @@ def asleep(pid: int) -> bool:
     return _state(pid) == "S"
 
 
+def stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached the main thread of a process: until then it goes on with what it does."""
+    return _state(pid) == "T"
+
+
 def _state(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
