@@ -2,11 +2,18 @@
 
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+with suppress(ImportError):  # the tests for a GPU do without it
+    from hypothesis import settings
+
+    settings.register_profile("patient", deadline=None)  # a busy machine must not fail a test
+    settings.load_profile("patient")
 
 # What a shell starts in the background ignores interrupts, and so does all that it starts in turn; tests send
 # interrupts to their own processes.
