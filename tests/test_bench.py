@@ -20,6 +20,7 @@ from fake_client import FakeClient
 from http_tools import real_server
 from hypothesis import given
 from hypothesis import strategies as st
+from process_tools import PATIENCE_S
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -253,26 +254,28 @@ def scripted(script: Script) -> Iterator[Scripted]:
     loop = asyncio.new_event_loop()
 
     async def main() -> None:
-        async with await asyncio.start_server(server.serve, "127.0.0.1", 0) as listener:
-            server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-            started.set()
-            await stopped.wait()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+        server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        started.set()
+        await stopped.wait()
+        listener.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def run() -> None:
         loop.run_until_complete(main())
-        loop.run_until_complete(asyncio.sleep(0.01))  # for the cancelled ones to end
         loop.close()
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert started.wait(5)
+    assert started.wait(PATIENCE_S)
     try:
         yield server
     finally:
         loop.call_soon_threadsafe(stopped.set)
-        thread.join(5)
+        thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 
@@ -303,10 +306,12 @@ def test_measured_times_are_those_of_the_script() -> None:
         report = measure(Target(server.url), completions("x"), concurrency=1)
     (request,) = report.requests
     assert request.error == ""
-    # A timer never fires early; how late it fires depends on what else the machine does.
+    # Nothing comes before its time; how late it comes depends on what else the machine does, and what was late
+    # is nearer to what follows.
+    first, second = request.itls
     assert 0.1 <= request.ttft < 20
-    assert request.itls[0] >= 0.04 and request.itls[1] >= 0.14
-    assert request.latency == pytest.approx(request.ttft + sum(request.itls))
+    assert request.ttft + first >= 0.15 and request.ttft + first + second >= 0.3
+    assert request.latency == pytest.approx(request.ttft + first + second)
     assert request.latency <= report.duration < 50
     assert report.output_throughput == pytest.approx(3 / report.duration)
     assert 0 < report.client_cpu_s <= report.duration
@@ -345,8 +350,9 @@ def test_as_many_requests_at_a_time_as_streams_and_each_prompt_once(streams: int
     ],
 )
 def test_failures_are_in_the_report(script: Script, message: str) -> None:
+    timeout_s = 0.5 if "within 0.5 s" in message else PATIENCE_S
     with scripted(script) as server:
-        report = measure(Target(server.url), completions("x", "y"), concurrency=1, timeout_s=0.5)
+        report = measure(Target(server.url), completions("x", "y"), concurrency=1, timeout_s=timeout_s)
     assert [message in request.error for request in report.requests] == [True, True]
     assert report.output_throughput == 0
 
@@ -382,7 +388,7 @@ def test_our_own_server_gives_exact_counts() -> None:
 def test_requests_of_an_open_loop_come_when_they_are_due() -> None:
     with scripted(TOKENS) as server:
         report = measure(Target(server.url), completions("a", "b", "c"), arrivals=[0.3, 0.0, 0.1])
-        limited = measure(Target(server.url), completions("a", "b"), arrivals=[0.0, 0.05], concurrency=1)
+        limited = measure(Target(server.url), completions("a", "b"), arrivals=[0.0, 0.0], concurrency=1)
     assert not report.errors + limited.errors
     assert all(
         request.started >= due and request.queued == pytest.approx(0, abs=1)
