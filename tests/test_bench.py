@@ -306,8 +306,8 @@ def test_measured_times_are_those_of_the_script() -> None:
         report = measure(Target(server.url), completions("x"), concurrency=1)
     (request,) = report.requests
     assert request.error == ""
-    # Nothing comes before its time; how late it comes depends on what else the machine does, and what was late
-    # is nearer to what follows.
+    # Nothing comes before its time; how late it comes depends on what else the machine does, and what comes
+    # late is nearer to what follows.
     first, second = request.itls
     assert 0.1 <= request.ttft < 20
     assert request.ttft + first >= 0.15 and request.ttft + first + second >= 0.3
