@@ -48,9 +48,20 @@ def real_server(client: FakeClient, tls: ssl.SSLContext | None = None, **args: A
         yield sock.getsockname()[1]
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(5)
+        thread.join(PATIENCE_S)
     if thread.is_alive():
         raise RuntimeError("the server did not stop")
+
+
+def held_port() -> socket.socket:
+    """Keeps a port of 127.0.0.1 for a server that is told its number; nobody else is given it meanwhile.
+
+    A free port that nobody holds may be another test's before the server has bound it.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the server binds it a second time
+    sock.bind(("127.0.0.1", 0))
+    return sock
 
 
 def eventually(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:

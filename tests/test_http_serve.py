@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_tools import eventually, raw_exchange
+from http_tools import eventually, held_port, raw_exchange
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.config import ServerArgs
@@ -76,17 +76,12 @@ except ConfigError as error:
 BODY = {"prompt": "hi", "max_tokens": 200, "ignore_eos": True}
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class Serving:
     """A `serve` process; `output` grows as it prints."""
 
     def __init__(self, folder: Path, *, client: dict[str, Any], load_s: float, **args: Any) -> None:
-        self.port = args.setdefault("port", free_port())
+        self.held = held_port()
+        self.port = args.setdefault("port", self.held.getsockname()[1])
         self._file = folder / f"output-{self.port}-{time.monotonic_ns()}"
         program = PROGRAM.format(tests=str(Path(__file__).parent))
         options = json.dumps({"client": client, "load_s": load_s, "args": args})
@@ -123,6 +118,7 @@ def serving(
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
+        server.held.close()
 
 
 def test_start_and_stop(tmp_path: Path) -> None:
@@ -314,13 +310,14 @@ def test_bind_errors_are_one_line(tmp_path: Path) -> None:
 
 
 def test_two_that_start_at_once(tmp_path: Path) -> None:
-    args = ServerArgs(port=free_port())
-    first, second = bind_socket(args), bind_socket(args)
-    start_listening(first, args)
-    with pytest.raises(ConfigError, match="cannot listen"):
-        start_listening(second, args)
-    release_socket(first, args)
-    release_socket(second, args)
+    with held_port() as held:
+        args = ServerArgs(port=held.getsockname()[1])
+        first, second = bind_socket(args), bind_socket(args)
+        start_listening(first, args)
+        with pytest.raises(ConfigError, match="cannot listen"):
+            start_listening(second, args)
+        release_socket(first, args)
+        release_socket(second, args)
 
 
 def test_a_dead_unix_socket_is_replaced_and_a_live_one_kept(
