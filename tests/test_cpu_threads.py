@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tools import make_engine, variant_folder
+from process_tools import wait_until
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, StepAttention
@@ -63,15 +64,16 @@ def test_where_the_system_says_nothing_every_core_counts(
     assert cpu.default_threads() == 64
 
 
-def num_tasks() -> int:
-    return len(os.listdir("/proc/self/task"))
+def tasks() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() -> None:
-    library, before = load_kernels(), num_tasks()
+    library, before = load_kernels(), tasks()
     operators = CpuOperators(library, 5)
-    assert num_tasks() == before + 4
+    started = tasks() - before
+    assert len(started) == 4
     product = operators.linear(torch.randn(640, 64))
     for _ in range(20):
         product(torch.randn(3, 64))
@@ -80,7 +82,7 @@ def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() ->
     time.sleep(0.5)
     assert time.process_time() - begin < 0.05
     del operators, product
-    assert num_tasks() == before
+    wait_until(lambda: not started & tasks(), "they are gone, which is a moment after they are joined")
 
 
 POOL = """
@@ -91,7 +93,7 @@ int thread(void) { return pool_self(); }
 
 
 def test_a_thread_without_a_core_is_done_without_and_the_others_go_on(tmp_path: Path) -> None:
-    """What one of four threads takes lasts 30 ms instead of 1: another process has its core."""
+    """What one of four threads takes lasts 150 ms instead of 5: another process has its core."""
     source, path = tmp_path / "source.c", tmp_path / "pool.so"
     source.write_text(POOL)
     command = [*(find_compiler() or "cc").split(), *FLAGS, "-I", str(FOLDER), "-shared", str(source)]
@@ -107,7 +109,7 @@ def test_a_thread_without_a_core_is_done_without_and_the_others_go_on(tmp_path: 
     def piece(_: int, index: int) -> None:
         thread = library.thread()
         taken.append((index, thread))
-        time.sleep(0.03 if thread == 2 else 0.001)
+        time.sleep(0.15 if thread == 2 else 0.005)
 
     pool = library.pool_new(4)
     operators = []
@@ -118,7 +120,7 @@ def test_a_thread_without_a_core_is_done_without_and_the_others_go_on(tmp_path: 
         operators.append(Counter(thread for _, thread in taken))
     library.pool_free(pool)
     without = [threads for threads in operators if not threads[2]]
-    assert operators[0][2] and len(without) > 20
+    assert 20 < len(without) < len(operators)
     assert all(sum(threads[other] for threads in without) > 20 for other in (0, 1, 3))
 
 
