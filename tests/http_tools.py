@@ -83,7 +83,7 @@ def events(text: str) -> list[Any]:
     return [json.loads(frame.removeprefix("data: ")) for frame in frames]
 
 
-def raw_exchange(port: int, *parts: bytes, timeout: float = 5.0) -> bytes:
+def raw_exchange(port: int, *parts: bytes, timeout: float = PATIENCE_S) -> bytes:
     """Sends bytes as they are, returns everything until the server closes or falls silent for `timeout`."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
         try:
