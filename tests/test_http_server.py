@@ -153,7 +153,7 @@ def test_a_client_that_leaves_ends_its_request(
 
 
 def test_a_client_that_leaves_in_the_middle_of_tokens() -> None:
-    client = fresh(delay=0.005)
+    client = fresh(delay=0.02)
     with real_server(client) as port:
         with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
             sock.sendall(request("/v1/completions", {**COMPLETION, "stream": True}))
@@ -162,8 +162,8 @@ def test_a_client_that_leaves_in_the_middle_of_tokens() -> None:
                 received += sock.recv(65536)
         eventually(lambda: not client.running)
         made = client.tokens_made
-        time.sleep(0.05)
-        assert client.tokens_made == made < 100
+        time.sleep(0.1)
+        assert client.tokens_made == made and client.aborted == 1
 
 
 def test_a_client_that_stops_reading_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +177,8 @@ def test_a_client_that_stops_reading_is_dropped(monkeypatch: pytest.MonkeyPatch)
             # Echo makes each first chunk as large as the prompt: enough to fill every buffer on the way.
             body = {"prompt": "x " * 45_000, "n": 70, "max_tokens": 2, "echo": True, "stream": True}
             sock.sendall(request("/v1/completions", body))
-            eventually(lambda: client.tokens_made > 0, 20)
-            eventually(lambda: not client.running, 20)
+            eventually(lambda: client.tokens_made > 0)
+            eventually(lambda: not client.running)
         assert client.aborted > 0
 
 
@@ -245,13 +245,14 @@ def test_openai_sdk_with_keys() -> None:
 
 def test_one_id_used_twice_is_two_requests() -> None:
     client = fresh(delay=0.01)
-    body = {**COMPLETION, "max_tokens": 30, "stream": True}
+    long = {**COMPLETION, "stream": True}
     with real_server(client) as port:
         with socket.create_connection(("127.0.0.1", port), timeout=30) as leaver:
-            leaver.sendall(request("/v1/completions", body, "X-Request-Id: same"))
+            leaver.sendall(request("/v1/completions", long, "X-Request-Id: same"))
             eventually(lambda: client.tokens_made > 3)
             stayer = socket.create_connection(("127.0.0.1", port), timeout=30)
-            stayer.sendall(request("/v1/completions", body, "X-Request-Id: same", "Connection: close"))
+            short = {**long, "max_tokens": 30}
+            stayer.sendall(request("/v1/completions", short, "X-Request-Id: same", "Connection: close"))
             eventually(lambda: len(client.running) == 2)
         received = b""
         while chunk := stayer.recv(65536):
