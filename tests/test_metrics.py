@@ -18,7 +18,7 @@ from fake_client import FakeClient, fresh
 from http_tools import in_process
 from hypothesis import given
 from hypothesis import strategies as st
-from model_tools import variant_folder
+from model_tools import LONG, long_folder
 from process_tools import own_engines, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -183,15 +183,13 @@ class Script:
 
 @pytest.fixture(scope="module")
 def config() -> EngineConfig:
-    options: dict[str, Any] = {"dtype": "float32", "cpu_threads": 1, "num_gpu_blocks_override": 64}
-    return EngineArgs(
-        model=str(variant_folder("llama-tied")), max_num_seqs=4, max_num_queued_reqs=2, **options
-    ).resolve()
+    options: dict[str, Any] = {"dtype": "float32", "cpu_threads": 1, "num_gpu_blocks_override": LONG // 16}
+    return EngineArgs(model=str(long_folder()), max_num_seqs=4, max_num_queued_reqs=2, **options).resolve()
 
 
 @pytest.fixture(scope="module")
 def text(config: EngineConfig) -> tuple[Tokenizer, Processor]:
-    tokenizer = Tokenizer.load(variant_folder("llama-tied"))
+    tokenizer = Tokenizer.load(long_folder())
     return tokenizer, Processor(config, tokenizer)
 
 
@@ -461,8 +459,11 @@ async def test_what_the_prefix_cache_saves(engine: EngineClient, config: EngineC
 @on_the_engines_loop
 async def test_gauges_rise_and_are_back_at_zero_after_aborts(engine: EngineClient) -> None:
     async with serving(engine) as http:
-        streams = [engine.submit([i] * 40, SamplingParams(max_tokens=400, ignore_eos=True)) for i in range(6)]
-        await wait_until_async(lambda: engine.stats.num_running == 4, "four are running")
+        endless = SamplingParams(max_tokens=LONG // 2, ignore_eos=True)
+        streams = [engine.submit([i] * 40, endless) for i in range(6)]
+        await wait_until_async(
+            lambda: (engine.stats.num_running, engine.stats.num_waiting) == (4, 2), "two wait for the others"
+        )
         busy = await scrape(http)
         assert busy.engine("num_requests_running") == 4
         assert busy.engine("num_requests_waiting") == 2
@@ -515,7 +516,8 @@ async def test_buckets_are_vllms(engine: EngineClient) -> None:
     def bounds(name: str) -> list[str]:
         return [s.labels["le"] for s in now.samples if s.name == f"vllm:{name}_bucket"]
 
-    tokens = ["1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "100.0", "200.0", "500.0", "+Inf"]
+    tokens = [f"{digit}.0" for digit in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)]
+    tokens.append("+Inf")
     assert bounds("request_prompt_tokens") == bounds("request_generation_tokens") == tokens
     assert bounds("iteration_tokens_total")[:3] == ["1.0", "8.0", "16.0"]
     assert bounds("iteration_tokens_total")[-2:] == ["16384.0", "+Inf"]
