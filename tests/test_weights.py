@@ -378,12 +378,14 @@ def load_in_a_process(model: Path, dtype: str) -> dict[str, Any]:
 
     And of each tensor its shape and whether all its values are finite: "tensors".
     """
+    # Not `ru_maxrss`, which begins with the peak of the process that starts this one.
     code = (
-        "import json, resource, sys, gguf, torch; from pathlib import Path\n"
+        "import json, re, sys, gguf, torch; from pathlib import Path\n"
         "from microvllm.adapters.registry import load_spec\n"
         "from microvllm.adapters.weights import load_weights\n"
         "spec = load_spec(Path(sys.argv[1]))\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10\n"
+        "status = Path('/proc/self/status')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) / 2**10\n"
         "before = peak()\n"
         "weights = load_weights(Path(sys.argv[1]), spec, 'auto', getattr(torch, sys.argv[2]))\n"
         "result = {'peak': peak() - before, 'size': sum(t.nbytes for t in weights.values()) / 2**20}\n"
