@@ -12,13 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+from process_tools import alive, wait_until
 from typer.testing import CliRunner
 
 from microvllm import cli
@@ -33,6 +33,7 @@ from microvllm.runtime.errors import EngineError
 
 MICROVLLM = str(Path(sys.executable).with_name("microvllm"))
 DEMO = "smollm2-135m-instruct"
+AT_ONCE_S = 30.0  # of processor time; one or two of them, or five where modules have to be compiled first
 OWN = {
     "--model": "value",
     "--port": "value",
@@ -669,7 +670,7 @@ def test_the_console_script(optimize: str) -> None:
         result, seconds = start(*argv, PYTHONOPTIMIZE=optimize)
         assert (result.returncode, result.stdout) == (2, "")
         assert names in result.stderr and result.stderr.count("\n") == 1
-        assert seconds < 10
+        assert seconds < AT_ONCE_S
 
 
 @pytest.mark.model
@@ -679,7 +680,7 @@ def test_a_taken_port_is_known_before_the_model_loads() -> None:
         result, seconds = start("serve", "--model", DEMO, "--port", str(port))
     assert result.returncode == 2 and str(port) in result.stderr and result.stderr.count("\n") == 1
     assert "Loading" not in result.stdout + result.stderr
-    assert seconds < 6
+    assert seconds < AT_ONCE_S
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
@@ -745,6 +746,7 @@ def test_load_progress_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
     with ProgressLine() as progress:
         progress("Loading weights", 1, 2)
         progress("Loading weights", 2, 2)
@@ -763,6 +765,12 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.model
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -774,13 +782,11 @@ def test_a_signal_while_the_model_loads_ends_everything(number: signal.Signals) 
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    engine: list[int] = []
     try:
-        deadline = time.monotonic() + 120
-        while not engine and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            engine = children(process.pid)
-        assert engine, "no engine process was started"
+        # It has a handler an instant after it has started the engine; before, SIGTERM ends it like any other.
+        wait_until(lambda: catches(process.pid, signal.SIGTERM), "there is an engine process, and a handler")
+        engine = children(process.pid)
+        assert engine
         process.send_signal(number)
         output, _ = process.communicate(timeout=120)
     finally:
@@ -789,10 +795,7 @@ def test_a_signal_while_the_model_loads_ends_everything(number: signal.Signals) 
             process.wait()
     assert process.returncode == 128 + number
     assert "Traceback" not in output
-    for pid in engine:
-        status = Path(f"/proc/{pid}/stat")
-        gone = not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-        assert gone, f"process {pid} was left behind"
+    wait_until(lambda: not any(map(alive, engine)), "the engine process is gone")
 
 
 @pytest.mark.model
