@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from fake_client import FakeClient, fresh
 from http_tools import in_process
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_tools import LONG, long_folder
 from process_tools import own_engines, wait_until_async
@@ -97,7 +97,6 @@ async def scrape(http: httpx.AsyncClient, path: str = "/metrics") -> Numbers:
 # ---- the histogram --------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.floats(0, 3000), st.sampled_from((0.001, 0.1, 1, 2560)))))
 def test_a_histogram_is_the_librarys(values: list[float]) -> None:
     """Also for values that are bounds, and for those above the last."""

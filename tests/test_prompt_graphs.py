@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from microvllm.runtime.prompt_graphs import SEGMENTS, StepSize, step_sizes
@@ -26,7 +26,6 @@ def steps(draw: st.DrawFn) -> StepArrays:
     )
 
 
-@settings(deadline=None)
 @given(steps())
 def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
     size = next((size for size in step_sizes(40, 4096) if size.fits(arrays)), None)
