@@ -1,5 +1,6 @@
 """Makes `fakes` importable, which `--import-mode=importlib` does not; puts the longest files first."""
 
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -14,6 +15,9 @@ with suppress(ImportError):  # the tests for a GPU do without it
 
     settings.register_profile("patient", deadline=None)  # a busy machine must not fail a test
     settings.load_profile("patient")
+
+# The servers of the tests are on this machine: no proxy that the shell names is to be asked for them.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 # What a shell starts in the background ignores interrupts, and so does all that it starts in turn; tests send
 # interrupts to their own processes.
