@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.client import BenchError, Measured, RequestResult, measure
 from bench.engines import Engine
-from bench.servers import Server, busy_neighbour, stop_all
+from bench.servers import Server, busy_neighbour, interrupts_later, stop_all
 from bench.workloads import Case
 
 # After its first answer a server gets a moment to come to rest; then it is watched for as long as IDLE_S.
@@ -171,8 +171,9 @@ class Comparison:
     def _start(self, row: Row) -> Server | None:
         self.advance(f"{row.engine.name}: starting")
         try:
-            server = Server(row.engine, self.logs)
-            self._servers.append(server)
+            with interrupts_later():
+                server = Server(row.engine, self.logs)
+                self._servers.append(server)
             left = self.plan.ends - time.monotonic()
             server.wait_ready(max(1.0, min(self.plan.start_timeout_s, self.plan.start_share * left)))
         except BenchError as error:

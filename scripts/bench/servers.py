@@ -165,6 +165,24 @@ def stop_all(servers: Sequence[Server]) -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """What would end us takes effect after the block: between the start of a process and our knowing it, it
+    would leave the process behind."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
