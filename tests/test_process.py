@@ -342,7 +342,7 @@ async def test_an_engine_killed_twice_comes_back_twice(client: EngineClient) -> 
 
 async def test_a_silent_engine_is_not_healthy(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_longest_step_s", 1.0)
-    monkeypatch.setattr(client._process, "kill", lambda: None)  # as the client does now and then, if silent
+    monkeypatch.setattr(client._process, "kill", lambda: None)  # the client ends a silent engine before long
     (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
     await anext(stream)
     os.kill(engine_pid(client), signal.SIGSTOP)
