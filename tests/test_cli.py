@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from http_tools import held_port
 from process_tools import alive, wait_until
 from typer.testing import CliRunner
 
@@ -635,9 +636,9 @@ def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.Captu
 def test_options_that_do_not_fit_the_model_or_the_machine(
     argv: str, names: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    assert names in error_line(capsys, "serve", "--model", DEMO, "--port", str(port), *argv.split())
+    with held_port() as held:
+        port = str(held.getsockname()[1])
+        assert names in error_line(capsys, "serve", "--model", DEMO, "--port", port, *argv.split())
 
 
 def start(*argv: str, **env: str) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -775,10 +776,9 @@ def catches(pid: int, number: signal.Signals) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_model_loads_ends_everything(number: signal.Signals) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = held_port()
     process = subprocess.Popen(
-        [MICROVLLM, "serve", "--model", DEMO, "--port", str(port)],
+        [MICROVLLM, "serve", "--model", DEMO, "--port", str(port.getsockname()[1])],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -790,6 +790,7 @@ def test_a_signal_while_the_model_loads_ends_everything(number: signal.Signals) 
         process.send_signal(number)
         output, _ = process.communicate(timeout=120)
     finally:
+        port.close()
         if process.poll() is None:
             process.kill()
             process.wait()
