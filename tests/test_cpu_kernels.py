@@ -286,10 +286,10 @@ def test_many_rows_on_the_matrix_unit(
     norm, residual = random(k, seed=seed + 3), random(m, n, seed=seed + 4)
     rounded = (x if kind == "plain" else operators.rms_norm(x, norm, 1e-5)).bfloat16().double()
     product = rounded @ weight.double().t() + (0 if b is None else b.double())
-    scale = rounded.abs() @ weight.double().abs().t()
+    scale = rounded.abs() @ weight.double().abs().t() + (0 if b is None else b.abs())
     if kind == "plain":
         actual = operators.linear(weight, b)(x, residual.clone())
-        assert_close(actual, product + residual, scale=scale)
+        assert_close(actual, product + residual, scale=scale + residual.abs())
         x[m // 2, k // 2] = math.nan
         is_nan = operators.linear(weight, b)(x).isnan()
         assert is_nan[m // 2].all() and is_nan.sum() == n
