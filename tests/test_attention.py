@@ -102,7 +102,7 @@ def make_batch(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     kv_heads=st.integers(1, 3),

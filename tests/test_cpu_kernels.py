@@ -32,7 +32,7 @@ ONE_IN = int(os.environ.get("KERNEL_EXAMPLES_ONE_IN", "1"))
 
 
 def examples(count: int) -> settings:
-    return settings(deadline=None, max_examples=count // ONE_IN)
+    return settings(max_examples=count // ONE_IN)
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def operators() -> CpuOperators:
     return CpuOperators(load_kernels(), 3)
 
 
-@settings(deadline=None, max_examples=30 // ONE_IN)
+@settings(max_examples=30 // ONE_IN)
 @given(
     st.lists(st.integers(1, 40), max_size=6),
     st.lists(st.integers(1, 20), max_size=2),

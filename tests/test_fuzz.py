@@ -29,7 +29,6 @@ EXAMPLES = int(os.environ.get("MICROVLLM_FUZZ_EXAMPLES", "40"))
 GOLDEN_EVERY = 50
 LONG = settings(
     max_examples=EXAMPLES,
-    deadline=None,  # a busy machine must not fail a test
     derandomize="MICROVLLM_FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )

@@ -86,7 +86,7 @@ def test_what_is_no_number_shows_and_stays_in_its_row(of_each_level: CpuOperator
     assert (y[4:] == 0).all(), "no numbers as small as these are told from 0"
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(formats, st.integers(2, 130), seeds)
 def test_a_row_does_not_depend_on_the_others(operators: CpuOperators, name: str, m: int, seed: int) -> None:
     raw = random_blocks(name, 40, 2, seed)

@@ -61,7 +61,7 @@ def by_definition(
 
 
 @given(st.lists(REQUEST, min_size=1, max_size=5), st.booleans(), st.integers(0, 2**32))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_all_rules_together_in_a_batch(
     batch: list[tuple[dict[str, Any], list[list[int]], list[int], list[int]]], in_flight: bool, seed: int
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_cleared_row_has_no_rules_and_no_counts() -> None:
 @given(
     st.lists(st.sampled_from([None, 0, 1, 3, -1, (4, 4, 7)]), min_size=1, max_size=6), st.integers(0, 2**32)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_log_probabilities_by_definition(kinds: list[Any], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(kinds), VOCAB, generator=generator).round(decimals=1)

@@ -24,7 +24,6 @@ MAX_EXAMPLES = 1500
 SETTINGS = settings(
     max_examples=MAX_EXAMPLES,
     stateful_step_count=40,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.generate],

@@ -60,7 +60,7 @@ def test_every_quantised_type_has_a_kernel(operators: CpuOperators) -> None:
     assert known == {0, 30, *(int(gguf.GGMLQuantizationType[name]) for name in FACTORS)}
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     formats, st.integers(1, 150), st.integers(1, 70), st.integers(1, 4), st.booleans(), st.booleans(), seeds
 )
@@ -80,7 +80,7 @@ def test_linear_and_embedding(
     assert torch.equal(operators.embedding(packed)(ids), weight[ids])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(formats, st.integers(1, 70)), min_size=2, max_size=4),
     st.integers(1, 40),
@@ -113,7 +113,7 @@ def test_parts_of_different_formats(
         assert_products(actual, seen(operators, x), weight, added + residual)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(formats, formats, st.integers(1, 30), st.integers(1, 70), st.booleans(), seeds)
 def test_norm_and_gate(
     operators: CpuOperators, gate: str, up: str, m: int, n: int, with_bias: bool, seed: int
@@ -138,7 +138,7 @@ def test_a_gate_without_an_equal_up_is_refused(operators: CpuOperators) -> None:
             operators.norm_gate_up(torch.ones(32), 1e-5, quantized(*parts))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(formats, st.integers(1, 9), st.integers(1, 40), seeds)
 def test_whatever_bytes_spoil_no_other_row(
     operators: CpuOperators, name: str, m: int, n: int, seed: int

@@ -209,7 +209,7 @@ some_params = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(params=st.lists(some_params, min_size=2, max_size=12), data=st.integers(0, 2**32))
 def test_a_seeded_request_draws_the_same_in_any_batch(params: list[SamplingParams], data: int) -> None:
     logits = torch.randn(len(params), 400, generator=torch.Generator().manual_seed(data)) * 2

@@ -309,7 +309,6 @@ MACHINES = {"sync": EngineMachine, "async": AsyncEngineMachine}
 SETTINGS = settings(
     max_examples=EXAMPLES,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 

@@ -34,7 +34,7 @@ def values(made: tuple[torch.Tensor, AttentionBatch]) -> list[Any]:
     return [batch.num_decodes, *(part.tolist() for part in parts)]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.booleans(), st.data())
 def test_inputs_that_stay_are_those_made_anew(in_flight: bool, data: st.DataObject) -> None:
     """Requests come, go, pause, and compute one or more tokens; `in_flight`: each is known a step late."""
