@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from microvllm.openai_compat.errors import Fault
-from microvllm.openai_compat.schemas import template_kwargs
+from microvllm.openai_compat.schemas import MAX_STOP_STRINGS, template_kwargs
 from microvllm.runtime.errors import ConfigError
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
@@ -23,9 +23,9 @@ class ServerArgs:
     echoed; empty means the model as it was given. `api_keys` empty means no authentication.
     `chat_template` is the template's text, in place of the model's own, `default_chat_template_kwargs` what
     it gets unless a request says otherwise. A chunk of a stream has at least `stream_interval` tokens, the
-    first and the last one excepted. `max_body_bytes` bounds a request body. `shutdown_timeout` is the time
-    in seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time
-    between two lines of statistics.
+    first and the last one excepted. A request may have `max_stop_strings` stop strings, and a body of
+    `max_body_bytes`. `shutdown_timeout` is the time in seconds that running requests have to finish after
+    SIGTERM or SIGINT, `stats_interval` the time between two lines of statistics.
 
     `root_path` is the path prefix below which a proxy publishes the server. Web pages of `allowed_origins`
     may use it from a browser (CORS). A stream that is silent for `sse_keep_alive_interval` seconds gets a
@@ -46,6 +46,7 @@ class ServerArgs:
     default_chat_template_kwargs: Mapping[str, bool | str] = field(default_factory=dict)
     response_role: str = "assistant"
     stream_interval: int = 1
+    max_stop_strings: int = 4
     return_tokens_as_token_ids: bool = False
     max_body_bytes: int = 16 << 20
     uvicorn_log_level: str = "info"
@@ -95,6 +96,10 @@ class ServerArgs:
             raise ConfigError(f"--default-chat-template-kwargs: {fault.problem}") from None
         if self.stream_interval < 1:
             raise ConfigError(f"--stream-interval must be at least 1, got {self.stream_interval}")
+        if not 1 <= self.max_stop_strings <= MAX_STOP_STRINGS:
+            raise ConfigError(
+                f"--max-stop-strings must be in [1, {MAX_STOP_STRINGS}], got {self.max_stop_strings}"
+            )
         if not self.response_role:
             raise ConfigError("--response-role must not be empty")
         if self.max_body_bytes < 1:

@@ -22,7 +22,7 @@ POLICY = (
 async def openapi(request: Request) -> Response:
     """This document."""
     state: ServerState = request.app.state.server
-    document = build_document(request.app.routes, state.args.root_path, bool(state.args.api_keys))
+    document = build_document(request.app.routes, state.args)
     return Response(orjson.dumps(document), media_type="application/json")
 
 

@@ -16,7 +16,7 @@ import msgspec
 from starlette.requests import Request
 
 from microvllm.openai_compat.beam import BeamSearch, check_beam_fields
-from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.errors import Fault, clip, shape_error
 from microvllm.openai_compat.usage import request_metrics
 from microvllm.runtime.errors import InvalidRequestError, ModelNotFoundError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
@@ -221,11 +221,18 @@ def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefi
     check_model(fields["model"], state.model_names)
     if fields["stream_options"] and not fields["stream"]:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    _check_stop(fields["stop"], state.args.max_stop_strings)
     check_beam_fields(fields, state.client)
     suffix = request.headers.get("x-request-id", "")
     if not _HEADER_ID.fullmatch(suffix):
         suffix = fields["request_id"] or uuid.uuid4().hex
     return Generation(f"{prefix}-{suffix}", int(time.time()), state.model_names[0])
+
+
+def _check_stop(stop: Sequence[str], limit: int) -> None:
+    if len(stop) > limit:
+        problem = f"List should have at most {limit} items, not {len(stop)} (see --max-stop-strings)"
+        raise shape_error([("body.stop", Fault("too_long", problem))])
 
 
 def check_model(name: str | None, served: Sequence[str]) -> None:

@@ -11,7 +11,8 @@ from starlette.routing import BaseRoute, Route
 import microvllm
 from microvllm.openai_compat import answers
 from microvllm.openai_compat.auth import OPEN_PATHS
-from microvllm.openai_compat.fields import Fate, JsonSchema, Table, or_null
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.fields import Fate, JsonSchema, Parser, Table, or_null
 from microvllm.openai_compat.schemas import (
     CHAT,
     COMPLETIONS,
@@ -19,6 +20,7 @@ from microvllm.openai_compat.schemas import (
     GENERATE,
     GENERATE_STREAM,
     TOKENIZE,
+    stop_strings,
 )
 
 # The endpoints that take a body: the name of its schema, and its table.
@@ -41,18 +43,17 @@ PARAMETERS: Mapping[str, Mapping[str, JsonSchema]] = {
 }
 
 
-def build_document(routes: Iterable[BaseRoute], root_path: str, with_keys: bool) -> dict[str, Any]:
-    """The document for these routes, of which only those with `include_in_schema` appear.
-
-    `root_path` is the prefix that clients put in front of every path, `with_keys` whether a key is needed.
-    """
+def build_document(routes: Iterable[BaseRoute], args: ServerArgs) -> dict[str, Any]:
+    """Returns the document of a server with these routes; those without `include_in_schema` are left out."""
+    with_keys = bool(args.api_keys)
+    limits = {"stop": stop_strings(args.max_stop_strings)}
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:
             for method in sorted((route.methods or set()) - {"HEAD"}):
                 operation = _operation(route, method, with_keys and route.path not in OPEN_PATHS)
                 paths.setdefault(route.path, {})[method.lower()] = operation
-    schemas = {name: request_schema(rows) for path, (name, rows) in BODIES.items() if path in paths}
+    schemas = {name: request_schema(rows, limits) for path, (name, rows) in BODIES.items() if path in paths}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -60,7 +61,7 @@ def build_document(routes: Iterable[BaseRoute], root_path: str, with_keys: bool)
             "version": microvllm.__version__,
             "description": "An OpenAI-compatible server, with the names and answers of vLLM.",
         },
-        "servers": [{"url": root_path or "/"}],
+        "servers": [{"url": args.root_path or "/"}],
         "paths": paths,
         "components": {"schemas": {**schemas, **answers.SCHEMAS}},
     }
@@ -69,12 +70,16 @@ def build_document(routes: Iterable[BaseRoute], root_path: str, with_keys: bool)
     return document
 
 
-def request_schema(rows: Table) -> dict[str, Any]:
-    """The schema of a request body: what is honoured, what is ignored, what is refused."""
+def request_schema(rows: Table, limits: Mapping[str, Parser[Any]] | None = None) -> dict[str, Any]:
+    """The schema of a request body: what is honoured, what is ignored, what is refused.
+
+    `limits` has the fields that this server bounds more tightly than the table.
+    """
     properties: dict[str, JsonSchema] = {}
     for row in rows.values():
         if row.parse is not None:
-            schema = row.parse.schema if row.required else or_null(row.parse.schema)
+            schema = (limits or {}).get(row.name, row.parse).schema
+            schema = schema if row.required else or_null(schema)
             default = {} if row.default in NOTHING else {"default": row.default}
             properties[row.name] = {**schema, **default}
         elif row.fate is Fate.IGNORED:

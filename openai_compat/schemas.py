@@ -8,6 +8,7 @@ from typing import Any
 
 from microvllm.openai_compat.errors import Fault
 from microvllm.openai_compat.fields import (
+    Parser,
     Table,
     anything,
     array,
@@ -33,11 +34,11 @@ from microvllm.runtime.request import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROB_TOKEN_IDS,
     MAX_N,
-    MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
 
 MAX_SALT_CHARS = 128
+MAX_STOP_STRINGS = 1024  # that --max-stop-strings may allow
 MAX_ALLOWED_TOKEN_IDS = 1 << 18  # as many as the largest vocabularies have
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _BAD_IN_SALT = re.compile(r"[@/\\\x00-\x1f\x7f]")
@@ -85,6 +86,11 @@ def template_kwargs(value: Any) -> dict[str, bool | str]:
         if type(item) is not bool and not (type(item) is str and len(item) <= 256):
             raise Fault("value_error", f"{name} should be a boolean or a string of at most 256 characters")
     return kwargs
+
+
+def stop_strings(max_items: int) -> Parser[list[str]]:
+    """One stop string or a list of them; how many a server takes, `--max-stop-strings` decides."""
+    return one_or_many(string, max_items)
 
 
 _STREAM_OPTIONS = record(include_usage=boolean, continuous_usage_stats=boolean)
@@ -137,7 +143,7 @@ _COMMON = (
     honoured("min_p", number.described(minimum=0, maximum=1)),
     honoured("n", integer().described(minimum=1, maximum=MAX_N), 1),
     honoured("seed", integer()),
-    honoured("stop", one_or_many(string, MAX_STOP_STRINGS), []),
+    honoured("stop", stop_strings(MAX_STOP_STRINGS), []),
     honoured("stop_token_ids", token_ids(MAX_STOP_TOKEN_IDS), []),
     honoured("presence_penalty", number.described(minimum=-2, maximum=2)),
     honoured("frequency_penalty", number.described(minimum=-2, maximum=2)),

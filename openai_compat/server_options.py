@@ -34,6 +34,15 @@ def answer_options(
         typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
     ] = None,
     response_role: Annotated[str, typer.Option(help="Role of the answers in chats.")] = "assistant",
+    max_stop_strings: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            envvar="VLLM_MAX_STOP_STRINGS",
+            show_envvar=True,
+            help="Stop strings that a request may have.",
+        ),
+    ] = 4,
     return_tokens_as_token_ids: Annotated[
         bool,
         typer.Option(
@@ -73,6 +82,7 @@ def answer_options(
         "chat_template": chat_template_text(chat_template),
         "default_chat_template_kwargs": default_chat_template_kwargs or {},
         "response_role": response_role,
+        "max_stop_strings": max_stop_strings,
         "return_tokens_as_token_ids": return_tokens_as_token_ids,
         "enable_prompt_tokens_details": enable_prompt_tokens_details,
         "enable_per_request_metrics": enable_per_request_metrics,

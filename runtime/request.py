@@ -16,7 +16,6 @@ from microvllm.runtime.errors import InvalidRequestError
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 FLOAT32_MAX = 3.4e38
-MAX_STOP_STRINGS = 4
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_N = 128
@@ -119,8 +118,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("stop", "stop_token_ids"):
             if not isinstance(getattr(self, name), list):
                 raise InvalidRequestError(f"{name} must be a list, got {getattr(self, name)!r}.", name)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError(f"stop cannot contain more than {MAX_STOP_STRINGS} strings.", "stop")
         for text in self.stop:
             if type(text) is not str or not text or len(text) > MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError(

@@ -483,6 +483,14 @@ def test_a_wrong_developer_mode_is_named(
     assert "VLLM_SERVER_DEV_MODE" in error_line(capsys, "serve", "m")
 
 
+def test_the_number_of_stop_strings(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.run(["serve", "m"]) == 0
+    assert cli.run(["serve", "m", "--max-stop-strings", "6"]) == 0
+    monkeypatch.setenv("VLLM_MAX_STOP_STRINGS", "8")
+    assert cli.run(["serve", "m"]) == 0
+    assert [http.max_stop_strings for _, http in launched] == [4, 6, 8]
+
+
 @pytest.mark.parametrize("text", ["auto", "-1"])
 def test_context_length_left_to_us(text: str, launched: list[Any]) -> None:
     assert cli.run(["serve", "m", "--max-model-len", text]) == 0

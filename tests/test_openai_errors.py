@@ -505,6 +505,8 @@ async def test_a_forged_host_opens_nothing(host: str) -> None:
         {"shutdown_timeout": float("nan")},
         {"stats_interval": 0},
         {"max_body_bytes": 0},
+        {"max_stop_strings": 0},
+        {"max_stop_strings": 1025},
     ],
 )
 def test_wrong_server_options(options: dict[str, Any]) -> None:

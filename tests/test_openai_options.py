@@ -308,3 +308,27 @@ def test_the_times_of_a_request() -> None:
     one = request_metrics(RequestTiming(10.0, 10.5, 11.5, 11.5), 1)
     assert one["mean_itl_ms"] is None and one["tokens_per_second"] == 1.0
     assert set(request_metrics(RequestTiming(10.0), 0).values()) == {None}
+
+
+# ---- the number of stop strings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("limit", "given", "status"), [(4, 4, 200), (4, 5, 400), (6, 6, 200), (1, 2, 400)])
+async def test_the_server_says_how_many_stop_strings_a_request_may_have(
+    path: str, limit: int, given: int, status: int
+) -> None:
+    stop = [f"never {i}" for i in range(given)]
+    got, answer, _ = await ask(path, args={"max_stop_strings": limit}, stop=stop)
+    assert got == status
+    if status == 400:
+        assert answer["error"]["param"] == "body.stop" and "--max-stop-strings" in answer["error"]["message"]
+
+
+async def test_each_of_many_stop_strings_stops() -> None:
+    options = {"prompt": "hi", "seed": 1, "ignore_eos": True, "max_tokens": 30}
+    _, whole, _ = await ask(COMPLETIONS, **options)
+    stop = whole["choices"][0]["text"][10:14]
+    others = [f"never {i}" for i in range(9)]
+    _, answer, _ = await ask(COMPLETIONS, args={"max_stop_strings": 10}, **options, stop=[*others, stop])
+    assert answer["choices"][0]["stop_reason"] == stop

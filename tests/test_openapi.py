@@ -33,7 +33,7 @@ EVERYTHING: dict[str, Any] = {"dev_mode": True, "enable_tokenizer_info_endpoint"
 def document(**args: Any) -> dict[str, Any]:
     server_args = ServerArgs(**args)
     app = create_app(FakeClient(), server_args)  # type: ignore[arg-type]
-    return build_document(app.routes, server_args.root_path, bool(server_args.api_keys))
+    return build_document(app.routes, server_args)
 
 
 def schema_of(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -61,6 +61,12 @@ def test_every_route_is_in_it() -> None:
     for methods in document(**EVERYTHING)["paths"].values():
         for operation in methods.values():
             assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
+
+
+def test_it_has_the_servers_own_number_of_stop_strings() -> None:
+    for name, limit in (("CompletionRequest", 4), ("ChatCompletionRequest", 9)):
+        stop = document(max_stop_strings=limit)["components"]["schemas"][name]["properties"]["stop"]
+        assert f"'maxItems': {limit}" in str(stop)
 
 
 @pytest.mark.parametrize("table", TABLES)

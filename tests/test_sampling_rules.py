@@ -234,3 +234,8 @@ def test_what_cannot_be_asked_names_its_field(wish: dict[str, Any], field: str) 
     with pytest.raises(InvalidRequestError) as caught:
         ask(engine_with(), [1, 2, 3], **wish)
     assert caught.value.param == field
+
+
+def test_a_script_may_have_any_number_of_stop_strings() -> None:
+    stop = [f"end {number}" for number in range(9)]
+    assert ask(engine_with(), [1, 2, 3], stop=stop).params.stop == stop
