@@ -14,7 +14,7 @@ from microvllm.openai_compat.state import ServerState
 
 
 async def list_models(request: Request) -> Response:
-    """One card per served name. `root` is the model's path: `vllm bench serve` takes its tokenizer there."""
+    """One card per served name. `root` is a folder from which benchmark clients load the tokenizer."""
     state: ServerState = request.app.state.server
     cards = [
         {
@@ -22,7 +22,7 @@ async def list_models(request: Request) -> Response:
             "object": "model",
             "created": state.created,
             "owned_by": "microvllm",
-            "root": state.client.config.model,
+            "root": state.client.tokenizer_root,
             "parent": None,
             "max_model_len": state.client.config.max_model_len,
             "permission": [

@@ -32,6 +32,7 @@ from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.tokenizer_files import loadable_path
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -154,11 +155,17 @@ class TokenStream:
 
 
 class EngineClient:
-    """Owns the engine process. All methods belong to one event loop. `observer` may be replaced."""
+    """Owns the engine process. All methods belong to one event loop. `observer` may be replaced.
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, processor: Processor) -> None:
+    `tokenizer_root` is a folder from which transformers loads the tokenizer.
+    """
+
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer, processor: Processor, tokenizer_root: str
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.tokenizer_root = tokenizer_root
         self.processor = processor
         self.stats = EngineStats()
         self.observer = EngineObserver()
@@ -340,12 +347,14 @@ class _Call:
         return self._function(*self._args, **self._kwargs)
 
 
-def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, Processor]:
-    tokenizer = Tokenizer.load(Path(config.tokenizer_path))
+def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, Processor, str]:
+    path = Path(config.tokenizer_path)
+    tokenizer = Tokenizer.load(path)
+    root = loadable_path(tokenizer, path, config.spec.max_position)
     template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
     processor = Processor(config, tokenizer, template)
     return_freed_memory()  # the vocabulary as it was read
-    return tokenizer, processor
+    return tokenizer, processor, root
 
 
 def _step_flops(config: EngineConfig) -> float:

@@ -23,7 +23,7 @@ from microvllm.ops.cpu.isa import IsaError, has_bf16
 from microvllm.runtime import cpu
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.models import find_model, user_path
+from microvllm.runtime.models import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
 from microvllm.runtime.policies import POLICIES
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
 
@@ -187,7 +187,10 @@ class EngineArgs:
             attention_backend=backend,
             cpu_threads=threads,
             generation_defaults=_generation_defaults(
-                self.generation_config, path, self.override_generation_config or {}
+                self.generation_config,
+                path,
+                DEMO_GENERATION_CONFIG if is_demo(self.model) else {},
+                self.override_generation_config or {},
             ),
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
@@ -399,14 +402,18 @@ def _positive(value: int | None, default: int, option: str) -> int:
     return value
 
 
-def _generation_defaults(wish: str, model: Path, override: dict[str, Any]) -> dict[str, Any]:
+def _generation_defaults(
+    wish: str, model: Path, card: dict[str, Any], override: dict[str, Any]
+) -> dict[str, Any]:
     """The sampling defaults of `generation_config.json`, as `--generation-config` asks, under the override.
 
-    "auto" reads the model's own, "vllm" none, anything else is a folder. Also carries the file's
-    `eos_token_id` list: models name further end tokens there (Llama 3's 128009).
+    "auto" reads the model's own, or takes `card` where there is no such file, "vllm" none, anything else is a
+    folder. Also carries the file's `eos_token_id` list: models name further end tokens there (Llama 3's
+    128009).
     """
     file = _generation_file(wish, model)
-    defaults = {} if file is None else _read_generation_config(file)
+    found = card if wish == "auto" else {}
+    defaults = dict(found) if file is None else _read_generation_config(file)
     unknown = sorted(set(override) - {*GENERATION_FIELDS, "eos_token_id"})
     if unknown:
         raise ConfigError(

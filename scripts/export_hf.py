@@ -26,6 +26,7 @@ from microvllm.adapters.weights import NAMES, checkpoint_slots, load_weights
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.tokenizer_files import write_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,16 +59,7 @@ def export(model: Path, folder: Path, dtype: str) -> None:
     ends = list(spec.eos_token_ids)
     generation = {"bos_token_id": spec.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     _write_json(folder / "generation_config.json", generation)
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": spec.max_position,
-        "clean_up_tokenization_spaces": False,
-        **tokenizer.special_tokens,
-    }
-    if tokenizer.chat_template is not None:
-        settings["chat_template"] = tokenizer.chat_template
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_tokenizer(tokenizer, folder, spec.max_position)
 
 
 def _unfuse(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

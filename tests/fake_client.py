@@ -188,6 +188,7 @@ class FakeClient:
     ) -> None:
         self.config = FakeConfig(max_model_len=max_model_len, max_logprobs=max_logprobs)
         self.tokenizer = FakeTokenizer()
+        self.tokenizer_root = "/models/fake-model"
         self.processor = FakeProcessor(self.config, self.tokenizer, defaults=defaults)
         self.stats = EngineStats()
         self.observer = EngineObserver()

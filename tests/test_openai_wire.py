@@ -363,7 +363,7 @@ async def test_ids_and_names() -> None:
     assert header.json()["id"] == "cmpl-from-header"
     assert forged.json()["id"] == "cmpl-from-body"
     assert [card["id"] for card in models["data"]] == ["first", "second"]
-    assert models["data"][0]["root"] == "fake-model" and models["data"][0]["max_model_len"] == 256
+    assert models["data"][0]["root"] == "/models/fake-model" and models["data"][0]["max_model_len"] == 256
     assert models["object"] == "list" and models["data"][0]["object"] == "model"
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
+from microvllm.ops.cache import cache_folder
 from microvllm.ops.cpu.isa import Level, usable_levels
 
 logger = logging.getLogger(__name__)
@@ -73,32 +74,13 @@ def build_kernels(level: Level) -> Path:
     command = [*compiler.split(), *FLAGS, *level.flags]
     text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     key = hashlib.sha256(text + repr((command, platform.machine())).encode()).hexdigest()
-    library = _cache_folder() / f"kernels-{level.name}-{key[:16]}.so"
+    try:
+        library = cache_folder() / f"kernels-{level.name}-{key[:16]}.so"
+    except OSError as error:
+        raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
     if not library.exists():
         _compile(command, library)
     return library
-
-
-def _cache_folder() -> Path:
-    """A folder of the user's own that can be written: what is loaded from it runs in this process."""
-    wishes = [os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache")]
-    for wish in filter(None, wishes):
-        folder = Path(wish) / "microvllm"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    folder = Path(tempfile.gettempdir()) / f"microvllm-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError as error:
-        raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
-    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
-        raise NoCompilerError(f"{folder} is not a private folder of this user")
-    return folder
 
 
 def _compile(command: list[str], library: Path) -> None:
