@@ -1,7 +1,8 @@
 """HTTP/1.1 with the limits that uvicorn's own parser does not have.
 
-uvicorn with httptools takes a header of 50 MB, any number of headers, and waits for ever for the second
-half of a request line or for a client that has stopped reading. This protocol bounds all four.
+uvicorn with httptools takes a header of 50 MB, any number of headers and of trailers behind a chunked body, and
+waits for ever for the second half of a request line or for a client that has stopped reading. This protocol
+bounds all of them. Trailers are dropped: a key or a content type counts only in the head (RFC 9110, 6.5.1).
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
+MAX_FRAMING_BYTES = 4 << 10  # of a body: sizes and extensions of its chunks, and its trailers
+CHUNK_FRAMING_BYTES = 16  # beside that for each chunk: its size and two line ends are at most 12
+HTTP_VERSIONS = ("1.0", "1.1")
 HEAD_DEADLINE_S = 10.0  # for the request line and the headers
-WRITE_DEADLINE_S = 60.0  # for a client that has stopped reading its answer
+WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. A request beyond a limit is answered 400, 408 or 431 and the connection closed."""
+    """One connection. A request beyond a limit is answered 400, 408, 431 or 505 and the connection closed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._head_bytes = 0
+        self._framing_bytes = 0  # received after the head and no part of a body
+        self._counts_framing = False  # not in data that a head ends in: how much of it is head is unknown
         self._refusal = 400
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -42,11 +48,17 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self._counts_framing = not self._in_head
         if self._in_head:
             self._head_bytes += len(data)
+        else:
+            self._framing_bytes += len(data)
         super().data_received(data)
-        # The parser hands over a header only when it is whole, so an endless one is seen here.
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        # The parser passes on a header or a trailer only when it is whole, so an endless one is seen here.
+        too_long = (
+            self._head_bytes > MAX_HEAD_BYTES if self._in_head else self._framing_bytes > MAX_FRAMING_BYTES
+        )
+        if too_long and not self.transport.is_closing():
             self._refusal = 431
             self.send_400_response("")
 
@@ -56,9 +68,26 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._start_head_timer()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        if self._counts_framing:
+            self._framing_bytes -= len(body)
+        super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        if self._counts_framing:
+            self._framing_bytes -= CHUNK_FRAMING_BYTES
+
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._counts_framing = False
+        self._framing_bytes = 0
         self._stop_head_timer()
+        if self.parser.get_http_version() not in HTTP_VERSIONS:
+            self._refuse(505)
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._refuse(431)

@@ -57,9 +57,12 @@ def status_of(answer: bytes) -> int:
         (b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", {400}),
         (b"GET /%zz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", {400, 404}),
         (b"GET /a%0d%0aINFO%20forged%00 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", {404}),
+        (b"GET /health HTTP/0.9\r\nHost: a\r\n\r\n", {400, 505}),
+        (b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n", {400, 505}),
+        (b"GET /health\r\n\r\n", {400, 505}),
         (b"GET /v1/../admin HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", {404}),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_requests_beyond_the_limits_are_refused_and_closed(
     port: int, sent: bytes, statuses: set[int]
@@ -71,6 +74,58 @@ def test_requests_beyond_the_limits_are_refused_and_closed(
     assert raw_exchange(port, b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").startswith(
         b"HTTP/1.1 200"
     )
+
+
+def chunked(
+    body: bytes, *, size: int, extension: bytes = b"", trailers: bytes = b"", path: str = "/tokenize"
+) -> bytes:
+    """A POST whose body comes in chunks of `size` bytes."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n"
+    pieces = [head.encode(), b"Content-Type: application/json\r\n\r\n"]
+    for start in range(0, len(body), size):
+        piece = body[start : start + size]
+        pieces += [b"%x%s\r\n" % (len(piece), extension), piece, b"\r\n"]
+    return b"".join([*pieces, b"0\r\n", trailers, b"\r\n"])
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000, 100_000])
+def test_a_body_in_chunks_of_any_size_passes(port: int, size: int) -> None:
+    body = b'{"prompt": "x"' + b" " * 60_000 + b"}"
+    sent = chunked(body, size=size, trailers=b"X-Checksum: 1\r\n")
+    assert status_of(raw_exchange(port, sent)) == 200
+    head, _, rest = sent.partition(b"\r\n\r\n")
+    assert status_of(raw_exchange(port, head + b"\r\n\r\n", rest)) == 200
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"0\r\nX: " + b"y" * 400_000,
+        b"0\r\n" + b"X: y\r\n" * 100_000,
+        b"0\r\n" + (b"X: " + b"y" * 4000 + b"\r\n") * 100,
+        b"1;" + b"x" * 400_000,
+        (b"1;" + b"x" * 100 + b"\r\na\r\n") * 5000,
+        (b"0" * 400_000) + b"1",
+    ],
+    ids=["one trailer", "trailers", "long trailers", "one extension", "extensions", "one size"],
+)
+def test_what_is_no_part_of_a_chunked_body_is_bounded(port: int, framing: bytes) -> None:
+    """Kept trailers cost twenty times their size, and one that never ends took quadratic time."""
+    head, _, start = chunked(b"{}", size=2).partition(b"\r\n\r\n")
+    began = time.monotonic()
+    answer = raw_exchange(port, head + b"\r\n\r\n" + start[: -len(b"0\r\n\r\n")], framing)
+    assert time.monotonic() - began < 15, "the connection was not closed"
+    assert answer == b"" or status_of(answer) in (400, 431), answer[:100]
+
+
+def test_a_trailer_is_no_header(port: int) -> None:
+    sent = chunked(b'{"prompt": "x"}', size=4, trailers=b"Content-Type: application/json\r\n")
+    head, _, body = sent.partition(b"\r\n\r\n")
+    head = head.replace(b"Content-Type: application/json\r\n", b"").replace(
+        b"\r\nContent-Type: application/json", b""
+    )
+    assert status_of(raw_exchange(port, head + b"\r\n\r\n" + body)) == 400
+    assert status_of(raw_exchange(port, head + b"\r\n\r\n", body)) == 400
 
 
 def test_a_head_within_the_limits_passes(port: int) -> None:
