@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from microvllm.openai_compat import admin, docs, errors, models, monitoring
+from microvllm.openai_compat.absent import Handler, absent_routes, switched_off
 from microvllm.openai_compat.auth import AuthMiddleware
 from microvllm.openai_compat.chat import create_chat_completion
 from microvllm.openai_compat.completions import create_completion
@@ -73,6 +74,7 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
             Route("/metrics/", monitoring.metrics, methods=["GET"], include_in_schema=False),
             Route("/load", monitoring.load, methods=["GET"]),
             *_optional_routes(args),
+            *absent_routes(),
         ],
         middleware=middleware,
         exception_handlers={
@@ -90,16 +92,15 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
 
 
 def _optional_routes(args: ServerArgs) -> list[Route]:
-    """The endpoints that have to be asked for, and the documentation, which can be switched off."""
-    routes = []
-    if args.enable_tokenizer_info_endpoint:
-        routes.append(Route("/tokenizer_info", admin.tokenizer_info, methods=["GET"]))
-    if args.dev_mode:
-        routes += [
-            Route("/server_info", admin.server_info, methods=["GET"]),
-            Route("/reset_prefix_cache", admin.reset_prefix_cache, methods=["POST"]),
-            Route("/is_sleeping", admin.is_sleeping, methods=["GET"]),
-        ]
+    """The endpoints that a switch turns on, and the documentation, which another turns off."""
+    tokenizer_info = args.enable_tokenizer_info_endpoint, "--enable-tokenizer-info-endpoint"
+    dev_mode = args.dev_mode, "VLLM_SERVER_DEV_MODE=1 in the environment"
+    routes = [
+        _optional("/tokenizer_info", admin.tokenizer_info, "GET", *tokenizer_info),
+        _optional("/server_info", admin.server_info, "GET", *dev_mode),
+        _optional("/reset_prefix_cache", admin.reset_prefix_cache, "POST", *dev_mode),
+        _optional("/is_sleeping", admin.is_sleeping, "GET", *dev_mode),
+    ]
     if not args.disable_fastapi_docs:
         routes += [
             Route("/openapi.json", docs.openapi, methods=["GET"], include_in_schema=False),
@@ -107,6 +108,11 @@ def _optional_routes(args: ServerArgs) -> list[Route]:
             Route("/redoc", docs.docs, methods=["GET"], include_in_schema=False),
         ]
     return routes
+
+
+def _optional(path: str, endpoint: Handler, method: str, enabled: bool, switch: str) -> Route:
+    handler = endpoint if enabled else switched_off(switch)
+    return Route(path, handler, methods=[method], include_in_schema=enabled)
 
 
 def _layers(args: ServerArgs) -> list[Middleware]:

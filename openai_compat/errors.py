@@ -16,6 +16,7 @@ from starlette.responses import Response
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
 
 BAD_SHAPE = "Bad Request"
+HTTP_KINDS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
 INTERNAL = "Internal server error."
 MAX_QUOTED = 200  # characters of a client's text that an error repeats
 RETRY_AFTER_S = 1
@@ -107,15 +108,22 @@ async def on_client_gone(request: Request, error: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Unknown path or method: `{"detail": ...}`, as FastAPI words it."""
+    """Starlette's handler of unknown paths and methods."""
     if not isinstance(error, HTTPException):
         raise error
-    return Response(
-        orjson.dumps({"detail": error.detail}),
-        error.status_code,
-        dict(error.headers or {}),
-        "application/json",
-    )
+    path = clip(request.scope["path"])
+    message = f"{error.detail}: this server has no endpoint {path}."
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{error.detail}: {path} takes {allowed}, not {request.method}."
+    answer = {
+        "message": message,
+        "type": HTTP_KINDS.get(error.status_code, BAD_SHAPE),
+        "param": None,
+        "code": error.status_code,
+    }
+    headers = dict(error.headers or {})
+    return Response(orjson.dumps({"error": answer}), error.status_code, headers, "application/json")
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ from http_tools import in_process
 
 from microvllm.openai_compat import body as body_module
 from microvllm.openai_compat import prompts
+from microvllm.openai_compat.absent import NOT_IMPLEMENTED
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError
@@ -411,23 +412,59 @@ async def test_a_bug_in_the_middle_of_a_stream_is_an_event(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "body"),
+    ("method", "path", "status", "kind"),
     [
-        ("POST", "/v1/nonexistent", 404, {"detail": "Not Found"}),
-        ("GET", "/", 404, {"detail": "Not Found"}),
-        ("POST", "//v1/completions", 404, {"detail": "Not Found"}),
-        ("POST", "/v1/completions/", 404, {"detail": "Not Found"}),
-        ("GET", "/v1/models/fake-model", 404, {"detail": "Not Found"}),
-        ("POST", "/v1/embeddings", 404, {"detail": "Not Found"}),
-        ("GET", "/v1/completions", 405, {"detail": "Method Not Allowed"}),
-        ("DELETE", "/v1/models", 405, {"detail": "Method Not Allowed"}),
-        ("POST", "/health", 405, {"detail": "Method Not Allowed"}),
+        ("POST", "/v1/nonexistent", 404, "NotFoundError"),
+        ("GET", "/nowhere", 404, "NotFoundError"),
+        ("POST", "//v1/completions", 404, "NotFoundError"),
+        ("POST", "/v1/completions/", 404, "NotFoundError"),
+        ("POST", "/" + "x" * 5000, 404, "NotFoundError"),
+        ("GET", "/v1/completions", 405, "MethodNotAllowedError"),
+        ("DELETE", "/v1/models", 405, "MethodNotAllowedError"),
+        ("DELETE", "/v1/embeddings", 405, "MethodNotAllowedError"),
+        ("POST", "/health", 405, "MethodNotAllowedError"),
     ],
 )
-async def test_unknown_paths_and_methods(method: str, path: str, status: int, body: dict[str, str]) -> None:
+async def test_unknown_paths_and_methods(method: str, path: str, status: int, kind: str) -> None:
     async with in_process(FakeClient()) as http:
         answer = await http.send(http.build_request(method, httpx.URL("http://server", path=path)))
-    assert (answer.status_code, answer.json()) == (status, body)
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["type"], error["param"]) == (status, status, kind, None)
+    assert path[:200] in error["message"] and len(error["message"]) < 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [(method, path) for method, paths in NOT_IMPLEMENTED.items() for path in paths],
+)
+async def test_an_endpoint_that_only_vllm_has_is_named(method: str, path: str) -> None:
+    """Not 404: a client would read that as "no such model", and a proxy as a reason to leave the server."""
+    address = path.replace("{response_id}", "resp_1")
+    async with in_process(FakeClient()) as http:
+        answer = await http.request(method, address, content=b"{}")
+    error = error_of(answer)
+    assert (answer.status_code, error["type"]) == (400, "NotImplementedError")
+    assert f"{method} {address} " in error["message"] and "not implement" in error["message"]
+
+
+async def test_an_endpoint_that_only_vllm_has_needs_the_key_too() -> None:
+    async with in_process(FakeClient(), api_keys=("k",)) as http:
+        assert (await http.post("/v1/embeddings", json={})).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "switch"),
+    [
+        ("GET", "/tokenizer_info", "--enable-tokenizer-info-endpoint"),
+        ("GET", "/is_sleeping", "VLLM_SERVER_DEV_MODE"),
+        ("POST", "/reset_prefix_cache", "VLLM_SERVER_DEV_MODE"),
+    ],
+)
+async def test_an_endpoint_that_is_switched_off_names_its_switch(method: str, path: str, switch: str) -> None:
+    client = FakeClient()
+    async with in_process(client) as http:
+        answer = await http.request(method, path)
+    assert answer.status_code == 400 and switch in error_of(answer)["message"] and not client.resets
 
 
 async def test_a_bug_is_answered_without_its_traceback() -> None:

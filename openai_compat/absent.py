@@ -1,0 +1,68 @@
+"""Answers 400 at the endpoints of vLLM 0.33 that this server does not have, naming the endpoint.
+
+Status 404 would be wrong there: clients read it as "no such model", and a proxy takes the deployment out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from microvllm.openai_compat.errors import clip
+from microvllm.runtime.errors import InvalidRequestError
+
+KIND = "NotImplementedError"
+# The paths of vLLM's routers by method. An endpoint that is implemented comes before them in the router.
+NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
+    "POST": (
+        *("/v1/responses", "/v1/responses/{response_id}/cancel", "/v1/responses/render"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/render"),
+        *("/v1/chat/completions/batch", "/v1/chat/completions/derender", "/v1/completions/derender"),
+        *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
+        *("/rerank", "/v1/rerank", "/v2/rerank", "/generative_scoring", "/v1/decisions", "/v1/systemone"),
+        *("/v1/audio/transcriptions", "/v1/audio/translations", "/invocations", "/cohere/v2/chat"),
+        *("/inference/v1/generate", "/inference/v1/abort_requests", "/abort_requests"),
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        *("/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc"),
+        *("/sleep", "/wake_up", "/release_kv_cache_memory", "/pause", "/resume"),
+        *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
+        *("/start_draft_weight_update", "/update_weights", "/finish_weight_update"),
+        *("/update_weight_version", "/weight_checker"),
+        *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply"),
+    ),
+    "GET": (
+        *("/v1/responses/{response_id}", "/v1/realtime", "/is_paused", "/weight_info", "/get_world_size"),
+        "/fault_tolerance/status",
+    ),
+}
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def absent_routes() -> list[Route]:
+    """Routes of the endpoints that are not implemented, for the end of the router's list."""
+    return [
+        Route(path, _not_implemented, methods=[method], include_in_schema=False)
+        for method, paths in NOT_IMPLEMENTED.items()
+        for path in paths
+    ]
+
+
+async def _not_implemented(request: Request) -> Response:
+    where = f"{request.method} {clip(request.scope['path'])}"
+    raise InvalidRequestError(
+        f"{where} is an endpoint of vLLM that this server does not implement.", kind=KIND
+    )
+
+
+def switched_off(switch: str) -> Handler:
+    """Returns the handler of an endpoint that exists once the server is started with `switch`."""
+
+    async def answer(request: Request) -> Response:
+        where = f"{request.method} {request.scope['path']}"
+        raise InvalidRequestError(f"{where} is switched off: start the server with {switch}.", kind=KIND)
+
+    return answer
