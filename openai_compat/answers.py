@@ -68,20 +68,16 @@ SCHEMAS: Mapping[str, Any] = {
         **_ANSWER,
     ),
     "Generation": _object(id=STRING, text=STRING, usage=_USAGE_OF, metrics=OBJECT_OR_NULL, **_ENDED),
-    "ModelList": _object(
-        object={"const": "list"},
-        data=_list(
-            _object(
-                id=STRING,
-                object={"const": "model"},
-                created=INTEGER,
-                owned_by=STRING,
-                root=STRING,
-                parent=TEXT_OR_NULL,
-                max_model_len=INTEGER,
-                permission=_list({"type": "object"}),
-            )
-        ),
+    "ModelList": _object(object={"const": "list"}, data=_list({"$ref": "#/components/schemas/ModelCard"})),
+    "ModelCard": _object(
+        id=STRING,
+        object={"const": "model"},
+        created=INTEGER,
+        owned_by=STRING,
+        root=STRING,
+        parent=TEXT_OR_NULL,
+        max_model_len=INTEGER,
+        permission=_list({"type": "object"}),
     ),
     "Tokens": _object(
         count=INTEGER,
@@ -108,6 +104,7 @@ OF_PATH: Mapping[str, str] = {
     "/generate": "Generation",
     "/generate_stream": "Generation",
     "/v1/models": "ModelList",
+    "/v1/models/{model}": "ModelCard",
     "/tokenize": "Tokens",
     "/detokenize": "Text",
     "/version": "Version",

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from microvllm.runtime.client import EngineClient
 
 
+# Origins of pages that this machine serves. A page from elsewhere has to be named: behind a firewall or
+# without a key, any site that its user opens could use the server.
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
 class Application(Starlette):
     """Starlette with `layers` around everything, its handler of unexpected errors included, first outermost.
 
@@ -65,6 +70,7 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
             Route("/generate", generate, methods=["POST"], middleware=load),
             Route("/generate_stream", generate_stream, methods=["POST"], middleware=load),
             Route("/v1/models", models.list_models, methods=["GET"]),
+            Route("/v1/models/{model:path}", models.retrieve_model, methods=["GET"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/health", models.health, methods=["GET"]),
@@ -121,11 +127,12 @@ def _layers(args: ServerArgs) -> list[Middleware]:
         layers.append(Middleware(RootPathMiddleware, prefix=args.root_path))
     if args.enable_request_id_headers:
         layers.append(Middleware(RequestIdMiddleware))
-    if args.allowed_origins:
+    if args.allowed_origins != ():
         layers.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=args.allowed_origins,
+                allow_origins=args.allowed_origins or (),
+                allow_origin_regex=LOCAL_PAGES if args.allowed_origins is None else None,
                 allow_methods=args.allowed_methods,
                 allow_headers=args.allowed_headers,
                 allow_credentials=args.allow_credentials,

@@ -28,11 +28,12 @@ class ServerArgs:
     SIGTERM or SIGINT, `stats_interval` the time between two lines of statistics.
 
     `root_path` is the path prefix below which a proxy publishes the server. Web pages of `allowed_origins`
-    may use it from a browser (CORS). A stream that is silent for `sse_keep_alive_interval` seconds gets a
-    comment; 0 is off. `ssl_certfile` turns plain HTTP into HTTPS; `ssl_cert_reqs` 0, 1 or 2 never,
-    optionally or always asks the client for a certificate of `ssl_ca_certs`. `fingerprint_mode` says what
-    answers carry as `system_fingerprint`: version and configuration (full, hash), `fingerprint_value`
-    (custom) or null (none). `dev_mode` adds endpoints that tell or change what only an operator should.
+    may use it from a browser (CORS); None allows the pages that this machine serves. A stream that is silent
+    for `sse_keep_alive_interval` seconds gets a comment; 0 is off. `ssl_certfile` turns plain HTTP into
+    HTTPS; `ssl_cert_reqs` 0, 1 or 2 never, optionally or always asks the client for a certificate of
+    `ssl_ca_certs`. `fingerprint_mode` says what answers carry as `system_fingerprint`: version and
+    configuration (full, hash), `fingerprint_value` (custom) or null (none). `dev_mode` adds endpoints that
+    tell or change what only an operator should.
 
     Raises `ConfigError` with one line that names the option.
     """
@@ -59,7 +60,7 @@ class ServerArgs:
     enable_per_request_metrics: bool = False
     enable_server_load_tracking: bool = False
     root_path: str = ""
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] | None = None
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False

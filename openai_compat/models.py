@@ -1,8 +1,9 @@
-"""GET /v1/models, and the probes /health, /ping and /version."""
+"""GET /v1/models and /v1/models/{model}, and the probes /health, /ping and /version."""
 
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -10,41 +11,51 @@ from starlette.responses import Response
 
 import microvllm
 from microvllm.openai_compat.errors import RETRY_AFTER_S
+from microvllm.openai_compat.generation import check_model
 from microvllm.openai_compat.state import ServerState
 
 
 async def list_models(request: Request) -> Response:
     """One card per served name. `root` is a folder from which benchmark clients load the tokenizer."""
     state: ServerState = request.app.state.server
-    cards = [
-        {
-            "id": name,
-            "object": "model",
-            "created": state.created,
-            "owned_by": "microvllm",
-            "root": state.client.tokenizer_root,
-            "parent": None,
-            "max_model_len": state.client.config.max_model_len,
-            "permission": [
-                {
-                    "id": f"modelperm-{uuid.uuid5(uuid.NAMESPACE_OID, name).hex}",
-                    "object": "model_permission",
-                    "created": state.created,
-                    "allow_create_engine": False,
-                    "allow_sampling": True,
-                    "allow_logprobs": True,
-                    "allow_search_indices": False,
-                    "allow_view": True,
-                    "allow_fine_tuning": False,
-                    "organization": "*",
-                    "group": None,
-                    "is_blocking": False,
-                }
-            ],
-        }
-        for name in state.model_names
-    ]
+    cards = [_card(state, name) for name in state.model_names]
     return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
+
+
+async def retrieve_model(request: Request) -> Response:
+    """The card of one served name, which may have slashes in it."""
+    state: ServerState = request.app.state.server
+    name = request.path_params["model"]
+    check_model(name or "/", state.model_names)
+    return Response(orjson.dumps(_card(state, name)), media_type="application/json")
+
+
+def _card(state: ServerState, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "microvllm",
+        "root": state.client.tokenizer_root,
+        "parent": None,
+        "max_model_len": state.client.config.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{uuid.uuid5(uuid.NAMESPACE_OID, name).hex}",
+                "object": "model_permission",
+                "created": state.created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
+    }
 
 
 async def health(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ def build_document(routes: Iterable[BaseRoute], args: ServerArgs) -> dict[str, A
         if isinstance(route, Route) and route.include_in_schema:
             for method in sorted((route.methods or set()) - {"HEAD"}):
                 operation = _operation(route, method, with_keys and route.path not in OPEN_PATHS)
-                paths.setdefault(route.path, {})[method.lower()] = operation
+                paths.setdefault(route.path_format, {})[method.lower()] = operation
     schemas = {name: request_schema(rows, limits) for path, (name, rows) in BODIES.items() if path in paths}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -95,7 +96,7 @@ def request_schema(rows: Table, limits: Mapping[str, Parser[Any]] | None = None)
 
 def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
     """One method of one path. What the endpoint's docstring says is what the document says."""
-    path = route.path
+    path = route.path_format
     summary, _, description = (inspect.getdoc(route.endpoint) or path).partition("\n\n")
     content: dict[str, Any] = {}
     if path in answers.OF_PATH:
@@ -105,15 +106,20 @@ def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "Done.", **({"content": content} if content else {})}}
     operation: dict[str, Any] = {
         "summary": " ".join(summary.split()),
-        "operationId": "_".join((method.lower(), *path.strip("/").replace(".", "_").split("/"))),
+        "operationId": "_".join((method.lower(), *re.findall(r"\w+", path))),
         "responses": responses,
     }
     if description.strip():
         operation["description"] = description.strip()
-    if path in PARAMETERS:
-        operation["parameters"] = [
-            {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS[path].items()
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in route.param_convertors
+    ]
+    parameters += [
+        {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS.get(path, {}).items()
+    ]
+    if parameters:
+        operation["parameters"] = parameters
     if path in BODIES:
         body = {"application/json": {"schema": _reference(BODIES[path][0])}}
         operation["requestBody"] = {"required": True, "content": body}

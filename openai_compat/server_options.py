@@ -135,7 +135,11 @@ def server_options(
     ] = False,
     allowed_origins: Annotated[
         Any,
-        typer.Option(parser=json_strings, metavar="[JSON]", help="Web pages that may use the server (CORS)."),
+        typer.Option(
+            parser=json_strings,
+            metavar="[JSON]",
+            help="Web pages that may use the server (CORS); those of localhost if not given.",
+        ),
     ] = None,
     allowed_methods: Annotated[
         Any, typer.Option(parser=json_strings, metavar="[JSON]", help="Methods they may use.")
@@ -221,7 +225,7 @@ def server_options(
         "ssl_cert_reqs": ssl_cert_reqs,
         "ssl_ciphers": ssl_ciphers,
         "enable_ssl_refresh": enable_ssl_refresh,
-        "allowed_origins": allowed_origins or (),
+        "allowed_origins": allowed_origins,
         "allowed_methods": ("*",) if allowed_methods is None else allowed_methods,
         "allowed_headers": ("*",) if allowed_headers is None else allowed_headers,
         "allow_credentials": allow_credentials,

@@ -78,11 +78,44 @@ class TestRequestIds:
 
 
 class TestCors:
-    async def test_off_by_default(self) -> None:
+    @pytest.mark.parametrize(
+        "origin",
+        ["http://localhost:5173", "http://127.0.0.1", "https://localhost:8443", "http://[::1]:3000"],
+    )
+    async def test_pages_of_this_machine_may_use_it_by_default(self, origin: str) -> None:
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        headers["access-control-request-headers"] = "authorization,content-type"
+        async with in_process(FakeClient(), api_keys=("k",)) as http:
+            asked = await http.options("/v1/chat/completions", headers=headers)
+            refused = await http.get("/v1/models", headers={"origin": origin})
+        assert (asked.status_code, refused.status_code) == (200, 401)
+        for answer in (asked, refused):
+            assert answer.headers["access-control-allow-origin"] == origin
+            assert "origin" in answer.headers["vary"].lower()
+
+    @pytest.mark.parametrize(
+        "origin",
+        [ORIGIN, "null", "http://localhost.example", "http://127.0.0.1.example:80", "http://xlocalhost"],
+    )
+    async def test_other_pages_may_not_by_default(self, origin: str) -> None:
+        headers = {"origin": origin, "access-control-request-method": "POST"}
         async with in_process(FakeClient()) as http:
+            answer = await http.get("/version", headers={"origin": origin})
+            asked = await http.options("/v1/completions", headers=headers)
+        assert asked.status_code == 400 and "access-control-allow-origin" not in asked.headers
+        assert "access-control-allow-origin" not in answer.headers
+
+    async def test_every_page_may_if_the_operator_says_so(self) -> None:
+        async with in_process(FakeClient(), allowed_origins=("*",)) as http:
             answer = await http.get("/version", headers={"origin": ORIGIN})
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+    async def test_an_empty_list_is_off(self) -> None:
+        async with in_process(FakeClient(), allowed_origins=()) as http:
+            answer = await http.get("/version", headers={"origin": "http://localhost"})
             asked = await http.options(
-                "/v1/completions", headers={"origin": ORIGIN, "access-control-request-method": "POST"}
+                "/v1/completions",
+                headers={"origin": "http://localhost", "access-control-request-method": "POST"},
             )
         assert "access-control-allow-origin" not in answer.headers
         assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
@@ -185,10 +218,11 @@ class TestKeys:
 
 
 class TestAdmin:
-    async def test_absent_unless_asked_for(self) -> None:
+    async def test_switched_off_unless_asked_for(self) -> None:
         async with in_process(FakeClient()) as http:
             for path in ("/server_info", "/is_sleeping", "/tokenizer_info"):
-                assert (await http.get(path)).status_code == 404
+                answer = await http.get(path)
+                assert answer.status_code == 400 and set(answer.json()) == {"error"}
             assert (await http.post("/reset_prefix_cache")).status_code == 404
 
     async def test_server_info(self, monkeypatch: pytest.MonkeyPatch) -> None:

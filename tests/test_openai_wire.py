@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
 from fake_client import BOS, EOS, FakeClient
@@ -365,6 +366,20 @@ async def test_ids_and_names() -> None:
     assert [card["id"] for card in models["data"]] == ["first", "second"]
     assert models["data"][0]["root"] == "/models/fake-model" and models["data"][0]["max_model_len"] == 256
     assert models["object"] == "list" and models["data"][0]["object"] == "model"
+
+
+@pytest.mark.parametrize("name", ["plain", "org/model", "/folder/of a model", "mod%C3%A8le"])
+async def test_one_model(name: str) -> None:
+    served = unquote(name)
+    async with in_process(FakeClient(), served_model_names=("other", served)) as http:
+        listed = (await http.get("/v1/models")).json()["data"][1]
+        for address in (name, quote(served, safe="")):
+            card = await http.get(f"/v1/models/{address}")
+            assert card.json() == listed and listed["id"] == served
+        for unknown in ("nobody", "", "plain/", "other/plain"):
+            missing = await http.get(f"/v1/models/{unknown}")
+            error = missing.json()["error"]
+            assert (missing.status_code, error["type"], error["param"]) == (404, "NotFoundError", "model")
 
 
 async def test_generation_config_gives_defaults_and_a_limit() -> None:
