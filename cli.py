@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from microvllm import __version__
+from microvllm.openai_compat.argv import UsageError, normalise_argv
 from microvllm.openai_compat.engine_options import (
     BackendOpt,
     BlockSizeOpt,
@@ -42,7 +43,6 @@ from microvllm.openai_compat.option_groups import takes
 from microvllm.openai_compat.option_values import OBJECT
 from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.server_options import answer_options, server_options
-from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microvllm.openai_compat.argv import UsageError
 from microvllm.openai_compat.option_values import OBJECT, context_length, human_int, json_object, share
-from microvllm.openai_compat.vllm_flags import UsageError
 from microvllm.runtime.cpu import usable_cores
 
 if TYPE_CHECKING:

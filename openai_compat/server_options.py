@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from microvllm.openai_compat.argv import UsageError
 from microvllm.openai_compat.option_values import (
     OBJECT,
     chat_template_text,
@@ -14,7 +15,6 @@ from microvllm.openai_compat.option_values import (
     json_object,
     json_strings,
 )
-from microvllm.openai_compat.vllm_flags import UsageError
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
 

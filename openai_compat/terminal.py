@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from microvllm.openai_compat.vllm_flags import UsageError
+from microvllm.openai_compat.argv import UsageError
 from microvllm.runtime.errors import MicroVLLMError
 
 LIST_TIMEOUT_S = 30.0  # for the list of models, which every server has at hand

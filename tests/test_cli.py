@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 
 from microvllm import cli
 from microvllm.openai_compat import server
+from microvllm.openai_compat.argv import UsageError, normalise_argv
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.option_values import human_int
 from microvllm.openai_compat.progress import ProgressLine
-from microvllm.openai_compat.vllm_flags import UsageError, normalise_argv
 from microvllm.runtime import program
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineError
