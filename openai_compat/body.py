@@ -13,6 +13,7 @@ from starlette.types import Receive
 
 from microvllm.openai_compat.errors import (
     BAD_SHAPE,
+    BodyMemoryError,
     ClientGoneError,
     Fault,
     PayloadTooLargeError,
@@ -33,7 +34,11 @@ UNITS = {b",": 1, b"[": 4, b"{": 4, b'"': QUOTE_UNITS}
 WEIGH_BYTES = 256 << 10  # at a time
 INLINE_BYTES = 16 << 10  # smaller bodies are parsed at once, others in a worker thread
 NAMED_BYTES = 4 << 20  # up to here a refusal looks for the field at fault, which holds the lock, too
-BODY_DEADLINE_S = 60.0  # for the whole body: one byte a second must not hold a connection for ever
+BODY_DEADLINE_S = 30.0  # for the whole body: one byte a second must not hold a connection for ever
+# Bodies that are being received or parsed, over all connections; what each has below FREE_BYTES, as much as
+# uvicorn buffers in any case, is not counted: a few slow uploads must not keep out every small request.
+MAX_HELD_BODIES = 8  # of the largest size
+FREE_BYTES = 64 << 10
 
 
 class LargeFields(msgspec.Struct):
@@ -49,11 +54,30 @@ class LargeFields(msgspec.Struct):
     bad_words: msgspec.Raw = msgspec.Raw()
 
 
+class BodyMemory:
+    """Bytes of the request bodies that are held at once. Belongs to the event loop's thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+
+    def grow(self, size: int, more: int) -> None:
+        """A body of `size` bytes gets `more`. Raises `BodyMemoryError` where all together take too much."""
+        counted = max(size + more - FREE_BYTES, 0) - max(size - FREE_BYTES, 0)
+        if counted > self._free:
+            raise BodyMemoryError
+        self._free -= counted
+
+    def release(self, size: int) -> None:
+        """A body of `size` bytes is gone."""
+        self._free += max(size - FREE_BYTES, 0)
+
+
 async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
     """The JSON object in the request's body.
 
     Raises `InvalidRequestError` (content type, JSON, not an object, too many values), `PayloadTooLargeError`,
-    `RequestTimeoutError`, or `ClientGoneError` if the client left while sending.
+    `RequestTimeoutError`, `BodyMemoryError` where all bodies together take too much memory, or
+    `ClientGoneError` if the client left while sending.
     """
     media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
     if media_type != "application/json":
@@ -64,15 +88,18 @@ async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes)
+    data = bytearray()
     try:
-        data = await asyncio.wait_for(_read(request.receive, max_bytes), BODY_DEADLINE_S)
+        await asyncio.wait_for(_read(request.receive, data, max_bytes, state.body_memory), BODY_DEADLINE_S)
+        if len(data) <= INLINE_BYTES:
+            return parse_object(data)
+        return await state.client.run_blocking(parse_object, data)
     except asyncio.TimeoutError:
         raise RequestTimeoutError(
             f"The request body took longer than {BODY_DEADLINE_S:g} s to arrive."
         ) from None
-    if len(data) <= INLINE_BYTES:
-        return parse_object(data)
-    return await state.client.run_blocking(parse_object, data)
+    finally:
+        state.body_memory.release(len(data))
 
 
 def parse_object(data: bytes | bytearray) -> dict[str, Any]:
@@ -129,17 +156,19 @@ def _weigh(data: bytes | bytearray, weights: Mapping[bytes, int]) -> int:
     return units
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytearray:
-    data = bytearray()
+async def _read(receive: Receive, data: bytearray, max_bytes: int, memory: BodyMemory) -> None:
+    """Fills `data` with the body."""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        data += message.get("body", b"")
-        if len(data) > max_bytes:
+        part = message.get("body", b"")
+        if len(data) + len(part) > max_bytes:
             raise _too_large(max_bytes)
+        memory.grow(len(data), len(part))
+        data += part
         if not message.get("more_body", False):
-            return data
+            return
 
 
 def _deeper_than(value: Any, limit: int) -> bool:

@@ -13,7 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.errors import (
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    RequestError,
+)
 
 BAD_SHAPE = "Bad Request"
 HTTP_KINDS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
@@ -30,6 +36,13 @@ class PayloadTooLargeError(RequestError):
 class RequestTimeoutError(RequestError):
     status = 408
     kind = "RequestTimeoutError"
+
+
+class BodyMemoryError(EngineBusyError):
+    """The unfinished bodies of all requests together take too much memory."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is receiving too many large request bodies at once.")
 
 
 class ServerStoppingError(EngineDeadError):
@@ -89,7 +102,7 @@ def error_response(error: RequestError | EngineError) -> Response:
     headers = {}
     if error.status == 503:
         headers["retry-after"] = str(RETRY_AFTER_S)
-    if isinstance(error, (PayloadTooLargeError, RequestTimeoutError)):
+    if isinstance(error, (BodyMemoryError, PayloadTooLargeError, RequestTimeoutError)):
         # The rest of the body is never read, so the connection cannot carry another request.
         headers["connection"] = "close"
     return Response(orjson.dumps(error_object(error)), error.status, headers, "application/json")

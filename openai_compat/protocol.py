@@ -25,7 +25,10 @@ WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. A request beyond a limit is answered 400, 408, 431 or 505 and the connection closed."""
+    """One connection. A request beyond a limit is answered 400, 408, 431 or 505 and the connection closed.
+
+    A connection beyond uvicorn's `limit_concurrency` is answered 503 at once.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +42,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            self._refusal = 503
+            self.send_400_response("")
+            return
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -34,6 +34,9 @@ from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.server")
 
+HANDSHAKE_DEADLINE_S = 30.0
+MAX_CONNECTIONS = 16_384
+RESERVED_FILES = 256  # open files that are no connections of clients
 FAREWELL_S = 2.0  # for the last error events to reach their clients
 say_plainly: Callable[[str], None] = functools.partial(print, flush=True)
 
@@ -99,13 +102,14 @@ async def _serve(
             log_level=args.uvicorn_log_level,
             access_log=not args.disable_uvicorn_access_log,
             server_header=False,
+            limit_concurrency=_raise_file_limit(),
             proxy_headers=False,
             timeout_graceful_shutdown=int(FAREWELL_S),
         )
         http.load()
         http.ssl = tls
         state: ServerState = app.state.server
-        server = _Server(http, on_ready=functools.partial(_announce, args, state.model_names[0], say))
+        server = HttpServer(http, on_ready=functools.partial(_announce, args, state.model_names[0], say))
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
         helpers = []
         if state.metrics is not None:
@@ -191,7 +195,7 @@ async def _idle(lifecycle: Lifecycle) -> None:
         await asyncio.sleep(0.02)
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn's server with the signals left to us: its own handlers cut streams and exit by the signal."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
@@ -203,8 +207,44 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """uvicorn's own, for sockets that are bound already, with a deadline for handshakes."""
+        loop = asyncio.get_running_loop()
+        deadline = HANDSHAKE_DEADLINE_S if self.config.ssl else None
+        protocol = functools.partial(GuardedProtocol, self.config, self.server_state, {})
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=sock,
+                ssl=self.config.ssl,
+                ssl_handshake_timeout=deadline,
+                backlog=self.config.backlog,
+            )
+            for sock in sockets or ()
+        ]
+        self.started = True
         self._on_ready()
+
+
+def _raise_file_limit() -> int:
+    """Lets this process open as many files as its system allows it. Returns how many connections that admits.
+
+    Past that limit accepting fails, which would keep every new client waiting in place of one refused.
+    """
+    try:
+        import resource
+    except ImportError:  # there is none for Windows
+        return MAX_CONNECTIONS
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY or most > MAX_CONNECTIONS + RESERVED_FILES:
+        most = MAX_CONNECTIONS + RESERVED_FILES
+    if files != resource.RLIM_INFINITY and files < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        files = most
+    return (
+        MAX_CONNECTIONS
+        if files == resource.RLIM_INFINITY
+        else max(min(files - RESERVED_FILES, MAX_CONNECTIONS), 1)
+    )
 
 
 def _announce(args: ServerArgs, model: str, say: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import microvllm
+from microvllm.openai_compat.body import MAX_HELD_BODIES, BodyMemory
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.http_metrics import HttpMetrics
 from microvllm.openai_compat.lifecycle import Lifecycle
@@ -37,8 +38,10 @@ class ServerState:
     exposition: Exposition | None = None
     num_generations: int = 0  # requests in progress that generate
     fingerprint: str | None = None
+    body_memory: BodyMemory = field(init=False)
 
     def __post_init__(self) -> None:
+        self.body_memory = BodyMemory(MAX_HELD_BODIES * self.args.max_body_bytes)
         if not self.args.disable_log_stats:
             self.metrics = EngineMetrics(self.client.config.max_model_len, self.client.stats)
             self.client.observer = self.metrics

@@ -20,6 +20,7 @@ from process_tools import PATIENCE_S
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.protocol import GuardedProtocol
+from microvllm.openai_compat.server import HttpServer
 
 
 @asynccontextmanager
@@ -32,13 +33,25 @@ async def in_process(client: FakeClient, **args: Any) -> AsyncIterator[httpx.Asy
 
 
 @contextmanager
-def real_server(client: FakeClient, tls: ssl.SSLContext | None = None, **args: Any) -> Iterator[int]:
-    """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port."""
+def real_server(
+    client: FakeClient, tls: ssl.SSLContext | None = None, connections: int | None = None, **args: Any
+) -> Iterator[int]:
+    """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port.
+
+    At most `connections` at once.
+    """
     app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
-    config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="error")
+    config = uvicorn.Config(
+        app,
+        http=GuardedProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        limit_concurrency=connections,
+    )
     config.load()
     config.ssl = tls
-    server = uvicorn.Server(config)
+    server = HttpServer(config, on_ready=lambda: None)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)

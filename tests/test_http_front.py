@@ -412,3 +412,16 @@ def test_https_end_to_end(tmp_path: Path) -> None:
             assert len(events(answer.text)) == 3
             assert http.get(f"https://localhost:{port}/health").status_code == 200
         assert b"200" not in raw_exchange(port, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+
+
+def test_a_handshake_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that never begins one holds a connection that counts nowhere."""
+    monkeypatch.setattr(server, "HANDSHAKE_DEADLINE_S", 0.5)
+    context = tls_context(ServerArgs(**HTTPS))
+    with (
+        real_server(FakeClient(), tls=context) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as sock,
+    ):
+        began = time.monotonic()
+        assert sock.recv(1) == b""
+        assert time.monotonic() - began < 20  # asyncio's own deadline is a minute

@@ -77,17 +77,21 @@ BODY = {"prompt": "hi", "max_tokens": 200, "ignore_eos": True}
 
 
 class Serving:
-    """A `serve` process; `output` grows as it prints."""
+    """A `serve` process; `output` grows as it prints. `files` is its soft limit of open files."""
 
-    def __init__(self, folder: Path, *, client: dict[str, Any], load_s: float, **args: Any) -> None:
+    def __init__(
+        self, folder: Path, *, client: dict[str, Any], load_s: float, files: int | None = None, **args: Any
+    ) -> None:
         self.held = held_port()
         self.port = args.setdefault("port", self.held.getsockname()[1])
         self._file = folder / f"output-{self.port}-{time.monotonic_ns()}"
         program = PROGRAM.format(tests=str(Path(__file__).parent))
         options = json.dumps({"client": client, "load_s": load_s, "args": args})
+        files = f"ulimit -S -n {files} && " if files else ""
+        command = [sys.executable, "-c", program, options]
         with self._file.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, options], stdout=file, stderr=subprocess.STDOUT
+                ["sh", "-c", f'{files}exec "$@"', "sh", *command], stdout=file, stderr=subprocess.STDOUT
             )
 
     @property
@@ -109,9 +113,13 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, client: dict[str, Any] | None = None, load_s: float = 0, **args: Any
+    folder: Path,
+    client: dict[str, Any] | None = None,
+    load_s: float = 0,
+    files: int | None = None,
+    **args: Any,
 ) -> Iterator[Serving]:
-    server = Serving(folder, client=client or {}, load_s=load_s, **args)
+    server = Serving(folder, client=client or {}, load_s=load_s, files=files, **args)
     try:
         yield server
     finally:
@@ -133,6 +141,16 @@ def test_start_and_stop(tmp_path: Path) -> None:
         assert server.process.wait(PATIENCE_S) == 0
         assert "closed 0 0" in server.output and "Traceback" not in server.output
         assert "frozen True" in server.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+def test_a_low_soft_limit_of_open_files_bounds_no_clients(tmp_path: Path) -> None:
+    """A shell's limit is often 1,024, and a benchmark client opens thousands of connections at once."""
+    with serving(tmp_path, files=64) as server, contextlib.ExitStack() as stack:
+        server.wait_for("Application startup complete.")
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE_S))
+        assert server.post({**BODY, "max_tokens": 1}).status == 200
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

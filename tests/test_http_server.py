@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
@@ -219,6 +220,26 @@ def test_a_client_that_leaves_in_the_middle_of_tokens() -> None:
         made = client.tokens_made
         time.sleep(0.1)
         assert client.tokens_made == made and client.aborted == 1
+
+
+def test_connections_beyond_the_limit_are_refused_at_once() -> None:
+    health = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+    with real_server(FakeClient(), connections=4) as port, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(3)]
+        for sock in idle:
+            sock.sendall(health)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        answer = raw_exchange(port)
+        assert status_of(answer) == 503 and b"connection: close" in answer
+        idle[0].sendall(health)
+        assert idle[0].recv(65536).startswith(b"HTTP/1.1 200")
+        idle[0].close()
+        eventually(
+            lambda: (
+                status_of(raw_exchange(port, health.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")))
+                == 200
+            )
+        )
 
 
 def test_a_client_that_stops_reading_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

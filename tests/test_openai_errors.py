@@ -177,6 +177,42 @@ async def test_body_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.status_code == 408
 
 
+async def test_the_memory_of_unfinished_bodies_is_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many slow uploads, each within the limit, must not add up; small requests go on meanwhile."""
+    monkeypatch.setattr(body_module, "BODY_DEADLINE_S", 30.0)
+    finish = asyncio.Event()
+    started = 0
+
+    async def half() -> Any:
+        nonlocal started
+        yield b'{"prompt": "hi", "max_tokens": 1'
+        for _ in range(9):
+            yield b" " * 100_000
+        started += 1
+        await finish.wait()
+        yield b"}"
+
+    async with in_process(FakeClient(), max_body_bytes=1_000_000) as http:
+        uploads = [
+            asyncio.ensure_future(http.post("/v1/completions", content=half(), headers=JSON))
+            for _ in range(40)
+        ]
+        while started + sum(upload.done() for upload in uploads) < len(uploads):
+            await asyncio.sleep(0.01)
+        small = await http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 1})
+        finish.set()
+        answers = await asyncio.gather(*uploads)
+        refused = [answer for answer in answers if answer.status_code == 503]
+        assert small.status_code == 200
+        assert 8 <= len(answers) - len(refused) <= 10
+        assert "bodies" in refused[0].json()["error"]["message"]
+        assert refused[0].headers["connection"] == "close" and refused[0].headers["retry-after"]
+        again = await asyncio.gather(
+            *(http.post("/v1/completions", content=half(), headers=JSON) for _ in range(8))
+        )
+        assert {answer.status_code for answer in again} == {200}, "memory was not given back"
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
