@@ -110,11 +110,25 @@ class EngineCore(Generic[StepT]):
         if done is None:
             self.clock.enter("messages")
             return failed
+        return failed + self._collect(done)
+
+    def drain(self) -> list[StepOutput]:
+        """Await the step in flight, if there is one, without launching another; returns its tokens."""
+        done, self._in_flight = self._in_flight, None
+        return [] if done is None else self._collect(done)
+
+    def rest(self) -> None:
+        """Count the time until the next step as idle, and write the report of the steps so far."""
+        self.clock.enter("idle")
+        if self.report is not None:
+            self.report.write()
+
+    def _collect(self, done: StepT) -> list[StepOutput]:
         self.clock.enter("wait")
         result = self._runner.collect(done)
         self.clock.enter("commit")
         scheduled = done.plan.scheduled
-        outputs = failed + self.scheduler.commit(done.plan, result)
+        outputs = self.scheduler.commit(done.plan, result)
         num_tokens = sum(item.num_new for item in scheduled)
         self._num_steps += 1
         self._num_decode_steps += num_tokens == len(scheduled)

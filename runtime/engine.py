@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import EngineCore
+from microvllm.runtime.core_thread import CoreThread
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
+from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+INTERRUPTED_WAIT_S = 1.0  # for the step that runs when KeyboardInterrupt comes; a long prompt takes longer
 
 
 class InferenceEngine:
@@ -36,8 +40,10 @@ class InferenceEngine:
     goes to stderr whenever all requests have ended. Sampling options (temperature, top_p, top_k, min_p, seed,
     stop, ...) are those of `SamplingParams`; what is not given comes from the model's generation_config.json.
 
-    Not thread-safe, but several streams may be open and taken from in turns. Raises `ConfigError` for a
-    model that cannot be loaded and `InvalidRequestError`, naming the field, for a wrong request.
+    May be used from several threads, whose requests then share steps, and several streams may be open and
+    taken from in turns. KeyboardInterrupt ends the requests of the call that it comes to, and only these; the
+    engine stays usable. Raises `ConfigError` for a model that cannot be loaded and `InvalidRequestError`,
+    naming the field, for a wrong request.
     """
 
     def __init__(
@@ -56,7 +62,7 @@ class InferenceEngine:
         runner = ModelGraphRunner(self.config, on_progress)
         self.config = runner.config
         self.core = EngineCore(self.config, runner)
-        self._inboxes: dict[int, deque[StepOutput]] = {}  # by request, of each open iterator of `run`
+        self._core_thread = CoreThread(self.core)
 
     def generate(
         self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any
@@ -116,46 +122,30 @@ class InferenceEngine:
             request.request_id: (index, OutputText(self.tokenizer, request))
             for index, request in enumerate(requests)
         }
-        # Steps serve every open iterator: what belongs to another waits in its inbox.
-        inbox: deque[StepOutput] = deque()
+        run, wait_s = self._core_thread.run(requests), None
         try:
-            for request in requests:
-                self._inboxes[request.request_id] = inbox
-                refused = self.core.add(request)
-                if refused is not None:
-                    texts[request.request_id][1].take(refused)  # raises what was wrong with it
+            run.start()
             while texts:
-                while not inbox:
-                    self._step()
-                output = inbox.popleft()
-                if output.request_id not in texts:
-                    continue
-                index, text = texts[output.request_id]
-                delta = text.take(output)
-                if delta.finish_reason is not None:
-                    del texts[output.request_id]
-                    self.core.abort(output.request_id)  # a stop string ended it, or it is gone anyway
-                yield index, delta
+                for output in run.take():
+                    if output.request_id not in texts:
+                        continue
+                    index, text = texts[output.request_id]
+                    delta = text.take(output)
+                    if delta.finish_reason is not None:
+                        del texts[output.request_id]
+                        if output.finish_reason is None:  # a stop string: the engine does not know yet
+                            run.abort(output.request_id)
+                    yield index, delta
+        except KeyboardInterrupt:
+            wait_s = INTERRUPTED_WAIT_S
+            raise
         finally:
-            for request_id in texts:
-                self.core.abort(request_id)
-            for request in requests:
-                self._inboxes.pop(request.request_id, None)
-            while self.core.has_work() and not self._inboxes:  # steps in flight of what was aborted
-                self._step()
-            if not self.core.has_work():
-                self._rest()
+            run.post(run.closing)  # first of all, and not by a method: a second interrupt must not skip it
+            run.wait_closed(wait_s)
 
-    def _step(self) -> None:
-        for output in self.core.step():
-            inbox = self._inboxes.get(output.request_id)
-            if inbox is not None:
-                inbox.append(output)
-
-    def _rest(self) -> None:
-        self.core.clock.enter("idle")
-        if self.core.report is not None:
-            self.core.report.write()
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function that uses `core`, between two steps."""
+        return self._core_thread.call(function)
 
     def _requests(self, prompt: str, params: SamplingParams) -> list[EngineRequest]:
         return self.processor.requests(self.processor.tokenize_prompt(_text(prompt)), params)

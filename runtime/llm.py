@@ -110,7 +110,7 @@ class LLM:
         return self.engine.sampling_params()
 
     def reset_prefix_cache(self) -> bool:
-        self.engine.core.reset_prefix_cache()
+        self.engine.call(self.engine.core.reset_prefix_cache)
         return True
 
     def generate(
