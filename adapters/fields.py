@@ -5,12 +5,16 @@ Imports no torch.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
+
+logger = logging.getLogger("microvllm.model")
 
 MAX_SIZE = (1 << 31) - 1  # no dimension of a dense model is near this; larger values are damage
 MAX_LAYERS = 1 << 12
@@ -100,15 +104,28 @@ class Fields:
         return ids[0] if ids else None
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """Token ids below `vocab_size`, from one integer or a list of them; negative ones mean "none"."""
+        """Token ids below `vocab_size`, from one integer or a list of them.
+
+        Others (-1 for "none", padding beyond the vocabulary) name no token that could ever be seen or
+        generated: they are ignored with a warning.
+        """
         value = self._values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token in ids:
-            if type(token) is not int or token >= vocab_size:
-                raise self.error(
-                    key, f"must be a token id below vocab_size {vocab_size}, got {shorten(token)}"
+            if type(token) is not int:
+                raise self.error(key, f"must be a token id, got {shorten(token)}")
+            if not 0 <= token < vocab_size:
+                warn_once(
+                    f"{self.path}: {self.where}{key} {shorten(token)} is ignored: "
+                    f"the vocabulary has {vocab_size} tokens"
                 )
-        return tuple(token for token in ids if token >= 0)
+        return tuple(token for token in ids if 0 <= token < vocab_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def warn_once(message: str) -> None:
+    """Log a warning; the same file is read for the model and for the tokenizer."""
+    logger.warning("%s", message)
 
 
 def shorten(value: object) -> str:

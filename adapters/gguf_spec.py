@@ -12,6 +12,7 @@ import numpy as np
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import MAX_LAYERS, MAX_ROPE_FACTOR, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_tokens import special_tokens
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 
 # Quantised weights came from bfloat16 training as a rule; float16 could overflow in their activations.
@@ -28,10 +29,6 @@ def gguf_spec(file: GGUFFile, architecture: str) -> ModelSpec:
         file.path,
         {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)},
         prefix,
-    )
-    tokenizer = Fields(
-        file.path,
-        {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.ggml.")},
     )
     if keys.get("expert_count") not in (None, 0):
         raise keys.error("expert_count", "is set: mixture-of-experts models are not supported")
@@ -63,6 +60,7 @@ def gguf_spec(file: GGUFFile, architecture: str) -> ModelSpec:
     if rope.scaling == "linear":
         max_position = int(max_position * rope.factor)
     window = keys.size("attention.sliding_window", max_position)
+    special = special_tokens(file.path, file.metadata)
     return ModelSpec(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -82,18 +80,9 @@ def gguf_spec(file: GGUFFile, architecture: str) -> ModelSpec:
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         sliding_window=window if window < max_position else None,
         dtype=DTYPES.get(_matrix_type(file), "bfloat16"),
-        bos_token_id=tokenizer.token_id("tokenizer.ggml.bos_token_id", vocab_size),
-        eos_token_ids=_end_tokens(tokenizer, vocab_size),
+        bos_token_id=special.named.get("bos_token_id"),
+        eos_token_ids=tuple(token for token in special.ends if token < vocab_size),
     )
-
-
-def _end_tokens(tokenizer: Fields, vocab_size: int) -> tuple[int, ...]:
-    """The end of text, then the end of a turn, which chat models of the Llama 3 kind have beside it."""
-    tokens = [
-        *tokenizer.token_ids("tokenizer.ggml.eos_token_id", vocab_size),
-        *tokenizer.token_ids("tokenizer.ggml.eot_token_id", vocab_size),
-    ]
-    return tuple(dict.fromkeys(tokens))
 
 
 def _matrix_type(file: GGUFFile) -> str:

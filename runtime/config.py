@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.fields import Fields
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
@@ -191,6 +192,7 @@ class EngineArgs:
                 path,
                 DEMO_GENERATION_CONFIG if is_demo(self.model) else {},
                 self.override_generation_config or {},
+                spec.vocab_size,
             ),
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
@@ -403,7 +405,7 @@ def _positive(value: int | None, default: int, option: str) -> int:
 
 
 def _generation_defaults(
-    wish: str, model: Path, card: dict[str, Any], override: dict[str, Any]
+    wish: str, model: Path, card: dict[str, Any], override: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
     """The sampling defaults of `generation_config.json`, as `--generation-config` asks, under the override.
 
@@ -413,14 +415,14 @@ def _generation_defaults(
     """
     file = _generation_file(wish, model)
     found = card if wish == "auto" else {}
-    defaults = dict(found) if file is None else _read_generation_config(file)
+    defaults = dict(found) if file is None else _read_generation_config(file, vocab_size)
     unknown = sorted(set(override) - {*GENERATION_FIELDS, "eos_token_id"})
     if unknown:
         raise ConfigError(
             f"--override-generation-config: {unknown[0]} is not known; it may hold "
             f"{', '.join(GENERATION_FIELDS)} and eos_token_id"
         )
-    return {**defaults, **_checked_defaults(override, "--override-generation-config")}
+    return {**defaults, **_checked_defaults(override, "--override-generation-config", vocab_size)}
 
 
 def _generation_file(wish: str, model: Path) -> Path | None:
@@ -435,18 +437,18 @@ def _generation_file(wish: str, model: Path) -> Path | None:
     raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
 
 
-def _read_generation_config(file: Path) -> dict[str, Any]:
+def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold a JSON object")
-    return _checked_defaults(content, str(file))
+    return _checked_defaults(content, str(file), vocab_size)
 
 
-def _checked_defaults(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """What is known of a generation config, its types and ranges checked."""
+def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> dict[str, Any]:
+    """What is known of a generation config, its types and ranges checked; ends are a list of token ids."""
     defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
     ends = content.get("eos_token_id")
     try:
@@ -454,4 +456,7 @@ def _checked_defaults(content: dict[str, Any], source: str) -> dict[str, Any]:
         msgspec.convert(ends, int | list[int] | None)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {error}") from None
-    return defaults if ends is None else {**defaults, "eos_token_id": ends}
+    if ends is None:
+        return defaults
+    known = Fields(Path(source), content).token_ids("eos_token_id", vocab_size)
+    return {**defaults, "eos_token_id": list(known)}

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.gguf_tokens import special_tokens
 
 # `tokenizer.ggml.token_type`, by number.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -92,6 +93,10 @@ class _Builder:
         self.vocab = {token: index for index, token in enumerate(self.tokens)}
         if len(self.vocab) != len(self.tokens):
             raise self._error("tokens", "holds the same token twice")
+        special = special_tokens(path, metadata)
+        self.named_ids = special.named
+        for index in special.known_ends:
+            self.types[index] = CONTROL
 
     def build(self) -> GGUFTokenizer:
         kind = self.metadata.get("tokenizer.ggml.model")
@@ -103,9 +108,9 @@ class _Builder:
             raise self._error("model", f"is {kind!r}; 'gpt2' and 'llama' are supported")
         self._add_tokens(backend)
         named = {
-            name: self.tokens[index]
+            name: self.tokens[self.named_ids[key]]
             for name, key in NAMED_TOKENS.items()
-            if (index := self._token_id(key)) is not None
+            if key in self.named_ids
         }
         self._add_post_processor(backend, named, add_bos)
         template = self.metadata.get("tokenizer.chat_template")
@@ -134,7 +139,7 @@ class _Builder:
         scores = [float(score) for score in self._array("scores")]
         if len(scores) != len(self.tokens):
             raise self._error("scores", f"has {len(scores)} entries for {len(self.tokens)} tokens")
-        unknown = self._token_id("unknown_token_id")
+        unknown = self.named_ids.get("unknown_token_id")
         backend = self._bpe(
             self._merges_from_scores(scores),
             unk_token=None if unknown is None else self.tokens[unknown],
@@ -201,14 +206,6 @@ class _Builder:
 
     def _flag(self, key: str, default: bool) -> bool:
         return bool(self.metadata.get(f"tokenizer.ggml.{key}", default))
-
-    def _token_id(self, key: str) -> int | None:
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        if not 0 <= int(value) < len(self.tokens):
-            raise self._error(key, f"is {value}, outside the vocabulary of {len(self.tokens)} tokens")
-        return int(value)
 
     def _error(self, key: str, problem: str) -> ModelFileError:
         return ModelFileError(self.path, f"tokenizer.ggml.{key} {problem}")

@@ -195,10 +195,11 @@ def _end_tokens(config: EngineConfig, tokenizer: Tokenizer) -> tuple[int | None,
 
     The first is the tokenizer's; a model's configuration may list more (Llama 3's 128008 and 128009).
     """
-    listed = config.generation_defaults.get("eos_token_id", [])
-    ends = [*config.spec.eos_token_ids, *(listed if isinstance(listed, list) else [listed])]
-    known = [token for token in ends if type(token) is int and 0 <= token < config.spec.vocab_size]
+    spec = config.spec
+    ends = [*spec.eos_token_ids, *config.generation_defaults.get("eos_token_id", [])]
     eos = tokenizer.eos_token_id
-    if eos is None and known:
-        eos = known[0]
-    return eos, sorted(set(known) - {eos})
+    if eos is not None and eos >= spec.vocab_size:  # the tokenizer of another model: no logit has this id
+        eos = None
+    if eos is None and ends:
+        eos = ends[0]
+    return eos, sorted(set(ends) - {eos})

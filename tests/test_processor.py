@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_client import EOS, VOCAB_SIZE, FakeTokenizer
+from tiny_models import make_hf_folder
 
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import INT64_MAX, SamplingParams
@@ -109,3 +113,45 @@ def test_bad_words_are_spelt_at_the_start_and_after_a_space(processor: Processor
     (request,) = processor.requests([1], SamplingParams(bad_words=["ab", " ab", " "]))
     a, b, space = b"ab "
     assert request.bad_word_ids == [[a, b], [space, a, b], [space]]
+
+
+def test_an_end_beyond_the_logits_is_no_end(processor: Processor) -> None:
+    """The tokenizer may be larger than the model; a mask for `min_tokens` would be written past the row."""
+    tokenizer: Any = FakeTokenizer()
+    tokenizer.chat_template, tokenizer.eos_token_id = None, VOCAB_SIZE
+    config: Any = SimpleNamespace(
+        max_model_len=64,
+        spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[]),
+        generation_defaults={"eos_token_id": [3, 4]},
+        max_logprobs=20,
+    )
+    (request,) = Processor(config, tokenizer).requests([1], SamplingParams(min_tokens=2, max_tokens=9))
+    assert (request.eos_token_id, request.stop_token_ids) == (3, [4])
+
+
+@pytest.mark.parametrize(
+    ("ends", "kept", "ignored"),
+    [(7, [7], ()), ([7, -1, 320, 9], [7, 9], (-1, 320)), (-1, [], (-1,)), (1 << 60, [], (1 << 60,))],
+)
+def test_ends_of_a_generation_config_outside_of_the_vocabulary_are_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: Any, kept: list[int], ignored: tuple[int, ...]
+) -> None:
+    model = make_hf_folder(tmp_path / "model", "llama")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), "utf-8")
+    args = EngineArgs(model=str(model), device="cpu", attention_backend="torch")
+    assert args.resolve().generation_defaults == {"eos_token_id": kept}
+    for token in ignored:
+        assert f"generation_config.json: eos_token_id {token} is ignored" in caplog.text
+
+
+def test_an_overridden_end_outside_of_the_vocabulary_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = EngineArgs(
+        model=str(make_hf_folder(tmp_path / "model", "llama")),
+        device="cpu",
+        attention_backend="torch",
+        override_generation_config={"eos_token_id": [3, 320]},
+    )
+    assert args.resolve().generation_defaults == {"eos_token_id": [3]}
+    assert "--override-generation-config: eos_token_id 320 is ignored" in caplog.text

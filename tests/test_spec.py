@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import FAMILIES, make_hf_folder, write_gguf
+from tiny_models import FAMILIES, make_hf_folder, token_id, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.gguf_spec import llama3_divisors
@@ -291,6 +291,24 @@ def test_bad_rope_scaling(tmp_path: Path, scaling: Any, key: str) -> None:
     assert message.startswith(f"{tmp_path / 'config.json'}: {key} ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "ignored"),
+    [
+        ("eos_token_id", -1, "-1"),
+        ("eos_token_id", [2, 49152, -1], "49152"),
+        ("eos_token_id", [2, 1 << 40], str(1 << 40)),
+        ("bos_token_id", 49152, "49152"),
+    ],
+)
+def test_an_id_outside_of_the_vocabulary_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key: str, value: Any, ignored: str
+) -> None:
+    spec = load_spec(folder(tmp_path, SMOLLM2_135M, **{key: value}))
+    expected = {"eos_token_id": (2,) if isinstance(value, list) else (), "bos_token_id": None}
+    assert getattr(spec, {"eos_token_id": "eos_token_ids"}.get(key, key)) == expected[key]
+    assert f"{key} {ignored} is ignored: the vocabulary has 49152 tokens" in caplog.text
+
+
 BAD_KEYS = [
     ("architectures", ["MixtralForCausalLM"]),
     ("architectures", ["LlamaForSequenceClassification"]),
@@ -335,7 +353,7 @@ BAD_KEYS = [
     ("torch_dtype", "float8_e4m3fn"),
     ("torch_dtype", 16),
     ("bos_token_id", "1"),
-    ("eos_token_id", [2, 49152]),
+    ("eos_token_id", [2, 3.5]),
     ("eos_token_id", [[2]]),
 ]
 
@@ -411,8 +429,10 @@ def test_gguf_says_the_same_as_the_folder(tmp_path: Path, family: str) -> None:
     assert from_gguf.rms_norm_eps == pytest.approx(from_folder.rms_norm_eps, rel=1e-6)
     assert from_gguf.architecture == ("llama" if family == "mistral" else family)
     for name in from_folder.__struct_fields__:
-        if name not in ("rms_norm_eps", "architecture"):
+        if name not in ("rms_norm_eps", "architecture", "eos_token_ids"):
             assert getattr(from_gguf, name) == getattr(from_folder, name), name
+    # What ends a text is known without being named.
+    assert from_gguf.eos_token_ids == (*from_folder.eos_token_ids, token_id("<|endoftext|>"))
 
 
 def test_gguf_biases_follow_the_tensors(tmp_path: Path) -> None:
@@ -478,7 +498,7 @@ BAD_METADATA: list[tuple[str, Any]] = [
     ("llama.rope.freq_base", float("inf")),
     ("llama.expert_count", 8),
     ("llama.embedding_length", "144"),
-    ("tokenizer.ggml.eos_token_id", 4000),
+    ("tokenizer.ggml.eos_token_id", "2"),
     ("general.architecture", "gemma3"),
 ]
 

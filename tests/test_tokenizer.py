@@ -267,7 +267,7 @@ def test_every_pre_tokenizer_builds() -> None:
         ({"token_type": [1]}, "tokenizer.ggml.token_type has 1 entries"),
         ({"merges": ["x yyy"]}, "tokenizer.ggml.merges does not fit"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
-        ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id is 1000000"),
+        ({"eos_token_id": "1"}, "tokenizer.ggml.eos_token_id must be a token id, got '1'"),
         ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
     ],
 )
