@@ -116,6 +116,8 @@ def _template_variables(fields: Mapping[str, Any], state: ServerState) -> dict[s
         variables["reasoning_effort"] = effort
         if "enable_thinking" not in kwargs:
             variables["enable_thinking"] = effort != "none"
+    if fields["tools"] is not None:
+        variables["tools"] = fields["tools"]
     return variables
 
 

@@ -63,7 +63,10 @@ class Fate(enum.Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """One row: `parse` and `default` for a honoured field, `harmless` values for a refused one."""
+    """One row: `parse` and `default` for a honoured field, `harmless` values for a refused one.
+
+    A honoured field with `only_with` (another field, its value) is refused unless the body has that too.
+    """
 
     name: str
     fate: Fate
@@ -71,10 +74,18 @@ class Field:
     default: Any = None
     required: bool = False
     harmless: tuple[Any, ...] = ()
+    only_with: tuple[str, Any] | None = None
 
 
-def honoured(name: str, parse: Parser[Any], default: Any = None, *, required: bool = False) -> Field:
-    return Field(name, Fate.HONOURED, parse, default, required)
+def honoured(
+    name: str,
+    parse: Parser[Any],
+    default: Any = None,
+    *,
+    required: bool = False,
+    only_with: tuple[str, Any] | None = None,
+) -> Field:
+    return Field(name, Fate.HONOURED, parse, default, required, only_with=only_with)
 
 
 def ignored(name: str) -> Field:
@@ -102,19 +113,23 @@ def table(*rows: Field) -> Table:
 def parse_fields(rows: Table, body: Mapping[str, Any]) -> dict[str, Any]:
     """The honoured fields of a body, each parsed or at its default.
 
-    Raises `InvalidRequestError`: for wrong shapes (all of them, "Bad Request"), then for a refused field.
+    Raises `InvalidRequestError`: for wrong shapes (all of them, "Bad Request"), then for the refused fields,
+    in the order of the table.
     """
     values = dict(rows.defaults)
     missing = Fault("missing", "Field required")
     faults = [(f"body.{name}", missing) for name in rows.required if name not in body]
-    refusals = []
+    refusals = set()
     for name, value in body.items():
         row = rows.get(name)
         if row is None:
             continue
         if row.fate is Fate.REFUSED and not asks_nothing(value, row.harmless):
-            refusals.append(name)
+            refusals.add(name)
         if row.parse is None or (value is None and not row.required):
+            continue
+        if row.only_with is not None and body.get(row.only_with[0]) != row.only_with[1]:
+            refusals.add(name)
             continue
         try:
             values[name] = row.parse(value)
@@ -123,7 +138,13 @@ def parse_fields(rows: Table, body: Mapping[str, Any]) -> dict[str, Any]:
     if faults:
         raise shape_error(faults)
     if refusals:
-        raise InvalidRequestError(f"{refusals[0]} is not supported by this server.", refusals[0])
+        names = [name for name in rows if name in refusals]
+        verb = "is" if len(names) == 1 else "are"
+        raise InvalidRequestError(
+            f"{', '.join(names)} {verb} not supported by this server. "
+            "docs/http.md and /openapi.json list the fields that are.",
+            names[0],
+        )
     return values
 
 
@@ -150,8 +171,11 @@ def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Parser[int]:
     def parse(value: Any) -> int:
         if type(value) is str and _INTEGER.fullmatch(value):
             value = int(value.split(".")[0])
-        elif type(value) is float and value.is_integer() and abs(value) < MAX_EXACT:
-            value = int(value)
+        elif type(value) is float and value.is_integer():
+            if abs(value) < MAX_EXACT:
+                value = int(value)
+            elif abs(value) > INT64_MAX:  # JSON's parser makes a float of an integer beyond 64 bits
+                value = INT64_MAX + 1 if value > 0 else INT64_MIN - 1
         if type(value) is not int:
             raise Fault("int_type", "Input should be a valid integer")
         if value < low:

@@ -82,7 +82,8 @@ def request_schema(rows: Table, limits: Mapping[str, Parser[Any]] | None = None)
             schema = (limits or {}).get(row.name, row.parse).schema
             schema = schema if row.required else or_null(schema)
             default = {} if row.default in NOTHING else {"default": row.default}
-            properties[row.name] = {**schema, **default}
+            need = row.only_with and {"description": f"Only with {row.only_with[0]}: {row.only_with[1]}."}
+            properties[row.name] = {**schema, **default, **(need or {})}
         elif row.fate is Fate.IGNORED:
             properties[row.name] = {"description": "Accepted and ignored."}
         else:

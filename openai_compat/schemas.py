@@ -38,6 +38,7 @@ from microvllm.runtime.request import (
 )
 
 MAX_SALT_CHARS = 128
+MAX_TOOLS = 1024
 MAX_STOP_STRINGS = 1024  # that --max-stop-strings may allow
 MAX_ALLOWED_TOKEN_IDS = 1 << 18  # as many as the largest vocabularies have
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -133,6 +134,39 @@ MESSAGES = array.described(
 )
 
 
+_FUNCTION = record(name=nonempty, description=string, parameters=mapping, strict=boolean)
+
+
+@parser(
+    type="object",
+    properties={"type": {"const": "function"}, "function": {**_FUNCTION.schema, "required": ["name"]}},
+    required=["function"],
+)
+def _tool(value: Any) -> dict[str, Any]:
+    """A tool as vLLM hands it to the chat template: null where there is no description or no parameters."""
+    if mapping(value).get("type", "function") != "function":
+        raise Fault("literal_error", "type: Input should be 'function'")
+    if "function" not in value:
+        raise Fault("missing", "function: Field required")
+    function = _FUNCTION(value["function"])
+    if "name" not in function:
+        raise Fault("missing", "function.name: Field required")
+    shown = {name: function.get(name) for name in ("name", "description", "parameters")}
+    return {"type": "function", "function": {**shown, **function}}
+
+
+_TOOL_LIST = array_of(_tool, MAX_TOOLS)
+
+
+@parser(**_TOOL_LIST.schema, minItems=1)
+def tools(value: Any) -> list[dict[str, Any]]:
+    """The tools that the chat template shows; an empty list is refused, as in vLLM and in OpenAI's API."""
+    found = _TOOL_LIST(value)
+    if not found:
+        raise Fault("too_short", "List should have at least 1 item")
+    return found
+
+
 _COMMON = (
     # honoured: what to sample and how
     honoured("model", string),
@@ -195,14 +229,16 @@ _COMMON = (
     ignored("return_mm_kwargs"),
     ignored("media_io_kwargs"),
     ignored("mm_processor_kwargs"),
-    # refused, with the values that ask for nothing
-    refused("best_of", 1),
+)
+# Refused, with the values that ask for nothing; what a request asks for most comes first in the error.
+_REFUSED = (
     refused("response_format", {"type": "text"}),
     refused("structured_outputs"),
     refused("guided_json"),
     refused("guided_regex"),
     refused("guided_choice"),
     refused("guided_grammar"),
+    refused("best_of", 1),
     refused("logits_processors", []),
     refused("thinking_token_budget"),
     refused("vllm_xargs", {}),
@@ -218,6 +254,7 @@ COMPLETIONS = table(
     refused("top_logprobs", 0),
     refused("suffix", ""),
     refused("prompt_embeds"),
+    *_REFUSED,
 )
 
 CHAT = table(
@@ -234,17 +271,19 @@ CHAT = table(
     honoured("return_prompt_text", boolean, False),
     ignored("prediction"),
     ignored("include_reasoning"),  # there is no reasoning parser, so there is nothing to leave out
-    ignored("parallel_tool_calls"),  # without `tools` it has no meaning
-    refused("tools"),
+    ignored("parallel_tool_calls"),  # without tool calls it has no meaning
+    ignored("verbosity"),
+    # Shown to the template; without this choice the model's calls would have to be parsed.
+    honoured("tools", tools, only_with=("tool_choice", "none")),
     refused("tool_choice", "none"),
     refused("functions"),
     refused("function_call", "none"),
-    refused("verbosity", "medium"),
     refused("modalities", ["text"]),
     refused("audio"),
     refused("web_search_options"),
     refused("documents"),
     refused("chat_template"),
+    *_REFUSED,
 )
 
 # What an answer that is one text and nothing about it has no place for, and the values that ask for nothing.
@@ -266,7 +305,7 @@ _NOT_FOR_ONE_TEXT: Mapping[str, tuple[Any, ...]] = {
 def _one_text(*, stream: bool) -> Table:
     """The rows of an endpoint that continues one prompt; `stream` is what is done unless a body says it."""
     return table(
-        *(row for row in _COMMON if row.name not in {"stream", *_NOT_FOR_ONE_TEXT}),
+        *(row for row in (*_COMMON, *_REFUSED) if row.name not in {"stream", *_NOT_FOR_ONE_TEXT}),
         honoured("prompt", nonempty, required=True),
         honoured("add_special_tokens", boolean, True),
         honoured("stream", boolean, stream),
@@ -288,8 +327,8 @@ TOKENIZE = table(
     honoured("return_token_strs", boolean, False),
     ignored("media_io_kwargs"),
     ignored("mm_processor_kwargs"),
+    honoured("tools", tools),
     refused("chat_template"),
-    refused("tools"),
 )
 
 DETOKENIZE = table(

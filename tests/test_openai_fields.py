@@ -50,11 +50,9 @@ DEMANDING: dict[str, Any] = {
     "ec_transfer_params": {},
     "suffix": "x",
     "prompt_embeds": "AAAA",
-    "tools": [],
     "tool_choice": "auto",
     "functions": [],
     "function_call": "auto",
-    "verbosity": "low",
     "modalities": ["audio"],
     "audio": {"voice": "x"},
     "web_search_options": {},
@@ -62,6 +60,7 @@ DEMANDING: dict[str, Any] = {
     "chat_template": "{{ messages }}",
 }
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 # For every honoured field: a base body, and a change to it that has to be seen in the answer or the engine.
 BASE = {"max_tokens": 24, "seed": 1, "ignore_eos": True}
 CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -115,6 +114,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "use_beam_search": ({}, True),
     "length_penalty": ({"use_beam_search": True, "n": 3, "stop_token_ids": [*range(128)]}, 10),
     "return_prompt_text": ({}, True),
+    "tools": ({"tool_choice": "none"}, [{"type": "function", "function": {"name": "f"}}]),
 }
 PATHS = {"/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT}
 SUBJECTS = {
@@ -129,7 +129,7 @@ def rows(fate: Fate) -> list[tuple[str, str]]:
     return [(path, row.name) for path, table in PATHS.items() for row in table.values() if row.fate is fate]
 
 
-async def ask(path: str, **body: Any) -> tuple[int, Any, list[Any]]:
+async def ask(path: str, /, **body: Any) -> tuple[int, Any, list[Any]]:
     """Status, answer without its id and time, and what reached the engine."""
     client = FakeClient()
     async with in_process(client) as http:
@@ -189,6 +189,77 @@ async def test_a_refused_field_may_ask_for_nothing(path: str, name: str) -> None
     plain = await ask(path, **BASE)
     for value in (None, *PATHS[path][name].harmless):
         assert await ask(path, **BASE, **{name: value}) == plain
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"tools": [TOOL]}, ["tools"]),
+        ({"tool_choice": "auto", "tools": [TOOL]}, ["tools", "tool_choice"]),
+        (
+            {"best_of": 2, "response_format": {"type": "json_object"}, "tool_choice": {}, "tools": [TOOL]},
+            ["tools", "tool_choice", "response_format", "best_of"],
+        ),
+        ({"logits_processors": [1], "guided_json": {}}, ["guided_json", "logits_processors"]),
+    ],
+)
+async def test_all_refused_fields_are_named_and_the_main_one_first(
+    body: dict[str, Any], named: list[str]
+) -> None:
+    status, answer, submitted = await ask("/v1/chat/completions", **body)
+    error = answer[0]["error"]
+    assert (status, error["param"], submitted) == (400, named[0], [])
+    assert error["message"].startswith(", ".join(named) + (" is " if len(named) == 1 else " are "))
+    assert "docs/http.md" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "shown"),
+    [
+        ([TOOL], [TOOL]),
+        (
+            [{"function": {"name": "f", "extra": 1, "strict": None}, "more": 2}],
+            [{"type": "function", "function": {"name": "f", "description": None, "parameters": None}}],
+        ),
+        (
+            [{"type": "function", "function": {"strict": True, "parameters": {"a": [1]}, "name": "g"}}],
+            [
+                {
+                    "type": "function",
+                    "function": {"name": "g", "description": None, "parameters": {"a": [1]}, "strict": True},
+                }
+            ],
+        ),
+    ],
+)
+async def test_tools_that_may_not_be_called_are_shown_to_the_template(tools: Any, shown: Any) -> None:
+    body = {"tools": tools, "tool_choice": "none", "parallel_tool_calls": True}
+    _, answer, _ = await ask("/v1/chat/completions", **BASE, **body, return_prompt_text=True)
+    assert answer[0]["prompt_text"].endswith(f"tools={shown};")
+    async with in_process(FakeClient()) as http:
+        count = await http.post("/tokenize", json={**SUBJECTS["/v1/chat/completions"], "tools": tools})
+    assert count.json()["count"] == answer[0]["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [],
+        {},
+        ["f"],
+        [{}],
+        [{"function": {}}],
+        [{"function": {"name": ""}}],
+        [{"function": {"name": 1}}],
+        [{"type": "web_search", "function": {"name": "f"}}],
+        [{"function": {"name": "f", "parameters": []}}],
+        [TOOL] * 2000,
+    ],
+)
+async def test_malformed_tools(tools: Any) -> None:
+    status, answer, submitted = await ask("/v1/chat/completions", tools=tools, tool_choice="none")
+    error = answer[0]["error"]
+    assert (status, error["param"], error["type"]) == (400, "body.tools", "Bad Request") and not submitted
 
 
 async def test_unknown_fields_are_ignored() -> None:
@@ -376,6 +447,30 @@ def test_integers(value: Any, wanted: int) -> None:
 def test_not_integers(value: Any) -> None:
     with pytest.raises(Fault):
         integer()(value)
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        (-(2**63) - 1, "greater_than_equal"),
+        (-(10**30), "greater_than_equal"),
+        (2**63, "less_than_equal"),
+        (2**64, "less_than_equal"),
+        (10**30, "less_than_equal"),
+        (2.0**60, "int_type"),
+        (0.5, "int_type"),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_seed_beyond_64_bits_is_told_its_bound(path: str, written: Any, kind: str) -> None:
+    status, answer, _ = await ask(path, seed=written)
+    assert (status, answer[0]["error"]["param"]) == (400, "body.seed")
+    assert f"'{kind}'" in answer[0]["error"]["message"]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+async def test_the_bounds_of_a_seed_are_seeds(seed: int) -> None:
+    assert (await ask("/v1/completions", seed=seed))[0] == 200
 
 
 @pytest.mark.parametrize(
