@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from microvllm.openai_compat import admin, docs, errors, models, monitoring
 from microvllm.openai_compat.absent import Handler, absent_routes, switched_off
-from microvllm.openai_compat.auth import AuthMiddleware
+from microvllm.openai_compat.auth import AuthMiddleware, HostMiddleware, is_loopback
 from microvllm.openai_compat.chat import create_chat_completion
 from microvllm.openai_compat.completions import create_completion
 from microvllm.openai_compat.config import ServerArgs
@@ -123,6 +123,11 @@ def _optional(path: str, endpoint: Handler, method: str, enabled: bool, switch: 
 
 def _layers(args: ServerArgs) -> list[Middleware]:
     layers = []
+    unguarded = args.uds is None and not args.api_keys and is_loopback(args.host)
+    if args.allowed_hosts is not None or unguarded:
+        names = args.allowed_hosts or ()
+        if "*" not in names:
+            layers.append(Middleware(HostMiddleware, names=names))
     if args.root_path:
         layers.append(Middleware(RootPathMiddleware, prefix=args.root_path))
     if args.enable_request_id_headers:

@@ -27,6 +27,9 @@ class ServerArgs:
     `max_body_bytes`. `shutdown_timeout` is the time in seconds that running requests have to finish after
     SIGTERM or SIGINT, `stats_interval` the time between two lines of statistics.
 
+    The Host header of a request has to be one of `allowed_hosts`, localhost or a loopback address; ("*",)
+    allows any. None checks only a server that listens on loopback without a key.
+
     `root_path` is the path prefix below which a proxy publishes the server. Web pages of `allowed_origins`
     may use it from a browser (CORS); None allows the pages that this machine serves. A stream that is silent
     for `sse_keep_alive_interval` seconds gets a comment; 0 is off. `ssl_certfile` turns plain HTTP into
@@ -43,6 +46,7 @@ class ServerArgs:
     uds: str | None = None
     served_model_names: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] | None = None
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, bool | str] = field(default_factory=dict)
     response_role: str = "assistant"
@@ -89,6 +93,8 @@ class ServerArgs:
             )
         if any(not key for key in self.api_keys):
             raise ConfigError("--api-key must not be empty")
+        if any(not host for host in self.allowed_hosts or ()):
+            raise ConfigError("--allowed-hosts must not be empty")
         if any(not name for name in self.served_model_names):
             raise ConfigError("--served-model-name must not be empty")
         try:

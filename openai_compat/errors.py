@@ -45,6 +45,11 @@ class BodyMemoryError(EngineBusyError):
         super().__init__("The server is receiving too many large request bodies at once.")
 
 
+class ForbiddenError(RequestError):
+    status = 403
+    kind = "PermissionDeniedError"
+
+
 class ServerStoppingError(EngineDeadError):
     """The server drains (new requests) or its drain deadline has passed (running ones)."""
 

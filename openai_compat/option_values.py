@@ -52,6 +52,19 @@ def share(text: str) -> float:
     return value
 
 
+def keys_of(path: str | None) -> tuple[str, ...]:
+    """The API keys in a file, one a line; none without a file. Raises `ConfigError`."""
+    if path is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: holds no key")
+    return keys
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object. Raises `typer.BadParameter`."""
     value = _json(text)

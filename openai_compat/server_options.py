@@ -14,6 +14,7 @@ from microvllm.openai_compat.option_values import (
     comma_list,
     json_object,
     json_strings,
+    keys_of,
 )
 
 DEV_MODE = "VLLM_SERVER_DEV_MODE"
@@ -108,7 +109,20 @@ def server_options(
         typer.Option(
             envvar=["MICROVLLM_API_KEY", "VLLM_API_KEY"],
             show_envvar=True,
-            help="Keys, one of which each request must carry.",
+            help="Keys, one of which each request must carry. Other users can read a command line; the "
+            "variable and --api-key-file hide them.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A file with such keys, one a line.")
+    ] = None,
+    allowed_hosts: Annotated[
+        Any,
+        typer.Option(
+            parser=json_strings,
+            metavar="[JSON]",
+            help='Names that requests may be sent to, beside localhost; ["*"]: any. '
+            "Not checked with a key or on an address that others reach, unless given.",
         ),
     ] = None,
     ssl_certfile: Annotated[
@@ -218,7 +232,8 @@ def server_options(
         "port": port,
         "uds": uds,
         "root_path": root_path.rstrip("/"),
-        "api_keys": tuple(api_key or ()),
+        "api_keys": (*(api_key or ()), *keys_of(api_key_file)),
+        "allowed_hosts": allowed_hosts,
         "ssl_certfile": ssl_certfile,
         "ssl_keyfile": ssl_keyfile,
         "ssl_ca_certs": ssl_ca_certs,

@@ -25,7 +25,8 @@ from microvllm.openai_compat.server import HttpServer
 
 @asynccontextmanager
 async def in_process(client: FakeClient, **args: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """An HTTP client wired to the application without a socket."""
+    """An HTTP client wired to the application without a socket; unless `args` say otherwise for any host."""
+    args.setdefault("allowed_hosts", ("*",))
     app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
@@ -38,8 +39,9 @@ def real_server(
 ) -> Iterator[int]:
     """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port.
 
-    At most `connections` at once.
+    At most `connections` at once, and unless `args` say otherwise for any host.
     """
+    args.setdefault("allowed_hosts", ("*",))
     app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
     config = uvicorn.Config(
         app,

@@ -315,6 +315,7 @@ NOT_DEFAULT = {
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "override_generation_config": '{"top_k": 7}', "logprobs_mode": "raw_logits", "root_path": "/llm",
     "default_chat_template_kwargs": '{"enable_thinking": false}', "allowed_origins": '["https://a.example"]',
+    "allowed_hosts": '["llm.example"]',
     "allowed_methods": '["GET"]', "allowed_headers": '["x-a"]', "fingerprint_mode": "none",
 }  # fmt: skip
 # What some flags cannot do without.
@@ -329,7 +330,9 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("flag", [flag for flag in own_flags() if flag not in ("--model", "--config")])
+@pytest.mark.parametrize(
+    "flag", [flag for flag in own_flags() if flag not in ("--model", "--config", "--api-key-file")]
+)
 def test_every_flag_reaches_its_option(flag: str, launched: list[Any]) -> None:
     """Given a value that is not the default, exactly one field of EngineArgs or ServerArgs changes."""
     name = own_flags()[flag]
@@ -370,6 +373,19 @@ def test_spellings_reach_the_options(launched: list[Any], tmp_path: Path) -> Non
     assert engine.max_num_batched_tokens == 25600 and engine.kv_cache_memory_bytes == 1 << 30
     assert engine.max_model_len == 2048 and engine.enable_prefix_caching is False
     assert http.chat_template == "{{ messages[0].content }}é"
+
+
+def test_keys_from_a_file(launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n  two \n")
+    assert cli.run(["serve", "m", "--api-key-file", str(file), "--api-key", "three"]) == 0
+    assert launched[0][1].api_keys == ("three", "one", "two")
+    file.write_text("\n")
+    assert "holds no key" in error_line(capsys, "serve", "m", "--api-key-file", str(file))
+    missing = str(tmp_path / "none")
+    assert f"--api-key-file {missing}: No such file" in error_line(
+        capsys, "serve", "m", "--api-key-file", missing
+    )
 
 
 class TestConfigFile:

@@ -425,3 +425,56 @@ def test_a_handshake_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
         began = time.monotonic()
         assert sock.recv(1) == b""
         assert time.monotonic() - began < 20  # asyncio's own deadline is a minute
+
+
+LOCAL_HOSTS = [
+    "localhost",
+    "LOCALHOST:8000",
+    "a.localhost",
+    "127.0.0.1:80",
+    "127.9.9.9",
+    "[::1]:8000",
+    "localhost.",
+]
+FOREIGN_HOSTS = [
+    "evil.example",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example:8000",
+    "10.0.0.1",
+    "[::2]",
+    "",
+    "::1x",
+]
+
+
+async def status_for(header: str, *, allowed_hosts: tuple[str, ...] | None = None, **args: Any) -> int:
+    async with in_process(FakeClient(), allowed_hosts=allowed_hosts, **args) as http:
+        answer = await http.get("/v1/models", headers={"host": header, "authorization": "Bearer k"})
+    if answer.status_code == 403:
+        assert "--allowed-hosts" in answer.json()["error"]["message"]
+    return answer.status_code
+
+
+@pytest.mark.parametrize("host", LOCAL_HOSTS)
+async def test_names_of_this_machine_are_served(host: str) -> None:
+    assert await status_for(host) == 200
+
+
+@pytest.mark.parametrize("host", FOREIGN_HOSTS)
+async def test_a_rebound_name_is_refused(host: str) -> None:
+    """Without a key on loopback only: elsewhere clients use names that nobody told the server."""
+    assert await status_for(host) == 403
+    assert await status_for(host, host="localhost") == 403
+    assert await status_for(host, host="0.0.0.0") == 200
+    assert await status_for(host, api_keys=("k",)) == 200
+    assert await status_for(host, uds="/tmp/x") == 200
+
+
+async def test_allowed_hosts_are_served_and_no_others() -> None:
+    names = ("llm.example", "other.example")
+    servers: list[dict[str, Any]] = [{}, {"host": "0.0.0.0"}, {"api_keys": ("k",)}]
+    for options in servers:
+        assert await status_for("LLM.example:8000", allowed_hosts=names, **options) == 200
+        assert await status_for("localhost", allowed_hosts=names, **options) == 200
+        assert await status_for("evil.example", allowed_hosts=names, **options) == 403
+    assert await status_for("evil.example", allowed_hosts=("*",)) == 200

@@ -182,7 +182,7 @@ def test_a_chat_template_of_ones_own(tmp_path: Path) -> None:
 def test_no_request_forges_a_line_of_the_log(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         server.wait_for("Application startup complete.")
-        forged = b"GET /a%0d%0aINFO:%20forged%1b[31m HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        forged = b"GET /a%0d%0aINFO:%20forged%1b[31m HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         assert raw_exchange(server.port, forged).startswith(b"HTTP/1.1 404")
         assert (
             server.post({"prompt": "hi", "request_id": "x", "user": "\nforged", "model": "\nforged"}).status
@@ -271,7 +271,7 @@ def test_unix_socket(tmp_path: Path) -> None:
         server.wait_for("Application startup complete.")
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(path)
-            sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert sock.recv(1000).startswith(b"HTTP/1.1 200")
         server.stop()
         assert server.process.wait(PATIENCE_S) == 0
