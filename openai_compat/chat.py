@@ -21,7 +21,7 @@ from microvllm.openai_compat.schemas import CHAT
 from microvllm.openai_compat.sse import EventStream, StreamOptions, event_chunks
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.usage import usage
-from microvllm.runtime.chat_template import normalize_messages
+from microvllm.runtime.chat_template import content_text, normalize_messages
 from microvllm.runtime.errors import InvalidRequestError
 
 
@@ -95,6 +95,7 @@ def render(state: ServerState, fields: Mapping[str, Any]) -> Conversation:
         messages,
         add_generation_prompt=opens_turn,
         continue_final_message=continued,
+        chat_template_content_format=state.args.chat_template_content_format,
         **_template_variables(fields, state),
     )
     truncation = Truncation.of(fields, client.config.max_model_len)
@@ -104,7 +105,7 @@ def render(state: ServerState, fields: Mapping[str, Any]) -> Conversation:
     speaks_on = continued or fields["add_generation_prompt"] is False
     role = last["role"] if speaks_on else state.args.response_role
     echoed = fields.get("echo") and last["role"] == role
-    return Conversation(text, ids, role, last["content"] if echoed else "")
+    return Conversation(text, ids, role, content_text(last["content"]) if echoed else "")
 
 
 def _template_variables(fields: Mapping[str, Any], state: ServerState) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from microvllm.openai_compat.errors import Fault
 from microvllm.openai_compat.schemas import MAX_STOP_STRINGS, template_kwargs
+from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.errors import ConfigError
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
@@ -22,10 +23,12 @@ class ServerArgs:
     unix socket to listen on instead of host and port. `served_model_names` are all accepted and the first is
     echoed; empty means the model as it was given. `api_keys` empty means no authentication.
     `chat_template` is the template's text, in place of the model's own, `default_chat_template_kwargs` what
-    it gets unless a request says otherwise. A chunk of a stream has at least `stream_interval` tokens, the
-    first and the last one excepted. A request may have `max_stop_strings` stop strings, and a body of
-    `max_body_bytes`. `shutdown_timeout` is the time in seconds that running requests have to finish after
-    SIGTERM or SIGINT, `stats_interval` the time between two lines of statistics.
+    it gets unless a request says otherwise. It gets the contents of messages as a "string", as "openai" (a
+    list of parts) or as it was written for ("auto"): `chat_template_content_format`. A chunk of a stream
+    has at least `stream_interval` tokens, the first and the last one excepted. A request may have
+    `max_stop_strings` stop strings, and a body of `max_body_bytes`. `shutdown_timeout` is the time in
+    seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time between
+    two lines of statistics.
 
     The Host header of a request has to be one of `allowed_hosts`, localhost or a loopback address; ("*",)
     allows any. None checks only a server that listens on loopback without a key.
@@ -48,6 +51,7 @@ class ServerArgs:
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] | None = None
     chat_template: str | None = None
+    chat_template_content_format: str = AUTO
     default_chat_template_kwargs: Mapping[str, bool | str] = field(default_factory=dict)
     response_role: str = "assistant"
     stream_interval: int = 1
@@ -97,6 +101,11 @@ class ServerArgs:
             raise ConfigError("--allowed-hosts must not be empty")
         if any(not name for name in self.served_model_names):
             raise ConfigError("--served-model-name must not be empty")
+        if self.chat_template_content_format not in CONTENT_FORMATS:
+            raise ConfigError(
+                f"--chat-template-content-format must be one of {', '.join(CONTENT_FORMATS)}, "
+                f"got {self.chat_template_content_format}"
+            )
         try:
             template_kwargs(self.default_chat_template_kwargs)
         except Fault as fault:

@@ -28,6 +28,7 @@ from microvllm.openai_compat.tls import refresh_certificate, tls_context
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs, EngineConfig
+from microvllm.runtime.content_format import AUTO
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
@@ -67,6 +68,17 @@ def serve(
         release_socket(sock, args)
 
 
+def _check_content_format(client: EngineClient, args: ServerArgs) -> None:
+    """Warns of a form of contents that the chat template was not written for."""
+    template = client.processor.template
+    if template is not None and args.chat_template_content_format not in (AUTO, template.content_format):
+        logger.warning(
+            "--chat-template-content-format %s: the chat template seems to be written for %s",
+            args.chat_template_content_format,
+            template.content_format,
+        )
+
+
 def _run(main: Coroutine[Any, Any, None]) -> None:
     try:
         import uvloop
@@ -88,6 +100,7 @@ async def _serve(
     signals = Signals()
     client = await _start_engine(config, args, on_progress, program, signals)
     try:
+        _check_content_format(client, args)
         app = create_app(client, args)
         # What is alive now stays: a collection need not walk it, which would hold up every request.
         gc.collect()

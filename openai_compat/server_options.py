@@ -30,6 +30,9 @@ def answer_options(
         str | None,
         typer.Option(help="A file with a chat template, or the template."),
     ] = None,
+    chat_template_content_format: Annotated[
+        str, typer.Option(help="What the template gets as content: string, openai (parts), or auto.")
+    ] = "auto",
     default_chat_template_kwargs: Annotated[
         Any,
         typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
@@ -81,6 +84,7 @@ def answer_options(
     return {
         "served_model_names": tuple(served_model_name or ()),
         "chat_template": chat_template_text(chat_template),
+        "chat_template_content_format": chat_template_content_format,
         "default_chat_template_kwargs": default_chat_template_kwargs or {},
         "response_role": response_role,
         "max_stop_strings": max_stop_strings,

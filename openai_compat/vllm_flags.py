@@ -6,7 +6,7 @@ from __future__ import annotations
 # still starts; a warning line says what it does not get.
 IGNORED_VALUE_FLAGS = """
     additional-config all2all-backend allowed-local-media-path anthropic-disabled-thinking-effort
-    api-server-count attention-config aux-output-config chat-template-content-format code-revision
+    api-server-count attention-config aux-output-config code-revision
     cohere-format compilation-config config-format convert cp-kv-cache-interleave-size
     cpu-distributed-timeout-seconds cpu-offload-gb custom-histogram-buckets data-parallel-address
     data-parallel-backend data-parallel-rank data-parallel-rpc-port data-parallel-start-rank

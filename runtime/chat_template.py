@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from microvllm.runtime.content_format import AUTO, OPENAI, STRING, detect_content_format
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.template_sandbox import (
     DeadlineExceeded,
@@ -26,7 +27,19 @@ MAX_PARTS = 10_000  # text parts of one message, and tool calls of one message
 MAX_ERROR_CHARS = 300
 # What render() itself sets, and what the tokenizer method of transformers takes; not template variables.
 RESERVED_NAMES = frozenset(("messages", "documents", "chat_template", "tokenize", "return_dict"))
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+# The types of a text part, and the field with its text.
+TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+# What a part of another modality holds. Such a part may have no type.
+MEDIA_FIELDS = (
+    *("image_url", "input_image", "image", "image_pil", "image_embeds", "input_audio", "audio_url", "audio"),
+    *("audio_embeds", "video_url", "video", "video_embeds", "prompt_embeds", "file", "tool_reference"),
+)
 
 
 class ChatTemplate:
@@ -34,7 +47,8 @@ class ChatTemplate:
 
     A template that cannot be compiled is kept, with its error in `error`: the server runs without chat,
     and `render` answers each request with it. A render stops with `InvalidRequestError` after `deadline_s`
-    seconds or `max_chars` characters.
+    seconds or `max_chars` characters. `content_format` is the form of contents that the template was written
+    for, "string" or "openai" (a list of parts).
     """
 
     def __init__(
@@ -47,13 +61,14 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self.error: str | None = None
+        self.content_format = STRING
         self._special_tokens = dict(special_tokens)
         self._deadline_s = deadline_s
         self._max_chars = max_chars
         self._environment = LimitedEnvironment()
         self._knows_developer = re.search(r"""["']developer["']""", source) is not None
         try:
-            self._template = run_with_deadline(lambda: self._environment.from_string(source), deadline_s)
+            run_with_deadline(self._compile, deadline_s)
         except jinja2.TemplateSyntaxError as error:
             self.error = (
                 f"the model's chat template is not valid (line {error.lineno}: {_short(error.message)})"
@@ -65,11 +80,17 @@ class ChatTemplate:
                 f"the model's chat template does not compile ({type(error).__name__}: {_short(error)})"
             )
 
+    def _compile(self) -> None:
+        tree = self._environment.parse(self.source)
+        self.content_format = detect_content_format(tree)
+        self._template = self._environment.from_string(tree)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        chat_template_content_format: str = AUTO,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -78,17 +99,19 @@ class ChatTemplate:
         """The prompt text of a conversation that `normalize_messages` returned.
 
         `continue_final_message` ends the text right after the content of the last message, so that the model
-        goes on with it; it excludes `add_generation_prompt`. Further `kwargs` are variables for the template
-        (`enable_thinking`). `InvalidRequestError` if the template refuses the conversation or fails.
+        goes on with it; it excludes `add_generation_prompt`. `chat_template_content_format` "string" or
+        "openai" overrides the template's own `content_format`. Further `kwargs` are variables for the
+        template (`enable_thinking`). `InvalidRequestError` if the template refuses the conversation or fails.
         """
         if self.error is not None:
             raise InvalidRequestError(f"{self.error[0].upper()}{self.error[1:]}.")
         self._check_names(kwargs)
-        if not self._knows_developer:
-            messages = [
-                {**message, "role": "system"} if message.get("role") == "developer" else message
-                for message in messages
-            ]
+        if not self._knows_developer and any(message.get("role") == "developer" for message in messages):
+            messages = _developer_as_system(messages)
+        content_format = chat_template_content_format
+        if content_format == AUTO:
+            content_format = self.content_format
+        messages = [_with_content_format(message, content_format) for message in messages]
         marker = ""
         if continue_final_message:
             if add_generation_prompt:
@@ -154,13 +177,47 @@ def _marker() -> str:
     return f"<{secrets.token_hex(12)}> "
 
 
+def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a content; parts are joined by a newline, as in vLLM."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _with_content_format(message: Mapping[str, Any], content_format: str) -> Mapping[str, Any]:
+    content = message.get("content", "")
+    # As in vLLM the result of a tool is always a string, since that is what most templates read.
+    if content_format != OPENAI or message.get("role") == "tool":
+        return message if isinstance(content, str) else {**message, "content": content_text(content)}
+    if not isinstance(content, str):
+        return message
+    parts = [{"type": "text", "text": content}] if content or not message.get("tool_calls") else []
+    return {**message, "content": parts}
+
+
+def _developer_as_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """For a template without the role `developer`: as in vLLM, all system messages become one, the first."""
+    messages = [
+        {**message, "role": "system"} if message.get("role") == "developer" else message
+        for message in messages
+    ]
+    system = [message for message in messages if message.get("role") == "system"]
+    if messages[0] is system[0] and len(system) == 1:
+        return messages
+    texts = filter(None, (content_text(message["content"]) for message in system))
+    others = [message for message in messages if message.get("role") != "system"]
+    return [{"role": "system", "content": "\n\n".join(texts)}, *others]
+
+
 def _append_to_final(messages: Sequence[Mapping[str, Any]], marker: str) -> list[Mapping[str, Any]]:
     content = messages[-1].get("content") if messages else None
-    if not isinstance(content, str):
+    if isinstance(content, str):
+        content += marker
+    elif content:
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + marker}]
+    else:
         raise InvalidRequestError(
             "continue_final_message is set, but the final message has no content to continue.", "messages"
         )
-    return [*messages[:-1], {**messages[-1], "content": content + marker}]
+    return [*messages[:-1], {**messages[-1], "content": content}]
 
 
 def _cut_at(text: str, marker: str) -> str:
@@ -177,7 +234,7 @@ def _cut_at(text: str, marker: str) -> str:
 def normalize_messages(messages: Any) -> list[dict[str, Any]]:
     """Check the `messages` of a chat request and bring them into the one form that templates get.
 
-    Contents become strings (text parts are joined by a newline, as vLLM does), `reasoning_content` becomes
+    A content is a string or a list of `{"type": "text", "text": ...}`, `reasoning_content` becomes
     `reasoning` (and stays readable under its old name), the arguments of tool calls become objects, null
     and unknown fields go. The caller's objects are not changed. `InvalidRequestError` (param "messages")
     names the index and the field of the first malformed message.
@@ -216,7 +273,7 @@ def _normalize(message: Any, where: str) -> dict[str, Any]:
     return result
 
 
-def _content(content: Any, role: str, where: str) -> str:
+def _content(content: Any, role: str, where: str) -> str | list[dict[str, Any]]:
     where += ".content"
     if isinstance(content, str):
         return content
@@ -226,13 +283,18 @@ def _content(content: Any, role: str, where: str) -> str:
         raise _malformed(where, f"must be a string or a list of text parts, got {_kind(content)}")
     if (not content and role != "assistant") or len(content) > MAX_PARTS:
         raise _malformed(where, f"must have 1 to {MAX_PARTS} parts, got {len(content)}")
-    return "\n".join(_part_text(part, f"{where}[{index}]") for index, part in enumerate(content))
+    return [_text_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
 
 
-def _part_text(part: Any, where: str) -> str:
+def _text_part(part: Any, where: str) -> dict[str, Any]:
+    """As in vLLM: any kind of text part becomes one of type "text"; fields of the caller's own stay."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
     if not isinstance(part, dict):
-        raise _malformed(where, f"must be an object, got {_kind(part)}")
+        raise _malformed(where, f"must be a string or an object, got {_kind(part)}")
     kind = part.get("type")
+    if kind is None:
+        kind = next((name for name in MEDIA_FIELDS if part.get(name) is not None), None)
     if not isinstance(kind, str):
         raise _malformed(f"{where}.type", f"must be a string, got {_kind(kind)}")
     field = TEXT_PARTS.get(kind)
@@ -240,7 +302,8 @@ def _part_text(part: Any, where: str) -> str:
         raise _malformed(
             f"{where}.type", f"{_short(kind)[:40]!r} is not supported: this model reads text only"
         )
-    return _string(part.get(field), f"{where}.{field}")
+    more = {name: value for name, value in part.items() if name not in (field, *MEDIA_FIELDS)}
+    return {**more, "type": "text", "text": _string(part.get(field), f"{where}.{field}")}
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from microvllm.runtime.chat_template import normalize_messages
 from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
@@ -138,16 +139,28 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        chat_template_content_format: str = AUTO,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list of them."""
+        """Answer one conversation, or each of a list of them.
+
+        The chat template gets contents as "string", as "openai" (lists of parts), or as it was written for
+        ("auto").
+        """
+        if chat_template_content_format not in CONTENT_FORMATS:
+            raise InvalidRequestError(
+                f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, "
+                f"got {chat_template_content_format!r}.",
+                "chat_template_content_format",
+            )
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if one else list(messages)
         ids = [
             self.engine.processor.render_chat(
                 normalize_messages(list(conversation)),
+                chat_template_content_format=chat_template_content_format,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),

@@ -19,7 +19,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from microvllm.runtime.chat_template import ChatTemplate
+from microvllm.runtime.chat_template import ChatTemplate, content_text
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.output import REPEATED, TextDelta
@@ -78,7 +78,7 @@ class FakeTokenizer:
         self.backend, self.token_bytes = _backend()
         self.vocab_size = VOCAB_SIZE
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-        self.chat_template = None
+        self.chat_template, self.chat_templates = None, {}
         self.eos_token_id = EOS
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -116,11 +116,17 @@ class FakeProcessor(Processor):
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template_content_format: str = "auto",
         **kwargs: Any,
     ) -> str:
         if self.template is not None:
-            return self.template.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages) + (
+            return self.template.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                chat_template_content_format=chat_template_content_format,
+                **kwargs,
+            )
+        text = "\n".join(f"{message['role']}: {content_text(message['content'])}" for message in messages) + (
             "" if continue_final_message else "\n"
         )
         text += "assistant: " if add_generation_prompt else ""

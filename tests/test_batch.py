@@ -322,11 +322,13 @@ def test_options_reach_the_engine_and_the_application(monkeypatch: pytest.Monkey
     argv = ["run-batch", "-i=in", "-o", "-", "--model", "m", "--max_num_seqs", "3", "--seed=7"]
     names = ["--served-model-name", "a", "b", "--response-role", "bot", "--return-tokens-as-token-ids"]
     more = ["--enable-prompt-tokens-details", "--enable-per-request-metrics"]
+    more += ["--chat-template-content-format", "string"]
     kwargs = ["--default-chat-template-kwargs", '{"thinking": true}', "--chat-template", "{{ messages }}"]
     assert cli.run([*argv, *names, *more, *kwargs]) == 0
     expected = ServerArgs(
         served_model_names=("a", "b"),
         chat_template="{{ messages }}",
+        chat_template_content_format="string",
         default_chat_template_kwargs={"thinking": True},
         response_role="bot",
         return_tokens_as_token_ids=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from microvllm.runtime.chat_template import MAX_MESSAGES, ChatTemplate, normalize_messages
+from microvllm.runtime.chat_template import MAX_MESSAGES, ChatTemplate, content_text, normalize_messages
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.template_sandbox import DeadlineExceeded, run_with_deadline
 
@@ -83,9 +83,10 @@ def test_same_text_as_transformers(source: str, continued: bool, length: int) ->
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = normalize_messages(TALK[:length])
+    texts = [{**message, "content": content_text(message["content"])} for message in messages]
     options: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued}
     expected, _ = render_jinja_template(
-        [messages], tools=[TOOL], chat_template=source, enable_thinking=False, **options, **SPECIAL
+        [texts], tools=[TOOL], chat_template=source, enable_thinking=False, **options, **SPECIAL
     )
     assert render(source, messages, tools=[TOOL], enable_thinking=False, **options) == expected[0]
 
@@ -102,6 +103,22 @@ def test_developer_becomes_system_unless_the_template_knows_it() -> None:
         == "developer!"
     )
     assert messages[0]["role"] == "developer"
+
+
+def test_developer_and_system_messages_become_one_at_the_start() -> None:
+    source = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    user = {"role": "user", "content": "hi"}
+    developer = {"role": "developer", "content": [{"type": "text", "text": "b"}, "c"]}
+    talk = normalize_messages(
+        [{"role": "system", "content": "a"}, user, developer, {"role": "system", "content": ""}]
+    )
+    assert render(source, talk) == "[system: a\n\nb\nc][user: hi]"
+    assert render(source, normalize_messages([user, developer])) == "[system: b\nc][user: hi]"
+    # Without a developer message nothing moves, and a template that knows the role gets it where it is.
+    assert render(source, [user, {"role": "system", "content": "a"}]) == "[user: hi][system: a]"
+    assert render(source + "{% if 'developer' %}{% endif %}", talk).startswith(
+        "[system: a][user: hi][developer: b\nc]"
+    )
 
 
 def test_continue_excludes_the_generation_prompt() -> None:
@@ -264,15 +281,19 @@ def test_the_deadline_never_strikes_outside_its_call() -> None:
 # --- normalize_messages ---
 
 
-def test_contents_become_strings() -> None:
+def test_all_kinds_of_text_parts_become_one() -> None:
     parts = [
-        {"type": "text", "text": "a"},
+        {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
         {"type": "input_text", "text": "b"},
-        {"type": "refusal", "refusal": "c"},
+        {"type": "output_text", "text": "c"},
+        {"type": "refusal", "refusal": "d"},
+        {"type": "thinking", "thinking": "e"},
+        "f",
     ]
-    assert normalize_messages([{"role": "user", "content": parts, "extra": 1}]) == [
-        {"role": "user", "content": "a\nb\nc"}
-    ]
+    (message,) = normalize_messages([{"role": "user", "content": parts, "extra": 1}])
+    assert message.keys() == {"role", "content"} and content_text(message["content"]) == "a\nb\nc\nd\ne\nf"
+    assert message["content"][0] == parts[0]
+    assert message["content"][1:] == [{"type": "text", "text": text} for text in "bcdef"]
     assert normalize_messages([{"role": "assistant", "content": None}]) == [
         {"role": "assistant", "content": ""}
     ]
@@ -320,11 +341,14 @@ def calling(**call: Any) -> list[dict[str, Any]]:
         (user(True), "messages[1].content must be a string or a list of text parts, got a boolean"),
         (user({}), "messages[1].content"),
         (user([]), "messages[1].content must have"),
-        (user(["x"]), "messages[1].content[0] must be an object"),
+        (user(["x", 1]), "messages[1].content[1] must be a string or an object, got a number"),
+        (user([None]), "messages[1].content[0] must be a string or an object, got nothing"),
         (user([{"text": "x"}]), "messages[1].content[0].type"),
         (user([{"type": "text"}]), "messages[1].content[0].text"),
         (user([{"type": "text", "text": 1}]), "messages[1].content[0].text"),
         (user([{"type": "image_url", "image_url": {"url": "x"}}]), "'image_url' is not supported"),
+        (user([{"image_url": {"url": "x"}}]), "messages[1].content[0].type 'image_url' is not supported"),
+        (user(["x", {"type": "input_audio", "input_audio": {}}]), "'input_audio' is not supported"),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
         ([{"role": "tool", "content": "x", "tool_call_id": []}], "messages[0].tool_call_id"),
         ([{"role": "assistant", "content": "x", "reasoning": 1}], "messages[0].reasoning"),

@@ -17,7 +17,10 @@ MAX_LINES = 600
 TORCH_FREE = {
     f"microvllm.{layer}.{name}"
     for layer, names in (
-        ("runtime", "errors request config cpu models scheduler kv_cache tokenizer chat_template"),
+        (
+            "runtime",
+            "errors request config cpu models scheduler kv_cache tokenizer chat_template content_format",
+        ),
         ("runtime", "detokenizer processor client launcher channel output"),
         ("adapters", "spec registry errors gguf_file llama mistral qwen qwen2 qwen3"),
     )

@@ -131,6 +131,13 @@ def test_chat_renders_the_template(llm: LLM) -> None:
     assert [r.outputs[0].text for r in two] == [result.outputs[0].text] * 2
     (plain,) = llm.chat(messages, GREEDY, use_tqdm=False, add_generation_prompt=False)
     assert len(plain.prompt_token_ids) < len(result.prompt_token_ids)
+    for form in ("auto", "string"):
+        (same,) = llm.chat(messages, GREEDY, use_tqdm=False, chat_template_content_format=form)
+        assert same.prompt_token_ids == result.prompt_token_ids
+    with pytest.raises(InvalidRequestError, match="template failed"):  # it adds texts, and parts are a list
+        llm.chat(messages, GREEDY, use_tqdm=False, chat_template_content_format="openai")
+    with pytest.raises(InvalidRequestError, match="chat_template_content_format must be one of"):
+        llm.chat(messages, GREEDY, use_tqdm=False, chat_template_content_format="parts")
 
 
 def test_the_prefix_cache_can_be_reset(llm: LLM) -> None:
