@@ -6,8 +6,9 @@ milliseconds to seconds, so the server calls them in a worker thread.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,7 +28,8 @@ _NO_TEMPLATE = (
 class Processor:
     """Knows the model's tokenizer, template, limits and defaults.
 
-    `max_chars` is the length in characters that no prompt within the context can exceed.
+    `max_chars` is the length in characters that no prompt within the context can exceed, `template` the one
+    for conversations without tools: `template` as it was given, or the model's own.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Processor:
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
+        self._compiled = functools.lru_cache(8)(lambda source: ChatTemplate(source, tokenizer.special_tokens))
+        self._replaces_own = template is not None
         if template is None and tokenizer.chat_template is not None:
-            template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
-        self._template = template
+            template = self._compiled(tokenizer.chat_template)
+        self.template = template
         self.max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
         self._eos, self._further_ends = _end_tokens(config, tokenizer)
         self._ids = itertools.count()
@@ -58,11 +62,31 @@ class Processor:
             )
         return self._tokenizer.encode(prompt, add_special_tokens)
 
-    def render_text(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Conversation -> text, through the chat template; `options` go to `ChatTemplate.render`."""
-        if self._template is None:
-            raise InvalidRequestError(_NO_TEMPLATE)
-        return self._template.render(messages, **options)
+    def render_text(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """Conversation -> text, through the chat template; `options` go to `ChatTemplate.render`.
+
+        `chat_template` is a template, or the name of one of the model's own.
+        """
+        return self._choose(chat_template, tools is not None).render(messages, tools=tools, **options)
+
+    def _choose(self, chat_template: str | None, with_tools: bool) -> ChatTemplate:
+        """As transformers chooses: of the model's templates, the one named `tool_use` is for tools."""
+        own = self._tokenizer.chat_templates
+        if chat_template is not None:
+            return self._compiled(own.get(chat_template, chat_template))
+        if with_tools and "tool_use" in own and not self._replaces_own:
+            return self._compiled(own["tool_use"])
+        if self.template is None:
+            names = f" Its templates are {', '.join(sorted(own))}; none is the default." if own else ""
+            raise InvalidRequestError(_NO_TEMPLATE + names)
+        return self.template
 
     def render_chat(
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any

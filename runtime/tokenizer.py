@@ -29,20 +29,25 @@ class Tokenizer:
 
     `backend` is the library's object. `vocab_size` is the highest token id plus one, added tokens included
     (the model's embedding may have more rows). `special_tokens` maps "bos_token", "eos_token", ... to their
-    texts, for the chat template. `token_bytes` is the detokenizer's table, None for decoders without one.
+    texts, for the chat template. `chat_templates` maps the names of the model's templates to their texts;
+    `chat_template` is the one named "default". `token_bytes` is the detokenizer's table, None for decoders
+    without one.
     """
 
     def __init__(
         self,
         backend: Backend,
         special_tokens: Mapping[str, str] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
         # tokenizer.json may carry the truncation of a training run, which would shorten prompts silently.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.chat_template = chat_template
+        if isinstance(chat_template, str):
+            chat_template = {"default": chat_template}
+        self.chat_templates = dict(chat_template or {})
+        self.chat_template = self.chat_templates.get("default")
         self.special_tokens = dict(special_tokens or {})
         self.special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
@@ -100,7 +105,7 @@ class Tokenizer:
         config = _read_optional(folder / "tokenizer_config.json")
         # special_tokens_map.json is the older place; tokenizer_config.json is read later and wins.
         named = {**_named_tokens(_read_optional(folder / "special_tokens_map.json")), **_named_tokens(config)}
-        template = _chat_template(folder, config)
+        templates = _chat_templates(folder, config)
         file = folder / "tokenizer.json"
         if file.is_file():
             backend = _read_backend(file)
@@ -109,10 +114,10 @@ class Tokenizer:
             from microvllm.runtime.tiktoken_tokenizer import build_tokenizer
 
             built = build_tokenizer(folder / TIKTOKEN_FILE)
-            return cls(built.backend, {**built.named, **named}, template or built.chat_template)
+            return cls(built.backend, {**built.named, **named}, templates or built.chat_template)
         else:
             backend = _convert_slow_tokenizer(folder)
-        return cls(backend, named, template)
+        return cls(backend, named, templates)
 
 
 def _read_optional(file: Path) -> dict[str, Any]:
@@ -185,18 +190,33 @@ def _add_config_tokens(backend: Backend, config: Mapping[str, Any], named: Mappi
             present.add(text)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja` wins; else tokenizer_config.json's string, or the "default" one of its list."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelFileError(file, f"is not readable as UTF-8 text ({_one_line(error)})") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = by_name.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ModelFileError(folder / "tokenizer_config.json", "chat_template must be a string or a list")
-    return template or None
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The templates by name. Template files in the folder replace those of tokenizer_config.json."""
+    files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: _read_text(file) for name, file in files.items()}
+    found = config.get("chat_template")
+    if isinstance(found, list):  # of {"name": ..., "template": ...}
+        found = {
+            entry["name"]: entry["template"]
+            for entry in found
+            if isinstance(entry, dict) and {"name", "template"} <= entry.keys()
+        }
+    elif isinstance(found, str):
+        found = {"default": found} if found else {}
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in (*found, *found.values())):
+        raise ModelFileError(
+            folder / "tokenizer_config.json", "chat_template must be a string or a list of named ones"
+        )
+    return found
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelFileError(file, f"is not readable as UTF-8 text ({_one_line(error)})") from error

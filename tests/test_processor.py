@@ -11,10 +11,13 @@ import pytest
 from fake_client import EOS, VOCAB_SIZE, FakeTokenizer
 from tiny_models import make_hf_folder
 
+from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import INT64_MAX, SamplingParams
+
+PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
 
 
 class Ids(list[int]):
@@ -27,17 +30,21 @@ class Ids(list[int]):
         return super().__iter__()
 
 
-@pytest.fixture
-def processor() -> Processor:
+def make(template: ChatTemplate | None = None, **templates: str) -> Processor:
     tokenizer: Any = FakeTokenizer()
-    tokenizer.chat_template, tokenizer.eos_token_id = None, EOS
+    tokenizer.chat_template, tokenizer.chat_templates = templates.get("default"), templates
     config: Any = SimpleNamespace(
         max_model_len=64,
         spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[EOS, 5]),
         generation_defaults={"temperature": 0.5, "max_new_tokens": 9},
         max_logprobs=20,
     )
-    return Processor(config, tokenizer)
+    return Processor(config, tokenizer, template)
+
+
+@pytest.fixture
+def processor() -> Processor:
+    return make()
 
 
 @pytest.mark.parametrize(
@@ -155,3 +162,26 @@ def test_an_overridden_end_outside_of_the_vocabulary_is_ignored(
     )
     assert args.resolve().generation_defaults == {"eos_token_id": [3]}
     assert "--override-generation-config: eos_token_id 320 is ignored" in caplog.text
+
+
+def test_a_template_by_its_name() -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f"}}]
+    user: Any = [{"role": "user", "content": "hi"}]
+    own = {"default": "plain {{ messages[0].content }}", "tool_use": "tools", "parts": PARTS}
+    processor = make(**own)
+    assert processor.render_text(user) == "plain hi"
+    assert processor.render_text(user, tools=tools) == "tools"
+    assert processor.render_text(user, chat_template="parts", tools=tools) == "hi"
+    assert processor.render_text(user, chat_template="{{ messages[0].role }}") == "user"
+    given = make(ChatTemplate("given", {}), **own)
+    assert given.render_text(user) == given.render_text(user, tools=tools) == "given"
+
+
+def test_without_a_default_template() -> None:
+    user: Any = [{"role": "user", "content": "hi"}]
+    processor = make(tool_use="tools", rag="rag")
+    assert processor.render_text(user, tools=[]) == "tools"
+    with pytest.raises(InvalidRequestError, match="Its templates are rag, tool_use; none is the default"):
+        processor.render_text(user)
+    with pytest.raises(InvalidRequestError, match="this model has none"):
+        make().render_text(user)

@@ -313,6 +313,27 @@ def test_template_sources_in_order(tmp_path: Path) -> None:
     )
 
 
+def test_named_templates_are_those_that_transformers_finds(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    for templates in ("T", named, named[:1], None):
+        folder(tmp_path, {**config, "chat_template": templates})
+        theirs = AutoTokenizer.from_pretrained(str(tmp_path)).chat_template
+        theirs = {"default": theirs} if isinstance(theirs, str) else theirs or {}
+        assert Tokenizer.load(tmp_path).chat_templates == theirs
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("from a file")
+    folder(tmp_path, {**config, "chat_template": "T"})
+    assert Tokenizer.load(tmp_path).chat_templates == {"tool_use": "from a file"}
+    folder(tmp_path, chat_template__jinja="J")
+    assert Tokenizer.load(tmp_path).chat_templates == {"tool_use": "from a file", "default": "J"}
+    assert (
+        AutoTokenizer.from_pretrained(str(tmp_path)).chat_template == Tokenizer.load(tmp_path).chat_templates
+    )
+
+
 def test_special_tokens_map_is_the_older_place(tmp_path: Path) -> None:
     older = json.dumps({"eos_token": "<|end|>", "unk_token": "a"})
     tokenizer = Tokenizer.load(folder(tmp_path, {"unk_token": "b"}, special_tokens_map__json=older))
