@@ -23,7 +23,7 @@ class DecoderModel:
         self.spec = spec
         dtype = operators.activation_dtype
         embed = weights.pop("embed")
-        head = embed if spec.tie_embeddings else weights.pop("lm_head")
+        head = weights.pop("lm_head", embed)
         self.embed = operators.embedding(embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = operators.norm_linear(weights.pop("norm").to(dtype), spec.rms_norm_eps, head)

@@ -1,9 +1,10 @@
 """Loads a checkpoint straight into the fused tensors that the decoder uses.
 
 Result names, all of one dtype and contiguous, matrices as [out, in]:
-`embed` [V, h], `lm_head` [V, h] (absent if tied), `norm` [h], and for every layer i under `layers.{i}.`:
-`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `gate_up` [2 I, h], `down` [h, I], `input_norm`, `post_norm` [h],
-`q_norm`, `k_norm` [D], and `qkv_bias`, `o_bias`, `gate_up_bias`, `down_bias`, as far as the spec has them.
+`embed` [V, h], `lm_head` [V, h] (absent if tied, unless another matrix is stored), `norm` [h], and for every
+layer i under `layers.{i}.`: `qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `gate_up` [2 I, h], `down` [h, I],
+`input_norm`, `post_norm` [h], `q_norm`, `k_norm` [D], and `qkv_bias`, `o_bias`, `gate_up_bias`, `down_bias`,
+as far as the spec has them.
 Rotary halves are Hugging Face's: dimension j of a head turns with dimension j + D/2.
 Matrices that are kept as a GGUF file quantises them are `QuantizedTensor`s instead, of the same rows.
 """
@@ -13,15 +14,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import torch
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import shorten
+from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.registry import GGUF_INTERLEAVED, HF_NAMES
 from microvllm.adapters.safetensors_file import open_folder
@@ -90,6 +92,7 @@ class Checkpoint(Protocol):
     def name(self, part: Part, layer: int) -> str: ...
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     def may_be_unused(self, name: str) -> bool: ...
+    def has_own_head(self) -> bool: ...
     def file_of(self, name: str) -> Path: ...
     def copy(self, name: str, part: Part, out: torch.Tensor) -> None: ...
 
@@ -123,6 +126,13 @@ def load_weights(
     checkpoint: Checkpoint = (
         FolderCheckpoint(model, spec.architecture) if model.is_dir() else GGUFCheckpoint(model, spec.head_dim)
     )
+    if spec.tie_embeddings and checkpoint.has_own_head():
+        warn_once(
+            f"{model}: lm_head.weight differs from the embeddings, which the configuration ties it to "
+            "(tie_word_embeddings): the stored lm_head is used"
+        )
+        spec = msgspec.structs.replace(spec, tie_embeddings=False)
+        slots = list(checkpoint_slots(spec))
     _check_names(checkpoint, spec, slots)
     count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
 
@@ -199,6 +209,12 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, slots: list[Slot]) -> 
         for part in slot.parts:
             expected[checkpoint.name(part, slot.layer)] = slot.shape_of(part)
     missing = [name for name in expected if name not in stored]
+    if missing == [head := checkpoint.name(Part("lm_head", False, 0), 0)]:
+        raise ModelFileError(
+            checkpoint.path,
+            f"tensor {head} is missing, and the configuration does not tie the output to the embeddings "
+            "(tie_word_embeddings is false)",
+        )
     if missing:
         raise ModelFileError(checkpoint.path, f"{_listed(missing)} missing")
     for name, shape in expected.items():
@@ -210,7 +226,7 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, slots: list[Slot]) -> 
     unused = {name for name in stored if name not in expected and not checkpoint.may_be_unused(name)}
     if spec.tie_embeddings:
         # Some checkpoints store the tied matrix a second time.
-        unused.discard(checkpoint.name(Part("lm_head", False, 0), 0))
+        unused.discard(head)
     if unused:
         raise ModelFileError(
             checkpoint.path,
@@ -244,7 +260,14 @@ class FolderCheckpoint:
     def __init__(self, folder: Path, architecture: str) -> None:
         self.path = folder
         self._files = open_folder(folder)
-        self._names = HF_NAMES.get(architecture) or {role: names[0] for role, names in NAMES.items()}
+        names = HF_NAMES.get(architecture) or {role: names[0] for role, names in NAMES.items()}
+        self._names, self._wrapper = _as_stored(names, self._files)
+        outside = [name for name in self._files if self._is_outside(name)]
+        if outside:
+            warn_once(
+                f"{folder}: {_listed(outside)} outside of {self._wrapper}* and not used: the language model "
+                "alone is served"
+            )
 
     def name(self, part: Part, layer: int) -> str:
         return self._names[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
@@ -253,19 +276,63 @@ class FolderCheckpoint:
         return {name: file.tensors[name].shape for name, file in self._files.items()}
 
     def may_be_unused(self, name: str) -> bool:
-        return self._IGNORED.fullmatch(name) is not None
+        return self._is_outside(name) or self._IGNORED.fullmatch(name) is not None
+
+    def has_own_head(self) -> bool:
+        """Whether there is a head that differs from the embeddings, as a fine-tune may have untied them."""
+        head, embed = (self.name(Part(role, False, 0), 0) for role in ("lm_head", "embed"))
+        if head not in self._files or embed not in self._files:
+            return False
+        matrices = self._stored(head), self._stored(embed)
+        if matrices[0].dtype != matrices[1].dtype:
+            matrices = matrices[0].float(), matrices[1].float()
+        same = torch.equal(*matrices)
+        self._files[head].forget(head)
+        self._files[embed].forget(embed)
+        return not same
 
     def file_of(self, name: str) -> Path:
         return self._files[name].path
 
     def copy(self, name: str, part: Part, out: torch.Tensor) -> None:
+        out.copy_(self._stored(name).view(out.shape))
+        self._files[name].forget(name)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A view of the file."""
         file = self._files[name]
         tensor = file.tensors[name]
-        source = torch.frombuffer(
-            file.map, dtype=TORCH_DTYPES[tensor.dtype], count=out.numel(), offset=tensor.start
-        )
-        out.copy_(source.view(out.shape))
-        file.forget(name)
+        dtype, count = TORCH_DTYPES[tensor.dtype], math.prod(tensor.shape)
+        return torch.frombuffer(file.map, dtype=dtype, count=count, offset=tensor.start)
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether a tensor belongs to another part of the model that the language model was wrapped in."""
+        head = self.name(Part("lm_head", False, 0), 0)
+        return self._wrapper is not None and not name.startswith(self._wrapper) and name != head
+
+
+def _as_stored(names: dict[str, str], stored: Iterable[str]) -> tuple[dict[str, str], str | None]:
+    """The names of the roles in this checkpoint, and the prefix that wraps all but the head.
+
+    A text model that was cut out of a larger one keeps its prefix there ("language_model.model.",
+    "model.language_model."), and one that was saved without its head may have none. The embeddings show it.
+    The prefix is None where the names are the family's own or have no prefix at all.
+    """
+    base, _, leaf = names["embed"].rpartition(".")
+    stored = set(stored)
+    found = [name for name in stored if f".{name}".endswith(f".{leaf}.weight")]
+    if f"{names['embed']}.weight" in found or len(found) != 1:
+        return names, None
+    prefix = found[0].removesuffix(f"{leaf}.weight")
+    renamed = {
+        role: prefix + name.removeprefix(f"{base}.") if name.startswith(f"{base}.") else name
+        for role, name in names.items()
+    }
+    outer = prefix.removesuffix(f"{base}.")
+    for head in (f"{outer}lm_head", f"{prefix}lm_head"):
+        if f"{head}.weight" in stored:
+            renamed["lm_head"] = head
+    return renamed, prefix or None
 
 
 class GGUFCheckpoint:
@@ -288,6 +355,9 @@ class GGUFCheckpoint:
 
     def may_be_unused(self, name: str) -> bool:
         return name in self._IGNORED
+
+    def has_own_head(self) -> bool:
+        return False  # such a file is a tied model only if it has no head
 
     def file_of(self, name: str) -> Path:
         return self.path

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, QUANTIZABLE, make_hf_folder, reference, write_gguf
 
+from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
+from microvllm.ops.operators import make_operators
 from microvllm.runtime.models import DEMO_MODEL, find_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -301,11 +303,75 @@ def test_rotary_buffers_and_the_tied_head_may_be_there(tmp_path: Path) -> None:
     edit(
         tmp_path,
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(16),
-        lm_head__weight=torch.zeros(320, 144),
+        lm_head__weight=before["embed"],
     )
     after = load(tmp_path)
     assert after.keys() == before.keys()
     assert all(after[key].equal(before[key]) for key in before)
+
+
+def test_a_tied_model_with_another_head_is_computed_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers does; a fine-tune untied them and left the configuration as it was."""
+    make_hf_folder(tmp_path, "llama", tie=True)
+    head = torch.randn(320, 144)
+    edit(tmp_path, lm_head__weight=head)
+    assert load(tmp_path)["lm_head"].equal(head)
+    assert "lm_head.weight differs from the embeddings" in caplog.text
+    operators = make_operators("torch", torch.float32, 1)
+    model = DecoderModel(load_spec(tmp_path), load(tmp_path), operators)
+    hidden = torch.randn(2, 144)
+    theirs = reference(tmp_path)
+    torch.testing.assert_close(model.logits(hidden), theirs.lm_head(theirs.model.norm(hidden)).detach())
+
+
+def test_a_copy_of_the_embeddings_in_another_dtype_is_no_other_head(tmp_path: Path) -> None:
+    make_hf_folder(tmp_path, "llama", tie=True, dtype="bfloat16")
+    edit(tmp_path, lm_head__weight=load(tmp_path)["embed"].float())
+    assert "lm_head" not in load(tmp_path)
+
+
+def test_an_untied_model_without_a_head_says_so(tmp_path: Path) -> None:
+    make_hf_folder(tmp_path, "llama")
+    message = problem(edit(tmp_path, lm_head__weight=None))
+    assert "lm_head.weight is missing" in message and "tie_word_embeddings is false" in message
+
+
+PREFIXES = [
+    # of all but the head, of the head
+    ("language_model.model.", "language_model."),
+    ("model.language_model.", ""),
+    ("model.text_model.", "model.text_model."),
+    ("model.language_model.model.", "model.language_model."),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(("prefix", "head_prefix"), PREFIXES)
+def test_tensors_of_a_wrapped_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str, head_prefix: str, tie: bool
+) -> None:
+    make_hf_folder(tmp_path, "llama", tie=tie)
+    expected = load(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    renamed = {
+        f"{head_prefix}{name}"
+        if name.startswith("lm_head.")
+        else prefix + name.removeprefix("model."): tensor
+        for name, tensor in stored.items()
+    }
+    if prefix:
+        renamed["vision_tower.patch_embed.weight"] = torch.zeros(3, 3)
+    save_file(renamed, tmp_path / "model.safetensors")
+    weights = load(tmp_path)
+    assert weights.keys() == expected.keys()
+    assert all(weights[key].equal(expected[key]) for key in expected)
+    assert ("vision_tower.patch_embed.weight is outside of" in caplog.text) == bool(prefix)
+    del renamed[f"{prefix}layers.1.mlp.up_proj.weight"]
+    save_file(renamed, tmp_path / "model.safetensors")
+    assert f"tensor {prefix}layers.1.mlp.up_proj.weight is missing" in problem(tmp_path)
 
 
 @pytest.fixture
@@ -429,7 +495,7 @@ def test_smollm2() -> None:
         1e5,
         True,
     )
-    assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2,))
+    assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2, 0, 4))  # <|endoftext|>, <reponame>
     loaded = load_in_a_process(path, "bfloat16")
     tensors = loaded["tensors"]
     assert len(tensors) == 2 + 30 * 6
