@@ -179,9 +179,11 @@ def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations
         return TorchOperators(dtype)
     if name == "cpu":
         from microvllm.ops.cpu.build import load_kernels
+        from microvllm.ops.cpu.calibration import calibrated
         from microvllm.ops.cpu.operators import CpuOperators
 
-        return CpuOperators(load_kernels(), threads, int8_activations)
+        library = load_kernels()
+        return CpuOperators(library, threads, int8_activations, calibrated(library).tuning)
     if name in ("triton", "flash_attn"):
         from microvllm.ops.gpu.operators import GpuOperators
 

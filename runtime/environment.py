@@ -174,9 +174,13 @@ def _kernels() -> Rows:
     if version:
         rows.append(("its version", version.splitlines()[0]))
     try:
-        return [*rows, ("built", f"yes, {load_kernels()._name}")]
+        library = load_kernels()
     except Exception as error:
         return [*rows, ("built", f"no: {error}")]
+    from microvllm.ops.cpu.calibration import calibrated  # imports torch, which may be what is broken
+
+    rows.append(("built", f"yes, {library._name}"))
+    return [*rows, ("chosen by measurement", str(calibrated(library)))]
 
 
 def _packages() -> Rows:

@@ -28,6 +28,7 @@ from torch.nn.functional import silu
 
 from microvllm.ops.cpu import build, isa, operators
 from microvllm.ops.cpu.build import find_compiler, load_kernels
+from microvllm.ops.cpu.calibration import calibrate, calibrated, processor_name
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.norm import rms_norm
 from microvllm.runtime import cpu
@@ -247,9 +248,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
-    print(f"{model[1] if model else 'processor'}, {args.threads} threads of {cpu.usable_cores()} cores\n")
+    print(f"{processor_name()}, {args.threads} threads of {cpu.usable_cores()} cores\n")
     rates = {threads: bandwidth(threads) for threads in sorted({1, args.threads})}
     print(", ".join(f"{rate / 1e9:.1f} GB/s on {threads} threads" for threads, rate in rates.items()))
 
@@ -272,12 +271,26 @@ def main() -> int:
         wrong |= error is not None and not error < MAX_ERROR
         print(f"| {level.name} | {registers(library)} | {text} |")
 
+    library = load_kernels()
+    kept = calibrated(library)
+    again = calibrate(library)
+    print("\n| choice | one way, the other: ms when it was kept | ms now |\n|---|---|---|")
+    for what in {**kept.milliseconds, **again.milliseconds}:
+        cells = (one.milliseconds.get(what) for one in (kept, again))
+        print(
+            f"| {what} | "
+            + " | ".join("" if ms is None else f"{ms[0]:.2f}, {ms[1]:.2f}" for ms in cells)
+            + " |"
+        )
+    print(f"\nChosen: {kept.tuning}; now it would be {again.tuning}.")
+
     has_library = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     names = [level.name for level in usable] + ["oneDNN"] * has_library
     print("\n| rows | floor | " + " | ".join(f"{name}, ms (GFLOP/s)" for name in names) + " |")
     print("|---" * (len(names) + 2) + "|")
     kernels = [
-        Products(CpuOperators(ctypes.CDLL(str(build.build_kernels(level))), args.threads)) for level in usable
+        Products(CpuOperators(ctypes.CDLL(str(build.build_kernels(level))), args.threads, tuning=kept.tuning))
+        for level in usable
     ]
     # Kernels that use the matrix unit leave nothing to the library.
     by_library = next(one for one, level in zip(kernels, usable, strict=True) if level.name != "amx")

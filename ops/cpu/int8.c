@@ -149,7 +149,7 @@ INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const
 
 /* The weights of a span are unpacked once for all rows. */
 INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, float out[][WIDTH], long rows,
-                 const Format f)
+                 int once, const Format f)
 {
     /* Quants of SIGNED_BITS are made signed. Of others, that of a weight of 0 is subtracted, times the sum of x. */
     const int bits = f.low + f.high, is_signed = bits == SIGNED_BITS;
@@ -158,7 +158,7 @@ INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, 
     for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
         for (int at = 0; at < f.groups * GROUP; at += f.span) {
             const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
-            if (at % GROUP == 0) fetch_ahead(group, f);
+            if (at % GROUP == 0) fetch_ahead(group, f, once);
             for (int half = 0; half < 2; half++) {
                 const Scale s = load_scale(panel, at, half, f);
                 uvec quads[GROUP / 4];
@@ -179,9 +179,10 @@ INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, 
         }
 }
 
-void tile_int8(int format, const Int8Group *x, long stride, const void *panel, long k, float out[][WIDTH], long rows)
+void tile_int8(int format, const Int8Group *x, long stride, const void *panel, long k, float out[][WIDTH], long rows,
+               int once)
 {
 #define CASE(NUMBER, NAME, ...)                                                                             \
-    case NUMBER: tile(x, stride, panel, k, out, rows, (Format){__VA_ARGS__}); break;
+    case NUMBER: tile(x, stride, panel, k, out, rows, once, (Format){__VA_ARGS__}); break;
     switch (format) { QUANTIZED_FORMATS(CASE) }
 }

@@ -17,6 +17,6 @@ INTERNAL void quantize_rows(Pool *pool, const float *x, Int8Group *y, long m, lo
 /* out[r] = x[r] . panel^T for `rows` rows of x; the same GROUP of the next row follows, that of the next k `stride`
  * groups later. */
 INTERNAL void tile_int8(int format, const Int8Group *x, long stride, const void *panel, long k, float out[][WIDTH],
-                        long rows);
+                        long rows, int once);
 
 #endif

@@ -8,6 +8,7 @@
 #include "panel.h"
 #include "pool.h"
 #include "quantized.h"
+#include "tuning.h"
 
 /* A panel is [k][WIDTH]; in bfloat16 each run is in the order in which load_pair gives it back as it was. Panels of
  * quantised weights are described in quantized.h. */
@@ -34,6 +35,7 @@ typedef struct {
 struct Linear {
     const Part *parts;        /* one below the other; gate and up, n rows each, if gated */
     const float *norm, *bias; /* [k], [n] ([2 * n] if gated), or null */
+    const Tuning *tuning;
     float eps;
     long n, k;
     int num_parts, is_gated;
@@ -44,7 +46,7 @@ struct Linear {
  * keep the additions from waiting for each other, and sums of DEPTH terms each keep rounding small however long k is.
  * What is to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
 INLINE void tile_rows(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
-                      const char *ahead, long step, const int is_bf16, const int M, const int U)
+                      const char *ahead, long step, const int once, const int is_bf16, const int M, const int U)
 {
     for (long begin = 0; begin < k; begin += DEPTH) {
         long end = k - begin < DEPTH ? k : begin + DEPTH, i = begin;
@@ -55,10 +57,7 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
 #pragma GCC unroll 2
         for (; i + U <= end; i += U)
             for (int u = 0; u < U; u++) {
-                /* What is read once must not push out what is used again; the next panel only fits the second level
-                 * beside this one and x. */
-                if (M <= 2) __builtin_prefetch(ahead, 0, 0);
-                else __builtin_prefetch(ahead, 0, 2);
+                fetch(ahead, once);
                 ahead += step;
                 load_pair(panel, (i + u) * WIDTH, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {
@@ -82,12 +81,16 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
     }
 }
 
+/* What is fetched `once` may bypass the second level only for a few rows: for more, the next panel lies there. */
 INLINE void tile(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
-                 const char *ahead, long step, const int is_bf16, long rows)
+                 const char *ahead, long step, int once, const int is_bf16, long rows)
 {
-#define ROWS_ARE(M)                                                                                         \
-    case M:                                                                                                 \
-        tile_rows(x, stride, panel, k, out, is_more, ahead, step, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1); \
+#define TILE_ROWS(M, ONCE) \
+    tile_rows(x, stride, panel, k, out, is_more, ahead, step, ONCE, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1)
+#define ROWS_ARE(M)                           \
+    case M:                                   \
+        if (M <= 2 && once) TILE_ROWS(M, 1);  \
+        else TILE_ROWS(M, 0);                 \
         break
     switch (rows) {
         ROWS_ARE(1); ROWS_ARE(2); ROWS_ARE(3); ROWS_ARE(4); ROWS_ARE(5); ROWS_ARE(6);
@@ -99,9 +102,9 @@ INLINE void tile(const float *x, long stride, const void *panel, long k, float o
 
 /* Compiled once for all who call it. */
 static void tile_f32(const float *x, long stride, const float *panel, long k, float out[][WIDTH], int is_more,
-                     const char *ahead, long step, long rows)
+                     const char *ahead, long step, int once, long rows)
 {
-    tile(x, stride, panel, k, out, is_more, ahead, step, 0, rows);
+    tile(x, stride, panel, k, out, is_more, ahead, step, once, 0, rows);
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
@@ -149,34 +152,36 @@ INLINE void finish(const Product *p, const float *sums, const float *up, long ro
 
 /* sums = x . panel^T for a block of rows and a panel of float32 or bfloat16, tile by tile. The first waits for memory;
  * with more of them, each fetches its part of the next panel. */
-static void multiply_plain(int format, const float *x, long rows, const char *panel, long k, float sums[][WIDTH])
+static void multiply_plain(int format, const float *x, long rows, const char *panel, long k, float sums[][WIDTH],
+                           int once)
 {
     long tiles = (rows + ROWS - 1) / ROWS, run = WIDTH * plain_bytes(format), size = run * k;
     for (long t = 0; t < tiles; t++) {
         long row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
         const char *ahead = panel + (tiles == 1 ? AHEAD : size + size * t / tiles);
         if (format == FORMAT_F32)
-            tile_f32(x + row * k, k, (const float *)panel, k, sums + row, 0, ahead, run / tiles, count);
-        else tile(x + row * k, k, panel, k, sums + row, 0, ahead, run / tiles, 1, count);
+            tile_f32(x + row * k, k, (const float *)panel, k, sums + row, 0, ahead, run / tiles, once, count);
+        else tile(x + row * k, k, panel, k, sums + row, 0, ahead, run / tiles, once, 1, count);
     }
 }
 
 /* The same for quantised weights. For a few rows they are widened in registers; for more into the first-level cache,
  * PART of each row at a time, once for all rows of x. */
-static void multiply_quantized(int format, const float *x, long rows, const void *panel, long k, float sums[][WIDTH])
+static void multiply_quantized(int format, const float *x, long rows, const void *panel, long k, float sums[][WIDTH],
+                               const Tuning *tuning)
 {
     float weights[PART * WIDTH];
     long tiles = (rows + ROWS - 1) / ROWS;
-    if (rows <= FEW) {
-        tile_quantized(format, x, panel, k, sums, rows);
+    if (rows <= tuning->few_rows) {
+        tile_quantized(format, x, panel, k, sums, rows, tuning->fetches_once);
         return;
     }
     for (long i = 0; i < k; i += PART) {
         long count = least(PART, k - i);
-        widen_quantized(format, panel, i, count, weights);
+        widen_quantized(format, panel, i, count, weights, tuning->fetches_once);
         for (long t = 0; t < tiles; t++) {
             long row = rows * t / tiles, next = rows * (t + 1) / tiles;
-            tile_f32(x + row * k + i, k, weights, count, sums + row, i > 0, (const char *)weights, 0, next - row);
+            tile_f32(x + row * k + i, k, weights, count, sums + row, i > 0, (const char *)weights, 0, 0, next - row);
         }
     }
 }
@@ -204,9 +209,9 @@ INLINE void multiply_piece(const Product *p, long piece, float (*sums)[WIDTH], c
             continue;
         }
 #endif
-        if (is_plain(format)) multiply_plain(format, x, rows, at, k, to);
-        else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, to, rows);
-        else multiply_quantized(format, x, rows, at, k, to);
+        if (is_plain(format)) multiply_plain(format, x, rows, at, k, to, a->tuning->fetches_once);
+        else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, to, rows, a->tuning->fetches_once);
+        else multiply_quantized(format, x, rows, at, k, to, a->tuning);
     }
     long first = panel * WIDTH, count = least(WIDTH, part->n - first);
     for (long r = 0; r < rows; r++) finish(p, sums[r], sums[room + r], begin + r, column + first, count);

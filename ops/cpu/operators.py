@@ -25,6 +25,7 @@ from microvllm.ops.attention import (
 from microvllm.ops.attention.torch_backend import HeadMajorCache
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
+from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.linear import Linear
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
@@ -46,7 +47,7 @@ class _Linear(ctypes.Structure):
     """`Linear` of linear.c."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("parts", "norm", "bias")),
+        *((name, _POINTER) for name in ("parts", "norm", "bias", "tuning")),
         ("eps", _FLOAT),
         *((name, _LONG) for name in ("n", "k")),
         *((name, _INT) for name in ("num_parts", "is_gated", "rounds_x")),
@@ -139,9 +140,16 @@ class CpuOperators(SeparateOperators):
 
     activation_dtype = torch.float32
 
-    def __init__(self, library: ctypes.CDLL, threads: int, int8_activations: bool = False) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        threads: int,
+        int8_activations: bool = False,
+        tuning: Tuning = Tuning(),  # noqa: B008 (frozen)
+    ) -> None:
         self.int8_activations = int8_activations
         self.kernels = Kernels(library, threads)
+        self.tuning = tuning.fields()
         self.memory = WeightMemory()
 
     def embedding(self, weight: Tensor) -> Operator:
@@ -269,6 +277,7 @@ class CpuLinear:
             ctypes.addressof(self._parts),
             _pointer(norm),
             _pointer(self._bias),
+            ctypes.addressof(operators.tuning),
             eps,
             self.n,
             self.k,

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define SPINS 3000                /* some 0.1 ms */
+#define SPIN 100000               /* ns: a pause takes 10 to 140 of them, by the processor */
 #define PATIENCE 100000           /* ns, beside the time of some pieces */
 #define SHORTEST_AWAY 1000000     /* ns */
 #define LONGEST_AWAY 1000000000   /* ns */
@@ -109,8 +109,8 @@ static void *work(void *argument)
     _Atomic uint64_t *mine = &span->ticket;
     while (!atomic_load(&pool->quit)) {
         uint64_t seen = atomic_load(mine);
-        int spins = 0;
-        while (NEXT(seen) >= END(seen) && spins++ < SPINS) {
+        int64_t until = now() + SPIN;
+        while (NEXT(seen) >= END(seen) && now() < until) {
             relax();
             seen = atomic_load_explicit(mine, memory_order_relaxed);
         }

@@ -27,13 +27,13 @@ INLINE float sum_up(const float *x, const int count)
 
 /* One row of x. In a span, the quants times x are added up, separately for each place in a quad; then they are scaled,
  * and the offset is multiplied with the sum of x. */
-INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, const Format f)
+INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, int once, const Format f)
 {
     vec total[2] = {};
     for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))
         for (int at = 0; at < f.groups * GROUP; at += f.span, x += f.span) {
             const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
-            if (at % GROUP == 0) fetch_ahead(group, f);
+            if (at % GROUP == 0) fetch_ahead(group, f, once);
             vec acc[2][4] = {};
 #pragma GCC unroll 8
             for (int i = 0; i < f.span; i += 4) {
@@ -54,12 +54,12 @@ INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, c
     store(out + LANES, total[1]);
 }
 
-INLINE void widen_part(const uint8_t *block, long count, float *out, const Format f)
+INLINE void widen_part(const uint8_t *block, long count, float *out, int once, const Format f)
 {
     for (; count > 0; count -= f.groups * GROUP, block += block_bytes(f))
         for (int at = 0; at < f.groups * GROUP; at += f.span) {
             const uint8_t *group = block + head_bytes(f) + at / GROUP * group_bytes(f);
-            if (at % GROUP == 0) fetch_ahead(group, f);
+            if (at % GROUP == 0) fetch_ahead(group, f, once);
             for (int half = 0; half < 2; half++) {
                 const Scale scale = load_scale(block, at, half, f);
 #pragma GCC unroll 8
@@ -73,23 +73,23 @@ INLINE void widen_part(const uint8_t *block, long count, float *out, const Forma
         }
 }
 
-void widen_quantized(int format, const void *panel, long begin, long count, float *out)
+void widen_quantized(int format, const void *panel, long begin, long count, float *out, int once)
 {
 #define WIDEN(NUMBER, NAME, ...)                                                                            \
     case NUMBER: {                                                                                          \
         const Format f = {__VA_ARGS__};                                                                     \
         long block = begin / (f.groups * GROUP);                                                            \
-        widen_part((const uint8_t *)panel + block * block_bytes(f), count, out, f);                         \
+        widen_part((const uint8_t *)panel + block * block_bytes(f), count, out, once, f);                         \
         break;                                                                                              \
     }
     switch (format) { QUANTIZED_FORMATS(WIDEN) }
 }
 
-void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows)
+void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows, int once)
 {
     for (long r = 0; r < rows; r++)
 #define TILE(NUMBER, NAME, ...)                                                                             \
-    case NUMBER: tile_row(x + r * k, panel, k, out[r], (Format){__VA_ARGS__}); break;
+    case NUMBER: tile_row(x + r * k, panel, k, out[r], once, (Format){__VA_ARGS__}); break;
         switch (format) { QUANTIZED_FORMATS(TILE) }
 }
 

@@ -59,14 +59,14 @@ INTERNAL long quantized_panel_bytes(int format, long k);
 /* Packs rows [first, first + rows) of a weight that lies as in the file into a panel. Others of the panel are zeros. */
 INTERNAL void pack_quantized(int format, const void *weight, long first, long rows, long k, void *panel);
 
-/* out[m] = x[m] . panel^T for rows of x, k floats apart, each by itself. For more than FEW of them it is faster to
- * widen the weights first. */
-#define FEW 2
-INTERNAL void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows);
+/* out[m] = x[m] . panel^T for rows of x, k floats apart, each by itself. For more than a few of them it is faster to
+ * widen the weights first. `once`: see tuning.h. */
+INTERNAL void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows,
+                             int once);
 
 /* Weights [begin, begin + count) of the rows of a panel as float32: out[count][WIDTH]. Both are multiples of a block;
  * PART is one of every format's. */
 #define PART 256
-INTERNAL void widen_quantized(int format, const void *panel, long begin, long count, float *out);
+INTERNAL void widen_quantized(int format, const void *panel, long begin, long count, float *out, int once);
 
 #endif

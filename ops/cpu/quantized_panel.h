@@ -3,6 +3,7 @@
 #define QUANTIZED_PANEL_H
 
 #include "quantized.h"
+#include "tuning.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -48,12 +49,15 @@ INLINE uvec load_quad(const uint8_t *group, int q, const Format f)
     return f.high ? quad | load_bits(group + f.low * WORDS, q, f.high) << f.low : quad;
 }
 
-/* Asks for what lies 2048 bytes behind a group: with few rows of x, memory is what there is to wait for. It is read
- * once, and shall not take the place of what is used again. */
-INLINE void fetch_ahead(const uint8_t *group, const Format f)
+/* Asks for what lies 2048 bytes behind a group: with few rows of x, memory is what there is to wait for. */
+INLINE void fetch_ahead(const uint8_t *group, const Format f, int once)
 {
-    for (long i = f.groups == 1 ? -head_bytes(f) : 0; i < group_bytes(f); i += 64)
-        __builtin_prefetch(group + 2048 + i, 0, 0);
+    const char *at = (const char *)group + 2048;
+    const long begin = f.groups == 1 ? -head_bytes(f) : 0;
+    if (once)
+        for (long i = begin; i < group_bytes(f); i += 64) fetch(at + i, 1);
+    else
+        for (long i = begin; i < group_bytes(f); i += 64) fetch(at + i, 0);
 }
 
 /* The scale and the offset of the weights from `at` on in a block. */

@@ -1,0 +1,19 @@
+/* What one processor does best and another worst: see tuning.py, which measures it. */
+#ifndef TUNING_H
+#define TUNING_H
+
+#include "vectors.h"
+
+typedef struct {
+    int fetches_once; /* weights for a few rows are fetched past the second-level cache */
+    int few_rows;     /* up to so many rows of x quantised weights are widened in registers, for each row again */
+} Tuning;
+
+/* Asks for memory that a product will read soon. */
+INLINE void fetch(const char *at, const int once)
+{
+    if (once) __builtin_prefetch(at, 0, 0);
+    else __builtin_prefetch(at, 0, 2);
+}
+
+#endif

@@ -1,0 +1,27 @@
+"""What the kernels do one way on one processor and another way on the next."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import astuple, dataclass
+
+
+class TuningFields(ctypes.Structure):
+    """`Tuning` of tuning.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("fetches_once", "few_rows")]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Choices that calibration.py measures; what is written here holds where nothing was measured.
+
+    fetches_once: a weight for one or two rows of x is fetched past the second-level cache. few_rows: up to so
+    many rows of x, quantised weights are widened in registers for each row, beyond it once for all of them.
+    """
+
+    fetches_once: bool = False
+    few_rows: int = 2
+
+    def fields(self) -> TuningFields:
+        return TuningFields(*astuple(self))
