@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,11 +51,15 @@ RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 WORKER_THREADS = max(2, min(8, usable_cores() // 2))
 
 
-class TokenStream:
-    """The output of one sequence: an async iterator of `TextDelta`.
+# Deltas that wait for their consumer one by one: more than a busy event loop is ever behind a fast engine.
+MAX_BACKLOG = 64
 
-    Tokens that arrive while the consumer is busy are merged into one delta, so a slow reader costs
-    bounded memory and never holds up the engine.
+
+class TokenStream:
+    """The output of one sequence: an async iterator of `TextDelta`, one a step of the engine.
+
+    Beyond `MAX_BACKLOG` waiting deltas, what arrives is merged into the last one, so that a client that has
+    stopped reading costs bounded memory and never holds up the engine.
     """
 
     def __init__(self, client: EngineClient, request: EngineRequest, group: SampleGroup) -> None:
@@ -70,7 +75,7 @@ class TokenStream:
         self._client = client
         self._id = request.request_id
         self._text = OutputText(client.tokenizer, request)
-        self._pending: TextDelta | None = None
+        self._pending: deque[TextDelta] = deque()
         self._error: EngineError | RequestError | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while there is nothing for it
@@ -80,15 +85,14 @@ class TokenStream:
 
     async def __anext__(self) -> TextDelta:
         """The next delta. Raises `EngineError` or `RequestError`, by whose fault the request failed."""
-        while self._pending is None:
+        while not self._pending:
             if self._error is not None:
                 raise self._error
             if self._ended:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        delta, self._pending = self._pending, None
-        return delta
+        return self._pending.popleft()
 
     def abort(self) -> None:
         """End the request now; its blocks are free within one step. May be called at any time."""
@@ -111,10 +115,10 @@ class TokenStream:
         self._count(output, len(delta.token_ids), now)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        if self._pending is None:
-            self._pending = delta
+        if len(self._pending) < MAX_BACKLOG:
+            self._pending.append(delta)
         else:
-            self._pending.merge(delta)
+            self._pending[-1].merge(delta)
         if delta.finish_reason is not None:
             if output.finish_reason is None:  # a stop string: the engine does not know yet
                 self._client._abort(self._id)

@@ -21,7 +21,7 @@ from model_tools import LONG, long_folder, make_engine
 from process_tools import PATIENCE_S, alive, own_engines, stopped, wait_until, wait_until_async
 
 from microvllm.runtime.channel import Ready, Start, Step, frame
-from microvllm.runtime.client import EngineClient, TokenStream
+from microvllm.runtime.client import MAX_BACKLOG, EngineClient, TokenStream
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import (
     ConfigError,
@@ -225,15 +225,33 @@ async def test_a_wrong_request_never_leaves(
     assert caught.value.param == field and not client._streams
 
 
-async def test_a_slow_consumer_gets_everything_in_one_piece(client: EngineClient) -> None:
+async def test_a_slow_consumer_gets_one_piece_beyond_the_backlog(client: EngineClient) -> None:
     expected = expected_tokens(200)
     (stream,) = client.submit(PROMPT, params(200))
     await wait_until_async(lambda: stream._ended, "the engine is through")
-    whole = await anext(stream)
-    assert whole.token_ids == expected and whole.text == client.tokenizer.decode(expected)
-    assert whole.finish_reason == "length"
+    deltas = [await anext(stream) for _ in range(MAX_BACKLOG)]
+    assert [len(delta.token_ids) for delta in deltas] == [1] * (MAX_BACKLOG - 1) + [201 - MAX_BACKLOG]
+    assert [token for delta in deltas for token in delta.token_ids] == expected
+    assert "".join(delta.text for delta in deltas) == client.tokenizer.decode(expected)
+    assert [delta.finish_reason for delta in deltas] == [None] * (MAX_BACKLOG - 1) + ["length"]
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
+
+
+async def test_every_token_is_a_delta_of_its_own_on_a_busy_event_loop(client: EngineClient) -> None:
+    async def hold_up() -> None:
+        while True:
+            time.sleep(0.05)  # no other task and no message gets a turn
+            await asyncio.sleep(0.001)
+
+    async def sizes(stream: TokenStream) -> list[int]:
+        return [len(delta.token_ids) async for delta in stream]
+
+    streams = [stream for _ in range(4) for stream in client.submit(PROMPT, params(60))]
+    busy = asyncio.ensure_future(hold_up())
+    found = await asyncio.gather(*map(sizes, streams))
+    busy.cancel()
+    assert found == [[1] * 60] * 4
 
 
 async def test_what_fails_in_one_stream_stays_there(
