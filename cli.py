@@ -28,6 +28,7 @@ from microvllm.openai_compat.engine_options import (
     CpuThreadsOpt,
     DtypeOpt,
     GGUFWeightsOpt,
+    IgnoreUnsupportedOpt,
     KVBytesOpt,
     LoadFormatOpt,
     MaxModelLenOpt,
@@ -52,16 +53,20 @@ if TYPE_CHECKING:
 class Command(TyperCommand):
     """A Typer command that reads its flags the way `vllm serve` does."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {"--help": "switch", "-h": "switch"}
+    def flag_kinds(self) -> dict[str, str]:
+        """Each flag of the command, and what `normalise_argv` needs to know of it."""
+        kinds = {"--help": "switch", "-h": "switch"}
         for param in self.params:
             kind = "list" if getattr(param, "multiple", False) else "value"
             if getattr(param, "is_flag", False):
                 kind = "switch"
             elif param.metavar == OBJECT:
                 kind = "json"
-            own |= {name: kind for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
-        return super().parse_args(ctx, normalise_argv(args, own, warn))
+            kinds |= {name: kind for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
+        return kinds
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, normalise_argv(args, self.flag_kinds(), warn))
 
 
 def warn(message: str) -> None:
@@ -150,6 +155,7 @@ def generate(
     block_size: BlockSizeOpt = None,
     kv_cache_memory_bytes: KVBytesOpt = None,
     log_step_times: StepTimesOpt = False,
+    ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
 ) -> None:
     """Continue a text in the terminal, without a server.
 

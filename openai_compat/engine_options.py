@@ -106,6 +106,13 @@ StepTimesOpt = Annotated[
         help="Log where the time of steps goes: a table every 10 s while there are requests, one at the end.",
     ),
 ]
+IgnoreUnsupportedOpt = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-unsupported-flags/--no-ignore-unsupported-flags",
+        help="Start without the flags of vllm serve that would change what is served and do not exist here.",
+    ),
+]
 
 
 def engine_args(
@@ -186,8 +193,10 @@ def engine_args(
         ),
     ] = None,
     log_step_times: StepTimesOpt = False,
+    ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
 ) -> EngineArgs:
     """What the options ask for. Raises `UsageError` and `ConfigError` naming the option."""
+    # `ignore_unsupported_flags` is only here for --help: `normalise_argv` has dealt with those flags.
     name = choose_model(model_arg or (), model)
     check_paths(tokenizer, generation_config)
 
