@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from microvllm.adapters.spec import ModelSpec, RopeSpec
+from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.attention import QKNorms, StepAttention
 from microvllm.ops.operators import DecoderLayer, Operators
 
@@ -75,24 +73,3 @@ def _take_qk_norms(spec: ModelSpec, weights: dict[str, Tensor], dtype: torch.dty
 
     pairs = ((take(i, "q_norm"), take(i, "k_norm")) for i in range(spec.num_layers))
     return QKNorms(tuple(pairs), spec.rms_norm_eps)
-
-
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Angle a position for each pair of a head: [head_dim / 2] float32.
-
-    "linear" is position interpolation (Chen et al., 2023, arXiv:2306.15595); "llama3" is the scheme of
-    Llama 3.1's reference code: wavelengths shorter than original / high_freq_factor are kept, those
-    longer than original / low_freq_factor are divided by `factor`, those between are blended.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    inv_freq = 1.0 / rope.theta**exponents
-    if rope.scaling == "linear":
-        return inv_freq / rope.factor
-    if rope.scaling != "llama3":
-        return inv_freq
-    wavelength = 2 * math.pi / inv_freq
-    ramp = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    keep = ramp.clamp(0.0, 1.0)
-    return keep * inv_freq + (1 - keep) * inv_freq / rope.factor

@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import MAX_LAYERS, MAX_ROPE_FACTOR, Fields, shorten
-from microvllm.adapters.spec import ModelSpec, RopeSpec
+from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.spec import ModelSpec
 
 MAX_JSON_BYTES = 64 << 20
 DTYPES = ("float32", "bfloat16", "float16")
 MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-ROPE_KEYS = {
-    "default": {"factor"},  # some exports write factor 1 beside "default"
-    "linear": {"factor", "original_max_position_embeddings"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
-ROPE_COMMON_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -59,6 +54,7 @@ def hf_spec(
     default_head_dim: int | None = None,
     default_max_position: int,
     sliding_window: int | None = None,
+    window_by_layer: bool = False,
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
@@ -85,8 +81,10 @@ def hf_spec(
     head_dim = config.size("head_dim", default_head_dim or hidden_size // num_heads)
     if head_dim % 2:
         raise config.error("head_dim", f"must be even for rotary embeddings, got {head_dim}")
-    rope = _rope(config, default_max_position)
-    max_position = context_length(config, default_max_position)
+    rotary = rope_from_hf(config, head_dim, default_max_position)
+    max_position = rotary.max_position
+    if window_by_layer:
+        sliding_window = _layerwise_window(config, max_position)
     return ModelSpec(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -98,7 +96,7 @@ def hf_spec(
         head_dim=head_dim,
         max_position=max_position,
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=rope,
+        rope=rotary.spec,
         tie_embeddings=config.flag("tie_word_embeddings"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
@@ -111,14 +109,7 @@ def hf_spec(
     )
 
 
-def context_length(config: Fields, default_max_position: int) -> int:
-    """Positions that the model can tell apart; linear scaling multiplies the trained ones, as in vLLM."""
-    trained = config.size("max_position_embeddings", default_max_position)
-    rope = _rope(config, default_max_position)
-    return int(trained * rope.factor) if rope.scaling == "linear" else trained
-
-
-def layerwise_window(config: Fields, default_max_position: int) -> int | None:
+def _layerwise_window(config: Fields, max_position: int) -> int | None:
     """Qwen's sliding window: `use_sliding_window`, and from layer `max_window_layers` on.
 
     None if no layer slides; layers of both kinds in one model are refused.
@@ -142,7 +133,7 @@ def layerwise_window(config: Fields, default_max_position: int) -> int | None:
         sliding = max(0, num_layers - first)
     if not config.flag("use_sliding_window") or config.is_null("sliding_window"):
         sliding = 0
-    if sliding == 0 or window >= context_length(config, default_max_position):
+    if sliding == 0 or window >= max_position:
         return None
     if sliding < num_layers:
         key = "layer_types" if listed else "max_window_layers"
@@ -166,48 +157,6 @@ def refuse_unsupported(config: Fields) -> None:
         raise config.error("hidden_act", f"must be silu, got {shorten(activation)}")
     if config.number("partial_rotary_factor", 1.0) != 1.0:
         raise config.error("partial_rotary_factor", "other than 1 is not supported")
-
-
-def _rope(config: Fields, default_max_position: int) -> RopeSpec:
-    """Rotary parameters in either spelling: `rope_scaling` + `rope_theta`, or `rope_parameters`."""
-    scaling = config.part("rope_scaling") or config.part("rope_parameters")
-    theta = config.number("rope_theta", 10000.0)
-    if scaling is None:
-        return RopeSpec(theta=theta)
-    kind = scaling.text("rope_type", scaling.text("type", "default"))
-    if kind not in ROPE_KEYS:
-        key = "rope_type" if "rope_type" in scaling else "type"
-        raise scaling.error(key, f"must be one of {', '.join(ROPE_KEYS)}, got {shorten(kind)}")
-    for key in scaling:
-        if isinstance(scaling.get(key), dict):
-            raise scaling.error(
-                key, "is an object: rotary parameters that differ between layers are not supported"
-            )
-        if key not in ROPE_COMMON_KEYS | ROPE_KEYS[kind]:
-            raise scaling.error(key, f"is not a key of rotary scaling {kind!r}")
-    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise scaling.error("partial_rotary_factor", "other than 1 is not supported")
-    theta = scaling.number("rope_theta", theta)
-    if kind == "default":
-        if scaling.number("factor", 1.0) != 1.0:
-            raise scaling.error("factor", "has no meaning without a rope_type")
-        return RopeSpec(theta=theta)
-    factor = scaling.number("factor", at_least=1.0, at_most=MAX_ROPE_FACTOR)
-    if kind == "linear":
-        return RopeSpec(theta=theta, scaling="linear", factor=factor)
-    low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
-    if high <= low:
-        raise scaling.error("high_freq_factor", f"must be above low_freq_factor {low:g}, got {high:g}")
-    return RopeSpec(
-        theta=theta,
-        scaling="llama3",
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position=scaling.size(
-            "original_max_position_embeddings", config.size("max_position_embeddings", default_max_position)
-        ),
-    )
 
 
 def stored_dtype(config: Fields) -> str:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import hf_spec, layerwise_window
+from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
 
 GGUF_INTERLEAVED = False
-DEFAULT_MAX_POSITION = 32768
 
 
 def from_hf(config: Fields) -> ModelSpec:
     return hf_spec(
         config,
         "qwen2",
-        default_max_position=DEFAULT_MAX_POSITION,
+        default_max_position=32768,
         default_kv_heads=32,
-        sliding_window=layerwise_window(config, DEFAULT_MAX_POSITION),
+        window_by_layer=True,
         qkv_bias=True,
     )
 

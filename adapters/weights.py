@@ -26,6 +26,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.registry import GGUF_INTERLEAVED, HF_NAMES
+from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from microvllm.adapters.safetensors_file import open_folder
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
@@ -339,7 +340,7 @@ class GGUFCheckpoint:
     """One GGUF file, copied as it is or dequantised piece by piece."""
 
     # Rotary factors become part of the spec.
-    _IGNORED = ("rope_freqs.weight",)
+    _IGNORED = (LLAMA3_TENSOR, SHORT_TENSOR, LONG_TENSOR)
 
     def __init__(self, path: Path, head_dim: int) -> None:
         self.path = path

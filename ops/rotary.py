@@ -9,15 +9,15 @@ from torch import Tensor
 class RotaryTable:
     """cos and sin of every position, gathered once a step for all layers.
 
-    inv_freq: [d/2] float32 angles a position. The two halves of a head are rotated against each other:
-    out = x * cos + roll(x, d/2) * sin, with sin negated in its first half.
+    inv_freq: [d/2] float32 angles a position; cos and sin are multiplied by `scale`. The two halves of a head
+    are rotated against each other: out = x * cos + roll(x, d/2) * sin, with sin negated in its first half.
     """
 
-    def __init__(self, inv_freq: Tensor, max_position: int, dtype: torch.dtype) -> None:
+    def __init__(self, inv_freq: Tensor, max_position: int, dtype: torch.dtype, scale: float = 1.0) -> None:
         angles = torch.outer(
             torch.arange(max_position, dtype=torch.float32, device=inv_freq.device), inv_freq
         )
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos() * scale, angles.sin() * scale
         self.cos = torch.cat((cos, cos), -1).to(dtype)
         self.sin = torch.cat((-sin, sin), -1).to(dtype)
 

@@ -127,11 +127,19 @@ class EngineArgs:
             raise ConfigError(f"--max-num-queued-reqs must be at least 1, got {self.max_num_queued_reqs}")
         if self.long_prefill_token_threshold < 0:
             raise ConfigError("--long-prefill-token-threshold must not be negative")
-        max_model_len = _positive(self.max_model_len, spec.max_position, "--max-model-len")
+        max_model_len = _positive(self.max_model_len, spec.default_length, "--max-model-len")
         if max_model_len > spec.max_position:
             raise ConfigError(
                 f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
             )
+        rope = spec.rope
+        if rope.depends_on_length and max_model_len > rope.original_max_position:
+            logger.warning(
+                "Rotary scaling %s: short texts are rotated as texts of %d tokens are. --max-model-len %d, "
+                "the length that the model was first trained on, keeps them as they were.",
+                *(rope.scaling, max_model_len, rope.original_max_position),
+            )
+        spec = msgspec.structs.replace(spec, rope=rope.at_length(max_model_len, spec.head_dim))
         if device == "cpu":
             num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
         else:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.adapters.decoder import DecoderModel, inverse_frequencies
+from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionShape
 from microvllm.ops.operators import make_operators
@@ -94,7 +95,12 @@ class ModelGraphRunner:
             measuring.finish(f"KV cache: room for {config.num_blocks * config.block_size:,} tokens")
         self.config = config
         shape = AttentionShape(
-            spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.sliding_window
+            spec.num_layers,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.sliding_window,
+            spec.rope.attention_factor,
         )
         self._attention = operators.attention(
             shape,

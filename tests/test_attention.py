@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model_tools import BACKENDS
 from torch import Tensor
 
-from microvllm.adapters.decoder import inverse_frequencies
+from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
 from microvllm.ops.attention.torch_backend import TorchAttention

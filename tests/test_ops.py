@@ -10,7 +10,7 @@ import torch
 from model_tools import BACKENDS
 from torch import Tensor
 
-from microvllm.adapters.decoder import inverse_frequencies
+from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm

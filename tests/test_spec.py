@@ -14,8 +14,8 @@ import pytest
 from tiny_models import FAMILIES, make_hf_folder, token_id, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.gguf_spec import llama3_divisors
 from microvllm.adapters.registry import load_spec
+from microvllm.adapters.rope_spec import llama3_divisors
 from microvllm.adapters.spec import RopeSpec
 
 SMOLLM2_135M = {
@@ -264,9 +264,8 @@ def test_rope_theta_beside_or_inside(tmp_path: Path) -> None:
 
 LLAMA3 = LLAMA_31_8B["rope_scaling"]
 BAD_ROPE = [
-    ({"type": "yarn", "factor": 4.0}, "rope_scaling.type"),
-    ({"rope_type": "dynamic", "factor": 4.0}, "rope_scaling.rope_type"),
-    ({"rope_type": "longrope"}, "rope_scaling.rope_type"),
+    ({"type": "mrope", "factor": 4.0}, "rope_scaling.type"),
+    ({"rope_type": "ntk", "factor": 4.0}, "rope_scaling.rope_type"),
     ({"rope_type": 3}, "rope_scaling.rope_type"),
     ({"type": "linear", "factor": 0}, "rope_scaling.factor"),
     ({"type": "linear", "factor": float("nan")}, "rope_scaling.factor"),
@@ -484,7 +483,7 @@ def test_llama3_divisors_are_those_of_transformers() -> None:
 
 
 BAD_METADATA: list[tuple[str, Any]] = [
-    ("llama.rope.scaling.type", "yarn"),
+    ("llama.rope.scaling.type", "ntk"),
     ("llama.rope.dimension_count", 16),
     ("llama.attention.value_length", 64),
     ("llama.attention.key_length", "32"),

@@ -12,13 +12,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The fixed sizes of a model's attention. `window`: tokens a query sees, or None for all."""
+    """The fixed sizes of a model's attention.
+
+    window: tokens a query sees, or None for all; rotary_scale: cos and sin are multiplied by it, which
+    YaRN and LongRoPE temper the attention with.
+    """
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     window: int | None = None
+    rotary_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class FlashAttention:
         self.num_blocks = num_blocks
         # A decode call wants angles for all that its block table could hold.
         self.max_blocks = -(-max_position // block_size)
-        self.angles = RotaryAngles.up_to(self.max_blocks * block_size, inv_freq)
+        self.angles = RotaryAngles.up_to(self.max_blocks * block_size, inv_freq, shape.rotary_scale)
         self.cos, self.sin = self.angles.cos.to(dtype), self.angles.sin.to(dtype)
         # Zeroed: a padding row reads what nobody wrote.
         self.cache = torch.zeros(

@@ -36,7 +36,7 @@ class HeadMajorCache:
         self.shape = shape
         self.qk_norms = qk_norms
         self.block_size = block_size
-        self.rotary = RotaryTable(inv_freq, max_position, activation_dtype or dtype)
+        self.rotary = RotaryTable(inv_freq, max_position, activation_dtype or dtype, shape.rotary_scale)
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
         # 0 * NaN is NaN.
         sizes = (shape.num_layers, 2 * shape.num_kv_heads, num_blocks, block_size, shape.head_dim)

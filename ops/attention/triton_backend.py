@@ -49,7 +49,7 @@ class TritonAttention:
         self.shape = shape
         self.norms = qk_norms
         self.pdl = pdl
-        self.angles = RotaryAngles.up_to(max_position, inv_freq)
+        self.angles = RotaryAngles.up_to(max_position, inv_freq, shape.rotary_scale)
         self.cache = torch.zeros(
             shape.num_layers,
             2,

@@ -23,17 +23,17 @@ from microvllm.ops.gpu.launch import follow, launch_options
 
 @dataclass(frozen=True, slots=True)
 class RotaryAngles:
-    """cos and sin of every position's angles: [max_position, d / 2] float32."""
+    """cos and sin of every position's angles, scaled: [max_position, d / 2] float32."""
 
     cos: Tensor
     sin: Tensor
 
     @staticmethod
-    def up_to(max_position: int, inv_freq: Tensor) -> RotaryAngles:
-        """inv_freq: [d / 2] float32 angles a position."""
+    def up_to(max_position: int, inv_freq: Tensor, scale: float) -> RotaryAngles:
+        """inv_freq: [d / 2] float32 angles a position; cos and sin are multiplied by `scale`."""
         positions = torch.arange(max_position, dtype=torch.float32, device=inv_freq.device)
         angles = torch.outer(positions, inv_freq)
-        return RotaryAngles(angles.cos(), angles.sin())
+        return RotaryAngles(angles.cos() * scale, angles.sin() * scale)
 
 
 @triton.jit
