@@ -31,6 +31,10 @@ def _list(item: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": item}
 
 
+def _reference(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
 _USAGE = _object(
     prompt_tokens=INTEGER,
     total_tokens=INTEGER,
@@ -38,37 +42,75 @@ _USAGE = _object(
     prompt_tokens_details=OBJECT_OR_NULL,
     completion_tokens_details=OBJECT_OR_NULL,
 )
-_ENDED = {
-    "finish_reason": {"enum": ["stop", "length", "abort", "repetition"]},
-    "stop_reason": {"type": ["string", "integer", "null"]},
-    "token_ids": IDS_OR_NULL,
-}
+_REASONS = ["stop", "length", "abort", "repetition"]
+_STOP_REASON = {"type": ["string", "integer", "null"]}
+_ENDED = {"finish_reason": {"enum": _REASONS}, "stop_reason": _STOP_REASON, "token_ids": IDS_OR_NULL}
 _CHOICE = {"index": INTEGER, "logprobs": OBJECT_OR_NULL, **_ENDED}
-_USAGE_OF = {"$ref": "#/components/schemas/Usage"}
 _ANSWER = {
     "id": STRING,
     "created": INTEGER,
     "model": STRING,
     "system_fingerprint": TEXT_OR_NULL,
-    "usage": _USAGE_OF,
+    "usage": _reference("UsageInfo"),
     "metrics": OBJECT_OR_NULL,
 }
+# The data of one event. Members that not every chunk has are not required: `usage`, what ends a choice.
+_CHUNK = {"id": STRING, "created": INTEGER, "model": STRING}
+_CHUNK_CHOICE = {
+    "index": INTEGER,
+    "logprobs": OBJECT_OR_NULL,
+    "finish_reason": {"enum": [*_REASONS, None]},
+}
+_SOMETIMES = {
+    "usage": {"type": "object", "required": ["prompt_tokens", "total_tokens", "completion_tokens"]},
+    "system_fingerprint": STRING,
+    "metrics": {"type": "object"},
+}
 
+
+def _chunk(choice: Mapping[str, Any], **members: Any) -> dict[str, Any]:
+    schema = _object(**_CHUNK, **members, choices=_list(choice))
+    return {**schema, "properties": {**schema["properties"], **_SOMETIMES}}
+
+
+# Names are vLLM's, as far as it has them.
 SCHEMAS: Mapping[str, Any] = {
-    "Usage": _USAGE,
-    "Completion": _object(
+    "UsageInfo": _USAGE,
+    "CompletionResponse": _object(
         object={"const": "text_completion"},
         choices=_list(_object(text=STRING, prompt_token_ids=IDS_OR_NULL, **_CHOICE)),
         **_ANSWER,
     ),
-    "ChatCompletion": _object(
+    "CompletionStreamResponse": _chunk(
+        _object(text=STRING, **{**_CHUNK_CHOICE, "stop_reason": _STOP_REASON, "token_ids": IDS_OR_NULL}),
+        object={"const": "text_completion"},
+    ),
+    "ChatCompletionResponse": _object(
         object={"const": "chat.completion"},
         choices=_list(_object(message=_object(role=STRING, content=TEXT_OR_NULL), **_CHOICE)),
         prompt_token_ids=IDS_OR_NULL,
         **_ANSWER,
     ),
-    "Generation": _object(id=STRING, text=STRING, usage=_USAGE_OF, metrics=OBJECT_OR_NULL, **_ENDED),
-    "ModelList": _object(object={"const": "list"}, data=_list({"$ref": "#/components/schemas/ModelCard"})),
+    "ChatCompletionStreamResponse": _chunk(
+        _object(delta={"type": "object", "properties": {"role": STRING, "content": STRING}}, **_CHUNK_CHOICE),
+        object={"const": "chat.completion.chunk"},
+    ),
+    "Generation": _object(
+        id=STRING, text=STRING, usage=_reference("UsageInfo"), metrics=OBJECT_OR_NULL, **_ENDED
+    ),
+    "GenerationChunk": _object(
+        id=STRING, text=STRING, **{**_ENDED, "finish_reason": {"enum": [*_REASONS, None]}}
+    ),
+    "GenerateRequest": _object(
+        request_id=STRING,
+        token_ids=_list(INTEGER),
+        sampling_params={"type": "object"},
+        model=TEXT_OR_NULL,
+        stream={"type": "boolean"},
+        priority=INTEGER,
+    ),
+    "GenerateRequests": _list(_reference("GenerateRequest")),
+    "ModelList": _object(object={"const": "list"}, data=_list(_reference("ModelCard"))),
     "ModelCard": _object(
         id=STRING,
         object={"const": "model"},
@@ -79,38 +121,62 @@ SCHEMAS: Mapping[str, Any] = {
         max_model_len=INTEGER,
         permission=_list({"type": "object"}),
     ),
-    "Tokens": _object(
+    "TokenizeResponse": _object(
         count=INTEGER,
         max_model_len=INTEGER,
         tokens=_list(INTEGER),
         token_strs={"type": ["array", "null"], "items": TEXT_OR_NULL},
     ),
-    "Text": _object(prompt=STRING),
+    "DetokenizeResponse": _object(prompt=STRING),
     "Version": _object(version=STRING),
     "Load": _object(server_load=INTEGER),
     "Success": _object(success={"type": "boolean"}),
     "Sleep": _object(is_sleeping={"type": "boolean"}),
-    "ServerInfo": _object(
-        vllm_config={"type": ["string", "object"]}, vllm_env={"type": "object"}, system_env={"type": "object"}
+    "RankLoads": _list(
+        _object(dp_rank=INTEGER, num_reqs=INTEGER, num_waiting_reqs=INTEGER, num_tokens=INTEGER)
     ),
-    "TokenizerInfo": _object(tokenizer_class=STRING),
-    "Error": _object(error=_object(message=STRING, type=STRING, param=TEXT_OR_NULL, code=INTEGER)),
+    "Loads": _object(
+        timestamp=STRING,
+        version=STRING,
+        dp_rank_count=INTEGER,
+        loads=_list(_object(dp_rank=INTEGER, num_running_reqs=INTEGER, num_waiting_reqs=INTEGER)),
+        aggregate=_object(total_running_reqs=INTEGER, total_waiting_reqs=INTEGER, total_reqs=INTEGER),
+    ),
+    "KVEventSources": {"type": "object"},
+    "ServerInfo": _object(
+        version=STRING, served_model_name=STRING, context_length=INTEGER, max_running_requests=INTEGER
+    ),
+    "TokenizerInfoResponse": _object(tokenizer_class=STRING),
+    "ErrorResponse": _object(error=_object(message=STRING, type=STRING, param=TEXT_OR_NULL, code=INTEGER)),
 }
 
 # Which of them each path answers with, if it answers with JSON.
 OF_PATH: Mapping[str, str] = {
-    "/v1/completions": "Completion",
-    "/v1/chat/completions": "ChatCompletion",
+    "/v1/completions": "CompletionResponse",
+    "/v1/chat/completions": "ChatCompletionResponse",
+    "/v1/completions/render": "GenerateRequests",
+    "/v1/chat/completions/render": "GenerateRequest",
     "/generate": "Generation",
     "/generate_stream": "Generation",
     "/v1/models": "ModelList",
     "/v1/models/{model}": "ModelCard",
-    "/tokenize": "Tokens",
-    "/detokenize": "Text",
+    "/tokenize": "TokenizeResponse",
+    "/detokenize": "DetokenizeResponse",
     "/version": "Version",
     "/load": "Load",
+    "/get_load": "RankLoads",
+    "/v1/loads": "Loads",
+    "/kv_event_sources": "KVEventSources",
     "/reset_prefix_cache": "Success",
     "/is_sleeping": "Sleep",
     "/server_info": "ServerInfo",
-    "/tokenizer_info": "TokenizerInfo",
+    "/tokenizer_info": "TokenizerInfoResponse",
+}
+
+# What each path that streams has in an event's data; the last event is `[DONE]`.
+OF_STREAM: Mapping[str, str] = {
+    "/v1/completions": "CompletionStreamResponse",
+    "/v1/chat/completions": "ChatCompletionStreamResponse",
+    "/generate": "GenerationChunk",
+    "/generate_stream": "GenerationChunk",
 }

@@ -116,6 +116,8 @@ class ServerArgs:
             raise ConfigError(
                 f"--max-stop-strings must be in [1, {MAX_STOP_STRINGS}], got {self.max_stop_strings}"
             )
+        if self.enable_per_request_metrics and self.disable_log_stats:
+            raise ConfigError("--enable-per-request-metrics needs statistics: leave out --disable-log-stats")
         if not self.response_role:
             raise ConfigError("--response-role must not be empty")
         if self.max_body_bytes < 1:

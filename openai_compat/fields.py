@@ -105,6 +105,10 @@ class Table(dict[str, Field]):
         self.defaults = {row.name: row.default for row in rows if row.fate is Fate.HONOURED}
         self.required = [row.name for row in rows if row.required]
 
+    def without(self, *names: str) -> Table:
+        """The rows but those of these names."""
+        return Table([row for name, row in self.items() if name not in names])
+
 
 def table(*rows: Field) -> Table:
     return Table(rows)

@@ -28,12 +28,15 @@ from microvllm.openai_compat.schemas import (
 BODIES: Mapping[str, tuple[str, Table]] = {
     "/v1/completions": ("CompletionRequest", COMPLETIONS),
     "/v1/chat/completions": ("ChatCompletionRequest", CHAT),
-    "/generate": ("GenerateRequest", GENERATE),
-    "/generate_stream": ("GenerateStreamRequest", GENERATE_STREAM),
+    "/v1/completions/render": ("CompletionRequest", COMPLETIONS),
+    "/v1/chat/completions/render": ("ChatCompletionRequest", CHAT),
+    "/generate": ("PromptRequest", GENERATE),
+    "/generate_stream": ("PromptStreamRequest", GENERATE_STREAM),
     "/tokenize": ("TokenizeRequest", TOKENIZE),
     "/detokenize": ("DetokenizeRequest", DETOKENIZE),
 }
-STREAMING = frozenset({"/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream"})
+# vLLM's names of the two forms of a body, and the field that each needs.
+FORMS = {"TokenizeCompletionRequest": "prompt", "TokenizeChatRequest": "messages"}
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # defaults that only say that nothing was given
 PARAMETERS: Mapping[str, Mapping[str, JsonSchema]] = {
     "/server_info": {"config_format": {"enum": ["text", "json"], "default": "text"}},
@@ -55,6 +58,10 @@ def build_document(routes: Iterable[BaseRoute], args: ServerArgs) -> dict[str, A
                 operation = _operation(route, method, with_keys and route.path not in OPEN_PATHS)
                 paths.setdefault(route.path_format, {})[method.lower()] = operation
     schemas = {name: request_schema(rows, limits) for path, (name, rows) in BODIES.items() if path in paths}
+    for form, needed in FORMS.items():
+        rows = TOKENIZE.without(*(set(FORMS.values()) - {needed}))
+        schemas[form] = {**request_schema(rows), "required": [needed]}
+    schemas["TokenizeRequest"]["oneOf"] = [_reference(form) for form in FORMS]
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -102,9 +109,13 @@ def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if path in answers.OF_PATH:
         content["application/json"] = {"schema": _reference(answers.OF_PATH[path])}
-    if path in STREAMING:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    responses: dict[str, Any] = {"200": {"description": "Done.", **({"content": content} if content else {})}}
+    meaning = "Done."
+    if path in answers.OF_STREAM:
+        content["text/event-stream"] = {"schema": _reference(answers.OF_STREAM[path])}
+        meaning = (
+            "Done. In a stream each event is `data: ` with such a chunk; the last one is `data: [DONE]`."
+        )
+    responses: dict[str, Any] = {"200": {"description": meaning, **({"content": content} if content else {})}}
     operation: dict[str, Any] = {
         "summary": " ".join(summary.split()),
         "operationId": "_".join((method.lower(), *re.findall(r"\w+", path))),
@@ -125,7 +136,7 @@ def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
         body = {"application/json": {"schema": _reference(BODIES[path][0])}}
         operation["requestBody"] = {"required": True, "content": body}
         for status, meaning in answers.FAILURES.items():
-            error = {"application/json": {"schema": _reference("Error")}}
+            error = {"application/json": {"schema": _reference("ErrorResponse")}}
             responses[status] = {"description": meaning, "content": error}
     if guarded:
         operation["security"] = [{"key": []}]

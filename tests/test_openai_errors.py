@@ -580,6 +580,7 @@ async def test_a_forged_host_opens_nothing(host: str) -> None:
         {"max_body_bytes": 0},
         {"max_stop_strings": 0},
         {"max_stop_strings": 1025},
+        {"enable_per_request_metrics": True, "disable_log_stats": True},
     ],
 )
 def test_wrong_server_options(options: dict[str, Any]) -> None:

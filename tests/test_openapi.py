@@ -11,8 +11,9 @@ import jsonschema
 import openapi_spec_validator
 import pytest
 from fake_client import FakeClient
-from http_tools import in_process
+from http_tools import events, in_process
 
+from microvllm.openai_compat import answers
 from microvllm.openai_compat.absent import NOT_IMPLEMENTED
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
@@ -27,6 +28,8 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104, 105]},
 }
+RENDER = {path: SUBJECTS[path.removesuffix("/render")] for path in BODIES if path.endswith("/render")}
+SUBJECTS |= RENDER
 TABLES = [table for _, table in BODIES.values()]
 EVERYTHING: dict[str, Any] = {"dev_mode": True, "enable_tokenizer_info_endpoint": True}
 
@@ -48,8 +51,8 @@ def test_it_is_valid(args: dict[str, Any]) -> None:
     openapi_spec_validator.validate(found)
     assert found["openapi"].startswith("3.1") and found["servers"] == [{"url": args.get("root_path", "/")}]
     guarded = {path for path, methods in found["paths"].items() for m in methods.values() if "security" in m}
-    models = {"/v1/models", "/v1/models/{model}"}
-    assert guarded == ({*BODIES, *models} if "api_keys" in args else set())
+    others = {"/v1/models", "/v1/models/{model}", "/v1/loads", "/server_info", "/kv_event_sources"}
+    assert guarded == ({*BODIES, *others} if "api_keys" in args else set())
 
 
 def test_every_route_is_in_it() -> None:
@@ -62,7 +65,7 @@ def test_every_route_is_in_it() -> None:
     assert listed == routes and ("/v1/models/{model}", "get") in routes
     hidden = {route.path for route in app.routes} - {route.path for route in documented}  # type: ignore[attr-defined]
     absent = {path for paths in NOT_IMPLEMENTED.values() for path in paths}
-    assert hidden == {"/docs", "/redoc", "/openapi.json", "/metrics/", *absent}
+    assert hidden == {"/docs", "/redoc", "/openapi.json", "/metrics/", "/get_server_info", *absent}
     for methods in document(**EVERYTHING)["paths"].values():
         for operation in methods.values():
             assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
@@ -95,6 +98,8 @@ def test_the_manual_names_what_is_ignored_and_refused(table: Any) -> None:
 def borders() -> Iterator[tuple[str, str, Any, bool]]:
     """(path, field, value, whether the document allows it), at each limit that a schema states and beyond."""
     for path, (_, table) in BODIES.items():
+        if path in RENDER:  # the same table and the same checks as without the suffix
+            continue
         for name, row in table.items():
             if row.parse is None or name in ("cache_salt", "request_id"):
                 continue
@@ -127,7 +132,7 @@ async def test_the_server_keeps_to_it(path: str, name: str, value: Any, allowed:
         assert answer.status_code == 400 and name in answer.text
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", [path for path in BODIES if path not in RENDER])
 async def test_refused_fields_take_exactly_what_it_says(path: str) -> None:
     name, table = BODIES[path]
     schema = request_schema(table)
@@ -172,7 +177,52 @@ async def test_answers_without_a_body_are_as_it_says() -> None:
                     name = content["application/json"]["schema"]["$ref"].split("/")[-1]
                     jsonschema.validate(answer.json(), schema_of(found, name))
                     checked += 1
-    assert checked == 8
+    assert checked == 11
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 2, "temperature": 1}, {"stream_options": {"include_usage": True}}]
+)
+@pytest.mark.parametrize("path", answers.OF_STREAM)
+async def test_chunks_are_as_it_says(path: str, options: dict[str, Any]) -> None:
+    if "generate" in path:
+        options = {name: value for name, value in options.items() if name != "n"}
+    found = document(enable_per_request_metrics=True)
+    content = found["paths"][path]["post"]["responses"]["200"]["content"]
+    name = content["text/event-stream"]["schema"]["$ref"].split("/")[-1]
+    schema = jsonschema.Draft202012Validator(schema_of(found, name))
+    async with in_process(FakeClient(), enable_per_request_metrics=True) as http:
+        body = {**SUBJECTS[path], "stream": True, "return_token_ids": True, **options}
+        chunks = events((await http.post(path, json=body)).text)
+    for chunk in chunks:
+        schema.validate(chunk)
+    assert len(chunks) >= 4
+    for broken in ({**chunks[0], "id": None}, {k: v for k, v in chunks[0].items() if k != "id"}, {}):
+        assert not schema.is_valid(broken)
+
+
+def test_schemas_have_the_names_that_vllm_gives_them() -> None:
+    assert {
+        *("CompletionRequest", "CompletionResponse", "CompletionStreamResponse", "UsageInfo"),
+        *("ChatCompletionRequest", "ChatCompletionResponse", "ChatCompletionStreamResponse"),
+        *("TokenizeCompletionRequest", "TokenizeChatRequest", "TokenizeResponse"),
+        *("DetokenizeRequest", "DetokenizeResponse", "ErrorResponse", "ModelCard", "ModelList"),
+        "GenerateRequest",
+    } <= document()["components"]["schemas"].keys()
+
+
+@pytest.mark.parametrize(
+    ("body", "fits"),
+    [
+        ({"prompt": "x"}, True),
+        ({"messages": []}, True),
+        ({}, False),
+        ({"prompt": "x", "messages": []}, False),
+    ],
+)
+def test_tokenize_takes_one_of_two_forms(body: dict[str, Any], fits: bool) -> None:
+    schema = jsonschema.Draft202012Validator(schema_of(document(), "TokenizeRequest"))
+    assert schema.is_valid(body) is fits
 
 
 class TestPage:
