@@ -1,7 +1,7 @@
 """What an operator asks: the configuration, the prefix cache, whether the engine sleeps, the tokenizer.
 
-All but /tokenizer_info, which has a flag of its own, exist only in vLLM's developer mode
-(`VLLM_SERVER_DEV_MODE=1`): they tell or change what a client has no business with.
+/reset_prefix_cache, /is_sleeping and the internals in /server_info exist only in vLLM's developer mode
+(`VLLM_SERVER_DEV_MODE=1`): they report or change what only an operator should. /tokenizer_info has a flag.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+import microvllm
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.openai_compat.fields import boolean
 from microvllm.openai_compat.state import ServerState
@@ -27,33 +28,48 @@ PACKAGES = ("microvllm", "torch", "transformers", "tokenizers", "starlette", "uv
 
 
 async def server_info(request: Request) -> Response:
-    """The engine's configuration, the environment's VLLM_ and MICROVLLM_ variables (no keys), versions.
+    """What a router asks of an engine: version, model, context and capacity.
 
-    `config_format` is text (the default) or json.
+    In developer mode also the engine's configuration as text (`config_format=text`, the default) or JSON, the
+    environment's VLLM_ and MICROVLLM_ variables (no keys), and versions.
     """
     state: ServerState = request.app.state.server
+    config = state.client.config
+    info: dict[str, Any] = {
+        "version": microvllm.__version__,
+        "served_model_name": state.model_names[0],
+        "context_length": config.max_model_len,
+        "max_running_requests": config.max_num_seqs,
+        "max_total_num_tokens": state.client.stats.kv_blocks_total * config.block_size,
+        "page_size": config.block_size,
+        "dtype": config.dtype,
+        "tp_size": 1,
+        "dp_size": 1,
+    }
     form = request.query_params.get("config_format", "text")
     if form not in ("text", "json"):
         raise shape_error(
             [("query.config_format", Fault("literal_error", "Input should be 'text' or 'json'"))]
         )
+    return _json(info | (_internals(state, form) if state.args.dev_mode else {}))
+
+
+def _internals(state: ServerState, form: str) -> dict[str, Any]:
     config = state.client.config
-    return _json(
-        {
-            "vllm_config": repr(config) if form == "text" else msgspec.to_builtins(config),
-            "vllm_env": {
-                name: value
-                for name, value in sorted(os.environ.items())
-                if name.startswith(("VLLM_", "MICROVLLM_")) and "KEY" not in name
-            },
-            "system_env": {
-                "platform": platform.platform(),
-                "python": platform.python_version(),
-                "cpu_count": os.cpu_count(),
-                **{name: _version(name) for name in PACKAGES},
-            },
-        }
-    )
+    return {
+        "vllm_config": repr(config) if form == "text" else msgspec.to_builtins(config),
+        "vllm_env": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("VLLM_", "MICROVLLM_")) and "KEY" not in name
+        },
+        "system_env": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+    }
 
 
 async def reset_prefix_cache(request: Request) -> Response:

@@ -23,6 +23,7 @@ from microvllm.openai_compat.keep_alive import KeepAliveMiddleware
 from microvllm.openai_compat.lifecycle import AdmissionMiddleware
 from microvllm.openai_compat.middleware import RequestIdMiddleware, RootPathMiddleware
 from microvllm.openai_compat.native import generate, generate_stream
+from microvllm.openai_compat.render import render_chat_completion, render_completion
 from microvllm.openai_compat.sse import ShortcutMiddleware
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.tokenize import detokenize, tokenize
@@ -67,6 +68,8 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
         routes=[
             Route("/v1/completions", create_completion, methods=["POST"], middleware=load),
             Route("/v1/chat/completions", create_chat_completion, methods=["POST"], middleware=load),
+            Route("/v1/chat/completions/render", render_chat_completion, methods=["POST"]),
+            Route("/v1/completions/render", render_completion, methods=["POST"]),
             Route("/generate", generate, methods=["POST"], middleware=load),
             Route("/generate_stream", generate_stream, methods=["POST"], middleware=load),
             Route("/v1/models", models.list_models, methods=["GET"]),
@@ -74,11 +77,17 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/health", models.health, methods=["GET"]),
+            Route("/ready", models.health, methods=["GET"]),
             Route("/ping", models.health, methods=["GET", "POST"]),
             Route("/version", models.version, methods=["GET"]),
             Route("/metrics", monitoring.metrics, methods=["GET"]),
             Route("/metrics/", monitoring.metrics, methods=["GET"], include_in_schema=False),
             Route("/load", monitoring.load, methods=["GET"]),
+            Route("/get_load", monitoring.get_load, methods=["GET"]),
+            Route("/v1/loads", monitoring.loads, methods=["GET"]),
+            Route("/kv_event_sources", monitoring.kv_event_sources, methods=["GET"]),
+            Route("/server_info", admin.server_info, methods=["GET"]),
+            Route("/get_server_info", admin.server_info, methods=["GET"], include_in_schema=False),
             *_optional_routes(args),
             *absent_routes(),
         ],
@@ -103,7 +112,6 @@ def _optional_routes(args: ServerArgs) -> list[Route]:
     dev_mode = args.dev_mode, "VLLM_SERVER_DEV_MODE=1 in the environment"
     routes = [
         _optional("/tokenizer_info", admin.tokenizer_info, "GET", *tokenizer_info),
-        _optional("/server_info", admin.server_info, "GET", *dev_mode),
         _optional("/reset_prefix_cache", admin.reset_prefix_cache, "POST", *dev_mode),
         _optional("/is_sleeping", admin.is_sleeping, "GET", *dev_mode),
     ]

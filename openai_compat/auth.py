@@ -14,7 +14,19 @@ from microvllm.openai_compat.errors import ForbiddenError, clip, error_response
 
 # Probes, what a Prometheus without a key collects in vLLM, too, and the description of the API.
 OPEN_PATHS = frozenset(
-    {"/health", "/ping", "/version", "/metrics", "/metrics/", "/load", "/docs", "/redoc", "/openapi.json"}
+    {
+        "/health",
+        "/ready",
+        "/ping",
+        "/version",
+        "/get_load",
+        "/metrics",
+        "/metrics/",
+        "/load",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+    }
 )
 
 

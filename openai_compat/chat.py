@@ -23,6 +23,7 @@ from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.usage import usage
 from microvllm.runtime.chat_template import content_text, normalize_messages
 from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.request import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,7 @@ async def create_chat_completion(request: Request) -> Response:
     state: ServerState = request.app.state.server
     fields = parse_fields(CHAT, await read_object(request, state))
     generation = begin(request, fields, state, "chatcmpl")
-    check_prompt_logprobs(fields)
-    # The newer name wins where both are given, as in vLLM.
-    wish = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
-    params = sampling_params(
-        fields,
-        state.client,
-        max_tokens=fields[wish],
-        max_tokens_field=wish,
-        logprobs=_alternatives(fields, state),
-        prompt_logprobs=fields["prompt_logprobs"],
-    )
+    params = chat_params(fields, state)
     priority = priority_of(request, fields)
     conversation = await state.client.run_blocking(render, state, fields)
     await generation.submit(state, [conversation.token_ids], params, fields, priority)
@@ -75,6 +66,21 @@ async def create_chat_completion(request: Request) -> Response:
     finally:
         generation.abort()
     return Response(body, media_type="application/json")
+
+
+def chat_params(fields: Mapping[str, Any], state: ServerState) -> SamplingParams:
+    """The sampling parameters of a chat. Raises `InvalidRequestError` naming the field."""
+    check_prompt_logprobs(fields)
+    # The newer name wins where both are given, as in vLLM.
+    name = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
+    return sampling_params(
+        fields,
+        state.client,
+        max_tokens=fields[name],
+        max_tokens_field=name,
+        logprobs=_alternatives(fields, state),
+        prompt_logprobs=fields["prompt_logprobs"],
+    )
 
 
 def render(state: ServerState, fields: Mapping[str, Any]) -> Conversation:

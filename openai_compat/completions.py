@@ -37,9 +37,9 @@ async def create_completion(request: Request) -> Response:
     fields = parse_fields(COMPLETIONS, await read_object(request, state))
     generation = begin(request, fields, state, "cmpl")
     prompt_only = fields["echo"] and fields["max_tokens"] == 0
-    params = _sampling_params(fields, state, prompt_only)
+    params = completion_params(fields, state, prompt_only)
     priority = priority_of(request, fields)
-    ids, texts = await _prompts(fields, state, params.n)
+    ids, texts = await read_prompts(fields, state, params.n)
     await generation.submit(state, ids, params, fields, priority)
     if prompt_only:
         generation.streams = [PromptOnly(stream) for stream in generation.streams]
@@ -61,7 +61,8 @@ async def create_completion(request: Request) -> Response:
     return Response(body, media_type="application/json")
 
 
-def _sampling_params(fields: Mapping[str, Any], state: ServerState, prompt_only: bool) -> SamplingParams:
+def completion_params(fields: Mapping[str, Any], state: ServerState, prompt_only: bool) -> SamplingParams:
+    """The sampling parameters of a completion; `prompt_only` asks for no new token."""
     check_prompt_logprobs(fields)
     if prompt_only and fields["logprob_token_ids"]:
         raise InvalidRequestError(
@@ -82,7 +83,7 @@ def _sampling_params(fields: Mapping[str, Any], state: ServerState, prompt_only:
     )
 
 
-async def _prompts(
+async def read_prompts(
     fields: Mapping[str, Any], state: ServerState, n: int
 ) -> tuple[list[list[int]], Sequence[str | None]]:
     """The token ids of every prompt, and its text where `echo` asks for it."""

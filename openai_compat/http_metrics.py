@@ -12,7 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from microvllm.openai_compat.metrics import Histogram
 
-UNCOUNTED = frozenset({"/metrics", "/metrics/", "/health", "/load", "/ping", "/version", "/server_info"})
+UNCOUNTED = frozenset(
+    {
+        *("/metrics", "/metrics/", "/health", "/ready", "/ping", "/version", "/server_info"),
+        *("/load", "/get_load", "/v1/loads"),
+    }
+)
 UNKNOWN = "none"  # the handler of a path that there is no route for: else a client could invent labels
 SECONDS = (0.1, 0.5, 1)
 FINE_SECONDS = (

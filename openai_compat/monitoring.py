@@ -1,9 +1,10 @@
-"""What a Prometheus and a load balancer ask: GET /metrics, GET /load, and the load in a response header."""
+"""What a Prometheus, a load balancer and a router ask: /metrics, /load, /v1/loads, the load in a header."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import orjson
@@ -11,6 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import microvllm
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.exposition import Exposition
@@ -40,6 +43,56 @@ async def load(request: Request) -> Response:
     state: ServerState = request.app.state.server
     number = state.num_generations if state.args.enable_server_load_tracking else 0
     return Response(orjson.dumps({"server_load": number}), media_type="application/json")
+
+
+async def loads(request: Request) -> Response:
+    """Requests and tokens in the engine, as SGLang reports them: routers balance by it."""
+    state: ServerState = request.app.state.server
+    stats, config = state.client.stats, state.client.config
+    running, waiting = stats.num_running, stats.num_waiting
+    rank = {
+        "dp_rank": 0,
+        "num_running_reqs": running,
+        "num_waiting_reqs": waiting,
+        "num_total_reqs": running + waiting,
+        "num_used_tokens": _used_tokens(state),
+        "max_total_num_tokens": stats.kv_blocks_total * config.block_size,
+        "max_running_requests": config.max_num_seqs,
+        "token_usage": stats.kv_usage,
+        "cache_hit_rate": stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
+    }
+    total = {
+        "total_running_reqs": running,
+        "total_waiting_reqs": waiting,
+        "total_reqs": running + waiting,
+        "avg_token_usage": stats.kv_usage,
+    }
+    answer = {"version": microvllm.__version__, "dp_rank_count": 1, "loads": [rank], "aggregate": total}
+    timestamp = datetime.now(timezone.utc).isoformat()
+    return Response(orjson.dumps({"timestamp": timestamp, **answer}), media_type="application/json")
+
+
+async def get_load(request: Request) -> Response:
+    """The older and shorter form of `/v1/loads`: one entry, as there is one engine."""
+    state: ServerState = request.app.state.server
+    stats = state.client.stats
+    rank = {
+        "dp_rank": 0,
+        "num_reqs": stats.num_running + stats.num_waiting,
+        "num_waiting_reqs": stats.num_waiting,
+        "num_tokens": _used_tokens(state),
+    }
+    return Response(orjson.dumps([rank]), media_type="application/json")
+
+
+async def kv_event_sources(request: Request) -> Response:
+    """`{}`: this server publishes no events of its KV cache."""
+    return Response(b"{}", media_type="application/json")
+
+
+def _used_tokens(state: ServerState) -> int:
+    stats = state.client.stats
+    return stats.kv_blocks_used * state.client.config.block_size - stats.kv_unused_slots
 
 
 class LoadMiddleware:

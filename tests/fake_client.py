@@ -46,6 +46,7 @@ class FakeConfig:
     max_model_len: int = 256
     num_blocks: int = 64
     block_size: int = 16
+    max_num_seqs: int = 32
     dtype: str = "float32"
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)

@@ -20,10 +20,12 @@ from fake_client import FakeClient, fresh
 from http_tools import events, in_process, raw_exchange, real_server
 from process_tools import PATIENCE_S
 
+import microvllm
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.tls import refresh_certificate, tls_context
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.request import EngineStats
 
 COMPLETION = {"prompt": "hi", "max_tokens": 3, "ignore_eos": True}
 ORIGIN = "https://app.example"
@@ -212,7 +214,9 @@ class TestKeys:
         async with in_process(FakeClient(), api_keys=("k",), **options) as http:
             for path in ("/health", "/ping", "/version", "/metrics", "/load", "/docs", "/openapi.json"):
                 assert (await http.get(path)).status_code == 200, path
-            for path in ("/v1/models", "/server_info", "/is_sleeping", "/tokenizer_info"):
+            for path in ("/ready", "/get_load"):
+                assert (await http.get(path)).status_code == 200, path
+            for path in ("/v1/models", "/v1/loads", "/server_info", "/is_sleeping", "/tokenizer_info"):
                 assert (await http.get(path)).status_code == 401, path
             assert (await http.post("/reset_prefix_cache")).status_code == 401
 
@@ -220,9 +224,29 @@ class TestKeys:
 class TestAdmin:
     async def test_switched_off_unless_asked_for(self) -> None:
         async with in_process(FakeClient()) as http:
-            answers = [await http.get(p) for p in ("/server_info", "/is_sleeping", "/tokenizer_info")]
+            answers = [await http.get(p) for p in ("/is_sleeping", "/tokenizer_info")]
             answers.append(await http.post("/reset_prefix_cache"))
         assert all(answer.status_code == 400 and set(answer.json()) == {"error"} for answer in answers)
+
+    async def test_server_info_without_developer_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A router's questions are answered; the environment is nobody's business."""
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        client = FakeClient()
+        client.stats = EngineStats(kv_blocks_total=64)
+        async with in_process(client, served_model_names=("a", "b")) as http:
+            answer = await http.get("/server_info")
+            assert (await http.get("/get_server_info")).json() == answer.json()
+        assert answer.json() == {
+            "version": microvllm.__version__,
+            "served_model_name": "a",
+            "context_length": 256,
+            "max_running_requests": 32,
+            "max_total_num_tokens": 1024,
+            "page_size": 16,
+            "dtype": "float32",
+            "tp_size": 1,
+            "dp_size": 1,
+        }
 
     async def test_server_info(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VLLM_API_KEY", "secret")

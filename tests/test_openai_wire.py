@@ -436,7 +436,7 @@ async def test_tokenize_and_back() -> None:
 async def test_probes() -> None:
     client = FakeClient()
     async with in_process(client) as http:
-        for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+        for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"), ("GET", "/ready")):
             client.alive = True
             answer = await http.request(method, path)
             assert (answer.status_code, answer.content) == (200, b"")
