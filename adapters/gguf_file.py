@@ -8,6 +8,7 @@ arithmetic of the quantised formats is taken from the `gguf` package. Imports no
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ MAX_DIMENSIONS = 4
 MIN_ENTRY_BYTES = 8 + 4 + 1  # key length, value type, the smallest value
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # name length, dimension count, one dimension, type, offset
 DEFAULT_ALIGNMENT = 32
+PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {
@@ -85,36 +87,34 @@ class GGUFTensor(msgspec.Struct, frozen=True):
 
 
 class GGUFFile:
-    """A GGUF file, memory-mapped.
+    """A GGUF file, memory-mapped; any part of a split one stands for all of them.
 
     `metadata` maps each key to a Python value (str, int, float, bool or a flat list of them), `tensors` each
     name to its `GGUFTensor`, `architecture` is `general.architecture`. Raises `ModelFileError` for anything
-    that is malformed, truncated, big-endian, split over several files, or stored in an unsupported type.
+    that is malformed, truncated, big-endian, or stored in an unsupported type, and for parts that are missing
+    or of different models.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                head = file.read(64)
-                if head[:4] != b"GGUF":
-                    found = sniff.describe(head) or f"it starts with {shorten(head[:4])} instead of 'GGUF'"
-                    raise ModelFileError(path, f"not a GGUF file: {found}")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ModelFileError(path, f"cannot be read ({error.strerror})") from None
-        header = _Header(path, self._map)
-        self.metadata = header.metadata()
-        self.tensors = header.tensor_table(self._alignment())
+        parts = _open_parts(path)
+        self.metadata = parts[0].metadata
+        self.tensors: dict[str, GGUFTensor] = {}
+        self._part_of: dict[str, _Part] = {}
+        for part in parts:
+            for name, tensor in part.tensors.items():
+                if name in self.tensors:
+                    holder = self._part_of[name].path.name
+                    raise ModelFileError(part.path, f"tensor {shorten(name)} is also in {holder}")
+                self.tensors[name], self._part_of[name] = tensor, part
         architecture = self.metadata.get("general.architecture")
         if not isinstance(architecture, str):
-            raise ModelFileError(path, "general.architecture is missing or not a string")
+            raise ModelFileError(parts[0].path, "general.architecture is missing or not a string")
         self.architecture: str = architecture
-        parts = self.metadata.get("split.count", 0)
-        if parts not in (0, 1):
-            raise ModelFileError(
-                path, f"is one of {shorten(parts)} parts; join them with `llama-gguf-split --merge`"
-            )
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._part_of[name].path
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows [start, stop) of a tensor's slowest dimension, dequantised: float32 [stop - start, ...].
@@ -124,7 +124,10 @@ class GGUFFile:
         tensor = self.tensors[name]
         row_bytes = tensor.num_bytes // tensor.shape[0]
         raw: npt.NDArray[np.uint8] = np.frombuffer(
-            self._map, np.uint8, (stop - start) * row_bytes, tensor.offset + start * row_bytes
+            self._part_of[name].map,
+            np.uint8,
+            (stop - start) * row_bytes,
+            tensor.offset + start * row_bytes,
         )
         if tensor.type == "F32":
             return raw.view("<f4").reshape(stop - start, *tensor.shape[1:])
@@ -138,7 +141,9 @@ class GGUFFile:
     def raw_rows(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, row by row: [rows, bytes of a row], a read-only view of the file."""
         tensor = self.tensors[name]
-        raw: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
+        raw: npt.NDArray[np.uint8] = np.frombuffer(
+            self._part_of[name].map, np.uint8, tensor.num_bytes, tensor.offset
+        )
         return raw.reshape(tensor.shape[0], -1)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
@@ -148,13 +153,81 @@ class GGUFFile:
     def forget(self, name: str) -> None:
         """Give the memory of a tensor's mapped pages back; they are read again if needed."""
         tensor = self.tensors[name]
-        release_pages(self._map, tensor.offset, tensor.num_bytes)
+        release_pages(self._part_of[name].map, tensor.offset, tensor.num_bytes)
+
+
+class _Part:
+    """One file: the whole model, or a part of it, which has the tensors in its own table alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                head = file.read(64)
+                if head[:4] != b"GGUF":
+                    found = sniff.describe(head) or f"it starts with {shorten(head[:4])} instead of 'GGUF'"
+                    raise ModelFileError(path, f"not a GGUF file: {found}")
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelFileError(path, f"cannot be read ({error.strerror})") from None
+        header = _Header(path, self.map)
+        self.metadata = header.metadata()
+        self.tensors = header.tensor_table(self._alignment())
+
+    def split(self, key: str) -> int:
+        """`split.{key}`, 0 if it is not there."""
+        value = self.metadata.get(f"split.{key}", 0)
+        if type(value) is not int or not 0 <= value < 1 << 31:
+            raise ModelFileError(self.path, f"split.{key} must be a count, got {shorten(value)}")
+        return value
 
     def _alignment(self) -> int:
         value = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(value) is not int or not 1 <= value <= 1 << 20 or value & (value - 1):
             raise ModelFileError(self.path, f"general.alignment must be a power of two, got {shorten(value)}")
         return value
+
+
+def _open_parts(path: Path) -> list[_Part]:
+    """All parts of the model that `path` is a part of, in their order; the first has the metadata.
+
+    llama-gguf-split, which writes them, names them NAME-00001-of-00003.gguf, and numbers them in `split.no`.
+    """
+    given = _Part(path)
+    count, number = given.split("count"), given.split("no")
+    if count <= 1:
+        return [given]
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or (int(match[2]), int(match[3])) != (number + 1, count):
+        raise ModelFileError(
+            path,
+            f"is part {number + 1} of {count}, but not named NAME-{number + 1:05}-of-{count:05}.gguf, "
+            "by which the others are found",
+        )
+    paths = [path.with_name(f"{match[1]}-{index + 1:05}-of-{count:05}.gguf") for index in range(count)]
+    missing = [one.name for one in paths if not one.is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelFileError(
+            path, f"is one of {count} parts, of which are missing: {', '.join(missing[:3])}{more}"
+        )
+    parts = [given if one == path else _Part(one) for one in paths]
+    architecture = parts[0].metadata.get("general.architecture")
+    for index, part in enumerate(parts):
+        if (part.split("count"), part.split("no")) != (count, index):
+            raise ModelFileError(
+                part.path,
+                f"is part {part.split('no') + 1} of {part.split('count')}, other than its name says",
+            )
+        if part.metadata.get("general.architecture", architecture) != architecture:
+            raise ModelFileError(part.path, f"is not of the same model as {paths[0].name}")
+    expected, found = parts[0].split("tensors.count"), sum(len(part.tensors) for part in parts)
+    if expected not in (0, found):
+        raise ModelFileError(
+            path,
+            f"its {count} parts hold {found} tensors instead of {expected}: they are not of the same model",
+        )
+    return parts
 
 
 class _Header:

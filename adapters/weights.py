@@ -337,7 +337,7 @@ def _as_stored(names: dict[str, str], stored: Iterable[str]) -> tuple[dict[str, 
 
 
 class GGUFCheckpoint:
-    """One GGUF file, copied as it is or dequantised piece by piece."""
+    """A GGUF file, copied as it is or dequantised piece by piece."""
 
     # Rotary factors become part of the spec.
     _IGNORED = (LLAMA3_TENSOR, SHORT_TENSOR, LONG_TENSOR)
@@ -361,7 +361,7 @@ class GGUFCheckpoint:
         return False  # such a file is a tied model only if it has no head
 
     def file_of(self, name: str) -> Path:
-        return self.path
+        return self._file.file_of(name)
 
     def is_quantized(self, slot: Slot) -> bool:
         names = (self.name(part, slot.layer) for part in slot.parts)

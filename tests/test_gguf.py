@@ -388,7 +388,8 @@ BAD_ENTRIES = [
     ((ARCHITECTURE, entry("general.alignment", U32, word(0))), "general.alignment"),
     ((ARCHITECTURE, entry("general.alignment", U32, word(33))), "general.alignment"),
     ((ARCHITECTURE, entry("general.alignment", F32, struct.pack("<f", 32))), "general.alignment"),
-    ((ARCHITECTURE, entry("split.count", U32, word(4))), "llama-gguf-split"),
+    ((ARCHITECTURE, entry("split.count", U32, word(4))), "is part 1 of 4, but not named"),
+    ((ARCHITECTURE, entry("split.count", STRING, string("4"))), "split.count must be a count"),
 ]
 
 

@@ -181,6 +181,8 @@ def write_gguf(
     extra_tensors: dict[str, Any] | None = None,
     extra_metadata: dict[str, Any] | None = None,
     blocks: Callable[[str, Any], tuple[str, Any] | None] | None = None,
+    tensors_a_part: int = 0,
+    no_tensors_first: bool = False,
 ) -> Path:
     """Write the model of a folder made by `make_hf_folder(dtype="float32")` as one GGUF file.
 
@@ -188,6 +190,7 @@ def write_gguf(
     F32, and so do matrices whose rows are no whole number of blocks (see `QUANTIZABLE`). Values of
     `extra_metadata` may be str, int or float, and replace those written otherwise. `blocks` gives, for a
     tensor's GGUF name and values, the type and the bytes to store in their place: [rows, bytes of a row].
+    With `tensors_a_part` it is split into files of that many tensors, named as llama.cpp does.
     """
     import gguf
     import numpy as np
@@ -195,7 +198,9 @@ def write_gguf(
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
     architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(
+        path, architecture, split_max_tensors=tensors_a_part, small_first_shard=no_tensors_first
+    )
     _add_hyperparameters(writer, config)
     _add_tokenizer(writer, config["vocab_size"])
     for key, value in (extra_metadata or {}).items():
