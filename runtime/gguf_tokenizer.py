@@ -54,18 +54,27 @@ _SINGLE_DIGITS = PreTokenizer((r"\p{N}", _GPT2_SPLIT))
 _GPT2 = PreTokenizer((_GPT2_SPLIT,))
 _LLAMA3 = PreTokenizer((_LLAMA3_SPLIT,), ignore_merges=True, add_bos=True)
 _QWEN2 = PreTokenizer((_QWEN2_SPLIT,), nfc=True)
+_LLAMA3_MERGED = PreTokenizer((_LLAMA3_SPLIT,))
+_TEKKEN = PreTokenizer((_TEKKEN_SPLIT,), ignore_merges=True, add_bos=True)
+# Most names are another model's for a rule that was there before, as in llama.cpp's own table; it normalises
+# nothing, so that only those are normalised here whose own tokenizers are known to.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": _GPT2,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "smaug-bpe": PreTokenizer((_LLAMA3_SPLIT,)),
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": PreTokenizer((_TEKKEN_SPLIT,), ignore_merges=True, add_bos=True),
+    name: rule
+    for rule, names in (
+        (PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")), "default"),
+        (
+            _GPT2,
+            "gpt-2 a.x-4.0 exaone4 gigachat granite-docling jais mellum modern-bert mpt olmo phi-2 trillion",
+        ),
+        (_GPT2, "jina-de jina-es jina-v2-de jina-v2-es"),
+        (_SINGLE_DIGITS, "smollm starcoder codeshell command-r exaone mellum2 minerva-7b refact"),
+        (_LLAMA3, "llama3 llama-v3 llama-bpe falcon3 falcon-h1 jina-v5-nano lfm2 midm-2.0 pixtral"),
+        (_LLAMA3_MERGED, "smaug-bpe chatglm-bpe dbrx glm4"),
+        (_QWEN2, "qwen2 deepseek-r1-qwen"),
+        (_QWEN2._replace(nfc=False), "f2llmv2 grok-2 hunyuan kormo megrez solar-open stablelm2"),
+        (_TEKKEN, "tekken"),
+    )
+    for name in names.split()
 }
 
 

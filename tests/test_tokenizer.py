@@ -249,6 +249,24 @@ def test_pre_tokenizers_split_as_their_models_do(pre: str, text: str, pieces: li
     assert [piece for piece, _ in splitter.pre_tokenize_str(text)] == pieces
 
 
+RENAMED = {
+    "llama-bpe": ["falcon3", "falcon-h1", "pixtral", "lfm2", "midm-2.0", "jina-v5-nano"],
+    "smaug-bpe": ["dbrx", "glm4", "chatglm-bpe"],
+    "gpt-2": ["phi-2", "mpt", "olmo", "jais", "gigachat", "mellum", "exaone4", "a.x-4.0", "trillion"],
+    "smollm": ["refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"],
+    "qwen2": ["megrez", "hunyuan", "kormo", "stablelm2", "solar-open", "grok-2", "f2llmv2"],
+}
+
+
+@pytest.mark.parametrize(("known", "name"), [(k, n) for k, names in RENAMED.items() for n in names])
+def test_a_renamed_pre_tokenizer_is_the_one_it_renames(known: str, name: str) -> None:
+    tokens = [build(byte_level_metadata(pre=pre)) for pre in (known, name)]
+    text = "Abc 1234, it'S abc's défi  \n\n日本 don't\t==x  12"
+    assert tokens[0].encode(text) == tokens[1].encode(text), "BOS included"
+    pieces = [tokenizer.backend.pre_tokenizer.pre_tokenize_str(text) for tokenizer in tokens]
+    assert pieces[0] == pieces[1]
+
+
 def test_every_pre_tokenizer_builds() -> None:
     for pre in PRE_TOKENIZERS:
         tokenizer = build(byte_level_metadata(pre=pre))
