@@ -14,8 +14,9 @@ from microvllm.runtime.token_bytes import TokenBytes
 from microvllm.runtime.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-MAX_CHAR_TOKENS = 4  # a UTF-8 character has at most 4 bytes, so at most 4 tokens
 PROMPT_TAIL = 8  # prompt tokens that can matter for how the first output token reads
+MAX_WINDOW = 64  # tokens that are decoded at once
+MAX_BROKEN = 16  # tokens whose U+FFFD are held back; a character has at most 4
 
 
 class Detokenizer:
@@ -208,39 +209,90 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """For any other tokenizer: decode a short window of tokens with and without the new ones, and compare.
+    """For any other tokenizer: decode a short window of tokens with each new one, and compare.
 
-    The window starts at an earlier token, because decoders treat the first token of a text differently.
-    A text that ends in U+FFFD waits for its other bytes, for `MAX_CHAR_TOKENS` tokens at most.
+    A window begins with tokens whose text was returned already, because decoders treat the first token of a
+    text differently, and some a token by the one before it. U+FFFD at the end of a window is held back: it
+    may be a part of a character (`MAX_BROKEN` bounds that for all but the last).
     """
 
-    __slots__ = ("_ids", "_read", "_skip_special", "_tokenizer")
+    __slots__ = ("_broken", "_ids", "_mark", "_read", "_shown", "_skipped", "_text", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
-        self._ids = list(prompt_ids[-PROMPT_TAIL:])
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._ids = self._prompt_tail(prompt_ids)
+        self._text = self._shown = self._decode(self._ids)  # of the window; what of it was returned
         self._read = len(self._ids)  # tokens of the window whose text was returned
+        self._mark = self._read  # where the next window may begin
+        self._broken = 0  # tokens in a row after which the text ended in U+FFFD
 
     def step(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._new_text()
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_CHAR_TOKENS:
+        if token in self._skipped:
             return ""
-        if text:
-            # The next window starts where this one's new tokens start.
-            del self._ids[: self._read]
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        crowded = len(self._ids) >= MAX_WINDOW
+        if text == self._text and not crowded:
+            return ""
+        self._text = text
+        self._broken = self._broken + 1 if text.endswith(REPLACEMENT) else 0
+        if not self._broken or len(self._ids) >= 2 * MAX_WINDOW:
+            piece = self._show(text)
+        elif self._broken <= MAX_BROKEN:
+            piece = self._show(text[: text.find(REPLACEMENT, len(self._shown))], held=True)
+        else:  # too many for one character, but the last may be a part of the next
+            piece = self._show(text[:-1], held=True)
+        if self._shown == text and (piece or crowded):
+            self._move_on(crowded)
             self._read = len(self._ids)
-        elif len(self._ids) - self._read > PROMPT_TAIL:  # tokens without text: keep the window short
-            del self._ids[self._read :]
-        return text
+        return piece
 
     def finish(self) -> str:
-        return self._new_text()
+        return self._show(self._text)
 
-    def _new_text(self) -> str:
-        before = self._decode(self._ids[: self._read])
-        return self._decode(self._ids)[len(before) :]
+    def _show(self, text: str, held: bool = False) -> str:
+        """Returns what of the window's text is new. `held` says that the text is not all of the window's."""
+        shown = self._shown
+        if held and len(text) <= len(shown):
+            return ""
+        if not text.startswith(shown):
+            shown = shown.rstrip(REPLACEMENT)  # the prompt's last character, complete now
+        if not text.startswith(shown):
+            if held:
+                return ""
+            # The decoder took back what it gave before: only the new tokens count.
+            text = self._decode(self._ids[self._read :])
+            self._text = self._shown = self._decode(self._ids)
+            return text
+        self._shown = text
+        return text[len(shown) :]
+
+    def _move_on(self, crowded: bool) -> None:
+        """Begins the next window with the last tokens, if they give their text without the others too."""
+        last = self._decode(self._ids[self._mark :])
+        several = len(self._ids) > self._mark + 1  # of two the second reads as it does within a text
+        if several and last and REPLACEMENT not in last and self._shown.endswith(last):
+            del self._ids[: self._mark]
+            self._mark = len(self._ids)
+            self._text = self._shown = last
+        elif crowded:
+            del self._ids[:-PROMPT_TAIL]
+            self._mark = len(self._ids)
+            self._text = self._shown = self._decode(self._ids)
+
+    def _prompt_tail(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last few tokens of the prompt that are not skipped, with a text, from a whole character on."""
+        tail: list[int] = []
+        for token in reversed(prompt_ids):
+            if token in self._skipped:
+                continue
+            tail.insert(0, token)
+            if len(tail) % PROMPT_TAIL == 0:
+                text = self._decode(tail).rstrip(REPLACEMENT)
+                if (text and REPLACEMENT not in text) or len(tail) >= MAX_WINDOW:
+                    break
+        return tail
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip_special)
+        return self._tokenizer.decode(ids, bool(self._skipped))

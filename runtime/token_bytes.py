@@ -8,6 +8,7 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,13 @@ def build_token_bytes(
     """The table for a `tokenizers` decoder, or None if its text is not a concatenation of bytes."""
     strips_space = False
     to_bytes: Callable[[str], bytes]
-    if isinstance(decoder, decoders.ByteLevel):
-        to_bytes = ByteLevelAlphabet().to_bytes
-    elif isinstance(decoder, decoders.Sequence):
+    chain: list[dict[str, Any]] = []
+    if isinstance(decoder, decoders.Sequence):
         chain = json.loads(decoder.__getstate__())["decoders"]
-        if chain and chain[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+    if isinstance(decoder, decoders.ByteLevel) or [link["type"] for link in chain] == ["ByteLevel"]:
+        to_bytes = ByteLevelAlphabet().to_bytes
+    elif chain:
+        if chain[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
             strips_space = True
             chain = chain[:-1]
         if chain != _SENTENCEPIECE_CHAIN:
@@ -58,13 +61,14 @@ _SENTENCEPIECE_CHAIN = [
 ]
 
 
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
 def _piece_bytes(token: str) -> bytes:
     """SentencePiece writes a space as U+2581, and a byte without a piece as "<0x0A>"."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes.fromhex(token[3:5])
-        except ValueError:
-            pass  # an ordinary piece that only looks like one
+    byte = _BYTE_TOKEN.fullmatch(token)
+    if byte is not None:
+        return bytes.fromhex(byte[1])
     return token.replace("\u2581", " ").encode("utf-8", "replace")
 
 

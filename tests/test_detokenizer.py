@@ -6,10 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE, WordLevel
 
 from microvllm.runtime.detokenizer import Detokenizer, StopMatcher
@@ -223,6 +224,200 @@ def test_other_decoders_stream_through_the_window(tokenizer: Tokenizer, data: st
     ids = data.draw(ids_of(tokenizer, max_size=25))
     text, _ = stream(Detokenizer(tokenizer, prompt), [[index] for index in ids])
     assert tokenizer.decode(prompt) + text == tokenizer.decode(prompt + ids)
+
+
+# --- all decoders of the library, alone and in sequence ---
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+ODD_PIECES = [
+    *("<unk>", "<pad>", "<s>", "</s>", "▁", "▁▁", "▁a", "▁日", "a", "b", "ab", "日", "é", "😀", "\ufffd"),
+    *("##x", "##y", "a</w>", "b</w>", "</w>", "|", ".", ",", " ", " .", "n't"),
+]
+ALL_PIECES = dict.fromkeys([*ODD_PIECES, *(f"<0x{byte:02X}>" for byte in range(256)), *ALPHABET])
+DECODERS = {
+    "ByteLevel": decoders.ByteLevel,
+    "Metaspace": decoders.Metaspace,
+    "Metaspace, no prefix": lambda: decoders.Metaspace(prepend_scheme="never"),
+    "WordPiece": decoders.WordPiece,
+    "WordPiece, no cleanup": lambda: decoders.WordPiece(cleanup=False),
+    "BPEDecoder": decoders.BPEDecoder,
+    "CTC": decoders.CTC,
+    "ByteFallback": decoders.ByteFallback,
+    "Fuse": decoders.Fuse,
+    "Replace": lambda: decoders.Replace("▁", " "),
+    "Strip": lambda: decoders.Strip(" ", 2, 0),
+}
+
+
+def spelt(text: str) -> list[str]:
+    """A text in GPT-2's alphabet, one piece a byte."""
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return [*"".join(piece for piece, _ in splitter.pre_tokenize_str(text))]
+
+
+def byte_tokens(text: str) -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in text.encode()]
+
+
+CHARACTERS = st.sampled_from(["é", "日本", "😀", "😀👍", " a"])
+SOME_PIECES = st.one_of(
+    st.sampled_from(ODD_PIECES).map(lambda piece: [piece]),
+    st.tuples(st.sampled_from(["<s>", "</s>", "<pad>"]), st.integers(1, 10)).map(
+        lambda run: [run[0]] * run[1]
+    ),
+    CHARACTERS.map(byte_tokens),
+    CHARACTERS.map(spelt),
+    st.sampled_from([*ALPHABET, *byte_tokens("é😀"), "<0xFF>"]).map(lambda piece: [piece]),
+)
+TEXTS_OF_PIECES = st.lists(SOME_PIECES, max_size=12).map(
+    lambda parts: [piece for part in parts for piece in part]
+)
+
+
+def any_decoder(names: list[str]) -> Tokenizer:
+    vocab = {piece: index for index, piece in enumerate(ALL_PIECES)}
+    backend = Backend(WordLevel(vocab, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    chain = [DECODERS[name]() for name in names]
+    backend.decoder = chain[0] if len(chain) == 1 else decoders.Sequence(chain)
+    return Tokenizer(backend)
+
+
+def takes_nothing_back(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> bool:
+    """Whether each longer text begins with the shorter ones, unfinished characters in them aside."""
+    shorter = tokenizer.decode(prompt, skip).rstrip("\ufffd")
+    for count in range(len(ids) + 1):
+        text = tokenizer.decode(prompt + ids[:count], skip)
+        if text.endswith("\ufffd") and count < len(ids):
+            continue
+        if not text.startswith(shorter):
+            return False
+        shorter = text
+    return True
+
+
+@settings(max_examples=800)
+@given(
+    names=st.lists(st.sampled_from(sorted(DECODERS)), min_size=1, max_size=4, unique=True),
+    prompt=st.one_of(st.just([]), TEXTS_OF_PIECES),
+    pieces=TEXTS_OF_PIECES,
+    special_at=st.lists(st.integers(0, 30), max_size=3),
+    cuts=st.one_of(st.none(), st.lists(st.integers(0, 60), max_size=9)),
+    skip=st.booleans(),
+)
+def test_every_decoder_streams_what_it_decodes(
+    names: list[str],
+    prompt: list[str],
+    pieces: list[str],
+    special_at: list[int],
+    cuts: list[int] | None,
+    skip: bool,
+) -> None:
+    # Joined first, a text reads as bytes or not depending on all of its characters.
+    assume("Fuse" not in names or "ByteLevel" not in names[names.index("Fuse") :])
+    # CTC drops equal neighbours: after others it drops halves of characters.
+    assume("CTC" not in names[1:])
+    tokenizer = any_decoder(names)
+    for index in special_at:
+        pieces = [*pieces[:index], "<s>", *pieces[index:]]
+    before, ids = ([token_id(tokenizer, piece) for piece in part] for part in (prompt, pieces))
+    detokenizer = Detokenizer(tokenizer, before, skip_special_tokens=skip)
+    parts = [[index] for index in ids] if cuts is None else chunks(ids, cuts)
+    text, _ = stream(detokenizer, parts)
+    if tokenizer.token_bytes is not None and "ByteLevel" not in names:
+        return  # which has tests of its own, above
+    if not takes_nothing_back(tokenizer, before, ids, skip):
+        return
+    whole, start = tokenizer.decode(before + ids, skip), tokenizer.decode(before, skip)
+    # A character that the prompt began belongs to the output once it is complete.
+    assert whole == start + text or (start.endswith("\ufffd") and whole == start.rstrip("\ufffd") + text)
+    if not before:
+        theirs = decode_stream(tokenizer, ids, skip)
+        assert theirs is None or text.startswith(theirs)
+
+
+def decode_stream(tokenizer: Tokenizer, ids: list[int], skip: bool) -> str | None:
+    """What the library's own stream gives; it keeps what is unfinished, and may give up."""
+    steps = DecodeStream(skip_special_tokens=skip)
+    try:
+        return "".join(steps.step(tokenizer.backend, index) or "" for index in ids)
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize("silent", [0, 1, 3, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("names", "pieces", "text"),
+    [
+        (["Replace", "ByteLevel"], spelt("日😀"), "日😀"),
+        (["ByteFallback", "Metaspace"], ["▁", *byte_tokens("😀")], "😀"),
+        (["ByteFallback", "WordPiece"], ["a", *byte_tokens("日"), "##x"], "a 日x"),
+        (["CTC", "ByteFallback"], ["<pad>", *byte_tokens("é"), "<pad>"], "é"),
+        (["BPEDecoder", "ByteFallback"], ["a</w>", *byte_tokens("😀👍")], "a 😀👍"),
+        (["Fuse", "Strip"], [" ", " ", " ", "日"], " 日"),
+    ],
+)
+def test_characters_after_and_around_skipped_tokens(
+    silent: int, names: list[str], pieces: list[str], text: str
+) -> None:
+    tokenizer = any_decoder(names)
+    assert tokenizer.token_bytes is None
+    special = [token_id(tokenizer, "<s>")]
+    ids = [token_id(tokenizer, piece) for piece in pieces]
+    for at in range(len(ids) + 1):
+        run = [*ids[:at], *special * silent, *ids[at:]]
+        assert stream(Detokenizer(tokenizer, []), [[index] for index in run])[0] == text
+        assert stream(Detokenizer(tokenizer, special * 20), [[index] for index in run])[0] == text
+        assert stream(Detokenizer(tokenizer, []), [run])[0] == text
+
+
+@pytest.mark.parametrize(
+    "names", [["WordPiece"], ["Metaspace"], ["BPEDecoder"], ["ByteFallback", "Metaspace"]]
+)
+def test_text_comes_with_its_token(names: list[str]) -> None:
+    tokenizer = any_decoder(names)
+    ids = [token_id(tokenizer, piece) for piece in ("a", "▁日", "b", "▁a", "é")] * 30
+    detokenizer = Detokenizer(tokenizer, [])
+    pieces = [detokenizer.push([index])[0] for index in ids]
+    assert all(pieces) and "".join(pieces) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("piece", ["<0xFF>", "<0x80>", "<0xF0>"])
+def test_endless_broken_bytes_are_shown_and_stay_cheap(piece: str) -> None:
+    tokenizer = any_decoder(["ByteFallback", "Metaspace"])
+    detokenizer = Detokenizer(tokenizer, [])
+    broken = token_id(tokenizer, piece)
+    started = time.process_time()
+    texts = [detokenizer.push([broken])[0] for _ in range(3000)]
+    assert (time.process_time() - started) / 3000 < 5e-3  # about 30 us
+    end = [token_id(tokenizer, end) for end in (*byte_tokens("😀"), "a")]
+    assert set("".join(texts)) == {"\ufffd"} and len("".join(texts)) > 2900
+    assert stream(detokenizer, [end])[0].endswith("a")
+
+
+@pytest.mark.parametrize("before", [0, 1, 5, 100])
+def test_what_a_decoder_takes_back_stays(before: int) -> None:
+    """One broken byte undoes a whole run of bytes, of which a part was shown."""
+    tokenizer = any_decoder(["ByteFallback", "Metaspace"])
+    pieces = [*["b"] * before, *byte_tokens("é"), "<0xFF>", "a", "▁日", *byte_tokens("😀")]
+    ids = [token_id(tokenizer, piece) for piece in pieces]
+    text, _ = stream(Detokenizer(tokenizer, []), [[index] for index in ids])
+    assert text == "b" * before + "é\ufffda 日😀"
+
+
+def test_a_byte_level_decoder_in_a_sequence_has_its_table() -> None:
+    alone, within = any_decoder(["ByteLevel"]), any_decoder(["ByteLevel"])
+    within.backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    assert Tokenizer(within.backend).token_bytes == alone.token_bytes != None  # noqa: E711
+
+
+def test_a_piece_that_only_looks_like_a_byte() -> None:
+    backend = Backend(WordLevel({"<0x  >": 0, "<0x4>": 1, "<0xG1>": 2, "<0x41>": 3}, unk_token="<0xG1>"))
+    chain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(chain)
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.token_bytes is not None
+    assert stream(Detokenizer(tokenizer, []), [[0, 1, 2, 3]])[0] == tokenizer.decode([0, 1, 2, 3])
 
 
 def test_a_character_of_four_tokens_appears_whole() -> None:
