@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand
 
 from microvllm import __version__
-from microvllm.openai_compat.argv import UsageError, normalise_argv
+from microvllm.openai_compat.argv import IGNORE_FLAG, UsageError, normalise_argv
 from microvllm.openai_compat.engine_options import (
     BackendOpt,
     BlockSizeOpt,
@@ -45,6 +45,7 @@ from microvllm.openai_compat.option_values import OBJECT
 from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.server_options import answer_options, server_options
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
+from microvllm.runtime.vllm_environment import ignored_variables
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineArgs
@@ -66,7 +67,11 @@ class Command(TyperCommand):
         return kinds
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, normalise_argv(args, self.flag_kinds(), warn))
+        kinds = self.flag_kinds()
+        words = normalise_argv(args, kinds, warn)
+        if IGNORE_FLAG in kinds and (problem := ignored_variables(os.environ)):
+            warn(problem)
+        return super().parse_args(ctx, words)
 
 
 def warn(message: str) -> None:

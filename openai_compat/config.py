@@ -28,7 +28,8 @@ class ServerArgs:
     has at least `stream_interval` tokens, the first and the last one excepted. A request may have
     `max_stop_strings` stop strings, and a body of `max_body_bytes`. `shutdown_timeout` is the time in
     seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time between
-    two lines of statistics.
+    two lines of statistics, `http_timeout_keep_alive` the time that an idle connection stays open.
+    `skip_model_name_validation` takes any model name in requests; the answer has the served one.
 
     The Host header of a request has to be one of `allowed_hosts`, localhost or a loopback address; ("*",)
     allows any. None checks only a server that listens on loopback without a key.
@@ -56,12 +57,15 @@ class ServerArgs:
     response_role: str = "assistant"
     stream_interval: int = 1
     max_stop_strings: int = 4
+    skip_model_name_validation: bool = False
     return_tokens_as_token_ids: bool = False
     max_body_bytes: int = 16 << 20
     uvicorn_log_level: str = "info"
     disable_uvicorn_access_log: bool = False
     disable_log_stats: bool = False
     stats_interval: float = 10.0
+    log_level: str = "info"
+    http_timeout_keep_alive: int = 5
     shutdown_timeout: float = 10.0
     enable_prompt_tokens_details: bool = False
     enable_force_include_usage: bool = False
@@ -95,6 +99,10 @@ class ServerArgs:
             raise ConfigError(
                 f"--uvicorn-log-level must be one of {', '.join(LOG_LEVELS)}, got {self.uvicorn_log_level}"
             )
+        if self.log_level not in LOG_LEVELS[:-1]:
+            raise ConfigError(
+                f"--log-level must be one of {', '.join(LOG_LEVELS[:-1])}, got {self.log_level}"
+            )
         if any(not key for key in self.api_keys):
             raise ConfigError("--api-key must not be empty")
         if any(not host for host in self.allowed_hosts or ()):
@@ -121,11 +129,23 @@ class ServerArgs:
         if not self.response_role:
             raise ConfigError("--response-role must not be empty")
         if self.max_body_bytes < 1:
-            raise ConfigError("max_body_bytes must be at least 1")
+            raise ConfigError(
+                f"--http-max-request-body-size must be at least 1 byte, got {self.max_body_bytes}"
+            )
         if not (math.isfinite(self.shutdown_timeout) and self.shutdown_timeout >= 0):
             raise ConfigError(f"--shutdown-timeout must be at least 0 seconds, got {self.shutdown_timeout}")
         if not (math.isfinite(self.stats_interval) and self.stats_interval > 0):
-            raise ConfigError("stats_interval must be a positive number of seconds")
+            raise ConfigError(
+                f"--log-stats-interval must be a positive number of seconds, got {self.stats_interval}"
+            )
+        if self.http_timeout_keep_alive < 0:
+            raise ConfigError(
+                f"--http-timeout-keep-alive must be at least 0 seconds, got {self.http_timeout_keep_alive}"
+            )
+        if self.enable_per_request_metrics and self.disable_log_stats:
+            raise ConfigError(
+                "--enable-per-request-metrics needs the statistics that --disable-log-stats turns off"
+            )
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(
                 f"--root-path must begin with a slash and not end with one, got {self.root_path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from microvllm.openai_compat.argv import UsageError
 from microvllm.openai_compat.option_values import OBJECT, context_length, human_int, json_object, share
 from microvllm.runtime.cpu import usable_cores
+from microvllm.runtime.vllm_environment import unknown_variables
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineArgs
@@ -194,9 +196,18 @@ def engine_args(
     ] = None,
     log_step_times: StepTimesOpt = False,
     ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
+    fail_on_environ_validation: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-environ-validation/--no-fail-on-environ-validation",
+            help="Do not start with a VLLM_ variable in the environment that vLLM does not know.",
+        ),
+    ] = False,
 ) -> EngineArgs:
     """What the options ask for. Raises `UsageError` and `ConfigError` naming the option."""
     # `ignore_unsupported_flags` is only here for --help: `normalise_argv` has dealt with those flags.
+    if fail_on_environ_validation and (unknown := unknown_variables(os.environ)):
+        raise UsageError(f"--fail-on-environ-validation: vLLM does not know {', '.join(unknown)}")
     name = choose_model(model_arg or (), model)
     check_paths(tokenizer, generation_config)
 

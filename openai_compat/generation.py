@@ -218,7 +218,8 @@ def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefi
     The header wins over the body, as in vLLM. It is only ever repeated: the engine has ids of its own, so
     two requests with the same one do not touch each other.
     """
-    check_model(fields["model"], state.model_names)
+    if not state.args.skip_model_name_validation:
+        check_model(fields["model"], state.model_names)
     if fields["stream_options"] and not fields["stream"]:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
     _check_stop(fields["stop"], state.args.max_stop_strings)

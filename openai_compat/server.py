@@ -117,6 +117,7 @@ async def _serve(
             server_header=False,
             limit_concurrency=_raise_file_limit(),
             proxy_headers=False,
+            timeout_keep_alive=args.http_timeout_keep_alive,
             timeout_graceful_shutdown=int(FAREWELL_S),
         )
         http.load()
@@ -276,7 +277,8 @@ def _announce(args: ServerArgs, model: str, say: Callable[[str], None]) -> None:
 def _log_config(args: ServerArgs) -> dict[str, Any]:
     """uvicorn's logging, and ours in the same form; no access lines for the paths that shall have none."""
     config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"]["microvllm"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    level = args.log_level.upper()
+    config["loggers"]["microvllm"] = {"handlers": ["default"], "level": level, "propagate": False}
     if args.disable_access_log_for_endpoints:
         quiet = frozenset(args.disable_access_log_for_endpoints)
         config["filters"] = {"quiet": {"()": QuietPaths, "paths": quiet}}

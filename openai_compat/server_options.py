@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any
 
 import typer
 
-from microvllm.openai_compat.argv import UsageError
 from microvllm.openai_compat.option_values import (
     OBJECT,
     chat_template_text,
     comma_list,
+    human_int,
     json_object,
     json_strings,
     keys_of,
 )
-
-DEV_MODE = "VLLM_SERVER_DEV_MODE"
+from microvllm.runtime.vllm_environment import is_on
 
 
 def answer_options(
@@ -47,6 +45,15 @@ def answer_options(
             help="Stop strings that a request may have.",
         ),
     ] = 4,
+    skip_model_name_validation: Annotated[
+        bool,
+        typer.Option(
+            "--skip-model-name-validation/--no-skip-model-name-validation",
+            envvar="VLLM_SKIP_MODEL_NAME_VALIDATION",
+            show_envvar=True,
+            help="Take any model name in requests.",
+        ),
+    ] = False,
     return_tokens_as_token_ids: Annotated[
         bool,
         typer.Option(
@@ -88,6 +95,7 @@ def answer_options(
         "default_chat_template_kwargs": default_chat_template_kwargs or {},
         "response_role": response_role,
         "max_stop_strings": max_stop_strings,
+        "skip_model_name_validation": skip_model_name_validation,
         "return_tokens_as_token_ids": return_tokens_as_token_ids,
         "enable_prompt_tokens_details": enable_prompt_tokens_details,
         "enable_per_request_metrics": enable_per_request_metrics,
@@ -225,12 +233,47 @@ def server_options(
             "--disable-log-stats/--no-disable-log-stats", help="No statistics: no log line, no metrics."
         ),
     ] = False,
+    log_stats_interval: Annotated[
+        float,
+        typer.Option(
+            envvar="VLLM_LOG_STATS_INTERVAL",
+            show_envvar=True,
+            help="Seconds between two lines of statistics.",
+        ),
+    ] = 10.0,
+    log_level: Annotated[
+        str,
+        typer.Option(
+            envvar="VLLM_LOGGING_LEVEL",
+            show_envvar=True,
+            help="Least level of the server's own lines: critical, error, warning, info or debug.",
+        ),
+    ] = "info",
+    http_timeout_keep_alive: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            envvar="VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
+            show_envvar=True,
+            help="Seconds that an idle connection stays open; a proxy's pool needs more than its own limit.",
+        ),
+    ] = 5,
+    http_max_request_body_size: Annotated[
+        int,
+        typer.Option(
+            parser=human_int,
+            metavar="BYTES",
+            envvar="VLLM_HTTP_MAX_REQUEST_BODY_SIZE",
+            show_envvar=True,
+            help="Size of the largest request body.",
+        ),
+    ] = 16 << 20,
     shutdown_timeout: Annotated[
         float,
         typer.Option(min=0, help="Seconds that running requests get to finish after SIGTERM."),
     ] = 10.0,
 ) -> dict[str, Any]:
-    """Fields of `ServerArgs`: how the server listens and what it offers. Raises `UsageError`."""
+    """Fields of `ServerArgs`: how the server listens and what it offers. Raises `ConfigError`."""
     return {
         "host": host,
         "port": port,
@@ -259,14 +302,10 @@ def server_options(
         "disable_uvicorn_access_log": disable_uvicorn_access_log,
         "disable_access_log_for_endpoints": disable_access_log_for_endpoints or (),
         "disable_log_stats": disable_log_stats,
+        "stats_interval": log_stats_interval,
+        "log_level": log_level.lower(),
+        "http_timeout_keep_alive": http_timeout_keep_alive,
+        "max_body_bytes": http_max_request_body_size,
         "shutdown_timeout": shutdown_timeout,
-        "dev_mode": _dev_mode(),
+        "dev_mode": is_on("VLLM_SERVER_DEV_MODE"),
     }
-
-
-def _dev_mode() -> bool:
-    """Whether the environment asks for vLLM's developer endpoints. Raises `UsageError`."""
-    wish = os.environ.get(DEV_MODE, "0")
-    if wish not in ("0", "1"):
-        raise UsageError(f"the environment variable {DEV_MODE} must be 0 or 1, got {wish!r}")
-    return wish == "1"

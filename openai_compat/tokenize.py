@@ -34,7 +34,7 @@ async def tokenize(request: Request) -> Response:
 
 def _check_model(name: str | None, state: ServerState) -> None:
     """Also takes the `root` of `/v1/models`: clients that loaded the tokenizer there send it as the model."""
-    if name != state.client.tokenizer_root:
+    if name != state.client.tokenizer_root and not state.args.skip_model_name_validation:
         check_model(name, state.model_names)
 
 

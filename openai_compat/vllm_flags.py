@@ -24,7 +24,7 @@ TUNING_VALUES = """
     gdn-prefill-backend guided-decoding-backend h11-max-header-count h11-max-incomplete-event-size
     ir-op-priority jit-monitor-mode kda-decode-backend kda-prefill-backend kernel-config
     kv-cache-metrics-sample kv-offloading-backend kv-offloading-size limit-mm-per-prompt linear-backend
-    log-config-file log-level logging-config lora-dtype mamba-backend mamba-block-size mamba-cache-dtype
+    log-config-file logging-config lora-dtype mamba-backend mamba-block-size mamba-cache-dtype
     mamba-cache-mode mamba-cache-philox-rounds mamba-ssm-cache-dtype mamba-ssu-algorithm master-addr
     master-port max-cpu-loras max-cudagraph-capture-size max-log-len max-lora-cls-labels max-lora-rank
     max-loras max-num-active-seqs max-num-scheduled-tokens max-parallel-loading-workers
@@ -55,13 +55,12 @@ TUNING_SWITCHES = """
     enable-mamba-cache-stochastic-rounding enable-mamba-shared-prefix-checkpoint enable-mfu-metrics
     enable-mixed-moe-lora-format enable-mm-embeds enable-moe-shared-loras enable-nccl-comm-suspend
     enable-offline-docs enable-shm-tensor-arena enable-tower-connector-lora
-    exclude-tools-when-tool-choice-none fail-on-environ-validation fully-sharded-loras
-    interleave-mm-strings jit-monitor-verbose kv-cache-metrics kv-sharing-fast-prefill language-model-only
-    log-error-stack long-prefill-token-threshold-adaptive mm-device-do-normalize mm-encoder-only
-    monokernel numa-bind ray-workers-use-nsight scheduler-reserve-full-isl skip-mm-profiling
-    sleep-mode-offload-cudagraph specialize-active-lora swa-bounded-replay trust-remote-code
-    trust-request-mm-kwargs use-fp64-gumbel use-replayssm use-tqdm-on-load use-v2-block-manager
-    worker-use-ray
+    exclude-tools-when-tool-choice-none fully-sharded-loras interleave-mm-strings jit-monitor-verbose
+    kv-cache-metrics kv-sharing-fast-prefill language-model-only log-error-stack
+    long-prefill-token-threshold-adaptive mm-device-do-normalize mm-encoder-only monokernel numa-bind
+    ray-workers-use-nsight scheduler-reserve-full-isl skip-mm-profiling sleep-mode-offload-cudagraph
+    specialize-active-lora swa-bounded-replay trust-remote-code trust-request-mm-kwargs use-fp64-gumbel
+    use-replayssm use-tqdm-on-load use-v2-block-manager worker-use-ray
 """.split()
 # ... then those after which vLLM reads several values, ...
 TUNING_LISTS = """

@@ -21,7 +21,7 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.ops.cpu.isa import IsaError, has_bf16
-from microvllm.runtime import cpu
+from microvllm.runtime import cpu, vllm_environment
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
@@ -129,9 +129,12 @@ class EngineArgs:
             raise ConfigError("--long-prefill-token-threshold must not be negative")
         max_model_len = _positive(self.max_model_len, spec.default_length, "--max-model-len")
         if max_model_len > spec.max_position:
-            raise ConfigError(
+            problem = (
                 f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
             )
+            if not vllm_environment.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+                raise ConfigError(f"{problem}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment allows it")
+            logger.warning("%s: answers beyond it may make no sense", problem)
         rope = spec.rope
         if rope.depends_on_length and max_model_len > rope.original_max_position:
             logger.warning(
@@ -323,6 +326,8 @@ class EngineArgs:
             num_blocks = _positive(self.num_gpu_blocks_override, 0, "--num-gpu-blocks-override")
         elif self.kv_cache_memory_bytes is not None:
             num_blocks = _positive(self.kv_cache_memory_bytes, 0, "--kv-cache-memory-bytes") // block_bytes
+        elif space := vllm_environment.whole_number("VLLM_CPU_KVCACHE_SPACE"):
+            num_blocks = (space << 30) // block_bytes
         else:
             limit = int(cpu.available_memory() * CPU_KV_SHARE)
             num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), limit) // block_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
 from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.vllm_environment import ignored_variables
 
 logger = logging.getLogger("microvllm.llm")
 
@@ -89,6 +91,8 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
+        if problem := ignored_variables(os.environ):
+            logger.warning("LLM: %s", problem)
         for name in sorted(WITHOUT_EFFECT & set(options)):
             logger.warning("LLM: %s has no effect and is ignored", name)
             del options[name]

@@ -5,9 +5,9 @@
     python scripts/compare_flags.py --vllm-python VLLM/bin/python --list
 
 The other interpreter builds vLLM's own parser; no model is loaded. Printed are flags and spellings that are
-unknown here, flags that take another number of words, defaults that differ, and flags that only one of
-both has. `--list` prints vLLM's flags by kind, as the tests have them. Exit status: 0, or 1 if a flag or a
-spelling of vLLM is unknown here or takes another number of words.
+unknown here, flags that take another number of words, defaults that differ, flags that only one of both has,
+and environment variables that only one of both knows. `--list` prints vLLM's flags by kind, as the tests have
+them. Exit status: 0, or 1 if something of vLLM is unknown here or takes another number of words.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from microvllm import cli
 from microvllm.openai_compat import vllm_flags
 from microvllm.openai_compat.argv import normalise_argv
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.vllm_environment import HARMLESS, HONOURED, PREFIX, WITHOUT_EFFECT
 
 # Runs in vLLM's interpreter. Spellings that vLLM's help hides count, too.
 DUMP = """
@@ -35,11 +36,14 @@ parser = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparser
 spellings = {}
 for spelling, action in parser._option_string_actions.items():
     spellings.setdefault(id(action), []).append(spelling)
-json.dump([
+from vllm import envs
+options = [
     {"spellings": spellings[id(action)], "nargs": action.nargs, "action": type(action).__name__,
      "default": str(action.default)}
     for action in parser._actions if action.option_strings and action.dest != "help"
-], sys.stdout)
+]
+variables = [name for name in envs.environment_variables if name.startswith("VLLM_")]
+json.dump({"options": options, "variables": variables}, sys.stdout)
 """
 # Differences that are meant.
 KNOWN_DEFAULTS = {
@@ -48,13 +52,13 @@ KNOWN_DEFAULTS = {
 }
 
 
-def vllm_options(python: str) -> list[dict[str, Any]]:
-    """vLLM's options: spellings, nargs, the class of the action, the default as text."""
+def read_vllm(python: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """vLLM's options (spellings, nargs, the class of the action, the default as text), and its variables."""
     result = subprocess.run([python, "-c", DUMP], capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{python}: {result.stderr.strip().splitlines()[-1:]}")
-    options: list[dict[str, Any]] = json.loads(result.stdout.splitlines()[-1])
-    return options
+    found = json.loads(result.stdout.splitlines()[-1])
+    return found["options"], found["variables"]
 
 
 def kind_of(option: dict[str, Any]) -> str:
@@ -100,7 +104,7 @@ def main() -> int:
     parser.add_argument("--vllm-python", required=True, help="the interpreter that has vLLM")
     parser.add_argument("--list", action="store_true", help="print vLLM's flags by kind, and end")
     arguments = parser.parse_args()
-    options = vllm_options(arguments.vllm_python)
+    options, variables = read_vllm(arguments.vllm_python)
     if arguments.list:
         print_list(options)
         return 0
@@ -143,7 +147,10 @@ def main() -> int:
         kind = "refused" if name in vllm_flags.REFUSED else "ignored with a line"
         counts["honoured" if f"--{name}" in own else kind] += 1
     print(f"{len(names)} options of vLLM: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    return 1 if problems else 0
+    known = {f"{PREFIX}{name}" for name in (*HONOURED, *HARMLESS, *WITHOUT_EFFECT)}
+    for name in sorted(known ^ set(variables)):
+        print(f"environment: {name} is {'not known here' if name in variables else 'none of vLLM'}")
+    return 1 if problems or known != set(variables) else 0
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def command_param(flag: str) -> Any:
 
 NOT_DEFAULT = {
     "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
-    "chat_template": "{{ messages }}", "scheduling_policy": "priority", "cpu_threads": "1",
+    "log_level": "error", "chat_template": "{{ messages }}", "scheduling_policy": "priority", "cpu_threads": "1",
     "chat_template_content_format": "openai",
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "override_generation_config": '{"top_k": 7}', "logprobs_mode": "raw_logits", "root_path": "/llm",
@@ -213,6 +213,7 @@ TOGETHER = {
 # Flags that say how the others are read, or whose value is a file.
 NOT_OPTIONS = ("--model", "--config", "--api-key-file", "--ignore-unsupported-flags")
 NOT_OPTIONS += ("--no-ignore-unsupported-flags",)
+NOT_OPTIONS += ("--fail-on-environ-validation", "--no-fail-on-environ-validation")
 
 
 @pytest.mark.parametrize("flag", [flag for flag in own_flags() if flag not in NOT_OPTIONS])
@@ -489,6 +490,11 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
             "--default-chat-template-kwargs",
         ),
         (["serve", "m", "--default-chat-template-kwargs", "[]"], "--default-chat-template-kwargs"),
+        (["serve", "m", "--enable-per-request-metrics", "--disable-log-stats"], "--disable-log-stats"),
+        (["serve", "m", "--log-level", "loud"], "--log-level"),
+        (["serve", "m", "--log-stats-interval", "0"], "--log-stats-interval"),
+        (["serve", "m", "--http-timeout-keep-alive", "-1"], "--http-timeout-keep-alive"),
+        (["serve", "m", "--http-max-request-body-size", "0"], "--http-max-request-body-size"),
         (["serve", "m", "--ssl-keyfile", "key.pem"], "--ssl-keyfile needs --ssl-certfile"),
         (["serve", "m", "--ssl-certfile", "no-such-file"], "--ssl-certfile no-such-file: No such file"),
         (["serve", DEMO, "--override-generation-config.temperature", "9"], "--override-generation-config"),

@@ -278,6 +278,25 @@ def test_unix_socket(tmp_path: Path) -> None:
     assert not os.path.exists(path)
 
 
+def test_an_idle_connection_stays_open_as_long_as_was_asked(tmp_path: Path) -> None:
+    with serving(tmp_path, http_timeout_keep_alive=7) as server:
+        server.wait_for("Application startup complete")
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        answered = time.monotonic()
+        assert connection.sock.recv(1) == b""
+        assert time.monotonic() - answered > 6.5  # uvicorn's own limit is 5 s
+
+
+def test_own_lines_have_the_level_that_was_asked_for(tmp_path: Path) -> None:
+    with serving(tmp_path, log_level="warning", stats_interval=0.2) as server:
+        server.wait_for("Application startup complete")
+        server.post({**BODY, "max_tokens": 3}).read()
+        time.sleep(1)
+        assert "throughput" not in server.output
+
+
 def test_statistics_are_logged_when_there_is_traffic(tmp_path: Path) -> None:
     for quiet in (False, True):
         with serving(tmp_path, stats_interval=0.1, disable_log_stats=quiet) as server:
