@@ -190,7 +190,8 @@ def command_param(flag: str) -> Any:
 
 NOT_DEFAULT = {
     "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
-    "log_level": "error", "chat_template": "{{ messages }}", "scheduling_policy": "priority", "cpu_threads": "1",
+    "log_level": "error", "chat_template": "{{ messages }}", "scheduling_policy": "priority",
+    "cpu_threads": "1",
     "chat_template_content_format": "openai",
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "override_generation_config": '{"top_k": 7}', "logprobs_mode": "raw_logits", "root_path": "/llm",
