@@ -107,10 +107,10 @@ class Fields:
         """Token ids below `vocab_size`, from one integer or a list of them.
 
         Others (-1 for "none", padding beyond the vocabulary) name no token that could ever be seen or
-        generated: they are ignored with a warning.
+        generated: they are ignored with a warning, and null is ignored without one.
         """
         value = self._values.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+        ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
         for token in ids:
             if type(token) is not int:
                 raise self.error(key, f"must be a token id, got {shorten(token)}")

@@ -105,8 +105,8 @@ def _yarn(scaling: Fields, common: dict[str, Any]) -> RopeSpec:
     if scaling.number("extrapolation_factor", 1.0) != 1.0:
         raise scaling.error("extrapolation_factor", "other than 1 is not supported")
     factor, attention = common["factor"], yarn_attention_factor(common["factor"])
-    if "mscale" in scaling and "mscale_all_dim" in scaling:
-        over, under = scaling.number("mscale", at_least=0.0), scaling.number("mscale_all_dim", at_least=0.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # 0 asks for none, as in transformers
+        over, under = scaling.number("mscale"), scaling.number("mscale_all_dim")
         attention = yarn_attention_factor(factor, over) / yarn_attention_factor(factor, under)
     fast, slow = scaling.number("beta_fast", 32.0), scaling.number("beta_slow", 1.0)
     if fast < slow:

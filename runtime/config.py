@@ -466,7 +466,7 @@ def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> 
     ends = content.get("eos_token_id")
     try:
         msgspec.convert({GENERATION_FIELDS[name]: value for name, value in defaults.items()}, SamplingParams)
-        msgspec.convert(ends, int | list[int] | None)
+        msgspec.convert(ends, int | list[int | None] | None)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {error}") from None
     if ends is None:

@@ -95,16 +95,18 @@ class _Builder:
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
         self.metadata = metadata
-        self.tokens = [str(token) for token in self._array("tokens")]
+        listed = [str(token) for token in self._array("tokens")]
+        # Some files are padded: with tokens that have no text, and with types and scores of no token.
+        self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(listed)]
         self.types = [int(kind) for kind in self._array("token_type", [NORMAL] * len(self.tokens))]
-        if len(self.types) != len(self.tokens):
+        if len(self.types) < len(self.tokens):
             raise self._error("token_type", f"has {len(self.types)} entries for {len(self.tokens)} tokens")
         self.vocab = {token: index for index, token in enumerate(self.tokens)}
         if len(self.vocab) != len(self.tokens):
             raise self._error("tokens", "holds the same token twice")
         special = special_tokens(path, metadata)
         self.named_ids = special.named
-        for index in special.known_ends:
+        for index in (*special.known_ends, *(index for index, token in enumerate(listed) if not token)):
             self.types[index] = CONTROL
 
     def build(self) -> GGUFTokenizer:
@@ -146,7 +148,7 @@ class _Builder:
 
     def _sentencepiece(self) -> tuple[Tokenizer, bool]:
         scores = [float(score) for score in self._array("scores")]
-        if len(scores) != len(self.tokens):
+        if len(scores) < len(self.tokens):
             raise self._error("scores", f"has {len(scores)} entries for {len(self.tokens)} tokens")
         unknown = self.named_ids.get("unknown_token_id")
         backend = self._bpe(
@@ -188,8 +190,8 @@ class _Builder:
         """Control tokens become special tokens, user-defined ones added tokens; both match before BPE."""
         added = [
             AddedToken(token, normalized=False, special=kind == CONTROL)
-            for token, kind in zip(self.tokens, self.types, strict=True)
-            if kind in (CONTROL, USER_DEFINED) and token
+            for token, kind in zip(self.tokens, self.types, strict=False)
+            if kind in (CONTROL, USER_DEFINED)
         ]
         backend.add_tokens(added)
 

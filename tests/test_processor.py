@@ -138,7 +138,7 @@ def test_an_end_beyond_the_logits_is_no_end(processor: Processor) -> None:
 
 @pytest.mark.parametrize(
     ("ends", "kept", "ignored"),
-    [(7, [7], ()), ([7, -1, 320, 9], [7, 9], (-1, 320)), (-1, [], (-1,)), (1 << 60, [], (1 << 60,))],
+    [(7, [7], ()), ([7, -1, 320, None, 9], [7, 9], (-1, 320)), (-1, [], (-1,)), (1 << 60, [], (1 << 60,))],
 )
 def test_ends_of_a_generation_config_outside_of_the_vocabulary_are_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: Any, kept: list[int], ignored: tuple[int, ...]

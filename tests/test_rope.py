@@ -29,6 +29,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, other ramp": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 12.0, "beta_slow": 0.5},
     "yarn, not truncated": {"rope_type": "yarn", "factor": 4.0, "truncate": False},
     "yarn of DeepSeek": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.1},
+    "yarn without DeepSeek's": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "longrope": {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG},
     "longrope with a factor": {

@@ -295,6 +295,17 @@ def test_bad_metadata_is_named(changes: dict[str, object], named: str) -> None:
     assert named in str(caught.value) and "model.gguf" in str(caught.value)
 
 
+def test_padding_of_a_vocabulary_is_harmless() -> None:
+    """Tokens without text, and more types than tokens; llama.cpp takes both."""
+    metadata = byte_level_metadata()
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    padded = {"tokens": [*tokens, "", ""], "token_type": [*types, 1, 1, 1, 5]}  # type: ignore[misc]
+    plain, tokenizer = build(metadata), build(byte_level_metadata(**padded))
+    assert tokenizer.vocab_size == plain.vocab_size + 2
+    assert tokenizer.encode("abc abd") == plain.encode("abc abd")
+    assert tokenizer.decode([*plain.encode("abc"), plain.vocab_size, plain.vocab_size + 1]) == "abc"
+
+
 # --- Hugging Face folders ---
 
 

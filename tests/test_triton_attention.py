@@ -54,6 +54,7 @@ SHAPES = {
     "odd group, window": AttentionShape(2, 7, 1, 32, 24),
     "odd head size": AttentionShape(2, 3, 3, 24),
     "window of one": AttentionShape(2, 6, 2, 16, 1),
+    "rotation scaled": AttentionShape(2, 4, 2, 16, None, 1.4),
 }
 
 
@@ -64,6 +65,7 @@ SHAPES = {
         ("odd group, window", True, torch.float32),
         ("odd head size", True, torch.float16),
         ("window of one", False, torch.float32),
+        ("rotation scaled", False, torch.float32),
         *((shape, True, torch.bfloat16) for shape in SHAPES if DEVICE.type == "cuda"),
     ],
 )

@@ -25,6 +25,7 @@ SHAPES = {
     "smollm2-135m": (AttentionShape(2, 9, 3, 64), False),
     "llama-3-8b": (AttentionShape(2, 32, 8, 128), False),
     "mistral-window": (AttentionShape(2, 32, 8, 128, 256), False),
+    "yarn": (AttentionShape(2, 28, 4, 128, None, 1.14), False),
 }
 # Relative error of the output. Inputs are exact in the dtype; q, k and the weights are rounded to it.
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
