@@ -34,16 +34,19 @@ class Fields:
         self.where = where
         self._values = {key: value for key, value in values.items() if value is not None}
         self._nulls = values.keys() - self._values.keys()
+        self.read: set[str] = set()  # keys that were asked for
 
     def __contains__(self, key: str) -> bool:
+        self.read.add(key)
         return key in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
-    def get(self, key: str) -> Any:
-        """The value as it is, or None."""
-        return self._values.get(key)
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is, or the default."""
+        self.read.add(key)
+        return self._values.get(key, default)
 
     def is_null(self, key: str) -> bool:
         """Whether the key is written as null, for the few where that differs from leaving it out."""
@@ -55,7 +58,7 @@ class Fields:
 
     def size(self, key: str, default: int | None = None, *, at_most: int = MAX_SIZE) -> int:
         """A positive integer; without a default it must be there."""
-        value = self._values.get(key, default)
+        value = self.get(key, default)
         if value is None:
             raise self.error(key, "is missing")
         if type(value) is not int or not 1 <= value <= at_most:
@@ -67,7 +70,7 @@ class Fields:
         self, key: str, default: float | None = None, *, at_least: float = 0.0, at_most: float = MAX_NUMBER
     ) -> float:
         """A finite number above zero and within the bounds; without a default it must be there."""
-        value = self._values.get(key, default)
+        value = self.get(key, default)
         if value is None:
             raise self.error(key, "is missing")
         if type(value) not in (int, float) or not 0 < value <= at_most or value < at_least:
@@ -76,13 +79,13 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self._values.get(key, default)
+        value = self.get(key, default)
         if type(value) is not bool:
             raise self.error(key, f"must be true or false, got {shorten(value)}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        value = self._values.get(key, default)
+        value = self.get(key, default)
         if value is None:
             raise self.error(key, "is missing")
         if type(value) is not str:
@@ -91,7 +94,7 @@ class Fields:
 
     def part(self, key: str) -> Fields | None:
         """A nested mapping, or None if it is absent or empty."""
-        value = self._values.get(key)
+        value = self.get(key)
         if value is None or value == {}:
             return None
         if not isinstance(value, dict):
@@ -109,7 +112,7 @@ class Fields:
         Others (-1 for "none", padding beyond the vocabulary) name no token that could ever be seen or
         generated: they are ignored with a warning, and null is ignored without one.
         """
-        value = self._values.get(key)
+        value = self.get(key)
         ids = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
         for token in ids:
             if type(token) is not int:

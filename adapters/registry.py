@@ -5,14 +5,19 @@ Imports no torch. To add a family: write its file beside the others, and name it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from microvllm.adapters import llama, mistral, qwen, qwen2, qwen3
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.hf_config import read_json
+from microvllm.adapters.overrides import override, unread
 from microvllm.adapters.spec import ModelSpec
+
+FLAG = "--hf-overrides"
 
 # config.json: the class in `architectures` decides; `model_type` if there is none.
 HF_CLASSES = {
@@ -39,14 +44,20 @@ GGUF_INTERLEAVED = {
 }
 
 
-def load_spec(model: Path) -> ModelSpec:
+def load_spec(model: Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
     """Read what the model is from a Hugging Face folder (`config.json`) or from one GGUF file.
+
+    `overrides` replace values of config.json.
 
     Only the JSON and the GGUF header are read: no weights, and never code that comes with the model.
     Raises `ModelFileError` naming the file and the key.
     """
     try:
-        return _from_folder(model) if model.is_dir() else _from_file(model)
+        if model.is_dir():
+            return _from_folder(model, overrides or {})
+        if overrides:
+            raise ModelFileError(model, f"{FLAG} replaces values of config.json, which a GGUF file has not")
+        return _from_file(model)
     except OSError as error:  # no permission, a name that is too long, a loop of links, ...
         raise ModelFileError(error.filename or model, f"cannot be read ({error.strerror})") from None
 
@@ -68,14 +79,24 @@ def _from_file(model: Path) -> ModelSpec:
     return reader(file)
 
 
-def _from_folder(folder: Path) -> ModelSpec:
+def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
     path = folder / "config.json"
     if not path.exists():
         gguf = sorted(folder.glob("*.gguf"))
         hint = f"; give the path of {gguf[0].name} in it as the model" if gguf else ""
         raise ModelFileError(path, f"no such file, so the folder is not a Hugging Face model{hint}")
-    config = Fields(path, read_json(path))
-    return HF_FAMILIES[_family(config)](config)
+    config = Fields(path, override(read_json(path), overrides))
+    try:
+        spec = HF_FAMILIES[_family(config)](config)
+    except ModelFileError as error:
+        if overrides:
+            raise ModelFileError(path, f"{error.problem} (as changed by {FLAG})") from None
+        raise
+    if ignored := unread(overrides, config.read):
+        raise ModelFileError(
+            path, f"{FLAG}: {ignored[0]} is no key that a {spec.architecture} model has here"
+        )
+    return spec
 
 
 def _family(config: Fields) -> str:

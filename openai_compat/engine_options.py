@@ -131,6 +131,14 @@ def engine_args(
         Any,
         typer.Option(parser=json_object, metavar=OBJECT, help="Sampling defaults in place of the model's."),
     ] = None,
+    hf_overrides: Annotated[
+        Any,
+        typer.Option(parser=json_object, metavar=OBJECT, help="Values in place of those in config.json."),
+    ] = None,
+    rope_scaling: Annotated[
+        Any, typer.Option(parser=json_object, metavar=OBJECT, help="The same as --hf-overrides.rope_scaling.")
+    ] = None,
+    rope_theta: Annotated[float | None, typer.Option(help="The same as --hf-overrides.rope_theta.")] = None,
     max_logprobs: Annotated[
         int, typer.Option(min=-1, help="Log probabilities that a request may ask for; -1: all.")
     ] = 20,
@@ -237,6 +245,9 @@ def engine_args(
         cpu_activations=cpu_activations,
         generation_config=generation_config,
         override_generation_config=override_generation_config,
+        hf_overrides=hf_overrides,
+        rope_scaling=rope_scaling,
+        rope_theta=rope_theta,
         max_logprobs=max_logprobs,
         logprobs_mode=logprobs_mode,
         attention_backend=attention_backend,

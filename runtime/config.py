@@ -75,6 +75,9 @@ class EngineArgs:
     async_scheduling: bool | None = None
     max_num_queued_reqs: int | None = None
     seed: int = 0
+    hf_overrides: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_theta: float | None = None
     load_format: str = "auto"
     gguf_weights: str = "auto"
     cpu_activations: str = "float32"
@@ -100,7 +103,7 @@ class EngineArgs:
             raise ConfigError(f"an engine option has the wrong type: {error}") from None
         path = find_model(self.model)
         try:
-            spec = load_spec(path)
+            spec = load_spec(path, self._overrides())
         except ModelFileError as error:
             raise ConfigError(str(error)) from error
         load_format = self._load_format(path)
@@ -209,6 +212,14 @@ class EngineArgs:
             logprobs_mode=self.logprobs_mode,
             log_step_times=self.log_step_times,
         )
+
+    def _overrides(self) -> dict[str, Any]:
+        """Values in place of those of config.json; the two rotary options are the older way to say it."""
+        rotary = {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
+        return {
+            **(self.hf_overrides or {}),
+            **{key: value for key, value in rotary.items() if value is not None},
+        }
 
     def _load_format(self, path: Path) -> str:
         if self.load_format not in LOAD_FORMATS:

@@ -194,6 +194,7 @@ NOT_DEFAULT = {
     "cpu_threads": "1",
     "chat_template_content_format": "openai",
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
+    "hf_overrides": '{"rope_theta": 7}', "rope_scaling": '{"rope_type": "linear", "factor": 2}',
     "override_generation_config": '{"top_k": 7}', "logprobs_mode": "raw_logits", "root_path": "/llm",
     "default_chat_template_kwargs": '{"enable_thinking": false}', "allowed_origins": '["https://a.example"]',
     "allowed_hosts": '["llm.example"]',
