@@ -132,9 +132,7 @@ SCHEMAS: Mapping[str, Any] = {
     "Load": _object(server_load=INTEGER),
     "Success": _object(success={"type": "boolean"}),
     "Sleep": _object(is_sleeping={"type": "boolean"}),
-    "RankLoads": _list(
-        _object(dp_rank=INTEGER, num_reqs=INTEGER, num_waiting_reqs=INTEGER, num_tokens=INTEGER)
-    ),
+    "EngineLoad": _object(load=INTEGER),
     "Loads": _object(
         timestamp=STRING,
         version=STRING,
@@ -164,7 +162,7 @@ OF_PATH: Mapping[str, str] = {
     "/detokenize": "DetokenizeResponse",
     "/version": "Version",
     "/load": "Load",
-    "/get_load": "RankLoads",
+    "/get_load": "EngineLoad",
     "/v1/loads": "Loads",
     "/kv_event_sources": "KVEventSources",
     "/reset_prefix_cache": "Success",

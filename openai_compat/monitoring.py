@@ -55,7 +55,7 @@ async def loads(request: Request) -> Response:
         "num_running_reqs": running,
         "num_waiting_reqs": waiting,
         "num_total_reqs": running + waiting,
-        "num_used_tokens": _used_tokens(state),
+        "num_used_tokens": stats.kv_blocks_used * config.block_size - stats.kv_unused_slots,
         "max_total_num_tokens": stats.kv_blocks_total * config.block_size,
         "max_running_requests": config.max_num_seqs,
         "token_usage": stats.kv_usage,
@@ -73,26 +73,17 @@ async def loads(request: Request) -> Response:
 
 
 async def get_load(request: Request) -> Response:
-    """The older and shorter form of `/v1/loads`: one entry, as there is one engine."""
+    """The number of requests in the engine, as vllm-router reads it."""
     state: ServerState = request.app.state.server
     stats = state.client.stats
-    rank = {
-        "dp_rank": 0,
-        "num_reqs": stats.num_running + stats.num_waiting,
-        "num_waiting_reqs": stats.num_waiting,
-        "num_tokens": _used_tokens(state),
-    }
-    return Response(orjson.dumps([rank]), media_type="application/json")
+    return Response(
+        orjson.dumps({"load": stats.num_running + stats.num_waiting}), media_type="application/json"
+    )
 
 
 async def kv_event_sources(request: Request) -> Response:
     """`{}`: this server publishes no events of its KV cache."""
     return Response(b"{}", media_type="application/json")
-
-
-def _used_tokens(state: ServerState) -> int:
-    stats = state.client.stats
-    return stats.kv_blocks_used * state.client.config.block_size - stats.kv_unused_slots
 
 
 class LoadMiddleware:

@@ -57,7 +57,7 @@ async def test_the_load_in_the_engine() -> None:
         "total_reqs": 5,
         "avg_token_usage": 10 / 64,
     }
-    assert short == [{"dp_rank": 0, "num_reqs": 5, "num_waiting_reqs": 2, "num_tokens": 153}]
+    assert short == {"load": 5}
 
 
 async def test_an_idle_engine_has_no_load_and_no_event_sources() -> None:
