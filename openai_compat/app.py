@@ -23,6 +23,7 @@ from microvllm.openai_compat.keep_alive import KeepAliveMiddleware
 from microvllm.openai_compat.lifecycle import AdmissionMiddleware
 from microvllm.openai_compat.middleware import RequestIdMiddleware, RootPathMiddleware
 from microvllm.openai_compat.native import generate, generate_stream
+from microvllm.openai_compat.profiling import start_profile, stop_profile
 from microvllm.openai_compat.render import render_chat_completion, render_completion
 from microvllm.openai_compat.sse import ShortcutMiddleware
 from microvllm.openai_compat.state import ServerState
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.client import EngineClient
 
 
+PROFILER_SWITCH = '--profiler-config \'{"profiler": "torch", "torch_profiler_dir": "FOLDER"}\''
 # Origins of pages that this machine serves. A page from elsewhere has to be named: behind a firewall or
 # without a key, any site that its user opens could use the server.
 LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -109,9 +111,12 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
 def _optional_routes(args: ServerArgs) -> list[Route]:
     """The endpoints that a switch turns on, and the documentation, which another turns off."""
     tokenizer_info = args.enable_tokenizer_info_endpoint, "--enable-tokenizer-info-endpoint"
+    profiler = args.profiler is not None, PROFILER_SWITCH
     dev_mode = args.dev_mode, "VLLM_SERVER_DEV_MODE=1 in the environment"
     routes = [
         _optional("/tokenizer_info", admin.tokenizer_info, "GET", *tokenizer_info),
+        _optional("/start_profile", start_profile, "POST", *profiler),
+        _optional("/stop_profile", stop_profile, "POST", *profiler),
         _optional("/reset_prefix_cache", admin.reset_prefix_cache, "POST", *dev_mode),
         _optional("/is_sleeping", admin.is_sleeping, "GET", *dev_mode),
     ]

@@ -123,7 +123,8 @@ def _template_variables(fields: Mapping[str, Any], state: ServerState) -> dict[s
         variables["reasoning_effort"] = effort
         if "enable_thinking" not in kwargs:
             variables["enable_thinking"] = effort != "none"
-    if fields["tools"] is not None:
+    # Tools are only taken where none may be called.
+    if fields["tools"] is not None and not state.args.exclude_tools_when_tool_choice_none:
         variables["tools"] = fields["tools"]
     return variables
 

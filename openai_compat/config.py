@@ -10,6 +10,7 @@ from microvllm.openai_compat.errors import Fault
 from microvllm.openai_compat.schemas import MAX_STOP_STRINGS, template_kwargs
 from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.profiler import ProfilerConfig
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 FINGERPRINT_MODES = ("full", "hash", "custom", "none")
@@ -40,7 +41,7 @@ class ServerArgs:
     HTTPS; `ssl_cert_reqs` 0, 1 or 2 never, optionally or always asks the client for a certificate of
     `ssl_ca_certs`. `fingerprint_mode` says what answers carry as `system_fingerprint`: version and
     configuration (full, hash), `fingerprint_value` (custom) or null (none). `dev_mode` adds endpoints that
-    tell or change what only an operator should.
+    tell or change what only an operator should; with a `profiler` its endpoints exist.
 
     Raises `ConfigError` with one line that names the option.
     """
@@ -91,6 +92,8 @@ class ServerArgs:
     ssl_ciphers: str | None = None
     enable_ssl_refresh: bool = False
     dev_mode: bool = False
+    profiler: ProfilerConfig | None = None
+    exclude_tools_when_tool_choice_none: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

@@ -335,3 +335,10 @@ DETOKENIZE = table(
     honoured("model", string),
     honoured("tokens", array.described(items=_TOKEN), required=True),
 )
+
+PROFILE = table(
+    honoured("profile_prefix", request_id, ""),
+    refused("delay_iterations", 0),
+    refused("max_iterations", 0),
+    refused("profiler_kwargs", {}),
+)

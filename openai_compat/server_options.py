@@ -15,6 +15,7 @@ from microvllm.openai_compat.option_values import (
     json_strings,
     keys_of,
 )
+from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.vllm_environment import is_on
 
 
@@ -52,6 +53,13 @@ def answer_options(
             envvar="VLLM_SKIP_MODEL_NAME_VALIDATION",
             show_envvar=True,
             help="Take any model name in requests.",
+        ),
+    ] = False,
+    exclude_tools_when_tool_choice_none: Annotated[
+        bool,
+        typer.Option(
+            "--exclude-tools-when-tool-choice-none/--no-exclude-tools-when-tool-choice-none",
+            help="Keep tools from the template where none may be called.",
         ),
     ] = False,
     return_tokens_as_token_ids: Annotated[
@@ -96,6 +104,7 @@ def answer_options(
         "response_role": response_role,
         "max_stop_strings": max_stop_strings,
         "skip_model_name_validation": skip_model_name_validation,
+        "exclude_tools_when_tool_choice_none": exclude_tools_when_tool_choice_none,
         "return_tokens_as_token_ids": return_tokens_as_token_ids,
         "enable_prompt_tokens_details": enable_prompt_tokens_details,
         "enable_per_request_metrics": enable_per_request_metrics,
@@ -207,6 +216,14 @@ def server_options(
             help="Serve /tokenizer_info.",
         ),
     ] = False,
+    profiler_config: Annotated[
+        Any,
+        typer.Option(
+            parser=json_object,
+            metavar=OBJECT,
+            help="Serve /start_profile and /stop_profile: {profiler: torch, torch_profiler_dir: FOLDER}.",
+        ),
+    ] = None,
     disable_fastapi_docs: Annotated[
         bool,
         typer.Option(
@@ -297,6 +314,7 @@ def server_options(
         "enable_request_id_headers": enable_request_id_headers,
         "enable_server_load_tracking": enable_server_load_tracking,
         "enable_tokenizer_info_endpoint": enable_tokenizer_info_endpoint,
+        "profiler": ProfilerConfig.read(profiler_config or {}),
         "disable_fastapi_docs": disable_fastapi_docs,
         "uvicorn_log_level": uvicorn_log_level,
         "disable_uvicorn_access_log": disable_uvicorn_access_log,

@@ -36,7 +36,7 @@ TUNING_VALUES = """
     offload-backend offload-group-size offload-num-in-group offload-prefetch-step optimization-level
     otlp-traces-endpoint per-request-spec-decode-metrics performance-mode preemption-mode
     prefill-schedule-interval prefix-cache-retention-interval prefix-caching-hash-algo prefix-match-unit
-    profiler-config pt-load-map-location renderer-num-workers replayssm-buffer-len revision
+    pt-load-map-location renderer-num-workers replayssm-buffer-len revision
     safetensors-load-strategy safetensors-prefetch-block-size safetensors-prefetch-num-threads
     show-hidden-metrics-for-version sleep-mode-backend sparse-indexer-topk-backend
     structured-outputs-config swap-space tokenizer-revision ubatch-size video-pruning-method
@@ -55,7 +55,7 @@ TUNING_SWITCHES = """
     enable-mamba-cache-stochastic-rounding enable-mamba-shared-prefix-checkpoint enable-mfu-metrics
     enable-mixed-moe-lora-format enable-mm-embeds enable-moe-shared-loras enable-nccl-comm-suspend
     enable-offline-docs enable-shm-tensor-arena enable-tower-connector-lora
-    exclude-tools-when-tool-choice-none fully-sharded-loras interleave-mm-strings jit-monitor-verbose
+    fully-sharded-loras interleave-mm-strings jit-monitor-verbose
     kv-cache-metrics kv-sharing-fast-prefill language-model-only log-error-stack
     long-prefill-token-threshold-adaptive mm-device-do-normalize mm-encoder-only monokernel numa-bind
     ray-workers-use-nsight scheduler-reserve-full-isl skip-mm-profiling sleep-mode-offload-cudagraph

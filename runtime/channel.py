@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
 
 HEADER_BYTES = 4
@@ -35,6 +36,26 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
     pass
+
+
+class StartProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
+    config: ProfilerConfig
+    prefix: str
+
+
+class StopProfile(msgspec.Struct, frozen=True, array_like=True, tag="stop_profile"):
+    pass
+
+
+class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
+    """The answer to each of the two commands before it: the file, or a problem in one line.
+
+    `refused`: the command did not fit (a second start, a stop without one).
+    """
+
+    file: str = ""
+    problem: str | None = None
+    refused: bool = False
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
@@ -63,8 +84,8 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     stats: EngineStats
 
 
-Command = Start | Add | Abort | ResetPrefixCache
-Event = Progress | Ready | Failed | Step
+Command = Start | Add | Abort | ResetPrefixCache | StartProfile | StopProfile
+Event = Progress | Ready | Failed | Step | Profiled
 
 MessageT = TypeVar("MessageT")
 

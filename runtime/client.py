@@ -14,7 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from microvllm.runtime.channel import Abort, Add, Command, Event, ResetPrefixCache, Step
+from microvllm.runtime.channel import (
+    Abort,
+    Add,
+    Command,
+    Event,
+    Profiled,
+    ResetPrefixCache,
+    StartProfile,
+    Step,
+    StopProfile,
+)
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.cpu import return_freed_memory, usable_cores
@@ -23,12 +33,14 @@ from microvllm.runtime.errors import (
     EngineBusyError,
     EngineDeadError,
     EngineError,
+    InvalidRequestError,
     RequestError,
 )
 from microvllm.runtime.launcher import DEAD, EngineProcess
 from microvllm.runtime.observer import EngineObserver, RequestTiming, SampleGroup
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
+from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
@@ -177,6 +189,7 @@ class EngineClient:
         self._streams: dict[int, TokenStream] = {}
         self._submitted = 0  # to the engine process that runs now
         self._process: EngineProcess | None = None
+        self._profiling: deque[asyncio.Future[Profiled]] = deque()  # answers that are still to come
         self._ready = False
         self._heard = time.monotonic()
         self._longest_step_s = SILENCE_S + _step_flops(config) / SLOWEST_FLOPS
@@ -253,6 +266,28 @@ class EngineClient:
         """Forget all cached prefixes."""
         self._send(ResetPrefixCache())
 
+    async def start_profile(self, config: ProfilerConfig, prefix: str = "") -> str:
+        """Start a profile of the engine process -> the file that it will be in.
+
+        Raises `InvalidRequestError` if one runs already, `EngineError` if it fails.
+        """
+        return await self._profile(StartProfile(config, prefix))
+
+    async def stop_profile(self) -> str:
+        """End the profile and write it -> its file. Raises as `start_profile` does, also if none runs."""
+        return await self._profile(StopProfile())
+
+    async def _profile(self, command: StartProfile | StopProfile) -> str:
+        if not self._ready:
+            raise EngineDeadError(DEAD)
+        answer: asyncio.Future[Profiled] = asyncio.get_running_loop().create_future()
+        self._profiling.append(answer)
+        self._send(command)
+        found = await answer
+        if found.problem is not None:
+            raise InvalidRequestError(found.problem) if found.refused else EngineError(found.problem)
+        return found.file
+
     async def close(self, drain_s: float = 0) -> None:
         """Wait up to `drain_s` seconds for open streams, then end the engine process."""
         deadline = time.monotonic() + drain_s
@@ -287,8 +322,15 @@ class EngineClient:
             self._process.send(command)
 
     def _silent(self) -> bool:
-        """Whether the engine has work and has said nothing for longer than any step can take."""
-        return bool(self._streams) and time.monotonic() - self._heard > self._longest_step_s
+        """Whether the engine has work and has said nothing for longer than any step can take.
+
+        Writing a profile may take longer.
+        """
+        return (
+            bool(self._streams)
+            and not self._profiling
+            and time.monotonic() - self._heard > self._longest_step_s
+        )
 
     async def _keep(self) -> None:
         """Deliver step after step; when the engine dies, tell everyone and start another."""
@@ -314,6 +356,10 @@ class EngineClient:
                 self._process.kill()
 
     def _deliver(self, event: Event) -> None:
+        if isinstance(event, Profiled):
+            answer = self._profiling.popleft()
+            if not answer.done():  # done: its client has left
+                answer.set_result(event)
         if not isinstance(event, Step):
             return
         self.stats, self._heard = event.stats, time.monotonic()
@@ -326,6 +372,10 @@ class EngineClient:
     def _fail_all(self, error: EngineError) -> None:
         for stream in list(self._streams.values()):
             stream._fail(error)
+        while self._profiling:
+            answer = self._profiling.popleft()
+            if not answer.done():
+                answer.set_exception(error)
 
     async def _restart(self) -> EngineProcess:
         attempt = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import signal
 import socket
 import sys
@@ -21,20 +22,26 @@ from microvllm.runtime.channel import (
     Command,
     EngineEnd,
     Failed,
+    Profiled,
     Progress,
     Ready,
     ResetPrefixCache,
     Start,
+    StartProfile,
     Step,
+    StopProfile,
 )
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core import EngineCore
 from microvllm.runtime.cpu import return_freed_memory
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.profiler import Profiler, ProfilerStateError
 from microvllm.runtime.request import StepOutput
 
 if TYPE_CHECKING:
     from microvllm.runtime.model_runner import LaunchedStep
+
+logger = logging.getLogger("microvllm.engine")
 
 PROGRESS_INTERVAL_S = 0.1
 
@@ -94,6 +101,7 @@ def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
 
 
 def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
+    profiler = Profiler()
     while True:
         outputs: list[StepOutput] = []
         resting = not core.has_work()
@@ -103,9 +111,13 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
         commands = channel.receive(wait=resting)
         core.clock.enter("messages")
         for command in commands:
-            outputs += _obey(core, command)
+            if isinstance(command, StartProfile | StopProfile):
+                channel.send(_profile(profiler, command))
+            else:
+                outputs += _obey(core, command)
         worked = core.has_work()
-        outputs += core.step()
+        with profiler.step():
+            outputs += core.step()
         # A step without outputs (a chunk of a prefill) is told too: the other side sees that we live.
         channel.send(Step(outputs, core.stats()))
         if worked and not core.has_work():
@@ -124,6 +136,18 @@ def _obey(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:
     elif isinstance(command, ResetPrefixCache):
         core.reset_prefix_cache()
     return []
+
+
+def _profile(profiler: Profiler, command: StartProfile | StopProfile) -> Profiled:
+    try:
+        if isinstance(command, StartProfile):
+            return Profiled(profiler.start(command.config, command.prefix))
+        return Profiled(profiler.stop())
+    except ProfilerStateError as error:
+        return Profiled(problem=str(error), refused=True)
+    except Exception as error:  # a full disk, a profiler without its library: requests go on
+        logger.exception("Profiling failed.")
+        return Profiled(problem=f"the profile failed ({type(error).__name__}: {error})")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,7 @@ NOT_DEFAULT = {
     "default_chat_template_kwargs": '{"enable_thinking": false}', "allowed_origins": '["https://a.example"]',
     "allowed_hosts": '["llm.example"]',
     "allowed_methods": '["GET"]', "allowed_headers": '["x-a"]', "fingerprint_mode": "none",
+    "profiler_config": json.dumps({"profiler": "torch", "torch_profiler_dir": tempfile.gettempdir()}),
 }  # fmt: skip
 # What some flags cannot do without.
 CERTIFICATE = ("--ssl-certfile", "cert.pem")

@@ -241,6 +241,14 @@ async def test_tools_that_may_not_be_called_are_shown_to_the_template(tools: Any
     assert count.json()["count"] == answer[0]["usage"]["prompt_tokens"]
 
 
+async def test_the_server_may_keep_tools_from_the_template() -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "return_prompt_text": True}
+    async with in_process(FakeClient(), exclude_tools_when_tool_choice_none=True) as http:
+        plain = await http.post("/v1/chat/completions", json=body)
+        tools = await http.post("/v1/chat/completions", json={**body, "tools": [TOOL], "tool_choice": "none"})
+    assert tools.json()["prompt_text"] == plain.json()["prompt_text"]
+
+
 @pytest.mark.parametrize(
     "tools",
     [

@@ -19,6 +19,7 @@ from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.fields import Fate
 from microvllm.openai_compat.openapi import BODIES, build_document, request_schema
+from microvllm.runtime.profiler import ProfilerConfig
 
 SUBJECTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi", "max_tokens": 4},
@@ -31,7 +32,11 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 RENDER = {path: SUBJECTS[path.removesuffix("/render")] for path in BODIES if path.endswith("/render")}
 SUBJECTS |= RENDER
 TABLES = [table for _, table in BODIES.values()]
-EVERYTHING: dict[str, Any] = {"dev_mode": True, "enable_tokenizer_info_endpoint": True}
+EVERYTHING: dict[str, Any] = {
+    "dev_mode": True,
+    "enable_tokenizer_info_endpoint": True,
+    "profiler": ProfilerConfig(profiler="torch", torch_profiler_dir="traces"),
+}
 
 
 def document(**args: Any) -> dict[str, Any]:
