@@ -120,6 +120,7 @@ def _template_variables(fields: Mapping[str, Any], state: ServerState) -> dict[s
     variables = {**state.args.default_chat_template_kwargs, **kwargs}
     effort = fields.get("reasoning_effort")
     if effort is not None:
+        effort = state.args.reasoning_effort_map.get(effort, effort)
         variables["reasoning_effort"] = effort
         if "enable_thinking" not in kwargs:
             variables["enable_thinking"] = effort != "none"

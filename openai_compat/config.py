@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from microvllm.openai_compat.errors import Fault
-from microvllm.openai_compat.schemas import MAX_STOP_STRINGS, template_kwargs
+from microvllm.openai_compat.schemas import EFFORTS, MAX_STOP_STRINGS, template_kwargs
 from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.profiler import ProfilerConfig
@@ -25,9 +25,10 @@ class ServerArgs:
     echoed; empty means the model as it was given. `api_keys` empty means no authentication.
     `chat_template` is the template's text, in place of the model's own, `default_chat_template_kwargs` what
     it gets unless a request says otherwise. It gets the contents of messages as a "string", as "openai" (a
-    list of parts) or as it was written for ("auto"): `chat_template_content_format`. A chunk of a stream
-    has at least `stream_interval` tokens, the first and the last one excepted. A request may have
-    `max_stop_strings` stop strings, and a body of `max_body_bytes`. `shutdown_timeout` is the time in
+    list of parts) or as it was written for ("auto"): `chat_template_content_format`. Of a reasoning effort
+    it gets what `reasoning_effort_map` makes of it. A chunk of a stream has at least `stream_interval`
+    tokens, the first and the last one excepted. A request may have `max_stop_strings` stop strings, and a
+    body of `max_body_bytes`. `shutdown_timeout` is the time in
     seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time between
     two lines of statistics, `http_timeout_keep_alive` the time that an idle connection stays open.
     `skip_model_name_validation` takes any model name in requests; the answer has the served one.
@@ -55,6 +56,7 @@ class ServerArgs:
     chat_template: str | None = None
     chat_template_content_format: str = AUTO
     default_chat_template_kwargs: Mapping[str, bool | str] = field(default_factory=dict)
+    reasoning_effort_map: Mapping[str, str] = field(default_factory=dict)
     response_role: str = "assistant"
     stream_interval: int = 1
     max_stop_strings: int = 4
@@ -121,6 +123,11 @@ class ServerArgs:
             template_kwargs(self.default_chat_template_kwargs)
         except Fault as fault:
             raise ConfigError(f"--default-chat-template-kwargs: {fault.problem}") from None
+        for effort, value in self.reasoning_effort_map.items():
+            if effort not in EFFORTS or not isinstance(value, str):
+                raise ConfigError(
+                    f"--reasoning-effort-map: {effort}: must be a string for one of {', '.join(EFFORTS)}"
+                )
         if self.stream_interval < 1:
             raise ConfigError(f"--stream-interval must be at least 1, got {self.stream_interval}")
         if not 1 <= self.max_stop_strings <= MAX_STOP_STRINGS:

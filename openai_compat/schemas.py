@@ -45,6 +45,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _BAD_IN_SALT = re.compile(r"[@/\\\x00-\x1f\x7f]")
 # A template variable may steer the template, never the rendering: names such as `tokenize` or
 # `chat_template` would reach into it (CVE-2025-62426).
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 TEMPLATE_KWARGS = ("enable_thinking", "thinking", "date_string")
 
 
@@ -265,7 +266,7 @@ CHAT = table(
     honoured("add_generation_prompt", boolean),
     honoured("continue_final_message", boolean, False),
     honoured("chat_template_kwargs", template_kwargs, {}),
-    honoured("reasoning_effort", choice("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+    honoured("reasoning_effort", choice(*EFFORTS)),
     honoured("logprobs", boolean, False),
     honoured("top_logprobs", integer(), 0),
     honoured("return_prompt_text", boolean, False),

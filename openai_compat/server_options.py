@@ -36,6 +36,14 @@ def answer_options(
         Any,
         typer.Option(parser=json_object, metavar=OBJECT, help="Template variables of requests without them."),
     ] = None,
+    reasoning_effort_map: Annotated[
+        Any,
+        typer.Option(
+            parser=json_object,
+            metavar=OBJECT,
+            help="What the template gets for a request's reasoning effort.",
+        ),
+    ] = None,
     response_role: Annotated[str, typer.Option(help="Role of the answers in chats.")] = "assistant",
     max_stop_strings: Annotated[
         int,
@@ -101,6 +109,7 @@ def answer_options(
         "chat_template": chat_template_text(chat_template),
         "chat_template_content_format": chat_template_content_format,
         "default_chat_template_kwargs": default_chat_template_kwargs or {},
+        "reasoning_effort_map": reasoning_effort_map or {},
         "response_role": response_role,
         "max_stop_strings": max_stop_strings,
         "skip_model_name_validation": skip_model_name_validation,

@@ -54,13 +54,13 @@ TUNING_SWITCHES = """
     enable-log-deltas enable-log-outputs enable-logging-iteration-details
     enable-mamba-cache-stochastic-rounding enable-mamba-shared-prefix-checkpoint enable-mfu-metrics
     enable-mixed-moe-lora-format enable-mm-embeds enable-moe-shared-loras enable-nccl-comm-suspend
-    enable-offline-docs enable-shm-tensor-arena enable-tower-connector-lora
-    fully-sharded-loras interleave-mm-strings jit-monitor-verbose
-    kv-cache-metrics kv-sharing-fast-prefill language-model-only log-error-stack
-    long-prefill-token-threshold-adaptive mm-device-do-normalize mm-encoder-only monokernel numa-bind
-    ray-workers-use-nsight scheduler-reserve-full-isl skip-mm-profiling sleep-mode-offload-cudagraph
-    specialize-active-lora swa-bounded-replay trust-remote-code trust-request-mm-kwargs use-fp64-gumbel
-    use-replayssm use-tqdm-on-load use-v2-block-manager worker-use-ray
+    enable-offline-docs enable-shm-tensor-arena enable-tower-connector-lora fully-sharded-loras
+    interleave-mm-strings jit-monitor-verbose kv-cache-metrics kv-sharing-fast-prefill language-model-only
+    log-error-stack long-prefill-token-threshold-adaptive mm-device-do-normalize mm-encoder-only
+    monokernel numa-bind ray-workers-use-nsight scheduler-reserve-full-isl skip-mm-profiling
+    sleep-mode-offload-cudagraph specialize-active-lora swa-bounded-replay trust-remote-code
+    trust-request-mm-kwargs use-fp64-gumbel use-replayssm use-tqdm-on-load use-v2-block-manager
+    worker-use-ray
 """.split()
 # ... then those after which vLLM reads several values, ...
 TUNING_LISTS = """
@@ -163,7 +163,6 @@ REFUSED = {
     "enable-trace-replay": Refused("switch", "let requests name the tokens that they get"),
     "return-sampling-mask": Refused("switch", "return which tokens could be drawn"),
     "trust-request-chat-template": Refused("switch", "take chat templates from requests"),
-    "reasoning-effort-map": Refused("value", "give the chat template another reasoning effort"),
     "diffusion-config": Refused("value", "generate by denoising"),
     "watermark-config": Refused("value", "put a watermark into the text"),
     "skip-tokenizer-init": Refused("switch", "take and give token ids without their texts"),

@@ -21,7 +21,7 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.ops.cpu.isa import IsaError, has_bf16
-from microvllm.runtime import cpu, vllm_environment
+from microvllm.runtime import cpu, vllm_environment, vllm_values
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
@@ -222,14 +222,15 @@ class EngineArgs:
         }
 
     def _load_format(self, path: Path) -> str:
-        if self.load_format not in LOAD_FORMATS:
+        wish = vllm_values.load_format(self.load_format)
+        if wish not in LOAD_FORMATS:
             raise ConfigError(
                 f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format}"
             )
         actual = "gguf" if path.is_file() else "safetensors"
-        if self.load_format in ("auto", actual):
+        if wish in ("auto", actual):
             return actual
-        if self.load_format == "dummy":
+        if wish == "dummy":
             return "dummy"
         raise ConfigError(f"--load-format {self.load_format} does not fit {path}, which is {actual}")
 
@@ -265,7 +266,7 @@ class EngineArgs:
         return wish == "int8"
 
     def _gpu_backend(self) -> str:
-        wish = self.attention_backend.lower()
+        wish = vllm_values.attention_backend(self.attention_backend)
         if wish == "auto":
             # Qwen3-0.6B on an H100: a third faster than flash_attn at one request, and as fast at 64.
             return "triton"
@@ -293,9 +294,10 @@ class EngineArgs:
 
     def _cpu_backend(self) -> str:
         """Which operators run the model: our kernels where they can be compiled, else plain torch."""
-        if self.attention_backend == "torch":
+        wish = vllm_values.attention_backend(self.attention_backend)
+        if wish == "torch":
             return "torch"
-        if self.attention_backend not in ("auto", "cpu"):
+        if wish not in ("auto", "cpu"):
             raise ConfigError(
                 f"--attention-backend {self.attention_backend}: 'auto', 'cpu' and 'torch' exist on a CPU"
             )
@@ -304,7 +306,7 @@ class EngineArgs:
         except IsaError as error:
             raise ConfigError(str(error)) from error
         except NoCompilerError as error:
-            if self.attention_backend == "cpu":
+            if wish == "cpu":
                 raise ConfigError(f"--attention-backend cpu: {error}") from error
             logger.warning("Plain torch operators are used, which are slower: %s", error)
             return "torch"

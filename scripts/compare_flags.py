@@ -126,6 +126,8 @@ def main() -> int:
         # vLLM's empty objects and lists are None here, and what both decide later is None in both.
         if param is None or param.multiple or name in KNOWN_DEFAULTS or name == "model":
             continue
+        if option["default"] == "==SUPPRESS==" or option["default"].endswith(")"):  # none, or a whole config
+            continue
         ours = str(param.default)
         if ours != option["default"] and not {ours, option["default"]} <= {
             "None",

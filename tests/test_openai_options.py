@@ -92,6 +92,17 @@ async def test_the_text_of_a_chat_prompt() -> None:
     assert all("prompt_text" not in chunk for chunk in chunks[1:])
 
 
+async def test_an_effort_becomes_one_that_the_template_knows() -> None:
+    args = {"reasoning_effort_map": {"xhigh": "max", "minimal": "none"}}
+    for effort, variables in (
+        ("xhigh", "enable_thinking=True;reasoning_effort=max;"),
+        ("minimal", "enable_thinking=False;reasoning_effort=none;"),
+        ("low", "enable_thinking=True;reasoning_effort=low;"),
+    ):
+        ids = await prompt_of(CHAT, args=args, reasoning_effort=effort)
+        assert bytes(ids).decode() == f"user: hi\nassistant: {variables}"
+
+
 @pytest.mark.parametrize(
     ("defaults", "body", "variables"),
     [
