@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.hf_config import read_json
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
+from microvllm.runtime.special_tokens import add_special_tokens
 from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-ADDED_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 TIKTOKEN_FILE = "qwen.tiktoken"
 # Without one of these there is nothing that transformers could convert.
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -103,20 +101,27 @@ class Tokenizer:
     @classmethod
     def _from_folder(cls, folder: Path) -> Tokenizer:
         config = _read_optional(folder / "tokenizer_config.json")
-        # special_tokens_map.json is the older place; tokenizer_config.json is read later and wins.
-        named = {**_named_tokens(_read_optional(folder / "special_tokens_map.json")), **_named_tokens(config)}
         templates = _chat_templates(folder, config)
         file = folder / "tokenizer.json"
+        if not file.is_file() and not (folder / TIKTOKEN_FILE).is_file():
+            return cls(*_convert_slow_tokenizer(folder), templates)
+        built = None
         if file.is_file():
             backend = _read_backend(file)
-            _add_config_tokens(backend, config, named)
-        elif (folder / TIKTOKEN_FILE).is_file():
+        else:
             from microvllm.runtime.tiktoken_tokenizer import build_tokenizer
 
             built = build_tokenizer(folder / TIKTOKEN_FILE)
-            return cls(built.backend, {**built.named, **named}, templates or built.chat_template)
-        else:
-            backend = _convert_slow_tokenizer(folder)
+            backend = built.backend
+        named = add_special_tokens(
+            backend,
+            config,
+            special_tokens_map=_read_optional(folder / "special_tokens_map.json"),
+            added_tokens=_read_optional(folder / "added_tokens.json"),
+            model_type=_read_optional(folder / "config.json").get("model_type"),
+        )
+        if built is not None:
+            return cls(backend, {**built.named, **named}, templates or built.chat_template)
         return cls(backend, named, templates)
 
 
@@ -131,8 +136,11 @@ def _read_backend(file: Path) -> Backend:
         raise ModelFileError(file, f"is not a usable tokenizer ({_one_line(error)})") from error
 
 
-def _convert_slow_tokenizer(folder: Path) -> Backend:
-    """Let transformers convert a tokenizer that has only SentencePiece or vocabulary files."""
+def _convert_slow_tokenizer(folder: Path) -> tuple[Backend, dict[str, str]]:
+    """Lets transformers convert a tokenizer that has only SentencePiece or vocabulary files.
+
+    Returns it with the texts of its named tokens.
+    """
     if not any((folder / name).is_file() for name in SLOW_TOKENIZER_FILES):
         raise ModelFileError(folder, "holds no tokenizer.json, and no other tokenizer file either")
     from transformers import AutoTokenizer  # seconds to import: only here
@@ -147,47 +155,11 @@ def _convert_slow_tokenizer(folder: Path) -> Backend:
     backend = getattr(slow, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise ModelFileError(folder, f"holds no tokenizer.json, and {type(slow).__name__} has no fast form")
-    return backend
+    return backend, {name: str(token) for name, token in slow.special_tokens_map.items() if token}
 
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _token_text(value: Any) -> str | None:
-    """A token of a configuration file is its text, or an `AddedToken` as an object."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    texts = {name: _token_text(config.get(name)) for name in NAMED_TOKENS}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
-def _add_config_tokens(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Add the special tokens that only `tokenizer_config.json` knows, as transformers does.
-
-    Whether BOS or EOS is added to a text is decided by tokenizer.json alone, as in transformers 5.
-    A named token that the vocabulary does not have at all is not invented: the model has no row for it.
-    """
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
-    listed = config.get("added_tokens_decoder")
-    entries = listed if isinstance(listed, dict) else {}
-    for index in sorted(
-        entries, key=lambda key: str(key).zfill(12)
-    ):  # new tokens get their ids in this order
-        entry = entries[index]
-        text = _token_text(entry)
-        if text is not None and text not in present and isinstance(entry, dict):
-            flags = {flag: bool(entry.get(flag, False)) for flag in ADDED_TOKEN_FLAGS}
-            backend.add_tokens([AddedToken(text, **flags)])
-            present.add(text)
-    for text in named.values():
-        if text not in present and backend.token_to_id(text) is not None:
-            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-            present.add(text)
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

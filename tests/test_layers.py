@@ -17,10 +17,8 @@ MAX_LINES = 600
 TORCH_FREE = {
     f"microvllm.{layer}.{name}"
     for layer, names in (
-        (
-            "runtime",
-            "errors request config cpu models scheduler kv_cache tokenizer chat_template content_format",
-        ),
+        ("runtime", "errors request config cpu models scheduler kv_cache tokenizer chat_template"),
+        ("runtime", "content_format special_tokens"),
         ("runtime", "detokenizer processor client launcher channel output"),
         ("adapters", "spec registry errors gguf_file llama mistral qwen qwen2 qwen3"),
     )

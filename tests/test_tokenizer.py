@@ -363,12 +363,6 @@ def test_named_templates_are_those_that_transformers_finds(tmp_path: Path) -> No
     )
 
 
-def test_special_tokens_map_is_the_older_place(tmp_path: Path) -> None:
-    older = json.dumps({"eos_token": "<|end|>", "unk_token": "a"})
-    tokenizer = Tokenizer.load(folder(tmp_path, {"unk_token": "b"}, special_tokens_map__json=older))
-    assert tokenizer.special_tokens == {"eos_token": "<|end|>", "unk_token": "b"}
-
-
 def test_truncation_in_the_file_does_not_shorten_prompts(tmp_path: Path) -> None:
     backend = Backend.from_file(str(folder(tmp_path) / "tokenizer.json"))
     backend.enable_truncation(4)
