@@ -152,10 +152,6 @@ class ServerArgs:
             raise ConfigError(
                 f"--http-timeout-keep-alive must be at least 0 seconds, got {self.http_timeout_keep_alive}"
             )
-        if self.enable_per_request_metrics and self.disable_log_stats:
-            raise ConfigError(
-                "--enable-per-request-metrics needs the statistics that --disable-log-stats turns off"
-            )
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(
                 f"--root-path must begin with a slash and not end with one, got {self.root_path}"
