@@ -79,7 +79,7 @@ class Profiler:
         from torch.profiler import ProfilerActivity, profile
 
         if self._profile is not None:
-            raise ProfilerStateError("a profile is running already")
+            raise ProfilerStateError("A profile is running already.")
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -99,7 +99,7 @@ class Profiler:
     def stop(self) -> str:
         """Stops recording and writes the trace -> its file. Raises `ProfilerStateError`."""
         if self._profile is None:
-            raise ProfilerStateError("no profile is running")
+            raise ProfilerStateError("No profile is running.")
         recording, self._profile = self._profile, None
         recording.stop()
         recording.export_chrome_trace(str(self._file))

@@ -100,7 +100,7 @@ async def test_commands_out_of_order_are_refused(client: EngineClient, tmp_path:
         twice = await http.post("/start_profile")
         assert (await http.post("/stop_profile")).status_code == 200
     assert (early.status_code, twice.status_code) == (400, 400)
-    assert "no profile is running" in early.text and "running already" in twice.text
+    assert "No profile is running" in early.text and "running already" in twice.text
     assert len(list(tmp_path.iterdir())) == 1
 
 
