@@ -140,7 +140,14 @@ _FUNCTION = record(name=nonempty, description=string, parameters=mapping, strict
 
 @parser(
     type="object",
-    properties={"type": {"const": "function"}, "function": {**_FUNCTION.schema, "required": ["name"]}},
+    properties={
+        "type": choice("function").schema,
+        "function": {
+            **_FUNCTION.schema,
+            "properties": {**_FUNCTION.schema["properties"], "name": nonempty.schema},
+            "required": ["name"],
+        },
+    },
     required=["function"],
 )
 def _tool(value: Any) -> dict[str, Any]:

@@ -37,6 +37,8 @@ JSON_HEADERS = {"content-type": "application/json"}
 BASES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 4},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4},
+    "/v1/completions/render": {"prompt": "hello", "max_tokens": 4},
+    "/v1/chat/completions/render": {"messages": [{"role": "user", "content": "hello"}]},
     "/generate": {"prompt": "hello", "max_tokens": 4},
     "/generate_stream": {"prompt": "hello", "max_tokens": 4},
     "/tokenize": {"prompt": "hello"},
@@ -73,7 +75,7 @@ class Server:
         self.app = create_app(self.client, ServerArgs(max_body_bytes=1 << 20))  # type: ignore[arg-type]
         # An exception that nobody handles is a traceback in the log of a real server: here it fails the test.
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
         self.document = self.send("GET", "/openapi.json").json()
         self.golden = self._golden()
         self.examples = 0
