@@ -1,8 +1,9 @@
 """The command line: `microvllm serve`, `generate`, `chat` and the other commands.
 
 Flags carry the names and defaults of `vllm serve` 0.33. Everything is checked here or in
-`EngineArgs.resolve()` before a model is loaded; whatever is wrong is one line on stderr. Exit status:
-0 done, 1 the engine failed, 2 a flag, a file or the machine does not allow what was asked.
+`EngineArgs.resolve()` before a model is loaded; whatever is wrong is two lines on stderr, the cause and the
+remedy. Exit status: 0 done, 1 the engine failed, 2 a flag, a file or the machine does not allow what was
+asked.
 
 Nothing heavy is imported at the top, so that `--help` and a mistyped flag answer at once.
 """
@@ -11,16 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
 from microvllm import __version__
-from microvllm.openai_compat.argv import IGNORE_FLAG, UsageError, normalise_argv
+from microvllm.openai_compat.argv import UsageError
+from microvllm.openai_compat.command import Command, LogHandler, remedy_for, report_error
 from microvllm.openai_compat.engine_options import (
     BackendOpt,
     BlockSizeOpt,
@@ -41,49 +43,19 @@ from microvllm.openai_compat.engine_options import (
     engine_args,
 )
 from microvllm.openai_compat.option_groups import takes
-from microvllm.openai_compat.option_values import OBJECT
 from microvllm.openai_compat.progress import ProgressLine
 from microvllm.openai_compat.server_options import answer_options, server_options
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
-from microvllm.runtime.vllm_environment import ignored_variables
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineArgs
-
-
-class Command(TyperCommand):
-    """A Typer command that reads its flags the way `vllm serve` does."""
-
-    def flag_kinds(self) -> dict[str, str]:
-        """Each flag of the command, and what `normalise_argv` needs to know of it."""
-        kinds = {"--help": "switch", "-h": "switch"}
-        for param in self.params:
-            kind = "list" if getattr(param, "multiple", False) else "value"
-            if getattr(param, "is_flag", False):
-                kind = "switch"
-            elif param.metavar == OBJECT:
-                kind = "json"
-            kinds |= {name: kind for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
-        return kinds
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        kinds = self.flag_kinds()
-        words = normalise_argv(args, kinds, warn)
-        if IGNORE_FLAG in kinds and (problem := ignored_variables(os.environ)):
-            warn(problem)
-        return super().parse_args(ctx, words)
-
-
-def warn(message: str) -> None:
-    """One warning line on stderr."""
-    print(f"microvllm: warning: {message}", file=sys.stderr)
 
 
 app = typer.Typer(
     name="microvllm",
     help="A compact LLM inference engine with an OpenAI-compatible server.",
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,  # rich cuts long flags short in 80 columns
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -98,12 +70,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", "-v", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(cls=Command)
@@ -301,29 +275,34 @@ def collect_env() -> None:
 
 
 def main() -> NoReturn:
-    """The console script: runs the command and turns every deliberate error into one line."""
+    """The console script: runs the command and turns every deliberate error into two lines."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
+    commands = typer.main.get_command(app)
+    logger = logging.getLogger("microvllm")
+    handler = LogHandler()
+    logger.addHandler(handler)
+    failure: Exception
     try:
         # Typer gives back the code of typer.Exit, or what the command returned, which is None.
-        return int(app(list(argv), prog_name="microvllm", standalone_mode=False) or 0)
+        return int(commands.main(list(argv), prog_name="microvllm", standalone_mode=False) or 0)
     except typer.TyperException as error:
-        # Typer's own message may have several lines (a missing argument lists choices).
-        message, code = " ".join(error.format_message().split()), 2
-    except (ConfigError, RequestError) as error:
-        message, code = str(error), 2
+        message, failure, code = error.format_message(), error, 2
     except MicroVLLMError as error:
-        message, code = str(error), 1
+        message, failure = str(error), error
+        code = 2 if isinstance(error, (ConfigError, RequestError)) else 1
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
         # The reader of a pipe left (`| head`). Python's flush at exit would report it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    print(f"microvllm: error: {message}", file=sys.stderr)
+    finally:
+        logger.removeHandler(handler)
+    report_error(message, remedy_for(failure, message, commands, argv))
     return code
 
 

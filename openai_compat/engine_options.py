@@ -34,7 +34,9 @@ def choose_model(positional: Sequence[str], option: str | None) -> str:
         raise UsageError(f"two models were given: {positional[0]} and --model {option}")
     model = positional[0] if positional else option
     if not model:
-        raise UsageError("no model was given: --model DIR, a .gguf file, or smollm2-135m-instruct")
+        raise UsageError(
+            "no model was given", remedy="name one: --model DIR, a .gguf file, or smollm2-135m-instruct"
+        )
     return model
 
 

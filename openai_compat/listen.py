@@ -11,6 +11,8 @@ from pathlib import Path
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError
 
+TAKEN_REMEDY = "end what listens there, or choose another address with --port and --host"
+
 
 def bind_socket(args: ServerArgs) -> socket.socket:
     """A bound socket. A TCP one does not listen yet: until the model is loaded, clients are refused.
@@ -32,7 +34,9 @@ def bind_socket(args: ServerArgs) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise ConfigError(f"cannot listen on {args.host} port {args.port}: {_reason(error)}") from error
+        raise ConfigError(
+            f"cannot listen on {args.host} port {args.port}: {_reason(error)}", remedy=TAKEN_REMEDY
+        ) from error
     return sock
 
 
@@ -61,7 +65,9 @@ def start_listening(sock: socket.socket, args: ServerArgs) -> None:
     try:
         sock.listen(2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {address_of(args)}: {_reason(error)}") from error
+        raise ConfigError(
+            f"cannot listen on {address_of(args)}: {_reason(error)}", remedy=TAKEN_REMEDY
+        ) from error
 
 
 def release_socket(sock: socket.socket, args: ServerArgs) -> None:

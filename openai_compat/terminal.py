@@ -21,6 +21,10 @@ import openai
 from microvllm.openai_compat.argv import UsageError
 from microvllm.runtime.errors import MicroVLLMError
 
+NO_SERVER_REMEDY = "start a server with `microvllm serve`, or name another with --url or OPENAI_BASE_URL"
+URL_REMEDY = "does the address end in /v1? Name it with --url or OPENAI_BASE_URL"
+REQUEST_REMEDY = "the answer of the server says what to change; --help lists what this command sends"
+SERVER_LOG_REMEDY = "the log of the server may say why"
 LIST_TIMEOUT_S = 30.0  # for the list of models, which every server has at hand
 
 
@@ -57,9 +61,9 @@ class Remote:
             try:
                 names = [str(card.id) for card in page.data]
             except (AttributeError, TypeError) as error:
-                raise RemoteError(f"{url} lists no models as OpenAI does (does it end in /v1?)") from error
+                raise RemoteError(f"{url} lists no models as OpenAI does", remedy=URL_REMEDY) from error
             if not names:
-                raise RemoteError(f"{url} has no model; name one with --model-name")
+                raise RemoteError(f"{url} has no model", remedy="name one with --model-name")
             model = names[0]
         return cls(client, url, model, stats)
 
@@ -180,19 +184,21 @@ def _one_line_errors(url: str) -> Iterator[None]:
     try:
         yield
     except openai.APITimeoutError as error:
-        raise RemoteError(f"{url} does not answer in time") from error
+        raise RemoteError(f"{url} does not answer in time", remedy=NO_SERVER_REMEDY) from error
     except openai.APIConnectionError as error:
         raise _failed_connection(url, error.__cause__ or error) from error
     except openai.AuthenticationError as error:
-        raise RemoteError(f"{url}: the API key is missing or wrong (--api-key or OPENAI_API_KEY)") from error
+        raise RemoteError(
+            f"{url}: the API key is missing or wrong", remedy="give it with --api-key or OPENAI_API_KEY"
+        ) from error
     except openai.APIStatusError as error:
         body = error.body
         message = body.get("message") if isinstance(body, dict) else None
-        hint = " (does the URL end in /v1?)" if error.status_code == 404 and not message else ""
+        remedy = URL_REMEDY if error.status_code == 404 and not message else REQUEST_REMEDY
         reason = _one_line(message or error.response.reason_phrase)
-        raise RemoteError(f"{url}: status {error.status_code}: {reason}{hint}") from error
+        raise RemoteError(f"{url}: status {error.status_code}: {reason}", remedy=remedy) from error
     except openai.OpenAIError as error:  # among them an error event in a stream
-        raise RemoteError(f"{url}: {_one_line(error)}") from error
+        raise RemoteError(f"{url}: {_one_line(error)}", remedy=SERVER_LOG_REMEDY) from error
     except Exception as error:
         # A connection that breaks in mid-answer may raise what the HTTP library below openai has for it, and
         # which library that is depends on the version of openai.
@@ -200,7 +206,7 @@ def _one_line_errors(url: str) -> Iterator[None]:
 
 
 def _failed_connection(url: str, error: BaseException) -> RemoteError:
-    return RemoteError(f"the connection to {url} failed ({_one_line(error)}): is a server running there?")
+    return RemoteError(f"the connection to {url} failed ({_one_line(error)})", remedy=NO_SERVER_REMEDY)
 
 
 def _one_line(what: object) -> str:
@@ -215,7 +221,9 @@ def _check_url(url: str) -> None:
     except ValueError:  # a bracket that is not closed, a port that is no number
         usable = False
     if not usable or not url.isprintable():
-        raise UsageError(f"--url must be like http://localhost:8000/v1, got {url!r}")
+        raise UsageError(
+            f"--url {url!r} is not an address of a server", remedy="it must be like http://localhost:8000/v1"
+        )
 
 
 def _check_text(flag: str, text: str | None) -> None:

@@ -72,9 +72,10 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The engine could not start; one line for the user."""
+    """The engine could not start: a line that says why, and one that says what to do, if that is known."""
 
     message: str
+    remedy: str | None = None
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -23,7 +23,7 @@ from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.ops.cpu.isa import IsaError, has_bf16
 from microvllm.runtime import cpu, vllm_environment, vllm_values
 from microvllm.runtime.devices import choose_device
-from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
 from microvllm.runtime.models import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
 from microvllm.runtime.policies import POLICIES
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
@@ -105,7 +105,7 @@ class EngineArgs:
         try:
             spec = load_spec(path, self._overrides())
         except ModelFileError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
         load_format = self._load_format(path)
         device = choose_device(self.device)
         if device == "cpu" and (self.enforce_eager or self.gpu_memory_utilization != GPU_MEMORY_UTILIZATION):
@@ -136,7 +136,10 @@ class EngineArgs:
                 f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
             )
             if not vllm_environment.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
-                raise ConfigError(f"{problem}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment allows it")
+                raise ConfigError(
+                    f"{problem}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment allows it",
+                    remedy="lower it, or leave it out: --max-model-len auto takes what model and memory allow",
+                )
             logger.warning("%s: answers beyond it may make no sense", problem)
         rope = spec.rope
         if rope.depends_on_length and max_model_len > rope.original_max_position:
@@ -276,7 +279,7 @@ class EngineArgs:
             )
         if wish == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
             raise ConfigError(
-                "--attention-backend flash_attn: the package is missing: pip install flash-attn"
+                "--attention-backend flash_attn: the package is missing", remedy="pip install flash-attn"
             )
         return wish
 
@@ -307,7 +310,10 @@ class EngineArgs:
             raise ConfigError(str(error)) from error
         except NoCompilerError as error:
             if wish == "cpu":
-                raise ConfigError(f"--attention-backend cpu: {error}") from error
+                raise ConfigError(
+                    f"--attention-backend cpu: {error}",
+                    remedy="install a C compiler (apt-get install gcc), or use --attention-backend torch",
+                ) from error
             logger.warning("Plain torch operators are used, which are slower: %s", error)
             return "torch"
         return "cpu"
@@ -324,7 +330,9 @@ class EngineArgs:
                 f"--dtype must be auto, float32, bfloat16 or float16 (half, float), got {self.dtype}"
             )
         if wish == "float16" and device == "cpu":
-            raise ConfigError("--dtype float16 is not available on a CPU; use bfloat16 or float32")
+            raise ConfigError(
+                "--dtype float16 is not available on a CPU", remedy="use --dtype bfloat16 or float32"
+            )
         return wish
 
     def _kv_pool(self, spec: ModelSpec, dtype: str, block_size: int, max_model_len: int) -> tuple[int, int]:
@@ -347,7 +355,8 @@ class EngineArgs:
         if num_blocks * block_bytes > cpu.available_memory():
             raise ConfigError(
                 f"a KV cache of {num_blocks} blocks takes {num_blocks * block_bytes / 2**30:.1f} GiB, and "
-                f"{cpu.available_memory() / 2**30:.1f} GiB of memory are free"
+                f"{cpu.available_memory() / 2**30:.1f} GiB of memory are free",
+                remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
             )
         if num_blocks >= needed:
             return num_blocks, max_model_len
@@ -355,8 +364,8 @@ class EngineArgs:
             raise ConfigError(
                 f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
                 f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
-                f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB): "
-                "lower --max-model-len or raise --kv-cache-memory-bytes"
+                f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB)",
+                remedy="lower --max-model-len or raise --kv-cache-memory-bytes",
             )
         logger.warning(
             "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
@@ -411,7 +420,8 @@ def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
     if num_blocks * block_size < max_model_len:
         raise ConfigError(
             f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "
-            "tokens does not fit: lower --max-model-len or raise --gpu-memory-utilization"
+            "tokens does not fit",
+            remedy="lower --max-model-len or raise --gpu-memory-utilization",
         )
 
 

@@ -13,9 +13,22 @@ MicroVLLMError
 
 from __future__ import annotations
 
+MODEL_FILE_REMEDY = "fetch the file again if it is damaged; README.md lists the models that are supported"
+NO_MEMORY_REMEDY = "free memory, or take less of it: --max-model-len, --max-num-seqs, --kv-cache-memory-bytes, a smaller model"
+
 
 class MicroVLLMError(Exception):
-    """Base of all deliberate errors."""
+    """Base of all deliberate errors.
+
+    `remedy` says in one line what to do about it, where the place that raises the error knows; the command
+    line prints it below the message, Python (3.11 and later) below the traceback.
+    """
+
+    def __init__(self, message: str = "", *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+        if remedy is not None and hasattr(self, "add_note"):
+            self.add_note(remedy)
 
 
 class RequestError(MicroVLLMError):

@@ -137,7 +137,7 @@ class EngineProcess(asyncio.Protocol):
             if isinstance(event, Progress) and on_progress is not None:
                 on_progress(event.what, event.done, event.total, event.note)
             elif isinstance(event, Failed):
-                raise ConfigError(event.message)
+                raise ConfigError(event.message, remedy=event.remedy)
             elif isinstance(event, Ready):
                 self.first_stats = event.stats
                 return True

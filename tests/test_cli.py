@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import typer.main
 from http_tools import held_port
@@ -25,7 +26,7 @@ from process_tools import alive, wait_until
 from typer.testing import CliRunner
 
 from microvllm import cli
-from microvllm.openai_compat import server
+from microvllm.openai_compat import command, server
 from microvllm.openai_compat.argv import UsageError, normalise_argv
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.option_values import human_int
@@ -78,13 +79,77 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[EngineArgs,
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Runs a command that must fail with status 2 and exactly one line, which is returned."""
+    """Runs a command that must fail with status 2 and two lines, cause and remedy; the cause is returned."""
     assert cli.run(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     lines = [line for line in err.splitlines() if not line.startswith("microvllm: warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("microvllm: error: "), err
+    assert len(lines) == 2 and lines[0].startswith("microvllm: error: "), err
+    assert lines[1].startswith("microvllm: hint: ") and len(lines[1]) < 400, err
     return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        ("serve", "name one: --model DIR"),
+        ("serve no-such-model", "or try the demo model, --model smollm2-135m-instruct"),
+        ("serve setup.cfg", "name the folder that holds config.json"),
+        ("serve empty", "README.md lists the models that are supported"),
+        ("serve m --port 0", "--port: Port to listen on; `microvllm serve --help`"),
+        ("serve m --prot 1", "--port: Port to listen on"),
+        ("serve m --seed x", "--seed: Seed of requests"),
+        ("serve m --ssl-keyfile k", "--ssl-keyfile: Its key"),
+        ("serve m --host no.such.host.invalid", "--host: Address to listen on"),
+        ("serve m --uds /no/such/folder/socket", "--uds: Unix socket"),
+        (f"serve {DEMO} --device cpu --dtype float16", "use --dtype bfloat16 or float32"),
+        (f"serve {DEMO} --device cpu --max-model-len 1M", "--max-model-len auto"),
+        (f"serve {DEMO} --device cpu --kv-cache-memory-bytes 1M", "raise --kv-cache-memory-bytes"),
+        (f"serve {DEMO} --device cpu --num-gpu-blocks-override 100000000", "lower --kv-cache-memory-bytes"),
+        (f"serve {DEMO} --generation-config none", "--generation-config: Sampling defaults"),
+        ("generate hello --model no-such-model", "or try the demo model"),
+        ("generate", "`microvllm generate --help`"),
+        ("run-batch -i none -o out --model m", "`microvllm run-batch --help`"),
+        ("chat hello --url http://127.0.0.1:9/v1", "start a server with `microvllm serve`"),
+        ("chat hello --url ftp://x", "http://localhost:8000/v1"),
+        ("frobnicate", "`microvllm --help`"),
+    ],
+)
+def test_an_error_says_what_to_do(
+    argv: str,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "setup.cfg").touch()
+    with held_port() as held:
+        port = (
+            ("--port", str(held.getsockname()[1]))
+            if argv.startswith("serve") and "--port" not in argv
+            else ()
+        )
+        status = cli.run([*argv.split(), *port])
+    cause, hint = capsys.readouterr().err.splitlines()
+    assert status == (1 if "127.0.0.1:9" in argv else 2)
+    assert cause.startswith("microvllm: error: ") and hint.startswith("microvllm: hint: ")
+    assert remedy in hint, hint
+
+
+def test_a_taken_port_has_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert cli.run(["serve", DEMO, "--port", str(taken.getsockname()[1])]) == 2
+    cause, hint = capsys.readouterr().err.splitlines()
+    assert "cannot listen on 127.0.0.1" in cause and "choose another address with --port" in hint
+
+
+def test_what_the_engine_process_reports_keeps_its_remedy() -> None:
+    from microvllm.runtime.channel import Event, Failed
+
+    sent = msgspec.msgpack.encode(Failed("no memory", "take less"))
+    assert msgspec.msgpack.decode(sent, type=Event) == Failed("no memory", "take less")
 
 
 class TestNormalise:
@@ -356,8 +421,8 @@ class TestConfigFile:
         self, content: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert self.serve(tmp_path, content, "m") == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert problem in line
+        line, hint = capsys.readouterr().err.splitlines()
+        assert problem in line and hint.startswith("microvllm: hint: ")
 
     @pytest.mark.parametrize(
         ("argv", "problem"),
@@ -524,7 +589,9 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--frobnicate"], "--frobnicate"),
     ],
 )
-def test_bad_usage_is_one_line(argv: list[str], names: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_is_a_cause_and_a_remedy(
+    argv: list[str], names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = error_line(capsys, *argv)
     assert names.lower() in line.lower() and len(line) < 400
 
@@ -593,7 +660,7 @@ def test_the_console_script(optimize: str) -> None:
     ):
         result, seconds = start(*argv, PYTHONOPTIMIZE=optimize)
         assert (result.returncode, result.stdout) == (2, "")
-        assert names in result.stderr and result.stderr.count("\n") == 1
+        assert names in result.stderr and result.stderr.count("\n") == 2
         assert seconds < AT_ONCE_S
 
 
@@ -602,7 +669,7 @@ def test_a_taken_port_is_known_before_the_model_loads() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result, seconds = start("serve", "--model", DEMO, "--port", str(port))
-    assert result.returncode == 2 and str(port) in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and str(port) in result.stderr and result.stderr.count("\n") == 2
     assert "Loading" not in result.stdout + result.stderr
     assert seconds < AT_ONCE_S
 
@@ -628,6 +695,24 @@ def test_help_explains_the_backends() -> None:
         assert words in text
 
 
+def test_help_is_in_sections_and_names_each_flag_once() -> None:
+    text = CliRunner().invoke(cli.app, ["serve", "--help"]).output
+    titles = re.findall(r"^(\w[\w ]*):$", text, re.M)
+    assert titles[:3] == ["Arguments", "Model", "Requests and answers"] and titles[-1] == "Options"
+    listed = re.findall(r"^  (?:-\w, )?(--[a-z-]+)(?: / (--[a-z-]+))?", text, re.M)
+    flags = [flag for pair in listed for flag in pair if flag]
+    assert sorted(flags) == sorted({*flags, *own_flags(), "--help"})
+    own = {name: name for name in dict(own_flags()).values()}
+    known = {name for names in command.SECTIONS.values() for name in names}
+    assert len(known & own.keys()) > 60
+
+
+def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 0
+    out, err = capsys.readouterr()
+    assert "Usage: microvllm" in out and "collect-env" in out and err == ""
+
+
 def test_version_and_help() -> None:
     runner = CliRunner()
     assert re.fullmatch(r"microvllm \d+\.\d+\.\d+\n", runner.invoke(cli.app, ["--version"]).output)
@@ -644,7 +729,9 @@ def test_an_engine_that_fails_is_status_1(
 
     monkeypatch.setattr(server, "serve", fail)
     assert cli.run(["serve", "m"]) == 1
-    assert capsys.readouterr().err == "microvllm: error: the engine process ended with signal 9\n"
+    cause, hint = capsys.readouterr().err.splitlines()
+    assert cause == "microvllm: error: the engine process ended with signal 9"
+    assert "`microvllm collect-env`" in hint
 
 
 def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def error_line(capsys: pytest.CaptureFixture[str], status: int, *argv: str) -> str:
     assert cli.run(argv) == status
     err = capsys.readouterr().err
-    assert err.startswith("microvllm: error: ") and err.count("\n") == 1, err
+    assert err.startswith("microvllm: error: ") and err.count("\n") == 2 and "\nmicrovllm: hint: " in err, err
     return err
 
 
@@ -173,7 +173,7 @@ def test_an_engine_that_fails_in_an_answer(
     assert cli.run(["complete", "--url", url, "-q", "x"]) == 1
     out, err = capsys.readouterr()
     assert len(out) == 3 and out.endswith("\n")
-    assert "The engine failed." in err and err.count("\n") == 1
+    assert "The engine failed." in err and err.count("\n") == 2
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def test_a_connection_that_breaks_in_an_answer(capsys: pytest.CaptureFixture[str
     with scripted_server(answer) as url:
         assert cli.run(["complete", "--url", url, "--model-name", "m", "-q", "x"]) == 1
     out, err = capsys.readouterr()
-    assert out == "Hi\n" and err.count("\n") == 1 and "peer closed" in err
+    assert out == "Hi\n" and err.count("\n") == 2 and "peer closed" in err
 
 
 @pytest.mark.parametrize(
