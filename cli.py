@@ -22,7 +22,7 @@ import typer
 
 from microvllm import __version__
 from microvllm.openai_compat.argv import UsageError
-from microvllm.openai_compat.command import Command, LogHandler, remedy_for, report_error
+from microvllm.openai_compat.command import Command, LogHandler, remedy_for, report_error, warn
 from microvllm.openai_compat.engine_options import (
     BackendOpt,
     BlockSizeOpt,
@@ -188,37 +188,75 @@ def run_batch(
         typer.Option("--input-file", "-i", help="Requests: a file, an http(s) address, or - for stdin."),
     ],
     output_file: Annotated[
-        str, typer.Option("--output-file", "-o", help="Answers: a file, or - for stdout.")
+        str,
+        typer.Option(
+            "--output-file", "-o", help="Answers: a file, an http(s) address (with PUT), or - for stdout."
+        ),
     ],
+    output_tmp_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where what comes from or goes to an address is kept meanwhile."),
+    ] = None,
+    max_inflight: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests with the engine at a time; a few more than run if not given."),
+    ] = None,
+    enable_metrics: Annotated[
+        bool, typer.Option("--enable-metrics", help="Serve the metrics for Prometheus meanwhile.")
+    ] = False,
+    host: Annotated[str | None, typer.Option(help="Address of the metrics; 127.0.0.1 if not given.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Their port; 8000 if not given.")] = None,
+    url: Annotated[str | None, typer.Option(help="The older name of --host.")] = None,
 ) -> None:
     """Answer a file of requests in the format of OpenAI's batches, without a server.
 
     A line is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions",
-    "body": {...}}. Answers come in the order of the requests; one that fails has a line that says why.
+    "body": {...}}. Answers come in the order of the requests; one that fails has a line that says why. A
+    line that is no request ends the run before the model loads.
     """
     from microvllm.openai_compat.batch import run_batch as answer_batch
     from microvllm.openai_compat.config import ServerArgs
 
-    server_args = ServerArgs(**answers)
+    listening = {"--host": host, "--port": port, "--url": url}
+    given = next((flag for flag, value in listening.items() if value is not None), None)
+    if given is not None and not enable_metrics:
+        warn(f"{given} has no effect without --enable-metrics")
+    server_args = ServerArgs(**answers, host=host or url or "127.0.0.1", port=port or 8000)
     with ProgressLine() as progress:
         answer_batch(
             engine,
             server_args,
             input_file,
             output_file,
+            tmp_dir=output_tmp_dir,
+            max_inflight=max_inflight,
+            enable_metrics=enable_metrics,
             on_load=progress,
             on_progress=functools.partial(progress, "Requests"),
         )
 
 
 # The options of `chat` and `complete`.
-UrlOpt = Annotated[str, typer.Option(help="Where the server's OpenAI-compatible interface is.")]
+TextArg = Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Answer this one text and end.")]
+UrlOpt = Annotated[
+    str,
+    typer.Option(
+        envvar="OPENAI_BASE_URL",
+        show_envvar=True,
+        help="Where the server's OpenAI-compatible interface is.",
+    ),
+]
 ClientKeyOpt = Annotated[
     str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="The server's API key.")
 ]
 ModelNameOpt = Annotated[str | None, typer.Option(help="Model to ask; the server's first if not given.")]
-QuickOpt = Annotated[
-    str | None, typer.Option("--quick", "-q", metavar="TEXT", help="Answer this one text and end.")
+QuickOpt = Annotated[str | None, typer.Option("--quick", "-q", metavar="TEXT", help="The same as TEXT.")]
+MaxTokensOpt = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of an answer; the server's default if not given.")
+]
+TemperatureOpt = Annotated[
+    float | None,
+    typer.Option(min=0, max=2, help="0 always takes the likeliest token; the server's default if not given."),
 ]
 StatsOpt = Annotated[
     bool, typer.Option("--stats", help="Show time to first token and tokens per second of each answer.")
@@ -226,44 +264,58 @@ StatsOpt = Annotated[
 DEFAULT_URL = "http://localhost:8000/v1"
 
 
+def one_text(text: str | None, quick: str | None) -> str | None:
+    """The one text to answer, None for a session. Raises `UsageError` for two."""
+    if text is not None and quick is not None:
+        raise UsageError(
+            "two texts were given, one with --quick", remedy="give one text, with or without --quick"
+        )
+    return quick if text is None else text
+
+
 @app.command(cls=Command)
 def chat(
+    text: TextArg = None,
     url: UrlOpt = DEFAULT_URL,
     api_key: ClientKeyOpt = None,
     model_name: ModelNameOpt = None,
-    system_prompt: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    max_tokens: MaxTokensOpt = None,
+    temperature: TemperatureOpt = None,
     quick: QuickOpt = None,
     stats: StatsOpt = False,
 ) -> None:
     """Talk to a model on a running server.
 
-    Each line typed, or piped in, is a message; Ctrl-C ends an answer, Ctrl-D the chat.
+    Without TEXT each line typed, or piped in, is a message; Ctrl-C ends an answer, Ctrl-D the chat.
     """
     from microvllm.openai_compat import terminal
 
     remote = terminal.Remote.connect(url, api_key, model_name, stats)
-    terminal.chat(remote, system_prompt=system_prompt, quick=quick)
+    limits = {"max_tokens": max_tokens, "temperature": temperature}
+    terminal.chat(remote, limits, system_prompt=system_prompt, quick=one_text(text, quick))
 
 
 @app.command(cls=Command)
 def complete(
+    text: TextArg = None,
     url: UrlOpt = DEFAULT_URL,
     api_key: ClientKeyOpt = None,
     model_name: ModelNameOpt = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens to generate; the server's default if not given.")
-    ] = None,
+    max_tokens: MaxTokensOpt = None,
+    temperature: TemperatureOpt = None,
     quick: QuickOpt = None,
     stats: StatsOpt = False,
 ) -> None:
     """Continue texts with a model on a running server.
 
-    Each line typed, or piped in, is a text to go on from.
+    Without TEXT each line typed, or piped in, is a text to go on from.
     """
     from microvllm.openai_compat import terminal
 
     remote = terminal.Remote.connect(url, api_key, model_name, stats)
-    terminal.complete(remote, max_tokens=max_tokens, quick=quick)
+    limits = {"max_tokens": max_tokens, "temperature": temperature}
+    terminal.complete(remote, limits, quick=one_text(text, quick))
 
 
 @app.command(cls=Command)

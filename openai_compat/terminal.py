@@ -11,7 +11,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -111,8 +111,14 @@ class Remote:
             yield from stream
 
 
-def chat(remote: Remote, *, system_prompt: str | None = None, quick: str | None = None) -> None:
-    """A conversation; with `quick` only its first turn."""
+Limits = Mapping[str, float | None]  # request fields; what is None is left to the server
+
+
+def chat(
+    remote: Remote, limits: Limits, *, system_prompt: str | None = None, quick: str | None = None
+) -> None:
+    """Holds a conversation; with `quick` only its first turn."""
+    fields = {name: value for name, value in limits.items() if value is not None}
     _check_text("--system-prompt", system_prompt)
     messages: list[dict[str, str]] = []
     if system_prompt is not None:
@@ -121,20 +127,23 @@ def chat(remote: Remote, *, system_prompt: str | None = None, quick: str | None 
         turn = [*messages, {"role": "user", "content": text}]
         with _reported():
             answer, _ = remote.show_answer(
-                remote.client.chat.completions.create, lambda choice: choice.delta.content, messages=turn
+                remote.client.chat.completions.create,
+                lambda choice: choice.delta.content,
+                messages=turn,
+                **fields,
             )
             # Only what was answered is part of the conversation: a message that was refused, say as too
             # long, would have every later one refused, too.
             messages = [*turn, {"role": "assistant", "content": answer}]
 
 
-def complete(remote: Remote, *, max_tokens: int | None = None, quick: str | None = None) -> None:
+def complete(remote: Remote, limits: Limits, *, quick: str | None = None) -> None:
     """Continues one text after the other; with `quick` only that one."""
-    limit = {} if max_tokens is None else {"max_tokens": max_tokens}
+    fields = {name: value for name, value in limits.items() if value is not None}
     for text in _turns(remote, "Type a text to go on from; Ctrl-D ends.", quick):
         with _reported():
             remote.show_answer(
-                remote.client.completions.create, lambda choice: choice.text, prompt=text, **limit
+                remote.client.completions.create, lambda choice: choice.text, prompt=text, **fields
             )
 
 
@@ -155,7 +164,7 @@ def _turns(remote: Remote, hint: str, quick: str | None) -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 -- gives `input` its line editing and history
-    _note(f"Using model: {remote.model}")
+    _note(f"Using model: {remote.model} on {remote.url}")
     _note(hint)
     while True:
         try:

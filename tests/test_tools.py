@@ -73,6 +73,24 @@ def test_chat_prints_what_the_server_answers(
     assert client.submitted[0][0] == client.submitted[1][0]
 
 
+def test_one_text_as_an_argument_with_limits_and_the_address_from_the_environment(
+    url: str,
+    client: FakeClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    for command in ("chat", "complete"):
+        assert cli.run([command, "Hello", "--max-tokens", "3", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.strip()
+        params = client.submitted[-1][1]
+        assert (params.max_tokens, params.temperature) == (3, 0)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert cli.run(["chat", "Hello", "--url", url]) == 0
+    assert "two texts" in error_line(capsys, 2, "chat", "Hello", "-q", "again", "--url", url)
+    assert "--temperature" in error_line(capsys, 2, "chat", "Hello", "--temperature", "3")
+
+
 def test_every_line_of_a_pipe_is_a_turn_of_one_chat(
     url: str, client: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,7 +282,7 @@ def test_a_session_on_a_terminal(url: str, client: FakeClient) -> None:
     client.stall_after = 2
     session = Session("--url", url)
     try:
-        session.expect("Using model: fake-model")
+        session.expect(f"Using model: fake-model on {url}")
         session.expect("> ")
         session.type("hello\n")
         session.expect("hello\r\n")
