@@ -10,7 +10,10 @@ what went wrong is in `error` with `response.body` null.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import socket
 import sys
 import time
 import uuid
@@ -20,13 +23,20 @@ from typing import Any
 
 import msgspec
 import orjson
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message
 
+from microvllm.openai_compat import monitoring
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.errors import PayloadTooLargeError, clip, error_object
-from microvllm.openai_compat.server import Signals
+from microvllm.openai_compat.listen import bind_socket, start_listening
+from microvllm.openai_compat.protocol import GuardedProtocol
+from microvllm.openai_compat.server import Server, Signals
+from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs, EngineConfig
@@ -35,6 +45,10 @@ from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.batch")
 
+LINE_REMEDY = (
+    'nothing was answered; a line is {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", '
+    '"body": {...}}'
+)
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 ENVELOPE_BYTES = 64 << 10  # what a line may hold beside the body
 ATTEMPTS = 3  # at a request that the engine process died over
@@ -65,23 +79,57 @@ def run_batch(
     input_file: str,
     output_file: str,
     *,
+    tmp_dir: str | None = None,
+    max_inflight: int | None = None,
+    enable_metrics: bool = False,
     on_load: OnProgress | None = None,
     on_progress: RequestsDone | None = None,
 ) -> None:
-    """Answers all requests of `input_file` (a path, an http(s) address, `-`) in `output_file` (a path, `-`).
+    """Answers all requests of `input_file` in `output_file`; each is a path, an http(s) address or `-`.
 
+    What comes from or goes to an address is kept in `tmp_dir` meanwhile. `max_inflight` requests are with
+    the engine at a time, by default some more than it runs at once. With `enable_metrics` the metrics are
+    served on the host and port of `args`. A line that is no request at all ends the run before the model
+    loads, an input without lines is an output without lines.
     `on_load` is told how far the engine's start has come, `on_progress` requests answered and all requests.
     SIGINT and SIGTERM end in `SystemExit` with 128 + their number; what is answered by then is written.
     Raises `ConfigError` naming the flag at fault, `EngineError` if the engine does not start or come back.
     """
     if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
         raise ConfigError(f"--chat-template: {problem}")
-    with RequestFile(input_file, args.max_body_bytes + ENVELOPE_BYTES) as requests:
+    if tmp_dir is not None and not os.path.isdir(tmp_dir):
+        raise ConfigError(f"--output-tmp-dir {tmp_dir}: no such folder")
+    with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(RequestFile(input_file, args.max_body_bytes + ENVELOPE_BYTES, tmp_dir))
         if requests.is_same_file(output_file):
             raise ConfigError(f"-o {output_file}: the answers would overwrite the requests")
-        with AnswerFile(output_file) as answers:
-            config = engine_args.resolve()
-            asyncio.run(_until_signal(_run(config, args, requests, answers, on_load, on_progress)))
+        check_envelopes(requests, input_file)
+        answers = stack.enter_context(AnswerFile(output_file, tmp_dir))
+        if not requests.num_lines:
+            answers.start()
+            print("0 of 0 requests answered", file=sys.stderr)
+            return
+        sock = stack.enter_context(bind_socket(args)) if enable_metrics else None
+        config = engine_args.resolve()
+        work = _run(config, args, requests, answers, max_inflight, sock, on_load, on_progress)
+        asyncio.run(_until_signal(work))
+
+
+def check_envelopes(requests: RequestFile, where: str) -> None:
+    """Raise `ConfigError` for the first line that is no request, as vLLM does, whatever its body holds."""
+    for number, text in requests.numbered():
+        if text is None:
+            continue  # too long to be read: an error of its own among the answers
+        try:
+            line = _decode(text)
+        except InvalidRequestError as error:
+            problem: str | None = str(error)
+        else:
+            names = ("custom_id", "method", "url")
+            wrong = [name for name in names if not isinstance(getattr(line, name), str)]
+            problem = f"{wrong[0]} must be a string" if wrong else None if line.body else "body is missing"
+        if problem is not None:
+            raise ConfigError(f"-i {where}: line {number}: {problem}", remedy=LINE_REMEDY)
 
 
 async def _until_signal(work: Awaitable[None]) -> None:
@@ -102,19 +150,29 @@ async def _run(
     args: ServerArgs,
     requests: RequestFile,
     answers: AnswerFile,
+    max_inflight: int | None,
+    metrics_sock: socket.socket | None,
     on_load: OnProgress | None,
     on_progress: RequestsDone | None,
 ) -> None:
     client = await EngineClient.start(config, chat_template=args.chat_template, on_progress=on_load)
     try:
-        batch = Batch(client, create_app(client, args), requests.num_lines, on_progress)
+        app = create_app(client, args)
+        batch = Batch(client, app, requests.num_lines, on_progress)
         answers.start()
         start = time.monotonic()
+        metrics = None
+        if metrics_sock is not None:
+            start_listening(metrics_sock, args)
+            metrics = asyncio.ensure_future(_serve_metrics(app.state.server, metrics_sock))
         try:
             # A few more than run at once, so that the next is there when one ends.
-            concurrency = config.max_num_seqs + max(8, config.max_num_seqs // 4)
+            concurrency = max_inflight or config.max_num_seqs + max(8, config.max_num_seqs // 4)
             await in_order(requests, batch.answer, answers.write, concurrency)
         finally:
+            if metrics is not None:
+                metrics.cancel()
+                await asyncio.gather(metrics, return_exceptions=True)
             print(
                 f"{batch.done} of {batch.total} requests answered, {batch.failed} of them with an error, "
                 f"in {time.monotonic() - start:.1f} s",
@@ -122,6 +180,14 @@ async def _run(
             )
     finally:
         await client.close()
+
+
+async def _serve_metrics(state: ServerState, sock: socket.socket) -> None:
+    """GET /metrics (or any other path, as prometheus_client's own server has it), until cancelled."""
+    app = Starlette(routes=[Route("/{path:path}", monitoring.metrics)])
+    app.state.server = state
+    config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="warning")
+    await Server(config, on_ready=lambda: None).serve(sockets=[sock])
 
 
 async def in_order(
@@ -281,15 +347,11 @@ def _decode(text: bytes | None) -> Line:
 
 def _checked_body(line: Line) -> bytes:
     """The body of a line as it stands there. Raises `InvalidRequestError` naming the field."""
-    if not isinstance(line.custom_id, str):
-        raise InvalidRequestError("custom_id must be a string.", "custom_id")
     if line.method != "POST":
         raise InvalidRequestError('method must be "POST".', "method")
     if line.url not in ENDPOINTS:
         raise InvalidRequestError(f"url must be one of {', '.join(ENDPOINTS)}.", "url")
     body = bytes(line.body)
-    if not body:
-        raise InvalidRequestError("body is missing.", "body")
     try:
         streaming = msgspec.json.decode(body, type=Streaming).stream not in (None, False)
     except (msgspec.DecodeError, RecursionError):

@@ -14,7 +14,7 @@ MicroVLLMError
 from __future__ import annotations
 
 MODEL_FILE_REMEDY = "fetch the file again if it is damaged; README.md lists the models that are supported"
-NO_MEMORY_REMEDY = "free memory, or take less of it: --max-model-len, --max-num-seqs, --kv-cache-memory-bytes, a smaller model"
+NO_MEMORY_REMEDY = "free memory, or take less of it with --max-model-len or --kv-cache-memory-bytes"
 
 
 class MicroVLLMError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,14 +20,14 @@ from typing import Any
 
 import pytest
 from fake_client import FakeClient, fresh
-from http_tools import in_process
+from http_tools import held_port, in_process
 from model_tools import variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
 from microvllm import cli
-from microvllm.openai_compat import batch
+from microvllm.openai_compat import batch, batch_files
 from microvllm.openai_compat.app import create_app
-from microvllm.openai_compat.batch import ATTEMPTS, Batch, in_order
+from microvllm.openai_compat.batch import ATTEMPTS, Batch, check_envelopes, in_order
 from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.config import EngineArgs
@@ -88,12 +90,9 @@ BAD_LINES = [
     (b'{"custom_id": "\\ud800"}', 400, None),
     (b"[]", 400, None),
     (None, 413, None),
-    (line({"prompt": "x"}, custom_id=None), 400, "custom_id"),
-    (line({"prompt": "x"}, custom_id=5), 400, "custom_id"),
     (line({"prompt": "x"}, method="GET"), 400, "method"),
     (line({"prompt": "x"}, url="/v1/embeddings"), 400, "url"),
     (line({"prompt": "x"}, url=[COMPLETIONS]), 400, "url"),
-    (b'{"custom_id": "a", "method": "POST", "url": "/v1/completions"}', 400, "body"),
     (line("x"), 400, "body"),
     (line([1]), 400, "body"),
     (line({"prompt": "x", "stream": True}), 400, "stream"),
@@ -289,15 +288,16 @@ def test_the_answer_file_is_emptied_only_when_the_answers_begin(tmp_path: Path) 
         (("-i", "no-such-file", "-o", "out"), "-i no-such-file"),
         (("-i", ".", "-o", "out"), "-i ."),
         (("-i", "nul\0byte", "-o", "out"), "-i"),
-        (("-i", "empty", "-o", "out"), "no request"),
+        (("-i", "bad", "-o", "out"), "-i bad: line 3: custom_id must be a string"),
+        (("-i", "in", "-o", "out", "--output-tmp-dir", "none"), "--output-tmp-dir none"),
+        (("-i", "in", "-o", "out", "--max-inflight", "0"), "--max-inflight"),
+        (("-i", "in", "-o", "out", "--enable-metrics", "--port", "0"), "--port"),
         (("-i", "in", "-o", "no/such/folder"), "-o no/such/folder"),
         (("-i", "in", "-o", "./in"), "overwrite"),
-        (("-i", "in", "-o", "https://x/y"), "-o https://x/y"),
         (("-i", "in", "-o", "out", "--chat-template", "{% for"), "--chat-template"),
         (("-i", "in", "-o", "out"), "no-such-model"),
         (("-i", "in"), "--output-file"),
         (("-o", "out"), "--input-file"),
-        (("-i", "in", "-o", "out", "--port", "1"), "--port"),
     ],
 )
 def test_bad_usage_is_one_line(
@@ -309,7 +309,7 @@ def test_bad_usage_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("in").write_bytes(line({"prompt": "x"}) + b"\n")
-    Path("empty").write_bytes(b"\n \n")
+    Path("bad").write_bytes(line({"prompt": "x"}) + b'\n\n{"method": "POST"}\n')
     assert cli.run(["run-batch", "--model", "no-such-model", *files]) == 2
     err = capsys.readouterr().err
     assert names in err and err.count("\n") == 2 and err.startswith("microvllm: error: ")
@@ -336,6 +336,103 @@ def test_options_reach_the_engine_and_the_application(monkeypatch: pytest.Monkey
         enable_per_request_metrics=True,
     )
     assert calls == [(EngineArgs(model="m", max_num_seqs=3, seed=7), expected, "in", "-")]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (line({"prompt": "x"}, custom_id=None), "custom_id must be a string"),
+        (line({"prompt": "x"}, custom_id=5), "custom_id must be a string"),
+        (line({"prompt": "x"}, method=None), "method must be a string"),
+        (line({"prompt": "x"}, url=[COMPLETIONS]), "url must be a string"),
+        (b'{"custom_id": "a", "method": "POST", "url": "/v1/completions"}', "body is missing"),
+        (b"not json", "not a JSON object"),
+        (b"[]", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
+    ],
+)
+def test_a_line_that_is_no_request_ends_the_run_first(text: bytes, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "in"
+    file.write_bytes(line({"prompt": 5}, url="/v1/none") + b"\n\n" + text)
+    with (
+        RequestFile(str(file), 1 << 20) as requests,
+        pytest.raises(ConfigError, match=f"-i in: line 3: .*{problem}"),
+    ):
+        check_envelopes(requests, "in")
+
+
+def test_a_file_without_requests_is_done_without_an_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").write_bytes(b"\n \n")
+    out = tmp_path / "out"
+    out.write_text("an earlier run")
+    argv = ["run-batch", "--model", "no-such-model", "-i", str(tmp_path / "in"), "-o", str(out)]
+    assert cli.run(argv) == 0
+    assert out.read_bytes() == b"" and "0 of 0 requests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [0, 1, 99])
+def test_answers_are_sent_to_an_address(fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end and whole; what cannot be sent is kept and named."""
+    puts: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            puts.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(503 if len(puts) <= fails else 200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(batch_files, "UPLOAD_PAUSES_S", (0.0, 0.0))
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/out.jsonl"
+        refused = pytest.raises(ConfigError, match=f"-o {address}: .*Service Unavailable")
+        with (
+            refused if fails > 1 else contextlib.nullcontext() as caught,
+            AnswerFile(address, str(tmp_path)) as out,
+        ):
+            out.start()
+            out.write(b"{}")
+            assert puts == [] and len(list(tmp_path.iterdir())) == 1
+        server.shutdown()
+    assert set(puts) == {b"{}\n"}
+    kept = list(tmp_path.iterdir())
+    if caught is not None:
+        assert str(kept[0]) in (caught.value.remedy or "") and kept[0].read_bytes() == b"{}\n"
+    else:
+        assert kept == [] and len(puts) == fails + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "host", "port", "warned"),
+    [
+        ((), "127.0.0.1", 8000, False),
+        (("--enable-metrics", "--host", "0.0.0.0", "--port", "9"), "0.0.0.0", 9, False),
+        (("--enable-metrics", "--url", "0.0.0.0"), "0.0.0.0", 8000, False),
+        (("--port", "9"), "127.0.0.1", 9, True),
+    ],
+)
+def test_where_the_metrics_are(
+    flags: tuple[str, ...],
+    host: str,
+    port: int,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(batch, "run_batch", lambda *args, **more: calls.append((args[1], more)))
+    argv = ["run-batch", "-i", "in", "-o", "out", "--model", "m", "--max-inflight", "3"]
+    assert cli.run([*argv, "--output-tmp-dir", "/tmp", *flags]) == 0
+    ((args, more),) = calls
+    assert (args.host, args.port, more["enable_metrics"]) == (host, port, "--enable-metrics" in flags)
+    assert (more["max_inflight"], more["tmp_dir"]) == (3, "/tmp")
+    assert ("--port has no effect without --enable-metrics" in capsys.readouterr().err) is warned
 
 
 # ---- the command on a real engine -------------------------------------------------------------------
@@ -380,15 +477,23 @@ def prompt_line(i: int, max_tokens: int) -> bytes:
 
 def test_a_batch_on_a_real_engine(tmp_path: Path) -> None:
     requests = [prompt_line(i, 1 + (7 * i) % 20) for i in range(40)]
-    requests.insert(20, b"not json")
-    with started(tmp_path, requests, "--max-num-seqs", "4") as process:
-        out, err = process.communicate(timeout=PATIENCE_S)
+    requests.insert(20, line({"prompt": "x"}, url="/v1/embeddings", custom_id="bad"))
+    with held_port() as held:
+        port = held.getsockname()[1]
+        flags = ["--enable-metrics", "--port", str(port), "--max-inflight", "5"]
+        with started(tmp_path, requests, "--max-num-seqs", "4", *flags) as process:
+            seen = ""
+            while process.poll() is None and "vllm:generation_tokens_total" not in seen:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    seen = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+            out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
+    assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"}' in seen
     assert (
         out == "" and "41 of 41 requests answered, 1 of them with an error" in err and "Traceback" not in err
     )
     found = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert found.pop(20)["custom_id"] is None
+    assert found.pop(20)["custom_id"] == "bad"
     assert [one["custom_id"] for one in found] == [f"request {i}" for i in range(40)]
     used = [one["response"]["body"]["usage"]["completion_tokens"] for one in found]
     assert used == [1 + (7 * i) % 20 for i in range(40)]

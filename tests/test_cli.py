@@ -104,7 +104,10 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("serve m --uds /no/such/folder/socket", "--uds: Unix socket"),
         (f"serve {DEMO} --device cpu --dtype float16", "use --dtype bfloat16 or float32"),
         (f"serve {DEMO} --device cpu --max-model-len 1M", "--max-model-len auto"),
-        (f"serve {DEMO} --device cpu --kv-cache-memory-bytes 1M", "raise --kv-cache-memory-bytes"),
+        (
+            f"serve {DEMO} --device cpu --max-model-len 4096 --kv-cache-memory-bytes 1M",
+            "raise --kv-cache-memory-bytes",
+        ),
         (f"serve {DEMO} --device cpu --num-gpu-blocks-override 100000000", "lower --kv-cache-memory-bytes"),
         (f"serve {DEMO} --generation-config none", "--generation-config: Sampling defaults"),
         ("generate hello --model no-such-model", "or try the demo model"),
