@@ -90,6 +90,7 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
             Route("/kv_event_sources", monitoring.kv_event_sources, methods=["GET"]),
             Route("/server_info", admin.server_info, methods=["GET"]),
             Route("/get_server_info", admin.server_info, methods=["GET"], include_in_schema=False),
+            Route("/", docs.home, methods=["GET"], include_in_schema=False),
             *_optional_routes(args),
             *absent_routes(),
         ],

@@ -15,6 +15,7 @@ from microvllm.openai_compat.errors import ForbiddenError, clip, error_response
 # Probes, what a Prometheus without a key collects in vLLM, too, and the description of the API.
 OPEN_PATHS = frozenset(
     {
+        "/",
         "/health",
         "/ready",
         "/ping",

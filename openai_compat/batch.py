@@ -35,7 +35,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.errors import PayloadTooLargeError, clip, error_object
 from microvllm.openai_compat.listen import bind_socket, start_listening
 from microvllm.openai_compat.protocol import GuardedProtocol
-from microvllm.openai_compat.server import Server, Signals
+from microvllm.openai_compat.server import HttpServer, Signals
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.chat_template import ChatTemplate
 from microvllm.runtime.client import EngineClient
@@ -187,7 +187,7 @@ async def _serve_metrics(state: ServerState, sock: socket.socket) -> None:
     app = Starlette(routes=[Route("/{path:path}", monitoring.metrics)])
     app.state.server = state
     config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="warning")
-    await Server(config, on_ready=lambda: None).serve(sockets=[sock])
+    await HttpServer(config, on_ready=lambda: None).serve(sockets=[sock])
 
 
 async def in_order(

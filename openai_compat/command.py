@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 from microvllm.openai_compat.argv import IGNORE_FLAG, normalise_argv
 from microvllm.openai_compat.option_values import OBJECT
@@ -116,7 +116,7 @@ def report_error(message: str, remedy: str) -> None:
         print(f"{PROGRAM}: {kind}: {' '.join(text.split())}", file=sys.stderr)
 
 
-def remedy_for(error: Exception, message: str, root: TyperGroup, argv: Sequence[str]) -> str:
+def remedy_for(error: Exception, message: str, root: Any, argv: Sequence[str]) -> str:
     """Return one line that says what to do about an error.
 
     It is the error's own remedy, else the help of the first flag in its `message` that the command has.

@@ -76,14 +76,16 @@ def clip(text: str) -> str:
 
 
 def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
-    """The 400 for fields of the wrong shape; `faults` pairs a location such as "body.seed" with its fault.
+    """The 400 for fields of the wrong shape, with a sentence for each of the first ten.
 
-    The client's own value is never repeated: printing a deeply nested one is an attack in itself.
+    `faults` pairs a location such as "body.seed" with its fault. The client's own value is never repeated:
+    printing a deeply nested one is an attack in itself.
     """
-    lines = [f"{len(faults)} validation error{'s' if len(faults) > 1 else ''}:"]
+    sentences = []
     for place, fault in faults[:10]:
-        lines.append("  " + str({"type": fault.kind, "loc": place, "msg": fault.problem}))
-    return InvalidRequestError("\n".join(lines), faults[0][0], kind=BAD_SHAPE)
+        field = place.removeprefix("body.")
+        sentences.append(f"{place if field.isdigit() else field}: {fault.problem}.")
+    return InvalidRequestError(" ".join(sentences), faults[0][0], kind=BAD_SHAPE)
 
 
 def error_object(error: RequestError | EngineError) -> dict[str, Any]:

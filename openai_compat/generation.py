@@ -219,7 +219,7 @@ def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefi
     two requests with the same one do not touch each other.
     """
     if not state.args.skip_model_name_validation:
-        check_model(fields["model"], state.model_names)
+        check_model(fields["model"], state)
     if fields["stream_options"] and not fields["stream"]:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
     _check_stop(fields["stop"], state.args.max_stop_strings)
@@ -236,9 +236,13 @@ def _check_stop(stop: Sequence[str], limit: int) -> None:
         raise shape_error([("body.stop", Fault("too_long", problem))])
 
 
-def check_model(name: str | None, served: Sequence[str]) -> None:
-    """Raises `ModelNotFoundError` unless the name is a served one or left open."""
-    if name and name not in served:
+def check_model(name: str | None, state: ServerState) -> None:
+    """Raises `ModelNotFoundError` unless the name is a served one, the `root` of `/v1/models`, or left open.
+
+    A client that loads the tokenizer from where the model's name says is given `root` as the name.
+    """
+    served = state.model_names
+    if name and name not in served and name != state.client.tokenizer_root:
         raise ModelNotFoundError(
             f"The model `{clip(name)}` does not exist. Valid aliases: {', '.join(served)}.", "model"
         )

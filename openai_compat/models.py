@@ -26,7 +26,7 @@ async def retrieve_model(request: Request) -> Response:
     """The card of one served name, which may have slashes in it."""
     state: ServerState = request.app.state.server
     name = request.path_params["model"]
-    check_model(name or "/", state.model_names)
+    check_model(name or "/", state)
     return Response(orjson.dumps(_card(state, name)), media_type="application/json")
 
 

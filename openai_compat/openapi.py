@@ -13,6 +13,7 @@ import microvllm
 from microvllm.openai_compat import answers
 from microvllm.openai_compat.auth import OPEN_PATHS
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.descriptions import DESCRIPTIONS
 from microvllm.openai_compat.fields import Fate, JsonSchema, Parser, Table, or_null
 from microvllm.openai_compat.schemas import (
     CHAT,
@@ -89,8 +90,9 @@ def request_schema(rows: Table, limits: Mapping[str, Parser[Any]] | None = None)
             schema = (limits or {}).get(row.name, row.parse).schema
             schema = schema if row.required else or_null(schema)
             default = {} if row.default in NOTHING else {"default": row.default}
-            need = row.only_with and {"description": f"Only with {row.only_with[0]}: {row.only_with[1]}."}
-            properties[row.name] = {**schema, **default, **(need or {})}
+            need = f"Only with {row.only_with[0]}: {row.only_with[1]}." if row.only_with else ""
+            description = " ".join(filter(None, (DESCRIPTIONS.get(row.name), need)))
+            properties[row.name] = {**schema, **default, "description": description}
         elif row.fate is Fate.IGNORED:
             properties[row.name] = {"description": "Accepted and ignored."}
         else:

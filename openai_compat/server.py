@@ -127,7 +127,9 @@ async def _serve(
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
         helpers = []
         if state.metrics is not None:
-            helpers.append(asyncio.ensure_future(log_stats(state.metrics, args.stats_interval)))
+            helpers.append(
+                asyncio.ensure_future(log_stats(state.metrics, args.stats_interval, config.device))
+            )
         if tls is not None and args.enable_ssl_refresh:
             helpers.append(asyncio.ensure_future(refresh_certificate(tls, args)))
         stopped = asyncio.ensure_future(signals.wait(1))

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microvllm.stats")
 
 
-def stats_line(before: EngineStats, now: EngineStats, seconds: float) -> str:
-    """Rates over the `seconds` between two snapshots, gauges of the later one."""
+def stats_line(before: EngineStats, now: EngineStats, seconds: float, device: str = "cuda") -> str:
+    """Rates over the `seconds` between two snapshots, gauges of the later one; `device` is cuda or cpu."""
     prompt, generated, queries, hits, preemptions = (
         getattr(now, name) - getattr(before, name)
         for name in ("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions")
@@ -25,12 +25,12 @@ def stats_line(before: EngineStats, now: EngineStats, seconds: float) -> str:
         f"Engine 000: Avg prompt throughput: {prompt / seconds:.1f} tokens/s, "
         f"Avg generation throughput: {generated / seconds:.1f} tokens/s, "
         f"Running: {now.num_running} reqs, Waiting: {now.num_waiting} reqs, {preempted}"
-        f"GPU KV cache usage: {now.kv_usage * 100:.1f}%, "
+        f"{'GPU ' if device == 'cuda' else ''}KV cache usage: {now.kv_usage * 100:.1f}%, "
         f"Prefix cache hit rate: {hits / queries * 100 if queries else 0.0:.1f}%"
     )
 
 
-async def log_stats(metrics: EngineMetrics, interval: float) -> None:
+async def log_stats(metrics: EngineMetrics, interval: float, device: str) -> None:
     """Logs a line every `interval` seconds with traffic, and one more when it has come to rest."""
     before, then, busy = metrics.totals, time.monotonic(), False
     while True:
@@ -40,5 +40,5 @@ async def log_stats(metrics: EngineMetrics, interval: float) -> None:
             (now.prompt_tokens, now.generation_tokens) != (before.prompt_tokens, before.generation_tokens)
         )
         if active or busy:
-            logger.info(stats_line(before, now, moment - then))
+            logger.info(stats_line(before, now, moment - then, device))
         before, then, busy = now, moment, active

@@ -26,16 +26,11 @@ async def tokenize(request: Request) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of a conversation."""
     state: ServerState = request.app.state.server
     fields = parse_fields(TOKENIZE, await read_object(request, state))
-    _check_model(fields["model"], state)
+    if not state.args.skip_model_name_validation:
+        check_model(fields["model"], state)
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise shape_error([("body.prompt", Fault("value_error", "Give either prompt or messages"))])
     return Response(await state.client.run_blocking(_tokenize, state, fields), media_type="application/json")
-
-
-def _check_model(name: str | None, state: ServerState) -> None:
-    """Also takes the `root` of `/v1/models`: clients that loaded the tokenizer there send it as the model."""
-    if name != state.client.tokenizer_root and not state.args.skip_model_name_validation:
-        check_model(name, state.model_names)
 
 
 def _tokenize(state: ServerState, fields: Mapping[str, Any]) -> bytes:
@@ -61,7 +56,8 @@ async def detokenize(request: Request) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included; at most a context's worth of them."""
     state: ServerState = request.app.state.server
     fields = parse_fields(DETOKENIZE, await read_object(request, state))
-    _check_model(fields["model"], state)
+    if not state.args.skip_model_name_validation:
+        check_model(fields["model"], state)
     client, tokens = state.client, fields["tokens"]
     if len(tokens) > client.config.max_model_len:
         raise ContextLengthError(

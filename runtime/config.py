@@ -138,7 +138,7 @@ class EngineArgs:
             if not vllm_environment.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
                 raise ConfigError(
                     f"{problem}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment allows it",
-                    remedy="lower it, or leave it out: --max-model-len auto takes what model and memory allow",
+                    remedy="lower it, or leave it out: --max-model-len auto takes what memory allows",
                 )
             logger.warning("%s: answers beyond it may make no sense", problem)
         rope = spec.rope

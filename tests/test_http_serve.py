@@ -327,6 +327,7 @@ def test_stats_line_is_vllms() -> None:
         "Engine 000: Avg prompt throughput: 10.0 tokens/s, Avg generation throughput: 2.5 tokens/s, "
         "Running: 3 reqs, Waiting: 2 reqs, GPU KV cache usage: 12.5%, Prefix cache hit rate: 25.0%"
     )
+    assert "Waiting: 2 reqs, KV cache usage: 12.5%" in stats_line(before, now, 10.0, "cpu")
     assert "Preemptions: 4 reqs, GPU" in stats_line(EngineStats(), EngineStats(preemptions=4), 1.0)
 
 

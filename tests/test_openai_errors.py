@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from typing import Any
 
@@ -61,7 +62,7 @@ async def test_bodies_that_are_no_json_object(path: str, content: bytes, param: 
     answer = await post(path, content)
     error = error_of(answer)
     assert (answer.status_code, error["type"]) == (400, "Bad Request")
-    assert error["message"].startswith("1 validation error:\n")
+    assert re.fullmatch(r"body\S*: .+\.", error["message"])
     assert error["param"].startswith("body") and param in (None, error["param"])
 
 
@@ -314,13 +315,12 @@ async def test_messages(path: str, messages: Any) -> None:
 
 async def test_missing_messages() -> None:
     error = error_of(await post("/v1/chat/completions", {"model": "fake-model"}))
-    assert error["param"] == "body.messages" and "'type': 'missing'" in error["message"]
+    assert (error["param"], error["message"]) == ("body.messages", "messages: Field required.")
 
 
 async def test_every_wrong_field_is_listed() -> None:
     error = error_of(await post("/v1/completions", {"n": "x", "seed": [], "stop": {}}))
-    assert error["message"].startswith("3 validation errors:\n")
-    assert all(f"body.{name}" in error["message"] for name in ("n", "seed", "stop"))
+    assert re.fullmatch(r"n: \S[^.]+\. seed: \S[^.]+\. stop: \S[^.]+\.", error["message"])
 
 
 @pytest.mark.parametrize("model", ["other", "../../etc/passwd", "x" * 10_000, "fake-model\r\nevil: 1"])

@@ -70,7 +70,7 @@ def test_every_route_is_in_it() -> None:
     assert listed == routes and ("/v1/models/{model}", "get") in routes
     hidden = {route.path for route in app.routes} - {route.path for route in documented}  # type: ignore[attr-defined]
     absent = {path for paths in NOT_IMPLEMENTED.values() for path in paths}
-    assert hidden == {"/docs", "/redoc", "/openapi.json", "/metrics/", "/get_server_info", *absent}
+    assert hidden == {"/", "/docs", "/redoc", "/openapi.json", "/metrics/", "/get_server_info", *absent}
     for methods in document(**EVERYTHING)["paths"].values():
         for operation in methods.values():
             assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
@@ -91,6 +91,13 @@ def test_every_row_of_the_tables_is_in_it(table: Any) -> None:
             assert properties[name]["enum"] == [None, *row.harmless]
         elif row.fate is Fate.HONOURED:
             assert "description" not in properties[name] or "ignored" not in properties[name]["description"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_field_that_is_honoured_is_described(table: Any) -> None:
+    for name, row in table.items():
+        if row.fate is Fate.HONOURED:
+            assert len(request_schema(table)["properties"][name]["description"]) > 10, name
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -238,10 +245,18 @@ class TestPage:
         assert page.headers["content-type"].startswith("text/html")
         assert "default-src 'none'" in page.headers["content-security-policy"]
         assert not re.findall(r"https?://|src=|@import|innerHTML|insertAdjacent", page.text)
+        # Names in `backquotes` are code, and what has to be given comes first.
+        assert "function rich(" in page.text and "required(name) ? 0" in page.text
         # A relative address, so that it also works below a proxy's prefix.
         assert 'fetch("openapi.json")' in page.text
+
+    async def test_the_servers_address_leads_there(self) -> None:
+        async with in_process(FakeClient(), api_keys=("k",)) as http:
+            home = await http.get("/")
+        assert home.status_code == 200 and 'href="docs"' in home.text and "/v1" in home.text
 
     async def test_it_can_be_switched_off(self) -> None:
         async with in_process(FakeClient(), disable_fastapi_docs=True) as http:
             for path in ("/docs", "/redoc", "/openapi.json"):
                 assert (await http.get(path)).status_code == 404
+            assert "docs" not in (await http.get("/")).text
