@@ -22,6 +22,7 @@ import typer
 
 from microvllm import __version__
 from microvllm.openai_compat.argv import UsageError
+from microvllm.openai_compat.bench.options import BenchArgs, bench_args
 from microvllm.openai_compat.command import Command, LogHandler, remedy_for, report_error, warn
 from microvllm.openai_compat.engine_options import (
     BackendOpt,
@@ -316,6 +317,29 @@ def complete(
     remote = terminal.Remote.connect(url, api_key, model_name, stats)
     limits = {"max_tokens": max_tokens, "temperature": temperature}
     terminal.complete(remote, limits, quick=one_text(text, quick))
+
+
+bench = typer.Typer(help="Measure a running server.", invoke_without_command=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def bench_root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@bench.command("serve", cls=Command)
+@takes(bench_args)
+def bench_serve(args: BenchArgs) -> None:
+    """Send random requests to a running server and report throughput and latency.
+
+    The flags, the report and the result file are those of `vllm bench serve`. Exit status 1: a request did
+    not give exactly the tokens it was asked for.
+    """
+    from microvllm.openai_compat.bench.run import run as measure_server
+
+    raise typer.Exit(measure_server(args))
 
 
 @app.command(cls=Command)

@@ -9,7 +9,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "model": "A name of `/v1/models`; the served model if left out.",
     "prompt": "A text, a list of token ids, or a list of either, which gives an answer for each.",
     "messages": "The conversation so far.",
-    "tokens": "Token ids.",
+    "tokens": "The token ids to turn into text.",
     "tools": "Functions that the model may call.",
     "add_special_tokens": "Put the special tokens that belong around every text (BOS) around the prompt.",
     "add_generation_prompt": "End the conversation with the beginning of an answer.",
@@ -44,7 +44,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "repetition_detection": "End an answer that repeats a pattern of tokens.",
     # how to answer
     "stream": "Send the answer as it comes, as server-sent events.",
-    "stream_options": "`include_usage` adds a chunk with token counts, `continuous_usage_stats` counts in each.",
+    "stream_options": "`include_usage` adds a chunk with token counts, `continuous_usage_stats` to each.",
     "stream_interval": "Least tokens in a chunk.",
     "echo": "Put the prompt, or the last message, in front of the answer.",
     "logprobs": "Log probabilities of the tokens.",

@@ -203,7 +203,8 @@ def _one_line_errors(url: str) -> Iterator[None]:
     except openai.APIStatusError as error:
         body = error.body
         message = body.get("message") if isinstance(body, dict) else None
-        remedy = URL_REMEDY if error.status_code == 404 and not message else REQUEST_REMEDY
+        unusual = not urlsplit(url).path.rstrip("/").endswith("/v1")
+        remedy = URL_REMEDY if error.status_code == 404 and unusual else REQUEST_REMEDY
         reason = _one_line(message or error.response.reason_phrase)
         raise RemoteError(f"{url}: status {error.status_code}: {reason}", remedy=remedy) from error
     except openai.OpenAIError as error:  # among them an error event in a stream

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from bench.client import BenchError, Measured, Target, first_model, measure
-from bench.figures import METRICS, PERCENTILES, as_vllm
 from bench.options import (
     add_sizes,
     http_url,
@@ -35,9 +33,12 @@ from bench.options import (
     sizes_of,
     workload,
 )
-from bench.workloads import Case, Sizes, Span, cases_of
 from rich.console import Console
 from rich.table import Table
+
+from microvllm.openai_compat.bench.client import BenchError, Measured, Target, first_model, measure
+from microvllm.openai_compat.bench.figures import METRICS, PERCENTILES, as_vllm
+from microvllm.openai_compat.bench.workloads import Case, Sizes, Span, cases_of
 
 
 def steps(args: argparse.Namespace, sizes: Sizes) -> list[Case]:

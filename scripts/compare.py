@@ -34,17 +34,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from bench.client import BenchError
 from bench.engines import KINDS, MOST_SLOTS, Engine, Setup, Spec, build, default_specs, named
 from bench.options import add_sizes, list_of, positive_float, positive_int, sizes_of, workload
 from bench.plots import draw
 from bench.report import as_json, facts, markdown
 from bench.rounds import TURNS, Comparison, Plan
 from bench.weights import Weights
-from bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, Case, cases_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from microvllm.openai_compat.bench.client import BenchError
+from microvllm.openai_compat.bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, Case, cases_of
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.models import find_model
 

@@ -22,11 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from process_tools import PATIENCE_S
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from bench import client, figures  # noqa: E402
-from bench.client import (  # noqa: E402
+from microvllm.openai_compat.bench import client, figures
+from microvllm.openai_compat.bench.client import (
     BenchError,
     Completion,
     Conversation,
@@ -38,7 +35,9 @@ from bench.client import (  # noqa: E402
     measure,
     read_stream,
 )
-from bench.workloads import Case, random_texts  # noqa: E402
+from microvllm.openai_compat.bench.workloads import Case, random_texts
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 # ---------------------------------------------------------------- reading a stream
 

@@ -31,7 +31,12 @@ sys.path.insert(0, str(SCRIPTS))
 
 import compare  # noqa: E402
 from bench import plots, report, rounds  # noqa: E402
-from bench.client import (  # noqa: E402
+from bench.engines import Engine, Setup, Spec, build, named  # noqa: E402
+from bench.rounds import Row  # noqa: E402
+from bench.servers import Server, busy_neighbour, stop_all  # noqa: E402
+from bench.weights import Weights, convert_gguf, gguf_format  # noqa: E402
+
+from microvllm.openai_compat.bench.client import (  # noqa: E402
     BenchError,
     Completion,
     Conversation,
@@ -39,11 +44,7 @@ from bench.client import (  # noqa: E402
     RequestResult,
     measure,
 )
-from bench.engines import Engine, Setup, Spec, build, named  # noqa: E402
-from bench.rounds import Row  # noqa: E402
-from bench.servers import Server, busy_neighbour, stop_all  # noqa: E402
-from bench.weights import Weights, convert_gguf, gguf_format  # noqa: E402
-from bench.workloads import WORKLOADS, Case, Sizes, Span, cases_of, nano_lengths  # noqa: E402
+from microvllm.openai_compat.bench.workloads import WORKLOADS, Case, Sizes, Span, cases_of, nano_lengths  # noqa: E402
 
 # ---------------------------------------------------------------- workloads
 

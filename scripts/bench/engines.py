@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.client import BenchError, Target
 from bench.weights import Weights, gguf_format
-from bench.workloads import WORKLOADS
+from microvllm.openai_compat.bench.client import BenchError, Target
+from microvllm.openai_compat.bench.workloads import WORKLOADS
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 MODEL_NAME = "bench"

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from bench.workloads import WORKLOADS, Sizes, Span
+from microvllm.openai_compat.bench.workloads import WORKLOADS, Sizes, Span
 
 
 def positive_int(text: str) -> int:

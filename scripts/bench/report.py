@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.client import Measured
 from bench.engines import cpu_flags
-from bench.figures import as_vllm, percentile, samples
 from bench.rounds import Row
-from bench.workloads import Case, Span
+from microvllm.openai_compat.bench.client import Measured
+from microvllm.openai_compat.bench.figures import as_vllm, percentile, samples
+from microvllm.openai_compat.bench.workloads import Case, Span
 
 SPEED_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 

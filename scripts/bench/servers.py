@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench.client import BenchError, Completion, measure
 from bench.engines import Engine
-from bench.workloads import random_texts
+from microvllm.openai_compat.bench.client import BenchError, Completion, measure
+from microvllm.openai_compat.bench.workloads import random_texts
 
 LOG_LINES = 5
 GRACE_S = 15.0

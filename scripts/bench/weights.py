@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.client import BenchError
+from microvllm.openai_compat.bench.client import BenchError
 
 EXPORT = Path(__file__).resolve().parent.parent / "export_hf.py"
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from statistics import fmean, median, pstdev
 from typing import Any
 
-from bench.client import Measured, RequestResult
-from bench.workloads import Case
+from microvllm.openai_compat.bench.client import Measured, RequestResult
+from microvllm.openai_compat.bench.workloads import Case
 
 PERCENTILES = (50, 90, 99)
 METRICS = {
@@ -71,6 +71,7 @@ def as_vllm(
     model: str | None,
     label: str | None = None,
     detailed: bool = False,
+    percentiles: Sequence[float] = PERCENTILES,
 ) -> dict[str, Any]:
     """The result under vLLM's names, and a few more at the end.
 
@@ -125,7 +126,7 @@ def as_vllm(
         result[f"mean_{name}_ms"] = fmean(times)
         result[f"median_{name}_ms"] = median(times)
         result[f"std_{name}_ms"] = pstdev(times)
-        result |= {f"p{percent}_{name}_ms": percentile(times, percent) for percent in PERCENTILES}
+        result |= {f"p{percent:g}_{name}_ms": percentile(times, percent) for percent in percentiles}
     cached = [request.cached_tokens for request in good if request.cached_tokens is not None]
     return result | {
         "workload": case.workload,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from bench.client import Completion, Conversation, Prompt, User
+from microvllm.openai_compat.bench.client import Completion, Conversation, Prompt, User
 
 # Common words, each one token with its leading space in the usual byte-pair vocabularies.
 WORDS = (
