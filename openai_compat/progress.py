@@ -43,7 +43,7 @@ class ProgressLine:
         quarter = 4 * done // total
         if quarter > self._quarter and (quarter > 0 or done == 0):
             self._quarter = quarter
-            print(note or f"{what}: {25 * quarter} %", file=sys.stderr, flush=True)
+            print(f"microvllm: {note or f'{what}: {25 * quarter} %'}", file=sys.stderr, flush=True)
 
     def _show_bar(self, what: str, done: int, total: int, note: str) -> None:
         bar = self._bar

