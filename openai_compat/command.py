@@ -21,7 +21,7 @@ PROGRAM = "microvllm"
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Model": (
         *("model", "tokenizer", "dtype", "load_format", "gguf_weights", "cpu_activations", "max_model_len"),
-        *("hf_overrides", "seed"),
+        *("hf_overrides", "rope_scaling", "rope_theta", "seed"),
     ),
     "Requests and answers": (
         *("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos"),
@@ -38,18 +38,27 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "Machine": (*("device", "cpu_threads", "attention_backend", "gpu_memory_utilization", "enforce_eager"),),
     "Server": (
-        *("host", "port", "uds", "root_path", "shutdown_timeout", "timeout_keep_alive"),
-        *("disable_fastapi_docs", "enable_tokenizer_info_endpoint", "enable_server_load_tracking"),
+        *("host", "port", "uds", "root_path", "shutdown_timeout", "http_timeout_keep_alive"),
+        *("http_max_request_body_size", "skip_model_name_validation", "disable_fastapi_docs"),
+        *("enable_tokenizer_info_endpoint", "enable_server_load_tracking"),
     ),
     "Access and encryption": (
-        *("api_key", "allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"),
+        *(
+            "api_key",
+            "api_key_file",
+            "allowed_hosts",
+            "allowed_origins",
+            "allowed_methods",
+            "allowed_headers",
+            "allow_credentials",
+        ),
         *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"),
         "enable_ssl_refresh",
     ),
     "Logs": (
         *("enable_log_requests", "enable_request_id_headers", "uvicorn_log_level"),
         *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "disable_log_stats"),
-        "log_step_times",
+        *("log_level", "log_stats_interval", "log_step_times"),
     ),
 }
 
