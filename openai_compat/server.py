@@ -128,7 +128,7 @@ async def _serve(
         helpers = []
         if state.metrics is not None:
             helpers.append(
-                asyncio.ensure_future(log_stats(state.metrics, args.stats_interval, config.device))
+                asyncio.ensure_future(log_stats(state.metrics, args.stats_interval, client.config.device))
             )
         if tls is not None and args.enable_ssl_refresh:
             helpers.append(asyncio.ensure_future(refresh_certificate(tls, args)))

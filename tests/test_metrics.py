@@ -199,7 +199,7 @@ async def script(
 ) -> AsyncIterator[Script]:
     clock = Clock()
     monkeypatch.setattr(client_module, "time", clock)
-    client = EngineClient(config, *text)
+    client = EngineClient(config, *text, str(long_folder()))
     client._use(ScriptedProcess())  # type: ignore[arg-type]
     metrics = EngineMetrics(config.max_model_len, client.stats)
     client.observer = metrics
