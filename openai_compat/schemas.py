@@ -125,7 +125,7 @@ MESSAGES = array.described(
             "content": {
                 "anyOf": [
                     {"type": "string"},
-                    {"type": "array", "items": {"type": "object"}},
+                    {"type": "array", "items": {"type": ["object", "string"]}},
                     {"type": "null"},
                 ]
             },

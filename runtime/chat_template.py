@@ -195,6 +195,8 @@ def _with_content_format(message: Mapping[str, Any], content_format: str) -> Map
 
 def _developer_as_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """For a template without the role `developer`: as in vLLM, all system messages become one, the first."""
+    if any(message.get("tools") for message in messages):
+        raise _malformed("messages", "hold tools of a developer, a role that the chat template does not have")
     messages = [
         {**message, "role": "system"} if message.get("role") == "developer" else message
         for message in messages
@@ -263,6 +265,10 @@ def _normalize(message: Any, where: str) -> dict[str, Any]:
             # Qwen3's template reads reasoning_content, newer ones reasoning: both are given, as vLLM does.
             result["reasoning"] = result["reasoning_content"] = _string(value, f"{where}.{field}")
             break
+    if role == "developer" and (tools := message.get("tools")) is not None:
+        if not isinstance(tools, list) or len(tools) > MAX_PARTS:
+            raise _malformed(f"{where}.tools", f"must be a list of at most {MAX_PARTS} tools")
+        result["tools"] = tools
     if (calls := message.get("tool_calls")) is not None:
         if not isinstance(calls, list) or len(calls) > MAX_PARTS:
             raise _malformed(f"{where}.tool_calls", f"must be a list of at most {MAX_PARTS} tool calls")

@@ -121,6 +121,18 @@ def test_developer_and_system_messages_become_one_at_the_start() -> None:
     )
 
 
+def test_tools_of_a_developer_are_shown_or_refused() -> None:
+    talk = normalize_messages([{"role": "developer", "content": "x", "tools": [TOOL]}])
+    assert talk[0]["tools"] == [TOOL]
+    source = "{% if messages[0].role == 'developer' %}{{ messages[0].tools[0].function.name }}{% endif %}"
+    assert render(source, talk) == "f"
+    with pytest.raises(InvalidRequestError, match="hold tools of a developer"):
+        render(CHATML, talk)
+    assert "tools" not in normalize_messages([{"role": "user", "content": "x", "tools": [TOOL]}])[0]
+    with pytest.raises(InvalidRequestError, match=r"messages\[0\].tools must be a list"):
+        normalize_messages([{"role": "developer", "content": "x", "tools": {}}])
+
+
 def test_continue_excludes_the_generation_prompt() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         render(CHATML, continue_final_message=True, add_generation_prompt=True)
