@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from microvllm.openai_compat.metrics import Histogram
+from microvllm.runtime.metrics import Histogram
 
 UNCOUNTED = frozenset(
     {

@@ -14,7 +14,7 @@ from microvllm.openai_compat.body import MAX_HELD_BODIES, BodyMemory
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.http_metrics import HttpMetrics
 from microvllm.openai_compat.lifecycle import Lifecycle
-from microvllm.openai_compat.metrics import EngineMetrics
+from microvllm.runtime.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.exposition import Exposition

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from microvllm.openai_compat.metrics import EngineMetrics
+    from microvllm.runtime.metrics import EngineMetrics
     from microvllm.runtime.request import EngineStats
 
 logger = logging.getLogger("microvllm.stats")

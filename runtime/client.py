@@ -37,7 +37,7 @@ from microvllm.runtime.errors import (
     RequestError,
 )
 from microvllm.runtime.launcher import DEAD, EngineProcess
-from microvllm.runtime.observer import EngineObserver, RequestTiming, SampleGroup
+from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.profiler import ProfilerConfig
@@ -67,7 +67,7 @@ WORKER_THREADS = max(2, min(8, usable_cores() // 2))
 MAX_BACKLOG = 64
 
 
-class TokenStream:
+class TokenStream(TrackedSequence):
     """The output of one sequence: an async iterator of `TextDelta`, one a step of the engine.
 
     Beyond `MAX_BACKLOG` waiting deltas, what arrives is merged into the last one, so that a client that has
@@ -75,13 +75,7 @@ class TokenStream:
     """
 
     def __init__(self, client: EngineClient, request: EngineRequest, group: SampleGroup) -> None:
-        self.prompt_token_ids = request.prompt_token_ids
-        self.max_tokens = request.params.max_tokens
-        self.num_cached_tokens = 0
-        self.num_generated_tokens = 0
-        self.num_preemptions = 0
-        self.timing = RequestTiming(time.monotonic())
-        self.group = group
+        super().__init__(request, group, time.monotonic())
         # One entry a prompt token from the second on, if asked for; there when the first delta is.
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._client = client
@@ -124,7 +118,7 @@ class TokenStream:
             self._client._abort(self._id)
             self._fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
             return
-        self._count(output, len(delta.token_ids), now)
+        self.count(output, len(delta.token_ids), now, self._client.observer)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if len(self._pending) < MAX_BACKLOG:
@@ -139,19 +133,6 @@ class TokenStream:
             self._end(delta.finish_reason)
         self._wake()
 
-    def _count(self, output: StepOutput, num_tokens: int, now: float) -> None:
-        timing = self.timing
-        if timing.first_token is None:
-            self.num_cached_tokens = output.num_cached_tokens
-            timing.scheduled = output.scheduled_at
-        self.num_preemptions = output.num_preemptions
-        if num_tokens:
-            self._client.observer.tokens(self, num_tokens, now)
-            self.num_generated_tokens += num_tokens
-            timing.last_token = now
-            if timing.first_token is None:
-                timing.first_token = now
-
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():  # done: its consumer was cancelled
@@ -165,9 +146,7 @@ class TokenStream:
 
     def _end(self, reason: str) -> None:
         self._ended = True
-        self.group.unfinished -= 1
-        self.group.longest = max(self.group.longest, self.num_generated_tokens)
-        self._client.observer.finished(self, reason)
+        self.end(reason, self._client.observer)
 
 
 class EngineClient:

@@ -1,13 +1,10 @@
-"""What an `EngineClient` tells about its requests, for whoever counts: metrics, logs, a benchmark."""
+"""What is reported of requests to whoever counts: metrics, logs, a benchmark."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from microvllm.runtime.client import TokenStream
-    from microvllm.runtime.request import EngineStats
+from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
 
 
 @dataclass(slots=True)
@@ -33,17 +30,49 @@ class SampleGroup:
     longest: int = 0
 
 
+class TrackedSequence:
+    """The counts and times of one sequence, from its arrival (`time.monotonic()`) to its end."""
+
+    def __init__(self, request: EngineRequest, group: SampleGroup, arrival: float) -> None:
+        self.prompt_token_ids = request.prompt_token_ids
+        self.max_tokens = request.params.max_tokens
+        self.num_cached_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_preemptions = 0
+        self.timing = RequestTiming(arrival)
+        self.group = group
+
+    def count(self, output: StepOutput, num_tokens: int, now: float, observer: EngineObserver) -> None:
+        """Take in one step's output, of which `num_tokens` belong to the answer."""
+        timing = self.timing
+        if timing.first_token is None:
+            self.num_cached_tokens = output.num_cached_tokens
+            timing.scheduled = output.scheduled_at
+        self.num_preemptions = output.num_preemptions
+        if num_tokens:
+            observer.tokens(self, num_tokens, now)
+            self.num_generated_tokens += num_tokens
+            timing.last_token = now
+            if timing.first_token is None:
+                timing.first_token = now
+
+    def end(self, reason: str, observer: EngineObserver) -> None:
+        self.group.unfinished -= 1
+        self.group.longest = max(self.group.longest, self.num_generated_tokens)
+        observer.finished(self, reason)
+
+
 class EngineObserver:
-    """Told everything by the client, on its event loop; does nothing with it. Meant to be overridden.
+    """Told everything by the client's event loop, or the offline engine's thread; does nothing. A base class.
 
     The calls of one step come together: `tokens` and `finished` for its requests, then `step`. No method
     may raise, and `tokens` is called for every token of every request: what it does must be cheap.
     """
 
-    def tokens(self, stream: TokenStream, count: int, now: float) -> None:
-        """`count` tokens arrived at `now`; `stream.timing.last_token` is still that of the ones before."""
+    def tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
+        """`count` tokens arrived at `now`; `sequence.timing.last_token` is still that of the ones before."""
 
-    def finished(self, stream: TokenStream, reason: str) -> None:
+    def finished(self, sequence: TrackedSequence, reason: str) -> None:
         """A sequence has ended: "stop", "length", "repetition", "abort" or "error". Once a sequence."""
 
     def step(self, stats: EngineStats) -> None:

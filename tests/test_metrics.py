@@ -23,13 +23,13 @@ from process_tools import own_engines, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 
 from microvllm.openai_compat.http_metrics import UNCOUNTED
-from microvllm.openai_compat.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
 from microvllm.openai_compat.stats import stats_line
 from microvllm.runtime import client as client_module
 from microvllm.runtime.channel import Abort, Step
 from microvllm.runtime.client import EngineClient, TokenStream
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
+from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.step_clock import PARTS

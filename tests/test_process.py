@@ -295,9 +295,9 @@ async def test_an_abort_frees_the_blocks_within_one_step(
     await wait_until_async(lambda: bool(told) and told[-1].kv_blocks_used == 0, "the blocks are free")
     still = [stats for stats in told if stats.kv_blocks_used]
     assert len(still) <= 1, "only the step that was being computed may still hold blocks"
-    # Its pending token may be read, then the stream has ended.
+    # What had arrived may be read, then the stream has ended.
     left = [delta async for delta in stream]
-    assert len(left) <= 1 and client.stats.num_running == 0
+    assert len(left) <= MAX_BACKLOG and client.stats.num_running == 0
 
 
 async def test_aborts_at_any_moment(client: EngineClient) -> None:

@@ -14,13 +14,13 @@ from fakes import Engine, FakeRunner, FakeStep, make_request
 from model_tools import BACKENDS, generate_ids, make_engine, variant_folder
 
 from microvllm import cli
-from microvllm.openai_compat.exposition import EngineCollector
-from microvllm.openai_compat.metrics import EngineMetrics
 from microvllm.runtime import step_clock, step_report
 from microvllm.runtime.client import EngineClient
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import StepInFlight
 from microvllm.runtime.device_clock import DeviceClock
+from microvllm.runtime.metric_families import EngineCollector
+from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.request import EngineStats, SamplingParams
 from microvllm.runtime.scheduler import StepPlan, StepResult

@@ -1,7 +1,7 @@
-"""What the server counts about its requests, under vLLM's names: plain Python, cheap enough for every token.
+"""What an engine counts about its requests, under vLLM's names: plain Python, cheap enough for every token.
 
-`EngineMetrics` listens to the engine's client; `exposition.py` turns it into Prometheus' text. The names,
-labels and buckets are vLLM's, so that its Grafana dashboard and its autoscalers work here.
+`EngineMetrics` observes the requests; `metric_families.py` turns it into Prometheus' families. Names, labels
+and buckets are vLLM's, so that its Grafana dashboard and its autoscalers work here.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from microvllm.runtime.observer import EngineObserver
+from microvllm.runtime.observer import EngineObserver, TrackedSequence
 from microvllm.runtime.request import EngineStats, FinishReason
-
-if TYPE_CHECKING:
-    from microvllm.runtime.client import TokenStream
 
 GAUGES = frozenset({"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots"})
 COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES)
@@ -111,7 +108,7 @@ class Histogram:
 
 
 class EngineMetrics(EngineObserver):
-    """Counts since the server started, over all engine processes that it has had. For one event loop.
+    """Counts since the start, over all engine processes of a server. For one event loop, or one thread.
 
     `stats` are those of the engine process that runs at the start.
     """
@@ -142,15 +139,15 @@ class EngineMetrics(EngineObserver):
 
     # ---- what the client tells ------------------------------------------------------------------
 
-    def tokens(self, stream: TokenStream, count: int, now: float) -> None:
+    def tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
         self.generation_tokens += count
-        last = stream.timing.last_token
+        last = sequence.timing.last_token
         if last is not None:
             self._gaps[now - last] = self._gaps.get(now - last, 0) + 1
             return
-        self.prompt_tokens += len(stream.prompt_token_ids)
-        self.cached_tokens += stream.num_cached_tokens
-        self.histograms["time_to_first_token_seconds"].observe(now - stream.timing.arrival)
+        self.prompt_tokens += len(sequence.prompt_token_ids)
+        self.cached_tokens += sequence.num_cached_tokens
+        self.histograms["time_to_first_token_seconds"].observe(now - sequence.timing.arrival)
 
     def step(self, stats: EngineStats) -> None:
         before, self._stats = self._stats, stats
@@ -162,13 +159,13 @@ class EngineMetrics(EngineObserver):
             self._gap_seconds.observe(gap, times)
         self._gaps.clear()
 
-    def finished(self, stream: TokenStream, reason: str) -> None:
+    def finished(self, sequence: TrackedSequence, reason: str) -> None:
         self.finished_requests[reason] += 1
-        timing, generated = stream.timing, stream.num_generated_tokens
+        timing, generated = sequence.timing, sequence.num_generated_tokens
         first, last, scheduled = timing.first_token, timing.last_token, timing.scheduled
         if reason not in COMPLETE or first is None or last is None or scheduled is None:
             return
-        prompt = len(stream.prompt_token_ids)
+        prompt = len(sequence.prompt_token_ids)
         values = {
             "request_time_per_output_token_seconds": (last - first) / max(1, generated - 1),
             "e2e_request_latency_seconds": last - timing.arrival,
@@ -178,14 +175,14 @@ class EngineMetrics(EngineObserver):
             "request_decode_time_seconds": last - first,
             "request_prompt_tokens": prompt,
             "request_generation_tokens": generated,
-            "request_prefill_kv_computed_tokens": prompt - stream.num_cached_tokens,
-            "request_num_preemptions": stream.num_preemptions,
+            "request_prefill_kv_computed_tokens": prompt - sequence.num_cached_tokens,
+            "request_num_preemptions": sequence.num_preemptions,
         }
-        if stream.max_tokens is not None:
-            values["request_params_max_tokens"] = stream.max_tokens
-        if stream.group.unfinished == 0:
-            values["request_params_n"] = stream.group.n
-            values["request_max_num_generation_tokens"] = stream.group.longest
+        if sequence.max_tokens is not None:
+            values["request_params_max_tokens"] = sequence.max_tokens
+        if sequence.group.unfinished == 0:
+            values["request_params_n"] = sequence.group.n
+            values["request_max_num_generation_tokens"] = sequence.group.longest
         for name, value in values.items():
             self.histograms[name].observe(value)
 
