@@ -18,9 +18,9 @@ from typing import Any
 
 import typer
 
-from microvllm.openai_compat import vllm_flags
 from microvllm.openai_compat.config_file import option_words, read_config
 from microvllm.openai_compat.option_values import human_int
+from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
 
 CONFIG_FLAG = "--config"

@@ -11,8 +11,8 @@ import pytest
 from test_cli import command_param, error_line, get_command, own_flags
 
 from microvllm import cli
-from microvllm.openai_compat import vllm_flags
 from microvllm.openai_compat.argv import UsageError, normalise_argv
+from microvllm.runtime import vllm_flags
 
 # Flags with one value, ...
 VALUES = """
