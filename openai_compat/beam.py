@@ -1,18 +1,14 @@
-"""`use_beam_search`: the `n` likeliest continuations of a prompt, found token by token.
-
-Each step asks the engine for the likeliest next tokens of every live beam. Beams begin as those of the step
-before did, so the prefix cache makes a step cost about one token a beam.
-"""
+"""`use_beam_search`: the `n` likeliest continuations of a prompt."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from microvllm.openai_compat.fields import asks_nothing
+from microvllm.runtime.beam_search import Beam, advance, best
 from microvllm.runtime.detokenizer import Detokenizer
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.observer import RequestTiming
@@ -65,20 +61,10 @@ def check_beam_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
         raise InvalidRequestError(f"n must be at most {widest} with beam search.", "n")
 
 
-@dataclass(frozen=True)
-class Beam:
-    """`tokens` were generated, with the sum of their log probabilities; `ended` by the last of them."""
-
-    logprob: float
-    tokens: tuple[int, ...]
-    ended: bool = False
-
-
 class BeamSearch:
     """The search for one prompt; `streams` are the `params.n` best beams, best first, each a single delta.
 
-    As in vLLM a beam's score is its log probability divided by (tokens of prompt and beam) ** length_penalty,
-    an end token not counted, and the search ends at `max_tokens`.
+    The search ends at `max_tokens`.
     """
 
     def __init__(
@@ -95,22 +81,16 @@ class BeamSearch:
 
     async def _run(self) -> list[Beam]:
         width, ends = self._params.n, {self._request.eos_token_id, *self._request.stop_token_ids}
-        live, ended = [Beam(0.0, ())], list[Beam]()
+        live, ended = [Beam()], list[Beam]()
         for _ in range(self._request.params.max_tokens or 1):
-            found = [
-                Beam(beam.logprob + logprob, (*beam.tokens, token), token in ends)
-                for beam, entry in zip(live, await self._next_tokens(live), strict=True)
-                for token, logprob in zip(entry.token_ids[1:], entry.logprobs[1:], strict=True)
-            ]
-            found.sort(key=lambda beam: -beam.logprob)
-            ended += [beam for beam in found if beam.ended]
-            live = [beam for beam in found if not beam.ended][:width]
+            live, finished = advance(live, await self._next_tokens(live), width, ends)
+            ended += finished
             if not live:
                 break
-        return sorted([*ended, *live], key=self._score, reverse=True)[:width]
+        return best([*ended, *live], width, self._penalty)
 
     async def _next_tokens(self, beams: list[Beam]) -> list[TokenLogprobs]:
-        """The likeliest tokens behind each beam; an entry begins with the one taken, which comes again."""
+        """The likeliest tokens behind each beam."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * self._params.n, ignore_eos=True)
         streams, entries = [], list[TokenLogprobs]()
         try:
@@ -125,10 +105,6 @@ class BeamSearch:
         if not beams[0].tokens:
             self.num_cached_tokens = streams[0].num_cached_tokens
         return entries
-
-    def _score(self, beam: Beam) -> float:
-        length = len(self._prompt) + len(beam.tokens) - beam.ended
-        return float(beam.logprob / length**self._penalty)
 
     def delta(self, beam: Beam) -> TextDelta:
         text = Detokenizer(

@@ -40,8 +40,8 @@ def reference(
         found.sort(key=lambda beam: -beam[0])
         ended += [beam for beam in found if beam[1][-1] in ends]
         live = [beam for beam in found if beam[1][-1] not in ends][:width]
-    scored = [(total / (len(prompt) + len(t) - 1) ** penalty, t, True) for total, t in ended]
-    scored += [(total / (len(prompt) + len(t)) ** penalty, t, False) for total, t in live]
+    scored = [(total / len(t) ** penalty, t, True) for total, t in ended]
+    scored += [(total / len(t) ** penalty, t, False) for total, t in live]
     scored.sort(key=lambda beam: -beam[0])
     return [(tokens, done) for _, tokens, done in scored[:width]]
 
