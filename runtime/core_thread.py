@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,8 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.request import EngineRequest, StepOutput
+from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
 
 if TYPE_CHECKING:
     from microvllm.runtime.core import EngineCore
@@ -27,17 +29,25 @@ T = TypeVar("T")
 Message: TypeAlias = "Callable[[], object] | None"  # None ends the thread
 
 
+class OfflineSequence(TrackedSequence):
+    """One sequence of a caller."""
+
+    def __init__(self, request: EngineRequest, group: SampleGroup) -> None:
+        super().__init__(request, group, time.monotonic())
+        self.request = request
+
+
 class Run:
-    """The requests of one caller. `post(closing)` ends them at any moment; it may be called twice.
+    """The sequences of one caller, who may add more. `post(closing)` ends them, at any moment.
 
     A step runs only while a caller is inside `take`: a stream that is not read computes nothing, although its
     requests take part in the steps that others wait for.
     """
 
-    __slots__ = ("closed", "closing", "inbox", "loop", "outputs", "post", "requests", "thread")
+    __slots__ = ("closed", "closing", "inbox", "loop", "outputs", "post", "sequences", "thread")
 
-    def __init__(self, loop: _CoreLoop, thread: threading.Thread, requests: Sequence[EngineRequest]) -> None:
-        self.requests = requests
+    def __init__(self, loop: _CoreLoop, thread: threading.Thread) -> None:
+        self.sequences: list[OfflineSequence] = []
         self.inbox: SimpleQueue[list[StepOutput] | _Raised] = SimpleQueue()
         self.closed: SimpleQueue[None] = SimpleQueue()
         self.outputs: list[StepOutput] = []  # not handed over yet
@@ -45,17 +55,18 @@ class Run:
         # Ready to be posted: after an interrupt nothing may be called that another interrupt could cut short.
         self.post, self.closing = loop.mail.put, partial(loop.close, self)
 
-    def start(self) -> None:
-        self.post(partial(self.loop.start, self))
+    def start(self, sequences: Sequence[OfflineSequence]) -> None:
+        self.post(partial(self.loop.start, self, sequences))
 
     def take(self) -> list[StepOutput]:
-        """Wait for the next outputs of these requests. Raises `EngineError` if the engine has failed."""
+        """Wait for the next outputs of these sequences. Raises `EngineError` if the engine has failed."""
         self.post(partial(self.loop.want, self))
         found: list[StepOutput] = _answer_of(self.inbox, self.thread)
         return found
 
-    def abort(self, request_id: int) -> None:
-        self.post(partial(self.loop.abort, request_id))
+    def end(self, request_id: int, reason: FinishReason) -> None:
+        """End a request before the engine does."""
+        self.post(partial(self.loop.end, request_id, str(reason)))
 
     def wait_closed(self, timeout_s: float | None = None) -> None:
         """Wait until no step in flight holds blocks of these requests."""
@@ -70,15 +81,15 @@ class Run:
 class CoreThread:
     """Starts the thread; it ends with this object, or before the interpreter does."""
 
-    def __init__(self, core: EngineCore[Any]) -> None:
-        self._loop = _CoreLoop(core)
+    def __init__(self, core: EngineCore[Any], observer: EngineObserver) -> None:
+        self._loop = _CoreLoop(core, observer)
         self._thread = threading.Thread(target=self._loop.serve, name="microvllm-engine", daemon=True)
         self._thread.start()
         # At exit the thread is joined: one that is inside a kernel while the process is torn down crashes it.
         weakref.finalize(self, _end, self._loop.mail, self._thread)
 
-    def run(self, requests: Sequence[EngineRequest]) -> Run:
-        return Run(self._loop, self._thread, requests)
+    def run(self) -> Run:
+        return Run(self._loop, self._thread)
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function between two steps and return what it returns or raises."""
@@ -91,10 +102,11 @@ class CoreThread:
 class _CoreLoop:
     """What runs in the thread. Every method but the put into `mail` belongs to it."""
 
-    def __init__(self, core: EngineCore[Any]) -> None:
+    def __init__(self, core: EngineCore[Any], observer: EngineObserver) -> None:
         self.mail: SimpleQueue[Message] = SimpleQueue()
         self._core = core
-        self._runs: dict[int, Run] = {}  # by request
+        self._observer = observer
+        self._open: dict[int, tuple[OfflineSequence, Run]] = {}  # by request; has not ended yet
         self._waiting: list[Run] = []
         self._failure: Exception | None = None
 
@@ -120,12 +132,20 @@ class _CoreLoop:
 
     def _step(self) -> None:
         self._deliver(self._core.step())
+        self._observer.step(self._core.stats())
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        now = time.monotonic()
         for output in outputs:
-            run = self._runs.get(output.request_id)
-            if run is not None:
-                run.outputs.append(output)
+            found = self._open.get(output.request_id)
+            if found is None:
+                continue
+            sequence, run = found
+            run.outputs.append(output)
+            sequence.count(output, len(output.token_ids), now, self._observer)
+            if output.finish_reason is not None:
+                del self._open[output.request_id]
+                sequence.end(str(output.finish_reason), self._observer)
         for run in [run for run in self._waiting if run.outputs]:
             self._waiting.remove(run)
             self._hand_over(run)
@@ -137,13 +157,13 @@ class _CoreLoop:
 
     # ---- messages ------------------------------------------------------------------------------
 
-    def start(self, run: Run) -> None:
-        for request in run.requests:
-            refused = self._core.add(request)
+    def start(self, run: Run, sequences: Sequence[OfflineSequence]) -> None:
+        run.sequences += sequences
+        for sequence in sequences:
+            refused = self._core.add(sequence.request)
+            self._open[sequence.request.request_id] = sequence, run
             if refused is not None:
-                run.outputs.append(refused)
-            else:
-                self._runs[request.request_id] = run
+                self._deliver([refused])
 
     def want(self, run: Run) -> None:
         if self._failure is not None:
@@ -152,21 +172,24 @@ class _CoreLoop:
             run.inbox.put(_Raised(error))
         elif run.outputs:
             self._hand_over(run)
-        else:
+        elif run not in self._waiting:  # it may ask again after an interrupt
             self._waiting.append(run)
 
-    def abort(self, request_id: int) -> None:
-        self._core.abort(request_id)
+    def end(self, request_id: int, reason: str) -> None:
+        found = self._open.pop(request_id, None)
+        if found is not None:
+            self._core.abort(request_id)
+            found[0].end(reason, self._observer)
 
     def close(self, run: Run) -> None:
         try:
             if run in self._waiting:
                 self._waiting.remove(run)
-            for request in run.requests:
-                if self._runs.pop(request.request_id, None) is not None:
-                    self._core.abort(request.request_id)
+            for sequence in run.sequences:
+                self.end(sequence.request.request_id, str(FinishReason.ABORT))
             if not self._waiting and self._failure is None:  # else the next step awaits the one in flight
                 self._deliver(self._core.drain())
+                self._observer.step(self._core.stats())
                 if not self._core.has_work():
                     self._core.rest()
         finally:

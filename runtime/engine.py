@@ -11,13 +11,16 @@ import msgspec
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core import EngineCore
-from microvllm.runtime.core_thread import CoreThread
+from microvllm.runtime.core_thread import CoreThread, OfflineSequence, Run
 from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.model_runner import ModelGraphRunner
+from microvllm.runtime.observer import SampleGroup
 from microvllm.runtime.output import OutputText, TextDelta
 from microvllm.runtime.processor import Processor
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.request import FinishReason, SamplingParams
+from microvllm.runtime.sampling_params import SamplingParams as UserParams
 from microvllm.runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -38,7 +41,8 @@ class InferenceEngine:
     `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is told how far the start has come, see
     `microvllm.runtime.progress`; `options` are further fields of `EngineArgs`. With `log_step_times` a table
     goes to stderr whenever all requests have ended. Sampling options (temperature, top_p, top_k, min_p, seed,
-    stop, ...) are those of `SamplingParams`; what is not given comes from the model's generation_config.json.
+    stop, ...) are those of `microvllm.SamplingParams`; what is not given comes from the model's
+    generation_config.json.
 
     May be used from several threads, whose requests then share steps, and several streams may be open and
     taken from in turns. KeyboardInterrupt ends the requests of the call that it comes to, and only these; the
@@ -62,7 +66,8 @@ class InferenceEngine:
         runner = ModelGraphRunner(self.config, on_progress)
         self.config = runner.config
         self.core = EngineCore(self.config, runner)
-        self._core_thread = CoreThread(self.core)
+        self.metrics = EngineMetrics(self.config.max_model_len, self.core.stats())
+        self._core_thread = CoreThread(self.core, self.metrics)
 
     def generate(
         self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any
@@ -83,11 +88,11 @@ class InferenceEngine:
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
         if params.n != 1:
             raise InvalidRequestError("generate() gives one text a prompt; n must be 1", "n")
-        requests = [self._requests(prompt, params)[0] for prompt in unique]
-        texts = [""] * len(unique)
-        for index, delta in self.run(requests):
-            texts[index] += delta.text
-        return dict(zip(unique, texts, strict=True))
+        sequences = {self._sequence(prompt, params): prompt for prompt in unique}
+        texts = dict.fromkeys(unique, "")
+        for sequence, delta in self.run(list(sequences)):
+            texts[sequences[sequence]] += delta.text
+        return texts
 
     def stream_generate(
         self, prompt: str, max_tokens: int | None = 16, **sampling: Any
@@ -100,42 +105,29 @@ class InferenceEngine:
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
         if params.n != 1:
             raise InvalidRequestError("stream_generate() gives one text; n must be 1", "n")
-        for _, delta in self.run(self._requests(prompt, params)):
+        for _, delta in self.run([self._sequence(prompt, params)]):
             *earlier, last = delta.token_ids
             for token in earlier:
                 yield token, ""
             yield last, delta.text
 
     def sampling_params(self, **wishes: Any) -> SamplingParams:
-        """`SamplingParams` of the given fields over the model's own defaults."""
+        """The engine's form of `SamplingParams` with the given fields over the model's own defaults."""
         unknown = sorted(set(wishes) - set(SamplingParams.__struct_fields__))
         if unknown:
             raise InvalidRequestError(f"{unknown[0]} is not a sampling parameter", unknown[0])
-        return SamplingParams(**{**self.processor.default_params(), **wishes})
+        return UserParams(**{**self.processor.default_params(), **wishes}).resolve()
 
-    def run(self, requests: Sequence[EngineRequest]) -> Iterator[tuple[int, TextDelta]]:
-        """Generate for all requests together; yields (index of the request, what became known).
+    def run(self, sequences: Sequence[OfflineSequence]) -> Iterator[tuple[OfflineSequence, TextDelta]]:
+        """Generate all sequences together; yields what became known of each.
 
         Closing the iterator early aborts what still runs.
         """
-        texts = {
-            request.request_id: (index, OutputText(self.tokenizer, request))
-            for index, request in enumerate(requests)
-        }
-        run, wait_s = self._core_thread.run(requests), None
+        run, wait_s = self.open_run(), None
         try:
-            run.start()
-            while texts:
-                for output in run.take():
-                    if output.request_id not in texts:
-                        continue
-                    index, text = texts[output.request_id]
-                    delta = text.take(output)
-                    if delta.finish_reason is not None:
-                        del texts[output.request_id]
-                        if output.finish_reason is None:  # a stop string: the engine does not know yet
-                            run.abort(output.request_id)
-                    yield index, delta
+            run.add(sequences)
+            while run.texts:
+                yield from run.take()
         except KeyboardInterrupt:
             wait_s = INTERRUPTED_WAIT_S
             raise
@@ -143,12 +135,62 @@ class InferenceEngine:
             run.post(run.closing)  # first of all, and not by a method: a second interrupt must not skip it
             run.wait_closed(wait_s)
 
+    def open_run(self) -> TextRun:
+        """A run without sequences; `run.post(run.closing)` ends it."""
+        return TextRun(self._core_thread.run(), self.tokenizer)
+
     def call(self, function: Callable[[], T]) -> T:
         """Call a function that uses `core`, between two steps."""
         return self._core_thread.call(function)
 
-    def _requests(self, prompt: str, params: SamplingParams) -> list[EngineRequest]:
-        return self.processor.requests(self.processor.tokenize_prompt(_text(prompt)), params)
+    def _sequence(self, prompt: str, params: SamplingParams) -> OfflineSequence:
+        (sequence,) = self.sequences(self.processor.tokenize_prompt(_text(prompt)), params)
+        return sequence
+
+    def sequences(
+        self, prompt_ids: list[int], params: SamplingParams, **options: Any
+    ) -> list[OfflineSequence]:
+        """The `params.n` sequences of one prompt; `options` are those of `Processor.requests`.
+
+        Raises `InvalidRequestError` naming the field.
+        """
+        requests = self.processor.requests(prompt_ids, params, **options)
+        group = SampleGroup(len(requests), len(requests))
+        return [OfflineSequence(request, group) for request in requests]
+
+
+class TextRun:
+    """Sequences that are generated together, and the texts of those that have not ended."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
+        self.texts: dict[int, tuple[OfflineSequence, OutputText]] = {}
+        self.post, self.closing, self.wait_closed = run.post, run.closing, run.wait_closed
+        self._run, self._tokenizer = run, tokenizer
+
+    def add(self, sequences: Sequence[OfflineSequence]) -> None:
+        for sequence in sequences:
+            request = sequence.request
+            self.texts[request.request_id] = sequence, OutputText(self._tokenizer, request)
+        self._run.start(sequences)
+
+    def take(self) -> list[tuple[OfflineSequence, TextDelta]]:
+        """Wait for the next step with tokens of these sequences; what became known of each."""
+        found = []
+        for output in self._run.take():
+            if output.request_id not in self.texts:
+                continue
+            sequence, text = self.texts[output.request_id]
+            delta = text.take(output)
+            if delta.finish_reason is not None:
+                del self.texts[output.request_id]
+                if output.finish_reason is None:  # a stop string, which the engine does not know of
+                    self._run.end(output.request_id, FinishReason.STOP)
+            found.append((sequence, delta))
+        return found
+
+    def abort(self, sequence: OfflineSequence) -> None:
+        if self.texts.pop(sequence.request.request_id, None) is not None:
+            self._run.end(sequence.request.request_id, FinishReason.ABORT)
 
 
 def _text(prompt: object) -> str:

@@ -1,258 +1,502 @@
-"""vLLM's offline API on our engine: `LLM`, `RequestOutput`, `CompletionOutput`."""
+"""vLLM's offline API on our engine: `LLM`."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rich.console import Console
 from rich.progress import Progress
 
-from microvllm.runtime.chat_template import normalize_messages
+from microvllm.runtime import beam_search
+from microvllm.runtime.chat_template import ChatTemplate, normalize_messages
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
+from microvllm.runtime.core_thread import OfflineSequence
 from microvllm.runtime.engine import InferenceEngine
-from microvllm.runtime.errors import ConfigError, InvalidRequestError
-from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
-from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
+from microvllm.runtime.llm_engine import LLMEngine, one_each
+from microvllm.runtime.llm_options import engine_options
+from microvllm.runtime.metrics_reader import Metric
+from microvllm.runtime.offline_prompts import OfflinePrompt, Prompt, read_prompts
+from microvllm.runtime.profiler import Profiler, ProfilerConfig
+from microvllm.runtime.request import TokenLogprobs
+from microvllm.runtime.request_output import OutputBuilder, PositionLogprobs, RequestOutput, position_logprobs
+from microvllm.runtime.sampling_params import BeamSearchParams, SamplingParams
 from microvllm.runtime.vllm_environment import ignored_variables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger("microvllm.llm")
 
-Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
-_WRONG_PROMPT = "a prompt must be a text, a list of token ids, or a dict with either"
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """One token's log probability; rank 1 is the most likely, None where it was not computed."""
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
-
-
-PositionLogprobs: TypeAlias = "dict[int, Logprob]"
+Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
+Message: TypeAlias = "Mapping[str, Any]"
+UseTqdm: TypeAlias = "bool | Callable[..., Any]"
+SLEEP_LEVELS = (0, 1)
 
 
 @dataclass(slots=True)
-class CompletionOutput:
-    """One generated sequence; `finish_reason` is "stop", "length" or "repetition".
+class BeamSearchSequence:
+    """One beam: `tokens` are those of the prompt and of the answer, and `text` is theirs.
 
-    With `SamplingParams.logprobs`, `logprobs` has one {token id: Logprob} a token, the sampled one first,
-    and `cumulative_logprob` is the sum over the sampled ones.
+    `logprobs` has one entry a generated token, `cum_logprob` is the sum over them.
     """
 
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[PositionLogprobs] | None = None
+    orig_prompt: dict[str, Any]
+    tokens: list[int]
+    logprobs: list[PositionLogprobs]
+    cum_logprob: float
+    text: str
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-
-    def finished(self) -> bool:
-        return self.finish_reason is not None
+    lora_request: None = None
 
 
 @dataclass(slots=True)
-class RequestOutput:
-    """All sequences of one prompt.
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
 
-    With `SamplingParams.prompt_logprobs`, `prompt_logprobs` has one entry a prompt token, None for the first.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = False
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-
-
-# Options of vllm.LLM that are about memory, downloads or logging, and change no answer here.
-WITHOUT_EFFECT = frozenset(
-    (
-        *("disable_log_stats", "trust_remote_code", "revision"),
-        *("swap_space", "cpu_offload_gb", "compilation_config", "disable_custom_all_reduce", "download_dir"),
-    )
-)
-PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    sequences: list[BeamSearchSequence]
 
 
 class LLM:
     """Drop-in for `vllm.LLM` for text generation; options are the fields of `EngineArgs`.
 
-    An option of vLLM that has no effect here is ignored with a warning, any other unknown one raises
-    `ConfigError`.
+    An option of vLLM that only tunes is ignored with a warning; one that would change what is generated, and
+    an unknown one, raise `ConfigError`, unless the value asks for nothing. `chat_template` is a file or the
+    template itself. May be used from several threads.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        strict = options.pop("fail_on_environ_validation", False)
         if problem := ignored_variables(os.environ):
+            if strict:
+                raise ConfigError(f"LLM: {problem}")
             logger.warning("LLM: %s", problem)
-        for name in sorted(WITHOUT_EFFECT & set(options)):
-            logger.warning("LLM: %s has no effect and is ignored", name)
-            del options[name]
-        for name in PARALLEL:
-            if options.pop(name, 1) != 1:
-                raise ConfigError(f"{name} must be 1: one model runs on one device")
-        unknown = sorted(
-            set(options) - {each.name for each in dataclasses.fields(EngineArgs)} - {"on_progress"}
-        )
-        if unknown:
-            raise ConfigError(f"LLM() has no option {unknown[0]}")
-        self.engine = InferenceEngine(model, **options)
-        self._count = 0
+        self._profiler, profiling = Profiler(), options.pop("profiler_config", None)
+        self._profiler_config = None if profiling is None else ProfilerConfig.read(dict(profiling))
+        template = options.pop("chat_template", None)
+        self._chat_template = None if template is None else _chat_template(template)
+        on_progress = options.pop("on_progress", None)
+        self.engine = InferenceEngine(os.fspath(model), on_progress=on_progress, **engine_options(options))
+        self.llm_engine = LLMEngine(self.engine)
+        self._ids = itertools.count()
+        self._queued: list[OutputBuilder] = []
+        self._sleep_level: int | None = None
 
-    def get_tokenizer(self) -> Tokenizer:
-        return self.engine.tokenizer
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
+        return cls(**dataclasses.asdict(engine_args))
+
+    @property
+    def model_config(self) -> Any:
+        return self.llm_engine.model_config
+
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer as one of transformers'."""
+        return self.llm_engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults under the model's generation_config.json."""
-        return self.engine.sampling_params()
+        """vLLM's defaults under the model's generation_config.json; a new object at each call."""
+        return SamplingParams(**self.engine.processor.default_params())
 
-    def reset_prefix_cache(self) -> bool:
-        self.engine.call(self.engine.core.reset_prefix_cache)
-        return True
+    def get_metrics(self) -> list[Metric]:
+        """What was counted since the start: vLLM's counters, gauges and histograms."""
+        return self.llm_engine.get_metrics()
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes. Running requests keep their own blocks."""
+        for name, value in (
+            ("reset_running_requests", reset_running_requests),
+            ("reset_connector", reset_connector),
+        ):
+            if value:
+                raise InvalidRequestError(f"{name} is not supported.", name)
+        return self.llm_engine.reset_prefix_cache()
+
+    def start_profile(self, profile_prefix: str | None = None) -> str:
+        """Start a profile of the engine's thread; returns the file that `stop_profile` will write.
+
+        Raises `ConfigError` without the option `profiler_config`, `ProfilerStateError` if one runs.
+        """
+        config = self._profiler_config
+        if config is None:
+            raise ConfigError("start_profile needs LLM(profiler_config={'profiler': 'torch', ...})")
+        return self.engine.call(lambda: self._profiler.start(config, profile_prefix or ""))
+
+    def stop_profile(self) -> str:
+        """End the profile and write it; returns its file. Raises `ProfilerStateError` if none runs."""
+        return self.engine.call(self._profiler.stop)
+
+    # ---- generate and chat ---------------------------------------------------------------------
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
-        use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt, in input order.
 
         A prompt is a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-        `sampling_params` is one for all or one each.
+        `sampling_params` and `priority` are one for all or one each. `use_tqdm` may be what makes a progress
+        bar: it is called with `total` and `desc`, as tqdm is. Raises `InvalidRequestError` naming what is
+        wrong, before any prompt is computed.
         """
-        batch = [_prompt(prompt) for prompt in _as_list(prompts)]
-        tokenize = self.engine.processor.tokenize_prompt
-        ids = [prompt if isinstance(prompt, list) else tokenize(prompt) for prompt in batch]
-        texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
-        return self._run(texts, ids, sampling_params, use_tqdm, priority)
+        self._check_awake()
+        given = _tokenized(self.engine, prompts, tokenization_kwargs, lora_request, mm_processor_kwargs)
+        return self._complete(self._build(given, sampling_params, priority), use_tqdm)
 
     def chat(
         self,
-        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        *,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
         chat_template_content_format: str = AUTO,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them.
 
-        The chat template gets contents as "string", as "openai" (lists of parts), or as it was written for
-        ("auto").
+        The chat template (the model's, or `chat_template`) gets contents as "string", as "openai" (lists of
+        parts), or as it was written for ("auto"). `tools` are shown to it; calls are not parsed.
         """
+        self._check_awake()
+        given = self._render(
+            messages,
+            tokenization_kwargs,
+            lora_request,
+            mm_processor_kwargs,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self._complete(self._build(given, sampling_params, priority), use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: UseTqdm = True,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Take prompts in without computing them; returns their request ids. See `wait_for_completion`."""
+        given = _tokenized(self.engine, prompts, tokenization_kwargs, lora_request, mm_processor_kwargs)
+        return self._enqueue(self._build(given, sampling_params, priority))
+
+    def enqueue_chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Take conversations in without answering them; `options` are those of `chat`."""
+        given = self._render(
+            messages,
+            options.pop("tokenization_kwargs", None),
+            lora_request,
+            options.pop("mm_processor_kwargs", None),
+            **options,
+        )
+        return self._enqueue(self._build(given, sampling_params, priority))
+
+    def wait_for_completion(
+        self, output_type: type[Any] | None = None, *, use_tqdm: UseTqdm = True
+    ) -> list[RequestOutput]:
+        """Generate for all that was enqueued, in that order."""
+        self._check_awake()
+        if output_type not in (None, RequestOutput):
+            raise InvalidRequestError(f"output_type must be RequestOutput, got {output_type}", "output_type")
+        queued, self._queued = self._queued, []
+        return self._complete(queued, use_tqdm)
+
+    def _enqueue(self, builders: list[OutputBuilder]) -> list[str]:
+        if self._sleep_level:
+            self._check_awake()
+        self._queued += builders
+        return [builder.result.request_id for builder in builders]
+
+    def _build(
+        self,
+        prompts: Sequence[OfflinePrompt],
+        sampling_params: Params,
+        priority: int | Sequence[int] | None,
+    ) -> list[OutputBuilder]:
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = one_each(sampling_params, len(prompts), "sampling_params")
+        priorities = one_each(0 if priority is None else priority, len(prompts), "priority")
+        for wish in params:
+            if not isinstance(wish, SamplingParams):
+                raise InvalidRequestError(
+                    f"sampling_params must be SamplingParams, got {type(wish).__name__}", "sampling_params"
+                )
+        # Once, where many prompts share one.
+        resolved = {key: wish.resolve() for key, wish in {id(wish): wish for wish in params}.items()}
+        return [
+            self.llm_engine.build(str(next(self._ids)), prompt, wish, resolved[id(wish)], rank)
+            for prompt, wish, rank in zip(prompts, params, priorities, strict=True)
+        ]
+
+    def _complete(self, builders: Sequence[OutputBuilder], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        owners = {sequence: builder for builder in builders for sequence in builder.sequences}
+        with _progress(use_tqdm, len(builders)) as advance:
+            for sequence, delta in self.engine.run(list(owners)):
+                builder = owners[sequence]
+                builder.take(sequence, delta)
+                if delta.finish_reason is not None and builder.result.finished:
+                    advance()
+        return [builder.result for builder in builders]
+
+    def _render(
+        self,
+        messages: Any,
+        tokenization_kwargs: Mapping[str, Any] | None,
+        lora_request: None,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+        *,
+        chat_template_content_format: str = AUTO,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[OfflinePrompt]:
+        """Conversations as prompts."""
+        _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in CONTENT_FORMATS:
             raise InvalidRequestError(
                 f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, "
                 f"got {chat_template_content_format!r}.",
                 "chat_template_content_format",
             )
+        options["tools"] = options.get("tools") or None
+        options["chat_template"] = options.get("chat_template") or self._chat_template
         one = bool(messages) and isinstance(messages[0], Mapping)
-        conversations: list[Any] = [messages] if one else list(messages)
-        ids = [
-            self.engine.processor.render_chat(
+        special = _add_special_tokens(tokenization_kwargs, False)
+        found = []
+        for conversation in [messages] if one else list(messages):
+            text = self.engine.processor.render_text(
                 normalize_messages(list(conversation)),
                 chat_template_content_format=chat_template_content_format,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+                **options,
                 **(chat_template_kwargs or {}),
             )
-            for conversation in conversations
-        ]
-        return self._run([None] * len(ids), ids, sampling_params, use_tqdm, None)
-
-    def _run(
-        self,
-        texts: Sequence[str | None],
-        prompt_ids: Sequence[list[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        show_progress: bool,
-        priority: Sequence[int] | None,
-    ) -> list[RequestOutput]:
-        params = _one_each(
-            sampling_params or self.get_default_sampling_params(), len(prompt_ids), "sampling_params"
-        )
-        priorities = _one_each(0 if priority is None else priority, len(prompt_ids), "priority")
-        results: list[RequestOutput] = []
-        requests: list[EngineRequest] = []
-        targets: list[tuple[RequestOutput, CompletionOutput]] = []
-        for text, ids, wish, rank in zip(texts, prompt_ids, params, priorities, strict=True):
-            children = self.engine.processor.requests(ids, wish, priority=rank)
-            outputs = [CompletionOutput(index) for index in range(len(children))]
-            for output in outputs:
-                output.logprobs = None if wish.logprobs is None else []
-            result = RequestOutput(str(self._count), text, ids, outputs)
-            self._count += 1
-            results.append(result)
-            requests += children
-            targets += [(result, output) for output in outputs]
-        with Progress(disable=not show_progress, transient=True) as progress:
-            task = progress.add_task("Generating", total=len(targets))
-            for index, delta in self.engine.run(requests):
-                result, output = targets[index]
-                output.text += delta.text
-                output.token_ids += delta.token_ids
-                if delta.prompt_logprobs is not None:
-                    entries = [self._position(entry, True) for entry in delta.prompt_logprobs]
-                    result.prompt_logprobs = [None, *entries]
-                if delta.logprobs is not None and output.logprobs is not None:
-                    ranked = requests[index].params.logprob_token_ids is None
-                    output.logprobs += [self._position(entry, ranked) for entry in delta.logprobs]
-                    output.cumulative_logprob = (output.cumulative_logprob or 0.0) + sum(
-                        entry.logprobs[0] for entry in delta.logprobs
-                    )
-                if delta.finish_reason is not None:
-                    output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
-                    result.finished = all(each.finished() for each in result.outputs)
-                    progress.advance(task)
-        return results
-
-    def _position(self, entry: TokenLogprobs, ranked: bool) -> PositionLogprobs:
-        """`ranked`: the tokens after the first are the most likely ones in order."""
-        others = range(1, len(entry.token_ids))
-        ranks = [entry.rank, *(rank if ranked else None for rank in others)]
-        found: PositionLogprobs = {}
-        for token, value, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True):
-            if token not in found:
-                text = self.engine.tokenizer.decode([token], skip_special_tokens=False)
-                found[token] = Logprob(value, rank, text)
+            found.append(OfflinePrompt(text, self.engine.processor.tokenize_prompt(text, special)))
         return found
 
+    # ---- beam search ---------------------------------------------------------------------------
 
-def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise InvalidRequestError(_WRONG_PROMPT, "prompt")
-    # A flat list of ids is one prompt.
-    return [list(prompts)] if prompts and all(type(item) is int for item in prompts) else list(prompts)
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: UseTqdm = False,
+        concurrency_limit: int | None = None,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `params.beam_width` likeliest continuations of each prompt, best first.
+
+        At most `concurrency_limit` prompts are searched at a time. The tokens of a beam hold its end token.
+        """
+        self._check_awake()
+        given = _tokenized(self.engine, prompts, None, lora_request, None)
+        priorities = one_each(0 if priority is None else priority, len(given), "priority")
+        searches = [
+            _Search(self.engine, prompt, params, rank) for prompt, rank in zip(given, priorities, strict=True)
+        ]
+        limit = concurrency_limit or max(1, len(searches))
+        with _progress(use_tqdm, len(searches)) as advance:
+            for first in range(0, len(searches), limit):
+                self._search(searches[first : first + limit], params)
+                for _ in searches[first : first + limit]:
+                    advance()
+        return [search.output() for search in searches]
+
+    def _search(self, searches: Sequence[_Search], params: BeamSearchParams) -> None:
+        step = params.step_params().resolve()
+        while open_ones := [search for search in searches if search.live]:
+            batches = [
+                [
+                    self.engine.sequences([*search.ids, *beam.tokens], step, **search.options)[0]
+                    for beam in search.live
+                ]
+                for search in open_ones
+            ]
+            entries: dict[OfflineSequence, TokenLogprobs] = {}
+            for sequence, delta in self.engine.run(list(itertools.chain(*batches))):
+                for entry in delta.logprobs or []:
+                    entries[sequence] = entry
+            for search, batch in zip(open_ones, batches, strict=True):
+                search.advance([entries[sequence] for sequence in batch])
+
+    # ---- sleep ---------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Stop generating until `wake_up`. Level 0 still takes prompts in by `enqueue`.
+
+        Level 1 drops what was enqueued (but with `mode` "keep") and forgets the prefix cache; the memory of
+        weights and KV cache stays reserved, which a warning says. Level 2, which discards the weights, is
+        refused.
+        """
+        if level not in SLEEP_LEVELS:
+            raise InvalidRequestError(f"sleep: level must be 0 or 1, got {level!r}.", "level")
+        if mode not in ("abort", "wait", "keep"):
+            raise InvalidRequestError(f"sleep: mode must be abort, wait or keep, got {mode!r}.", "mode")
+        if mode == "wait" and self._queued:
+            raise InvalidRequestError("sleep: call wait_for_completion() before sleeping.", "mode")
+        if level == 1:
+            logger.warning("sleep: the memory of the weights and of the KV cache stays reserved")
+            if mode == "abort":
+                self._queued.clear()
+            self.reset_prefix_cache()
+        self._sleep_level = level
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """End `sleep`; returns whether the engine is awake. `tags` other than all wake nothing yet."""
+        unknown = sorted(set(tags or ()) - {"weights", "kv_cache", "scheduling"})
+        if unknown:
+            raise InvalidRequestError(f"wake_up: {unknown[0]!r} is no tag.", "tags")
+        if not tags or "scheduling" in tags or (self._sleep_level == 1 and "kv_cache" in tags):
+            self._sleep_level = None
+        return self._sleep_level is None
+
+    def _check_awake(self) -> None:
+        if self._sleep_level is not None:
+            raise EngineError("the engine sleeps: call wake_up() first")
 
 
-def _prompt(prompt: Any) -> str | list[int]:
-    if isinstance(prompt, Mapping):
-        prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Sequence) and all(type(item) is int for item in prompt):
-        return list(prompt)
-    raise InvalidRequestError(_WRONG_PROMPT, "prompt")
+class _Search:
+    """The beam search of one prompt; `live` beams take part in the next step."""
+
+    def __init__(
+        self, engine: InferenceEngine, prompt: OfflinePrompt, params: BeamSearchParams, priority: int
+    ) -> None:
+        self.ids = prompt.ids or []
+        self.options = {"priority": priority, "cache_salt": prompt.cache_salt}
+        self._engine, self._prompt, self._params = engine, prompt, params
+        whole = SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos)
+        self._request = engine.sequences(self.ids, whole.resolve())[0].request  # its limits and end tokens
+        self._left = self._request.params.max_tokens or 1
+        self._ends = {self._request.eos_token_id, *self._request.stop_token_ids}
+        self._done: list[beam_search.Beam] = []
+        self.live = [beam_search.Beam()]
+
+    def advance(self, next_tokens: Sequence[TokenLogprobs]) -> None:
+        self.live, ended = beam_search.advance(self.live, next_tokens, self._params.beam_width, self._ends)
+        self._done += ended
+        self._left -= 1
+        if self._left == 0:
+            self._done += self.live
+            self.live = []
+
+    def output(self) -> BeamSearchOutput:
+        found = beam_search.best(self._done, self._params.beam_width, self._params.length_penalty)
+        return BeamSearchOutput([self._sequence(beam) for beam in found])
+
+    def _sequence(self, beam: beam_search.Beam) -> BeamSearchSequence:
+        tokenizer = self._engine.tokenizer
+        tokens = [*self.ids, *beam.tokens]
+        end = beam.tokens[-1] if beam.ended else None
+        return BeamSearchSequence(
+            {"type": "token", "prompt_token_ids": self.ids, "prompt": self._prompt.text},
+            tokens,
+            [position_logprobs(entry, tokenizer) for entry in beam.entries],
+            beam.logprob,
+            tokenizer.decode(tokens, self._params.skip_special_tokens),
+            "stop" if beam.ended else "length",
+            None if end == self._request.eos_token_id else end,
+        )
 
 
-def _one_each(value: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(value, Sequence):
-        return [value] * count
-    if len(value) != count:
-        raise InvalidRequestError(f"{name} has {len(value)} entries for {count} prompts", name)
-    return list(value)
+def _tokenized(
+    engine: InferenceEngine,
+    prompts: Any,
+    tokenization_kwargs: Mapping[str, Any] | None,
+    lora_request: None,
+    mm_processor_kwargs: Mapping[str, Any] | None,
+) -> list[OfflinePrompt]:
+    """The prompts with their token ids."""
+    _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+    special = _add_special_tokens(tokenization_kwargs, True)
+    tokenize = engine.processor.tokenize_prompt
+    return [
+        prompt._replace(ids=tokenize(prompt.text or "", special)) if prompt.ids is None else prompt
+        for prompt in read_prompts(prompts)
+    ]
+
+
+def _add_special_tokens(tokenization_kwargs: Mapping[str, Any] | None, default: bool) -> bool:
+    """The one option of tokenization that there is."""
+    options = dict(tokenization_kwargs or {})
+    value = options.pop("add_special_tokens", None)
+    for name in options:
+        raise InvalidRequestError(f"tokenization_kwargs: {name} is not supported.", "tokenization_kwargs")
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError("add_special_tokens must be true or false.", "tokenization_kwargs")
+    return default if value is None else value
+
+
+def _refuse(**arguments: Any) -> None:
+    """Raise `InvalidRequestError` for an argument that asks for what a text model without adapters lacks."""
+    for name, value in arguments.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(each is not None and each != {} for each in values):
+            raise InvalidRequestError(f"{name} is not supported.", name)
+
+
+def _chat_template(source: str | Path) -> str:
+    """The text of a template, given as such or as a file. Raises `ConfigError` if it does not compile."""
+    text = str(source)
+    if isinstance(source, Path) or not set("{\n") & set(text):
+        try:
+            text = Path(source).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template {source}: {error}") from error
+    problem = ChatTemplate(text, {}).error
+    if problem is not None:
+        raise ConfigError(f"chat_template: {problem}")
+    return text
+
+
+@contextmanager
+def _progress(use_tqdm: UseTqdm, total: int) -> Iterator[Callable[[], object]]:
+    """Shows a bar while the block runs; yields what advances it by one prompt."""
+    if callable(use_tqdm):
+        bar = use_tqdm(total=total, desc="Processed prompts")
+        try:
+            yield lambda: bar.update(1)
+        finally:
+            bar.close()
+        return
+    # On stderr, as tqdm's, and with a console of its own: two threads cannot draw on one.
+    with Progress(console=Console(stderr=True), disable=not use_tqdm, transient=True) as progress:
+        task = progress.add_task("Processed prompts", total=total)
+        yield lambda: progress.advance(task)

@@ -180,7 +180,7 @@ def test_options_of_vllm(caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(str(folder), max_model_len=64, gpu_memory_utilization=0.9, enforce_eager=True, **ignored)
     assert llm.engine.config.max_model_len == 64
     assert {record.args[0] for record in caplog.records if record.args} == {"swap_space"}
-    with pytest.raises(ConfigError, match="tensor_parallel_size must be 1"):
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not supported"):
         LLM(str(folder), tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="no option max_modl_len"):
         LLM(str(folder), max_modl_len=64)

@@ -47,8 +47,7 @@ def main() -> None:
 
         options["gpu_memory_utilization"] = 0.3  # asked for at the start only, as the cache's size is given
     else:
-        from microvllm.runtime.llm import LLM
-        from microvllm.runtime.request import SamplingParams
+        from microvllm import LLM, SamplingParams
     llm = LLM(args.model, **options)
 
     def generate(seed: int, tiny: bool) -> dict[str, Any]:
