@@ -46,7 +46,7 @@ async def engine() -> AsyncIterator[EngineClient]:
 async def sdk(engine: EngineClient) -> AsyncIterator[openai.AsyncOpenAI]:
     app = create_app(engine, ServerArgs(served_model_names=("m",), enable_per_request_metrics=True))
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120)
-    async with openai.AsyncOpenAI(base_url="http://server/v1", api_key="-", http_client=http) as client:
+    async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="-", http_client=http) as client:
         yield client
 
 
