@@ -287,7 +287,7 @@ async def server() -> AsyncIterator[httpx.AsyncClient]:
     ).resolve()
     engine = await EngineClient.start(config)
     transport = httpx.ASGITransport(create_app(engine, ServerArgs()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as client:
         yield client
     await engine.close()
 
