@@ -38,22 +38,24 @@ class OfflineSequence(TrackedSequence):
 
 
 class Run:
-    """The sequences of one caller, who may add more. `post(closing)` ends them, at any moment.
+    """The sequences of one caller, who may add more. `post(close_message())` ends them, at any moment.
 
     A step runs only while a caller is inside `take`: a stream that is not read computes nothing, although its
     requests take part in the steps that others wait for.
     """
 
-    __slots__ = ("closed", "closing", "inbox", "loop", "outputs", "post", "sequences", "thread")
+    __slots__ = ("closed", "inbox", "loop", "outputs", "post", "sequences", "thread")
 
     def __init__(self, loop: _CoreLoop, thread: threading.Thread) -> None:
         self.sequences: list[OfflineSequence] = []
         self.inbox: SimpleQueue[list[StepOutput] | _Raised] = SimpleQueue()
         self.closed: SimpleQueue[None] = SimpleQueue()
         self.outputs: list[StepOutput] = []  # not handed over yet
-        self.loop, self.thread = loop, thread
-        # Ready to be posted: after an interrupt nothing may be called that another interrupt could cut short.
-        self.post, self.closing = loop.mail.put, partial(loop.close, self)
+        self.loop, self.thread, self.post = loop, thread, loop.mail.put
+
+    def close_message(self) -> Callable[[], None]:
+        """What ends the run once it is posted. Made before it is needed: no interrupt can divide a post."""
+        return partial(self.loop.close, self)
 
     def start(self, sequences: Sequence[OfflineSequence]) -> None:
         self.post(partial(self.loop.start, self, sequences))

@@ -124,6 +124,7 @@ class InferenceEngine:
         Closing the iterator early aborts what still runs.
         """
         run, wait_s = self.open_run(), None
+        closing = run.close_message()
         try:
             run.add(sequences)
             while run.texts:
@@ -132,11 +133,11 @@ class InferenceEngine:
             wait_s = INTERRUPTED_WAIT_S
             raise
         finally:
-            run.post(run.closing)  # first of all, and not by a method: a second interrupt must not skip it
+            run.post(closing)  # first of all, and not by a method: a second interrupt must not skip it
             run.wait_closed(wait_s)
 
     def open_run(self) -> TextRun:
-        """A run without sequences; `run.post(run.closing)` ends it."""
+        """A run without sequences; `run.post(run.close_message())` ends it."""
         return TextRun(self._core_thread.run(), self.tokenizer)
 
     def call(self, function: Callable[[], T]) -> T:
@@ -164,7 +165,7 @@ class TextRun:
 
     def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
         self.texts: dict[int, tuple[OfflineSequence, OutputText]] = {}
-        self.post, self.closing, self.wait_closed = run.post, run.closing, run.wait_closed
+        self.post, self.close_message, self.wait_closed = run.post, run.close_message, run.wait_closed
         self._run, self._tokenizer = run, tokenizer
 
     def add(self, sequences: Sequence[OfflineSequence]) -> None:

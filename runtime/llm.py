@@ -8,14 +8,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import Progress
 
-from microvllm.runtime import beam_search
 from microvllm.runtime.chat_template import ChatTemplate, normalize_messages
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
@@ -25,10 +23,11 @@ from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestErr
 from microvllm.runtime.llm_engine import LLMEngine, one_each
 from microvllm.runtime.llm_options import engine_options
 from microvllm.runtime.metrics_reader import Metric
+from microvllm.runtime.offline_beams import BeamSearchOutput, OfflineSearch
 from microvllm.runtime.offline_prompts import OfflinePrompt, Prompt, read_prompts
 from microvllm.runtime.profiler import Profiler, ProfilerConfig
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.request_output import OutputBuilder, PositionLogprobs, RequestOutput, position_logprobs
+from microvllm.runtime.request_output import OutputBuilder, RequestOutput
 from microvllm.runtime.sampling_params import BeamSearchParams, SamplingParams
 from microvllm.runtime.vllm_environment import ignored_variables
 
@@ -41,30 +40,6 @@ Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 Message: TypeAlias = "Mapping[str, Any]"
 UseTqdm: TypeAlias = "bool | Callable[..., Any]"
 SLEEP_LEVELS = (0, 1)
-
-
-@dataclass(slots=True)
-class BeamSearchSequence:
-    """One beam: `tokens` are those of the prompt and of the answer, and `text` is theirs.
-
-    `logprobs` has one entry a generated token, `cum_logprob` is the sum over them.
-    """
-
-    orig_prompt: dict[str, Any]
-    tokens: list[int]
-    logprobs: list[PositionLogprobs]
-    cum_logprob: float
-    text: str
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    lora_request: None = None
-
-
-@dataclass(slots=True)
-class BeamSearchOutput:
-    """The beams of one prompt, best first."""
-
-    sequences: list[BeamSearchSequence]
 
 
 class LLM:
@@ -330,7 +305,8 @@ class LLM:
         given = _tokenized(self.engine, prompts, None, lora_request, None)
         priorities = one_each(0 if priority is None else priority, len(given), "priority")
         searches = [
-            _Search(self.engine, prompt, params, rank) for prompt, rank in zip(given, priorities, strict=True)
+            OfflineSearch(self.engine, prompt, params, rank)
+            for prompt, rank in zip(given, priorities, strict=True)
         ]
         limit = concurrency_limit or max(1, len(searches))
         with _progress(use_tqdm, len(searches)) as advance:
@@ -340,7 +316,7 @@ class LLM:
                     advance()
         return [search.output() for search in searches]
 
-    def _search(self, searches: Sequence[_Search], params: BeamSearchParams) -> None:
+    def _search(self, searches: Sequence[OfflineSearch], params: BeamSearchParams) -> None:
         step = params.step_params().resolve()
         while open_ones := [search for search in searches if search.live]:
             batches = [
@@ -391,49 +367,6 @@ class LLM:
     def _check_awake(self) -> None:
         if self._sleep_level is not None:
             raise EngineError("the engine sleeps: call wake_up() first")
-
-
-class _Search:
-    """The beam search of one prompt; `live` beams take part in the next step."""
-
-    def __init__(
-        self, engine: InferenceEngine, prompt: OfflinePrompt, params: BeamSearchParams, priority: int
-    ) -> None:
-        self.ids = prompt.ids or []
-        self.options = {"priority": priority, "cache_salt": prompt.cache_salt}
-        self._engine, self._prompt, self._params = engine, prompt, params
-        whole = SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos)
-        self._request = engine.sequences(self.ids, whole.resolve())[0].request  # its limits and end tokens
-        self._left = self._request.params.max_tokens or 1
-        self._ends = {self._request.eos_token_id, *self._request.stop_token_ids}
-        self._done: list[beam_search.Beam] = []
-        self.live = [beam_search.Beam()]
-
-    def advance(self, next_tokens: Sequence[TokenLogprobs]) -> None:
-        self.live, ended = beam_search.advance(self.live, next_tokens, self._params.beam_width, self._ends)
-        self._done += ended
-        self._left -= 1
-        if self._left == 0:
-            self._done += self.live
-            self.live = []
-
-    def output(self) -> BeamSearchOutput:
-        found = beam_search.best(self._done, self._params.beam_width, self._params.length_penalty)
-        return BeamSearchOutput([self._sequence(beam) for beam in found])
-
-    def _sequence(self, beam: beam_search.Beam) -> BeamSearchSequence:
-        tokenizer = self._engine.tokenizer
-        tokens = [*self.ids, *beam.tokens]
-        end = beam.tokens[-1] if beam.ended else None
-        return BeamSearchSequence(
-            {"type": "token", "prompt_token_ids": self.ids, "prompt": self._prompt.text},
-            tokens,
-            [position_logprobs(entry, tokenizer) for entry in beam.entries],
-            beam.logprob,
-            tokenizer.decode(tokens, self._params.skip_special_tokens),
-            "stop" if beam.ended else "length",
-            None if end == self._request.eos_token_id else end,
-        )
 
 
 def _tokenized(

@@ -47,7 +47,7 @@ class LLMEngine:
     def __init__(self, engine: InferenceEngine) -> None:
         self.engine = engine
         self._run = engine.open_run()
-        weakref.finalize(self, self._run.post, self._run.closing)
+        weakref.finalize(self, self._run.post, self._run.close_message())
         self._builders: dict[str, OutputBuilder] = {}
         self._emitted: dict[str, int] = {}  # tokens that were returned, of a request
         self._owners: dict[OfflineSequence, str] = {}
