@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.gpu.launch import can_launch_early
-from microvllm.ops.gpu.sampling import TokenSampler
+from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.runtime.logits import on_device
 from microvllm.runtime.request import EngineRequest
 from microvllm.runtime.sampler import Sampler
@@ -33,8 +33,8 @@ class GPUSampler(Sampler):
         self._changed = True
 
     def plain(self, rows: Sequence[int]) -> bool:
-        """Whether `choose_plain` is all that these rows ask for."""
-        return not self._filtered(rows) and not self._rules.concern(rows) and not self._asked(rows)
+        """Whether `choose_plain` is all that these rows need."""
+        return not self._rules.concern(rows) and not self._asked(rows)
 
     def upload(self) -> None:
         """Send parameters that have changed. A cleared row's may stay: it is set before it is used again."""
@@ -52,16 +52,24 @@ class GPUSampler(Sampler):
         for filters in (False, True):
             self._draw_tokens(logits, at, places, filters=filters)
 
-    def choose_plain(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Greedy, or drawn by temperature alone; for a captured graph. See `TokenSampler`."""
-        return self._draw_tokens(logits, rows, positions, filters=False)
+    def choose_plain(self, logits: Tensor, rows: Tensor, positions: Tensor, delivery: Delivery) -> Tensor:
+        """By temperature and filters alone; for a captured graph. See `TokenSampler`."""
+        return self._draw_tokens(logits, rows, positions, filters=True, delivery=delivery)
 
     def _choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         self.upload()
         at, places = on_device(np.stack((rows, positions)), torch.int64, self._device).unbind(0)
         return self._draw_tokens(logits, at, places, filters=self._filtered(rows))
 
-    def _draw_tokens(self, logits: Tensor, rows: Tensor, positions: Tensor, *, filters: bool) -> Tensor:
+    def _draw_tokens(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        *,
+        filters: bool,
+        delivery: Delivery | None = None,
+    ) -> Tensor:
         temperature, top_p, min_p = self._reals.unbind(0)
         top_k, seed = self._integers.unbind(0)
         return self._sampler(
@@ -74,6 +82,7 @@ class GPUSampler(Sampler):
             min_p=min_p,
             seed=seed,
             filters=filters,
+            delivery=delivery,
         )
 
     def _filtered(self, rows: Sequence[int]) -> bool:

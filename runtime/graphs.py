@@ -16,12 +16,15 @@ from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
+from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.sampling import Delivery
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.gpu_sampler import GPUSampler
 from microvllm.runtime.progress import Stage
 from microvllm.runtime.scheduler import ScheduledRequest
 from microvllm.runtime.step_inputs import UNKNOWN, DeviceInputs
+from microvllm.runtime.transfer import Readback
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -57,6 +60,7 @@ class DecodeGraphs:
         attention: AttentionBackend,
         inputs: DeviceInputs,
         sampler: GPUSampler,
+        readback: Readback,
         pool: torch.cuda._POOL_HANDLE,
     ) -> None:
         self._config = config
@@ -64,6 +68,7 @@ class DecodeGraphs:
         self._attention = attention
         self._inputs = inputs
         self._sampler = sampler
+        self._readback = readback
         self._pool = pool
         self._nobody = config.max_num_seqs
         self.sizes = batch_sizes(config.max_num_seqs)
@@ -101,15 +106,18 @@ class DecodeGraphs:
 
     def _step(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         newest = self._inputs.newest
-        inputs = prepare_decode(self._view(size), self.tables, newest, self._config.block_size)
+        inputs = prepare_decode(
+            *(self._view(size), self.tables, newest, self._config.block_size),
+            pdl=can_launch_early(newest.device),
+        )
         batch = AttentionBatch(
             inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens, (), self._no_segments
         )
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
-        rows = inputs.rows.long()
-        tokens = self._sampler.choose_plain(logits, rows, inputs.lens.long())
-        newest.index_copy_(0, rows, tokens.clamp(min=0))
+        # A sequence's length is the index of its next token.
+        delivery = Delivery(newest, self._readback.memory, inputs.places)
+        tokens = self._sampler.choose_plain(logits, inputs.rows, inputs.lens, delivery)
         return inputs.ids, logits, tokens
 
     def _view(self, size: int) -> Tensor:
@@ -117,7 +125,7 @@ class DecodeGraphs:
 
     def _padding(self, size: int) -> np.ndarray:
         staged = np.zeros((STAGED, size), dtype=np.int32)
-        staged[0], staged[4] = self._nobody, -1
+        staged[0], staged[4], staged[6] = self._nobody, -1, -1
         return staged
 
     # ---- a step --------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ class DecodeGraphs:
             self.tables.view(-1).scatter_(0, at.long(), values)
 
     def chose_all(self, items: Sequence[ScheduledRequest]) -> bool:
-        """Whether the graph's tokens stand: no request filters, has rules, or asks for log probabilities.
+        """Whether the graph's tokens stand: no request has rules, or asks for log probabilities.
 
         End tokens that may not come yet are such a rule.
         """
@@ -159,6 +167,7 @@ class DecodeGraphs:
             item.request.token_ids[item.start] if item.start < len(item.request.token_ids) else UNKNOWN
             for item in items
         ]
+        staged[6, :count] = np.arange(self._readback.start, self._readback.start + count)
         starts = np.array([item.start for item in items])
         staged[2, :count], staged[3, :count] = starts, starts + 1
         for i, item in enumerate(items):
@@ -172,7 +181,7 @@ class DecodeGraphs:
         """Compute the `count` requests that were sent to the graph of this size.
 
         -> the ids that went in, logits [count, vocab], and tokens [count] int64 as plain requests choose
-        them. All are valid until the next replay.
+        them. All are valid until the next replay. The tokens are on their way to the readback's memory, too.
         """
         captured = self._captured[size]
         captured.graph.replay()

@@ -85,9 +85,12 @@ class ModelGraphRunner:
             raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
         if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
             raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
-        operators = make_operators(
-            config.attention_backend, dtype, config.cpu_threads, config.int8_activations
-        )
+        try:
+            operators = make_operators(
+                config.attention_backend, dtype, config.cpu_threads, config.int8_activations
+            )
+        except ValueError as error:  # MICROVLLM_GPU_OFF
+            raise ConfigError(str(error)) from error
         self._model = DecoderModel(spec, weights, operators)
         if config.num_blocks == 0:
             measuring = Stage("Measuring memory", 1, on_progress)
@@ -146,10 +149,10 @@ class ModelGraphRunner:
         inputs = DeviceInputs(rows, config.block_size, device)
         sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
         self._inputs, self._sampler = inputs, sampler
-        self._readback = Readback(config.max_num_seqs)
+        self._readback = readback = Readback(config.max_num_seqs)
         if not config.enforce_eager:
             pool = torch.cuda.graph_pool_handle()
-            self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler, pool)
+            self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler, readback, pool)
             self._prompt_graphs = PromptGraphs(
                 config, self._model, self._attention, inputs, self._graphs.tables, pool
             )
@@ -289,10 +292,12 @@ class ModelGraphRunner:
         size = graphs.send(items)
         self._begin_forward()
         ids, logits, tokens = graphs.replay(size, len(items))
-        sampled = Sampled(tokens, [], None)
-        if not graphs.chose_all(items):
-            sampled = self._sample(logits.float(), items, ids)
-        return self._launched(plan, range(len(items)), sampled, {})
+        order = range(len(items))
+        if graphs.chose_all(items) and self._readback is not None:
+            return LaunchedStep(
+                plan, order, self._readback.written(len(items)), Sampled(tokens, [], None), {}
+            )
+        return self._launched(plan, order, self._sample(logits.float(), items, ids), {})
 
     def _launched(
         self,

@@ -55,22 +55,34 @@ class Stager:
 
 
 class Readback:
-    """Brings the tokens of a step to the host. Two steps may be on their way at a time."""
+    """Brings the tokens of a step to the host. Two steps may be on their way at a time.
+
+    `memory`: [BUFFERS * num_rows] int64, pinned, for kernels that write tokens there themselves.
+    """
 
     BUFFERS = 3
 
     def __init__(self, num_rows: int) -> None:
-        self._buffers = [
-            torch.empty(num_rows, dtype=torch.int64, pin_memory=True) for _ in range(self.BUFFERS)
-        ]
+        self.memory = torch.empty(self.BUFFERS * num_rows, dtype=torch.int64, pin_memory=True)
+        self._num_rows = num_rows
         self._arrived = [torch.cuda.Event() for _ in range(self.BUFFERS)]  # type: ignore[no-untyped-call]
         self._next = 0
 
+    @property
+    def start(self) -> int:
+        """Where in `memory` the tokens of the next step go."""
+        return self._next * self._num_rows
+
     def begin(self, tokens: Tensor) -> Callable[[], list[int]]:
-        """tokens: [m] int64 on the device -> what waits for them and gives them."""
-        index, self._next = self._next, (self._next + 1) % self.BUFFERS
-        buffer, arrived = self._buffers[index][: len(tokens)], self._arrived[index]
-        buffer.copy_(tokens, non_blocking=True)
+        """tokens: [m] int64 on the device -> what waits for them and returns them."""
+        start = self.start
+        self.memory[start : start + len(tokens)].copy_(tokens, non_blocking=True)
+        return self.written(len(tokens))
+
+    def written(self, count: int) -> Callable[[], list[int]]:
+        """What waits for the `count` tokens that launched kernels write from `start` on, and returns them."""
+        buffer, arrived = self.memory[self.start : self.start + count], self._arrived[self._next]
+        self._next = (self._next + 1) % self.BUFFERS
         arrived.record()
 
         def read() -> list[int]:

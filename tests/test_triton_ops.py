@@ -18,7 +18,7 @@ from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.gpu import sampling
 from microvllm.ops.gpu.gumbel import gumbel_block
 from microvllm.ops.gpu.operators import GpuOperators
-from microvllm.ops.gpu.sampling import TokenSampler
+from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling, prefers_gemv
 from microvllm.ops.norm import rms_norm
@@ -121,6 +121,7 @@ def sample(
     position: int = 0,
     filters: bool = False,
     sampler: TokenSampler | None = None,
+    delivery: Delivery | None = None,
 ) -> list[int]:
     m = len(logits)
 
@@ -139,6 +140,7 @@ def sample(
         min_p=table(min_p, torch.float32),
         seed=table(seed, torch.int64),
         filters=filters,
+        delivery=delivery,
     ).tolist()
 
 
@@ -155,6 +157,26 @@ def test_greedy_is_the_lowest_id_of_the_largest(dtype: torch.dtype, filters: boo
     for _ in range(2):  # and again: the first call left nothing behind
         tokens = sample(logits, 0.0, filters=filters, sampler=sampler)
         assert tokens == [4096, 1024, -1, -1, -1]
+
+
+@pytest.mark.parametrize("filters", [False, True])
+def test_tokens_are_delivered_to_rows_and_to_the_host(filters: bool) -> None:
+    """Rows lie in falling order (see `sample`); one is padding, one has no token, one is filtered."""
+    logits = random(4, 4100)
+    logits[1] = -torch.inf
+    newest = torch.full((6,), -7, device=DEVICE)
+    sent = torch.full((9,), -7, pin_memory=DEVICE.type == "cuda")
+    places = torch.tensor([2, 3, -1, 8], dtype=torch.int32, device=DEVICE)
+    tokens = sample(
+        logits,
+        [0.0, 0.0, 0.9, 0.9],
+        top_k=[0, 0, 0, 5 if filters else 0],
+        filters=filters,
+        delivery=Delivery(newest, sent, places),
+    )
+    assert tokens[:2] == [int(logits[0].argmax()), -1]
+    assert newest.tolist() == [-7, tokens[3], tokens[2], 0, tokens[0], -7]
+    assert sent.tolist() == [-7, -7, tokens[0], -1, -7, -7, -7, -7, tokens[3]]
 
 
 @triton.jit

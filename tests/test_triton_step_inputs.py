@@ -20,6 +20,7 @@ def test_inputs_of_a_decode_step() -> None:
     new = {0: (0, 77), 2: (1, 88), 3: (width - 1, 99)}  # a block that begins with this token
     staged = np.zeros((STAGED, batch), np.int32)
     staged[0], staged[1], staged[2], staged[3], staged[4] = rows, ids, np.maximum(lens - 1, 0), lens, -1
+    staged[6] = [3, 4, 5, 6, -1, -1]
     expected = tables.copy()
     for i, (column, block) in new.items():
         staged[4, i], staged[5, i] = column, block
@@ -30,6 +31,7 @@ def test_inputs_of_a_decode_step() -> None:
     )
     assert np.array_equal(on_device.cpu().numpy(), expected)
     assert made.rows.tolist() == rows.tolist() and made.lens.tolist() == lens.tolist()
+    assert made.places.tolist() == staged[6].tolist()
     assert made.ids.tolist() == [11, newest[0], newest[3], 5, 0, 0]
     assert made.positions.tolist() == np.maximum(lens - 1, 0).tolist()
     for i in range(batch):

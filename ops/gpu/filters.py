@@ -28,6 +28,14 @@ def is_filtered(temperature, top_k, top_p, min_p):
 
 
 @triton.jit
+def deliver(newest, sent, places, i, row, token):
+    """Make the token of logits row i the newest of its request's row, and write it to the host's memory."""
+    tl.store(newest + row, tl.maximum(token, 0))
+    place = tl.load(places + i)
+    tl.store(sent + place, token, mask=place >= 0)
+
+
+@triton.jit
 def store_largest(largest, values, LANE: tl.constexpr):
     """Store the largest of each group of a program's entries.
 
@@ -174,6 +182,9 @@ def _weigh(
 @triton.jit
 def filter_kernel(
     tokens,
+    newest,
+    sent,
+    places,
     lists,
     group_lists,
     group_largest,
@@ -192,10 +203,12 @@ def filter_kernel(
     FEW: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     GROUPS: tl.constexpr,
+    DELIVERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: one row. Draws where the row has a filter; its token so far is the argmax.
 
+    newest, sent, places: see `deliver`, if DELIVERS, for rows with a filter.
     lists: [m, CAPACITY] int64 and group_lists: [m, NUM_GROUPS] int32 are scratch; group_largest:
     [m, NUM_GROUPS] float32, see `store_largest`; GROUPS: the power of two that they fit.
     """
@@ -207,7 +220,8 @@ def filter_kernel(
     top_p = tl.load(top_ps + row)
     min_p = tl.load(min_ps + row)
     token = tl.load(tokens + i)
-    if (token >= 0) & is_filtered(temperature, top_k, top_p, min_p):
+    filtered = is_filtered(temperature, top_k, top_p, min_p)
+    if (token >= 0) & filtered:
         logits += i * VOCAB
         ranks = lists + i * CAPACITY
         groups = group_lists + i * NUM_GROUPS
@@ -281,4 +295,8 @@ def filter_kernel(
                     stays = _from_rank(value, entry, edge, last)
                     score = value / temperature + numbers[w]
                     best = tl.maximum(best, tl.where(stays, rank_of(score, entry), NOTHING))
-        tl.store(tokens + i, token_of(tl.max(best, 0)))
+        token = token_of(tl.max(best, 0))
+        tl.store(tokens + i, token)
+    if DELIVERS:  # noqa: SIM102 (known as the kernel is compiled)
+        if filtered:
+            deliver(newest, sent, places, i, row, token)

@@ -7,12 +7,14 @@ of the vocabulary is a function of (seed, position, entry) alone: see `gumbel`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.gpu.filters import CAPACITY, FEW, GROUP, filter_kernel, is_filtered, store_largest
+from microvllm.ops.gpu.filters import CAPACITY, FEW, GROUP, deliver, filter_kernel, is_filtered, store_largest
 from microvllm.ops.gpu.gumbel import LANE, WORDS, gumbel_block
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.ranks import NOTHING, UNUSED_BITS, rank_of, token_of
@@ -35,6 +37,9 @@ def _first_of(largest, score, entry):
 @triton.jit
 def _best_kernel(
     tokens,
+    newest,
+    sent,
+    places,
     best,
     arrivals,
     group_largest,
@@ -49,11 +54,13 @@ def _best_kernel(
     VOCAB: tl.constexpr,
     LANE: tl.constexpr,
     FILTERS: tl.constexpr,
+    DELIVERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: 4 * LANE entries of one row. Greedy and filtered rows: the argmax; others: a draw.
 
-    group_largest: with FILTERS, where filtered rows leave what `filter_kernel` begins with.
+    newest, sent, places: see `deliver`, if DELIVERS; group_largest: with FILTERS, where filtered rows leave
+    what `filter_kernel` begins with.
     """
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
@@ -88,9 +95,28 @@ def _best_kernel(
     tl.atomic_max(best + i, rank_of(largest, first))
     if tl.atomic_add(arrivals + i, 1) == tl.num_programs(1) - 1:
         # The last one: nobody else touches this row any more, so it can be made ready for the next step.
-        winner = tl.atomic_xchg(best + i, NOTHING)
+        token = token_of(tl.atomic_xchg(best + i, NOTHING))
         tl.atomic_xchg(arrivals + i, 0)
-        tl.store(tokens + i, token_of(winner))
+        tl.store(tokens + i, token)
+        if DELIVERS:
+            if FILTERS:
+                if filtered == 0:
+                    deliver(newest, sent, places, i, row, token)
+            else:
+                deliver(newest, sent, places, i, row, token)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where chosen tokens go besides the result, without a kernel or a copy of their own.
+
+    newest: [rows] int64, by the request's row, with 0 for a row that has no token; sent: int64 in pinned
+    memory of the host; places: [m] int32, where in it each token goes, or -1.
+    """
+
+    newest: Tensor
+    sent: Tensor
+    places: Tensor
 
 
 class TokenSampler:
@@ -116,19 +142,19 @@ class TokenSampler:
         min_p: Tensor,
         seed: Tensor,
         filters: bool,
-        out: Tensor | None = None,
+        delivery: Delivery | None = None,
     ) -> Tensor:
         """The token of each row of logits, [m] int64; -1 where no logit is finite, or one is NaN.
 
         logits: [m, vocab] float32, bfloat16 or float16, contiguous; rows: [m], where in the tables each
-        request's parameters are; positions: [m] int64, the index in its sequence of the token to be drawn.
+        request's parameters are; positions: [m], the index in its sequence of the token to be drawn.
         The tables: temperature (0 is greedy), top_p (1 is off), min_p (0 is off) float32, top_k (0 is off)
         integers, seed int64 (the bits of the unsigned seed). Without `filters` the last three that filter
         are not looked at. Order: temperature, min-p, top-k, top-p; a tie at the edge goes to the lower id.
         Raises `ValueError` for more than `max_rows` rows.
         """
         m, vocab = logits.shape
-        tokens = torch.empty(m, dtype=torch.int64, device=logits.device) if out is None else out
+        tokens = torch.empty(m, dtype=torch.int64, device=logits.device)
         if m == 0:
             return tokens
         if m > len(self._best):
@@ -136,8 +162,10 @@ class TokenSampler:
         blocks = triton.cdiv(vocab, WORDS * LANE)
         groups = blocks * WORDS * LANE // GROUP.value
         largest = torch.empty(m, groups, device=logits.device) if filters else None
+        given = (delivery.newest, delivery.sent, delivery.places) if delivery else (tokens, tokens, tokens)
         _best_kernel[(m, blocks)](
             tokens,
+            *given,
             self._best,
             self._arrivals,
             largest,
@@ -152,12 +180,14 @@ class TokenSampler:
             VOCAB=vocab,
             LANE=LANE,
             FILTERS=filters,
+            DELIVERS=delivery is not None,
             num_warps=4,
             **self._options,
         )
         if filters:
             filter_kernel[(m,)](
                 tokens,
+                *given,
                 torch.empty(m, CAPACITY, dtype=torch.int64, device=logits.device),
                 torch.empty(m, groups, dtype=torch.int32, device=logits.device),
                 largest,
@@ -176,6 +206,7 @@ class TokenSampler:
                 FEW=FEW,
                 NUM_GROUPS=groups,
                 GROUPS=triton.next_power_of_2(groups),
+                DELIVERS=delivery is not None,
                 num_warps=16,
                 **self._options,
             )

@@ -13,14 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), new block
-STAGED = 6
+from microvllm.ops.gpu.launch import follow, launch_options
+
+# row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), new block,
+# where the next token goes in the host's memory (-1: nowhere)
+STAGED = 7
 CHUNK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """ids, positions, slots, lens: [batch] int32, slot -1 for padding; blocks: [batch, width] int32."""
+    """rows, ids, positions, slots, lens, places: [batch] int32, slot -1 for padding; blocks: [batch, width]
+    int32."""
 
     rows: Tensor
     ids: Tensor
@@ -28,10 +32,13 @@ class DecodeInputs:
     slots: Tensor
     lens: Tensor
     blocks: Tensor
+    places: Tensor
 
 
-def prepare_decode(staged: Tensor, tables: Tensor, newest: Tensor, block_size: int) -> DecodeInputs:
-    """staged: [6, batch] int32, see `STAGED`; tables: [rows, width] int32, updated with the new blocks;
+def prepare_decode(
+    staged: Tensor, tables: Tensor, newest: Tensor, block_size: int, *, pdl: bool = False
+) -> DecodeInputs:
+    """staged: [7, batch] int32, see `STAGED`; tables: [rows, width] int32, updated with the new blocks;
     newest: [rows] int64, the newest token of every row.
 
     Padding names a row that no request has. Only the blocks that a sequence reads are written.
@@ -40,17 +47,31 @@ def prepare_decode(staged: Tensor, tables: Tensor, newest: Tensor, block_size: i
     made = torch.empty(4, batch, dtype=torch.int32, device=staged.device)
     blocks = torch.empty(batch, width, dtype=torch.int32, device=staged.device)
     _prepare_kernel[(batch,)](
-        staged, tables, newest, made, blocks, batch, width, PAGE=block_size, CHUNK=CHUNK, num_warps=4
+        *(staged, tables, newest, made, blocks, batch, width),
+        PAGE=block_size,
+        CHUNK=CHUNK,
+        num_warps=4,
+        **launch_options(pdl),
     )
     ids, positions, slots, lens = made.unbind(0)
-    return DecodeInputs(staged[0], ids, positions, slots, lens, blocks)
+    return DecodeInputs(staged[0], ids, positions, slots, lens, blocks, staged[6])
 
 
 @triton.jit
 def _prepare_kernel(
-    staged, tables, newest, made, blocks, batch, width, PAGE: tl.constexpr, CHUNK: tl.constexpr
+    staged,
+    tables,
+    newest,
+    made,
+    blocks,
+    batch,
+    width,
+    PAGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program: one sequence."""
+    follow(PDL)
     i = tl.program_id(0)
     row = tl.load(staged + i).to(tl.int64)
     token = tl.load(staged + batch + i)

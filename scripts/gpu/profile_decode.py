@@ -1,6 +1,6 @@
 """Where the time of a decode step goes on a GPU: the host's parts, kernels by name, and gaps.
 
-The GPU is idle between the last work of a step, the copy of its tokens to the host, and the first kernel of
+The GPU is idle between the last work of a step, which brings its tokens to the host, and the first kernel of
 the next: then it waits for the host. That is meant both in the table of `--log-step-times`, which comes first
 and has it from events, and in the profile. Gaps between the kernels of a step are told apart from it.
 
@@ -65,7 +65,8 @@ def report(core: EngineCore[LaunchedStep], batch: int, context: int, first_id: i
             between += max(0.0, start - end)
         else:
             inside += max(0.0, start - end)
-        end, after_step = max(end, stop), name.startswith("Memcpy DtoH")
+        # A replayed step ends with the kernel that writes its tokens to the host's memory.
+        end, after_step = max(end, stop), name.startswith(("Memcpy DtoH", "filter_kernel"))
     total = end - begin
     print(
         f"\nbatch {batch}, context {context}: {plain * 1e3:.3f} ms a step; idle in the profile: "
