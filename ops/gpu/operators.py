@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,15 @@ from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms
 from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
+from microvllm.ops.gpu.tunings import stream_tilings
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator
+
+if TYPE_CHECKING:
+    from microvllm.ops.gpu.stream import StreamedWeight
 
 
 class GpuOperators:
@@ -32,6 +38,7 @@ class GpuOperators:
     def __init__(self, dtype: torch.dtype, device: torch.device, attention: str) -> None:
         self.activation_dtype = dtype
         self.pdl = can_launch_early(device)
+        self.levers = Levers.of(device)
         self._attention = attention
         self._arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
@@ -39,17 +46,31 @@ class GpuOperators:
         return partial(gather_rows, weight, pdl=self.pdl)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        return GpuProduct(weight, bias, self._arrivals, pdl=self.pdl)
+        return self._product(weight, bias)
 
     def norm_linear(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return GpuProduct(weight, bias, self._arrivals, norm=norm_weight, eps=eps, pdl=self.pdl)
+        return self._product(weight, bias, norm=norm_weight, eps=eps)
 
     def norm_gate_up(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        return GpuProduct(weight, bias, self._arrivals, norm=norm_weight, eps=eps, gated=True, pdl=self.pdl)
+        return self._product(weight, bias, norm=norm_weight, eps=eps, gated=True)
+
+    def _product(
+        self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, **norm: Any
+    ) -> GpuProduct:
+        weight = weight.contiguous()
+        streamed = None
+        if self.levers.stream and weight.dtype.itemsize == 2 and weight.shape[1] % 8 == 0:
+            rows, k = weight.shape
+            n = rows // 2 if gated else rows
+            if tilings := stream_tilings(weight.device, n, k, gated=gated):
+                from microvllm.ops.gpu.stream import StreamedWeight
+
+                streamed = StreamedWeight(weight, self._arrivals, tilings, gated=gated, pdl=self.pdl)
+        return GpuProduct(weight, bias, self._arrivals, streamed, gated=gated, pdl=self.pdl, **norm)
 
     def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
         return DecoderLayers(layers)
@@ -78,7 +99,8 @@ class GpuOperators:
 class GpuProduct:
     """act(norm(x) @ weight.T + bias) + residual: own kernels for few rows, cuBLAS between two for many.
 
-    norm is RMSNorm, or nothing without its weight; act is SwiGLU if `gated`, else nothing.
+    norm is RMSNorm, or nothing without its weight; act is SwiGLU if `gated`, else nothing. `streamed` is the
+    same weight with tilings for the numbers of rows that it is fastest for.
     """
 
     def __init__(
@@ -86,13 +108,15 @@ class GpuProduct:
         weight: Tensor,
         bias: Tensor | None,
         arrivals: Tensor,
+        streamed: StreamedWeight | None,
         *,
         norm: Tensor | None = None,
         eps: float = 0.0,
         gated: bool = False,
         pdl: bool,
     ) -> None:
-        self._weight, self._bias = weight.contiguous(), bias
+        self._weight, self._bias = weight, bias
+        self._streamed = streamed
         self._norm, self._eps = norm, eps
         self._arrivals = arrivals
         self._gated = gated
@@ -100,6 +124,10 @@ class GpuProduct:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
+        if self._streamed is not None and (tiling := self._streamed.tiling(x.shape[0])):
+            if self._norm is not None:
+                x = rms_norm(x, self._norm, self._eps, pdl=self._pdl)
+            return self._streamed(x, tiling, self._bias, residual)
         if 0 < x.shape[0] <= MAX_SKINNY_ROWS:
             return skinny_linear(
                 x,

@@ -1,0 +1,47 @@
+"""Which of the faster ways of the GPU kernels are in use; each can be switched off.
+
+`MICROVLLM_GPU_OFF=stream,early_reads` names those that are not to be used. `docs/benchmarks.md` says what
+each of them gained.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+
+VARIABLE = "MICROVLLM_GPU_OFF"
+GLUON_VERSION = "3.6."  # of Triton: the language of `ops.gpu.stream` is not stable
+
+
+class LeverError(ValueError):
+    """`MICROVLLM_GPU_OFF` names something that there is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
+    step writes before it waits for the one ahead; boxes: whole tiles of cached keys and values come by the
+    copy engine in decode attention.
+    """
+
+    stream: bool = False
+    early_reads: bool = False
+    boxes: bool = False
+
+    @staticmethod
+    def of(device: torch.device) -> Levers:
+        """What the device and the installed Triton offer, without what is switched off.
+
+        Raises `LeverError` for an unknown name.
+        """
+        known = [field.name for field in fields(Levers)]
+        off = {name.strip() for name in os.environ.get(VARIABLE, "").split(",")} - {""}
+        if unknown := sorted(off.difference(known)):
+            raise LeverError(f"{VARIABLE}: there is no {unknown[0]}; there are {', '.join(known)}")
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+            return Levers()
+        gluon = triton.__version__.startswith(GLUON_VERSION)
+        return Levers("stream" not in off and gluon, "early_reads" not in off, "boxes" not in off)

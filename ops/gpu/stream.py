@@ -1,0 +1,258 @@
+"""Products of few rows with a weight that is streamed once through shared memory, on compute capability 9.0.
+
+A weight of [n, k] and m rows of x take n * k * 2 bytes from memory and 2 * m * n * k operations; besides,
+x is read from the L2 cache for each BLOCK_N columns of the result, m * k * 2 bytes. Up to some 64 rows the
+bytes of the weight are what takes time. Share of the bandwidth of an H200 (4.59 TB/s) that was measured:
+gate_up of Qwen2-7B, 272 MB, 88 % with 8 rows and 79 % with 64; its head, 96 and 89 %; o, 26 MB, 63 and 49 %.
+
+The weight is the tensor core's left operand, whose tile has 64 rows at least, and x the right one, whose tile
+has as few as 8, so that few rows are not padded to many. The copy engine keeps a ring of STAGES steps
+(BLOCK_K columns of a tile) in flight. A program fills its ring with weights before it waits for the kernel
+ahead: a weight that fits the rings of all multiprocessors is on the chip when x is known. Sums over k may be
+split among programs; the one that comes last adds the parts up, always in the same order.
+
+Written in Gluon (`triton.experimental`), which may change with every version of Triton: `ops.gpu.levers` says
+with which it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from operator import itemgetter
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from microvllm.ops.gpu.launch import launch_options
+from microvllm.ops.gpu.tiling import Tiling
+
+MIN_ROWS = 8  # of the right operand's tile
+
+
+@gluon.jit
+def _load_weight(weight, tiles, arrived, slot, n, k, inside, N, GATED: gl.constexpr, BYTES: gl.constexpr):
+    """Request a step's tile of the weight, and announce the BYTES of the whole step."""
+    mbarrier.expect(arrived.index(slot), BYTES, inside)
+    if GATED:
+        tma.async_copy_global_to_shared(weight, [n, k], arrived.index(slot), tiles.index(2 * slot), inside)
+        tma.async_copy_global_to_shared(
+            weight, [N + n, k], arrived.index(slot), tiles.index(2 * slot + 1), inside
+        )
+    else:
+        tma.async_copy_global_to_shared(weight, [n, k], arrived.index(slot), tiles.index(slot), inside)
+
+
+@gluon.jit
+def _add_parts(part, stride, splits):
+    """part: pointers to the first split's part; the others are `stride` apart."""
+    # Past the L1 cache, which other multiprocessors do not write through.
+    total = gl.load(part, cache_modifier=".cg")
+    for split in range(1, splits):
+        total += gl.load(part + split * stride, cache_modifier=".cg")
+    return total
+
+
+@gluon.jit(do_not_specialize=["M", "K", "chunk"])
+def _stream_kernel(
+    y,
+    x,
+    weight,
+    bias,
+    residual,
+    parts,
+    arrivals,
+    M,
+    N,
+    K,
+    chunk,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATED: gl.constexpr,
+    BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Program: BLOCK_N columns of y, and `chunk` of the steps over k that their sums take.
+
+    x, weight: descriptors of boxes [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; what lies outside is zero.
+    """
+    DTYPE: gl.constexpr = weight.dtype
+    HALVES: gl.constexpr = 2 if GATED else 1
+    SIZE: gl.constexpr = BLOCK_N * BLOCK_M
+    BYTES: gl.constexpr = (HALVES * BLOCK_N + BLOCK_M) * BLOCK_K * 2
+    WARPS: gl.constexpr = gl.num_warps()
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    # As they are stored: a thread has neighbouring columns of y.
+    WIDE: gl.constexpr = 8 if SIZE >= 256 * WARPS else 4
+    LANES: gl.constexpr = BLOCK_N // WIDE if BLOCK_N // WIDE < 32 else 32
+    STORED: gl.constexpr = gl.BlockedLayout([WIDE, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    tile, split, splits = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
+    begin = split * chunk
+    steps = gl.minimum(chunk, (K + BLOCK_K - 1) // BLOCK_K - begin)
+    n, first_k = tile * BLOCK_N, begin * BLOCK_K
+
+    tiles = gl.allocate_shared_memory(DTYPE, [STAGES * HALVES, BLOCK_N, BLOCK_K], weight.layout)
+    x_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(arrived.index(slot), count=1)
+    for slot in gl.static_range(STAGES):
+        _load_weight(weight, tiles, arrived, slot, n, first_k + slot * BLOCK_K, slot < steps, N, GATED, BYTES)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for slot in gl.static_range(STAGES):
+        tma.async_copy_global_to_shared(
+            x, [0, first_k + slot * BLOCK_K], arrived.index(slot), x_tiles.index(slot), slot < steps
+        )
+
+    sums = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+    up_sums = sums
+    slot, phase = 0, 0
+    for step in range(steps):
+        mbarrier.wait(arrived.index(slot), phase)
+        right = x_tiles.index(slot).permute((1, 0))
+        if GATED:
+            started = warpgroup_mma(tiles.index(2 * slot), right, sums, is_async=True)
+            up_started = warpgroup_mma(tiles.index(2 * slot + 1), right, up_sums, is_async=True)
+            sums, up_sums = warpgroup_mma_wait(0, [started, up_started])
+        else:
+            started = warpgroup_mma(tiles.index(slot), right, sums, is_async=True)
+            sums = warpgroup_mma_wait(0, [started])
+        gl.thread_barrier()  # all warps have read the slot
+        inside = step + STAGES < steps
+        k = first_k + (step + STAGES) * BLOCK_K
+        _load_weight(weight, tiles, arrived, slot, n, k, inside, N, GATED, BYTES)
+        tma.async_copy_global_to_shared(x, [0, k], arrived.index(slot), x_tiles.index(slot), inside)
+        slot += 1
+        wraps = slot == STAGES
+        slot = gl.where(wraps, 0, slot)
+        phase = gl.where(wraps, 1 - phase, phase)
+
+    columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, STORED))
+    rows = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORED))
+    total = gl.convert_layout(sums, STORED)
+    up_total = gl.convert_layout(up_sums, STORED) if GATED else total
+    complete = splits == 1
+    if splits > 1:
+        part = parts + tile * (HALVES * SIZE) + rows[None, :] * BLOCK_N + columns[:, None]
+        stride = gl.num_programs(0) * (HALVES * SIZE)
+        gl.store(part + split * stride, total)
+        if GATED:
+            gl.store(part + split * stride + SIZE, up_total)
+        gl.thread_barrier()  # all threads have stored before one of them says so
+        complete = gl.atomic_add(arrivals + tile, 1, sem="acq_rel", scope="gpu") == splits - 1
+        if complete:
+            gl.atomic_xchg(arrivals + tile, 0)
+            total = _add_parts(part, stride, splits)
+            if GATED:
+                up_total = _add_parts(part + SIZE, stride, splits)
+    if complete:
+        columns += n
+        known = columns < N
+        if BIAS:
+            total += gl.load(bias + columns, known, 0.0).to(gl.float32)[:, None]
+        if GATED:
+            if BIAS:
+                up_total += gl.load(bias + N + columns, known, 0.0).to(gl.float32)[:, None]
+            total = total / (1.0 + gl.exp(-total)) * up_total  # SwiGLU
+        at = rows[None, :] * N + columns[:, None]
+        inside_y = (rows < M)[None, :] & known[:, None]
+        if RESIDUAL:
+            total += gl.load(residual + at, inside_y, 0.0).to(gl.float32)
+        gl.store(y + at, total.to(DTYPE), inside_y)
+
+
+@lru_cache(maxsize=1)
+def _layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+def _boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What the copy engine needs to find boxes of [rows, columns] in a contiguous matrix."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], _layout())
+
+
+class StreamedWeight:
+    """A weight of bfloat16 or float16 on the device, [n, k], or [2 * n, k] (gate before up) if `gated`.
+
+    k is a multiple of 8. tilings: by the largest number of rows that they are for, None for those that
+    another kernel is for; block_n is a multiple of 16 * warps, block_k one of 64. arrivals: int32 zeros, at
+    least one for each block_n columns, and zeros again after each call; for one call at a time.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        arrivals: Tensor,
+        tilings: Mapping[int, Tiling | None],
+        *,
+        gated: bool,
+        pdl: bool,
+    ) -> None:
+        self._weight, self._arrivals = weight, arrivals
+        self._tilings = sorted(tilings.items(), key=itemgetter(0))
+        self._gated, self._pdl = gated, pdl
+        self._weight_boxes: dict[tuple[int, int], TensorDescriptor] = {}
+
+    def tiling(self, rows: int) -> Tiling | None:
+        """The tiling for x of so many rows, if there is one."""
+        return next((tiling for most, tiling in self._tilings if 0 < rows <= most), None)
+
+    def __call__(
+        self, x: Tensor, tiling: Tiling, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """act(x @ weight.T + bias) + residual, with float32 sums and one rounding at the end.
+
+        x: [m, k] contiguous, of the weight's dtype; bias: one number a row of the weight; residual: [m, n];
+        act is SwiGLU if gated. -> [m, n].
+        """
+        m, k = x.shape
+        n = self._weight.shape[0] // (2 if self._gated else 1)
+        place = (tiling.block_n, tiling.block_k)
+        if place not in self._weight_boxes:
+            self._weight_boxes[place] = _boxes(self._weight, *place)
+        block_m = max(MIN_ROWS, triton.next_power_of_2(m))
+        tiles, steps = triton.cdiv(n, tiling.block_n), triton.cdiv(k, tiling.block_k)
+        chunk = triton.cdiv(steps, tiling.splits)
+        splits = triton.cdiv(steps, chunk)
+        halves = 2 if self._gated else 1
+        shape = (splits if splits > 1 else 0, tiles, halves, block_m, tiling.block_n)
+        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        _stream_kernel[(tiles, splits)](
+            y,
+            _boxes(x, block_m, tiling.block_k),
+            self._weight_boxes[place],
+            bias,
+            residual,
+            torch.empty(shape, dtype=torch.float32, device=x.device),
+            self._arrivals,
+            m,
+            n,
+            k,
+            chunk,
+            BLOCK_M=block_m,
+            BLOCK_N=tiling.block_n,
+            BLOCK_K=tiling.block_k,
+            STAGES=tiling.stages,
+            GATED=self._gated,
+            BIAS=bias is not None,
+            RESIDUAL=residual is not None,
+            num_warps=tiling.warps,
+            **launch_options(self._pdl),
+        )
+        return y

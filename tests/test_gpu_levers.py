@@ -1,0 +1,52 @@
+"""What of the GPU's faster ways is in use, and the variable that switches it off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
+import triton
+
+from microvllm.ops.gpu.levers import VARIABLE, LeverError, Levers
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An H200 with the version of Triton that Gluon is used with."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    return monkeypatch
+
+
+def test_all_are_in_use_where_they_can_be(hopper: Any) -> None:
+    assert Levers.of(GPU) == Levers(stream=True, early_reads=True, boxes=True)
+    assert Levers.of(torch.device("cpu")) == Levers()
+
+
+def test_another_triton_has_no_streamed_products(hopper: Any) -> None:
+    hopper.setattr(triton, "__version__", "3.8.0")
+    assert Levers.of(GPU) == Levers(stream=False, early_reads=True, boxes=True)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_another_gpu_has_none(hopper: Any, capability: tuple[int, int]) -> None:
+    hopper.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert Levers.of(GPU) == Levers()
+
+
+def test_each_can_be_switched_off(hopper: Any) -> None:
+    hopper.setenv(VARIABLE, "stream, boxes")
+    assert Levers.of(GPU) == Levers(early_reads=True)
+
+
+def test_an_unknown_one_is_refused(hopper: Any) -> None:
+    hopper.setenv(VARIABLE, "stream,turbo")
+    with pytest.raises(LeverError, match="there is no turbo; there are stream, early_reads, boxes"):
+        Levers.of(GPU)
