@@ -81,6 +81,20 @@ def test_tiles_and_blocks_of_any_ratio(tile: int, block_size: int) -> None:
     check(case, DecodeTiling(tile, 2, 4, 2))
 
 
+@pytest.mark.parametrize(("tile", "block_size"), [(16, 16), (16, 64)])
+def test_tiles_by_the_copy_engine(tile: int, block_size: int) -> None:
+    """Whole tiles and parts of one; what another request left behind the last token is not looked at."""
+    case = Case(
+        AttentionShape(2, 6, 2, 16), block_size, [1, 40, 17, 0, 16, 130, 33], [(2, 20)], torch.float32
+    )
+    backend = make_backend(case, DecodeTiling(tile, 2, 4, 2, boxes=True))
+    for sequence in case.decodes:
+        if begun := sequence.context % block_size:
+            backend.cache[:, :, sequence.blocks[-1], :, begun:] = torch.nan
+    out = backend.begin_step(case.batch(DEVICE, as_table=True))(1, case.qkv.to(DEVICE))
+    assert relative_error(out, case.expected(1)[0]) < TOLERANCE[case.dtype]
+
+
 def test_one_long_sequence_is_split_among_all_programs() -> None:
     case = Case(AttentionShape(1, 2, 1, 16), 16, [16 * 13 + 1], [], torch.float32)
     check(case, TILES_OF_16)

@@ -7,16 +7,18 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
 from microvllm.ops.attention.triton_decode import (
+    MANY_SEQS,
     DecodeTiling,
     DecodeWorkspace,
     decode_attention,
     plan_decode,
 )
 from microvllm.ops.attention.triton_prefill import PrefillTiling, prefill_attention
+from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.rope_cache import RotaryAngles, rope_and_cache
 
 MIN_BLOCK = 16
-INTERPRETED_PROGRAMS = 6  # where there are no multiprocessors to fill: enough to split sequences
+INTERPRETED_SMS = 3  # where there are no multiprocessors to fill: enough to split sequences
 
 
 class TritonAttention:
@@ -26,6 +28,7 @@ class TritonAttention:
     block is one contiguous run. float32, bfloat16 or float16; a head's size is even.
     `pdl`: let each kernel start before the one in front of it has ended (programmatic dependent launch,
     from compute capability 9.0 on); then the kernels around these have to wait in the same way.
+    `levers`: none by default. `decode_tiling` is for few sequences and many.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class TritonAttention:
         qk_norms: QKNorms | None = None,
         *,
         pdl: bool = False,
+        levers: Levers | None = None,
         decode_tiling: DecodeTiling | None = None,
         prefill_tiling: PrefillTiling | None = None,
     ) -> None:
         """Raises ValueError for a block size that is no power of two from 16 on."""
         if block_size < MIN_BLOCK or block_size & (block_size - 1):
             raise ValueError(f"block_size: {block_size} is no power of two from {MIN_BLOCK} on")
+        levers = levers or Levers()
         device = inv_freq.device
         self.shape = shape
         self.norms = qk_norms
@@ -60,14 +65,20 @@ class TritonAttention:
             dtype=dtype,
             device=device,
         )
-        self.decode_tiling = decode_tiling or DecodeTiling.measured(shape.head_dim, dtype)
+        self._few = self._many = decode_tiling or DecodeTiling.measured(shape.head_dim, dtype)
+        if decode_tiling is None and levers.boxes:
+            self._many = DecodeTiling.by_boxes(shape, dtype, block_size) or self._few
+        self.early_reads = levers.early_reads
         group = shape.num_heads // shape.num_kv_heads
         self.prefill_tiling = prefill_tiling or PrefillTiling.measured(shape.head_dim, dtype, group)
-        programs = INTERPRETED_PROGRAMS
+        sms = INTERPRETED_SMS
         if device.type == "cuda":
             sms = torch.cuda.get_device_properties(device).multi_processor_count
-            programs = sms * self.decode_tiling.programs_per_sm
-        self.workspace = DecodeWorkspace(shape, programs, device)
+        most = max(self._few.programs_per_sm, self._many.programs_per_sm)
+        self.workspace = DecodeWorkspace(shape, sms, most, device)
+
+    def decode_tiling(self, sequences: int) -> DecodeTiling:
+        return self._many if sequences >= MANY_SEQS else self._few
 
     def begin_step(self, batch: AttentionBatch) -> TritonStep:
         return TritonStep(self, batch)
@@ -78,8 +89,10 @@ class TritonStep:
         self._backend = backend
         self._batch = batch
         self._segments = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
+        self._tiling = backend.decode_tiling(batch.num_decodes)
+        self._early = False
         if batch.num_decodes:
-            self._tile_ends = plan_decode(batch.decode_lens, backend.shape, backend.decode_tiling)
+            self._tile_ends = plan_decode(batch.decode_lens, backend.shape, self._tiling, pdl=backend.pdl)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         backend, batch, decodes = self._backend, self._batch, self._batch.num_decodes
@@ -100,10 +113,12 @@ class TritonStep:
                 backend.angles,
                 backend.norms,
                 layer,
-                backend.decode_tiling,
+                self._tiling,
                 backend.workspace,
                 pdl=backend.pdl,
+                early=self._early,
             )
+            self._early = backend.early_reads  # behind the step's first
         if decodes < qkv.shape[0]:
             q = rope_and_cache(
                 qkv[decodes:],

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from microvllm.ops.attention import AttentionShape, QKNorms
 from microvllm.ops.gpu.launch import follow, launch_options
@@ -30,6 +31,7 @@ REGISTERS_OF_SM = 65536
 MIN_DOT_ROWS = 16  # of a tensor core's tile
 MAX_PARTS = 32  # of a unit, on average: more would take longer to merge than they save
 SEARCH = 512  # sequences looked at at once where a program looks for its first
+MANY_SEQS = 8  # from so many on a step's decodes fill the device
 
 
 @triton.jit
@@ -64,7 +66,9 @@ def _plan_kernel(
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     SEARCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    follow(PDL)
     total = 0
     for start in range(0, num_seqs, SEARCH):
         seqs = start + tl.arange(0, SEARCH)
@@ -123,12 +127,25 @@ def _merge(
     tl.store(out + rows[:, None] * D + d[None, :], total / weight_sum[:, None], inside)
 
 
+@triton.jit
+def _attend_tile(attended, highest, weight_sum, scores, v):
+    """Take a tile into the running softmax. scores: [ROWS, TILE], in powers of two; v: [TILE, BLOCK_D]."""
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    kept = tl.exp2(highest - higher)
+    weight_sum = weight_sum * kept + tl.sum(weights, 1)
+    attended = tl.dot(weights.to(v.dtype), v, attended * kept[:, None], input_precision="ieee")
+    return attended, higher, weight_sum
+
+
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _decode_kernel(
     out,
     qkv,
     keys,
     values,
+    key_boxes,
+    value_boxes,
     cos,
     sin,
     q_norm,
@@ -158,14 +175,27 @@ def _decode_kernel(
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     SEARCH: tl.constexpr,
+    BOXES: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Program: a run of tiles.
+
+    With EARLY it looks for its run before it waits for the kernel ahead; see `decode_attention`.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    follow(PDL)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    elif PDL:
+        # In this order: what starts then finds all that was written before this kernel.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     total = tl.load(tile_ends + num_seqs - 1)
     programs = tl.minimum(tl.minimum(tl.num_programs(0), total), num_seqs * KV_HEADS * MAX_PARTS)
     if program >= programs:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         return
     tile = (program.to(tl.int64) * total // programs).to(tl.int32)
     end = ((program + 1).to(tl.int64) * total // programs).to(tl.int32)
@@ -177,6 +207,8 @@ def _decode_kernel(
     d = tl.arange(0, BLOCK_D)
     rows = tl.arange(0, ROWS)
     one = tl.arange(0, 1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     while tile < end:
         # The unit, and the part of it that is this program's: tiles [tile, stop).
         length = tl.load(lens + seq).to(tl.int32)
@@ -233,7 +265,18 @@ def _decode_kernel(
         highest = tl.where(takes_new, scores, -float("inf"))
         weight_sum = tl.where(takes_new, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
         attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32)
-        for i in tl.range(tile - unit_begin, tl.minimum(stop - unit_begin, cached_tiles), num_stages=STAGES):
+        begin_tile, end_tile = tile - unit_begin, tl.minimum(stop - unit_begin, cached_tiles)
+        if BOXES:
+            # Whole tiles by the copy engine. The last one of a sequence may hold what others left there.
+            whole = tl.minimum(end_tile, cached // TILE)
+            for i in tl.range(begin_tile, whole, num_stages=STAGES):
+                row = (tl.load(table + i * TILE // PAGE) * KV_HEADS + head) * PAGE + i * TILE % PAGE
+                tile_scores = tl.dot(q, tl.trans(key_boxes.load([row, 0])), input_precision="ieee") * scale
+                attended, highest, weight_sum = _attend_tile(
+                    attended, highest, weight_sum, tile_scores, value_boxes.load([row, 0])
+                )
+            begin_tile = tl.maximum(begin_tile, whole)
+        for i in tl.range(begin_tile, end_tile, num_stages=1 if BOXES else STAGES):
             start = (first_tile + i) * TILE
             at = start + tl.arange(0, TILE)
             visible = at < cached
@@ -247,13 +290,9 @@ def _decode_kernel(
             k = tl.load(keys + place, inside, 0.0)
             tile_scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             tile_scores = tl.where(visible[None, :], tile_scores, -float("inf"))
-            higher = tl.maximum(highest, tl.max(tile_scores, 1))
-            weights = tl.exp2(tile_scores - higher[:, None])
-            kept = tl.exp2(highest - higher)
-            weight_sum = weight_sum * kept + tl.sum(weights, 1)
-            v = tl.load(values + place, inside, 0.0)
-            attended = tl.dot(weights.to(v.dtype), v, attended * kept[:, None], input_precision="ieee")
-            highest = higher
+            attended, highest, weight_sum = _attend_tile(
+                attended, highest, weight_sum, tile_scores, tl.load(values + place, inside, 0.0)
+            )
         # Only padding (length 0) has no weight at all: its output is zeros.
         attended = attended / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
 
@@ -283,19 +322,30 @@ class DecodeTiling:
     """How the work is cut: tokens a tile, stages of the loop over tiles, warps a program, programs an SM.
 
     Triton gives every second stage to the look-up in the block table: 3 stages keep one tile in flight
-    while another is computed, 5 stages two.
+    while another is computed, 5 stages two. boxes: whole tiles come by the copy engine (from compute
+    capability 9.0 on; a tile lies within a block, heads are a power of two, and there is no window).
     """
 
     tile: int
     stages: int
     warps: int
     programs_per_sm: int
+    boxes: bool = False
 
     @staticmethod
     def measured(dim: int, dtype: torch.dtype) -> DecodeTiling:
         """Tiles of 16 KiB of keys; the rest is what was fastest on an H100 for heads of 128 in bf16."""
         row = triton.next_power_of_2(dim) * dtype.itemsize
         return DecodeTiling(max(16, min(128, 16384 // row)), 3, 4, 3)
+
+    @staticmethod
+    def by_boxes(shape: AttentionShape, dtype: torch.dtype, block_size: int) -> DecodeTiling | None:
+        """For MANY_SEQS sequences or more, where it was a gain: on an H200 a twentieth, for heads of 128.
+
+        Four programs find room on a multiprocessor, because the copy engine computes the addresses.
+        """
+        fits = shape.head_dim == 128 and dtype.itemsize == 2 and shape.window is None and block_size >= 64
+        return DecodeTiling(64, 3, 4, 4, boxes=True) if fits else None
 
     @property
     def max_registers(self) -> int:
@@ -306,20 +356,24 @@ class DecodeTiling:
 class DecodeWorkspace:
     """Room for the parts of split units, for all layers and batch sizes; used by one stream at a time.
 
-    programs: the grid of every launch. partial: [2 * programs, group, d] float32, each part's attention;
-    partial_lse: [2 * programs, group] float32, log2 of its sum of weights; arrivals: [programs] int32,
-    how many parts of the unit that begins in a program's run are there: 0 between launches.
+    programs: multiprocessors * programs_per_sm, of the largest grid. partial: [2 * programs, group, d]
+    float32, each part's attention; partial_lse: [2 * programs, group] float32, log2 of its sum of weights;
+    arrivals: [programs] int32, how many parts of the unit that begins in a program's run are there: 0 between
+    launches.
     """
 
-    def __init__(self, shape: AttentionShape, programs: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: AttentionShape, multiprocessors: int, programs_per_sm: int, device: torch.device
+    ) -> None:
         group = shape.num_heads // shape.num_kv_heads
-        self.programs = programs
+        self.multiprocessors = multiprocessors
+        programs = multiprocessors * programs_per_sm
         self.partial = torch.empty(2 * programs, group, shape.head_dim, device=device)
         self.partial_lse = torch.empty(2 * programs, group, device=device)
         self.arrivals = torch.zeros(programs, dtype=torch.int32, device=device)
 
 
-def plan_decode(lens: Tensor, shape: AttentionShape, tiling: DecodeTiling) -> Tensor:
+def plan_decode(lens: Tensor, shape: AttentionShape, tiling: DecodeTiling, *, pdl: bool = False) -> Tensor:
     """lens: [b] context lengths with the new token, 0 for padding -> [b] int32 running sum of the tiles."""
     tile_ends = torch.empty(lens.shape[0], dtype=torch.int32, device=lens.device)
     _plan_kernel[(1,)](
@@ -331,6 +385,7 @@ def plan_decode(lens: Tensor, shape: AttentionShape, tiling: DecodeTiling) -> Te
         TILE=tiling.tile,
         SEARCH=SEARCH,
         num_warps=4,
+        **launch_options(pdl),
     )
     return tile_ends
 
@@ -352,23 +407,30 @@ def decode_attention(
     workspace: DecodeWorkspace,
     *,
     pdl: bool = False,
+    early: bool = False,
 ) -> None:
     """Attention of b sequences' newest tokens, whose k and v are written to `slots`.
 
     qkv: [b, (heads + 2 * kv_heads) * d], not rotated; keys, values: [blocks, kv_heads, block, d], all of
     one dtype; slots, lens: [b]; tables: [b, width], rows of blocks; tile_ends: of `plan_decode`;
     out: [b, heads * d]. A slot of -1 is not written; a length of 0 gives zeros.
+    early: lens, slots, tables and tile_ends are read before the kernel ahead has ended, which is right behind
+    one that waited before it let others start, as this one does without `early`.
     No host synchronisation, a grid that depends on no value: may be captured in a CUDA graph.
     """
     dim = shape.head_dim
     group = shape.num_heads // shape.num_kv_heads
     block_group, block_dim = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
-    _decode_kernel[(workspace.programs,)](
+    boxes, by_boxes = [keys, values], tiling.boxes and shape.window is None
+    if by_boxes:
+        boxes = [TensorDescriptor.from_tensor(x.view(-1, dim), [tiling.tile, dim]) for x in boxes]
+    _decode_kernel[(workspace.multiprocessors * tiling.programs_per_sm,)](
         out,
         qkv,
         keys,
         values,
+        *boxes,
         angles.cos,
         angles.sin,
         q_norm,
@@ -398,6 +460,8 @@ def decode_attention(
         STAGES=tiling.stages,
         NORM=norms is not None,
         SEARCH=SEARCH,
+        BOXES=by_boxes,
+        EARLY=pdl and early,
         num_warps=tiling.warps,
         maxnreg=tiling.max_registers,
         **launch_options(pdl),

@@ -92,7 +92,9 @@ class GpuOperators:
         from microvllm.ops.attention.triton_backend import TritonAttention
 
         return TritonAttention(
-            shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms, pdl=self.pdl
+            *(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms),
+            pdl=self.pdl,
+            levers=self.levers,
         )
 
 

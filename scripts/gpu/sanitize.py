@@ -24,8 +24,9 @@ from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
 from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
-from microvllm.ops.gpu.sampling import TokenSampler
+from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling
@@ -73,6 +74,16 @@ def operators() -> None:
         split = Tiling(16, 32, 4, 2, splits=3)
         y = skinny_linear(normal(5, 200), normal(37, 200), arrivals, tiling=split, pdl=pdl)
         check("split product", y, arrivals)
+    if not ops.levers.stream:
+        return
+    from microvllm.ops.gpu.stream import StreamedWeight
+
+    for gated, pdl in ((False, False), (True, True)):
+        weight, outputs = normal(144, 200), 72 if gated else 144
+        streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=pdl)
+        for tiling in (Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3, splits=3)):
+            x, residual = normal(5, 200), normal(5, outputs)
+            check("streamed product", streamed(x, tiling, normal(144), residual), arrivals)
 
 
 def sampling() -> None:
@@ -80,6 +91,9 @@ def sampling() -> None:
     for dtype in (DTYPE, torch.float32):
         for pdl in {False, can_launch_early(DEVICE)}:
             sampler = TokenSampler(rows, DEVICE, pdl=pdl)
+            newest = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+            sent = torch.zeros(rows, dtype=torch.int64, pin_memory=True)
+            delivery = Delivery(newest, sent, ints(3, -1, 1, 0))
             for filters in (False, True):
                 tokens = sampler(
                     normal(rows, vocab, dtype=dtype),
@@ -91,6 +105,7 @@ def sampling() -> None:
                     min_p=torch.tensor([0.0, 0.0, 0.0, 0.1], device=DEVICE),
                     seed=torch.arange(rows, device=DEVICE),
                     filters=filters,
+                    delivery=delivery,
                 )
                 if not bool(((tokens >= 0) & (tokens < vocab)).all()):
                     raise SystemExit(f"sampling: {tokens.tolist()} are no tokens")
@@ -143,13 +158,18 @@ def attention() -> None:
         inv_freq = 100.0 ** -(torch.arange(0, dim, 2, device=DEVICE) / dim)
         qkv_width = (heads + 2 * kv_heads) * dim
         for pdl in {False, can_launch_early(DEVICE)}:
-            for block, tiling in ((16, DecodeTiling(16, 3, 4, 2)), (64, None)):
+            for block, tiling in ((16, DecodeTiling(16, 3, 4, 2, boxes=pdl and not window)), (64, None)):
                 batch, blocks = mixed_step(block)
                 own = TritonAttention(
-                    *(shape, blocks, block, inv_freq, 2048, DTYPE, norms), pdl=pdl, decode_tiling=tiling
+                    *(shape, blocks, block, inv_freq, 2048, DTYPE, norms),
+                    pdl=pdl,
+                    levers=Levers.of(DEVICE),
+                    decode_tiling=tiling,
                 )
                 own.cache.normal_()
-                out = own.begin_step(batch)(0, normal(len(batch.positions), qkv_width))
+                step, qkv = own.begin_step(batch), normal(len(batch.positions), qkv_width)
+                step(0, qkv)
+                out = step(0, qkv)  # not the first any more, so that it may read early
                 check("triton attention", out, own.cache, own.workspace.arrivals)
         if importlib.util.find_spec("flash_attn"):
             # flash-attn 2.8.3 joins splits 8 rows (sequence and head) at a time and writes the log-sums of up
@@ -166,7 +186,7 @@ def attention() -> None:
 def never_launched() -> list[str]:
     """Kernels of ours that have no compiled form by now; by name, what others call is no kernel."""
     missed = []
-    for module in MODULES:
+    for module in (*MODULES, *["stream"] * Levers.of(DEVICE).stream):
         package = "attention" if module.startswith("triton") else "gpu"
         for name, found in vars(importlib.import_module(f"microvllm.ops.{package}.{module}")).items():
             if isinstance(found, JITFunction) and name.endswith("_kernel"):

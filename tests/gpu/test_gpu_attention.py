@@ -15,6 +15,7 @@ from microvllm.ops.attention import AttentionShape
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.levers import Levers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")]
 
@@ -51,7 +52,8 @@ def make_backend(name: str, case: Case) -> TritonAttention | FlashAttention:
         flash = FlashAttention(*arguments)
         flash.cache[:, :, :-1].copy_(case.cache.transpose(3, 4))
         return flash
-    backend = TritonAttention(*arguments, pdl=name == "triton-pdl")
+    pdl = name == "triton-pdl"
+    backend = TritonAttention(*arguments, pdl=pdl, levers=Levers.of(DEVICE) if pdl else None)
     backend.cache.copy_(case.cache)
     return backend
 
@@ -74,7 +76,7 @@ def test_a_mixed_step_of_a_real_model(name: str, model: str, dtype: torch.dtype)
     shape, with_norms = SHAPES[model]
     if dtype == torch.float32 and name != "triton":
         pytest.skip("no float32 there, or nothing new")
-    block = 256 if name == "flash" else 16
+    block = {"flash": 256, "triton": 16, "triton-pdl": 64}[name]
     case = Case(shape, block, DECODES, SEGMENTS, dtype, with_norms=with_norms)
     backend = make_backend(name, case)
     out = backend.begin_step(case.batch(DEVICE, as_table=True))(1, case.qkv.to(DEVICE))
@@ -90,11 +92,13 @@ def test_a_mixed_step_of_a_real_model(name: str, model: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("name", backends())
-def test_a_captured_graph_takes_any_lengths(name: str) -> None:
+@pytest.mark.parametrize("copies", [1, 3])  # few sequences, and many
+def test_a_captured_graph_takes_any_lengths(name: str, copies: int) -> None:
     """One graph, replayed with other lengths, tables, and inputs: equal to the same step without a graph."""
     shape, with_norms = SHAPES["qwen3-0.6b"]
     block = 256 if name == "flash" else 64
     lengths = [[5, 0, 700, 64], [900, 1, 0, 0], [0, 0, 0, 2000], [257, 256, 255, 1]]
+    lengths = [each * copies for each in lengths]
     cases = [
         Case(shape, block, decodes, [], torch.bfloat16, with_norms=with_norms, seed=i)
         for i, decodes in enumerate(lengths)
@@ -110,7 +114,7 @@ def test_a_captured_graph_takes_any_lengths(name: str) -> None:
     if isinstance(backend, FlashAttention):
         backend.num_blocks = blocks
     batch = first.batch(DEVICE, as_table=True)
-    tables = torch.zeros(4, width, dtype=torch.int32, device=DEVICE)
+    tables = torch.zeros(4 * copies, width, dtype=torch.int32, device=DEVICE)
     static = replace(batch, decode_blocks=tables)
     qkv = first.qkv.to(DEVICE)
 
