@@ -355,7 +355,7 @@ async def test_served_model(model: str | None) -> None:
             "body.chat_template_kwargs",
         ),
         ("/tokenize", {"prompt": "x", "chat_template": "x"}, "chat_template"),
-        ("/tokenize", {"prompt": "x", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "x", "tools": []}, "body.tools"),
         ("/detokenize", {}, "body.tokens"),
         ("/detokenize", {"tokens": None}, "body.tokens"),
         ("/detokenize", {"tokens": "x"}, "body.tokens"),
@@ -428,7 +428,7 @@ async def test_a_request_that_is_still_tokenised_when_the_server_stops(stream: b
         return function(*args)
 
     client.run_blocking = stop_then_run  # type: ignore[method-assign]
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
         asked = http.post("/v1/completions", json={"prompt": "hi", "stream": stream})
         answer = await asyncio.wait_for(asked, 10)
         assert answer.status_code == (200 if stream else 503)
@@ -463,7 +463,7 @@ async def test_a_bug_in_the_middle_of_a_stream_is_an_event(n: int) -> None:
 )
 async def test_unknown_paths_and_methods(method: str, path: str, status: int, kind: str) -> None:
     async with in_process(FakeClient()) as http:
-        answer = await http.send(http.build_request(method, httpx.URL("http://server", path=path)))
+        answer = await http.send(http.build_request(method, httpx.URL("http://localhost", path=path)))
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["type"], error["param"]) == (status, status, kind, None)
     assert path[:200] in error["message"] and len(error["message"]) < 400
@@ -508,7 +508,7 @@ async def test_a_bug_is_answered_without_its_traceback() -> None:
     client.processor = None  # type: ignore[assignment]
     app = create_app(client, ServerArgs())  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         answer = await http.post("/v1/completions", json={"prompt": "hi"})
     assert answer.status_code == 500
     assert error_of(answer)["message"] == "Internal server error."
