@@ -219,7 +219,8 @@ class StreamedWeight:
         """act(x @ weight.T + bias) + residual, with float32 sums and one rounding at the end.
 
         x: [m, k] contiguous, of the weight's dtype; bias: one number a row of the weight; residual: [m, n];
-        act is SwiGLU if gated. -> [m, n].
+        act is SwiGLU if gated. -> [m, n]. Raises `ValueError` where more tiles have split sums than there are
+        arrivals.
         """
         m, k = x.shape
         n = self._weight.shape[0] // (2 if self._gated else 1)
@@ -230,6 +231,8 @@ class StreamedWeight:
         tiles, steps = triton.cdiv(n, tiling.block_n), triton.cdiv(k, tiling.block_k)
         chunk = triton.cdiv(steps, tiling.splits)
         splits = triton.cdiv(steps, chunk)
+        if splits > 1 and tiles > len(self._arrivals):
+            raise ValueError(f"{tiles} tiles of split sums, room for the arrivals of {len(self._arrivals)}")
         halves = 2 if self._gated else 1
         shape = (splits if splits > 1 else 0, tiles, halves, block_m, tiling.block_n)
         y = torch.empty(m, n, dtype=x.dtype, device=x.device)

@@ -1,7 +1,8 @@
 """Tilings that were measured on a device, by its name: what is not here is not in use there.
 
-A product is (n, k, gated): columns of the result, terms of a sum. Its tilings are by the largest number of
-rows that they are for; None where another kernel was as fast within a step of the whole model.
+`scripts/gpu/tune_stream.py` finds them. A product is (n, k, gated): columns of the result, terms of a sum.
+Its tilings are by the largest number of rows that they are for; None where another kernel was as fast within
+a step of the whole model.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
 from microvllm.ops.attention.triton_prefill import PrefillTiling
+from microvllm.ops.gpu.levers import Levers
 
 MODELS = {"28/4x128": AttentionShape(1, 28, 4, 128), "16/8x128 norms": AttentionShape(1, 16, 8, 128)}
 WORK = [
@@ -45,6 +46,7 @@ TILINGS = {
     "64x5 4w 2p": DecodeTiling(64, 5, 4, 2),
     "32x5 4w 3p": DecodeTiling(32, 5, 4, 3),
     "128x5 8w 1p": DecodeTiling(128, 5, 8, 1),
+    "64x3 4w 4p boxes": DecodeTiling(64, 3, 4, 4, boxes=True),
 }
 PREFILL_TILINGS = {
     "64x64x3 4w": PrefillTiling(64, 64, 3, 4),
@@ -103,6 +105,7 @@ def make_backend(
     return TritonAttention(
         *arguments,
         pdl=variant.pdl,
+        levers=Levers.of(device) if variant.pdl else None,
         decode_tiling=TILINGS.get(name),
         prefill_tiling=PREFILL_TILINGS.get(name),
     )
