@@ -48,10 +48,10 @@ def test_the_floor_counts_every_read_once() -> None:
     read = (max(outputs) - 1) * table.weight_bytes(CONFIG)
     for before, after in zip(inputs, outputs, strict=True):
         read += sum(before + token for token in range(1, after)) * table.kv_bytes(CONFIG)
-    assert table.floor_seconds(CONFIG, inputs, outputs, 3) == pytest.approx(read / 3.1e12)
+    assert table.floor_bytes(CONFIG, inputs, outputs, 3) == pytest.approx(read)
     # One after the other, no step is shared.
-    alone = sum(table.floor_seconds(CONFIG, [i], [o], 1) for i, o in zip(inputs, outputs, strict=True))
-    assert table.floor_seconds(CONFIG, inputs, outputs, 1) == pytest.approx(alone)
+    alone = sum(table.floor_bytes(CONFIG, [i], [o], 1) for i, o in zip(inputs, outputs, strict=True))
+    assert table.floor_bytes(CONFIG, inputs, outputs, 1) == pytest.approx(alone)
 
 
 def row(ours: list[float], theirs: list[float]) -> dict[str, Any]:
@@ -76,10 +76,11 @@ def row(ours: list[float], theirs: list[float]) -> dict[str, Any]:
 
 def test_files_are_merged_into_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = {"gpu": "Some GPU", "vllm": "1.2"}
-    files = []
+    files: list[Path] = []
     for name, speeds in (("0.6b-1", ([90.0, 100.0, 120.0], [50.0, 40.0, 60.0])), ("7b-1", ([30.0], [30.0]))):
         files.append(tmp_path / f"{name}.json")
-        files[-1].write_text(json.dumps({"machine": machine, "rows": {name: row(*speeds)}}))
+        here = machine | ({"gpu": "NVIDIA H200, 580"} if name == "7b-1" else {})
+        files[-1].write_text(json.dumps({"machine": here, "rows": {name: row(*speeds)}}))
     sys_argv, sys.argv = sys.argv, ["compare.py", "table", *map(str, files)]
     try:
         script("compare").main()
@@ -90,8 +91,10 @@ def test_files_are_merged_into_one_table(tmp_path: Path, capsys: pytest.CaptureF
     assert lines[3].startswith(
         "| Qwen3-0.6B, 1 stream, 128 / 500 | 100.0 (90.0 to 120.0) | 50.0 (40.0 to 60.0)"
     )
-    assert "| **2.00** | 10.00 (20.00) | 5.0 (5.0) |" in lines[3]
-    assert lines[5] == "gpu Some GPU, vllm 1.2" and lines.count(lines[5]) == 1
+    assert "| **2.00** | 10.00 (20.00) | 5.0 (5.0) | - |" in lines[3]  # nobody has measured that GPU
+    share = script("compare_table").floor_bytes(CONFIG, [128], [500], 1) / (500 / 30.0) / 4.594e12
+    assert lines[2].endswith(f" | {share:.0%} ({share:.0%}) |") and 0 < share < 1
+    assert lines[5:7] == ["gpu Some GPU, vllm 1.2", "gpu NVIDIA H200, 580, vllm 1.2"]
     assert lines[-1].strip() == "python3 -m microvllm.cli --port PORT name"
 
 

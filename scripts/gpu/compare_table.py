@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-READ_BYTES_S = 3.1e12  # what a kernel that only reads reaches on an H100
+# What a kernel that only reads reaches, bytes a second, by a part of the GPU's name.
+READ_BYTES_S = {"H100": 3.1e12, "H200": 4.594e12}
 LABELS = {
     "7b-1": "Qwen2-7B, 1 stream, 128 in / 500 out",
     "7b-35": "Qwen2-7B, 35 streams, 320 / 500",
@@ -48,17 +49,22 @@ def kv_bytes(config: dict[str, Any]) -> int:
     return 2 * 2 * int(config["num_hidden_layers"] * config["num_key_value_heads"] * dim)
 
 
-def floor_seconds(config: dict[str, Any], inputs: list[int], outputs: list[int], concurrency: int) -> float:
-    """The least a run can take: each step reads the weights once and its sequences' keys and values once.
+def read_rate(gpu: str) -> float | None:
+    """Bytes a second that the GPU of this name reads, if that was measured."""
+    return next((rate for part, rate in READ_BYTES_S.items() if part in gpu), None)
 
-    Prompts are free, and so is all arithmetic.
+
+def floor_bytes(config: dict[str, Any], inputs: list[int], outputs: list[int], concurrency: int) -> float:
+    """The least that a run reads: each step the weights once and its sequences' keys and values once.
+
+    Prompts are free.
     """
     # The first token of a request comes with its prompt.
     steps = max(max(outputs) - 1, sum(n - 1 for n in outputs) / concurrency)
     cached = sum(
         (2 * before + after) * (after - 1) / 2 for before, after in zip(inputs, outputs, strict=True)
     )
-    return (steps * weight_bytes(config) + cached * kv_bytes(config)) / READ_BYTES_S
+    return float(steps * weight_bytes(config) + cached * kv_bytes(config))
 
 
 def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
@@ -69,6 +75,7 @@ def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
 def markdown(files: Sequence[dict[str, Any]]) -> str:
     """One table of all rows of all files, and what belongs to it."""
     rows = {name: row for file in files for name, row in file["rows"].items()}
+    gpus = {name: (file.get("machine") or {}).get("gpu", "") for file in files for name in file["rows"]}
     lines = [
         "| workload | microvllm tok/s | vLLM tok/s | ratio | TPOT, ms (vLLM) | median TTFT, ms (vLLM) "
         "| share of the floor (vLLM) |",
@@ -92,9 +99,9 @@ def markdown(files: Sequence[dict[str, Any]]) -> str:
 
         speed = {engine: [run["tok_s"] for run in made] for engine, made in runs.items()}
         ratio = statistics.median(speed["microvllm"]) / statistics.median(speed["vllm"])
-        shares = [
+        rates = [
             statistics.median(
-                floor_seconds(row["config"], run["inputs"], run["outputs"], row["row"]["concurrency"])
+                floor_bytes(row["config"], run["inputs"], run["outputs"], row["row"]["concurrency"])
                 / run["seconds"]
                 for run in runs[engine]
             )
@@ -102,7 +109,8 @@ def markdown(files: Sequence[dict[str, Any]]) -> str:
         ]
         digits = 1 if ratio and statistics.median(speed["vllm"]) < 1000 else 0
         cells = [spread(speed[engine], lambda v, d=digits: f"{v:,.{d}f}") for engine in ("microvllm", "vllm")]
-        share = f"{shares[0]:.0%} ({shares[1]:.0%})"
+        limit = read_rate(gpus[name])
+        share = "-" if limit is None else f"{rates[0] / limit:.0%} ({rates[1] / limit:.0%})"
         lines.append(
             f"| {label} | {cells[0]} | {cells[1]} | **{ratio:.2f}** | {both('tpot_ms', 2)} "
             f"| {both('ttft_ms', 1)} | {share} |"
