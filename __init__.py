@@ -12,11 +12,11 @@ from microvllm.runtime.threads import thread_environment
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineArgs
     from microvllm.runtime.engine import InferenceEngine
-    from microvllm.runtime.llm import LLM
-    from microvllm.runtime.llm_engine import LLMEngine
-    from microvllm.runtime.offline_prompts import TextPrompt, TokensPrompt
-    from microvllm.runtime.request_output import CompletionOutput, RequestOutput
-    from microvllm.runtime.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from microvllm.runtime.offline.llm import LLM
+    from microvllm.runtime.offline.llm_engine import LLMEngine
+    from microvllm.runtime.offline.prompts import TextPrompt, TokensPrompt
+    from microvllm.runtime.offline.request_output import CompletionOutput, RequestOutput
+    from microvllm.runtime.offline.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,15 +36,15 @@ __all__ = [
 _HOMES = {
     "EngineArgs": "microvllm.runtime.config",
     "InferenceEngine": "microvllm.runtime.engine",
-    "LLM": "microvllm.runtime.llm",
-    "LLMEngine": "microvllm.runtime.llm_engine",
-    "TextPrompt": "microvllm.runtime.offline_prompts",
-    "TokensPrompt": "microvllm.runtime.offline_prompts",
-    "CompletionOutput": "microvllm.runtime.request_output",
-    "RequestOutput": "microvllm.runtime.request_output",
-    "BeamSearchParams": "microvllm.runtime.sampling_params",
-    "RequestOutputKind": "microvllm.runtime.sampling_params",
-    "SamplingParams": "microvllm.runtime.sampling_params",
+    "LLM": "microvllm.runtime.offline.llm",
+    "LLMEngine": "microvllm.runtime.offline.llm_engine",
+    "TextPrompt": "microvllm.runtime.offline.prompts",
+    "TokensPrompt": "microvllm.runtime.offline.prompts",
+    "CompletionOutput": "microvllm.runtime.offline.request_output",
+    "RequestOutput": "microvllm.runtime.offline.request_output",
+    "BeamSearchParams": "microvllm.runtime.offline.sampling_params",
+    "RequestOutputKind": "microvllm.runtime.offline.sampling_params",
+    "SamplingParams": "microvllm.runtime.offline.sampling_params",
 }
 
 

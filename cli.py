@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from microvllm import __version__
-from microvllm.openai_compat.argv import UsageError
 from microvllm.openai_compat.bench.options import BenchArgs, bench_args
-from microvllm.openai_compat.command import Command, LogHandler, remedy_for, report_error, warn
-from microvllm.openai_compat.engine_options import (
+from microvllm.openai_compat.flags.argv import UsageError
+from microvllm.openai_compat.flags.command import Command, LogHandler, remedy_for, report_error, warn
+from microvllm.openai_compat.flags.engine_options import (
     BackendOpt,
     BlockSizeOpt,
     CpuActivationsOpt,
@@ -43,9 +43,9 @@ from microvllm.openai_compat.engine_options import (
     choose_model,
     engine_args,
 )
-from microvllm.openai_compat.option_groups import takes
-from microvllm.openai_compat.progress import ProgressLine
-from microvllm.openai_compat.server_options import answer_options, server_options
+from microvllm.openai_compat.flags.option_groups import takes
+from microvllm.openai_compat.flags.progress import ProgressLine
+from microvllm.openai_compat.flags.server_options import answer_options, server_options
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
     # `config` is only here for --help: `Command` has put the file's options into the others.
-    from microvllm.runtime.program import EngineProgram
+    from microvllm.runtime.process.program import EngineProgram
 
     engine = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)
     with EngineProgram(engine.cpu_threads) as program:
@@ -290,7 +290,7 @@ def chat(
 
     Without TEXT each line typed, or piped in, is a message; Ctrl-C ends an answer, Ctrl-D the chat.
     """
-    from microvllm.openai_compat import terminal
+    from microvllm.openai_compat.flags import terminal
 
     remote = terminal.Remote.connect(url, api_key, model_name, stats)
     limits = {"max_tokens": max_tokens, "temperature": temperature}
@@ -312,7 +312,7 @@ def complete(
 
     Without TEXT each line typed, or piped in, is a text to go on from.
     """
-    from microvllm.openai_compat import terminal
+    from microvllm.openai_compat.flags import terminal
 
     remote = terminal.Remote.connect(url, api_key, model_name, stats)
     limits = {"max_tokens": max_tokens, "temperature": temperature}
@@ -345,7 +345,7 @@ def bench_serve(args: BenchArgs) -> None:
 @app.command(cls=Command)
 def collect_env() -> None:
     """Print what a bug report needs: versions, processor, memory, GPU, settings. Secrets are left out."""
-    from microvllm.runtime.environment import report
+    from microvllm.runtime.collect_env import report
 
     print(report())
 

@@ -12,26 +12,27 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from microvllm.openai_compat import admin, docs, errors, models, monitoring
-from microvllm.openai_compat.absent import Handler, absent_routes, switched_off
-from microvllm.openai_compat.auth import AuthMiddleware, HostMiddleware, is_loopback
-from microvllm.openai_compat.chat import create_chat_completion
-from microvllm.openai_compat.completions import create_completion
+from microvllm.openai_compat import errors
+from microvllm.openai_compat.api import admin, docs, models, monitoring
+from microvllm.openai_compat.api.absent import Handler, absent_routes, switched_off
+from microvllm.openai_compat.api.chat import create_chat_completion
+from microvllm.openai_compat.api.completions import create_completion
+from microvllm.openai_compat.api.generate import generate, generate_stream
+from microvllm.openai_compat.api.profiling import start_profile, stop_profile
+from microvllm.openai_compat.api.render import render_chat_completion, render_completion
+from microvllm.openai_compat.api.sse import ShortcutMiddleware
+from microvllm.openai_compat.api.tokenize import detokenize, tokenize
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.http_metrics import HttpMetricsMiddleware
-from microvllm.openai_compat.keep_alive import KeepAliveMiddleware
-from microvllm.openai_compat.lifecycle import AdmissionMiddleware
-from microvllm.openai_compat.middleware import RequestIdMiddleware, RootPathMiddleware
-from microvllm.openai_compat.native import generate, generate_stream
-from microvllm.openai_compat.profiling import start_profile, stop_profile
-from microvllm.openai_compat.render import render_chat_completion, render_completion
-from microvllm.openai_compat.sse import ShortcutMiddleware
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.tokenize import detokenize, tokenize
+from microvllm.openai_compat.transport.auth import AuthMiddleware, HostMiddleware, is_loopback
+from microvllm.openai_compat.transport.http_metrics import HttpMetricsMiddleware
+from microvllm.openai_compat.transport.keep_alive import KeepAliveMiddleware
+from microvllm.openai_compat.transport.lifecycle import AdmissionMiddleware
+from microvllm.openai_compat.transport.middleware import RequestIdMiddleware, RootPathMiddleware
 from microvllm.runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
-    from microvllm.runtime.client import EngineClient
+    from microvllm.runtime.process.client import EngineClient
 
 
 PROFILER_SWITCH = '--profiler-config \'{"profiler": "torch", "torch_profiler_dir": "FOLDER"}\''

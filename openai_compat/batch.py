@@ -28,20 +28,20 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message
 
-from microvllm.openai_compat import monitoring
+from microvllm.openai_compat.api import monitoring
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.errors import PayloadTooLargeError, clip, error_object
-from microvllm.openai_compat.listen import bind_socket, start_listening
-from microvllm.openai_compat.protocol import GuardedProtocol
 from microvllm.openai_compat.server import HttpServer, Signals
 from microvllm.openai_compat.state import ServerState
-from microvllm.runtime.chat_template import ChatTemplate
-from microvllm.runtime.client import EngineClient
+from microvllm.openai_compat.transport.listen import bind_socket, start_listening
+from microvllm.openai_compat.transport.protocol import GuardedProtocol
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.progress import OnProgress
+from microvllm.runtime.text.chat_template import ChatTemplate
 
 logger = logging.getLogger("microvllm.batch")
 

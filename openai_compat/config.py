@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from microvllm.openai_compat.api.schemas import EFFORTS, MAX_STOP_STRINGS, template_kwargs
 from microvllm.openai_compat.errors import Fault
-from microvllm.openai_compat.schemas import EFFORTS, MAX_STOP_STRINGS, template_kwargs
-from microvllm.runtime.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.profiler import ProfilerConfig
+from microvllm.runtime.text.content_format import AUTO, CONTENT_FORMATS
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 FINGERPRINT_MODES = ("full", "hash", "custom", "none")

@@ -16,7 +16,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from microvllm.openai_compat.http_metrics import HttpMetrics
+from microvllm.openai_compat.transport.http_metrics import HttpMetrics
 from microvllm.runtime.metric_families import EngineCollector, histogram_family, numbers_family
 
 if TYPE_CHECKING:

@@ -19,19 +19,19 @@ from uvicorn.config import LOGGING_CONFIG
 
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.lifecycle import Lifecycle
-from microvllm.openai_compat.listen import address_of, bind_socket, release_socket, start_listening
-from microvllm.openai_compat.protocol import GuardedProtocol
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.stats import log_stats
-from microvllm.openai_compat.tls import refresh_certificate, tls_context
-from microvllm.runtime.chat_template import ChatTemplate
-from microvllm.runtime.client import EngineClient
+from microvllm.openai_compat.transport.lifecycle import Lifecycle
+from microvllm.openai_compat.transport.listen import address_of, bind_socket, release_socket, start_listening
+from microvllm.openai_compat.transport.protocol import GuardedProtocol
+from microvllm.openai_compat.transport.tls import refresh_certificate, tls_context
 from microvllm.runtime.config import EngineArgs, EngineConfig
-from microvllm.runtime.content_format import AUTO
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.program import EngineProgram
+from microvllm.runtime.process.client import EngineClient
+from microvllm.runtime.process.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
+from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.content_format import AUTO
 
 logger = logging.getLogger("microvllm.server")
 

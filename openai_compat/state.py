@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import microvllm
-from microvllm.openai_compat.body import MAX_HELD_BODIES, BodyMemory
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.http_metrics import HttpMetrics
-from microvllm.openai_compat.lifecycle import Lifecycle
+from microvllm.openai_compat.transport.body import MAX_HELD_BODIES, BodyMemory
+from microvllm.openai_compat.transport.http_metrics import HttpMetrics
+from microvllm.openai_compat.transport.lifecycle import Lifecycle
 from microvllm.runtime.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.exposition import Exposition
-    from microvllm.runtime.client import EngineClient
+    from microvllm.runtime.process.client import EngineClient
 
 
 @dataclass

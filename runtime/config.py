@@ -22,10 +22,10 @@ from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.ops.cpu.isa import IsaError, has_bf16
 from microvllm.runtime import cpu, vllm_environment, vllm_values
+from microvllm.runtime.core.policies import POLICIES
 from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
-from microvllm.runtime.models import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
-from microvllm.runtime.policies import POLICIES
+from microvllm.runtime.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
 
 logger = logging.getLogger("microvllm.config")

@@ -10,18 +10,18 @@ from typing import Any, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.core import EngineCore
-from microvllm.runtime.core_thread import CoreThread, OfflineSequence, Run
+from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.metrics import EngineMetrics
-from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.observer import SampleGroup
-from microvllm.runtime.output import OutputText, TextDelta
-from microvllm.runtime.processor import Processor
+from microvllm.runtime.offline.core_thread import CoreThread, OfflineSequence, Run
+from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import FinishReason, SamplingParams
-from microvllm.runtime.sampling_params import SamplingParams as UserParams
-from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.output import OutputText, TextDelta
+from microvllm.runtime.text.tokenizer import Tokenizer
+from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
 T = TypeVar("T")
 

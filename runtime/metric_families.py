@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram
-from microvllm.runtime.step_clock import FORWARD_PARTS, PARTS
+from microvllm.runtime.worker.step_clock import FORWARD_PARTS, PARTS
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineConfig

@@ -51,9 +51,9 @@ TEXT = (
 
 def run_engine(fd: int) -> None:
     """The engine process: obeys the commands of the channel, makes tokens out of thin air."""
-    from microvllm.runtime.channel import Abort, Add, EngineEnd, Ready, Start, Step
+    from microvllm.runtime.process.channel import Abort, Add, EngineEnd, Ready, Start, Step
     from microvllm.runtime.request import EngineStats, FinishReason, StepOutput
-    from microvllm.runtime.tokenizer import Tokenizer
+    from microvllm.runtime.text.tokenizer import Tokenizer
 
     sock = socket.socket(fileno=fd)
     channel = EngineEnd(sock)
@@ -106,7 +106,7 @@ def unread(sock: socket.socket) -> int:
 def run_server(arguments: list[str]) -> None:
     """The API process: `microvllm serve`, but the engine is the one above."""
     from microvllm.cli import main
-    from microvllm.runtime import program
+    from microvllm.runtime.process import program
 
     program.CODE = (
         f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"

@@ -16,9 +16,9 @@ import time
 from dataclasses import dataclass, field
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.core import EngineCore
-from microvllm.runtime.model_runner import LaunchedStep, ModelGraphRunner
+from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 
 def span(text: str) -> tuple[int, int]:

@@ -46,7 +46,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from microvllm.openai_compat.bench.client import BenchError
 from microvllm.openai_compat.bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, Case, cases_of
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.models import find_model
+from microvllm.runtime.find_model import find_model
 
 QUICK_MINUTES = 9.0
 START_SHARE = 0.65

@@ -22,7 +22,7 @@ from typing import Any
 import typer.main
 
 from microvllm import cli
-from microvllm.openai_compat.argv import normalise_argv
+from microvllm.openai_compat.flags.argv import normalise_argv
 from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.vllm_environment import HARMLESS, HONOURED, PREFIX, WITHOUT_EFFECT

@@ -32,12 +32,12 @@ from statistics import median
 from typing import Any
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.core import EngineCore
+from microvllm.runtime.core.engine_core import EngineCore
+from microvllm.runtime.core.policies import MAX_PASSED_OVER, POLICIES
+from microvllm.runtime.core.scheduler import StepPlan
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.model_runner import LaunchedStep, ModelGraphRunner
-from microvllm.runtime.policies import MAX_PASSED_OVER, POLICIES
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.scheduler import StepPlan
+from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 ALIGNED_LENGTHS, ALIGNED_OUTPUT = (50, 52, 55, 60, 100), 60
 SHORT_SHARE, URGENT_SHARE = 0.75, 0.2

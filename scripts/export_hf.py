@@ -24,9 +24,9 @@ from microvllm.adapters.registry import HF_CLASSES, load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.weights import NAMES, checkpoint_slots, load_weights
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.models import find_model
-from microvllm.runtime.tokenizer import Tokenizer
-from microvllm.runtime.tokenizer_files import write_tokenizer
+from microvllm.runtime.find_model import find_model
+from microvllm.runtime.text.tokenizer import Tokenizer
+from microvllm.runtime.text.tokenizer_files import write_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,11 +38,11 @@ from pathlib import Path
 import numpy as np
 
 from microvllm.runtime.config import DEFAULT_BLOCK_SIZES, EngineArgs
-from microvllm.runtime.core import EngineCore
+from microvllm.runtime.core.engine_core import EngineCore
+from microvllm.runtime.core.scheduler import Request, StepPlan, StepResult
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.model_runner import LaunchedStep, ModelGraphRunner
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.scheduler import Request, StepPlan, StepResult
+from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 MAX_FRAGMENTATION, MIN_REUSE = 0.04, 0.92
 SMALL_MODEL = {

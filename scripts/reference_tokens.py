@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import transformers
 
-from microvllm.runtime.models import DEMO_MODEL, find_model
-from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.runtime.text.tokenizer import Tokenizer
 
 NUM_TOKENS = 64
 MARGIN_SHOWN = 0.01  # smaller differences between the best two logits are written down

@@ -1,8 +1,8 @@
 """An engine client without an engine: tokens are a hash of everything that may change them.
 
-It has the interface of `microvllm.runtime.client.EngineClient` and keeps its promises (limits, stops, `n`,
-seeds, aborts), so that a test of the HTTP surface sees a wrong parameter as a wrong token. It can be made to
-stall or to fail, and it counts what is running and what was aborted.
+It has the interface of `microvllm.runtime.process.client.EngineClient` and keeps its promises (limits,
+stops, `n`, seeds, aborts), so that a test of the HTTP surface sees a wrong parameter as a wrong token. It can
+be made to stall or to fail, and it counts what is running and what was aborted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from microvllm.runtime.chat_template import ChatTemplate, content_text
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.observer import EngineObserver, RequestTiming
-from microvllm.runtime.output import REPEATED, TextDelta
-from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
-from microvllm.runtime.token_bytes import TokenBytes, build_token_bytes
+from microvllm.runtime.text.chat_template import ChatTemplate, content_text
+from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.output import REPEATED, TextDelta
+from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258

@@ -15,10 +15,10 @@ import msgspec
 
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core import EngineCore, StepInFlight
+from microvllm.runtime.core.engine_core import EngineCore, StepInFlight
+from microvllm.runtime.core.scheduler import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
-from microvllm.runtime.scheduler import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
-from microvllm.runtime.step_clock import StepClock
+from microvllm.runtime.worker.step_clock import StepClock
 
 VOCAB = 24
 EOS = 2

@@ -19,8 +19,8 @@ from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.protocol import GuardedProtocol
 from microvllm.openai_compat.server import HttpServer
+from microvllm.openai_compat.transport.protocol import GuardedProtocol
 
 
 @asynccontextmanager

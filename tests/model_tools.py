@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tiny_models import make_hf_folder
 
+from microvllm.runtime.core.scheduler import ScheduledRequest
 from microvllm.runtime.engine import InferenceEngine
-from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
-from microvllm.runtime.scheduler import ScheduledRequest
+from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cpu", "torch")  # our own kernels, and the reference

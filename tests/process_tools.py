@@ -44,7 +44,11 @@ def engines_of(parent: int) -> list[int]:
             command = (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if int(fields[1]) == parent and fields[0] != "Z" and b"microvllm.runtime.process" in command:
+        if (
+            int(fields[1]) == parent
+            and fields[0] != "Z"
+            and b"microvllm.runtime.process.engine_main" in command
+        ):
             found.append(int(folder.name))
     return found
 

@@ -37,10 +37,10 @@ from http_tools import events, eventually, in_process, raw_exchange
 from model_tools import ROOT, variant_folder
 from test_server_e2e import Server, serve
 
-from microvllm.openai_compat import auth
+from microvllm.openai_compat.transport import auth
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.processor import Processor
 from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.text.input_processor import Processor
 
 PATIENCE_S = 60.0
 # What a request may take that has to be refused at once; a busy machine needs some of it.

@@ -22,18 +22,18 @@ from model_tools import LONG, long_folder
 from process_tools import own_engines, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 
-from microvllm.openai_compat.http_metrics import UNCOUNTED
 from microvllm.openai_compat.stats import stats_line
-from microvllm.runtime import client as client_module
-from microvllm.runtime.channel import Abort, Step
-from microvllm.runtime.client import EngineClient, TokenStream
+from microvllm.openai_compat.transport.http_metrics import UNCOUNTED
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
-from microvllm.runtime.processor import Processor
+from microvllm.runtime.process import client as client_module
+from microvllm.runtime.process.channel import Abort, Step
+from microvllm.runtime.process.client import EngineClient, TokenStream
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
-from microvllm.runtime.step_clock import PARTS
-from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.tokenizer import Tokenizer
+from microvllm.runtime.worker.step_clock import PARTS
 
 on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
 

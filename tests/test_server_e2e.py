@@ -21,8 +21,8 @@ from http_tools import held_port
 from model_tools import LONG, long_folder, make_engine, variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
-from microvllm.runtime.models import DEMO_MODEL
-from microvllm.runtime.tokenizer import Tokenizer
+from microvllm.runtime.find_model import DEMO_MODEL
+from microvllm.runtime.text.tokenizer import Tokenizer
 
 PROMPT = "The quick brown fox"
 MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]

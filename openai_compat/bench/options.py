@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from microvllm.openai_compat.argv import UsageError
-from microvllm.openai_compat.command import warn
-from microvllm.openai_compat.option_values import OBJECT, json_object
+from microvllm.openai_compat.flags.argv import UsageError
+from microvllm.openai_compat.flags.command import warn
+from microvllm.openai_compat.flags.option_values import OBJECT, json_object
 
 BACKENDS = {
     "openai": "/v1/completions",

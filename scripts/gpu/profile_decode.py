@@ -18,9 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.core import EngineCore
-from microvllm.runtime.model_runner import LaunchedStep, ModelGraphRunner
+from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 STEPS = 30
 

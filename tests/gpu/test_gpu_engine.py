@@ -20,8 +20,8 @@ from model_tools import (
 )
 
 from microvllm.runtime.engine import InferenceEngine
-from microvllm.runtime.model_runner import ModelGraphRunner
 from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,8 +12,8 @@ from model_tools import generate_ids, make_engine, make_prompts, variant_folder
 from torch.profiler import ProfilerActivity, profile
 
 from microvllm.runtime.engine import InferenceEngine
-from microvllm.runtime.model_runner import ModelGraphRunner
-from microvllm.runtime.step_table import GPU_BUSY, GPU_IDLE
+from microvllm.runtime.worker.model_runner import ModelGraphRunner
+from microvllm.runtime.worker.step_table import GPU_BUSY, GPU_IDLE
 
 pytestmark = [
     pytest.mark.gpu,

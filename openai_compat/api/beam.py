@@ -1,0 +1,141 @@
+"""`use_beam_search`: the `n` likeliest continuations of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from microvllm.openai_compat.api.fields import asks_nothing
+from microvllm.runtime.beam_search import Beam, advance, best
+from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.observer import RequestTiming
+from microvllm.runtime.request import SamplingParams, TokenLogprobs
+from microvllm.runtime.text.detokenizer import Detokenizer
+from microvllm.runtime.text.output import TextDelta
+
+if TYPE_CHECKING:
+    from microvllm.runtime.process.client import EngineClient
+
+MAX_LENGTH_PENALTY = 10  # an exponent: a large one leaves the numbers there are
+# What beams cannot be steered or ended by, or do not report, and the values that ask for nothing.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "stop": ([],),
+    "min_tokens": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "repetition_detection": (),
+    "logprobs": (False,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": ([],),
+}
+
+
+def check_beam_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
+    """Raises `InvalidRequestError` for what cannot be had together with beam search, or only with it."""
+    if not fields["use_beam_search"]:
+        if fields["length_penalty"] != 1:
+            raise InvalidRequestError("length_penalty needs use_beam_search.", "length_penalty")
+        return
+    for name, harmless in UNSUPPORTED.items():
+        if not asks_nothing(fields[name], harmless):
+            raise InvalidRequestError(f"{name} is not supported with beam search.", name)
+    if abs(fields["length_penalty"]) > MAX_LENGTH_PENALTY:
+        raise InvalidRequestError(
+            f"length_penalty must be in [-{MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}].", "length_penalty"
+        )
+    if not client.config.logprobs_mode.endswith("logprobs"):
+        raise InvalidRequestError(
+            "use_beam_search needs a server with log probabilities, not logits, as its --logprobs-mode.",
+            "use_beam_search",
+        )
+    limit = client.config.max_logprobs
+    widest = (client.config.spec.vocab_size if limit == -1 else limit) // 2
+    if fields["n"] > widest:
+        raise InvalidRequestError(f"n must be at most {widest} with beam search.", "n")
+
+
+class BeamSearch:
+    """The search for one prompt; `streams` are the `params.n` best beams, best first, each a single delta.
+
+    The search ends at `max_tokens`.
+    """
+
+    def __init__(
+        self, client: EngineClient, prompt: list[int], params: SamplingParams, penalty: float, **options: Any
+    ) -> None:
+        self._client, self._prompt, self._params, self._options = client, prompt, params, options
+        self._penalty = penalty
+        self._request = client.processor.requests(prompt, params)[0]
+        self.num_cached_tokens = 0
+        self.task = asyncio.ensure_future(self._run())
+        # Where several prompts fail together, nobody asks the second one why.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.streams = [BeamStream(self, prompt, index) for index in range(params.n)]
+
+    async def _run(self) -> list[Beam]:
+        width, ends = self._params.n, {self._request.eos_token_id, *self._request.stop_token_ids}
+        live, ended = [Beam()], list[Beam]()
+        for _ in range(self._request.params.max_tokens or 1):
+            live, finished = advance(live, await self._next_tokens(live), width, ends)
+            ended += finished
+            if not live:
+                break
+        return best([*ended, *live], width, self._penalty)
+
+    async def _next_tokens(self, beams: list[Beam]) -> list[TokenLogprobs]:
+        """The likeliest tokens behind each beam."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * self._params.n, ignore_eos=True)
+        streams, entries = [], list[TokenLogprobs]()
+        try:
+            for beam in beams:
+                streams += self._client.submit([*self._prompt, *beam.tokens], params, **self._options)
+            for stream in streams:
+                async for delta in stream:
+                    entries += delta.logprobs or []
+        finally:
+            for stream in streams:
+                stream.abort()
+        if not beams[0].tokens:
+            self.num_cached_tokens = streams[0].num_cached_tokens
+        return entries
+
+    def delta(self, beam: Beam) -> TextDelta:
+        text = Detokenizer(
+            self._client.tokenizer,
+            self._prompt,
+            skip_special_tokens=self._params.skip_special_tokens,
+            include_stop_str=self._params.include_stop_str_in_output,
+        )
+        shown = text.push(beam.tokens, last_is_stop=beam.ended)[0] + text.finish()
+        if not beam.ended:
+            return TextDelta([*beam.tokens], shown, "length")
+        end = beam.tokens[-1]
+        return TextDelta([*beam.tokens], shown, "stop", None if end == self._request.eos_token_id else end)
+
+
+class BeamStream:
+    """One beam in the form of a `TokenStream`."""
+
+    prompt_logprobs = None
+
+    def __init__(self, search: BeamSearch, prompt: list[int], index: int) -> None:
+        self._search, self._index = search, index
+        self.prompt_token_ids = prompt
+        self.timing = RequestTiming(time.monotonic())
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self._search.num_cached_tokens
+
+    async def __aiter__(self) -> AsyncIterator[TextDelta]:
+        yield self._search.delta((await self._search.task)[self._index])
+
+    def abort(self) -> None:
+        self._search.task.cancel()

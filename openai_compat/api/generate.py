@@ -1,0 +1,113 @@
+"""POST /generate and /generate_stream: one prompt in, one text out, without OpenAI's choices around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from microvllm.openai_compat.api.completions import DEFAULT_MAX_TOKENS
+from microvllm.openai_compat.api.fields import Table, parse_fields
+from microvllm.openai_compat.api.generation import Generation, begin, priority_of
+from microvllm.openai_compat.api.prompts import Truncation, tokenize_prompts
+from microvllm.openai_compat.api.sampling import sampling_params
+from microvllm.openai_compat.api.schemas import COMPLETIONS, GENERATE, GENERATE_STREAM
+from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
+from microvllm.openai_compat.api.usage import usage
+from microvllm.openai_compat.state import ServerState
+from microvllm.openai_compat.transport.body import read_object
+
+if TYPE_CHECKING:
+    from microvllm.runtime.text.output import TextDelta
+
+
+async def generate(request: Request) -> Response:
+    """Continues one text; answers with the new text, whole unless `stream` is true.
+
+    The text does not repeat the prompt. Nothing is put around the prompt but what the tokenizer adds: a chat
+    template is for `/v1/chat/completions`.
+    """
+    return await _respond(request, GENERATE)
+
+
+async def generate_stream(request: Request) -> Response:
+    """Continues one text as a stream of events, one a token.
+
+    The same as `/generate`, but for the default of `stream`. The last token's event has a `finish_reason`;
+    then comes `[DONE]`. The text of an event is empty inside of a character of several tokens.
+    """
+    return await _respond(request, GENERATE_STREAM)
+
+
+async def _respond(request: Request, table: Table) -> Response:
+    state: ServerState = request.app.state.server
+    # What is refused here is, at its default, the same request as a completion with one choice.
+    fields = {**COMPLETIONS.defaults, **parse_fields(table, await read_object(request, state))}
+    generation = begin(request, fields, state, "gen")
+    params = sampling_params(
+        fields,
+        state.client,
+        max_tokens=DEFAULT_MAX_TOKENS if fields["max_tokens"] is None else fields["max_tokens"],
+        max_tokens_field="max_tokens",
+        logprobs=None,
+        prompt_logprobs=None,
+    )
+    priority = priority_of(request, fields)
+    truncation = Truncation.of(fields, state.client.config.max_model_len)
+    ids = await state.client.run_blocking(
+        tokenize_prompts, state.client, [fields["prompt"]], fields["add_special_tokens"], truncation
+    )
+    await generation.submit(state, ids, params, fields, priority)
+    with_ids = fields["return_token_ids"]
+    if fields["stream"]:
+        events = event_chunks(
+            generation, TextChunks(generation.id, with_ids), StreamOptions.of(fields, state.args)
+        )
+        return EventStream(generation, events, state.lifecycle)
+    try:
+        body = await state.lifecycle.run(_answer(generation, state, with_ids), request.receive)
+    finally:
+        generation.abort()
+    return Response(orjson.dumps(body), media_type="application/json")
+
+
+async def _answer(generation: Generation, state: ServerState, with_ids: bool) -> dict[str, Any]:
+    (outcome,) = await generation.collect()
+    tokens = len(outcome.token_ids)
+    cached = generation.cached_tokens if state.args.enable_prompt_tokens_details else None
+    return {
+        "id": generation.id,
+        "text": outcome.text,
+        "finish_reason": outcome.finish_reason,
+        "stop_reason": outcome.stop_reason,
+        "token_ids": outcome.token_ids if with_ids else None,
+        "usage": usage(generation.prompt_tokens, tokens, cached),
+        "metrics": generation.metrics(tokens) if state.args.enable_per_request_metrics else None,
+    }
+
+
+class TextChunks:
+    """One event a delta, with the members of a whole answer; `usage` and `metrics` only where asked for."""
+
+    def __init__(self, id_: str, with_ids: bool) -> None:
+        self._head = b'data: {"id":%s,"text":' % orjson.dumps(id_)
+        self._with_ids = with_ids
+
+    def opening(self) -> list[bytes]:
+        return []
+
+    def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
+        return b'%s%s,"finish_reason":%s,"stop_reason":%s,"token_ids":%s%s}\n\n' % (
+            self._head,
+            orjson.dumps(delta.text),
+            orjson.dumps(delta.finish_reason),
+            orjson.dumps(delta.stop_reason),
+            orjson.dumps(delta.token_ids) if self._with_ids else b"null",
+            usage,
+        )
+
+    def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
+        end = b'"","finish_reason":null,"stop_reason":null,"token_ids":null,"usage":'
+        return self._head + end + counts + metrics + b"}\n\n"

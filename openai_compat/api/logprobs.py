@@ -1,0 +1,164 @@
+"""Log probabilities on the wire: the forms of completions, of chat and of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.config import ServerArgs
+    from microvllm.runtime.request import TokenLogprobs
+    from microvllm.runtime.text.tokenizer import Tokenizer
+
+LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say
+MAX_OPEN_BYTES = 3  # of an unfinished UTF-8 character
+
+
+def finite(logprob: float) -> float:
+    return logprob if logprob > LOWEST else LOWEST
+
+
+def as_token_ids(fields: Mapping[str, Any], args: ServerArgs) -> bool:
+    """Whether tokens are shown as "token_id:123": what the request says, else what the server does."""
+    wish: bool | None = fields["return_tokens_as_token_ids"]
+    return args.return_tokens_as_token_ids if wish is None else wish
+
+
+class Speller:
+    """Spells the tokens of one sequence, each as it reads behind the tokens before it.
+
+    A token that is only a part of a character reads "", the one that completes it reads as the character;
+    so the tokens of a sequence together are its text. With `as_ids` a token is "token_id:123" instead.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._table = None if tokenizer.token_bytes is None else tokenizer.token_bytes.all
+        self._as_ids = as_ids
+        self._open = b""  # of a character that the tokens before have begun
+
+    def spell(self, token: int) -> str:
+        """The token at the present place."""
+        if self._as_ids:
+            return f"token_id:{token}"
+        if self._table is None:
+            return self._tokenizer.decode([token], skip_special_tokens=False)
+        own = self._own(token)
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            text = self._open + own
+            return text[: len(text) - _unfinished(text)].decode("utf-8", "replace")
+
+    def bytes_of(self, token: int) -> list[int]:
+        """The token's own bytes, or those of its string for a tokenizer without a table of bytes."""
+        if self._table is None:
+            return list(self._tokenizer.decode([token], skip_special_tokens=False).encode())
+        return list(self._own(token))
+
+    def advance(self, token: int) -> None:
+        """This token stands at the present place; the next call is about the place behind it."""
+        if self._table is not None:
+            text = self._open + self._own(token)
+            self._open = text[len(text) - _unfinished(text) :]
+
+    def _own(self, token: int) -> bytes:
+        # A model may have more rows than its tokenizer has tokens.
+        return self._table[token] if self._table is not None and token < len(self._table) else b""
+
+
+def _unfinished(text: bytes) -> int:
+    """How many bytes at the end are the beginning of a character."""
+    for count in range(1, min(MAX_OPEN_BYTES, len(text)) + 1):
+        byte = text[-count]
+        if byte & 0xC0 != 0x80:  # the first byte of a character, which tells its length
+            length = (
+                1 if byte >= 0xF8 else 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+            )
+            return count if length > count else 0
+    return 0
+
+
+class CompletionLogprobs:
+    """The `logprobs` objects of one choice of a completion; offsets go on from object to object."""
+
+    def __init__(self, speller: Speller) -> None:
+        self._speller = speller
+        self._offset = 0
+
+    def take(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs | None]) -> dict[str, Any]:
+        """The object of the next tokens; an entry is None where nothing is known (a prompt's first token)."""
+        offsets, tokens, values, tops = [], [], [], []
+        for token, entry in zip(token_ids, entries, strict=True):
+            text = self._speller.spell(token)
+            offsets.append(self._offset)
+            tokens.append(text)
+            values.append(None if entry is None else finite(entry.logprobs[0]))
+            tops.append(None if entry is None else self._top(entry))
+            self._offset += len(text)
+            self._speller.advance(token)
+        return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True):
+            # Of two tokens that read the same, the likelier one comes first.
+            found.setdefault(self._speller.spell(token), finite(logprob))
+        return found
+
+
+class ChatLogprobs:
+    """The `logprobs` objects of one choice of a chat; `count` alternatives a token, -1 for all there are."""
+
+    def __init__(self, speller: Speller, count: int) -> None:
+        self._speller = speller
+        self._count = count
+
+    def take(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
+        content = []
+        for token, entry in zip(token_ids, entries, strict=True):
+            values = _by_token(entry)
+            shown = list(values.items()) if self._count < 0 else list(values.items())[: self._count]
+            content.append(
+                {
+                    **self._one(token, entry.logprobs[0]),
+                    "top_logprobs": [self._one(other, logprob) for other, logprob in shown],
+                }
+            )
+            self._speller.advance(token)
+        return {"content": content}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._speller.spell(token),
+            "logprob": finite(logprob),
+            "bytes": self._speller.bytes_of(token),
+        }
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
+) -> list[dict[str, Any] | None]:
+    """A prompt's log probabilities: null, then {token id: {"logprob", "rank", "decoded_token"}} a token."""
+    speller = Speller(tokenizer)
+    speller.advance(token_ids[0])
+    found: list[dict[str, Any] | None] = [None]
+    for token, entry in zip(token_ids[1:], entries, strict=True):
+        ranks = [entry.rank, *range(1, len(entry.token_ids))]
+        position: dict[str, Any] = {}
+        for other, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True):
+            position.setdefault(
+                str(other),
+                {"logprob": finite(logprob), "rank": rank, "decoded_token": speller.spell(other)},
+            )
+        found.append(position)
+        speller.advance(token)
+    return found
+
+
+def _by_token(entry: TokenLogprobs) -> dict[int, float]:
+    """The token that stands there first, then the others, each once."""
+    found: dict[int, float] = {}
+    for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True):
+        found.setdefault(token, logprob)
+    return found

@@ -1,0 +1,70 @@
+"""GET /v1/models and /v1/models/{model}, and the probes /health, /ping and /version."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+import microvllm
+from microvllm.openai_compat.api.generation import check_model
+from microvllm.openai_compat.errors import RETRY_AFTER_S
+from microvllm.openai_compat.state import ServerState
+
+
+async def list_models(request: Request) -> Response:
+    """One card per served name. `root` is a folder from which benchmark clients load the tokenizer."""
+    state: ServerState = request.app.state.server
+    cards = [_card(state, name) for name in state.model_names]
+    return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
+
+
+async def retrieve_model(request: Request) -> Response:
+    """The card of one served name, which may have slashes in it."""
+    state: ServerState = request.app.state.server
+    name = request.path_params["model"]
+    check_model(name or "/", state)
+    return Response(orjson.dumps(_card(state, name)), media_type="application/json")
+
+
+def _card(state: ServerState, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "microvllm",
+        "root": state.client.tokenizer_root,
+        "parent": None,
+        "max_model_len": state.client.config.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{uuid.uuid5(uuid.NAMESPACE_OID, name).hex}",
+                "object": "model_permission",
+                "created": state.created,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
+    }
+
+
+async def health(request: Request) -> Response:
+    """200 or 503, without a body; 503 while the engine is down and while the server drains."""
+    state: ServerState = request.app.state.server
+    fine = state.client.healthy() and not state.lifecycle.draining
+    return Response() if fine else Response(status_code=503, headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+async def version(request: Request) -> Response:
+    """`{"version"}` of this server."""
+    return Response(orjson.dumps({"version": microvllm.__version__}), media_type="application/json")

@@ -1,0 +1,162 @@
+"""Prompts of requests: their forms, their limits, and how a text or a list becomes the ids that run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from microvllm.openai_compat.errors import Fault, shape_error
+from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from microvllm.runtime.process.client import EngineClient
+
+MAX_PROMPTS = 1024
+# Of all sequences together: each one's prompt travels to the engine, and `return_token_ids` repeats it.
+MAX_PROMPT_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """`truncate_prompt_tokens`: at most `limit` tokens, the first ones if `side` is "right", else the last.
+
+    As in vLLM, the tokens that the tokenizer puts before a text (BOS) are kept where no side was asked for.
+    """
+
+    limit: int
+    side: str | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], max_model_len: int) -> Truncation | None:
+        """What a request asks for, or None. -1 leaves room for one token of output."""
+        limit = fields.get("truncate_prompt_tokens")
+        if limit is None:
+            return None
+        if limit == 0 or limit > max_model_len:
+            problem = "must be -1 or at least 1" if limit == 0 else "cannot be greater than max_model_len"
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens={limit} {problem} (max_model_len={max_model_len}). "
+                "Please request another truncation size.",
+                "truncate_prompt_tokens",
+            )
+        return cls(max(1, max_model_len - 1) if limit == -1 else limit, fields["truncation_side"])
+
+    def cut(self, ids: list[int], kept: Sequence[int] = ()) -> list[int]:
+        """`kept` is what stays at the front of `ids` if that is cut there."""
+        if len(ids) <= self.limit:
+            return ids
+        if self.side == "right":
+            return ids[: self.limit]
+        if self.side is None and len(kept) < self.limit and ids[: len(kept)] == list(kept):
+            return [*kept, *ids[len(ids) - self.limit + len(kept) :]]
+        return ids[-self.limit :]
+
+    def cut_text(self, text: str, max_chars: int) -> str:
+        """A text that is too long to be tokenised, cut where its tokens would be."""
+        return text[:max_chars] if self.side == "right" else text[-max_chars:]
+
+
+def tokenize_text(
+    client: EngineClient, text: str, add_special_tokens: bool, truncation: Truncation | None
+) -> list[int]:
+    """The ids of a text; runs in a worker thread. Raises `ContextLengthError` for one that cannot fit."""
+    if truncation is None:
+        return client.processor.tokenize_prompt(text, add_special_tokens)
+    text = truncation.cut_text(text, client.processor.max_chars)
+    kept = client.tokenizer.encode("") if add_special_tokens else []
+    return truncation.cut(client.processor.tokenize_prompt(text, add_special_tokens), kept)
+
+
+def split_prompts(value: Any, max_model_len: int, truncation: Truncation | None) -> list[str | list[int]]:
+    """The prompts of a request: a text, a list of texts, a list of ids or a list of lists of ids.
+
+    Only their number and lengths are checked here; `tokenize_prompts` looks at the ids. Raises
+    `InvalidRequestError` naming `prompt`, `ContextLengthError` for ids beyond the context.
+    """
+    if isinstance(value, list) and value and type(value[0]) is not int:
+        if len(value) > MAX_PROMPTS:
+            raise InvalidRequestError(
+                f"prompt has {len(value)} entries, the limit is {MAX_PROMPTS}.", "prompt"
+            )
+        kinds = {type(item) for item in value}
+        if kinds != {str} and kinds != {list}:
+            raise _prompt_shape()
+        prompts = value
+    else:
+        prompts = [value]
+    for prompt in prompts:
+        if prompt is None or prompt in ("", []):
+            raise InvalidRequestError(
+                "Either prompt or prompt_embeds must be provided and non-empty.", "prompt"
+            )
+        if type(prompt) is str:
+            continue
+        if type(prompt) is not list:
+            raise _prompt_shape()
+        if len(prompt) > max_model_len and truncation is None:
+            raise ContextLengthError(
+                f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+                f"contains {len(prompt)} input tokens, which exceeds this limit even without any output "
+                "tokens. Please reduce the length of the input prompt.",
+                "input_tokens",
+            )
+    return prompts
+
+
+def check_total(tokens: int, n: int) -> None:
+    """Raises `InvalidRequestError` if the prompts of one request have too many tokens together."""
+    if tokens * n > MAX_PROMPT_TOKENS:
+        raise InvalidRequestError(
+            f"The prompts with n={n} have more than {MAX_PROMPT_TOKENS} tokens together.", "n"
+        )
+
+
+def tokenize_prompts(
+    client: EngineClient,
+    prompts: Sequence[str | list[int]],
+    add_special_tokens: bool,
+    truncation: Truncation | None,
+) -> list[list[int]]:
+    """The checked ids of every prompt; runs in a worker thread."""
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = tokenize_text(client, prompt, add_special_tokens, truncation)
+        else:
+            _check_ids(prompt)
+            ids = prompt if truncation is None else truncation.cut(prompt)
+        client.processor.check_prompt(ids)
+        found.append(ids)
+    return found
+
+
+def prompt_texts(
+    client: EngineClient,
+    prompts: Sequence[str | list[int]],
+    ids: Sequence[list[int]],
+    truncation: Truncation | None,
+) -> list[str]:
+    """The prompts as text, for `echo`; runs in a worker thread."""
+    return [
+        prompt
+        if isinstance(prompt, str) and truncation is None
+        # What the tokenizer put before a text was not in it.
+        else client.tokenizer.decode(own, skip_special_tokens=isinstance(prompt, str))
+        for prompt, own in zip(prompts, ids, strict=True)
+    ]
+
+
+def _check_ids(ids: list[Any]) -> None:
+    if set(map(type, ids)) != {int}:
+        raise _prompt_shape()
+    if min(ids) < 0:
+        fault = Fault("greater_than_equal", "Token ids should be greater than or equal to 0")
+        raise shape_error([("body.prompt", fault)])
+
+
+def _prompt_shape() -> InvalidRequestError:
+    fault = Fault(
+        "prompt_type", "Input should be a string, a list of strings, token ids or lists of token ids"
+    )
+    return shape_error([("body.prompt", fault)])

@@ -1,0 +1,119 @@
+"""From request fields to `SamplingParams`: request -> model's generation_config -> OpenAI's default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from microvllm.openai_compat.errors import clip
+from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.request import RepetitionDetection, SamplingParams
+
+if TYPE_CHECKING:
+    from microvllm.runtime.process.client import EngineClient
+
+OPENAI_DEFAULTS: Mapping[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+MAX_BIAS = 100.0
+# Handed over as they are: `SamplingParams` has the same names and defaults, and checks the ranges.
+_UNCHANGED = (
+    "n",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "allowed_token_ids",
+    "bad_words",
+)
+_TOKEN_ID = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+
+
+def sampling_params(
+    fields: Mapping[str, Any],
+    client: EngineClient,
+    *,
+    max_tokens: int | None,
+    max_tokens_field: str,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """The sampling parameters of a request.
+
+    `max_tokens` is the request's wish (None: until the context is full), `max_tokens_field` the field it
+    came from. A `max_tokens` in the model's generation config is a limit for every request, as in vLLM.
+    `logprobs` and `prompt_logprobs` are counts, which completions and chat ask for in different fields.
+    Raises `InvalidRequestError` naming the field that is out of range.
+    """
+    _check_spaces(fields, client)
+    defaults = {**OPENAI_DEFAULTS, **client.processor.default_params()}
+    chosen = {name: defaults[name] if fields[name] is None else fields[name] for name in OPENAI_DEFAULTS}
+    if fields["use_beam_search"]:
+        chosen["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
+    detection = fields["repetition_detection"]
+    return SamplingParams(
+        seed=None if fields["seed"] == -1 else fields["seed"],  # -1 is vLLM's "no seed"
+        max_tokens=_max_tokens(max_tokens, max_tokens_field, client, defaults.get("max_tokens")),
+        logit_bias=_logit_bias(fields["logit_bias"]),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logprob_token_ids=fields["logprob_token_ids"] or None,
+        repetition_detection=None if detection is None else RepetitionDetection(**detection),
+        **{name: fields[name] for name in _UNCHANGED},
+        **chosen,
+    )
+
+
+def check_prompt_logprobs(fields: Mapping[str, Any]) -> None:
+    """A stream has no place for the prompt's log probabilities; 0 asks for none beside the prompt's own."""
+    if fields["stream"] and fields["prompt_logprobs"]:
+        raise InvalidRequestError(
+            "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"
+        )
+
+
+def _max_tokens(wish: int | None, field: str, client: EngineClient, limit: int | None) -> int | None:
+    context = client.config.max_model_len
+    if wish is None:
+        return limit
+    if wish < 1:
+        raise InvalidRequestError(f"{field} must be at least 1, got {wish}.", field)
+    if wish > context:
+        raise InvalidRequestError(
+            f"{field}={wish} cannot be greater than max_model_len={context}. "
+            "Please request fewer output tokens.",
+            field,
+        )
+    return wish if limit is None else min(wish, limit)
+
+
+def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
+    """JSON has only strings as keys; values are clamped, as in vLLM."""
+    wrong = [key for key in biases if not _TOKEN_ID.fullmatch(key)]
+    if wrong:
+        keys = clip(", ".join(repr(clip(key)) for key in wrong))
+        raise InvalidRequestError(
+            f"logit_bias contains key(s) that cannot be converted to integer token IDs: {keys}", "logit_bias"
+        )
+    return {int(key): min(MAX_BIAS, max(-MAX_BIAS, bias)) for key, bias in biases.items()}
+
+
+def _check_spaces(fields: Mapping[str, Any], client: EngineClient) -> None:
+    """Where text is the concatenation of the tokens' bytes there is never a space between special tokens.
+
+    Other decoders put one there, and it cannot be told from the text's own.
+    """
+    if not fields["spaces_between_special_tokens"] and client.tokenizer.token_bytes is None:
+        raise InvalidRequestError(
+            "spaces_between_special_tokens: false is not supported for this model's tokenizer.",
+            "spaces_between_special_tokens",
+        )

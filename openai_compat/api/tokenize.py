@@ -1,0 +1,81 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from microvllm.openai_compat.api.chat import render
+from microvllm.openai_compat.api.fields import parse_fields, token_ids
+from microvllm.openai_compat.api.generation import check_model
+from microvllm.openai_compat.api.schemas import DETOKENIZE, TOKENIZE
+from microvllm.openai_compat.errors import Fault, shape_error
+from microvllm.openai_compat.state import ServerState
+from microvllm.openai_compat.transport.body import read_object
+from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from microvllm.runtime.process.client import EngineClient
+
+
+async def tokenize(request: Request) -> Response:
+    """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of a conversation."""
+    state: ServerState = request.app.state.server
+    fields = parse_fields(TOKENIZE, await read_object(request, state))
+    if not state.args.skip_model_name_validation:
+        check_model(fields["model"], state)
+    if (fields["prompt"] is None) == (fields["messages"] is None):
+        raise shape_error([("body.prompt", Fault("value_error", "Give either prompt or messages"))])
+    return Response(await state.client.run_blocking(_tokenize, state, fields), media_type="application/json")
+
+
+def _tokenize(state: ServerState, fields: Mapping[str, Any]) -> bytes:
+    """Runs in a worker thread."""
+    client = state.client
+    if fields["messages"] is not None:
+        ids = render(state, fields).token_ids
+    else:
+        ids = client.processor.tokenize_prompt(fields["prompt"], fields["add_special_tokens"] is not False)
+    return orjson.dumps(
+        {
+            "count": len(ids),
+            "max_model_len": client.config.max_model_len,
+            "tokens": ids,
+            "token_strs": [client.tokenizer.id_to_token(i) for i in ids]
+            if fields["return_token_strs"]
+            else None,
+        }
+    )
+
+
+async def detokenize(request: Request) -> Response:
+    """`{"prompt"}`: the text of token ids, special tokens included; at most a context's worth of them."""
+    state: ServerState = request.app.state.server
+    fields = parse_fields(DETOKENIZE, await read_object(request, state))
+    if not state.args.skip_model_name_validation:
+        check_model(fields["model"], state)
+    client, tokens = state.client, fields["tokens"]
+    if len(tokens) > client.config.max_model_len:
+        raise ContextLengthError(
+            f"This model's maximum context length is {client.config.max_model_len} tokens, "
+            f"but {len(tokens)} were given.",
+            "tokens",
+        )
+    return Response(await client.run_blocking(_detokenize, client, tokens), media_type="application/json")
+
+
+def _detokenize(client: EngineClient, tokens: list[Any]) -> bytes:
+    """Runs in a worker thread."""
+    try:
+        ids = token_ids(client.config.max_model_len)(tokens)
+    except Fault as fault:
+        raise shape_error([("body.tokens", fault)]) from None
+    vocab_size = max(client.config.spec.vocab_size, client.tokenizer.vocab_size)
+    highest = max(ids, default=0)
+    if highest >= vocab_size:
+        raise InvalidRequestError(f"Token id {highest} is out of vocabulary", "tokens")
+    return orjson.dumps({"prompt": client.tokenizer.decode(ids, False)})

@@ -1,0 +1,189 @@
+"""The engine without text: token ids in, token ids out, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+from typing import Generic, Protocol, TypeVar
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core.kv_cache import KVCacheManager
+from microvllm.runtime.core.scheduler import Scheduler, StepPlan, StepResult
+from microvllm.runtime.errors import EngineError, RequestError
+from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
+from microvllm.runtime.worker.step_clock import StepClock
+from microvllm.runtime.worker.step_report import DeviceTimes, StepReport
+
+logger = logging.getLogger("microvllm.engine")
+
+
+class StepInFlight(Protocol):
+    """A step that was launched and whose tokens were not read yet."""
+
+    @property
+    def plan(self) -> StepPlan: ...
+
+
+StepT = TypeVar("StepT", bound=StepInFlight)
+
+
+class Runner(Protocol[StepT]):
+    """What executes plans: the model runner, or a fake in tests."""
+
+    def launch(self, plan: StepPlan) -> StepT:
+        """Start a step; must not wait for its tokens."""
+        ...
+
+    @property
+    def clock(self) -> StepClock:
+        """Told by `launch` which part of a step it is in."""
+        ...
+
+    @property
+    def device_clock(self) -> DeviceTimes | None:
+        """There if the times of steps are to be logged and a GPU computes them."""
+        ...
+
+    @property
+    def graph_replays(self) -> int: ...
+
+    @property
+    def padded_tokens(self) -> int: ...
+
+    def collect(self, step: StepT) -> StepResult:
+        """Wait for a launched step and read what it gave."""
+        ...
+
+
+class EngineCore(Generic[StepT]):
+    """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`.
+
+    `report` has the times of the steps, if the configuration asks for them.
+    """
+
+    def __init__(self, config: EngineConfig, runner: Runner[StepT]) -> None:
+        self.config = config
+        self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(config, self.kv)
+        self.clock = runner.clock
+        self.report = StepReport(runner) if config.log_step_times else None
+        self._runner = runner
+        self._in_flight: StepT | None = None
+        self._num_steps = 0
+        self._num_decode_steps = 0
+        self._num_requests = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    def add(self, request: EngineRequest) -> StepOutput | None:
+        """Queue a request; a refusal is that request's output and concerns no other."""
+        self._num_requests += 1
+        try:
+            self.scheduler.add(request)
+        except RequestError as error:
+            return StepOutput(
+                request.request_id, [], FinishReason.ERROR, error=error.message, param=error.param
+            )
+        return None
+
+    def abort(self, request_id: int) -> bool:
+        """End a request at any moment; its blocks are free within one step."""
+        return self.scheduler.abort(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        self.kv.reset_prefix_cache()
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work() or self._in_flight is not None
+
+    def step(self) -> list[StepOutput]:
+        """Launch one step and return the tokens that became known.
+
+        With asynchronous scheduling these are the previous step's, so the host schedules step k+1
+        while step k runs; otherwise the step is awaited at once. One loop serves both.
+        """
+        self.clock.enter("schedule")
+        plan = self.scheduler.schedule()
+        self.clock.enter("prepare")
+        done, failed = self._launch(plan) if plan is not None else (None, [])
+        if self.config.async_scheduling:
+            done, self._in_flight = self._in_flight, done
+        if done is None:
+            self.clock.enter("messages")
+            return failed
+        return failed + self._collect(done)
+
+    def drain(self) -> list[StepOutput]:
+        """Await the step in flight, if there is one, without launching another; returns its tokens."""
+        done, self._in_flight = self._in_flight, None
+        return [] if done is None else self._collect(done)
+
+    def rest(self) -> None:
+        """Count the time until the next step as idle, and write the report of the steps so far."""
+        self.clock.enter("idle")
+        if self.report is not None:
+            self.report.write()
+
+    def _collect(self, done: StepT) -> list[StepOutput]:
+        self.clock.enter("wait")
+        result = self._runner.collect(done)
+        self.clock.enter("commit")
+        scheduled = done.plan.scheduled
+        outputs = self.scheduler.commit(done.plan, result)
+        num_tokens = sum(item.num_new for item in scheduled)
+        self._num_steps += 1
+        self._num_decode_steps += num_tokens == len(scheduled)
+        self._prompt_tokens += sum(
+            max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start) for item in scheduled
+        )
+        self._generation_tokens += sum(len(output.token_ids) for output in outputs)
+        self.clock.enter("messages")
+        if self.report is not None:
+            self.report.add(scheduled, num_tokens)
+        return outputs
+
+    def _launch(self, plan: StepPlan) -> tuple[StepT | None, list[StepOutput]]:
+        """The launched step, or the errors of all requests of a step that could not be launched.
+
+        Its blocks are not in the prefix cache yet, so nothing of it outlives them.
+        """
+        try:
+            return self._runner.launch(plan), []
+        except EngineError:
+            raise
+        except Exception as error:
+            logger.exception("A step of %d requests failed.", len(plan.scheduled))
+            return None, self.scheduler.fail(plan, f"the step failed ({type(error).__name__})")
+
+    def stats(self) -> EngineStats:
+        scheduler, seconds, inside = self.scheduler, self.clock.seconds, self.clock.inside
+        device = self._runner.device_clock
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_blocks_used=self.kv.num_used,
+            kv_blocks_total=self.kv.num_blocks,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.num_preemptions,
+            steps=self._num_steps,
+            decode_steps=self._num_decode_steps,
+            requests=self._num_requests,
+            kv_unused_slots=self.kv.num_unused_slots,
+            graph_replays=self._runner.graph_replays,
+            padded_tokens=self._runner.padded_tokens,
+            schedule_seconds=seconds["schedule"],
+            prepare_seconds=seconds["prepare"],
+            forward_seconds=seconds["forward"],
+            sample_seconds=seconds["sample"],
+            wait_seconds=seconds["wait"],
+            commit_seconds=seconds["commit"],
+            messages_seconds=seconds["messages"],
+            idle_seconds=seconds["idle"],
+            embedding_seconds=inside["embedding"],
+            attention_seconds=inside["attention"],
+            head_seconds=inside["head"],
+            gpu_busy_seconds=0.0 if device is None else device.busy_seconds,
+            gpu_idle_seconds=0.0 if device is None else device.idle_seconds,
+        )

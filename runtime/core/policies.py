@@ -1,0 +1,66 @@
+"""Which requests are served first, and which of the running ones have a turn in a step. Imports no torch.
+
+`fcfs`      first come, first served; every running request has a turn in every step.
+`priority`  the smaller number first (vLLM's meaning), first come among equals; every one has a turn.
+`sjf`       shortest job first, to align lengths: of the requests that decode, those of the shortest length
+            have a turn, so that equal lengths form the batch and short ones catch up with long ones:
+            50 52 55 60 100 runs 50, 51, then 52 52 together, 55 55 55, and 60 60 60 60.
+            It made batches without padding for kernels that need equal lengths. Ours do not, so what is
+            passed over is batch size lost: it is here to be compared.
+
+A policy never changes a token, only when it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from microvllm.runtime.core.scheduler import Request
+    from microvllm.runtime.request import EngineRequest
+
+# Steps in a row in which `sjf` may pass somebody over; in the next one every request has a turn.
+MAX_PASSED_OVER = 16
+
+
+class Policy:
+    """First come, first served; what the others start from."""
+
+    def rank(self, source: EngineRequest) -> int:
+        """What comes before the order of arrival: smaller is served first, and preempted last."""
+        return 0
+
+    def turn(self, running: Sequence[Request]) -> Sequence[Request]:
+        """Those of the running requests that this step may compute, in their order."""
+        return running
+
+
+class Priority(Policy):
+    def rank(self, source: EngineRequest) -> int:
+        return source.priority
+
+
+class Alignment(Policy):
+    """Shortest job first. Prompts go on as ever; `MAX_PASSED_OVER` bounds how long a long one waits."""
+
+    def __init__(self) -> None:
+        self._passed_over = 0  # steps in a row in which somebody was
+
+    def turn(self, running: Sequence[Request]) -> Sequence[Request]:
+        lengths = [_decode_length(request) for request in running]
+        shortest = min(filter(None, lengths), default=0)
+        if max(lengths, default=0) == shortest or self._passed_over == MAX_PASSED_OVER:
+            self._passed_over = 0
+            return running
+        self._passed_over += 1
+        return [r for r, length in zip(running, lengths, strict=True) if length in (0, shortest)]
+
+
+def _decode_length(request: Request) -> int:
+    """The current length of one that decodes; 0 for one that computes its prompt, or nothing."""
+    length = request.num_computed + 1
+    return length if length > request.prompt_len and request.num_missing == 1 else 0
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "priority": Priority, "sjf": Alignment}

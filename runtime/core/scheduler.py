@@ -1,0 +1,465 @@
+"""Continuous batching on a token budget. Imports no torch.
+
+The one rule: a request has `num_tokens` (known + in flight) and `num_computed`; each step hands out
+budget so that computed catches up. There is no prefill phase and no decode phase: a decode is a
+request with one token to compute. Chunked prefill, prefix hits and preemption are the same rule
+(after vLLM v1's scheduler).
+
+`schedule()` only needs lengths, so step k+1 may be scheduled while step k runs; `commit()` brings the
+tokens of a step when they are known. Three fences make that safe:
+
+  * a request with a step in flight is not preempted: the step is awaited first;
+  * the row and the blocks of a finished request go back at the commit of its last step in flight;
+  * blocks are offered to the prefix cache in `commit()`, when all their tokens are known.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core.kv_cache import KVCacheManager, PrefixKeys
+from microvllm.runtime.core.policies import POLICIES
+from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
+from microvllm.runtime.request import (
+    EngineRequest,
+    FinishReason,
+    RepetitionDetection,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+)
+
+NO_TOKEN = -1  # what a step reports for a request whose logits were not finite
+
+
+class Request:
+    """One sequence inside the engine.
+
+    `prompt_len` counts the user's prompt only; a preempted request computes its generated tokens
+    again too, so what has to be prefilled is `num_tokens`, not `prompt_len`.
+    """
+
+    __slots__ = (
+        "finish_reason",
+        "id",
+        "keys",
+        "max_tokens",
+        "num_cached",
+        "num_computed",
+        "num_in_flight",
+        "num_preemptions",
+        "num_prompt_logprobs",
+        "order",
+        "params",
+        "prompt_len",
+        "prompt_logprobs",
+        "row",
+        "scheduled_at",
+        "seq_id",
+        "source",
+        "steps_in_flight",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self, source: EngineRequest, order: tuple[int, int], keys: PrefixKeys, tokens: list[int]
+    ) -> None:
+        self.source = source
+        self.id = source.request_id
+        self.params: SamplingParams = source.params
+        self.order = order  # smaller is served first, larger is preempted first
+        # Its name in the KV pool. Not `id`: that one may come again while the last step is in flight.
+        self.seq_id = order[1]
+        self.token_ids = tokens  # all known tokens; `keys` reads the same list
+        self.keys = keys
+        self.prompt_len = len(tokens)
+        self.max_tokens = source.params.max_tokens or 0
+        self.stop_ids = frozenset(source.stop_token_ids)
+        self.num_computed = 0  # tokens whose keys and values are in the cache, or will be by this step
+        self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
+        self.steps_in_flight = 0
+        self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
+        self.num_preemptions = 0
+        self.scheduled_at: float | None = None  # when it first left the queue; None once it was told
+        self.prompt_logprobs: list[TokenLogprobs] = []  # until the first token goes out
+        self.num_prompt_logprobs = 0  # computed so far: a preempted request does not compute them again
+        self.row = -1
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_missing(self) -> int:
+        """How many tokens a step could compute now; 1 is a decode, or the end of a prompt."""
+        if self.finish_reason is not None:
+            return 0  # ended; it only waits for its last step in flight
+        in_flight, known = self.num_in_flight, len(self.token_ids)
+        if in_flight and known - self.prompt_len + in_flight >= self.max_tokens:
+            return 0  # its last token is being sampled: another step would be wasted
+        return known + in_flight - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every token that would stop the request; masked until `min_tokens` are out."""
+        eos = self.source.eos_token_id
+        return self.stop_ids if eos is None else self.stop_ids | {eos}
+
+    def __lt__(self, other: Request) -> bool:
+        return self.order < other.order
+
+
+class ScheduledRequest(msgspec.Struct, frozen=True):  # one a request a step: a dataclass is made slower
+    """`[start, start + num_new)` of one request's tokens is computed by this step."""
+
+    request: Request
+    start: int
+    num_new: int
+    samples: bool  # the last of them is the last of the request: its logits give the next token
+    first_block: int  # index in the block table of the first block that is new to the model runner
+    new_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what to compute, in this order of row changes: release, admit, compute."""
+
+    released_rows: tuple[int, ...]
+    admitted: tuple[Request, ...]
+    scheduled: tuple[ScheduledRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave: `tokens[i]` belongs to `plan.scheduled[i]`.
+
+    A token is ignored where that entry does not sample, and NO_TOKEN where there was nothing to choose
+    from. The mappings, by i, have the entries that were asked for.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Decides what each step computes. `add` and `abort` may come between any two calls."""
+
+    def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
+        self.kv = kv
+        self._config = config
+        self._policy = POLICIES[config.scheduling_policy]()
+        self._requests: dict[int, Request] = {}  # waiting and running
+        self._waiting: list[Request] = []  # heap by order; also holds some that have ended
+        self._num_waiting = 0
+        self._running: list[Request] = []  # sorted by order
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._released_rows: list[int] = []  # since the last plan
+        self._arrivals = 0
+        self._short_of_blocks = False  # in the last step
+        self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    def has_work(self) -> bool:
+        return bool(self._running) or self._num_waiting > 0
+
+    # ---- add and abort -------------------------------------------------------------------------
+
+    def add(self, source: EngineRequest) -> None:
+        """Queue a request. Raises `RequestError` for one that could never be served, or a full queue."""
+        tokens, config = list(source.prompt_token_ids), self._config
+        if source.request_id in self._requests:
+            raise InvalidRequestError(f"request id {source.request_id} is already in use", "request_id")
+        if not tokens or not 0 < (source.params.max_tokens or 0) <= config.max_model_len - len(tokens):
+            raise InvalidRequestError(
+                f"a prompt of {len(tokens)} tokens and {source.params.max_tokens} output tokens do not fit "
+                f"the context of {config.max_model_len} tokens",
+                "prompt",
+            )
+        if min(tokens) < 0 or max(tokens) >= config.spec.vocab_size:
+            raise InvalidRequestError("a prompt token id is out of vocabulary", "prompt")
+        if any(not 0 <= token < config.spec.vocab_size for token in source.stop_token_ids):
+            raise InvalidRequestError("a stop token id is out of vocabulary", "stop_token_ids")
+        limit = config.max_num_queued_reqs
+        if limit is not None and self._num_waiting - len(self._free_rows) >= limit:
+            raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
+        self._arrivals += 1
+        order = (self._policy.rank(source), self._arrivals)
+        request = Request(source, order, self.kv.prefix_keys(tokens, source.cache_salt), tokens)
+        self._requests[request.id] = request
+        self._wait(request)
+
+    def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a request at once, at any moment; False if it is unknown or already finished."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request, reason)
+        return True
+
+    # ---- one step ------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Hand out this step's token budget; None when nothing can be computed now.
+
+        Running requests come before waiting ones, and whoever has a turn gets at least one token: a prompt
+        takes what the others leave of the budget. When blocks run out the newest running request gives its
+        own back and is computed again later.
+        """
+        budget = self._config.max_num_batched_tokens  # at least one for every row
+        scheduled: list[ScheduledRequest] = []
+        # While blocks are short everyone has a turn, the oldest first: who was denied blocks is the next to
+        # get them, which the policy's choice could put off for ever.
+        turn = self._running if self._short_of_blocks else self._policy.turn(self._running)
+        self._short_of_blocks = False
+        for index, request in enumerate(turn):
+            if request.row < 0:
+                break  # gave way to an older one, as did all after it
+            missing = request.num_missing
+            if missing == 0:
+                continue
+            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(turn) - index - 1))
+            room, preempted = self._make_room(request, num_new)
+            self._short_of_blocks |= preempted or not room
+            if not room:
+                break  # it gave way itself, or blocks come free when the steps in flight are committed
+            scheduled.append(self._advance(request, num_new))
+            budget -= num_new
+        admitted = [] if self._short_of_blocks else self._admit(budget, scheduled)
+        if not scheduled:
+            return None
+        released, self._released_rows = tuple(self._released_rows), []
+        return StepPlan(released, tuple(admitted), tuple(scheduled))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
+        """Take in what a step gave. Plans are committed in the order in which they were scheduled."""
+        outputs: list[StepOutput] = []
+        for index, (item, token) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
+            request = item.request
+            request.steps_in_flight -= 1
+            request.num_in_flight -= item.samples
+            if request.finish_reason is not None:  # ended while this step was in flight: its token is void
+                if request.steps_in_flight == 0:
+                    self._release(request)
+                continue
+            if not item.samples or token != NO_TOKEN:  # what gave no finite logits may be broken itself
+                self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
+            if index in result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs[index]
+                request.num_prompt_logprobs += len(result.prompt_logprobs[index])
+            if item.samples:
+                outputs.append(self._take_token(request, token, result.logprobs.get(index)))
+        return outputs
+
+    def fail(self, plan: StepPlan, message: str) -> list[StepOutput]:
+        """Give up a step that could not be launched, and every request in it."""
+        outputs: list[StepOutput] = []
+        for item in plan.scheduled:
+            request = item.request
+            request.steps_in_flight -= 1
+            request.num_in_flight -= item.samples
+            if request.finish_reason is None:
+                self._finish(request, FinishReason.ERROR)
+                outputs.append(StepOutput(request.id, [], FinishReason.ERROR, error=message))
+            elif request.steps_in_flight == 0:
+                self._release(request)
+        return outputs
+
+    def check(self) -> None:
+        """Audit the pool; at rest nothing may be referenced (raises `BrokenPoolError`)."""
+        self.kv.check()
+
+    # ---- the parts of a step -------------------------------------------------------------------
+
+    def _chunk(self, missing: int, budget: int) -> int:
+        """How many of a request's missing tokens one step computes."""
+        limit = self._config.long_prefill_token_threshold
+        if limit and self._config.enable_chunked_prefill:  # else a longer prompt would wait for ever
+            budget = min(budget, limit)
+        return min(missing, budget)
+
+    def _make_room(self, request: Request, num_new: int) -> tuple[bool, bool]:
+        """Blocks for `num_new` more tokens, by preemption if need be -> (got them, preempted one)."""
+        preempted = False
+        while not self.kv.append(request.seq_id, num_new):
+            victim = self._running[-1]
+            if victim.steps_in_flight:
+                return False, preempted
+            self._preempt(victim)
+            preempted = True
+            if victim is request:
+                return False, True
+        return True, preempted
+
+    def _admit(self, budget: int, scheduled: list[ScheduledRequest]) -> list[Request]:
+        admitted: list[Request] = []
+        while budget > 0 and self._free_rows:
+            request = self._peek_waiting()
+            if request is None:
+                break
+            # What is in the cache is not computed, so it would have no log probabilities.
+            whole = request.params.prompt_logprobs is not None
+            prefix = [] if whole else self.kv.match_prefix(request.keys, request.num_tokens)
+            num_cached = len(prefix) * self.kv.block_size
+            missing = request.num_tokens - num_cached
+            num_new = self._chunk(missing, budget)
+            if not self._config.enable_chunked_prefill and num_new < missing:
+                break
+            # Room for all of its known tokens, not only for this chunk: otherwise several long prompts
+            # are admitted together, run out of blocks half way, and preempt each other in turn.
+            if not self.kv.can_hold(request.num_tokens, prefix):
+                break
+            self.kv.alloc(request.seq_id, num_cached + num_new, prefix)
+            heapq.heappop(self._waiting)
+            self._left_queue()
+            request.row = self._free_rows.pop()
+            request.num_computed = num_cached
+            if request.num_cached is None:  # a preempted request hits its own blocks: not a reuse to count
+                request.num_cached = num_cached
+                request.scheduled_at = time.monotonic()
+                if self.kv.enable_prefix_caching and not whole:
+                    self.prefix_queries += request.prompt_len
+                    self.prefix_hits += num_cached
+            insort(self._running, request)
+            admitted.append(request)
+            scheduled.append(self._advance(request, num_new, first_block=0))
+            budget -= num_new
+        return admitted
+
+    def _advance(self, request: Request, num_new: int, first_block: int | None = None) -> ScheduledRequest:
+        """Count `num_new` tokens as computed, before they are: lengths run ahead of values."""
+        start = request.num_computed
+        if first_block is None:
+            first_block = -(-start // self.kv.block_size)
+        blocks = tuple(self.kv.block_table(request.seq_id)[first_block:])
+        request.num_computed += num_new
+        request.steps_in_flight += 1
+        samples = request.num_computed == request.num_tokens
+        request.num_in_flight += samples
+        return ScheduledRequest(request, start, num_new, samples, first_block, blocks)
+
+    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
+        if token == NO_TOKEN:
+            self._finish(request, FinishReason.ERROR)
+            message, param = "the model gave no finite logits for this request", None
+            if request.params.allowed_token_ids is not None or request.params.bad_words:
+                message = (
+                    "allowed_token_ids, bad_words and min_tokens leave this request no token to choose from"
+                )
+                param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
+            return StepOutput(request.id, [], FinishReason.ERROR, error=message, param=param)
+        request.token_ids.append(token)
+        reason, stop_reason = self._why_stop(request, token)
+        if reason is not None:
+            self._finish(request, reason)
+        output = StepOutput(
+            request.id,
+            [token],
+            reason,
+            stop_reason,
+            request.num_cached or 0,
+            logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=request.prompt_logprobs if self._tells_prompt(request) else None,
+            scheduled_at=request.scheduled_at,
+            num_preemptions=request.num_preemptions,
+        )
+        request.scheduled_at = None
+        return output
+
+    @staticmethod
+    def _tells_prompt(request: Request) -> bool:
+        return request.num_output == 1 and request.params.prompt_logprobs is not None
+
+    def _why_stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        num_output, params = request.num_output, request.params
+        if num_output >= params.min_tokens:
+            if token == request.source.eos_token_id:
+                return FinishReason.STOP, None
+            if token in request.stop_ids:
+                return FinishReason.STOP, token
+        if num_output >= request.max_tokens:
+            return FinishReason.LENGTH, None
+        wish = params.repetition_detection
+        if wish is not None and num_output >= params.min_tokens and _repeats(request, wish):
+            return FinishReason.REPETITION, None
+        return None, None
+
+    # ---- where a request is: waiting, running, or gone -----------------------------------------
+
+    def _wait(self, request: Request) -> None:
+        heapq.heappush(self._waiting, request)
+        self._num_waiting += 1
+
+    def _left_queue(self) -> None:
+        self._num_waiting -= 1
+        # Ended requests are dropped when the heap gets to them; those behind a head that has to wait
+        # would pile up, so they are swept out when they are the larger half.
+        if len(self._waiting) > 2 * self._num_waiting:
+            self._waiting = [request for request in self._waiting if request.finish_reason is None]
+            heapq.heapify(self._waiting)
+
+    def _peek_waiting(self) -> Request | None:
+        while self._waiting:
+            if self._waiting[0].finish_reason is None:
+                return self._waiting[0]
+            heapq.heappop(self._waiting)
+        return None
+
+    def _preempt(self, request: Request) -> None:
+        """Give back row and blocks and wait again, at the old place in the queue."""
+        self._release(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._wait(request)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        del self._requests[request.id]
+        if request.row < 0:
+            self._left_queue()
+        elif request.steps_in_flight == 0:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        """Give blocks and row back; the runner zeroes the row with the next plan."""
+        self.kv.free(request.seq_id)
+        del self._running[bisect_left(self._running, request)]
+        self._free_rows.append(request.row)
+        self._released_rows.append(request.row)
+        request.row = -1
+
+
+def _repeats(request: Request, wish: RepetitionDetection) -> bool:
+    """Whether the output ends in `min_count` copies of one pattern of an allowed size."""
+    tokens = request.token_ids
+    for size in range(max(1, wish.min_pattern_size), wish.max_pattern_size + 1):
+        first = len(tokens) - size * wish.min_count
+        if first < request.prompt_len:
+            return False
+        # Equal to itself moved by one pattern: all copies are equal.
+        if tokens[first : len(tokens) - size] == tokens[first + size :]:
+            return True
+    return False

@@ -1,0 +1,225 @@
+"""`CoreThread`: the one thread that steps an engine core, for callers in any thread.
+
+Nothing else touches the core, so callers need no lock, and what a signal raises in one of them
+(KeyboardInterrupt, or an exception from the caller's own signal handler) never interrupts a step. Callers and
+thread exchange messages through `SimpleQueue`s alone: a put is one call into C, which no signal divides.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from microvllm.runtime.errors import EngineError
+from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
+
+if TYPE_CHECKING:
+    from microvllm.runtime.core.engine_core import EngineCore
+
+logger = logging.getLogger("microvllm.engine")
+
+T = TypeVar("T")
+Message: TypeAlias = "Callable[[], object] | None"  # None ends the thread
+
+
+class OfflineSequence(TrackedSequence):
+    """One sequence of a caller."""
+
+    def __init__(self, request: EngineRequest, group: SampleGroup) -> None:
+        super().__init__(request, group, time.monotonic())
+        self.request = request
+
+
+class Run:
+    """The sequences of one caller, who may add more. `post(close_message())` ends them, at any moment.
+
+    A step runs only while a caller is inside `take`: a stream that is not read computes nothing, although its
+    requests take part in the steps that others wait for.
+    """
+
+    __slots__ = ("closed", "inbox", "loop", "outputs", "post", "sequences", "thread")
+
+    def __init__(self, loop: _CoreLoop, thread: threading.Thread) -> None:
+        self.sequences: list[OfflineSequence] = []
+        self.inbox: SimpleQueue[list[StepOutput] | _Raised] = SimpleQueue()
+        self.closed: SimpleQueue[None] = SimpleQueue()
+        self.outputs: list[StepOutput] = []  # not handed over yet
+        self.loop, self.thread, self.post = loop, thread, loop.mail.put
+
+    def close_message(self) -> Callable[[], None]:
+        """What ends the run once it is posted. Made before it is needed: no interrupt can divide a post."""
+        return partial(self.loop.close, self)
+
+    def start(self, sequences: Sequence[OfflineSequence]) -> None:
+        self.post(partial(self.loop.start, self, sequences))
+
+    def take(self) -> list[StepOutput]:
+        """Wait for the next outputs of these sequences. Raises `EngineError` if the engine has failed."""
+        self.post(partial(self.loop.want, self))
+        found: list[StepOutput] = _answer_of(self.inbox, self.thread)
+        return found
+
+    def end(self, request_id: int, reason: FinishReason) -> None:
+        """End a request before the engine does."""
+        self.post(partial(self.loop.end, request_id, str(reason)))
+
+    def wait_closed(self, timeout_s: float | None = None) -> None:
+        """Wait until no step in flight holds blocks of these requests."""
+        # The thread itself may close a run, when the garbage collector finds an abandoned stream there.
+        if self.thread.is_alive() and threading.current_thread() is not self.thread:
+            try:
+                self.closed.get(timeout=timeout_s)
+            except Empty:
+                logger.info("A step is still running; its requests end with it.")
+
+
+class CoreThread:
+    """Starts the thread; it ends with this object, or before the interpreter does."""
+
+    def __init__(self, core: EngineCore[Any], observer: EngineObserver) -> None:
+        self._loop = _CoreLoop(core, observer)
+        self._thread = threading.Thread(target=self._loop.serve, name="microvllm-engine", daemon=True)
+        self._thread.start()
+        # At exit the thread is joined: one that is inside a kernel while the process is torn down crashes it.
+        weakref.finalize(self, _end, self._loop.mail, self._thread)
+
+    def run(self) -> Run:
+        return Run(self._loop, self._thread)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function between two steps and return what it returns or raises."""
+        answer: SimpleQueue[Any] = SimpleQueue()
+        self._loop.mail.put(partial(_call, function, answer))
+        found: T = _answer_of(answer, self._thread)
+        return found
+
+
+class _CoreLoop:
+    """What runs in the thread. Every method but the put into `mail` belongs to it."""
+
+    def __init__(self, core: EngineCore[Any], observer: EngineObserver) -> None:
+        self.mail: SimpleQueue[Message] = SimpleQueue()
+        self._core = core
+        self._observer = observer
+        self._open: dict[int, tuple[OfflineSequence, Run]] = {}  # by request; has not ended yet
+        self._waiting: list[Run] = []
+        self._failure: Exception | None = None
+
+    def serve(self) -> None:
+        while True:
+            while not self._waiting or not self.mail.empty():
+                message = self.mail.get()
+                if message is None:
+                    return
+                self._guard(message)
+                del message  # it would keep the caller's run alive until the next one comes
+            self._guard(self._step)
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        """Run a message or a step. An error of the core is final: its state is unknown after one."""
+        try:
+            action()
+        except Exception as error:
+            self._failure = error
+            waiting, self._waiting = self._waiting, []
+            for run in waiting:
+                self.want(run)
+
+    def _step(self) -> None:
+        self._deliver(self._core.step())
+        self._observer.step(self._core.stats())
+
+    def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        now = time.monotonic()
+        for output in outputs:
+            found = self._open.get(output.request_id)
+            if found is None:
+                continue
+            sequence, run = found
+            run.outputs.append(output)
+            sequence.count(output, len(output.token_ids), now, self._observer)
+            if output.finish_reason is not None:
+                del self._open[output.request_id]
+                sequence.end(str(output.finish_reason), self._observer)
+        for run in [run for run in self._waiting if run.outputs]:
+            self._waiting.remove(run)
+            self._hand_over(run)
+
+    @staticmethod
+    def _hand_over(run: Run) -> None:
+        outputs, run.outputs = run.outputs, []
+        run.inbox.put(outputs)
+
+    # ---- messages ------------------------------------------------------------------------------
+
+    def start(self, run: Run, sequences: Sequence[OfflineSequence]) -> None:
+        run.sequences += sequences
+        for sequence in sequences:
+            refused = self._core.add(sequence.request)
+            self._open[sequence.request.request_id] = sequence, run
+            if refused is not None:
+                self._deliver([refused])
+
+    def want(self, run: Run) -> None:
+        if self._failure is not None:
+            error = EngineError(f"the engine has failed: {self._failure}")
+            error.__cause__ = self._failure
+            run.inbox.put(_Raised(error))
+        elif run.outputs:
+            self._hand_over(run)
+        elif run not in self._waiting:  # it may ask again after an interrupt
+            self._waiting.append(run)
+
+    def end(self, request_id: int, reason: str) -> None:
+        found = self._open.pop(request_id, None)
+        if found is not None:
+            self._core.abort(request_id)
+            found[0].end(reason, self._observer)
+
+    def close(self, run: Run) -> None:
+        try:
+            if run in self._waiting:
+                self._waiting.remove(run)
+            for sequence in run.sequences:
+                self.end(sequence.request.request_id, str(FinishReason.ABORT))
+            if not self._waiting and self._failure is None:  # else the next step awaits the one in flight
+                self._deliver(self._core.drain())
+                self._observer.step(self._core.stats())
+                if not self._core.has_work():
+                    self._core.rest()
+        finally:
+            run.closed.put(None)
+
+
+def _call(function: Callable[[], Any], answer: SimpleQueue[Any]) -> None:
+    try:
+        answer.put(function())
+    except BaseException as error:
+        answer.put(_Raised(error))
+
+
+class _Raised:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _answer_of(inbox: SimpleQueue[Any], thread: threading.Thread) -> Any:
+    if not thread.is_alive():  # in a forked process, or after the interpreter began to exit
+        raise EngineError("the engine's thread has ended: an engine cannot be used in a forked process")
+    answer = inbox.get()
+    if isinstance(answer, _Raised):
+        raise answer.error
+    return answer
+
+
+def _end(mail: SimpleQueue[Message], thread: threading.Thread) -> None:
+    mail.put(None)
+    if threading.current_thread() is not thread:
+        thread.join()

@@ -1,0 +1,399 @@
+"""The async client of the engine process: starts it, talks to it, starts it again when it dies.
+
+Imports no torch. One `EngineClient` a server; one `TokenStream` a sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.cpu import return_freed_memory, usable_cores
+from microvllm.runtime.errors import (
+    ConfigError,
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    RequestError,
+)
+from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.process.channel import (
+    Abort,
+    Add,
+    Command,
+    Event,
+    Profiled,
+    ResetPrefixCache,
+    StartProfile,
+    Step,
+    StopProfile,
+)
+from microvllm.runtime.process.engine_process import DEAD, EngineProcess
+from microvllm.runtime.process.program import EngineProgram
+from microvllm.runtime.profiler import ProfilerConfig
+from microvllm.runtime.progress import OnProgress
+from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
+from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.output import OutputText, TextDelta
+from microvllm.runtime.text.tokenizer import Tokenizer
+from microvllm.runtime.text.tokenizer_files import loadable_path
+
+logger = logging.getLogger("microvllm.engine")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# An engine with work that says nothing for longer than this, and than its largest step would take on a
+# very slow machine, is taken for hung.
+SILENCE_S = 60.0
+SLOWEST_FLOPS = 1e10
+WATCH_INTERVAL_S = 5.0
+EXIT_S = 3.0  # time for the engine process to leave after its socket was closed
+RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
+# For tokenising and templating. 250 prompts of 600 tokens that come at once are a second's work for one.
+WORKER_THREADS = max(2, min(8, usable_cores() // 2))
+
+
+# Deltas that wait for their consumer one by one: more than a busy event loop is ever behind a fast engine.
+MAX_BACKLOG = 64
+
+
+class TokenStream(TrackedSequence):
+    """The output of one sequence: an async iterator of `TextDelta`, one a step of the engine.
+
+    Beyond `MAX_BACKLOG` waiting deltas, what arrives is merged into the last one, so that a client that has
+    stopped reading costs bounded memory and never holds up the engine.
+    """
+
+    def __init__(self, client: EngineClient, request: EngineRequest, group: SampleGroup) -> None:
+        super().__init__(request, group, time.monotonic())
+        # One entry a prompt token from the second on, if asked for; there when the first delta is.
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self._client = client
+        self._id = request.request_id
+        self._text = OutputText(client.tokenizer, request)
+        self._pending: deque[TextDelta] = deque()
+        self._error: EngineError | RequestError | None = None
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while there is nothing for it
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> TextDelta:
+        """The next delta. Raises `EngineError` or `RequestError`, by whose fault the request failed."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._pending.popleft()
+
+    def abort(self) -> None:
+        """End the request now; its blocks are free within one step. May be called at any time."""
+        if not self._ended:
+            self._client._abort(self._id)
+            self._end("abort")
+        self._wake()
+
+    def _take(self, output: StepOutput, now: float) -> None:
+        try:
+            delta = self._text.take(output)
+        except (EngineError, RequestError) as error:
+            self._fail(error)
+            return
+        except Exception as error:  # this request's text logic failed: no other request is concerned
+            logger.exception("Detokenising request %d failed.", self._id)
+            self._client._abort(self._id)
+            self._fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
+            return
+        self.count(output, len(delta.token_ids), now, self._client.observer)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        if len(self._pending) < MAX_BACKLOG:
+            self._pending.append(delta)
+        else:
+            self._pending[-1].merge(delta)
+        if delta.finish_reason is not None:
+            if output.finish_reason is None:  # a stop string: the engine does not know yet
+                self._client._abort(self._id)
+            else:
+                self._client._forget(self._id)
+            self._end(delta.finish_reason)
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # done: its consumer was cancelled
+            waiter.set_result(None)
+
+    def _fail(self, error: EngineError | RequestError) -> None:
+        self._client._forget(self._id)
+        self._error = error
+        self._end("error")
+        self._wake()
+
+    def _end(self, reason: str) -> None:
+        self._ended = True
+        self.end(reason, self._client.observer)
+
+
+class EngineClient:
+    """Owns the engine process. All methods belong to one event loop. `observer` may be replaced.
+
+    `tokenizer_root` is a folder from which transformers loads the tokenizer.
+    """
+
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer, processor: Processor, tokenizer_root: str
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.tokenizer_root = tokenizer_root
+        self.processor = processor
+        self.stats = EngineStats()
+        self.observer = EngineObserver()
+        self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
+        self._streams: dict[int, TokenStream] = {}
+        self._submitted = 0  # to the engine process that runs now
+        self._process: EngineProcess | None = None
+        self._profiling: deque[asyncio.Future[Profiled]] = deque()  # answers that are still to come
+        self._ready = False
+        self._heard = time.monotonic()
+        self._longest_step_s = SILENCE_S + _step_flops(config) / SLOWEST_FLOPS
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        on_progress: OnProgress | None = None,
+        program: EngineProgram | None = None,
+    ) -> EngineClient:
+        """Start the engine process, load the tokenizer meanwhile, wait until the model is ready.
+
+        The engine process is that of `program` if one runs already. `chat_template` is used in place of the
+        model's own. Raises `ConfigError` with one line when the model or the tokenizer cannot be loaded,
+        `EngineError` when the engine process dies while loading.
+        """
+        starting = asyncio.ensure_future(EngineProcess.start(config, on_progress, program))
+        try:
+            text = await asyncio.get_running_loop().run_in_executor(None, _load_text, config, chat_template)
+            process = await starting
+        except BaseException:
+            starting.cancel()
+            (outcome,) = await asyncio.gather(starting, return_exceptions=True)
+            if isinstance(outcome, EngineProcess):
+                await outcome.end()
+            raise
+        client = cls(config, *text)
+        client._use(process)
+        client._keepers = [asyncio.ensure_future(client._keep()), asyncio.ensure_future(client._watch())]
+        return client
+
+    def healthy(self) -> bool:
+        """Whether requests are being served: the engine is loaded, alive, and not silent at work."""
+        return self._ready and not self._silent()
+
+    async def run_blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a slow function in a worker thread."""
+        call = _Call(function, args, kwargs)
+        result: T = await asyncio.get_running_loop().run_in_executor(self._workers, call)
+        return result
+
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> list[TokenStream]:
+        """Send one prompt to the engine: `params.n` streams.
+
+        Raises `InvalidRequestError` (and `ContextLengthError`) naming the field, `EngineBusyError` when
+        the waiting queue is full, `EngineDeadError` while there is no engine.
+        """
+        requests = self.processor.requests(prompt_ids, params, priority=priority, cache_salt=cache_salt)
+        if not self._ready:
+            raise EngineDeadError(DEAD)
+        limit = self.config.max_num_queued_reqs
+        on_their_way = self._submitted - self.stats.requests
+        free_rows = self.config.max_num_seqs - self.stats.num_running
+        if limit is not None and self.stats.num_waiting + on_their_way + len(requests) - free_rows > limit:
+            self.observer.rejected("max_num_queued_reqs")
+            raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
+        self._submitted += len(requests)
+        if not self._streams:
+            self._heard = time.monotonic()  # an idle engine was silent with good reason
+        group = SampleGroup(len(requests), len(requests))
+        streams = [TokenStream(self, request, group) for request in requests]
+        for request, stream in zip(requests, streams, strict=True):
+            self._streams[request.request_id] = stream
+        self._send(Add(requests))
+        return streams
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._send(ResetPrefixCache())
+
+    async def start_profile(self, config: ProfilerConfig, prefix: str = "") -> str:
+        """Start a profile of the engine process -> the file that it will be in.
+
+        Raises `InvalidRequestError` if one runs already, `EngineError` if it fails.
+        """
+        return await self._profile(StartProfile(config, prefix))
+
+    async def stop_profile(self) -> str:
+        """End the profile and write it -> its file. Raises as `start_profile` does, also if none runs."""
+        return await self._profile(StopProfile())
+
+    async def _profile(self, command: StartProfile | StopProfile) -> str:
+        if not self._ready:
+            raise EngineDeadError(DEAD)
+        answer: asyncio.Future[Profiled] = asyncio.get_running_loop().create_future()
+        self._profiling.append(answer)
+        self._send(command)
+        found = await answer
+        if found.problem is not None:
+            raise InvalidRequestError(found.problem) if found.refused else EngineError(found.problem)
+        return found.file
+
+    async def close(self, drain_s: float = 0) -> None:
+        """Wait up to `drain_s` seconds for open streams, then end the engine process."""
+        deadline = time.monotonic() + drain_s
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._ready = False
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._fail_all(EngineDeadError("The server is shutting down."))
+        if self._process is not None:
+            await self._process.end(EXIT_S)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    # ---- what streams call ---------------------------------------------------------------------
+
+    def _abort(self, request_id: int) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self._send(Abort([request_id]))
+
+    def _forget(self, request_id: int) -> None:
+        self._streams.pop(request_id, None)
+
+    # ---- the engine process --------------------------------------------------------------------
+
+    def _use(self, process: EngineProcess) -> None:
+        self._process, self.stats = process, process.first_stats
+        self._submitted, self._heard, self._ready = 0, time.monotonic(), True
+
+    def _send(self, command: Command) -> None:
+        if self._process is not None:
+            self._process.send(command)
+
+    def _silent(self) -> bool:
+        """Whether the engine has work and has said nothing for longer than any step can take.
+
+        Writing a profile may take longer.
+        """
+        return (
+            bool(self._streams)
+            and not self._profiling
+            and time.monotonic() - self._heard > self._longest_step_s
+        )
+
+    async def _keep(self) -> None:
+        """Deliver step after step; when the engine dies, tell everyone and start another."""
+        while self._process is not None:
+            try:
+                await self._process.hear(self._deliver)
+            except EngineDeadError:
+                pass
+            except Exception:
+                logger.exception("What the engine process said was not understood.")
+            self._ready = False
+            self._fail_all(EngineDeadError(DEAD))
+            self.observer.stopped()
+            logger.error("%s%s", DEAD, await self._process.end())
+            self._use(await self._restart())
+
+    async def _watch(self) -> None:
+        """End an engine that hangs; it is then started again like one that died."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._ready and self._silent() and self._process is not None:
+                logger.error("The engine has said nothing for %.0f s.", time.monotonic() - self._heard)
+                self._process.kill()
+
+    def _deliver(self, event: Event) -> None:
+        if isinstance(event, Profiled):
+            answer = self._profiling.popleft()
+            if not answer.done():  # done: its client has left
+                answer.set_result(event)
+        if not isinstance(event, Step):
+            return
+        self.stats, self._heard = event.stats, time.monotonic()
+        for output in event.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream._take(output, self._heard)
+        self.observer.step(event.stats)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for stream in list(self._streams.values()):
+            stream._fail(error)
+        while self._profiling:
+            answer = self._profiling.popleft()
+            if not answer.done():
+                answer.set_exception(error)
+
+    async def _restart(self) -> EngineProcess:
+        attempt = 0
+        while True:
+            await asyncio.sleep(RESTART_DELAYS_S[min(attempt, len(RESTART_DELAYS_S) - 1)])
+            attempt += 1
+            try:
+                process = await EngineProcess.start(self.config)
+            except (ConfigError, EngineError) as error:
+                logger.error("The engine could not be started again: %s", error)
+            except Exception:  # no memory, no file handles: they may come back
+                logger.exception("The engine could not be started again.")
+            else:
+                logger.info("The engine process was started again.")
+                return process
+
+
+class _Call:
+    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self._function, self._args, self._kwargs = function, args, kwargs
+
+    def __call__(self) -> Any:
+        return self._function(*self._args, **self._kwargs)
+
+
+def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, Processor, str]:
+    path = Path(config.tokenizer_path)
+    tokenizer = Tokenizer.load(path)
+    root = loadable_path(tokenizer, path, config.spec.max_position)
+    template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
+    processor = Processor(config, tokenizer, template)
+    return_freed_memory()  # the vocabulary as it was read
+    return tokenizer, processor, root
+
+
+def _step_flops(config: EngineConfig) -> float:
+    """Operations of the largest step: two for each weight and token."""
+    spec = config.spec
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+    return 2.0 * config.max_num_batched_tokens * weights

@@ -1,0 +1,154 @@
+"""The engine in its own process: commands in, one message a step out.
+
+Started by `runtime.program`, which passes the file descriptor of its end of a socket pair. It ends when
+the other end closes, so no engine outlives its server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import logging
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core.engine_core import EngineCore
+from microvllm.runtime.cpu import return_freed_memory
+from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError
+from microvllm.runtime.process.channel import (
+    Abort,
+    Add,
+    Command,
+    EngineEnd,
+    Failed,
+    Profiled,
+    Progress,
+    Ready,
+    ResetPrefixCache,
+    Start,
+    StartProfile,
+    Step,
+    StopProfile,
+)
+from microvllm.runtime.profiler import Profiler, ProfilerStateError
+from microvllm.runtime.request import StepOutput
+
+if TYPE_CHECKING:
+    from microvllm.runtime.worker.model_runner import LaunchedStep
+
+logger = logging.getLogger("microvllm.engine")
+
+PROGRESS_INTERVAL_S = 0.1
+
+
+def main() -> None:
+    # Ctrl-C and a stop of the whole service reach every process; the API process decides when this one
+    # may go, so that running requests can be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
+    gc.disable()  # until the model is loaded: nothing of what is imported is ever freed
+    # Torch takes longest: after the signals are set, and before it is known what to load.
+    importlib.import_module("microvllm.runtime.worker.model_runner")
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        (start,) = channel.receive(wait=True)
+        if not isinstance(start, Start):
+            raise TypeError(f"the first command must be Start, not {type(start).__name__}")
+        try:
+            core = _load(start.config, channel)
+        except ConfigError as error:
+            channel.send(Failed(str(error), error.remedy))
+            return
+        except (MemoryError, RuntimeError) as error:  # torch reports what it cannot allocate as the latter
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            channel.send(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
+            return
+        channel.send(Ready(core.stats()))
+        _run(core, channel)
+
+
+def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
+    from microvllm.runtime.worker.model_runner import ModelGraphRunner
+
+    sent = 0.0
+
+    def progress(what: str, done: int, total: int, note: str = "", /) -> None:
+        nonlocal sent
+        if done in (0, total) or time.monotonic() - sent > PROGRESS_INTERVAL_S:
+            sent = time.monotonic()
+            channel.send(Progress(what, done, total, note))
+
+    runner = ModelGraphRunner(config, progress)
+    return EngineCore(runner.config, runner)
+
+
+def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
+    # What is alive now lives for ever: the collector need not walk it again and again.
+    gc.collect()
+    return_freed_memory()  # the weights as they were read: they lie packed elsewhere
+    gc.freeze()
+    gc.enable()
+    try:
+        _serve(core, channel)
+    finally:
+        if core.report is not None:
+            core.report.write_last()
+
+
+def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
+    profiler = Profiler()
+    while True:
+        outputs: list[StepOutput] = []
+        resting = not core.has_work()
+        if core.report is not None:
+            core.report.write_if_due(resting)
+        core.clock.enter("idle" if resting else "messages")
+        commands = channel.receive(wait=resting)
+        core.clock.enter("messages")
+        for command in commands:
+            if isinstance(command, StartProfile | StopProfile):
+                channel.send(_profile(profiler, command))
+            else:
+                outputs += _obey(core, command)
+        worked = core.has_work()
+        with profiler.step():
+            outputs += core.step()
+        # A step without outputs (a chunk of a prefill) is told too: the other side sees that we live.
+        channel.send(Step(outputs, core.stats()))
+        if worked and not core.has_work():
+            core.scheduler.check()
+            if core.config.device == "cpu":
+                return_freed_memory()  # the activations of long prompts
+
+
+def _obey(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:
+    """Carry out a command -> outputs of requests that were refused."""
+    if isinstance(command, Add):
+        return [refused for request in command.requests if (refused := core.add(request)) is not None]
+    if isinstance(command, Abort):
+        for request_id in command.request_ids:
+            core.abort(request_id)
+    elif isinstance(command, ResetPrefixCache):
+        core.reset_prefix_cache()
+    return []
+
+
+def _profile(profiler: Profiler, command: StartProfile | StopProfile) -> Profiled:
+    try:
+        if isinstance(command, StartProfile):
+            return Profiled(profiler.start(command.config, command.prefix))
+        return Profiled(profiler.stop())
+    except ProfilerStateError as error:
+        return Profiled(problem=str(error), refused=True)
+    except Exception as error:  # a full disk, a profiler without its library: requests go on
+        logger.exception("Profiling failed.")
+        return Profiled(problem=f"the profile failed ({type(error).__name__}: {error})")
+
+
+if __name__ == "__main__":
+    main()

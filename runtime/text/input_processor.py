@@ -1,0 +1,229 @@
+"""From prompts and sampling parameters to engine requests; every check that needs no engine.
+
+The same for the server and for offline use. Imports no torch; the methods that tokenise or render take
+milliseconds to seconds, so the server calls them in a worker thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from microvllm.runtime.config import GENERATION_FIELDS, EngineConfig
+from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+from microvllm.runtime.request import INT64_MAX, EngineRequest, SamplingParams
+from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.tokenizer import Tokenizer
+
+_NO_TEMPLATE = (
+    "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+    "template: this model has none, and the server was started without --chat-template."
+)
+
+
+class Processor:
+    """Knows the model's tokenizer, template, limits and defaults.
+
+    `max_chars` is the length in characters that no prompt within the context can exceed, `template` the one
+    for conversations without tools: `template` as it was given, or the model's own.
+    """
+
+    def __init__(
+        self, config: EngineConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._compiled = functools.lru_cache(8)(lambda source: ChatTemplate(source, tokenizer.special_tokens))
+        self._replaces_own = template is not None
+        if template is None and tokenizer.chat_template is not None:
+            template = self._compiled(tokenizer.chat_template)
+        self.template = template
+        self.max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
+        self._eos, self._further_ends = _end_tokens(config, tokenizer)
+        self._ids = itertools.count()
+
+    def default_params(self) -> dict[str, Any]:
+        """Sampling defaults of the model's `generation_config.json`, under `SamplingParams`' names."""
+        values = self._config.generation_defaults
+        return {ours: values[theirs] for theirs, ours in GENERATION_FIELDS.items() if theirs in values}
+
+    def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids. Raises `ContextLengthError` before tokenising a text that cannot fit."""
+        if len(prompt) > self.max_chars:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._config.max_model_len} tokens. However, your "
+                f"prompt has {len(prompt)} characters, more than that many tokens can hold. Please reduce "
+                "the length of the input prompt.",
+                "input_text",
+            )
+        return self._tokenizer.encode(prompt, add_special_tokens)
+
+    def render_text(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """Conversation -> text, through the chat template; `options` go to `ChatTemplate.render`.
+
+        `chat_template` is a template, or the name of one of the model's own.
+        """
+        return self._choose(chat_template, tools is not None).render(messages, tools=tools, **options)
+
+    def _choose(self, chat_template: str | None, with_tools: bool) -> ChatTemplate:
+        """As transformers chooses: of the model's templates, the one named `tool_use` is for tools."""
+        own = self._tokenizer.chat_templates
+        if chat_template is not None:
+            return self._compiled(own.get(chat_template, chat_template))
+        if with_tools and "tool_use" in own and not self._replaces_own:
+            return self._compiled(own["tool_use"])
+        if self.template is None:
+            names = f" Its templates are {', '.join(sorted(own))}; none is the default." if own else ""
+            raise InvalidRequestError(_NO_TEMPLATE + names)
+        return self.template
+
+    def render_chat(
+        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """Conversation -> token ids."""
+        return self.tokenize_prompt(self.render_text(messages, **options), add_special_tokens)
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token."""
+        limit, vocab = self._config.max_model_len, self._config.spec.vocab_size
+        if not ids:
+            raise InvalidRequestError(
+                "Either prompt or prompt_embeds must be provided and non-empty.", "prompt"
+            )
+        if len(ids) > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, your prompt contains "
+                f"{len(ids)} input tokens, which exceeds this limit even without any output tokens. Please "
+                "reduce the length of the input prompt.",
+                "input_tokens",
+            )
+        if len(ids) == limit:
+            raise ContextLengthError(
+                "max_tokens must be at least 1, got 0. The prompt alone fills the model's context of "
+                f"{limit} tokens.",
+                "max_tokens",
+            )
+        # min and max walk at C speed: a loop here would hold up every other request for tens of milliseconds.
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= vocab:
+            wrong = low if low < 0 else high
+            raise InvalidRequestError(f"Token id {wrong} is out of vocabulary (size {vocab}).", "prompt")
+
+    def requests(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        checked: bool = False,
+    ) -> list[EngineRequest]:
+        """`params.n` engine requests for one prompt; `checked` means that `check_prompt` has passed it.
+
+        `max_tokens` is clamped to what is left of the context, as vLLM 0.33 does; child i of a seeded
+        request has seed + i.
+        """
+        if not checked:
+            self.check_prompt(prompt_ids)
+        room = self._config.max_model_len - len(prompt_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}.",
+                "min_tokens",
+            )
+        self._check_ids(params)
+        self._check_logprobs(params)
+        bad_word_ids = self._bad_word_ids(params.bad_words)
+        eos = None if params.ignore_eos else self._eos
+        ends = params.stop_token_ids if params.ignore_eos else [*params.stop_token_ids, *self._further_ends]
+        wrong = next((token for token in ends if token >= self._config.spec.vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequestError(
+                f"stop_token_ids: token id {wrong} is out of vocabulary.", "stop_token_ids"
+            )
+        return [
+            EngineRequest(
+                next(self._ids),
+                prompt_ids,
+                msgspec.structs.replace(
+                    params,
+                    n=1,
+                    max_tokens=max_tokens,
+                    seed=_child_seed(params.seed, child),
+                    stop_token_ids=[],
+                ),
+                eos,
+                ends,
+                priority,
+                cache_salt,
+                bad_word_ids,
+            )
+            for child in range(params.n)
+        ]
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        """Raise `InvalidRequestError` for a token id that the model does not have, naming the field."""
+        vocab = self._config.spec.vocab_size
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
+            ids = getattr(params, name)
+            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+                wrong = ", ".join(str(token) for token in sorted(ids) if not 0 <= token < vocab)
+                raise InvalidRequestError(
+                    f"{name}: token ids out of vocabulary: {wrong[:200]}. "
+                    f"The vocabulary size is {vocab}: ids are 0 to {vocab - 1}.",
+                    name,
+                )
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        vocab, limit = self._config.spec.vocab_size, self._config.max_logprobs
+        for name, what in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
+            wish = getattr(params, name)
+            count = vocab if wish == -1 else wish or 0
+            if limit != -1 and count > limit:
+                raise InvalidRequestError(
+                    f"Requested {what} logprobs of {wish}, which is greater than max allowed: {limit}", name
+                )
+
+    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word as it is spelt at the start of a text and after a space."""
+        found: list[list[int]] = []
+        for word in words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                ids = self._tokenizer.encode(text, False)
+                # A token that the model has no logit for cannot come anyway.
+                if ids and ids not in found and max(ids) < self._config.spec.vocab_size:
+                    found.append(ids)
+        return found
+
+
+def _child_seed(seed: int | None, child: int) -> int | None:
+    if seed is None:
+        return None
+    return seed + child if seed + child <= INT64_MAX else seed + child - (1 << 64)
+
+
+def _end_tokens(config: EngineConfig, tokenizer: Tokenizer) -> tuple[int | None, list[int]]:
+    """The end-of-sequence token, and further ends, which report themselves as `stop_reason`.
+
+    The first is the tokenizer's; a model's configuration may list more (Llama 3's 128008 and 128009).
+    """
+    spec = config.spec
+    ends = [*spec.eos_token_ids, *config.generation_defaults.get("eos_token_id", [])]
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos >= spec.vocab_size:  # the tokenizer of another model: no logit has this id
+        eos = None
+    if eos is None and ends:
+        eos = ends[0]
+    return eos, sorted(set(ends) - {eos})

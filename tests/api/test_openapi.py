@@ -1,0 +1,262 @@
+"""The OpenAPI document: valid, complete, true to the tables, and held against what the server does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openapi_spec_validator
+import pytest
+from fake_client import FakeClient
+from http_tools import events, in_process
+
+from microvllm.openai_compat.api import answers
+from microvllm.openai_compat.api.absent import NOT_IMPLEMENTED
+from microvllm.openai_compat.api.fields import Fate
+from microvllm.openai_compat.api.openapi import BODIES, build_document, request_schema
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.runtime.profiler import ProfilerConfig
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi", "max_tokens": 4},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    "/generate": {"prompt": "hi", "max_tokens": 4},
+    "/generate_stream": {"prompt": "hi", "max_tokens": 4, "stream": False},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [104, 105]},
+}
+RENDER = {path: SUBJECTS[path.removesuffix("/render")] for path in BODIES if path.endswith("/render")}
+SUBJECTS |= RENDER
+TABLES = [table for _, table in BODIES.values()]
+EVERYTHING: dict[str, Any] = {
+    "dev_mode": True,
+    "enable_tokenizer_info_endpoint": True,
+    "profiler": ProfilerConfig(profiler="torch", torch_profiler_dir="traces"),
+}
+
+
+def document(**args: Any) -> dict[str, Any]:
+    server_args = ServerArgs(**args)
+    app = create_app(FakeClient(), server_args)  # type: ignore[arg-type]
+    return build_document(app.routes, server_args)
+
+
+def schema_of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """A schema of the document with its references resolvable."""
+    return {"$ref": f"#/components/schemas/{name}", "components": found["components"]}
+
+
+@pytest.mark.parametrize("args", [{}, EVERYTHING, {"root_path": "/llm", "api_keys": ("k",)}])
+def test_it_is_valid(args: dict[str, Any]) -> None:
+    found = document(**args)
+    openapi_spec_validator.validate(found)
+    assert found["openapi"].startswith("3.1") and found["servers"] == [{"url": args.get("root_path", "/")}]
+    guarded = {path for path, methods in found["paths"].items() for m in methods.values() if "security" in m}
+    others = {"/v1/models", "/v1/models/{model}", "/v1/loads", "/server_info", "/kv_event_sources"}
+    assert guarded == ({*BODIES, *others} if "api_keys" in args else set())
+
+
+def test_every_route_is_in_it() -> None:
+    app = create_app(FakeClient(), ServerArgs(**EVERYTHING))  # type: ignore[arg-type]
+    documented: list[Any] = [route for route in app.routes if route.include_in_schema]  # type: ignore[attr-defined]
+    routes = {(r.path_format, method.lower()) for r in documented for method in r.methods - {"HEAD"}}
+    listed = {
+        (path, method) for path, methods in document(**EVERYTHING)["paths"].items() for method in methods
+    }
+    assert listed == routes and ("/v1/models/{model}", "get") in routes
+    hidden = {route.path for route in app.routes} - {route.path for route in documented}  # type: ignore[attr-defined]
+    absent = {path for paths in NOT_IMPLEMENTED.values() for path in paths}
+    assert hidden == {"/", "/docs", "/redoc", "/openapi.json", "/metrics/", "/get_server_info", *absent}
+    for methods in document(**EVERYTHING)["paths"].values():
+        for operation in methods.values():
+            assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
+
+
+def test_it_has_the_servers_own_number_of_stop_strings() -> None:
+    for name, limit in (("CompletionRequest", 4), ("ChatCompletionRequest", 9)):
+        stop = document(max_stop_strings=limit)["components"]["schemas"][name]["properties"]["stop"]
+        assert f"'maxItems': {limit}" in str(stop)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_of_the_tables_is_in_it(table: Any) -> None:
+    properties = request_schema(table)["properties"]
+    assert properties.keys() == table.keys()
+    for name, row in table.items():
+        if row.fate is Fate.REFUSED:
+            assert properties[name]["enum"] == [None, *row.harmless]
+        elif row.fate is Fate.HONOURED:
+            assert "description" not in properties[name] or "ignored" not in properties[name]["description"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_field_that_is_honoured_is_described(table: Any) -> None:
+    for name, row in table.items():
+        if row.fate is Fate.HONOURED:
+            assert len(request_schema(table)["properties"][name]["description"]) > 10, name
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_manual_names_what_is_ignored_and_refused(table: Any) -> None:
+    manual = (Path(__file__).parent.parent.parent / "docs" / "http.md").read_text("utf-8")
+    for name, row in table.items():
+        assert row.fate is Fate.HONOURED or f"`{name}`" in manual, name
+
+
+def borders() -> Iterator[tuple[str, str, Any, bool]]:
+    """(path, field, value, whether the document allows it), at each limit that a schema states and beyond."""
+    for path, (_, table) in BODIES.items():
+        if path in RENDER:  # the same table and the same checks as without the suffix
+            continue
+        for name, row in table.items():
+            if row.parse is None or name in ("cache_salt", "request_id"):
+                continue
+            schema = row.parse.schema
+            for key, step in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0)):
+                if key in schema and abs(schema[key]) < 1 << 62:
+                    yield path, name, schema[key] + step, False
+                    yield path, name, schema[key] + (step == 0), True
+            if "maxItems" in schema and schema["maxItems"] < 5000:
+                yield path, name, [1] * (schema["maxItems"] + 1), False
+            if schema.get("type") == "boolean":
+                yield path, name, "perhaps", False
+                yield path, name, True, True
+            if schema.get("type") in ("integer", "number"):
+                yield path, name, [1], False
+            if schema.get("type") == "string" and "enum" in schema:
+                yield path, name, "no such word", False
+                for word in schema["enum"]:
+                    yield path, name, word, True
+
+
+@pytest.mark.parametrize(("path", "name", "value", "allowed"), list(borders()))
+async def test_the_server_keeps_to_it(path: str, name: str, value: Any, allowed: bool) -> None:
+    """What the document forbids is a 400 that names the field; what it allows has the right shape."""
+    async with in_process(FakeClient()) as http:
+        answer = await http.post(path, json={**SUBJECTS[path], name: value})
+    if allowed:
+        assert answer.status_code == 200, answer.text
+    else:
+        assert answer.status_code == 400 and name in answer.text
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if path not in RENDER])
+async def test_refused_fields_take_exactly_what_it_says(path: str) -> None:
+    name, table = BODIES[path]
+    schema = request_schema(table)
+    async with in_process(FakeClient()) as http:
+        for row in table.values():
+            if row.fate is not Fate.REFUSED:
+                continue
+            for value in (None, *row.harmless, "something", 987, {"a": 1}):
+                body = {**SUBJECTS[path], row.name: value}
+                fits = jsonschema.Draft202012Validator(schema).is_valid(body)
+                answer = await http.post(path, json=body)
+                assert (answer.status_code == 200) == fits, (name, row.name, value)
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_answers_are_as_it_says(path: str) -> None:
+    found = document()
+    content = found["paths"][path]["post"]["responses"]
+    answers, errors = (
+        schema_of(found, content[status]["content"]["application/json"]["schema"]["$ref"].split("/")[-1])
+        for status in ("200", "400")
+    )
+    async with in_process(FakeClient()) as http:
+        answer = await http.post(path, json=SUBJECTS[path])
+        wrong = await http.post(path, json={"model": 5})
+    assert (answer.status_code, wrong.status_code) == (200, 400)
+    jsonschema.validate(answer.json(), answers)
+    jsonschema.validate(wrong.json(), errors)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong.json(), answers)
+
+
+async def test_answers_without_a_body_are_as_it_says() -> None:
+    async with in_process(FakeClient(), **EVERYTHING) as http:
+        found = (await http.get("/openapi.json")).json()
+        checked = 0
+        for path, methods in found["paths"].items():
+            for method, operation in methods.items():
+                content = operation["responses"]["200"].get("content", {})
+                if path not in BODIES and "application/json" in content:
+                    answer = await http.request(method, path.format(model="fake-model"))
+                    name = content["application/json"]["schema"]["$ref"].split("/")[-1]
+                    jsonschema.validate(answer.json(), schema_of(found, name))
+                    checked += 1
+    assert checked == 11
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 2, "temperature": 1}, {"stream_options": {"include_usage": True}}]
+)
+@pytest.mark.parametrize("path", answers.OF_STREAM)
+async def test_chunks_are_as_it_says(path: str, options: dict[str, Any]) -> None:
+    if "generate" in path:
+        options = {name: value for name, value in options.items() if name != "n"}
+    found = document(enable_per_request_metrics=True)
+    content = found["paths"][path]["post"]["responses"]["200"]["content"]
+    name = content["text/event-stream"]["schema"]["$ref"].split("/")[-1]
+    schema = jsonschema.Draft202012Validator(schema_of(found, name))
+    async with in_process(FakeClient(), enable_per_request_metrics=True) as http:
+        body = {**SUBJECTS[path], "stream": True, "return_token_ids": True, **options}
+        chunks = events((await http.post(path, json=body)).text)
+    for chunk in chunks:
+        schema.validate(chunk)
+    assert len(chunks) >= 4
+    for broken in ({**chunks[0], "id": None}, {k: v for k, v in chunks[0].items() if k != "id"}, {}):
+        assert not schema.is_valid(broken)
+
+
+def test_schemas_have_the_names_that_vllm_gives_them() -> None:
+    assert {
+        *("CompletionRequest", "CompletionResponse", "CompletionStreamResponse", "UsageInfo"),
+        *("ChatCompletionRequest", "ChatCompletionResponse", "ChatCompletionStreamResponse"),
+        *("TokenizeCompletionRequest", "TokenizeChatRequest", "TokenizeResponse"),
+        *("DetokenizeRequest", "DetokenizeResponse", "ErrorResponse", "ModelCard", "ModelList"),
+        "GenerateRequest",
+    } <= document()["components"]["schemas"].keys()
+
+
+@pytest.mark.parametrize(
+    ("body", "fits"),
+    [
+        ({"prompt": "x"}, True),
+        ({"messages": []}, True),
+        ({}, False),
+        ({"prompt": "x", "messages": []}, False),
+    ],
+)
+def test_tokenize_takes_one_of_two_forms(body: dict[str, Any], fits: bool) -> None:
+    schema = jsonschema.Draft202012Validator(schema_of(document(), "TokenizeRequest"))
+    assert schema.is_valid(body) is fits
+
+
+class TestPage:
+    async def test_it_needs_nothing_from_elsewhere(self) -> None:
+        async with in_process(FakeClient()) as http:
+            page = await http.get("/docs")
+            assert (await http.get("/redoc")).text == page.text
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert not re.findall(r"https?://|src=|@import|innerHTML|insertAdjacent", page.text)
+        # Names in `backquotes` are code, and what has to be given comes first.
+        assert "function rich(" in page.text and "required(name) || " in page.text
+        # A relative address, so that it also works below a proxy's prefix.
+        assert 'fetch("openapi.json")' in page.text
+
+    async def test_the_servers_address_leads_there(self) -> None:
+        async with in_process(FakeClient(), api_keys=("k",)) as http:
+            home = await http.get("/")
+        assert home.status_code == 200 and 'href="docs"' in home.text and "/v1" in home.text
+
+    async def test_it_can_be_switched_off(self) -> None:
+        async with in_process(FakeClient(), disable_fastapi_docs=True) as http:
+            for path in ("/docs", "/redoc", "/openapi.json"):
+                assert (await http.get(path)).status_code == 404
+            assert "docs" not in (await http.get("/")).text

@@ -1,0 +1,391 @@
+"""The state machine finds planted bugs: each of these breaks one line of the engine, as others have.
+
+That it finds nothing where nothing is planted is `test_state_machine`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from fakes import Misuse
+from hypothesis import HealthCheck, Phase, Verbosity, settings
+from hypothesis.stateful import run_state_machine_as_test
+from test_state_machine import MACHINES
+
+from microvllm.runtime.core.kv_cache import BrokenPoolError, KVCacheManager, PrefixKeys
+from microvllm.runtime.core.scheduler import Request, ScheduledRequest, Scheduler, StepPlan, StepResult
+from microvllm.runtime.request import FinishReason, StepOutput
+
+MAX_EXAMPLES = 1500
+SETTINGS = settings(
+    max_examples=MAX_EXAMPLES,
+    stateful_step_count=40,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    print_blob=False,
+    verbosity=Verbosity.quiet,
+    suppress_health_check=list(HealthCheck),
+)
+# How an engine fails that is broken inside; a TypeError would be a mistake in the mutation itself.
+FAILURES = (Misuse, BrokenPoolError, AssertionError, KeyError, IndexError)
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+MUTATIONS: dict[str, tuple[str, Mutation]] = {}
+
+
+def mutation(mode: str) -> Callable[[Mutation], Mutation]:
+    """Register a planted bug that the state machine must find in this mode."""
+
+    def register(plant: Mutation) -> Mutation:
+        MUTATIONS[plant.__name__] = (mode, plant)
+        return plant
+
+    return register
+
+
+# ---- the block pool --------------------------------------------------------------------------------
+
+
+@mutation("sync")
+def skip_one_decref(patch: pytest.MonkeyPatch) -> None:
+    free = KVCacheManager.free
+
+    def mutant(self: KVCacheManager, seq_id: int) -> None:
+        self._tables[seq_id].blocks.pop()
+        free(self, seq_id)
+
+    patch.setattr(KVCacheManager, "free", mutant)
+
+
+@mutation("sync")
+def forget_the_salt(patch: pytest.MonkeyPatch) -> None:
+    keys = KVCacheManager.prefix_keys
+    patch.setattr(KVCacheManager, "prefix_keys", lambda self, token_ids, salt: keys(self, token_ids, ""))
+
+
+@mutation("sync")
+def hash_one_token_too_many(patch: pytest.MonkeyPatch) -> None:
+    offer = KVCacheManager.cache_blocks
+    patch.setattr(
+        KVCacheManager, "cache_blocks", lambda self, seq, keys, num: offer(self, seq, keys, num + 1)
+    )
+
+
+@mutation("sync")
+def key_without_its_parent(patch: pytest.MonkeyPatch) -> None:
+    upto = PrefixKeys.upto
+
+    def mutant(self: PrefixKeys, num_blocks: int) -> list[bytes]:
+        while len(self._keys) <= num_blocks:
+            tokens = self._token_ids[(len(self._keys) - 1) * self._block_size :]
+            rest = PrefixKeys(tokens, self._block_size, self._keys[0])
+            self._keys.append(upto(rest, 1)[0])
+        return self._keys[1 : num_blocks + 1]
+
+    patch.setattr(PrefixKeys, "upto", mutant)
+
+
+@mutation("sync")
+def match_the_whole_prompt(patch: pytest.MonkeyPatch) -> None:
+    match = KVCacheManager.match_prefix
+    patch.setattr(
+        KVCacheManager, "match_prefix", lambda self, keys, num_tokens: match(self, keys, num_tokens + 1)
+    )
+
+
+@mutation("sync")
+def evict_a_referenced_block(patch: pytest.MonkeyPatch) -> None:
+    alloc = KVCacheManager.alloc
+
+    def mutant(self: KVCacheManager, seq_id: int, num_tokens: int, prefix: list[int]) -> bool:
+        done = alloc(self, seq_id, num_tokens, prefix)
+        self._cached.update(dict.fromkeys(prefix))
+        return done
+
+    patch.setattr(KVCacheManager, "alloc", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)  # found by its effect, not by the audit
+
+
+@mutation("sync")
+def evict_a_block_and_keep_its_key(patch: pytest.MonkeyPatch) -> None:
+    take = KVCacheManager._take
+
+    def mutant(self: KVCacheManager) -> int:
+        keys = dict(self._block_of)
+        block = take(self)
+        self._block_of.update(keys)
+        return block
+
+    patch.setattr(KVCacheManager, "_take", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
+
+
+@mutation("sync")
+def count_an_idle_prefix_as_available(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: KVCacheManager, num_tokens: int, prefix: list[int]) -> bool:
+        return self._blocks_for(num_tokens) - len(prefix) <= self.num_available
+
+    patch.setattr(KVCacheManager, "can_hold", mutant)
+
+
+@mutation("sync")
+def one_block_too_few(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCacheManager, "_blocks_for", lambda self, num_tokens: num_tokens // self.block_size)
+
+
+@mutation("sync")
+def reset_loses_the_cached_blocks(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: KVCacheManager) -> None:
+        self._key_of = [None] * self.num_blocks
+        self._block_of.clear()
+        self._cached.clear()
+
+    patch.setattr(KVCacheManager, "reset_prefix_cache", mutant)
+
+
+# ---- the scheduler ---------------------------------------------------------------------------------
+
+
+@mutation("sync")
+def drop_the_budget(patch: pytest.MonkeyPatch) -> None:
+    chunk = Scheduler._chunk
+    patch.setattr(Scheduler, "_chunk", lambda self, missing, budget: chunk(self, missing, 1000))
+
+
+@mutation("sync")
+def split_what_may_not_be_split(patch: pytest.MonkeyPatch) -> None:
+    chunk = Scheduler._chunk
+
+    def mutant(self: Scheduler, missing: int, budget: int) -> int:
+        limit = self._config.long_prefill_token_threshold or budget
+        return min(chunk(self, missing, budget), limit)
+
+    patch.setattr(Scheduler, "_chunk", mutant)
+
+
+@mutation("sync")
+def wrong_first_block(patch: pytest.MonkeyPatch) -> None:
+    advance = Scheduler._advance
+
+    def mutant(self: Scheduler, request: Request, num_new: int, first_block: int | None = None) -> Any:
+        item = advance(self, request, num_new, first_block)
+        return msgspec.structs.replace(item, first_block=item.start // self.kv.block_size)
+
+    patch.setattr(Scheduler, "_advance", mutant)
+
+
+@mutation("sync")
+def row_not_cleared_on_reuse(patch: pytest.MonkeyPatch) -> None:
+    schedule = Scheduler.schedule
+
+    def mutant(self: Scheduler) -> StepPlan | None:
+        plan = schedule(self)
+        return plan and dataclasses.replace(plan, released_rows=())
+
+    patch.setattr(Scheduler, "schedule", mutant)
+
+
+@mutation("sync")
+def a_preempted_request_forgets_its_tokens(patch: pytest.MonkeyPatch) -> None:
+    preempt = Scheduler._preempt
+
+    def mutant(self: Scheduler, request: Request) -> None:
+        del request.token_ids[request.prompt_len :]
+        preempt(self, request)
+
+    patch.setattr(Scheduler, "_preempt", mutant)
+
+
+@mutation("sync")
+def a_preempted_request_goes_to_the_end(patch: pytest.MonkeyPatch) -> None:
+    preempt = Scheduler._preempt
+
+    def mutant(self: Scheduler, request: Request) -> None:
+        preempt(self, request)
+        self._arrivals += 1
+        self._waiting.remove(request)
+        request.order = (request.order[0], self._arrivals)
+        self._waiting.append(request)
+        self._waiting.sort()
+
+    patch.setattr(Scheduler, "_preempt", mutant)
+
+
+@mutation("sync")
+def preempt_the_oldest(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Scheduler, request: Request, num_new: int) -> tuple[bool, bool]:
+        preempted = False
+        while not self.kv.append(request.seq_id, num_new):
+            victim = self._running[0]
+            self._preempt(victim)
+            preempted = True
+            if victim is request:
+                return False, True
+        return True, preempted
+
+    patch.setattr(Scheduler, "_make_room", mutant)
+
+
+@mutation("sync")
+def abort_in_the_queue_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+    abort = Scheduler.abort
+
+    def mutant(self: Scheduler, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
+        before = self._num_waiting
+        done = abort(self, request_id, reason)
+        self._num_waiting = before
+        return done
+
+    patch.setattr(Scheduler, "abort", mutant)
+
+
+@mutation("sync")
+def abort_keeps_the_blocks(patch: pytest.MonkeyPatch) -> None:
+    abort = Scheduler.abort
+
+    def mutant(self: Scheduler, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self.kv, "free", lambda seq_id: None)
+            return abort(self, request_id, reason)
+
+    patch.setattr(Scheduler, "abort", mutant)
+
+
+@mutation("sync")
+def min_tokens_mask_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Request, "end_ids", frozenset())
+
+
+@mutation("sync")
+def stop_at_length_one_token_late(patch: pytest.MonkeyPatch) -> None:
+    init = Request.__init__
+
+    def mutant(self: Request, *args: Any) -> None:
+        init(self, *args)
+        self.max_tokens += 1
+
+    patch.setattr(Request, "__init__", mutant)
+
+
+@mutation("sync")
+def no_logits_is_a_token(patch: pytest.MonkeyPatch) -> None:
+    take = Scheduler._take_token
+
+    def mutant(self: Scheduler, request: Request, token: int, *rest: Any) -> StepOutput:
+        return take(self, request, max(token, 0), *rest)
+
+    patch.setattr(Scheduler, "_take_token", mutant)
+
+
+# ---- only with a step in flight --------------------------------------------------------------------
+
+
+@mutation("async")
+def free_before_the_last_step_in_flight(patch: pytest.MonkeyPatch) -> None:
+    finish, release = Scheduler._finish, Scheduler._release
+
+    def early(self: Scheduler, request: Request, reason: FinishReason) -> None:
+        finish(self, request, reason)
+        self._release(request)
+
+    def once(self: Scheduler, request: Request) -> None:
+        if request.row >= 0:
+            release(self, request)
+
+    patch.setattr(Scheduler, "_finish", early)
+    patch.setattr(Scheduler, "_release", once)
+
+
+@mutation("async")
+def do_not_skip_finished(patch: pytest.MonkeyPatch) -> None:
+    missing = Request.num_missing.fget
+    assert missing is not None
+
+    def mutant(self: Request) -> int:
+        reason, self.finish_reason = self.finish_reason, None
+        try:
+            return missing(self)
+        finally:
+            self.finish_reason = reason
+
+    patch.setattr(Request, "num_missing", property(mutant))
+
+
+@mutation("async")
+def preempt_in_flight(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Scheduler, request: Request, num_new: int) -> tuple[bool, bool]:
+        preempted = False
+        while not self.kv.append(request.seq_id, num_new):
+            victim = self._running[-1]
+            self._preempt(victim)
+            preempted = True
+            if victim is request:
+                return False, True
+        return True, preempted
+
+    patch.setattr(Scheduler, "_make_room", mutant)
+
+
+@mutation("async")
+def a_step_after_the_last_token(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: Request) -> int:
+        return 0 if self.finish_reason is not None else self.num_tokens - self.num_computed
+
+    patch.setattr(Request, "num_missing", property(mutant))
+
+
+@mutation("async")
+def offer_blocks_before_their_tokens_are_known(patch: pytest.MonkeyPatch) -> None:
+    advance = Scheduler._advance
+
+    def mutant(
+        self: Scheduler, request: Request, num_new: int, first_block: int | None = None
+    ) -> ScheduledRequest:
+        item = advance(self, request, num_new, first_block)
+        self.kv.cache_blocks(request.seq_id, request.keys, request.num_computed)
+        return item
+
+    patch.setattr(Scheduler, "_advance", mutant)
+
+
+@mutation("async")
+def a_reused_id_meets_its_predecessor(patch: pytest.MonkeyPatch) -> None:
+    init = Request.__init__
+
+    def mutant(self: Request, *args: Any) -> None:
+        init(self, *args)
+        self.seq_id = self.id
+
+    patch.setattr(Request, "__init__", mutant)
+
+
+@mutation("async")
+def the_token_of_an_ended_request_is_delivered(patch: pytest.MonkeyPatch) -> None:
+    commit = Scheduler.commit
+
+    def mutant(self: Scheduler, plan: StepPlan, result: StepResult) -> list[StepOutput]:
+        ended = [
+            StepOutput(item.request.id, [token], None)
+            for item, token in zip(plan.scheduled, result.tokens, strict=True)
+            if item.samples and item.request.finish_reason is not None
+        ]
+        return commit(self, plan, result) + ended
+
+    patch.setattr(Scheduler, "commit", mutant)
+
+
+# ---- the hunt --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, plant = MUTATIONS[name]
+    plant(monkeypatch)
+    with pytest.raises(FAILURES):
+        run_state_machine_as_test(MACHINES[mode], settings=SETTINGS)
