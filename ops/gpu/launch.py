@@ -7,6 +7,9 @@ compute capability 9.0.
 Every kernel of `ops.gpu` that is given `PDL` calls `follow` before it reads or writes anything that another
 kernel writes or reads, on every path, also where it has nothing to do: what a later kernel knows is only
 that the one right ahead of it has ended, and that is enough because each of them waited likewise.
+
+What was complete before a kernel that waits first and lets others start second may be read earlier by all
+that come behind that one: decode attention does (`ops.attention.triton_decode`).
 """
 
 from __future__ import annotations
