@@ -41,7 +41,7 @@ from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError, RequestError
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.chat_template import template_problem
 
 logger = logging.getLogger("microvllm.batch")
 
@@ -95,7 +95,7 @@ def run_batch(
     SIGINT and SIGTERM end in `SystemExit` with 128 + their number; what is answered by then is written.
     Raises `ConfigError` naming the flag at fault, `EngineError` if the engine does not start or come back.
     """
-    if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
+    if args.chat_template is not None and (problem := template_problem(args.chat_template)):
         raise ConfigError(f"--chat-template: {problem}")
     if tmp_dir is not None and not os.path.isdir(tmp_dir):
         raise ConfigError(f"--output-tmp-dir {tmp_dir}: no such folder")

@@ -30,7 +30,7 @@ from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.chat_template import template_problem
 from microvllm.runtime.text.content_format import AUTO
 
 logger = logging.getLogger("microvllm.server")
@@ -58,7 +58,7 @@ def serve(
     during loading ends in `SystemExit` with 128 + its number.
     Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start.
     """
-    if args.chat_template is not None and (problem := ChatTemplate(args.chat_template, {}).error):
+    if args.chat_template is not None and (problem := template_problem(args.chat_template)):
         raise ConfigError(f"--chat-template: {problem}")
     tls = tls_context(args)
     sock = bind_socket(args)

@@ -222,6 +222,8 @@ class FakeClient:
     async def run_blocking(self, fn: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(None, fn, *args)
 
+    run_rendering = run_blocking
+
     async def close(self, drain_s: float = 0) -> None:
         for stream in list(self.running):
             stream.abort()

@@ -43,7 +43,7 @@ async def create_chat_completion(request: Request) -> Response:
     generation = begin(request, fields, state, "chatcmpl")
     params = chat_params(fields, state)
     priority = priority_of(request, fields)
-    conversation = await state.client.run_blocking(render, state, fields)
+    conversation = await state.client.run_rendering(render, state, fields)
     await generation.submit(state, [conversation.token_ids], params, fields, priority)
     logprobs = _logprob_writers(fields, state, params.n)
     if fields["stream"]:

@@ -32,7 +32,7 @@ async def render_chat_completion(request: Request) -> Response:
     _check(fields)
     request_id = begin(request, fields, state, "chatcmpl").id
     params, priority = chat_params(fields, state), priority_of(request, fields)
-    conversation = await state.client.run_blocking(render, state, fields)
+    conversation = await state.client.run_rendering(render, state, fields)
     found = await state.client.run_blocking(
         _generate_request, state, fields, params, request_id, conversation.token_ids, priority
     )

@@ -30,7 +30,8 @@ async def tokenize(request: Request) -> Response:
         check_model(fields["model"], state)
     if (fields["prompt"] is None) == (fields["messages"] is None):
         raise shape_error([("body.prompt", Fault("value_error", "Give either prompt or messages"))])
-    return Response(await state.client.run_blocking(_tokenize, state, fields), media_type="application/json")
+    run = state.client.run_blocking if fields["messages"] is None else state.client.run_rendering
+    return Response(await run(_tokenize, state, fields), media_type="application/json")
 
 
 def _tokenize(state: ServerState, fields: Mapping[str, Any]) -> bytes:

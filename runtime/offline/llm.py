@@ -27,7 +27,7 @@ from microvllm.runtime.offline.request_output import OutputBuilder, RequestOutpu
 from microvllm.runtime.offline.sampling_params import BeamSearchParams, SamplingParams
 from microvllm.runtime.profiler import Profiler, ProfilerConfig
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.text.chat_template import ChatTemplate, normalize_messages
+from microvllm.runtime.text.chat_template import normalize_messages, template_problem
 from microvllm.runtime.text.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.vllm_environment import ignored_variables
 
@@ -413,7 +413,7 @@ def _chat_template(source: str | Path) -> str:
             text = Path(source).read_text("utf-8")
         except (OSError, ValueError) as error:
             raise ConfigError(f"chat_template {source}: {error}") from error
-    problem = ChatTemplate(text, {}).error
+    problem = template_problem(text)
     if problem is not None:
         raise ConfigError(f"chat_template: {problem}")
     return text

@@ -44,6 +44,7 @@ from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.input_processor import Processor
 from microvllm.runtime.text.output import OutputText, TextDelta
+from microvllm.runtime.text.template_process import SandboxProcesses
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.text.tokenizer_files import loadable_path
 
@@ -165,6 +166,7 @@ class EngineClient:
         self.stats = EngineStats()
         self.observer = EngineObserver()
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
+        self._chat_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="chat")
         self._streams: dict[int, TokenStream] = {}
         self._submitted = 0  # to the engine process that runs now
         self._process: EngineProcess | None = None
@@ -210,9 +212,17 @@ class EngineClient:
 
     async def run_blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a slow function in a worker thread."""
-        call = _Call(function, args, kwargs)
-        result: T = await asyncio.get_running_loop().run_in_executor(self._workers, call)
-        return result
+        return await self._run_in(self._workers, _Call(function, args, kwargs))
+
+    async def run_rendering(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that renders a chat template, in threads which only such functions can hold up.
+
+        A template that is at work until it is stopped delays chats, but nothing else.
+        """
+        return await self._run_in(self._chat_workers, _Call(function, args, kwargs))
+
+    async def _run_in(self, workers: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(workers, call)
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
@@ -279,7 +289,8 @@ class EngineClient:
         self._fail_all(EngineDeadError("The server is shutting down."))
         if self._process is not None:
             await self._process.end(EXIT_S)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self._workers, self._chat_workers):
+            workers.shutdown(wait=False, cancel_futures=True)
 
     # ---- what streams call ---------------------------------------------------------------------
 
@@ -384,8 +395,12 @@ def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokeniz
     path = Path(config.tokenizer_path)
     tokenizer = Tokenizer.load(path)
     root = loadable_path(tokenizer, path, config.spec.max_position)
-    template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens)
+    template = None
+    if chat_template is not None:
+        template = ChatTemplate(chat_template, tokenizer.special_tokens, SandboxProcesses())
     processor = Processor(config, tokenizer, template)
+    if processor.template is not None and (problem := processor.template.error):
+        logger.warning("Chat is not available: %s", problem)
     return_freed_memory()  # the vocabulary as it was read
     return tokenizer, processor, root
 

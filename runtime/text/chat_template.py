@@ -5,26 +5,20 @@ Torch-free.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.text.content_format import AUTO, OPENAI, STRING, detect_content_format
-from microvllm.runtime.text.template_sandbox import (
-    DeadlineExceeded,
-    LimitedEnvironment,
-    TemplateRefusal,
-    run_with_deadline,
-)
+from microvllm.runtime.text.content_format import AUTO, OPENAI, STRING
+from microvllm.runtime.text.template_process import SandboxProcesses
+from microvllm.runtime.text.template_sandbox import TEMPLATE_FUNCTIONS, Sandbox, shortened
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # text parts of one message, and tool calls of one message
-MAX_ERROR_CHARS = 300
 # What render() itself sets, and what the tokenizer method of transformers takes; not template variables.
 RESERVED_NAMES = frozenset(("messages", "documents", "chat_template", "tokenize", "return_dict"))
 # The types of a text part, and the field with its text.
@@ -43,47 +37,36 @@ MEDIA_FIELDS = (
 
 
 class ChatTemplate:
-    """A model's chat template (Jinja, as transformers defines it), compiled once; safe to use from threads.
+    """A model's chat template (Jinja, as transformers defines it); safe to use from threads.
 
-    A template that cannot be compiled is kept, with its error in `error`: the server runs without chat,
-    and `render` answers each request with it. A render stops with `InvalidRequestError` after `deadline_s`
-    seconds or `max_chars` characters. `content_format` is the form of contents that the template was written
-    for, "string" or "openai" (a list of parts).
+    `sandbox` compiles and renders it: nobody but the model's author knows what it does, so the server and
+    the Python API give `SandboxProcesses`; `Sandbox` is for templates of one's own.
     """
 
     def __init__(
-        self,
-        source: str,
-        special_tokens: Mapping[str, str],
-        *,
-        deadline_s: float = 5.0,
-        max_chars: int = 8_000_000,
+        self, source: str, special_tokens: Mapping[str, str], sandbox: Sandbox | SandboxProcesses
     ) -> None:
         self.source = source
-        self.error: str | None = None
-        self.content_format = STRING
         self._special_tokens = dict(special_tokens)
-        self._deadline_s = deadline_s
-        self._max_chars = max_chars
-        self._environment = LimitedEnvironment()
+        self._sandbox = sandbox
         self._knows_developer = re.search(r"""["']developer["']""", source) is not None
-        try:
-            run_with_deadline(self._compile, deadline_s)
-        except jinja2.TemplateSyntaxError as error:
-            self.error = (
-                f"the model's chat template is not valid (line {error.lineno}: {_short(error.message)})"
-            )
-        except DeadlineExceeded:
-            self.error = f"the model's chat template does not compile within {deadline_s:g} s"
-        except Exception as error:  # nesting too deep for the compiler, a number too long, ...
-            self.error = (
-                f"the model's chat template does not compile ({type(error).__name__}: {_short(error)})"
-            )
 
-    def _compile(self) -> None:
-        tree = self._environment.parse(self.source)
-        self.content_format = detect_content_format(tree)
-        self._template = self._environment.from_string(tree)
+    @property
+    def error(self) -> str | None:
+        """Why the template cannot be used: the server runs without chat, `render` raises this each time."""
+        return self._compiled[0]
+
+    @property
+    def content_format(self) -> str:
+        """The form of contents that the template was written for, "string" or "openai" (a list of parts)."""
+        return self._compiled[1]
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[str | None, str]:
+        try:
+            return None, self._sandbox.content_format(self.source)
+        except InvalidRequestError as error:
+            return error.message, STRING
 
     def render(
         self,
@@ -104,7 +87,7 @@ class ChatTemplate:
         template (`enable_thinking`). `InvalidRequestError` if the template refuses the conversation or fails.
         """
         if self.error is not None:
-            raise InvalidRequestError(f"{self.error[0].upper()}{self.error[1:]}.")
+            raise InvalidRequestError(self.error)
         self._check_names(kwargs)
         if not self._knows_developer and any(message.get("role") == "developer" for message in messages):
             messages = _developer_as_system(messages)
@@ -129,47 +112,20 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._run(variables)
+        text = self._sandbox.render(self.source, variables)
         return _cut_at(text, marker) if marker else text
 
     def _check_names(self, kwargs: Mapping[str, Any]) -> None:
         for name in kwargs:
-            if name in RESERVED_NAMES or name in self._environment.globals:
+            if name in RESERVED_NAMES or name in TEMPLATE_FUNCTIONS:
                 raise InvalidRequestError(
-                    f"chat_template_kwargs cannot set {_short(name)!r}.", "chat_template_kwargs"
+                    f"chat_template_kwargs cannot set {shortened(name)!r}.", "chat_template_kwargs"
                 )
 
-    def _run(self, variables: Mapping[str, Any]) -> str:
-        def generate() -> str:
-            chunks, size = [], 0
-            for chunk in self._template.generate(variables):
-                size += len(chunk)
-                if size > self._max_chars:
-                    raise InvalidRequestError(
-                        f"The chat template produced more than {self._max_chars} characters."
-                    )
-                chunks.append(chunk)
-            return "".join(chunks)
 
-        try:
-            return run_with_deadline(generate, self._deadline_s)
-        except InvalidRequestError:
-            raise
-        except DeadlineExceeded:
-            raise InvalidRequestError(
-                f"The chat template was still running after {self._deadline_s:g} s and was stopped."
-            ) from None
-        except TemplateRefusal as error:
-            raise InvalidRequestError(f"The chat template refused the request: {_short(error)}") from error
-        except Exception as error:  # a template can fail in any way Python can
-            raise InvalidRequestError(
-                f"The chat template failed ({type(error).__name__}: {_short(error)})."
-            ) from error
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "..."
+def template_problem(source: str) -> str | None:
+    """Returns why a template cannot be used, None if it can."""
+    return ChatTemplate(source, {}, SandboxProcesses(children=1)).error
 
 
 def _marker() -> str:
@@ -306,7 +262,7 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
     field = TEXT_PARTS.get(kind)
     if field is None:
         raise _malformed(
-            f"{where}.type", f"{_short(kind)[:40]!r} is not supported: this model reads text only"
+            f"{where}.type", f"{shortened(kind)[:40]!r} is not supported: this model reads text only"
         )
     more = {name: value for name, value in part.items() if name not in (field, *MEDIA_FIELDS)}
     return {**more, "type": "text", "text": _string(part.get(field), f"{where}.{field}")}

@@ -17,6 +17,7 @@ from microvllm.runtime.config import GENERATION_FIELDS, EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.request import INT64_MAX, EngineRequest, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.template_process import SandboxProcesses
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 _NO_TEMPLATE = (
@@ -37,7 +38,10 @@ class Processor:
     ) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._compiled = functools.lru_cache(8)(lambda source: ChatTemplate(source, tokenizer.special_tokens))
+        sandbox = SandboxProcesses()
+        self._compiled = functools.lru_cache(8)(
+            lambda source: ChatTemplate(source, tokenizer.special_tokens, sandbox)
+        )
         self._replaces_own = template is not None
         if template is None and tokenizer.chat_template is not None:
             template = self._compiled(tokenizer.chat_template)

@@ -1,16 +1,12 @@
 """Chat templates: the text transformers gives, refusals that name the message, and templates gone wrong."""
 
-import subprocess
-import sys
-import threading
-import time
 from typing import Any
 
 import pytest
 
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.chat_template import MAX_MESSAGES, ChatTemplate, content_text, normalize_messages
-from microvllm.runtime.text.template_sandbox import DeadlineExceeded, run_with_deadline
+from microvllm.runtime.text.template_sandbox import Sandbox
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -72,8 +68,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def render(source: str, messages: Any = USER, /, **kwargs: Any) -> str:
-    options = {name: kwargs.pop(name) for name in ("deadline_s", "max_chars") if name in kwargs}
-    return ChatTemplate(source, SPECIAL, **options).render(messages, **kwargs)
+    return ChatTemplate(source, SPECIAL, Sandbox()).render(messages, **kwargs)
 
 
 @pytest.mark.parametrize("source", [CHATML, TRIMMING, TOOLS], ids=["chatml", "trimming", "tools"])
@@ -167,7 +162,7 @@ def test_kwargs_cannot_replace_what_render_sets(name: str) -> None:
     ],
 )
 def test_a_broken_template_fails_the_request_only(source: str, says: str) -> None:
-    template = ChatTemplate(source, {})
+    template = ChatTemplate(source, {}, Sandbox())
     for _ in range(2):
         with pytest.raises(InvalidRequestError) as caught:
             template.render(USER)
@@ -195,99 +190,11 @@ def test_the_sandbox_keeps_templates_away_from_python(source: str) -> None:
     assert USER == [{"role": "user", "content": "hi"}]
 
 
-DOUBLING = "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(60) %}BODY{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a' * 10**9 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ [1] * 10**9 }}",
-        "{{ 2 ** 1000000000 }}",
-        "{{ 9**999 * 9**999 }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '%*d' % (1000000000, 1) }}",
-        "{{ '{:1000000000}'.format(1) }}",
-        "{{ '{:{}}'.format(1, 1000000000) }}",
-        "{{ '{x:{w}}'.format_map({'x': 1, 'w': 1000000000}) }}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ 'a' | center(1000000000) }}",
-        "{{ 'a\nb' | indent(1000000000) }}",
-        "{{ 'a'.ljust(1000000000) }}",
-        "{{ [1] | batch(1000000000, 0) | list }}",
-        "{{ messages | tojson(indent=1000000000) }}",
-        "{{ strftime_now('%1000000000Y') }}",
-        "{{ ('a' * 5000).replace('', 'b' * 5000) }}",
-        "{{ ('a' * 5000) | replace('a', 'b' * 5000) }}",
-        "{{ (['a' * 5000] * 5000) | join }}",
-        "{{ ''.join(['a' * 5000] * 5000) }}",
-        DOUBLING.replace("BODY", "{% set ns.s = ns.s ~ ns.s %}"),
-        DOUBLING.replace("BODY", "{% set ns.s = ns.s + ns.s %}"),
-        DOUBLING.replace("BODY", "{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}"),
-    ],
-)
-def test_huge_values_are_refused_before_they_exist(source: str) -> None:
-    started = time.process_time()
-    with pytest.raises(InvalidRequestError, match="failed"):
-        render(source)
-    assert time.process_time() - started < 5
-
-
 def test_output_is_capped() -> None:
+    sandbox = Sandbox(max_chars=1000)
     with pytest.raises(InvalidRequestError, match="more than 1000 characters"):
-        render("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", max_chars=1000)
-    assert len(render("{{ 'x' * 1000 }}", max_chars=1000)) == 1000
-
-
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        ENDLESS,
-        "{% macro m() %}" + ENDLESS + "{% endmacro %}{% set x = m() %}",
-        "{% set x %}" + ENDLESS + "{% endset %}",
-    ],
-)
-def test_an_endless_template_is_stopped_in_a_worker_thread(source: str) -> None:
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            render(source, deadline_s=0.2)
-        except BaseException as error:
-            errors.append(error)
-
-    started = time.monotonic()
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(20)
-    assert not thread.is_alive() and time.monotonic() - started < 15
-    assert isinstance(errors[0], InvalidRequestError) and "0.2 s" in errors[0].message
-
-
-def test_the_deadline_never_strikes_outside_its_call() -> None:
-    """Work that ends just about when the timer fires: either outcome, but nothing escapes afterwards."""
-    outcomes = set()
-    for step in range(300):
-        # Up to beyond the interval at which the interpreter lets another thread run.
-        until = time.perf_counter() + 0.001 + (step % 20) * 6e-4
-
-        def work(until: float = until) -> str:
-            while time.perf_counter() < until:
-                pass
-            return "done"
-
-        try:
-            outcomes.add(run_with_deadline(work, 0.001))
-        except DeadlineExceeded:
-            outcomes.add("late")
-        for _ in range(200):  # an exception still on its way would be raised here and fail the test
-            pass
-    assert "late" in outcomes
-    assert run_with_deadline(lambda: "done", 60) == "done"
+        sandbox.render("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", {})
+    assert len(sandbox.render("{{ 'x' * 1000 }}", {})) == 1000
 
 
 # --- normalize_messages ---
@@ -391,25 +298,3 @@ def test_deep_nesting_is_answered_not_printed() -> None:
             normalize_messages(messages)
     with pytest.raises(InvalidRequestError):
         render("{{ messages | tojson }}", [{"role": "user", "content": "", "tool_calls": deep}])
-
-
-def test_a_deadline_leaves_no_trace_in_the_interpreter() -> None:
-    """A withdrawn exception would keep a traced function from going on, in Python 3.11 and others."""
-    code = """
-import sys
-from microvllm.runtime.text.template_sandbox import DeadlineExceeded, run_with_deadline
-
-def for_ever():
-    while True:
-        pass
-
-assert run_with_deadline(lambda: 1, 60) == 1
-try:
-    run_with_deadline(for_ever, 0.01)
-except DeadlineExceeded:
-    sys.settrace(lambda *event: None)
-    assert (lambda: 2)() == 2
-    print("went on")
-"""
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.stdout == "went on\n", ran.stderr

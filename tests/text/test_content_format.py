@@ -13,6 +13,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.text.chat_template import ChatTemplate, normalize_messages
 from microvllm.runtime.text.content_format import detect_content_format
+from microvllm.runtime.text.template_sandbox import Sandbox
 
 SHOW = "{% if part.type == 'text' %}{{ part.text }}{% endif %}"
 LOOP = "{% for part in CONTENT %}" + SHOW + "{% endfor %}"
@@ -144,7 +145,7 @@ def as_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_template_for_parts_gets_parts(name: str, continued: bool) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = ChatTemplate(PARTS[name], {})
+    template = ChatTemplate(PARTS[name], {}, Sandbox())
     assert (template.error, template.content_format) == (None, "openai")
     options: dict[str, Any] = {"add_generation_prompt": not continued}
     # Some of the templates show less than the last message.
@@ -160,7 +161,7 @@ def test_a_template_for_parts_gets_parts(name: str, continued: bool) -> None:
 def test_a_template_for_texts_gets_texts(name: str, continued: bool) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = ChatTemplate(TEXTS[name], {})
+    template = ChatTemplate(TEXTS[name], {}, Sandbox())
     assert (template.error, template.content_format) == (None, "string")
     continued = continued and name != "nothing"
     options: dict[str, Any] = {"add_generation_prompt": not continued, "continue_final_message": continued}
@@ -180,12 +181,12 @@ def test_a_name_of_a_macro_is_not_that_of_the_template() -> None:
 
 def test_long_chains_of_names_are_followed() -> None:
     chain = "".join(f"{{% set a{n} = a{n + 1} %}}" for n in range(100)) + "{% set a100 = m.content %}"
-    assert ChatTemplate(each(chain + loop("a0")), {}).content_format == "openai"
+    assert ChatTemplate(each(chain + loop("a0")), {}, Sandbox()).content_format == "openai"
 
 
 def test_the_form_can_be_set() -> None:
     messages = normalize_messages([{"role": "user", "content": ["a", "b"]}])
-    template = ChatTemplate(each("{{ m.content | tojson }}"), {})
+    template = ChatTemplate(each("{{ m.content | tojson }}"), {}, Sandbox())
     for form, content in (
         ("auto", '"a\\nb"'),
         ("string", '"a\\nb"'),
@@ -201,21 +202,26 @@ def test_a_tools_result_stays_a_text() -> None:
     )
     for content in ("one\ntwo", ["one", {"type": "text", "text": "two"}]):
         talk = [{"role": "user", "content": "hi"}, {"role": "tool", "tool_call_id": "1", "content": content}]
-        assert ChatTemplate(source, {}).render(normalize_messages(talk)) == '<user>hi<tool>"one\\ntwo"'
+        assert (
+            ChatTemplate(source, {}, Sandbox()).render(normalize_messages(talk))
+            == '<user>hi<tool>"one\\ntwo"'
+        )
 
 
 def test_a_message_of_tool_calls_alone_has_no_part() -> None:
     call = {"function": {"name": "f", "arguments": "{}"}}
     talk = normalize_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
     source = each("{% if m.content %}!{% endif %}" + loop("m.content"))
-    assert ChatTemplate(source, {}).render(talk) == "<assistant>"
+    assert ChatTemplate(source, {}, Sandbox()).render(talk) == "<assistant>"
     with pytest.raises(InvalidRequestError, match="no content to continue"):
-        ChatTemplate(source, {}).render(talk, add_generation_prompt=False, continue_final_message=True)
+        ChatTemplate(source, {}, Sandbox()).render(
+            talk, add_generation_prompt=False, continue_final_message=True
+        )
 
 
 async def prompt_of(template: str, content: Any, **args: Any) -> str:
     client = FakeClient()
-    client.processor.template = ChatTemplate(template, {})
+    client.processor.template = ChatTemplate(template, {}, Sandbox())
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1, "return_prompt_text": True}
     async with in_process(client, **args) as http:
         answer = await http.post("/v1/chat/completions", json=body)
@@ -237,7 +243,7 @@ async def test_over_http() -> None:
 
 async def test_an_echoed_message_of_parts() -> None:
     client = FakeClient()
-    client.processor.template = ChatTemplate(PARTS["key"], {})
+    client.processor.template = ChatTemplate(PARTS["key"], {}, Sandbox())
     talk = [{"role": "assistant", "content": ["a", "b"]}]
     async with in_process(client) as http:
         answer = await http.post(

@@ -16,6 +16,7 @@ from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.request import INT64_MAX, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.template_sandbox import Sandbox
 
 PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
 
@@ -173,7 +174,7 @@ def test_a_template_by_its_name() -> None:
     assert processor.render_text(user, tools=tools) == "tools"
     assert processor.render_text(user, chat_template="parts", tools=tools) == "hi"
     assert processor.render_text(user, chat_template="{{ messages[0].role }}") == "user"
-    given = make(ChatTemplate("given", {}), **own)
+    given = make(ChatTemplate("given", {}, Sandbox()), **own)
     assert given.render_text(user) == given.render_text(user, tools=tools) == "given"
 
 

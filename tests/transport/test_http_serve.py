@@ -34,6 +34,7 @@ from fake_client import fresh
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.template_sandbox import Sandbox
 from microvllm.runtime.errors import ConfigError
 
 options = json.loads(sys.argv[1])
@@ -49,7 +50,8 @@ class Engine:
     async def start(config, *, chat_template=None, on_progress=None, program=None):
         print("loading", flush=True)
         if chat_template is not None:
-            client.processor.template = ChatTemplate(chat_template, client.tokenizer.special_tokens)
+            special = client.tokenizer.special_tokens
+            client.processor.template = ChatTemplate(chat_template, special, Sandbox())
         await asyncio.sleep(options["load_s"])
         return client
 
