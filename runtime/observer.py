@@ -41,6 +41,7 @@ class TrackedSequence:
         self.num_preemptions = 0
         self.timing = RequestTiming(arrival)
         self.group = group
+        self.name = ""  # of the caller's request, for the log
 
     def count(self, output: StepOutput, num_tokens: int, now: float, observer: EngineObserver) -> None:
         """Take in one step's output, of which `num_tokens` belong to the answer."""

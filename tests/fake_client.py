@@ -139,6 +139,7 @@ class FakeStream:
     """One sequence. `delay` seconds pass before each token; None waits for ever."""
 
     def __init__(self, client: FakeClient, request: EngineRequest, salt: str) -> None:
+        self.name = ""
         self.prompt_token_ids = request.prompt_token_ids
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None

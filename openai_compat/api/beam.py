@@ -123,6 +123,7 @@ class BeamSearch:
 class BeamStream:
     """One beam in the form of a `TokenStream`."""
 
+    name: str = ""
     prompt_logprobs = None
 
     def __init__(self, search: BeamSearch, prompt: list[int], index: int) -> None:

@@ -126,6 +126,7 @@ class PromptOnly:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self.name = stream.name
         self.prompt_token_ids = stream.prompt_token_ids
 
     @property

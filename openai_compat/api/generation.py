@@ -47,6 +47,8 @@ class Outcome:
 class Stream(Protocol):
     """What is used of the engine client's `TokenStream`."""
 
+    name: str
+
     @property
     def prompt_token_ids(self) -> list[int]: ...
 
@@ -102,6 +104,8 @@ class Generation:
         except BaseException:
             self.abort()
             raise
+        for stream in self.streams:
+            stream.name = self.id
 
     def _log(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
         """What is asked for, on one line: the parameters that are not defaults, and no prompt."""

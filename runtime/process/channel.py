@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -85,8 +86,14 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     stats: EngineStats
 
 
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
+    """Sent about each second once the model is loaded. `resting`: the step loop waits for requests."""
+
+    resting: bool
+
+
 Command = Start | Add | Abort | ResetPrefixCache | StartProfile | StopProfile
-Event = Progress | Ready | Failed | Step | Profiled
+Event = Progress | Ready | Failed | Step | Profiled | Beat
 
 MessageT = TypeVar("MessageT")
 
@@ -128,9 +135,15 @@ class EngineEnd:
         self._sock = sock
         self._encoder = msgspec.msgpack.Encoder()
         self._frames: Frames[Command] = Frames(Command)
+        self._sending = threading.Lock()  # the heartbeat is sent by a thread of its own
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
     def send(self, event: Event) -> None:
-        self._sock.sendall(frame(self._encoder, event))
+        """Send one event; may be called by any thread."""
+        with self._sending:
+            self._sock.sendall(frame(self._encoder, event))
 
     def receive(self, *, wait: bool) -> list[Command]:
         """All commands that have arrived; waits for one if there are none and `wait` is set."""

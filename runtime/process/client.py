@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -28,6 +28,7 @@ from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSeque
 from microvllm.runtime.process.channel import (
     Abort,
     Add,
+    Beat,
     Command,
     Event,
     Profiled,
@@ -37,6 +38,7 @@ from microvllm.runtime.process.channel import (
     StopProfile,
 )
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
+from microvllm.runtime.process.heartbeat import Watch
 from microvllm.runtime.process.program import EngineProgram
 from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.progress import OnProgress
@@ -53,12 +55,12 @@ logger = logging.getLogger("microvllm.engine")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# An engine with work that says nothing for longer than this, and than its largest step would take on a
-# very slow machine, is taken for hung.
-SILENCE_S = 60.0
+# A step that takes longer than this, and than the largest one would on a very slow machine, hangs.
+LONGEST_STEP_S = 60.0
 SLOWEST_FLOPS = 1e10
-WATCH_INTERVAL_S = 5.0
+WATCH_INTERVAL_S = 1.0
 EXIT_S = 3.0  # time for the engine process to leave after its socket was closed
+MAX_NAMED = 100  # ids in one line of the log
 RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 # For tokenising and templating. 250 prompts of 600 tokens that come at once are a second's work for one.
 WORKER_THREADS = max(2, min(8, usable_cores() // 2))
@@ -172,8 +174,7 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._profiling: deque[asyncio.Future[Profiled]] = deque()  # answers that are still to come
         self._ready = False
-        self._heard = time.monotonic()
-        self._longest_step_s = SILENCE_S + _step_flops(config) / SLOWEST_FLOPS
+        self._watch = Watch(0, 0.0)  # of the process that runs now
         self._keepers: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -203,12 +204,12 @@ class EngineClient:
             raise
         client = cls(config, *text)
         client._use(process)
-        client._keepers = [asyncio.ensure_future(client._keep()), asyncio.ensure_future(client._watch())]
+        client._keepers = [asyncio.ensure_future(client._keep()), asyncio.ensure_future(client._guard())]
         return client
 
     def healthy(self) -> bool:
-        """Whether requests are being served: the engine is loaded, alive, and not silent at work."""
-        return self._ready and not self._silent()
+        """Whether requests are being served: the engine is loaded, alive, not frozen and not hung."""
+        return self._ready and self._watch.problem is None
 
     async def run_blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a slow function in a worker thread."""
@@ -242,8 +243,6 @@ class EngineClient:
             self.observer.rejected("max_num_queued_reqs")
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._submitted += len(requests)
-        if not self._streams:
-            self._heard = time.monotonic()  # an idle engine was silent with good reason
         group = SampleGroup(len(requests), len(requests))
         streams = [TokenStream(self, request, group) for request in requests]
         for request, stream in zip(requests, streams, strict=True):
@@ -305,22 +304,12 @@ class EngineClient:
 
     def _use(self, process: EngineProcess) -> None:
         self._process, self.stats = process, process.first_stats
-        self._submitted, self._heard, self._ready = 0, time.monotonic(), True
+        longest_step_s = LONGEST_STEP_S + _step_flops(self.config) / SLOWEST_FLOPS
+        self._submitted, self._watch, self._ready = 0, Watch(process.pid, longest_step_s), True
 
     def _send(self, command: Command) -> None:
         if self._process is not None:
             self._process.send(command)
-
-    def _silent(self) -> bool:
-        """Whether the engine has work and has said nothing for longer than any step can take.
-
-        Writing a profile may take longer.
-        """
-        return (
-            bool(self._streams)
-            and not self._profiling
-            and time.monotonic() - self._heard > self._longest_step_s
-        )
 
     async def _keep(self) -> None:
         """Deliver step after step; when the engine dies, tell everyone and start another."""
@@ -337,26 +326,37 @@ class EngineClient:
             logger.error("%s%s", DEAD, await self._process.end())
             self._use(await self._restart())
 
-    async def _watch(self) -> None:
-        """End an engine that hangs; it is then started again like one that died."""
+    async def _guard(self) -> None:
+        """End an engine that is frozen or hangs; it is then started again like one that died."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._ready and self._silent() and self._process is not None:
-                logger.error("The engine has said nothing for %.0f s.", time.monotonic() - self._heard)
-                self._process.kill()
+            if not self._ready or self._process is None:
+                continue
+            if self._profiling:
+                self._watch.step()  # writing a profile may take longer than any step
+            problem = self._watch.tick(bool(self._streams), WATCH_INTERVAL_S)
+            if problem is not None:
+                self._ready = False
+                logger.error(
+                    "The engine process %s; it is killed with %s.", problem, _named(self._streams.values())
+                )
+                await self._process.kill_with_stacks()
 
     def _deliver(self, event: Event) -> None:
         if isinstance(event, Profiled):
             answer = self._profiling.popleft()
             if not answer.done():  # done: its client has left
                 answer.set_result(event)
+        elif isinstance(event, Beat):
+            self._watch.beat(event.resting)
         if not isinstance(event, Step):
             return
-        self.stats, self._heard = event.stats, time.monotonic()
+        self._watch.step()
+        self.stats, now = event.stats, time.monotonic()
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                stream._take(output, self._heard)
+                stream._take(output, now)
         self.observer.step(event.stats)
 
     def _fail_all(self, error: EngineError) -> None:
@@ -381,6 +381,13 @@ class EngineClient:
             else:
                 logger.info("The engine process was started again.")
                 return process
+
+
+def _named(streams: Collection[TokenStream]) -> str:
+    """The requests that were running, by id."""
+    ids = list(dict.fromkeys(stream.name or str(stream._id) for stream in streams))
+    more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
+    return f"{len(ids)} requests: {', '.join(ids[:MAX_NAMED])}{more}" if ids else "no requests"
 
 
 class _Call:

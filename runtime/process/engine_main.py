@@ -35,6 +35,7 @@ from microvllm.runtime.process.channel import (
     Step,
     StopProfile,
 )
+from microvllm.runtime.process.heartbeat import Heartbeat, print_stacks_on_signal
 from microvllm.runtime.profiler import Profiler, ProfilerStateError
 from microvllm.runtime.request import StepOutput
 
@@ -51,7 +52,9 @@ def main() -> None:
     # may go, so that running requests can be finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print_stacks_on_signal()
     channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
+    heartbeat = Heartbeat(channel)
     gc.disable()  # until the model is loaded: nothing of what is imported is ever freed
     # Torch takes longest: after the signals are set, and before it is known what to load.
     importlib.import_module("microvllm.runtime.worker.model_runner")
@@ -69,7 +72,8 @@ def main() -> None:
             channel.send(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
             return
         channel.send(Ready(core.stats()))
-        _run(core, channel)
+        heartbeat.begin()
+        _run(core, channel, heartbeat)
 
 
 def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
@@ -87,20 +91,20 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
     return EngineCore(runner.config, runner)
 
 
-def _run(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
+def _run(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
     # What is alive now lives for ever: the collector need not walk it again and again.
     gc.collect()
     return_freed_memory()  # the weights as they were read: they lie packed elsewhere
     gc.freeze()
     gc.enable()
     try:
-        _serve(core, channel)
+        _serve(core, channel, heartbeat)
     finally:
         if core.report is not None:
             core.report.write_last()
 
 
-def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
+def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
     profiler = Profiler()
     while True:
         outputs: list[StepOutput] = []
@@ -108,7 +112,9 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
         if core.report is not None:
             core.report.write_if_due(resting)
         core.clock.enter("idle" if resting else "messages")
+        heartbeat.resting = resting
         commands = channel.receive(wait=resting)
+        heartbeat.resting = False
         core.clock.enter("messages")
         for command in commands:
             if isinstance(command, StartProfile | StopProfile):
@@ -118,7 +124,7 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd) -> None:
         worked = core.has_work()
         with profiler.step():
             outputs += core.step()
-        # A step without outputs (a chunk of a prefill) is told too: the other side sees that we live.
+        # A step without outputs (a chunk of a prefill) is sent too: it shows that the step loop moves.
         channel.send(Step(outputs, core.stats()))
         if worked and not core.has_work():
             core.scheduler.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 from collections.abc import Callable
 
@@ -11,10 +12,14 @@ import msgspec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
 from microvllm.runtime.process.channel import Command, Event, Failed, Frames, Progress, Ready, Start, frame
+from microvllm.runtime.process.heartbeat import STACKS_SIGNAL, threads_of
 from microvllm.runtime.process.program import EngineProgram
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineStats
 
+logger = logging.getLogger("microvllm.engine")
+
+STACKS_S = 1.0  # for the stacks to be written
 DEAD = "The engine process died; it is being started again."
 
 
@@ -117,6 +122,17 @@ class EngineProcess(asyncio.Protocol):
     def kill(self) -> None:
         """End the process this instant; `hear` then raises."""
         self._process.kill()
+
+    async def kill_with_stacks(self) -> None:
+        """Let the process print the stacks of its threads on stderr, then end it; `hear` then raises."""
+        states, _ = threads_of(self.pid)
+        if states and not set(states) - set("Tt"):
+            logger.error("The engine process is stopped (SIGSTOP or a debugger): it cannot print its stacks.")
+        elif STACKS_SIGNAL is not None:
+            logger.error("The stacks of the engine's threads follow.")
+            self._process.send_signal(STACKS_SIGNAL)
+            await asyncio.sleep(STACKS_S)
+        self.kill()
 
     async def end(self, patience_s: float = 0.1) -> str:
         """Close the channel, wait, kill if need be -> " (how the process ended)"."""

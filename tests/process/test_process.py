@@ -358,20 +358,6 @@ async def test_an_engine_killed_twice_comes_back_twice(client: EngineClient) -> 
     assert len((await collect(client.submit(PROMPT, params(4))[0])).token_ids) == 4
 
 
-async def test_a_silent_engine_is_not_healthy(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_longest_step_s", 1.0)
-    monkeypatch.setattr(client._process, "kill", lambda: None)  # the client ends a silent engine before long
-    (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
-    await anext(stream)
-    os.kill(engine_pid(client), signal.SIGSTOP)
-    try:
-        await wait_until_async(lambda: not client.healthy(), "the silence is noticed")
-    finally:
-        os.kill(engine_pid(client), signal.SIGCONT)
-    await wait_until_async(client.healthy, "it speaks again")
-    stream.abort()
-
-
 async def test_signals_for_the_service_do_not_end_the_engine(client: EngineClient) -> None:
     pid = engine_pid(client)
     for number in (signal.SIGINT, signal.SIGTERM):
