@@ -9,65 +9,83 @@ int has_amx(void) { return HAS_AMX; }
 
 #include <immintrin.h>
 
-#define TILE_ROWS 16
-#define TILE_DEPTH 32 /* values of k */
-#define TILE (TILE_ROWS * TILE_DEPTH / 2) /* 32-bit words of a tile of weights */
+#include "norm.h"
+#include "quantized.h"
 
-/* Of k, whose weights are put in the order of tiles at a time: a part of the second-level cache. */
-#define ARRANGED 1024L
-
-static long padded(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH; }
-static long padded_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
-
-long narrowed_floats(long m, long k) { return padded_rows(m) * padded(k) / 2; }
-const bf16 *narrowed_row(const bf16 *y, long row, long k) { return y + row * padded(k); }
+static long whole_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
+long narrowed_numbers(const Narrowed *x) { return (1 + x->has_rest) * whole_rows(x->m) * matrix_depth(x->k); }
 
 typedef struct {
-    const float *x;
-    bf16 *y;
-    long m, k;
+    const float *x, *norm;
+    float eps;
+    const Narrowed *to;
 } Narrowing;
 
-/* Rows and columns that only fill up the tiles are zeros. */
+INLINE uvec narrow_vector(vec x)
+{
+    __m256bh values = _mm512_cvtneps_pbh((__m512)x);
+    hvec narrow;
+    memcpy(&narrow, &values, sizeof narrow);
+    return __builtin_convertvector(narrow, uvec);
+}
+
+INLINE void store_narrow(bf16 *to, uvec values)
+{
+    hvec narrow = __builtin_convertvector(values, hvec);
+    memcpy(to, &narrow, sizeof narrow);
+}
+
+/* One row. Rows and columns that only fill up the tiles are zeros. What is not finite has no rest. */
 static void narrow_piece(const void *job, long row)
 {
     const Narrowing *n = job;
-    const float *x = n->x + row * n->k;
-    bf16 *y = n->y + row * padded(n->k);
-    long count = row < n->m ? n->k : 0, i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        __m256bh values = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
-        memcpy(y + i, &values, sizeof values);
-    }
-    for (; i < count; i++) y[i] = narrow(x[i]);
-    memset(y + i, 0, (padded(n->k) - i) * sizeof *y);
-}
-
-void narrow_rows(Pool *pool, const float *x, bf16 *y, long m, long k)
-{
-    Narrowing narrowing = {x, y, m, k};
-    parallel(pool, narrow_piece, &narrowing, padded_rows(m));
-}
-
-INLINE uvec load_run(const bf16 *panel, long i, long k)
-{
-    uvec words = {};
-    if (i < k) memcpy(&words, panel + i * WIDTH, sizeof words);
-    return words;
-}
-
-/* [begin, begin + count) of k as tiles: a word of one holds two neighbours in k of one row of the weight, where a word
- * of the panel holds one value of two rows. */
-static void arrange(const bf16 *panel, long begin, long count, long k, uint32_t *tiles)
-{
-    const uint32_t upper = 0xffff0000u;
-    for (long i = 0; i < count; i += TILE_DEPTH, tiles += 2 * TILE)
-        for (int r = 0; r < TILE_ROWS; r++) {
-            uvec even = load_run(panel, begin + i + 2 * r, k), odd = load_run(panel, begin + i + 2 * r + 1, k);
-            uvec low = (even & ~upper) | odd << 16, high = even >> 16 | (odd & upper);
-            memcpy(tiles + r * TILE_ROWS, &low, sizeof low);
-            memcpy(tiles + TILE + r * TILE_ROWS, &high, sizeof high);
+    const Narrowed *to = n->to;
+    long depth = matrix_depth(to->k), count = row < to->m ? to->k : 0, i = 0;
+    const float *x = n->x + row * to->k;
+    bf16 *y = to->values + row * depth, *rest = y + narrowed_numbers(to) / 2;
+    float scale = 1.0f;
+    if (n->norm && count) scale = norm_scale(x, to->k, n->eps);
+    for (; i < count; i += LANES) {
+        float values[LANES] = {};
+        if (count - i < LANES) memcpy(values, x + i, (count - i) * sizeof *x);
+        vec v = load_f32(count - i < LANES ? values : x + i);
+        if (n->norm) {
+            float weights[LANES] = {};
+            if (count - i < LANES) memcpy(weights, n->norm + i, (count - i) * sizeof *x);
+            v = v * scale * load_f32(count - i < LANES ? weights : n->norm + i);
         }
+        uvec high = narrow_vector(v);
+        store_narrow(y + i, high);
+        if (!to->has_rest) continue;
+        vec left = v - (vec)(high << 16);
+        store_narrow(rest + i, narrow_vector((vec)((ivec)left & (left == left))));
+    }
+    for (; i < depth; i += LANES) {
+        store_narrow(y + i, (uvec){});
+        if (to->has_rest) store_narrow(rest + i, (uvec){});
+    }
+}
+
+void narrow_rows(Pool *pool, const float *x, const float *norm, float eps, const Narrowed *to)
+{
+    Narrowing narrowing = {x, norm, eps, to};
+    parallel(pool, narrow_piece, &narrowing, whole_rows(to->m));
+}
+
+void widen_to_matrix(int format, const void *panel, long k, bf16 *out, int once)
+{
+    float weights[PART][WIDTH];
+    for (long begin = 0; begin < k; begin += PART) {
+        long count = least(PART, k - begin);
+        widen_quantized(format, panel, begin, count, weights[0], once);
+        for (long i = 0; i < count; i += 2, out += 2 * WIDTH)
+            for (int half = 0; half < 2; half++) {
+                uvec even = narrow_vector(load_f32(weights[i] + half * LANES));
+                uvec odd = narrow_vector(load_f32(weights[i + 1] + half * LANES));
+                uvec words = even | odd << 16;
+                memcpy(out + 2 * half * LANES, &words, sizeof words);
+            }
+    }
 }
 
 typedef struct {
@@ -79,58 +97,68 @@ typedef struct {
 /* What the unit reads and writes is no memory access to some compilers. */
 #define MEMORY_IS_USED() __asm__ volatile("" ::: "memory")
 
-void multiply_matrix(const bf16 *x, const bf16 *panel, long k, float out[][WIDTH], long rows)
+void begin_matrix(void)
 {
     static const Tiles all = {
         .palette = 1,
         .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
         .rows = {16, 16, 16, 16, 16, 16, 16, 16},
     };
-    uint32_t weights[ARRANGED / TILE_DEPTH * 2 * TILE];
-    const long stride = padded(k), bytes = stride * sizeof *x, line = sizeof *out;
     _tile_loadconfig(&all);
-    for (long begin = 0; begin < stride; begin += ARRANGED) {
-        long count = stride - begin < ARRANGED ? stride - begin : ARRANGED;
-        arrange(panel, begin, count, k, weights);
-        MEMORY_IS_USED();
-        for (long row = 0; row < rows; row += 2 * TILE_ROWS) {
-            const bf16 *upper = x + row * stride + begin, *lower = upper + TILE_ROWS * stride;
-            float *at = out[row], *below = out[row + TILE_ROWS];
-            int has_lower = row + TILE_ROWS < rows;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            if (begin) {
-                _tile_loadd(0, at, line);
-                _tile_loadd(1, at + TILE_ROWS, line);
-            }
-            if (begin && has_lower) {
-                _tile_loadd(2, below, line);
-                _tile_loadd(3, below + TILE_ROWS, line);
-            }
-            for (long i = 0; i < count; i += TILE_DEPTH) {
-                const uint32_t *tiles = weights + i / TILE_DEPTH * 2 * TILE;
-                _tile_loadd(4, upper + i, bytes);
-                _tile_loadd(6, tiles, 64);
-                _tile_loadd(7, tiles + TILE, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                if (!has_lower) continue;
-                _tile_loadd(5, lower + i, bytes);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, at, line);
-            _tile_stored(1, at + TILE_ROWS, line);
-            if (has_lower) {
-                _tile_stored(2, below, line);
-                _tile_stored(3, below + TILE_ROWS, line);
-            }
+}
+
+void end_matrix(void) { _tile_release(); }
+
+/* Tiles 0 to 3 are the sums of 32 rows of x by the panel's 32, 4 and 5 are of x, 6 and 7 of the panel. */
+INLINE void multiply_rows(const Narrowed *x, long row, const bf16 *panel, const bf16 *ahead, float out[][WIDTH],
+                          const int has_lower, const int has_rest)
+{
+    const long depth = matrix_depth(x->k), bytes = depth * sizeof(bf16), line = 2 * WIDTH * sizeof(bf16);
+    const long rest = has_rest ? narrowed_numbers(x) / 2 : 0;
+    const bf16 *upper = x->values + row * depth, *lower = upper + TILE_ROWS * depth;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < depth; i += TILE_DEPTH, panel += TILE_DEPTH * WIDTH) {
+        if (ahead)
+            for (int j = 0; j < TILE_DEPTH; j++) __builtin_prefetch(ahead + (i + j) * WIDTH, 0, 2);
+        _tile_loadd(6, panel, line);
+        _tile_loadd(7, panel + WIDTH, line);
+        _tile_loadd(4, upper + i, bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (has_lower) {
+            _tile_loadd(5, lower + i, bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
         }
-        MEMORY_IS_USED();
+        if (!has_rest) continue;
+        _tile_loadd(4, upper + rest + i, bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (has_lower) {
+            _tile_loadd(5, lower + rest + i, bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
     }
-    _tile_release();
+    _tile_stored(0, out, WIDTH * sizeof(float));
+    _tile_stored(1, out[0] + TILE_ROWS, WIDTH * sizeof(float));
+    if (has_lower) {
+        _tile_stored(2, out[TILE_ROWS], WIDTH * sizeof(float));
+        _tile_stored(3, out[TILE_ROWS] + TILE_ROWS, WIDTH * sizeof(float));
+    }
+}
+
+void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel, const bf16 *ahead, float out[][WIDTH])
+{
+    MEMORY_IS_USED();
+    if (x->has_rest && count > TILE_ROWS) multiply_rows(x, row, panel, ahead, out, 1, 1);
+    else if (x->has_rest) multiply_rows(x, row, panel, ahead, out, 0, 1);
+    else if (count > TILE_ROWS) multiply_rows(x, row, panel, ahead, out, 1, 0);
+    else multiply_rows(x, row, panel, ahead, out, 0, 0);
+    MEMORY_IS_USED();
 }
 
 #endif

@@ -1,4 +1,4 @@
-/* Many rows of x by bfloat16 weights on the matrix unit of Intel's processors, where the library is compiled for it. */
+/* Products on the matrix unit of Intel's processors, where the library is compiled for it. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -11,21 +11,44 @@
 #define HAS_AMX 0
 #endif
 
-/* Rows of x are narrowed to bfloat16 for it, so that up to so many, where memory is waited for anyway, are not:
- * MAX_KERNEL_ROWS_BF16 in operators.py. */
+#define TILE_ROWS 16
+#define TILE_DEPTH 32 /* values of k */
+
+/* k, in whole tiles: as many values a row of a panel of bfloat16 has. */
+INLINE long matrix_depth(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH; }
+
+/* Up to so many rows of x are narrowed to two numbers of bfloat16 whose sum has 16 bits of precision: the second
+ * product costs no time, as memory is waited for. MAX_KERNEL_ROWS_BF16 in operators.py. */
 #define EXACT_ROWS 32
 
-/* Most rows that a thread multiplies with a panel at a time. */
-#define MATRIX_ROWS 512L
+/* Rows that are multiplied with a panel at a time. */
+#define MATRIX_ROWS (2L * TILE_ROWS)
 
-/* Floats that narrowed rows of k take. */
-INTERNAL long narrowed_floats(long m, long k);
+/* Bytes of narrowed x that a thread goes through panel after panel: half the second-level cache of such processors. */
+#define NARROWED_BYTES (1L << 20)
 
-/* Rounds x[m][k] to nearest, ties to even, into rows that `narrowed_row` finds. */
-INTERNAL void narrow_rows(Pool *pool, const float *x, bf16 *y, long m, long k);
-INTERNAL const bf16 *narrowed_row(const bf16 *y, long row, long k);
+/* x[m][k] in bfloat16, in whole tiles, and if it has a rest, what rounding took away, in as many numbers behind it. */
+typedef struct {
+    bf16 *values;
+    long m, k;
+    int has_rest;
+} Narrowed;
 
-/* out[r] = x[r] . panel^T for `rows` narrowed rows of x; out has room for a multiple of 32 rows. */
-INTERNAL void multiply_matrix(const bf16 *x, const bf16 *panel, long k, float out[][WIDTH], long rows);
+INTERNAL long narrowed_numbers(const Narrowed *x);
+
+/* Rounds to nearest, ties to even, rows of x that are normalised before if there is a norm[k] (see norm.h). */
+INTERNAL void narrow_rows(Pool *pool, const float *x, const float *norm, float eps, const Narrowed *to);
+
+/* The weights of a panel of a quantised format, rounded to bfloat16. */
+INTERNAL void widen_to_matrix(int format, const void *panel, long k, bf16 *out, int once);
+
+/* A thread has the unit between these. */
+INTERNAL void begin_matrix(void);
+INTERNAL void end_matrix(void);
+
+/* out[r] = x[row + r] . panel^T for `count` rows of at most MATRIX_ROWS, `row` in whole tiles; out has room for whole
+ * tiles. As much as the panel has is fetched from `ahead` on, unless it is null. */
+INTERNAL void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel, const bf16 *ahead,
+                              float out[][WIDTH]);
 
 #endif

@@ -36,6 +36,7 @@ COMPUTED_BYTES = 8 << 20
 TURNS = 5
 CLEAR_GAIN = 0.95  # of the time
 MOST_FEW_ROWS = 4
+MATRIX_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,16 @@ def calibrate(library: ctypes.CDLL) -> Calibration:
         if gain(what, few + 1, Q4_1, registers, widened, COMPUTED_BYTES):
             break
         few += 1
-    return Calibration(processor_name(), replace(tuning, few_rows=few), milliseconds)
+    tuning = replace(tuning, few_rows=few)
+    if library.has_amx():
+        for field, number in (("matrix_rows", BF16), ("matrix_rows_quantized", Q4_1)):
+            for rows in MATRIX_ROWS:
+                vectors, matrix = (Tuning(**{**asdict(tuning), field: border}) for border in (rows + 1, rows))
+                what = f"{rows} x {'bfloat16' if number == BF16 else 'quantised'} by vectors, by matrix unit"
+                if gain(what, rows, number, vectors, matrix, COMPUTED_BYTES):
+                    break
+            tuning = matrix
+    return Calibration(processor_name(), tuning, milliseconds)
 
 
 def _products(

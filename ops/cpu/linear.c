@@ -10,8 +10,8 @@
 #include "quantized.h"
 #include "tuning.h"
 
-/* A panel is [k][WIDTH]; in bfloat16 each run is in the order in which load_pair gives it back as it was. Panels of
- * quantised weights are described in quantized.h. */
+/* A panel of float32 is [k][WIDTH]. One of bfloat16 is [k / 2][WIDTH][2], as the matrix unit takes it: neighbours in k
+ * share a 32-bit word, and zeros fill k up to whole tiles. Panels of quantised weights are described in quantized.h. */
 
 /* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
 #define AHEAD 2048
@@ -42,6 +42,25 @@ struct Linear {
     int rounds_x;             /* to 8 bits, for products in integers with parts of QUANTIZED_FORMATS */
 };
 
+/* Weights i of the rows of a panel. Of bfloat16, those with an even i lie in the lower halves of words, and those with
+ * an odd one in the upper: a shift or a mask widens them. */
+INLINE void load_step(const void *panel, long i, const int is_odd, const int is_bf16, vec *low, vec *high)
+{
+    if (is_bf16) {
+        const uint32_t *at = (const uint32_t *)panel + i / 2 * WIDTH;
+        uvec words[2];
+#if VECTORS == 16
+        if (is_odd) __asm__ volatile("" ::: "memory"); /* to load them again takes no register in the meantime */
+#endif
+        memcpy(words, at, sizeof words);
+        *low = (vec)(is_odd ? words[0] & 0xffff0000u : words[0] << 16);
+        *high = (vec)(is_odd ? words[1] & 0xffff0000u : words[1] << 16);
+    } else {
+        *low = load_f32((const float *)panel + i * WIDTH);
+        *high = load_f32((const float *)panel + i * WIDTH + LANES);
+    }
+}
+
 /* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. U partial sums
  * keep the additions from waiting for each other, and sums of DEPTH terms each keep rounding small however long k is.
  * What is to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
@@ -54,19 +73,18 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
         for (int u = 0; u < U; u++)
             for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
         /* With few rows, what a loop adds to each turn takes a twentieth of it. */
-#pragma GCC unroll 2
-        for (; i + U <= end; i += U)
-            for (int u = 0; u < U; u++) {
+        for (; i + 2 * U <= end; i += 2 * U)
+            for (int u = 0; u < 2 * U; u++) {
                 fetch(ahead, once);
                 ahead += step;
-                load_pair(panel, (i + u) * WIDTH, is_bf16, &low, &high);
+                load_step(panel, i + u, u % 2, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {
-                    acc[u][m][0] += low * x[m * stride + i + u];
-                    acc[u][m][1] += high * x[m * stride + i + u];
+                    acc[u % U][m][0] += low * x[m * stride + i + u];
+                    acc[u % U][m][1] += high * x[m * stride + i + u];
                 }
             }
         for (; i < end; i++) {
-            load_pair(panel, i * WIDTH, is_bf16, &low, &high);
+            load_step(panel, i, i % 2, is_bf16, &low, &high);
             for (int m = 0; m < M; m++) {
                 acc[0][m][0] += low * x[m * stride + i];
                 acc[0][m][1] += high * x[m * stride + i];
@@ -85,12 +103,12 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
 INLINE void tile(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
                  const char *ahead, long step, int once, const int is_bf16, long rows)
 {
-#define TILE_ROWS(M, ONCE) \
+#define ROWS_WITH(M, ONCE) \
     tile_rows(x, stride, panel, k, out, is_more, ahead, step, ONCE, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1)
 #define ROWS_ARE(M)                           \
     case M:                                   \
-        if (M <= 2 && once) TILE_ROWS(M, 1);  \
-        else TILE_ROWS(M, 0);                 \
+        if (M <= 2 && once) ROWS_WITH(M, 1);  \
+        else ROWS_WITH(M, 0);                 \
         break
     switch (rows) {
         ROWS_ARE(1); ROWS_ARE(2); ROWS_ARE(3); ROWS_ARE(4); ROWS_ARE(5); ROWS_ARE(6);
@@ -107,28 +125,52 @@ static void tile_f32(const float *x, long stride, const float *panel, long k, fl
     tile(x, stride, panel, k, out, is_more, ahead, step, once, 0, rows);
 }
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE int is_plain(int format) { return format == FORMAT_F32 || format == FORMAT_BF16; }
 INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16) : sizeof(float); }
 INLINE long panels_of(long n) { return (n + WIDTH - 1) / WIDTH; }
 INLINE long panel_bytes(int format, long k)
 {
-    return is_plain(format) ? WIDTH * k * plain_bytes(format) : quantized_panel_bytes(format, k);
+    if (!is_plain(format)) return quantized_panel_bytes(format, k);
+    return WIDTH * plain_bytes(format) * (format == FORMAT_BF16 ? matrix_depth(k) : k);
 }
 
 typedef struct {
     const Linear *layer;
     const float *x, *residual;
     const Int8Group *rounded; /* x, or null */
-    const bf16 *narrowed;     /* x, or null */
+    const Narrowed *narrowed; /* x, or null */
+    bf16 *widened;            /* of each thread, two panels of quantised weights; or null */
     float *y;
     long m, block, panels;    /* rows of x; rows of a block; pieces of a block */
 } Product;
 
-/* Columns [first, first + count) of one row of y from the sums of a tile. */
-INLINE void finish(const Product *p, const float *sums, const float *up, long row, long first, long count)
+/* What a piece is of: a panel of a part, or of the gate and as many of the up projection, and rows of x. */
+typedef struct {
+    const Part *part;
+    long panel, column, begin, rows; /* column: of y, the part's first */
+} Place;
+
+INLINE Place place_of(const Product *p, long piece)
+{
+    long begin = piece / p->panels * p->block;
+    Place at = {p->layer->parts, piece % p->panels, 0, begin, least(p->block, p->m - begin)};
+    for (; at.panel >= panels_of(at.part->n); at.part++) {
+        at.panel -= panels_of(at.part->n);
+        at.column += at.part->n;
+    }
+    return at;
+}
+
+INLINE const void *panel_at(const Part *part, long panel, long k)
+{
+    return (const char *)part->panels + panel * panel_bytes(part->format, k);
+}
+
+/* The columns of a place in one row of y, from the sums of a tile. */
+INLINE void finish(const Product *p, const Place *at, const float *sums, const float *up, long row)
 {
     const Linear *a = p->layer;
+    long first = at->column + at->panel * WIDTH, count = least(WIDTH, at->part->n - at->panel * WIDTH);
     float *y = p->y + row * a->n + first;
     float value[WIDTH];
     memcpy(value, sums, sizeof value);
@@ -186,64 +228,91 @@ static void multiply_quantized(int format, const float *x, long rows, const void
     }
 }
 
-/* One block of rows against one panel, or one of the gate and one of the up projection: sums has room for a block of
- * each. */
-INLINE void multiply_piece(const Product *p, long piece, float (*sums)[WIDTH], const long room, const int is_matrix)
-{
-    const Linear *a = p->layer;
-    const Part *part = a->parts;
-    long panel = piece % p->panels, begin = piece / p->panels * p->block, k = a->k;
-    long rows = least(p->block, p->m - begin), column = 0;
-    for (; panel >= panels_of(part->n); part++) {
-        panel -= panels_of(part->n);
-        column += part->n;
-    }
-    const float *x = p->x + begin * k;
-    for (int half = 0; half <= a->is_gated; half++) {
-        int format = part[half].format;
-        const char *at = (const char *)part[half].panels + panel * panel_bytes(format, k);
-        float(*to)[WIDTH] = sums + half * room;
-#if HAS_AMX
-        if (is_matrix && format == FORMAT_BF16) {
-            multiply_matrix(narrowed_row(p->narrowed, begin, k), (const bf16 *)at, k, to, rows);
-            continue;
-        }
-#endif
-        if (is_plain(format)) multiply_plain(format, x, rows, at, k, to, a->tuning->fetches_once);
-        else if (p->rounded) tile_int8(format, p->rounded + begin, p->m, at, k, to, rows, a->tuning->fetches_once);
-        else multiply_quantized(format, x, rows, at, k, to, a->tuning);
-    }
-    long first = panel * WIDTH, count = least(WIDTH, part->n - first);
-    for (long r = 0; r < rows; r++) finish(p, sums[r], sums[room + r], begin + r, column + first, count);
-}
-
 static void product_piece(const void *job, long piece)
 {
-    float sums[2 * BLOCK_ROWS][WIDTH];
-    multiply_piece(job, piece, sums, BLOCK_ROWS, 0);
+    const Product *p = job;
+    const Linear *a = p->layer;
+    const Place at = place_of(p, piece);
+    const float *x = p->x + at.begin * a->k;
+    float sums[2][BLOCK_ROWS][WIDTH];
+    for (int half = 0; half <= a->is_gated; half++) {
+        int format = at.part[half].format;
+        const void *panel = panel_at(&at.part[half], at.panel, a->k);
+        if (is_plain(format)) multiply_plain(format, x, at.rows, panel, a->k, sums[half], a->tuning->fetches_once);
+        else if (p->rounded)
+            tile_int8(format, p->rounded + at.begin, p->m, panel, a->k, sums[half], at.rows, a->tuning->fetches_once);
+        else multiply_quantized(format, x, at.rows, panel, a->k, sums[half], a->tuning);
+    }
+    for (long r = 0; r < at.rows; r++) finish(p, &at, sums[0][r], sums[1][r], at.begin + r);
 }
 
 #if HAS_AMX
 
-/* A function of its own, for its large stack. */
+/* The same on the matrix unit. Quantised weights are widened once for all rows of the block. */
 static void matrix_piece(const void *job, long piece)
 {
-    float sums[2 * MATRIX_ROWS][WIDTH];
-    multiply_piece(job, piece, sums, MATRIX_ROWS, 1);
+    const Product *p = job;
+    const Linear *a = p->layer;
+    const Place at = place_of(p, piece);
+    const bf16 *panels[2];
+    float sums[2][MATRIX_ROWS][WIDTH];
+    long size = WIDTH * matrix_depth(a->k);
+    for (int half = 0; half <= a->is_gated; half++) {
+        const Part *part = &at.part[half];
+        panels[half] = panel_at(part, at.panel, a->k);
+        if (part->format == FORMAT_BF16) continue;
+        bf16 *widened = p->widened + (2 * pool_self() + half) * size;
+        widen_to_matrix(part->format, panels[half], a->k, widened, a->tuning->fetches_once);
+        panels[half] = widened;
+    }
+    begin_matrix();
+    for (long row = 0; row < at.rows; row += MATRIX_ROWS) {
+        long count = least(MATRIX_ROWS, at.rows - row);
+        for (int half = 0; half <= a->is_gated; half++) {
+            /* The first rows fetch the next panel, which follows this one. */
+            const bf16 *ahead = row || at.part[half].format != FORMAT_BF16 ? NULL : panels[half] + size;
+            multiply_matrix(p->narrowed, at.begin + row, count, panels[half], ahead, sums[half]);
+        }
+        for (long r = 0; r < count; r++) finish(p, &at, sums[0][r], sums[1][r], at.begin + row + r);
+    }
+    end_matrix();
 }
 
-/* With as many rows as there may be a panel is arranged least often; fewer of them give every thread its share. */
-static long matrix_block(long m, long panels, int threads)
+/* As many rows as stay in the second-level cache, panel after panel; fewer if threads would have nothing to do. */
+static long matrix_block(long m, long k, long panels, int threads)
 {
-    long block = MATRIX_ROWS;
-    while (block > 64 && panels * ((m + block - 1) / block) < 4 * threads) block /= 2;
+    long block = most(NARROWED_BYTES / (2 * k) / MATRIX_ROWS, 1) * MATRIX_ROWS;
+    while (block > 2 * MATRIX_ROWS && panels * ((m + block - 1) / block) < 4 * threads)
+        block = block / 2 / MATRIX_ROWS * MATRIX_ROWS;
     return block;
 }
 
-static int has_bf16(const Linear *layer)
+/* Whether m rows are multiplied on the matrix unit. */
+static int takes_matrix(const Linear *layer, long m)
 {
-    for (int i = 0; i < layer->num_parts; i++)
-        if (layer->parts[i].format == FORMAT_BF16) return 1;
+    int border = layer->tuning->matrix_rows;
+    for (int i = 0; i < layer->num_parts; i++) {
+        if (layer->parts[i].format == FORMAT_F32) return 0;
+        if (layer->parts[i].format != FORMAT_BF16) border = layer->tuning->matrix_rows_quantized;
+    }
+    return m >= border;
+}
+
+static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
+{
+    long k = layer->k, m = product->m, threads = pool_threads(pool), size = WIDTH * matrix_depth(k), quantised = 0;
+    for (int i = 0; i < layer->num_parts; i++) quantised |= layer->parts[i].format != FORMAT_BF16;
+    /* Few rows cost no time twice, and so nothing of their precision. */
+    Narrowed narrowed = {.k = k, .m = m, .has_rest = m <= EXACT_ROWS};
+    long numbers = narrowed_numbers(&narrowed);
+    bf16 *scratch = (bf16 *)pool_scratch(pool, (numbers + quantised * 2 * threads * size) / 2);
+    if (!scratch) return -1;
+    narrowed.values = scratch;
+    narrow_rows(pool, product->x, layer->norm, layer->eps, &narrowed);
+    product->narrowed = &narrowed;
+    product->widened = scratch + numbers;
+    product->block = matrix_block(m, k, product->panels, threads);
+    parallel(pool, matrix_piece, product, product->panels * ((m + product->block - 1) / product->block));
     return 0;
 }
 
@@ -257,15 +326,17 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     long k = layer->k, panels = 0;
     for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
+#if HAS_AMX
+    if (takes_matrix(layer, m)) {
+        Product product = {.layer = layer, .x = x, .residual = residual, .y = y, .m = m, .panels = panels};
+        return multiply_by_matrix(pool, layer, &product);
+    }
+#endif
     long normed_floats = layer->norm ? m * k : 0;
     long rounded_floats = layer->rounds_x ? m * k / GROUP * (long)(sizeof(Int8Group) / sizeof(float)) : 0;
-    long bf16_floats = 0;
-#if HAS_AMX
-    if (m > EXACT_ROWS && has_bf16(layer)) bf16_floats = narrowed_floats(m, k);
-#endif
     float *scratch = NULL;
-    if (normed_floats || rounded_floats || bf16_floats) {
-        scratch = pool_scratch(pool, normed_floats + rounded_floats + bf16_floats);
+    if (normed_floats || rounded_floats) {
+        scratch = pool_scratch(pool, normed_floats + rounded_floats);
         if (!scratch) return -1;
     }
     if (layer->norm) {
@@ -274,18 +345,11 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     }
     Int8Group *rounded = layer->rounds_x ? (Int8Group *)(scratch + normed_floats) : NULL;
     if (rounded) quantize_rows(pool, x, rounded, m, k);
-    Product product = {layer, x, residual, rounded, NULL, y, m, block > ROWS ? block : ROWS, panels};
-    Piece run = product_piece;
-#if HAS_AMX
-    if (bf16_floats) {
-        bf16 *narrowed = (bf16 *)(scratch + normed_floats + rounded_floats);
-        narrow_rows(pool, x, narrowed, m, k);
-        product.narrowed = narrowed;
-        product.block = matrix_block(m, panels, pool_threads(pool));
-        run = matrix_piece;
-    }
-#endif
-    parallel(pool, run, &product, panels * ((m + product.block - 1) / product.block));
+    Product product = {
+        .layer = layer, .x = x, .residual = residual, .rounded = rounded, .y = y,
+        .m = m, .block = block > ROWS ? block : ROWS, .panels = panels,
+    };
+    parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
     return 0;
 }
 
@@ -309,13 +373,14 @@ static void pack_piece(const void *job, long piece)
         pack_quantized(p->format, p->weight, row, rows, p->k, to);
         return;
     }
+    long depth = p->format == FORMAT_BF16 ? matrix_depth(p->k) : p->k, size = piece * depth * WIDTH;
     for (long lane = 0; lane < WIDTH; lane++) {
-        int is_bf16 = p->format == FORMAT_BF16;
-        long to = piece * p->k * WIDTH, from = (row + lane) * p->k;
-        to += !is_bf16 ? lane : lane < LANES ? 2 * lane : 2 * (lane - LANES) + 1;
-        for (long i = 0; i < p->k; i++, to += WIDTH) {
-            if (is_bf16) ((bf16 *)p->packed)[to] = lane < rows ? ((const bf16 *)p->weight)[from + i] : 0;
-            else ((float *)p->packed)[to] = lane < rows ? ((const float *)p->weight)[from + i] : 0;
+        long from = (row + lane) * p->k, count = lane < rows ? p->k : 0;
+        for (long i = 0; i < depth; i++) {
+            if (p->format == FORMAT_BF16)
+                ((bf16 *)p->packed)[size + (i / 2 * WIDTH + lane) * 2 + i % 2] =
+                    i < count ? ((const bf16 *)p->weight)[from + i] : 0;
+            else ((float *)p->packed)[size + i * WIDTH + lane] = i < count ? ((const float *)p->weight)[from + i] : 0;
         }
     }
 }

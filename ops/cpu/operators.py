@@ -30,8 +30,9 @@ from microvllm.ops.linear import Linear
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
 from microvllm.ops.quantized import QuantizedTensor
 
-# Up to so many rows the kernels multiply bfloat16 weights with activations in float32. More are rounded to
-# bfloat16 for the matrix unit (EXACT_ROWS of amx.h), or for oneDNN where only that has bfloat16 arithmetic.
+# Up to so many rows the kernels multiply bfloat16 weights with activations in float32, or on the matrix unit
+# in two numbers of bfloat16. More are rounded to bfloat16 for that unit (EXACT_ROWS of amx.h), or for oneDNN
+# where only that has bfloat16 arithmetic.
 MAX_KERNEL_ROWS_BF16 = 32
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int

@@ -3,19 +3,10 @@
  * The queries of some tokens in all heads that share a KV head are the rows of a tile, which takes the keys and values
  * that it sees chunk by chunk. Rows lie along the vectors, WIDTH of them side by side in a block, so that keys and
  * values are used as they lie in the cache, widened to float32, and a softmax needs no sum across lanes. */
-#include "attention.h"
-#include "panel.h"
-#include "vectors.h"
+#include "prefill.h"
 
-#define TILE 128L     /* rows at most, unless one token has more heads */
 #define CHUNK 120L    /* keys, a multiple of ROWS */
-#define LOG2_E 1.44269504f
-#define LOWEST -1e30f /* what a maximum starts from: -inf minus this is -inf, not NaN */
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
-
-INLINE vec choose(ivec condition, vec a, vec b) { return (vec)(((ivec)a & condition) | ((ivec)b & ~condition)); }
 
 /* 2^x for x <= 0, and 0 below -126: 2^n times the Taylor series of the rest. NaN stays NaN. */
 INLINE vec power_of_2(vec x)
@@ -43,17 +34,6 @@ INLINE void multiply(const float *a, long row, long step, const float *panel, lo
         }
     }
 }
-
-typedef struct {
-    const Step *step;
-    const Cache *cache;
-    const float *qkv;    /* from the segments' first token on, as out */
-    float *out, *scratch;
-    long group, window;  /* query heads of a KV head; as the step's, but never 0 */
-    long stride;         /* floats between two widened keys or values: d, in whole ROWS */
-    long tokens, tiles;  /* of a tile, at most; of a KV head */
-    long block, each;    /* floats of a block; of a thread's scratch */
-} Prefill;
 
 /* WIDTH rows of a tile, in one piece of memory: queries times the scale, [d][WIDTH]; sums of weights * values,
  * [stride][WIDTH]; of each row the highest score and the sum of the weights. */
@@ -147,9 +127,7 @@ static void gather(const Prefill *p, long segment, long head, long from, long to
     }
 }
 
-/* Tokens [begin, end) of the segments', all of one of them, in the query heads of one KV head: row i is head i % group
- * of token i / group. */
-static void attend_tile(const Prefill *p, long segment, long head, long begin, long end)
+void attend_tile(const Prefill *p, long segment, long head, long begin, long end)
 {
     const Step *a = p->step;
     long d = a->d, group = p->group, rows = (end - begin) * group, heads = a->heads + 2 * a->kv_heads;
@@ -207,17 +185,32 @@ static void prefill_piece(const void *job, long piece)
     }
     long begin = starts[segment] + (tile - first_tile(p, segment)) * p->tokens;
     long end = least(begin + p->tokens, starts[segment + 1]);
-    if (begin < end) attend_tile(p, segment, piece / p->tiles, begin, end);
+    if (begin >= end) return;
+#if HAS_AMX
+    if (p->cache->is_bf16) {
+        attend_tile_by_matrix(p, segment, piece / p->tiles, begin, end);
+        return;
+    }
+#endif
+    attend_tile(p, segment, piece / p->tiles, begin, end);
 }
 
 int prefill_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
     long d = step->d, group = step->heads / step->kv_heads, stride = (d + ROWS - 1) / ROWS * ROWS;
     long total = step->segment_starts[step->segments], threads = pool_threads(pool);
+    int is_matrix = HAS_AMX && cache->is_bf16;
     /* Some tiles for every thread, but none with less than a block of rows if there are more. */
-    long tokens = most(1, most(WIDTH / group, least(TILE / group, total * step->kv_heads / (4 * threads))));
+    long largest = (is_matrix ? MATRIX_TILE : TILE) / group;
+    long tokens = most(1, most(WIDTH / group, least(largest, total * step->kv_heads / (4 * threads))));
     long block = (d + stride + 2) * WIDTH, blocks = (tokens * group + WIDTH - 1) / WIDTH;
     long each = (CHUNK * WIDTH + (2 * CHUNK + ROWS) * stride + blocks * block + 31) / 32 * 32;
+#if HAS_AMX
+    if (is_matrix) {
+        block = matrix_tile_block(d);
+        each = matrix_tile_floats(d, blocks);
+    }
+#endif
     float *scratch = pool_scratch(pool, threads * each);
     if (!scratch) return -1;
     qkv += step->decodes * (step->heads + 2 * step->kv_heads) * d;

@@ -6,13 +6,9 @@
 
 INLINE void norm_row(const float *x, const float *weight, float *y, long d, float eps)
 {
-    vec acc = {};
-    float total = 0;
+    float scale = norm_scale(x, d, eps);
     long i = 0;
-    for (; i + LANES <= d; i += LANES) { vec v = load_f32(x + i); acc += v * v; }
-    for (; i < d; i++) total += x[i] * x[i];
-    float scale = 1.0f / sqrtf((sum(acc) + total) / d + eps);
-    for (i = 0; i + LANES <= d; i += LANES) store(y + i, load_f32(x + i) * scale * load_f32(weight + i));
+    for (; i + LANES <= d; i += LANES) store(y + i, load_f32(x + i) * scale * load_f32(weight + i));
     for (; i < d; i++) y[i] = x[i] * scale * weight[i];
 }
 

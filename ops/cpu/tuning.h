@@ -7,6 +7,7 @@
 typedef struct {
     int fetches_once; /* weights for a few rows are fetched past the second-level cache */
     int few_rows;     /* up to so many rows of x quantised weights are widened in registers, for each row again */
+    int matrix_rows, matrix_rows_quantized; /* from so many rows on the matrix unit is faster, if there is one */
 } Tuning;
 
 /* Asks for memory that a product will read soon. */

@@ -9,7 +9,9 @@ from dataclasses import astuple, dataclass
 class TuningFields(ctypes.Structure):
     """`Tuning` of tuning.h."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("fetches_once", "few_rows")]
+    _fields_ = [
+        (name, ctypes.c_int) for name in ("fetches_once", "few_rows", "matrix_rows", "matrix_rows_quantized")
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +20,14 @@ class Tuning:
 
     fetches_once: a weight for one or two rows of x is fetched past the second-level cache. few_rows: up to so
     many rows of x, quantised weights are widened in registers for each row, beyond it once for all of them.
+    matrix_rows and matrix_rows_quantized: from so many rows on, weights in bfloat16 and quantised ones are
+    multiplied on the matrix unit, where there is one.
     """
 
     fetches_once: bool = False
     few_rows: int = 2
+    matrix_rows: int = 8
+    matrix_rows_quantized: int = 4
 
     def fields(self) -> TuningFields:
         return TuningFields(*astuple(self))

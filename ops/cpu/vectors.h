@@ -30,6 +30,9 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
@@ -93,6 +96,30 @@ INLINE float sum(vec v)
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
+}
+
+#if defined(__clang__)
+#define SHUFFLE_EACH(a, b, at) shuffle(a, b, at)
+INLINE vec shuffle(vec a, vec b, ivec at)
+{
+    vec y;
+    for (int i = 0; i < LANES; i++) y[i] = at[i] < LANES ? a[at[i]] : b[at[i] - LANES];
+    return y;
+}
+#else
+#define SHUFFLE_EACH(a, b, at) __builtin_shuffle(a, b, at)
+#endif
+
+/* Of each pair of neighbouring runs of `step` lanes the sum: of a in the lower run, of b in the upper. With steps 1, 2,
+ * 4 and so on, LANES vectors become one of their sums. */
+INLINE vec add_runs(vec a, vec b, const int step)
+{
+    ivec first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i & step ? LANES + i - step : i;
+        second[i] = i & step ? LANES + i : i + step;
+    }
+    return SHUFFLE_EACH(a, b, first) + SHUFFLE_EACH(a, b, second);
 }
 
 /* e^x: 2^n times a polynomial in the rest (degree 6, relative error below 2e-7). Arguments below -87

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,21 @@ def test_a_default_is_given_up_for_a_clear_gain(
 def test_rows_are_few_up_to_where_widening_is_faster(monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     measure(monkeypatch, lambda tuning, rows: rows / (few + 0.5) if tuning.few_rows else 1.0)
     assert calibration.calibrate(LIBRARY).tuning.few_rows == few
+
+
+@pytest.mark.parametrize(("border", "quantized"), [(2, 32), (8, 4), (32, 2)])
+def test_rows_go_to_the_matrix_unit_from_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, border: int, quantized: int
+) -> None:
+    def seconds(tuning: Tuning, rows: int) -> float:
+        on_unit = rows in (tuning.matrix_rows, tuning.matrix_rows_quantized)
+        faster_from = border if rows in (tuning.matrix_rows, tuning.matrix_rows - 1) else quantized
+        return 0.5 if on_unit and rows >= faster_from else 1.0
+
+    measure(monkeypatch, seconds)
+    unit = SimpleNamespace(has_amx=lambda: True)
+    found = calibration.calibrate(unit).tuning  # type: ignore[arg-type]
+    assert (found.matrix_rows, found.matrix_rows_quantized) == (border, quantized)
 
 
 def test_one_way_is_measured_in_turns_with_the_other_and_the_least_counts(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emulated_kernels import BY_VECTORS
 from torch.nn.functional import silu
 
 from microvllm.ops.cpu import build, isa
@@ -56,7 +57,7 @@ def test_every_level_computes_the_same(
 ) -> None:
     monkeypatch.setenv(isa.VARIABLE, level.name)
     try:
-        operators = CpuOperators(build.load_kernels(), 2)
+        operators = CpuOperators(build.load_kernels(), 2, tuning=BY_VECTORS)
     except IsaError as error:
         pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)

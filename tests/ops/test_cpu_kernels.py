@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from emulated_kernels import BY_VECTORS, emulated_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized_case import dequantized, formats, quantized, random_blocks
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
@@ -21,8 +21,8 @@ from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.cpu import build
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
-from microvllm.ops.cpu.isa import X86_64
 from microvllm.ops.cpu.operators import MAX_KERNEL_ROWS_BF16, CpuOperators
+from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.norm import rms_norm
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,7 +37,7 @@ def examples(count: int) -> settings:
 
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
-    return CpuOperators(load_kernels(), 3)
+    return CpuOperators(load_kernels(), 3, tuning=BY_VECTORS)
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -256,49 +256,87 @@ def matrix_operators(
         if not library.has_amx():
             pytest.skip("this processor has no matrix unit")
         return CpuOperators(library, 3)
-    if platform.machine() not in X86_64:
-        pytest.skip("not of this architecture")
-    path = tmp_path_factory.mktemp("amx") / "emulated.so"
-    folder = Path(__file__).with_name("emulated_amx")
-    defined = (f"-D__{name}__" for name in ("AVX512F", "F16C", "AMX_BF16"))
-    command = [*(build.find_compiler() or "cc").split(), *build.FLAGS, "-march=x86-64", *defined]
-    command += ["-O1", "-w", "-Wno-psabi", "-I", str(folder), "-shared", *map(str, build.SOURCES)]
-    subprocess.run([*command, "-o", str(path), "-lm"], check=True)
-    return CpuOperators(ctypes.CDLL(str(path)), 3)
+    return CpuOperators(emulated_kernels(tmp_path_factory.mktemp("amx")), 3)
 
 
-@examples(60)
+@examples(100)
 @given(
-    st.integers(MAX_KERNEL_ROWS_BF16 + 1, 1200),
+    st.one_of(
+        st.integers(Tuning().matrix_rows, MAX_KERNEL_ROWS_BF16), st.integers(MAX_KERNEL_ROWS_BF16 + 1, 1200)
+    ),
     st.integers(1, 150),
     st.integers(1, 1300),
     st.booleans(),
     st.sampled_from(["plain", "normed", "gated"]),
     seeds,
 )
-def test_many_rows_on_the_matrix_unit(
+def test_rows_on_the_matrix_unit(
     matrix_operators: CpuOperators, m: int, n: int, k: int, bias: bool, kind: str, seed: int
 ) -> None:
-    """As exact as float32 once x is rounded to bfloat16."""
+    """As exact as float32 once x is rounded to bfloat16, or, up to 32 rows, to twice as many bits."""
     operators = matrix_operators
     x, weight = random(m, k, seed=seed), random(n * (1 + (kind == "gated")), k, seed=seed + 1).bfloat16()
     b = random(len(weight), seed=seed + 2) if bias else None
     norm, residual = random(k, seed=seed + 3), random(m, n, seed=seed + 4)
-    rounded = (x if kind == "plain" else operators.rms_norm(x, norm, 1e-5)).bfloat16().double()
+    rounded = (x if kind == "plain" else operators.rms_norm(x, norm, 1e-5)).double()
+    if m > MAX_KERNEL_ROWS_BF16:
+        rounded = rounded.bfloat16().double()
     product = rounded @ weight.double().t() + (0 if b is None else b.double())
     scale = rounded.abs() @ weight.double().abs().t() + (0 if b is None else b.abs())
+    tolerance = 2e-6 if m > MAX_KERNEL_ROWS_BF16 else 8e-6
     if kind == "plain":
         actual = operators.linear(weight, b)(x, residual.clone())
-        assert_close(actual, product + residual, scale=scale + residual.abs())
+        assert_close(actual, product + residual, tolerance, scale=scale + residual.abs())
         x[m // 2, k // 2] = math.nan
         is_nan = operators.linear(weight, b)(x).isnan()
         assert is_nan[m // 2].all() and is_nan.sum() == n
     elif kind == "normed":
-        assert_close(operators.norm_linear(norm, 1e-5, weight, b)(x), product, scale=scale)
+        assert_close(operators.norm_linear(norm, 1e-5, weight, b)(x), product, tolerance, scale=scale)
     else:
         gate, up = product.chunk(2, -1)
         actual = operators.norm_gate_up(norm, 1e-5, weight, b)(x)
-        assert_close(actual, torch.nn.functional.silu(gate) * up, 1e-5)
+        assert_close(actual, torch.nn.functional.silu(gate) * up, 1e-5 if m > MAX_KERNEL_ROWS_BF16 else 4e-5)
+
+
+@pytest.mark.parametrize("m", [Tuning().matrix_rows, 40])
+def test_what_is_infinite_on_the_matrix_unit(matrix_operators: CpuOperators, m: int) -> None:
+    x, weight = random(m, 70, seed=0), random(40, 70, seed=1).abs().bfloat16()
+    x[3, 5], x[4, 6] = math.inf, -math.inf
+    y = matrix_operators.linear(weight)(x)
+    assert (y[3] == math.inf).all() and (y[4] == -math.inf).all()
+    assert y.isfinite().sum() == (m - 2) * 40
+
+
+@examples(40)
+@given(
+    formats,
+    st.one_of(st.integers(Tuning().matrix_rows_quantized, MAX_KERNEL_ROWS_BF16), st.integers(33, 700)),
+    st.integers(1, 100),
+    st.integers(1, 3),
+    st.booleans(),
+    seeds,
+)
+def test_quantised_weights_on_the_matrix_unit(
+    matrix_operators: CpuOperators, name: str, m: int, n: int, blocks: int, gated: bool, seed: int
+) -> None:
+    """As exact as float32 once the weights are rounded to bfloat16, and x as above."""
+    parts = [random_blocks(name, n, blocks, seed + i) for i in range(1 + gated)]
+    weights = torch.cat([dequantized(name, raw) for raw in parts]).bfloat16().double()
+    x = random(m, weights.shape[1], seed=seed)
+    exact = x.double() if m <= MAX_KERNEL_ROWS_BF16 else x.bfloat16().double()
+    scale = exact.abs() @ weights.abs().t()
+    if not gated:
+        actual = matrix_operators.linear(quantized((name, parts[0])))(x)
+        # A weight in the middle of two numbers may be rounded to the other one.
+        assert_close(actual, exact @ weights.t(), 5e-5, scale=scale)
+        return
+    operator = matrix_operators.norm_gate_up(
+        torch.ones(x.shape[1]), 1e-5, quantized((name, parts[0]), (name, parts[1]))
+    )
+    normed = matrix_operators.rms_norm(x, torch.ones(x.shape[1]), 1e-5)
+    exact = (normed if m <= MAX_KERNEL_ROWS_BF16 else normed.bfloat16()).double()
+    gate, up = (exact @ weights.t()).chunk(2, -1)
+    assert_close(operator(x), torch.nn.functional.silu(gate) * up, 1e-3)
 
 
 def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from emulated_kernels import BY_VECTORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_tools import generate_ids, make_engine, make_prompts
@@ -35,14 +36,14 @@ from microvllm.runtime.errors import ConfigError
 
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
-    return CpuOperators(load_kernels(), 3, int8_activations=True)
+    return CpuOperators(load_kernels(), 3, True, BY_VECTORS)
 
 
 @pytest.fixture(params=levels(), ids=lambda level: str(level.name))
 def of_each_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOperators:
     monkeypatch.setenv(VARIABLE, request.param.name)
     try:
-        return CpuOperators(load_kernels(), 2, int8_activations=True)
+        return CpuOperators(load_kernels(), 2, True, BY_VECTORS)
     except IsaError as error:
         pytest.skip(str(error))
 

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from emulated_kernels import BY_VECTORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_tools import generate_ids, make_engine, make_prompts
@@ -45,7 +46,7 @@ from microvllm.runtime.errors import ConfigError
 
 @pytest.fixture(scope="module", params=[False, True], ids=["exact", "int8"])
 def operators(request: pytest.FixtureRequest) -> CpuOperators:
-    return CpuOperators(load_kernels(), 3, int8_activations=request.param)
+    return CpuOperators(load_kernels(), 3, request.param, BY_VECTORS)
 
 
 def rows_of(name: str, rows: int, columns: int, seed: int) -> Bytes:

@@ -9,6 +9,7 @@
 typedef struct { uint16_t at[16]; } __m256i;
 typedef struct { uint16_t at[16]; } __m256bh;
 typedef float __m512 __attribute__((vector_size(64)));
+typedef uint32_t __m512i __attribute__((vector_size(64)));
 
 static inline float from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline __m512 _mm512_loadu_ps(const void *p) { __m512 v; memcpy(&v, p, 64); return v; }
@@ -23,6 +24,14 @@ static inline __m256bh _mm512_cvtneps_pbh(__m512 x)
         memcpy(&bits, &value, 4);
         y.at[i] = value != value ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     }
+    return y;
+}
+
+static inline __m512i _mm512_loadu_si512(const void *p) { __m512i v; memcpy(&v, p, 64); return v; }
+static inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b)
+{
+    __m512i y;
+    for (int i = 0; i < 16; i++) y[i] = index[i] & 16 ? b[index[i] & 15] : a[index[i] & 15];
     return y;
 }
 
