@@ -5,7 +5,7 @@
 
 #define CHUNK 128     /* tokens of one sequence that a thread takes at a time */
 #define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
-#define KEYS 4        /* keys whose scores are summed up side by side */
+#define KEYS 4        /* keys that are multiplied side by side */
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Scores[GROUP][CHUNK + LANES];
@@ -40,32 +40,65 @@ INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
     memcpy(x + i, pairs + i, (d - i) * sizeof(float));
 }
 
-/* score[g][t] = scale * q[g] . key t, for G queries and K keys from `first` on. */
-INLINE void score_keys(const float *q, const void *const *keys, const void *const *values, long first, long d,
-                       float scale, Scores score, const int is_bf16, const int G, const int K)
+/* Bytes between keys that are used and those that are asked for. */
+#define AHEAD 1024
+
+/* acc[t][g] = q[g] . key t in as many parts as there are lanes, for G queries and K keys from `first` on, up to where d
+ * is no whole PAIR any more. */
+INLINE void multiply_keys(const float *q, const void *const *keys, const void *const *values, long first, long d,
+                          vec acc[KEYS][GROUP], const int is_bf16, const int G, const int K)
 {
-    vec acc[KEYS][GROUP];
-    long i = 0, size = is_bf16 ? sizeof(bf16) : sizeof(float);
+    long size = is_bf16 ? sizeof(bf16) : sizeof(float);
     for (int t = 0; t < K; t++)
         for (int g = 0; g < G; g++) acc[t][g] = (vec){};
-    for (; i + PAIR <= d; i += PAIR) {
+    for (long i = 0; i + PAIR <= d; i += PAIR) {
         vec query[GROUP][2], low, high;
         for (int g = 0; g < G; g++)
             for (int half = 0; half < 2; half++) query[g][half] = load_f32(q + g * d + i + half * LANES);
         for (int t = 0; t < K; t++) {
+            __builtin_prefetch((const char *)keys[first + t] + i * size + AHEAD);
             __builtin_prefetch((const char *)values[first + t] + i * size); /* for add_values */
             load_pair(keys[first + t], i, is_bf16, &low, &high);
             for (int g = 0; g < G; g++) acc[t][g] += low * query[g][0];
             for (int g = 0; g < G; g++) acc[t][g] += high * query[g][1];
         }
     }
-    UNROLL for (int t = 0; t < K; t++) {
-        UNROLL for (int g = 0; g < G; g++) score[g][first + t] = scale * sum(acc[t][g]);
-    }
-    for (; i < d; i++)
-        for (int t = 0; t < K; t++)
+}
+
+/* What multiply_keys leaves out, for `count` keys. */
+INLINE void add_rest(const float *q, const void *const *keys, long first, long count, long d, float scale, Scores score,
+                     const int is_bf16, const int G)
+{
+    for (long i = d / PAIR * PAIR; i < d; i++)
+        for (long t = first; t < first + count; t++)
+            for (int g = 0; g < G; g++) score[g][t] += scale * q[g * d + i] * element(keys[t], i, is_bf16);
+}
+
+/* score[g][t] = scale * q[g] . key t, for G queries and `count` keys. Parts are added up for LANES keys at a time. */
+INLINE void score_keys(const float *q, const void *const *keys, const void *const *values, long count, long d,
+                       float scale, Scores score, const int is_bf16, const int G)
+{
+    vec acc[KEYS][GROUP];
+    long t = 0;
+    for (; t + LANES <= count; t += LANES) {
+        vec part[LANES / KEYS][GROUP];
+        UNROLL for (int i = 0; i < LANES / KEYS; i++) {
+            multiply_keys(q, keys, values, t + i * KEYS, d, acc, is_bf16, G, KEYS);
             for (int g = 0; g < G; g++)
-                score[g][first + t] += scale * q[g * d + i] * element(keys[first + t], i, is_bf16);
+                part[i][g] = add_runs(add_runs(acc[0][g], acc[1][g], 1), add_runs(acc[2][g], acc[3][g], 1), 2);
+        }
+        for (int g = 0; g < G; g++) {
+            for (int step = KEYS, left = LANES / KEYS / 2; left > 0; step *= 2, left /= 2)
+                for (int i = 0; i < left; i++) part[i][g] = add_runs(part[2 * i][g], part[2 * i + 1][g], step);
+            store(score[g] + t, part[0][g] * scale);
+        }
+        add_rest(q, keys, t, LANES, d, scale, score, is_bf16, G);
+    }
+    for (; t < count; t++) {
+        multiply_keys(q, keys, values, t, d, acc, is_bf16, G, 1);
+        for (int g = 0; g < G; g++) score[g][t] = scale * sum(acc[0][g]);
+        add_rest(q, keys, t, 1, d, scale, score, is_bf16, G);
+    }
 }
 
 /* out[g] = sum over t of weight[g][t] * v[t], for one pair of vectors of it, from element i on. U partial sums keep
@@ -121,10 +154,9 @@ INLINE void attend(const float *queries, const void *const *keys, const void *co
     Scores score;
     float q[G * d], sums[G * d];
     for (int g = 0; g < G; g++) to_pairs(queries + g * d, q + g * d, d, is_bf16);
-    long t = 0;
-    for (; t + KEYS <= count; t += KEYS) score_keys(q, keys, values, t, d, scale, score, is_bf16, G, KEYS);
-    for (; t < count; t++) score_keys(q, keys, values, t, d, scale, score, is_bf16, G, 1);
+    score_keys(q, keys, values, count, d, scale, score, is_bf16, G);
     for (int g = 0; g < G; g++) {
+        long t;
         for (t = count; t < count + LANES; t++) score[g][t] = -INFINITY;
         vec top = load_f32(score[g]), total = {};
         for (t = LANES; t < count; t += LANES) top = larger(top, load_f32(score[g] + t));
@@ -192,8 +224,9 @@ static void decode_piece(const void *job, long piece)
 }
 
 /* The parts of one query head, by their maxima, into its output. */
-static void merge(const Decode *j, long query)
+static void merge_piece(const void *job, long query)
 {
+    const Decode *j = job;
     long d = j->step->d, part = d + 2;
     const float *parts = j->parts + query * j->chunks * part;
     float *result = j->out + query * d, best = -INFINITY, total = 0;
@@ -223,7 +256,7 @@ static int decode_attention(Pool *pool, const Step *step, const Cache *cache, co
     if (!parts) return -1;
     Decode job = {step, cache, qkv, out, parts, chunks};
     parallel(pool, decode_piece, &job, step->decodes * step->kv_heads * chunks);
-    for (long i = 0; i < queries; i++) merge(&job, i);
+    parallel(pool, merge_piece, &job, queries);
     return 0;
 }
 
