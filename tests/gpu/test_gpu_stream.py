@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
 from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.gpu.levers import VARIABLE, Levers
 from microvllm.ops.gpu.operators import GpuOperators
