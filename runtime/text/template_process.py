@@ -3,7 +3,9 @@
 A comparison of two nested lists or `"a" * 10**9` is one call into C: nothing inside the process can interrupt
 it, and it holds the interpreter's lock. A child has a limit on its address space and on its processor time;
 its parent kills it at the deadline and starts another at once. A frame is 4 bytes of length (little endian)
-and JSON, which unlike msgpack has integers of any size and unpaired surrogates. Torch-free.
+and a map as msgpack, or as JSON where it holds an integer beyond 64 bits or an unpaired surrogate.
+
+Torch-free.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import time
 import weakref
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 from microvllm.runtime.errors import EngineError, InvalidRequestError
 from microvllm.runtime.text.template_sandbox import Sandbox
@@ -173,8 +177,7 @@ class _Child:
         deadline = time.monotonic() + seconds
         self._socket.settimeout(seconds)
         self._socket.sendall(message)
-        answer: dict[str, str] = json.loads(_receive(self._socket, deadline))
-        return answer
+        return _receive(self._socket, deadline)
 
     def end(self) -> None:
         """Kills the child, which holds nothing that must be finished."""
@@ -184,25 +187,31 @@ class _Child:
 
 
 def _frame(message: Mapping[str, Any]) -> bytes:
-    body = json.dumps(message, ensure_ascii=False, check_circular=False).encode("utf-8", "surrogatepass")
+    try:
+        body = msgspec.msgpack.encode(message)
+    except (OverflowError, UnicodeEncodeError):
+        body = json.dumps(message).encode()
     return len(body).to_bytes(HEADER_BYTES, "little") + body
 
 
-def _receive(sock: socket.socket, deadline: float | None = None) -> str:
-    """Returns the body of a frame. Raises `TimeoutError` at the deadline, `OSError` at the end of file."""
+def _receive(sock: socket.socket, deadline: float | None = None) -> dict[str, Any]:
+    """Returns the message of a frame. Raises `TimeoutError` at the deadline, `OSError` at the end of file."""
 
     def exactly(size: int) -> bytearray:
-        data = bytearray()
-        while len(data) < size:
+        data = bytearray(size)
+        free = memoryview(data)
+        while free:
             if deadline is not None:
                 sock.settimeout(max(deadline - time.monotonic(), 1e-3))
-            part = sock.recv(min(size - len(data), 1 << 20))
-            if not part:
+            received = sock.recv_into(free)
+            if not received:
                 raise ConnectionResetError("the other side is gone")
-            data += part
+            free = free[received:]
         return data
 
-    return exactly(int.from_bytes(exactly(HEADER_BYTES), "little")).decode("utf-8", "surrogatepass")
+    body = exactly(int.from_bytes(exactly(HEADER_BYTES), "little"))
+    message: dict[str, Any] = json.loads(body) if body.startswith(b"{") else msgspec.msgpack.decode(body)
+    return message
 
 
 # ---- in the child --------------------------------------------------------------------------------
@@ -220,11 +229,11 @@ def main() -> None:
     with contextlib.suppress(OSError, MemoryError):  # the parent is gone, or nobody knows what is left
         sock.sendall(_frame({}))
         while True:
-            message = _receive(sock)
+            question = _receive(sock)
             # The system ends this process if the parent has gone in the middle of an endless template.
             _limit(resource.RLIMIT_CPU, int(time.process_time() + limits["deadline_s"]) + 2)
-            answer = _answer(sandbox, message)
-            del message
+            answer = _answer(sandbox, question)
+            del question
             sock.sendall(_frame(answer))
 
 
@@ -234,16 +243,13 @@ def _limit(what: int, value: int) -> None:
         resource.setrlimit(what, (value, resource.getrlimit(what)[1]))
 
 
-def _answer(sandbox: Sandbox, message: str) -> dict[str, str]:
+def _answer(sandbox: Sandbox, question: dict[str, Any]) -> dict[str, str]:
     try:
-        question = json.loads(message)
         if "variables" not in question:
             return {"value": sandbox.content_format(question["source"])}
         return {"value": sandbox.render(question["source"], question["variables"])}
     except InvalidRequestError as error:
         return {"error": str(error)}
-    except RecursionError:
-        return {"error": TOO_DEEP}
 
 
 if __name__ == "__main__":
