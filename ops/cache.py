@@ -1,29 +1,107 @@
-"""Finds the folder that keeps what is made once: compiled kernels, tokenizer files."""
+"""Finds the folder that keeps what is made once: compiled kernels, their calibration, tokenizer files."""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import grp
+import logging
 import os
+import pwd
+import shutil
+import stat
 import tempfile
 from pathlib import Path
 
+logger = logging.getLogger("microvllm.cache")
+
 
 def cache_folder() -> Path:
-    """Return a folder of the user's own that can be written, as what is loaded from it runs in this process.
+    """Returns a folder that nobody else can change, as what is loaded from it runs in this process.
 
-    It is `microvllm` under $XDG_CACHE_HOME or ~/.cache, or a private folder under the temporary one.
-    Raises `OSError` when there is none.
+    It is `microvllm` under $XDG_CACHE_HOME or ~/.cache. Where others can change that or a folder on the way
+    to it, a line is logged, and it is a folder of mode 0700 under the temporary one.
+    Raises `OSError` where no folder can be made.
     """
     for base in filter(None, (os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache"))):
         folder = Path(base) / "microvllm"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            problem = folder_problem(folder)
         except OSError:
             continue
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
+        if problem is None:
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+            continue
+        private = _private_folder()
+        _warn(f"compiled kernels are not kept in {folder}, but in {private}: {problem}")
+        return private
+    return _private_folder()
+
+
+def is_trusted(file: Path) -> bool:
+    """Whether a file in the cache is a regular one that only this user or root can change."""
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(status.st_mode) and _is_safe(status):
+        return True
+    _warn(f"{file} is not used, since others can change it, and is made anew")
+    return False
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Returns which folder on the way others can change, None if there is none. Raises `OSError`."""
+    absolute = Path(os.path.abspath(folder))
+    real = absolute.resolve()
+    for each in dict.fromkeys((*reversed(absolute.parents), absolute, *reversed(real.parents), real)):
+        status = each.stat()
+        # Under a sticky folder (/tmp) nobody can replace what is another's.
+        sticky = each not in (absolute, real) and status.st_mode & stat.S_ISVTX and _is_ours(status)
+        if not (sticky or _is_safe(status)):
+            return f"other users can change {each}"
+    return None
+
+
+def _is_safe(status: os.stat_result) -> bool:
+    shared = status.st_mode & stat.S_IWOTH or (
+        status.st_mode & stat.S_IWGRP and not _is_private_group(status.st_gid)
+    )
+    return _is_ours(status) and not shared
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.getuid())
+
+
+def _is_private_group(gid: int) -> bool:
+    """Whether a group is root's or has this user alone, as many systems give one to each user."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return gid == 0 or (group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name})
+
+
+def _private_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"microvllm-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
-        raise PermissionError(f"{folder} is not a private folder of this user")
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+        return folder
+    return _folder_of_this_process()  # another user was there first
+
+
+@functools.cache
+def _folder_of_this_process() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="microvllm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Logs a line once."""
+    logger.warning("%s", line)

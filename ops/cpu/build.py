@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from microvllm.ops.cache import cache_folder
+from microvllm.ops.cache import cache_folder, is_trusted
 from microvllm.ops.cpu.isa import Level, usable_levels
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def build_kernels(level: Level) -> Path:
         library = cache_folder() / f"kernels-{level.name}-{key[:16]}.so"
     except OSError as error:
         raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
-    if not library.exists():
+    if not is_trusted(library):
         _compile(command, library)
     return library
 
@@ -97,6 +97,7 @@ def _compile(command: list[str], library: Path) -> None:
             list(threads.map(run, repeat("-c"), map(str, SOURCES), repeat("-o"), objects))
             target = Path(folder) / library.name
             run("-shared", *objects, "-o", str(target), "-lm")
+            target.chmod(0o700)
             target.replace(library)  # in one step, as several processes may compile at once
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]

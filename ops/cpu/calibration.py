@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from microvllm.ops.cache import cache_folder
+from microvllm.ops.cache import cache_folder, is_trusted
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
@@ -58,14 +58,13 @@ def calibrated(library: ctypes.CDLL) -> Calibration:
     processor = processor_name()
     key = hashlib.sha256(repr((processor, Path(library._name).name)).encode()).hexdigest()
     file = cache_folder() / f"calibration-{key[:16]}.json"
-    try:
-        kept = json.loads(file.read_text())
-        times = {what: (float(a), float(b)) for what, (a, b) in kept["milliseconds"].items()}
-        return Calibration(processor, Tuning(**kept["tuning"]), times)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s cannot be read, and is written anew: %s", file, error)
+    if is_trusted(file):
+        try:
+            kept = json.loads(file.read_text())
+            times = {what: (float(a), float(b)) for what, (a, b) in kept["milliseconds"].items()}
+            return Calibration(processor, Tuning(**kept["tuning"]), times)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            logger.warning("%s cannot be read, and is written anew: %s", file, error)
     found = calibrate(library)
     logger.info("measured for %s: %s", processor, found)
     try:

@@ -95,7 +95,7 @@ def test_values_pass_unchanged(strict: SandboxProcesses, value: Any) -> None:
 
 
 def test_values_that_cannot_pass_are_named(strict: SandboxProcesses) -> None:
-    with pytest.raises(InvalidRequestError, match="cannot take a value: .*objects of type object"):
+    with pytest.raises(InvalidRequestError, match=r"cannot take a value: .*objects of type object"):
         strict.render(SHOW, {"x": object()})
     deep: list[Any] = []
     for _ in range(200_000):
