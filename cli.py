@@ -352,6 +352,9 @@ def collect_env() -> None:
 
 def main() -> NoReturn:
     """The console script: runs the command and turns every deliberate error into two lines."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file or socket would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     sys.exit(run(sys.argv[1:]))
 
 

@@ -8,9 +8,11 @@ import copy
 import functools
 import gc
 import logging
+import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -28,7 +30,7 @@ from microvllm.openai_compat.transport.tls import refresh_certificate, tls_conte
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.process.client import EngineClient
-from microvllm.runtime.process.program import EngineProgram
+from microvllm.runtime.process.program import STOP_SIGNALS, EngineProgram
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.text.chat_template import template_problem
 from microvllm.runtime.text.content_format import AUTO
@@ -39,7 +41,16 @@ HANDSHAKE_DEADLINE_S = 30.0
 MAX_CONNECTIONS = 16_384
 RESERVED_FILES = 256  # open files that are no connections of clients
 FAREWELL_S = 2.0  # for the last error events to reach their clients
-say_plainly: Callable[[str], None] = functools.partial(print, flush=True)
+
+
+def say_plainly(line: str) -> None:
+    """Print a line; output that cannot be written does not end a server."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What is buffered would fail again at the exit, and each line of the access log.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        logger.warning("stdout cannot be written (%s): nothing more goes there", error.strerror)
 
 
 def serve(
@@ -50,13 +61,14 @@ def serve(
     program: EngineProgram | None = None,
     say: Callable[[str], None] = say_plainly,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running requests finish and returns.
+    """Serves until one of `STOP_SIGNALS`, then lets running requests finish and returns.
 
     `program` is an engine's that runs already, for a start that takes less time.
     `on_progress` is told how far the engine's start has come, `say` the few lines meant for people. The port
     is taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
     during loading ends in `SystemExit` with 128 + its number.
-    Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start.
+    Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start,
+    or cannot be started again.
     """
     if args.chat_template is not None and (problem := template_problem(args.chat_template)):
         raise ConfigError(f"--chat-template: {problem}")
@@ -133,14 +145,18 @@ async def _serve(
         if tls is not None and args.enable_ssl_refresh:
             helpers.append(asyncio.ensure_future(refresh_certificate(tls, args)))
         stopped = asyncio.ensure_future(signals.wait(1))
-        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        given_up = asyncio.ensure_future(client.wait_given_up())
+        await asyncio.wait((serving, stopped, given_up), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        if not serving.done():
+        if not serving.done() and not given_up.done():
             await drain(state.lifecycle, args.shutdown_timeout, signals)
         server.should_exit = True
         await serving
         for helper in helpers:
             helper.cancel()
+        if given_up.done():
+            given_up.result()  # raises
+        given_up.cancel()
     finally:
         await client.close()
 
@@ -166,14 +182,16 @@ async def _start_engine(
 
 
 class Signals:
-    """Counts SIGTERM and SIGINT: the first asks for a drain, the second for an end at once."""
+    """Counts signals that stop a service: the first asks for a drain, the second for an end at once."""
 
     def __init__(self) -> None:
         self.count = 0
         self.last: int = signal.SIGTERM
         self._arrived = [asyncio.Event(), asyncio.Event()]
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: int) -> None:

@@ -217,6 +217,9 @@ class FakeClient:
     def healthy(self) -> bool:
         return self.alive
 
+    async def wait_given_up(self) -> None:
+        await asyncio.Event().wait()
+
     def reset_prefix_cache(self) -> None:
         self.resets += 1
 

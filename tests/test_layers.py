@@ -30,7 +30,7 @@ HEAVY = (
 
 def package_files() -> dict[str, Path]:
     """Module name -> file, for all that is installed."""
-    files = [ROOT / "__init__.py", ROOT / "cli.py"]
+    files = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py"]
     for layer in LAYERS[1:]:
         files += sorted((ROOT / layer).rglob("*.py"))
     modules = {}

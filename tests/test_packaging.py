@@ -36,7 +36,7 @@ def requirements(text: str) -> list[Requirement]:
 
 def package_files() -> list[Path]:
     """Relative to the root, all modules, C sources and pages that belong into the wheel."""
-    files = [ROOT / "__init__.py", ROOT / "cli.py"]
+    files = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py"]
     for layer in LAYERS:
         files += (file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h", ".html"))
     return sorted(file.relative_to(ROOT) for file in files)
@@ -110,7 +110,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = next(archive.read(n) for n in archive.namelist() if n.endswith("entry_points.txt"))
     assert names == {f"microvllm/{file.as_posix()}" for file in package_files()} | {"microvllm/py.typed"}
-    assert b"microvllm = microvllm.cli:main" in entry_points
+    assert b"microvllm = microvllm.__main__:main" in entry_points
     code = (
         f"import sys; sys.path.insert(0, {str(wheel)!r}); from microvllm.cli import run; run(['--version'])"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -105,7 +106,8 @@ class Command(TyperCommand):
 
 def warn(message: str) -> None:
     """Print one warning line on stderr."""
-    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk
+        print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
 class LogHandler(logging.StreamHandler[Any]):
@@ -122,7 +124,8 @@ class LogHandler(logging.StreamHandler[Any]):
 def report_error(message: str, remedy: str) -> None:
     """Print the cause of an error and what to do about it, a line each, on stderr."""
     for kind, text in (("error", message), ("hint", remedy)):
-        print(f"{PROGRAM}: {kind}: {' '.join(text.split())}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"{PROGRAM}: {kind}: {' '.join(text.split())}", file=sys.stderr)
 
 
 def remedy_for(error: Exception, message: str, root: Any, argv: Sequence[str]) -> str:

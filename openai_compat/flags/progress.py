@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -43,7 +44,8 @@ class ProgressLine:
         quarter = 4 * done // total
         if quarter > self._quarter and (quarter > 0 or done == 0):
             self._quarter = quarter
-            print(f"microvllm: {note or f'{what}: {25 * quarter} %'}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"microvllm: {note or f'{what}: {25 * quarter} %'}", file=sys.stderr, flush=True)
 
     def _show_bar(self, what: str, done: int, total: int, note: str) -> None:
         bar = self._bar

@@ -17,7 +17,6 @@ from typing import Any, ParamSpec, TypeVar
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.cpu import return_freed_memory, usable_cores
 from microvllm.runtime.errors import (
-    ConfigError,
     EngineBusyError,
     EngineDeadError,
     EngineError,
@@ -211,6 +210,10 @@ class EngineClient:
         """Whether requests are being served: the engine is loaded, alive, not frozen and not hung."""
         return self._ready and self._watch.problem is None
 
+    async def wait_given_up(self) -> None:
+        """Wait until the engine cannot be started again: raises `EngineError` then."""
+        await asyncio.shield(self._keepers[0])
+
     async def run_blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a slow function in a worker thread."""
         return await self._run_in(self._workers, _Call(function, args, kwargs))
@@ -368,19 +371,20 @@ class EngineClient:
                 answer.set_exception(error)
 
     async def _restart(self) -> EngineProcess:
-        attempt = 0
-        while True:
-            await asyncio.sleep(RESTART_DELAYS_S[min(attempt, len(RESTART_DELAYS_S) - 1)])
-            attempt += 1
+        """Start another engine process. Raises `EngineError` when it fails after each of the delays."""
+        problem: Exception | None = None
+        for delay_s in RESTART_DELAYS_S:
+            await asyncio.sleep(delay_s)
             try:
                 process = await EngineProcess.start(self.config)
-            except (ConfigError, EngineError) as error:
-                logger.error("The engine could not be started again: %s", error)
-            except Exception:  # no memory, no file handles: they may come back
-                logger.exception("The engine could not be started again.")
+            except Exception as error:  # also no memory, no file handles: they may come back
+                problem = error
+                logger.error("The engine could not be started again: %s", error or type(error).__name__)
             else:
                 logger.info("The engine process was started again.")
                 return process
+        attempts = len(RESTART_DELAYS_S)
+        raise EngineError(f"the engine could not be started again in {attempts} attempts: {problem}")
 
 
 def _named(streams: Collection[TokenStream]) -> str:

@@ -36,6 +36,7 @@ from microvllm.runtime.process.channel import (
     StopProfile,
 )
 from microvllm.runtime.process.heartbeat import Heartbeat, print_stacks_on_signal
+from microvllm.runtime.process.program import STOP_SIGNALS
 from microvllm.runtime.profiler import Profiler, ProfilerStateError
 from microvllm.runtime.request import StepOutput
 
@@ -50,8 +51,9 @@ PROGRESS_INTERVAL_S = 0.1
 def main() -> None:
     # Ctrl-C and a stop of the whole service reach every process; the API process decides when this one
     # may go, so that running requests can be finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `EngineProgram` has blocked them
     print_stacks_on_signal()
     channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
     heartbeat = Heartbeat(channel)

@@ -5,15 +5,22 @@ It imports torch meanwhile, which takes most of a start: `serve` begins with it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 from microvllm.runtime.cpu import default_threads
 from microvllm.runtime.threads import thread_environment
+
+# What stops a service: the API process lets its requests finish, and the engine process leaves it to that.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+)
 
 # Unlike `python -m`, this does not let files of the current folder take the place of modules.
 CODE = """
@@ -27,8 +34,9 @@ main()
 class EngineProgram:
     """A process and our end of the socket pair to it.
 
-    As a context of the main thread it ends, unless somebody has taken it, and SIGTERM is a `SystemExit` with
-    128 + its number until an event loop handles it: nothing is left running by a signal that comes early.
+    As a context of the main thread it ends, unless somebody has taken it, and a signal that stops a service
+    is a `SystemExit` with 128 + its number until an event loop handles it (SIGINT is a `KeyboardInterrupt`):
+    nothing is left running by a signal that comes early.
     """
 
     def __init__(self, cpu_threads: int | None = None) -> None:
@@ -36,7 +44,8 @@ class EngineProgram:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         try:
-            with theirs:
+            # Ctrl-C reaches all processes of a terminal: blocked, it cannot interrupt the new one's imports.
+            with theirs, _blocked(STOP_SIGNALS):
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", CODE, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
@@ -55,15 +64,27 @@ class EngineProgram:
         return self._process, self._socket
 
     def __enter__(self) -> EngineProgram:
-        self._handler = signal.signal(signal.SIGTERM, _leave)
+        # A SIGHUP that is ignored stays so: this is what nohup does.
+        caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+        self._handlers = {number: signal.signal(number, _leave) for number in caught}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if not self._taken:
             self._process.kill()
             self._process.wait()
             self._socket.close()
+
+
+@contextlib.contextmanager
+def _blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave(number: int, _: Any) -> NoReturn:
