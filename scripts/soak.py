@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Keep a server busy for a long time and report how much its memory grows.
+
+    python scripts/soak.py [--minutes 60] [--warm-up 10] [--clients 8] [--model NAME] [-- FLAGS OF serve]
+
+Starts `microvllm serve` on a free port and sends it all sorts of requests: chats and completions, streamed
+and whole, several samples, log probabilities, stop strings, bodies that are refused, clients that leave in
+the middle. Prints the resident memory of the API process and of the engine process every minute, and at the
+end the growth: the median of the last fifth of the time after the warm-up against that of the first fifth.
+Exit status 1: a process grew by more than `--most` percent, a request failed, or blocks are still held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+WORDS = (
+    "the quick brown fox jumps over a lazy dog while seven old clocks count every hour of the night".split()
+)
+EXPECTED = {200, 400}
+SAMPLE_S = 5.0
+START_S = 600.0
+MIB = 1 << 20
+
+
+class Server:
+    """A server process, its engine process, and the resident memory of both over time."""
+
+    def __init__(self, model: str, flags: list[str], log: Path) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "microvllm", "serve", "--model", model, "--port", str(port)]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, "--disable-uvicorn-access-log", *flags], stdout=output, stderr=subprocess.STDOUT
+            )
+        self.samples: dict[str, list[tuple[float, int]]] = {"api": [], "engine": []}
+
+    def wait_ready(self) -> None:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        raise SystemExit("soak: the server does not start")
+
+    def pids(self) -> dict[str, int]:
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        engines = [
+            int(child) for child in children if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+        return {"api": pid, "engine": engines[0]}
+
+    def sample(self, at: float) -> None:
+        for name, pid in self.pids().items():
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            self.samples[name].append((at, pages * os.sysconf("SC_PAGE_SIZE")))
+
+    def growth(self, name: str, start: float, end: float) -> tuple[float, float]:
+        """Medians, in bytes, of the first and of the last fifth of the time from `start` to `end`."""
+        fifth = (end - start) / 5
+        first = [size for at, size in self.samples[name] if start <= at < start + fifth]
+        last = [size for at, size in self.samples[name] if at >= end - fifth]
+        return statistics.median(first), statistics.median(last)
+
+
+def request(rng: random.Random, model: str) -> tuple[str, dict[str, Any]]:
+    """The path and the body of a random request."""
+    text = " ".join(rng.choices(WORDS, k=rng.choice([3, 20, 150])))
+    body: dict[str, Any] = {"model": model, "max_tokens": rng.choice([1, 8, 32, 64])}
+    kind = rng.random()
+    if kind < 0.05:
+        body["temperature"] = -1  # refused
+    elif kind < 0.2:
+        body |= {"n": 3, "temperature": 1.0, "seed": rng.randrange(1000)}
+    elif kind < 0.35:
+        body |= {"stop": ["the", "."], "temperature": 0.8}
+    elif kind < 0.5:
+        body |= {"presence_penalty": 0.5, "logit_bias": {"5": 1}}
+    body["stream"] = rng.random() < 0.6
+    if rng.random() < 0.5:
+        body["messages"] = [{"role": "user", "content": text}]
+        if kind > 0.8:
+            body |= {"logprobs": True, "top_logprobs": 3}
+        return "/v1/chat/completions", body
+    body["prompt"] = [text, text + " again"] if kind > 0.9 else text
+    if 0.7 < kind < 0.8:
+        body["logprobs"] = 2
+    return "/v1/completions", body
+
+
+async def client(http: httpx.AsyncClient, model: str, seed: int, end: float, counts: dict[str, int]) -> None:
+    """Send one request after the other until `end`; leave some of them in the middle."""
+    rng = random.Random(seed)
+    while time.monotonic() < end:
+        path, body = request(rng, model)
+        leaves = rng.random() < 0.15
+        try:
+            async with http.stream("POST", path, json=body) as answer:
+                async for chunk in answer.aiter_bytes():
+                    counts["error events"] += b'"error"' in chunk and answer.status_code == 200
+                    if leaves:
+                        break
+            counts[str(answer.status_code)] = counts.get(str(answer.status_code), 0) + 1
+        except httpx.HTTPError as error:
+            counts[type(error).__name__] = counts.get(type(error).__name__, 0) + 1
+
+
+async def soak(server: Server, args: argparse.Namespace) -> dict[str, int]:
+    start = time.monotonic()
+    end, counts = start + 60 * args.minutes, {"error events": 0}
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, trust_env=False) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        work = [asyncio.ensure_future(client(http, model, seed, end, counts)) for seed in range(args.clients)]
+        printed = 0.0
+        while not all(task.done() for task in work):
+            at = time.monotonic() - start
+            server.sample(at)
+            if at >= printed:
+                printed = at - at % 60 + 60
+                sizes = "  ".join(
+                    f"{name} {found[-1][1] / MIB:8.1f} MiB" for name, found in server.samples.items()
+                )
+                print(f"{at / 60:6.1f} min  {sizes}  {counts}", flush=True)
+            await asyncio.sleep(SAMPLE_S)
+        await asyncio.gather(*work)
+        for _ in range(100):
+            loads = (await http.get("/v1/loads")).json()["loads"][0]
+            if not loads["num_total_reqs"] and not loads["num_used_tokens"]:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            counts["tokens still held"] = loads["num_used_tokens"] or 1
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--warm-up", type=float, default=10, help="minutes that do not count")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--most", type=float, default=1.0, help="growth in percent that is allowed")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--log", type=Path, default=Path("soak.log"), help="the server's output")
+    parser.add_argument("flags", nargs="*", help="flags of serve, after --")
+    args = parser.parse_args()
+    if args.warm_up >= args.minutes:
+        parser.error("--warm-up must be shorter than --minutes")
+    server = Server(args.model, args.flags, args.log)
+    try:
+        server.wait_ready()
+        counts = asyncio.run(soak(server, args))
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
+    failed = sum(count for name, count in counts.items() if name not in map(str, EXPECTED))
+    print(f"\n| process | after {args.warm_up:g} min, MiB | at the end, MiB | growth | target |")
+    print("|---|---:|---:|---:|---:|")
+    for name in server.samples:
+        first, last = server.growth(name, 60 * args.warm_up, 60 * args.minutes)
+        percent = 100 * (last / first - 1)
+        failed += percent > args.most
+        print(f"| {name} | {first / MIB:.1f} | {last / MIB:.1f} | {percent:+.2f} % | < {args.most:g} % |")
+    print(f"\nanswers: {counts}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
