@@ -21,6 +21,7 @@ import numpy.typing as npt
 from microvllm.adapters import sniff
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten
+from microvllm.adapters.regular_files import check_regular
 
 MAX_ENTRIES = 1 << 20  # metadata entries or tensors: a thousand times what a large model has
 MAX_ARRAY = 1 << 24
@@ -162,6 +163,7 @@ class _Part:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_regular(path)
             with path.open("rb") as file:
                 head = file.read(64)
                 if head[:4] != b"GGUF":

@@ -11,6 +11,7 @@ from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
+from microvllm.adapters.regular_files import check_regular
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
@@ -22,8 +23,7 @@ MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `ModelFileError` if the file is missing, too large or holds something else."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise ModelFileError(path, "is not a regular file")
+        check_regular(path)
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelFileError(path, f"larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is")
         content = path.read_text("utf-8")

@@ -20,6 +20,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten
 from microvllm.adapters.gguf_file import release_pages
 from microvllm.adapters.hf_config import read_json
+from microvllm.adapters.regular_files import check_regular
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors package too
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -47,6 +48,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_regular(path)
             with path.open("rb") as file:
                 head = file.read(64)
                 if len(head) < 8:

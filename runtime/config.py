@@ -6,7 +6,6 @@ Nothing here imports torch: the API process resolves the configuration, the engi
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import msgspec
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
@@ -466,7 +466,7 @@ def _generation_file(wish: str, model: Path) -> Path | None:
         return None
     folder = model if wish == "auto" else user_path(wish, "--generation-config")
     file = folder / "generation_config.json"
-    if folder.is_dir() and file.is_file():
+    if folder.is_dir() and file.exists():
         return file
     if wish == "auto":
         return None
@@ -475,11 +475,9 @@ def _generation_file(wish: str, model: Path) -> Path | None:
 
 def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: must hold a JSON object")
+        content = read_json(file)
+    except ModelFileError as error:
+        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     return _checked_defaults(content, str(file), vocab_size)
 
 

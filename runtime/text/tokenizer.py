@@ -12,13 +12,16 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.fields import shorten
 from microvllm.adapters.hf_config import read_json
+from microvllm.adapters.regular_files import check_folder
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
 from microvllm.runtime.text.special_tokens import add_special_tokens
 from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
 
 TIKTOKEN_FILE = "qwen.tiktoken"
 # Without one of these there is nothing that transformers could convert.
+MIN_ID_LIMIT = 1 << 20  # of token ids, whatever the number of tokens
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -100,11 +103,14 @@ class Tokenizer:
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Tokenizer:
+        check_folder(folder)
         config = _read_optional(folder / "tokenizer_config.json")
         templates = _chat_templates(folder, config)
         file = folder / "tokenizer.json"
         if not file.is_file() and not (folder / TIKTOKEN_FILE).is_file():
-            return cls(*_convert_slow_tokenizer(folder), templates)
+            backend, special = _convert_slow_tokenizer(folder)
+            _check_ids(backend, folder)
+            return cls(backend, special, templates)
         built = None
         if file.is_file():
             backend = _read_backend(file)
@@ -113,6 +119,7 @@ class Tokenizer:
 
             built = build_tokenizer(folder / TIKTOKEN_FILE)
             backend = built.backend
+        _check_ids(backend, file if built is None else folder / TIKTOKEN_FILE)
         named = add_special_tokens(
             backend,
             config,
@@ -134,6 +141,16 @@ def _read_backend(file: Path) -> Backend:
         return Backend.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exception
         raise ModelFileError(file, f"is not a usable tokenizer ({_one_line(error)})") from error
+
+
+def _check_ids(backend: Backend, file: Path) -> None:
+    """Raises `ModelFileError` for an id that tables with an entry for each id would be too large for."""
+    vocab = backend.get_vocab(with_added_tokens=True)
+    token = max(vocab, key=vocab.__getitem__, default="")
+    if vocab and vocab[token] >= max(MIN_ID_LIMIT, 2 * len(vocab)):
+        raise ModelFileError(
+            file, f"token {shorten(token)} has the id {vocab[token]}, but there are {len(vocab)} tokens"
+        )
 
 
 def _convert_slow_tokenizer(folder: Path) -> tuple[Backend, dict[str, str]]:
