@@ -33,7 +33,7 @@ def find_model(name: str, option: str = "--model") -> Path:
     if is_demo(name):
         return _demo_model()
     raise ConfigError(
-        f"model {name}: no such folder or .gguf file",
+        f"{option} {name}: no such folder or .gguf file",
         remedy=f"models are not downloaded: fetch it first, or try the demo model, --model {DEMO_MODEL}",
     )
 
