@@ -23,10 +23,12 @@ async def list_models(request: Request) -> Response:
 
 
 async def retrieve_model(request: Request) -> Response:
-    """The card of one served name, which may have slashes in it."""
+    """The card of one served name, which may have slashes in it; no name, as in /v1/models/, means all."""
     state: ServerState = request.app.state.server
     name = request.path_params["model"]
-    check_model(name or "/", state)
+    if not name:
+        return await list_models(request)
+    check_model(name, state)
     return Response(orjson.dumps(_card(state, name)), media_type="application/json")
 
 

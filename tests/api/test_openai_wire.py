@@ -376,7 +376,8 @@ async def test_one_model(name: str) -> None:
         for address in (name, quote(served, safe="")):
             card = await http.get(f"/v1/models/{address}")
             assert card.json() == listed and listed["id"] == served
-        for unknown in ("nobody", "", "plain/", "other/plain"):
+        assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+        for unknown in ("nobody", "plain/", "other/plain"):
             missing = await http.get(f"/v1/models/{unknown}")
             error = missing.json()["error"]
             assert (missing.status_code, error["type"], error["param"]) == (404, "NotFoundError", "model")
