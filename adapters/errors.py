@@ -1,4 +1,4 @@
-"""The one error of the adapters: a file of the model is not usable."""
+"""The errors of the adapters: a file of the model is not usable, or not with the values given for it."""
 
 from __future__ import annotations
 
@@ -10,3 +10,7 @@ class ModelFileError(Exception):
         super().__init__(f"{path}: {problem}")
         self.path = str(path)
         self.problem = problem
+
+
+class OverrideError(ModelFileError):
+    """A value given in place of one of config.json does not fit the model, whose files may be fine."""

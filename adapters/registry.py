@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from microvllm.adapters import llama, mistral, qwen, qwen2, qwen3
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.hf_config import read_json
@@ -56,7 +56,7 @@ def load_spec(model: Path, overrides: Mapping[str, Any] | None = None) -> ModelS
         if model.is_dir():
             return _from_folder(model, overrides or {})
         if overrides:
-            raise ModelFileError(model, f"{FLAG} replaces values of config.json, which a GGUF file has not")
+            raise OverrideError(model, f"{FLAG} replaces values of config.json, which a GGUF file has not")
         return _from_file(model)
     except OSError as error:  # no permission, a name that is too long, a loop of links, ...
         raise ModelFileError(error.filename or model, f"cannot be read ({error.strerror})") from None
@@ -90,12 +90,10 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
         spec = HF_FAMILIES[_family(config)](config)
     except ModelFileError as error:
         if overrides:
-            raise ModelFileError(path, f"{error.problem} (as changed by {FLAG})") from None
+            raise OverrideError(path, f"{error.problem} (as changed by {FLAG})") from None
         raise
     if ignored := unread(overrides, config.read):
-        raise ModelFileError(
-            path, f"{FLAG}: {ignored[0]} is no key that a {spec.architecture} model has here"
-        )
+        raise OverrideError(path, f"{FLAG}: {ignored[0]} is no key that a {spec.architecture} model has here")
     return spec
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.registry import load_spec
@@ -104,6 +104,8 @@ class EngineArgs:
         path = find_model(self.model)
         try:
             spec = load_spec(path, self._overrides())
+        except OverrideError as error:
+            raise ConfigError(str(error)) from error  # the flag that it names has the remedy
         except ModelFileError as error:
             raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
         load_format = self._load_format(path)

@@ -285,8 +285,10 @@ def _check(
             problems.append((refused, f"{shown} (it would {refused.changes})"))
     if problems:
         ignorable = not any(refused.always for refused, _ in problems)
-        hint = f"; {IGNORE_FLAG} starts without" if ignorable else ""
-        raise UsageError(f"not supported: {', '.join(shown for _, shown in problems)}{hint}")
+        raise UsageError(
+            f"not supported: {', '.join(shown for _, shown in problems)}",
+            remedy="leave it out" + (f", or start without it with {IGNORE_FLAG}" if ignorable else ""),
+        )
 
 
 def _asks(name: str, values: Sequence[str]) -> bool:

@@ -30,7 +30,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         *("chat_template_content_format", "default_chat_template_kwargs", "response_role", "max_logprobs"),
         *("logprobs_mode", "max_stop_strings", "return_tokens_as_token_ids", "stream_interval"),
         *("enable_prompt_tokens_details", "enable_force_include_usage", "enable_per_request_metrics"),
-        *("sse_keep_alive_interval", "fingerprint_mode", "fingerprint_value"),
+        *("sse_keep_alive_interval", "fingerprint_mode", "fingerprint_value", "reasoning_effort_map"),
+        "exclude_tools_when_tool_choice_none",
     ),
     "Scheduling and KV cache": (
         *("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "scheduling_policy"),
@@ -59,7 +60,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Logs": (
         *("enable_log_requests", "enable_request_id_headers", "uvicorn_log_level"),
         *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "disable_log_stats"),
-        *("log_level", "log_stats_interval", "log_step_times"),
+        *("log_level", "log_stats_interval", "log_step_times", "profiler_config"),
     ),
 }
 

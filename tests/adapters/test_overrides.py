@@ -85,6 +85,7 @@ def test_a_wrong_override_is_named(overrides: dict[str, Any], problem: str, tmp_
         EngineArgs(model=str(folder(tmp_path)), hf_overrides=overrides).resolve()
     assert problem in str(caught.value) and "--hf-overrides" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert caught.value.remedy is None  # not "fetch the file again": the command adds the help of the flag
 
 
 def test_the_rotary_options_win_over_overrides(tmp_path: Path) -> None:

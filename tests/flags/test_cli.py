@@ -111,6 +111,8 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ),
         (f"serve {DEMO} --device cpu --num-gpu-blocks-override 100000000", "lower --kv-cache-memory-bytes"),
         (f"serve {DEMO} --generation-config none", "--generation-config: Sampling defaults"),
+        ("serve m --enable-lora", "leave it out, or start without it with --ignore-unsupported-flags"),
+        (f"serve {DEMO} --device cpu --rope-theta 1e6", "--hf-overrides: Values in place"),
         ("generate hello --model no-such-model", "or try the demo model"),
         ("generate", "`microvllm generate --help`"),
         ("run-batch -i none -o out --model m", "`microvllm run-batch --help`"),
@@ -526,6 +528,7 @@ def test_not_a_human_int(text: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "nul\0byte"], "--model"),
         (["serve", DEMO, "--tokenizer", "~no-such-user/x"], "--tokenizer '~no-such-user/x'"),
         (["serve", DEMO, "--tokenizer", "x" * 5000], "--tokenizer 'xxx"),
+        (["serve", DEMO, "--tokenizer", "no-such-folder"], "--tokenizer no-such-folder: no such folder"),
         (["serve", DEMO, "--generation-config", "x" * 5000], "--generation-config 'xxx"),
         (["serve", DEMO, "--generation-config", "nul\0byte"], "--generation-config"),
         (["serve", "m", "--chat-template", "x" * 5000], "--chat-template 'xxx"),
@@ -621,7 +624,7 @@ def test_bad_usage_is_a_cause_and_a_remedy(
         ("--tokenizer no-such-folder", "no-such-folder"),
         # A pool smaller than one request: says what is there and what is needed.
         ("--num-gpu-blocks-override 1 --max-model-len 2048", "128 blocks"),
-        ("--kv-cache-memory-bytes 1k", "--kv-cache-memory-bytes"),
+        ("--kv-cache-memory-bytes 1k", "0 blocks, 0 MiB"),
         ("--max-num-seqs 64 --max-num-batched-tokens 32", "--max-num-seqs"),
         ("--host no.such.host.invalid", "--host"),
         ("--uds /no/such/folder/socket", "--uds"),
@@ -709,6 +712,7 @@ def test_help_is_in_sections_and_names_each_flag_once() -> None:
     own = {name: name for name in dict(own_flags()).values()}
     known = {name for names in command.SECTIONS.values() for name in names}
     assert len(known & own.keys()) > 60
+    assert own.keys() - known == {"config", "ignore_unsupported_flags", "fail_on_environ_validation"}
 
 
 def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
