@@ -1,14 +1,14 @@
 """The types that travel: sampling parameters, requests to the engine, outputs of a step.
 
-All are msgspec structs, so the process channel encodes them directly (no pickle), and decoding one
-runs its validation again on the receiving side. Nothing here imports torch.
+All are msgspec structs, so the process channel encodes them directly (no pickle). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN = 1024
+ValuesT = TypeVar("ValuesT", bound="SamplingValues")
 GREEDY_EPS = 1e-5  # temperatures below are greedy, as in vLLM
 MIN_TEMPERATURE = 1e-2  # positive temperatures below are raised to it, as in vLLM
 
@@ -58,13 +59,10 @@ class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
         _integer(self.min_count, f"{name}.min_count", 2 if self.max_pattern_size else 0, INT64_MAX)
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
+class SamplingValues(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The fields of `SamplingParams`, unchecked: what the engine process decodes.
 
-    Raises `InvalidRequestError` naming the field for any value out of range. `max_tokens=None` means
-    "until the context is full". A temperature below 1e-5 is greedy. One stop string may be given bare.
-    `logprobs=k` asks for the k most likely tokens beside each sampled one, `prompt_logprobs=k` beside each
-    prompt token, -1 for the whole vocabulary; `logprob_token_ids` names the tokens in place of the k.
+    The API process has checked them, and a list of allowed tokens may be as long as the vocabulary.
     """
 
     n: int = 1
@@ -90,6 +88,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     repetition_detection: RepetitionDetection | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_EPS
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was generated changes the logits, so that tokens have to be counted."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    def with_max_tokens(self: ValuesT, max_tokens: int) -> ValuesT:
+        """A shallow copy with another `max_tokens`, which is not checked again; lists are shared."""
+        if max_tokens == self.max_tokens:
+            return self
+        changed = copy.copy(self)
+        msgspec.structs.force_setattr(changed, "max_tokens", max_tokens)
+        return changed
+
+
+class SamplingParams(SamplingValues, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
+
+    Raises `InvalidRequestError` naming the field for any value out of range. `max_tokens=None` means
+    "until the context is full". A temperature below 1e-5 is greedy. One stop string may be given bare.
+    `logprobs=k` asks for the k most likely tokens beside each sampled one, `prompt_logprobs=k` beside each
+    prompt token, -1 for the whole vocabulary; `logprob_token_ids` names the tokens in place of the k.
+    """
 
     def __post_init__(self) -> None:
         _integer(self.n, "n", 1, MAX_N)
@@ -176,18 +201,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         _token_ids(self.logprob_token_ids, "logprob_token_ids")
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < GREEDY_EPS
-
-    @property
-    def penalised(self) -> bool:
-        """Whether what was generated changes the logits, so that tokens have to be counted."""
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
-
 
 def _token_ids(ids: list[Any], name: str) -> None:
-    # At C speed: a whole vocabulary may be allowed, and both processes check it between two tokens of others.
+    # At C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others.
     if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= INT64_MAX)):
         return
     for token in ids:
@@ -210,20 +226,30 @@ def _number(value: Any, name: str, low: float, high: float, *, open_low: bool = 
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to generate, as the engine sees it: token ids only, every default resolved.
 
-    `params.n` is 1 (the front end fans out), `params.max_tokens` is set. `eos_token_id` is None when
-    the end-of-sequence token must not stop the request; `stop_token_ids` already holds the model's
-    further end tokens. `cache_salt` separates prefix-cache entries between tenants. `bad_word_ids` are
-    `params.bad_words` as token sequences.
+    `params.max_tokens` is set. `eos_token_id` is None when the end-of-sequence token must not stop the
+    request; `stop_token_ids` already holds the model's further end tokens. `cache_salt` separates
+    prefix-cache entries between tenants. `bad_word_ids` are `params.bad_words` as token sequences. The
+    `params.n` samples of a prompt are one request each, numbered by `sample`; they share every list.
     """
 
     request_id: int
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: SamplingValues
     eos_token_id: int | None = None
     stop_token_ids: list[int] = []
     priority: int = 0
     cache_salt: str = ""
     bad_word_ids: list[list[int]] = []
+    sample: int = 0
+
+    @property
+    def seed(self) -> int | None:
+        """`params.seed` plus the number of the sample, wrapped to 64 bits."""
+        seed = self.params.seed
+        if seed is None:
+            return None
+        seed += self.sample
+        return seed if seed <= INT64_MAX else seed - (1 << 64)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -245,9 +245,22 @@ class FakeClient:
         self.observer.step(self.stats)
         # Without a seed the samples differ between children, but not between runs of a test.
         return [
-            FakeStream(self, request, f"{i}" if request.params.seed is None else "")
+            FakeStream(self, request, f"{i}" if request.seed is None else "")
             for i, request in enumerate(requests)
         ]
+
+    async def submit_all(
+        self, prompts: Sequence[list[int]], params: SamplingParams, **options: Any
+    ) -> list[FakeStream]:
+        streams: list[FakeStream] = []
+        try:
+            for prompt in prompts:
+                streams += self.submit(prompt, params, **options)
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+        return streams
 
     def generate(self, request: EngineRequest, salt: str) -> list[TextDelta]:
         """All deltas of a sequence, one token each."""
@@ -307,7 +320,7 @@ class FakeClient:
 def _knobs(request: EngineRequest, salt: str) -> str:
     """Everything that changes which token comes next."""
     params = request.params
-    drawn = (params.temperature, params.top_p, params.top_k, params.min_p, params.seed, salt)
+    drawn = (params.temperature, params.top_p, params.top_k, params.min_p, request.seed, salt)
     forced = (
         params.presence_penalty,
         params.frequency_penalty,

@@ -297,10 +297,11 @@ async def test_every_end_is_counted_once_and_only_whole_requests_are_measured(sc
 
 async def test_a_bug_in_the_text_logic_is_one_error(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     (stream,) = script.submit([5], max_tokens=9)
-    monkeypatch.setattr(stream, "_text", None)
+    monkeypatch.setattr(stream, "_text", object())
     script.step(0.1, {}, token(stream))
     ended = script.metrics.finished_requests
     assert (ended["error"], ended["abort"]) == (1, 0)
+    await asyncio.sleep(0)  # aborts are sent together
     process = script.client._process
     assert isinstance(process, ScriptedProcess) and isinstance(process.sent[-1], Abort)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.request import SamplingParams, TokenLogprobs
 
 MAX_SEQUENCES = 4096  # prompts times n
+INLINE_CHOICES = 64  # answers with more are put together in a worker thread
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -154,7 +155,8 @@ async def _answer(
     generation: Generation, state: ServerState, fields: Mapping[str, Any], choices: Sequence[Choice]
 ) -> bytes:
     outcomes = await generation.collect()
-    if fields["logprobs"] is None and fields["prompt_logprobs"] is None:
+    small = len(outcomes) <= INLINE_CHOICES and not fields["return_token_ids"]
+    if small and fields["logprobs"] is None and fields["prompt_logprobs"] is None:
         return _body(generation, state, fields, choices, outcomes)
     # Log probabilities can be a hundred times as much text as the answer.
     return await state.client.run_blocking(_body, generation, state, fields, choices, outcomes)
@@ -169,28 +171,28 @@ def _body(
 ) -> bytes:
     """The JSON body of a whole answer; members and their order are vLLM's, nulls included."""
     with_ids = fields["return_token_ids"]
-    members = []
+    members: list[orjson.Fragment] = []
     for index, (stream, choice, outcome) in enumerate(
         zip(generation.streams, choices, outcomes, strict=True)
     ):
         text, logprobs = choice.take(outcome.text, outcome.token_ids, outcome.logprobs)
         of_prompt = stream.prompt_logprobs
-        members.append(
-            {
-                "index": index,
-                "text": text,
-                "logprobs": logprobs,
-                "finish_reason": outcome.finish_reason,
-                "stop_reason": outcome.stop_reason,
-                "token_ids": outcome.token_ids if with_ids else None,
-                "prompt_logprobs": None
-                if of_prompt is None
-                else prompt_logprobs(state.client.tokenizer, stream.prompt_token_ids, of_prompt),
-                "prompt_token_ids": stream.prompt_token_ids if with_ids else None,
-                "routed_experts": None,
-                "weight_versions": None,
-            }
-        )
+        member = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": outcome.finish_reason,
+            "stop_reason": outcome.stop_reason,
+            "token_ids": outcome.token_ids if with_ids else None,
+            "prompt_logprobs": None
+            if of_prompt is None
+            else prompt_logprobs(state.client.tokenizer, stream.prompt_token_ids, of_prompt),
+            "prompt_token_ids": stream.prompt_token_ids if with_ids else None,
+            "routed_experts": None,
+            "weight_versions": None,
+        }
+        # One by one: the interpreter's lock is held while JSON is written, and the event loop waits for it.
+        members.append(orjson.Fragment(orjson.dumps(member)))
     completion_tokens = sum(len(outcome.token_ids) for outcome in outcomes)
     cached = generation.cached_tokens if state.args.enable_prompt_tokens_details else None
     return orjson.dumps(

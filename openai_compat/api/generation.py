@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microvllm.server")
 
+DELTAS_AT_ONCE = 1024
 MAX_LOGGED = 1000  # characters of a request's parameters
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -92,15 +93,15 @@ class Generation:
         if state.args.enable_log_requests:
             self._log(prompts, params)
         options = {"priority": priority, "cache_salt": fields["cache_salt"]}
+        if not fields["use_beam_search"]:
+            self.streams += await state.client.submit_all(prompts, params, **options)
+            return
         try:
             for index, prompt in enumerate(prompts):
                 if index:
                     await asyncio.sleep(0)  # a thousand prompts in one go would hold up every other request
-                if fields["use_beam_search"]:
-                    search = BeamSearch(state.client, prompt, params, fields["length_penalty"], **options)
-                    self.streams += search.streams
-                else:
-                    self.streams += state.client.submit(prompt, params, **options)
+                search = BeamSearch(state.client, prompt, params, fields["length_penalty"], **options)
+                self.streams += search.streams
         except BaseException:
             self.abort()
             raise
@@ -140,11 +141,14 @@ class Generation:
 
     async def collect(self) -> list[Outcome]:
         """Every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
-        outcomes = []
+        outcomes, taken = [], 0
         # One after the other loses nothing: the streams fill up by themselves meanwhile.
         for stream in self.streams:
             outcome, parts = Outcome(), []
             async for delta in stream:
+                taken += 1
+                if taken % DELTAS_AT_ONCE == 0:  # those of thousands of sequences may all be there
+                    await asyncio.sleep(0)
                 parts.append(delta.text)
                 outcome.token_ids += delta.token_ids
                 outcome.logprobs += delta.logprobs or []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
-from microvllm.runtime.core.scheduler import Scheduler, StepPlan, StepResult
+from microvllm.runtime.core.scheduler import Request, Scheduler, StepPlan, StepResult
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.worker.step_clock import StepClock
@@ -76,14 +77,23 @@ class EngineCore(Generic[StepT]):
 
     def add(self, request: EngineRequest) -> StepOutput | None:
         """Queue a request; a refusal is that request's output and concerns no other."""
-        self._num_requests += 1
-        try:
-            self.scheduler.add(request)
-        except RequestError as error:
-            return StepOutput(
-                request.request_id, [], FinishReason.ERROR, error=error.message, param=error.param
-            )
-        return None
+        return next(iter(self.add_samples([request])), None)
+
+    def add_samples(self, requests: Sequence[EngineRequest]) -> list[StepOutput]:
+        """Queue the samples of one prompt, which share all lists; return the outputs of those refused."""
+        refusals: list[StepOutput] = []
+        first: Request | None = None
+        for request in requests:
+            self._num_requests += 1
+            try:
+                first = self.scheduler.add(request, first)
+            except RequestError as error:
+                refusals.append(
+                    StepOutput(
+                        request.request_id, [], FinishReason.ERROR, error=error.message, param=error.param
+                    )
+                )
+        return refusals
 
     def abort(self, request_id: int) -> bool:
         """End a request at any moment; its blocks are free within one step."""

@@ -33,19 +33,25 @@ class PrefixKeys:
     (CVE-2025-25183, CVE-2025-46570).
     """
 
-    __slots__ = ("_block_size", "_keys", "_token_ids")
+    __slots__ = ("_block_size", "_keys", "token_ids")
 
     def __init__(self, token_ids: list[int], block_size: int, root: bytes) -> None:
-        self._token_ids = token_ids  # shared with the request and growing with it
+        self.token_ids = token_ids  # shared with the request and growing with it
         self._block_size = block_size
         self._keys: list[bytes] = [root]
+
+    def fork(self, token_ids: list[int]) -> PrefixKeys:
+        """The keys of a list that begins with all tokens of this one and grows by itself."""
+        forked = PrefixKeys(token_ids, self._block_size, self._keys[0])
+        forked._keys = self._keys.copy()
+        return forked
 
     def upto(self, num_blocks: int) -> list[bytes]:
         """Keys of the first `num_blocks` blocks, all of whose tokens are known."""
         keys, size = self._keys, self._block_size
         while len(keys) <= num_blocks:
             start = (len(keys) - 1) * size
-            tokens = array("q", self._token_ids[start : start + size])
+            tokens = array("q", self.token_ids[start : start + size])
             keys.append(hashlib.sha256(keys[-1] + tokens.tobytes()).digest())
         return keys[1 : num_blocks + 1]
 

@@ -31,7 +31,7 @@ from microvllm.runtime.request import (
     EngineRequest,
     FinishReason,
     RepetitionDetection,
-    SamplingParams,
+    SamplingValues,
     StepOutput,
     TokenLogprobs,
 )
@@ -43,7 +43,8 @@ class Request:
     """One sequence inside the engine.
 
     `prompt_len` counts the user's prompt only; a preempted request computes its generated tokens
-    again too, so what has to be prefilled is `num_tokens`, not `prompt_len`.
+    again too, so what has to be prefilled is `num_tokens`, not `prompt_len`. Until its first token is known
+    a request shares `token_ids` and `keys` with the other samples of its prompt.
     """
 
     __slots__ = (
@@ -70,26 +71,30 @@ class Request:
     )
 
     def __init__(
-        self, source: EngineRequest, order: tuple[int, int], keys: PrefixKeys, tokens: list[int]
+        self,
+        source: EngineRequest,
+        order: tuple[int, int],
+        keys: PrefixKeys,
+        stop_ids: frozenset[int],
     ) -> None:
         self.source = source
         self.id = source.request_id
-        self.params: SamplingParams = source.params
+        self.params: SamplingValues = source.params
         self.order = order  # smaller is served first, larger is preempted first
         # Its name in the KV pool. Not `id`: that one may come again while the last step is in flight.
         self.seq_id = order[1]
-        self.token_ids = tokens  # all known tokens; `keys` reads the same list
+        self.token_ids = keys.token_ids  # all known tokens
         self.keys = keys
-        self.prompt_len = len(tokens)
+        self.prompt_len = len(self.token_ids)
         self.max_tokens = source.params.max_tokens or 0
-        self.stop_ids = frozenset(source.stop_token_ids)
+        self.stop_ids = stop_ids
         self.num_computed = 0  # tokens whose keys and values are in the cache, or will be by this step
         self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
         self.steps_in_flight = 0
         self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
         self.num_preemptions = 0
         self.scheduled_at: float | None = None  # when it first left the queue; None once it was told
-        self.prompt_logprobs: list[TokenLogprobs] = []  # until the first token goes out
+        self.prompt_logprobs: list[TokenLogprobs] | None = None  # until the first token goes out
         self.num_prompt_logprobs = 0  # computed so far: a preempted request does not compute them again
         self.row = -1
         self.finish_reason: FinishReason | None = None
@@ -187,11 +192,33 @@ class Scheduler:
 
     # ---- add and abort -------------------------------------------------------------------------
 
-    def add(self, source: EngineRequest) -> None:
-        """Queue a request. Raises `RequestError` for one that could never be served, or a full queue."""
-        tokens, config = list(source.prompt_token_ids), self._config
+    def add(self, source: EngineRequest, like: Request | None = None) -> Request:
+        """Queue a request. Raises `RequestError` for one that could never be served, or a full queue.
+
+        `like` was just added for the same prompt with the same parameters: it has passed the checks, and what
+        was derived from its prompt is shared.
+        """
+        config = self._config
         if source.request_id in self._requests:
             raise InvalidRequestError(f"request id {source.request_id} is already in use", "request_id")
+        if like is None:
+            self._check(source)
+        limit = config.max_num_queued_reqs
+        if limit is not None and self._num_waiting - len(self._free_rows) >= limit:
+            raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
+        self._arrivals += 1
+        order = (self._policy.rank(source), self._arrivals)
+        if like is None:
+            keys = self.kv.prefix_keys(source.prompt_token_ids, source.cache_salt)
+            request = Request(source, order, keys, frozenset(source.stop_token_ids))
+        else:
+            request = Request(source, order, like.keys, like.stop_ids)
+        self._requests[request.id] = request
+        self._wait(request)
+        return request
+
+    def _check(self, source: EngineRequest) -> None:
+        tokens, config = source.prompt_token_ids, self._config
         if not tokens or not 0 < (source.params.max_tokens or 0) <= config.max_model_len - len(tokens):
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens and {source.params.max_tokens} output tokens do not fit "
@@ -202,14 +229,6 @@ class Scheduler:
             raise InvalidRequestError("a prompt token id is out of vocabulary", "prompt")
         if any(not 0 <= token < config.spec.vocab_size for token in source.stop_token_ids):
             raise InvalidRequestError("a stop token id is out of vocabulary", "stop_token_ids")
-        limit = config.max_num_queued_reqs
-        if limit is not None and self._num_waiting - len(self._free_rows) >= limit:
-            raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
-        self._arrivals += 1
-        order = (self._policy.rank(source), self._arrivals)
-        request = Request(source, order, self.kv.prefix_keys(tokens, source.cache_salt), tokens)
-        self._requests[request.id] = request
-        self._wait(request)
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a request at once, at any moment; False if it is unknown or already finished."""
@@ -267,6 +286,8 @@ class Scheduler:
             if not item.samples or token != NO_TOKEN:  # what gave no finite logits may be broken itself
                 self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
             if index in result.prompt_logprobs:
+                if request.prompt_logprobs is None:
+                    request.prompt_logprobs = []
                 request.prompt_logprobs += result.prompt_logprobs[index]
                 request.num_prompt_logprobs += len(result.prompt_logprobs[index])
             if item.samples:
@@ -370,7 +391,11 @@ class Scheduler:
                 )
                 param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
             return StepOutput(request.id, [], FinishReason.ERROR, error=message, param=param)
-        request.token_ids.append(token)
+        if request.num_output:
+            request.token_ids.append(token)
+        else:  # from here on it differs from the other samples of its prompt
+            request.token_ids = [*request.token_ids, token]
+            request.keys = request.keys.fork(request.token_ids)
         reason, stop_reason = self._why_stop(request, token)
         if reason is not None:
             self._finish(request, reason)
@@ -381,7 +406,7 @@ class Scheduler:
             stop_reason,
             request.num_cached or 0,
             logprobs=None if logprobs is None else [logprobs],
-            prompt_logprobs=request.prompt_logprobs if self._tells_prompt(request) else None,
+            prompt_logprobs=(request.prompt_logprobs or []) if self._tells_prompt(request) else None,
             scheduled_at=request.scheduled_at,
             num_preemptions=request.num_preemptions,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -27,8 +28,51 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag="start"):
     config: EngineConfig
 
 
+class Prompt(msgspec.Struct, frozen=True, array_like=True):
+    """One prompt of an `Add`, and the ids of its samples."""
+
+    token_ids: list[int]
+    max_tokens: int | None
+    request_ids: list[int]
+
+
 class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
-    requests: list[EngineRequest]
+    """All sequences of a request: what they share travels once, and each prompt once for its samples."""
+
+    shared: EngineRequest  # without a prompt
+    prompts: list[Prompt]
+
+    @classmethod
+    def of(cls, shared: EngineRequest, prompts: Sequence[Sequence[EngineRequest]]) -> Add:
+        """The message for the samples of each prompt, which were made of `shared`."""
+        return cls(
+            shared,
+            [
+                Prompt(
+                    samples[0].prompt_token_ids,
+                    samples[0].params.max_tokens,
+                    [sample.request_id for sample in samples],
+                )
+                for samples in prompts
+            ],
+        )
+
+    def samples(self) -> Iterator[list[EngineRequest]]:
+        """Yield the samples of each prompt; they share every list."""
+        for prompt in self.prompts:
+            params = self.shared.params
+            if prompt.max_tokens is not None:
+                params = params.with_max_tokens(prompt.max_tokens)
+            yield [
+                msgspec.structs.replace(
+                    self.shared,
+                    request_id=request_id,
+                    prompt_token_ids=prompt.token_ids,
+                    params=params,
+                    sample=sample,
+                )
+                for sample, request_id in enumerate(prompt.request_ids)
+            ]
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -67,6 +67,8 @@ WORKER_THREADS = max(2, min(8, usable_cores() // 2))
 
 # Deltas that wait for their consumer one by one: more than a busy event loop is ever behind a fast engine.
 MAX_BACKLOG = 64
+INLINE_IDS = 10_000  # longer lists are checked in a worker thread
+PROMPTS_AT_ONCE = 16
 
 
 class TokenStream(TrackedSequence):
@@ -82,7 +84,8 @@ class TokenStream(TrackedSequence):
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._client = client
         self._id = request.request_id
-        self._text = OutputText(client.tokenizer, request)
+        self._request = request
+        self._text: OutputText | None = None  # made for the first output: most of a queue never needs it
         self._pending: deque[TextDelta] = deque()
         self._error: EngineError | RequestError | None = None
         self._ended = False
@@ -111,6 +114,8 @@ class TokenStream(TrackedSequence):
 
     def _take(self, output: StepOutput, now: float) -> None:
         try:
+            if self._text is None:
+                self._text = OutputText(self._client.tokenizer, self._request)
             delta = self._text.take(output)
         except (EngineError, RequestError) as error:
             self._fail(error)
@@ -169,6 +174,7 @@ class EngineClient:
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._chat_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="chat")
         self._streams: dict[int, TokenStream] = {}
+        self._aborted: list[int] = []  # not sent yet
         self._submitted = 0  # to the engine process that runs now
         self._process: EngineProcess | None = None
         self._profiling: deque[asyncio.Future[Profiled]] = deque()  # answers that are still to come
@@ -236,21 +242,54 @@ class EngineClient:
         Raises `InvalidRequestError` (and `ContextLengthError`) naming the field, `EngineBusyError` when
         the waiting queue is full, `EngineDeadError` while there is no engine.
         """
-        requests = self.processor.requests(prompt_ids, params, priority=priority, cache_salt=cache_salt)
+        prepared = self.processor.prepare(params, priority=priority, cache_salt=cache_salt)
+        return self._start(prepared, [self.processor.samples(prompt_ids, prepared)])
+
+    async def submit_all(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[TokenStream]:
+        """Send all prompts of a request or none, without holding up the event loop; raises as `submit` does.
+
+        Sample i of prompt p is stream p * n + i. The prompts have passed `Processor.check_prompt`.
+        """
+        options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
+        prepare = self.processor.prepare
+        if params.bad_words or len(params.allowed_token_ids or ()) > INLINE_IDS:
+            prepared = await self.run_blocking(prepare, params, **options)
+        else:
+            prepared = prepare(params, **options)
+        found: list[list[EngineRequest]] = []
+        for prompt in prompts:
+            if len(found) % PROMPTS_AT_ONCE == PROMPTS_AT_ONCE - 1:
+                await asyncio.sleep(0)
+            found.append(self.processor.samples(prompt, prepared, checked=True))
+        return self._start(prepared, found)
+
+    def _start(
+        self, prepared: EngineRequest, prompts: Sequence[Sequence[EngineRequest]]
+    ) -> list[TokenStream]:
+        """Register the samples of every prompt and send them to the engine in one message."""
         if not self._ready:
             raise EngineDeadError(DEAD)
+        count = sum(map(len, prompts))
         limit = self.config.max_num_queued_reqs
         on_their_way = self._submitted - self.stats.requests
         free_rows = self.config.max_num_seqs - self.stats.num_running
-        if limit is not None and self.stats.num_waiting + on_their_way + len(requests) - free_rows > limit:
+        if limit is not None and self.stats.num_waiting + on_their_way + count - free_rows > limit:
             self.observer.rejected("max_num_queued_reqs")
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
-        self._submitted += len(requests)
-        group = SampleGroup(len(requests), len(requests))
-        streams = [TokenStream(self, request, group) for request in requests]
-        for request, stream in zip(requests, streams, strict=True):
-            self._streams[request.request_id] = stream
-        self._send(Add(requests))
+        self._submitted += count
+        streams: list[TokenStream] = []
+        for samples in prompts:
+            group = SampleGroup(len(samples), len(samples))
+            streams += [TokenStream(self, request, group) for request in samples]
+        self._streams.update((stream._id, stream) for stream in streams)
+        self._send(Add.of(prepared, prompts))
         return streams
 
     def reset_prefix_cache(self) -> None:
@@ -297,8 +336,15 @@ class EngineClient:
     # ---- what streams call ---------------------------------------------------------------------
 
     def _abort(self, request_id: int) -> None:
-        if self._streams.pop(request_id, None) is not None:
-            self._send(Abort([request_id]))
+        if self._streams.pop(request_id, None) is None:
+            return
+        if not self._aborted:  # thousands of a request's sequences may end together: one message
+            asyncio.get_running_loop().call_soon(self._send_aborted)
+        self._aborted.append(request_id)
+
+    def _send_aborted(self) -> None:
+        aborted, self._aborted = self._aborted, []
+        self._send(Abort(aborted))
 
     def _forget(self, request_id: int) -> None:
         self._streams.pop(request_id, None)

@@ -137,7 +137,7 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartb
 def _obey(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:
     """Carry out a command -> outputs of requests that were refused."""
     if isinstance(command, Add):
-        return [refused for request in command.requests if (refused := core.add(request)) is not None]
+        return [refusal for samples in command.samples() for refusal in core.add_samples(samples)]
     if isinstance(command, Abort):
         for request_id in command.request_ids:
             core.abort(request_id)

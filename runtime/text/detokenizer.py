@@ -7,6 +7,7 @@ Two parts, each useful alone: a text decoder (ids -> characters that are final) 
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -148,7 +149,8 @@ class StopMatcher:
         return held
 
 
-def _prefix_function(pattern: str) -> list[int]:
+@functools.lru_cache(64)  # the samples of a request have the same stop strings
+def _prefix_function(pattern: str) -> tuple[int, ...]:
     """For each prefix of `pattern`, the length of its longest proper suffix that is also its prefix."""
     table = [0] * len(pattern)
     length = 0
@@ -158,7 +160,7 @@ def _prefix_function(pattern: str) -> list[int]:
         if pattern[index] == pattern[length]:
             length += 1
         table[index] = length
-    return table
+    return tuple(table)
 
 
 class TextDecoder(Protocol):

@@ -15,7 +15,7 @@ import msgspec
 
 from microvllm.runtime.config import GENERATION_FIELDS, EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
-from microvllm.runtime.request import INT64_MAX, EngineRequest, SamplingParams
+from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.template_process import SandboxProcesses
 from microvllm.runtime.text.tokenizer import Tokenizer
@@ -133,20 +133,15 @@ class Processor:
         cache_salt: str = "",
         checked: bool = False,
     ) -> list[EngineRequest]:
-        """`params.n` engine requests for one prompt; `checked` means that `check_prompt` has passed it.
+        """`params.n` engine requests for one prompt; `checked` means that `check_prompt` has passed it."""
+        prepared = self.prepare(params, priority=priority, cache_salt=cache_salt)
+        return self.samples(prompt_ids, prepared, checked=checked)
 
-        `max_tokens` is clamped to what is left of the context, as vLLM 0.33 does; child i of a seeded
-        request has seed + i.
+    def prepare(self, params: SamplingParams, *, priority: int = 0, cache_salt: str = "") -> EngineRequest:
+        """Check what does not depend on the prompt; returns a request that has none yet, for `samples`.
+
+        Raises `InvalidRequestError` naming the field. Long lists of ids and bad words take milliseconds.
         """
-        if not checked:
-            self.check_prompt(prompt_ids)
-        room = self._config.max_model_len - len(prompt_ids)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        if params.min_tokens > max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}.",
-                "min_tokens",
-            )
         self._check_ids(params)
         self._check_logprobs(params)
         bad_word_ids = self._bad_word_ids(params.bad_words)
@@ -157,24 +152,35 @@ class Processor:
             raise InvalidRequestError(
                 f"stop_token_ids: token id {wrong} is out of vocabulary.", "stop_token_ids"
             )
-        return [
-            EngineRequest(
-                next(self._ids),
-                prompt_ids,
-                msgspec.structs.replace(
-                    params,
-                    n=1,
-                    max_tokens=max_tokens,
-                    seed=_child_seed(params.seed, child),
-                    stop_token_ids=[],
-                ),
-                eos,
-                ends,
-                priority,
-                cache_salt,
-                bad_word_ids,
+        return EngineRequest(-1, [], params, eos, ends, priority, cache_salt, bad_word_ids)
+
+    def samples(
+        self, prompt_ids: list[int], prepared: EngineRequest, *, checked: bool = False
+    ) -> list[EngineRequest]:
+        """The `params.n` requests of one prompt, made of what `prepare` returned.
+
+        `max_tokens` is clamped to what is left of the context, as vLLM 0.33 does.
+        """
+        if not checked:
+            self.check_prompt(prompt_ids)
+        params = prepared.params
+        room = self._config.max_model_len - len(prompt_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        if params.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {params.min_tokens}.",
+                "min_tokens",
             )
-            for child in range(params.n)
+        params = params.with_max_tokens(max_tokens)
+        return [
+            msgspec.structs.replace(
+                prepared,
+                request_id=next(self._ids),
+                prompt_token_ids=prompt_ids,
+                params=params,
+                sample=sample,
+            )
+            for sample in range(params.n)
         ]
 
     def _check_ids(self, params: SamplingParams) -> None:
@@ -210,12 +216,6 @@ class Processor:
                 if ids and ids not in found and max(ids) < self._config.spec.vocab_size:
                     found.append(ids)
         return found
-
-
-def _child_seed(seed: int | None, child: int) -> int | None:
-    if seed is None:
-        return None
-    return seed + child if seed + child <= INT64_MAX else seed + child - (1 << 64)
 
 
 def _end_tokens(config: EngineConfig, tokenizer: Tokenizer) -> tuple[int | None, list[int]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.runtime.request import EngineRequest
+from microvllm.runtime.request import EngineRequest, SamplingValues
 
 Device = str | torch.device
 
@@ -30,6 +30,7 @@ def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: De
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
+    params: SamplingValues
     bias_ids: Tensor  # [b] int64
     bias: Tensor  # [b] float32
     allowed: Tensor | None  # [vocab] bool
@@ -50,23 +51,31 @@ class LogitRules:
     def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
         """Bind a request to its row. tokens: its prompt and, after a preemption, what it has generated."""
         params = request.params
-        allowed = None
+        if params.allowed_token_ids is None and not (
+            params.logit_bias or params.penalised or request.bad_word_ids
+        ):
+            return
+        # The samples of a prompt share their parameters: a list as long as the vocabulary is read once.
+        shared = next((rules for rules in self._rules.values() if rules.params is params), None)
+        self._rules[row] = shared or self._make(request)
+        if params.penalised:
+            if self._penalties is None:
+                self._penalties = _Penalties(self._num_rows, self._vocab_size, self._device)
+            self._penalties.set_row(row, request, tokens, prompt_len)
+
+    def _make(self, request: EngineRequest) -> _Rules:
+        params, allowed = request.params, None
         if params.allowed_token_ids is not None:
             allowed = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
             allowed[on_device(params.allowed_token_ids, torch.int64, self._device)] = True
-        elif not (params.logit_bias or params.penalised or request.bad_word_ids):
-            return
-        self._rules[row] = _Rules(
+        return _Rules(
+            params,
             on_device(list(params.logit_bias), torch.int64, self._device),
             on_device(list(params.logit_bias.values()), torch.float32, self._device),
             allowed,
             request.bad_word_ids,
             params.penalised,
         )
-        if params.penalised:
-            if self._penalties is None:
-                self._penalties = _Penalties(self._num_rows, self._vocab_size, self._device)
-            self._penalties.set_row(row, request, tokens, prompt_len)
 
     def clear_row(self, row: int) -> None:
         rules = self._rules.pop(row, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microvllm.runtime.request import SamplingParams, TokenLogprobs
+from microvllm.runtime.request import SamplingValues, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class LogprobWish:
     ids: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, params: SamplingParams) -> LogprobWish | None:
+    def of(cls, params: SamplingValues) -> LogprobWish | None:
         if params.logprobs is None:
             return None
         ids = params.logprob_token_ids

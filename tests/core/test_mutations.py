@@ -83,7 +83,7 @@ def key_without_its_parent(patch: pytest.MonkeyPatch) -> None:
 
     def mutant(self: PrefixKeys, num_blocks: int) -> list[bytes]:
         while len(self._keys) <= num_blocks:
-            tokens = self._token_ids[(len(self._keys) - 1) * self._block_size :]
+            tokens = self.token_ids[(len(self._keys) - 1) * self._block_size :]
             rest = PrefixKeys(tokens, self._block_size, self._keys[0])
             self._keys.append(upto(rest, 1)[0])
         return self._keys[1 : num_blocks + 1]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -262,7 +263,7 @@ async def test_what_fails_in_one_stream_stays_there(
     def fail(output: Any) -> TextDelta:
         raise KeyError(output)
 
-    monkeypatch.setattr(bad._text, "take", fail)
+    monkeypatch.setattr(bad, "_text", SimpleNamespace(take=fail))
     with pytest.raises(EngineError, match="could not be turned into text"):
         await collect(bad)
     assert (await collect(good)).token_ids == expected_tokens(40)

@@ -90,7 +90,7 @@ def test_a_text_that_cannot_fit_is_not_tokenised(processor: Processor) -> None:
 def test_requests(processor: Processor) -> None:
     first, second = processor.requests([1, 2], SamplingParams(n=2, max_tokens=None, seed=INT64_MAX))
     assert first.request_id != second.request_id
-    assert [request.params.seed for request in (first, second)] == [INT64_MAX, -INT64_MAX - 1]
+    assert [request.seed for request in (first, second)] == [INT64_MAX, -INT64_MAX - 1]
     assert {request.params.max_tokens for request in (first, second)} == {62}
     assert (first.eos_token_id, first.stop_token_ids) == (EOS, [5])
     (free,) = processor.requests([1], SamplingParams(ignore_eos=True, stop_token_ids=[7], max_tokens=99))

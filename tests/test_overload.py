@@ -1,0 +1,144 @@
+"""Large requests: what they share travels once, and no callback of the event loop takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import pytest_asyncio
+from fakes import VOCAB, Engine, make_request, run_alone
+from http_tools import in_process
+from model_tools import long_folder
+from process_tools import own_engines
+
+from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.process.channel import Add, Command, Frames, frame
+from microvllm.runtime.process.client import EngineClient
+from microvllm.runtime.request import SamplingParams
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LONGEST_S = 0.05  # processor time of one callback
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client() -> AsyncIterator[EngineClient]:
+    args = EngineArgs(
+        model=str(long_folder()), dtype="float32", cpu_threads=1, max_num_seqs=64, max_num_batched_tokens=2048
+    )
+    client = await EngineClient.start(args.resolve())
+    gc.collect()
+    gc.freeze()  # as the server does: a collection that walks pytest's own objects would be counted, too
+    yield client
+    gc.unfreeze()
+    await client.close()
+    assert own_engines() == []
+
+
+@contextmanager
+def timed_callbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The processor time of every callback that the event loop runs meanwhile, in seconds."""
+    times: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        times.append(time.thread_time() - began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        yield times
+
+
+async def answer(client: Any, body: dict[str, Any]) -> httpx.Response:
+    async with in_process(client) as http:
+        return await http.post("/v1/completions", content=json.dumps(body), headers=JSON, timeout=300)
+
+
+JSON = {"content-type": "application/json"}
+MANY = {"prompt": [[i % 90 + 3, 5] for i in range(1024)], "n": 4, "max_tokens": 2, "temperature": 1.0}
+LARGE = {
+    "log probabilities": {**MANY, "logprobs": 20},
+    "allowed tokens": {**MANY, "prompt": [5, 6], "n": 128, "allowed_token_ids": [3, 4, 5, 6] * 40_000},
+    "a bias, and words": {
+        **MANY,
+        "prompt": [[5, 6]] * 32,
+        "n": 128,
+        "logit_bias": {str(i): -1 for i in range(3, 90)},
+        "bad_words": [f"word {i}" * 20 for i in range(128)],
+        "stop": ["x" * 1000, "y" * 1000],
+    },
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+async def test_no_callback_of_the_loop_is_long(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    await answer(client, {"prompt": [5], "max_tokens": 1})  # what is imported or compiled at first use
+    body = {"model": client.config.model, **LARGE[name]}
+    with timed_callbacks(monkeypatch) as times:
+        response = await answer(client, body)
+    assert response.status_code == 200, response.text[:300]
+    prompts = body["prompt"]
+    assert len(response.json()["choices"]) == body["n"] * (len(prompts) if type(prompts[0]) is list else 1)
+    assert max(times) < LONGEST_S
+
+
+class CountedParams(SamplingParams, frozen=True, kw_only=True):
+    """Counts how often one was checked."""
+
+    def __post_init__(self) -> None:
+        COUNTED.append(1)
+        super().__post_init__()
+
+
+COUNTED: list[int] = []
+
+
+async def test_parameters_are_checked_once_and_travel_once(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Command] = []
+    monkeypatch.setattr(client, "_send", sent.append)
+    COUNTED.clear()
+    params = CountedParams(n=8, temperature=1.0, seed=3, allowed_token_ids=[3, 4] * 1000, max_tokens=9)
+    streams = await client.submit_all([[5, 6] * 50, [7] * 20], params)
+    (message,) = [each for each in sent if isinstance(each, Add)]
+    one = len(frame(msgspec.msgpack.Encoder(), Add(message.shared, [])))
+    assert one < len(frame(msgspec.msgpack.Encoder(), message)) < one + 400
+    frames: Frames[Command] = Frames(Command)
+    frames.feed(frame(msgspec.msgpack.Encoder(), message))
+    received = frames.take()
+    assert isinstance(received, Add) and len(COUNTED) == 1
+    first, second = received.samples()
+    assert [request.request_id for request in [*first, *second]] == [stream._id for stream in streams]
+    assert [request.seed for request in second] == list(range(3, 11))
+    assert {id(request.params.allowed_token_ids) for request in [*first, *second]} == {
+        id(received.shared.params.allowed_token_ids)
+    }
+    assert len({id(request.prompt_token_ids) for request in first}) == 1
+    for stream in streams:
+        stream.abort()
+
+
+async def test_waiting_samples_of_a_prompt_share_its_tokens_in_the_engine() -> None:
+    engine = Engine(max_num_seqs=4, num_blocks=64)
+    prompt = [token % VOCAB for token in range(37)]
+    samples = [msgspec.structs.replace(make_request(i, prompt), sample=i) for i in range(6)]
+    assert engine.core.add_samples(samples) == []
+    requests = list(engine.core.scheduler._requests.values())
+    assert len({id(request.token_ids) for request in requests}) == 1
+    assert len({id(request.keys) for request in requests}) == 1
+    engine.drain()
+    for sample in samples:
+        assert engine.answers[sample.request_id].tokens == run_alone(sample).tokens
