@@ -243,15 +243,15 @@ _REFUSED = (
     refused("response_format", {"type": "text"}),
     refused("structured_outputs"),
     refused("guided_json"),
-    refused("guided_regex"),
-    refused("guided_choice"),
-    refused("guided_grammar"),
+    refused("guided_regex", ""),
+    refused("guided_choice", []),
+    refused("guided_grammar", ""),
     refused("best_of", 1),
     refused("logits_processors", []),
     refused("thinking_token_budget"),
     refused("vllm_xargs", {}),
-    refused("kv_transfer_params"),
-    refused("ec_transfer_params"),
+    refused("kv_transfer_params", {}),
+    refused("ec_transfer_params", {}),
 )
 
 COMPLETIONS = table(
@@ -284,12 +284,12 @@ CHAT = table(
     # Shown to the template; without this choice the model's calls would have to be parsed.
     honoured("tools", tools, only_with=("tool_choice", "none")),
     refused("tool_choice", "none"),
-    refused("functions"),
+    refused("functions", []),
     refused("function_call", "none"),
     refused("modalities", ["text"]),
     refused("audio"),
     refused("web_search_options"),
-    refused("documents"),
+    refused("documents", []),
     refused("chat_template"),
     *_REFUSED,
 )
