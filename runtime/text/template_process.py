@@ -34,6 +34,7 @@ logger = logging.getLogger("microvllm.templates")
 
 CHILDREN = 2  # while one is at a long template, the other serves
 DEADLINE_S = 4.0
+COMPILE_DEADLINES = 5  # of these a first compilation may take: without it the model has no chat
 START_S = 60.0  # for Python and Jinja, on a machine that is busy or short of memory
 MAX_CHARS = 8_000_000
 MEMORY_BYTES = 512 << 20  # of address space, of each child
@@ -51,7 +52,7 @@ main()
 class SandboxProcesses:
     """Renders chat templates as `Sandbox` does, in child processes; safe to use from threads.
 
-    A call waits for a free child, and takes at most `deadline_s` seconds from then on. Raises
+    A call waits for a free child; `render` takes at most `deadline_s` seconds from then on. Raises
     `InvalidRequestError` for what the sandbox refuses and for a template at one of the limits, `EngineError`
     where no child can be started. The children end when this object goes, or the process.
     """
@@ -66,7 +67,7 @@ class SandboxProcesses:
     ) -> None:
         self._count = children
         self._deadline_s = deadline_s
-        self._limits = {"deadline_s": deadline_s, "memory_bytes": memory_bytes, "max_chars": max_chars}
+        self._limits = {"memory_bytes": memory_bytes, "max_chars": max_chars}
         self._lock = threading.Lock()
         # In the order of their last use, so that a new child starts while the others serve. None stands for
         # one that could not be started.
@@ -76,15 +77,15 @@ class SandboxProcesses:
 
     def content_format(self, source: str) -> str:
         """Returns the form of contents that a template was written for. Raises as the class says."""
-        return self._ask({"source": source})
+        return self._ask({"source": source}, COMPILE_DEADLINES * self._deadline_s)
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """Returns the text of a template with these variables. Raises as the class says."""
-        return self._ask({"source": source, "variables": variables})
+        return self._ask({"source": source, "variables": variables}, self._deadline_s)
 
-    def _ask(self, question: Mapping[str, Any]) -> str:
+    def _ask(self, question: Mapping[str, Any], seconds: float) -> str:
         try:
-            message = _frame(question)
+            message = _frame({**question, "seconds": seconds})
         except RecursionError:
             raise InvalidRequestError(TOO_DEEP) from None
         except (TypeError, ValueError) as error:  # offline, a variable may be any object
@@ -96,9 +97,9 @@ class SandboxProcesses:
                 child = self._replace(child)
             if child is None:
                 raise EngineError("no process for chat templates can be started")
-            answer = child.ask(message, self._deadline_s)
+            answer = child.ask(message, seconds)
         except TimeoutError:
-            problem = f"The chat template was still running after {self._deadline_s:g} s and was stopped."
+            problem = f"The chat template was still running after {seconds:g} s and was stopped."
         except OSError:
             problem = (
                 "The chat template ended its process: it takes too long, or more than "
@@ -231,7 +232,7 @@ def main() -> None:
         while True:
             question = _receive(sock)
             # The system ends this process if the parent has gone in the middle of an endless template.
-            _limit(resource.RLIMIT_CPU, int(time.process_time() + limits["deadline_s"]) + 2)
+            _limit(resource.RLIMIT_CPU, int(time.process_time() + question["seconds"]) + 2)
             answer = _answer(sandbox, question)
             del question
             sock.sendall(_frame(answer))
