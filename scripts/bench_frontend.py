@@ -207,7 +207,8 @@ def request_bytes(args: argparse.Namespace) -> bytes:
     body |= json.loads(args.extra_body)
     data = json.dumps(body).encode()
     return (
-        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
         % (path.encode(), len(data), data)
     )
 
