@@ -33,7 +33,7 @@ from microvllm.runtime.text.template_sandbox import Sandbox
 logger = logging.getLogger("microvllm.templates")
 
 CHILDREN = 2  # while one is at a long template, the other serves
-DEADLINE_S = 4.0
+DEADLINE_S = 3.0
 COMPILE_DEADLINES = 5  # of these a first compilation may take: without it the model has no chat
 START_S = 60.0  # for Python and Jinja, on a machine that is busy or short of memory
 MAX_CHARS = 8_000_000
