@@ -107,6 +107,11 @@ class KVCacheManager:
         root = hashlib.sha256(self._root + salt.encode("utf-8", "surrogatepass")).digest()
         return PrefixKeys(token_ids, self.block_size, root)
 
+    def last_key(self, keys: PrefixKeys, num_tokens: int) -> bytes | None:
+        """The key of the last block that `match_prefix` could find; None if there can be none."""
+        num_blocks = (num_tokens - 1) // self.block_size
+        return keys.upto(num_blocks)[-1] if self.enable_prefix_caching and num_blocks else None
+
     def match_prefix(self, keys: PrefixKeys, num_tokens: int) -> list[int]:
         """Cached blocks that hold the longest prefix of the sequence's first `num_tokens` tokens.
 

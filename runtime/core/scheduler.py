@@ -11,6 +11,10 @@ tokens of a step when they are known. Three fences make that safe:
   * a request with a step in flight is not preempted: the step is awaited first;
   * the row and the blocks of a finished request go back at the commit of its last step in flight;
   * blocks are offered to the prefix cache in `commit()`, when all their tokens are known.
+
+A prompt that several requests share, as the `n` samples of one do, is computed once: those that come while
+the first computes it follow it, out of the queue, until its blocks are in the prefix cache. Without prefix
+caching each computes its own.
 """
 
 from __future__ import annotations
@@ -49,8 +53,10 @@ class Request:
 
     __slots__ = (
         "finish_reason",
+        "followers",
         "id",
         "keys",
+        "leads",
         "max_tokens",
         "num_cached",
         "num_computed",
@@ -97,6 +103,8 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] | None = None  # until the first token goes out
         self.num_prompt_logprobs = 0  # computed so far: a preempted request does not compute them again
         self.row = -1
+        self.leads: bytes | None = None  # the prefix key of the last full block, until all are computed
+        self.followers: list[Request] = []  # wait for these blocks
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -171,6 +179,7 @@ class Scheduler:
         self._waiting: list[Request] = []  # heap by order; also holds some that have ended
         self._num_waiting = 0
         self._running: list[Request] = []  # sorted by order
+        self._leaders: dict[bytes, Request] = {}  # running, by what each of them `leads`
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []  # since the last plan
         self._arrivals = 0
@@ -285,6 +294,8 @@ class Scheduler:
                 continue
             if not item.samples or token != NO_TOKEN:  # what gave no finite logits may be broken itself
                 self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
+            if item.samples:
+                self._let_follow(request)
             if index in result.prompt_logprobs:
                 if request.prompt_logprobs is None:
                     request.prompt_logprobs = []
@@ -342,6 +353,11 @@ class Scheduler:
                 break
             # What is in the cache is not computed, so it would have no log probabilities.
             whole = request.params.prompt_logprobs is not None
+            key = self.kv.last_key(request.keys, request.num_tokens)
+            leader = None if whole or key is None else self._leaders.get(key)
+            if leader is not None:
+                leader.followers.append(heapq.heappop(self._waiting))
+                continue
             prefix = [] if whole else self.kv.match_prefix(request.keys, request.num_tokens)
             num_cached = len(prefix) * self.kv.block_size
             missing = request.num_tokens - num_cached
@@ -363,6 +379,8 @@ class Scheduler:
                 if self.kv.enable_prefix_caching and not whole:
                     self.prefix_queries += request.prompt_len
                     self.prefix_hits += num_cached
+            if key is not None and missing > self.kv.block_size and key not in self._leaders:
+                request.leads, self._leaders[key] = key, request
             insort(self._running, request)
             admitted.append(request)
             scheduled.append(self._advance(request, num_new, first_block=0))
@@ -452,8 +470,20 @@ class Scheduler:
             heapq.heappop(self._waiting)
         return None
 
+    def _let_follow(self, request: Request) -> None:
+        """Queue the requests again that have waited for this one's blocks, each at its old place."""
+        if request.leads is None:
+            return
+        del self._leaders[request.leads]
+        request.leads = None
+        for follower in request.followers:
+            if follower.finish_reason is None:
+                heapq.heappush(self._waiting, follower)
+        request.followers = []
+
     def _preempt(self, request: Request) -> None:
         """Give back row and blocks and wait again, at the old place in the queue."""
+        self._let_follow(request)
         self._release(request)
         request.num_computed = 0
         request.num_preemptions += 1
@@ -462,6 +492,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
+        self._let_follow(request)
         del self._requests[request.id]
         if request.row < 0:
             self._left_queue()

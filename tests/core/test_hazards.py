@@ -81,7 +81,7 @@ HAZARDS: dict[str, list[str]] = {
 def test_the_tests_of_each_hazard_exist(hazard: str) -> None:
     for name in HAZARDS[hazard]:
         file, _, function = name.partition("::")
-        tree = ast.parse((Path(__file__).parent.parent / f"{file}.py").read_text("utf-8"))
+        tree = ast.parse(next(Path(__file__).parent.parent.rglob(f"{file}.py")).read_text("utf-8"))
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
 
 

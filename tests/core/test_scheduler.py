@@ -294,7 +294,7 @@ def test_why_a_request_ends(async_scheduling: bool) -> None:
         Answer(tokens[:first_seen], FinishReason.LENGTH, None),
         Answer(tokens[:first_seen], FinishReason.STOP, None),
     ]
-    assert answers == expected
+    assert all(answer.same_text(wanted) for answer, wanted in zip(answers, expected, strict=True))
 
 
 @both_modes
@@ -520,3 +520,47 @@ def test_a_plan_is_committed_with_one_token_for_each_entry() -> None:
     FakeRunner(config).launch(plan)
     with pytest.raises(ValueError, match="zip"):
         scheduler.commit(plan, StepResult([]))
+
+
+# ---- requests that share their prompt ---------------------------------------------------------------
+
+SHARED = [3 + i % 13 for i in range(40)]  # ten blocks; in two steps of 32 tokens
+
+
+def computed(engine: Engine) -> int:
+    """Tokens that all steps so far have computed."""
+    return sum(item.num_new for plan in engine.runner.plans for item in plan.scheduled)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no caching"])
+def test_samples_of_one_prompt_share_its_prefill(async_scheduling: bool, caching: bool) -> None:
+    engine = Engine(async_scheduling=async_scheduling, enable_prefix_caching=caching)
+    samples = [make_request(i, SHARED, 5, eos=None) for i in range(4)]
+    other = make_request(9, [20, 21, 22], 5, eos=None)
+    answers = engine.run(*samples, other)
+    assert all(a.same_text(run_alone(r)) for a, r in zip(answers, [*samples, other], strict=True))
+    # Each decodes 4 tokens after the one that its prompt gives; each computes the last block itself.
+    decodes = 5 * 4
+    once, each = len(SHARED) + 3 * engine.config.block_size, 4 * len(SHARED)
+    assert computed(engine) == (once if caching else each) + len(other.prompt_token_ids) + decodes
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_followers_go_on_without_their_leader(async_scheduling: bool) -> None:
+    """The first sample is aborted in the middle of the prompt: the next one computes it for the others."""
+    engine = Engine(async_scheduling=async_scheduling)
+    samples = [make_request(i, SHARED, 5, eos=None) for i in range(3)]
+    engine.add(*samples)
+    engine.step()
+    assert engine.core.scheduler.num_running == 1 and engine.core.scheduler.num_waiting == 2
+    assert engine.core.abort(0) and engine.core.abort(2)
+    engine.drain()
+    assert engine.answers[1].same_text(run_alone(samples[1]))
+
+
+def test_nobody_waits_for_a_prompt_under_another_salt() -> None:
+    engine = Engine(max_num_batched_tokens=128)
+    engine.add(*(make_request(i, SHARED, 5, salt=salt) for i, salt in enumerate(["a", "b"])))
+    engine.step()
+    assert engine.core.scheduler.num_running == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -22,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from microvllm.runtime.core.policies import POLICIES
-from microvllm.runtime.core.scheduler import Request
+from microvllm.runtime.core.scheduler import Request, StepPlan
 from microvllm.runtime.request import EngineRequest, FinishReason
 
 CONTEXT = 16
@@ -147,8 +148,19 @@ class EngineMachine(RuleBasedStateMachine):
         waiting = [request for request in self.live.values() if request.row < 0]
         running = [request for request in self.live.values() if request.row >= 0]
         ended, num_plans = list(self.ended), len(engine.runner.plans)
-        outputs = engine.step()
-        self.check_order(waiting, running, [r for p in engine.runner.plans[num_plans:] for r in p.admitted])
+        following: list[Request] = []
+        launch = engine.runner.launch
+
+        def note(plan: StepPlan) -> Any:
+            # Here, since with synchronous scheduling a leader comes and goes within one step.
+            following.extend(request for request in waiting if self.follows(request))
+            return launch(plan)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.runner, "launch", note)
+            outputs = engine.step()
+        queued = [request for request in waiting if request not in following]
+        self.check_order(queued, running, [r for p in engine.runner.plans[num_plans:] for r in p.admitted])
         assert len({output.request_id for output in outputs}) == len(outputs)
         for output in outputs:
             assert output.request_id in self.live, "output of a request that ended"
@@ -177,6 +189,18 @@ class EngineMachine(RuleBasedStateMachine):
         preempted = [request for request in running if request.row < 0 and request.finish_reason is None]
         kept = [request for request in running if request.row >= 0]
         assert all(self.place[a.id] < self.place[b.id] for a in kept for b in preempted)
+
+    def follows(self, request: Request) -> bool:
+        """Whether it waits for blocks that another computes: the only reason to be passed over."""
+        leader = next((r for r in [*self.live.values(), *self.ended] if request in r.followers), None)
+        if leader is None:
+            return False
+        size = self.engine.config.block_size
+        shared = (len(request.token_ids) - 1) // size * size
+        assert leader.row >= 0 and leader.finish_reason is None and self.engine.config.enable_prefix_caching
+        assert shared and leader.token_ids[:shared] == request.token_ids[:shared]
+        assert leader.source.cache_salt == request.source.cache_salt
+        return True
 
     @precondition(lambda self: bool(self.live))
     @rule(data=st.data())
@@ -273,7 +297,12 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.engine.core.scheduler
         assert scheduler._requests == self.live
         running = {id(r) for r in scheduler._running}
-        waiting = {id(r) for r in scheduler._waiting if r.finish_reason is None}
+        following = [r for leader in scheduler._leaders.values() for r in leader.followers]
+        waiting = {id(r) for r in [*scheduler._waiting, *following] if r.finish_reason is None}
+        assert all(r.leads == key and r.row >= 0 for key, r in scheduler._leaders.items())
+        assert len(waiting) == sum(r.finish_reason is None for r in [*scheduler._waiting, *following]), (
+            "a request waits in two places"
+        )
         assert len(running) == len(scheduler._running) <= self.engine.config.max_num_seqs
         assert not running & waiting
         assert running == {id(r) for r in [*self.live.values(), *self.ended] if r.row >= 0}
