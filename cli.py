@@ -44,6 +44,7 @@ from microvllm.openai_compat.flags.engine_options import (
     engine_args,
 )
 from microvllm.openai_compat.flags.option_groups import takes
+from microvllm.openai_compat.flags.option_values import human_int, queue_length
 from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.openai_compat.flags.server_options import answer_options, server_options
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
@@ -88,9 +89,23 @@ def serve(
     answers: dict[str, Any],
     server: dict[str, Any],
     max_num_queued_reqs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Requests that may wait; more are answered 503."),
+        Any,
+        typer.Option(
+            parser=queue_length,
+            metavar="N|auto",
+            help="Requests that may wait (16384); more are answered 503. auto: those that will be begun "
+            "within --queue-timeout.",
+        ),
     ] = None,
+    max_num_queued_tokens: Annotated[
+        Any, typer.Option(parser=human_int, metavar="N", help="Prompt tokens that may wait (16M).")
+    ] = None,
+    queue_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a request may wait until it is begun; 0: no limit.")
+    ] = 0.0,
+    request_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a request may take in all; 0: no limit.")
+    ] = 0.0,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="A YAML file of options, for those that are not given here."),
@@ -100,7 +115,13 @@ def serve(
     # `config` is only here for --help: `Command` has put the file's options into the others.
     from microvllm.runtime.process.program import EngineProgram
 
-    engine = dataclasses.replace(engine, max_num_queued_reqs=max_num_queued_reqs)
+    engine = dataclasses.replace(
+        engine,
+        max_num_queued_reqs=max_num_queued_reqs,
+        max_num_queued_tokens=max_num_queued_tokens,
+        queue_timeout=queue_timeout,
+        request_timeout=request_timeout,
+    )
     with EngineProgram(engine.cpu_threads) as program:
         from microvllm.openai_compat.config import ServerArgs
         from microvllm.openai_compat.server import serve as serve_http

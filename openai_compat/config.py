@@ -13,6 +13,7 @@ from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.text.content_format import AUTO, CONTENT_FORMATS
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+QUIET_PATHS = ("/health", "/metrics", "/load")  # what probes ask for all the time
 FINGERPRINT_MODES = ("full", "hash", "custom", "none")
 
 
@@ -81,7 +82,7 @@ class ServerArgs:
     allow_credentials: bool = False
     enable_request_id_headers: bool = False
     enable_log_requests: bool = False
-    disable_access_log_for_endpoints: tuple[str, ...] = ()
+    disable_access_log_for_endpoints: tuple[str, ...] = QUIET_PATHS
     sse_keep_alive_interval: float = 0.0
     disable_fastapi_docs: bool = False
     enable_tokenizer_info_endpoint: bool = False

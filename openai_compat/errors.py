@@ -6,6 +6,7 @@ vLLM spells `type` in two ways: "Bad Request" for a body of the wrong shape (wit
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import orjson
@@ -108,7 +109,7 @@ def error_event(error: RequestError | EngineError) -> bytes:
 def error_response(error: RequestError | EngineError) -> Response:
     headers = {}
     if error.status == 503:
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        headers["retry-after"] = str(max(RETRY_AFTER_S, math.ceil(getattr(error, "retry_after_s", 0))))
     if isinstance(error, (BodyMemoryError, PayloadTooLargeError, RequestTimeoutError)):
         # The rest of the body is never read, so the connection cannot carry another request.
         headers["connection"] = "close"

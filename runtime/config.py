@@ -48,6 +48,10 @@ GENERATION_FIELDS = {
 CPU_BACKENDS, GPU_BACKENDS = ("cpu", "torch"), ("triton", "flash_attn")
 # FlashAttention 2's paged kernel takes multiples of 256; a tile of our Triton kernels is one block.
 DEFAULT_BLOCK_SIZES = {"cpu": 16, "torch": 16, "triton": 64, "flash_attn": 256}
+# A benchmark's client sends 10,000 prompts at once; as many requests as there may be connections.
+DEFAULT_MAX_NUM_QUEUED_REQS = 1 << 14
+DEFAULT_MAX_NUM_QUEUED_TOKENS = 1 << 24
+AUTO_QUEUE = "auto"
 DEFAULT_MAX_NUM_SEQS = 256
 GPU_MEMORY_UTILIZATION = 0.92
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -73,7 +77,10 @@ class EngineArgs:
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
     async_scheduling: bool | None = None
-    max_num_queued_reqs: int | None = None
+    max_num_queued_reqs: int | str | None = None
+    max_num_queued_tokens: int | None = None
+    queue_timeout: float = 0.0
+    request_timeout: float = 0.0
     seed: int = 0
     hf_overrides: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
@@ -128,8 +135,7 @@ class EngineArgs:
             raise ConfigError(
                 f"--scheduling-policy must be one of {', '.join(POLICIES)}, got {self.scheduling_policy}"
             )
-        if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 1:
-            raise ConfigError(f"--max-num-queued-reqs must be at least 1, got {self.max_num_queued_reqs}")
+        queued_reqs = self._queued_reqs()
         if self.long_prefill_token_threshold < 0:
             raise ConfigError("--long-prefill-token-threshold must not be negative")
         max_model_len = _positive(self.max_model_len, spec.default_length, "--max-model-len")
@@ -199,7 +205,13 @@ class EngineArgs:
             scheduling_policy=self.scheduling_policy,
             # On a CPU the scheduler would take from the model what it gains: they share the cores.
             async_scheduling=device == "cuda" if self.async_scheduling is None else self.async_scheduling,
-            max_num_queued_reqs=self.max_num_queued_reqs,
+            max_num_queued_reqs=queued_reqs,
+            max_num_queued_tokens=_positive(
+                self.max_num_queued_tokens, DEFAULT_MAX_NUM_QUEUED_TOKENS, "--max-num-queued-tokens"
+            ),
+            admit_by_rate=self.max_num_queued_reqs == AUTO_QUEUE,
+            queue_timeout=self.queue_timeout,
+            request_timeout=self.request_timeout,
             seed=self.seed,
             device=device,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -217,6 +229,22 @@ class EngineArgs:
             logprobs_mode=self.logprobs_mode,
             log_step_times=self.log_step_times,
         )
+
+    def _queued_reqs(self) -> int:
+        """How many requests may wait; checks the options of time beside it."""
+        for name in ("queue_timeout", "request_timeout"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} must be at least 0 seconds (0: no limit), got {value}")
+        wish = self.max_num_queued_reqs
+        if wish == AUTO_QUEUE:
+            if not self.queue_timeout:
+                raise ConfigError("--max-num-queued-reqs auto needs --queue-timeout")
+            return DEFAULT_MAX_NUM_QUEUED_REQS
+        if wish is not None and (isinstance(wish, str) or wish < 1):
+            raise ConfigError(f"--max-num-queued-reqs must be at least 1, or auto, got {wish}")
+        return DEFAULT_MAX_NUM_QUEUED_REQS if wish is None else wish
 
     def _overrides(self) -> dict[str, Any]:
         """Values in place of those of config.json; the two rotary options are the older way to say it."""
@@ -409,6 +437,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     generation_defaults: dict[str, Any] = {}
     max_logprobs: int = 20  # that a request may ask for; -1: no limit
     logprobs_mode: str = "raw_logprobs"
+    max_num_queued_tokens: int | None = None  # of the prompts that wait
+    admit_by_rate: bool = False  # only what is predicted to leave the queue within `queue_timeout`
+    queue_timeout: float = 0.0  # seconds from arrival until the request is begun; 0: no limit
+    request_timeout: float = 0.0  # seconds from arrival to the end; 0: no limit
     log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
 
     @property

@@ -5,7 +5,9 @@ MicroVLLMError
 │   ├── InvalidRequestError      400  (also a ValueError, for users of the Python API)
 │   ├── ContextLengthError       400  the prompt does not fit the context
 │   ├── ModelNotFoundError       404
-│   └── EngineBusyError          503  the waiting queue is full
+│   ├── EngineBusyError          503  the waiting queue is full
+│   ├── QueueTimeoutError        503  it waited longer than --queue-timeout
+│   └── RequestDeadlineError     504  it took longer than --request-timeout
 ├── ConfigError                  an option, a model folder or a file is wrong; the message is one line
 └── EngineError                  the engine itself failed
     └── EngineDeadError          503  the engine process is gone; it is being started again
@@ -40,6 +42,7 @@ class RequestError(MicroVLLMError):
 
     status = 400
     kind = "BadRequestError"
+    reason = "error"  # how such an end is counted
 
     def __init__(self, message: str, param: str | None = None, *, kind: str | None = None) -> None:
         super().__init__(message)
@@ -63,8 +66,36 @@ class ModelNotFoundError(RequestError):
 
 
 class EngineBusyError(RequestError):
+    """The queue has no room now; `retry_after_s` is when it is predicted to have some."""
+
     status = 503
     kind = "Service Unavailable"
+
+    def __init__(self, message: str, retry_after_s: float = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueTimeoutError(RequestError):
+    """The request waited longer than the server allows, and was not begun."""
+
+    status = 503
+    kind = "QueueTimeoutError"
+    reason = "queue_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The request waited longer than the server's --queue-timeout.")
+
+
+class RequestDeadlineError(RequestError):
+    """The request took longer than the server allows, and was ended."""
+
+    status = 504
+    kind = "TimeoutError"
+    reason = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__("The request took longer than the server's --request-timeout.")
 
 
 class ConfigError(MicroVLLMError):
@@ -76,6 +107,7 @@ class EngineError(MicroVLLMError):
 
     status = 500
     kind = "InternalServerError"
+    reason = "error"
 
 
 class EngineDeadError(EngineError):

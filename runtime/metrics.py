@@ -18,7 +18,7 @@ from microvllm.runtime.request import EngineStats, FinishReason
 
 GAUGES = frozenset({"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots"})
 COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES)
-REJECTIONS = ("max_num_queued_reqs",)
+REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 # Not failed and not given up: only such requests say how long a request takes.
 COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
 

@@ -39,6 +39,7 @@ class TrackedSequence:
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
         self.num_preemptions = 0
+        self.end_reason: str | None = None  # as `EngineObserver.finished` has it
         self.timing = RequestTiming(arrival)
         self.group = group
         self.name = ""  # of the caller's request, for the log
@@ -58,6 +59,7 @@ class TrackedSequence:
                 timing.first_token = now
 
     def end(self, reason: str, observer: EngineObserver) -> None:
+        self.end_reason = reason
         self.group.unfinished -= 1
         self.group.longest = max(self.group.longest, self.num_generated_tokens)
         observer.finished(self, reason)
@@ -74,7 +76,8 @@ class EngineObserver:
         """`count` tokens arrived at `now`; `sequence.timing.last_token` is still that of the ones before."""
 
     def finished(self, sequence: TrackedSequence, reason: str) -> None:
-        """A sequence has ended: "stop", "length", "repetition", "abort" or "error". Once a sequence."""
+        """A sequence has ended: "stop", "length", "repetition", "abort", "error", "queue_timeout" or
+        "request_timeout". Once a sequence."""
 
     def step(self, stats: EngineStats) -> None:
         """A step of the engine is known, and all that came of it was told."""

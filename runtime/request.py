@@ -37,6 +37,8 @@ class FinishReason(enum.IntEnum):
     ABORT = 2
     ERROR = 3
     REPETITION = 4
+    QUEUE_TIMEOUT = 5
+    REQUEST_TIMEOUT = 6
 
     def __str__(self) -> str:
         return self.name.lower()

@@ -176,7 +176,6 @@ REFUSED = {
     "kv-transfer-config": Refused("value", OTHER_SERVER),
     "kv-events-config": Refused("value", "publish what the KV cache stores and evicts"),
     "weight-transfer-config": Refused("value", "take new weights while it runs"),
-    "max-num-queued-tokens": Refused("value", "answer 503 once so many prompt tokens wait"),
 }
 # A flag that means nothing without another: vLLM does not start then, whatever else is ignored.
 NEEDS = {"enable-auto-tool-choice": "tool-call-parser", "enable-log-outputs": "enable-log-requests"}

@@ -52,6 +52,7 @@ class FakeConfig:
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)
     max_logprobs: int = 20
+    request_timeout: float = 0.0
     logprobs_mode: str = "raw_logprobs"
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -148,6 +149,8 @@ class FakeStream:
         self._request = request
         self._deltas = client.generate(request, salt)
         self._at = 0
+        self.num_preemptions = 0
+        self.end_reason: str | None = None
         self.finished = False
         client.running.add(self)
 
@@ -159,7 +162,7 @@ class FakeStream:
         if self.finished or self._at == len(self._deltas):
             raise StopAsyncIteration
         if client.fail_after is not None and self._at >= client.fail_after:
-            self._end()
+            self._end("error")
             raise client.failure
         if client.stall_after is not None and self._at >= client.stall_after:
             await asyncio.Event().wait()
@@ -172,15 +175,20 @@ class FakeStream:
             timing.scheduled, timing.first_token = timing.arrival, timing.last_token
             self.prompt_logprobs = client.score_prompt(self._request)
         if self._at == len(self._deltas):
-            self._end()
+            self._end(self._deltas[-1].finish_reason)
         return self._deltas[self._at - 1]
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return self._at
 
     def abort(self) -> None:
         if not self.finished:
             self._client.aborted += 1
-            self._end()
+            self._end("abort")
 
-    def _end(self) -> None:
+    def _end(self, reason: str | None) -> None:
+        self.end_reason = reason
         self.finished = True
         self._client.running.discard(self)
 
@@ -232,12 +240,17 @@ class FakeClient:
         for stream in list(self.running):
             stream.abort()
 
+    def check_room(self) -> None:
+        if self.busy:
+            raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
+
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
     ) -> list[FakeStream]:
         if not self.alive:
             raise EngineDeadError("The engine is being started again.")
-        if self.busy or (self.capacity is not None and len(self.running) + params.n > self.capacity):
+        self.check_room()
+        if self.capacity is not None and len(self.running) + params.n > self.capacity:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         requests = self.processor.requests(prompt_ids, params, priority=priority, cache_salt=cache_salt)
         self.submitted.append((prompt_ids, params, priority, cache_salt))

@@ -311,7 +311,7 @@ async def test_a_full_queue_is_a_rejection(script: Script) -> None:
     for _ in range(2):
         with pytest.raises(EngineBusyError):
             script.submit([5], max_tokens=1)
-    assert script.metrics.rejections == {"max_num_queued_reqs": 2}
+    assert script.metrics.rejections == {"max_num_queued_reqs": 2, "max_num_queued_tokens": 0}
 
 
 def test_every_counter_of_the_engine_is_added_up() -> None:

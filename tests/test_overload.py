@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from fakes import VOCAB, Engine, make_request, run_alone
-from http_tools import in_process
+from http_tools import events, in_process
 from model_tools import long_folder
 from process_tools import own_engines
 
@@ -142,3 +142,31 @@ async def test_waiting_samples_of_a_prompt_share_its_tokens_in_the_engine() -> N
     engine.drain()
     for sample in samples:
         assert engine.answers[sample.request_id].tokens == run_alone(sample).tokens
+
+
+async def test_time_outs_reach_the_client() -> None:
+    args = EngineArgs(
+        model=str(long_folder()),
+        dtype="float32",
+        cpu_threads=1,
+        max_num_seqs=1,
+        queue_timeout=0.5,
+        request_timeout=4.0,
+    )
+    client = await EngineClient.start(args.resolve())
+    try:
+        endless = {"prompt": [5], "max_tokens": 7000, "ignore_eos": True, "model": client.config.model}
+        long = asyncio.ensure_future(answer(client, endless))
+        while not client.stats.num_running:
+            await asyncio.sleep(0.01)
+        late, late_stream = await asyncio.gather(
+            answer(client, endless), answer(client, {**endless, "stream": True})
+        )
+        ended = await long
+    finally:
+        await client.close()
+    assert late.status_code == 503 and int(late.headers["retry-after"]) >= 1
+    assert late.json()["error"]["type"] == "QueueTimeoutError"
+    (event,) = events(late_stream.text)
+    assert event["error"]["type"] == "QueueTimeoutError" and event["error"]["code"] == 503
+    assert ended.status_code == 504 and ended.json()["error"]["type"] == "TimeoutError"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from microvllm.openai_compat.api.fields import asks_nothing
 from microvllm.runtime.beam_search import Beam, advance, best
-from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.errors import InvalidRequestError, RequestDeadlineError
 from microvllm.runtime.observer import RequestTiming
 from microvllm.runtime.request import SamplingParams, TokenLogprobs
 from microvllm.runtime.text.detokenizer import Detokenizer
@@ -74,10 +74,17 @@ class BeamSearch:
         self._penalty = penalty
         self._request = client.processor.requests(prompt, params)[0]
         self.num_cached_tokens = 0
-        self.task = asyncio.ensure_future(self._run())
+        self.task = asyncio.ensure_future(self._in_time())
         # Where several prompts fail together, nobody asks the second one why.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.streams = [BeamStream(self, prompt, index) for index in range(params.n)]
+
+    async def _in_time(self) -> list[Beam]:
+        """The search; each of its steps is a request to the engine, so their sum is timed here."""
+        try:
+            return await asyncio.wait_for(self._run(), self._client.config.request_timeout or None)
+        except asyncio.TimeoutError:
+            raise RequestDeadlineError from None
 
     async def _run(self) -> list[Beam]:
         width, ends = self._params.n, {self._request.eos_token_id, *self._request.stop_token_ids}
@@ -125,6 +132,7 @@ class BeamStream:
 
     name: str = ""
     prompt_logprobs = None
+    num_preemptions = 0  # those of its steps are in the metrics
 
     def __init__(self, search: BeamSearch, prompt: list[int], index: int) -> None:
         self._search, self._index = search, index
@@ -134,6 +142,22 @@ class BeamStream:
     @property
     def num_cached_tokens(self) -> int:
         return self._search.num_cached_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self._beam.tokens) if self.end_reason == "stop" else 0
+
+    @property
+    def end_reason(self) -> str | None:
+        task = self._search.task
+        if not task.done() or task.cancelled():
+            return None
+        error = task.exception()
+        return "stop" if error is None else str(getattr(error, "reason", "error"))
+
+    @property
+    def _beam(self) -> Beam:
+        return self._search.task.result()[self._index]
 
     async def __aiter__(self) -> AsyncIterator[TextDelta]:
         yield self._search.delta((await self._search.task)[self._index])

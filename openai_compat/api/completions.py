@@ -135,6 +135,18 @@ class PromptOnly:
         return self._stream.num_cached_tokens
 
     @property
+    def num_generated_tokens(self) -> int:
+        return 0
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._stream.num_preemptions
+
+    @property
+    def end_reason(self) -> str | None:
+        return self._stream.end_reason
+
+    @property
     def prompt_logprobs(self) -> list[TokenLogprobs] | None:
         return self._stream.prompt_logprobs
 

@@ -16,6 +16,7 @@ import msgspec
 from starlette.requests import Request
 
 from microvllm.openai_compat.api.beam import BeamSearch, check_beam_fields
+from microvllm.openai_compat.api.request_log import log_end
 from microvllm.openai_compat.api.usage import request_metrics
 from microvllm.openai_compat.errors import Fault, clip, shape_error
 from microvllm.runtime.errors import InvalidRequestError, ModelNotFoundError
@@ -62,6 +63,15 @@ class Stream(Protocol):
     @property
     def num_cached_tokens(self) -> int: ...
 
+    @property
+    def num_generated_tokens(self) -> int: ...
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+    @property
+    def end_reason(self) -> str | None: ...
+
     def __aiter__(self) -> AsyncIterator[TextDelta]: ...
 
     def abort(self) -> None: ...
@@ -79,6 +89,7 @@ class Generation:
     model: str
     streams: list[Stream] = field(default_factory=list)
     n: int = 1
+    ended: bool = False
 
     async def submit(
         self,
@@ -135,9 +146,12 @@ class Generation:
         return request_metrics(self.streams[0].timing, completion_tokens)
 
     def abort(self) -> None:
-        """Frees what the engine still holds for this request; harmless when it has finished."""
+        """Frees what the engine still holds for this request and logs its end; may be called again."""
         for stream in self.streams:
             stream.abort()
+        if self.streams and not self.ended:
+            self.ended = True
+            log_end(self.id, self.streams, self.prompt_tokens)
 
     async def collect(self) -> list[Outcome]:
         """Every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
@@ -232,6 +246,7 @@ def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefi
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
     _check_stop(fields["stop"], state.args.max_stop_strings)
     check_beam_fields(fields, state.client)
+    state.client.check_room()  # before the work of reading the prompt
     suffix = request.headers.get("x-request-id", "")
     if not _HEADER_ID.fullmatch(suffix):
         suffix = fields["request_id"] or uuid.uuid4().hex

@@ -34,7 +34,8 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
         "exclude_tools_when_tool_choice_none",
     ),
     "Scheduling and KV cache": (
-        *("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "scheduling_policy"),
+        *("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens"),
+        *("queue_timeout", "request_timeout", "scheduling_policy"),
         *("async_scheduling", "enable_prefix_caching", "enable_chunked_prefill"),
         *("long_prefill_token_threshold", "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
     ),

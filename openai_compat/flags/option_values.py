@@ -36,6 +36,11 @@ def human_int(text: str) -> int:
     return scaled // parts
 
 
+def queue_length(text: str) -> int | str:
+    """A number of requests, or `auto`."""
+    return "auto" if str(text).strip().lower() == "auto" else human_int(text)
+
+
 def context_length(text: str) -> int:
     """Like `human_int`; `auto` and -1 (as long as the model and the KV cache allow) give -1."""
     return -1 if str(text).strip().lower() == "auto" else human_int(text)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from microvllm.openai_compat.config import QUIET_PATHS
 from microvllm.openai_compat.flags.option_values import (
     OBJECT,
     chat_template_text,
@@ -251,7 +252,11 @@ def server_options(
     ] = False,
     disable_access_log_for_endpoints: Annotated[
         Any,
-        typer.Option(parser=comma_list, metavar="PATHS", help="No such line for these, as /health,/metrics."),
+        typer.Option(
+            parser=comma_list,
+            metavar="PATHS",
+            help="No such line for these, in place of /health,/metrics,/load.",
+        ),
     ] = None,
     disable_log_stats: Annotated[
         bool,
@@ -327,7 +332,9 @@ def server_options(
         "disable_fastapi_docs": disable_fastapi_docs,
         "uvicorn_log_level": uvicorn_log_level,
         "disable_uvicorn_access_log": disable_uvicorn_access_log,
-        "disable_access_log_for_endpoints": disable_access_log_for_endpoints or (),
+        "disable_access_log_for_endpoints": QUIET_PATHS
+        if disable_access_log_for_endpoints is None
+        else disable_access_log_for_endpoints,
         "disable_log_stats": disable_log_stats,
         "stats_interval": log_stats_interval,
         "log_level": log_level.lower(),

@@ -112,6 +112,7 @@ class EngineCore(Generic[StepT]):
         while step k runs; otherwise the step is awaited at once. One loop serves both.
         """
         self.clock.enter("schedule")
+        expired = self.scheduler.expire()
         plan = self.scheduler.schedule()
         self.clock.enter("prepare")
         done, failed = self._launch(plan) if plan is not None else (None, [])
@@ -119,8 +120,8 @@ class EngineCore(Generic[StepT]):
             done, self._in_flight = self._in_flight, done
         if done is None:
             self.clock.enter("messages")
-            return failed
-        return failed + self._collect(done)
+            return expired + failed
+        return expired + failed + self._collect(done)
 
     def drain(self) -> list[StepOutput]:
         """Await the step in flight, if there is one, without launching another; returns its tokens."""

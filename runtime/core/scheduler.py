@@ -22,6 +22,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ class Request:
     """
 
     __slots__ = (
+        "arrived_at",
         "finish_reason",
         "followers",
         "id",
@@ -84,6 +86,7 @@ class Request:
         stop_ids: frozenset[int],
     ) -> None:
         self.source = source
+        self.arrived_at = time.monotonic()
         self.id = source.request_id
         self.params: SamplingValues = source.params
         self.order = order  # smaller is served first, larger is preempted first
@@ -183,6 +186,9 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []  # since the last plan
         self._arrivals = 0
+        # In order of arrival, so the first one is the first to time out; also hold some that need it no more.
+        self._to_start: deque[Request] = deque()
+        self._to_end: deque[Request] = deque()
         self._short_of_blocks = False  # in the last step
         self.num_preemptions = 0
         self.prefix_queries = 0
@@ -223,6 +229,10 @@ class Scheduler:
         else:
             request = Request(source, order, like.keys, like.stop_ids)
         self._requests[request.id] = request
+        if config.queue_timeout:
+            self._to_start.append(request)
+        if config.request_timeout:
+            self._to_end.append(request)
         self._wait(request)
         return request
 
@@ -246,6 +256,27 @@ class Scheduler:
             return False
         self._finish(request, reason)
         return True
+
+    def expire(self) -> list[StepOutput]:
+        """End requests that waited longer than `queue_timeout` or took longer than `request_timeout`."""
+        outputs: list[StepOutput] = []
+        now = time.monotonic()
+        for queue, limit, reason in (
+            (self._to_start, self._config.queue_timeout, FinishReason.QUEUE_TIMEOUT),
+            (self._to_end, self._config.request_timeout, FinishReason.REQUEST_TIMEOUT),
+        ):
+            while queue:
+                request = queue[0]
+                begun = reason is FinishReason.QUEUE_TIMEOUT and request.num_cached is not None
+                if request.finish_reason is None and not begun:
+                    if now - request.arrived_at <= limit:
+                        break
+                    self._finish(request, reason)
+                    outputs.append(
+                        StepOutput(request.id, [], reason, num_preemptions=request.num_preemptions)
+                    )
+                queue.popleft()
+        return outputs
 
     # ---- one step ------------------------------------------------------------------------------
 

@@ -17,13 +17,13 @@ from typing import Any, ParamSpec, TypeVar
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.cpu import return_freed_memory, usable_cores
 from microvllm.runtime.errors import (
-    EngineBusyError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
     RequestError,
 )
 from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.process.admission import Admission, QueueFullError
 from microvllm.runtime.process.channel import (
     Abort,
     Add,
@@ -89,6 +89,7 @@ class TokenStream(TrackedSequence):
         self._pending: deque[TextDelta] = deque()
         self._error: EngineError | RequestError | None = None
         self._ended = False
+        self._queued = True  # as far as is known here: until the first output
         self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while there is nothing for it
 
     def __aiter__(self) -> TokenStream:
@@ -113,6 +114,9 @@ class TokenStream(TrackedSequence):
         self._wake()
 
     def _take(self, output: StepOutput, now: float) -> None:
+        if self._queued:
+            self._queued = False
+            self._client._admission.leave(len(self.prompt_token_ids), started=bool(output.token_ids))
         try:
             if self._text is None:
                 self._text = OutputText(self._client.tokenizer, self._request)
@@ -148,11 +152,14 @@ class TokenStream(TrackedSequence):
     def _fail(self, error: EngineError | RequestError) -> None:
         self._client._forget(self._id)
         self._error = error
-        self._end("error")
+        self._end(error.reason)
         self._wake()
 
     def _end(self, reason: str) -> None:
         self._ended = True
+        if self._queued:
+            self._queued = False
+            self._client._admission.leave(len(self.prompt_token_ids), started=False)
         self.end(reason, self._client.observer)
 
 
@@ -174,6 +181,7 @@ class EngineClient:
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._chat_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="chat")
         self._streams: dict[int, TokenStream] = {}
+        self._admission = Admission(config)
         self._aborted: list[int] = []  # not sent yet
         self._submitted = 0  # to the engine process that runs now
         self._process: EngineProcess | None = None
@@ -270,6 +278,15 @@ class EngineClient:
             found.append(self.processor.samples(prompt, prepared, checked=True))
         return self._start(prepared, found)
 
+    def check_room(self, count: int = 1, tokens: int = 1) -> None:
+        """Raise `EngineBusyError` unless `count` sequences, `tokens` in their prompts, may join the queue."""
+        on_their_way = self._submitted - self.stats.requests
+        try:
+            self._admission.check(self.stats, on_their_way + count, tokens)
+        except QueueFullError as error:
+            self.observer.rejected(error.option)
+            raise
+
     def _start(
         self, prepared: EngineRequest, prompts: Sequence[Sequence[EngineRequest]]
     ) -> list[TokenStream]:
@@ -277,18 +294,15 @@ class EngineClient:
         if not self._ready:
             raise EngineDeadError(DEAD)
         count = sum(map(len, prompts))
-        limit = self.config.max_num_queued_reqs
-        on_their_way = self._submitted - self.stats.requests
-        free_rows = self.config.max_num_seqs - self.stats.num_running
-        if limit is not None and self.stats.num_waiting + on_their_way + count - free_rows > limit:
-            self.observer.rejected("max_num_queued_reqs")
-            raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
+        self.check_room(count, sum(len(samples[0].prompt_token_ids) * len(samples) for samples in prompts))
         self._submitted += count
         streams: list[TokenStream] = []
         for samples in prompts:
             group = SampleGroup(len(samples), len(samples))
             streams += [TokenStream(self, request, group) for request in samples]
         self._streams.update((stream._id, stream) for stream in streams)
+        for stream in streams:
+            self._admission.enter(len(stream.prompt_token_ids))
         self._send(Add.of(prepared, prompts))
         return streams
 
@@ -355,6 +369,7 @@ class EngineClient:
         self._process, self.stats = process, process.first_stats
         longest_step_s = LONGEST_STEP_S + _step_flops(self.config) / SLOWEST_FLOPS
         self._submitted, self._watch, self._ready = 0, Watch(process.pid, longest_step_s), True
+        self._admission.restart()
 
     def _send(self, command: Command) -> None:
         if self._process is not None:
@@ -402,6 +417,7 @@ class EngineClient:
             return
         self._watch.step()
         self.stats, now = event.stats, time.monotonic()
+        self._admission.step(event.stats, now)
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:

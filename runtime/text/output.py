@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microvllm.runtime.errors import EngineError, InvalidRequestError
+from microvllm.runtime.errors import EngineError, InvalidRequestError, QueueTimeoutError, RequestDeadlineError
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, TokenLogprobs
 from microvllm.runtime.text.detokenizer import Detokenizer
 from microvllm.runtime.text.tokenizer import Tokenizer
@@ -55,7 +55,8 @@ class OutputText:
     def take(self, output: StepOutput) -> TextDelta:
         """The delta of one step.
 
-        Raises `EngineError` when the request failed in the engine, `InvalidRequestError` if by its own fault.
+        Raises `EngineError` when the request failed in the engine, `InvalidRequestError` if by its own fault,
+        `QueueTimeoutError` or `RequestDeadlineError` when it was ended for its time.
 
         When a stop string was found, `finish_reason` is "stop" although the engine goes on: the caller
         must abort the request there.
@@ -64,6 +65,10 @@ class OutputText:
             if output.param is not None:
                 raise InvalidRequestError(output.error or "the request is wrong", output.param)
             raise EngineError(output.error or "the request failed")
+        if output.finish_reason is FinishReason.QUEUE_TIMEOUT:
+            raise QueueTimeoutError
+        if output.finish_reason is FinishReason.REQUEST_TIMEOUT:
+            raise RequestDeadlineError
         ended_by_token = output.finish_reason is FinishReason.STOP
         before = self._detokenizer.num_tokens
         text, stop = self._detokenizer.push(output.token_ids, last_is_stop=ended_by_token)

@@ -1,0 +1,94 @@
+"""Admits requests to the engine's queue, or refuses them with the time after which there should be room."""
+
+from __future__ import annotations
+
+import math
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import EngineBusyError
+from microvllm.runtime.request import EngineStats
+
+RATE_MEMORY_S = 5.0  # how far back the measured rate looks
+LONGEST_RETRY_S = 300.0
+
+
+class QueueFullError(EngineBusyError):
+    """The queue has no room; `option` is the limit that was met."""
+
+    def __init__(self, option: str, retry_after_s: float) -> None:
+        super().__init__("The engine is currently busy and cannot accept new requests.", retry_after_s)
+        self.option = option
+
+
+class Admission:
+    """Bounds the waiting requests and the tokens of their prompts, and measures how fast they are begun.
+
+    A request that finds a free row does not wait. The rate is an exponentially decaying mean over the time in
+    which requests were waiting: without a queue, arrivals decide how many begin.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._max_requests = config.max_num_queued_reqs
+        self._max_tokens = config.max_num_queued_tokens
+        self._max_num_seqs = config.max_num_seqs
+        self._max_wait_s = config.queue_timeout if config.admit_by_rate else math.inf
+        self._num_tokens = 0  # of prompts without an output yet
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured: another engine process runs."""
+        self._began = 0  # since the last step
+        self._requests, self._seconds = 0.0, 0.0  # both decay
+        self._waiting = False
+        self._last_step = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Requests per second that leave the queue; None before there was one."""
+        return self._requests / self._seconds if self._seconds else None
+
+    def check(self, stats: EngineStats, count: int, tokens: int) -> None:
+        """Raise `QueueFullError` unless `count` sequences, `tokens` in their prompts, may join the queue."""
+        waiting = stats.num_waiting + count - (self._max_num_seqs - stats.num_running)
+        if waiting <= 0:
+            return
+        if self._max_requests is not None and waiting > self._max_requests:
+            raise QueueFullError("max_num_queued_reqs", self._time_for(waiting - self._max_requests))
+        # One request alone may be larger than the limit.
+        if self._max_tokens is not None and self._num_tokens and self._num_tokens + tokens > self._max_tokens:
+            share = (self._num_tokens + tokens - self._max_tokens) / self._num_tokens
+            raise QueueFullError("max_num_queued_tokens", self._time_for(share * stats.num_waiting))
+        if math.isinf(self._max_wait_s):
+            return
+        rate = self.rate
+        too_many = waiting > self._max_num_seqs if rate is None else waiting > rate * self._max_wait_s
+        if too_many:
+            wait_s = self._time_for(waiting) - self._max_wait_s
+            raise QueueFullError("max_num_queued_reqs", max(wait_s, 0.0))
+
+    def enter(self, tokens: int) -> None:
+        """Count a sequence whose prompt has so many tokens."""
+        self._num_tokens += tokens
+
+    def leave(self, tokens: int, *, started: bool) -> None:
+        """Count its first output, or its end without one."""
+        self._num_tokens -= tokens
+        self._began += started
+
+    def step(self, stats: EngineStats, now: float) -> None:
+        """Measure the rate, once a step; `now` is `time.monotonic()`."""
+        elapsed = now - self._last_step
+        if self._waiting:
+            kept = math.exp(-elapsed / RATE_MEMORY_S)
+            self._requests = self._requests * kept + self._began
+            self._seconds = self._seconds * kept + elapsed
+        self._began = 0
+        self._waiting = stats.num_waiting > 0
+        self._last_step = now
+
+    def _time_for(self, requests: float) -> float:
+        """Seconds until so many requests have left the queue, as far as is known."""
+        rate = self.rate
+        if rate is None:
+            return 0.0
+        return min(requests / rate, LONGEST_RETRY_S) if rate else LONGEST_RETRY_S
