@@ -86,7 +86,8 @@ class TokenStream(TrackedSequence):
         self._id = request.request_id
         self._request = request
         self._text: OutputText | None = None  # made for the first output: most of a queue never needs it
-        self._pending: deque[TextDelta] = deque()
+        # A deque would take 0.7 KB in every waiting request.
+        self._pending: list[TextDelta] = []
         self._error: EngineError | RequestError | None = None
         self._ended = False
         self._queued = True  # as far as is known here: until the first output
@@ -104,7 +105,7 @@ class TokenStream(TrackedSequence):
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._pending.popleft()
+        return self._pending.pop(0)
 
     def abort(self) -> None:
         """End the request now; its blocks are free within one step. May be called at any time."""
