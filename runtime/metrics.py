@@ -121,7 +121,9 @@ class EngineMetrics(EngineObserver):
         self.prompt_tokens = 0  # of requests that got their first token, with those from the prefix cache
         self.cached_tokens = 0
         self.generation_tokens = 0
-        self.finished_requests = {str(reason): 0 for reason in FinishReason}
+        # A time-out has its label once there was one: without those options the labels are vLLM's.
+        time_outs = (FinishReason.QUEUE_TIMEOUT, FinishReason.REQUEST_TIMEOUT)
+        self.finished_requests = {str(reason): 0 for reason in FinishReason if reason not in time_outs}
         self.rejections = dict.fromkeys(REJECTIONS, 0)
         self.engine_deaths = 0
         self._stats = stats  # of the engine process that runs now
@@ -160,7 +162,7 @@ class EngineMetrics(EngineObserver):
         self._gaps.clear()
 
     def finished(self, sequence: TrackedSequence, reason: str) -> None:
-        self.finished_requests[reason] += 1
+        self.finished_requests[reason] = self.finished_requests.get(reason, 0) + 1
         timing, generated = sequence.timing, sequence.num_generated_tokens
         first, last, scheduled = timing.first_token, timing.last_token, timing.scheduled
         if reason not in COMPLETE or first is None or last is None or scheduled is None:

@@ -141,6 +141,7 @@ class ScriptedProcess:
 
     def __init__(self) -> None:
         self.first_stats = EngineStats()
+        self.pid = os.getpid()
         self.sent: list[Any] = []
         self.died = asyncio.Event()
 
