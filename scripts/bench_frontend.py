@@ -208,8 +208,7 @@ def request_bytes(args: argparse.Namespace) -> bytes:
     data = json.dumps(body).encode()
     return (
         b"POST %s HTTP/1.1\r\nHost: localhost\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-        % (path.encode(), len(data), data)
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
     )
 
 
