@@ -1,4 +1,4 @@
-"""Exports `ChatTemplate` and `normalize_messages` for programs that use text without an engine. Defined in `runtime/text/`."""
+"""Exports the chat template for programs that use text without an engine. Defined in `runtime/text/`."""
 
 from microvllm.runtime.text.chat_template import ChatTemplate, normalize_messages
 

@@ -40,15 +40,18 @@ class ChatTemplate:
     """A model's chat template (Jinja, as transformers defines it); safe to use from threads.
 
     `sandbox` compiles and renders it: nobody but the model's author knows what it does, so the server and
-    the Python API give `SandboxProcesses`; `Sandbox` is for templates of one's own.
+    the Python API give `SandboxProcesses`. The default, `Sandbox`, is for templates of one's own.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], sandbox: Sandbox | SandboxProcesses
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        sandbox: Sandbox | SandboxProcesses | None = None,
     ) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
-        self._sandbox = sandbox
+        self._sandbox = Sandbox() if sandbox is None else sandbox
         self._knows_developer = re.search(r"""["']developer["']""", source) is not None
 
     @property
