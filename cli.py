@@ -381,13 +381,13 @@ def main() -> NoReturn:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command and return its exit status."""
-    commands = typer.main.get_command(app)
     logger = logging.getLogger("microvllm")
     handler = LogHandler()
     logger.addHandler(handler)
     failure: Exception
     try:
         # Typer gives back the code of typer.Exit, or what the command returned, which is None.
+        commands = typer.main.get_command(app)
         return int(commands.main(list(argv), prog_name="microvllm", standalone_mode=False) or 0)
     except typer.TyperException as error:
         message, failure, code = error.format_message(), error, 2

@@ -268,6 +268,7 @@ class FakeClient:
         streams: list[FakeStream] = []
         try:
             for prompt in prompts:
+                await asyncio.sleep(0)
                 streams += self.submit(prompt, params, **options)
         except BaseException:
             for stream in streams:

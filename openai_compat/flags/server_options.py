@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from microvllm.openai_compat.config import QUIET_PATHS
 from microvllm.openai_compat.flags.option_values import (
     OBJECT,
     chat_template_text,
@@ -305,7 +304,9 @@ def server_options(
     ] = 10.0,
 ) -> dict[str, Any]:
     """Fields of `ServerArgs`: how the server listens and what it offers. Raises `ConfigError`."""
+    paths = disable_access_log_for_endpoints
     return {
+        **({} if paths is None else {"disable_access_log_for_endpoints": paths}),
         "host": host,
         "port": port,
         "uds": uds,
@@ -332,9 +333,6 @@ def server_options(
         "disable_fastapi_docs": disable_fastapi_docs,
         "uvicorn_log_level": uvicorn_log_level,
         "disable_uvicorn_access_log": disable_uvicorn_access_log,
-        "disable_access_log_for_endpoints": QUIET_PATHS
-        if disable_access_log_for_endpoints is None
-        else disable_access_log_for_endpoints,
         "disable_log_stats": disable_log_stats,
         "stats_interval": log_stats_interval,
         "log_level": log_level.lower(),

@@ -478,7 +478,7 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
 
 def test_missing_and_unreadable(tmp_path: Path) -> None:
     assert "cannot be read" in problem(tmp_path / "absent.gguf")
-    assert "cannot be read" in problem(tmp_path)
+    assert "is not a regular file" in problem(tmp_path)
 
 
 # The real file. Offsets and values were taken from its bytes with struct alone.
