@@ -69,10 +69,9 @@ def run_engine(fd: int) -> None:
         while True:
             for command in channel.receive(wait=not left):
                 if isinstance(command, Add):
-                    arrived += len(command.requests)
-                    left |= {
-                        request.request_id: request.params.max_tokens or 1 for request in command.requests
-                    }
+                    for samples in command.samples():
+                        arrived += len(samples)
+                        left |= {sample.request_id: sample.params.max_tokens or 1 for sample in samples}
                 elif isinstance(command, Abort):
                     for request_id in command.request_ids:
                         left.pop(request_id, None)

@@ -31,10 +31,18 @@ def pids(sandbox: SandboxProcesses) -> list[int]:
 
 
 def wait_for_end(pid: int) -> None:
+    """Until it is a zombie or gone: its command line is empty earlier, while its files are still open."""
     deadline = time.monotonic() + PATIENCE_S
-    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+    while state_of(pid) not in ("Z", "X", None):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.02)
+
+
+def state_of(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 @pytest.fixture(scope="module")
