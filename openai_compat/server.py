@@ -40,7 +40,7 @@ logger = logging.getLogger("microvllm.server")
 HANDSHAKE_DEADLINE_S = 30.0
 MAX_CONNECTIONS = 16_384
 RESERVED_FILES = 256  # open files that are no connections of clients
-FAREWELL_S = 2.0  # for the last error events to reach their clients
+FINAL_FLUSH_S = 2.0  # for the last error events to reach their clients
 
 
 def say_plainly(line: str) -> None:
@@ -130,7 +130,7 @@ async def _serve(
             limit_concurrency=_raise_file_limit(),
             proxy_headers=False,
             timeout_keep_alive=args.http_timeout_keep_alive,
-            timeout_graceful_shutdown=int(FAREWELL_S),
+            timeout_graceful_shutdown=int(FINAL_FLUSH_S),
         )
         http.load()
         http.ssl = tls
@@ -221,7 +221,7 @@ async def drain(lifecycle: Lifecycle, timeout: float, signals: Signals) -> None:
         logger.warning("Ending %d requests that did not finish in time.", lifecycle.active)
         lifecycle.cut()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_idle(lifecycle), FAREWELL_S)
+            await asyncio.wait_for(_idle(lifecycle), FINAL_FLUSH_S)
 
 
 async def _idle(lifecycle: Lifecycle) -> None:

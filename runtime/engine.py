@@ -18,8 +18,8 @@ from microvllm.runtime.offline.core_thread import CoreThread, OfflineSequence, R
 from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import FinishReason, SamplingParams
-from microvllm.runtime.text.input_processor import Processor
-from microvllm.runtime.text.output import OutputText, TextDelta
+from microvllm.runtime.text.input_processor import InputProcessor
+from microvllm.runtime.text.output import OutputProcessor, TextDelta
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
@@ -64,7 +64,7 @@ class InferenceEngine:
             args.resolve(), max_num_queued_reqs=None, max_num_queued_tokens=None
         )
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
-        self.processor = Processor(self.config, self.tokenizer)
+        self.processor = InputProcessor(self.config, self.tokenizer)
         runner = ModelGraphRunner(self.config, on_progress)
         self.config = runner.config
         self.core = EngineCore(self.config, runner)
@@ -153,7 +153,7 @@ class InferenceEngine:
     def sequences(
         self, prompt_ids: list[int], params: SamplingParams, **options: Any
     ) -> list[OfflineSequence]:
-        """The `params.n` sequences of one prompt; `options` are those of `Processor.requests`.
+        """The `params.n` sequences of one prompt; `options` are those of `InputProcessor.requests`.
 
         Raises `InvalidRequestError` naming the field.
         """
@@ -166,14 +166,14 @@ class TextRun:
     """Sequences that are generated together, and the texts of those that have not ended."""
 
     def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
-        self.texts: dict[int, tuple[OfflineSequence, OutputText]] = {}
+        self.texts: dict[int, tuple[OfflineSequence, OutputProcessor]] = {}
         self.post, self.close_message, self.wait_closed = run.post, run.close_message, run.wait_closed
         self._run, self._tokenizer = run, tokenizer
 
     def add(self, sequences: Sequence[OfflineSequence]) -> None:
         for sequence in sequences:
             request = sequence.request
-            self.texts[request.request_id] = sequence, OutputText(self._tokenizer, request)
+            self.texts[request.request_id] = sequence, OutputProcessor(self._tokenizer, request)
         self._run.start(sequences)
 
     def take(self) -> list[tuple[OfflineSequence, TextDelta]]:

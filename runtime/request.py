@@ -168,7 +168,7 @@ class SamplingParams(SamplingValues, frozen=True, kw_only=True, omit_defaults=Tr
                 f"logit_bias must map at most {MAX_LOGIT_BIAS} token ids to numbers.", "logit_bias"
             )
         for token, bias in self.logit_bias.items():
-            _integer(token, "logit_bias", INT64_MIN, INT64_MAX)  # `Processor` knows the vocabulary
+            _integer(token, "logit_bias", INT64_MIN, INT64_MAX)  # `InputProcessor` knows the vocabulary
             _number(bias, "logit_bias", -100.0, 100.0)
         if self.allowed_token_ids is not None:
             if not isinstance(self.allowed_token_ids, list) or not self.allowed_token_ids:

@@ -23,7 +23,7 @@ from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineErr
 from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
 from microvllm.runtime.text.chat_template import ChatTemplate, content_text
-from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.output import REPEATED, TextDelta
 from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
 
@@ -95,7 +95,7 @@ class FakeTokenizer:
         return self.backend.id_to_token(token)
 
 
-class FakeProcessor(Processor):
+class FakeProcessor(InputProcessor):
     """The real one, but for a template that shows every variable and for defaults that are given."""
 
     def __init__(

@@ -40,7 +40,7 @@ from test_server_e2e import Server, serve
 from microvllm.openai_compat.transport import auth
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.input_processor import InputProcessor
 
 PATIENCE_S = 60.0
 # What a request may take that has to be refused at once; a busy machine needs some of it.
@@ -236,7 +236,7 @@ def test_e05_a_stop_string_at_the_start(victim: Victim) -> None:
 async def test_f15_a_model_without_a_template() -> None:
     """Over the fake engine, which lets us take its template away; prompts do without one."""
     client = FakeClient()
-    client.processor = Processor(client.config, client.tokenizer)  # type: ignore[arg-type, assignment]
+    client.processor = InputProcessor(client.config, client.tokenizer)  # type: ignore[arg-type, assignment]
     async with in_process(client) as http:
         for path in (CHAT, TOKENIZE):
             answer = await http.post(path, json={"messages": USER})

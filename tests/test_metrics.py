@@ -31,7 +31,7 @@ from microvllm.runtime.process import client as client_module
 from microvllm.runtime.process.channel import Abort, Step
 from microvllm.runtime.process.client import EngineClient, TokenStream
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
-from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.step_clock import PARTS
 
@@ -189,14 +189,14 @@ def config() -> EngineConfig:
 
 
 @pytest.fixture(scope="module")
-def text(config: EngineConfig) -> tuple[Tokenizer, Processor]:
+def text(config: EngineConfig) -> tuple[Tokenizer, InputProcessor]:
     tokenizer = Tokenizer.load(long_folder())
-    return tokenizer, Processor(config, tokenizer)
+    return tokenizer, InputProcessor(config, tokenizer)
 
 
 @pytest_asyncio.fixture
 async def script(
-    config: EngineConfig, text: tuple[Tokenizer, Processor], monkeypatch: pytest.MonkeyPatch
+    config: EngineConfig, text: tuple[Tokenizer, InputProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Script]:
     clock = Clock()
     monkeypatch.setattr(client_module, "time", clock)

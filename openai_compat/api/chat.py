@@ -13,7 +13,7 @@ from starlette.responses import Response
 from microvllm.openai_compat.api.chat_chunks import ChatChunks
 from microvllm.openai_compat.api.fields import parse_fields
 from microvllm.openai_compat.api.generation import Generation, Outcome, begin, priority_of
-from microvllm.openai_compat.api.logprobs import ChatLogprobs, Speller, as_token_ids, prompt_logprobs
+from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
 from microvllm.openai_compat.api.schemas import CHAT
@@ -155,7 +155,7 @@ def _logprob_writers(fields: Mapping[str, Any], state: ServerState, n: int) -> l
         return []
     as_ids = as_token_ids(fields, state.args)
     count = -1 if fields["logprob_token_ids"] else fields["top_logprobs"]
-    return [ChatLogprobs(Speller(state.client.tokenizer, as_ids), count) for _ in range(n)]
+    return [ChatLogprobs(TokenText(state.client.tokenizer, as_ids), count) for _ in range(n)]
 
 
 async def _answer(

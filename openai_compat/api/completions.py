@@ -13,7 +13,7 @@ from microvllm.openai_compat.api import prompts
 from microvllm.openai_compat.api.completion_chunks import Choice, CompletionChunks
 from microvllm.openai_compat.api.fields import parse_fields
 from microvllm.openai_compat.api.generation import Generation, Outcome, Stream, begin, priority_of
-from microvllm.openai_compat.api.logprobs import CompletionLogprobs, Speller, as_token_ids, prompt_logprobs
+from microvllm.openai_compat.api.logprobs import CompletionLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
 from microvllm.openai_compat.api.schemas import COMPLETIONS
 from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
@@ -116,7 +116,7 @@ def _choices(
             texts[index // generation.n],
             None
             if fields["logprobs"] is None
-            else CompletionLogprobs(Speller(state.client.tokenizer, as_ids)),
+            else CompletionLogprobs(TokenText(state.client.tokenizer, as_ids)),
         )
         for index, stream in enumerate(generation.streams)
     ]

@@ -24,7 +24,7 @@ def as_token_ids(fields: Mapping[str, Any], args: ServerArgs) -> bool:
     return args.return_tokens_as_token_ids if wish is None else wish
 
 
-class Speller:
+class TokenText:
     """Spells the tokens of one sequence, each as it reads behind the tokens before it.
 
     A token that is only a part of a character reads "", the one that completes it reads as the character;
@@ -37,7 +37,7 @@ class Speller:
         self._as_ids = as_ids
         self._open = b""  # of a character that the tokens before have begun
 
-    def spell(self, token: int) -> str:
+    def text_of(self, token: int) -> str:
         """The token at the present place."""
         if self._as_ids:
             return f"token_id:{token}"
@@ -82,36 +82,36 @@ def _unfinished(text: bytes) -> int:
 class CompletionLogprobs:
     """The `logprobs` objects of one choice of a completion; offsets go on from object to object."""
 
-    def __init__(self, speller: Speller) -> None:
-        self._speller = speller
+    def __init__(self, token_text: TokenText) -> None:
+        self._token_text = token_text
         self._offset = 0
 
     def take(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs | None]) -> dict[str, Any]:
         """The object of the next tokens; an entry is None where nothing is known (a prompt's first token)."""
         offsets, tokens, values, tops = [], [], [], []
         for token, entry in zip(token_ids, entries, strict=True):
-            text = self._speller.spell(token)
+            text = self._token_text.text_of(token)
             offsets.append(self._offset)
             tokens.append(text)
             values.append(None if entry is None else finite(entry.logprobs[0]))
             tops.append(None if entry is None else self._top(entry))
             self._offset += len(text)
-            self._speller.advance(token)
+            self._token_text.advance(token)
         return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         found: dict[str, float] = {}
         for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True):
             # Of two tokens that read the same, the likelier one comes first.
-            found.setdefault(self._speller.spell(token), finite(logprob))
+            found.setdefault(self._token_text.text_of(token), finite(logprob))
         return found
 
 
 class ChatLogprobs:
     """The `logprobs` objects of one choice of a chat; `count` alternatives a token, -1 for all there are."""
 
-    def __init__(self, speller: Speller, count: int) -> None:
-        self._speller = speller
+    def __init__(self, token_text: TokenText, count: int) -> None:
+        self._token_text = token_text
         self._count = count
 
     def take(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
@@ -125,14 +125,14 @@ class ChatLogprobs:
                     "top_logprobs": [self._one(other, logprob) for other, logprob in shown],
                 }
             )
-            self._speller.advance(token)
+            self._token_text.advance(token)
         return {"content": content}
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": self._speller.spell(token),
+            "token": self._token_text.text_of(token),
             "logprob": finite(logprob),
-            "bytes": self._speller.bytes_of(token),
+            "bytes": self._token_text.bytes_of(token),
         }
 
 
@@ -140,8 +140,8 @@ def prompt_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
 ) -> list[dict[str, Any] | None]:
     """A prompt's log probabilities: null, then {token id: {"logprob", "rank", "decoded_token"}} a token."""
-    speller = Speller(tokenizer)
-    speller.advance(token_ids[0])
+    token_text = TokenText(tokenizer)
+    token_text.advance(token_ids[0])
     found: list[dict[str, Any] | None] = [None]
     for token, entry in zip(token_ids[1:], entries, strict=True):
         ranks = [entry.rank, *range(1, len(entry.token_ids))]
@@ -149,10 +149,10 @@ def prompt_logprobs(
         for other, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True):
             position.setdefault(
                 str(other),
-                {"logprob": finite(logprob), "rank": rank, "decoded_token": speller.spell(other)},
+                {"logprob": finite(logprob), "rank": rank, "decoded_token": token_text.text_of(other)},
             )
         found.append(position)
-        speller.advance(token)
+        token_text.advance(token)
     return found
 
 

@@ -51,7 +51,7 @@ TEMPLATE_KWARGS = ("enable_thinking", "thinking", "date_string")
 
 @parser(type="string", pattern=f"^(?:{_REQUEST_ID.pattern})$")
 def request_id(value: Any) -> str:
-    """A client's own id: it is echoed in headers, logs and bodies, so it must be tame."""
+    """A client's own id: it is echoed in headers, logs and bodies, so it must be safe there."""
     if not _REQUEST_ID.fullmatch(string(value)):
         raise Fault("string_pattern_mismatch", "Input should be 1 to 128 letters, digits, '.', '_' or '-'")
     return str(value)

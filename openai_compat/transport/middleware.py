@@ -11,7 +11,7 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # What a client may have repeated to it: an id that is harmless in headers, logs and bodies.
-TAME_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RootPathMiddleware:
@@ -31,7 +31,7 @@ class RootPathMiddleware:
 
 
 class RequestIdMiddleware:
-    """Puts `X-Request-Id` on every answer: the request's own if it is tame, else 32 new hex digits."""
+    """Puts `X-Request-Id` on every answer: the request's own if it is safe, else 32 new hex digits."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -41,7 +41,7 @@ class RequestIdMiddleware:
             await self.app(scope, receive, send)
             return
         wishes = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
-        known = wishes[0] if wishes and TAME_ID.fullmatch(wishes[0]) else uuid.uuid4().hex
+        known = wishes[0] if wishes and SAFE_ID.fullmatch(wishes[0]) else uuid.uuid4().hex
         header = (b"x-request-id", known.encode())
 
         async def send_with_id(message: Message) -> None:

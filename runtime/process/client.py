@@ -43,8 +43,8 @@ from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
 from microvllm.runtime.text.chat_template import ChatTemplate
-from microvllm.runtime.text.input_processor import Processor
-from microvllm.runtime.text.output import OutputText, TextDelta
+from microvllm.runtime.text.input_processor import InputProcessor
+from microvllm.runtime.text.output import OutputProcessor, TextDelta
 from microvllm.runtime.text.template_process import SandboxProcesses
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.text.tokenizer_files import loadable_path
@@ -85,7 +85,7 @@ class TokenStream(TrackedSequence):
         self._client = client
         self._id = request.request_id
         self._request = request
-        self._text: OutputText | None = None  # made for the first output: most of a queue never needs it
+        self._text: OutputProcessor | None = None  # made for the first output: most of a queue never needs it
         # A deque would take 0.7 KB in every waiting request.
         self._pending: list[TextDelta] = []
         self._error: EngineError | RequestError | None = None
@@ -120,7 +120,7 @@ class TokenStream(TrackedSequence):
             self._client._admission.leave(len(self.prompt_token_ids), started=bool(output.token_ids))
         try:
             if self._text is None:
-                self._text = OutputText(self._client.tokenizer, self._request)
+                self._text = OutputProcessor(self._client.tokenizer, self._request)
             delta = self._text.take(output)
         except (EngineError, RequestError) as error:
             self._fail(error)
@@ -171,7 +171,7 @@ class EngineClient:
     """
 
     def __init__(
-        self, config: EngineConfig, tokenizer: Tokenizer, processor: Processor, tokenizer_root: str
+        self, config: EngineConfig, tokenizer: Tokenizer, processor: InputProcessor, tokenizer_root: str
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -264,7 +264,7 @@ class EngineClient:
     ) -> list[TokenStream]:
         """Send all prompts of a request or none, without holding up the event loop; raises as `submit` does.
 
-        Sample i of prompt p is stream p * n + i. The prompts have passed `Processor.check_prompt`.
+        Sample i of prompt p is stream p * n + i. The prompts have passed `InputProcessor.check_prompt`.
         """
         options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
         prepare = self.processor.prepare
@@ -465,14 +465,14 @@ class _Call:
         return self._function(*self._args, **self._kwargs)
 
 
-def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, Processor, str]:
+def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, InputProcessor, str]:
     path = Path(config.tokenizer_path)
     tokenizer = Tokenizer.load(path)
     root = loadable_path(tokenizer, path, config.spec.max_position)
     template = None
     if chat_template is not None:
         template = ChatTemplate(chat_template, tokenizer.special_tokens, SandboxProcesses())
-    processor = Processor(config, tokenizer, template)
+    processor = InputProcessor(config, tokenizer, template)
     if processor.template is not None and (problem := processor.template.error):
         logger.warning("Chat is not available: %s", problem)
     return_freed_memory()  # the vocabulary as it was read

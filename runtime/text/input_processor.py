@@ -26,7 +26,7 @@ _NO_TEMPLATE = (
 )
 
 
-class Processor:
+class InputProcessor:
     """Knows the model's tokenizer, template, limits and defaults.
 
     `max_chars` is the length in characters that no prompt within the context can exceed, `template` the one

@@ -38,7 +38,7 @@ class TextDelta:
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
-class OutputText:
+class OutputProcessor:
     """Turns the step outputs of one request into deltas."""
 
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest) -> None:

@@ -90,7 +90,7 @@ class GPUSampler(Sampler):
         return bool(((params.top_k[at] > 0) | (params.top_p[at] < 1) | (params.min_p[at] > 0)).any())
 
     def _asked(self, rows: Sequence[int]) -> bool:
-        return bool(self._wishes) and not self._wishes.keys().isdisjoint(rows)
+        return bool(self._logprob_requests) and not self._logprob_requests.keys().isdisjoint(rows)
 
 
 def _pinned(*arrays: np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one replay for the whole model, from staged inputs to chosen tokens.
 
 A graph is captured for each of some batch sizes; a step takes the next larger one, and what is too much
-is padding: a row of nobody's, of context length 0, which writes no keys and whose token goes nowhere.
+is padding: a row of its own, of context length 0, which writes no keys and whose token goes nowhere.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DecodeGraphs:
         self._sampler = sampler
         self._readback = readback
         self._pool = pool
-        self._nobody = config.max_num_seqs
+        self._padding_row = config.max_num_seqs
         self.sizes = batch_sizes(config.max_num_seqs)
         self._captured: dict[int, _Captured] = {}
         device = inputs.newest.device
@@ -125,7 +125,7 @@ class DecodeGraphs:
 
     def _padding(self, size: int) -> np.ndarray:
         staged = np.zeros((STAGED, size), dtype=np.int32)
-        staged[0], staged[4], staged[6] = self._nobody, -1, -1
+        staged[0], staged[4], staged[6] = self._padding_row, -1, -1
         return staged
 
     # ---- a step --------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from microvllm.runtime.request import SamplingValues, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class LogprobWish:
+class LogprobRequest:
     """What a request wants beside each token: the `count` most likely ones (-1: all), or exactly `ids`."""
 
     count: int
     ids: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, params: SamplingValues) -> LogprobWish | None:
+    def of(cls, params: SamplingValues) -> LogprobRequest | None:
         if params.logprobs is None:
             return None
         ids = params.logprob_token_ids
@@ -57,9 +57,9 @@ class LogprobTensors:
 
 
 def log_probabilities(
-    logits: Tensor, tokens: Tensor, wishes: Sequence[LogprobWish], *, normalise: bool = True
+    logits: Tensor, tokens: Tensor, requested: Sequence[LogprobRequest], *, normalise: bool = True
 ) -> LogprobTensors:
-    """logits: [r, vocab] float32; tokens: [r] int64, the token at each position; one wish a row.
+    """logits: [r, vocab] float32; tokens: [r] int64, the token at each position; one request per row.
 
     `normalise=False` reports the logits themselves.
     """
@@ -68,12 +68,12 @@ def log_probabilities(
     own = values.gather(1, tokens.clamp(min=0)[:, None])
     ranks = (values > own).sum(-1) + 1
     counts = [
-        len(w.ids) if w.ids is not None else vocab if w.count < 0 else min(w.count, vocab) for w in wishes
+        len(w.ids) if w.ids is not None else vocab if w.count < 0 else min(w.count, vocab) for w in requested
     ]
     others = largest(values, max(counts))[1]
-    for i, wish in enumerate(wishes):
-        if wish.ids:
-            others[i, : len(wish.ids)] = torch.tensor(wish.ids)
+    for i, request in enumerate(requested):
+        if request.ids:
+            others[i, : len(request.ids)] = torch.tensor(request.ids)
     return LogprobTensors(tokens, own.squeeze(1), ranks, others, values.gather(1, others), counts)
 
 

@@ -34,7 +34,7 @@ from microvllm.runtime.worker.device_clock import DeviceClock
 from microvllm.runtime.worker.forward_times import time_forward
 from microvllm.runtime.worker.gpu_memory import measure_kv_blocks
 from microvllm.runtime.worker.logits import Output, on_device
-from microvllm.runtime.worker.logprobs import LogprobTensors, LogprobWish, log_probabilities
+from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, log_probabilities
 from microvllm.runtime.worker.sampler import Sampled, Sampler
 from microvllm.runtime.worker.step_clock import StepClock
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
@@ -145,7 +145,7 @@ class ModelGraphRunner:
         from microvllm.runtime.worker.prompt_graphs import PromptGraphs
 
         config = self.config
-        rows = config.max_num_seqs + 1  # the last is nobody's: for what only fills a captured batch
+        rows = config.max_num_seqs + 1  # the last is the padding row of captured batches
         inputs = DeviceInputs(rows, config.block_size, device)
         sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
         self._inputs, self._sampler = inputs, sampler
@@ -167,7 +167,7 @@ class ModelGraphRunner:
 
     @torch.inference_mode()
     def _warm_up(self, sampler: GPUSampler, on_progress: OnProgress | None) -> None:
-        """Steps of nobody's tokens, with and without single ones in front: the first of a kind compiles.
+        """Steps of padding tokens, with and without single ones in front: the first of a kind compiles.
 
         They write no keys and values: their slots are -1.
         """
@@ -327,10 +327,10 @@ class ModelGraphRunner:
                 high = min(low + PROMPT_SLICE, end)
                 tokens = on_device(request.token_ids[low + 1 : high + 1], torch.int64, hidden.device)
                 logits = self._model.logits(hidden[at + low : at + high])
-                wishes = [LogprobWish(count)] * (high - low)
+                requested = [LogprobRequest(count)] * (high - low)
                 normalise = self.config.logprobs_mode.endswith("logprobs")
                 found.setdefault(index, []).append(
-                    log_probabilities(logits, tokens, wishes, normalise=normalise)
+                    log_probabilities(logits, tokens, requested, normalise=normalise)
                 )
         return found
 

@@ -51,12 +51,12 @@ class StepSize:
             start += -(-length // ALIGNMENT) * ALIGNMENT
         return found
 
-    def staged(self, arrays: StepArrays, nobody: int) -> np.ndarray:
-        """The inputs of a step that fits, padded with tokens of the row `nobody`: int32, as `fields` says."""
+    def staged(self, arrays: StepArrays, padding_row: int) -> np.ndarray:
+        """The inputs of a step that fits, padded with tokens of the padding row: int32, as `fields` says."""
         fields = self.fields()
         staged = np.zeros(fields[-1].stop, dtype=np.int32)
         ids, rows, positions, slots, context, request_rows, starts = (staged[field] for field in fields)
-        slots[:], rows[:], request_rows[:] = -1, nobody, nobody
+        slots[:], rows[:], request_rows[:] = -1, padding_row, padding_row
         decodes = arrays.num_decodes
         for padded, values in (
             (ids, arrays.ids),
@@ -91,7 +91,7 @@ def step_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepSize]
 
 
 class PromptGraphs:
-    """`tables`: the block tables of all rows on the device, [rows, width] int32; the last row is nobody's.
+    """`tables`: the block tables of all rows on the device, [rows, width] int32; the last is the padding row.
     `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
     """
 
@@ -109,7 +109,7 @@ class PromptGraphs:
         self._inputs = inputs
         self._tables = tables
         self._pool = pool
-        self._nobody = config.max_num_seqs
+        self._padding_row = config.max_num_seqs
         self.sizes = step_sizes(config.max_num_seqs, config.max_num_batched_tokens)
         self._captured: dict[StepSize, _Captured] = {}
         longest = max((size.fields()[-1].stop for size in self.sizes), default=0)
@@ -144,7 +144,7 @@ class PromptGraphs:
 
     def send(self, size: StepSize, arrays: StepArrays) -> None:
         """Bring a step's inputs to the graph of this size, which `forward` then replays."""
-        staged = size.staged(arrays, self._nobody)
+        staged = size.staged(arrays, self._padding_row)
         self._inputs.stager.send_into(self._staged[: len(staged)], staged)
 
     def forward(self, size: StepSize, arrays: StepArrays) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from microvllm.runtime.core.scheduler import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingValues
 from microvllm.runtime.worker.logits import LogitRules, Output, on_device
-from microvllm.runtime.worker.logprobs import LogprobTensors, LogprobWish, largest, log_probabilities
+from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, largest, log_probabilities
 
 # A nucleus rarely needs more candidates than this; when it does, the whole row is sorted.
 _NUCLEUS_CANDIDATES = 256
@@ -76,7 +76,7 @@ class Sampler:
         self._params = RowParameters(num_rows, vocab_size)
         self._unseeded = random.Random(seed)
         self._rules = LogitRules(num_rows, vocab_size, device)
-        self._wishes: dict[int, LogprobWish] = {}
+        self._logprob_requests: dict[int, LogprobRequest] = {}
         self._raw = logprobs_mode.startswith("raw")
         self._normalise = logprobs_mode.endswith("logprobs")
 
@@ -89,14 +89,14 @@ class Sampler:
         seed = self._unseeded.getrandbits(64) if wish is None else wish & _UINT64
         self._params.set(row, request.params, seed)
         self._rules.set_row(row, request, tokens, prompt_len)
-        logprobs = LogprobWish.of(request.params)
+        logprobs = LogprobRequest.of(request.params)
         if logprobs is not None:
-            self._wishes[row] = logprobs
+            self._logprob_requests[row] = logprobs
 
     def clear_row(self, row: int) -> None:
         self._params.clear(row)
         self._rules.clear_row(row)
-        self._wishes.pop(row, None)
+        self._logprob_requests.pop(row, None)
 
     def sample(
         self,
@@ -113,7 +113,11 @@ class Sampler:
         index in its sequence of the token to be chosen. masked, output and last_token as in
         `LogitRules.apply`.
         """
-        asked = [i for i, row in enumerate(rows) if row in self._wishes] if self._wishes else []
+        asked = (
+            [i for i, row in enumerate(rows) if row in self._logprob_requests]
+            if self._logprob_requests
+            else []
+        )
         at = on_device(asked, torch.int64, self._device) if asked else None
         shown = logits[at] if at is not None and self._raw else None
         self._rules.apply(logits, rows, masked, output, last_token)
@@ -123,8 +127,10 @@ class Sampler:
         self._rules.observe(rows, tokens)
         if shown is None or at is None:
             return Sampled(tokens, [], None)
-        wishes = [self._wishes[rows[i]] for i in asked]
-        return Sampled(tokens, asked, log_probabilities(shown, tokens[at], wishes, normalise=self._normalise))
+        requested = [self._logprob_requests[rows[i]] for i in asked]
+        return Sampled(
+            tokens, asked, log_probabilities(shown, tokens[at], requested, normalise=self._normalise)
+        )
 
     def _processed(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         """The logits that are really drawn from: [r, vocab] of rows: [r], tokens that are out at -inf."""

@@ -33,7 +33,7 @@ from microvllm.adapters.spec import RopeSpec
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 LOGITS_TOLERANCE = 1e-4  # max |a - b| / max |b|
@@ -284,7 +284,7 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
 def test_the_chat_format_is_chatml(chat_folder: Path, tokenizer: Tokenizer) -> None:
-    processor = Processor(EngineArgs(model=str(chat_folder), device="cpu").resolve(), tokenizer)
+    processor = InputProcessor(EngineArgs(model=str(chat_folder), device="cpu").resolve(), tokenizer)
     user = {"role": "user", "content": "你好"}
     turn = "<|im_start|>user\n你好<|im_end|>\n"
     assert processor.render_text([user]) == f"{SYSTEM}{turn}<|im_start|>assistant\n"

@@ -26,7 +26,7 @@ from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
-from microvllm.runtime.text.output import OutputText, TextDelta
+from microvllm.runtime.text.output import OutputProcessor, TextDelta
 
 PATHS = ("/generate", "/generate_stream")
 CHINESE = "写一个 Java 版本的文件上传代码"
@@ -38,7 +38,7 @@ class Reciter(FakeClient):
     """Answers `ANSWER` to everything, one byte a token, through the engine's own detokenizer."""
 
     def generate(self, request: EngineRequest, salt: str) -> list[TextDelta]:
-        text = OutputText(self.tokenizer, request)  # type: ignore[arg-type]
+        text = OutputProcessor(self.tokenizer, request)  # type: ignore[arg-type]
         ids = self.tokenizer.encode(ANSWER, add_special_tokens=False)[: request.params.max_tokens]
         deltas = []
         for index, token in enumerate(ids):

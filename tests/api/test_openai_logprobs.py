@@ -11,7 +11,7 @@ from http_tools import events, in_process
 
 from microvllm.openai_compat.api.chat_chunks import ChatChunks
 from microvllm.openai_compat.api.completion_chunks import CompletionChunks
-from microvllm.openai_compat.api.logprobs import LOWEST, Speller, finite
+from microvllm.openai_compat.api.logprobs import LOWEST, TokenText, finite
 from microvllm.runtime.request import TokenLogprobs
 
 HI = [{"role": "user", "content": "hi"}]
@@ -325,11 +325,11 @@ async def test_chunks_of_many_numbers_are_made_in_a_thread(
 
 def spelt(text: bytes) -> list[str]:
     tokenizer: Any = FakeClient().tokenizer
-    speller, found = Speller(tokenizer), []
+    token_text, found = TokenText(tokenizer), []
     for token in text:
-        found.append(speller.spell(token))
-        assert speller.bytes_of(token) == [token]
-        speller.advance(token)
+        found.append(token_text.text_of(token))
+        assert token_text.bytes_of(token) == [token]
+        token_text.advance(token)
     return found
 
 
@@ -351,18 +351,18 @@ def test_parts_of_characters(text: str | bytes, pieces: list[str]) -> None:
 
 def test_a_token_that_the_tokenizer_does_not_have() -> None:
     tokenizer: Any = FakeClient().tokenizer
-    speller = Speller(tokenizer)
-    assert speller.spell(10**6) == "" and speller.bytes_of(10**6) == []
-    speller.advance(10**6)
-    assert speller.spell(97) == "a"
+    token_text = TokenText(tokenizer)
+    assert token_text.text_of(10**6) == "" and token_text.bytes_of(10**6) == []
+    token_text.advance(10**6)
+    assert token_text.text_of(97) == "a"
 
 
 def test_a_tokenizer_without_a_table() -> None:
     tokenizer: Any = FakeClient().tokenizer
     tokenizer.token_bytes = None
-    speller = Speller(tokenizer)
-    speller.advance(98)
-    assert (speller.spell(97), speller.bytes_of(97), speller.spell(BOS)) == ("a", [97], "<s>")
+    token_text = TokenText(tokenizer)
+    token_text.advance(98)
+    assert (token_text.text_of(97), token_text.bytes_of(97), token_text.text_of(BOS)) == ("a", [97], "<s>")
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,13 @@ def test_a_stream_gives_every_token_with_its_text(engine: InferenceEngine) -> No
 def test_multi_byte_text_comes_whole(engine: InferenceEngine) -> None:
     """Every possible cut: characters of 1 to 4 bytes, each byte a token."""
     from microvllm.runtime.request import StepOutput
-    from microvllm.runtime.text.output import OutputText
+    from microvllm.runtime.text.output import OutputProcessor
 
     text = "aé€🙂世界"
     ids = engine.tokenizer.encode(text)
     assert len(ids) > len(text)
     request = make_request(1, engine.tokenizer.encode(PROMPT))
-    output = OutputText(engine.tokenizer, request)
+    output = OutputProcessor(engine.tokenizer, request)
     pieces = [output.take(StepOutput(1, [token])).text for token in ids[:-1]]
     pieces.append(output.take(StepOutput(1, [ids[-1]], FinishReason.LENGTH)).text)
     assert "".join(pieces) == text

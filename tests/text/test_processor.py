@@ -15,7 +15,7 @@ from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.request import INT64_MAX, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
-from microvllm.runtime.text.input_processor import Processor
+from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.template_sandbox import Sandbox
 
 PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
@@ -31,7 +31,7 @@ class Ids(list[int]):
         return super().__iter__()
 
 
-def make(template: ChatTemplate | None = None, **templates: str) -> Processor:
+def make(template: ChatTemplate | None = None, **templates: str) -> InputProcessor:
     tokenizer: Any = FakeTokenizer()
     tokenizer.chat_template, tokenizer.chat_templates = templates.get("default"), templates
     config: Any = SimpleNamespace(
@@ -40,11 +40,11 @@ def make(template: ChatTemplate | None = None, **templates: str) -> Processor:
         generation_defaults={"temperature": 0.5, "max_new_tokens": 9},
         max_logprobs=20,
     )
-    return Processor(config, tokenizer, template)
+    return InputProcessor(config, tokenizer, template)
 
 
 @pytest.fixture
-def processor() -> Processor:
+def processor() -> InputProcessor:
     return make()
 
 
@@ -59,7 +59,7 @@ def processor() -> Processor:
         ([1] * 65, "input_tokens"),
     ],
 )
-def test_wrong_prompts(processor: Processor, ids: list[int], param: str) -> None:
+def test_wrong_prompts(processor: InputProcessor, ids: list[int], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         processor.check_prompt(ids)
     assert caught.value.param == param
@@ -67,12 +67,12 @@ def test_wrong_prompts(processor: Processor, ids: list[int], param: str) -> None
         processor.requests(ids, SamplingParams())
 
 
-def test_the_edges_of_the_vocabulary_and_the_context_pass(processor: Processor) -> None:
+def test_the_edges_of_the_vocabulary_and_the_context_pass(processor: InputProcessor) -> None:
     processor.check_prompt([0, VOCAB_SIZE - 1])
     processor.check_prompt([0] * 63)
 
 
-def test_a_checked_prompt_is_not_walked_again(processor: Processor) -> None:
+def test_a_checked_prompt_is_not_walked_again(processor: InputProcessor) -> None:
     ids = Ids([1, 2, 3])
     assert len(processor.requests(ids, SamplingParams(n=3), checked=True)) == 3
     assert ids.walks == 0
@@ -80,14 +80,14 @@ def test_a_checked_prompt_is_not_walked_again(processor: Processor) -> None:
     assert ids.walks == 2  # min and max
 
 
-def test_a_text_that_cannot_fit_is_not_tokenised(processor: Processor) -> None:
+def test_a_text_that_cannot_fit_is_not_tokenised(processor: InputProcessor) -> None:
     assert processor.tokenize_prompt("abc", False) == [97, 98, 99]
     with pytest.raises(ContextLengthError) as caught:
         processor.tokenize_prompt("a" * 10_000)
     assert caught.value.param == "input_text"
 
 
-def test_requests(processor: Processor) -> None:
+def test_requests(processor: InputProcessor) -> None:
     first, second = processor.requests([1, 2], SamplingParams(n=2, max_tokens=None, seed=INT64_MAX))
     assert first.request_id != second.request_id
     assert [request.seed for request in (first, second)] == [INT64_MAX, -INT64_MAX - 1]
@@ -105,7 +105,7 @@ def test_requests(processor: Processor) -> None:
 
 @pytest.mark.parametrize(("field", "what"), [("logprobs", "sample"), ("prompt_logprobs", "prompt")])
 @pytest.mark.parametrize("count", [21, -1])
-def test_too_many_log_probabilities(processor: Processor, field: str, what: str, count: int) -> None:
+def test_too_many_log_probabilities(processor: InputProcessor, field: str, what: str, count: int) -> None:
     wish: dict[str, Any] = {field: count}
     text = f"Requested {what} logprobs of {count}, which is greater than max allowed: 20$"
     with pytest.raises(InvalidRequestError, match=text) as caught:
@@ -113,17 +113,17 @@ def test_too_many_log_probabilities(processor: Processor, field: str, what: str,
     assert caught.value.param == field
 
 
-def test_defaults_are_the_models(processor: Processor) -> None:
+def test_defaults_are_the_models(processor: InputProcessor) -> None:
     assert processor.default_params() == {"temperature": 0.5, "max_tokens": 9}
 
 
-def test_bad_words_are_spelt_at_the_start_and_after_a_space(processor: Processor) -> None:
+def test_bad_words_are_spelt_at_the_start_and_after_a_space(processor: InputProcessor) -> None:
     (request,) = processor.requests([1], SamplingParams(bad_words=["ab", " ab", " "]))
     a, b, space = b"ab "
     assert request.bad_word_ids == [[a, b], [space, a, b], [space]]
 
 
-def test_an_end_beyond_the_logits_is_no_end(processor: Processor) -> None:
+def test_an_end_beyond_the_logits_is_no_end(processor: InputProcessor) -> None:
     """The tokenizer may be larger than the model; a mask for `min_tokens` would be written past the row."""
     tokenizer: Any = FakeTokenizer()
     tokenizer.chat_template, tokenizer.eos_token_id = None, VOCAB_SIZE
@@ -133,7 +133,7 @@ def test_an_end_beyond_the_logits_is_no_end(processor: Processor) -> None:
         generation_defaults={"eos_token_id": [3, 4]},
         max_logprobs=20,
     )
-    (request,) = Processor(config, tokenizer).requests([1], SamplingParams(min_tokens=2, max_tokens=9))
+    (request,) = InputProcessor(config, tokenizer).requests([1], SamplingParams(min_tokens=2, max_tokens=9))
     assert (request.eos_token_id, request.stop_token_ids) == (3, [4])
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from microvllm.runtime.core.scheduler import NO_TOKEN
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.logits import LogitRules
-from microvllm.runtime.worker.logprobs import LogprobWish, largest, log_probabilities
+from microvllm.runtime.worker.logprobs import LogprobRequest, largest, log_probabilities
 from microvllm.runtime.worker.sampler import Sampler
 
 VOCAB = 12
@@ -118,14 +118,16 @@ def test_log_probabilities_by_definition(kinds: list[Any], seed: int) -> None:
     logits = torch.randn(len(kinds), VOCAB, generator=generator).round(decimals=1)
     logits[:, 5] = -torch.inf
     tokens = torch.randint(VOCAB, (len(kinds),), generator=generator)
-    wishes = [LogprobWish(1, kind) if isinstance(kind, tuple) else LogprobWish(kind or 0) for kind in kinds]
-    entries = log_probabilities(logits, tokens, wishes).read()
-    for i, (entry, wish) in enumerate(zip(entries, wishes, strict=True)):
+    requested = [
+        LogprobRequest(1, kind) if isinstance(kind, tuple) else LogprobRequest(kind or 0) for kind in kinds
+    ]
+    entries = log_probabilities(logits, tokens, requested).read()
+    for i, (entry, request) in enumerate(zip(entries, requested, strict=True)):
         weights = np.exp(logits[i].double().numpy())
         with np.errstate(divide="ignore"):
             exact = np.log(weights / weights.sum())
         others = sorted(range(VOCAB), key=lambda token: (-logits[i, token].item(), token))
-        others = list(wish.ids) if wish.ids else others[: VOCAB if wish.count < 0 else wish.count]
+        others = list(request.ids) if request.ids else others[: VOCAB if request.count < 0 else request.count]
         token = int(tokens[i])
         assert entry.token_ids == [token, *others]
         np.testing.assert_allclose(entry.logprobs, exact[entry.token_ids], rtol=1e-5, atol=1e-5)
