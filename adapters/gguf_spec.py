@@ -16,7 +16,7 @@ from microvllm.adapters.spec import ModelSpec
 DTYPES = {"F32": "float32", "F16": "float16"}
 
 
-def gguf_spec(file: GGUFFile, architecture: str) -> ModelSpec:
+def gguf_spec(file: GGUFFile) -> ModelSpec:
     """Build the spec of a dense model; `ModelFileError` names the metadata key or tensor at fault."""
     prefix = f"{file.architecture}."
     keys = Fields(
@@ -54,7 +54,7 @@ def gguf_spec(file: GGUFFile, architecture: str) -> ModelSpec:
     window = keys.size("attention.sliding_window", max_position)
     special = special_tokens(file.path, file.metadata)
     return ModelSpec(
-        architecture=architecture,
+        architecture=file.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=keys.size("feed_forward_length"),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
-
-# GGUF files of this architecture store the rows of q and k with the two halves of each head interleaved.
-GGUF_INTERLEAVED = True
 
 
 def from_hf(config: Fields) -> ModelSpec:
@@ -24,5 +21,11 @@ def from_hf(config: Fields) -> ModelSpec:
     )
 
 
-def from_gguf(file: GGUFFile) -> ModelSpec:
-    return gguf_spec(file, "llama")
+FAMILY = Family(
+    "llama",
+    "LlamaForCausalLM",
+    from_hf,
+    from_gguf=gguf_spec,
+    gguf_name="llama",
+    gguf_interleaved=True,
+)

@@ -1,10 +1,11 @@
 """Mistral 7B and its successors: Llama with an optional sliding window (arXiv:2310.06825).
 
-GGUF knows no such architecture; Mistral's files call themselves llama.
+GGUF has no such architecture: Mistral's files name themselves llama.
 """
 
 from __future__ import annotations
 
+from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
@@ -24,3 +25,6 @@ def from_hf(config: Fields) -> ModelSpec:
         if config.is_null("sliding_window")
         else config.size("sliding_window", DEFAULT_WINDOW),
     )
+
+
+FAMILY = Family("mistral", "MistralForCausalLM", from_hf)

@@ -9,12 +9,12 @@ change nothing.
 
 from __future__ import annotations
 
+from microvllm.adapters.family import Family
 from microvllm.adapters.fields import MAX_LAYERS, Fields
 from microvllm.adapters.hf_config import refuse_unsupported, stored_dtype
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 
-# Role -> name in the checkpoint, in place of those in adapters/weights.py.
-HF_NAMES = {
+HF_TENSORS = {
     "embed": "transformer.wte",
     "lm_head": "lm_head",
     "norm": "transformer.ln_f",
@@ -79,3 +79,6 @@ def _dtype(config: Fields) -> str:
     if config.flag("fp32"):
         return "float32"
     return "float16" if config.flag("fp16") else "bfloat16"
+
+
+FAMILY = Family("qwen", "QWenLMHeadModel", from_hf, hf_tensors=HF_TENSORS)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
-
-GGUF_INTERLEAVED = False
 
 
 def from_hf(config: Fields) -> ModelSpec:
@@ -26,5 +24,4 @@ def from_hf(config: Fields) -> ModelSpec:
     )
 
 
-def from_gguf(file: GGUFFile) -> ModelSpec:
-    return gguf_spec(file, "qwen3")
+FAMILY = Family("qwen3", "Qwen3ForCausalLM", from_hf, from_gguf=gguf_spec, gguf_name="qwen3")

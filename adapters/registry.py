@@ -1,6 +1,6 @@
-"""Which file of this folder reads which model: `load_spec` for a path, by architecture.
+"""Lists the model families, and reads the `ModelSpec` of a path by its architecture.
 
-Imports no torch. To add a family: write its file beside the others, and name it in the tables below.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from microvllm.adapters import llama, mistral, qwen, qwen2, qwen3
 from microvllm.adapters.errors import ModelFileError, OverrideError
+from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.hf_config import read_json
@@ -19,29 +20,11 @@ from microvllm.adapters.spec import ModelSpec
 
 FLAG = "--hf-overrides"
 
-# config.json: the class in `architectures` decides; `model_type` if there is none.
-HF_CLASSES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "QWenLMHeadModel": "qwen",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-HF_FAMILIES = {
-    "llama": llama.from_hf,
-    "mistral": mistral.from_hf,
-    "qwen": qwen.from_hf,
-    "qwen2": qwen2.from_hf,
-    "qwen3": qwen3.from_hf,
-}
-# Families whose checkpoints name their tensors otherwise than Llama's do.
-HF_NAMES = {"qwen": qwen.HF_NAMES}
-GGUF_FAMILIES = {"llama": llama.from_gguf, "qwen2": qwen2.from_gguf, "qwen3": qwen3.from_gguf}
-GGUF_INTERLEAVED = {
-    "llama": llama.GGUF_INTERLEAVED,
-    "qwen2": qwen2.GGUF_INTERLEAVED,
-    "qwen3": qwen3.GGUF_INTERLEAVED,
-}
+FAMILIES = (llama.FAMILY, mistral.FAMILY, qwen.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
+# The class in `architectures` decides; `model_type` if there is none.
+BY_CLASS: Mapping[str, Family] = {family.hf_class: family for family in FAMILIES}
+BY_GGUF_NAME: Mapping[str, Family] = {family.gguf_name: family for family in FAMILIES if family.from_gguf}
 
 
 def load_spec(model: Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -70,13 +53,13 @@ def _from_file(model: Path) -> ModelSpec:
     if model.suffix == ".safetensors":
         raise ModelFileError(model, "holds only weights; give the folder that also holds config.json")
     file = GGUFFile(model)
-    reader = GGUF_FAMILIES.get(file.architecture)
-    if reader is None:
-        supported = ", ".join(GGUF_FAMILIES)
+    family = BY_GGUF_NAME.get(file.architecture)
+    if family is None or family.from_gguf is None:
+        supported = ", ".join(BY_GGUF_NAME)
         raise ModelFileError(
             model, f"general.architecture is {shorten(file.architecture)}; supported are {supported}"
         )
-    return reader(file)
+    return family.from_gguf(file)
 
 
 def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
@@ -87,7 +70,7 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
         raise ModelFileError(path, f"no such file, so the folder is not a Hugging Face model{hint}")
     config = Fields(path, override(read_json(path), overrides))
     try:
-        spec = HF_FAMILIES[_family(config)](config)
+        spec = _family(config).from_hf(config)
     except ModelFileError as error:
         if overrides:
             raise OverrideError(path, f"{error.problem} (as changed by {FLAG})") from None
@@ -97,23 +80,22 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def _family(config: Fields) -> str:
-    supported = ", ".join(HF_CLASSES)
+def _family(config: Fields) -> Family:
     classes = config.get("architectures")
     model_type = config.text("model_type", "")
     if classes is None or classes == []:
         if not model_type:
-            raise config.error("architectures", f"is missing; supported are {supported}")
-        if model_type not in HF_FAMILIES:
-            raise config.error(
-                "model_type", f"is {shorten(model_type)}; supported are {', '.join(HF_FAMILIES)}"
-            )
-        return model_type
+            raise config.error("architectures", f"is missing; supported are {', '.join(BY_CLASS)}")
+        if model_type not in BY_NAME:
+            raise config.error("model_type", f"is {shorten(model_type)}; supported are {', '.join(BY_NAME)}")
+        return BY_NAME[model_type]
     if not isinstance(classes, list) or not isinstance(classes[0], str):
         raise config.error("architectures", "must be a list of class names")
-    family = HF_CLASSES.get(classes[0])
+    family = BY_CLASS.get(classes[0])
     if family is None:
-        raise config.error("architectures", f"names {shorten(classes[0])}; supported are {supported}")
-    if model_type in HF_FAMILIES and model_type != family:
+        raise config.error(
+            "architectures", f"names {shorten(classes[0])}; supported are {', '.join(BY_CLASS)}"
+        )
+    if model_type in BY_NAME and model_type != family.name:
         raise config.error("model_type", f"is {shorten(model_type)}, but architectures names {classes[0]}")
     return family

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ import torch
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.registry import GGUF_INTERLEAVED, HF_NAMES
+from microvllm.adapters.registry import BY_GGUF_NAME, BY_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from microvllm.adapters.safetensors_file import open_folder
 from microvllm.adapters.spec import ModelSpec
@@ -37,29 +37,11 @@ CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, smal
 DUMMY_STD = 0.02
 DUMMY_POOL = (1 << 24) - 3  # prime to all row lengths in use, so that rows of one matrix differ
 
-# role -> name in a Hugging Face checkpoint, name in a GGUF file; "{i}" is the layer. All families agree but
-# those of `HF_NAMES` in the registry; one that stores q, k and v as one tensor has the role "qkv" there.
-NAMES = {
-    "embed": ("model.embed_tokens", "token_embd"),
-    "lm_head": ("lm_head", "output"),
-    "norm": ("model.norm", "output_norm"),
-    "q": ("model.layers.{i}.self_attn.q_proj", "blk.{i}.attn_q"),
-    "k": ("model.layers.{i}.self_attn.k_proj", "blk.{i}.attn_k"),
-    "v": ("model.layers.{i}.self_attn.v_proj", "blk.{i}.attn_v"),
-    "o": ("model.layers.{i}.self_attn.o_proj", "blk.{i}.attn_output"),
-    "q_norm": ("model.layers.{i}.self_attn.q_norm", "blk.{i}.attn_q_norm"),
-    "k_norm": ("model.layers.{i}.self_attn.k_norm", "blk.{i}.attn_k_norm"),
-    "gate": ("model.layers.{i}.mlp.gate_proj", "blk.{i}.ffn_gate"),
-    "up": ("model.layers.{i}.mlp.up_proj", "blk.{i}.ffn_up"),
-    "down": ("model.layers.{i}.mlp.down_proj", "blk.{i}.ffn_down"),
-    "input_norm": ("model.layers.{i}.input_layernorm", "blk.{i}.attn_norm"),
-    "post_norm": ("model.layers.{i}.post_attention_layernorm", "blk.{i}.ffn_norm"),
-}
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Part(NamedTuple):
-    """One tensor of the checkpoint: its role in `NAMES`, whether it is a bias, and the rows it fills."""
+    """One tensor of the checkpoint: its role in `HF_TENSORS`, whether it is a bias, and the rows it fills."""
 
     role: str
     bias: bool
@@ -176,7 +158,7 @@ def checkpoint_slots(spec: ModelSpec) -> Iterator[Slot]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     qkv: tuple[tuple[str, int], ...] = (("q", q_size), ("k", kv_size), ("v", kv_size))
-    if "qkv" in HF_NAMES.get(spec.architecture, {}):
+    if "qkv" in BY_NAME[spec.architecture].hf_tensors:
         qkv = (("qkv", q_size + 2 * kv_size),)
     projections = (
         ("qkv", qkv, hidden, spec.qkv_bias),
@@ -261,8 +243,7 @@ class FolderCheckpoint:
     def __init__(self, folder: Path, architecture: str) -> None:
         self.path = folder
         self._files = open_folder(folder)
-        names = HF_NAMES.get(architecture) or {role: names[0] for role, names in NAMES.items()}
-        self._names, self._wrapper = _as_stored(names, self._files)
+        self._names, self._wrapper = _as_stored(BY_NAME[architecture].hf_tensors, self._files)
         outside = [name for name in self._files if self._is_outside(name)]
         if outside:
             warn_once(
@@ -312,7 +293,7 @@ class FolderCheckpoint:
         return self._wrapper is not None and not name.startswith(self._wrapper) and name != head
 
 
-def _as_stored(names: dict[str, str], stored: Iterable[str]) -> tuple[dict[str, str], str | None]:
+def _as_stored(names: Mapping[str, str], stored: Iterable[str]) -> tuple[Mapping[str, str], str | None]:
     """The names of the roles in this checkpoint, and the prefix that wraps all but the head.
 
     A text model that was cut out of a larger one keeps its prefix there ("language_model.model.",
@@ -346,10 +327,10 @@ class GGUFCheckpoint:
         self.path = path
         self._file = GGUFFile(path)
         self._head_dim = head_dim
-        self._interleaved = GGUF_INTERLEAVED[self._file.architecture]
+        self._family = BY_GGUF_NAME[self._file.architecture]
 
     def name(self, part: Part, layer: int) -> str:
-        return NAMES[part.role][1].format(i=layer) + (".bias" if part.bias else ".weight")
+        return self._family.gguf_tensors[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._file.tensors.items()}
@@ -399,7 +380,7 @@ class GGUFCheckpoint:
         self._file.forget(name)
 
     def _is_turned(self, part: Part) -> bool:
-        return self._interleaved and part.role in ("q", "k")
+        return self._family.gguf_interleaved and part.role in ("q", "k")
 
 
 def _dummy_weights(

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.registry import HF_CLASSES, load_spec
+from microvllm.adapters.registry import BY_NAME, load_spec
 from microvllm.adapters.spec import ModelSpec
-from microvllm.adapters.weights import NAMES, checkpoint_slots, load_weights
+from microvllm.adapters.weights import checkpoint_slots, load_weights
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.find_model import find_model
 from microvllm.runtime.text.tokenizer import Tokenizer
@@ -64,13 +64,13 @@ def export(model: Path, folder: Path, dtype: str) -> None:
 
 def _unfuse(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cut the fused tensors into those of a Hugging Face checkpoint, emptying `weights` on the way."""
-    tensors = {}
+    tensors, names = {}, BY_NAME[spec.architecture].hf_tensors
     for slot in checkpoint_slots(spec):
         pieces = torch.split(weights.pop(slot.name), [part.rows for part in slot.parts])
         for part, piece in zip(slot.parts, pieces, strict=True):
             suffix = "bias" if part.bias else "weight"
             # save_file wants tensors that share no storage.
-            tensors[f"{NAMES[part.role][0].format(i=slot.layer)}.{suffix}"] = piece.clone()
+            tensors[f"{names[part.role].format(i=slot.layer)}.{suffix}"] = piece.clone()
     return tensors
 
 
@@ -95,7 +95,7 @@ def _config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         }
     ends = list(spec.eos_token_ids)
     config: dict[str, Any] = {
-        "architectures": [next(name for name, value in HF_CLASSES.items() if value == family)],
+        "architectures": [BY_NAME[family].hf_class],
         "model_type": family,
         "hidden_act": "silu",
         "vocab_size": spec.vocab_size,

@@ -1,0 +1,67 @@
+"""Defines `Family`: everything that is particular to one model family, as one record in a file of its own.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.spec import ModelSpec
+
+# Role of a tensor -> its name without ".weight" or ".bias"; "{i}" is the layer. These are Llama's, which most
+# families share. A family that stores q, k and v as one tensor has the role "qkv" in their place.
+HF_TENSORS: Mapping[str, str] = {
+    "embed": "model.embed_tokens",
+    "lm_head": "lm_head",
+    "norm": "model.norm",
+    "q": "model.layers.{i}.self_attn.q_proj",
+    "k": "model.layers.{i}.self_attn.k_proj",
+    "v": "model.layers.{i}.self_attn.v_proj",
+    "o": "model.layers.{i}.self_attn.o_proj",
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
+    "gate": "model.layers.{i}.mlp.gate_proj",
+    "up": "model.layers.{i}.mlp.up_proj",
+    "down": "model.layers.{i}.mlp.down_proj",
+    "input_norm": "model.layers.{i}.input_layernorm",
+    "post_norm": "model.layers.{i}.post_attention_layernorm",
+}
+GGUF_TENSORS: Mapping[str, str] = {
+    "embed": "token_embd",
+    "lm_head": "output",
+    "norm": "output_norm",
+    "q": "blk.{i}.attn_q",
+    "k": "blk.{i}.attn_k",
+    "v": "blk.{i}.attn_v",
+    "o": "blk.{i}.attn_output",
+    "q_norm": "blk.{i}.attn_q_norm",
+    "k_norm": "blk.{i}.attn_k_norm",
+    "gate": "blk.{i}.ffn_gate",
+    "up": "blk.{i}.ffn_up",
+    "down": "blk.{i}.ffn_down",
+    "input_norm": "blk.{i}.attn_norm",
+    "post_norm": "blk.{i}.ffn_norm",
+}
+
+
+class Family(NamedTuple):
+    """How the files of one model family are read.
+
+    `name` is the `model_type` of config.json and becomes `ModelSpec.architecture`; `hf_class` is the class in
+    `architectures`. A family without `from_gguf` has no GGUF files; `gguf_name` is their
+    `general.architecture`. `gguf_interleaved`: these files store the rows of q and k with the two halves of
+    each head interleaved, so that neighbours rotate together.
+    """
+
+    name: str
+    hf_class: str
+    from_hf: Callable[[Fields], ModelSpec]
+    hf_tensors: Mapping[str, str] = HF_TENSORS
+    from_gguf: Callable[[GGUFFile], ModelSpec] | None = None
+    gguf_name: str = ""
+    gguf_tensors: Mapping[str, str] = GGUF_TENSORS
+    gguf_interleaved: bool = False
