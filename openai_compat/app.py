@@ -20,15 +20,21 @@ from microvllm.openai_compat.api.completions import create_completion
 from microvllm.openai_compat.api.generate import generate, generate_stream
 from microvllm.openai_compat.api.profiling import start_profile, stop_profile
 from microvllm.openai_compat.api.render import render_chat_completion, render_completion
-from microvllm.openai_compat.api.sse import ShortcutMiddleware
 from microvllm.openai_compat.api.tokenize import detokenize, tokenize
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.auth import AuthMiddleware, HostMiddleware, is_loopback
-from microvllm.openai_compat.transport.http_metrics import HttpMetricsMiddleware
-from microvllm.openai_compat.transport.keep_alive import KeepAliveMiddleware
-from microvllm.openai_compat.transport.lifecycle import AdmissionMiddleware
-from microvllm.openai_compat.transport.middleware import RequestIdMiddleware, RootPathMiddleware
+from microvllm.openai_compat.transport.middleware import (
+    AdmissionMiddleware,
+    AuthMiddleware,
+    HostMiddleware,
+    HttpMetricsMiddleware,
+    KeepAliveMiddleware,
+    LoadMiddleware,
+    RequestIdMiddleware,
+    RootPathMiddleware,
+    ShortcutMiddleware,
+    is_loopback,
+)
 from microvllm.runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -65,7 +71,7 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
     if args.api_keys:
         middleware.insert(0, Middleware(AuthMiddleware, keys=args.api_keys))
     middleware.insert(0, Middleware(HttpMetricsMiddleware, metrics=state.http_metrics))
-    load = [Middleware(monitoring.LoadMiddleware, state=state)]
+    load = [Middleware(LoadMiddleware, state=state)]
     app = Application(
         layers=_layers(args),
         routes=[

@@ -37,7 +37,7 @@ from http_tools import events, eventually, in_process, raw_exchange
 from model_tools import ROOT, variant_folder
 from test_server_e2e import Server, serve
 
-from microvllm.openai_compat.transport import auth
+from microvllm.openai_compat.transport import middleware
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.text.input_processor import InputProcessor
@@ -355,12 +355,12 @@ def test_i02_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPa
         compared.append((len(left), len(right)))
         return left == right
 
-    monkeypatch.setattr(auth.hmac, "compare_digest", compare)
+    monkeypatch.setattr(middleware.hmac, "compare_digest", compare)
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError
 
-    guard = auth.AuthMiddleware(inner, keys=["first", "second", "third"])
+    guard = middleware.AuthMiddleware(inner, keys=["first", "second", "third"])
     seen = []
     for token in (b"first", b"third", b"firsx", b"", b"x" * 10_000):
         compared.clear()

@@ -23,7 +23,7 @@ from process_tools import own_engines, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 
 from microvllm.openai_compat.stats import stats_line
-from microvllm.openai_compat.transport.http_metrics import UNCOUNTED
+from microvllm.openai_compat.transport.middleware import UNCOUNTED
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five

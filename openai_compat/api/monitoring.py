@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import orjson
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import microvllm
 
@@ -84,44 +81,3 @@ async def get_load(request: Request) -> Response:
 async def kv_event_sources(request: Request) -> Response:
     """`{}`: this server publishes no events of its KV cache."""
     return Response(b"{}", media_type="application/json")
-
-
-class LoadMiddleware:
-    """In front of an endpoint that generates: counts its requests in progress.
-
-    Reports the engine's load with whole answers to requests with the header
-    `endpoint-load-metrics-format: TEXT` (or `JSON`).
-    """
-
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
-        self.app = app
-        self.state = state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wish = Headers(scope=scope).get(f"{LOAD_HEADER}-format", "").upper()
-        self.state.num_generations += 1
-        try:
-            await self.app(scope, receive, self._reporting(wish, send) if wish in ("TEXT", "JSON") else send)
-        finally:
-            self.state.num_generations -= 1
-
-    def _reporting(self, wish: str, send: Send) -> Send:
-        def with_report(message: Message) -> Awaitable[None]:
-            if message["type"] == "http.response.start" and message["status"] == 200:
-                headers = MutableHeaders(raw=list(message["headers"]))
-                if headers.get("content-type") == "application/json":
-                    headers[LOAD_HEADER] = self._report(wish)
-                    message = {**message, "headers": headers.raw}
-            return send(message)
-
-        return with_report
-
-    def _report(self, wish: str) -> str:
-        stats = self.state.client.stats
-        numbers = {
-            "num_requests_waiting": float(stats.num_waiting),
-            "kv_cache_usage_perc": stats.kv_usage,
-        }
-        if wish == "JSON":
-            return f"JSON {orjson.dumps({'named_metrics': numbers}).decode()}"
-        return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in numbers.items())

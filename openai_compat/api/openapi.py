@@ -23,7 +23,7 @@ from microvllm.openai_compat.api.schemas import (
     stop_strings,
 )
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.transport.auth import OPEN_PATHS
+from microvllm.openai_compat.transport.middleware import OPEN_PATHS
 
 # The endpoints that take a body: the name of its schema, and its table.
 BODIES: Mapping[str, tuple[str, Table]] = {

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from microvllm.openai_compat.api.usage import stream_usage
 from microvllm.openai_compat.errors import INTERNAL, ClientGoneError, ServerStoppingError, error_event
+from microvllm.openai_compat.transport.middleware import SHORTCUT
 from microvllm.runtime.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microvllm.server")
 
-SHORTCUT = "microvllm.shortcut"
 DONE = b"data: [DONE]\n\n"
 
 
@@ -122,20 +122,6 @@ async def event_chunks(
 
 def _without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
-
-
-class ShortcutMiddleware:
-    """Remembers the way out in front of the layers behind it, for the chunks in the middle of a stream.
-
-    Layers look at an answer's first message, at most at its last. A coroutine of each for every token would
-    cost more than the token's own chunk.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app({**scope, SHORTCUT: send}, receive, send)
 
 
 class EventStream(Response):

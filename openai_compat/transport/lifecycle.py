@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive
 
-from microvllm.openai_compat.errors import ClientGoneError, ServerStoppingError, error_response
+from microvllm.openai_compat.errors import ClientGoneError, ServerStoppingError
 
 T = TypeVar("T")
 
@@ -59,24 +59,3 @@ class Lifecycle:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class AdmissionMiddleware:
-    """Counts POST requests in progress, refuses new ones while the server drains."""
-
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
-        self.app = app
-        self.lifecycle = lifecycle
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] == "/ping":
-            await self.app(scope, receive, send)
-            return
-        if self.lifecycle.draining:
-            await error_response(ServerStoppingError())(scope, receive, send)
-            return
-        self.lifecycle.active += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self.lifecycle.active -= 1

@@ -1,17 +1,108 @@
-"""What stands in front of the whole application: the proxy's path prefix, and ids of requests in headers.
+"""Every ASGI layer of the server in its order, the outermost first.
 
-Plain ASGI, outside of Starlette's own error handler, so that an unexpected 500 carries the headers, too.
+Starlette's own handler of unexpected errors stands between the layers around everything and the others, its
+router behind them all. A layer around everything sees every answer, that of an unexpected error included.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import hmac
+import ipaddress
 import re
+import time
 import uuid
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING
 
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from microvllm.openai_compat.errors import ForbiddenError, ServerStoppingError, clip, error_response
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.state import ServerState
+    from microvllm.openai_compat.transport.http_metrics import HttpMetrics
+    from microvllm.openai_compat.transport.lifecycle import Lifecycle
+
+SHORTCUT = "microvllm.shortcut"
 # What a client may have repeated to it: an id that is harmless in headers, logs and bodies.
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+COMMENT = b": keep-alive\n\n"  # a comment of server-sent events; clients skip it
+UNKNOWN = "none"  # the handler of a path that there is no route for: else a client could invent labels
+LOAD_HEADER = "endpoint-load-metrics"  # of ORCA, the open request cost aggregation that Envoy reads
+# Probes, what a Prometheus without a key collects in vLLM, too, and the description of the API.
+OPEN_PATHS = frozenset(
+    {
+        "/",
+        "/health",
+        "/ready",
+        "/ping",
+        "/version",
+        "/get_load",
+        "/metrics",
+        "/metrics/",
+        "/load",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+    }
+)
+UNCOUNTED = frozenset(
+    {
+        *("/metrics", "/metrics/", "/health", "/ready", "/ping", "/version", "/server_info"),
+        *("/load", "/get_load", "/v1/loads"),
+    }
+)
+
+
+class HostMiddleware:
+    """Answers 403 unless the Host header names this machine, or one of `names`.
+
+    A page from elsewhere can let its own name point to 127.0.0.1 (DNS rebinding). To the browser the server
+    then belongs to the page, which may read its answers; but the Host header still has the page's name.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app = app
+        self._names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for name, value in scope["headers"]:
+                if name == b"host" and not self._allowed(host_of(value.decode("latin-1"))):
+                    refusal = ForbiddenError(
+                        f"The host {clip(value.decode('latin-1'))!r} is not served here; "
+                        "--allowed-hosts names hosts beside localhost."
+                    )
+                    await error_response(refusal)(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
+
+    def _allowed(self, host: str) -> bool:
+        return is_loopback(host) or host in self._names
+
+
+def host_of(header: str) -> str:
+    """The name or address in a Host header, without its port and brackets, in lower case."""
+    header = header.strip().lower()
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0].removesuffix(".")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own: localhost (RFC 6761), 127.0.0.0/8 or ::1."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class RootPathMiddleware:
@@ -50,3 +141,214 @@ class RequestIdMiddleware:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class KeepAliveMiddleware:
+    """Sends a comment whenever an event stream was silent for `interval` seconds, from its start on.
+
+    Whole events travel in one message each, so a comment never lands inside one.
+    """
+
+    def __init__(self, app: ASGIApp, interval: float) -> None:
+        self.app = app
+        self._interval = interval
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = _Stream(send, self._interval)
+        try:
+            await self.app(scope, receive, stream.send)
+        finally:
+            stream.stop()
+
+
+class _Stream:
+    """One answer on its way out."""
+
+    def __init__(self, send: Send, interval: float) -> None:
+        self._send = send
+        self._interval = interval
+        self._last = 0.0
+        self._commenting: asyncio.Task[None] | None = None
+
+    async def send(self, message: Message) -> None:
+        self._last = time.monotonic()
+        starts = message["type"] == "http.response.start"
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.stop()
+        await self._send(message)
+        if starts and _is_event_stream(message):
+            self._commenting = asyncio.ensure_future(self._comment())
+
+    def stop(self) -> None:
+        if self._commenting is not None:
+            self._commenting.cancel()
+            self._commenting = None
+
+    async def _comment(self) -> None:
+        while True:
+            silent = time.monotonic() - self._last
+            if silent < self._interval:
+                await asyncio.sleep(self._interval - silent)
+                continue
+            self._last = time.monotonic()
+            await self._send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+
+
+def _is_event_stream(message: Message) -> bool:
+    types = [value for name, value in message.get("headers", ()) if name == b"content-type"]
+    return bool(types) and types[0].startswith(b"text/event-stream")
+
+
+class ShortcutMiddleware:
+    """Remembers the way out in front of the layers behind it, for the chunks in the middle of a stream.
+
+    Layers look at an answer's first message, at most at its last. A coroutine of each for every token would
+    cost more than the token's own chunk.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, SHORTCUT: send}, receive, send)
+
+
+class HttpMetricsMiddleware:
+    """Counts every request that reaches the application, also those that other middleware refuses."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in UNCOUNTED:
+            await self.app(scope, receive, send)
+            return
+        handler = _handler(scope)
+        status, sent_bytes = 500, 0  # what the client gets when nothing was sent and an exception leaves here
+
+        # Not a coroutine of its own: a stream sends a message a token, and would await two for each.
+        def noting(message: Message) -> Awaitable[None]:
+            nonlocal status, sent_bytes
+            if message["type"] == "http.response.start":
+                status, sent_bytes = message["status"], _content_length(Headers(raw=message["headers"]))
+            return send(message)
+
+        start = time.perf_counter()
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            seconds = time.perf_counter() - start
+            received_bytes = _content_length(Headers(scope=scope))
+            self.metrics.add(handler, scope["method"], status, seconds, received_bytes, sent_bytes)
+
+
+def _handler(scope: Scope) -> str:
+    for route in scope["app"].routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            return route.path
+    return UNKNOWN
+
+
+def _content_length(headers: Headers) -> int:
+    value = headers.get("content-length", "")
+    return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
+
+
+class AuthMiddleware:
+    """Answers 401 unless the request carries one of the keys.
+
+    vLLM guards only paths below /v1; here everything is guarded except `OPEN_PATHS`, because /tokenize
+    and whatever comes later cost as much as a completion. The path is the one of the ASGI scope: a URL
+    rebuilt from the Host header can be forged (CVE-2026-48710). Keys are compared as SHA-256 digests in
+    constant time, always with all of them, so neither length nor a common prefix can be timed.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._open(scope) and not self._allowed(scope):
+            refusal = Response(
+                b'{"error":"Unauthorized"}', 401, {"www-authenticate": "Bearer"}, "application/json"
+            )
+            await refusal(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    @staticmethod
+    def _open(scope: Scope) -> bool:
+        # A browser asks with OPTIONS whether it may send the key at all.
+        return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+
+    def _allowed(self, scope: Scope) -> bool:
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(token.strip()).digest()
+        known = False
+        for expected in self._digests:
+            known |= hmac.compare_digest(digest, expected)
+        return known and scheme.lower() == b"bearer"
+
+
+class AdmissionMiddleware:
+    """Counts POST requests in progress, refuses new ones while the server drains."""
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self.app = app
+        self.lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] == "/ping":
+            await self.app(scope, receive, send)
+            return
+        if self.lifecycle.draining:
+            await error_response(ServerStoppingError())(scope, receive, send)
+            return
+        self.lifecycle.active += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.lifecycle.active -= 1
+
+
+class LoadMiddleware:
+    """In front of an endpoint that generates: counts its requests in progress.
+
+    Reports the engine's load with whole answers to requests with the header
+    `endpoint-load-metrics-format: TEXT` (or `JSON`).
+    """
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app = app
+        self.state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wish = Headers(scope=scope).get(f"{LOAD_HEADER}-format", "").upper()
+        self.state.num_generations += 1
+        try:
+            await self.app(scope, receive, self._reporting(wish, send) if wish in ("TEXT", "JSON") else send)
+        finally:
+            self.state.num_generations -= 1
+
+    def _reporting(self, wish: str, send: Send) -> Send:
+        def with_report(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                headers = MutableHeaders(raw=list(message["headers"]))
+                if headers.get("content-type") == "application/json":
+                    headers[LOAD_HEADER] = self._report(wish)
+                    message = {**message, "headers": headers.raw}
+            return send(message)
+
+        return with_report
+
+    def _report(self, wish: str) -> str:
+        stats = self.state.client.stats
+        numbers = {
+            "num_requests_waiting": float(stats.num_waiting),
+            "kv_cache_usage_perc": stats.kv_usage,
+        }
+        if wish == "JSON":
+            return f"JSON {orjson.dumps({'named_metrics': numbers}).decode()}"
+        return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in numbers.items())
