@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from microvllm.runtime.threads import thread_environment
+from microvllm.runtime.machine import thread_environment
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineArgs

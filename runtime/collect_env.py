@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 import microvllm
 from microvllm.ops.cpu.build import find_compiler, load_kernels
-from microvllm.runtime import cpu
+from microvllm.runtime import machine
 
 Rows = list[tuple[str, str]]
 
@@ -110,7 +110,7 @@ def _processor() -> Rows:
     fields: dict[str, str] = dict(re.findall(r"^([\w ]+?)[ \t]*:[ \t]*(.*)$", info, re.MULTILINE))
     words = set(fields.get("flags", fields.get("Features", "")).split())
     model = fields.get("model name") or _output("sysctl", "-n", "machdep.cpu.brand_string")
-    cores = f"{cpu.usable_cores()} usable of {os.cpu_count()}"
+    cores = f"{machine.usable_cores()} usable of {os.cpu_count()}"
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdecimal() and period.strip().isdecimal():
         cores += f", limited to the time of {int(quota) / int(period):g} by the cgroup"
@@ -136,7 +136,7 @@ def _memory() -> Rows:
         ("total", sizes.get("MemTotal", "not known")),
         ("swap", sizes.get("SwapTotal", "not known")),
         ("cgroup's limit", f"{int(limit) / 2**30:.1f} GiB" if limit.isdecimal() else "none"),
-        ("free for us", f"{cpu.available_memory() / 2**30:.1f} GiB"),
+        ("free for us", f"{machine.available_memory() / 2**30:.1f} GiB"),
     ]
 
 

@@ -21,11 +21,11 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 from microvllm.ops.cpu.isa import IsaError, has_bf16
-from microvllm.runtime import cpu, vllm_environment, vllm_values
+from microvllm.runtime import machine, vllm_environment, vllm_values
 from microvllm.runtime.core.policies import POLICIES
-from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
 from microvllm.runtime.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
+from microvllm.runtime.machine import choose_device
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
 
 logger = logging.getLogger("microvllm.config")
@@ -174,9 +174,9 @@ class EngineArgs:
         max_num_seqs = _positive(self.max_num_seqs, min(DEFAULT_MAX_NUM_SEQS, budget), "--max-num-seqs")
         if max_num_seqs > budget:
             raise ConfigError(f"--max-num-seqs {max_num_seqs} exceeds --max-num-batched-tokens {budget}")
-        threads = _positive(self.cpu_threads, cpu.default_threads(), "--cpu-threads")
-        if threads > cpu.usable_cores():
-            raise ConfigError(f"--cpu-threads {threads} exceeds the {cpu.usable_cores()} cores there are")
+        threads = _positive(self.cpu_threads, machine.default_threads(), "--cpu-threads")
+        if threads > machine.usable_cores():
+            raise ConfigError(f"--cpu-threads {threads} exceeds the {machine.usable_cores()} cores there are")
         if self.max_logprobs < -1:
             raise ConfigError(f"--max-logprobs must be at least -1 (no limit), got {self.max_logprobs}")
         if self.logprobs_mode not in LOGPROBS_MODES:
@@ -380,12 +380,12 @@ class EngineArgs:
         elif space := vllm_environment.whole_number("VLLM_CPU_KVCACHE_SPACE"):
             num_blocks = (space << 30) // block_bytes
         else:
-            limit = int(cpu.available_memory() * CPU_KV_SHARE)
+            limit = int(machine.available_memory() * CPU_KV_SHARE)
             num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), limit) // block_bytes
-        if num_blocks * block_bytes > cpu.available_memory():
+        if num_blocks * block_bytes > machine.available_memory():
             raise ConfigError(
                 f"a KV cache of {num_blocks} blocks takes {num_blocks * block_bytes / 2**30:.1f} GiB, and "
-                f"{cpu.available_memory() / 2**30:.1f} GiB of memory are free",
+                f"{machine.available_memory() / 2**30:.1f} GiB of memory are free",
                 remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
             )
         if num_blocks >= needed:

@@ -31,7 +31,7 @@ from microvllm.ops.cpu.build import find_compiler, load_kernels
 from microvllm.ops.cpu.calibration import calibrate, calibrated, processor_name
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.norm import rms_norm
-from microvllm.runtime import cpu
+from microvllm.runtime import machine
 from microvllm.runtime.engine import InferenceEngine
 
 HIDDEN, INNER, LAYERS = 576, 1536, 30
@@ -242,13 +242,13 @@ def step_profile(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=cpu.default_threads())
+    parser.add_argument("--threads", type=int, default=machine.default_threads())
     parser.add_argument("--model", default="smollm2-135m-instruct", help="for the profile of whole steps")
     parser.add_argument("--steps", type=int, default=60, help="of that profile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    print(f"{processor_name()}, {args.threads} threads of {cpu.usable_cores()} cores\n")
+    print(f"{processor_name()}, {args.threads} threads of {machine.usable_cores()} cores\n")
     rates = {threads: bandwidth(threads) for threads in sorted({1, args.threads})}
     print(", ".join(f"{rate / 1e9:.1f} GB/s on {threads} threads" for threads, rate in rates.items()))
 

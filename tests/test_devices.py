@@ -12,8 +12,8 @@ import pytest
 from model_tools import variant_folder
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.devices import choose_device
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.machine import choose_device
 
 
 class Driver:

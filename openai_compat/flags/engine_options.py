@@ -10,7 +10,7 @@ import typer
 
 from microvllm.openai_compat.flags.argv import UsageError
 from microvllm.openai_compat.flags.option_values import OBJECT, context_length, human_int, json_object, share
-from microvllm.runtime.cpu import usable_cores
+from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.vllm_environment import unknown_variables
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.cpu import return_freed_memory, usable_cores
 from microvllm.runtime.errors import (
     EngineDeadError,
     EngineError,
     InvalidRequestError,
     RequestError,
 )
+from microvllm.runtime.machine import return_freed_memory, usable_cores
 from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.process.admission import Admission, QueueFullError
 from microvllm.runtime.process.channel import (

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore
-from microvllm.runtime.cpu import return_freed_memory
 from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError
+from microvllm.runtime.machine import return_freed_memory
 from microvllm.runtime.process.channel import (
     Abort,
     Add,

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
-from microvllm.runtime.cpu import default_threads
-from microvllm.runtime.threads import thread_environment
+from microvllm.runtime.machine import default_threads, thread_environment
 
 # What stops a service: the API process lets its requests finish, and the engine process leaves it to that.
 STOP_SIGNALS = tuple(

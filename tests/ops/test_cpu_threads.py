@@ -18,7 +18,7 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch, StepAttention
 from microvllm.ops.cpu.build import FLAGS, FOLDER, find_compiler, load_kernels
 from microvllm.ops.cpu.operators import MAX_KERNEL_ROWS_BF16, CpuAttention, CpuOperators
-from microvllm.runtime import cpu
+from microvllm.runtime import machine as cpu
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""Reports what this machine offers: processor cores and threads, memory, and which device computes.
+
+Imports no torch: the API process decides before the engine process starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import os
+import platform
+import re
+from pathlib import Path
+
+from microvllm.runtime.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+_CORES = "/sys/devices/system/cpu"
+_CGROUP = "/sys/fs/cgroup"
+# By default libgomp's threads spin at every barrier for as long as they have a core. With any other
+# process on the machine, a spinning thread uses up its time slice and the thread it waits for is the
+# one that is off the processor: a step then takes a hundred times as long. A short spin covers the
+# gap between two operators of a step; after it the thread sleeps until it is woken.
+_WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
+
+
+def usable_cores() -> int:
+    """Number of logical cores this process may run on."""
+    return len(_affinity())
+
+
+def default_threads() -> int:
+    """Threads that a computation gains from: one for each physical core of `usable_cores`, and no more than
+    the time that a cgroup allows, beyond which all of them would be halted together."""
+    physical = {_siblings(core) for core in _affinity()}
+    return max(1, int(min(len(physical), _quota())))
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _siblings(core: int) -> str:
+    """The same text for all logical cores of one physical core; one of its own if the system does not say."""
+    try:
+        return Path(f"{_CORES}/cpu{core}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(core)
+
+
+def _quota() -> float:
+    """Cores' worth of time that the cgroup (version 2 or 1) allows."""
+    try:
+        try:
+            limit, period = Path(f"{_CGROUP}/cpu.max").read_text().split()
+        except OSError:
+            limit = Path(f"{_CGROUP}/cpu/cpu.cfs_quota_us").read_text()
+            period = Path(f"{_CGROUP}/cpu/cpu.cfs_period_us").read_text()
+        return int(limit) / int(period) if int(limit) > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return math.inf
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping; a cgroup limit counts."""
+    available = 4 << 30
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            available = min(available, max(0, int(limit) - used))
+    except (OSError, ValueError):
+        if platform.system() == "Darwin":
+            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed: the GNU C library keeps much of it. Takes about a millisecond."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def thread_environment(num_threads: int | None = None) -> dict[str, str]:
+    """Environment variables for a process with `num_threads` compute threads (None: OpenMP's default).
+
+    What the user has set already stays.
+    """
+    wanted = dict(_WAITING)
+    if num_threads is not None:
+        wanted["OMP_NUM_THREADS"] = str(num_threads)
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def choose_device(wish: str) -> str:
+    """ "cpu" or "cuda". Raises `ConfigError` when a GPU is asked for that cannot be used, saying why."""
+    if wish not in DEVICES:
+        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}, got {wish}")
+    if wish == "cpu":
+        return "cpu"
+    problem = _why_no_cuda()
+    if wish == "cuda" and problem is not None:
+        raise ConfigError(f"--device cuda: {problem}")
+    return "cpu" if problem is not None else "cuda"
+
+
+def _why_no_cuda() -> str | None:
+    """None if there is an NVIDIA GPU, a torch that was built for it, and Triton."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1 is not found)"
+    count = ctypes.c_int(0)
+    # The count needs no context on the GPU, so the process stays free to start others.
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "the NVIDIA driver shows no GPU"
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return "torch is not installed"
+    # Importing torch would take seconds; its version file says what it was built for.
+    version = Path(found.origin).with_name("version.py").read_text("utf-8")
+    if re.search(r"^cuda\b.*=\s*['\"]", version, re.MULTILINE) is None:
+        return "this torch was built without CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing: pip install triton"
+    return None
