@@ -15,8 +15,6 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError, OverrideError
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
@@ -24,9 +22,11 @@ from microvllm.ops.cpu.isa import IsaError, has_bf16
 from microvllm.runtime import machine, vllm_environment, vllm_values
 from microvllm.runtime.core.policies import POLICIES
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
-from microvllm.runtime.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo, user_path
+from microvllm.runtime.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo
+from microvllm.runtime.generation_config import generation_defaults
+from microvllm.runtime.kv_memory import cpu_pool, gpu_pool
 from microvllm.runtime.machine import choose_device
-from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
+from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 logger = logging.getLogger("microvllm.config")
 
@@ -36,15 +36,6 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 GGUF_WEIGHTS = ("auto", "packed", "dequantized")
 CPU_ACTIVATIONS = ("float32", "int8")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
-# What is read from generation_config.json, and its name in `SamplingParams`.
-GENERATION_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
 CPU_BACKENDS, GPU_BACKENDS = ("cpu", "torch"), ("triton", "flash_attn")
 # FlashAttention 2's paged kernel takes multiples of 256; a tile of our Triton kernels is one block.
 DEFAULT_BLOCK_SIZES = {"cpu": 16, "torch": 16, "triton": 64, "flash_attn": 256}
@@ -55,8 +46,6 @@ AUTO_QUEUE = "auto"
 DEFAULT_MAX_NUM_SEQS = 256
 GPU_MEMORY_UTILIZATION = 0.92
 DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
-CPU_KV_BYTES = 256 << 20  # default KV pool on a CPU, if one full-length sequence fits into it
-CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
 
 @dataclass(kw_only=True)
@@ -157,10 +146,14 @@ class EngineArgs:
                 *(rope.scaling, max_model_len, rope.original_max_position),
             )
         spec = msgspec.structs.replace(spec, rope=rope.at_length(max_model_len, spec.head_dim))
+        block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size
+        requested = self._requested_blocks(block_bytes)
         if device == "cpu":
-            num_blocks, max_model_len = self._kv_pool(spec, dtype, block_size, max_model_len)
+            num_blocks, max_model_len = cpu_pool(
+                requested, block_bytes, block_size, max_model_len, may_shorten=self.max_model_len is None
+            )
         else:
-            num_blocks = self._gpu_blocks(spec, dtype, block_size, max_model_len)
+            num_blocks = gpu_pool(requested, block_size, max_model_len)
         budget = _positive(
             self.max_num_batched_tokens, DEFAULT_MAX_NUM_BATCHED_TOKENS[device], "--max-num-batched-tokens"
         )
@@ -218,7 +211,7 @@ class EngineArgs:
             enforce_eager=self.enforce_eager,
             attention_backend=backend,
             cpu_threads=threads,
-            generation_defaults=_generation_defaults(
+            generation_defaults=generation_defaults(
                 self.generation_config,
                 path,
                 DEMO_GENERATION_CONFIG if is_demo(self.model) else {},
@@ -229,6 +222,14 @@ class EngineArgs:
             logprobs_mode=self.logprobs_mode,
             log_step_times=self.log_step_times,
         )
+
+    def _requested_blocks(self, block_bytes: int) -> int | None:
+        """The KV blocks that were requested; None if the machine decides."""
+        if self.num_gpu_blocks_override is not None:
+            return _positive(self.num_gpu_blocks_override, 0, "--num-gpu-blocks-override")
+        if self.kv_cache_memory_bytes is not None:
+            return _positive(self.kv_cache_memory_bytes, 0, "--kv-cache-memory-bytes") // block_bytes
+        return None
 
     def _queued_reqs(self) -> int:
         """How many requests may wait; checks the options of time beside it."""
@@ -313,18 +314,6 @@ class EngineArgs:
             )
         return wish
 
-    def _gpu_blocks(self, spec: ModelSpec, dtype: str, block_size: int, max_model_len: int) -> int:
-        """KV blocks that were asked for; 0 if they depend on the memory that the model leaves."""
-        if self.num_gpu_blocks_override is not None:
-            blocks = _positive(self.num_gpu_blocks_override, 0, "--num-gpu-blocks-override")
-        elif self.kv_cache_memory_bytes is not None:
-            block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size
-            blocks = _positive(self.kv_cache_memory_bytes, 0, "--kv-cache-memory-bytes") // block_bytes
-        else:
-            return 0
-        check_pool(blocks, block_size, max_model_len)
-        return blocks
-
     def _cpu_backend(self) -> str:
         """Which operators run the model: our kernels where they can be compiled, else plain torch."""
         wish = vllm_values.attention_backend(self.attention_backend)
@@ -364,46 +353,6 @@ class EngineArgs:
                 "--dtype float16 is not available on a CPU", remedy="use --dtype bfloat16 or float32"
             )
         return wish
-
-    def _kv_pool(self, spec: ModelSpec, dtype: str, block_size: int, max_model_len: int) -> tuple[int, int]:
-        """Number of KV blocks, and the context length that the pool can hold.
-
-        A pool too small for one full-length request would make that request wait for ever
-        (vLLM issue 35541): a length that was asked for is an error, a default is lowered to fit.
-        """
-        block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size
-        needed = math.ceil(max_model_len / block_size)
-        if self.num_gpu_blocks_override is not None:
-            num_blocks = _positive(self.num_gpu_blocks_override, 0, "--num-gpu-blocks-override")
-        elif self.kv_cache_memory_bytes is not None:
-            num_blocks = _positive(self.kv_cache_memory_bytes, 0, "--kv-cache-memory-bytes") // block_bytes
-        elif space := vllm_environment.whole_number("VLLM_CPU_KVCACHE_SPACE"):
-            num_blocks = (space << 30) // block_bytes
-        else:
-            limit = int(machine.available_memory() * CPU_KV_SHARE)
-            num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), limit) // block_bytes
-        if num_blocks * block_bytes > machine.available_memory():
-            raise ConfigError(
-                f"a KV cache of {num_blocks} blocks takes {num_blocks * block_bytes / 2**30:.1f} GiB, and "
-                f"{machine.available_memory() / 2**30:.1f} GiB of memory are free",
-                remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
-            )
-        if num_blocks >= needed:
-            return num_blocks, max_model_len
-        if self.max_model_len is not None or num_blocks == 0:
-            raise ConfigError(
-                f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
-                f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
-                f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB)",
-                remedy="lower --max-model-len or raise --kv-cache-memory-bytes",
-            )
-        logger.warning(
-            "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
-            "--kv-cache-memory-bytes makes it larger.",
-            num_blocks * block_size,
-            max_model_len,
-        )
-        return num_blocks, num_blocks * block_size
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -449,16 +398,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return -(-self.max_model_len // self.block_size)
 
 
-def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Raises `ConfigError` unless the pool holds one request of full length, which else waits for ever."""
-    if num_blocks * block_size < max_model_len:
-        raise ConfigError(
-            f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "
-            "tokens does not fit",
-            remedy="lower --max-model-len or raise --gpu-memory-utilization",
-        )
-
-
 def _check_gpu_block(block_size: int, backend: str) -> None:
     if backend == "flash_attn" and block_size % 256:
         raise ConfigError(f"--block-size {block_size}: flash_attn takes multiples of 256")
@@ -472,59 +411,3 @@ def _positive(value: int | None, default: int, option: str) -> int:
     if value < 1:
         raise ConfigError(f"{option} must be at least 1, got {value}")
     return value
-
-
-def _generation_defaults(
-    wish: str, model: Path, card: dict[str, Any], override: dict[str, Any], vocab_size: int
-) -> dict[str, Any]:
-    """The sampling defaults of `generation_config.json`, as `--generation-config` asks, under the override.
-
-    "auto" reads the model's own, or takes `card` where there is no such file, "vllm" none, anything else is a
-    folder. Also carries the file's `eos_token_id` list: models name further end tokens there (Llama 3's
-    128009).
-    """
-    file = _generation_file(wish, model)
-    found = card if wish == "auto" else {}
-    defaults = dict(found) if file is None else _read_generation_config(file, vocab_size)
-    unknown = sorted(set(override) - {*GENERATION_FIELDS, "eos_token_id"})
-    if unknown:
-        raise ConfigError(
-            f"--override-generation-config: {unknown[0]} is not known; it may hold "
-            f"{', '.join(GENERATION_FIELDS)} and eos_token_id"
-        )
-    return {**defaults, **_checked_defaults(override, "--override-generation-config", vocab_size)}
-
-
-def _generation_file(wish: str, model: Path) -> Path | None:
-    if wish == "vllm":
-        return None
-    folder = model if wish == "auto" else user_path(wish, "--generation-config")
-    file = folder / "generation_config.json"
-    if folder.is_dir() and file.exists():
-        return file
-    if wish == "auto":
-        return None
-    raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
-
-
-def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
-    try:
-        content = read_json(file)
-    except ModelFileError as error:
-        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
-    return _checked_defaults(content, str(file), vocab_size)
-
-
-def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> dict[str, Any]:
-    """What is known of a generation config, its types and ranges checked; ends are a list of token ids."""
-    defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
-    ends = content.get("eos_token_id")
-    try:
-        msgspec.convert({GENERATION_FIELDS[name]: value for name, value in defaults.items()}, SamplingParams)
-        msgspec.convert(ends, int | list[int | None] | None)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    if ends is None:
-        return defaults
-    known = Fields(Path(source), content).token_ids("eos_token_id", vocab_size)
-    return {**defaults, "eos_token_id": list(known)}

@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from microvllm.runtime.config import GENERATION_FIELDS, EngineConfig
+from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+from microvllm.runtime.generation_config import GENERATION_FIELDS
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.template_process import SandboxProcesses

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.runtime.config import DTYPE_BYTES, EngineConfig, check_pool
+from microvllm.runtime.config import DTYPE_BYTES, EngineConfig
+from microvllm.runtime.kv_memory import check_pool
 
 # The CUDA graphs' own memory beside their activations, and what allocation in pieces leaves unused.
 MARGIN_BYTES = 512 << 20

@@ -121,7 +121,7 @@ def test_a_longer_context_than_the_model_was_trained_for(
 
 def test_the_size_of_the_cache_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = EngineArgs(model=str(folder), device="cpu", attention_backend="torch")
-    monkeypatch.setattr("microvllm.runtime.machine.available_memory", lambda: 8 << 30)
+    monkeypatch.setattr("microvllm.runtime.kv_memory.available_memory", lambda: 8 << 30)
     default = args.resolve()
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     config = args.resolve()

@@ -1,0 +1,81 @@
+"""Reads the sampling defaults of a model from its `generation_config.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import read_json
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
+from microvllm.runtime.find_model import user_path
+from microvllm.runtime.request import SamplingParams
+
+# What is read from generation_config.json, and its name in `SamplingParams`.
+GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def generation_defaults(
+    wish: str, model: Path, card: dict[str, Any], override: dict[str, Any], vocab_size: int
+) -> dict[str, Any]:
+    """The sampling defaults of `generation_config.json`, as `--generation-config` asks, under the override.
+
+    "auto" reads the model's own, or takes `card` where there is no such file, "vllm" none, anything else is a
+    folder. Also carries the file's `eos_token_id` list: models name further end tokens there (Llama 3's
+    128009).
+    """
+    file = _generation_file(wish, model)
+    found = card if wish == "auto" else {}
+    defaults = dict(found) if file is None else _read_generation_config(file, vocab_size)
+    unknown = sorted(set(override) - {*GENERATION_FIELDS, "eos_token_id"})
+    if unknown:
+        raise ConfigError(
+            f"--override-generation-config: {unknown[0]} is not known; it may hold "
+            f"{', '.join(GENERATION_FIELDS)} and eos_token_id"
+        )
+    return {**defaults, **_checked_defaults(override, "--override-generation-config", vocab_size)}
+
+
+def _generation_file(wish: str, model: Path) -> Path | None:
+    if wish == "vllm":
+        return None
+    folder = model if wish == "auto" else user_path(wish, "--generation-config")
+    file = folder / "generation_config.json"
+    if folder.is_dir() and file.exists():
+        return file
+    if wish == "auto":
+        return None
+    raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
+
+
+def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
+    try:
+        content = read_json(file)
+    except ModelFileError as error:
+        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+    return _checked_defaults(content, str(file), vocab_size)
+
+
+def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> dict[str, Any]:
+    """What is known of a generation config, its types and ranges checked; ends are a list of token ids."""
+    defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
+    ends = content.get("eos_token_id")
+    try:
+        msgspec.convert({GENERATION_FIELDS[name]: value for name, value in defaults.items()}, SamplingParams)
+        msgspec.convert(ends, int | list[int | None] | None)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if ends is None:
+        return defaults
+    known = Fields(Path(source), content).token_ids("eos_token_id", vocab_size)
+    return {**defaults, "eos_token_id": list(known)}

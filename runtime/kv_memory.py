@@ -1,0 +1,78 @@
+"""Sizes the pool of KV blocks before a model is loaded.
+
+On a GPU that holds only for a requested size; the default is measured beside the loaded model, in
+`worker/gpu_memory.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.machine import available_memory
+from microvllm.runtime.vllm_environment import whole_number
+
+logger = logging.getLogger("microvllm.config")
+
+CPU_KV_BYTES = 256 << 20  # default pool on a CPU, if one full-length sequence fits into it
+CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
+
+
+def cpu_pool(
+    requested: int | None, block_bytes: int, block_size: int, max_model_len: int, *, may_shorten: bool
+) -> tuple[int, int]:
+    """Return the number of KV blocks on a CPU, and the context length that they hold.
+
+    `requested` blocks, or what VLLM_CPU_KVCACHE_SPACE or the free memory gives. A pool too small for one
+    request of full length would make that request wait for ever (vLLM issue 35541): the length is lowered to
+    fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for too small a one.
+    """
+    free = available_memory()
+    needed = math.ceil(max_model_len / block_size)
+    if requested is not None:
+        num_blocks = requested
+    elif space := whole_number("VLLM_CPU_KVCACHE_SPACE"):
+        num_blocks = (space << 30) // block_bytes
+    else:
+        num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), int(free * CPU_KV_SHARE)) // block_bytes
+    if num_blocks * block_bytes > free:
+        raise ConfigError(
+            f"a KV cache of {num_blocks} blocks takes {num_blocks * block_bytes / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB of memory are free",
+            remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
+        )
+    if num_blocks >= needed:
+        return num_blocks, max_model_len
+    if not may_shorten or num_blocks == 0:
+        raise ConfigError(
+            f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
+            f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
+            f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB)",
+            remedy="lower --max-model-len or raise --kv-cache-memory-bytes",
+        )
+    logger.warning(
+        "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
+        "--kv-cache-memory-bytes makes it larger.",
+        num_blocks * block_size,
+        max_model_len,
+    )
+    return num_blocks, num_blocks * block_size
+
+
+def gpu_pool(requested: int | None, block_size: int, max_model_len: int) -> int:
+    """Return the number of KV blocks that were requested; 0 if it is to be measured."""
+    if requested is None:
+        return 0
+    check_pool(requested, block_size, max_model_len)
+    return requested
+
+
+def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Raises `ConfigError` unless the pool holds one request of full length, which else waits for ever."""
+    if num_blocks * block_size < max_model_len:
+        raise ConfigError(
+            f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "
+            "tokens does not fit",
+            remedy="lower --max-model-len or raise --gpu-memory-utilization",
+        )
