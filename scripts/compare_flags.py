@@ -25,7 +25,7 @@ from microvllm import cli
 from microvllm.openai_compat.flags.argv import normalise_argv
 from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.vllm_environment import HARMLESS, HONOURED, PREFIX, WITHOUT_EFFECT
+from microvllm.runtime.vllm_environment import VARIABLES
 
 # Runs in vLLM's interpreter. Spellings that vLLM's help hides count, too.
 DUMP = """
@@ -149,10 +149,9 @@ def main() -> int:
         kind = "refused" if name in vllm_flags.REFUSED else "ignored with a line"
         counts["honoured" if f"--{name}" in own else kind] += 1
     print(f"{len(names)} options of vLLM: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    known = {f"{PREFIX}{name}" for name in (*HONOURED, *HARMLESS, *WITHOUT_EFFECT)}
-    for name in sorted(known ^ set(variables)):
+    for name in sorted(VARIABLES.keys() ^ set(variables)):
         print(f"environment: {name} is {'not known here' if name in variables else 'none of vLLM'}")
-    return 1 if problems or known != set(variables) else 0
+    return 1 if problems or VARIABLES.keys() != set(variables) else 0
 
 
 if __name__ == "__main__":

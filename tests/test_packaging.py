@@ -35,10 +35,12 @@ def requirements(text: str) -> list[Requirement]:
 
 
 def package_files() -> list[Path]:
-    """Relative to the root, all modules, C sources and pages that belong into the wheel."""
+    """Relative to the root, all modules, C sources, pages and tables that belong into the wheel."""
     files = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py"]
     for layer in LAYERS:
-        files += (file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h", ".html"))
+        files += (
+            file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h", ".html", ".tsv")
+        )
     return sorted(file.relative_to(ROOT) for file in files)
 
 

@@ -17,8 +17,12 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime import vllm_environment
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.vllm_environment import HARMLESS, HONOURED, WITHOUT_EFFECT, ignored_variables
+from microvllm.runtime.vllm_environment import VARIABLES, ignored_variables
 
+HONOURED, HARMLESS, WITHOUT_EFFECT = (
+    [name.removeprefix("VLLM_") for name, effect in VARIABLES.items() if effect == wanted]
+    for wanted in ("honoured", "harmless", "ignored")
+)
 # What `serve` passes on: the value of a variable, the field and what it becomes.
 OF_THE_SERVER = {
     "API_KEY": ("secret", "api_keys", ("secret",)),
@@ -52,7 +56,8 @@ def options_of(*argv: str) -> ServerArgs:
 
 def test_each_variable_is_listed_once() -> None:
     names = [*HONOURED, *HARMLESS, *WITHOUT_EFFECT]
-    assert len(names) == len(set(names)) == 303
+    lines = Path(vllm_environment.__file__).with_suffix(".tsv").read_text("utf-8").splitlines()
+    assert len(names) == len(set(names)) == len(lines) - 1 == 303
     assert set(HONOURED) == OF_THE_SERVER.keys() | OF_THE_ENGINE
 
 

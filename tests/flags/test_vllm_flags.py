@@ -101,6 +101,7 @@ PAIRS = """
     trust-request-mm-kwargs use-fp64-gumbel use-replayssm use-tqdm-on-load
 """.split()
 
+TUNING = {name: kind for name, kind in vllm_flags.KINDS.items() if name not in vllm_flags.REFUSED}
 NAMES = [*VALUES, *OPTIONAL, *LISTS, *SWITCHES, *PAIRS]
 ALIASES = {"device-memory-utilization": "gpu-memory-utilization"}
 OLD = "swap-space num-scheduler-steps guided-decoding-backend max-seq-len-to-capture preemption-mode".split()
@@ -178,7 +179,7 @@ def test_a_refused_flag_that_asks_for_nothing_is_let_through(name: str) -> None:
     for argv in argvs:
         words, lines = read("m", *argv)
         assert words == ["m"]
-        assert lines == ([f"--{base} has no effect here"] if base in vllm_flags.TUNING_VALUES else [])
+        assert lines == ([f"--{base} has no effect here"] if TUNING.get(base) == "value" else [])
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -194,7 +195,7 @@ def test_every_switch_has_both_spellings_of_its_second_form(name: str) -> None:
     if f"--{name}" in own_flags():
         assert words == ["m", flags[0]] and not lines
     else:
-        assert words == ["m"] and len(lines) == (name in vllm_flags.TUNING_SWITCHES)
+        assert words == ["m"] and len(lines) == (TUNING.get(name) == "switch")
 
 
 @pytest.mark.parametrize(

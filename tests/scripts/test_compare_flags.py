@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from microvllm.runtime.vllm_environment import HARMLESS, HONOURED, WITHOUT_EFFECT
+from microvllm.runtime import vllm_environment
 
 SCRIPT = Path(__file__).parent.parents[1] / "scripts" / "compare_flags.py"
-VARIABLES = [f"VLLM_{name}" for name in (*HONOURED, *HARMLESS, *WITHOUT_EFFECT)]
+VARIABLES = list(vllm_environment.VARIABLES)
 
 
 def option(*spellings: str, nargs: Any = None, action: str = "_StoreAction", default: str = "None") -> Any:
