@@ -13,12 +13,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from microvllm.openai_compat import errors
-from microvllm.openai_compat.api import admin, docs, models, monitoring
+from microvllm.openai_compat.api import docs, models, service
 from microvllm.openai_compat.api.absent import Handler, absent_routes, switched_off
 from microvllm.openai_compat.api.chat import create_chat_completion
 from microvllm.openai_compat.api.completions import create_completion
 from microvllm.openai_compat.api.generate import generate, generate_stream
-from microvllm.openai_compat.api.profiling import start_profile, stop_profile
 from microvllm.openai_compat.api.render import render_chat_completion, render_completion
 from microvllm.openai_compat.api.tokenize import detokenize, tokenize
 from microvllm.openai_compat.config import ServerArgs
@@ -85,18 +84,18 @@ def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
             Route("/v1/models/{model:path}", models.retrieve_model, methods=["GET"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
-            Route("/health", models.health, methods=["GET"]),
-            Route("/ready", models.health, methods=["GET"]),
-            Route("/ping", models.health, methods=["GET", "POST"]),
-            Route("/version", models.version, methods=["GET"]),
-            Route("/metrics", monitoring.metrics, methods=["GET"]),
-            Route("/metrics/", monitoring.metrics, methods=["GET"], include_in_schema=False),
-            Route("/load", monitoring.load, methods=["GET"]),
-            Route("/get_load", monitoring.get_load, methods=["GET"]),
-            Route("/v1/loads", monitoring.loads, methods=["GET"]),
-            Route("/kv_event_sources", monitoring.kv_event_sources, methods=["GET"]),
-            Route("/server_info", admin.server_info, methods=["GET"]),
-            Route("/get_server_info", admin.server_info, methods=["GET"], include_in_schema=False),
+            Route("/health", service.health, methods=["GET"]),
+            Route("/ready", service.health, methods=["GET"]),
+            Route("/ping", service.health, methods=["GET", "POST"]),
+            Route("/version", service.version, methods=["GET"]),
+            Route("/metrics", service.metrics, methods=["GET"]),
+            Route("/metrics/", service.metrics, methods=["GET"], include_in_schema=False),
+            Route("/load", service.load, methods=["GET"]),
+            Route("/get_load", service.get_load, methods=["GET"]),
+            Route("/v1/loads", service.loads, methods=["GET"]),
+            Route("/kv_event_sources", service.kv_event_sources, methods=["GET"]),
+            Route("/server_info", service.server_info, methods=["GET"]),
+            Route("/get_server_info", service.server_info, methods=["GET"], include_in_schema=False),
             Route("/", docs.home, methods=["GET"], include_in_schema=False),
             *_optional_routes(args),
             *absent_routes(),
@@ -122,11 +121,11 @@ def _optional_routes(args: ServerArgs) -> list[Route]:
     profiler = args.profiler is not None, PROFILER_SWITCH
     dev_mode = args.dev_mode, "VLLM_SERVER_DEV_MODE=1 in the environment"
     routes = [
-        _optional("/tokenizer_info", admin.tokenizer_info, "GET", *tokenizer_info),
-        _optional("/start_profile", start_profile, "POST", *profiler),
-        _optional("/stop_profile", stop_profile, "POST", *profiler),
-        _optional("/reset_prefix_cache", admin.reset_prefix_cache, "POST", *dev_mode),
-        _optional("/is_sleeping", admin.is_sleeping, "GET", *dev_mode),
+        _optional("/tokenizer_info", service.tokenizer_info, "GET", *tokenizer_info),
+        _optional("/start_profile", service.start_profile, "POST", *profiler),
+        _optional("/stop_profile", service.stop_profile, "POST", *profiler),
+        _optional("/reset_prefix_cache", service.reset_prefix_cache, "POST", *dev_mode),
+        _optional("/is_sleeping", service.is_sleeping, "GET", *dev_mode),
     ]
     if not args.disable_fastapi_docs:
         routes += [

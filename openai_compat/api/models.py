@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{model}, and the probes /health, /ping and /version."""
+"""GET /v1/models and /v1/models/{model}."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-import microvllm
 from microvllm.openai_compat.api.generation import check_model
-from microvllm.openai_compat.errors import RETRY_AFTER_S
 from microvllm.openai_compat.state import ServerState
 
 
@@ -58,15 +56,3 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
             }
         ],
     }
-
-
-async def health(request: Request) -> Response:
-    """200 or 503, without a body; 503 while the engine is down and while the server drains."""
-    state: ServerState = request.app.state.server
-    fine = state.client.healthy() and not state.lifecycle.draining
-    return Response() if fine else Response(status_code=503, headers={"retry-after": str(RETRY_AFTER_S)})
-
-
-async def version(request: Request) -> Response:
-    """`{"version"}` of this server."""
-    return Response(orjson.dumps({"version": microvllm.__version__}), media_type="application/json")

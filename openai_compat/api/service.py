@@ -1,0 +1,231 @@
+"""What the server reports about itself and what its operator may switch: probes, metrics, load, settings.
+
+/reset_prefix_cache, /is_sleeping and the internals in /server_info exist only in vLLM's developer mode
+(`VLLM_SERVER_DEV_MODE=1`): they report or change what only an operator should. /tokenizer_info and the
+profiler have flags.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+import microvllm
+from microvllm.openai_compat.api.fields import boolean, parse_fields
+from microvllm.openai_compat.api.schemas import PROFILE
+from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
+from microvllm.openai_compat.state import ServerState
+from microvllm.openai_compat.transport.body import read_object
+from microvllm.runtime.errors import EngineDeadError
+
+if TYPE_CHECKING:
+    from microvllm.openai_compat.exposition import Exposition
+
+logger = logging.getLogger("microvllm.server")
+
+PATHS = frozenset({"vocab_file", "merges_file", "name_or_path"})  # of the machine it was made on
+PACKAGES = ("microvllm", "torch", "transformers", "tokenizers", "starlette", "uvicorn", "msgspec")
+
+
+async def health(request: Request) -> Response:
+    """200 or 503, without a body; 503 while the engine is down and while the server drains."""
+    state: ServerState = request.app.state.server
+    fine = state.client.healthy() and not state.lifecycle.draining
+    return Response() if fine else Response(status_code=503, headers={"retry-after": str(RETRY_AFTER_S)})
+
+
+async def version(request: Request) -> Response:
+    """`{"version"}` of this server."""
+    return Response(orjson.dumps({"version": microvllm.__version__}), media_type="application/json")
+
+
+async def metrics(request: Request) -> Response:
+    """Everything that is counted, in Prometheus' text format."""
+    state: ServerState = request.app.state.server
+    if state.exposition is None:
+        # Its library takes a while to import: nobody's start, and nobody's tokens, shall wait for it.
+        state.exposition = await asyncio.to_thread(_make_exposition, state)
+    body, content_type = state.exposition.text()
+    return Response(body, headers={"content-type": content_type})
+
+
+def _make_exposition(state: ServerState) -> Exposition:
+    from microvllm.openai_compat import exposition
+
+    return exposition.Exposition(state)
+
+
+async def load(request: Request) -> Response:
+    """The number of generations in progress; always 0 without --enable-server-load-tracking, as in vLLM."""
+    state: ServerState = request.app.state.server
+    number = state.num_generations if state.args.enable_server_load_tracking else 0
+    return Response(orjson.dumps({"server_load": number}), media_type="application/json")
+
+
+async def loads(request: Request) -> Response:
+    """Requests and tokens in the engine, as SGLang reports them: routers balance by it."""
+    state: ServerState = request.app.state.server
+    stats, config = state.client.stats, state.client.config
+    running, waiting = stats.num_running, stats.num_waiting
+    rank = {
+        "dp_rank": 0,
+        "num_running_reqs": running,
+        "num_waiting_reqs": waiting,
+        "num_total_reqs": running + waiting,
+        "num_used_tokens": stats.kv_blocks_used * config.block_size - stats.kv_unused_slots,
+        "max_total_num_tokens": stats.kv_blocks_total * config.block_size,
+        "max_running_requests": config.max_num_seqs,
+        "token_usage": stats.kv_usage,
+        "cache_hit_rate": stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
+    }
+    total = {
+        "total_running_reqs": running,
+        "total_waiting_reqs": waiting,
+        "total_reqs": running + waiting,
+        "avg_token_usage": stats.kv_usage,
+    }
+    answer = {"version": microvllm.__version__, "dp_rank_count": 1, "loads": [rank], "aggregate": total}
+    timestamp = datetime.now(timezone.utc).isoformat()
+    return Response(orjson.dumps({"timestamp": timestamp, **answer}), media_type="application/json")
+
+
+async def get_load(request: Request) -> Response:
+    """The number of requests in the engine, as vllm-router reads it."""
+    state: ServerState = request.app.state.server
+    stats = state.client.stats
+    return Response(
+        orjson.dumps({"load": stats.num_running + stats.num_waiting}), media_type="application/json"
+    )
+
+
+async def kv_event_sources(request: Request) -> Response:
+    """`{}`: this server publishes no events of its KV cache."""
+    return Response(b"{}", media_type="application/json")
+
+
+async def server_info(request: Request) -> Response:
+    """What a router asks of an engine: version, model, context and capacity.
+
+    In developer mode also the engine's configuration as text (`config_format=text`, the default) or JSON, the
+    environment's VLLM_ and MICROVLLM_ variables (no keys), and versions.
+    """
+    state: ServerState = request.app.state.server
+    config = state.client.config
+    info: dict[str, Any] = {
+        "version": microvllm.__version__,
+        "served_model_name": state.model_names[0],
+        "context_length": config.max_model_len,
+        "max_running_requests": config.max_num_seqs,
+        "max_total_num_tokens": state.client.stats.kv_blocks_total * config.block_size,
+        "page_size": config.block_size,
+        "dtype": config.dtype,
+        "tp_size": 1,
+        "dp_size": 1,
+    }
+    form = request.query_params.get("config_format", "text")
+    if form not in ("text", "json"):
+        raise shape_error(
+            [("query.config_format", Fault("literal_error", "Input should be 'text' or 'json'"))]
+        )
+    return _json(info | (_internals(state, form) if state.args.dev_mode else {}))
+
+
+def _internals(state: ServerState, form: str) -> dict[str, Any]:
+    config = state.client.config
+    return {
+        "vllm_config": repr(config) if form == "text" else msgspec.to_builtins(config),
+        "vllm_env": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("VLLM_", "MICROVLLM_")) and "KEY" not in name
+        },
+        "system_env": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpu_count": os.cpu_count(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+    }
+
+
+async def reset_prefix_cache(request: Request) -> Response:
+    """Forgets every cached prefix: `{"success": true}`.
+
+    It succeeds while requests run, too, since they keep their own blocks; so `reset_running_requests` has
+    nothing to add, nor has `reset_external`, there being no cache outside. Both must be booleans.
+    """
+    state: ServerState = request.app.state.server
+    for name in ("reset_running_requests", "reset_external"):
+        try:
+            boolean(request.query_params.get(name, "false"))
+        except Fault as fault:
+            raise shape_error([(f"query.{name}", fault)]) from None
+    if not state.client.healthy():
+        raise EngineDeadError("The engine is being started again, with an empty cache.")
+    state.client.reset_prefix_cache()
+    return _json({"success": True})
+
+
+async def is_sleeping(request: Request) -> Response:
+    """`{"is_sleeping": false}`: the engine keeps its memory as long as the server runs."""
+    return _json({"is_sleeping": False})
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer's settings: what its `tokenizer_config.json` says, and the chat template in use."""
+    state: ServerState = request.app.state.server
+    return _json(await state.client.run_blocking(_tokenizer_settings, state))
+
+
+def _tokenizer_settings(state: ServerState) -> dict[str, Any]:
+    """Runs in a worker thread. A GGUF file has no such file; then there are its special tokens."""
+    tokenizer = state.client.tokenizer
+    file = Path(state.client.config.tokenizer_path) / "tokenizer_config.json"
+    stored = orjson.loads(file.read_bytes()) if file.is_file() else {}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens, **stored}
+    template = state.args.chat_template or tokenizer.chat_template
+    if template:
+        settings["chat_template"] = template
+    return {name: value for name, value in settings.items() if name not in PATHS}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return package_version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _json(content: Any) -> Response:
+    return Response(orjson.dumps(content, default=str), media_type="application/json")
+
+
+async def start_profile(request: Request) -> Response:
+    """Starts a profile of the engine. A body is not needed; `profile_prefix` begins the file's name."""
+    state: ServerState = request.app.state.server
+    headers = request.headers
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    fields = parse_fields(PROFILE, await read_object(request, state) if has_body else {})
+    if state.args.profiler is not None:
+        await state.client.start_profile(state.args.profiler, fields["profile_prefix"])
+        logger.info("Profiling the engine.")
+    return Response()
+
+
+async def stop_profile(request: Request) -> Response:
+    """Ends the profile and writes the trace; the engine stands still meanwhile."""
+    state: ServerState = request.app.state.server
+    logger.info("Profile written to %s", await state.client.stop_profile())
+    return Response()
