@@ -25,10 +25,10 @@ import msgspec
 import orjson
 import uvicorn
 from starlette.applications import Starlette
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message
 
 from microvllm.openai_compat.api import service
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
 from microvllm.openai_compat.config import ServerArgs
@@ -184,8 +184,7 @@ async def _run(
 
 async def _serve_metrics(state: ServerState, sock: socket.socket) -> None:
     """GET /metrics (or any other path, as prometheus_client's own server has it), until cancelled."""
-    app = Starlette(routes=[Route("/{path:path}", service.metrics)])
-    app.state.server = state
+    app = Starlette(routes=Endpoint(path="/{path:path}", handler=service.metrics).routes(state))
     config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="warning")
     await HttpServer(config, on_ready=lambda: None).serve(sockets=[sock])
 

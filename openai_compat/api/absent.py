@@ -5,16 +5,16 @@ Status 404 would be wrong there: clients read it as "no such model", and a proxy
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
+from microvllm.openai_compat.api.endpoint import NOT_IMPLEMENTED_KIND, Endpoint
 from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 
-KIND = "NotImplementedError"
 # The paths of vLLM's routers by method. An endpoint that is implemented comes before them in the router.
 NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
     "POST": (
@@ -39,30 +39,16 @@ NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-Handler = Callable[[Request], Awaitable[Response]]
 
-
-def absent_routes() -> list[Route]:
-    """Routes of the endpoints that are not implemented, for the end of the router's list."""
-    return [
-        Route(path, _not_implemented, methods=[method], include_in_schema=False)
-        for method, paths in NOT_IMPLEMENTED.items()
-        for path in paths
-    ]
-
-
-async def _not_implemented(request: Request) -> Response:
+async def not_implemented(request: Request, state: ServerState) -> Response:
     where = f"{request.method} {clip(request.scope['path'])}"
     raise InvalidRequestError(
-        f"{where} is an endpoint of vLLM that this server does not implement.", kind=KIND
+        f"{where} is an endpoint of vLLM that this server does not implement.", kind=NOT_IMPLEMENTED_KIND
     )
 
 
-def switched_off(switch: str) -> Handler:
-    """Returns the handler of an endpoint that exists once the server is started with `switch`."""
-
-    async def answer(request: Request) -> Response:
-        where = f"{request.method} {request.scope['path']}"
-        raise InvalidRequestError(f"{where} is switched off: start the server with {switch}.", kind=KIND)
-
-    return answer
+ENDPOINTS = tuple(
+    Endpoint(path=path, methods=(method,), handler=not_implemented, documented=False)
+    for method, paths in NOT_IMPLEMENTED.items()
+    for path in paths
+)

@@ -147,34 +147,3 @@ SCHEMAS: Mapping[str, Any] = {
     "TokenizerInfoResponse": _object(tokenizer_class=STRING),
     "ErrorResponse": _object(error=_object(message=STRING, type=STRING, param=TEXT_OR_NULL, code=INTEGER)),
 }
-
-# Which of them each path answers with, if it answers with JSON.
-OF_PATH: Mapping[str, str] = {
-    "/v1/completions": "CompletionResponse",
-    "/v1/chat/completions": "ChatCompletionResponse",
-    "/v1/completions/render": "GenerateRequests",
-    "/v1/chat/completions/render": "GenerateRequest",
-    "/generate": "Generation",
-    "/generate_stream": "Generation",
-    "/v1/models": "ModelList",
-    "/v1/models/{model}": "ModelCard",
-    "/tokenize": "TokenizeResponse",
-    "/detokenize": "DetokenizeResponse",
-    "/version": "Version",
-    "/load": "Load",
-    "/get_load": "EngineLoad",
-    "/v1/loads": "Loads",
-    "/kv_event_sources": "KVEventSources",
-    "/reset_prefix_cache": "Success",
-    "/is_sleeping": "Sleep",
-    "/server_info": "ServerInfo",
-    "/tokenizer_info": "TokenizerInfoResponse",
-}
-
-# What each path that streams has in an event's data; the last event is `[DONE]`.
-OF_STREAM: Mapping[str, str] = {
-    "/v1/completions": "CompletionStreamResponse",
-    "/v1/chat/completions": "ChatCompletionStreamResponse",
-    "/generate": "GenerationChunk",
-    "/generate_stream": "GenerationChunk",
-}

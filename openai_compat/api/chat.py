@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.openai_compat.api.chat_chunks import ChatChunks
-from microvllm.openai_compat.api.fields import parse_fields
+from microvllm.openai_compat.api.endpoint import Body, Endpoint
 from microvllm.openai_compat.api.generation import Generation, Outcome, begin, priority_of
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
@@ -20,10 +20,11 @@ from microvllm.openai_compat.api.schemas import CHAT
 from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
 from microvllm.openai_compat.api.usage import usage
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.text.chat_template import content_text, normalize_messages
+
+CHAT_BODY = Body("ChatCompletionRequest", CHAT)
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ class Conversation:
     echo: str
 
 
-async def create_chat_completion(request: Request) -> Response:
+async def create_chat_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """Answers a conversation, whole or as a stream of events."""
-    state: ServerState = request.app.state.server
-    fields = parse_fields(CHAT, await read_object(request, state))
     generation = begin(request, fields, state, "chatcmpl")
     params = chat_params(fields, state)
     priority = priority_of(request, fields)
@@ -228,3 +227,16 @@ def _body(
             else None,
         }
     )
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/v1/chat/completions",
+        methods=("POST",),
+        handler=create_chat_completion,
+        body=CHAT_BODY,
+        answer="ChatCompletionResponse",
+        event="ChatCompletionStreamResponse",
+        generates=True,
+    ),
+)

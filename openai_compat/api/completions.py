@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from microvllm.openai_compat.api import prompts
 from microvllm.openai_compat.api.completion_chunks import Choice, CompletionChunks
-from microvllm.openai_compat.api.fields import parse_fields
+from microvllm.openai_compat.api.endpoint import Body, Endpoint
 from microvllm.openai_compat.api.generation import Generation, Outcome, Stream, begin, priority_of
 from microvllm.openai_compat.api.logprobs import CompletionLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
@@ -19,7 +19,6 @@ from microvllm.openai_compat.api.schemas import COMPLETIONS
 from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
 from microvllm.openai_compat.api.usage import usage
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.output import TextDelta
 
@@ -31,11 +30,11 @@ MAX_SEQUENCES = 4096  # prompts times n
 INLINE_CHOICES = 64  # answers with more are put together in a worker thread
 DEFAULT_MAX_TOKENS = 16
 
+COMPLETION_BODY = Body("CompletionRequest", COMPLETIONS)
 
-async def create_completion(request: Request) -> Response:
+
+async def create_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """Continues one or several texts, whole or as a stream of events."""
-    state: ServerState = request.app.state.server
-    fields = parse_fields(COMPLETIONS, await read_object(request, state))
     generation = begin(request, fields, state, "cmpl")
     prompt_only = fields["echo"] and fields["max_tokens"] == 0
     params = completion_params(fields, state, prompt_only)
@@ -224,3 +223,16 @@ def _body(
             else None,
         }
     )
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/v1/completions",
+        methods=("POST",),
+        handler=create_completion,
+        body=COMPLETION_BODY,
+        answer="CompletionResponse",
+        event="CompletionStreamResponse",
+        generates=True,
+    ),
+)

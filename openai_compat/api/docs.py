@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 import microvllm
+from microvllm.openai_compat.api.endpoint import Endpoint, Switch
 from microvllm.openai_compat.api.openapi import build_document
 from microvllm.openai_compat.state import ServerState
 
@@ -28,22 +30,31 @@ POLICY = (
 )
 
 
-async def openapi(request: Request) -> Response:
+async def openapi(request: Request, state: ServerState) -> Response:
     """This document."""
-    state: ServerState = request.app.state.server
-    document = build_document(request.app.routes, state.args)
+    document = build_document(request.app.state.endpoints, state.args)
     return Response(orjson.dumps(document), media_type="application/json")
 
 
-async def home(request: Request) -> Response:
+async def home(request: Request, state: ServerState) -> Response:
     """Where everything is, for somebody who opens the server's address in a browser."""
-    state: ServerState = request.app.state.server
     links = "" if state.args.disable_fastapi_docs else HOME_LINKS
     page = HOME.format(version=microvllm.__version__, links=links)
     return Response(page, headers={"content-security-policy": POLICY}, media_type="text/html")
 
 
-async def docs(request: Request) -> Response:
+async def docs(request: Request, state: ServerState) -> Response:
     """A page for people."""
     headers = {"content-security-policy": POLICY}
     return Response(PAGE.read_bytes(), headers=headers, media_type="text/html")
+
+
+_OPEN: dict[str, Any] = {"needs_key": False, "documented": False}
+_DOCS: dict[str, Any] = {**_OPEN, "switch": Switch(lambda args: not args.disable_fastapi_docs)}
+
+ENDPOINTS = (
+    Endpoint(path="/", handler=home, **_OPEN),
+    Endpoint(path="/openapi.json", handler=openapi, **_DOCS),
+    Endpoint(path="/docs", handler=docs, **_DOCS),
+    Endpoint(path="/redoc", handler=docs, **_DOCS),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -9,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.openai_compat.api.completions import DEFAULT_MAX_TOKENS
-from microvllm.openai_compat.api.fields import Table, parse_fields
+from microvllm.openai_compat.api.endpoint import Body, Endpoint
 from microvllm.openai_compat.api.generation import Generation, begin, priority_of
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_prompts
 from microvllm.openai_compat.api.sampling import sampling_params
@@ -17,34 +18,32 @@ from microvllm.openai_compat.api.schemas import COMPLETIONS, GENERATE, GENERATE_
 from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
 from microvllm.openai_compat.api.usage import usage
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 
 if TYPE_CHECKING:
     from microvllm.runtime.text.output import TextDelta
 
 
-async def generate(request: Request) -> Response:
+async def generate(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """Continues one text; answers with the new text, whole unless `stream` is true.
 
     The text does not repeat the prompt. Nothing is put around the prompt but what the tokenizer adds: a chat
     template is for `/v1/chat/completions`.
     """
-    return await _respond(request, GENERATE)
+    return await _respond(request, state, fields)
 
 
-async def generate_stream(request: Request) -> Response:
+async def generate_stream(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """Continues one text as a stream of events, one a token.
 
     The same as `/generate`, but for the default of `stream`. The last token's event has a `finish_reason`;
     then comes `[DONE]`. The text of an event is empty inside of a character of several tokens.
     """
-    return await _respond(request, GENERATE_STREAM)
+    return await _respond(request, state, fields)
 
 
-async def _respond(request: Request, table: Table) -> Response:
-    state: ServerState = request.app.state.server
+async def _respond(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     # What is refused here is, at its default, the same request as a completion with one choice.
-    fields = {**COMPLETIONS.defaults, **parse_fields(table, await read_object(request, state))}
+    fields = {**COMPLETIONS.defaults, **fields}
     generation = begin(request, fields, state, "gen")
     params = sampling_params(
         fields,
@@ -111,3 +110,25 @@ class TextChunks:
     def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
         end = b'"","finish_reason":null,"stop_reason":null,"token_ids":null,"usage":'
         return self._head + end + counts + metrics + b"}\n\n"
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/generate",
+        methods=("POST",),
+        handler=generate,
+        body=Body("PromptRequest", GENERATE),
+        answer="Generation",
+        event="GenerationChunk",
+        generates=True,
+    ),
+    Endpoint(
+        path="/generate_stream",
+        methods=("POST",),
+        handler=generate_stream,
+        body=Body("PromptStreamRequest", GENERATE_STREAM),
+        answer="Generation",
+        event="GenerationChunk",
+        generates=True,
+    ),
+)

@@ -9,23 +9,22 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import check_model
 from microvllm.openai_compat.state import ServerState
 
 
-async def list_models(request: Request) -> Response:
+async def list_models(request: Request, state: ServerState) -> Response:
     """One card per served name. `root` is a folder from which benchmark clients load the tokenizer."""
-    state: ServerState = request.app.state.server
     cards = [_card(state, name) for name in state.model_names]
     return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
 
 
-async def retrieve_model(request: Request) -> Response:
+async def retrieve_model(request: Request, state: ServerState) -> Response:
     """The card of one served name, which may have slashes in it; no name, as in /v1/models/, means all."""
-    state: ServerState = request.app.state.server
     name = request.path_params["model"]
     if not name:
-        return await list_models(request)
+        return await list_models(request, state)
     check_model(name, state)
     return Response(orjson.dumps(_card(state, name)), media_type="application/json")
 
@@ -56,3 +55,9 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
             }
         ],
     }
+
+
+ENDPOINTS = (
+    Endpoint(path="/v1/models", handler=list_models, answer="ModelList"),
+    Endpoint(path="/v1/models/{model:path}", handler=retrieve_model, answer="ModelCard"),
+)

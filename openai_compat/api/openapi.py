@@ -7,58 +7,33 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from starlette.routing import BaseRoute, Route
-
 import microvllm
 from microvllm.openai_compat.api import answers
 from microvllm.openai_compat.api.descriptions import DESCRIPTIONS
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.fields import Fate, JsonSchema, Parser, Table, or_null
-from microvllm.openai_compat.api.schemas import (
-    CHAT,
-    COMPLETIONS,
-    DETOKENIZE,
-    GENERATE,
-    GENERATE_STREAM,
-    TOKENIZE,
-    stop_strings,
-)
+from microvllm.openai_compat.api.schemas import TOKENIZE, stop_strings
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.transport.middleware import OPEN_PATHS
 
-# The endpoints that take a body: the name of its schema, and its table.
-BODIES: Mapping[str, tuple[str, Table]] = {
-    "/v1/completions": ("CompletionRequest", COMPLETIONS),
-    "/v1/chat/completions": ("ChatCompletionRequest", CHAT),
-    "/v1/completions/render": ("CompletionRequest", COMPLETIONS),
-    "/v1/chat/completions/render": ("ChatCompletionRequest", CHAT),
-    "/generate": ("PromptRequest", GENERATE),
-    "/generate_stream": ("PromptStreamRequest", GENERATE_STREAM),
-    "/tokenize": ("TokenizeRequest", TOKENIZE),
-    "/detokenize": ("DetokenizeRequest", DETOKENIZE),
-}
 # vLLM's names of the two forms of a body, and the field that each needs.
 FORMS = {"TokenizeCompletionRequest": "prompt", "TokenizeChatRequest": "messages"}
+PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")  # as Starlette writes it: {model:path}
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # defaults that only say that nothing was given
-PARAMETERS: Mapping[str, Mapping[str, JsonSchema]] = {
-    "/server_info": {"config_format": {"enum": ["text", "json"], "default": "text"}},
-    "/reset_prefix_cache": {
-        "reset_running_requests": {"type": "boolean", "default": False},
-        "reset_external": {"type": "boolean", "default": False},
-    },
-}
 
 
-def build_document(routes: Iterable[BaseRoute], args: ServerArgs) -> dict[str, Any]:
-    """Returns the document of a server with these routes; those without `include_in_schema` are left out."""
+def build_document(endpoints: Iterable[Endpoint], args: ServerArgs) -> dict[str, Any]:
+    """Returns the document of a server with these options: its endpoints, except undocumented ones."""
     with_keys = bool(args.api_keys)
     limits = {"stop": stop_strings(args.max_stop_strings)}
     paths: dict[str, dict[str, Any]] = {}
-    for route in routes:
-        if isinstance(route, Route) and route.include_in_schema:
-            for method in sorted((route.methods or set()) - {"HEAD"}):
-                operation = _operation(route, method, with_keys and route.path not in OPEN_PATHS)
-                paths.setdefault(route.path_format, {})[method.lower()] = operation
-    schemas = {name: request_schema(rows, limits) for path, (name, rows) in BODIES.items() if path in paths}
+    schemas: dict[str, Any] = {}
+    for endpoint in endpoints:
+        if endpoint.documented and endpoint.is_on(args):
+            operations = paths.setdefault(PATH_PARAMETER.sub(r"{\1}", endpoint.path), {})
+            for method in sorted(endpoint.methods):
+                operations[method.lower()] = _operation(endpoint, method, with_keys and endpoint.needs_key)
+            if endpoint.body is not None:
+                schemas[endpoint.body.name] = request_schema(endpoint.body.fields, limits)
     for form, needed in FORMS.items():
         rows = TOKENIZE.without(*(set(FORMS.values()) - {needed}))
         schemas[form] = {**request_schema(rows), "required": [needed]}
@@ -104,38 +79,37 @@ def request_schema(rows: Table, limits: Mapping[str, Parser[Any]] | None = None)
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
 
 
-def _operation(route: Route, method: str, guarded: bool) -> dict[str, Any]:
-    """One method of one path. What the endpoint's docstring says is what the document says."""
-    path = route.path_format
-    summary, _, description = (inspect.getdoc(route.endpoint) or path).partition("\n\n")
+def _operation(endpoint: Endpoint, method: str, guarded: bool) -> dict[str, Any]:
+    """One method of one path. What the handler's docstring says is what the document says."""
+    summary, _, description = (inspect.getdoc(endpoint.handler) or endpoint.path).partition("\n\n")
+    names = PATH_PARAMETER.findall(endpoint.path)
     content: dict[str, Any] = {}
-    if path in answers.OF_PATH:
-        content["application/json"] = {"schema": _reference(answers.OF_PATH[path])}
+    if endpoint.answer is not None:
+        content["application/json"] = {"schema": _reference(endpoint.answer)}
     meaning = "Done."
-    if path in answers.OF_STREAM:
-        content["text/event-stream"] = {"schema": _reference(answers.OF_STREAM[path])}
+    if endpoint.event is not None:
+        content["text/event-stream"] = {"schema": _reference(endpoint.event)}
         meaning = (
             "Done. In a stream each event is `data: ` with such a chunk; the last one is `data: [DONE]`."
         )
     responses: dict[str, Any] = {"200": {"description": meaning, **({"content": content} if content else {})}}
     operation: dict[str, Any] = {
         "summary": " ".join(summary.split()),
-        "operationId": "_".join((method.lower(), *re.findall(r"\w+", path))),
+        "operationId": "_".join(
+            (method.lower(), *re.findall(r"\w+", PATH_PARAMETER.sub(r"\1", endpoint.path)))
+        ),
         "responses": responses,
     }
     if description.strip():
         operation["description"] = description.strip()
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in route.param_convertors
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
     ]
-    parameters += [
-        {"name": name, "in": "query", "schema": schema} for name, schema in PARAMETERS.get(path, {}).items()
-    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in endpoint.query.items()]
     if parameters:
         operation["parameters"] = parameters
-    if path in BODIES:
-        body = {"application/json": {"schema": _reference(BODIES[path][0])}}
+    if endpoint.body is not None:
+        body = {"application/json": {"schema": _reference(endpoint.body.name)}}
         operation["requestBody"] = {"required": True, "content": body}
         for status, meaning in answers.FAILURES.items():
             error = {"application/json": {"schema": _reference("ErrorResponse")}}

@@ -14,21 +14,17 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.chat import chat_params, render
-from microvllm.openai_compat.api.completions import completion_params, read_prompts
-from microvllm.openai_compat.api.fields import parse_fields
+from microvllm.openai_compat.api.chat import CHAT_BODY, chat_params, render
+from microvllm.openai_compat.api.completions import COMPLETION_BODY, completion_params, read_prompts
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import begin, priority_of
-from microvllm.openai_compat.api.schemas import CHAT, COMPLETIONS
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams
 
 
-async def render_chat_completion(request: Request) -> Response:
+async def render_chat_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """The token ids of a conversation and how they would be continued. Nothing is generated."""
-    state: ServerState = request.app.state.server
-    fields = parse_fields(CHAT, await read_object(request, state))
     _check(fields)
     request_id = begin(request, fields, state, "chatcmpl").id
     params, priority = chat_params(fields, state), priority_of(request, fields)
@@ -39,10 +35,8 @@ async def render_chat_completion(request: Request) -> Response:
     return Response(orjson.dumps(found), media_type="application/json")
 
 
-async def render_completion(request: Request) -> Response:
+async def render_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """The token ids of each prompt and how they would be continued. Nothing is generated."""
-    state: ServerState = request.app.state.server
-    fields = parse_fields(COMPLETIONS, await read_object(request, state))
     _check(fields)
     request_id = begin(request, fields, state, "cmpl").id
     params, priority = completion_params(fields, state, prompt_only=False), priority_of(request, fields)
@@ -104,3 +98,21 @@ def _generate_request(
         "kv_transfer_params": None,
         "ec_transfer_params": None,
     }
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/v1/chat/completions/render",
+        methods=("POST",),
+        handler=render_chat_completion,
+        body=CHAT_BODY,
+        answer="GenerateRequest",
+    ),
+    Endpoint(
+        path="/v1/completions/render",
+        methods=("POST",),
+        handler=render_completion,
+        body=COMPLETION_BODY,
+        answer="GenerateRequests",
+    ),
+)

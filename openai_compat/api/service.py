@@ -23,11 +23,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import microvllm
-from microvllm.openai_compat.api.fields import boolean, parse_fields
+from microvllm.openai_compat.api.endpoint import Body, Endpoint, Switch, read_fields
+from microvllm.openai_compat.api.fields import boolean
 from microvllm.openai_compat.api.schemas import PROFILE
 from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 from microvllm.runtime.errors import EngineDeadError
 
 if TYPE_CHECKING:
@@ -35,25 +35,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("microvllm.server")
 
+PROFILE_BODY = Body("ProfileRequest", PROFILE)
 PATHS = frozenset({"vocab_file", "merges_file", "name_or_path"})  # of the machine it was made on
 PACKAGES = ("microvllm", "torch", "transformers", "tokenizers", "starlette", "uvicorn", "msgspec")
 
 
-async def health(request: Request) -> Response:
+async def health(request: Request, state: ServerState) -> Response:
     """200 or 503, without a body; 503 while the engine is down and while the server drains."""
-    state: ServerState = request.app.state.server
     fine = state.client.healthy() and not state.lifecycle.draining
     return Response() if fine else Response(status_code=503, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
-async def version(request: Request) -> Response:
+async def version(request: Request, state: ServerState) -> Response:
     """`{"version"}` of this server."""
     return Response(orjson.dumps({"version": microvllm.__version__}), media_type="application/json")
 
 
-async def metrics(request: Request) -> Response:
+async def metrics(request: Request, state: ServerState) -> Response:
     """Everything that is counted, in Prometheus' text format."""
-    state: ServerState = request.app.state.server
     if state.exposition is None:
         # Its library takes a while to import: nobody's start, and nobody's tokens, shall wait for it.
         state.exposition = await asyncio.to_thread(_make_exposition, state)
@@ -67,16 +66,14 @@ def _make_exposition(state: ServerState) -> Exposition:
     return exposition.Exposition(state)
 
 
-async def load(request: Request) -> Response:
+async def load(request: Request, state: ServerState) -> Response:
     """The number of generations in progress; always 0 without --enable-server-load-tracking, as in vLLM."""
-    state: ServerState = request.app.state.server
     number = state.num_generations if state.args.enable_server_load_tracking else 0
     return Response(orjson.dumps({"server_load": number}), media_type="application/json")
 
 
-async def loads(request: Request) -> Response:
+async def loads(request: Request, state: ServerState) -> Response:
     """Requests and tokens in the engine, as SGLang reports them: routers balance by it."""
-    state: ServerState = request.app.state.server
     stats, config = state.client.stats, state.client.config
     running, waiting = stats.num_running, stats.num_waiting
     rank = {
@@ -101,27 +98,25 @@ async def loads(request: Request) -> Response:
     return Response(orjson.dumps({"timestamp": timestamp, **answer}), media_type="application/json")
 
 
-async def get_load(request: Request) -> Response:
+async def get_load(request: Request, state: ServerState) -> Response:
     """The number of requests in the engine, as vllm-router reads it."""
-    state: ServerState = request.app.state.server
     stats = state.client.stats
     return Response(
         orjson.dumps({"load": stats.num_running + stats.num_waiting}), media_type="application/json"
     )
 
 
-async def kv_event_sources(request: Request) -> Response:
+async def kv_event_sources(request: Request, state: ServerState) -> Response:
     """`{}`: this server publishes no events of its KV cache."""
     return Response(b"{}", media_type="application/json")
 
 
-async def server_info(request: Request) -> Response:
+async def server_info(request: Request, state: ServerState) -> Response:
     """What a router asks of an engine: version, model, context and capacity.
 
     In developer mode also the engine's configuration as text (`config_format=text`, the default) or JSON, the
     environment's VLLM_ and MICROVLLM_ variables (no keys), and versions.
     """
-    state: ServerState = request.app.state.server
     config = state.client.config
     info: dict[str, Any] = {
         "version": microvllm.__version__,
@@ -160,13 +155,12 @@ def _internals(state: ServerState, form: str) -> dict[str, Any]:
     }
 
 
-async def reset_prefix_cache(request: Request) -> Response:
+async def reset_prefix_cache(request: Request, state: ServerState) -> Response:
     """Forgets every cached prefix: `{"success": true}`.
 
     It succeeds while requests run, too, since they keep their own blocks; so `reset_running_requests` has
     nothing to add, nor has `reset_external`, there being no cache outside. Both must be booleans.
     """
-    state: ServerState = request.app.state.server
     for name in ("reset_running_requests", "reset_external"):
         try:
             boolean(request.query_params.get(name, "false"))
@@ -178,14 +172,13 @@ async def reset_prefix_cache(request: Request) -> Response:
     return _json({"success": True})
 
 
-async def is_sleeping(request: Request) -> Response:
+async def is_sleeping(request: Request, state: ServerState) -> Response:
     """`{"is_sleeping": false}`: the engine keeps its memory as long as the server runs."""
     return _json({"is_sleeping": False})
 
 
-async def tokenizer_info(request: Request) -> Response:
+async def tokenizer_info(request: Request, state: ServerState) -> Response:
     """The tokenizer's settings: what its `tokenizer_config.json` says, and the chat template in use."""
-    state: ServerState = request.app.state.server
     return _json(await state.client.run_blocking(_tokenizer_settings, state))
 
 
@@ -212,20 +205,68 @@ def _json(content: Any) -> Response:
     return Response(orjson.dumps(content, default=str), media_type="application/json")
 
 
-async def start_profile(request: Request) -> Response:
+async def start_profile(request: Request, state: ServerState) -> Response:
     """Starts a profile of the engine. A body is not needed; `profile_prefix` begins the file's name."""
-    state: ServerState = request.app.state.server
     headers = request.headers
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    fields = parse_fields(PROFILE, await read_object(request, state) if has_body else {})
+    fields = await read_fields(request, state, PROFILE_BODY) if has_body else PROFILE.defaults
     if state.args.profiler is not None:
         await state.client.start_profile(state.args.profiler, fields["profile_prefix"])
         logger.info("Profiling the engine.")
     return Response()
 
 
-async def stop_profile(request: Request) -> Response:
+async def stop_profile(request: Request, state: ServerState) -> Response:
     """Ends the profile and writes the trace; the engine stands still meanwhile."""
-    state: ServerState = request.app.state.server
     logger.info("Profile written to %s", await state.client.stop_profile())
     return Response()
+
+
+_PROBE: dict[str, Any] = {"needs_key": False, "in_http_metrics": False}
+_CONFIG_FORMAT = {"config_format": {"enum": ["text", "json"], "default": "text"}}
+_RESETS = {
+    "reset_running_requests": {"type": "boolean", "default": False},
+    "reset_external": {"type": "boolean", "default": False},
+}
+_TOKENIZER_INFO = Switch(lambda args: args.enable_tokenizer_info_endpoint, "--enable-tokenizer-info-endpoint")
+_PROFILER = Switch(
+    lambda args: args.profiler is not None,
+    '--profiler-config \'{"profiler": "torch", "torch_profiler_dir": "FOLDER"}\'',
+)
+_DEV_MODE = Switch(lambda args: args.dev_mode, "VLLM_SERVER_DEV_MODE=1 in the environment")
+
+ENDPOINTS = (
+    Endpoint(path="/health", handler=health, **_PROBE),
+    Endpoint(path="/ready", handler=health, **_PROBE),
+    Endpoint(path="/ping", methods=("GET", "POST"), handler=health, **_PROBE),
+    Endpoint(path="/version", handler=version, answer="Version", **_PROBE),
+    # Open as in vLLM, for a Prometheus without a key.
+    Endpoint(path="/metrics", handler=metrics, **_PROBE),
+    Endpoint(path="/metrics/", handler=metrics, documented=False, **_PROBE),
+    Endpoint(path="/load", handler=load, answer="Load", **_PROBE),
+    Endpoint(path="/get_load", handler=get_load, answer="EngineLoad", **_PROBE),
+    Endpoint(path="/v1/loads", handler=loads, answer="Loads", in_http_metrics=False),
+    Endpoint(path="/kv_event_sources", handler=kv_event_sources, answer="KVEventSources"),
+    Endpoint(
+        path="/server_info",
+        handler=server_info,
+        query=_CONFIG_FORMAT,
+        answer="ServerInfo",
+        in_http_metrics=False,
+    ),
+    Endpoint(path="/get_server_info", handler=server_info, documented=False),
+    Endpoint(
+        path="/tokenizer_info", handler=tokenizer_info, answer="TokenizerInfoResponse", switch=_TOKENIZER_INFO
+    ),
+    Endpoint(path="/start_profile", methods=("POST",), handler=start_profile, switch=_PROFILER),
+    Endpoint(path="/stop_profile", methods=("POST",), handler=stop_profile, switch=_PROFILER),
+    Endpoint(
+        path="/reset_prefix_cache",
+        methods=("POST",),
+        handler=reset_prefix_cache,
+        query=_RESETS,
+        answer="Success",
+        switch=_DEV_MODE,
+    ),
+    Endpoint(path="/is_sleeping", handler=is_sleeping, answer="Sleep", switch=_DEV_MODE),
+)

@@ -10,22 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.openai_compat.api.chat import render
-from microvllm.openai_compat.api.fields import parse_fields, token_ids
+from microvllm.openai_compat.api.endpoint import Body, Endpoint
+from microvllm.openai_compat.api.fields import token_ids
 from microvllm.openai_compat.api.generation import check_model
 from microvllm.openai_compat.api.schemas import DETOKENIZE, TOKENIZE
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
 
 
-async def tokenize(request: Request) -> Response:
+async def tokenize(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of a conversation."""
-    state: ServerState = request.app.state.server
-    fields = parse_fields(TOKENIZE, await read_object(request, state))
     if not state.args.skip_model_name_validation:
         check_model(fields["model"], state)
     if (fields["prompt"] is None) == (fields["messages"] is None):
@@ -53,10 +51,8 @@ def _tokenize(state: ServerState, fields: Mapping[str, Any]) -> bytes:
     )
 
 
-async def detokenize(request: Request) -> Response:
+async def detokenize(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included; at most a context's worth of them."""
-    state: ServerState = request.app.state.server
-    fields = parse_fields(DETOKENIZE, await read_object(request, state))
     if not state.args.skip_model_name_validation:
         check_model(fields["model"], state)
     client, tokens = state.client, fields["tokens"]
@@ -80,3 +76,21 @@ def _detokenize(client: EngineClient, tokens: list[Any]) -> bytes:
     if highest >= vocab_size:
         raise InvalidRequestError(f"Token id {highest} is out of vocabulary", "tokens")
     return orjson.dumps({"prompt": client.tokenizer.decode(ids, False)})
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/tokenize",
+        methods=("POST",),
+        handler=tokenize,
+        body=Body("TokenizeRequest", TOKENIZE),
+        answer="TokenizeResponse",
+    ),
+    Endpoint(
+        path="/detokenize",
+        methods=("POST",),
+        handler=detokenize,
+        body=Body("DetokenizeRequest", DETOKENIZE),
+        answer="DetokenizeResponse",
+    ),
+)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import orjson
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from microvllm.openai_compat.errors import ForbiddenError, ServerStoppingError, clip, error_response
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.state import ServerState
     from microvllm.openai_compat.transport.http_metrics import HttpMetrics
     from microvllm.openai_compat.transport.lifecycle import Lifecycle
@@ -35,29 +38,49 @@ SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 COMMENT = b": keep-alive\n\n"  # a comment of server-sent events; clients skip it
 UNKNOWN = "none"  # the handler of a path that there is no route for: else a client could invent labels
 LOAD_HEADER = "endpoint-load-metrics"  # of ORCA, the open request cost aggregation that Envoy reads
-# Probes, what a Prometheus without a key collects in vLLM, too, and the description of the API.
-OPEN_PATHS = frozenset(
-    {
-        "/",
-        "/health",
-        "/ready",
-        "/ping",
-        "/version",
-        "/get_load",
-        "/metrics",
-        "/metrics/",
-        "/load",
-        "/docs",
-        "/redoc",
-        "/openapi.json",
-    }
-)
-UNCOUNTED = frozenset(
-    {
-        *("/metrics", "/metrics/", "/health", "/ready", "/ping", "/version", "/server_info"),
-        *("/load", "/get_load", "/v1/loads"),
-    }
-)
+# Origins of pages that this machine serves. A page from elsewhere has to be named: behind a firewall or
+# without a key, any site that its user opens could use the server.
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+def outer_layers(args: ServerArgs) -> list[Middleware]:
+    """The layers around everything, the outermost first."""
+    layers = []
+    unguarded = args.uds is None and not args.api_keys and is_loopback(args.host)
+    names = args.allowed_hosts or ()
+    if (args.allowed_hosts is not None or unguarded) and "*" not in names:
+        layers.append(Middleware(HostMiddleware, names=names))
+    if args.root_path:
+        layers.append(Middleware(RootPathMiddleware, prefix=args.root_path))
+    if args.enable_request_id_headers:
+        layers.append(Middleware(RequestIdMiddleware))
+    if args.allowed_origins != ():
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=args.allowed_origins or (),
+                allow_origin_regex=LOCAL_PAGES if args.allowed_origins is None else None,
+                allow_methods=args.allowed_methods,
+                allow_headers=args.allowed_headers,
+                allow_credentials=args.allow_credentials,
+            )
+        )
+    if args.sse_keep_alive_interval:
+        layers.append(Middleware(KeepAliveMiddleware, interval=args.sse_keep_alive_interval))
+    return [*layers, Middleware(ShortcutMiddleware)]
+
+
+def inner_layers(
+    state: ServerState, open_paths: frozenset[str], uncounted: frozenset[str]
+) -> list[Middleware]:
+    """The layers between Starlette's handler of unexpected errors and its router.
+
+    `open_paths` need no key, requests for `uncounted` paths are not in the HTTP metrics.
+    """
+    layers = [Middleware(HttpMetricsMiddleware, metrics=state.http_metrics, uncounted=uncounted)]
+    if state.args.api_keys:
+        layers.append(Middleware(AuthMiddleware, keys=state.args.api_keys, open_paths=open_paths))
+    return [*layers, Middleware(AdmissionMiddleware, lifecycle=state.lifecycle)]
 
 
 class HostMiddleware:
@@ -216,12 +239,13 @@ class ShortcutMiddleware:
 class HttpMetricsMiddleware:
     """Counts every request that reaches the application, also those that other middleware refuses."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, uncounted: frozenset[str]) -> None:
         self.app = app
         self.metrics = metrics
+        self._uncounted = uncounted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in UNCOUNTED:
+        if scope["type"] != "http" or scope["path"] in self._uncounted:
             await self.app(scope, receive, send)
             return
         handler = _handler(scope)
@@ -258,14 +282,15 @@ def _content_length(headers: Headers) -> int:
 class AuthMiddleware:
     """Answers 401 unless the request carries one of the keys.
 
-    vLLM guards only paths below /v1; here everything is guarded except `OPEN_PATHS`, because /tokenize
+    vLLM guards only paths below /v1; here everything is guarded except `open_paths`, because /tokenize
     and whatever comes later cost as much as a completion. The path is the one of the ASGI scope: a URL
     rebuilt from the Host header can be forged (CVE-2026-48710). Keys are compared as SHA-256 digests in
     constant time, always with all of them, so neither length nor a common prefix can be timed.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: frozenset[str]) -> None:
         self.app = app
+        self._open_paths = open_paths
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -277,10 +302,9 @@ class AuthMiddleware:
             return
         await self.app(scope, receive, send)
 
-    @staticmethod
-    def _open(scope: Scope) -> bool:
+    def _open(self, scope: Scope) -> bool:
         # A browser asks with OPTIONS whether it may send the key at all.
-        return scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        return scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
 
     def _allowed(self, scope: Scope) -> bool:
         values = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -1,0 +1,100 @@
+"""`Endpoint`: what the rest of the server has to know about one path. Each API file declares its own."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from microvllm.openai_compat.api.fields import JsonSchema, Table, parse_fields
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.state import ServerState
+from microvllm.openai_compat.transport.body import read_object
+from microvllm.openai_compat.transport.middleware import LoadMiddleware
+from microvllm.runtime.errors import InvalidRequestError
+
+NOT_IMPLEMENTED_KIND = "NotImplementedError"
+# handler(request, state), or handler(request, state, fields) for an endpoint with a `body`.
+Handler = Callable[..., Awaitable[Response]]
+Answering = Callable[[Request], Awaitable[Response]]
+
+
+class Body(NamedTuple):
+    """The JSON object that an endpoint reads: its name in the OpenAPI document, and its fields."""
+
+    name: str
+    fields: Table
+
+
+class Switch(NamedTuple):
+    """Whether a server has an endpoint. Where it is off, the 400 names `remedy`; without one it is a 404."""
+
+    on: Callable[[ServerArgs], bool]
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """One path. The application, the OpenAPI document and the middleware are made of these records.
+
+    The handler's docstring is the description in the document. A body is read and checked before the handler
+    runs. `answer` and `event` name the schemas (in `answers.SCHEMAS`) of a JSON answer and of the data of an
+    event where the endpoint streams. `generates`: its requests in progress are the load that /load reports.
+    """
+
+    path: str
+    handler: Handler
+    methods: tuple[str, ...] = ("GET",)
+    body: Body | None = None
+    query: Mapping[str, JsonSchema] = field(default_factory=dict)
+    answer: str | None = None
+    event: str | None = None
+    generates: bool = False
+    needs_key: bool = True
+    in_http_metrics: bool = True
+    documented: bool = True
+    switch: Switch | None = None
+
+    def is_on(self, args: ServerArgs) -> bool:
+        """Whether a server with these options has it."""
+        return self.switch is None or self.switch.on(args)
+
+    def routes(self, state: ServerState) -> list[Route]:
+        """Starlette's route to the handler. Of an endpoint that is off: to the refusal, or none."""
+        if self.is_on(state.args):
+            answer = self._answering(state)
+        elif self.switch is not None and self.switch.remedy is not None:
+            answer = _refusing(self.switch.remedy)
+        else:
+            return []
+        load = [Middleware(LoadMiddleware, state=state)] if self.generates else []
+        return [Route(self.path, answer, methods=list(self.methods), middleware=load)]
+
+    def _answering(self, state: ServerState) -> Answering:
+        handler, body = self.handler, self.body
+
+        async def answer(request: Request) -> Response:
+            if body is None:
+                return await handler(request, state)
+            return await handler(request, state, await read_fields(request, state, body))
+
+        return answer
+
+
+def _refusing(remedy: str) -> Answering:
+    async def answer(request: Request) -> Response:
+        where = f"{request.method} {request.scope['path']}"
+        problem = f"{where} is switched off: start the server with {remedy}."
+        raise InvalidRequestError(problem, kind=NOT_IMPLEMENTED_KIND)
+
+    return answer
+
+
+async def read_fields(request: Request, state: ServerState, body: Body) -> dict[str, Any]:
+    """The checked fields of the JSON object that a request carries. Raises `InvalidRequestError`."""
+    return parse_fields(body.fields, await read_object(request, state))
