@@ -33,8 +33,8 @@ from typing import Any
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
+from microvllm.runtime.core.plan import StepPlan
 from microvllm.runtime.core.policies import MAX_PASSED_OVER, POLICIES
-from microvllm.runtime.core.scheduler import StepPlan
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner

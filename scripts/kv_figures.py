@@ -39,7 +39,7 @@ import numpy as np
 
 from microvllm.runtime.config import DEFAULT_BLOCK_SIZES, EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
-from microvllm.runtime.core.scheduler import Request, StepPlan, StepResult
+from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner

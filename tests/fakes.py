@@ -16,7 +16,7 @@ import msgspec
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore, StepInFlight
-from microvllm.runtime.core.scheduler import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.core.plan import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.worker.step_clock import StepClock
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tiny_models import make_hf_folder
 
-from microvllm.runtime.core.scheduler import ScheduledRequest
+from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
 from microvllm.runtime.worker.model_runner import ModelGraphRunner

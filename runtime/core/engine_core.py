@@ -8,7 +8,8 @@ from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
-from microvllm.runtime.core.scheduler import Request, Scheduler, StepPlan, StepResult
+from microvllm.runtime.core.plan import Request, StepPlan, StepResult
+from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.worker.step_clock import StepClock

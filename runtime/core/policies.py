@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from microvllm.runtime.core.scheduler import Request
+    from microvllm.runtime.core.plan import Request
     from microvllm.runtime.request import EngineRequest
 
 # Steps in a row in which `sjf` may pass somebody over; in the next one every request has a turn.

@@ -20,7 +20,7 @@ from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.sampling import Delivery
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.scheduler import ScheduledRequest
+from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
 from microvllm.runtime.worker.gpu_sampler import GPUSampler
 from microvllm.runtime.worker.step_inputs import UNKNOWN, DeviceInputs

@@ -26,7 +26,7 @@ from microvllm.ops.attention import AttentionShape
 from microvllm.ops.operators import make_operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.scheduler import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.runtime.core.scheduler import NO_TOKEN
+from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingValues
 from microvllm.runtime.worker.logits import LogitRules, Output, on_device
 from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, largest, log_probabilities

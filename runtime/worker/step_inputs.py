@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, SegmentTable
-from microvllm.runtime.core.scheduler import ScheduledRequest
+from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.worker.logits import on_device
 from microvllm.runtime.worker.transfer import Stager
 

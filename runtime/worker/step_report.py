@@ -14,7 +14,7 @@ from itertools import chain
 from time import perf_counter
 from typing import Protocol
 
-from microvllm.runtime.core.scheduler import ScheduledRequest
+from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.worker.step_clock import StepClock
 from microvllm.runtime.worker.step_table import GPU_BUSY, GPU_IDLE, Period, Tally, render
 

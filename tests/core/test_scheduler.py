@@ -6,7 +6,8 @@ import pytest
 from fakes import EOS, VOCAB, Answer, Engine, FakeRunner, make_config, make_request, run_alone
 
 from microvllm.runtime.core.kv_cache import KVCacheManager
-from microvllm.runtime.core.scheduler import NO_TOKEN, Scheduler, StepResult
+from microvllm.runtime.core.plan import NO_TOKEN, StepResult
+from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams
 

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from microvllm.runtime.core.plan import Request, StepPlan
 from microvllm.runtime.core.policies import POLICIES
-from microvllm.runtime.core.scheduler import Request, StepPlan
 from microvllm.runtime.request import EngineRequest, FinishReason
 
 CONTEXT = 16

@@ -12,7 +12,7 @@ from model_tools import make_request
 
 from microvllm.ops.attention import AttentionBatch
 from microvllm.runtime.core.kv_cache import KVCacheManager
-from microvllm.runtime.core.scheduler import NO_TOKEN, Request, ScheduledRequest
+from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest
 from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
 
 ROWS, BLOCK, WIDTH = 4, 3, 40

@@ -16,7 +16,7 @@ from model_tools import BACKENDS, generate_ids, make_engine, variant_folder
 from microvllm import cli
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import StepInFlight
-from microvllm.runtime.core.scheduler import StepPlan, StepResult
+from microvllm.runtime.core.plan import StepPlan, StepResult
 from microvllm.runtime.metric_families import EngineCollector
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.process.client import EngineClient

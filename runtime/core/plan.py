@@ -1,0 +1,144 @@
+"""The types that the scheduler and the worker share: a request, one step's plan, and the step's result.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from microvllm.runtime.core.kv_cache import PrefixKeys
+from microvllm.runtime.request import EngineRequest, FinishReason, SamplingValues, TokenLogprobs
+
+NO_TOKEN = -1  # what a step reports for a request whose logits were not finite
+
+
+class Request:
+    """One sequence inside the engine.
+
+    `prompt_len` counts the user's prompt only; a preempted request computes its generated tokens
+    again too, so what has to be prefilled is `num_tokens`, not `prompt_len`. Until its first token is known
+    a request shares `token_ids` and `keys` with the other samples of its prompt.
+    """
+
+    __slots__ = (
+        "arrived_at",
+        "finish_reason",
+        "followers",
+        "id",
+        "keys",
+        "leads",
+        "max_tokens",
+        "num_cached",
+        "num_computed",
+        "num_in_flight",
+        "num_preemptions",
+        "num_prompt_logprobs",
+        "order",
+        "params",
+        "prompt_len",
+        "prompt_logprobs",
+        "row",
+        "scheduled_at",
+        "seq_id",
+        "source",
+        "steps_in_flight",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        source: EngineRequest,
+        order: tuple[int, int],
+        keys: PrefixKeys,
+        stop_ids: frozenset[int],
+    ) -> None:
+        self.source = source
+        self.arrived_at = time.monotonic()
+        self.id = source.request_id
+        self.params: SamplingValues = source.params
+        self.order = order  # smaller is served first, larger is preempted first
+        # Its name in the KV pool. Not `id`: that one may come again while the last step is in flight.
+        self.seq_id = order[1]
+        self.token_ids = keys.token_ids  # all known tokens
+        self.keys = keys
+        self.prompt_len = len(self.token_ids)
+        self.max_tokens = source.params.max_tokens or 0
+        self.stop_ids = stop_ids
+        self.num_computed = 0  # tokens whose keys and values are in the cache, or will be by this step
+        self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
+        self.steps_in_flight = 0
+        self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
+        self.num_preemptions = 0
+        self.scheduled_at: float | None = None  # when it first left the queue; None once it was told
+        self.prompt_logprobs: list[TokenLogprobs] | None = None  # until the first token goes out
+        self.num_prompt_logprobs = 0  # computed so far: a preempted request does not compute them again
+        self.row = -1
+        self.leads: bytes | None = None  # the prefix key of the last full block, until all are computed
+        self.followers: list[Request] = []  # wait for these blocks
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_missing(self) -> int:
+        """How many tokens a step could compute now; 1 is a decode, or the end of a prompt."""
+        if self.finish_reason is not None:
+            return 0  # ended; it only waits for its last step in flight
+        in_flight, known = self.num_in_flight, len(self.token_ids)
+        if in_flight and known - self.prompt_len + in_flight >= self.max_tokens:
+            return 0  # its last token is being sampled: another step would be wasted
+        return known + in_flight - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every token that would stop the request; masked until `min_tokens` are out."""
+        eos = self.source.eos_token_id
+        return self.stop_ids if eos is None else self.stop_ids | {eos}
+
+    def __lt__(self, other: Request) -> bool:
+        return self.order < other.order
+
+
+class ScheduledRequest(msgspec.Struct, frozen=True):  # one a request a step: a dataclass is made slower
+    """`[start, start + num_new)` of one request's tokens is computed by this step."""
+
+    request: Request
+    start: int
+    num_new: int
+    samples: bool  # the last of them is the last of the request: its logits give the next token
+    first_block: int  # index in the block table of the first block that is new to the model runner
+    new_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: what to compute, in this order of row changes: release, admit, compute."""
+
+    released_rows: tuple[int, ...]
+    admitted: tuple[Request, ...]
+    scheduled: tuple[ScheduledRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave: `tokens[i]` belongs to `plan.scheduled[i]`.
+
+    A token is ignored where that entry does not sample, and NO_TOKEN where there was nothing to choose
+    from. The mappings, by i, have the entries that were asked for.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
