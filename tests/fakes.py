@@ -15,8 +15,8 @@ import msgspec
 
 from microvllm.adapters.spec import ModelSpec, RopeSpec
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.engine_core import EngineCore, StepInFlight
-from microvllm.runtime.core.plan import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.core.engine_core import Drafter, EngineCore, StepInFlight
+from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.worker.step_clock import StepClock
 
@@ -156,7 +156,7 @@ class _Row:
 class FakeStep:
     plan: StepPlan
     rows: frozenset[int]
-    tokens: list[int]
+    tokens: list[list[int]]
 
 
 class FakeRunner:
@@ -241,28 +241,40 @@ class FakeRunner:
         _require(row.in_use and row.request_id == item.request.id, "a row belongs to another request")
         return row
 
-    def _compute(self, item: ScheduledRequest) -> int:
+    def _compute(self, item: ScheduledRequest) -> list[int]:
         row = self._row(item)
-        end = item.start + item.num_new
+        drafts = list(item.request.drafts[: item.num_draft_tokens])
+        end = item.start + item.num_new - len(drafts)
         _require(item.num_new > 0, "a request is scheduled without tokens")
         _require(item.start == row.num_computed, "tokens are skipped or computed twice")
         _require(end <= row.num_tokens, "a token is computed before it exists")
         _require(item.samples == (end == row.num_tokens), "a token is sampled at the wrong place")
-        for position in range(item.start, end):
+        for position in range(item.start, item.start + item.num_new):
             token = row.prefill[position] if position < len(row.prefill) else row.last_token
+            if position >= end:
+                token = drafts[position - end]
             slot = self._slot(row, position)
             self._require_sole_owner(row, slot // self.config.block_size)
             self.memory[slot] = Cell(token, position, row.salt)
         row.num_computed = end
-        context = [self._read(row, position) for position in range(end)]
         if not item.samples:
-            return NO_TOKEN  # of no meaning: the scheduler must not look at it
-        row.num_tokens += 1
+            return [NO_TOKEN]  # of no meaning: the scheduler must not look at it
+        tokens: list[int] = []
+        for draft in (*drafts, None):
+            context = [self._read(row, position) for position in range(row.num_computed)]
+            held_back = row.num_computed - row.prompt_len < row.min_tokens
+            tokens.append(next_token(context, row.end_ids if held_back else ()))
+            if tokens[-1] != draft:
+                break
+            row.num_computed += 1
+        row.num_tokens += len(tokens)
+        row.last_token = tokens[-1]
+        kept = -(-row.num_computed // self.config.block_size)
+        row.table[kept:] = [NO_BLOCK] * (len(row.table) - kept)  # what was there held drafts at most
         if row.request_id in self.no_logits:
             self.no_logits.discard(row.request_id)
-            return NO_TOKEN
-        row.last_token = next_token(context, row.end_ids if end - row.prompt_len < row.min_tokens else ())
-        return row.last_token
+            return [*tokens[:-1], NO_TOKEN]
+        return tokens
 
     def _slot(self, row: _Row, position: int) -> int:
         size = self.config.block_size
@@ -286,13 +298,29 @@ def _require(holds: bool, problem: str) -> None:
         raise Misuse(problem)
 
 
+class FakeDrafter:
+    """Proposes up to four tokens, of which the context decides how many are right."""
+
+    def propose(self, requests: Sequence[Request]) -> list[list[int]]:
+        return [self._drafts(request) for request in requests]
+
+    def _drafts(self, request: Request) -> list[int]:
+        context = list(request.token_ids)
+        for _ in range(hash((*context, 1)) % 5):
+            few = len(context) - request.prompt_len < request.params.min_tokens
+            right = next_token(context, request.end_ids if few else ())
+            wrong = hash((*context, 2)) % 4 == 0
+            context.append((right + 1) % VOCAB if wrong else right)
+        return context[len(request.token_ids) :]
+
+
 class Engine:
     """`EngineCore` on the fake, gathering what each request gives."""
 
-    def __init__(self, **overrides: Any) -> None:
+    def __init__(self, *, drafter: Drafter | None = None, **overrides: Any) -> None:
         self.config = make_config(**overrides)
         self.runner = FakeRunner(self.config)
-        self.core = EngineCore(self.config, self.runner)
+        self.core = EngineCore(self.config, self.runner, drafter)
         self.answers: dict[int, Answer] = {}
         self.errors: dict[int, str] = {}
 

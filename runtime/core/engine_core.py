@@ -56,19 +56,30 @@ class Runner(Protocol[StepT]):
         ...
 
 
+class Drafter(Protocol):
+    """Proposes tokens, which the runner checks in one step (Leviathan et al., 2023, arXiv:2211.17192)."""
+
+    def propose(self, requests: Sequence[Request]) -> Sequence[Sequence[int]]:
+        """For each request the tokens that may follow its `token_ids`, in order; none where it cannot say."""
+        ...
+
+
 class EngineCore(Generic[StepT]):
     """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`.
 
-    `report` has the times of the steps, if the configuration asks for them.
+    `report` has the times of the steps, if the configuration asks for them. With a drafter each step is
+    awaited before the next is scheduled, since drafts follow tokens that have to be known; the runner has to
+    check the drafts of a plan, which `ModelGraphRunner` cannot yet.
     """
 
-    def __init__(self, config: EngineConfig, runner: Runner[StepT]) -> None:
+    def __init__(self, config: EngineConfig, runner: Runner[StepT], drafter: Drafter | None = None) -> None:
         self.config = config
         self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.kv)
         self.clock = runner.clock
         self.report = StepReport(runner) if config.log_step_times else None
         self._runner = runner
+        self._drafter = drafter
         self._in_flight: StepT | None = None
         self._num_steps = 0
         self._num_decode_steps = 0
@@ -117,7 +128,7 @@ class EngineCore(Generic[StepT]):
         plan = self.scheduler.schedule()
         self.clock.enter("prepare")
         done, failed = self._launch(plan) if plan is not None else (None, [])
-        if self.config.async_scheduling:
+        if self.config.async_scheduling and self._drafter is None:
             done, self._in_flight = self._in_flight, done
         if done is None:
             self.clock.enter("messages")
@@ -142,6 +153,11 @@ class EngineCore(Generic[StepT]):
         scheduled = done.plan.scheduled
         outputs = self.scheduler.commit(done.plan, result)
         num_tokens = sum(item.num_new for item in scheduled)
+        if self._drafter is not None:
+            num_tokens -= sum(item.num_draft_tokens for item in scheduled)
+            decoding = [i.request for i in scheduled if i.samples and i.request.finish_reason is None]
+            for request, drafts in zip(decoding, self._drafter.propose(decoding), strict=True):
+                request.drafts = drafts
         self._num_steps += 1
         self._num_decode_steps += num_tokens == len(scheduled)
         self._prompt_tokens += sum(

@@ -184,6 +184,15 @@ class KVCacheManager:
         table.num_tokens += num_tokens
         return True
 
+    def shrink(self, seq_id: int, num_tokens: int) -> None:
+        """Take room for the last `num_tokens` back, none of which was offered to the prefix cache."""
+        table = self._tables[seq_id]
+        table.num_tokens -= num_tokens
+        while len(table.blocks) > self._blocks_for(table.num_tokens):
+            block = table.blocks.pop()
+            self._refcount[block] = 0
+            self._free.append(block)
+
     def free(self, seq_id: int) -> None:
         """Take a sequence's blocks back; those with a key stay cached until they are needed."""
         # Last block first: the tail of a prefix is then evicted before its head, without which the

@@ -27,6 +27,7 @@ class Request:
 
     __slots__ = (
         "arrived_at",
+        "drafts",
         "finish_reason",
         "followers",
         "id",
@@ -73,6 +74,7 @@ class Request:
         self.num_computed = 0  # tokens whose keys and values are in the cache, or will be by this step
         self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
         self.steps_in_flight = 0
+        self.drafts: Sequence[int] = ()  # proposed to follow `token_ids`, until its next step is committed
         self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
         self.num_preemptions = 0
         self.scheduled_at: float | None = None  # when it first left the queue; None once it was told
@@ -89,7 +91,10 @@ class Request:
 
     @property
     def num_missing(self) -> int:
-        """How many tokens a step could compute now; 1 is a decode, or the end of a prompt."""
+        """How many tokens a step could compute now; 1 is a decode, or the end of a prompt.
+
+        None (0 or less) while drafts are in flight: how many of them hold decides where the next step starts.
+        """
         if self.finish_reason is not None:
             return 0  # ended; it only waits for its last step in flight
         in_flight, known = self.num_in_flight, len(self.token_ids)
@@ -112,14 +117,19 @@ class Request:
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True):  # one a request a step: a dataclass is made slower
-    """`[start, start + num_new)` of one request's tokens is computed by this step."""
+    """`[start, start + num_new)` of one request's tokens is computed by this step.
+
+    The last `num_draft_tokens` of them are the first of `request.drafts`. The logits at the token before them
+    and at each of them give a token, which counts as long as all drafts before it are what was chosen.
+    """
 
     request: Request
     start: int
     num_new: int
-    samples: bool  # the last of them is the last of the request: its logits give the next token
+    samples: bool  # the last of them, but for drafts, is the last of the request: the next token is chosen
     first_block: int  # index in the block table of the first block that is new to the model runner
     new_blocks: tuple[int, ...]
+    num_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +145,11 @@ class StepPlan:
 class StepResult:
     """What a step gave: `tokens[i]` belongs to `plan.scheduled[i]`.
 
-    A token is ignored where that entry does not sample, and NO_TOKEN where there was nothing to choose
-    from. The mappings, by i, have the entries that were asked for.
+    An entry that samples has 1 to `1 + num_draft_tokens` tokens: the drafts that hold, then the token chosen
+    after them, or NO_TOKEN where there was nothing to choose from. Other entries are ignored. The mappings,
+    by i, have the entries that were requested, with log probabilities for each of the tokens.
     """
 
-    tokens: Sequence[int]
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    tokens: Sequence[Sequence[int]]
+    logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)

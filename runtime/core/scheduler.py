@@ -23,6 +23,7 @@ import heapq
 import time
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
@@ -164,9 +165,12 @@ class Scheduler:
             if request.row < 0:
                 break  # gave way to an older one, as did all after it
             missing = request.num_missing
-            if missing == 0:
+            if missing <= 0:
                 continue
-            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(turn) - index - 1))
+            others = len(turn) - index - 1
+            if request.drafts:
+                self._trim_drafts(request, budget - others - 1)
+            num_new = 1 + len(request.drafts) if missing == 1 else self._chunk(missing, budget - others)
             room, preempted = self._make_room(request, num_new)
             self._short_of_blocks |= preempted or not room
             if not room:
@@ -182,7 +186,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
         """Take in what a step gave. Plans are committed in the order in which they were scheduled."""
         outputs: list[StepOutput] = []
-        for index, (item, token) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
+        for index, (item, tokens) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
             request = item.request
             request.steps_in_flight -= 1
             request.num_in_flight -= item.samples
@@ -190,8 +194,9 @@ class Scheduler:
                 if request.steps_in_flight == 0:
                     self._release(request)
                 continue
-            if not item.samples or token != NO_TOKEN:  # what gave no finite logits may be broken itself
-                self.kv.cache_blocks(request.seq_id, request.keys, item.start + item.num_new)
+            if not item.samples or NO_TOKEN not in tokens:  # what gave no finite logits may be broken itself
+                known = item.start + item.num_new - item.num_draft_tokens
+                self.kv.cache_blocks(request.seq_id, request.keys, known)
             if item.samples:
                 self._let_follow(request)
             if index in result.prompt_logprobs:
@@ -200,7 +205,9 @@ class Scheduler:
                 request.prompt_logprobs += result.prompt_logprobs[index]
                 request.num_prompt_logprobs += len(result.prompt_logprobs[index])
             if item.samples:
-                outputs.append(self._take_token(request, token, result.logprobs.get(index)))
+                outputs.append(self._take_tokens(request, tokens, result.logprobs.get(index)))
+                if item.num_draft_tokens:
+                    self._settle_drafts(request, 1 + item.num_draft_tokens - len(tokens))
         return outputs
 
     def fail(self, plan: StepPlan, message: str) -> list[StepOutput]:
@@ -229,6 +236,23 @@ class Scheduler:
         if limit and self._config.enable_chunked_prefill:  # else a longer prompt would wait for ever
             budget = min(budget, limit)
         return min(missing, budget)
+
+    def _trim_drafts(self, request: Request, spare: int) -> None:
+        """Keep the drafts that take no turn, block or token from anyone and may still be an output.
+
+        spare: what the step's budget has beyond one token for each of those that have a turn.
+        """
+        left = request.max_tokens - request.num_output - 1
+        room = min(left, spare, self.kv.num_available - 1)
+        # Behind a token in flight they are at the wrong place.
+        request.drafts = () if request.num_in_flight or room <= 0 else request.drafts[:room]
+
+    def _settle_drafts(self, request: Request, num_rejected: int) -> None:
+        """Give the room of rejected drafts back: their positions are computed again."""
+        request.drafts = ()
+        if num_rejected and request.finish_reason is None:
+            request.num_computed -= num_rejected
+            self.kv.shrink(request.seq_id, num_rejected)
 
     def _make_room(self, request: Request, num_new: int) -> tuple[bool, bool]:
         """Blocks for `num_new` more tokens, by preemption if need be -> (got them, preempted one)."""
@@ -293,12 +317,16 @@ class Scheduler:
         blocks = tuple(self.kv.block_table(request.seq_id)[first_block:])
         request.num_computed += num_new
         request.steps_in_flight += 1
-        samples = request.num_computed == request.num_tokens
+        num_drafts = len(request.drafts)
+        samples = request.num_computed - num_drafts == request.num_tokens
         request.num_in_flight += samples
-        return ScheduledRequest(request, start, num_new, samples, first_block, blocks)
+        return ScheduledRequest(request, start, num_new, samples, first_block, blocks, num_drafts)
 
-    def _take_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> StepOutput:
-        if token == NO_TOKEN:
+    def _take_tokens(
+        self, request: Request, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
+    ) -> StepOutput:
+        """Append what was chosen, up to a token that ends the request."""
+        if NO_TOKEN in tokens:
             self._finish(request, FinishReason.ERROR)
             message, param = "the model gave no finite logits for this request", None
             if request.params.allowed_token_ids is not None or request.params.bad_words:
@@ -307,31 +335,32 @@ class Scheduler:
                 )
                 param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
             return StepOutput(request.id, [], FinishReason.ERROR, error=message, param=param)
-        if request.num_output:
-            request.token_ids.append(token)
-        else:  # from here on it differs from the other samples of its prompt
-            request.token_ids = [*request.token_ids, token]
+        is_first = request.num_output == 0
+        if is_first:  # from here on it differs from the other samples of its prompt
+            request.token_ids = request.token_ids.copy()
             request.keys = request.keys.fork(request.token_ids)
-        reason, stop_reason = self._why_stop(request, token)
-        if reason is not None:
-            self._finish(request, reason)
+        taken: list[int] = []
+        for token in tokens:
+            taken.append(token)
+            request.token_ids.append(token)
+            reason, stop_reason = self._why_stop(request, token)
+            if reason is not None:
+                self._finish(request, reason)
+                break
+        has_prompt = is_first and request.params.prompt_logprobs is not None
         output = StepOutput(
             request.id,
-            [token],
+            taken,
             reason,
             stop_reason,
             request.num_cached or 0,
-            logprobs=None if logprobs is None else [logprobs],
-            prompt_logprobs=(request.prompt_logprobs or []) if self._tells_prompt(request) else None,
+            logprobs=None if logprobs is None else list(logprobs[: len(taken)]),
+            prompt_logprobs=(request.prompt_logprobs or []) if has_prompt else None,
             scheduled_at=request.scheduled_at,
             num_preemptions=request.num_preemptions,
         )
         request.scheduled_at = None
         return output
-
-    @staticmethod
-    def _tells_prompt(request: Request) -> bool:
-        return request.num_output == 1 and request.params.prompt_logprobs is not None
 
     def _why_stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
         num_output, params = request.num_output, request.params
@@ -383,7 +412,7 @@ class Scheduler:
         """Give back row and blocks and wait again, at the old place in the queue."""
         self._let_follow(request)
         self._release(request)
-        request.num_computed = 0
+        request.num_computed, request.drafts = 0, ()
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._wait(request)

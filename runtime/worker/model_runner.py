@@ -26,7 +26,7 @@ from microvllm.ops.attention import AttentionShape
 from microvllm.ops.operators import make_operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs
@@ -249,14 +249,14 @@ class ModelGraphRunner:
         return self._launched(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
 
     def collect(self, step: LaunchedStep) -> StepResult:
-        """Waits for the device. The token is NO_TOKEN for requests that did not sample."""
-        tokens = [NO_TOKEN] * len(step.plan.scheduled)
+        """Waits for the device. There is no token of requests that did not sample."""
+        tokens: list[Sequence[int]] = [()] * len(step.plan.scheduled)
         for index, token in zip(step.order, step.read_tokens(), strict=True):
-            tokens[index] = token
+            tokens[index] = (token,)
         logprobs, prompt_logprobs = {}, {}
         if step.sampled is not None and step.sampled.logprobs is not None:
             entries = step.sampled.logprobs.read()
-            logprobs = {step.order[i]: one for i, one in zip(step.sampled.asked, entries, strict=True)}
+            logprobs = {step.order[i]: (one,) for i, one in zip(step.sampled.asked, entries, strict=True)}
         if step.prompt_logprobs:
             prompt_logprobs = {index: _read(parts) for index, parts in step.prompt_logprobs.items()}
         if self.device_clock is not None:

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from fakes import EOS, VOCAB, Answer, Engine, make_request, run_alone
+from fakes import EOS, VOCAB, Answer, Engine, FakeDrafter, make_request, run_alone
 
 from microvllm.runtime.core.policies import POLICIES
 from microvllm.runtime.request import EngineRequest, FinishReason
@@ -105,15 +105,16 @@ def test_tokens_equal_the_oracle(
         assert scheduler.prefix_hits > warm_hits
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", "async", "drafts"])
 @pytest.mark.parametrize("seed", range(30))
-def test_random_configurations(async_scheduling: bool, seed: int) -> None:
+def test_random_configurations(mode: str, seed: int) -> None:
     """Arrivals and aborts at random moments, in engines of random shape."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 4, 8, 16, 64])
     budget = rng.choice([3, 5, 17, 64])
     engine = Engine(
-        async_scheduling=async_scheduling,
+        drafter=FakeDrafter() if mode == "drafts" else None,
+        async_scheduling=mode == "async",
         block_size=block_size,
         num_blocks=-(-CONTEXT // block_size) + rng.randrange(4),
         max_num_batched_tokens=budget,

@@ -276,12 +276,12 @@ def stop_at_length_one_token_late(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("sync")
 def no_logits_is_a_token(patch: pytest.MonkeyPatch) -> None:
-    take = Scheduler._take_token
+    take = Scheduler._take_tokens
 
-    def mutant(self: Scheduler, request: Request, token: int, *rest: Any) -> StepOutput:
-        return take(self, request, max(token, 0), *rest)
+    def mutant(self: Scheduler, request: Request, tokens: list[int], *rest: Any) -> StepOutput:
+        return take(self, request, [max(token, 0) for token in tokens], *rest)
 
-    patch.setattr(Scheduler, "_take_token", mutant)
+    patch.setattr(Scheduler, "_take_tokens", mutant)
 
 
 # ---- only with a step in flight --------------------------------------------------------------------
@@ -372,13 +372,52 @@ def the_token_of_an_ended_request_is_delivered(patch: pytest.MonkeyPatch) -> Non
 
     def mutant(self: Scheduler, plan: StepPlan, result: StepResult) -> list[StepOutput]:
         ended = [
-            StepOutput(item.request.id, [token], None)
-            for item, token in zip(plan.scheduled, result.tokens, strict=True)
+            StepOutput(item.request.id, list(tokens), None)
+            for item, tokens in zip(plan.scheduled, result.tokens, strict=True)
             if item.samples and item.request.finish_reason is not None
         ]
         return commit(self, plan, result) + ended
 
     patch.setattr(Scheduler, "commit", mutant)
+
+
+# ---- only with drafts ------------------------------------------------------------------------------
+
+
+@mutation("drafts")
+def rejected_drafts_stay_computed(patch: pytest.MonkeyPatch) -> None:
+    settle = Scheduler._settle_drafts
+    patch.setattr(Scheduler, "_settle_drafts", lambda self, request, num: settle(self, request, num - 1))
+
+
+@mutation("drafts")
+def rejected_drafts_keep_their_blocks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCacheManager, "shrink", lambda self, seq_id, num_tokens: None)
+
+
+@mutation("drafts")
+def a_block_of_drafts_is_offered(patch: pytest.MonkeyPatch) -> None:
+    offer = KVCacheManager.cache_blocks
+
+    def mutant(self: KVCacheManager, seq_id: int, keys: PrefixKeys, num_computed: int) -> None:
+        offer(self, seq_id, keys, self._tables[seq_id].num_tokens)
+
+    patch.setattr(KVCacheManager, "cache_blocks", mutant)
+
+
+@mutation("drafts")
+def drafts_go_beyond_the_last_token(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_trim_drafts", lambda self, request, spare: None)
+
+
+@mutation("drafts")
+def tokens_behind_a_stop_are_delivered(patch: pytest.MonkeyPatch) -> None:
+    take = Scheduler._take_tokens
+
+    def mutant(self: Scheduler, request: Request, tokens: list[int], *rest: Any) -> StepOutput:
+        return msgspec.structs.replace(take(self, request, tokens, *rest), token_ids=list(tokens))
+
+    patch.setattr(Scheduler, "_take_tokens", mutant)
 
 
 # ---- the hunt --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from fakes import EOS, VOCAB, Answer, Engine, make_request, run_alone
+from fakes import EOS, VOCAB, Answer, Engine, FakeDrafter, make_request, run_alone
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -62,11 +62,12 @@ class EngineMachine(RuleBasedStateMachine):
     """Drives `EngineCore` on the fake runner; the oracle is each request run alone."""
 
     async_scheduling = False
+    drafter: FakeDrafter | None = None
     steps = 0  # of the engine, of all examples together
 
     @initialize(shape=shapes())
     def start(self, shape: dict[str, object]) -> None:
-        self.engine = Engine(async_scheduling=self.async_scheduling, **shape)
+        self.engine = Engine(drafter=self.drafter, async_scheduling=self.async_scheduling, **shape)
         self.requests: dict[int, EngineRequest] = {}  # every id ever used -> its newest request
         self.live: dict[int, Request] = {}  # what the scheduler still knows
         self.ended: list[Request] = []  # aborted or finished, perhaps with a step in flight
@@ -336,7 +337,11 @@ class AsyncEngineMachine(EngineMachine):
     async_scheduling = True
 
 
-MACHINES = {"sync": EngineMachine, "async": AsyncEngineMachine}
+class DraftingEngineMachine(EngineMachine):
+    drafter = FakeDrafter()
+
+
+MACHINES = {"sync": EngineMachine, "async": AsyncEngineMachine, "drafts": DraftingEngineMachine}
 SETTINGS = settings(
     max_examples=100,
     stateful_step_count=40,
@@ -349,5 +354,5 @@ SETTINGS = settings(
 def test_any_life_of_the_engine(mode: str) -> None:
     machine = MACHINES[mode]
     machine.steps = 0
-    while machine.steps < STEPS // len(MACHINES):
+    while machine.steps < STEPS // 2:
         run_state_machine_as_test(machine, settings=SETTINGS)
