@@ -161,7 +161,9 @@ class EngineCore(Generic[StepT]):
         self._num_steps += 1
         self._num_decode_steps += num_tokens == len(scheduled)
         self._prompt_tokens += sum(
-            max(0, min(item.start + item.num_new, item.request.prompt_len) - item.start) for item in scheduled
+            min(item.num_new, item.request.prompt_len - item.start)
+            for item in scheduled
+            if item.start < item.request.prompt_len
         )
         self._generation_tokens += sum(len(output.token_ids) for output in outputs)
         self.clock.enter("messages")

@@ -167,10 +167,9 @@ class Scheduler:
             missing = request.num_missing
             if missing <= 0:
                 continue
-            others = len(turn) - index - 1
+            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(turn) - index - 1))
             if request.drafts:
-                self._trim_drafts(request, budget - others - 1)
-            num_new = 1 + len(request.drafts) if missing == 1 else self._chunk(missing, budget - others)
+                num_new += self._trim_drafts(request, budget - (len(turn) - index))
             room, preempted = self._make_room(request, num_new)
             self._short_of_blocks |= preempted or not room
             if not room:
@@ -237,15 +236,17 @@ class Scheduler:
             budget = min(budget, limit)
         return min(missing, budget)
 
-    def _trim_drafts(self, request: Request, spare: int) -> None:
+    def _trim_drafts(self, request: Request, spare: int) -> int:
         """Keep the drafts that take no turn, block or token from anyone and may still be an output.
 
-        spare: what the step's budget has beyond one token for each of those that have a turn.
+        spare: what the step's budget has beyond one token for each of those that have a turn. Returns how
+        many are left.
         """
         left = request.max_tokens - request.num_output - 1
         room = min(left, spare, self.kv.num_available - 1)
         # Behind a token in flight they are at the wrong place.
         request.drafts = () if request.num_in_flight or room <= 0 else request.drafts[:room]
+        return len(request.drafts)
 
     def _settle_drafts(self, request: Request, num_rejected: int) -> None:
         """Give the room of rejected drafts back: their positions are computed again."""
@@ -318,7 +319,7 @@ class Scheduler:
         request.num_computed += num_new
         request.steps_in_flight += 1
         num_drafts = len(request.drafts)
-        samples = request.num_computed - num_drafts == request.num_tokens
+        samples = request.num_computed == len(request.token_ids) + request.num_in_flight + num_drafts
         request.num_in_flight += samples
         return ScheduledRequest(request, start, num_new, samples, first_block, blocks, num_drafts)
 
@@ -339,14 +340,14 @@ class Scheduler:
         if is_first:  # from here on it differs from the other samples of its prompt
             request.token_ids = request.token_ids.copy()
             request.keys = request.keys.fork(request.token_ids)
-        taken: list[int] = []
+        token_ids, first = request.token_ids, len(request.token_ids)
         for token in tokens:
-            taken.append(token)
-            request.token_ids.append(token)
+            token_ids.append(token)
             reason, stop_reason = self._why_stop(request, token)
             if reason is not None:
                 self._finish(request, reason)
                 break
+        taken = token_ids[first:]
         has_prompt = is_first and request.params.prompt_logprobs is not None
         output = StepOutput(
             request.id,
