@@ -113,7 +113,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
     # `config` is only here for --help: `Command` has put the file's options into the others.
-    from microvllm.runtime.process.program import EngineProgram
+    from microvllm.runtime.process.spawn import SpawnedEngine
 
     engine = dataclasses.replace(
         engine,
@@ -122,13 +122,13 @@ def serve(
         queue_timeout=queue_timeout,
         request_timeout=request_timeout,
     )
-    with EngineProgram(engine.cpu_threads) as program:
+    with SpawnedEngine(engine.cpu_threads) as spawned:
         from microvllm.openai_compat.config import ServerArgs
         from microvllm.openai_compat.server import serve as serve_http
 
         server_args = ServerArgs(**answers, **server)
         with ProgressLine() as progress:
-            serve_http(engine, server_args, on_progress=progress, program=program)
+            serve_http(engine, server_args, on_progress=progress, spawned=spawned)
 
 
 @app.command(cls=Command)

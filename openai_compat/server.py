@@ -30,7 +30,7 @@ from microvllm.openai_compat.transport.tls import refresh_certificate, tls_conte
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.process.client import EngineClient
-from microvllm.runtime.process.program import STOP_SIGNALS, EngineProgram
+from microvllm.runtime.process.spawn import STOP_SIGNALS, SpawnedEngine
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.text.chat_template import template_problem
 from microvllm.runtime.text.content_format import AUTO
@@ -58,12 +58,12 @@ def serve(
     args: ServerArgs,
     *,
     on_progress: OnProgress | None = None,
-    program: EngineProgram | None = None,
+    spawned: SpawnedEngine | None = None,
     say: Callable[[str], None] = say_plainly,
 ) -> None:
     """Serves until one of `STOP_SIGNALS`, then lets running requests finish and returns.
 
-    `program` is an engine's that runs already, for a start that takes less time.
+    `spawned` is an engine process that runs already, which makes the start shorter.
     `on_progress` is told how far the engine's start has come, `say` the few lines meant for people. The port
     is taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
     during loading ends in `SystemExit` with 128 + its number.
@@ -75,7 +75,7 @@ def serve(
     tls = tls_context(args)
     sock = bind_socket(args)
     try:
-        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, program, say))
+        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, spawned, say))
     finally:
         release_socket(sock, args)
 
@@ -106,11 +106,11 @@ async def _serve(
     sock: socket.socket,
     tls: ssl.SSLContext | None,
     on_progress: OnProgress | None,
-    program: EngineProgram | None,
+    spawned: SpawnedEngine | None,
     say: Callable[[str], None],
 ) -> None:
     signals = Signals()
-    client = await _start_engine(config, args, on_progress, program, signals)
+    client = await _start_engine(config, args, on_progress, spawned, signals)
     try:
         _check_content_format(client, args)
         app = create_app(client, args)
@@ -165,11 +165,11 @@ async def _start_engine(
     config: EngineConfig,
     args: ServerArgs,
     on_progress: OnProgress | None,
-    program: EngineProgram | None,
+    spawned: SpawnedEngine | None,
     signals: Signals,
 ) -> EngineClient:
     start = asyncio.ensure_future(
-        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress, program=program)
+        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress, spawned=spawned)
     )
     stopped = asyncio.ensure_future(signals.wait(1))
     await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)

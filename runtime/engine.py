@@ -18,8 +18,8 @@ from microvllm.runtime.offline.core_thread import CoreThread, OfflineSequence, R
 from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import FinishReason, SamplingParams
+from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor
-from microvllm.runtime.text.output import OutputProcessor, TextDelta
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
@@ -183,7 +183,7 @@ class TextRun:
             if output.request_id not in self.texts:
                 continue
             sequence, text = self.texts[output.request_id]
-            delta = text.take(output)
+            delta = text.process(output)
             if delta.finish_reason is not None:
                 del self.texts[output.request_id]
                 if output.finish_reason is None:  # a stop string, which the engine does not know of

@@ -50,7 +50,7 @@ TEXT = (
 
 
 def run_engine(fd: int) -> None:
-    """The engine process: obeys the commands of the channel, makes tokens out of thin air."""
+    """The engine process: handles the commands of the channel, makes tokens out of thin air."""
     from microvllm.runtime.process.channel import Abort, Add, EngineEnd, Ready, Start, Step
     from microvllm.runtime.request import EngineStats, FinishReason, StepOutput
     from microvllm.runtime.text.tokenizer import Tokenizer
@@ -58,16 +58,16 @@ def run_engine(fd: int) -> None:
     sock = socket.socket(fileno=fd)
     channel = EngineEnd(sock)
     with contextlib.suppress(EOFError, OSError):
-        (start,) = channel.receive(wait=True)
+        (start,) = channel.receive_commands(wait=True)
         if not isinstance(start, Start):
             raise TypeError(f"the first command must be Start, not {type(start).__name__}")
         tokens = Tokenizer.load(Path(start.config.tokenizer_path)).encode(TEXT, add_special_tokens=False)
         interval = 1.0 / float(os.environ["FAKE_STEPS_PER_SECOND"] or "inf")
-        channel.send(Ready(EngineStats(kv_blocks_total=start.config.num_blocks)))
+        channel.send_event(Ready(EngineStats(kv_blocks_total=start.config.num_blocks)))
         left: dict[int, int] = {}
         steps, due, arrived = 0, 0.0, 0
         while True:
-            for command in channel.receive(wait=not left):
+            for command in channel.receive_commands(wait=not left):
                 if isinstance(command, Add):
                     for samples in command.samples():
                         arrived += len(samples)
@@ -85,7 +85,9 @@ def run_engine(fd: int) -> None:
                 else:
                     left[request_id] = remaining - 1
             steps += 1
-            channel.send(Step(outputs, EngineStats(num_running=len(left), requests=arrived, steps=steps)))
+            channel.send_event(
+                Step(outputs, EngineStats(num_running=len(left), requests=arrived, steps=steps))
+            )
             due = max(due + interval, time.monotonic() - interval)
             while left and (late := due - time.monotonic()) > 0:
                 time.sleep(late)
@@ -105,9 +107,9 @@ def unread(sock: socket.socket) -> int:
 def run_server(arguments: list[str]) -> None:
     """The API process: `microvllm serve`, but the engine is the one above."""
     from microvllm.cli import main
-    from microvllm.runtime.process import program
+    from microvllm.runtime.process import spawn
 
-    program.CODE = (
+    spawn.CODE = (
         f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"
         f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')\n"
     )

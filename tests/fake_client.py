@@ -23,8 +23,8 @@ from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineErr
 from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
 from microvllm.runtime.text.chat_template import ChatTemplate, content_text
+from microvllm.runtime.text.detokenizer import REPEATED, TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor
-from microvllm.runtime.text.output import REPEATED, TextDelta
 from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
 
 BOS, EOS = 256, 257

@@ -145,10 +145,10 @@ class ScriptedProcess:
         self.sent: list[Any] = []
         self.died = asyncio.Event()
 
-    def send(self, command: Any) -> None:
+    def send_command(self, command: Any) -> None:
         self.sent.append(command)
 
-    async def hear(self, on_event: Any) -> None:
+    async def read_event(self) -> Any:
         await self.died.wait()
         raise EngineDeadError("dead")
 
@@ -171,7 +171,7 @@ class Script:
         self.clock.now = 1000.0 + at
         values = {name: getattr(self.stats, name) for name in EngineStats.__struct_fields__}
         self.stats = EngineStats(**{**values, "steps": self.stats.steps + 1, **stats})
-        self.client._deliver(Step(list(outputs), self.stats))
+        self.client._handle(Step(list(outputs), self.stats))
 
     def buckets(self, name: str) -> list[int]:
         return self.metrics.histograms[name].cumulative()
@@ -209,7 +209,7 @@ async def script(
 
 
 def token(stream: TokenStream, finish: FinishReason | None = None, **more: Any) -> StepOutput:
-    return StepOutput(stream._id, [70], finish, **more)
+    return StepOutput(stream.request_id, [70], finish, **more)
 
 
 async def test_every_time_of_a_request(script: Script) -> None:
@@ -343,7 +343,7 @@ async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
     (stream,) = script.submit([5] * 8, max_tokens=9)
     now = {"num_running": 1, "kv_blocks_used": 4, "kv_blocks_total": 8, "kv_unused_slots": 7}
     script.step(0.1, {**counted, **now}, token(stream, scheduled_at=1000.0))
-    keeper = asyncio.ensure_future(script.client._keep())
+    serving = asyncio.ensure_future(script.client._serve())
     first.died.set()
     metrics = script.metrics
     await wait_until_async(lambda: metrics.engine_deaths == 1, "the death is known")
@@ -362,7 +362,7 @@ async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
     assert (totals.prefix_queries, totals.preemptions) == (16, 6)
     assert script.seen("iteration_tokens_total") == (2, 20)
     assert "Avg prompt throughput: 1.6 tokens/s" in stats_line(EngineStats(), totals, 10.0)
-    keeper.cancel()
+    serving.cancel()
 
 
 # ---- a real engine process --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from model_tools import long_folder
 from process_tools import own_engines
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.process.channel import Add, Command, Frames, frame
+from microvllm.runtime.process.channel import Add, EngineEnd, frame
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import SamplingParams
 
@@ -108,7 +109,7 @@ COUNTED: list[int] = []
 async def test_parameters_are_checked_once_and_travel_once(
     client: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[Command] = []
+    sent: list[Any] = []
     monkeypatch.setattr(client, "_send", sent.append)
     COUNTED.clear()
     params = CountedParams(n=8, temperature=1.0, seed=3, allowed_token_ids=[3, 4] * 1000, max_tokens=9)
@@ -116,12 +117,13 @@ async def test_parameters_are_checked_once_and_travel_once(
     (message,) = [each for each in sent if isinstance(each, Add)]
     one = len(frame(msgspec.msgpack.Encoder(), Add(message.shared, [])))
     assert one < len(frame(msgspec.msgpack.Encoder(), message)) < one + 400
-    frames: Frames[Command] = Frames(Command)
-    frames.feed(frame(msgspec.msgpack.Encoder(), message))
-    received = frames.take()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(frame(msgspec.msgpack.Encoder(), message))
+        (received,) = EngineEnd(theirs).receive_commands(wait=True)
     assert isinstance(received, Add) and len(COUNTED) == 1
     first, second = received.samples()
-    assert [request.request_id for request in [*first, *second]] == [stream._id for stream in streams]
+    assert [request.request_id for request in [*first, *second]] == [stream.request_id for stream in streams]
     assert [request.seed for request in second] == list(range(3, 11))
     assert {id(request.params.allowed_token_ids) for request in [*first, *second]} == {
         id(received.shared.params.allowed_token_ids)

@@ -12,8 +12,7 @@ from microvllm.runtime.beam_search import Beam, advance, best
 from microvllm.runtime.errors import InvalidRequestError, RequestDeadlineError
 from microvllm.runtime.observer import RequestTiming
 from microvllm.runtime.request import SamplingParams, TokenLogprobs
-from microvllm.runtime.text.detokenizer import Detokenizer
-from microvllm.runtime.text.output import TextDelta
+from microvllm.runtime.text.detokenizer import Detokenizer, TextDelta
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient

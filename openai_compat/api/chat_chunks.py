@@ -13,7 +13,7 @@ from microvllm.openai_compat.api.usage import stream_usage
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.generation import Generation
     from microvllm.openai_compat.api.logprobs import ChatLogprobs
-    from microvllm.runtime.text.output import TextDelta
+    from microvllm.runtime.text.detokenizer import TextDelta
 
 _PLAIN_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_transfer_params":null}\n\n'
 

@@ -13,7 +13,7 @@ from microvllm.openai_compat.api.sse import fingerprint_member
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.generation import Generation, Stream
     from microvllm.runtime.request import TokenLogprobs
-    from microvllm.runtime.text.output import TextDelta
+    from microvllm.runtime.text.detokenizer import TextDelta
 
 _PLAIN_END = (
     b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null,'

@@ -20,7 +20,7 @@ from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_ch
 from microvllm.openai_compat.api.usage import usage
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.text.output import TextDelta
+from microvllm.runtime.text.detokenizer import TextDelta
 
 if TYPE_CHECKING:
     from microvllm.runtime.observer import RequestTiming

@@ -20,7 +20,7 @@ from microvllm.openai_compat.api.usage import usage
 from microvllm.openai_compat.state import ServerState
 
 if TYPE_CHECKING:
-    from microvllm.runtime.text.output import TextDelta
+    from microvllm.runtime.text.detokenizer import TextDelta
 
 
 async def generate(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
     from microvllm.runtime.observer import RequestTiming
     from microvllm.runtime.request import SamplingParams, TokenLogprobs
-    from microvllm.runtime.text.output import TextDelta
+    from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from microvllm.openai_compat.api.generation import Generation
     from microvllm.openai_compat.config import ServerArgs
     from microvllm.openai_compat.transport.lifecycle import Lifecycle
-    from microvllm.runtime.text.output import TextDelta
+    from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
 

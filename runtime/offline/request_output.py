@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from microvllm.runtime.offline.core_thread import OfflineSequence
 from microvllm.runtime.offline.sampling_params import SamplingParams
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.text.output import TextDelta
+from microvllm.runtime.text.detokenizer import TextDelta
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 

@@ -1,7 +1,7 @@
-"""What the API process and the engine process say to each other: msgpack over a unix socket pair.
+"""The messages between the API process and the engine process: msgpack over a unix socket pair.
 
 Every frame is 4 bytes of length (little endian) and one encoded message. No pickle, no TCP port; the
-pair has no name, so nobody else can connect, and either side sees the other's death as end of file.
+pair has no name, so no other process can connect, and the death of either side is an end of file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import select
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -139,37 +138,19 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
 Command = Start | Add | Abort | ResetPrefixCache | StartProfile | StopProfile
 Event = Progress | Ready | Failed | Step | Profiled | Beat
 
-MessageT = TypeVar("MessageT")
-
 
 def frame(encoder: msgspec.msgpack.Encoder, message: Command | Event) -> bytes:
-    """One message with its length in front."""
+    """Encode one message with its length in front."""
     body = encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "little") + body
 
 
-class Frames(Generic[MessageT]):
-    """Messages of one type out of the bytes that arrive."""
-
-    def __init__(self, messages: Any) -> None:
-        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(messages)
-        self._received = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        self._received += data
-
-    def take(self) -> MessageT | None:
-        """The next message, if all of it is here. Raises `EOFError` where there cannot be one."""
-        if len(self._received) < HEADER_BYTES:
-            return None
-        end = HEADER_BYTES + int.from_bytes(self._received[:HEADER_BYTES], "little")
-        if end > MAX_FRAME_BYTES:
-            raise EOFError(f"a frame of {end} bytes")
-        if len(self._received) < end:
-            return None
-        message = self._decoder.decode(self._received[HEADER_BYTES:end])
-        del self._received[:end]
-        return message
+def frame_bytes(header: bytes | bytearray) -> int:
+    """Return the length of a frame's message. Raises `EOFError` for one that no side sends."""
+    size = int.from_bytes(header, "little")
+    if size > MAX_FRAME_BYTES:
+        raise EOFError(f"a frame of {size} bytes")
+    return size
 
 
 class EngineEnd:
@@ -178,25 +159,30 @@ class EngineEnd:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._encoder = msgspec.msgpack.Encoder()
-        self._frames: Frames[Command] = Frames(Command)
+        self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._received = bytearray()
         self._sending = threading.Lock()  # the heartbeat is sent by a thread of its own
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def send(self, event: Event) -> None:
+    def send_event(self, event: Event) -> None:
         """Send one event; may be called by any thread."""
         with self._sending:
             self._sock.sendall(frame(self._encoder, event))
 
-    def receive(self, *, wait: bool) -> list[Command]:
-        """All commands that have arrived; waits for one if there are none and `wait` is set."""
+    def receive_commands(self, *, wait: bool) -> list[Command]:
+        """Return all commands that have arrived. Waits for one if there are none and `wait` is set."""
         commands: list[Command] = []
         while (wait and not commands) or select.select([self._sock], [], [], 0)[0]:
             data = self._sock.recv(1 << 20)
             if not data:
                 raise EOFError("the API process is gone")
-            self._frames.feed(data)
-            while (command := self._frames.take()) is not None:
-                commands.append(command)
+            self._received += data
+            while len(self._received) >= HEADER_BYTES:
+                end = HEADER_BYTES + frame_bytes(self._received[:HEADER_BYTES])
+                if len(self._received) < end:
+                    break
+                commands.append(self._decoder.decode(self._received[HEADER_BYTES:end]))
+                del self._received[:end]
         return commands

@@ -1,6 +1,6 @@
-"""The async client of the engine process: starts it, talks to it, starts it again when it dies.
+"""The async client of the engine process: starts it, sends requests, and restarts it when it dies.
 
-Imports no torch. One `EngineClient` a server; one `TokenStream` a sequence.
+Imports no torch. One `EngineClient` per server, one `TokenStream` per sequence.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.errors import (
-    EngineDeadError,
-    EngineError,
-    InvalidRequestError,
-    RequestError,
-)
-from microvllm.runtime.machine import return_freed_memory, usable_cores
+from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.process.admission import Admission, QueueFullError
 from microvllm.runtime.process.channel import (
@@ -37,33 +32,26 @@ from microvllm.runtime.process.channel import (
     StopProfile,
 )
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
-from microvllm.runtime.process.heartbeat import Watch
-from microvllm.runtime.process.program import EngineProgram
+from microvllm.runtime.process.heartbeat import Watch, longest_step_s
+from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
-from microvllm.runtime.text.chat_template import ChatTemplate
-from microvllm.runtime.text.input_processor import InputProcessor
-from microvllm.runtime.text.output import OutputProcessor, TextDelta
-from microvllm.runtime.text.template_process import SandboxProcesses
+from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
+from microvllm.runtime.text.input_processor import InputProcessor, load_text
 from microvllm.runtime.text.tokenizer import Tokenizer
-from microvllm.runtime.text.tokenizer_files import loadable_path
 
 logger = logging.getLogger("microvllm.engine")
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# A step that takes longer than this, and than the largest one would on a very slow machine, hangs.
-LONGEST_STEP_S = 60.0
-SLOWEST_FLOPS = 1e10
 WATCH_INTERVAL_S = 1.0
 EXIT_S = 3.0  # time for the engine process to leave after its socket was closed
 MAX_NAMED = 100  # ids in one line of the log
 RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 # For tokenising and templating. 250 prompts of 600 tokens that come at once are a second's work for one.
 WORKER_THREADS = max(2, min(8, usable_cores() // 2))
-
 
 # Deltas that wait for their consumer one by one: more than a busy event loop is ever behind a fast engine.
 MAX_BACKLOG = 64
@@ -72,32 +60,32 @@ PROMPTS_AT_ONCE = 16
 
 
 class TokenStream(TrackedSequence):
-    """The output of one sequence: an async iterator of `TextDelta`, one a step of the engine.
+    """The output of one sequence: an async iterator of `TextDelta`, one per step of the engine.
 
-    Beyond `MAX_BACKLOG` waiting deltas, what arrives is merged into the last one, so that a client that has
-    stopped reading costs bounded memory and never holds up the engine.
+    Beyond `MAX_BACKLOG` waiting deltas, new ones are merged into the last, so that a client that has stopped
+    reading costs bounded memory and never holds up the engine.
     """
 
     def __init__(self, client: EngineClient, request: EngineRequest, group: SampleGroup) -> None:
         super().__init__(request, group, time.monotonic())
-        # One entry a prompt token from the second on, if asked for; there when the first delta is.
+        # One entry per prompt token from the second on, if requested; set when the first delta is.
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._client = client
-        self._id = request.request_id
+        self.request_id = request.request_id
         self._request = request
-        self._text: OutputProcessor | None = None  # made for the first output: most of a queue never needs it
+        self._text: OutputProcessor | None = None  # made for the first output: a queued request has none
         # A deque would take 0.7 KB in every waiting request.
         self._pending: list[TextDelta] = []
         self._error: EngineError | RequestError | None = None
         self._ended = False
-        self._queued = True  # as far as is known here: until the first output
-        self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while there is nothing for it
+        self._queued = True  # until the first output
+        self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while nothing is pending
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> TextDelta:
-        """The next delta. Raises `EngineError` or `RequestError`, by whose fault the request failed."""
+        """Return the next delta. Raises `EngineError` or `RequestError` when the request failed."""
         while not self._pending:
             if self._error is not None:
                 raise self._error
@@ -110,25 +98,26 @@ class TokenStream(TrackedSequence):
     def abort(self) -> None:
         """End the request now; its blocks are free within one step. May be called at any time."""
         if not self._ended:
-            self._client._abort(self._id)
+            self._client.abort_request(self.request_id)
             self._end("abort")
         self._wake()
 
-    def _take(self, output: StepOutput, now: float) -> None:
+    def on_output(self, output: StepOutput, now: float) -> None:
+        """Turn the output of a step into a delta and wake the consumer."""
         if self._queued:
             self._queued = False
-            self._client._admission.leave(len(self.prompt_token_ids), started=bool(output.token_ids))
+            self._client.admission.leave(len(self.prompt_token_ids), started=bool(output.token_ids))
         try:
             if self._text is None:
                 self._text = OutputProcessor(self._client.tokenizer, self._request)
-            delta = self._text.take(output)
+            delta = self._text.process(output)
         except (EngineError, RequestError) as error:
-            self._fail(error)
+            self.fail(error)
             return
         except Exception as error:  # this request's text logic failed: no other request is concerned
-            logger.exception("Detokenising request %d failed.", self._id)
-            self._client._abort(self._id)
-            self._fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
+            logger.exception("Detokenising request %d failed.", self.request_id)
+            self._client.abort_request(self.request_id)
+            self.fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
             return
         self.count(output, len(delta.token_ids), now, self._client.observer)
         if output.prompt_logprobs is not None:
@@ -139,9 +128,9 @@ class TokenStream(TrackedSequence):
             self._pending[-1].merge(delta)
         if delta.finish_reason is not None:
             if output.finish_reason is None:  # a stop string: the engine does not know yet
-                self._client._abort(self._id)
+                self._client.abort_request(self.request_id)
             else:
-                self._client._forget(self._id)
+                self._client.forget_request(self.request_id)
             self._end(delta.finish_reason)
         self._wake()
 
@@ -150,8 +139,9 @@ class TokenStream(TrackedSequence):
         if waiter is not None and not waiter.done():  # done: its consumer was cancelled
             waiter.set_result(None)
 
-    def _fail(self, error: EngineError | RequestError) -> None:
-        self._client._forget(self._id)
+    def fail(self, error: EngineError | RequestError) -> None:
+        """End the request with an error, which its consumer gets after the deltas before it."""
+        self._client.forget_request(self.request_id)
         self._error = error
         self._end(error.reason)
         self._wake()
@@ -160,7 +150,7 @@ class TokenStream(TrackedSequence):
         self._ended = True
         if self._queued:
             self._queued = False
-            self._client._admission.leave(len(self.prompt_token_ids), started=False)
+            self._client.admission.leave(len(self.prompt_token_ids), started=False)
         self.end(reason, self._client.observer)
 
 
@@ -182,14 +172,14 @@ class EngineClient:
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._chat_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="chat")
         self._streams: dict[int, TokenStream] = {}
-        self._admission = Admission(config)
+        self.admission = Admission(config)
         self._aborted: list[int] = []  # not sent yet
         self._submitted = 0  # to the engine process that runs now
         self._process: EngineProcess | None = None
-        self._profiling: deque[asyncio.Future[Profiled]] = deque()  # answers that are still to come
+        self._profiling: deque[asyncio.Future[Profiled]] = deque()  # pending answers
         self._ready = False
         self._watch = Watch(0, 0.0)  # of the process that runs now
-        self._keepers: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def start(
@@ -198,17 +188,17 @@ class EngineClient:
         *,
         chat_template: str | None = None,
         on_progress: OnProgress | None = None,
-        program: EngineProgram | None = None,
+        spawned: SpawnedEngine | None = None,
     ) -> EngineClient:
         """Start the engine process, load the tokenizer meanwhile, wait until the model is ready.
 
-        The engine process is that of `program` if one runs already. `chat_template` is used in place of the
-        model's own. Raises `ConfigError` with one line when the model or the tokenizer cannot be loaded,
-        `EngineError` when the engine process dies while loading.
+        `spawned` is an engine process that runs already. `chat_template` replaces the model's own. Raises
+        `ConfigError` with one line when the model or the tokenizer cannot be loaded, `EngineError` when the
+        engine process dies while loading.
         """
-        starting = asyncio.ensure_future(EngineProcess.start(config, on_progress, program))
+        starting = asyncio.ensure_future(EngineProcess.start(config, on_progress, spawned))
         try:
-            text = await asyncio.get_running_loop().run_in_executor(None, _load_text, config, chat_template)
+            text = await asyncio.get_running_loop().run_in_executor(None, load_text, config, chat_template)
             process = await starting
         except BaseException:
             starting.cancel()
@@ -218,7 +208,10 @@ class EngineClient:
             raise
         client = cls(config, *text)
         client._use(process)
-        client._keepers = [asyncio.ensure_future(client._keep()), asyncio.ensure_future(client._guard())]
+        client._tasks = [
+            asyncio.ensure_future(client._serve()),
+            asyncio.ensure_future(client._watch_engine()),
+        ]
         return client
 
     def healthy(self) -> bool:
@@ -227,21 +220,20 @@ class EngineClient:
 
     async def wait_given_up(self) -> None:
         """Wait until the engine cannot be started again: raises `EngineError` then."""
-        await asyncio.shield(self._keepers[0])
+        await asyncio.shield(self._tasks[0])
 
     async def run_blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a slow function in a worker thread."""
-        return await self._run_in(self._workers, _Call(function, args, kwargs))
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, call)
 
     async def run_rendering(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that renders a chat template, in threads which only such functions can hold up.
+        """Run a function that renders a chat template, in threads of its own.
 
-        A template that is at work until it is stopped delays chats, but nothing else.
+        A template that runs until its deadline delays chats, but nothing else.
         """
-        return await self._run_in(self._chat_workers, _Call(function, args, kwargs))
-
-    async def _run_in(self, workers: ThreadPoolExecutor, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(workers, call)
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._chat_workers, call)
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
@@ -281,9 +273,9 @@ class EngineClient:
 
     def check_room(self, count: int = 1, tokens: int = 1) -> None:
         """Raise `EngineBusyError` unless `count` sequences, `tokens` in their prompts, may join the queue."""
-        on_their_way = self._submitted - self.stats.requests
+        in_flight = self._submitted - self.stats.requests
         try:
-            self._admission.check(self.stats, on_their_way + count, tokens)
+            self.admission.check(self.stats, in_flight + count, tokens)
         except QueueFullError as error:
             self.observer.rejected(error.option)
             raise
@@ -301,9 +293,9 @@ class EngineClient:
         for samples in prompts:
             group = SampleGroup(len(samples), len(samples))
             streams += [TokenStream(self, request, group) for request in samples]
-        self._streams.update((stream._id, stream) for stream in streams)
+        self._streams.update((stream.request_id, stream) for stream in streams)
         for stream in streams:
-            self._admission.enter(len(stream.prompt_token_ids))
+            self.admission.enter(len(stream.prompt_token_ids))
         self._send(Add.of(prepared, prompts))
         return streams
 
@@ -339,21 +331,20 @@ class EngineClient:
         while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._ready = False
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all(EngineDeadError("The server is shutting down."))
         if self._process is not None:
             await self._process.end(EXIT_S)
         for workers in (self._workers, self._chat_workers):
             workers.shutdown(wait=False, cancel_futures=True)
 
-    # ---- what streams call ---------------------------------------------------------------------
-
-    def _abort(self, request_id: int) -> None:
+    def abort_request(self, request_id: int) -> None:
+        """Send an abort for a stream that has ended by itself."""
         if self._streams.pop(request_id, None) is None:
             return
-        if not self._aborted:  # thousands of a request's sequences may end together: one message
+        if not self._aborted:  # thousands of sequences may end together: one message
             asyncio.get_running_loop().call_soon(self._send_aborted)
         self._aborted.append(request_id)
 
@@ -361,38 +352,40 @@ class EngineClient:
         aborted, self._aborted = self._aborted, []
         self._send(Abort(aborted))
 
-    def _forget(self, request_id: int) -> None:
+    def forget_request(self, request_id: int) -> None:
+        """Drop a stream whose request the engine has ended."""
         self._streams.pop(request_id, None)
 
     # ---- the engine process --------------------------------------------------------------------
 
     def _use(self, process: EngineProcess) -> None:
         self._process, self.stats = process, process.first_stats
-        longest_step_s = LONGEST_STEP_S + _step_flops(self.config) / SLOWEST_FLOPS
-        self._submitted, self._watch, self._ready = 0, Watch(process.pid, longest_step_s), True
-        self._admission.restart()
+        self._watch = Watch(process.pid, longest_step_s(self.config))
+        self._submitted, self._ready = 0, True
+        self.admission.restart()
 
     def _send(self, command: Command) -> None:
         if self._process is not None:
-            self._process.send(command)
+            self._process.send_command(command)
 
-    async def _keep(self) -> None:
-        """Deliver step after step; when the engine dies, tell everyone and start another."""
+    async def _serve(self) -> None:
+        """Handle the engine's events; when the process dies, fail all open requests and start another."""
         while self._process is not None:
             try:
-                await self._process.hear(self._deliver)
+                while True:
+                    self._handle(await self._process.read_event())
             except EngineDeadError:
                 pass
             except Exception:
-                logger.exception("What the engine process said was not understood.")
+                logger.exception("An event of the engine process could not be handled.")
             self._ready = False
             self._fail_all(EngineDeadError(DEAD))
             self.observer.stopped()
             logger.error("%s%s", DEAD, await self._process.end())
             self._use(await self._restart())
 
-    async def _guard(self) -> None:
-        """End an engine that is frozen or hangs; it is then started again like one that died."""
+    async def _watch_engine(self) -> None:
+        """Kill an engine that is frozen or hangs; it is then started again like one that died."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if not self._ready or self._process is None:
@@ -407,7 +400,7 @@ class EngineClient:
                 )
                 await self._process.kill_with_stacks()
 
-    def _deliver(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         if isinstance(event, Profiled):
             answer = self._profiling.popleft()
             if not answer.done():  # done: its client has left
@@ -418,16 +411,16 @@ class EngineClient:
             return
         self._watch.step()
         self.stats, now = event.stats, time.monotonic()
-        self._admission.step(event.stats, now)
+        self.admission.step(event.stats, now)
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                stream._take(output, now)
+                stream.on_output(output, now)
         self.observer.step(event.stats)
 
     def _fail_all(self, error: EngineError) -> None:
         for stream in list(self._streams.values()):
-            stream._fail(error)
+            stream.fail(error)
         while self._profiling:
             answer = self._profiling.popleft()
             if not answer.done():
@@ -452,37 +445,6 @@ class EngineClient:
 
 def _named(streams: Collection[TokenStream]) -> str:
     """The requests that were running, by id."""
-    ids = list(dict.fromkeys(stream.name or str(stream._id) for stream in streams))
+    ids = list(dict.fromkeys(stream.name or str(stream.request_id) for stream in streams))
     more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
     return f"{len(ids)} requests: {', '.join(ids[:MAX_NAMED])}{more}" if ids else "no requests"
-
-
-class _Call:
-    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self._function, self._args, self._kwargs = function, args, kwargs
-
-    def __call__(self) -> Any:
-        return self._function(*self._args, **self._kwargs)
-
-
-def _load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, InputProcessor, str]:
-    path = Path(config.tokenizer_path)
-    tokenizer = Tokenizer.load(path)
-    root = loadable_path(tokenizer, path, config.spec.max_position)
-    template = None
-    if chat_template is not None:
-        template = ChatTemplate(chat_template, tokenizer.special_tokens, SandboxProcesses())
-    processor = InputProcessor(config, tokenizer, template)
-    if processor.template is not None and (problem := processor.template.error):
-        logger.warning("Chat is not available: %s", problem)
-    return_freed_memory()  # the vocabulary as it was read
-    return tokenizer, processor, root
-
-
-def _step_flops(config: EngineConfig) -> float:
-    """Operations of the largest step: two for each weight and token."""
-    spec = config.spec
-    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
-    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
-    return 2.0 * config.max_num_batched_tokens * weights

@@ -1,7 +1,7 @@
-"""The engine in its own process: commands in, one message a step out.
+"""The main program of the engine process: reads commands, steps the engine, sends one message per step.
 
-Started by `runtime.program`, which passes the file descriptor of its end of a socket pair. It ends when
-the other end closes, so no engine outlives its server.
+Started by `SpawnedEngine`, which passes the file descriptor of one end of a socket pair. It ends when the
+other end closes, so no engine outlives its server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from microvllm.runtime.process.channel import (
     StopProfile,
 )
 from microvllm.runtime.process.heartbeat import Heartbeat, print_stacks_on_signal
-from microvllm.runtime.process.program import STOP_SIGNALS
+from microvllm.runtime.process.spawn import STOP_SIGNALS
 from microvllm.runtime.profiler import Profiler, ProfilerStateError
 from microvllm.runtime.request import StepOutput
 
@@ -53,27 +53,27 @@ def main() -> None:
     # may go, so that running requests can be finished.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `EngineProgram` has blocked them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `SpawnedEngine` has blocked them
     print_stacks_on_signal()
     channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
     heartbeat = Heartbeat(channel)
     gc.disable()  # until the model is loaded: nothing of what is imported is ever freed
-    # Torch takes longest: after the signals are set, and before it is known what to load.
+    # Torch takes longest, so it is imported before `Start` arrives; the signals are set by then.
     importlib.import_module("microvllm.runtime.worker.model_runner")
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        (start,) = channel.receive(wait=True)
+        (start,) = channel.receive_commands(wait=True)
         if not isinstance(start, Start):
             raise TypeError(f"the first command must be Start, not {type(start).__name__}")
         try:
             core = _load(start.config, channel)
         except ConfigError as error:
-            channel.send(Failed(str(error), error.remedy))
+            channel.send_event(Failed(str(error), error.remedy))
             return
         except (MemoryError, RuntimeError) as error:  # torch reports what it cannot allocate as the latter
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            channel.send(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
+            channel.send_event(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
             return
-        channel.send(Ready(core.stats()))
+        channel.send_event(Ready(core.stats()))
         heartbeat.begin()
         _run(core, channel, heartbeat)
 
@@ -87,14 +87,14 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
         nonlocal sent
         if done in (0, total) or time.monotonic() - sent > PROGRESS_INTERVAL_S:
             sent = time.monotonic()
-            channel.send(Progress(what, done, total, note))
+            channel.send_event(Progress(what, done, total, note))
 
     runner = ModelGraphRunner(config, progress)
     return EngineCore(runner.config, runner)
 
 
 def _run(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
-    # What is alive now lives for ever: the collector need not walk it again and again.
+    # What is alive now stays alive: frozen, it costs the collector nothing.
     gc.collect()
     return_freed_memory()  # the weights as they were read: they lie packed elsewhere
     gc.freeze()
@@ -115,27 +115,27 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartb
             core.report.write_if_due(resting)
         core.clock.enter("idle" if resting else "messages")
         heartbeat.resting = resting
-        commands = channel.receive(wait=resting)
+        commands = channel.receive_commands(wait=resting)
         heartbeat.resting = False
         core.clock.enter("messages")
         for command in commands:
             if isinstance(command, StartProfile | StopProfile):
-                channel.send(_profile(profiler, command))
+                channel.send_event(_profile(profiler, command))
             else:
-                outputs += _obey(core, command)
+                outputs += _handle(core, command)
         worked = core.has_work()
         with profiler.step():
             outputs += core.step()
         # A step without outputs (a chunk of a prefill) is sent too: it shows that the step loop moves.
-        channel.send(Step(outputs, core.stats()))
+        channel.send_event(Step(outputs, core.stats()))
         if worked and not core.has_work():
             core.scheduler.check()
             if core.config.device == "cpu":
                 return_freed_memory()  # the activations of long prompts
 
 
-def _obey(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:
-    """Carry out a command -> outputs of requests that were refused."""
+def _handle(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:
+    """Execute a command; returns the outputs of requests that were refused."""
     if isinstance(command, Add):
         return [refusal for samples in command.samples() for refusal in core.add_samples(samples)]
     if isinstance(command, Abort):

@@ -1,65 +1,74 @@
-"""Starts an engine process and holds our end of the channel to it. Imports no torch."""
+"""Starts an engine process and holds the server's end of the channel to it. Imports no torch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import subprocess
-from collections.abc import Callable
 
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
-from microvllm.runtime.process.channel import Command, Event, Failed, Frames, Progress, Ready, Start, frame
+from microvllm.runtime.process.channel import (
+    HEADER_BYTES,
+    Command,
+    Event,
+    Failed,
+    Progress,
+    Ready,
+    Start,
+    frame,
+    frame_bytes,
+)
 from microvllm.runtime.process.heartbeat import STACKS_SIGNAL, threads_of
-from microvllm.runtime.process.program import EngineProgram
+from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineStats
 
 logger = logging.getLogger("microvllm.engine")
 
+READ_BUFFER_BYTES = 1 << 20
 STACKS_S = 1.0  # for the stacks to be written
 DEAD = "The engine process died; it is being started again."
 
 
-class EngineProcess(asyncio.Protocol):
+class EngineProcess:
     """One engine process, alive until `end`; made by `start`."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.first_stats = EngineStats()
         self._process = process
-        self._transport: asyncio.Transport
+        self._reader, self._writer = reader, writer
         self._encoder = msgspec.msgpack.Encoder()
-        self._frames: Frames[Event] = Frames(Event)
-        self._on_event: Callable[[Event], bool | None] | None = None
-        self._heard: asyncio.Future[None]  # done when whoever hears need not any more, or cannot
-        self._gone = False
+        self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
     @classmethod
     async def start(
         cls,
         config: EngineConfig,
         on_progress: OnProgress | None = None,
-        program: EngineProgram | None = None,
+        spawned: SpawnedEngine | None = None,
     ) -> EngineProcess:
-        """A process that has loaded the model: the given program's, which is taken, or a new one's.
+        """Load the model in `spawned`, or in a new process, and return once it is ready.
 
         Raises `ConfigError` with the engine's own line if it cannot load, `EngineError` if it dies.
         """
-        process, ours = (program or EngineProgram(config.cpu_threads)).take()
-        engine = cls(process)
+        process, sock = (spawned or SpawnedEngine(config.cpu_threads)).detach()
         try:
             # From here on only the loop may close the socket: it would go on watching the number, and
-            # be deaf to the next socket that gets it.
-            await asyncio.get_running_loop().create_unix_connection(lambda: engine, sock=ours)
+            # miss the events of the next socket that gets it.
+            streams = await asyncio.open_unix_connection(sock=sock, limit=READ_BUFFER_BYTES)
         except BaseException:
             process.kill()
             process.wait()
             raise
+        engine = cls(process, *streams)
         try:
-            engine.send(Start(config))
-            await engine._await_ready(on_progress)
+            engine.send_command(Start(config))
+            await engine.wait_ready(on_progress)
         except EngineDeadError:
             ending = await engine.end()
             raise EngineError(f"the engine process died while it was loading the model{ending}") from None
@@ -72,59 +81,34 @@ class EngineProcess(asyncio.Protocol):
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, command: Command) -> None:
-        """Never blocks; what is sent to a dead process is lost."""
-        if not self._transport.is_closing():
-            self._transport.write(frame(self._encoder, command))
+    def send_command(self, command: Command) -> None:
+        """Send without blocking. A command to a dead process is lost."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(self._encoder, command))
 
-    async def hear(self, on_event: Callable[[Event], bool | None]) -> None:
-        """Hand over every event as it arrives, until the function says that this was the last one.
-
-        It is called where the event arrives: to wake a task for each would take longer than the rest. Raises
-        what it raises, and `EngineDeadError` when there will be no more events.
-        """
-        self._on_event, self._heard = on_event, asyncio.get_running_loop().create_future()
+    async def read_event(self) -> Event:
+        """Return the next event. Raises `EngineDeadError` when there will be none."""
         try:
-            self._hand_over()
-            if self._gone and not self._heard.done():
-                raise EngineDeadError(DEAD)
-            await self._heard
-        finally:
-            self._on_event = None
+            size = frame_bytes(await self._reader.readexactly(HEADER_BYTES))
+            return self._decoder.decode(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, OSError):
+            raise EngineDeadError(DEAD) from None
 
-    def _hand_over(self) -> None:
-        try:
-            while self._on_event is not None and not self._heard.done():
-                event = self._frames.take()
-                if event is None:
-                    break
-                if self._on_event(event):
-                    self._heard.set_result(None)
-        except Exception as error:
-            self._heard.set_exception(error)
-
-    # ---- what the event loop calls -------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._frames.feed(data)
-        self._hand_over()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._gone = True
-        if self._on_event is not None and not self._heard.done():
-            self._heard.set_exception(EngineDeadError(DEAD))
-
-    # ---- its end -------------------------------------------------------------------------------
+    async def wait_ready(self, on_progress: OnProgress | None) -> None:
+        """Read events until the model is loaded. Raises `ConfigError` if it cannot be."""
+        while not isinstance(event := await self.read_event(), Ready):
+            if isinstance(event, Failed):
+                raise ConfigError(event.message, remedy=event.remedy)
+            if isinstance(event, Progress) and on_progress is not None:
+                on_progress(event.what, event.done, event.total, event.note)
+        self.first_stats = event.stats
 
     def kill(self) -> None:
-        """End the process this instant; `hear` then raises."""
+        """Kill the process; `read_event` then raises."""
         self._process.kill()
 
     async def kill_with_stacks(self) -> None:
-        """Let the process print the stacks of its threads on stderr, then end it; `hear` then raises."""
+        """Make the process print the stacks of its threads on stderr, then kill it."""
         states, _ = threads_of(self.pid)
         if states and not set(states) - set("Tt"):
             logger.error("The engine process is stopped (SIGSTOP or a debugger): it cannot print its stacks.")
@@ -134,29 +118,16 @@ class EngineProcess(asyncio.Protocol):
             await asyncio.sleep(STACKS_S)
         self.kill()
 
-    async def end(self, patience_s: float = 0.1) -> str:
-        """Close the channel, wait, kill if need be -> " (how the process ended)"."""
-        self._transport.close()
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._wait, patience_s))
+    async def end(self, timeout_s: float = 0.1) -> str:
+        """Close the channel, wait, kill the process if need be -> " (how the process ended)"."""
+        self._writer.close()
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._wait, timeout_s))
 
-    def _wait(self, patience_s: float) -> str:
+    def _wait(self, timeout_s: float) -> str:
         try:
-            code = self._process.wait(timeout=patience_s)
+            code = self._process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             return ""
         return f" (exit status {code})" if code >= 0 else f" (killed by signal {-code})"
-
-    async def _await_ready(self, on_progress: OnProgress | None) -> None:
-        def on_event(event: Event) -> bool:
-            if isinstance(event, Progress) and on_progress is not None:
-                on_progress(event.what, event.done, event.total, event.note)
-            elif isinstance(event, Failed):
-                raise ConfigError(event.message, remedy=event.remedy)
-            elif isinstance(event, Ready):
-                self.first_stats = event.stats
-                return True
-            return False
-
-        await self.hear(on_event)

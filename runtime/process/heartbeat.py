@@ -1,4 +1,4 @@
-"""Detects an engine process that is frozen, one whose step hangs, and, the other way round, a lost server.
+"""Detects a frozen engine process, a step that hangs and, from the engine's side, a server that is gone.
 
 The engine process beats from a thread of its own, so neither a step of a minute on a slow processor nor a
 request-free hour is silence. Silence alone proves nothing on a machine with fifty other loads: the process
@@ -18,11 +18,15 @@ import threading
 import time
 from pathlib import Path
 
+from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.process.channel import Beat, EngineEnd
 
 BEAT_S = 1.0
 FROZEN_S = 6.0  # with the last beat's age, the tick and the first request of a probe below 10 s
 EXIT_S = 2.0  # for the main thread to end by itself when the server is gone
+# A step that takes longer than this, and than the largest one would on a very slow machine, hangs.
+LONGEST_STEP_S = 60.0
+SLOWEST_FLOPS = 1e10
 STACKS_SIGNAL = getattr(signal, "SIGUSR1", None)
 
 
@@ -48,7 +52,7 @@ class Heartbeat:
         while not hangup.poll(BEAT_S * 1000):
             if self._beating:
                 with contextlib.suppress(OSError):  # the server is gone, which the next poll reports
-                    self._channel.send(Beat(self.resting))
+                    self._channel.send_event(Beat(self.resting))
         # While a model loads, or a long step runs, the main thread does not read its socket.
         time.sleep(EXIT_S)
         os._exit(0)
@@ -60,6 +64,15 @@ def print_stacks_on_signal() -> None:
         return
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL)
+
+
+def longest_step_s(config: EngineConfig) -> float:
+    """Return how many seconds a step may take: two operations per weight and token, on a slow machine."""
+    spec = config.spec
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
+    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+    return LONGEST_STEP_S + 2.0 * config.max_num_batched_tokens * weights / SLOWEST_FLOPS
 
 
 class Watch:

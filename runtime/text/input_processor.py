@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,15 +18,37 @@ import msgspec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.generation_config import GENERATION_FIELDS
+from microvllm.runtime.machine import return_freed_memory
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.template_process import SandboxProcesses
 from microvllm.runtime.text.tokenizer import Tokenizer
+from microvllm.runtime.text.tokenizer_files import loadable_path
+
+logger = logging.getLogger("microvllm.engine")
 
 _NO_TEMPLATE = (
     "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
     "template: this model has none, and the server was started without --chat-template."
 )
+
+
+def load_text(config: EngineConfig, chat_template: str | None) -> tuple[Tokenizer, InputProcessor, str]:
+    """Load the tokenizer; returns it, its processor and a folder that transformers can load it from.
+
+    `chat_template` replaces the model's own.
+    """
+    path = Path(config.tokenizer_path)
+    tokenizer = Tokenizer.load(path)
+    root = loadable_path(tokenizer, path, config.spec.max_position)
+    template = None
+    if chat_template is not None:
+        template = ChatTemplate(chat_template, tokenizer.special_tokens, SandboxProcesses())
+    processor = InputProcessor(config, tokenizer, template)
+    if processor.template is not None and (problem := processor.template.error):
+        logger.warning("Chat is not available: %s", problem)
+    return_freed_memory()  # the vocabulary as it was read
+    return tokenizer, processor, root
 
 
 class InputProcessor:

@@ -26,7 +26,7 @@ from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
-from microvllm.runtime.text.output import OutputProcessor, TextDelta
+from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
 
 PATHS = ("/generate", "/generate_stream")
 CHINESE = "写一个 Java 版本的文件上传代码"

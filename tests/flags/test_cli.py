@@ -34,7 +34,7 @@ from microvllm.openai_compat.flags.option_values import human_int
 from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.process import program
+from microvllm.runtime.process import spawn
 
 MICROVLLM = str(Path(sys.executable).with_name("microvllm"))
 DEMO = "smollm2-135m-instruct"
@@ -74,7 +74,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[EngineArgs,
     calls: list[tuple[EngineArgs, ServerArgs]] = []
     for name in ("MICROVLLM_API_KEY", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(program, "EngineProgram", lambda cpu_threads: contextlib.nullcontext())
+    monkeypatch.setattr(spawn, "SpawnedEngine", lambda cpu_threads: contextlib.nullcontext())
     monkeypatch.setattr(server, "serve", lambda config, args, **_: calls.append((config, args)))
     yield calls
 

@@ -109,7 +109,7 @@ def test_a_stream_gives_every_token_with_its_text(engine: InferenceEngine) -> No
 def test_multi_byte_text_comes_whole(engine: InferenceEngine) -> None:
     """Every possible cut: characters of 1 to 4 bytes, each byte a token."""
     from microvllm.runtime.request import StepOutput
-    from microvllm.runtime.text.output import OutputProcessor
+    from microvllm.runtime.text.detokenizer import OutputProcessor
 
     text = "aé€🙂世界"
     ids = engine.tokenizer.encode(text)

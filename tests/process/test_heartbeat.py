@@ -20,7 +20,7 @@ from process_tools import PATIENCE_S, alive, stopped, wait_until, wait_until_asy
 
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineDeadError
-from microvllm.runtime.process import heartbeat, program
+from microvllm.runtime.process import heartbeat, spawn
 from microvllm.runtime.process.channel import Start, frame
 from microvllm.runtime.process.client import EngineClient, TokenStream
 from microvllm.runtime.process.heartbeat import FROZEN_S, Watch, threads_of
@@ -63,11 +63,11 @@ def make_config() -> EngineConfig:
 @contextlib.asynccontextmanager
 async def started(patch: pytest.MonkeyPatch, action: str | None = None) -> AsyncIterator[EngineClient]:
     """A client whose first engine process does `action` in the second step of the first request."""
-    code = program.CODE
+    code = spawn.CODE
     if action is not None:
-        patch.setattr(program, "CODE", code.replace("main()\n", PATCHED.format(action=action)))
+        patch.setattr(spawn, "CODE", code.replace("main()\n", PATCHED.format(action=action)))
     client = await EngineClient.start(make_config())
-    patch.setattr(program, "CODE", code)
+    patch.setattr(spawn, "CODE", code)
     try:
         yield client
     finally:
@@ -129,7 +129,7 @@ async def test_a_step_that_hangs_leaves_its_stacks(
         assert engine_pid(client) != pid
     stacks = capfd.readouterr().err
     assert "in patched" in stacks and "heartbeat.py" in stacks, "one of the threads is missing"
-    assert "in one step for" in caplog.text and f"killed with 1 requests: {stream._id}." in caplog.text
+    assert "in one step for" in caplog.text and f"killed with 1 requests: {stream.request_id}." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ async def test_an_idle_engine_stays_healthy(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("wait_for", ["torch", "the model"])
 async def test_a_loading_engine_ends_with_its_server(wait_for: str) -> None:
     """As after kill -9: the other end of the socket is closed, and nobody kills the engine."""
-    code = program.CODE
+    code = spawn.CODE
     if wait_for == "the model":  # which takes longer than the test's patience
         code = code.replace("main()\n", ENDLESS_LOAD)
     ours, theirs = socket.socketpair()

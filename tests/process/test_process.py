@@ -31,9 +31,9 @@ from microvllm.runtime.errors import (
 )
 from microvllm.runtime.process.channel import Ready, Start, Step, frame
 from microvllm.runtime.process.client import MAX_BACKLOG, EngineClient, TokenStream
-from microvllm.runtime.process.program import EngineProgram
+from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.request import EngineStats, SamplingParams
-from microvllm.runtime.text.output import TextDelta
+from microvllm.runtime.text.detokenizer import TextDelta
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -401,7 +401,7 @@ async def test_the_queue_is_counted_while_requests_are_on_their_way(narrow: Engi
     await anext(running)
     earlier = narrow.stats
     waiting = [narrow.submit(PROMPT, params(5))[0] for _ in range(2)]
-    narrow._deliver(Step([], earlier))
+    narrow._handle(Step([], earlier))
     with pytest.raises(EngineBusyError):
         narrow.submit(PROMPT, params(5))
     running.abort()
@@ -478,16 +478,16 @@ async def test_no_engine_outlives_its_parent(parent: Any, how: str) -> None:
     wait_until(lambda: not alive(pid), "the engine has ended", AT_ONCE_S)
 
 
-async def test_a_program_that_was_started_early_is_taken_or_ends() -> None:
+async def test_a_spawned_engine_is_used_or_ends() -> None:
     others = set(own_engines())
-    with EngineProgram(1) as program:
+    with SpawnedEngine(1) as spawned:
         (pid,) = set(own_engines()) - others
-        client = await EngineClient.start(make_config(), program=program)
+        client = await EngineClient.start(make_config(), spawned=spawned)
         (stream,) = client.submit(PROMPT, params(3))
         assert len((await collect(stream)).token_ids) == 3
     assert set(own_engines()) - others == {pid}
     await client.close()
-    with pytest.raises(ZeroDivisionError), EngineProgram():
+    with pytest.raises(ZeroDivisionError), SpawnedEngine():
         assert len(set(own_engines()) - others) == 1
         raise ZeroDivisionError
     assert set(own_engines()) == others

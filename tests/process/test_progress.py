@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -40,6 +39,11 @@ def test_a_stage_need_not_tell_anybody() -> None:
     stage.finish("")
 
 
+async def connected(sock: socket.socket) -> EngineProcess:
+    """The server's end of a channel whose other end a test writes to."""
+    return EngineProcess(None, *await asyncio.open_unix_connection(sock=sock))  # type: ignore[arg-type]
+
+
 async def test_every_stage_comes_from_the_engine_process_to_whoever_shows_it() -> None:
     """The engine's end is scripted: no test machine need have a GPU whose graphs could be captured."""
     told: list[tuple[Any, ...]] = [
@@ -48,51 +52,49 @@ async def test_every_stage_comes_from_the_engine_process_to_whoever_shows_it() -
         ("Capturing CUDA graphs", 35, 35, "Captured 35 graphs in 4.2 s, 1.1 GB"),
     ]
     ours, theirs = socket.socketpair()
-    engine = EngineProcess(None)  # type: ignore[arg-type]
-    transport, _ = await asyncio.get_running_loop().create_unix_connection(lambda: engine, sock=ours)
-    heard: list[tuple[Any, ...]] = []
+    engine = await connected(ours)
+    seen: list[tuple[Any, ...]] = []
     with theirs:
         encoder = msgspec.msgpack.Encoder()
         for each in told:
             theirs.sendall(frame(encoder, Progress(*each)))
         theirs.sendall(frame(encoder, Ready(EngineStats(kv_blocks_total=7))))
-        await engine._await_ready(lambda *each: heard.append(each))
-    assert heard == told and engine.first_stats.kv_blocks_total == 7
-    transport.close()
+        await engine.wait_ready(lambda *each: seen.append(each))
+    assert seen == told and engine.first_stats.kv_blocks_total == 7
+    engine._writer.close()
 
 
-async def test_events_in_pieces_an_event_at_fault_and_the_end() -> None:
-    """`hear` hands over what came before it was called, too, and goes on where the last one left."""
+async def test_events_in_pieces_and_the_end() -> None:
+    """`read_event` returns events in their order, those from before its call too, and waits for half ones."""
     ours, theirs = socket.socketpair()
-    encoder, heard = msgspec.msgpack.Encoder(), list[Any]()
-    engine = EngineProcess(None)  # type: ignore[arg-type]
-    await asyncio.get_running_loop().create_unix_connection(lambda: engine, sock=ours)
-
-    def until(last: str) -> Callable[[Any], bool]:
-        def on_event(event: Any) -> bool:
-            heard.append(event.what)
-            return bool(event.what == last)
-
-        return on_event
-
+    encoder = msgspec.msgpack.Encoder()
+    engine = await connected(ours)
     with theirs:
         message = b"".join(frame(encoder, Progress(what, 0, 1)) for what in ("one", "two", "three", "four"))
         for byte in range(0, len(message), 5):
             theirs.sendall(message[byte : byte + 5])
             await asyncio.sleep(0)
-        await engine.hear(until("two"))
-        assert heard == ["one", "two"]
-        with pytest.raises(ZeroDivisionError):
-            await engine.hear(lambda event: bool(1 // 0))
-        await engine.hear(until("four"))
+        for what in ("one", "two", "three", "four"):
+            event = await engine.read_event()
+            assert isinstance(event, Progress) and event.what == what
         theirs.sendall(message[:7])
-        waiting = asyncio.ensure_future(engine.hear(until("never")))
+        waiting = asyncio.ensure_future(engine.read_event())
         await asyncio.sleep(0.05)
         assert not waiting.done()
     for _ in range(2):  # the end of file, and again after it
         with pytest.raises(EngineDeadError):
             await waiting
-        waiting = asyncio.ensure_future(engine.hear(until("never")))
+        waiting = asyncio.ensure_future(engine.read_event())
     with pytest.raises(EngineDeadError):
         await waiting
-    assert heard == ["one", "two", "four"]
+    engine._writer.close()
+
+
+async def test_a_frame_that_is_too_long_is_refused() -> None:
+    ours, theirs = socket.socketpair()
+    engine = await connected(ours)
+    with theirs:
+        theirs.sendall(b"\xff" * 4)
+        with pytest.raises(EOFError, match="frame of 4294967295 bytes"):
+            await engine.read_event()
+    engine._writer.close()

@@ -19,7 +19,7 @@ from http_tools import held_port
 from model_tools import variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
-from microvllm.runtime.process import program
+from microvllm.runtime.process import spawn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 LOST_S = 5.0
@@ -171,4 +171,4 @@ def test_an_engine_that_cannot_load_again_ends_the_server() -> None:
 
 
 def test_the_signals_that_stop_a_service() -> None:
-    assert set(program.STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+    assert set(spawn.STOP_SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}

@@ -47,7 +47,7 @@ class Args:
 
 class Engine:
     @staticmethod
-    async def start(config, *, chat_template=None, on_progress=None, program=None):
+    async def start(config, *, chat_template=None, on_progress=None, spawned=None):
         print("loading", flush=True)
         if chat_template is not None:
             special = client.tokenizer.special_tokens

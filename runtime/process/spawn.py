@@ -1,6 +1,6 @@
-"""The engine's program in a process of its own, before it is told what to load.
+"""Spawns the engine process before its model is known, so that it imports torch meanwhile.
 
-It imports torch meanwhile, which takes most of a start: `serve` begins with it.
+That takes most of a start, so `serve` begins with it: nothing that loads slowly may be imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from microvllm.runtime.machine import default_threads, thread_environment
 
-# What stops a service: the API process lets its requests finish, and the engine process leaves it to that.
+# These stop a service: the API process lets its requests finish, and the engine process ignores them.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
 )
@@ -30,16 +30,16 @@ main()
 """
 
 
-class EngineProgram:
-    """A process and our end of the socket pair to it.
+class SpawnedEngine:
+    """A process that waits for `Start`, and the server's end of the socket pair to it.
 
-    As a context of the main thread it ends, unless somebody has taken it, and a signal that stops a service
-    is a `SystemExit` with 128 + its number until an event loop handles it (SIGINT is a `KeyboardInterrupt`):
-    nothing is left running by a signal that comes early.
+    As a context manager of the main thread it kills the process on exit unless `detach` was called. Until an
+    event loop handles them, the signals that stop a service raise `SystemExit` with 128 + their number
+    (SIGINT a `KeyboardInterrupt`), so a signal that comes early leaves no process behind.
     """
 
     def __init__(self, cpu_threads: int | None = None) -> None:
-        """For so many threads, or as many as the processor has cores."""
+        """`cpu_threads`: compute threads; by default as many as the processor has cores."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         try:
@@ -55,14 +55,14 @@ class EngineProgram:
             ours.close()
             raise
         self._socket = ours
-        self._taken = False
+        self._detached = False
 
-    def take(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        """The process and the socket, now the caller's to end and to close."""
-        self._taken = True
+    def detach(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Return the process and the socket. The caller has to end the one and close the other."""
+        self._detached = True
         return self._process, self._socket
 
-    def __enter__(self) -> EngineProgram:
+    def __enter__(self) -> SpawnedEngine:
         # A SIGHUP that is ignored stays so: this is what nohup does.
         caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
         self._handlers = {number: signal.signal(number, _leave) for number in caught}
@@ -71,7 +71,7 @@ class EngineProgram:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if not self._taken:
+        if not self._detached:
             self._process.kill()
             self._process.wait()
             self._socket.close()
