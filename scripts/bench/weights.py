@@ -10,7 +10,7 @@ from pathlib import Path
 
 from microvllm.openai_compat.bench.client import BenchError
 
-EXPORT = Path(__file__).resolve().parent.parent / "export_hf.py"
+EXPORT = Path(__file__).resolve().parent.parent / "write_checkpoint.py"
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ class Engines:
     def _command(self, engine: str, model: str, port: int) -> list[str]:
         folder, kv = str(self._models / model), str(KV_BYTES[model])
         if engine.endswith("-offline"):
-            script = str(HERE / "offline.py")
+            script = str(HERE / "../bench/offline_server.py")
             kind = engine.removesuffix("-offline")
             return [sys.executable, script, kind, folder, str(port), "--kv-cache-memory-bytes", kv]
         common = ["--model", folder, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a GGUF model as a Hugging Face folder, so that transformers and vLLM can load the very same weights.
 
-    python scripts/export_hf.py smollm2-135m-instruct /path/to/folder --dtype bfloat16
+    python scripts/write_checkpoint.py smollm2-135m-instruct /path/to/folder --dtype bfloat16
 
 Quantised weights are written as the values that they stand for, rounded to `--dtype`. The folder gets
 config.json, model.safetensors, tokenizer.json, tokenizer_config.json (with the chat template) and
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"{args.folder}: exists and is not an empty folder")
         export(find_model(args.model), args.folder, args.dtype)
     except (ModelFileError, ConfigError, OSError) as error:
-        print(f"export_hf: {error}", file=sys.stderr)
+        print(f"write_checkpoint: {error}", file=sys.stderr)
         return 1
     return 0
 

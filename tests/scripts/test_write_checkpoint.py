@@ -1,4 +1,4 @@
-"""scripts/export_hf.py: from the exported folder transformers computes what the GGUF's source computed."""
+"""scripts/write_checkpoint.py: from the exported folder transformers computes what the GGUF's source computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tiny_models import make_hf_folder, reference, write_gguf
 
 from microvllm.adapters.registry import load_spec
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "export_hf.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "write_checkpoint.py"
 
 
 def export(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("export_hf", SCRIPT)
+    spec = importlib.util.spec_from_file_location("write_checkpoint", SCRIPT)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -1,6 +1,6 @@
 """`LLM.generate` of vLLM or of this engine on nano-vllm's benchmark, once for each request to a small server.
 
-    python scripts/gpu/offline.py microvllm|vllm MODEL PORT [--kv-cache-memory-bytes N]
+    python scripts/bench/offline_server.py microvllm|vllm MODEL PORT [--kv-cache-memory-bytes N]
 
 The work: 256 prompts of U(100, 1024) random tokens, U(100, 1024) tokens of each to be generated, greedy, end
 tokens ignored, drawn as nano-vllm's bench.py does from the seed. GET /health answers once the model is
