@@ -33,12 +33,13 @@ from bench.options import (
     sizes_of,
     workload,
 )
+from bench.workloads import Sizes, cases_of
 from rich.console import Console
 from rich.table import Table
 
 from microvllm.openai_compat.bench.client import BenchError, Measured, Target, first_model, measure
 from microvllm.openai_compat.bench.figures import METRICS, PERCENTILES, as_vllm
-from microvllm.openai_compat.bench.workloads import Case, Sizes, Span, cases_of
+from microvllm.openai_compat.bench.workloads import Case, Span
 
 
 def steps(args: argparse.Namespace, sizes: Sizes) -> list[Case]:

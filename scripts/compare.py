@@ -35,16 +35,18 @@ from pathlib import Path
 from types import FrameType
 
 from bench.engines import KINDS, MOST_SLOTS, Engine, Setup, Spec, build, default_specs, named
+from bench.floor import READ_BYTES_S, Floor
 from bench.options import add_sizes, list_of, positive_float, positive_int, sizes_of, workload
 from bench.plots import draw
 from bench.report import as_json, facts, markdown
 from bench.rounds import TURNS, Comparison, Plan
 from bench.weights import Weights
+from bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, cases_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from microvllm.openai_compat.bench.client import BenchError
-from microvllm.openai_compat.bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, Case, cases_of
+from microvllm.openai_compat.bench.workloads import Case
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.find_model import find_model
 
@@ -53,6 +55,7 @@ START_SHARE = 0.65
 CPU_WARMUP_LEN, CPU_WARMUP_USERS = 16, MOST_SLOTS
 QUICK_WARMUP_LEN, QUICK_WARMUP_USERS = 2, 4
 CONTEXT_STEP = 256
+GPU_CONTEXT = 4096  # at least: there it is not the memory that it is on a CPU
 
 
 class Display:
@@ -120,7 +123,9 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="a Hugging Face folder or .gguf file"
+        "--model",
+        default="smollm2-135m-instruct",
+        help="a Hugging Face folder or .gguf file; a folder without weights gets random ones",
     )
     parser.add_argument(
         "--gguf", type=Path, help="for llama.cpp, where --model is a folder: the same as GGUF"
@@ -137,6 +142,19 @@ def parse_args() -> argparse.Namespace:
         f"{', '.join(KINDS)}, or words: name=ours-q4 kind=microvllm dtype=auto args='--flag value' env='A=1' "
         "program=FILE workloads=LIST. llama.cpp's dtype: file, bf16, f16 or f32. Any other server: "
         "url=URL or command='... {port}', with model=NAME",
+    )
+    parser.add_argument(
+        "--kv-cache-memory-bytes",
+        type=positive_int,
+        metavar="N",
+        help="KV cache of microvllm and vLLM on a GPU, so that all servers find room at once (--turns halt)",
+    )
+    parser.add_argument(
+        "--read-rate",
+        type=positive_float,
+        metavar="TB/S",
+        help="what the GPU reads, for the share of the floor (if not given: as measured on "
+        f"{', '.join(READ_BYTES_S)}, and no such column on others)",
     )
     parser.add_argument("--vllm-python", help="interpreter that has vLLM")
     parser.add_argument("--hf-python", help="interpreter that has transformers[serving]")
@@ -204,12 +222,14 @@ def main() -> int:
     with ExitStack() as stack:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-")))
         folder.mkdir(parents=True, exist_ok=True)
+        weights = Weights(model, args.gguf or (model if model.is_file() else None), folder, display.say)
         setup = Setup(
-            Weights(model, args.gguf or (model if model.is_file() else None), folder, display.say),
+            weights.with_weights(),
             device,
-            context_of(cases),
+            context_of(cases) if device == "cpu" else max(GPU_CONTEXT, context_of(cases)),
             max(case.at_once if case.concurrency else min(case.at_once, MOST_SLOTS) for case in cases),
             {"vllm": args.vllm_python, "hf": args.hf_python, "llama.cpp": args.llama_server},
+            args.kv_cache_memory_bytes if device == "cuda" else None,
         )
         if quick:
             display.say(f"small workloads for {minutes:g} minutes (--minutes); --full runs them as described")
@@ -244,6 +264,9 @@ def main() -> int:
             remark="",
             turns=plan.turns,
         )
+        if device == "cuda":
+            rate = args.read_rate and 1e12 * args.read_rate
+            heading["floor"] = Floor.of(setup.weights.model, heading["machine"]["gpus"], rate)
         interrupted = False
         try:
             with display.shown(comparison.steps(len(engines))):

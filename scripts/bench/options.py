@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from microvllm.openai_compat.bench.workloads import WORKLOADS, Sizes, Span
+from bench.workloads import WORKLOADS, Sizes
+from microvllm.openai_compat.bench.workloads import Span
 
 
 def positive_int(text: str) -> int:

@@ -8,13 +8,14 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.engines import cpu_flags
+from bench.floor import Floor
 from bench.rounds import Row
 from microvllm.openai_compat.bench.client import Measured
 from microvllm.openai_compat.bench.figures import as_vllm, percentile, samples
@@ -63,8 +64,9 @@ def markdown(rows: Sequence[Row], cases: Sequence[Case], facts: dict[str, Any]) 
     The first row is the engine that the others are compared with: see `_base`.
     """
     measured = [row for row in rows if row.reports]
-    blocks = [_heading(facts), _speeds(measured, cases), _engines(measured)]
-    blocks += [_sent(measured, cases)]
+    floor: Floor | None = facts.get("floor")
+    blocks = [_heading(facts), _speeds(measured, cases, floor), _engines(measured)]
+    blocks += [_sent(measured, cases), _limits(measured, floor)]
     if busy := [case for case in cases if case.busy]:
         blocks.append(_beside_a_neighbour(measured, busy))
     blocks += [_reused(measured, cases), _client(measured)]
@@ -90,9 +92,10 @@ def _heading(facts: dict[str, Any]) -> list[str]:
     return [*lines, f"`{facts['command']}`"]
 
 
-def _speeds(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
+def _speeds(rows: Sequence[Row], cases: Sequence[Case], floor: Floor | None) -> list[str]:
     columns = ["workload", "engine", "tokens/s", f"{rows[0].engine.name} is" if rows else ""]
     columns += ["first token, p50 (p99)", "each further token", "whole request"]
+    columns += ["share of the floor"] if floor else []
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for case in cases:
         title = str(case)
@@ -110,9 +113,23 @@ def _speeds(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
                 ratio = f"{_spread(_ratios(base.reports[case], reports, case), 2)} x as fast"
                 ratio += "" if base is rows[0] else f" ({base.engine.weights})"
             cells = [title, row.label, f"{_spread(speeds, 1)}{unit}", ratio]
-            lines.append(f"| {' | '.join([*cells, *_times(row, case)])} |")
+            cells += ["", "", ""] if row.engine.offline else _times(row, case)
+            cells += [_floor_share(reports, case, floor)] if floor else []
+            lines.append(f"| {' | '.join(cells)} |")
             title = ""
     return lines
+
+
+def _floor_share(reports: Sequence[Measured], case: Case, floor: Floor) -> str:
+    """Of the time that the runs took; "" where a request failed, or the load was not a closed loop."""
+    if case.concurrency is None or case.turns or any(report.errors for report in reports):
+        return ""
+    shares = []
+    for report in reports:
+        inputs = [request.prompt_tokens for request in report.requests]
+        outputs = [request.completion_tokens for request in report.requests]
+        shares.append(floor.seconds(inputs, outputs, case.at_once) / report.duration)
+    return f"{median(shares):.0%}"
 
 
 def _base(rows: Sequence[Row], row: Row) -> Row:
@@ -187,6 +204,16 @@ def _sent(rows: Sequence[Row], cases: Sequence[Case]) -> list[str]:
     return lines
 
 
+def _limits(rows: Sequence[Row], floor: Floor | None) -> list[str]:
+    """What the floor is, and which engines had to preempt."""
+    lines = [f"Preempted requests, warm-up included: {row.label}: {row.preemptions}." for row in rows if
+             row.preemptions]  # fmt: skip
+    if floor:
+        lines.append("The floor is the time that reading the weights and the KV cache once a step takes at "
+                     f"{floor.bytes_s / 1e12:.3g} TB/s.")  # fmt: skip
+    return lines
+
+
 def _beside_a_neighbour(rows: Sequence[Row], busy: Sequence[Case]) -> list[str]:
     quiet = [replace(case, busy=False) for case in busy]
     lines = [f"| throughput kept beside a busy neighbour | {' | '.join(map(str, quiet))} |"]
@@ -236,6 +263,7 @@ def as_json(
             "ready_s": row.ready_s,
             "memory_bytes": row.memory,
             "idle_cpu": row.idle_cpu,
+            "preemptions": row.preemptions,
             "trouble": row.trouble,
         }
         for row in rows
@@ -247,4 +275,5 @@ def as_json(
         for case in cases
         for number, report in enumerate(row.reports.get(case, ()), 1)
     ]
-    return {**facts, "engines": engines, "results": results}
+    floor = facts.get("floor")
+    return {**facts, "floor": floor and asdict(floor), "engines": engines, "results": results}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from bench.engines import Engine
 from bench.servers import Server, busy_neighbour, interrupts_later, stop_all
-from microvllm.openai_compat.bench.client import BenchError, Measured, RequestResult, measure
+from microvllm.openai_compat.bench.client import BenchError, Measured, RequestResult
 from microvllm.openai_compat.bench.workloads import Case
 
 # After its first answer a server gets a moment to come to rest; then it is watched for as long as IDLE_S.
 SETTLE_S = 1.0
 IDLE_S = 2.0
+PREEMPTIONS = r"^vllm:num_preemptions_total(?:\{.*\})? (\S+)$"
 TURNS = ("halt", "restart", "sequence")
 
 
@@ -33,6 +35,8 @@ class Row:
     reports: dict[Case, list[Measured]] = field(default_factory=dict)
     trouble: str = ""
     """Why it is missing, or ended early."""
+    preemptions: int = 0
+    """Requests that its scheduler preempted, warm-up included, as its last server counts them."""
 
     @property
     def label(self) -> str:
@@ -205,9 +209,8 @@ class Comparison:
         for what, sent, its_seed in steps:
             self.advance(f"{row.engine.name}: {what}, {case}")
             with busy_neighbour() if case.busy else nullcontext():
-                report = measure(
-                    server.target,
-                    sent.users(self.plan.prompts, its_seed),
+                report = server.measure(
+                    sent.users("ids" if row.engine.offline else self.plan.prompts, its_seed),
                     concurrency=case.concurrency,
                     arrivals=() if sent is not case else case.arrivals(seed),
                     timeout_s=self.plan.timeout_s,
@@ -222,3 +225,6 @@ class Comparison:
                 self.say(f"{row.label} {row.trouble}")
                 return
         row.memory = server.memory()
+        metrics = server.metrics()
+        server.log.with_suffix(".metrics").write_text(metrics)
+        row.preemptions = int(sum(float(count) for count in re.findall(PREEMPTIONS, metrics, re.MULTILINE)))

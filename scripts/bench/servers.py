@@ -5,6 +5,7 @@ Reads /proc, so Linux only.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -12,17 +13,27 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from bench.engines import Engine
-from microvllm.openai_compat.bench.client import BenchError, Completion, measure
-from microvllm.openai_compat.bench.workloads import random_texts
+from microvllm.openai_compat.bench.client import (
+    BenchError,
+    Completion,
+    Measured,
+    RequestResult,
+    User,
+    measure,
+)
+from microvllm.openai_compat.bench.workloads import random_ids, random_texts
 
 LOG_LINES = 5
 GRACE_S = 15.0
 """What a server gets to end by itself."""
+METRICS_TIMEOUT_S = 10.0
 
 
 class Server:
@@ -65,9 +76,10 @@ class Server:
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until it has given its first token. Raises `BenchError`."""
         while True:
-            prompt = Completion(random_texts([4], time.monotonic_ns())[0], 1)
+            make = random_ids if self.engine.offline else random_texts
+            prompt = Completion(make([4], time.monotonic_ns())[0], 1)
             left = max(0.1, self._started + timeout_s - time.perf_counter())
-            answer = measure(self.target, [prompt], timeout_s=left)
+            answer = self.measure([prompt], timeout_s=left)
             passed = time.perf_counter() - self._started
             failure = answer.requests[0].error
             if not failure:
@@ -80,6 +92,28 @@ class Server:
             if failure.startswith("HTTP status 4"):
                 raise BenchError(failure)
             time.sleep(0.1)
+
+    def measure(self, users: Sequence[User], *, timeout_s: float, **load: Any) -> Measured:
+        """Send the requests of the users as `load` says, those of an offline engine in one call."""
+        if not self.engine.offline:
+            return measure(self.target, users, timeout_s=timeout_s, **load)
+        asked = [user for user in users if isinstance(user, Completion)]
+        body = {"prompts": [user.prompt for user in asked], "lengths": [user.output_len for user in asked]}
+        try:
+            answer = json.loads(_http(f"{self.target.url}/generate", timeout_s, json.dumps(body).encode()))
+        except (OSError, ValueError) as error:
+            return Measured([RequestResult(f"cannot generate: {error}")], timeout_s, 0.0)
+        results = []
+        for user, tokens in zip(asked, answer["tokens"], strict=True):
+            short = f"{tokens} tokens in place of {user.output_len}" if tokens != user.output_len else ""
+            results.append(RequestResult(short, prompt_tokens=len(user.prompt), completion_tokens=tokens))
+        return Measured(results, answer["seconds"], 0.0)
+
+    def metrics(self) -> str:
+        """What its /metrics says; "" if it has none."""
+        with suppress(OSError):
+            return _http(f"{self.target.url}/metrics", METRICS_TIMEOUT_S)
+        return ""
 
     def ended(self) -> bool:
         """Whether its first process has ended."""
@@ -181,6 +215,12 @@ def interrupts_later() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+def _http(url: str, timeout_s: float, data: bytes | None = None) -> str:
+    """The body of a GET, or of a POST of `data`. Raises `OSError`, also for a status that is no success."""
+    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=timeout_s) as answer:
+        return str(answer.read().decode(errors="replace"))
 
 
 def _free_port() -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from microvllm.openai_compat.bench.client import BenchError
 
-EXPORT = Path(__file__).resolve().parent.parent / "write_checkpoint.py"
+WRITER = Path(__file__).resolve().parent.parent / "write_checkpoint.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,7 @@ class Weights:
 
     def as_folder(self, dtype: str) -> Path:
         """A Hugging Face folder; from a GGUF file in `dtype`, else as it is. Raises `BenchError`."""
-        if self.model.is_dir():
-            return self.model
-        target = self.folder / f"hf-{dtype}"
-        if not target.exists():
-            self.say(f"writing the weights as a Hugging Face folder in {dtype}")
-            command = [sys.executable, str(EXPORT), str(self.model), str(target), "--dtype", dtype]
-            answer = subprocess.run(command, capture_output=True, text=True)
-            if answer.returncode:
-                raise BenchError(answer.stderr.strip().splitlines()[-1])
-        return target
+        return self.model if self.model.is_dir() else self._written(self.model, f"hf-{dtype}", dtype)
 
     def as_gguf(self, dtype: str) -> tuple[Path, str]:
         """A GGUF file and its number format; `dtype` is file, f32, f16 or bf16. Raises `BenchError`."""
@@ -43,11 +34,26 @@ class Weights:
             raise BenchError("wants a GGUF file of the model: --gguf FILE")
         if dtype == "file":
             return self.gguf, gguf_format(self.gguf)
-        target = self.folder / f"{self.gguf.stem}.{dtype}.gguf"
+        return self._written(self.gguf, f"{self.gguf.stem}.{dtype}.gguf", dtype), dtype
+
+    def with_weights(self) -> Weights:
+        """The same; of a folder that holds a configuration alone, with random weights in bfloat16."""
+        if not self.model.is_dir() or any(self.model.glob("*.safetensors")):
+            return self
+        return replace(self, model=self._written(self.model, self.model.name, "bfloat16"))
+
+    def _written(self, source: Path, name: str, dtype: str) -> Path:
+        """What write_checkpoint.py makes of `source`, in a process of its own, once."""
+        target = self.folder / name
         if not target.exists():
-            self.say(f"writing the weights as a GGUF file in {dtype}")
-            convert_gguf(self.gguf, target, dtype)
-        return target, dtype
+            self.say(f"writing {name}, weights in {dtype}")
+            partial = target.with_name(f"partial-{name}")  # not taken for a whole one after an interrupt
+            command = [sys.executable, str(WRITER), str(source), str(partial), "--dtype", dtype]
+            answer = subprocess.run(command, capture_output=True, text=True)
+            if answer.returncode:
+                raise BenchError(answer.stderr.strip().splitlines()[-1])
+            partial.rename(target)
+        return target
 
 
 def gguf_format(file: Path) -> str:
@@ -58,31 +64,3 @@ def gguf_format(file: Path) -> str:
     for tensor in GGUFReader(file).tensors:
         sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
     return max(sizes, key=sizes.__getitem__)
-
-
-def convert_gguf(source: Path, target: Path, dtype: str) -> None:
-    """Write a copy of a GGUF file whose matrices are in `dtype` (`f32`, `f16`, `bf16`), the rest as it was.
-
-    Quantised weights become the values that they stand for.
-    """
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-    from gguf.quants import dequantize, quantize
-
-    reader = GGUFReader(source)
-    architecture = reader.fields["general.architecture"].contents()
-    writer = GGUFWriter(target, str(architecture))
-    for entry in reader.fields.values():
-        if entry.name.startswith("GGUF.") or entry.name in ("general.architecture", "general.file_type"):
-            continue  # the writer's own
-        kind = entry.types[0]
-        inner = entry.types[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(entry.name, entry.contents(), kind, inner)
-    wanted = GGMLQuantizationType[dtype.upper()]
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type)
-        number_format = wanted if values.ndim > 1 else GGMLQuantizationType.F32  # llama.cpp wants norms so
-        writer.add_tensor(tensor.name, quantize(values, number_format), raw_dtype=number_format)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

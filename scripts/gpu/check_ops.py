@@ -3,7 +3,7 @@
     python scripts/gpu/check_ops.py [--tune] [--out FOLDER]
 
 Everything is timed inside CUDA graphs, over copies of the inputs that together do not fit the L2 cache; the
-median of the replays is shown. Correctness is tests/test_triton_ops.py's matter, which runs on a GPU, too.
+median of the replays is shown. For correctness see tests/ops/test_triton_ops.py, which runs on a GPU, too.
 `--tune` tries many tilings for each product and writes all times to FOLDER/tune.json.
 """
 

@@ -61,7 +61,7 @@ def sanitizer(tool: str) -> Check:
 
 def stages() -> list[list[Check]]:
     """Of one stage all run at the same time; what is timed runs alone."""
-    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton_*.py"))
+    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_triton_*.py"))
     return [
         [
             pytest("kernels", *kernels),

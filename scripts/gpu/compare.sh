@@ -1,50 +1,46 @@
 #!/usr/bin/env bash
-# scripts/gpu/compare.sh VLLM CONFIGS WHEELS…
+# scripts/gpu/compare.sh VLLM MODEL WHEELS… [-- arguments of scripts/compare.py]
 #
-# This engine and vLLM side by side on one GPU, on a machine with torch but perhaps no network. VLLM is a
-# folder that vLLM is installed in (pip install --target), or one that holds its wheels and, in pieces, a tar.xz
-# of what is no wheel (vllm.part.*). Installs the wheels of the folders WHEELS for us, writes a random checkpoint
-# of each model of CONFIGS (their config.json and so on; a tokenizer.json there or beside it), drives both
-# engines in turn with vLLM's own client, and prints one table. Takes some 15 minutes. $OUT, or the folder of the
-# logs, gets compare.json; a row that is in it already is not measured again. ROWS="7b-1 …" measures only those.
+# scripts/compare.py on one GPU, on a machine with torch and transformers but perhaps no network. VLLM is what
+# scripts/gpu/vllm.sh takes, with fastapi for `transformers serve`; MODEL is a folder with a config.json and a
+# tokenizer, which gets random weights if it has none. All servers are in the GPU's memory at once, and those whose
+# turn it is not are halted; this engine and vLLM have KV caches of $KV_BYTES. ENGINES="microvllm vllm" takes only
+# those; hf-generate and transformers take part in the shorter workloads, and microvllm-offline and vllm-offline in
+# `--workload offline256` alone. Results go to $OUT, or the folder that --out names.
 set -euo pipefail
-[ $# -ge 3 ] || { echo "usage: scripts/gpu/compare.sh VLLM CONFIGS WHEELS…" >&2; exit 2; }
-parts=$(realpath "$1") configs=$(realpath "$2")
+[ $# -ge 3 ] || { echo "usage: scripts/gpu/compare.sh VLLM MODEL WHEELS… [-- arguments]" >&2; exit 2; }
+parts=$(realpath "$1") model=$(realpath "$2")
 shift 2
-mapfile -t wheels < <(realpath "$@")
+folders=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    folders+=("$(realpath "$1")")
+    shift
+done
+[ $# -eq 0 ] || shift
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 work=${TMPDIR:-/tmp}/microvllm-compare
-vllm=$work/vllm
-result=${OUT:-$work}/compare.json
-mkdir -p "$vllm"
+mkdir -p "$work"
 
-compare() {
-    python3 scripts/gpu/compare.py "$@" --folder "$work" --site "$vllm"
-}
+source scripts/gpu/environment.sh "${folders[@]}"
+trap 'rm -rf "$site"' EXIT
+source scripts/gpu/vllm.sh "$parts" "$work/vllm"
+# The comparison asks for our version as for that of any package.
+python3 - -q egg_info --egg-base "$site" <<<'from setuptools import setup; setup()'
+# An interpreter with vLLM's packages in place of ours. Without FlashInfer vLLM samples by its own kernels.
+cat >"$work/python" <<END
+#!/bin/sh
+export PYTHONPATH='$vllm' VLLM_USE_FLASHINFER_SAMPLER=0
+exec python3 "\$@"
+END
+chmod +x "$work/python"
 
-source scripts/gpu/environment.sh "${wheels[@]}"
-trap 'compare stop || true; rm -rf "$site"' EXIT
-source scripts/gpu/vllm.sh "$parts" "$vllm"
-
-# measure ENGINES -- ROWS: only rows that are wanted, and engines only for them.
-measure() {
-    local engines=() rows=() row
-    while [ "$1" != -- ]; do
-        engines+=("$1")
-        shift
-    done
-    shift
-    for row in "$@"; do
-        [[ " ${ROWS:-$*} " == *" $row "* ]] && rows+=("$row")
-    done
-    [ "${#rows[@]}" -gt 0 ] || return 0
-    compare prepare --configs "$configs" $(printf '%s\n' "${engines[@]#*:}" | sort -u)
-    compare start "${engines[@]}" # all at once: their start takes minutes
-    compare measure "${rows[@]}" --out "$result"
-    compare stop "${engines[@]}"
-}
-
-measure {vllm,microvllm}:{qwen3-0.6b,qwen2.5-0.5b} -- 0.6b-1 0.6b-256 0.5b-256
-measure {vllm,microvllm}-offline:qwen3-0.6b -- 0.6b-offline
-measure {vllm,microvllm}:qwen2-7b -- 7b-1 7b-35
-python3 scripts/gpu/compare.py table "$result" | tee "${result%.json}.md"
+engines=()
+for engine in ${ENGINES:-microvllm vllm hf-generate transformers}; do
+    case $engine in
+    hf-generate | transformers) engines+=(--engine "$engine workloads=single,concurrent35,chat") ;;
+    *) engines+=(--engine "$engine") ;;
+    esac
+done
+python3 scripts/compare.py --model "$model" --device cuda --turns halt --warmup-len 64 --keep "$work/models" \
+    --kv-cache-memory-bytes "${KV_BYTES:-23000000000}" --vllm-python "$work/python" --hf-python "$work/python" \
+    "${engines[@]}" --out "${OUT:-comparison}" "$@"

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 import pytest
 from http_tools import eventually
+from model_tools import load_script
 from tiny_models import make_hf_folder, write_gguf
 
 from microvllm.adapters.registry import load_spec
@@ -30,11 +31,12 @@ SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import compare  # noqa: E402
-from bench import plots, report, rounds  # noqa: E402
+from bench import engines, floor, plots, report, rounds  # noqa: E402
 from bench.engines import Engine, Setup, Spec, build, named  # noqa: E402
 from bench.rounds import Row  # noqa: E402
 from bench.servers import Server, busy_neighbour, stop_all  # noqa: E402
-from bench.weights import Weights, convert_gguf, gguf_format  # noqa: E402
+from bench.weights import Weights, gguf_format  # noqa: E402
+from bench.workloads import OFFLINE, WORKLOADS, Sizes, cases_of, nano_lengths  # noqa: E402
 
 from microvllm.openai_compat.bench.client import (  # noqa: E402
     BenchError,
@@ -44,7 +46,7 @@ from microvllm.openai_compat.bench.client import (  # noqa: E402
     RequestResult,
     measure,
 )
-from microvllm.openai_compat.bench.workloads import WORKLOADS, Case, Sizes, Span, cases_of, nano_lengths  # noqa: E402
+from microvllm.openai_compat.bench.workloads import Case, Span  # noqa: E402
 
 # ---------------------------------------------------------------- workloads
 
@@ -151,6 +153,15 @@ class Handler(BaseHTTPRequestHandler):
 
 Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as engines have processes of their own
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+GET = """
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'vllm:num_preemptions_total{engine="0"} 7.0\\n')
+        self.close_connection = True
 """
 
 
@@ -314,6 +325,58 @@ def test_an_engine_takes_part_in_its_own_workloads_alone(
     assert "streams, 2 streams | one" in capsys.readouterr().out
 
 
+@needs_proc
+def test_a_gpus_comparison_of_random_weights_with_the_share_of_the_floor(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole of it but the GPU: a configuration without weights, and engines that are scripts."""
+    monkeypatch.setattr(rounds, "SETTLE_S", 0.0)
+    monkeypatch.setattr(rounds, "IDLE_S", 0.05)
+    monkeypatch.setattr(report, "_gpus", lambda: ["NVIDIA H200, 580"])
+    config = tmp_path / "config"
+    config.mkdir()
+    for file in (model.parent / "hf").glob("*.json"):
+        (config / file.name).write_bytes(file.read_bytes())
+    counting = ENGINE.replace("    def log_message", GET + "    def log_message")
+    options = [*command(tmp_path, "one", program=counting), *command(tmp_path, "two", 0.1)]
+    options += ["--workload", "concurrent35,sweep", "--requests", "3", "--output-len", "4", "--no-plots"]
+    options += ["--request-rate", "9", "--turns", "halt", "--rounds", "2", "--warmup-len", "2"]
+    folder, kept = tmp_path / "out", tmp_path / "kept"
+    words = ["compare.py", "--model", str(config), "--device", "cuda", "--out", str(folder), *options]
+    monkeypatch.setattr(sys, "argv", [*words, "--keep", str(kept), "--kv-cache-memory-bytes", "9"])
+    assert compare.main() == 0
+    out = capsys.readouterr().out
+    assert load_spec(kept / "config").vocab_size and list((kept / "config").glob("*.safetensors"))
+    closed = next(line for line in out.splitlines() if "concurrent35" in line and "| one" in line)
+    assert closed.split("|")[-2].strip().endswith("%") and "share of the floor" in out
+    assert next(line for line in out.splitlines() if "sweep" in line and "| one" in line).endswith("|  |")
+    assert "Preempted requests, warm-up included: one (f32): 7." in out and "4.59 TB/s" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert [engine["preemptions"] for engine in result["engines"]] == [7, 0]
+    assert result["floor"]["bytes_s"] == 4.594e12
+    assert "num_preemptions" in (folder / "logs" / "one.metrics").read_text()
+
+
+@needs_proc
+def test_generate_without_a_server_takes_part_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rounds, "SETTLE_S", 0.0)
+    monkeypatch.setattr(rounds, "IDLE_S", 0.05)
+    options = [*command(tmp_path, "one"), "--engine", "microvllm-offline dtype=float32 env=OMP_NUM_THREADS=1"]
+    options += ["--workload", "single,offline256", "--requests", "3", "--input-len", "5-9"]
+    options += ["--output-len", "2-4", "--rounds", "1", "--no-plots", "--out", str(tmp_path / "out")]
+    folder = make_hf_folder(tmp_path / "hf", "llama", vocab_size=10_000)  # the prompts are ids below that
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--model", str(folder), "--device", "cpu", *options])
+    assert compare.main() == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    (offline,) = [each for each in result["results"] if each["workload"] == OFFLINE]
+    assert (offline["label"], offline["completed"]) == ("microvllm-offline float32", 3)
+    assert {each["label"] for each in result["results"] if each["workload"] == "single"} == {"one"}
+    assert 6 <= offline["total_output_tokens"] <= 12 and offline["total_input_tokens"] >= 15
+    assert "| microvllm-offline float32 (float32) |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("minutes", "skipped", "rounds_done"),
     [(0.4, ["sweep, long", "sweep, more"], 1), (1.5, ["sweep, more"], 1), (3.0, [], 1), (10.0, [], 3)],
@@ -324,15 +387,15 @@ def test_what_would_end_too_late_does_not_begin(
     """Two engines that need 0.1 s for a token of an answer, on a clock of their own; 100 s a round."""
     now = 0.0
 
-    def pass_time(target: object, users: list[Completion], **options: object) -> Measured:
+    def pass_time(users: list[Completion], **options: object) -> Measured:
         nonlocal now
         seconds = sum(user.output_len for user in users) / 10
         now += seconds
         return Measured([request_result(1.0, seconds, user.output_len) for user in users], seconds, 0.0)
 
     monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(rounds, "measure", pass_time)
-    monkeypatch.setattr(rounds.Comparison, "_start", lambda self, row: MagicMock(ended=lambda: False))
+    server = MagicMock(ended=lambda: False, metrics=lambda: "", measure=pass_time)
+    monkeypatch.setattr(rounds.Comparison, "_start", lambda self, row: server)
     monkeypatch.setattr(rounds, "stop_all", lambda servers: None)
     cases = [
         Case("single", "short", ((0, 100),), concurrency=1),
@@ -487,6 +550,34 @@ def test_engines_get_the_same_weights_and_their_own_flags(tmp_path: Path, model:
     assert ours.command_at(99)[ours.command.index("--port") + 1] == "99"
 
 
+def test_command_lines_on_a_gpu(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache size for both engines, each with the others in the GPU's memory; flags of the user last."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho vllm 0.26\necho torch 2.11\necho microvllm 0.1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(engines, "_microvllm_defaults", lambda *_: ("bfloat16", "triton", False))
+    setup = replace(setup_for(model.parent / "hf", tmp_path), device="cuda", context=4096)
+    setup = replace(setup, kv_cache_bytes=23_000_000_000)
+    shared = f"--model {model.parent / 'hf'} --served-model-name bench"
+    end = "--host 127.0.0.1 --port {port} --kv-cache-memory-bytes 23000000000"
+    both = f"--max-model-len 4096 --enable-prompt-tokens-details --disable-uvicorn-access-log {end}"
+    offline = f"scripts/bench/offline_server.py {{}} {model.parent / 'hf'} {{{{port}}}} --max-model-len 4096"
+    offline += " --kv-cache-memory-bytes 23000000000"
+    expected = {
+        "microvllm": f"-m microvllm.cli serve {shared} --device cuda --dtype bfloat16 {both}",
+        "vllm args='--seed 1'": f"-m vllm.entrypoints.openai.api_server {shared} --dtype bfloat16 {both} "
+        "--gpu-memory-utilization 0.35 --seed 1",
+        "microvllm-offline": offline.format("microvllm").format(port="{port}"),
+        "vllm-offline": offline.format("vllm").format(port="{port}"),
+    }
+    for text, words in expected.items():
+        engine = build(Spec.parse(f"{text} program={python}"), setup)
+        assert " ".join(engine.command).removeprefix(f"{python} ").removeprefix(f"{SCRIPTS.parent}/") == words
+        assert engine.offline == (engine.workloads == (OFFLINE,)) == ("offline" in text)
+    alone = build(Spec.parse(f"vllm program={python}"), replace(setup, kv_cache_bytes=None))
+    assert alone.command[-1] == "{port}", "alone in the GPU's memory it sizes its own cache"
+
+
 def test_llama_cpp_wants_a_gguf_file(tmp_path: Path, model: Path) -> None:
     setup = setup_for(model.parent / "hf", tmp_path, **{"llama.cpp": sys.executable})
     with pytest.raises(BenchError, match="--gguf FILE"):
@@ -624,6 +715,50 @@ def test_plots_are_drawn_for_what_was_measured(tmp_path: Path, monkeypatch: pyte
         plots.draw([one], [ONE], tmp_path)
 
 
+# ---------------------------------------------------------------- the floor
+
+CONFIG = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+
+
+def test_bytes_of_a_real_model() -> None:
+    assert floor.weight_bytes(CONFIG) == pytest.approx(1.19e9, rel=0.01)
+    assert floor.kv_bytes(CONFIG) == 114_688
+
+
+def test_the_floor_counts_every_read_once() -> None:
+    """Against a loop over all steps and sequences."""
+    one = floor.Floor(1000, 10, 2.0)
+    inputs, outputs = [10, 3, 7], [4, 9, 1]
+    read = (max(outputs) - 1) * 1000
+    for before, after in zip(inputs, outputs, strict=True):
+        read += sum(before + token for token in range(1, after)) * 10
+    assert one.seconds(inputs, outputs, 3) == pytest.approx(read / 2)
+    # One after the other, no step is shared.
+    alone = sum(one.seconds([i], [o], 1) for i, o in zip(inputs, outputs, strict=True))
+    assert one.seconds(inputs, outputs, 1) == pytest.approx(alone)
+
+
+def test_the_read_rate_is_that_of_the_gpu_or_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = floor.Floor.of(tmp_path, ["NVIDIA H200, 580.159"])
+    assert found == floor.Floor(floor.weight_bytes(CONFIG), 114_688, 4.594e12)
+    assert floor.Floor.of(tmp_path, ["NVIDIA L4"]) is None, "nobody has measured that one"
+    given = floor.Floor.of(tmp_path, ["NVIDIA L4"], 0.3e12)
+    assert given is not None and given.bytes_s == 0.3e12
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": 8}))
+    assert floor.Floor.of(tmp_path, ["NVIDIA H200"]) is None
+
+
 # ---------------------------------------------------------------- other number formats of a GGUF file
 
 
@@ -649,7 +784,7 @@ def test_converted_gguf_has_the_same_values_and_metadata(
     writer.write_tensors_to_file()
     writer.close()
 
-    convert_gguf(source, target, dtype)
+    assert load_script("write_checkpoint").main([str(source), str(target), "--dtype", dtype]) == 0
 
     before, after = gguf.GGUFReader(source), gguf.GGUFReader(target)
     names = {name for name in before.fields if not name.startswith("GGUF.")} - {"general.file_type"}

@@ -1,4 +1,4 @@
-"""scripts/write_checkpoint.py: from the exported folder transformers computes what the GGUF's source computed."""
+"""What scripts/write_checkpoint.py writes loads in transformers, and computes what its source computed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from tiny_models import make_hf_folder, reference, write_gguf
 
 from microvllm.adapters.registry import load_spec
+from microvllm.adapters.weights import load_weights
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "write_checkpoint.py"
 
@@ -44,6 +45,23 @@ def test_exported_folder_computes_the_same(tmp_path: Path, family: str) -> None:
     assert prompts[0] == prompts[1]
     assert tokenizers[0](prompts[0]).input_ids == tokenizers[1](prompts[1]).input_ids
     assert tokenizers[0].eos_token == tokenizers[1].eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_random_weights_of_a_configuration(tmp_path: Path, family: str) -> None:
+    source = make_hf_folder(tmp_path / "source", family, tie=family == "qwen3")
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    assert export(source, tmp_path / "out", "--dtype", "float32") == 0
+    model = reference(tmp_path / "out")  # strict: every tensor is there, and none is left over
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
+    weights = load_weights(tmp_path / "out", load_spec(tmp_path / "out"), "auto", torch.float32)
+    torch.testing.assert_close(weights["embed"], model.get_input_embeddings().weight.detach())
+    assert export(tmp_path / "out", tmp_path / "again") == 1, "it has weights already"
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
