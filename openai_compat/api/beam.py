@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from microvllm.openai_compat.api.fields import asks_nothing
@@ -36,12 +36,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_beam_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
-    """Raises `InvalidRequestError` for what cannot be had together with beam search, or only with it."""
-    if not fields["use_beam_search"]:
-        if fields["length_penalty"] != 1:
-            raise InvalidRequestError("length_penalty needs use_beam_search.", "length_penalty")
-        return
+def check_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
+    """Raises `InvalidRequestError` for what cannot be had together with beam search."""
     for name, harmless in UNSUPPORTED.items():
         if not asks_nothing(fields[name], harmless):
             raise InvalidRequestError(f"{name} is not supported with beam search.", name)
@@ -58,6 +54,27 @@ def check_beam_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
     widest = (client.config.spec.vocab_size if limit == -1 else limit) // 2
     if fields["n"] > widest:
         raise InvalidRequestError(f"n must be at most {widest} with beam search.", "n")
+
+
+async def submit_all(
+    client: EngineClient,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    penalty: float,
+    **options: Any,
+) -> list[BeamStream]:
+    """Starts a search for every prompt or none; the streams are in the order of `EngineClient.submit_all`."""
+    streams: list[BeamStream] = []
+    try:
+        for prompt in prompts:
+            if streams:
+                await asyncio.sleep(0)  # a thousand prompts in one go would hold up every other request
+            streams += BeamSearch(client, prompt, params, penalty, **options).streams
+    except BaseException:
+        for stream in streams:
+            stream.abort()
+        raise
+    return streams
 
 
 class BeamSearch:

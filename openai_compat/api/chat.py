@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.chat_chunks import ChatChunks
 from microvllm.openai_compat.api.endpoint import Body, Endpoint
-from microvllm.openai_compat.api.generation import Generation, Outcome, begin, priority_of
+from microvllm.openai_compat.api.generation import Generation, ObjectChunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
 from microvllm.openai_compat.api.schemas import CHAT
-from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
-from microvllm.openai_compat.api.usage import usage
+from microvllm.openai_compat.api.streams import Outcome
+from microvllm.openai_compat.api.usage import stream_usage
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.text.chat_template import content_text, normalize_messages
 
+if TYPE_CHECKING:
+    from microvllm.runtime.text.detokenizer import TextDelta
+
 CHAT_BODY = Body("ChatCompletionRequest", CHAT)
+_PLAIN_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_transfer_params":null}\n\n'
 
 
 @dataclass(frozen=True)
@@ -39,47 +42,156 @@ class Conversation:
 
 async def create_chat_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """Answers a conversation, whole or as a stream of events."""
-    generation = begin(request, fields, state, "chatcmpl")
-    params = chat_params(fields, state)
-    priority = priority_of(request, fields)
-    conversation = await state.client.run_rendering(render, state, fields)
-    await generation.submit(state, [conversation.token_ids], params, fields, priority)
-    logprobs = _logprob_writers(fields, state, params.n)
-    if fields["stream"]:
-        options = StreamOptions.of(fields, state.args)
-        writer = ChatChunks(
-            generation,
-            role=conversation.role,
-            echo=conversation.echo,
-            fingerprint=state.fingerprint,
-            logprobs=logprobs,
-            with_ids=fields["return_token_ids"],
-            prompt_text=conversation.text if fields["return_prompt_text"] else None,
-            usage_follows=options.include_usage,
-            continuous=options.continuous,
+    return await Chat(request, state, fields).respond()
+
+
+class Chat(Generation):
+    """A conversation, and one answer or several to it."""
+
+    id_prefix = "chatcmpl"
+    conversation: Conversation
+
+    def sampling_params(self) -> SamplingParams:
+        fields = self.fields
+        check_prompt_logprobs(fields)
+        # The newer name wins where both are given, as in vLLM.
+        name = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
+        return sampling_params(
+            fields,
+            self.state.client,
+            max_tokens=fields[name],
+            max_tokens_field=name,
+            logprobs=_alternatives(fields, self.state),
+            prompt_logprobs=fields["prompt_logprobs"],
         )
-        return EventStream(generation, event_chunks(generation, writer, options), state.lifecycle)
-    answer = _answer(generation, state, fields, conversation, logprobs)
-    try:
-        body = await state.lifecycle.run(answer, request.receive)
-    finally:
-        generation.abort()
-    return Response(body, media_type="application/json")
+
+    async def read_prompts(self) -> list[list[int]]:
+        self.conversation = await self.state.client.run_rendering(render, self.state, self.fields)
+        return [self.conversation.token_ids]
+
+    def answer(
+        self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
+    ) -> bytes:
+        """Members and their order are vLLM's, nulls included."""
+        logprobs = self.logprobs()
+        with_ids = self.fields["return_token_ids"]
+        choices = [
+            {
+                "index": index,
+                "message": {
+                    "role": self.conversation.role,
+                    "content": self.conversation.echo + outcome.text,
+                    "refusal": None,
+                    "annotations": None,
+                    "audio": None,
+                    "function_call": None,
+                    "reasoning": None,
+                },
+                "logprobs": logprobs[index].take(outcome.token_ids, outcome.logprobs) if logprobs else None,
+                "finish_reason": outcome.finish_reason,
+                "stop_reason": outcome.stop_reason,
+                "token_ids": outcome.token_ids if with_ids else None,
+                "routed_experts": None,
+                "weight_versions": None,
+            }
+            for index, outcome in enumerate(outcomes)
+        ]
+        first = self.streams[0]
+        return orjson.dumps(
+            {
+                "id": self.id,
+                "object": "chat.completion",
+                "created": self.created,
+                "model": self.model,
+                "choices": choices,
+                "service_tier": None,
+                "system_fingerprint": self.state.fingerprint,
+                "usage": usage,
+                "prompt_logprobs": prompt_logprobs(self.state.client.tokenizer, first),
+                "prompt_token_ids": first.prompt_token_ids if with_ids else None,
+                "prompt_text": self.prompt_text(),
+                "kv_transfer_params": None,
+                "ec_transfer_params": None,
+                "metrics": metrics,
+            }
+        )
+
+    def chunks(self) -> ChatChunks:
+        return ChatChunks(self)
+
+    def prompt_text(self) -> str | None:
+        """The rendered conversation, if the answer is to show it."""
+        return self.conversation.text if self.fields["return_prompt_text"] else None
+
+    def logprobs(self) -> list[ChatLogprobs]:
+        """What writes the log probabilities of each choice; none if they were not requested."""
+        fields = self.fields
+        if not fields["logprobs"]:
+            return []
+        as_ids = as_token_ids(fields, self.state.args)
+        count = -1 if fields["logprob_token_ids"] else fields["top_logprobs"]
+        tokenizer = self.state.client.tokenizer
+        return [ChatLogprobs(TokenText(tokenizer, as_ids), count) for _ in range(self.params.n)]
 
 
-def chat_params(fields: Mapping[str, Any], state: ServerState) -> SamplingParams:
-    """The sampling parameters of a chat. Raises `InvalidRequestError` naming the field."""
-    check_prompt_logprobs(fields)
-    # The newer name wins where both are given, as in vLLM.
-    name = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
-    return sampling_params(
-        fields,
-        state.client,
-        max_tokens=fields[name],
-        max_tokens_field=name,
-        logprobs=_alternatives(fields, state),
-        prompt_logprobs=fields["prompt_logprobs"],
-    )
+class ChatChunks(ObjectChunks):
+    """A role chunk per choice with the first token, then one chunk per delta; the last says why it ended."""
+
+    def __init__(self, chat: Chat) -> None:
+        super().__init__(chat, "chat.completion.chunk")
+        self._role = orjson.dumps(chat.conversation.role)
+        self._echo = chat.conversation.echo
+        self._logprobs = chat.logprobs()
+        self._prompt_text = orjson.dumps(chat.prompt_text())
+        self._plain = not self._with_ids and not self._logprobs
+        self._continuous = chat.continuous_usage
+
+    def opening(self) -> list[bytes]:
+        prompt_ids = self._streams[0].prompt_token_ids
+        usage = b',"usage":' + stream_usage(len(prompt_ids), 0) if self._continuous else b""
+        choices = range(len(self._streams))
+        events = [
+            b'%s%d,"delta":{"role":%s,"content":""},"logprobs":null,"finish_reason":null}]%s'
+            b',"prompt_token_ids":%s,"prompt_text":%s}\n\n'
+            % (
+                self._head,
+                index,
+                self._role,
+                usage,
+                orjson.dumps(prompt_ids if self._with_ids else None),
+                self._prompt_text,
+            )
+            for index in choices
+        ]
+        if self._echo:
+            events += [
+                b'%s%d,"delta":{"content":%s},"logprobs":null,"finish_reason":null}]%s}\n\n'
+                % (self._head, index, orjson.dumps(self._echo), usage)
+                for index in choices
+            ]
+        return events
+
+    def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
+        text = orjson.dumps(delta.text)
+        if self._plain and delta.finish_reason is None and not usage:
+            return b'%s%d,"delta":{"content":%s%s' % (self._head, index, text, _PLAIN_END)
+        logprobs = None
+        if self._logprobs:
+            logprobs = self._logprobs[index].take(delta.token_ids, delta.logprobs or [])
+        token_ids = orjson.dumps(delta.token_ids if self._with_ids else None)
+        if delta.finish_reason is None:
+            end = b'null,"token_ids":%s}]%s' % (token_ids, usage)
+        else:
+            end = b'%s,"stop_reason":%s,"token_ids":%s,"weight_versions":null}]%s%s' % (
+                orjson.dumps(delta.finish_reason),
+                orjson.dumps(delta.stop_reason),
+                token_ids,
+                usage,
+                self._last,
+            )
+        return (
+            b'%s%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":%s,"kv_transfer_params":null}\n\n'
+        ) % (self._head, index, text, orjson.dumps(logprobs), end)
 
 
 def render(state: ServerState, fields: Mapping[str, Any]) -> Conversation:
@@ -147,86 +259,6 @@ def _alternatives(fields: Mapping[str, Any], state: ServerState) -> int | None:
             "top_logprobs",
         )
     return count
-
-
-def _logprob_writers(fields: Mapping[str, Any], state: ServerState, n: int) -> list[ChatLogprobs]:
-    if not fields["logprobs"]:
-        return []
-    as_ids = as_token_ids(fields, state.args)
-    count = -1 if fields["logprob_token_ids"] else fields["top_logprobs"]
-    return [ChatLogprobs(TokenText(state.client.tokenizer, as_ids), count) for _ in range(n)]
-
-
-async def _answer(
-    generation: Generation,
-    state: ServerState,
-    fields: Mapping[str, Any],
-    conversation: Conversation,
-    logprobs: Sequence[ChatLogprobs],
-) -> bytes:
-    outcomes = await generation.collect()
-    if not logprobs and fields["prompt_logprobs"] is None:
-        return _body(generation, state, fields, conversation, logprobs, outcomes)
-    # Log probabilities can be a hundred times as much text as the answer.
-    return await state.client.run_blocking(_body, generation, state, fields, conversation, logprobs, outcomes)
-
-
-def _body(
-    generation: Generation,
-    state: ServerState,
-    fields: Mapping[str, Any],
-    conversation: Conversation,
-    logprobs: Sequence[ChatLogprobs],
-    outcomes: Sequence[Outcome],
-) -> bytes:
-    """The JSON body of a whole answer; members and their order are vLLM's, nulls included."""
-    with_ids = fields["return_token_ids"]
-    choices = [
-        {
-            "index": index,
-            "message": {
-                "role": conversation.role,
-                "content": conversation.echo + outcome.text,
-                "refusal": None,
-                "annotations": None,
-                "audio": None,
-                "function_call": None,
-                "reasoning": None,
-            },
-            "logprobs": logprobs[index].take(outcome.token_ids, outcome.logprobs) if logprobs else None,
-            "finish_reason": outcome.finish_reason,
-            "stop_reason": outcome.stop_reason,
-            "token_ids": outcome.token_ids if with_ids else None,
-            "routed_experts": None,
-            "weight_versions": None,
-        }
-        for index, outcome in enumerate(outcomes)
-    ]
-    completion_tokens = sum(len(outcome.token_ids) for outcome in outcomes)
-    cached = generation.cached_tokens if state.args.enable_prompt_tokens_details else None
-    first = generation.streams[0]
-    return orjson.dumps(
-        {
-            "id": generation.id,
-            "object": "chat.completion",
-            "created": generation.created,
-            "model": generation.model,
-            "choices": choices,
-            "service_tier": None,
-            "system_fingerprint": state.fingerprint,
-            "usage": usage(generation.prompt_tokens, completion_tokens, cached),
-            "prompt_logprobs": None
-            if first.prompt_logprobs is None
-            else prompt_logprobs(state.client.tokenizer, first.prompt_token_ids, first.prompt_logprobs),
-            "prompt_token_ids": first.prompt_token_ids if with_ids else None,
-            "prompt_text": conversation.text if fields["return_prompt_text"] else None,
-            "kv_transfer_params": None,
-            "ec_transfer_params": None,
-            "metrics": generation.metrics(completion_tokens)
-            if state.args.enable_per_request_metrics
-            else None,
-        }
-    )
 
 
 ENDPOINTS = (

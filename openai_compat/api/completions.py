@@ -3,226 +3,238 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api import prompts
-from microvllm.openai_compat.api.completion_chunks import Choice, CompletionChunks
 from microvllm.openai_compat.api.endpoint import Body, Endpoint
-from microvllm.openai_compat.api.generation import Generation, Outcome, Stream, begin, priority_of
+from microvllm.openai_compat.api.generation import Generation, ObjectChunks
 from microvllm.openai_compat.api.logprobs import CompletionLogprobs, TokenText, as_token_ids, prompt_logprobs
+from microvllm.openai_compat.api.prompts import (
+    Truncation,
+    check_total,
+    prompt_texts,
+    split_prompts,
+    tokenize_prompts,
+)
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
 from microvllm.openai_compat.api.schemas import COMPLETIONS
-from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
-from microvllm.openai_compat.api.usage import usage
+from microvllm.openai_compat.api.streams import Outcome, Stream
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.detokenizer import TextDelta
 
 if TYPE_CHECKING:
-    from microvllm.runtime.observer import RequestTiming
     from microvllm.runtime.request import SamplingParams, TokenLogprobs
 
 MAX_SEQUENCES = 4096  # prompts times n
-INLINE_CHOICES = 64  # answers with more are put together in a worker thread
 DEFAULT_MAX_TOKENS = 16
 
 COMPLETION_BODY = Body("CompletionRequest", COMPLETIONS)
+_PLAIN_END = (
+    b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null,'
+    b'"weight_versions":null}],"kv_transfer_params":null}\n\n'
+)
 
 
 async def create_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """Continues one or several texts, whole or as a stream of events."""
-    generation = begin(request, fields, state, "cmpl")
-    prompt_only = fields["echo"] and fields["max_tokens"] == 0
-    params = completion_params(fields, state, prompt_only)
-    priority = priority_of(request, fields)
-    ids, texts = await read_prompts(fields, state, params.n)
-    await generation.submit(state, ids, params, fields, priority)
-    if prompt_only:
-        generation.streams = [PromptOnly(stream) for stream in generation.streams]
-    choices = _choices(fields, state, generation, texts)
-    if fields["stream"]:
-        options = StreamOptions.of(fields, state.args)
-        writer = CompletionChunks(
-            generation,
-            choices,
-            fingerprint=state.fingerprint,
-            with_ids=fields["return_token_ids"],
-            usage_follows=options.include_usage,
+    return await Completion(request, state, fields).respond()
+
+
+class Completion(Generation):
+    """Prompts, and what comes after each. `prompt_only`: the request scores its prompts and no more."""
+
+    id_prefix = "cmpl"
+    scores_prompt_only = True  # what `echo` with `max_tokens` 0 asks for
+
+    def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
+        self.prompt_only = self.scores_prompt_only and fields["echo"] and fields["max_tokens"] == 0
+        self._echoes: list[str] = []
+        super().__init__(request, state, fields)
+
+    def sampling_params(self) -> SamplingParams:
+        fields = self.fields
+        check_prompt_logprobs(fields)
+        if self.prompt_only and fields["logprob_token_ids"]:
+            raise InvalidRequestError(
+                "`logprob_token_ids` is not supported with `echo` and `max_tokens=0`, "
+                "which generate no tokens.",
+                "logprob_token_ids",
+            )
+        of_prompt = fields["prompt_logprobs"]
+        if of_prompt is None and fields["echo"]:
+            of_prompt = fields["logprobs"]
+        max_tokens = DEFAULT_MAX_TOKENS if fields["max_tokens"] is None else fields["max_tokens"]
+        return sampling_params(
+            fields,
+            self.state.client,
+            max_tokens=1 if self.prompt_only else max_tokens,  # the engine cannot run without making a token
+            max_tokens_field="max_tokens",
+            logprobs=fields["logprobs"],
+            prompt_logprobs=of_prompt,
         )
-        return EventStream(generation, event_chunks(generation, writer, options), state.lifecycle)
-    try:
-        body = await state.lifecycle.run(_answer(generation, state, fields, choices), request.receive)
-    finally:
-        generation.abort()
-    return Response(body, media_type="application/json")
 
-
-def completion_params(fields: Mapping[str, Any], state: ServerState, prompt_only: bool) -> SamplingParams:
-    """The sampling parameters of a completion; `prompt_only` asks for no new token."""
-    check_prompt_logprobs(fields)
-    if prompt_only and fields["logprob_token_ids"]:
-        raise InvalidRequestError(
-            "`logprob_token_ids` is not supported with `echo` and `max_tokens=0`, which generate no tokens.",
-            "logprob_token_ids",
+    async def read_prompts(self) -> list[list[int]]:
+        fields, n = self.fields, self.params.n
+        client = self.state.client
+        limit = client.config.max_model_len
+        truncation = Truncation.of(fields, limit)
+        given = split_prompts(fields["prompt"], limit, truncation)
+        if len(given) * n > MAX_SEQUENCES:
+            raise InvalidRequestError(
+                f"{len(given)} prompts with n={n} are more than {MAX_SEQUENCES} sequences.", "n"
+            )
+        check_total(sum(len(prompt) for prompt in given if type(prompt) is list), n)
+        ids = await client.run_blocking(
+            tokenize_prompts, client, given, fields["add_special_tokens"], truncation
         )
-    of_prompt = fields["prompt_logprobs"]
-    if of_prompt is None and fields["echo"]:
-        of_prompt = fields["logprobs"]
-    max_tokens = DEFAULT_MAX_TOKENS if fields["max_tokens"] is None else fields["max_tokens"]
-    return sampling_params(
-        fields,
-        state.client,
-        max_tokens=1 if prompt_only else max_tokens,  # the engine cannot run without making a token
-        max_tokens_field="max_tokens",
-        logprobs=fields["logprobs"],
-        prompt_logprobs=of_prompt,
-    )
+        check_total(sum(map(len, ids)), n)
+        if fields["echo"]:
+            self._echoes = await client.run_blocking(prompt_texts, client, given, ids, truncation)
+        return ids
 
+    async def submit(self, prompts: Sequence[list[int]]) -> None:
+        await super().submit(prompts)
+        if self.prompt_only:
+            self.streams = [cast("Stream", PromptOnly(stream)) for stream in self.streams]
 
-async def read_prompts(
-    fields: Mapping[str, Any], state: ServerState, n: int
-) -> tuple[list[list[int]], Sequence[str | None]]:
-    """The token ids of every prompt, and its text where `echo` asks for it."""
-    client = state.client
-    limit = client.config.max_model_len
-    truncation = prompts.Truncation.of(fields, limit)
-    given = prompts.split_prompts(fields["prompt"], limit, truncation)
-    if len(given) * n > MAX_SEQUENCES:
-        raise InvalidRequestError(
-            f"{len(given)} prompts with n={n} are more than {MAX_SEQUENCES} sequences.", "n"
+    def answer(
+        self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
+    ) -> bytes:
+        """Members and their order are vLLM's, nulls included."""
+        with_ids = self.fields["return_token_ids"]
+        members: list[orjson.Fragment] = []
+        for index, (stream, choice, outcome) in enumerate(
+            zip(self.streams, self.choices(), outcomes, strict=True)
+        ):
+            text, logprobs = choice.take(outcome.text, outcome.token_ids, outcome.logprobs)
+            member = {
+                "index": index,
+                "text": text,
+                "logprobs": logprobs,
+                "finish_reason": outcome.finish_reason,
+                "stop_reason": outcome.stop_reason,
+                "token_ids": outcome.token_ids if with_ids else None,
+                "prompt_logprobs": prompt_logprobs(self.state.client.tokenizer, stream),
+                "prompt_token_ids": stream.prompt_token_ids if with_ids else None,
+                "routed_experts": None,
+                "weight_versions": None,
+            }
+            # One by one: the interpreter's lock is held while JSON is written, and the event loop waits.
+            members.append(orjson.Fragment(orjson.dumps(member)))
+        return orjson.dumps(
+            {
+                "id": self.id,
+                "object": "text_completion",
+                "created": self.created,
+                "model": self.model,
+                "choices": members,
+                "service_tier": None,
+                "system_fingerprint": self.state.fingerprint,
+                "usage": usage,
+                "kv_transfer_params": None,
+                "ec_transfer_params": None,
+                "metrics": metrics,
+            }
         )
-    prompts.check_total(sum(len(prompt) for prompt in given if type(prompt) is list), n)
-    ids = await client.run_blocking(
-        prompts.tokenize_prompts, client, given, fields["add_special_tokens"], truncation
-    )
-    prompts.check_total(sum(map(len, ids)), n)
-    if not fields["echo"]:
-        return ids, [None] * len(ids)
-    return ids, await client.run_blocking(prompts.prompt_texts, client, given, ids, truncation)
+
+    def chunks(self) -> CompletionChunks:
+        return CompletionChunks(self)
+
+    def choices(self) -> list[Choice]:
+        """What each stream shows of its tokens."""
+        with_logprobs = self.fields["logprobs"] is not None
+        as_ids = as_token_ids(self.fields, self.state.args)
+        tokenizer = self.state.client.tokenizer
+        return [
+            Choice(
+                stream,
+                self._echoes[index // self.params.n] if self._echoes else None,
+                CompletionLogprobs(TokenText(tokenizer, as_ids)) if with_logprobs else None,
+            )
+            for index, stream in enumerate(self.streams)
+        ]
 
 
-def _choices(
-    fields: Mapping[str, Any], state: ServerState, generation: Generation, texts: Sequence[str | None]
-) -> list[Choice]:
-    as_ids = as_token_ids(fields, state.args)
-    return [
-        Choice(
-            stream,
-            texts[index // generation.n],
-            None
-            if fields["logprobs"] is None
-            else CompletionLogprobs(TokenText(state.client.tokenizer, as_ids)),
+class Choice:
+    """What one choice shows of its tokens; `echo` is the prompt's text, which comes before the first ones.
+
+    `logprobs` is None unless they were asked for. With `echo` those of the prompt come first, too.
+    """
+
+    def __init__(self, stream: Stream, echo: str | None, logprobs: CompletionLogprobs | None) -> None:
+        self.plain = echo is None and logprobs is None
+        self.echoes = echo is not None
+        self.begun = False
+        self._stream = stream
+        self._echo = echo
+        self._logprobs = logprobs
+
+    def take(
+        self, text: str, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
+    ) -> tuple[str, dict[str, Any] | None]:
+        """The text and the `logprobs` object of the next tokens."""
+        known: list[TokenLogprobs | None] = list(entries or [])
+        if self._echo is not None and not self.begun:
+            text = self._echo + text
+            token_ids = [*self._stream.prompt_token_ids, *token_ids]
+            known = [None, *(self._stream.prompt_logprobs or []), *known]
+        self.begun = True
+        return text, None if self._logprobs is None else self._logprobs.take(token_ids, known)
+
+
+class CompletionChunks(ObjectChunks):
+    """One chunk per delta."""
+
+    def __init__(self, completion: Completion) -> None:
+        super().__init__(completion, "text_completion")
+        self._choices = completion.choices()
+        self._plain = not self._with_ids and all(choice.plain for choice in self._choices)
+
+    def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
+        if self._plain and delta.finish_reason is None and not usage:
+            return b'%s%d,"text":%s%s' % (self._head, index, orjson.dumps(delta.text), _PLAIN_END)
+        choice = self._choices[index]
+        token_ids = delta.token_ids if self._with_ids else None
+        prompt_ids = None
+        if not choice.begun and (self._with_ids or choice.echoes):  # with an echo unasked, as in vLLM
+            prompt_ids = self._streams[index].prompt_token_ids
+        text, logprobs = choice.take(delta.text, delta.token_ids, delta.logprobs)
+        return (
+            b'%s%d,"text":%s,"logprobs":%s,"finish_reason":%s,"stop_reason":%s,"prompt_token_ids":%s,'
+            b'"token_ids":%s,"weight_versions":null}]%s%s,"kv_transfer_params":null}\n\n'
+        ) % (
+            self._head,
+            index,
+            orjson.dumps(text),
+            orjson.dumps(logprobs),
+            orjson.dumps(delta.finish_reason),
+            orjson.dumps(delta.stop_reason),
+            orjson.dumps(prompt_ids),
+            orjson.dumps(token_ids),
+            usage,
+            b"" if delta.finish_reason is None else self._last,
         )
-        for index, stream in enumerate(generation.streams)
-    ]
 
 
 class PromptOnly:
     """A stream without its only token: `echo` with `max_tokens` 0 asks for no more than the prompt."""
 
+    num_generated_tokens = 0
+
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self.name = stream.name
-        self.prompt_token_ids = stream.prompt_token_ids
 
-    @property
-    def num_cached_tokens(self) -> int:
-        return self._stream.num_cached_tokens
-
-    @property
-    def num_generated_tokens(self) -> int:
-        return 0
-
-    @property
-    def num_preemptions(self) -> int:
-        return self._stream.num_preemptions
-
-    @property
-    def end_reason(self) -> str | None:
-        return self._stream.end_reason
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprobs] | None:
-        return self._stream.prompt_logprobs
-
-    @property
-    def timing(self) -> RequestTiming:
-        return self._stream.timing
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     async def __aiter__(self) -> AsyncIterator[TextDelta]:
         async for _ in self._stream:
             pass
         yield TextDelta(token_ids=[], text="", finish_reason="length")
-
-    def abort(self) -> None:
-        self._stream.abort()
-
-
-async def _answer(
-    generation: Generation, state: ServerState, fields: Mapping[str, Any], choices: Sequence[Choice]
-) -> bytes:
-    outcomes = await generation.collect()
-    small = len(outcomes) <= INLINE_CHOICES and not fields["return_token_ids"]
-    if small and fields["logprobs"] is None and fields["prompt_logprobs"] is None:
-        return _body(generation, state, fields, choices, outcomes)
-    # Log probabilities can be a hundred times as much text as the answer.
-    return await state.client.run_blocking(_body, generation, state, fields, choices, outcomes)
-
-
-def _body(
-    generation: Generation,
-    state: ServerState,
-    fields: Mapping[str, Any],
-    choices: Sequence[Choice],
-    outcomes: Sequence[Outcome],
-) -> bytes:
-    """The JSON body of a whole answer; members and their order are vLLM's, nulls included."""
-    with_ids = fields["return_token_ids"]
-    members: list[orjson.Fragment] = []
-    for index, (stream, choice, outcome) in enumerate(
-        zip(generation.streams, choices, outcomes, strict=True)
-    ):
-        text, logprobs = choice.take(outcome.text, outcome.token_ids, outcome.logprobs)
-        of_prompt = stream.prompt_logprobs
-        member = {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": outcome.finish_reason,
-            "stop_reason": outcome.stop_reason,
-            "token_ids": outcome.token_ids if with_ids else None,
-            "prompt_logprobs": None
-            if of_prompt is None
-            else prompt_logprobs(state.client.tokenizer, stream.prompt_token_ids, of_prompt),
-            "prompt_token_ids": stream.prompt_token_ids if with_ids else None,
-            "routed_experts": None,
-            "weight_versions": None,
-        }
-        # One by one: the interpreter's lock is held while JSON is written, and the event loop waits for it.
-        members.append(orjson.Fragment(orjson.dumps(member)))
-    completion_tokens = sum(len(outcome.token_ids) for outcome in outcomes)
-    cached = generation.cached_tokens if state.args.enable_prompt_tokens_details else None
-    return orjson.dumps(
-        {
-            "id": generation.id,
-            "object": "text_completion",
-            "created": generation.created,
-            "model": generation.model,
-            "choices": members,
-            "service_tier": None,
-            "system_fingerprint": state.fingerprint,
-            "usage": usage(generation.prompt_tokens, completion_tokens, cached),
-            "kv_transfer_params": None,
-            "ec_transfer_params": None,
-            "metrics": generation.metrics(completion_tokens)
-            if state.args.enable_per_request_metrics
-            else None,
-        }
-    )
 
 
 ENDPOINTS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -11,15 +11,15 @@ from starlette.responses import Response
 
 from microvllm.openai_compat.api.completions import DEFAULT_MAX_TOKENS
 from microvllm.openai_compat.api.endpoint import Body, Endpoint
-from microvllm.openai_compat.api.generation import Generation, begin, priority_of
+from microvllm.openai_compat.api.generation import Chunks, Generation
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_prompts
 from microvllm.openai_compat.api.sampling import sampling_params
 from microvllm.openai_compat.api.schemas import COMPLETIONS, GENERATE, GENERATE_STREAM
-from microvllm.openai_compat.api.sse import EventStream, StreamOptions, event_chunks
-from microvllm.openai_compat.api.usage import usage
 from microvllm.openai_compat.state import ServerState
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.api.streams import Outcome
+    from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
 
 
@@ -29,7 +29,7 @@ async def generate(request: Request, state: ServerState, fields: Mapping[str, An
     The text does not repeat the prompt. Nothing is put around the prompt but what the tokenizer adds: a chat
     template is for `/v1/chat/completions`.
     """
-    return await _respond(request, state, fields)
+    return await Text(request, state, fields).respond()
 
 
 async def generate_stream(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
@@ -38,64 +38,62 @@ async def generate_stream(request: Request, state: ServerState, fields: Mapping[
     The same as `/generate`, but for the default of `stream`. The last token's event has a `finish_reason`;
     then comes `[DONE]`. The text of an event is empty inside of a character of several tokens.
     """
-    return await _respond(request, state, fields)
+    return await Text(request, state, fields).respond()
 
 
-async def _respond(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
-    # What is refused here is, at its default, the same request as a completion with one choice.
-    fields = {**COMPLETIONS.defaults, **fields}
-    generation = begin(request, fields, state, "gen")
-    params = sampling_params(
-        fields,
-        state.client,
-        max_tokens=DEFAULT_MAX_TOKENS if fields["max_tokens"] is None else fields["max_tokens"],
-        max_tokens_field="max_tokens",
-        logprobs=None,
-        prompt_logprobs=None,
-    )
-    priority = priority_of(request, fields)
-    truncation = Truncation.of(fields, state.client.config.max_model_len)
-    ids = await state.client.run_blocking(
-        tokenize_prompts, state.client, [fields["prompt"]], fields["add_special_tokens"], truncation
-    )
-    await generation.submit(state, ids, params, fields, priority)
-    with_ids = fields["return_token_ids"]
-    if fields["stream"]:
-        events = event_chunks(
-            generation, TextChunks(generation.id, with_ids), StreamOptions.of(fields, state.args)
+class Text(Generation):
+    """One prompt and the text after it."""
+
+    id_prefix = "gen"
+
+    def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
+        # What is refused here is, at its default, the same request as a completion with one choice.
+        super().__init__(request, state, {**COMPLETIONS.defaults, **fields})
+
+    def sampling_params(self) -> SamplingParams:
+        max_tokens = self.fields["max_tokens"]
+        return sampling_params(
+            self.fields,
+            self.state.client,
+            max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+            max_tokens_field="max_tokens",
+            logprobs=None,
+            prompt_logprobs=None,
         )
-        return EventStream(generation, events, state.lifecycle)
-    try:
-        body = await state.lifecycle.run(_answer(generation, state, with_ids), request.receive)
-    finally:
-        generation.abort()
-    return Response(orjson.dumps(body), media_type="application/json")
+
+    async def read_prompts(self) -> list[list[int]]:
+        client, fields = self.state.client, self.fields
+        truncation = Truncation.of(fields, client.config.max_model_len)
+        return await client.run_blocking(
+            tokenize_prompts, client, [fields["prompt"]], fields["add_special_tokens"], truncation
+        )
+
+    def answer(
+        self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
+    ) -> bytes:
+        (outcome,) = outcomes
+        return orjson.dumps(
+            {
+                "id": self.id,
+                "text": outcome.text,
+                "finish_reason": outcome.finish_reason,
+                "stop_reason": outcome.stop_reason,
+                "token_ids": outcome.token_ids if self.fields["return_token_ids"] else None,
+                "usage": usage,
+                "metrics": metrics,
+            }
+        )
+
+    def chunks(self) -> TextChunks:
+        return TextChunks(self.id, self.fields["return_token_ids"])
 
 
-async def _answer(generation: Generation, state: ServerState, with_ids: bool) -> dict[str, Any]:
-    (outcome,) = await generation.collect()
-    tokens = len(outcome.token_ids)
-    cached = generation.cached_tokens if state.args.enable_prompt_tokens_details else None
-    return {
-        "id": generation.id,
-        "text": outcome.text,
-        "finish_reason": outcome.finish_reason,
-        "stop_reason": outcome.stop_reason,
-        "token_ids": outcome.token_ids if with_ids else None,
-        "usage": usage(generation.prompt_tokens, tokens, cached),
-        "metrics": generation.metrics(tokens) if state.args.enable_per_request_metrics else None,
-    }
-
-
-class TextChunks:
+class TextChunks(Chunks):
     """One event a delta, with the members of a whole answer; `usage` and `metrics` only where asked for."""
 
     def __init__(self, id_: str, with_ids: bool) -> None:
         self._head = b'data: {"id":%s,"text":' % orjson.dumps(id_)
         self._with_ids = with_ids
-
-    def opening(self) -> list[bytes]:
-        return []
 
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
         return b'%s%s,"finish_reason":%s,"stop_reason":%s,"token_ids":%s%s}\n\n' % (

@@ -1,4 +1,12 @@
-"""What completions and chat share: one request's token streams, collected whole or merged as they come."""
+"""The pipeline of every endpoint that generates, from the fields of a body to the last byte of the answer.
+
+Chat, completions and /generate subclass `Generation` and say what differs: which sampling parameters and
+prompts the fields ask for, and how a whole answer and a chunk are spelled. Everything else happens here:
+
+1. `__init__` checks the request, refuses it while the queue is full, and gives it its id.
+2. `respond` reads the prompts, submits them, and collects the choices or streams them.
+3. `abort` frees what the engine still holds, however the request ended, and logs the end.
+"""
 
 from __future__ import annotations
 
@@ -7,256 +15,228 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
+import orjson
 from starlette.requests import Request
+from starlette.responses import Response
 
-from microvllm.openai_compat.api.beam import BeamSearch, check_beam_fields
-from microvllm.openai_compat.api.request_log import log_end
-from microvllm.openai_compat.api.usage import request_metrics
-from microvllm.openai_compat.errors import Fault, clip, shape_error
-from microvllm.runtime.errors import InvalidRequestError, ModelNotFoundError
+from microvllm.openai_compat.api import beam
+from microvllm.openai_compat.api.request_log import log_end, log_start
+from microvllm.openai_compat.api.sse import DONE, EventStream
+from microvllm.openai_compat.api.streams import Outcome, Stream, collect, merged
+from microvllm.openai_compat.api.usage import request_metrics, stream_usage, usage, without_nulls
+from microvllm.openai_compat.errors import INTERNAL, Fault, clip, error_event, shape_error
+from microvllm.runtime.errors import EngineError, InvalidRequestError, ModelNotFoundError, RequestError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
-    from microvllm.runtime.observer import RequestTiming
-    from microvllm.runtime.request import SamplingParams, TokenLogprobs
+    from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
 
-DELTAS_AT_ONCE = 1024
-MAX_LOGGED = 1000  # characters of a request's parameters
+INLINE_CHOICES = 64  # answers with more are put together in a worker thread
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-@dataclass(slots=True)
-class Outcome:
-    """One finished choice; `logprobs` has one entry a token if they were asked for."""
+class Chunks(ABC):
+    """The events of one endpoint's streams as ready bytes, `data: ` and blank line included."""
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
+    def opening(self) -> Sequence[bytes]:
+        """What goes out before the first token."""
+        return ()
 
+    @abstractmethod
+    def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
+        """One delta of choice `index`; `usage` is b"" or a `"usage":{...}` member with a leading comma."""
 
-class Stream(Protocol):
-    """What is used of the engine client's `TokenStream`."""
+    @abstractmethod
+    def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
+        """The chunk without choices that closes a stream.
 
-    name: str
-
-    @property
-    def prompt_token_ids(self) -> list[int]: ...
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprobs] | None: ...
-
-    @property
-    def timing(self) -> RequestTiming: ...
-
-    @property
-    def num_cached_tokens(self) -> int: ...
-
-    @property
-    def num_generated_tokens(self) -> int: ...
-
-    @property
-    def num_preemptions(self) -> int: ...
-
-    @property
-    def end_reason(self) -> str | None: ...
-
-    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
-
-    def abort(self) -> None: ...
+        `counts` is a `usage` object, `metrics` b"" or a `"metrics":{...}` member with a leading comma.
+        """
 
 
-@dataclass
-class Generation:
-    """One request on its way: its identity on the wire and a token stream per choice.
+class ObjectChunks(Chunks):
+    """What the chunks of chat and of completions have in common: OpenAI's object around the choices.
 
-    The streams are ordered prompt by prompt: sample i of prompt p is number p * n + i.
+    The system fingerprint goes into the usage chunk, or without one into each choice's last.
     """
 
-    id: str
-    created: int
-    model: str
-    streams: list[Stream] = field(default_factory=list)
-    n: int = 1
-    ended: bool = False
+    def __init__(self, generation: Generation, kind: str) -> None:
+        head = {"id": generation.id, "object": kind, "created": generation.created, "model": generation.model}
+        self._bare = b"data: " + orjson.dumps({**head, "choices": []})[:-1]  # ends in `"choices":[]`
+        self._head = self._bare[:-1] + b'{"index":'
+        self._streams = generation.streams
+        self._with_ids: bool = generation.fields["return_token_ids"]
+        fingerprint = generation.state.fingerprint
+        shown = b"" if fingerprint is None else b',"system_fingerprint":' + orjson.dumps(fingerprint)
+        self._last = b"" if generation.include_usage else shown
+        self._fingerprint = shown
 
-    async def submit(
-        self,
-        state: ServerState,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        fields: Mapping[str, Any],
-        priority: int,
-    ) -> None:
-        """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
-        self.n = params.n
-        if state.args.enable_log_requests:
-            self._log(prompts, params)
-        options = {"priority": priority, "cache_salt": fields["cache_salt"]}
-        if not fields["use_beam_search"]:
-            self.streams += await state.client.submit_all(prompts, params, **options)
-            return
+    def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
+        return self._bare + b',"usage":' + counts + self._fingerprint + metrics + b"}\n\n"
+
+
+class Generation(ABC):
+    """One request that generates.
+
+    The streams are ordered prompt by prompt: sample i of prompt p is number p * n + i. `include_usage` asks
+    for a last chunk with the token counts, `continuous_usage` for counts in every chunk.
+    """
+
+    id_prefix: ClassVar[str]
+
+    def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
+        _check_fields(fields, state)
+        state.client.check_room()  # before the work of reading the prompt
+        self.request, self.state, self.fields = request, state, fields
+        self.id = f"{self.id_prefix}-{_id_suffix(request, fields)}"
+        self.created = int(time.time())
+        self.model = state.model_names[0]
+        self.params = self.sampling_params()
+        self.priority = _priority(request, fields)
+        options = fields["stream_options"] or {}
+        forced = state.args.enable_force_include_usage
+        self.include_usage: bool = forced or options.get("include_usage", False)
+        self.continuous_usage: bool = forced or (
+            self.include_usage and options.get("continuous_usage_stats", False)
+        )
+        self.streams: list[Stream] = []
+        self._ended = False
+
+    # ---- what an endpoint says ----------------------------------------------------------------------
+
+    @abstractmethod
+    def sampling_params(self) -> SamplingParams:
+        """How to sample. Raises `InvalidRequestError` naming the field at fault."""
+
+    @abstractmethod
+    async def read_prompts(self) -> list[list[int]]:
+        """The checked token ids of every prompt. Raises `InvalidRequestError`."""
+
+    @abstractmethod
+    def answer(
+        self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
+    ) -> bytes:
+        """The JSON body of a whole answer; may run in a worker thread."""
+
+    @abstractmethod
+    def chunks(self) -> Chunks:
+        """What writes the events of this request's stream; called once the prompts are submitted."""
+
+    # ---- the pipeline -------------------------------------------------------------------------------
+
+    async def respond(self) -> Response:
+        """The answer to the request, whole or as a stream of events."""
+        await self.submit(await self.read_prompts())
+        lifecycle = self.state.lifecycle
+        if self.fields["stream"]:
+            return EventStream(self._events(self.chunks()), lifecycle, on_end=self.abort)
         try:
-            for index, prompt in enumerate(prompts):
-                if index:
-                    await asyncio.sleep(0)  # a thousand prompts in one go would hold up every other request
-                search = BeamSearch(state.client, prompt, params, fields["length_penalty"], **options)
-                self.streams += search.streams
-        except BaseException:
+            body = await lifecycle.run(self._whole_answer(), self.request.receive)
+        finally:
             self.abort()
-            raise
+        return Response(body, media_type="application/json")
+
+    async def submit(self, prompts: Sequence[list[int]]) -> None:
+        """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
+        if self.state.args.enable_log_requests:
+            log_start(self.id, prompts, self.params)
+        options = {"priority": self.priority, "cache_salt": self.fields["cache_salt"]}
+        client = self.state.client
+        if self.fields["use_beam_search"]:
+            penalty = self.fields["length_penalty"]
+            self.streams += await beam.submit_all(client, prompts, self.params, penalty, **options)
+        else:
+            self.streams += await client.submit_all(prompts, self.params, **options)
         for stream in self.streams:
             stream.name = self.id
 
-    def _log(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        """What is asked for, on one line: the parameters that are not defaults, and no prompt."""
-        wishes = str(msgspec.to_builtins(params))
-        logger.info(
-            "Received request %s: %d prompts, %d prompt tokens, %s",
-            self.id,
-            len(prompts),
-            sum(map(len, prompts)),
-            wishes if len(wishes) <= MAX_LOGGED else wishes[:MAX_LOGGED] + "...",
-        )
+    async def _whole_answer(self) -> bytes:
+        outcomes = await collect(self.streams)
+        tokens = sum(len(outcome.token_ids) for outcome in outcomes)
+        spent = usage(self.prompt_tokens, tokens, self._cached_tokens())
+        metrics = self._metrics(tokens)
+        params = self.params
+        short = len(outcomes) <= INLINE_CHOICES and not self.fields["return_token_ids"]
+        if short and params.logprobs is None and params.prompt_logprobs is None:
+            return self.answer(outcomes, spent, metrics)
+        # Log probabilities can be a hundred times as much text as the answer.
+        return await self.state.client.run_blocking(self.answer, outcomes, spent, metrics)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once however many samples it has."""
-        return sum(len(stream.prompt_token_ids) for stream in self.streams[:: self.n])
-
-    @property
-    def cached_tokens(self) -> int:
-        return sum(stream.num_cached_tokens for stream in self.streams[:: self.n])
-
-    def metrics(self, completion_tokens: int) -> dict[str, float | None] | None:
-        """The times of the request; None for several sequences, which have no times in common."""
-        if len(self.streams) != 1:
-            return None
-        return request_metrics(self.streams[0].timing, completion_tokens)
+    async def _events(self, chunks: Chunks) -> AsyncGenerator[bytes, None]:
+        """Every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
+        streams = self.streams
+        counts = [0] * len(streams)
+        interval = max(self.fields["stream_interval"] or 1, self.state.args.stream_interval)
+        logprobs = self.params.logprobs
+        # The log probabilities of a prompt or of a whole vocabulary: a thread lets other requests in between.
+        slow = logprobs is not None and (self.fields["echo"] or logprobs == -1)
+        opened = False
+        try:
+            async with aclosing(merged(streams, interval)) as deltas:
+                async for index, delta in deltas:
+                    if not opened:
+                        opened = True
+                        for event in chunks.opening():
+                            yield event
+                    counts[index] += len(delta.token_ids)
+                    spent = b""
+                    if self.continuous_usage:
+                        prompt_tokens = len(streams[index].prompt_token_ids)
+                        spent = b',"usage":' + stream_usage(prompt_tokens, counts[index])
+                    if slow:
+                        yield await asyncio.to_thread(chunks.chunk, index, delta, spent)
+                    else:
+                        yield chunks.chunk(index, delta, spent)
+            if self.include_usage:
+                times = self._metrics(sum(counts))
+                metrics = b"" if times is None else b',"metrics":' + orjson.dumps(without_nulls(times))
+                spent = stream_usage(self.prompt_tokens, sum(counts), self._cached_tokens())
+                yield chunks.final_usage(spent, metrics)
+        except (EngineError, RequestError) as error:
+            yield error_event(error)
+        except Exception:
+            # A bug of ours. The 200 is out, so the stream is the only place left to say that it failed.
+            logger.exception("Streaming %s failed.", self.id)
+            yield error_event(EngineError(INTERNAL))
+        finally:
+            self.abort()
+        yield DONE
 
     def abort(self) -> None:
         """Frees what the engine still holds for this request and logs its end; may be called again."""
         for stream in self.streams:
             stream.abort()
-        if self.streams and not self.ended:
-            self.ended = True
+        if self.streams and not self._ended:
+            self._ended = True
             log_end(self.id, self.streams, self.prompt_tokens)
 
-    async def collect(self) -> list[Outcome]:
-        """Every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
-        outcomes, taken = [], 0
-        # One after the other loses nothing: the streams fill up by themselves meanwhile.
-        for stream in self.streams:
-            outcome, parts = Outcome(), []
-            async for delta in stream:
-                taken += 1
-                if taken % DELTAS_AT_ONCE == 0:  # those of thousands of sequences may all be there
-                    await asyncio.sleep(0)
-                parts.append(delta.text)
-                outcome.token_ids += delta.token_ids
-                outcome.logprobs += delta.logprobs or []
-                if delta.finish_reason is not None:
-                    outcome.finish_reason = delta.finish_reason
-                    outcome.stop_reason = delta.stop_reason
-            outcome.text = "".join(parts)
-            outcomes.append(outcome)
-        return outcomes
+    # ---- what it cost -------------------------------------------------------------------------------
 
-    def deltas(self, interval: int = 1) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        """(choice, delta) pairs as they arrive, of at least `interval` tokens each.
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once however many samples it has."""
+        return sum(len(stream.prompt_token_ids) for stream in self.streams[:: self.params.n])
 
-        The first and the last delta of a choice do not wait for others.
-        """
-        return self._arriving() if interval == 1 else _spaced(self._arriving(), interval)
+    def _cached_tokens(self) -> int | None:
+        """Prompt tokens found in the prefix cache; None unless the server reports them."""
+        if not self.state.args.enable_prompt_tokens_details:
+            return None
+        return sum(stream.num_cached_tokens for stream in self.streams[:: self.params.n])
 
-    async def _arriving(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
-        if len(self.streams) == 1:
-            async for delta in self.streams[0]:
-                yield 0, delta
-            return
-        # Bounded, so that a slow client makes the streams join tokens instead of filling this queue.
-        queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(len(self.streams))
-        pumps = [asyncio.ensure_future(_pump(i, stream, queue)) for i, stream in enumerate(self.streams)]
-        try:
-            running = len(pumps)
-            while running:
-                index, item = await queue.get()
-                if item is None:
-                    running -= 1
-                elif isinstance(item, Exception):
-                    raise item
-                else:
-                    yield index, item
-        finally:
-            for pump in pumps:
-                pump.cancel()
-
-
-async def _spaced(
-    deltas: AsyncGenerator[tuple[int, TextDelta], None], interval: int
-) -> AsyncGenerator[tuple[int, TextDelta], None]:
-    held: dict[int, TextDelta] = {}
-    begun: set[int] = set()
-    async with aclosing(deltas):
-        async for index, later in deltas:
-            delta = held.pop(index, None)
-            if delta is None:
-                delta = later
-            else:
-                delta.merge(later)
-            if index in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
-                held[index] = delta
-                continue
-            begun.add(index)
-            yield index, delta
-
-
-async def _pump(
-    index: int, stream: Stream, queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]]
-) -> None:
-    try:
-        async for delta in stream:
-            await queue.put((index, delta))
-    except Exception as error:
-        await queue.put((index, error))
-    else:
-        await queue.put((index, None))
-
-
-def begin(request: Request, fields: Mapping[str, Any], state: ServerState, prefix: str) -> Generation:
-    """A request's identity. `prefix` is "cmpl" or "chatcmpl"; a client's own id becomes the suffix.
-
-    The header wins over the body, as in vLLM. It is only ever repeated: the engine has ids of its own, so
-    two requests with the same one do not touch each other.
-    """
-    if not state.args.skip_model_name_validation:
-        check_model(fields["model"], state)
-    if fields["stream_options"] and not fields["stream"]:
-        raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
-    _check_stop(fields["stop"], state.args.max_stop_strings)
-    check_beam_fields(fields, state.client)
-    state.client.check_room()  # before the work of reading the prompt
-    suffix = request.headers.get("x-request-id", "")
-    if not _HEADER_ID.fullmatch(suffix):
-        suffix = fields["request_id"] or uuid.uuid4().hex
-    return Generation(f"{prefix}-{suffix}", int(time.time()), state.model_names[0])
-
-
-def _check_stop(stop: Sequence[str], limit: int) -> None:
-    if len(stop) > limit:
-        problem = f"List should have at most {limit} items, not {len(stop)} (see --max-stop-strings)"
-        raise shape_error([("body.stop", Fault("too_long", problem))])
+    def _metrics(self, completion_tokens: int) -> dict[str, float | None] | None:
+        """The times of the request if the server reports them; several sequences have none in common."""
+        if not self.state.args.enable_per_request_metrics or len(self.streams) != 1:
+            return None
+        return request_metrics(self.streams[0].timing, completion_tokens)
 
 
 def check_model(name: str | None, state: ServerState) -> None:
@@ -271,7 +251,33 @@ def check_model(name: str | None, state: ServerState) -> None:
         )
 
 
-def priority_of(request: Request, fields: Mapping[str, Any]) -> int:
+def _check_fields(fields: Mapping[str, Any], state: ServerState) -> None:
+    """What concerns several fields, or the server's own limits."""
+    if not state.args.skip_model_name_validation:
+        check_model(fields["model"], state)
+    if fields["stream_options"] and not fields["stream"]:
+        raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    stop, limit = fields["stop"], state.args.max_stop_strings
+    if len(stop) > limit:
+        problem = f"List should have at most {limit} items, not {len(stop)} (see --max-stop-strings)"
+        raise shape_error([("body.stop", Fault("too_long", problem))])
+    if fields["use_beam_search"]:
+        beam.check_fields(fields, state.client)
+    elif fields["length_penalty"] != 1:
+        raise InvalidRequestError("length_penalty needs use_beam_search.", "length_penalty")
+
+
+def _id_suffix(request: Request, fields: Mapping[str, Any]) -> str:
+    """A client's own id if it gives one; the header wins over the body, as in vLLM.
+
+    It is only ever repeated: the engine has ids of its own, so two requests with the same one do not touch
+    each other.
+    """
+    header = request.headers.get("x-request-id", "")
+    return header if _HEADER_ID.fullmatch(header) else fields["request_id"] or uuid.uuid4().hex
+
+
+def _priority(request: Request, fields: Mapping[str, Any]) -> int:
     """The priority: the header X-Vllm-Priority wins over the body (lower is served earlier)."""
     header = request.headers.get("x-vllm-priority")
     if header is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.api.streams import Stream
     from microvllm.openai_compat.config import ServerArgs
     from microvllm.runtime.request import TokenLogprobs
     from microvllm.runtime.text.tokenizer import Tokenizer
@@ -136,10 +137,14 @@ class ChatLogprobs:
         }
 
 
-def prompt_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
-) -> list[dict[str, Any] | None]:
-    """A prompt's log probabilities: null, then {token id: {"logprob", "rank", "decoded_token"}} a token."""
+def prompt_logprobs(tokenizer: Tokenizer, stream: Stream) -> list[dict[str, Any] | None] | None:
+    """A prompt's log probabilities: null, then {token id: {"logprob", "rank", "decoded_token"}} per token.
+
+    None if they were not requested.
+    """
+    token_ids, entries = stream.prompt_token_ids, stream.prompt_logprobs
+    if entries is None:
+        return None
     token_text = TokenText(tokenizer)
     token_text.advance(token_ids[0])
     found: list[dict[str, Any] | None] = [None]

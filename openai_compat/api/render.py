@@ -14,46 +14,40 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.chat import CHAT_BODY, chat_params, render
-from microvllm.openai_compat.api.completions import COMPLETION_BODY, completion_params, read_prompts
+from microvllm.openai_compat.api.chat import CHAT_BODY, Chat
+from microvllm.openai_compat.api.completions import COMPLETION_BODY, Completion
 from microvllm.openai_compat.api.endpoint import Endpoint
-from microvllm.openai_compat.api.generation import begin, priority_of
+from microvllm.openai_compat.api.generation import Generation
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import SamplingParams
 
 
 async def render_chat_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """The token ids of a conversation and how they would be continued. Nothing is generated."""
     _check(fields)
-    request_id = begin(request, fields, state, "chatcmpl").id
-    params, priority = chat_params(fields, state), priority_of(request, fields)
-    conversation = await state.client.run_rendering(render, state, fields)
-    found = await state.client.run_blocking(
-        _generate_request, state, fields, params, request_id, conversation.token_ids, priority
-    )
+    chat = Chat(request, state, fields)
+    (prompt,) = await chat.read_prompts()
+    found = await state.client.run_blocking(_generate_request, chat, chat.id, prompt)
     return Response(orjson.dumps(found), media_type="application/json")
 
 
 async def render_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
     """The token ids of each prompt and how they would be continued. Nothing is generated."""
     _check(fields)
-    request_id = begin(request, fields, state, "cmpl").id
-    params, priority = completion_params(fields, state, prompt_only=False), priority_of(request, fields)
-    prompts, _ = await read_prompts(fields, state, params.n)
+    completion = RenderedCompletion(request, state, fields)
+    prompts = await completion.read_prompts()
+    ids = [completion.id] if len(prompts) == 1 else [f"{completion.id}-{i}" for i in range(len(prompts))]
     found = [
-        await state.client.run_blocking(
-            _generate_request,
-            state,
-            fields,
-            params,
-            request_id if len(prompts) == 1 else f"{request_id}-{index}",
-            ids,
-            priority,
-        )
-        for index, ids in enumerate(prompts)
+        await state.client.run_blocking(_generate_request, completion, request_id, prompt)
+        for request_id, prompt in zip(ids, prompts, strict=True)
     ]
     return Response(orjson.dumps(found), media_type="application/json")
+
+
+class RenderedCompletion(Completion):
+    """Asks for at least one token, since a `GenerateRequest` cannot say "no more than the prompt"."""
+
+    scores_prompt_only = False
 
 
 def _check(fields: Mapping[str, Any]) -> None:
@@ -61,15 +55,9 @@ def _check(fields: Mapping[str, Any]) -> None:
         raise InvalidRequestError("Beam search is not supported by the render endpoints.", "use_beam_search")
 
 
-def _generate_request(
-    state: ServerState,
-    fields: Mapping[str, Any],
-    params: SamplingParams,
-    request_id: str,
-    token_ids: list[int],
-    priority: int,
-) -> dict[str, Any]:
+def _generate_request(generation: Generation, request_id: str, token_ids: list[int]) -> dict[str, Any]:
     """The members of vLLM's `GenerateRequest`, null where this server has nothing to say."""
+    state, fields, params = generation.state, generation.fields, generation.params
     # The processor checks the ids against the model and clamps max_tokens to the context.
     prepared = state.client.processor.requests(token_ids, params)[0].params
     sampling = {**msgspec.structs.asdict(params), "max_tokens": prepared.max_tokens}
@@ -94,7 +82,7 @@ def _generate_request(
         "stream": fields["stream"],
         "stream_options": fields["stream_options"] if fields["stream"] else None,
         "cache_salt": fields["cache_salt"] or None,
-        "priority": priority,
+        "priority": generation.priority,
         "kv_transfer_params": None,
         "ec_transfer_params": None,
     }

@@ -1,4 +1,4 @@
-"""Logs how requests end: one line each, with counts and times and never a text."""
+"""Logs how requests begin and end: one line each, with counts and times and never a text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from microvllm.runtime.metrics import COMPLETE
 
 if TYPE_CHECKING:
-    from microvllm.openai_compat.api.generation import Stream
+    from microvllm.openai_compat.api.streams import Stream
+    from microvllm.runtime.request import SamplingParams
 
 logger = logging.getLogger("microvllm.server")
 
+MAX_LOGGED = 1000  # characters of a request's parameters
 MANY_PREEMPTIONS = 3  # an end after more of them is logged at any level: the KV cache is too small
+
+
+def log_start(request_id: str, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+    """Log what is requested: the parameters that are not defaults, and no prompt."""
+    shown = str(msgspec.to_builtins(params))
+    logger.info(
+        "Received request %s: %d prompts, %d prompt tokens, %s",
+        request_id,
+        len(prompts),
+        sum(map(len, prompts)),
+        shown if len(shown) <= MAX_LOGGED else shown[:MAX_LOGGED] + "...",
+    )
 
 
 def log_end(request_id: str, streams: Sequence[Stream], prompt_tokens: int) -> None:

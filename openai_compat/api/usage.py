@@ -1,7 +1,8 @@
-"""What an answer says about its own cost: token counts, and with the server's leave, times."""
+"""Spells what an answer cost: token counts, and times where the server reports them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -55,3 +56,7 @@ def request_metrics(timing: RequestTiming, tokens: int) -> dict[str, float | Non
 
 def _ms(start: float | None, end: float | None) -> float | None:
     return None if start is None or end is None else (end - start) * 1000
+
+
+def without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}

@@ -1,0 +1,142 @@
+"""The token streams of one request, one per choice: collected whole, or merged as their deltas arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from microvllm.runtime.observer import RequestTiming
+    from microvllm.runtime.request import TokenLogprobs
+    from microvllm.runtime.text.detokenizer import TextDelta
+
+DELTAS_AT_ONCE = 1024
+
+
+class Stream(Protocol):
+    """What is used of the engine client's `TokenStream`."""
+
+    name: str
+
+    @property
+    def prompt_token_ids(self) -> list[int]: ...
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs] | None: ...
+
+    @property
+    def timing(self) -> RequestTiming: ...
+
+    @property
+    def num_cached_tokens(self) -> int: ...
+
+    @property
+    def num_generated_tokens(self) -> int: ...
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+    @property
+    def end_reason(self) -> str | None: ...
+
+    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
+
+    def abort(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One finished choice; `logprobs` has one entry per token if they were requested."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+async def collect(streams: Sequence[Stream]) -> list[Outcome]:
+    """Every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
+    outcomes, taken = [], 0
+    # One after the other loses nothing: the streams fill up by themselves meanwhile.
+    for stream in streams:
+        outcome, parts = Outcome(), []
+        async for delta in stream:
+            taken += 1
+            if taken % DELTAS_AT_ONCE == 0:  # those of thousands of sequences may all be there
+                await asyncio.sleep(0)
+            parts.append(delta.text)
+            outcome.token_ids += delta.token_ids
+            outcome.logprobs += delta.logprobs or []
+            if delta.finish_reason is not None:
+                outcome.finish_reason = delta.finish_reason
+                outcome.stop_reason = delta.stop_reason
+        outcome.text = "".join(parts)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def merged(streams: Sequence[Stream], interval: int) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    """(choice, delta) pairs as they arrive, of at least `interval` tokens each.
+
+    The first and the last delta of a choice do not wait for others.
+    """
+    arriving = _arriving(streams)
+    return arriving if interval == 1 else _spaced(arriving, interval)
+
+
+async def _arriving(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    # Bounded, so that a slow client makes the streams join tokens instead of filling this queue.
+    queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(len(streams))
+    pumps = [asyncio.ensure_future(_pump(i, stream, queue)) for i, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            index, item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield index, item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+
+
+async def _spaced(
+    deltas: AsyncGenerator[tuple[int, TextDelta], None], interval: int
+) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    held: dict[int, TextDelta] = {}
+    begun: set[int] = set()
+    async with aclosing(deltas):
+        async for index, later in deltas:
+            delta = held.pop(index, None)
+            if delta is None:
+                delta = later
+            else:
+                delta.merge(later)
+            if index in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
+                held[index] = delta
+                continue
+            begun.add(index)
+            yield index, delta
+
+
+async def _pump(
+    index: int, stream: Stream, queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]]
+) -> None:
+    try:
+        async for delta in stream:
+            await queue.put((index, delta))
+    except Exception as error:
+        await queue.put((index, error))
+    else:
+        await queue.put((index, None))
