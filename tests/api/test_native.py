@@ -43,7 +43,7 @@ class Reciter(FakeClient):
         deltas = []
         for index, token in enumerate(ids):
             end = FinishReason.LENGTH if index == len(ids) - 1 else None
-            deltas.append(text.take(StepOutput(request.request_id, [token], end)))
+            deltas.append(text.process(StepOutput(request.request_id, [token], end)))
             if deltas[-1].finish_reason is not None:
                 break
         return deltas
