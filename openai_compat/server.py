@@ -21,8 +21,8 @@ from uvicorn.config import LOGGING_CONFIG
 
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.metrics import log_stats
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.stats import log_stats
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
 from microvllm.openai_compat.transport.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.openai_compat.transport.protocol import GuardedProtocol

@@ -11,13 +11,12 @@ import msgspec
 
 import microvllm
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.metrics import Exposition, HttpMetrics
 from microvllm.openai_compat.transport.body import MAX_HELD_BODIES, BodyMemory
-from microvllm.openai_compat.transport.http_metrics import HttpMetrics
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
 from microvllm.runtime.metrics import EngineMetrics
 
 if TYPE_CHECKING:
-    from microvllm.openai_compat.exposition import Exposition
     from microvllm.runtime.process.client import EngineClient
 
 

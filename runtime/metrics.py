@@ -1,7 +1,8 @@
-"""What an engine counts about its requests, under vLLM's names: plain Python, cheap enough for every token.
+"""Counts what an engine does with its requests: plain Python, cheap enough for every token.
 
-`EngineMetrics` observes the requests; `metric_families.py` turns it into Prometheus' families. Names, labels
-and buckets are vLLM's, so that its Grafana dashboard and its autoscalers work here.
+`EngineMetrics` observes the requests, `metric_families.py` converts it into Prometheus' families. Both read
+`metrics.tsv`, which lists all families. Names, labels and buckets are vLLM's, so that its Grafana dashboard
+and its autoscalers work here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import msgspec
 
 from microvllm.runtime.observer import EngineObserver, TrackedSequence
 from microvllm.runtime.request import EngineStats, FinishReason
+from microvllm.runtime.tables import read_table
+from microvllm.runtime.worker.step_clock import FORWARD_PARTS, PARTS
 
 GAUGES = frozenset({"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots"})
 COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES)
 REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
-# Not failed and not given up: only such requests say how long a request takes.
+# Only requests that ended by themselves count towards latencies.
 COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
 
 FIRST_TOKEN_SECONDS = (
@@ -39,46 +42,36 @@ SAMPLES = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 
 
-class HistogramKind(NamedTuple):
-    """One of `HISTOGRAMS`: its help text and upper bounds; no bounds: token counts up to the context."""
+# Upper bounds by their name in `metrics.tsv`; token counts go up to the context.
+BOUNDS: dict[str, Sequence[float] | None] = {
+    "FIRST_TOKEN_SECONDS": FIRST_TOKEN_SECONDS,
+    "BETWEEN_TOKENS_SECONDS": BETWEEN_TOKENS_SECONDS,
+    "REQUEST_SECONDS": REQUEST_SECONDS,
+    "STEP_TOKENS": STEP_TOKENS,
+    "SAMPLES": SAMPLES,
+    "PREEMPTIONS": PREEMPTIONS,
+    "CONTEXT_TOKENS": None,
+}
 
+
+class Family(NamedTuple):
+    """A row of `metrics.tsv`: `value` names an attribute of `EngineMetrics`, or the bounds of a histogram.
+
+    With a `label` the attribute is a dict, {label value: number}.
+    """
+
+    name: str
+    type: str  # gauge, counter or histogram
+    label: str
+    value: str
     help: str
-    bounds: Sequence[float] | None
 
 
+FAMILIES = [Family(*row) for row in read_table("metrics.tsv")]
 HISTOGRAMS = {
-    "iteration_tokens_total": HistogramKind("Tokens computed in an engine step.", STEP_TOKENS),
-    "time_to_first_token_seconds": HistogramKind(
-        "Time from a request's arrival to its first token.", FIRST_TOKEN_SECONDS
-    ),
-    "inter_token_latency_seconds": HistogramKind(
-        "Time from one token of a request to the next.", BETWEEN_TOKENS_SECONDS
-    ),
-    "request_time_per_output_token_seconds": HistogramKind(
-        "Mean time between the tokens of a request.", BETWEEN_TOKENS_SECONDS
-    ),
-    "e2e_request_latency_seconds": HistogramKind(
-        "Time from a request's arrival to its end.", REQUEST_SECONDS
-    ),
-    "request_queue_time_seconds": HistogramKind("Time that a request waited.", REQUEST_SECONDS),
-    "request_inference_time_seconds": HistogramKind(
-        "Time from leaving the queue to the last token.", REQUEST_SECONDS
-    ),
-    "request_prefill_time_seconds": HistogramKind(
-        "Time from leaving the queue to the first token.", REQUEST_SECONDS
-    ),
-    "request_decode_time_seconds": HistogramKind("Time from the first token to the last.", REQUEST_SECONDS),
-    "request_prompt_tokens": HistogramKind("Prompt tokens of a request.", None),
-    "request_generation_tokens": HistogramKind("Generated tokens of a request.", None),
-    "request_max_num_generation_tokens": HistogramKind(
-        "Generated tokens of the longest of a prompt's n samples.", None
-    ),
-    "request_params_max_tokens": HistogramKind("The max_tokens of a request.", None),
-    "request_prefill_kv_computed_tokens": HistogramKind(
-        "Prompt tokens of a request that were not in the prefix cache.", None
-    ),
-    "request_params_n": HistogramKind("The n of a request.", SAMPLES),
-    "request_num_preemptions": HistogramKind("How often a request was preempted.", PREEMPTIONS),
+    family.name.removeprefix("vllm:"): BOUNDS[family.value]
+    for family in FAMILIES
+    if family.type == "histogram"
 }
 
 
@@ -115,8 +108,8 @@ class EngineMetrics(EngineObserver):
 
     def __init__(self, max_model_len: int, stats: EngineStats) -> None:
         self.histograms = {
-            name: Histogram(one_two_five(max_model_len) if kind.bounds is None else kind.bounds)
-            for name, kind in HISTOGRAMS.items()
+            name: Histogram(one_two_five(max_model_len) if bounds is None else bounds)
+            for name, bounds in HISTOGRAMS.items()
         }
         self.prompt_tokens = 0  # of requests that got their first token, with those from the prefix cache
         self.cached_tokens = 0
@@ -139,7 +132,50 @@ class EngineMetrics(EngineObserver):
         sums = {name: getattr(past, name) + getattr(now, name) for name in COUNTERS}
         return msgspec.structs.replace(now, **sums)
 
-    # ---- what the client tells ------------------------------------------------------------------
+    # ---- values by label, for /metrics ----------------------------------------------------------
+
+    @property
+    def waiting_by_reason(self) -> dict[str, int]:
+        """Requests queue for rows and KV blocks only; vLLM defers some for an adapter or a grammar, too."""
+        return {"capacity": self._stats.num_waiting, "deferred": 0}
+
+    @property
+    def prompt_tokens_by_source(self) -> dict[str, int]:
+        computed = self.prompt_tokens - self.cached_tokens
+        return {"local_compute": computed, "local_cache_hit": self.cached_tokens}
+
+    @property
+    def cached_tokens_by_source(self) -> dict[str, int]:
+        return {"device": self.totals.prefix_hits}
+
+    @property
+    def steps_by_kind(self) -> dict[str, int]:
+        totals = self.totals
+        return {"decode": totals.decode_steps, "prefill": totals.steps - totals.decode_steps}
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """All parts together are the time from the start to the last step."""
+        return {part: getattr(self.totals, f"{part}_seconds") for part in PARTS}
+
+    @property
+    def forward_seconds(self) -> dict[str, float]:
+        """Empty without --log-step-times."""
+        inside: dict[str, float] = {part: getattr(self.totals, f"{part}_seconds") for part in FORWARD_PARTS}
+        layers = self.totals.forward_seconds - sum(inside.values())
+        return {**inside, "layers": layers} if any(inside.values()) else {}
+
+    @property
+    def gpu_seconds(self) -> dict[str, float]:
+        """Empty without --log-step-times, and on a CPU."""
+        totals = self.totals
+        return (
+            {"busy": totals.gpu_busy_seconds, "idle": totals.gpu_idle_seconds}
+            if totals.gpu_busy_seconds
+            else {}
+        )
+
+    # ---- calls of the observer ------------------------------------------------------------------
 
     def tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
         self.generation_tokens += count

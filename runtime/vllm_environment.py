@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.vllm_flags import read_table
+from microvllm.runtime.tables import read_table
 
 PREFIX = "VLLM_"
 VARIABLES = dict(read_table("vllm_environment.tsv"))  # name -> honoured, harmless or ignored

@@ -16,8 +16,9 @@ still use are among them. `scripts/compare_flags.py` compares the table with an 
 
 from __future__ import annotations
 
-import pkgutil
 from typing import NamedTuple
+
+from microvllm.runtime.tables import read_table
 
 ASKS_FOR_NOTHING = ("", "none", "null", "{}", "[]")
 
@@ -29,14 +30,6 @@ class Refused(NamedTuple):
     changes: str
     neutral: tuple[str, ...]
     always: bool
-
-
-def read_table(name: str) -> list[list[str]]:
-    """Return the rows of a table in this folder, each as long as its heading, which is left out."""
-    content = pkgutil.get_data("microvllm.runtime", name) or b""  # also out of a zipped package
-    heading, *lines = content.decode().splitlines()
-    width = heading.count("\t") + 1
-    return [(line.split("\t") + [""] * width)[:width] for line in lines]
 
 
 KINDS: dict[str, str] = {}  # flag -> what follows it, without those that are options here

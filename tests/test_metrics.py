@@ -23,7 +23,7 @@ from process_tools import own_engines, wait_until_async
 from prometheus_client.parser import text_string_to_metric_families
 
 from microvllm.openai_compat.app import ENDPOINTS
-from microvllm.openai_compat.stats import stats_line
+from microvllm.openai_compat.metrics import stats_line
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
@@ -100,7 +100,7 @@ async def scrape(http: httpx.AsyncClient, path: str = "/metrics") -> Numbers:
 @given(st.lists(st.one_of(st.floats(0, 3000), st.sampled_from((0.001, 0.1, 1, 2560)))))
 def test_a_histogram_is_the_librarys(values: list[float]) -> None:
     """Also for values that are bounds, and for those above the last."""
-    bounds = HISTOGRAMS["time_to_first_token_seconds"].bounds
+    bounds = HISTOGRAMS["time_to_first_token_seconds"]
     assert bounds is not None
     theirs = prometheus_client.Histogram("h", "", buckets=bounds, registry=None)
     ours = Histogram(bounds)

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import orjson
@@ -27,11 +27,9 @@ from microvllm.openai_compat.api.endpoint import Body, Endpoint, Switch, read_fi
 from microvllm.openai_compat.api.fields import boolean
 from microvllm.openai_compat.api.schemas import PROFILE
 from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
+from microvllm.openai_compat.metrics import Exposition
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import EngineDeadError
-
-if TYPE_CHECKING:
-    from microvllm.openai_compat.exposition import Exposition
 
 logger = logging.getLogger("microvllm.server")
 
@@ -54,16 +52,13 @@ async def version(request: Request, state: ServerState) -> Response:
 async def metrics(request: Request, state: ServerState) -> Response:
     """Everything that is counted, in Prometheus' text format."""
     if state.exposition is None:
-        # Its library takes a while to import: nobody's start, and nobody's tokens, shall wait for it.
-        state.exposition = await asyncio.to_thread(_make_exposition, state)
+        # Importing its library takes a while, which must hold up neither the start nor a stream.
+        name, config = state.model_names[0], state.client.config
+        state.exposition = await asyncio.to_thread(
+            Exposition, state.http_metrics, state.metrics, name, config
+        )
     body, content_type = state.exposition.text()
     return Response(body, headers={"content-type": content_type})
-
-
-def _make_exposition(state: ServerState) -> Exposition:
-    from microvllm.openai_compat import exposition
-
-    return exposition.Exposition(state)
 
 
 async def load(request: Request, state: ServerState) -> Response:

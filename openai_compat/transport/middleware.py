@@ -28,8 +28,8 @@ from microvllm.openai_compat.errors import ForbiddenError, ServerStoppingError, 
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.config import ServerArgs
+    from microvllm.openai_compat.metrics import HttpMetrics
     from microvllm.openai_compat.state import ServerState
-    from microvllm.openai_compat.transport.http_metrics import HttpMetrics
     from microvllm.openai_compat.transport.lifecycle import Lifecycle
 
 SHORTCUT = "microvllm.shortcut"
@@ -264,7 +264,7 @@ class HttpMetricsMiddleware:
         finally:
             seconds = time.perf_counter() - start
             received_bytes = _content_length(Headers(scope=scope))
-            self.metrics.add(handler, scope["method"], status, seconds, received_bytes, sent_bytes)
+            self.metrics.add_request(handler, scope["method"], status, seconds, received_bytes, sent_bytes)
 
 
 def _handler(scope: Scope) -> str:

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
-from microvllm.runtime.metrics_reader import Metric
+from microvllm.runtime.metric_families import Metric
 from microvllm.runtime.offline.beams import BeamSearchOutput, OfflineSearch
 from microvllm.runtime.offline.core_thread import OfflineSequence
 from microvllm.runtime.offline.llm_engine import LLMEngine, one_each

@@ -26,7 +26,7 @@ from microvllm import (
     TokensPrompt,
 )
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
-from microvllm.runtime.metrics_reader import Counter, Gauge, Histogram
+from microvllm.runtime.metric_families import Counter, Gauge, Histogram
 from microvllm.runtime.offline.llm_options import engine_options
 from microvllm.runtime.offline.request_output import FlatLogprobs
 from microvllm.runtime.profiler import ProfilerStateError

@@ -21,7 +21,7 @@ from http_tools import eventually, held_port, raw_exchange
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.stats import stats_line
+from microvllm.openai_compat.metrics import stats_line
 from microvllm.openai_compat.transport.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import EngineStats
