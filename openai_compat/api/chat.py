@@ -46,10 +46,16 @@ async def create_chat_completion(request: Request, state: ServerState, fields: M
 
 
 class Chat(Generation):
-    """A conversation, and one answer or several to it."""
+    """A conversation, and one answer or several to it.
+
+    `role` is the author of the answers, `echo` the text that they begin with, `prompt_text` the rendered
+    conversation if the answer is to show it.
+    """
 
     id_prefix = "chatcmpl"
-    conversation: Conversation
+    role: str
+    echo: str
+    prompt_text: str | None
 
     def sampling_params(self) -> SamplingParams:
         fields = self.fields
@@ -66,8 +72,10 @@ class Chat(Generation):
         )
 
     async def read_prompts(self) -> list[list[int]]:
-        self.conversation = await self.state.client.run_rendering(render, self.state, self.fields)
-        return [self.conversation.token_ids]
+        conversation = await self.state.client.run_rendering(render, self.state, self.fields)
+        self.role, self.echo = conversation.role, conversation.echo
+        self.prompt_text = conversation.text if self.fields["return_prompt_text"] else None
+        return [conversation.token_ids]
 
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
@@ -79,8 +87,8 @@ class Chat(Generation):
             {
                 "index": index,
                 "message": {
-                    "role": self.conversation.role,
-                    "content": self.conversation.echo + outcome.text,
+                    "role": self.role,
+                    "content": self.echo + outcome.text,
                     "refusal": None,
                     "annotations": None,
                     "audio": None,
@@ -109,7 +117,7 @@ class Chat(Generation):
                 "usage": usage,
                 "prompt_logprobs": prompt_logprobs(self.state.client.tokenizer, first),
                 "prompt_token_ids": first.prompt_token_ids if with_ids else None,
-                "prompt_text": self.prompt_text(),
+                "prompt_text": self.prompt_text,
                 "kv_transfer_params": None,
                 "ec_transfer_params": None,
                 "metrics": metrics,
@@ -118,10 +126,6 @@ class Chat(Generation):
 
     def chunks(self) -> ChatChunks:
         return ChatChunks(self)
-
-    def prompt_text(self) -> str | None:
-        """The rendered conversation, if the answer is to show it."""
-        return self.conversation.text if self.fields["return_prompt_text"] else None
 
     def logprobs(self) -> list[ChatLogprobs]:
         """What writes the log probabilities of each choice; none if they were not requested."""
@@ -139,10 +143,10 @@ class ChatChunks(ObjectChunks):
 
     def __init__(self, chat: Chat) -> None:
         super().__init__(chat, "chat.completion.chunk")
-        self._role = orjson.dumps(chat.conversation.role)
-        self._echo = chat.conversation.echo
+        self._role = orjson.dumps(chat.role)
+        self._echo = chat.echo
         self._logprobs = chat.logprobs()
-        self._prompt_text = orjson.dumps(chat.prompt_text())
+        self._prompt_text = orjson.dumps(chat.prompt_text)
         self._plain = not self._with_ids and not self._logprobs
         self._continuous = chat.continuous_usage
 

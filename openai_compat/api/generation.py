@@ -158,6 +158,8 @@ class Generation(ABC):
             self.streams += await client.submit_all(prompts, self.params, **options)
         for stream in self.streams:
             stream.name = self.id
+        # The engine has the prompts: what they were made of must not stay for as long as the answer takes.
+        self.fields = {**self.fields, "prompt": None, "messages": None}
 
     async def _whole_answer(self) -> bytes:
         outcomes = await collect(self.streams)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from microvllm.openai_compat.errors import ClientGoneError, ServerStoppingError, error_event
-from microvllm.openai_compat.transport.middleware import SHORTCUT
+from microvllm.openai_compat.transport.middleware import CHUNK_SEND
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.transport.lifecycle import Lifecycle
@@ -35,7 +35,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._lifecycle.run(self._send_events(send, scope.get(SHORTCUT, send)), receive)
+            await self._lifecycle.run(self._send_events(send, scope.get(CHUNK_SEND, send)), receive)
         except ServerStoppingError as error:
             last = error_event(error) + DONE
             await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -44,8 +44,8 @@ class EventStream(Response):
         finally:
             self._on_end()
 
-    async def _send_events(self, send: Send, shortcut: Send) -> None:
+    async def _send_events(self, send: Send, send_chunk: Send) -> None:
         async with aclosing(self._events) as events:
             async for event in events:
-                await shortcut({"type": "http.response.body", "body": event, "more_body": True})
+                await send_chunk({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
     from microvllm.openai_compat.transport.lifecycle import Lifecycle
 
-SHORTCUT = "microvllm.shortcut"
+CHUNK_SEND = "microvllm.chunk_send"  # in the scope, see `ChunkSendMiddleware`
 # What a client may have repeated to it: an id that is harmless in headers, logs and bodies.
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 COMMENT = b": keep-alive\n\n"  # a comment of server-sent events; clients skip it
@@ -67,7 +67,7 @@ def outer_layers(args: ServerArgs) -> list[Middleware]:
         )
     if args.sse_keep_alive_interval:
         layers.append(Middleware(KeepAliveMiddleware, interval=args.sse_keep_alive_interval))
-    return [*layers, Middleware(ShortcutMiddleware)]
+    return [*layers, Middleware(ChunkSendMiddleware)]
 
 
 def inner_layers(
@@ -222,18 +222,19 @@ def _is_event_stream(message: Message) -> bool:
     return bool(types) and types[0].startswith(b"text/event-stream")
 
 
-class ShortcutMiddleware:
-    """Remembers the way out in front of the layers behind it, for the chunks in the middle of a stream.
+class ChunkSendMiddleware:
+    """Puts the `send` of the layers outside of it into the scope, for the chunks in the middle of a stream.
 
-    Layers look at an answer's first message, at most at its last. A coroutine of each for every token would
-    cost more than the token's own chunk.
+    Every layer inside of it, Starlette's three error handlers included, wraps `send` in a coroutine, which
+    every token would await. They look at an answer's first message, at most at its last, and those two take
+    the whole way; see `EventStream`. A layer that has to see every chunk belongs outside, like keep-alive.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app({**scope, SHORTCUT: send}, receive, send)
+        await self.app({**scope, CHUNK_SEND: send}, receive, send)
 
 
 class HttpMetricsMiddleware:
