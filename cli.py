@@ -168,7 +168,7 @@ def generate(
     check_paths(tokenizer)
 
     from microvllm.runtime.config import EngineArgs
-    from microvllm.runtime.request import SamplingParams
+    from microvllm.runtime.request import SamplingParams, check_sampling
 
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -189,7 +189,7 @@ def generate(
     sampling |= {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
     # The engine checks all this again, but only after torch was imported and the model was loaded.
     EngineArgs(model=name, **options).resolve()
-    SamplingParams(**sampling)
+    check_sampling(SamplingParams(**sampling))
 
     from microvllm import InferenceEngine
 

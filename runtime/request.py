@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from microvllm.runtime.errors import InvalidRequestError
 
@@ -24,7 +25,6 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN = 1024
-ValuesT = TypeVar("ValuesT", bound="SamplingValues")
 GREEDY_EPS = 1e-5  # temperatures below are greedy, as in vLLM
 MIN_TEMPERATURE = 1e-2  # positive temperatures below are raised to it, as in vLLM
 
@@ -44,51 +44,69 @@ class FinishReason(enum.IntEnum):
         return self.name.lower()
 
 
+Int64 = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
+Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
+TokenId = Annotated[int, Meta(ge=0, le=INT64_MAX)]  # that the model has it, `Processor` checks
+# The parameters' ranges, shared with the request bodies of the server.
+NumSamples = Annotated[int, Meta(ge=1, le=MAX_N)]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=INT64_MAX)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=FLOAT32_MAX)]
+StopTokenIds = Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)]
+LogprobTokenIds = Annotated[list[TokenId], Meta(max_length=MAX_LOGPROB_TOKEN_IDS)]
+NumLogprobs = Annotated[int, Meta(ge=-1, le=INT64_MAX)]
+
+
 class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
     """Stop when the output ends in `min_count` copies of one pattern of `min_` to `max_pattern_size` tokens.
 
-    A `max_pattern_size` of 0 is off. Raises `InvalidRequestError` for values out of range.
+    A `max_pattern_size` of 0 is off.
     """
 
-    max_pattern_size: int = 0
-    min_pattern_size: int = 0
-    min_count: int = 0
-
-    def __post_init__(self) -> None:
-        name = "repetition_detection"
-        _integer(self.max_pattern_size, f"{name}.max_pattern_size", 0, MAX_PATTERN)
-        _integer(self.min_pattern_size, f"{name}.min_pattern_size", 0, self.max_pattern_size)
-        _integer(self.min_count, f"{name}.min_count", 2 if self.max_pattern_size else 0, INT64_MAX)
+    max_pattern_size: Annotated[int, Meta(ge=0, le=MAX_PATTERN)] = 0
+    min_pattern_size: Count = 0
+    min_count: Count = 0
 
 
-class SamplingValues(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The fields of `SamplingParams`, unchecked: what the engine process decodes.
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
 
-    The API process has checked them, and a list of allowed tokens may be as long as the vocabulary.
+    `max_tokens=None` means "until the context is full". A temperature below 1e-5 is greedy. `logprobs=k` asks
+    for the k most likely tokens beside each sampled one, `prompt_logprobs=k` beside each prompt token, -1 for
+    the whole vocabulary; `logprob_token_ids` names the tokens in place of the k. The values are not checked
+    here but by `check_sampling`, once, where they enter: the engine process need not do it again.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] = []
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
+    n: NumSamples = 1
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    logit_bias: Annotated[
+        dict[Int64, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)
+    ] = {}
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_words: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+        Meta(max_length=MAX_BAD_WORDS),
+    ] = []
+    seed: Int64 | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=INT64_MAX)] | None = 16
+    min_tokens: Count = 0
+    stop: list[Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]] = []
+    stop_token_ids: StopTokenIds = []
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logprob_token_ids: list[int] | None = None
+    logprobs: NumLogprobs | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    logprob_token_ids: LogprobTokenIds | None = None
     repetition_detection: RepetitionDetection | None = None
 
     @property
@@ -100,8 +118,8 @@ class SamplingValues(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """Whether what was generated changes the logits, so that tokens have to be counted."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
-    def with_max_tokens(self: ValuesT, max_tokens: int) -> ValuesT:
-        """A shallow copy with another `max_tokens`, which is not checked again; lists are shared."""
+    def with_max_tokens(self, max_tokens: int) -> SamplingParams:
+        """A shallow copy with another `max_tokens`; lists are shared."""
         if max_tokens == self.max_tokens:
             return self
         changed = copy.copy(self)
@@ -109,119 +127,88 @@ class SamplingValues(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return changed
 
 
-class SamplingParams(SamplingValues, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
+_TEXTS = {
+    "stop": f"stop strings must have 1 to {MAX_STOP_STRING_CHARS} characters.",
+    "bad_words": f"bad_words must have 1 to {MAX_BAD_WORD_CHARS} characters each.",
+}
 
-    Raises `InvalidRequestError` naming the field for any value out of range. `max_tokens=None` means
-    "until the context is full". A temperature below 1e-5 is greedy. One stop string may be given bare.
-    `logprobs=k` asks for the k most likely tokens beside each sampled one, `prompt_logprobs=k` beside each
-    prompt token, -1 for the whole vocabulary; `logprob_token_ids` names the tokens in place of the k.
-    """
 
-    def __post_init__(self) -> None:
-        _integer(self.n, "n", 1, MAX_N)
-        _number(self.temperature, "temperature", 0.0, 2.0)
-        _number(self.top_p, "top_p", 0.0, 1.0, open_low=True)
-        _integer(self.top_k, "top_k", -1, INT64_MAX)
-        _number(self.min_p, "min_p", 0.0, 1.0)
-        _number(self.presence_penalty, "presence_penalty", -2.0, 2.0)
-        _number(self.frequency_penalty, "frequency_penalty", -2.0, 2.0)
-        _number(self.repetition_penalty, "repetition_penalty", 0.0, FLOAT32_MAX, open_low=True)
-        self._check_tokens()
-        self._check_logprobs()
-        if self.seed is not None:
-            _integer(self.seed, "seed", INT64_MIN, INT64_MAX)
-        if self.max_tokens is not None:
-            _integer(self.max_tokens, "max_tokens", 1, INT64_MAX)
-        _integer(self.min_tokens, "min_tokens", 0, INT64_MAX)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
-                f"min_tokens must be less than or equal to max_tokens={self.max_tokens}, "
-                f"got {self.min_tokens}.",
-                "min_tokens",
-            )
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", [self.stop])
-        for name in ("stop", "stop_token_ids"):
-            if not isinstance(getattr(self, name), list):
-                raise InvalidRequestError(f"{name} must be a list, got {getattr(self, name)!r}.", name)
-        for text in self.stop:
-            if type(text) is not str or not text or len(text) > MAX_STOP_STRING_CHARS:
+def check_sampling(params: SamplingParams) -> None:
+    """Raises `InvalidRequestError` naming the field for a value of the wrong type or out of range."""
+    detection = params.repetition_detection
+    try:  # at C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others
+        msgspec.convert(msgspec.structs.asdict(params), SamplingParams)
+        if detection is not None:
+            msgspec.convert(msgspec.structs.asdict(detection), RepetitionDetection)
+    except msgspec.ValidationError:
+        _find_fault(msgspec.inspect.type_info(SamplingParams), params, "")
+        raise
+    if detection is not None:
+        name, size = "repetition_detection", detection.max_pattern_size
+        _check_integer(detection.min_pattern_size, f"{name}.min_pattern_size", 0, size)
+        _check_integer(detection.min_count, f"{name}.min_count", 2 if size else 0, INT64_MAX)
+    if params.logprob_token_ids is not None and params.logprobs is None:
+        raise InvalidRequestError("logprob_token_ids needs logprobs to be set.", "logprob_token_ids")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens must be less than or equal to max_tokens={params.max_tokens}, "
+            f"got {params.min_tokens}.",
+            "min_tokens",
+        )
+    if params.n > 1 and params.greedy:
+        raise InvalidRequestError(f"n must be 1 when using greedy sampling, got {params.n}.", "n")
+
+
+def _find_fault(kind: msgspec.inspect.Type, value: Any, name: str) -> None:
+    """Raises for the first value in `value` that is not of its type."""
+    match kind:
+        case msgspec.inspect.UnionType():  # with None
+            if value is not None:
+                _find_fault(kind.types[0], value, name)
+        case msgspec.inspect.IntType():
+            _check_integer(value, name, kind.ge or 0, kind.le or INT64_MAX)
+        case msgspec.inspect.FloatType():
+            _check_number(value, name, kind)
+        case msgspec.inspect.BoolType():
+            if type(value) is not bool:
+                raise InvalidRequestError(f"{name} must be true or false, got {value!r:.200}.", name)
+        case msgspec.inspect.StrType():
+            if type(value) is not str or not value or len(value) > (kind.max_length or 0):
+                raise InvalidRequestError(_TEXTS[name], name)
+        case msgspec.inspect.ListType():
+            if not isinstance(value, list) or len(value) > (kind.max_length or len(value)):
+                most = "" if kind.max_length is None else f" of at most {kind.max_length}"
+                raise InvalidRequestError(f"{name} must be a list{most}, got {value!r:.200}.", name)
+            if len(value) < (kind.min_length or 0):
+                raise InvalidRequestError(f"{name} must be a list of at least one token id.", name)
+            for item in value:
+                _find_fault(kind.item_type, item, name)
+        case msgspec.inspect.DictType():
+            if not isinstance(value, dict) or len(value) > (kind.max_length or 0):
                 raise InvalidRequestError(
-                    f"stop strings must have 1 to {MAX_STOP_STRING_CHARS} characters.", "stop"
+                    f"{name} must map at most {kind.max_length} token ids to numbers.", name
                 )
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                f"stop_token_ids cannot contain more than {MAX_STOP_TOKEN_IDS} ids.", "stop_token_ids"
-            )
-        _token_ids(self.stop_token_ids, "stop_token_ids")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if type(getattr(self, name)) is not bool:
-                raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r}.", name)
-        if self.n > 1 and self.greedy:
-            raise InvalidRequestError(f"n must be 1 when using greedy sampling, got {self.n}.", "n")
-
-    def _check_tokens(self) -> None:
-        """What concerns single tokens: bias, the allowed ones, bad words."""
-        if not isinstance(self.logit_bias, dict) or len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidRequestError(
-                f"logit_bias must map at most {MAX_LOGIT_BIAS} token ids to numbers.", "logit_bias"
-            )
-        for token, bias in self.logit_bias.items():
-            _integer(token, "logit_bias", INT64_MIN, INT64_MAX)  # `InputProcessor` knows the vocabulary
-            _number(bias, "logit_bias", -100.0, 100.0)
-        if self.allowed_token_ids is not None:
-            if not isinstance(self.allowed_token_ids, list) or not self.allowed_token_ids:
-                raise InvalidRequestError(
-                    "allowed_token_ids must be a list of at least one token id.", "allowed_token_ids"
-                )
-            _token_ids(self.allowed_token_ids, "allowed_token_ids")
-        if not isinstance(self.bad_words, list) or len(self.bad_words) > MAX_BAD_WORDS:
-            raise InvalidRequestError(f"bad_words must be a list of at most {MAX_BAD_WORDS}.", "bad_words")
-        for word in self.bad_words:
-            if type(word) is not str or not word or len(word) > MAX_BAD_WORD_CHARS:
-                raise InvalidRequestError(
-                    f"bad_words must have 1 to {MAX_BAD_WORD_CHARS} characters each.", "bad_words"
-                )
-
-    def _check_logprobs(self) -> None:
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            if count is not None:
-                _integer(count, name, -1, INT64_MAX)
-        if self.logprob_token_ids is None:
-            return
-        if self.logprobs is None:
-            raise InvalidRequestError("logprob_token_ids needs logprobs to be set.", "logprob_token_ids")
-        if (
-            not isinstance(self.logprob_token_ids, list)
-            or len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS
-        ):
-            raise InvalidRequestError(
-                f"logprob_token_ids must be a list of at most {MAX_LOGPROB_TOKEN_IDS} ids.",
-                "logprob_token_ids",
-            )
-        _token_ids(self.logprob_token_ids, "logprob_token_ids")
+            for key, item in value.items():
+                _find_fault(kind.key_type, key, name)
+                _find_fault(kind.value_type, item, name)
+        case msgspec.inspect.StructType():
+            if not isinstance(value, kind.cls):
+                raise InvalidRequestError(f"{name} must be a {kind.cls.__name__}.", name)
+            for field in kind.fields:
+                _find_fault(field.type, getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
 
 
-def _token_ids(ids: list[Any], name: str) -> None:
-    # At C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others.
-    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= INT64_MAX)):
-        return
-    for token in ids:
-        _integer(token, name, 0, INT64_MAX)
-
-
-def _integer(value: Any, name: str, low: int, high: int) -> None:
+def _check_integer(value: Any, name: str, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         bound = f"at least {low}" if high == INT64_MAX else f"in [{low}, {high}]"
         raise InvalidRequestError(f"{name} must be an integer {bound}, got {value!r}.", name)
 
 
-def _number(value: Any, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    fine = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-    if not fine or (open_low and value == low):
-        bracket = "(" if open_low else "["
+def _check_number(value: Any, name: str, kind: msgspec.inspect.FloatType) -> None:
+    low, high = kind.ge if kind.gt is None else kind.gt, kind.le or 0
+    fine = type(value) in (int, float) and math.isfinite(value) and (low or 0) <= value <= high
+    if not fine or value == kind.gt:
+        bracket = "[" if kind.gt is None else "("
         raise InvalidRequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}.", name)
 
 
@@ -236,7 +223,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
 
     request_id: int
     prompt_token_ids: list[int]
-    params: SamplingValues
+    params: SamplingParams
     eos_token_id: int | None = None
     stop_token_ids: list[int] = []
     priority: int = 0

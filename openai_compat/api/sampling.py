@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from microvllm.openai_compat.errors import clip
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import RepetitionDetection, SamplingParams
+from microvllm.runtime.request import RepetitionDetection, SamplingParams, check_sampling
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
@@ -60,7 +60,7 @@ def sampling_params(
     if fields["use_beam_search"]:
         chosen["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
     detection = fields["repetition_detection"]
-    return SamplingParams(
+    params = SamplingParams(
         seed=None if fields["seed"] == -1 else fields["seed"],  # -1 is vLLM's "no seed"
         max_tokens=_max_tokens(max_tokens, max_tokens_field, client, defaults.get("max_tokens")),
         logit_bias=_logit_bias(fields["logit_bias"]),
@@ -71,6 +71,8 @@ def sampling_params(
         **{name: fields[name] for name in _UNCHANGED},
         **chosen,
     )
+    check_sampling(params)
+    return params
 
 
 def check_prompt_logprobs(fields: Mapping[str, Any]) -> None:

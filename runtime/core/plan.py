@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from microvllm.runtime.core.kv_cache import PrefixKeys
-from microvllm.runtime.request import EngineRequest, FinishReason, SamplingValues, TokenLogprobs
+from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 
 NO_TOKEN = -1  # what a step reports for a request whose logits were not finite
 
@@ -62,7 +62,7 @@ class Request:
         self.source = source
         self.arrived_at = time.monotonic()
         self.id = source.request_id
-        self.params: SamplingValues = source.params
+        self.params: SamplingParams = source.params
         self.order = order  # smaller is served first, larger is preempted first
         # Its name in the KV pool. Not `id`: that one may come again while the last step is in flight.
         self.seq_id = order[1]

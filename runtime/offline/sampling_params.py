@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import INT64_MAX, RepetitionDetection
+from microvllm.runtime.request import INT64_MAX, RepetitionDetection, check_sampling
 from microvllm.runtime.request import SamplingParams as EngineParams
 
 MAX_LOGIT_BIAS = 100.0
@@ -131,7 +131,9 @@ class SamplingParams:
             raise InvalidRequestError("stop strings need detokenize=True.", "stop")
         if values["logprob_token_ids"] and values["logprobs"] is None:
             values["logprobs"] = 0  # the ids replace the likeliest ones
-        return EngineParams(**{name: values[name] for name in EngineParams.__struct_fields__})
+        params = EngineParams(**{name: values[name] for name in EngineParams.__struct_fields__})
+        check_sampling(params)
+        return params
 
     def _values(self) -> dict[str, Any]:
         """The fields by name, each in the one form that the engine takes."""

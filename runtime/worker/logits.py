@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.runtime.request import EngineRequest, SamplingValues
+from microvllm.runtime.request import EngineRequest, SamplingParams
 
 Device = str | torch.device
 
@@ -30,7 +30,7 @@ def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: De
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    params: SamplingValues
+    params: SamplingParams
     bias_ids: Tensor  # [b] int64
     bias: Tensor  # [b] float32
     allowed: Tensor | None  # [vocab] bool

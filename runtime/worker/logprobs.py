@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microvllm.runtime.request import SamplingValues, TokenLogprobs
+from microvllm.runtime.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class LogprobRequest:
     ids: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, params: SamplingValues) -> LogprobRequest | None:
+    def of(cls, params: SamplingParams) -> LogprobRequest | None:
         if params.logprobs is None:
             return None
         ids = params.logprob_token_ids

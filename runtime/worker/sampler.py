@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from microvllm.runtime.core.plan import NO_TOKEN
-from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingValues
+from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
 from microvllm.runtime.worker.logits import LogitRules, Output, on_device
 from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, largest, log_probabilities
 
@@ -47,7 +47,7 @@ class RowParameters:
         self.min_p = np.zeros(num_rows, dtype=np.float32)
         self.seed = np.zeros(num_rows, dtype=np.uint64)
 
-    def set(self, row: int, params: SamplingValues, seed: int) -> None:
+    def set(self, row: int, params: SamplingParams, seed: int) -> None:
         greedy = params.greedy
         self.temperature[row] = 0.0 if greedy else max(params.temperature, MIN_TEMPERATURE)
         self.top_k[row] = 0 if greedy or params.top_k <= 0 else min(params.top_k, self._vocab_size)

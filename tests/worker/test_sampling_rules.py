@@ -21,6 +21,7 @@ from microvllm.runtime.request import (
     SamplingParams,
     StepOutput,
     TokenLogprobs,
+    check_sampling,
 )
 
 MAX_TOKENS = 24
@@ -73,7 +74,9 @@ def ask(
     engine: InferenceEngine, prompt: list[int], bad_word_ids: Sequence[list[int]] = (), **options: Any
 ) -> EngineRequest:
     options = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True, **options}
-    request = engine.processor.requests(prompt, SamplingParams(**options))[0]
+    params = SamplingParams(**options)
+    check_sampling(params)
+    request = engine.processor.requests(prompt, params)[0]
     return msgspec.structs.replace(request, bad_word_ids=[*request.bad_word_ids, *bad_word_ids])
 
 
