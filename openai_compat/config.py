@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from microvllm.openai_compat.api.schemas import EFFORTS, MAX_STOP_STRINGS, template_kwargs
+from microvllm.openai_compat.api.reading import read_value
+from microvllm.openai_compat.api.requests import EFFORTS, MAX_STOP_STRINGS, TemplateKwargs
 from microvllm.openai_compat.errors import Fault
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.profiler import ProfilerConfig
@@ -121,7 +122,7 @@ class ServerArgs:
                 f"got {self.chat_template_content_format}"
             )
         try:
-            template_kwargs(self.default_chat_template_kwargs)
+            read_value(TemplateKwargs, self.default_chat_template_kwargs)
         except Fault as fault:
             raise ConfigError(f"--default-chat-template-kwargs: {fault.problem}") from None
         for effort, value in self.reasoning_effort_map.items():

@@ -63,12 +63,12 @@ class ClientGoneError(Exception):
 
 
 class Fault(Exception):
-    """One field has the wrong shape: what the parsers of `fields.py` raise. `kind` is pydantic's name."""
+    """One field has the wrong shape; `place` is a member of it, such as "function.name"."""
 
-    def __init__(self, kind: str, problem: str) -> None:
-        super().__init__(problem)
-        self.kind = kind
-        self.problem = problem
+    def __init__(self, *texts: str, place: str = "") -> None:
+        super().__init__(*texts)
+        self.problem = texts[-1]
+        self.place = place
 
 
 def clip(text: str) -> str:
@@ -85,7 +85,8 @@ def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
     sentences = []
     for place, fault in faults[:10]:
         field = place.removeprefix("body.")
-        sentences.append(f"{place if field.isdigit() else field}: {fault.problem}.")
+        where = [place if field.isdigit() else field, *filter(None, [fault.place])]
+        sentences.append(f"{': '.join(where)}: {fault.problem}.")
     return InvalidRequestError(" ".join(sentences), faults[0][0], kind=BAD_SHAPE)
 
 

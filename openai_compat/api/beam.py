@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from microvllm.openai_compat.api.fields import asks_nothing
+from microvllm.openai_compat.api.requests import asks_nothing
 from microvllm.runtime.beam_search import Beam, advance, best
 from microvllm.runtime.errors import InvalidRequestError, RequestDeadlineError
 from microvllm.runtime.observer import RequestTiming

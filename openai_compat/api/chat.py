@@ -10,12 +10,12 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.endpoint import Body, Endpoint
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Generation, ObjectChunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
+from microvllm.openai_compat.api.requests import ChatCompletionRequest
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
-from microvllm.openai_compat.api.schemas import CHAT
 from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.api.usage import stream_usage
 from microvllm.openai_compat.state import ServerState
@@ -26,7 +26,6 @@ from microvllm.runtime.text.chat_template import content_text, normalize_message
 if TYPE_CHECKING:
     from microvllm.runtime.text.detokenizer import TextDelta
 
-CHAT_BODY = Body("ChatCompletionRequest", CHAT)
 _PLAIN_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_transfer_params":null}\n\n'
 
 
@@ -270,7 +269,7 @@ ENDPOINTS = (
         path="/v1/chat/completions",
         methods=("POST",),
         handler=create_chat_completion,
-        body=CHAT_BODY,
+        body=ChatCompletionRequest,
         answer="ChatCompletionResponse",
         event="ChatCompletionStreamResponse",
         generates=True,

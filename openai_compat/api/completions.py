@@ -9,7 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.endpoint import Body, Endpoint
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Generation, ObjectChunks
 from microvllm.openai_compat.api.logprobs import CompletionLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import (
@@ -19,8 +19,8 @@ from microvllm.openai_compat.api.prompts import (
     split_prompts,
     tokenize_prompts,
 )
+from microvllm.openai_compat.api.requests import CompletionRequest
 from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
-from microvllm.openai_compat.api.schemas import COMPLETIONS
 from microvllm.openai_compat.api.streams import Outcome, Stream
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 MAX_SEQUENCES = 4096  # prompts times n
 DEFAULT_MAX_TOKENS = 16
 
-COMPLETION_BODY = Body("CompletionRequest", COMPLETIONS)
 _PLAIN_END = (
     b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null,'
     b'"weight_versions":null}],"kv_transfer_params":null}\n\n'
@@ -242,7 +241,7 @@ ENDPOINTS = (
         path="/v1/completions",
         methods=("POST",),
         handler=create_completion,
-        body=COMPLETION_BODY,
+        body=CompletionRequest,
         answer="CompletionResponse",
         event="CompletionStreamResponse",
         generates=True,

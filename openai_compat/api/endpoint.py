@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from microvllm.openai_compat.api.fields import JsonSchema, Table, parse_fields
+from microvllm.openai_compat.api.reading import parse_fields
+from microvllm.openai_compat.api.requests import Body
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.transport.body import read_object
@@ -22,13 +23,6 @@ NOT_IMPLEMENTED_KIND = "NotImplementedError"
 # handler(request, state), or handler(request, state, fields) for an endpoint with a `body`.
 Handler = Callable[..., Awaitable[Response]]
 Answering = Callable[[Request], Awaitable[Response]]
-
-
-class Body(NamedTuple):
-    """The JSON object that an endpoint reads: its name in the OpenAPI document, and its fields."""
-
-    name: str
-    fields: Table
 
 
 class Switch(NamedTuple):
@@ -50,8 +44,8 @@ class Endpoint:
     path: str
     handler: Handler
     methods: tuple[str, ...] = ("GET",)
-    body: Body | None = None
-    query: Mapping[str, JsonSchema] = field(default_factory=dict)
+    body: type[Body] | None = None
+    query: Mapping[str, Any] = field(default_factory=dict)
     answer: str | None = None
     event: str | None = None
     generates: bool = False
@@ -95,6 +89,6 @@ def _refusing(remedy: str) -> Answering:
     return answer
 
 
-async def read_fields(request: Request, state: ServerState, body: Body) -> dict[str, Any]:
+async def read_fields(request: Request, state: ServerState, body: type[Body]) -> dict[str, Any]:
     """The checked fields of the JSON object that a request carries. Raises `InvalidRequestError`."""
-    return parse_fields(body.fields, await read_object(request, state))
+    return parse_fields(body, await read_object(request, state))

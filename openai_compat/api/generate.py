@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.openai_compat.api.completions import DEFAULT_MAX_TOKENS
-from microvllm.openai_compat.api.endpoint import Body, Endpoint
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Chunks, Generation
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_prompts
+from microvllm.openai_compat.api.requests import PromptRequest, PromptStreamRequest
 from microvllm.openai_compat.api.sampling import sampling_params
-from microvllm.openai_compat.api.schemas import COMPLETIONS, GENERATE, GENERATE_STREAM
 from microvllm.openai_compat.state import ServerState
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ class Text(Generation):
     """One prompt and the text after it."""
 
     id_prefix = "gen"
-
-    def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
-        # What is refused here is, at its default, the same request as a completion with one choice.
-        super().__init__(request, state, {**COMPLETIONS.defaults, **fields})
 
     def sampling_params(self) -> SamplingParams:
         max_tokens = self.fields["max_tokens"]
@@ -115,7 +111,7 @@ ENDPOINTS = (
         path="/generate",
         methods=("POST",),
         handler=generate,
-        body=Body("PromptRequest", GENERATE),
+        body=PromptRequest,
         answer="Generation",
         event="GenerationChunk",
         generates=True,
@@ -124,7 +120,7 @@ ENDPOINTS = (
         path="/generate_stream",
         methods=("POST",),
         handler=generate_stream,
-        body=Body("PromptStreamRequest", GENERATE_STREAM),
+        body=PromptStreamRequest,
         answer="Generation",
         event="GenerationChunk",
         generates=True,

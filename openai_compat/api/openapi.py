@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of the server, made of its routes and of the tables that bodies are read with."""
+"""The OpenAPI 3.1 document of the server, made of its endpoints and of the types that bodies are read as."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 import microvllm
 from microvllm.openai_compat.api import answers
 from microvllm.openai_compat.api.descriptions import DESCRIPTIONS
 from microvllm.openai_compat.api.endpoint import Endpoint
-from microvllm.openai_compat.api.fields import Fate, JsonSchema, Parser, Table, or_null
-from microvllm.openai_compat.api.schemas import TOKENIZE, stop_strings
+from microvllm.openai_compat.api.requests import MAX_STOP_STRINGS, Body, honoured_fields
 from microvllm.openai_compat.config import ServerArgs
 
 # vLLM's names of the two forms of a body, and the field that each needs.
@@ -24,7 +25,6 @@ NOTHING: tuple[Any, ...] = (None, "", [], {})  # defaults that only say that not
 def build_document(endpoints: Iterable[Endpoint], args: ServerArgs) -> dict[str, Any]:
     """Returns the document of a server with these options: its endpoints, except undocumented ones."""
     with_keys = bool(args.api_keys)
-    limits = {"stop": stop_strings(args.max_stop_strings)}
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[str, Any] = {}
     for endpoint in endpoints:
@@ -33,10 +33,11 @@ def build_document(endpoints: Iterable[Endpoint], args: ServerArgs) -> dict[str,
             for method in sorted(endpoint.methods):
                 operations[method.lower()] = _operation(endpoint, method, with_keys and endpoint.needs_key)
             if endpoint.body is not None:
-                schemas[endpoint.body.name] = request_schema(endpoint.body.fields, limits)
+                schemas[endpoint.body.__name__] = request_schema(endpoint.body, args.max_stop_strings)
+    whole = schemas["TokenizeRequest"]["properties"]
     for form, needed in FORMS.items():
-        rows = TOKENIZE.without(*(set(FORMS.values()) - {needed}))
-        schemas[form] = {**request_schema(rows), "required": [needed]}
+        members = {name: part for name, part in whole.items() if name == needed or name not in FORMS.values()}
+        schemas[form] = {"type": "object", "properties": members, "required": [needed]}
     schemas["TokenizeRequest"]["oneOf"] = [_reference(form) for form in FORMS]
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -54,29 +55,61 @@ def build_document(endpoints: Iterable[Endpoint], args: ServerArgs) -> dict[str,
     return document
 
 
-def request_schema(rows: Table, limits: Mapping[str, Parser[Any]] | None = None) -> dict[str, Any]:
+def request_schema(kind: type[Body], max_stop_strings: int = MAX_STOP_STRINGS) -> dict[str, Any]:
     """The schema of a request body: what is honoured, what is ignored, what is refused.
 
-    `limits` has the fields that this server bounds more tightly than the table.
+    The types give the shapes in their canonical form, without the lax spellings.
     """
-    properties: dict[str, JsonSchema] = {}
-    for row in rows.values():
-        if row.parse is not None:
-            schema = (limits or {}).get(row.name, row.parse).schema
-            schema = schema if row.required else or_null(schema)
-            default = {} if row.default in NOTHING else {"default": row.default}
-            need = f"Only with {row.only_with[0]}: {row.only_with[1]}." if row.only_with else ""
-            description = " ".join(filter(None, (DESCRIPTIONS.get(row.name), need)))
-            properties[row.name] = {**schema, **default, "description": description}
-        elif row.fate is Fate.IGNORED:
-            properties[row.name] = {"description": "Accepted and ignored."}
-        else:
-            properties[row.name] = {
-                "enum": [None, *row.harmless],
-                "description": "Not supported: any other value is answered 400.",
-            }
-    required = [row.name for row in rows.values() if row.required]
+    fields = honoured_fields(kind)
+    _, parts = msgspec.json.schema_components([kind], ref_template="{name}")
+    properties: dict[str, Any] = {}
+    for name, field in fields.items():
+        declared = parts[kind.__name__]["properties"][name]
+        schema = _plain(declared, parts)
+        if name == "stop":
+            schema["anyOf"][1]["maxItems"] = max_stop_strings
+        if not field.required:
+            schema = _or_null(schema)
+        if declared.get("default") not in NOTHING:
+            schema["default"] = declared["default"]
+        need = "Only with {}: {}.".format(*kind.only_with[name]) if name in kind.only_with else ""
+        schema["description"] = " ".join(filter(None, (DESCRIPTIONS[name], need)))
+        properties[name] = schema
+    properties |= {name: {"description": "Accepted and ignored."} for name in kind.ignored}
+    for name, harmless in kind.refused.items():
+        properties[name] = {
+            "enum": [None, *harmless],
+            "description": "Not supported: any other value is answered 400.",
+        }
+    required = [name for name, field in fields.items() if field.required]
     return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def _plain(declared: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a value looks like that is given: without null, default and references to other schemas."""
+    if "$ref" in declared:
+        struct = parts[declared["$ref"]]
+        members = {name: _plain(member, parts) for name, member in struct["properties"].items()}
+        required = struct["required"]
+        for name in members.keys() - required:
+            members[name] = members[name] if "enum" in members[name] else _or_null(members[name])
+        return {"type": "object", "properties": members, **({"required": required} if required else {})}
+    schema = {key: value for key, value in declared.items() if key not in ("anyOf", "default")}
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            schema[key] = _plain(schema[key], parts)
+    if "enum" in schema:
+        schema["type"] = "string"
+    options = [_plain(option, parts) for option in declared.get("anyOf", ()) if option != {"type": "null"}]
+    return {**schema, **(options[0] if len(options) == 1 else {"anyOf": options} if options else {})}
+
+
+def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of what may be left out: null means "not given" everywhere."""
+    kind = schema.get("type")
+    if isinstance(kind, str) and "enum" not in schema:
+        return {**schema, "type": [kind, "null"]}
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _operation(endpoint: Endpoint, method: str, guarded: bool) -> dict[str, Any]:
@@ -109,7 +142,7 @@ def _operation(endpoint: Endpoint, method: str, guarded: bool) -> dict[str, Any]
     if parameters:
         operation["parameters"] = parameters
     if endpoint.body is not None:
-        body = {"application/json": {"schema": _reference(endpoint.body.name)}}
+        body = {"application/json": {"schema": _reference(endpoint.body.__name__)}}
         operation["requestBody"] = {"required": True, "content": body}
         for status, meaning in answers.FAILURES.items():
             error = {"application/json": {"schema": _reference("ErrorResponse")}}

@@ -14,10 +14,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.chat import CHAT_BODY, Chat
-from microvllm.openai_compat.api.completions import COMPLETION_BODY, Completion
+from microvllm.openai_compat.api.chat import Chat
+from microvllm.openai_compat.api.completions import Completion
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Generation
+from microvllm.openai_compat.api.requests import ChatCompletionRequest, CompletionRequest
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 
@@ -93,14 +94,14 @@ ENDPOINTS = (
         path="/v1/chat/completions/render",
         methods=("POST",),
         handler=render_chat_completion,
-        body=CHAT_BODY,
+        body=ChatCompletionRequest,
         answer="GenerateRequest",
     ),
     Endpoint(
         path="/v1/completions/render",
         methods=("POST",),
         handler=render_completion,
-        body=COMPLETION_BODY,
+        body=CompletionRequest,
         answer="GenerateRequests",
     ),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from microvllm.openai_compat.errors import clip
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import RepetitionDetection, SamplingParams, check_sampling
+from microvllm.runtime.request import SamplingParams, check_sampling
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
@@ -59,7 +59,6 @@ def sampling_params(
     chosen = {name: defaults[name] if fields[name] is None else fields[name] for name in OPENAI_DEFAULTS}
     if fields["use_beam_search"]:
         chosen["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
-    detection = fields["repetition_detection"]
     params = SamplingParams(
         seed=None if fields["seed"] == -1 else fields["seed"],  # -1 is vLLM's "no seed"
         max_tokens=_max_tokens(max_tokens, max_tokens_field, client, defaults.get("max_tokens")),
@@ -67,7 +66,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         logprob_token_ids=fields["logprob_token_ids"] or None,
-        repetition_detection=None if detection is None else RepetitionDetection(**detection),
+        repetition_detection=fields["repetition_detection"],
         **{name: fields[name] for name in _UNCHANGED},
         **chosen,
     )

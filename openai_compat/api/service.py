@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import microvllm
-from microvllm.openai_compat.api.endpoint import Body, Endpoint, Switch, read_fields
-from microvllm.openai_compat.api.fields import boolean
-from microvllm.openai_compat.api.schemas import PROFILE
+from microvllm.openai_compat.api.endpoint import Endpoint, Switch, read_fields
+from microvllm.openai_compat.api.reading import read_value
+from microvllm.openai_compat.api.requests import ProfileRequest
 from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
 from microvllm.openai_compat.metrics import Exposition
 from microvllm.openai_compat.state import ServerState
@@ -33,7 +33,6 @@ from microvllm.runtime.errors import EngineDeadError
 
 logger = logging.getLogger("microvllm.server")
 
-PROFILE_BODY = Body("ProfileRequest", PROFILE)
 PATHS = frozenset({"vocab_file", "merges_file", "name_or_path"})  # of the machine it was made on
 PACKAGES = ("microvllm", "torch", "transformers", "tokenizers", "starlette", "uvicorn", "msgspec")
 
@@ -158,7 +157,7 @@ async def reset_prefix_cache(request: Request, state: ServerState) -> Response:
     """
     for name in ("reset_running_requests", "reset_external"):
         try:
-            boolean(request.query_params.get(name, "false"))
+            read_value(bool, request.query_params.get(name, "false"))
         except Fault as fault:
             raise shape_error([(f"query.{name}", fault)]) from None
     if not state.client.healthy():
@@ -204,7 +203,7 @@ async def start_profile(request: Request, state: ServerState) -> Response:
     """Starts a profile of the engine. A body is not needed; `profile_prefix` begins the file's name."""
     headers = request.headers
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    fields = await read_fields(request, state, PROFILE_BODY) if has_body else PROFILE.defaults
+    fields = await read_fields(request, state, ProfileRequest) if has_body else {"profile_prefix": ""}
     if state.args.profiler is not None:
         await state.client.start_profile(state.args.profiler, fields["profile_prefix"])
         logger.info("Profiling the engine.")

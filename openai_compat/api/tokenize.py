@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.openai_compat.api.chat import render
-from microvllm.openai_compat.api.endpoint import Body, Endpoint
-from microvllm.openai_compat.api.fields import token_ids
+from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import check_model
-from microvllm.openai_compat.api.schemas import DETOKENIZE, TOKENIZE
+from microvllm.openai_compat.api.reading import read_value
+from microvllm.openai_compat.api.requests import DetokenizeRequest, TokenizeRequest
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
+from microvllm.runtime.request import TokenId
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
@@ -68,7 +69,7 @@ async def detokenize(request: Request, state: ServerState, fields: Mapping[str, 
 def _detokenize(client: EngineClient, tokens: list[Any]) -> bytes:
     """Runs in a worker thread."""
     try:
-        ids = token_ids(client.config.max_model_len)(tokens)
+        ids = read_value(list[TokenId], tokens)
     except Fault as fault:
         raise shape_error([("body.tokens", fault)]) from None
     vocab_size = max(client.config.spec.vocab_size, client.tokenizer.vocab_size)
@@ -83,14 +84,14 @@ ENDPOINTS = (
         path="/tokenize",
         methods=("POST",),
         handler=tokenize,
-        body=Body("TokenizeRequest", TOKENIZE),
+        body=TokenizeRequest,
         answer="TokenizeResponse",
     ),
     Endpoint(
         path="/detokenize",
         methods=("POST",),
         handler=detokenize,
-        body=Body("DetokenizeRequest", DETOKENIZE),
+        body=DetokenizeRequest,
         answer="DetokenizeResponse",
     ),
 )

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 import torch
@@ -19,7 +20,8 @@ from http_tools import events, eventually, in_process, real_server
 from model_tools import ROOT, make_engine, variant_folder
 
 import microvllm
-from microvllm.openai_compat.api.schemas import GENERATE, GENERATE_STREAM
+from microvllm.openai_compat.api.reading import read_request
+from microvllm.openai_compat.api.requests import PromptRequest, PromptStreamRequest
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.config import EngineArgs
@@ -116,8 +118,9 @@ async def test_the_paths_differ_in_the_default_alone() -> None:
     body = {"prompt": "hi", "max_tokens": 9, "temperature": 0}
     whole = [(await post(path, {**body, "stream": False})).json() for path in PATHS]
     assert whole[0].pop("id") != whole[1].pop("id") and whole[0] == whole[1]
-    assert GENERATE.keys() == GENERATE_STREAM.keys()
-    assert {**GENERATE.defaults, "stream": True} == GENERATE_STREAM.defaults
+    assert PromptStreamRequest.__struct_fields__ == PromptRequest.__struct_fields__
+    plain, stream = (read_request(kind, {"prompt": "hi"}) for kind in (PromptRequest, PromptStreamRequest))
+    assert {**msgspec.structs.asdict(plain), "stream": True} == msgspec.structs.asdict(stream)
 
 
 async def test_it_is_the_text_of_a_completion() -> None:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 from fake_client import EOS, FakeClient
 from http_tools import events, in_process
 
-from microvllm.openai_compat.api.fields import Fate, boolean, integer, number
-from microvllm.openai_compat.api.schemas import CHAT, COMPLETIONS
+from microvllm.openai_compat.api.reading import _read_each, read_request, read_value
+from microvllm.openai_compat.api.requests import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ProfileRequest,
+    PromptRequest,
+    PromptStreamRequest,
+    TokenizeRequest,
+    honoured_fields,
+)
 from microvllm.openai_compat.errors import Fault
+from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.request import SamplingParams
 
 # The fields of the OpenAI reference and of vLLM 0.33's request models, for both endpoints or for one.
 COMMON_FIELDS = """
@@ -60,6 +73,7 @@ DEMANDING: dict[str, Any] = {
     "chat_template": "{{ messages }}",
 }
 
+USER = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 # For every honoured field: a base body, and a change to it that has to be seen in the answer or the engine.
 BASE = {"max_tokens": 24, "seed": 1, "ignore_eos": True}
@@ -116,7 +130,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "return_prompt_text": ({}, True),
     "tools": ({"tool_choice": "none"}, [{"type": "function", "function": {"name": "f"}}]),
 }
-PATHS = {"/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT}
+PATHS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 SUBJECTS = {
     "/v1/completions": {"prompt": "hi"},
     "/v1/chat/completions": {
@@ -125,8 +139,9 @@ SUBJECTS = {
 }
 
 
-def rows(fate: Fate) -> list[tuple[str, str]]:
-    return [(path, row.name) for path, table in PATHS.items() for row in table.values() if row.fate is fate]
+HONOURED = [(path, name) for path, kind in PATHS.items() for name in honoured_fields(kind)]
+IGNORED = [(path, name) for path, kind in PATHS.items() for name in kind.ignored]
+REFUSED = [(path, name) for path, kind in PATHS.items() for name in kind.refused]
 
 
 async def ask(path: str, /, **body: Any) -> tuple[int, Any, list[Any]]:
@@ -143,11 +158,12 @@ async def ask(path: str, /, **body: Any) -> tuple[int, Any, list[Any]]:
 
 
 def test_every_known_field_has_a_row() -> None:
-    assert sorted(COMPLETIONS) == sorted(COMMON_FIELDS + COMPLETION_FIELDS)
-    assert sorted(CHAT) == sorted(COMMON_FIELDS + CHAT_FIELDS)
+    for (path, kind), own in zip(PATHS.items(), (COMPLETION_FIELDS, CHAT_FIELDS), strict=True):
+        known = [*honoured_fields(kind), *kind.ignored, *kind.refused]
+        assert sorted(known) == sorted(COMMON_FIELDS + own), path
 
 
-@pytest.mark.parametrize(("path", "name"), rows(Fate.HONOURED))
+@pytest.mark.parametrize(("path", "name"), HONOURED)
 async def test_an_honoured_field_changes_something(path: str, name: str) -> None:
     if name == "model":
         assert (await ask(path, model="fake-model"))[0] == 200
@@ -170,12 +186,12 @@ async def test_an_honoured_field_changes_something(path: str, name: str) -> None
         assert changed[1] != without[1]
 
 
-@pytest.mark.parametrize(("path", "name"), rows(Fate.IGNORED))
+@pytest.mark.parametrize(("path", "name"), IGNORED)
 async def test_a_field_ignored_on_purpose_changes_nothing(path: str, name: str) -> None:
     assert await ask(path, **BASE, **{name: ["anything", {"at": "all"}]}) == await ask(path, **BASE)
 
 
-@pytest.mark.parametrize(("path", "name"), rows(Fate.REFUSED))
+@pytest.mark.parametrize(("path", "name"), REFUSED)
 async def test_a_refused_field_is_named(path: str, name: str) -> None:
     status, answer, submitted = await ask(path, **{name: DEMANDING[name]})
     assert status == 400 and not submitted
@@ -201,10 +217,10 @@ async def test_an_empty_wish_asks_for_nothing(name: str, value: Any) -> None:
     assert await ask(path, **BASE, **{name: value}) == await ask(path, **BASE)
 
 
-@pytest.mark.parametrize(("path", "name"), rows(Fate.REFUSED))
+@pytest.mark.parametrize(("path", "name"), REFUSED)
 async def test_a_refused_field_may_ask_for_nothing(path: str, name: str) -> None:
     plain = await ask(path, **BASE)
-    for value in (None, *PATHS[path][name].harmless):
+    for value in (None, *PATHS[path].refused[name]):
         assert await ask(path, **BASE, **{name: value}) == plain
 
 
@@ -433,7 +449,7 @@ ODD_VALUES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "name"), rows(Fate.HONOURED) + rows(Fate.REFUSED))
+@pytest.mark.parametrize(("path", "name"), HONOURED + REFUSED)
 async def test_no_value_of_a_field_is_a_bug(path: str, name: str) -> None:
     """Each is taken, or refused with one short answer that names the field."""
     client = FakeClient()
@@ -463,7 +479,7 @@ async def test_lax_values_are_understood(path: str) -> None:
 
 @pytest.mark.parametrize(("value", "wanted"), [(5, 5), ("5", 5), ("-7", -7), (5.0, 5), ("+5", 5), ("5.0", 5)])
 def test_integers(value: Any, wanted: int) -> None:
-    assert integer()(value) == wanted
+    assert read_value(int, value) == wanted
 
 
 @pytest.mark.parametrize(
@@ -471,7 +487,7 @@ def test_integers(value: Any, wanted: int) -> None:
 )
 def test_not_integers(value: Any) -> None:
     with pytest.raises(Fault):
-        integer()(value)
+        read_value(int, value)
 
 
 @pytest.mark.parametrize(
@@ -503,20 +519,70 @@ async def test_the_bounds_of_a_seed_are_seeds(seed: int) -> None:
 )
 def test_not_numbers(value: Any) -> None:
     with pytest.raises(Fault):
-        number(value)
+        read_value(float, value)
 
 
 @pytest.mark.parametrize(
     ("value", "wanted"), [(True, True), (0, False), ("TRUE", True), ("off", False), (1.0, True)]
 )
 def test_booleans(value: Any, wanted: bool) -> None:
-    assert boolean(value) is wanted
+    assert read_value(bool, value) is wanted
 
 
 @pytest.mark.parametrize("value", [2, "x", "", [], {}, 0.5, "truetrue"])
 def test_not_booleans(value: Any) -> None:
     with pytest.raises(Fault):
-        boolean(value)
+        read_value(bool, value)
+
+
+KINDS = (
+    *(CompletionRequest, ChatCompletionRequest, PromptRequest, PromptStreamRequest, TokenizeRequest),
+    *(DetokenizeRequest, ProfileRequest),
+)
+SHAPES: list[Any] = [
+    *(True, 0, 1, -1, 5, 1.0, 0.5, 1e18, 2.0**53, 2**63 - 1, -(2**63), 2**63, 2**64 - 1, 1e308),
+    *("", "1", "5.0", "true", "on", "nan", "null", "a", "a\n", "a/b", "x" * 128, "x" * 129, "left", "none"),
+    *([], [1], [-1], [True], [1.0], [2**63], ["a"], [None], [1] * 2000, ["a"] * 2000, USER, [TOOL]),
+    *({}, {"5": 1}, {"5": "1"}, {"5": None}, {"include_usage": True}, {"include_usage": None}),
+    *({"thinking": True}, {"thinking": 1}, {"thinking": "x" * 257}, {"tokenize": True}),
+    *({"min_count": 3}, {"max_pattern_size": -1}, [{"function": {"name": "f", "strict": None}}]),
+    *([{"type": None, "function": {"name": "f"}}], [{"function": {"name": ""}}]),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_ways_of_reading_agree(kind: type[Body]) -> None:
+    """What msgspec converts at once is accepted field by field, too, as the same value."""
+    fields = honoured_fields(kind)
+    whole = {"messages": USER, "prompt": "hi", "tokens": [1]}
+    base = {name: whole[name] for name, field in fields.items() if field.required}
+    for name in fields:
+        for value in SHAPES:
+            try:
+                at_once = msgspec.convert({**base, name: value}, kind)
+            except msgspec.ValidationError:
+                continue
+            one_by_one = _read_each(kind, {**base, name: value})
+            assert one_by_one == at_once and repr(one_by_one) == repr(at_once), (name, value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_range_that_is_read_late_is_checked_with_the_sampling_parameters(kind: type[Body]) -> None:
+    for name, field in honoured_fields(kind).items():
+        kinds = getattr(field.type, "types", (field.type,))
+        ranged = any(isinstance(part, msgspec.inspect.FloatType) and part.le is not None for part in kinds)
+        assert not ranged or name in SamplingParams.__struct_fields__, name
+
+
+def test_every_fault_is_named_in_the_order_of_the_body() -> None:
+    body = {"stop": [1], "seed": "x", "temperature": -1, "tool_choice": "auto", "echo": 7, "n": None}
+    with pytest.raises(InvalidRequestError) as caught:
+        read_request(ChatCompletionRequest, body)
+    assert str(caught.value) == (
+        "messages: Field required. stop: Input should be a valid string. "
+        "seed: Input should be a valid integer. echo: Input should be a valid boolean."
+    )
+    assert (caught.value.param, caught.value.kind) == ("body.messages", "Bad Request")
 
 
 async def test_seed_minus_one_is_no_seed() -> None:

@@ -1,0 +1,295 @@
+"""Defines the request bodies of the API as msgspec structs.
+
+Every field that OpenAI or vLLM 0.33 defines has one of three states: it is honoured (an attribute of the
+struct), ignored on purpose (`ignored`), or refused with a 400 that names it as soon as its value requests
+something (`refused`). A name that is in none of them is ignored, as in vLLM.
+
+`reading.py` reads them, and the OpenAPI document is derived from them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType, inspect
+
+from microvllm.runtime import request as engine
+from microvllm.runtime.request import INT64_MAX, Int64, TokenId
+
+MAX_SALT_CHARS = 128
+MAX_TOOLS = 1024
+MAX_STOP_STRINGS = 1024  # that --max-stop-strings may allow
+MAX_ALLOWED_TOKEN_IDS = 1 << 18  # as many as the largest vocabularies have
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+EFFORTS: tuple[str, ...] = get_args(Effort)
+# A template variable may steer the template, never the rendering: names such as `tokenize` or
+# `chat_template` would reach into it (CVE-2025-62426).
+TemplateVariable = Literal["enable_thinking", "thinking", "date_string"]
+END = r"(?![\s\S])"  # the end of the text in Python's dialect and in JavaScript's: `$` allows a newline
+# A client's own id is echoed in headers, logs and bodies, so its characters must be harmless there.
+RequestId = Annotated[
+    str,
+    Meta(
+        pattern=rf"^[A-Za-z0-9._-]{{1,128}}{END}",
+        extra={"problem": "Input should be 1 to 128 letters, digits, '.', '_' or '-'"},
+    ),
+]
+CacheSalt = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_SALT_CHARS,
+        pattern=rf"^[^@/\\\x00-\x1f\x7f]*{END}",
+        extra={
+            "problem": f"Input should be 1 to {MAX_SALT_CHARS} characters, "
+            "none of '@', '/', '\\' or control characters"
+        },
+    ),
+]
+NonEmpty = Annotated[str, Meta(min_length=1)]
+# What the endpoints check themselves, because the bounds are theirs.
+_TOKEN = {"type": "integer", "minimum": 0}
+_TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1}
+_TOKEN_LISTS = {"type": "array", "items": _TOKENS, "minItems": 1}
+Prompt = Annotated[Any, Meta(extra_json_schema={"anyOf": [_TEXT, _TOKENS, _TEXTS, _TOKEN_LISTS]})]
+_CONTENT = [
+    {"type": "string"},
+    {"type": "array", "items": {"type": ["object", "string"]}},
+    {"type": "null"},
+]
+_MESSAGE = {
+    "type": "object",
+    "properties": {"role": {"type": "string"}, "content": {"anyOf": _CONTENT}},
+    "required": ["role"],
+}
+Messages = Annotated[list[Any], Meta(extra_json_schema={"items": _MESSAGE})]
+TemplateValue = Annotated[
+    Annotated[str, Meta(max_length=256)] | bool,
+    Meta(extra={"problem": "Input should be a boolean or a string of at most 256 characters"}),
+]
+TemplateKwargs = Annotated[
+    dict[TemplateVariable, TemplateValue],
+    Meta(extra_json_schema={"propertyNames": {"enum": list(get_args(TemplateVariable))}}),
+]
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool | UnsetType = UNSET
+
+
+class Function(msgspec.Struct, kw_only=True):
+    """A function as vLLM shows it to the chat template: null where it has no description or parameters."""
+
+    name: NonEmpty
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | UnsetType = UNSET
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Body(msgspec.Struct, kw_only=True):
+    """A request body. `refused` maps each name to the values, beside null, that request nothing.
+
+    A field of `only_with` is refused unless another field has this value.
+    """
+
+    ignored: ClassVar[tuple[str, ...]] = ()
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    only_with: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+
+
+class GenerationRequest(Body, kw_only=True):
+    """What the endpoints that generate have in common."""
+
+    ignored: ClassVar[tuple[str, ...]] = (
+        # accounting, routing and storage hints that change no token
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "session_id"),
+        # parts of vLLM that a dense text model does not have
+        *("watermarking", "return_weight_versions", "routed_experts_prompt_start", "return_token_offsets"),
+        *("mm_payload", "return_mm_kwargs", "media_io_kwargs", "mm_processor_kwargs"),
+    )
+    # What a request wants most comes first in the error.
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": ("",),
+        "guided_choice": ([],),
+        "guided_grammar": ("",),
+        "best_of": (1,),
+        "logits_processors": ([],),
+        "thinking_token_budget": (),
+        "vllm_xargs": ({},),
+        "kv_transfer_params": ({},),
+        "ec_transfer_params": ({},),
+    }
+
+    model: str | None = None
+    # what to sample and how; the ranges are checked by `SamplingParams`
+    max_tokens: Int64 | None = None
+    temperature: engine.Temperature | None = None
+    top_p: engine.TopP | None = None
+    top_k: engine.TopK | None = None
+    min_p: engine.MinP | None = None
+    n: engine.NumSamples = 1
+    seed: Int64 | None = None
+    stop: str | Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)] = []
+    stop_token_ids: engine.StopTokenIds = []
+    presence_penalty: engine.Penalty | None = None
+    frequency_penalty: engine.Penalty | None = None
+    repetition_penalty: engine.RepetitionPenalty | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=engine.MAX_LOGIT_BIAS)] = {}
+    allowed_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
+    bad_words: Annotated[list[str], Meta(max_length=engine.MAX_BAD_WORDS)] = []
+    ignore_eos: bool = False
+    min_tokens: engine.Count = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    repetition_detection: engine.RepetitionDetection | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    # what to make of the prompt
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    # how to answer
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    echo: bool = False
+    stream_interval: Annotated[int, Meta(ge=1, le=INT64_MAX)] | None = None
+    prompt_logprobs: Int64 | None = None
+    logprob_token_ids: engine.LogprobTokenIds | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool = False
+    cache_salt: CacheSalt = ""
+    priority: Int64 = 0
+    request_id: RequestId | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    refused = {"top_logprobs": (0,), "suffix": ("",), "prompt_embeds": (), **GenerationRequest.refused}
+
+    prompt: Prompt = None
+    add_special_tokens: bool = True
+    logprobs: Int64 | None = None
+
+
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
+    ignored = (
+        *GenerationRequest.ignored,
+        "prediction",
+        "include_reasoning",  # there is no reasoning parser, so there is nothing to leave out
+        "parallel_tool_calls",  # without tool calls it has no meaning
+        "verbosity",
+    )
+    # Tools are shown to the template; without this choice the model's calls would have to be parsed.
+    only_with = {"tools": ("tool_choice", "none")}
+    refused = {
+        "tool_choice": ("none",),
+        "functions": ([],),
+        "function_call": ("none",),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "documents": ([],),
+        "chat_template": (),
+        **GenerationRequest.refused,
+    }
+
+    messages: Messages
+    max_completion_tokens: Int64 | None = None
+    add_special_tokens: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = {}
+    reasoning_effort: Effort | None = None
+    logprobs: bool = False
+    top_logprobs: Int64 = 0
+    return_prompt_text: bool = False
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+
+
+class PromptRequest(CompletionRequest, kw_only=True):
+    """One prompt, one text; what is refused has no place in such an answer and stays at its default."""
+
+    refused = {
+        **GenerationRequest.refused,
+        "n": (1,),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "echo": (False,),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "prompt_logprobs": (),
+        "logprob_token_ids": ([],),
+        "return_tokens_as_token_ids": (False,),
+        "suffix": ("",),
+        "prompt_embeds": (),
+    }
+
+    prompt: NonEmpty
+
+
+class PromptStreamRequest(PromptRequest, kw_only=True):
+    stream: bool = True
+
+
+class TokenizeRequest(Body, kw_only=True):
+    ignored = ("media_io_kwargs", "mm_processor_kwargs")
+    refused = {"chat_template": ()}
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = {}
+    return_token_strs: bool = False
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+
+
+class DetokenizeRequest(Body, kw_only=True):
+    model: str | None = None
+    tokens: Annotated[list[Any], Meta(extra_json_schema={"items": _TOKEN})]
+
+
+class ProfileRequest(Body, kw_only=True):
+    refused = {"delay_iterations": (0,), "max_iterations": (0,), "profiler_kwargs": ({},)}
+
+    profile_prefix: RequestId = ""
+
+
+@functools.cache
+def all_fields(kind: type[Body]) -> dict[str, inspect.Field]:
+    """The struct's fields by their names."""
+    struct = cast(inspect.StructType, inspect.type_info(kind))
+    return {field.name: field for field in struct.fields}
+
+
+def honoured_fields(kind: type[Body]) -> dict[str, inspect.Field]:
+    """The fields that a body of this type may give, by their names."""
+    return {name: field for name, field in all_fields(kind).items() if name not in kind.refused}
+
+
+def asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """Whether a value is null or one of the harmless ones."""
+    if value is None:
+        return True
+    # bool is an int in Python, but `logprobs: false` and `logprobs: 0` request different things.
+    return any(isinstance(value, bool) == isinstance(known, bool) and value == known for known in harmless)
