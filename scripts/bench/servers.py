@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bench.engines import Engine
+from bench.engines import LISTEN, Engine
 from microvllm.openai_compat.bench.client import (
     BenchError,
     Completion,
@@ -34,6 +35,7 @@ LOG_LINES = 5
 GRACE_S = 15.0
 """What a server gets to end by itself."""
 METRICS_TIMEOUT_S = 10.0
+SERVE_START_S = 600.0
 
 
 class Server:
@@ -42,21 +44,24 @@ class Server:
     An engine with a URL runs somewhere else: it has no processes here, and is left alone.
     """
 
-    def __init__(self, engine: Engine, logs: Path) -> None:
-        """Starts it. Raises `BenchError` if the program cannot be started."""
+    def __init__(self, engine: Engine, logs: Path, log: Path | None = None) -> None:
+        """Starts it, its output in `log` or in a file of its name in `logs`.
+
+        Raises `BenchError` if the program cannot be started.
+        """
         self.engine = engine
         self.ready_s = 0.0
         """Seconds from its start to its first token, once `wait_ready` has returned."""
         self._process: subprocess.Popen[bytes] | None = None
         self._started = time.perf_counter()
         self._log_start = 0
-        self.log = logs / f"{engine.name}.log".replace("/", "-").replace(" ", "-")
+        self.log = log or logs / f"{engine.name}.log".replace("/", "-").replace(" ", "-")
         if engine.url:
             self.target = engine.target(engine.url)
             return
-        port = _free_port()
-        self.target = engine.target(f"http://127.0.0.1:{port}")
-        command = engine.command_at(port)
+        self.port = _free_port()
+        self.target = engine.target(f"http://127.0.0.1:{self.port}")
+        command = engine.command_at(self.port)
         with self.log.open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
@@ -72,6 +77,12 @@ class Server:
                 )
             except OSError as error:
                 raise BenchError(f"cannot start {command[0]}: {error.strerror}") from error
+
+    @property
+    def pid(self) -> int:
+        """Its first process, of microvllm the API process."""
+        assert self._process is not None
+        return self._process.pid
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until it has given its first token. Raises `BenchError`."""
@@ -197,6 +208,29 @@ def stop_all(servers: Sequence[Server]) -> None:
             server.stop()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def serving(model: str, *flags: str, log: Path | None = None) -> Iterator[Server]:
+    """`microvllm serve` for the block. Raises `BenchError` if it does not start."""
+    command = [sys.executable, "-m", "microvllm", "serve", "--model", model, *LISTEN]
+    command += ["--disable-uvicorn-access-log", *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Engine("microvllm", "", "", command, model=None), Path(folder), log)
+        try:
+            server.wait_ready(SERVE_START_S)
+            yield server
+        finally:
+            stop_all([server])
+
+
+def memory_of(pid: int, field: str = "VmRSS") -> int:
+    """Bytes of a field of /proc/PID/status, by default resident ones; 0 for a process that is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def test_a_server_equals_itself_and_not_another(
 
 
 def test_what_the_benchmark_client_counted() -> None:
-    script = load_script("check_bench_client")
+    script = load_script("check_clients")
     right = {
         "completed": 2,
         "failed": 0,
@@ -161,3 +161,29 @@ def test_the_front_end_alone(endpoint: str) -> None:
     assert report["tokens"] == 200
     assert 5 <= report["chunks"] <= 200  # a busy machine may join tokens
     assert report["chunks"] + report["joined_tokens"] == report["tokens"]
+
+
+def test_the_table_of_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two rows against a server of a tiny model, and a third that misses its target."""
+    faults = load_script("faults")
+
+    def few(args: argparse.Namespace) -> Any:
+        yield from faults.burst(args, 20)
+        yield faults.Figure("one more", "0", "1", False)
+
+    monkeypatch.setattr(faults, "TRAILER_CONNECTIONS", 2)
+    monkeypatch.setitem(faults.ROWS, "burst", few)
+    model = ["--model", str(variant_folder("llama-tied"))]
+    monkeypatch.setattr(sys, "argv", ["faults.py", "trailers", *model, "--", "--max-num-seqs", "4"])
+    assert faults.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.endswith("|  |") for line in lines[2:])
+    monkeypatch.setattr(sys, "argv", ["faults.py", "burst", *model])
+    assert faults.main() == 1
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 20 prompts at once | all answered | 20 of 20 |  |",
+        "| one more | 0 | 1 | missed |",
+    ]
+    monkeypatch.setattr(sys, "argv", ["faults.py", "flood"])
+    with pytest.raises(SystemExit):
+        faults.main()

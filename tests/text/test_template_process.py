@@ -20,7 +20,7 @@ from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.template_process import SandboxProcesses
 
 PATIENCE_S = 60
-BOMBS = list(bombs())  # scripts/security_faults.py tries them all against a server
+BOMBS = list(bombs())  # scripts/faults.py template_bombs tries them all against a server
 CHOSEN = sorted({*BOMBS[::9], *dict(reversed(BOMBS)).items()})  # and the first of every kind
 COMPARISON = BOMBS[0][1]  # one call into C that never returns
 SHOW = "{{ x }}"
