@@ -5,6 +5,7 @@
     python scripts/compare.py --vllm-python ~/vllm/bin/python --llama-server ~/llama.cpp/llama-server
     python scripts/compare.py --model ~/models/Qwen3-0.6B --workload single,concurrent35,nano256
     python scripts/compare.py --engine microvllm --engine "name=mine url=http://127.0.0.1:9000"
+    python scripts/compare.py --engine url=http://127.0.0.1:8000 --workload streams --streams 1,8,64
 
 Starts every engine that is installed (microvllm, vLLM, Hugging Face `generate`, `transformers serve`,
 llama.cpp's `llama-server`), waits until it answers, and drives all with one OpenAI client. On a CPU all
@@ -215,7 +216,8 @@ def main() -> int:
     cases = cases_of(names, sizes_of(args, quick=quick), busy=args.busy_neighbour)
     minutes = args.minutes or (QUICK_MINUTES if quick else float("inf"))
     try:
-        model = find_model(args.model)
+        ours = [each for each in args.engine or () if each.kind in ("url", "command")]
+        model = Path(args.model) if ours and ours == args.engine else find_model(args.model)
     except ConfigError as error:
         raise BenchError(str(error)) from error
     (args.out / "logs").mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The parts of compare.py and bench_serve.py: workloads, client, engines and their servers, report."""
+"""The parts of compare.py: workloads, engines and their servers, rounds, report."""

@@ -1,4 +1,4 @@
-"""What compare.py and bench_serve.py share of their command lines."""
+"""The options of compare.py that change a workload, and the types of its options' values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import argparse
 import math
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
-
-import orjson
 
 from bench.workloads import WORKLOADS, Sizes
 from microvllm.openai_compat.bench.workloads import Span
@@ -55,29 +52,6 @@ def span(text: str) -> Span:
     if result.high < result.low:
         raise argparse.ArgumentTypeError(f"{text!r} ends below its beginning")
     return result
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """An argparse type: a JSON object."""
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
-
-
-def http_url(text: str) -> str:
-    """An argparse type: an http or https URL; a closing `/v1` is taken off."""
-    try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
-    return text.rstrip("/").removesuffix("/v1")
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:

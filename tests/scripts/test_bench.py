@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -403,80 +401,3 @@ def test_a_chat_whose_turn_fails_sends_no_more() -> None:
     assert len(server.requests) == 1 and len(report.requests) == 3
     assert report.requests[2].error == "not sent, as the turn before it failed"
     assert json.loads(server.requests[0][2])["messages"] == [{"role": "user", "content": "a"}]
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "bench_serve.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def test_bench_serve_prints_a_table_and_a_line_of_json() -> None:
-    with scripted(TOKENS) as server:
-        done = run_script(
-            server.url + "/v1/", "--model", "m", "--output-len", "3", "--streams", "2", "--input-len", "4"
-        )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (2, 0, 6)
-    assert (result["max_concurrency"], result["load"], result["prompts"]) == (2, "2 streams", "ids")
-    assert f"{result['mean_ttft_ms']:.1f}" in done.stdout
-    assert len(server.requests) == 4, "as many again to warm up"
-
-
-def test_bench_serve_fails_where_a_count_is_wrong() -> None:
-    with scripted(TOKENS) as server:
-        done = run_script(server.url, "--model", "m", "--output-len", "4")
-    assert done.returncode == 1
-    assert "3 tokens in place of 4" in done.stdout
-    assert json.loads(done.stdout.splitlines()[-1])["failed"] == 1
-
-
-def test_bench_serve_climbs_and_saves(tmp_path: Path) -> None:
-    saved = tmp_path / "result.json"
-    options = ["--request-rate", "40,80", "--requests", "2", "--output-len", "3", "--prompts", "text"]
-    with scripted(TOKENS) as server:
-        done = run_script(
-            server.url,
-            "--model",
-            "m",
-            *options,
-            "--input-len",
-            "2-9",
-            "--save-result",
-            str(saved),
-            "--seed",
-            "1",
-        )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(saved.read_text())
-    assert [result["request_rate"] for result in results] == [40.0, 80.0]
-    assert [result["completed"] for result in results] == [2, 2]
-    assert [json.loads(line)["load"] for line in done.stdout.splitlines()[-2:]] == [
-        "40 requests/s",
-        "80 requests/s",
-    ]
-    words = {len(json.loads(body)["prompt"].split()) for _, _, body in server.requests}
-    assert words <= set(range(2, 10)) and len(server.requests) == 8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["127.0.0.1:8000"], "is not a URL"),
-        (["http://127.0.0.1:port"], "is not a URL"),
-        (["http://x", "--streams", "0"], "--streams"),
-        (["http://x", "--input-len", "9-3"], "ends below its beginning"),
-        (["http://x", "--request-rate", "1,-2"], "is not a number above 0"),
-        (["http://x", "--workload", "solo"], "'solo' is none of single"),
-        (["http://x", "--extra-body", "[1]"], "is not a JSON object"),
-        (["http://127.0.0.1:1"], "http://127.0.0.1:1/v1/models: cannot connect"),
-    ],
-)
-def test_bench_serve_refuses_in_one_line(arguments: list[str], message: str) -> None:
-    done = run_script(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr

@@ -377,6 +377,30 @@ def test_generate_without_a_server_takes_part_offline(
     assert "| microvllm-offline float32 (float32) |" in capsys.readouterr().out
 
 
+@needs_proc
+def test_a_server_that_runs_already_needs_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is measured, climbing from load to load, and left alone."""
+    monkeypatch.setattr(rounds, "SETTLE_S", 0.0)
+    monkeypatch.setattr(rounds, "IDLE_S", 0.05)
+    server = Server(script_engine("theirs"), tmp_path)
+    try:
+        server.wait_ready(60)
+        options = ["--engine", f"url={server.target.url}/v1/", "--workload", "streams,sweep"]
+        options += ["--streams", "1,2", "--request-rate", "20,40", "--requests", "2", "--output-len", "3"]
+        options += ["--rounds", "1", "--no-plots", "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--model", "whatever it serves", *options])
+        assert compare.main() == 0
+        assert not server.ended()
+    finally:
+        server.stop()
+    results = json.loads((tmp_path / "out" / "result.json").read_text())["results"]
+    assert [each["load"] for each in results] == ["1 stream", "2 streams", "20 requests/s", "40 requests/s"]
+    assert [each["total_output_tokens"] for each in results] == [6, 6, 6, 6]
+    assert "whatever it serves, greedy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("minutes", "skipped", "rounds_done"),
     [(0.4, ["sweep, long", "sweep, more"], 1), (1.5, ["sweep, more"], 1), (3.0, [], 1), (10.0, [], 3)],
@@ -476,6 +500,9 @@ def test_ended_from_outside_it_leaves_no_process_behind(
         (["--engine", "vllm workloads=single,solo"], "workloads: 'solo' is none of single"),
         (["--engine", "vllm args='--x"], "No closing quotation"),
         (["--workload", "solo"], "'solo' is none of single"),
+        (["--streams", "0"], "--streams"),
+        (["--input-len", "9-3"], "ends below its beginning"),
+        (["--request-rate", "1,-2"], "is not a number above 0"),
         (["--quick", "--full"], "exclude each other"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,3 +188,13 @@ def test_the_table_of_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", ["faults.py", "flood"])
     with pytest.raises(SystemExit):
         faults.main()
+
+
+def test_every_script_has_a_line_in_the_readme() -> None:
+    text = (ROOT / "scripts" / "README.md").read_text()
+    for path in [*(ROOT / "scripts").iterdir(), *(ROOT / "scripts" / "gpu").iterdir()]:
+        name = str(path.relative_to(ROOT / "scripts")) + ("/" if path.is_dir() else "")
+        if path.name not in ("README.md", "gpu", "__pycache__"):
+            assert f"`{name}`" in text, name
+    for name in re.findall(r"^\|? ?`([\w./]+)`", text, re.MULTILINE):
+        assert (ROOT / "scripts" / name).exists(), name
