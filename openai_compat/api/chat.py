@@ -15,7 +15,7 @@ from microvllm.openai_compat.api.generation import Generation, ObjectChunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
 from microvllm.openai_compat.api.requests import ChatCompletionRequest
-from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
+from microvllm.openai_compat.api.sampling import sampling_params
 from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.api.usage import stream_usage
 from microvllm.openai_compat.state import ServerState
@@ -58,7 +58,6 @@ class Chat(Generation):
 
     def sampling_params(self) -> SamplingParams:
         fields = self.fields
-        check_prompt_logprobs(fields)
         # The newer name wins where both are given, as in vLLM.
         name = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
         return sampling_params(

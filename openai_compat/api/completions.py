@@ -20,7 +20,7 @@ from microvllm.openai_compat.api.prompts import (
     tokenize_prompts,
 )
 from microvllm.openai_compat.api.requests import CompletionRequest
-from microvllm.openai_compat.api.sampling import check_prompt_logprobs, sampling_params
+from microvllm.openai_compat.api.sampling import sampling_params
 from microvllm.openai_compat.api.streams import Outcome, Stream
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
@@ -56,7 +56,6 @@ class Completion(Generation):
 
     def sampling_params(self) -> SamplingParams:
         fields = self.fields
-        check_prompt_logprobs(fields)
         if self.prompt_only and fields["logprob_token_ids"]:
             raise InvalidRequestError(
                 "`logprob_token_ids` is not supported with `echo` and `max_tokens=0`, "

@@ -4,8 +4,9 @@ Chat, completions and /generate subclass `Generation` and say what differs: whic
 prompts the fields ask for, and how a whole answer and a chunk are spelled. Everything else happens here:
 
 1. `__init__` checks the request, refuses it while the queue is full, and gives it its id.
-2. `respond` reads the prompts, submits them, and collects the choices or streams them.
-3. `abort` frees what the engine still holds, however the request ended, and logs the end.
+2. `prepare` reads the sampling parameters and the prompts.
+3. `respond` submits them and collects the choices, or streams them as server-sent events.
+4. `abort` frees what the engine still holds, however the request ended, and logs the end.
 """
 
 from __future__ import annotations
@@ -16,30 +17,41 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from microvllm.openai_compat.api import beam
 from microvllm.openai_compat.api.request_log import log_end, log_start
-from microvllm.openai_compat.api.sse import DONE, EventStream
 from microvllm.openai_compat.api.streams import Outcome, Stream, collect, merged
 from microvllm.openai_compat.api.usage import request_metrics, stream_usage, usage, without_nulls
-from microvllm.openai_compat.errors import INTERNAL, Fault, clip, error_event, shape_error
+from microvllm.openai_compat.errors import (
+    INTERNAL,
+    ClientGoneError,
+    Fault,
+    ServerStoppingError,
+    clip,
+    error_event,
+    shape_error,
+)
+from microvllm.openai_compat.transport.middleware import CHUNK_SEND
 from microvllm.runtime.errors import EngineError, InvalidRequestError, ModelNotFoundError, RequestError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
+    from microvllm.openai_compat.transport.lifecycle import Lifecycle
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
 
+DONE = b"data: [DONE]\n\n"
 INLINE_CHOICES = 64  # answers with more are put together in a worker thread
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -92,6 +104,7 @@ class Generation(ABC):
     """
 
     id_prefix: ClassVar[str]
+    params: SamplingParams
 
     def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
         _check_fields(fields, state)
@@ -100,7 +113,6 @@ class Generation(ABC):
         self.id = f"{self.id_prefix}-{_id_suffix(request, fields)}"
         self.created = int(time.time())
         self.model = state.model_names[0]
-        self.params = self.sampling_params()
         self.priority = _priority(request, fields)
         options = fields["stream_options"] or {}
         forced = state.args.enable_force_include_usage
@@ -133,9 +145,14 @@ class Generation(ABC):
 
     # ---- the pipeline -------------------------------------------------------------------------------
 
+    async def prepare(self) -> list[list[int]]:
+        """Reads the sampling parameters, then the prompts; returns the prompts."""
+        self.params = self.sampling_params()
+        return await self.read_prompts()
+
     async def respond(self) -> Response:
         """The answer to the request, whole or as a stream of events."""
-        await self.submit(await self.read_prompts())
+        await self.submit(await self.prepare())
         lifecycle = self.state.lifecycle
         if self.fields["stream"]:
             return EventStream(self._events(self.chunks()), lifecycle, on_end=self.abort)
@@ -241,6 +258,39 @@ class Generation(ABC):
         return request_metrics(self.streams[0].timing, completion_tokens)
 
 
+class EventStream(Response):
+    """Sends events; a client that leaves ends them at once, wherever they wait. `on_end` is always called."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], lifecycle: Lifecycle, *, on_end: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self._events = events
+        self._lifecycle = lifecycle
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._lifecycle.run(self._send_events(send, scope.get(CHUNK_SEND, send)), receive)
+        except ServerStoppingError as error:
+            last = error_event(error) + DONE
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        except ClientGoneError:
+            pass
+        finally:
+            self._on_end()
+
+    async def _send_events(self, send: Send, send_chunk: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send_chunk({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 def check_model(name: str | None, state: ServerState) -> None:
     """Raises `ModelNotFoundError` unless the name is a served one, the `root` of `/v1/models`, or left open.
 
@@ -259,6 +309,10 @@ def _check_fields(fields: Mapping[str, Any], state: ServerState) -> None:
         check_model(fields["model"], state)
     if fields["stream_options"] and not fields["stream"]:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    if fields["stream"] and fields["prompt_logprobs"]:  # 0 asks for none beside the prompt's own
+        raise InvalidRequestError(
+            "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"
+        )
     stop, limit = fields["stop"], state.args.max_stop_strings
     if len(stop) > limit:
         problem = f"List should have at most {limit} items, not {len(stop)} (see --max-stop-strings)"

@@ -27,7 +27,7 @@ async def render_chat_completion(request: Request, state: ServerState, fields: M
     """The token ids of a conversation and how they would be continued. Nothing is generated."""
     _check(fields)
     chat = Chat(request, state, fields)
-    (prompt,) = await chat.read_prompts()
+    (prompt,) = await chat.prepare()
     found = await state.client.run_blocking(_generate_request, chat, chat.id, prompt)
     return Response(orjson.dumps(found), media_type="application/json")
 
@@ -36,7 +36,7 @@ async def render_completion(request: Request, state: ServerState, fields: Mappin
     """The token ids of each prompt and how they would be continued. Nothing is generated."""
     _check(fields)
     completion = RenderedCompletion(request, state, fields)
-    prompts = await completion.read_prompts()
+    prompts = await completion.prepare()
     ids = [completion.id] if len(prompts) == 1 else [f"{completion.id}-{i}" for i in range(len(prompts))]
     found = [
         await state.client.run_blocking(_generate_request, completion, request_id, prompt)

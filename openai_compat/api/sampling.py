@@ -74,14 +74,6 @@ def sampling_params(
     return params
 
 
-def check_prompt_logprobs(fields: Mapping[str, Any]) -> None:
-    """A stream has no place for the prompt's log probabilities; 0 asks for none beside the prompt's own."""
-    if fields["stream"] and fields["prompt_logprobs"]:
-        raise InvalidRequestError(
-            "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"
-        )
-
-
 def _max_tokens(wish: int | None, field: str, client: EngineClient, limit: int | None) -> int | None:
     context = client.config.max_model_len
     if wish is None:
