@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from microvllm.ops.activation import silu_and_mul
-from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms, StepAttention
+from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
@@ -90,17 +90,8 @@ class Operators(Protocol):
         """The layers whose operators were made here, to be run in this order."""
         ...
 
-    def attention(
-        self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
-    ) -> AttentionBackend:
-        """An attention backend with a KV cache of its own, in `dtype`."""
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        """An attention backend with a KV cache of its own."""
         ...
 
 
@@ -155,17 +146,8 @@ class TorchOperators(SeparateOperators):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return silu_and_mul(gate_up)
 
-    def attention(
-        self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
-    ) -> AttentionBackend:
-        return TorchAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        return TorchAttention(config)
 
 
 def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations: bool = False) -> Operators:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import (
-    AttentionBatch,
-    AttentionShape,
-    PrefillSegment,
-    QKNorms,
-    SegmentTable,
-)
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
 from microvllm.ops.attention.torch_backend import TorchAttention
+
+
+def segment_table(
+    segments: list[tuple[int, int, list[int]]], device: str | torch.device = "cpu", *, int32: bool = False
+) -> SegmentTable:
+    """Of (new tokens, context length, blocks) of each."""
+    index = torch.int32 if int32 else torch.int64
+    lengths = [new for new, _, _ in segments]
+    width = max((len(blocks) for _, _, blocks in segments), default=0)
+    padded = [blocks + [0] * (width - len(blocks)) for _, _, blocks in segments]
+    return SegmentTable(
+        torch.tensor([0, *accumulate(lengths)], dtype=index, device=device),
+        torch.tensor([context for _, context, _ in segments], dtype=index, device=device),
+        torch.tensor(padded, dtype=index, device=device).view(len(segments), width),
+        max(lengths, default=0),
+    )
 
 
 @dataclass
@@ -66,20 +77,34 @@ class Case:
         weights = [(rounded(dim) * 0.2 + 1, rounded(dim) * 0.2 + 1) for _ in range(shape.num_layers)]
         self.norms = QKNorms(tuple(weights), 1e-3) if with_norms else None
 
-    def norms_on(self, device: torch.device, dtype: torch.dtype) -> QKNorms | None:
+    def norms_on(self, device: str | torch.device, dtype: torch.dtype) -> QKNorms | None:
         if self.norms is None:
             return None
         pairs = ((q.to(device, dtype), k.to(device, dtype)) for q, k in self.norms.weights)
         return QKNorms(tuple(pairs), self.norms.eps)
 
-    def batch(self, device: torch.device, *, as_table: bool = False) -> AttentionBatch:
-        """With the padding; indices are int32 and segments a table if asked for, else as on a CPU."""
-        index = torch.int32 if as_table else torch.int64
+    def config(
+        self, device: str | torch.device = "cpu", norms_dtype: torch.dtype | None = None
+    ) -> AttentionConfig:
+        """For a backend on the device whose cache is of this case's dtype."""
+        return AttentionConfig(
+            self.shape,
+            self.num_blocks,
+            self.block_size,
+            self.inv_freq.to(device),
+            self.max_position,
+            self.dtype,
+            self.norms_on(device, norms_dtype or self.dtype),
+        )
+
+    def batch(self, device: str | torch.device, *, int32: bool = False) -> AttentionBatch:
+        """With the padding; the indices are int32 if asked for, else as on a CPU."""
+        index = torch.int32 if int32 else torch.int64
 
         def tensor(values: list[int] | list[list[int]]) -> Tensor:
             return torch.tensor(values, dtype=index, device=device)
 
-        positions, slots, segments, first = [], [], [], len(self.decodes)
+        positions, slots = [], []
         for sequence in self.decodes + self.segments:
             for at in range(sequence.context - sequence.new, sequence.context):
                 positions.append(at)
@@ -88,11 +113,6 @@ class Case:
             if any(sequence is s for s in self.decodes) and not sequence.context:
                 positions.append(0)
                 slots.append(-1)
-        for sequence in self.segments:
-            segments.append(
-                PrefillSegment(first, sequence.new, sequence.context, tensor(sequence.blocks).long())
-            )
-            first += sequence.new
         width = max((len(s.blocks) for s in self.decodes), default=0) + 2
         padding = [self.num_blocks - 1] * width
         return AttentionBatch(
@@ -101,42 +121,28 @@ class Case:
             len(self.decodes),
             tensor([(s.blocks + padding)[:width] for s in self.decodes]).view(-1, width),
             tensor([s.context for s in self.decodes]),
-            () if as_table else tuple(segments),
-            SegmentTable.of(tuple(segments), device) if as_table else None,
+            segment_table([(s.new, s.context, s.blocks) for s in self.segments], device, int32=int32),
         )
 
     def expected(self, layer: int) -> tuple[Tensor, Tensor]:
         """The torch backend's output in float32, zeros for padding, [n, heads * d]; and its cache."""
-        shape, cpu = self.shape, torch.device("cpu")
-        backend = TorchAttention(
-            shape,
-            self.num_blocks,
-            self.block_size,
-            self.inv_freq,
-            self.max_position,
-            torch.float32,
-            self.norms_on(cpu, torch.float32),
-        )
+        shape = self.shape
+        backend = TorchAttention(replace(self.config(norms_dtype=torch.float32), dtype=torch.float32))
         layers, kv_heads = shape.num_layers, shape.num_kv_heads
         backend.cache = (
             self.cache.float().transpose(2, 3).reshape(layers, 2 * kv_heads, -1, *self.cache.shape[-2:])
         ).contiguous()
-        batch = self.batch(cpu)
+        batch = self.batch("cpu")
         real = torch.ones(self.num_tokens, dtype=torch.bool)
         real[: batch.num_decodes] = batch.decode_lens > 0
         padding = int((~real).sum())
-        segments = tuple(
-            PrefillSegment(s.first - padding, s.num_new, s.context_len, s.blocks)
-            for s in batch.segments
-            if s.num_new
-        )
         kept = AttentionBatch(
             batch.positions[real],
             batch.slots[real],
             batch.num_decodes - padding,
             batch.decode_blocks[real[: batch.num_decodes]],
             batch.decode_lens[real[: batch.num_decodes]],
-            segments,
+            batch.segment_table,
         )
         out = torch.zeros(self.num_tokens, shape.num_heads * shape.head_dim)
         if real.any():

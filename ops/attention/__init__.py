@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -38,16 +37,20 @@ class QKNorms:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSegment:
-    """Tokens [first, first + num_new) of the step belong to one sequence and are its last ones.
+class AttentionConfig:
+    """What a backend is made for: a model's attention, and the KV cache that the backend allocates.
 
-    `context_len` counts all its tokens including these; `blocks`: [ceil(context_len / block)] int64.
+    num_blocks, block_size: of the cache, which is of `dtype` on the device of `inv_freq`: [d / 2], the angle
+    per position of each pair of a head's elements. max_position: no position is larger.
     """
 
-    first: int
-    num_new: int
-    context_len: int
-    blocks: Tensor
+    shape: AttentionShape
+    num_blocks: int
+    block_size: int
+    inv_freq: Tensor
+    max_position: int
+    dtype: torch.dtype
+    qk_norms: QKNorms | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +68,6 @@ class SegmentTable:
     blocks: Tensor
     longest: int
 
-    @staticmethod
-    def of(segments: tuple[PrefillSegment, ...], device: torch.device) -> SegmentTable:
-        """Of segments that follow each other, as in an `AttentionBatch`."""
-        lengths = [segment.num_new for segment in segments]
-        width = max((len(segment.blocks) for segment in segments), default=0)
-        blocks = torch.zeros(len(segments), width, dtype=torch.int32, device=device)
-        for row, segment in zip(blocks, segments, strict=True):
-            row[: len(segment.blocks)] = segment.blocks
-        return SegmentTable(
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-            torch.tensor([s.context_len for s in segments], dtype=torch.int32, device=device),
-            blocks,
-            max(lengths, default=0),
-        )
-
-    def unpacked(self, first: int, block_size: int) -> tuple[PrefillSegment, ...]:
-        """One by one, with tokens; `first`: the step's first token that is no decode."""
-        starts, contexts = self.starts.tolist(), self.context_lens.tolist()
-        return tuple(
-            PrefillSegment(first + start, end - start, context, blocks[: -(-context // block_size)])
-            for (start, end), context, blocks in zip(pairwise(starts), contexts, self.blocks, strict=True)
-            if start < end
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -97,11 +76,10 @@ class AttentionBatch:
     positions, slots: [n] int64, slot = block * block_size + offset, where a token's keys and values go.
     decode_blocks: [num_decodes, width] int64, padded with any valid block; decode_lens: [num_decodes]
     int64, context length including the new token. From one step to the next the values of positions, slots
-    and decode_lens may change in place.
+    and decode_lens may change in place. segment_table: needed if there are more tokens than decodes.
 
-    Where there is a `segment_table` it stands for `segments`. On a GPU all of these may be int32 as well, a
-    slot of -1 is not written, and a decode_len of 0 marks a row that only pads a captured batch (its output
-    is finite).
+    On a GPU all of these may be int32 as well, a slot of -1 is not written, and a decode_len of 0 marks a row
+    that only pads a captured batch (its output is finite).
     """
 
     positions: Tensor
@@ -109,7 +87,6 @@ class AttentionBatch:
     num_decodes: int
     decode_blocks: Tensor
     decode_lens: Tensor
-    segments: tuple[PrefillSegment, ...]
     segment_table: SegmentTable | None = None
 
 

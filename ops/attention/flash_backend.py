@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention import AttentionBatch, AttentionConfig
 from microvllm.ops.gpu.rope_cache import RotaryAngles, rope_and_cache
 
 BLOCK_MULTIPLE = 256
@@ -42,17 +42,9 @@ class FlashAttention:
     kv_heads, d]; the last block is the padding rows', whose keys and values have to be written somewhere.
     """
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
-    ) -> None:
+    def __init__(self, config: AttentionConfig) -> None:
         """Raises `FlashAttentionMissingError`, or ValueError for what the kernels cannot do."""
+        shape, block_size, dtype = config.shape, config.block_size, config.dtype
         if block_size % BLOCK_MULTIPLE:
             raise ValueError(f"block_size: the flash_attn backend needs a multiple of 256, not {block_size}")
         if dtype not in (torch.bfloat16, torch.float16):
@@ -61,26 +53,26 @@ class FlashAttention:
             raise ValueError(f"head_dim: the flash_attn backend cannot do {shape.head_dim}")
         self.module = load_flash_attention()
         self.shape = shape
-        self.norms = qk_norms
-        self.num_blocks = num_blocks
+        self.norms = config.qk_norms
+        self.num_blocks = config.num_blocks
         # A decode call wants angles for all that its block table could hold.
-        self.max_blocks = -(-max_position // block_size)
-        self.angles = RotaryAngles.up_to(self.max_blocks * block_size, inv_freq, shape.rotary_scale)
+        self.max_blocks = -(-config.max_position // block_size)
+        self.angles = RotaryAngles.up_to(self.max_blocks * block_size, config.inv_freq, shape.rotary_scale)
         self.cos, self.sin = self.angles.cos.to(dtype), self.angles.sin.to(dtype)
         # Zeroed: a padding row reads what nobody wrote.
         self.cache = torch.zeros(
             shape.num_layers,
             2,
-            num_blocks + 1,
+            config.num_blocks + 1,
             block_size,
             shape.num_kv_heads,
             shape.head_dim,
             dtype=dtype,
-            device=inv_freq.device,
+            device=config.inv_freq.device,
         )
         self.sms = 1
-        if inv_freq.device.type == "cuda":
-            self.sms = torch.cuda.get_device_properties(inv_freq.device).multi_processor_count
+        if config.inv_freq.device.type == "cuda":
+            self.sms = torch.cuda.get_device_properties(config.inv_freq.device).multi_processor_count
 
     def num_splits(self, batch_size: int) -> int:
         """How many programs share a sequence and KV head: as many as fill the GPU twice.
@@ -110,8 +102,8 @@ class FlashStep:
             blocks = batch.decode_blocks[:, : backend.max_blocks].int()
             self._blocks = blocks.masked_fill((lens == 0).unsqueeze(1), backend.num_blocks)
             self._splits = backend.num_splits(batch.num_decodes)
-        if batch.num_decodes < batch.positions.shape[0]:
-            self._segments = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
+        if batch.segment_table is not None and batch.num_decodes < batch.positions.shape[0]:
+            self._segments = batch.segment_table
             ends = self._segments.context_lens.cumsum(0, dtype=torch.int32)
             self._context_starts = torch.nn.functional.pad(ends, (1, 0))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import mmap
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment, QKNorms
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, SegmentTable
 from microvllm.ops.norm import rms_norm
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
@@ -22,24 +24,24 @@ class HeadMajorCache:
     heads, keys and values, are then gathered by one copy of contiguous block_size * d runs.
     """
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
-        activation_dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: AttentionConfig, activation_dtype: torch.dtype | None = None) -> None:
+        """activation_dtype: that of the cache if not given."""
+        shape, inv_freq, dtype = config.shape, config.inv_freq, config.dtype
         self.shape = shape
-        self.qk_norms = qk_norms
-        self.block_size = block_size
-        self.rotary = RotaryTable(inv_freq, max_position, activation_dtype or dtype, shape.rotary_scale)
+        self.qk_norms = config.qk_norms
+        self.block_size = config.block_size
+        self.rotary = RotaryTable(
+            inv_freq, config.max_position, activation_dtype or dtype, shape.rotary_scale
+        )
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
         # 0 * NaN is NaN.
-        sizes = (shape.num_layers, 2 * shape.num_kv_heads, num_blocks, block_size, shape.head_dim)
+        sizes = (
+            shape.num_layers,
+            2 * shape.num_kv_heads,
+            config.num_blocks,
+            config.block_size,
+            shape.head_dim,
+        )
         self.cache = _zeros(sizes, dtype, inv_freq.device)
 
 
@@ -61,13 +63,32 @@ def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(sizes)).view(sizes)
 
 
+class _Segment(NamedTuple):
+    """Tokens [first, first + num_new) of the step are the last ones of a sequence of `context_len`."""
+
+    first: int
+    num_new: int
+    context_len: int
+    blocks: Tensor
+
+    @staticmethod
+    def all_of(table: SegmentTable | None, first: int, block_size: int) -> list[_Segment]:
+        """Those that have tokens; first: the step's first token that is no decode."""
+        if table is None:
+            return []
+        starts, contexts = table.starts.tolist(), table.context_lens.tolist()
+        return [
+            _Segment(first + start, end - start, context, blocks[: -(-context // block_size)])
+            for (start, end), context, blocks in zip(pairwise(starts), contexts, table.blocks, strict=True)
+            if start < end
+        ]
+
+
 class TorchStep:
     def __init__(self, backend: TorchAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch
-        table, self._segments = batch.segment_table, batch.segments
-        if table is not None:
-            self._segments = table.unpacked(batch.num_decodes, backend.block_size)
+        self._segments = _Segment.all_of(batch.segment_table, batch.num_decodes, backend.block_size)
         self._segment_masks = [self._make_segment_mask(segment) for segment in self._segments]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -120,7 +141,7 @@ class TorchStep:
         out = torch.bmm(weights, values).view(kv_heads, b, group * dim)
         return out.transpose(0, 1).reshape(b, -1)
 
-    def _prefill(self, layer: int, q: Tensor, segment: PrefillSegment, mask: Tensor | None) -> Tensor:
+    def _prefill(self, layer: int, q: Tensor, segment: _Segment, mask: Tensor | None) -> Tensor:
         """The new tokens of one sequence. q: [m, heads, d] -> [m, heads * d]."""
         gathered = self._gather(layer, segment.blocks)[:, :, : segment.context_len].to(q.dtype)
         keys, values = gathered.unsqueeze(1)
@@ -145,7 +166,7 @@ class TorchStep:
         mask.masked_fill_(hidden, -torch.inf)
         return mask.repeat(shape.num_kv_heads, 1).unsqueeze(1)
 
-    def _make_segment_mask(self, segment: PrefillSegment) -> Tensor | None:
+    def _make_segment_mask(self, segment: _Segment) -> Tensor | None:
         """True where query i sees key j: [num_new, context_len]; None for plain causal from the start."""
         window = self._backend.shape.window
         if segment.num_new == segment.context_len and (window is None or segment.context_len <= window):

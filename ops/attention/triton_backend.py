@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention import AttentionBatch, AttentionConfig
 from microvllm.ops.attention.triton_decode import (
     MANY_SEQS,
     DecodeTiling,
@@ -33,13 +33,7 @@ class TritonAttention:
 
     def __init__(
         self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
+        config: AttentionConfig,
         *,
         pdl: bool = False,
         levers: Levers | None = None,
@@ -47,18 +41,19 @@ class TritonAttention:
         prefill_tiling: PrefillTiling | None = None,
     ) -> None:
         """Raises ValueError for a block size that is no power of two from 16 on."""
+        shape, block_size, dtype = config.shape, config.block_size, config.dtype
         if block_size < MIN_BLOCK or block_size & (block_size - 1):
             raise ValueError(f"block_size: {block_size} is no power of two from {MIN_BLOCK} on")
         levers = levers or Levers()
-        device = inv_freq.device
+        device = config.inv_freq.device
         self.shape = shape
-        self.norms = qk_norms
+        self.norms = config.qk_norms
         self.pdl = pdl
-        self.angles = RotaryAngles.up_to(max_position, inv_freq, shape.rotary_scale)
+        self.angles = RotaryAngles.up_to(config.max_position, config.inv_freq, shape.rotary_scale)
         self.cache = torch.zeros(
             shape.num_layers,
             2,
-            num_blocks,
+            config.num_blocks,
             shape.num_kv_heads,
             block_size,
             shape.head_dim,
@@ -88,7 +83,6 @@ class TritonStep:
     def __init__(self, backend: TritonAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch
-        self._segments = batch.segment_table or SegmentTable.of(batch.segments, batch.slots.device)
         self._tiling = backend.decode_tiling(batch.num_decodes)
         self._early = False
         if batch.num_decodes:
@@ -119,7 +113,7 @@ class TritonStep:
                 early=self._early,
             )
             self._early = backend.early_reads  # behind the step's first
-        if decodes < qkv.shape[0]:
+        if batch.segment_table is not None and decodes < qkv.shape[0]:
             q = rope_and_cache(
                 qkv[decodes:],
                 batch.positions[decodes:],
@@ -134,6 +128,13 @@ class TritonStep:
                 pdl=backend.pdl,
             )
             prefill_attention(
-                out[decodes:], q, keys, values, self._segments, shape, backend.prefill_tiling, pdl=backend.pdl
+                out[decodes:],
+                q,
+                keys,
+                values,
+                batch.segment_table,
+                shape,
+                backend.prefill_tiling,
+                pdl=backend.pdl,
             )
         return out

@@ -15,13 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import (
-    AttentionBatch,
-    AttentionShape,
-    QKNorms,
-    SegmentTable,
-    StepAttention,
-)
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import HeadMajorCache
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
@@ -204,19 +198,8 @@ class CpuOperators(SeparateOperators):
     def layers(self, layers: Sequence[DecoderLayer]) -> CpuLayers:
         return CpuLayers(self.kernels, layers)
 
-    def attention(
-        self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
-    ) -> CpuAttention:
-        return CpuAttention(
-            self.kernels, shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms
-        )
+    def attention(self, config: AttentionConfig) -> CpuAttention:
+        return CpuAttention(self.kernels, config)
 
 
 class CpuEmbedding:
@@ -359,32 +342,20 @@ class CpuLayers(DecoderLayers):
 class CpuAttention(HeadMajorCache):
     """Norms, rotation, cache write and attention by the kernels."""
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None,
-    ) -> None:
-        super().__init__(
-            shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms, torch.float32
-        )
+    def __init__(self, kernels: Kernels, config: AttentionConfig) -> None:
+        super().__init__(config, torch.float32)
         self.kernels = kernels
         layers = (
             _Cache(
                 layer.data_ptr(),
-                num_blocks * block_size,
-                block_size,
-                dtype == torch.bfloat16,
-                *((None, None) if qk_norms is None else map(_pointer, qk_norms.weights[index])),
+                config.num_blocks * config.block_size,
+                config.block_size,
+                config.dtype == torch.bfloat16,
+                *((None, None) if self.qk_norms is None else map(_pointer, self.qk_norms.weights[index])),
             )
             for index, layer in enumerate(self.cache)
         )
-        self.layers = (_Cache * shape.num_layers)(*layers)
+        self.layers = (_Cache * self.shape.num_layers)(*layers)
         self._last: CpuStep | None = None
 
     def begin_step(self, batch: AttentionBatch) -> CpuStep:
@@ -400,8 +371,6 @@ class CpuStep:
     def __init__(self, backend: CpuAttention, batch: AttentionBatch) -> None:
         shape, rotary, decodes = backend.shape, backend.rotary, batch.num_decodes
         table = batch.segment_table
-        if batch.segments:
-            table = SegmentTable.of(batch.segments, batch.slots.device)
         indices = [batch.positions, batch.slots, batch.decode_blocks, batch.decode_lens]
         if table is not None:
             indices += [table.starts, table.blocks, table.context_lens]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from microvllm.ops.attention import AttentionBackend, AttentionShape, QKNorms
+from microvllm.ops.attention import AttentionBackend, AttentionConfig
 from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.launch import can_launch_early
@@ -75,27 +75,14 @@ class GpuOperators:
     def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
         return DecoderLayers(layers)
 
-    def attention(
-        self,
-        shape: AttentionShape,
-        num_blocks: int,
-        block_size: int,
-        inv_freq: Tensor,
-        max_position: int,
-        dtype: torch.dtype,
-        qk_norms: QKNorms | None = None,
-    ) -> AttentionBackend:
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
         if self._attention == "flash_attn":
             from microvllm.ops.attention.flash_backend import FlashAttention
 
-            return FlashAttention(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
+            return FlashAttention(config)
         from microvllm.ops.attention.triton_backend import TritonAttention
 
-        return TritonAttention(
-            *(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms),
-            pdl=self.pdl,
-            levers=self.levers,
-        )
+        return TritonAttention(config, pdl=self.pdl, levers=self.levers)
 
 
 class GpuProduct:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
+from microvllm.ops.attention import AttentionBackend, AttentionBatch
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.sampling import Delivery
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
@@ -78,7 +78,6 @@ class DecodeGraphs:
         self.tables = torch.zeros(
             config.max_num_seqs + 1, config.max_blocks, dtype=torch.int32, device=device
         )
-        self._no_segments = SegmentTable.of((), device)
         self.replays = 0
         self.padded_tokens = 0
 
@@ -110,9 +109,7 @@ class DecodeGraphs:
             *(self._view(size), self.tables, newest, self._config.block_size),
             pdl=can_launch_early(newest.device),
         )
-        batch = AttentionBatch(
-            inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens, (), self._no_segments
-        )
+        batch = AttentionBatch(inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens)
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
         # A sequence's length is the index of its next token.

@@ -22,7 +22,7 @@ from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.weights import load_weights
-from microvllm.ops.attention import AttentionShape
+from microvllm.ops.attention import AttentionConfig, AttentionShape
 from microvllm.ops.operators import make_operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
@@ -106,13 +106,15 @@ class ModelGraphRunner:
             spec.rope.attention_factor,
         )
         self._attention = operators.attention(
-            shape,
-            config.num_blocks,
-            config.block_size,
-            inverse_frequencies(spec.rope, spec.head_dim).to(device),
-            config.max_model_len,
-            dtype,
-            self._model.qk_norms,
+            AttentionConfig(
+                shape,
+                config.num_blocks,
+                config.block_size,
+                inverse_frequencies(spec.rope, spec.head_dim).to(device),
+                config.max_model_len,
+                dtype,
+                self._model.qk_norms,
+            )
         )
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)

@@ -169,5 +169,5 @@ class PromptGraphs:
         blocks = self._tables.index_select(0, request_rows)
         decodes = size.decodes
         segments = SegmentTable(starts, context[decodes:], blocks[decodes:], size.tokens)
-        batch = AttentionBatch(positions, slots, decodes, blocks[:decodes], context[:decodes], (), segments)
+        batch = AttentionBatch(positions, slots, decodes, blocks[:decodes], context[:decodes], segments)
         return ids, self._model.forward(ids, self._attention.begin_step(batch))

@@ -137,7 +137,6 @@ class HostInputs:
             num_decodes=decodes,
             decode_blocks=torch.from_numpy(block_tables[arrays.request_rows[:decodes], :widest]),
             decode_lens=torch.from_numpy(arrays.context[:decodes]),
-            segments=(),
             segment_table=table,
         )
         self._arrays = arrays if table is None else None
@@ -206,7 +205,7 @@ class DeviceInputs:
         table = SegmentTable(
             seg_starts, context[decodes:], seg_blocks, int(arrays.lengths[decodes:].max(initial=0))
         )
-        batch = AttentionBatch(positions, slots, decodes, decode_blocks, context[:decodes], (), table)
+        batch = AttentionBatch(positions, slots, decodes, decode_blocks, context[:decodes], table)
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[rows], ids)
         return ids, batch

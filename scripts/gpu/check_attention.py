@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
@@ -95,15 +95,15 @@ def make_backend(
         weight = torch.ones(shape.head_dim, dtype=DTYPE, device=device)
         norms = QKNorms(((weight, weight),) * 1000, 1e-6)
     inv_freq = 1e6 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    arguments = (shape, 1, variant.block, inv_freq, MAX_POSITION, DTYPE, norms)
+    config = AttentionConfig(shape, 1, variant.block, inv_freq, MAX_POSITION, DTYPE, norms)
     if variant.backend == "flash":
-        flash = FlashAttention(*arguments)
+        flash = FlashAttention(config)
         if not variant.own_splits:
             flash.num_splits = lambda *_: 0
         return flash
     name = variant.tiling or ""
     return TritonAttention(
-        *arguments,
+        config,
         pdl=variant.pdl,
         levers=Levers.of(device) if variant.pdl else None,
         decode_tiling=TILINGS.get(name),
@@ -138,7 +138,6 @@ def decode_batch(
         sequences,
         torch.nn.functional.pad(table, (0, MAX_POSITION // block - blocks_each)),
         torch.full((sequences,), context, dtype=torch.int32, device=device),
-        (),
     )
 
 
@@ -153,7 +152,7 @@ def prefill_batch(
     lens = torch.full((segments,), new, dtype=torch.int32, device=device)
     empty = torch.empty(0, dtype=torch.int32, device=device)
     return AttentionBatch(
-        positions, slots, 0, empty.view(0, 0), empty, (), SegmentTable(starts, lens, table, new)
+        positions, slots, 0, empty.view(0, 0), empty, SegmentTable(starts, lens, table, new)
     )
 
 

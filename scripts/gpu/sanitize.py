@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
@@ -145,7 +145,7 @@ def mixed_step(block: int) -> tuple[AttentionBatch, int]:
     )
     count = len(decodes)
     batch = AttentionBatch(
-        ints(*positions), ints(*slots), count, padded[:count].contiguous(), ints(*decodes), (), table
+        ints(*positions), ints(*slots), count, padded[:count].contiguous(), ints(*decodes), table
     )
     return batch, next(free)
 
@@ -161,7 +161,7 @@ def attention() -> None:
             for block, tiling in ((16, DecodeTiling(16, 3, 4, 2, boxes=pdl and not window)), (64, None)):
                 batch, blocks = mixed_step(block)
                 own = TritonAttention(
-                    *(shape, blocks, block, inv_freq, 2048, DTYPE, norms),
+                    AttentionConfig(shape, blocks, block, inv_freq, 2048, DTYPE, norms),
                     pdl=pdl,
                     levers=Levers.of(DEVICE),
                     decode_tiling=tiling,
@@ -177,7 +177,7 @@ def attention() -> None:
             # sanitizer, without torch's allocator, would report them.
             shape = replace(shape, num_heads=-(-heads // 4) * 4)
             batch, blocks = mixed_step(256)
-            flash = FlashAttention(shape, blocks, 256, inv_freq, 2048, DTYPE, norms)
+            flash = FlashAttention(AttentionConfig(shape, blocks, 256, inv_freq, 2048, DTYPE, norms))
             flash.cache.normal_()
             qkv = normal(len(batch.positions), (shape.num_heads + 2 * kv_heads) * dim)
             check("flash_attn attention", flash.begin_step(batch)(0, qkv), flash.cache)

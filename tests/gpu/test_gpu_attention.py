@@ -37,23 +37,15 @@ SEGMENTS = [(300, 300), (100, 1111), (0, 0), (1, 1), (17, 500), (64, 64)]
 
 
 def make_backend(name: str, case: Case) -> TritonAttention | FlashAttention:
-    arguments = (
-        case.shape,
-        case.num_blocks,
-        case.block_size,
-        case.inv_freq.to(DEVICE),
-        case.max_position,
-        case.dtype,
-        case.norms_on(DEVICE, case.dtype),
-    )
+    config = case.config(DEVICE)
     if name == "flash":
         if importlib.util.find_spec("flash_attn") is None:
             pytest.skip("needs the package flash-attn")
-        flash = FlashAttention(*arguments)
+        flash = FlashAttention(config)
         flash.cache[:, :, :-1].copy_(case.cache.transpose(3, 4))
         return flash
     pdl = name == "triton-pdl"
-    backend = TritonAttention(*arguments, pdl=pdl, levers=Levers.of(DEVICE) if pdl else None)
+    backend = TritonAttention(config, pdl=pdl, levers=Levers.of(DEVICE) if pdl else None)
     backend.cache.copy_(case.cache)
     return backend
 
@@ -79,7 +71,7 @@ def test_a_mixed_step_of_a_real_model(name: str, model: str, dtype: torch.dtype)
     block = {"flash": 256, "triton": 16, "triton-pdl": 64}[name]
     case = Case(shape, block, DECODES, SEGMENTS, dtype, with_norms=with_norms)
     backend = make_backend(name, case)
-    out = backend.begin_step(case.batch(DEVICE, as_table=True))(1, case.qkv.to(DEVICE))
+    out = backend.begin_step(case.batch(DEVICE, int32=True))(1, case.qkv.to(DEVICE))
     expected, cache = case.expected(1)
     real = torch.tensor([bool(s.context) for s in case.decodes] + [True] * (len(out) - len(DECODES)))
     tolerance = (FLASH_TOLERANCE if name == "flash" else TOLERANCE)[dtype]
@@ -113,7 +105,7 @@ def test_a_captured_graph_takes_any_lengths(name: str, copies: int) -> None:
     backend.cache = torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
     if isinstance(backend, FlashAttention):
         backend.num_blocks = blocks
-    batch = first.batch(DEVICE, as_table=True)
+    batch = first.batch(DEVICE, int32=True)
     tables = torch.zeros(4 * copies, width, dtype=torch.int32, device=DEVICE)
     static = replace(batch, decode_blocks=tables)
     qkv = first.qkv.to(DEVICE)
@@ -128,7 +120,7 @@ def test_a_captured_graph_takes_any_lengths(name: str, copies: int) -> None:
     with torch.cuda.graph(graph):
         captured = step()
     for case in cases:
-        values = case.batch(DEVICE, as_table=True)
+        values = case.batch(DEVICE, int32=True)
         static.positions.copy_(values.positions)
         static.slots.copy_(values.slots)
         static.decode_lens.copy_(values.decode_lens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from attention_case import segment_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_tools import BACKENDS
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
-from microvllm.ops.attention import AttentionBatch, AttentionShape, PrefillSegment
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.cpu.operators import CpuAttention
 from microvllm.ops.operators import make_operators
@@ -29,7 +30,9 @@ def make_backend(
     """A backend with random rubbish in its cache, and the dtype of its activations."""
     operators = make_operators(name, dtype, 2)
     inv_freq = INV_FREQ[shape.head_dim]
-    backend = operators.attention(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype)
+    backend = operators.attention(
+        AttentionConfig(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype)
+    )
     assert isinstance(backend, TorchAttention | CpuAttention)
     # What earlier requests left in the blocks must not be seen.
     backend.cache.copy_(torch.randn(backend.cache.shape, generator=torch.Generator().manual_seed(9)) * 100)
@@ -78,8 +81,7 @@ def make_batch(
     positions, slots, segments = [], [], []
     for sequence, start, end in work:
         if end - start > 1:
-            blocks = torch.tensor(sequence.blocks[: -(-end // block_size)])
-            segments.append(PrefillSegment(len(positions), end - start, end, blocks))
+            segments.append((end - start, end, sequence.blocks[: -(-end // block_size)]))
         for position in range(start, end):
             positions.append(position)
             slots.append(sequence.blocks[position // block_size] * block_size + position % block_size)
@@ -94,7 +96,7 @@ def make_batch(
         num_decodes=len(decodes),
         decode_blocks=torch.tensor(tables, dtype=torch.int64).view(len(decodes), width),
         decode_lens=torch.tensor([end for _, _, end in decodes], dtype=torch.int64),
-        segments=tuple(segments),
+        segment_table=segment_table(segments),
     )
     qk = torch.cat([sequence.qk[start:end] for sequence, start, end in work])
     v = torch.cat([sequence.v[start:end] for sequence, start, end in work])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_cpu_kernels import DTYPES, ONE_IN, examples, seeds
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionShape
+from microvllm.ops.attention import AttentionConfig, AttentionShape
 from microvllm.ops.attention.torch_backend import TorchStep
 from microvllm.ops.cpu import isa
 from microvllm.ops.cpu.build import load_kernels
@@ -42,13 +42,12 @@ def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             pytest.skip(str(error))
 
 
-def check(operators: CpuOperators, case: Case, *, as_table: bool = False) -> None:
+def check(operators: CpuOperators, case: Case, *, int32: bool = False) -> None:
     """The last layer's output, row by row, and the cache after it."""
-    shape, layer, exact = case.shape, case.shape.num_layers - 1, case.dtype == torch.float32
-    sizes = case.num_blocks, case.block_size, case.inv_freq, case.max_position, case.dtype
-    ours = operators.attention(shape, *sizes, case.norms_on(CPU, torch.float32))
+    layer, exact = case.shape.num_layers - 1, case.dtype == torch.float32
+    ours = operators.attention(case.config(norms_dtype=torch.float32))
     ours.cache.copy_(case.cache.transpose(2, 3).reshape(ours.cache.shape))
-    out = ours.begin_step(case.batch(CPU, as_table=as_table))(layer, case.qkv.float().clone())
+    out = ours.begin_step(case.batch(CPU, int32=int32))(layer, case.qkv.float().clone())
 
     def rounding(step: TorchStep, layer: int, qkv: Tensor) -> Tensor:
         q = rotate_and_cache(step, layer, qkv)
@@ -110,7 +109,7 @@ def test_segments_of_nothing(
     shape = AttentionShape(1, 9, 3, 64, None)
     if not decodes and not segments:
         segments = [(0, 0)]
-    check(operators, Case(shape, 16, decodes, segments, torch.float32), as_table=True)
+    check(operators, Case(shape, 16, decodes, segments, torch.float32), int32=True)
 
 
 @pytest.mark.parametrize("window", [None, 700])
@@ -128,7 +127,9 @@ def test_what_is_not_a_number_stays_in_its_sequence(operators: CpuOperators, bro
     shape = AttentionShape(1, 4, 2, 8)
     case = Case(shape, 4, [], [(150, 150), (20, 20)], torch.float32)
     case.qkv[130] = broken
-    attention = operators.attention(shape, case.num_blocks, 4, case.inv_freq, 200, torch.float32)
+    attention = operators.attention(
+        AttentionConfig(shape, case.num_blocks, 4, case.inv_freq, 200, torch.float32)
+    )
     clean = case.qkv.clone()
     clean[130] = 0
     true = attention.begin_step(case.batch(CPU))(0, clean)

@@ -17,7 +17,7 @@ from quantized_case import dequantized, formats, quantized, random_blocks
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from microvllm.ops.attention import AttentionBatch, AttentionShape, QKNorms
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.cpu import build
 from microvllm.ops.cpu.build import NoCompilerError, load_kernels
@@ -178,13 +178,14 @@ def test_decode_attention_reads_the_block_table(
         tables[row, :width] = mine
     positions = torch.tensor(lens) - 1
     slots = tables[torch.arange(len(lens)), positions // block_size] * block_size + positions % block_size
-    batch = AttentionBatch(positions, slots, len(lens), tables, torch.tensor(lens), ())
+    batch = AttentionBatch(positions, slots, len(lens), tables, torch.tensor(lens))
     contents = random(1, 2 * kv_heads, num_blocks, block_size, dim, seed=seed).to(dtype)
     qkv = random(len(lens), (num_heads + 2 * kv_heads) * dim, seed=seed)
     norms = QKNorms(((random(dim, seed=seed + 1), random(dim, seed=seed + 2)),), 1e-5) if qk_norm else None
 
-    ours = operators.attention(shape, num_blocks, block_size, inv_freq, 1024, dtype, norms)
-    reference = TorchAttention(shape, num_blocks, block_size, inv_freq, 1024, dtype, norms, torch.float32)
+    config = AttentionConfig(shape, num_blocks, block_size, inv_freq, 1024, dtype, norms)
+    ours = operators.attention(config)
+    reference = TorchAttention(config, torch.float32)
     ours.cache.copy_(contents)
     reference.cache.copy_(contents)
     out = ours.begin_step(batch)(0, qkv.clone())
@@ -204,14 +205,13 @@ def test_decode_attention_reads_the_block_table(
 
 def test_a_sequence_without_finite_scores_spoils_no_other(operators: CpuOperators) -> None:
     shape = AttentionShape(1, 2, 1, 8, None)
-    attention = operators.attention(shape, 4, 4, torch.ones(4), 16, torch.float32)
+    attention = operators.attention(AttentionConfig(shape, 4, 4, torch.ones(4), 16, torch.float32))
     batch = AttentionBatch(
         torch.zeros(2, dtype=torch.int64),
         torch.tensor([0, 8]),
         2,
         torch.tensor([[0], [2]]),
         torch.tensor([1, 1]),
-        (),
     )
     qkv = torch.ones(2, 4 * 8)
     qkv[0, : 3 * 8] = torch.nan

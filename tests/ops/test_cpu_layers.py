@@ -66,10 +66,7 @@ class Decoder:
                 for _ in range(shape.num_layers)
             ]
         )
-        norms = case.norms_on(torch.device("cpu"), torch.float32)
-        self.backend: AttentionBackend = operators.attention(
-            shape, case.num_blocks, case.block_size, case.inv_freq, case.max_position, torch.float32, norms
-        )
+        self.backend: AttentionBackend = operators.attention(case.config())
         self.hidden = random(case.num_tokens, hidden)
         self.batch = case.batch(torch.device("cpu"))
 

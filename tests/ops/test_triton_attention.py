@@ -21,13 +21,7 @@ TILES_OF_16 = DecodeTiling(16, 2, 4, 2)
 
 def make_backend(case: Case, tiling: DecodeTiling | None = None) -> TritonAttention:
     backend = TritonAttention(
-        case.shape,
-        case.num_blocks,
-        case.block_size,
-        case.inv_freq.to(DEVICE),
-        case.max_position,
-        case.dtype,
-        case.norms_on(DEVICE, case.dtype),
+        case.config(DEVICE),
         decode_tiling=tiling,
         prefill_tiling=PrefillTiling(16, 16, 2, 4) if tiling else None,
     )
@@ -38,7 +32,7 @@ def make_backend(case: Case, tiling: DecodeTiling | None = None) -> TritonAttent
 def check(case: Case, tiling: DecodeTiling | None = None, layer: int = 0) -> None:
     """The output, and the cache after it: nothing but this step's slots of this layer may change."""
     backend = make_backend(case, tiling)
-    out = backend.begin_step(case.batch(DEVICE, as_table=True))(layer, case.qkv.to(DEVICE))
+    out = backend.begin_step(case.batch(DEVICE, int32=True))(layer, case.qkv.to(DEVICE))
     expected, cache = case.expected(layer)
     assert relative_error(out, expected) < TOLERANCE[case.dtype]
     assert not out[[not s.context for s in case.decodes] + [False] * (len(out) - len(case.decodes))].any()
@@ -91,7 +85,7 @@ def test_tiles_by_the_copy_engine(tile: int, block_size: int) -> None:
     for sequence in case.decodes:
         if begun := sequence.context % block_size:
             backend.cache[:, :, sequence.blocks[-1], :, begun:] = torch.nan
-    out = backend.begin_step(case.batch(DEVICE, as_table=True))(1, case.qkv.to(DEVICE))
+    out = backend.begin_step(case.batch(DEVICE, int32=True))(1, case.qkv.to(DEVICE))
     assert relative_error(out, case.expected(1)[0]) < TOLERANCE[case.dtype]
 
 
@@ -122,7 +116,7 @@ def test_random_shapes(seed: int) -> None:
 
 def test_a_slot_of_minus_one_is_not_written() -> None:
     case = Case(AttentionShape(2, 2, 1, 16), 16, [5], [(2, 3)], torch.float32)
-    backend, batch = make_backend(case), case.batch(DEVICE, as_table=True)
+    backend, batch = make_backend(case), case.batch(DEVICE, int32=True)
     batch.slots.fill_(-1)
     assert backend.begin_step(batch)(1, case.qkv.to(DEVICE)).isfinite().all()
     assert (backend.cache.cpu() == case.cache).all()
