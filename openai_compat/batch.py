@@ -133,16 +133,7 @@ def check_envelopes(requests: RequestFile, where: str) -> None:
 
 
 async def _until_signal(work: Awaitable[None]) -> None:
-    signals = Signals()
-    working = asyncio.ensure_future(work)
-    stopped = asyncio.ensure_future(signals.wait(1))
-    await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not working.done():
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-        raise SystemExit(128 + signals.last)
-    working.result()
+    await Signals().run(work)
 
 
 async def _run(

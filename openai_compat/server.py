@@ -1,4 +1,4 @@
-"""`serve`: binds, loads, answers, drains."""
+"""Serves a model over HTTP: binds, loads, answers, drains."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import uvicorn
 from uvicorn.config import LOGGING_CONFIG
@@ -24,9 +24,15 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import log_stats
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
-from microvllm.openai_compat.transport.listen import address_of, bind_socket, release_socket, start_listening
+from microvllm.openai_compat.transport.listen import (
+    address_of,
+    bind_socket,
+    refresh_certificate,
+    release_socket,
+    start_listening,
+    tls_context,
+)
 from microvllm.openai_compat.transport.protocol import GuardedProtocol
-from microvllm.openai_compat.transport.tls import refresh_certificate, tls_context
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.process.client import EngineClient
@@ -37,14 +43,16 @@ from microvllm.runtime.text.content_format import AUTO
 
 logger = logging.getLogger("microvllm.server")
 
+T = TypeVar("T")
+
 HANDSHAKE_DEADLINE_S = 30.0
 MAX_CONNECTIONS = 16_384
 RESERVED_FILES = 256  # open files that are no connections of clients
 FINAL_FLUSH_S = 2.0  # for the last error events to reach their clients
 
 
-def say_plainly(line: str) -> None:
-    """Print a line; output that cannot be written does not end a server."""
+def print_line(line: str) -> None:
+    """Print a line. Output that cannot be written does not end a server."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -59,13 +67,13 @@ def serve(
     *,
     on_progress: OnProgress | None = None,
     spawned: SpawnedEngine | None = None,
-    say: Callable[[str], None] = say_plainly,
+    announce: Callable[[str], None] = print_line,
 ) -> None:
-    """Serves until one of `STOP_SIGNALS`, then lets running requests finish and returns.
+    """Serve until one of `STOP_SIGNALS`, then let running requests finish and return.
 
     `spawned` is an engine process that runs already, which makes the start shorter.
-    `on_progress` is told how far the engine's start has come, `say` the few lines meant for people. The port
-    is taken first: resolving the engine's options may compile its kernels, and then the model loads. A signal
+    `on_progress` is called as the engine's start advances, `announce` with the few lines meant for people.
+    The port is bound first: resolving the options may compile kernels, and then the model loads. A signal
     during loading ends in `SystemExit` with 128 + its number.
     Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start,
     or cannot be started again.
@@ -75,7 +83,7 @@ def serve(
     tls = tls_context(args)
     sock = bind_socket(args)
     try:
-        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, spawned, say))
+        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, spawned, announce))
     finally:
         release_socket(sock, args)
 
@@ -107,10 +115,12 @@ async def _serve(
     tls: ssl.SSLContext | None,
     on_progress: OnProgress | None,
     spawned: SpawnedEngine | None,
-    say: Callable[[str], None],
+    announce: Callable[[str], None],
 ) -> None:
     signals = Signals()
-    client = await _start_engine(config, args, on_progress, spawned, signals)
+    client = await signals.run(
+        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress, spawned=spawned)
+    )
     try:
         _check_content_format(client, args)
         app = create_app(client, args)
@@ -135,7 +145,7 @@ async def _serve(
         http.load()
         http.ssl = tls
         state: ServerState = app.state.server
-        server = HttpServer(http, on_ready=functools.partial(_announce, args, state.model_names[0], say))
+        server = HttpServer(http, on_ready=functools.partial(_announce, args, state.model_names[0], announce))
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
         helpers = []
         if state.metrics is not None:
@@ -161,28 +171,8 @@ async def _serve(
         await client.close()
 
 
-async def _start_engine(
-    config: EngineConfig,
-    args: ServerArgs,
-    on_progress: OnProgress | None,
-    spawned: SpawnedEngine | None,
-    signals: Signals,
-) -> EngineClient:
-    start = asyncio.ensure_future(
-        EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress, spawned=spawned)
-    )
-    stopped = asyncio.ensure_future(signals.wait(1))
-    await asyncio.wait((start, stopped), return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if not start.done():
-        start.cancel()
-        await asyncio.gather(start, return_exceptions=True)
-        raise SystemExit(128 + signals.last)
-    return start.result()
-
-
 class Signals:
-    """Counts signals that stop a service: the first asks for a drain, the second for an end at once."""
+    """Counts the signals that stop a service: the first starts a drain, the second ends it at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -200,14 +190,25 @@ class Signals:
         self.count += 1
 
     async def wait(self, count: int) -> None:
-        """Until the first (1) or the second (2) signal."""
+        """Wait for the first (1) or the second (2) signal."""
         await self._arrived[count - 1].wait()
+
+    async def run(self, work: Awaitable[T]) -> T:
+        """Await the work. The first signal cancels it and raises `SystemExit` with 128 + its number."""
+        task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self.wait(1))
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise SystemExit(128 + self.last)
 
 
 async def drain(lifecycle: Lifecycle, timeout: float, signals: Signals) -> None:
-    """Refuses new requests and waits for running ones, `timeout` seconds or until a second signal.
+    """Refuse new requests and wait for running ones, `timeout` seconds or until a second signal.
 
-    What still runs then is told so (503, or an error event in a stream).
+    Requests that still run then end with a 503, or an error event in a stream.
     """
     lifecycle.draining = True
     if lifecycle.active:
@@ -230,7 +231,7 @@ async def _idle(lifecycle: Lifecycle) -> None:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server with the signals left to us: its own handlers cut streams and exit by the signal."""
+    """uvicorn's server without its signal handlers, which cut streams and exit by the signal."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -260,9 +261,9 @@ class HttpServer(uvicorn.Server):
 
 
 def _raise_file_limit() -> int:
-    """Lets this process open as many files as its system allows it. Returns how many connections that admits.
+    """Raise the limit of open files to what the system allows; returns how many connections fit.
 
-    Past that limit accepting fails, which would keep every new client waiting in place of one refused.
+    Past that limit accepting fails, so that new clients would wait instead of being refused.
     """
     try:
         import resource
@@ -281,21 +282,21 @@ def _raise_file_limit() -> int:
     )
 
 
-def _announce(args: ServerArgs, model: str, say: Callable[[str], None]) -> None:
+def _announce(args: ServerArgs, model: str, announce: Callable[[str], None]) -> None:
     address = address_of(args)
-    say(f"Starting microvllm server on {address}")
+    announce(f"Starting microvllm server on {address}")
     scheme = "https" if args.ssl_certfile is not None else "http"
     where = f"--unix-socket {args.uds} {scheme}://localhost" if args.uds is not None else address
     key = " -H 'Authorization: Bearer YOUR_KEY'" if args.api_keys else ""
-    say(
+    announce(
         f"Try: curl {where}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
     )
-    say("Application startup complete.")
+    announce("Application startup complete.")
 
 
 def _log_config(args: ServerArgs) -> dict[str, Any]:
-    """uvicorn's logging, and ours in the same form; no access lines for the paths that shall have none."""
+    """Return uvicorn's logging configuration with our loggers, without access lines of the excluded paths."""
     config = copy.deepcopy(LOGGING_CONFIG)
     level = args.log_level.upper()
     config["loggers"]["microvllm"] = {"handlers": ["default"], "level": level, "propagate": False}

@@ -1,21 +1,27 @@
-"""The listening socket, bound before the model loads so that a taken port is known at once."""
+"""Makes the listening socket and its TLS context, before the model loads so that a fault shows at once."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import socket
+import ssl
 import stat
 from pathlib import Path
 
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError
 
+logger = logging.getLogger("microvllm.server")
+
+REFRESH_INTERVAL_S = 10.0
 TAKEN_REMEDY = "end what listens there, or choose another address with --port and --host"
 
 
 def bind_socket(args: ServerArgs) -> socket.socket:
-    """A bound socket. A TCP one does not listen yet: until the model is loaded, clients are refused.
+    """Return a bound socket. A TCP one does not listen yet: until the model is loaded, clients are refused.
 
     Raises `ConfigError` with one line when the address is taken, not ours or not allowed.
     """
@@ -61,7 +67,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def start_listening(sock: socket.socket, args: ServerArgs) -> None:
-    """Raises `ConfigError` if another server that started at the same time was faster."""
+    """Listen. Raises `ConfigError` if another server that started at the same time was faster."""
     try:
         sock.listen(2048)
     except OSError as error:
@@ -71,7 +77,7 @@ def start_listening(sock: socket.socket, args: ServerArgs) -> None:
 
 
 def release_socket(sock: socket.socket, args: ServerArgs) -> None:
-    """Closes the socket; a unix socket's file goes, too."""
+    """Close the socket and remove a unix socket's file."""
     sock.close()
     if args.uds is not None:
         with contextlib.suppress(OSError):
@@ -79,12 +85,75 @@ def release_socket(sock: socket.socket, args: ServerArgs) -> None:
 
 
 def address_of(args: ServerArgs) -> str:
-    """Where to reach the server, for people."""
+    """Return the URL of the server, for people."""
     if args.uds is not None:
         return f"unix:{args.uds}"
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme = "https" if args.ssl_certfile is not None else "http"
     return f"{scheme}://{host}:{args.port}"
+
+
+def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
+    """Return the server's side of TLS, or None for plain HTTP. Raises `ConfigError` naming the option."""
+    if args.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.VerifyMode(args.ssl_cert_reqs)
+    option = f"--ssl-certfile {args.ssl_certfile}"
+    if args.ssl_keyfile is not None:
+        option += f" and --ssl-keyfile {args.ssl_keyfile}"
+    try:
+        context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, _no_password)
+        if args.ssl_ca_certs is not None:
+            option = f"--ssl-ca-certs {args.ssl_ca_certs}"
+            context.load_verify_locations(args.ssl_ca_certs)
+        if args.ssl_ciphers is not None:
+            option = f"--ssl-ciphers {args.ssl_ciphers}"
+            context.set_ciphers(args.ssl_ciphers)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}: {_reason(error)}") from error
+    return context
+
+
+async def refresh_certificate(
+    context: ssl.SSLContext, args: ServerArgs, interval: float = REFRESH_INTERVAL_S
+) -> None:
+    """Load a renewed certificate for new connections, looking at the files every `interval` seconds.
+
+    Files that do not load (only one of two is replaced so far) are tried again and change nothing.
+    """
+    loaded = _stamps(args)
+    while True:
+        await asyncio.sleep(interval)
+        found = _stamps(args)
+        if found == loaded:
+            continue
+        try:
+            # Into a context of its own first: a key that does not fit would spoil the one in use.
+            fresh = tls_context(args)
+        except ConfigError as error:
+            logger.warning("The new certificate is not in use: %s", error)
+            continue
+        if fresh is not None and args.ssl_certfile is not None:
+            context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, _no_password)
+            if args.ssl_ca_certs is not None:
+                context.load_verify_locations(args.ssl_ca_certs)
+            loaded = found
+            logger.info("The certificate was read again.")
+
+
+def _no_password() -> str:
+    # Without it OpenSSL would ask at the terminal, and a server in the background would hang.
+    raise ValueError("the key is encrypted")
+
+
+def _stamps(args: ServerArgs) -> list[tuple[str, int]]:
+    stamps = []
+    for path in (args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs):
+        if path is not None:
+            with contextlib.suppress(OSError):
+                stamps.append((path, os.stat(path).st_mtime_ns))
+    return stamps
 
 
 def _reason(error: Exception) -> str:

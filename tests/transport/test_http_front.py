@@ -23,7 +23,7 @@ from process_tools import PATIENCE_S
 import microvllm
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.transport.tls import refresh_certificate, tls_context
+from microvllm.openai_compat.transport.listen import refresh_certificate, tls_context
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import EngineStats
 
