@@ -1,4 +1,4 @@
-"""What a bug report needs to know about this machine and this installation: `microvllm collect-env`.
+"""Reports on this machine and this installation for bug reports: `microvllm collect-env`.
 
 Every part is gathered by itself: a broken torch or driver is a line of the report, not the end of it.
 Values of environment variables that may be secrets are left out.
@@ -29,11 +29,6 @@ Rows = list[tuple[str, str]]
 
 COMMAND_TIMEOUT_S = 20.0
 WIDTH = 110
-# What our kernels and torch's choose their code by.
-CPU_FEATURES = """
-    sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile
-    amx_int8 amx_bf16 asimd asimddp i8mm bf16 sve sve2
-""".split()
 VARIABLES = re.compile(
     r"(MICROVLLM|VLLM|OPENAI|HF|TRANSFORMERS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|NVIDIA|NCCL|OMP|GOMP|KMP"
     r"|MKL|OPENBLAS|UVICORN|PYTHON)_?\w*|CC|CFLAGS|LD_\w+|PATH|XDG_CACHE_HOME|LANG|LC_ALL|VIRTUAL_ENV|\w+_proxy",
@@ -48,10 +43,8 @@ def report() -> str:
     parts: dict[str, Callable[[], Rows]] = {
         "microvllm": _installation,
         "System": _system,
-        "Processor": _processor,
-        "Memory": _memory,
         "GPU": _gpu,
-        "torch": _torch,
+        "torch.utils.collect_env": _torch,
         "Kernels for the CPU": _kernels,
         "Packages": _packages,
         "Environment variables": _variables,
@@ -93,51 +86,25 @@ def _installation() -> Rows:
 
 
 def _system() -> Rows:
-    try:
-        system = platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        system = platform.platform()
-    return [
-        ("system", system),
-        ("kernel", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        ("libc", " ".join(platform.libc_ver()).strip() or "not known"),
-        ("Python", f"{sys.version} ({sys.executable})"),
-    ]
-
-
-def _processor() -> Rows:
-    info = _read("/proc/cpuinfo")
-    fields: dict[str, str] = dict(re.findall(r"^([\w ]+?)[ \t]*:[ \t]*(.*)$", info, re.MULTILINE))
-    words = set(fields.get("flags", fields.get("Features", "")).split())
-    model = fields.get("model name") or _output("sysctl", "-n", "machdep.cpu.brand_string")
     cores = f"{machine.usable_cores()} usable of {os.cpu_count()}"
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdecimal() and period.strip().isdecimal():
         cores += f", limited to the time of {int(quota) / int(period):g} by the cgroup"
-    nodes = sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist"))
-    return [
-        ("model", model or platform.processor() or "not known"),
-        ("cores", cores),
-        (
-            "NUMA nodes",
-            "; ".join(f"{file.parent.name}: cores {_read(file)}" for file in nodes) or "not known",
-        ),
-        ("features", " ".join(name for name in CPU_FEATURES if name in words) or "not known"),
-    ]
-
-
-def _memory() -> Rows:
-    sizes = {
-        name: f"{int(size) / 2**20:.1f} GiB"
-        for name, size in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    }
+    sizes = dict(re.findall(r"^(MemTotal|SwapTotal):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
     limit = _read("/sys/fs/cgroup/memory.max")
     return [
-        ("total", sizes.get("MemTotal", "not known")),
-        ("swap", sizes.get("SwapTotal", "not known")),
-        ("cgroup's limit", f"{int(limit) / 2**30:.1f} GiB" if limit.isdecimal() else "none"),
-        ("free for us", f"{machine.available_memory() / 2**30:.1f} GiB"),
+        ("platform", platform.platform()),
+        ("Python", f"{sys.version} ({sys.executable})"),
+        ("cores", cores),
+        ("total memory", _gib(int(sizes["MemTotal"]) << 10) if sizes else "not known"),
+        ("swap", _gib(int(sizes["SwapTotal"]) << 10) if sizes else "not known"),
+        ("cgroup's limit", _gib(int(limit)) if limit.isdecimal() else "none"),
+        ("free for us", _gib(machine.available_memory())),
     ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _gpu() -> Rows:
@@ -149,22 +116,11 @@ def _gpu() -> Rows:
 
 
 def _torch() -> Rows:
-    import torch
+    """What torch reports of itself, the compilers, the processor and the GPUs."""
+    from torch.utils.collect_env import get_pretty_env_info
 
-    rows = [
-        ("version", torch.__version__),
-        ("built for CUDA", torch.version.cuda or "no"),
-        ("threads", str(torch.get_num_threads())),
-    ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            memory = f"{found.total_memory / 2**30:.1f} GiB"
-            rows.append((f"cuda:{index}", f"{found.name}, sm_{found.major}{found.minor}, {memory}"))
-    else:
-        rows.append(("CUDA devices", "none that torch can use"))
-    built = re.findall(r"^  - (?!Build settings)(.*)$", torch.__config__.show(), re.MULTILINE)
-    return [*rows, ("built with", "; ".join(built))]
+    lines = [line.partition(":") for line in get_pretty_env_info().splitlines()]
+    return [(name, value.strip()) for name, _, value in lines if name.strip()]
 
 
 def _kernels() -> Rows:
