@@ -42,12 +42,11 @@ from bench.plots import draw
 from bench.report import as_json, facts, markdown
 from bench.rounds import TURNS, Comparison, Plan
 from bench.weights import Weights
-from bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, cases_of
+from bench.workloads import FULL_WORKLOADS, QUICK_WORKLOADS, WORKLOADS, Case, cases_of
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from microvllm.openai_compat.bench.client import BenchError
-from microvllm.openai_compat.bench.workloads import Case
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.find_model import find_model
 

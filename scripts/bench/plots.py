@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from bench.rounds import Row
+from bench.workloads import Case
 from microvllm.openai_compat.bench.client import BenchError
 from microvllm.openai_compat.bench.figures import percentile, samples
-from microvllm.openai_compat.bench.workloads import Case
 
 
 def draw(rows: Sequence[Row], cases: Sequence[Case], folder: Path) -> list[Path]:

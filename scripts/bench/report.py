@@ -17,9 +17,10 @@ from typing import Any
 from bench.engines import cpu_flags
 from bench.floor import Floor
 from bench.rounds import Row
+from bench.workloads import Case
 from microvllm.openai_compat.bench.client import Measured
 from microvllm.openai_compat.bench.figures import as_vllm, percentile, samples
-from microvllm.openai_compat.bench.workloads import Case, Span
+from microvllm.openai_compat.bench.workloads import Span
 
 SPEED_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from bench.engines import Engine
 from bench.servers import Server, busy_neighbour, interrupts_later, stop_all
+from bench.workloads import Case
 from microvllm.openai_compat.bench.client import BenchError, Measured, RequestResult
-from microvllm.openai_compat.bench.workloads import Case
 
 # After its first answer a server gets a moment to come to rest; then it is watched for as long as IDLE_S.
 SETTLE_S = 1.0

@@ -11,9 +11,74 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from microvllm.openai_compat.bench.workloads import Case, Span
+from microvllm.openai_compat.bench import workloads
+from microvllm.openai_compat.bench.client import Completion, Conversation, User
+from microvllm.openai_compat.bench.workloads import Span, random_ids, random_texts, random_words
 
 OFFLINE = "offline256"
+CHAT_TEMPLATE_TOKENS = 16
+"""About what a chat template adds to a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case(workloads.Case):
+    """One measurement of a comparison."""
+
+    shared_len: int = 0
+    """Tokens of a chat's system prompt, which all users of a measurement share."""
+    busy: bool = False
+    """With a process beside it that never rests."""
+
+    def __str__(self) -> str:
+        return f"{self.workload}, {self.load}" + (", busy neighbour" if self.busy else "")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request with its answer; an estimate from above in a chat."""
+        if not self.turns:
+            return max(prompt + output for prompt, output in self.lengths)
+        per_turn = max(message + answer for message, answer in self.lengths) + 2 * CHAT_TEMPLATE_TOKENS
+        return self.shared_len + CHAT_TEMPLATE_TOKENS + self.turns * per_turn
+
+    @property
+    def at_once(self) -> int:
+        """Requests that may run at the same time."""
+        return min(len(self.lengths), self.concurrency or len(self.lengths))
+
+    @property
+    def prefill_only(self) -> bool:
+        """Whether the answers are single tokens, so that the prompts' speed is what counts."""
+        return all(output == 1 for _, output in self.lengths)
+
+    def users(self, kind: str, seed: int) -> list[User]:
+        """The users with new prompts, of token ids (`ids`) or words (`text`); the same for the same seed."""
+        if self.turns:
+            source = random.Random(seed)
+            system = random_words(source, self.shared_len)
+            return [
+                Conversation(system, tuple(random_words(source, length) for _ in range(self.turns)), output)
+                for length, output in self.lengths
+            ]
+        make = random_ids if kind == "ids" else random_texts
+        prompts = make([length for length, _ in self.lengths], seed)
+        return [Completion(p, output) for p, (_, output) in zip(prompts, self.lengths, strict=True)]
+
+    @property
+    def work(self) -> float:
+        """About how long it takes next to others: tokens of answers, and half of those of new prompts."""
+        turns = max(1, self.turns)
+        prompts = sum(prompt for prompt, _ in self.lengths)
+        answers = sum(answer for _, answer in self.lengths)
+        return (self.shared_len + turns * prompts) / 2 + turns * answers
+
+    def shortened(self, output_len: int, users: int | None = None) -> Case:
+        """The same with answers of at most `output_len` tokens, to warm up.
+
+        A limit of users also leaves out what only repeats: users who wait for others, a chat's further turns.
+        """
+        count = min(users, self.at_once) if users else None
+        lengths = tuple((prompt, min(output, output_len)) for prompt, output in self.lengths[:count])
+        return replace(self, lengths=lengths, turns=min(self.turns, 1) if users else self.turns)
 
 
 def draw_lengths(count: int, prompt: Span, output: Span, seed: int) -> tuple[tuple[int, int], ...]:

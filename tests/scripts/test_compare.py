@@ -36,7 +36,7 @@ from bench.engines import Engine, Setup, Spec, build, named  # noqa: E402
 from bench.rounds import Row  # noqa: E402
 from bench.servers import Server, busy_neighbour, stop_all  # noqa: E402
 from bench.weights import Weights, gguf_format  # noqa: E402
-from bench.workloads import OFFLINE, WORKLOADS, Sizes, cases_of, nano_lengths  # noqa: E402
+from bench.workloads import OFFLINE, WORKLOADS, Case, Sizes, cases_of, nano_lengths  # noqa: E402
 
 from microvllm.openai_compat.bench.client import (  # noqa: E402
     BenchError,
@@ -46,7 +46,7 @@ from microvllm.openai_compat.bench.client import (  # noqa: E402
     RequestResult,
     measure,
 )
-from microvllm.openai_compat.bench.workloads import Case, Span  # noqa: E402
+from microvllm.openai_compat.bench.workloads import Span  # noqa: E402
 
 # ---------------------------------------------------------------- workloads
 
