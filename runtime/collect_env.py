@@ -119,7 +119,7 @@ def _torch() -> Rows:
     """What torch reports of itself, the compilers, the processor and the GPUs."""
     from torch.utils.collect_env import get_pretty_env_info
 
-    lines = [line.partition(":") for line in get_pretty_env_info().splitlines()]
+    lines = [line.partition(":") for line in get_pretty_env_info().splitlines()]  # type: ignore[no-untyped-call]
     return [(name, value.strip()) for name, _, value in lines if name.strip()]
 
 
