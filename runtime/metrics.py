@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import NamedTuple
 
 import msgspec
@@ -17,10 +17,10 @@ import msgspec
 from microvllm.runtime.observer import EngineObserver, TrackedSequence
 from microvllm.runtime.request import EngineStats, FinishReason
 from microvllm.runtime.tables import read_table
-from microvllm.runtime.worker.step_clock import FORWARD_PARTS, PARTS
+from microvllm.runtime.worker.step_times import ALL_PARTS, FORWARD_PARTS, GPU_BUSY, GPU_IDLE, PARTS
 
 GAUGES = frozenset({"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots"})
-COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES)
+COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES | {"step_seconds"})
 REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 # Only requests that ended by themselves count towards latencies.
 COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
@@ -130,7 +130,8 @@ class EngineMetrics(EngineObserver):
         """The engine's own counters, added up over engine processes, and its gauges."""
         past, now = self._past, self._stats
         sums = {name: getattr(past, name) + getattr(now, name) for name in COUNTERS}
-        return msgspec.structs.replace(now, **sums)
+        pairs = zip_longest(past.step_seconds, now.step_seconds, fillvalue=0.0)
+        return msgspec.structs.replace(now, **sums, step_seconds=list(map(sum, pairs)))
 
     # ---- values by label, for /metrics ----------------------------------------------------------
 
@@ -154,26 +155,29 @@ class EngineMetrics(EngineObserver):
         return {"decode": totals.decode_steps, "prefill": totals.steps - totals.decode_steps}
 
     @property
+    def _seconds(self) -> dict[str, float]:
+        measured = zip_longest(ALL_PARTS, self.totals.step_seconds, fillvalue=0.0)
+        return {str(part): seconds for part, seconds in measured}
+
+    @property
     def step_seconds(self) -> dict[str, float]:
         """All parts together are the time from the start to the last step."""
-        return {part: getattr(self.totals, f"{part}_seconds") for part in PARTS}
+        seconds = self._seconds
+        return {part: seconds[part] for part in PARTS}
 
     @property
     def forward_seconds(self) -> dict[str, float]:
         """Empty without --log-step-times."""
-        inside: dict[str, float] = {part: getattr(self.totals, f"{part}_seconds") for part in FORWARD_PARTS}
-        layers = self.totals.forward_seconds - sum(inside.values())
+        seconds = self._seconds
+        inside: dict[str, float] = {part: seconds[part] for part in FORWARD_PARTS}
+        layers = seconds["forward"] - sum(inside.values())
         return {**inside, "layers": layers} if any(inside.values()) else {}
 
     @property
     def gpu_seconds(self) -> dict[str, float]:
         """Empty without --log-step-times, and on a CPU."""
-        totals = self.totals
-        return (
-            {"busy": totals.gpu_busy_seconds, "idle": totals.gpu_idle_seconds}
-            if totals.gpu_busy_seconds
-            else {}
-        )
+        seconds = self._seconds
+        return {"busy": seconds[GPU_BUSY], "idle": seconds[GPU_IDLE]} if seconds[GPU_BUSY] else {}
 
     # ---- calls of the observer ------------------------------------------------------------------
 

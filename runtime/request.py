@@ -297,19 +297,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
     graph_replays: int = 0  # steps that ran as a captured graph; the others ran eagerly
     padded_tokens: int = 0  # computed for nobody, because a graph is larger than its step
-    schedule_seconds: float = 0.0  # the parts of `StepClock`
-    prepare_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    sample_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    commit_seconds: float = 0.0
-    messages_seconds: float = 0.0
-    idle_seconds: float = 0.0
-    embedding_seconds: float = 0.0  # of the forward seconds, as far as they were told apart
-    attention_seconds: float = 0.0
-    head_seconds: float = 0.0
-    gpu_busy_seconds: float = 0.0  # of `DeviceClock`, if there is one
-    gpu_idle_seconds: float = 0.0
+    step_seconds: list[float] = []  # time by part of a step, in the order of `step_times.ALL_PARTS`
 
     @property
     def kv_usage(self) -> float:

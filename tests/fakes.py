@@ -18,7 +18,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import Drafter, EngineCore, StepInFlight
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
-from microvllm.runtime.worker.step_clock import StepClock
+from microvllm.runtime.worker.step_times import StepClock
 
 VOCAB = 24
 EOS = 2

@@ -33,7 +33,7 @@ from microvllm.runtime.process.client import EngineClient, TokenStream
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
-from microvllm.runtime.worker.step_clock import PARTS
+from microvllm.runtime.worker.step_times import PARTS
 
 on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -317,12 +317,14 @@ async def test_a_full_queue_is_a_rejection(script: Script) -> None:
 
 def test_every_counter_of_the_engine_is_added_up() -> None:
     metrics = EngineMetrics(100, EngineStats())
-    stats = EngineStats(*range(1, len(EngineStats.__struct_fields__) + 1))
+    names = [name for name in EngineStats.__struct_fields__ if name != "step_seconds"]
+    stats = EngineStats(*range(1, len(names) + 1), step_seconds=[1.0, 2.0])
     for _ in range(3):
         metrics.step(stats)
         metrics.stopped()
     metrics.step(stats)
-    for name in EngineStats.__struct_fields__:
+    assert metrics.totals.step_seconds == [4.0, 8.0]
+    for name in names:
         gauge = name.startswith(("num_", "kv_"))
         assert getattr(metrics.totals, name) == getattr(stats, name) * (1 if gauge else 4), name
 

@@ -12,8 +12,7 @@ from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
-from microvllm.runtime.worker.step_clock import StepClock
-from microvllm.runtime.worker.step_report import DeviceTimes, StepReport
+from microvllm.runtime.worker.step_times import DeviceTimes, StepClock, StepReport
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -185,8 +184,7 @@ class EngineCore(Generic[StepT]):
             return None, self.scheduler.fail(plan, f"the step failed ({type(error).__name__})")
 
     def stats(self) -> EngineStats:
-        scheduler, seconds, inside = self.scheduler, self.clock.seconds, self.clock.inside
-        device = self._runner.device_clock
+        scheduler = self.scheduler
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -203,17 +201,5 @@ class EngineCore(Generic[StepT]):
             kv_unused_slots=self.kv.num_unused_slots,
             graph_replays=self._runner.graph_replays,
             padded_tokens=self._runner.padded_tokens,
-            schedule_seconds=seconds["schedule"],
-            prepare_seconds=seconds["prepare"],
-            forward_seconds=seconds["forward"],
-            sample_seconds=seconds["sample"],
-            wait_seconds=seconds["wait"],
-            commit_seconds=seconds["commit"],
-            messages_seconds=seconds["messages"],
-            idle_seconds=seconds["idle"],
-            embedding_seconds=inside["embedding"],
-            attention_seconds=inside["attention"],
-            head_seconds=inside["head"],
-            gpu_busy_seconds=0.0 if device is None else device.busy_seconds,
-            gpu_idle_seconds=0.0 if device is None else device.idle_seconds,
+            step_seconds=self.clock.read(self._runner.device_clock),
         )

@@ -30,14 +30,12 @@ from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, Ste
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.worker.device_clock import DeviceClock
-from microvllm.runtime.worker.forward_times import time_forward
 from microvllm.runtime.worker.gpu_memory import measure_kv_blocks
 from microvllm.runtime.worker.logits import Output, on_device
 from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, log_probabilities
 from microvllm.runtime.worker.sampler import Sampled, Sampler
-from microvllm.runtime.worker.step_clock import StepClock
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
+from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
 from microvllm.runtime.worker.transfer import Readback
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import re
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_tools import generate_ids, make_engine, make_prompts, variant_folder
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
-from microvllm.runtime.worker.step_table import GPU_BUSY, GPU_IDLE
+from microvllm.runtime.worker.step_times import GPU_BUSY, GPU_IDLE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,11 +54,12 @@ def test_the_gpu_s_times_fit_into_the_time_that_passed(
     passed = time.perf_counter() - start
     assert tokens == generate_ids(plain, PROMPTS, TOKENS), "measuring changes a token"
     stats = made.core.stats()
-    assert stats.gpu_busy_seconds > 0 and stats.gpu_idle_seconds >= 0
-    assert stats.gpu_busy_seconds + stats.gpu_idle_seconds <= passed
+    busy, idle = stats.step_seconds[-2:]
+    assert busy > 0 and idle >= 0
+    assert busy + idle <= passed
     tallies = report._part.kinds
     assert sum(tally.steps for tally in tallies.values()) == stats.steps
-    for part, seconds in ((GPU_BUSY, stats.gpu_busy_seconds), (GPU_IDLE, stats.gpu_idle_seconds)):
+    for part, seconds in ((GPU_BUSY, busy), (GPU_IDLE, idle)):
         assert sum(tally.seconds[part] for tally in tallies.values()) == pytest.approx(seconds)
     assert tallies["decode"].seconds[GPU_BUSY] > 0 and tallies["prefill"].seconds[GPU_BUSY] > 0
     report.write()
@@ -88,8 +90,7 @@ def test_busy_is_what_the_profiler_sees() -> None:
     for start, stop in spans:
         kernels += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    busy = after.gpu_busy_seconds - before.gpu_busy_seconds
-    idle = after.gpu_idle_seconds - before.gpu_idle_seconds
+    busy, idle = np.subtract(after.step_seconds[-2:], before.step_seconds[-2:])
     whole = (end - spans[0][0]) / 1e6
     # What is copied to the GPU before a step, and rows that are cleared, are not of the step.
     assert 0.8 * kernels / 1e6 <= busy <= 1.05 * whole
@@ -99,10 +100,10 @@ def test_busy_is_what_the_profiler_sees() -> None:
 def test_time_without_requests_is_not_idle_time() -> None:
     made = engine(log_step_times=True)
     made.generate(["fox"], max_tokens=TOKENS)
-    before = made.core.stats().gpu_idle_seconds
+    before = made.core.stats().step_seconds[-1]
     time.sleep(2.0)
     made.generate(["fox"], max_tokens=2)
-    assert made.core.stats().gpu_idle_seconds - before < 1.0
+    assert made.core.stats().step_seconds[-1] - before < 1.0
 
 
 def test_every_stage_of_the_start_is_told() -> None:

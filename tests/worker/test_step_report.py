@@ -21,15 +21,17 @@ from microvllm.runtime.metric_families import EngineCollector
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import EngineStats, SamplingParams
-from microvllm.runtime.worker import step_clock, step_report
-from microvllm.runtime.worker.device_clock import DeviceClock
+from microvllm.runtime.worker import step_times
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
-from microvllm.runtime.worker.step_clock import StepClock
-from microvllm.runtime.worker.step_table import (
+from microvllm.runtime.worker.step_times import (
+    ALL_PARTS,
+    FORWARD_PARTS,
     GPU_BUSY,
     GPU_IDLE,
     STEP_PARTS,
+    DeviceClock,
     Period,
+    StepClock,
     Tally,
     quantile,
     render,
@@ -122,8 +124,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     time = Time()
-    monkeypatch.setattr(step_clock, "perf_counter", time)
-    monkeypatch.setattr(step_report, "perf_counter", time)
+    monkeypatch.setattr(step_times, "perf_counter", time)
     return time
 
 
@@ -182,7 +183,8 @@ def test_without_the_flag_nothing_is_kept() -> None:
     engine = Engine()
     engine.run(make_request(0, range(5), 5))
     assert engine.core.report is None
-    assert engine.core.stats().attention_seconds == engine.core.stats().gpu_busy_seconds == 0.0
+    seconds = dict(zip(ALL_PARTS, engine.core.stats().step_seconds, strict=False))
+    assert seconds["attention"] == 0.0 and GPU_BUSY not in seconds
 
 
 def titles(written: str) -> list[str]:
@@ -193,7 +195,7 @@ def test_when_tables_are_written(
     time: Time, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After 40 s of steps, and after 40 s of anything when the engine comes to rest."""
-    monkeypatch.setattr(step_report, "INTERVAL_S", 40.0)
+    monkeypatch.setattr(step_times, "INTERVAL_S", 40.0)
     monkeypatch.setattr("fakes.FakeRunner", lambda config: SlowRunner(config, time))
     engine = Engine(log_step_times=True)
     report = engine.core.report
@@ -403,8 +405,9 @@ def test_the_parts_add_up_to_the_time_that_passed(backend: str, capsys: pytest.C
             assert sum(t.seconds[part] for t in tallies) == pytest.approx(clock.seconds[part], rel=1e-9)
     assert sum(t.total for t in tallies) == pytest.approx(sum(sum(t.totals) for t in tallies), rel=1e-9)
     stats = engine.core.stats()
-    inside = (stats.embedding_seconds, stats.attention_seconds, stats.head_seconds)
-    assert min(inside) > 0 and sum(inside) < stats.forward_seconds
+    seconds = dict(zip(ALL_PARTS, stats.step_seconds, strict=False))
+    inside = [seconds[part] for part in FORWARD_PARTS]
+    assert min(inside) > 0 and sum(inside) < seconds["forward"]
     assert sum(t.total for t in tallies) + told.idle <= told.seconds
     (title,) = titles(capsys.readouterr().err)
     assert title.startswith("Step times of the last ")
@@ -444,7 +447,7 @@ async def test_an_engine_process_tells_at_its_end(capfd: pytest.CaptureFixture[s
     written = capfd.readouterr().err
     assert len(titles(written)) == 1
     assert re.search(r"^steps +6 +1$", written, re.MULTILINE), written
-    assert stats.attention_seconds > 0 and stats.decode_steps == 6
+    assert stats.step_seconds[ALL_PARTS.index("attention")] > 0 and stats.decode_steps == 6
 
 
 # ---- /metrics ---------------------------------------------------------------------------------------
@@ -463,18 +466,16 @@ def exposed(stats: EngineStats) -> dict[tuple[str, ...], float]:
 
 
 def test_what_was_measured_is_exposed() -> None:
-    found = exposed(
-        EngineStats(
-            steps=10,
-            decode_steps=7,
-            forward_seconds=8.0,
-            embedding_seconds=0.5,
-            attention_seconds=2.0,
-            head_seconds=1.5,
-            gpu_busy_seconds=6.0,
-            gpu_idle_seconds=0.25,
-        )
-    )
+    measured = {
+        "forward": 8.0,
+        "embedding": 0.5,
+        "attention": 2.0,
+        "head": 1.5,
+        GPU_BUSY: 6.0,
+        GPU_IDLE: 0.25,
+    }
+    seconds = [measured.get(part, 0.0) for part in ALL_PARTS]
+    found = exposed(EngineStats(steps=10, decode_steps=7, step_seconds=seconds))
     name = "microvllm:engine_steps_by_kind_total"
     assert (found[name, "decode"], found[name, "prefill"]) == (7, 3)
     name = "microvllm:forward_seconds_total"
