@@ -65,9 +65,9 @@ class ClientGoneError(Exception):
 class Fault(Exception):
     """One field has the wrong shape; `place` is a member of it, such as "function.name"."""
 
-    def __init__(self, *texts: str, place: str = "") -> None:
-        super().__init__(*texts)
-        self.problem = texts[-1]
+    def __init__(self, problem: str, place: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
         self.place = place
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from microvllm.openai_compat.api.requests import asks_nothing
+from microvllm.openai_compat.api.requests import GenerationRequest, asks_nothing
 from microvllm.runtime.beam_search import Beam, advance, best
 from microvllm.runtime.errors import InvalidRequestError, RequestDeadlineError
 from microvllm.runtime.observer import RequestTiming
@@ -36,12 +36,12 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
+def check_fields(body: GenerationRequest, client: EngineClient) -> None:
     """Raises `InvalidRequestError` for what cannot be had together with beam search."""
     for name, harmless in UNSUPPORTED.items():
-        if not asks_nothing(fields[name], harmless):
+        if not asks_nothing(getattr(body, name), harmless):
             raise InvalidRequestError(f"{name} is not supported with beam search.", name)
-    if abs(fields["length_penalty"]) > MAX_LENGTH_PENALTY:
+    if abs(body.length_penalty) > MAX_LENGTH_PENALTY:
         raise InvalidRequestError(
             f"length_penalty must be in [-{MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}].", "length_penalty"
         )
@@ -52,7 +52,7 @@ def check_fields(fields: Mapping[str, Any], client: EngineClient) -> None:
         )
     limit = client.config.max_logprobs
     widest = (client.config.spec.vocab_size if limit == -1 else limit) // 2
-    if fields["n"] > widest:
+    if body.n > widest:
         raise InvalidRequestError(f"n must be at most {widest} with beam search.", "n")
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,7 +15,7 @@ from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Generation, ObjectChunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids, prompt_logprobs
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
-from microvllm.openai_compat.api.requests import ChatCompletionRequest
+from microvllm.openai_compat.api.requests import ChatCompletionRequest, TokenizeRequest
 from microvllm.openai_compat.api.sampling import sampling_params
 from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.api.usage import stream_usage
@@ -39,12 +40,14 @@ class Conversation:
     echo: str
 
 
-async def create_chat_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def create_chat_completion(
+    request: Request, state: ServerState, body: ChatCompletionRequest
+) -> Response:
     """Answers a conversation, whole or as a stream of events."""
-    return await Chat(request, state, fields).respond()
+    return await Chat(request, state, body).respond()
 
 
-class Chat(Generation):
+class Chat(Generation[ChatCompletionRequest]):
     """A conversation, and one answer or several to it.
 
     `role` is the author of the answers, `echo` the text that they begin with, `prompt_text` the rendered
@@ -57,22 +60,22 @@ class Chat(Generation):
     prompt_text: str | None
 
     def sampling_params(self) -> SamplingParams:
-        fields = self.fields
+        body = self.body
         # The newer name wins where both are given, as in vLLM.
-        name = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         return sampling_params(
-            fields,
+            body,
             self.state.client,
-            max_tokens=fields[name],
+            max_tokens=getattr(body, name),
             max_tokens_field=name,
-            logprobs=_alternatives(fields, self.state),
-            prompt_logprobs=fields["prompt_logprobs"],
+            logprobs=_alternatives(body, self.state),
+            prompt_logprobs=body.prompt_logprobs,
         )
 
     async def read_prompts(self) -> list[list[int]]:
-        conversation = await self.state.client.run_rendering(render, self.state, self.fields)
+        conversation = await self.state.client.run_rendering(render, self.state, self.body)
         self.role, self.echo = conversation.role, conversation.echo
-        self.prompt_text = conversation.text if self.fields["return_prompt_text"] else None
+        self.prompt_text = conversation.text if self.body.return_prompt_text else None
         return [conversation.token_ids]
 
     def answer(
@@ -80,7 +83,7 @@ class Chat(Generation):
     ) -> bytes:
         """Members and their order are vLLM's, nulls included."""
         logprobs = self.logprobs()
-        with_ids = self.fields["return_token_ids"]
+        with_ids = self.body.return_token_ids
         choices = [
             {
                 "index": index,
@@ -127,11 +130,11 @@ class Chat(Generation):
 
     def logprobs(self) -> list[ChatLogprobs]:
         """What writes the log probabilities of each choice; none if they were not requested."""
-        fields = self.fields
-        if not fields["logprobs"]:
+        body = self.body
+        if not body.logprobs:
             return []
-        as_ids = as_token_ids(fields, self.state.args)
-        count = -1 if fields["logprob_token_ids"] else fields["top_logprobs"]
+        as_ids = as_token_ids(body, self.state.args)
+        count = -1 if body.logprob_token_ids else body.top_logprobs
         tokenizer = self.state.client.tokenizer
         return [ChatLogprobs(TokenText(tokenizer, as_ids), count) for _ in range(self.params.n)]
 
@@ -196,59 +199,60 @@ class ChatChunks(ObjectChunks):
         ) % (self._head, index, text, orjson.dumps(logprobs), end)
 
 
-def render(state: ServerState, fields: Mapping[str, Any]) -> Conversation:
+def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) -> Conversation:
     """A conversation through the chat template, checked; runs in a worker thread.
 
     Raises `InvalidRequestError` naming `messages` for malformed ones, or the template's own complaint.
     """
     client = state.client
-    continued = fields["continue_final_message"]
-    if continued and fields["add_generation_prompt"]:
+    continued = body.continue_final_message
+    if continued and body.add_generation_prompt:
         raise InvalidRequestError(
             "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
             "continue_final_message",
         )
-    opens_turn = not continued if fields["add_generation_prompt"] is None else fields["add_generation_prompt"]
-    messages = normalize_messages(fields["messages"])
+    opens_turn = not continued if body.add_generation_prompt is None else body.add_generation_prompt
+    messages = normalize_messages(body.messages)
     text = client.processor.render_text(
         messages,
         add_generation_prompt=opens_turn,
         continue_final_message=continued,
         chat_template_content_format=state.args.chat_template_content_format,
-        **_template_variables(fields, state),
+        **_template_variables(body, state),
     )
-    truncation = Truncation.of(fields, client.config.max_model_len)
-    ids = tokenize_text(client, text, bool(fields["add_special_tokens"]), truncation)
+    truncation = Truncation.of(body, client.config.max_model_len)
+    ids = tokenize_text(client, text, bool(body.add_special_tokens), truncation)
     last = messages[-1]
     # Without a generation prompt, or when the last message is continued, the answer speaks as its author.
-    speaks_on = continued or fields["add_generation_prompt"] is False
+    speaks_on = continued or body.add_generation_prompt is False
     role = last["role"] if speaks_on else state.args.response_role
-    echoed = fields.get("echo") and last["role"] == role
+    echoed = body.echo and last["role"] == role
     return Conversation(text, ids, role, content_text(last["content"]) if echoed else "")
 
 
-def _template_variables(fields: Mapping[str, Any], state: ServerState) -> dict[str, Any]:
+def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: ServerState) -> dict[str, Any]:
     """The server's defaults under the request's own; an effort turns thinking on or off unless told."""
-    kwargs = fields["chat_template_kwargs"]
-    variables = {**state.args.default_chat_template_kwargs, **kwargs}
-    effort = fields.get("reasoning_effort")
+    kwargs = body.chat_template_kwargs
+    variables: dict[str, Any] = {**state.args.default_chat_template_kwargs}
+    variables.update(kwargs.items())
+    effort: str | None = body.reasoning_effort
     if effort is not None:
         effort = state.args.reasoning_effort_map.get(effort, effort)
         variables["reasoning_effort"] = effort
         if "enable_thinking" not in kwargs:
             variables["enable_thinking"] = effort != "none"
     # Tools are only taken where none may be called.
-    if fields["tools"] is not None and not state.args.exclude_tools_when_tool_choice_none:
-        variables["tools"] = fields["tools"]
+    if body.tools is not None and not state.args.exclude_tools_when_tool_choice_none:
+        variables["tools"] = msgspec.to_builtins(body.tools)
     return variables
 
 
-def _alternatives(fields: Mapping[str, Any], state: ServerState) -> int | None:
+def _alternatives(body: ChatCompletionRequest, state: ServerState) -> int | None:
     """How many log probabilities beside each token's own; None without `logprobs`."""
-    count: int = fields["top_logprobs"]
+    count: int = body.top_logprobs
     if count < -1:
         raise InvalidRequestError(f"top_logprobs must be at least -1, got {count}.", "top_logprobs")
-    if not fields["logprobs"]:
+    if not body.logprobs:
         if count:
             raise InvalidRequestError(
                 "when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs"

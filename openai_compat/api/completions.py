@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -38,59 +38,57 @@ _PLAIN_END = (
 )
 
 
-async def create_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def create_completion(request: Request, state: ServerState, body: CompletionRequest) -> Response:
     """Continues one or several texts, whole or as a stream of events."""
-    return await Completion(request, state, fields).respond()
+    return await Completion(request, state, body).respond()
 
 
-class Completion(Generation):
+class Completion(Generation[CompletionRequest]):
     """Prompts, and what comes after each. `prompt_only`: the request scores its prompts and no more."""
 
     id_prefix = "cmpl"
     scores_prompt_only = True  # what `echo` with `max_tokens` 0 asks for
 
-    def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
-        self.prompt_only = self.scores_prompt_only and fields["echo"] and fields["max_tokens"] == 0
+    def __init__(self, request: Request, state: ServerState, body: CompletionRequest) -> None:
+        self.prompt_only = self.scores_prompt_only and body.echo and body.max_tokens == 0
         self._echoes: list[str] = []
-        super().__init__(request, state, fields)
+        super().__init__(request, state, body)
 
     def sampling_params(self) -> SamplingParams:
-        fields = self.fields
-        if self.prompt_only and fields["logprob_token_ids"]:
+        body = self.body
+        if self.prompt_only and body.logprob_token_ids:
             raise InvalidRequestError(
                 "`logprob_token_ids` is not supported with `echo` and `max_tokens=0`, "
                 "which generate no tokens.",
                 "logprob_token_ids",
             )
-        of_prompt = fields["prompt_logprobs"]
-        if of_prompt is None and fields["echo"]:
-            of_prompt = fields["logprobs"]
-        max_tokens = DEFAULT_MAX_TOKENS if fields["max_tokens"] is None else fields["max_tokens"]
+        of_prompt = body.prompt_logprobs
+        if of_prompt is None and body.echo:
+            of_prompt = body.logprobs
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         return sampling_params(
-            fields,
+            body,
             self.state.client,
             max_tokens=1 if self.prompt_only else max_tokens,  # the engine cannot run without making a token
             max_tokens_field="max_tokens",
-            logprobs=fields["logprobs"],
+            logprobs=body.logprobs,
             prompt_logprobs=of_prompt,
         )
 
     async def read_prompts(self) -> list[list[int]]:
-        fields, n = self.fields, self.params.n
+        body, n = self.body, self.params.n
         client = self.state.client
         limit = client.config.max_model_len
-        truncation = Truncation.of(fields, limit)
-        given = split_prompts(fields["prompt"], limit, truncation)
+        truncation = Truncation.of(body, limit)
+        given = split_prompts(body.prompt, limit, truncation)
         if len(given) * n > MAX_SEQUENCES:
             raise InvalidRequestError(
                 f"{len(given)} prompts with n={n} are more than {MAX_SEQUENCES} sequences.", "n"
             )
         check_total(sum(len(prompt) for prompt in given if type(prompt) is list), n)
-        ids = await client.run_blocking(
-            tokenize_prompts, client, given, fields["add_special_tokens"], truncation
-        )
+        ids = await client.run_blocking(tokenize_prompts, client, given, body.add_special_tokens, truncation)
         check_total(sum(map(len, ids)), n)
-        if fields["echo"]:
+        if body.echo:
             self._echoes = await client.run_blocking(prompt_texts, client, given, ids, truncation)
         return ids
 
@@ -103,7 +101,7 @@ class Completion(Generation):
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
     ) -> bytes:
         """Members and their order are vLLM's, nulls included."""
-        with_ids = self.fields["return_token_ids"]
+        with_ids = self.body.return_token_ids
         members: list[orjson.Fragment] = []
         for index, (stream, choice, outcome) in enumerate(
             zip(self.streams, self.choices(), outcomes, strict=True)
@@ -144,8 +142,8 @@ class Completion(Generation):
 
     def choices(self) -> list[Choice]:
         """What each stream shows of its tokens."""
-        with_logprobs = self.fields["logprobs"] is not None
-        as_ids = as_token_ids(self.fields, self.state.args)
+        with_logprobs = self.body.logprobs is not None
+        as_ids = as_token_ids(self.body, self.state.args)
         tokenizer = self.state.client.tokenizer
         return [
             Choice(

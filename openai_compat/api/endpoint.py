@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from microvllm.openai_compat.api.reading import parse_fields
+from microvllm.openai_compat.api.reading import read_request
 from microvllm.openai_compat.api.requests import Body
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.state import ServerState
@@ -19,8 +19,9 @@ from microvllm.openai_compat.transport.body import read_object
 from microvllm.openai_compat.transport.middleware import LoadMiddleware
 from microvllm.runtime.errors import InvalidRequestError
 
+BodyT = TypeVar("BodyT", bound=Body)
 NOT_IMPLEMENTED_KIND = "NotImplementedError"
-# handler(request, state), or handler(request, state, fields) for an endpoint with a `body`.
+# handler(request, state), or handler(request, state, body) for an endpoint with a `body`.
 Handler = Callable[..., Awaitable[Response]]
 Answering = Callable[[Request], Awaitable[Response]]
 
@@ -75,7 +76,7 @@ class Endpoint:
         async def answer(request: Request) -> Response:
             if body is None:
                 return await handler(request, state)
-            return await handler(request, state, await read_fields(request, state, body))
+            return await handler(request, state, await read_body(request, state, body))
 
         return answer
 
@@ -89,6 +90,6 @@ def _refusing(remedy: str) -> Answering:
     return answer
 
 
-async def read_fields(request: Request, state: ServerState, body: type[Body]) -> dict[str, Any]:
-    """The checked fields of the JSON object that a request carries. Raises `InvalidRequestError`."""
-    return parse_fields(body, await read_object(request, state))
+async def read_body(request: Request, state: ServerState, kind: type[BodyT]) -> BodyT:
+    """The checked body that a request carries. Raises `InvalidRequestError`."""
+    return read_request(kind, await read_object(request, state))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -23,33 +23,33 @@ if TYPE_CHECKING:
     from microvllm.runtime.text.detokenizer import TextDelta
 
 
-async def generate(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def generate(request: Request, state: ServerState, body: PromptRequest) -> Response:
     """Continues one text; answers with the new text, whole unless `stream` is true.
 
     The text does not repeat the prompt. Nothing is put around the prompt but what the tokenizer adds: a chat
     template is for `/v1/chat/completions`.
     """
-    return await Text(request, state, fields).respond()
+    return await Text(request, state, body).respond()
 
 
-async def generate_stream(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def generate_stream(request: Request, state: ServerState, body: PromptStreamRequest) -> Response:
     """Continues one text as a stream of events, one a token.
 
     The same as `/generate`, but for the default of `stream`. The last token's event has a `finish_reason`;
     then comes `[DONE]`. The text of an event is empty inside of a character of several tokens.
     """
-    return await Text(request, state, fields).respond()
+    return await Text(request, state, body).respond()
 
 
-class Text(Generation):
+class Text(Generation[PromptRequest]):
     """One prompt and the text after it."""
 
     id_prefix = "gen"
 
     def sampling_params(self) -> SamplingParams:
-        max_tokens = self.fields["max_tokens"]
+        max_tokens = self.body.max_tokens
         return sampling_params(
-            self.fields,
+            self.body,
             self.state.client,
             max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             max_tokens_field="max_tokens",
@@ -58,10 +58,10 @@ class Text(Generation):
         )
 
     async def read_prompts(self) -> list[list[int]]:
-        client, fields = self.state.client, self.fields
-        truncation = Truncation.of(fields, client.config.max_model_len)
+        client, body = self.state.client, self.body
+        truncation = Truncation.of(body, client.config.max_model_len)
         return await client.run_blocking(
-            tokenize_prompts, client, [fields["prompt"]], fields["add_special_tokens"], truncation
+            tokenize_prompts, client, [body.prompt], body.add_special_tokens, truncation
         )
 
     def answer(
@@ -74,14 +74,14 @@ class Text(Generation):
                 "text": outcome.text,
                 "finish_reason": outcome.finish_reason,
                 "stop_reason": outcome.stop_reason,
-                "token_ids": outcome.token_ids if self.fields["return_token_ids"] else None,
+                "token_ids": outcome.token_ids if self.body.return_token_ids else None,
                 "usage": usage,
                 "metrics": metrics,
             }
         )
 
     def chunks(self) -> TextChunks:
-        return TextChunks(self.id, self.fields["return_token_ids"])
+        return TextChunks(self.id, self.body.return_token_ids)
 
 
 class TextChunks(Chunks):

@@ -17,9 +17,9 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import orjson
 from starlette.requests import Request
@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from microvllm.openai_compat.api import beam
 from microvllm.openai_compat.api.request_log import log_end, log_start
+from microvllm.openai_compat.api.requests import GenerationRequest, StreamOptions
 from microvllm.openai_compat.api.streams import Outcome, Stream, collect, merged
 from microvllm.openai_compat.api.usage import request_metrics, stream_usage, usage, without_nulls
 from microvllm.openai_compat.errors import (
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
 
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
 logger = logging.getLogger("microvllm.server")
 
 DONE = b"data: [DONE]\n\n"
@@ -81,12 +83,12 @@ class ObjectChunks(Chunks):
     The system fingerprint goes into the usage chunk, or without one into each choice's last.
     """
 
-    def __init__(self, generation: Generation, kind: str) -> None:
+    def __init__(self, generation: Generation[Any], kind: str) -> None:
         head = {"id": generation.id, "object": kind, "created": generation.created, "model": generation.model}
         self._bare = b"data: " + orjson.dumps({**head, "choices": []})[:-1]  # ends in `"choices":[]`
         self._head = self._bare[:-1] + b'{"index":'
         self._streams = generation.streams
-        self._with_ids: bool = generation.fields["return_token_ids"]
+        self._with_ids: bool = generation.body.return_token_ids
         fingerprint = generation.state.fingerprint
         shown = b"" if fingerprint is None else b',"system_fingerprint":' + orjson.dumps(fingerprint)
         self._last = b"" if generation.include_usage else shown
@@ -96,7 +98,7 @@ class ObjectChunks(Chunks):
         return self._bare + b',"usage":' + counts + self._fingerprint + metrics + b"}\n\n"
 
 
-class Generation(ABC):
+class Generation(ABC, Generic[RequestT]):
     """One request that generates.
 
     The streams are ordered prompt by prompt: sample i of prompt p is number p * n + i. `include_usage` asks
@@ -106,20 +108,18 @@ class Generation(ABC):
     id_prefix: ClassVar[str]
     params: SamplingParams
 
-    def __init__(self, request: Request, state: ServerState, fields: Mapping[str, Any]) -> None:
-        _check_fields(fields, state)
+    def __init__(self, request: Request, state: ServerState, body: RequestT) -> None:
+        _check_fields(body, state)
         state.client.check_room()  # before the work of reading the prompt
-        self.request, self.state, self.fields = request, state, fields
-        self.id = f"{self.id_prefix}-{_id_suffix(request, fields)}"
+        self.request, self.state, self.body = request, state, body
+        self.id = f"{self.id_prefix}-{_id_suffix(request, body)}"
         self.created = int(time.time())
         self.model = state.model_names[0]
-        self.priority = _priority(request, fields)
-        options = fields["stream_options"] or {}
+        self.priority = _priority(request, body)
+        options = body.stream_options or StreamOptions()
         forced = state.args.enable_force_include_usage
-        self.include_usage: bool = forced or options.get("include_usage", False)
-        self.continuous_usage: bool = forced or (
-            self.include_usage and options.get("continuous_usage_stats", False)
-        )
+        self.include_usage = forced or options.include_usage
+        self.continuous_usage = forced or (options.include_usage and options.continuous_usage_stats is True)
         self.streams: list[Stream] = []
         self._ended = False
 
@@ -154,7 +154,7 @@ class Generation(ABC):
         """The answer to the request, whole or as a stream of events."""
         await self.submit(await self.prepare())
         lifecycle = self.state.lifecycle
-        if self.fields["stream"]:
+        if self.body.stream:
             return EventStream(self._events(self.chunks()), lifecycle, on_end=self.abort)
         try:
             body = await lifecycle.run(self._whole_answer(), self.request.receive)
@@ -166,17 +166,17 @@ class Generation(ABC):
         """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
         if self.state.args.enable_log_requests:
             log_start(self.id, prompts, self.params)
-        options = {"priority": self.priority, "cache_salt": self.fields["cache_salt"]}
+        options: dict[str, Any] = {"priority": self.priority, "cache_salt": self.body.cache_salt}
         client = self.state.client
-        if self.fields["use_beam_search"]:
-            penalty = self.fields["length_penalty"]
+        if self.body.use_beam_search:
+            penalty = self.body.length_penalty
             self.streams += await beam.submit_all(client, prompts, self.params, penalty, **options)
         else:
             self.streams += await client.submit_all(prompts, self.params, **options)
         for stream in self.streams:
             stream.name = self.id
         # The engine has the prompts: what they were made of must not stay for as long as the answer takes.
-        self.fields = {**self.fields, "prompt": None, "messages": None}
+        self.body.drop_prompt()
 
     async def _whole_answer(self) -> bytes:
         outcomes = await collect(self.streams)
@@ -184,7 +184,7 @@ class Generation(ABC):
         spent = usage(self.prompt_tokens, tokens, self._cached_tokens())
         metrics = self._metrics(tokens)
         params = self.params
-        short = len(outcomes) <= INLINE_CHOICES and not self.fields["return_token_ids"]
+        short = len(outcomes) <= INLINE_CHOICES and not self.body.return_token_ids
         if short and params.logprobs is None and params.prompt_logprobs is None:
             return self.answer(outcomes, spent, metrics)
         # Log probabilities can be a hundred times as much text as the answer.
@@ -194,10 +194,10 @@ class Generation(ABC):
         """Every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
         streams = self.streams
         counts = [0] * len(streams)
-        interval = max(self.fields["stream_interval"] or 1, self.state.args.stream_interval)
+        interval = max(self.body.stream_interval or 1, self.state.args.stream_interval)
         logprobs = self.params.logprobs
         # The log probabilities of a prompt or of a whole vocabulary: a thread lets other requests in between.
-        slow = logprobs is not None and (self.fields["echo"] or logprobs == -1)
+        slow = logprobs is not None and (self.body.echo or logprobs == -1)
         opened = False
         try:
             async with aclosing(merged(streams, interval)) as deltas:
@@ -303,41 +303,41 @@ def check_model(name: str | None, state: ServerState) -> None:
         )
 
 
-def _check_fields(fields: Mapping[str, Any], state: ServerState) -> None:
+def _check_fields(body: GenerationRequest, state: ServerState) -> None:
     """What concerns several fields, or the server's own limits."""
     if not state.args.skip_model_name_validation:
-        check_model(fields["model"], state)
-    if fields["stream_options"] and not fields["stream"]:
+        check_model(body.model, state)
+    if body.stream_options and not body.stream:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
-    if fields["stream"] and fields["prompt_logprobs"]:  # 0 asks for none beside the prompt's own
+    if body.stream and body.prompt_logprobs:  # 0 asks for none beside the prompt's own
         raise InvalidRequestError(
             "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"
         )
-    stop, limit = fields["stop"], state.args.max_stop_strings
+    stop, limit = body.stop_strings, state.args.max_stop_strings
     if len(stop) > limit:
         problem = f"List should have at most {limit} items, not {len(stop)} (see --max-stop-strings)"
-        raise shape_error([("body.stop", Fault("too_long", problem))])
-    if fields["use_beam_search"]:
-        beam.check_fields(fields, state.client)
-    elif fields["length_penalty"] != 1:
+        raise shape_error([("body.stop", Fault(problem))])
+    if body.use_beam_search:
+        beam.check_fields(body, state.client)
+    elif body.length_penalty != 1:
         raise InvalidRequestError("length_penalty needs use_beam_search.", "length_penalty")
 
 
-def _id_suffix(request: Request, fields: Mapping[str, Any]) -> str:
+def _id_suffix(request: Request, body: GenerationRequest) -> str:
     """A client's own id if it gives one; the header wins over the body, as in vLLM.
 
     It is only ever repeated: the engine has ids of its own, so two requests with the same one do not touch
     each other.
     """
     header = request.headers.get("x-request-id", "")
-    return header if _HEADER_ID.fullmatch(header) else fields["request_id"] or uuid.uuid4().hex
+    return header if _HEADER_ID.fullmatch(header) else body.request_id or uuid.uuid4().hex
 
 
-def _priority(request: Request, fields: Mapping[str, Any]) -> int:
+def _priority(request: Request, body: GenerationRequest) -> int:
     """The priority: the header X-Vllm-Priority wins over the body (lower is served earlier)."""
     header = request.headers.get("x-vllm-priority")
     if header is None:
-        return int(fields["priority"])
+        return body.priority
     try:
         value = int(header[:32])
     except ValueError:

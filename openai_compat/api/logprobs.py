@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.api.requests import GenerationRequest
     from microvllm.openai_compat.api.streams import Stream
     from microvllm.openai_compat.config import ServerArgs
     from microvllm.runtime.request import TokenLogprobs
@@ -19,10 +20,10 @@ def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST else LOWEST
 
 
-def as_token_ids(fields: Mapping[str, Any], args: ServerArgs) -> bool:
+def as_token_ids(body: GenerationRequest, args: ServerArgs) -> bool:
     """Whether tokens are shown as "token_id:123": what the request says, else what the server does."""
-    wish: bool | None = fields["return_tokens_as_token_ids"]
-    return args.return_tokens_as_token_ids if wish is None else wish
+    requested = body.return_tokens_as_token_ids
+    return args.return_tokens_as_token_ids if requested is None else requested
 
 
 class TokenText:

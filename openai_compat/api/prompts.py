@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.api.requests import GenerationRequest, TokenizeRequest
     from microvllm.runtime.process.client import EngineClient
 
 MAX_PROMPTS = 1024
@@ -28,9 +29,9 @@ class Truncation:
     side: str | None = None
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], max_model_len: int) -> Truncation | None:
+    def of(cls, body: GenerationRequest | TokenizeRequest, max_model_len: int) -> Truncation | None:
         """What a request asks for, or None. -1 leaves room for one token of output."""
-        limit = fields.get("truncate_prompt_tokens")
+        limit = body.truncate_prompt_tokens
         if limit is None:
             return None
         if limit == 0 or limit > max_model_len:
@@ -40,7 +41,7 @@ class Truncation:
                 "Please request another truncation size.",
                 "truncate_prompt_tokens",
             )
-        return cls(max(1, max_model_len - 1) if limit == -1 else limit, fields["truncation_side"])
+        return cls(max(1, max_model_len - 1) if limit == -1 else limit, body.truncation_side)
 
     def cut(self, ids: list[int], kept: Sequence[int] = ()) -> list[int]:
         """`kept` is what stays at the front of `ids` if that is cut there."""
@@ -151,12 +152,10 @@ def _check_ids(ids: list[Any]) -> None:
     if set(map(type, ids)) != {int}:
         raise _prompt_shape()
     if min(ids) < 0:
-        fault = Fault("greater_than_equal", "Token ids should be greater than or equal to 0")
+        fault = Fault("Token ids should be greater than or equal to 0")
         raise shape_error([("body.prompt", fault)])
 
 
 def _prompt_shape() -> InvalidRequestError:
-    fault = Fault(
-        "prompt_type", "Input should be a string, a list of strings, token ids or lists of token ids"
-    )
+    fault = Fault("Input should be a string, a list of strings, token ids or lists of token ids")
     return shape_error([("body.prompt", fault)])

@@ -58,17 +58,6 @@ def read_request(kind: type[BodyT], body: Mapping[str, Any]) -> BodyT:
     return request
 
 
-def parse_fields(kind: type[Body], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of the request by their names."""
-    fields = msgspec.structs.asdict(read_request(kind, body))
-    if isinstance(fields.get("stop"), str):
-        fields["stop"] = [fields["stop"]]
-    for name in ("stream_options", "tools"):
-        if fields.get(name) is not None:
-            fields[name] = msgspec.to_builtins(fields[name])
-    return fields
-
-
 @functools.cache
 def _special(kind: type[Body]) -> frozenset[str]:
     return frozenset((*kind.only_with, *kind.refused))

@@ -6,7 +6,6 @@ nothing. Routers that send a conversation where its prefix is cached ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -18,24 +17,30 @@ from microvllm.openai_compat.api.chat import Chat
 from microvllm.openai_compat.api.completions import Completion
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Generation
-from microvllm.openai_compat.api.requests import ChatCompletionRequest, CompletionRequest
+from microvllm.openai_compat.api.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 
 
-async def render_chat_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def render_chat_completion(
+    request: Request, state: ServerState, body: ChatCompletionRequest
+) -> Response:
     """The token ids of a conversation and how they would be continued. Nothing is generated."""
-    _check(fields)
-    chat = Chat(request, state, fields)
+    _check(body)
+    chat = Chat(request, state, body)
     (prompt,) = await chat.prepare()
     found = await state.client.run_blocking(_generate_request, chat, chat.id, prompt)
     return Response(orjson.dumps(found), media_type="application/json")
 
 
-async def render_completion(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def render_completion(request: Request, state: ServerState, body: CompletionRequest) -> Response:
     """The token ids of each prompt and how they would be continued. Nothing is generated."""
-    _check(fields)
-    completion = RenderedCompletion(request, state, fields)
+    _check(body)
+    completion = RenderedCompletion(request, state, body)
     prompts = await completion.prepare()
     ids = [completion.id] if len(prompts) == 1 else [f"{completion.id}-{i}" for i in range(len(prompts))]
     found = [
@@ -51,14 +56,14 @@ class RenderedCompletion(Completion):
     scores_prompt_only = False
 
 
-def _check(fields: Mapping[str, Any]) -> None:
-    if fields["use_beam_search"]:
+def _check(body: GenerationRequest) -> None:
+    if body.use_beam_search:
         raise InvalidRequestError("Beam search is not supported by the render endpoints.", "use_beam_search")
 
 
-def _generate_request(generation: Generation, request_id: str, token_ids: list[int]) -> dict[str, Any]:
+def _generate_request(generation: Generation[Any], request_id: str, token_ids: list[int]) -> dict[str, Any]:
     """The members of vLLM's `GenerateRequest`, null where this server has nothing to say."""
-    state, fields, params = generation.state, generation.fields, generation.params
+    state, body, params = generation.state, generation.body, generation.params
     # The processor checks the ids against the model and clamps max_tokens to the context.
     prepared = state.client.processor.requests(token_ids, params)[0].params
     sampling = {**msgspec.structs.asdict(params), "max_tokens": prepared.max_tokens}
@@ -74,15 +79,15 @@ def _generate_request(generation: Generation, request_id: str, token_ids: list[i
             else msgspec.to_builtins(value)
             for name, value in sampling.items()
         },
-        "model": fields["model"],
+        "model": body.model,
         "reasoning_ended": None,
         "reasoning_parser_kwargs": None,
-        "return_token_ids": fields["return_token_ids"],
+        "return_token_ids": body.return_token_ids,
         "output_mode": "tokens",
         "parse_context": None,
-        "stream": fields["stream"],
-        "stream_options": fields["stream_options"] if fields["stream"] else None,
-        "cache_salt": fields["cache_salt"] or None,
+        "stream": body.stream,
+        "stream_options": msgspec.to_builtins(body.stream_options) if body.stream else None,
+        "cache_salt": body.cache_salt or None,
         "priority": generation.priority,
         "kv_transfer_params": None,
         "ec_transfer_params": None,

@@ -180,6 +180,11 @@ class GenerationRequest(Body, kw_only=True):
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    def drop_prompt(self) -> None:
+        """Free what the prompts were made of; it is not read any more."""
+        for name in {"prompt", "messages"}.intersection(self.__struct_fields__):
+            setattr(self, name, None)
+
 
 class CompletionRequest(GenerationRequest, kw_only=True):
     refused = {"top_logprobs": (0,), "suffix": ("",), "prompt_embeds": (), **GenerationRequest.refused}
@@ -261,6 +266,11 @@ class TokenizeRequest(Body, kw_only=True):
     continue_final_message: bool = False
     chat_template_kwargs: TemplateKwargs = {}
     return_token_strs: bool = False
+    # what a conversation has at /v1/chat/completions only
+    truncate_prompt_tokens: ClassVar[None] = None
+    truncation_side: ClassVar[None] = None
+    echo: ClassVar[bool] = False
+    reasoning_effort: ClassVar[None] = None
     tools: Annotated[list[Tool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
 
 

@@ -1,4 +1,4 @@
-"""From request fields to `SamplingParams`: request -> model's generation_config -> OpenAI's default."""
+"""From a request body to `SamplingParams`: request -> model's generation_config -> OpenAI's default."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from microvllm.openai_compat.api.requests import GenerationRequest
 from microvllm.openai_compat.errors import clip
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams, check_sampling
@@ -27,7 +28,6 @@ MAX_BIAS = 100.0
 _UNCHANGED = (
     "n",
     "min_tokens",
-    "stop",
     "stop_token_ids",
     "ignore_eos",
     "include_stop_str_in_output",
@@ -39,7 +39,7 @@ _TOKEN_ID = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
 def sampling_params(
-    fields: Mapping[str, Any],
+    body: GenerationRequest,
     client: EngineClient,
     *,
     max_tokens: int | None,
@@ -54,20 +54,22 @@ def sampling_params(
     `logprobs` and `prompt_logprobs` are counts, which completions and chat ask for in different fields.
     Raises `InvalidRequestError` naming the field that is out of range.
     """
-    _check_spaces(fields, client)
+    _check_spaces(body, client)
     defaults = {**OPENAI_DEFAULTS, **client.processor.default_params()}
-    chosen = {name: defaults[name] if fields[name] is None else fields[name] for name in OPENAI_DEFAULTS}
-    if fields["use_beam_search"]:
+    requested = {name: getattr(body, name) for name in OPENAI_DEFAULTS}
+    chosen = {name: defaults[name] if value is None else value for name, value in requested.items()}
+    if body.use_beam_search:
         chosen["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
     params = SamplingParams(
-        seed=None if fields["seed"] == -1 else fields["seed"],  # -1 is vLLM's "no seed"
+        seed=None if body.seed == -1 else body.seed,  # -1 is vLLM's "no seed"
         max_tokens=_max_tokens(max_tokens, max_tokens_field, client, defaults.get("max_tokens")),
-        logit_bias=_logit_bias(fields["logit_bias"]),
+        logit_bias=_logit_bias(body.logit_bias),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        logprob_token_ids=fields["logprob_token_ids"] or None,
-        repetition_detection=fields["repetition_detection"],
-        **{name: fields[name] for name in _UNCHANGED},
+        logprob_token_ids=body.logprob_token_ids or None,
+        repetition_detection=body.repetition_detection,
+        stop=body.stop_strings,
+        **{name: getattr(body, name) for name in _UNCHANGED},
         **chosen,
     )
     check_sampling(params)
@@ -100,12 +102,12 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
     return {int(key): min(MAX_BIAS, max(-MAX_BIAS, bias)) for key, bias in biases.items()}
 
 
-def _check_spaces(fields: Mapping[str, Any], client: EngineClient) -> None:
+def _check_spaces(body: GenerationRequest, client: EngineClient) -> None:
     """Where text is the concatenation of the tokens' bytes there is never a space between special tokens.
 
     Other decoders put one there, and it cannot be told from the text's own.
     """
-    if not fields["spaces_between_special_tokens"] and client.tokenizer.token_bytes is None:
+    if not body.spaces_between_special_tokens and client.tokenizer.token_bytes is None:
         raise InvalidRequestError(
             "spaces_between_special_tokens: false is not supported for this model's tokenizer.",
             "spaces_between_special_tokens",

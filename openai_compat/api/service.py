@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import microvllm
-from microvllm.openai_compat.api.endpoint import Endpoint, Switch, read_fields
+from microvllm.openai_compat.api.endpoint import Endpoint, Switch, read_body
 from microvllm.openai_compat.api.reading import read_value
 from microvllm.openai_compat.api.requests import ProfileRequest
 from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
@@ -125,9 +125,7 @@ async def server_info(request: Request, state: ServerState) -> Response:
     }
     form = request.query_params.get("config_format", "text")
     if form not in ("text", "json"):
-        raise shape_error(
-            [("query.config_format", Fault("literal_error", "Input should be 'text' or 'json'"))]
-        )
+        raise shape_error([("query.config_format", Fault("Input should be 'text' or 'json'"))])
     return _json(info | (_internals(state, form) if state.args.dev_mode else {}))
 
 
@@ -203,9 +201,9 @@ async def start_profile(request: Request, state: ServerState) -> Response:
     """Starts a profile of the engine. A body is not needed; `profile_prefix` begins the file's name."""
     headers = request.headers
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    fields = await read_fields(request, state, ProfileRequest) if has_body else {"profile_prefix": ""}
+    body = await read_body(request, state, ProfileRequest) if has_body else ProfileRequest()
     if state.args.profiler is not None:
-        await state.client.start_profile(state.args.profiler, fields["profile_prefix"])
+        await state.client.start_profile(state.args.profiler, body.profile_prefix)
         logger.info("Profiling the engine.")
     return Response()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -23,40 +22,38 @@ if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
 
 
-async def tokenize(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def tokenize(request: Request, state: ServerState, body: TokenizeRequest) -> Response:
     """`{"count", "max_model_len", "tokens", "token_strs"}` of a prompt or of a conversation."""
     if not state.args.skip_model_name_validation:
-        check_model(fields["model"], state)
-    if (fields["prompt"] is None) == (fields["messages"] is None):
-        raise shape_error([("body.prompt", Fault("value_error", "Give either prompt or messages"))])
-    run = state.client.run_blocking if fields["messages"] is None else state.client.run_rendering
-    return Response(await run(_tokenize, state, fields), media_type="application/json")
+        check_model(body.model, state)
+    if (body.prompt is None) == (body.messages is None):
+        raise shape_error([("body.prompt", Fault("Give either prompt or messages"))])
+    run = state.client.run_blocking if body.messages is None else state.client.run_rendering
+    return Response(await run(_tokenize, state, body), media_type="application/json")
 
 
-def _tokenize(state: ServerState, fields: Mapping[str, Any]) -> bytes:
+def _tokenize(state: ServerState, body: TokenizeRequest) -> bytes:
     """Runs in a worker thread."""
     client = state.client
-    if fields["messages"] is not None:
-        ids = render(state, fields).token_ids
+    if body.prompt is None:
+        ids = render(state, body).token_ids
     else:
-        ids = client.processor.tokenize_prompt(fields["prompt"], fields["add_special_tokens"] is not False)
+        ids = client.processor.tokenize_prompt(body.prompt, body.add_special_tokens is not False)
     return orjson.dumps(
         {
             "count": len(ids),
             "max_model_len": client.config.max_model_len,
             "tokens": ids,
-            "token_strs": [client.tokenizer.id_to_token(i) for i in ids]
-            if fields["return_token_strs"]
-            else None,
+            "token_strs": [client.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None,
         }
     )
 
 
-async def detokenize(request: Request, state: ServerState, fields: Mapping[str, Any]) -> Response:
+async def detokenize(request: Request, state: ServerState, body: DetokenizeRequest) -> Response:
     """`{"prompt"}`: the text of token ids, special tokens included; at most a context's worth of them."""
     if not state.args.skip_model_name_validation:
-        check_model(fields["model"], state)
-    client, tokens = state.client, fields["tokens"]
+        check_model(body.model, state)
+    client, tokens = state.client, body.tokens
     if len(tokens) > client.config.max_model_len:
         raise ContextLengthError(
             f"This model's maximum context length is {client.config.max_model_len} tokens, "

@@ -105,18 +105,16 @@ async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
 def parse_object(data: bytes | bytearray) -> dict[str, Any]:
     """The JSON object that `data` holds. Raises `InvalidRequestError`."""
     if parse_units(data) > MAX_PARSE_UNITS:
-        raise shape_error([(_largest_field(data), Fault("too_long", "Input holds too many values"))])
+        raise shape_error([(_largest_field(data), Fault("Input holds too many values"))])
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        fault = Fault("json_invalid", f"JSON decode error: {error.msg}")
+        fault = Fault(f"JSON decode error: {error.msg}")
         raise shape_error([(f"body.{error.pos}", fault)]) from None
     if not isinstance(body, dict):
-        raise shape_error([("body", Fault("model_attributes_type", "Input should be a valid dictionary"))])
+        raise shape_error([("body", Fault("Input should be a valid dictionary"))])
     if _deeper_than(body, MAX_DEPTH):
-        raise shape_error(
-            [("body", Fault("recursion_loop", f"Input is nested deeper than {MAX_DEPTH} levels"))]
-        )
+        raise shape_error([("body", Fault(f"Input is nested deeper than {MAX_DEPTH} levels"))])
     return body
 
 
