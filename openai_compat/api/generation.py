@@ -200,8 +200,9 @@ class Generation(ABC, Generic[RequestT]):
         slow = logprobs is not None and (self.body.echo or logprobs == -1)
         opened = False
         try:
-            async with aclosing(merged(streams, interval)) as deltas:
-                async for index, delta in deltas:
+            async with merged(streams, interval) as deltas:
+                async for delta in deltas:
+                    index = delta.choice
                     if not opened:
                         opened = True
                         for event in chunks.opening():

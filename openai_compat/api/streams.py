@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,64 +79,61 @@ async def collect(streams: Sequence[Stream]) -> list[Outcome]:
     return outcomes
 
 
-def merged(streams: Sequence[Stream], interval: int) -> AsyncGenerator[tuple[int, TextDelta], None]:
-    """(choice, delta) pairs as they arrive, of at least `interval` tokens each.
+@asynccontextmanager
+async def merged(streams: Sequence[Stream], interval: int) -> AsyncGenerator[AsyncIterable[TextDelta], None]:
+    """The deltas of all streams as they arrive, of at least `interval` tokens each.
 
     The first and the last delta of a choice do not wait for others.
     """
-    arriving = _arriving(streams)
-    return arriving if interval == 1 else _spaced(arriving, interval)
-
-
-async def _arriving(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, TextDelta], None]:
     if len(streams) == 1:
-        async for delta in streams[0]:
-            yield 0, delta
+        yield streams[0] if interval == 1 else _spaced(streams[0], interval)
         return
+    async with aclosing(_arriving(streams)) as arriving:
+        yield arriving if interval == 1 else _spaced(arriving, interval)
+
+
+async def _arriving(streams: Sequence[Stream]) -> AsyncGenerator[TextDelta, None]:
     # Bounded, so that a slow client makes the streams join tokens instead of filling this queue.
-    queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(len(streams))
+    queue: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue(len(streams))
     pumps = [asyncio.ensure_future(_pump(i, stream, queue)) for i, stream in enumerate(streams)]
     try:
         running = len(pumps)
         while running:
-            index, item = await queue.get()
+            item = await queue.get()
             if item is None:
                 running -= 1
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield index, item
+                yield item
     finally:
         for pump in pumps:
             pump.cancel()
 
 
-async def _spaced(
-    deltas: AsyncGenerator[tuple[int, TextDelta], None], interval: int
-) -> AsyncGenerator[tuple[int, TextDelta], None]:
+async def _spaced(deltas: AsyncIterable[TextDelta], interval: int) -> AsyncGenerator[TextDelta, None]:
     held: dict[int, TextDelta] = {}
     begun: set[int] = set()
-    async with aclosing(deltas):
-        async for index, later in deltas:
-            delta = held.pop(index, None)
-            if delta is None:
-                delta = later
-            else:
-                delta.merge(later)
-            if index in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
-                held[index] = delta
-                continue
-            begun.add(index)
-            yield index, delta
+    async for later in deltas:
+        choice = later.choice
+        delta = held.pop(choice, None)
+        if delta is None:
+            delta = later
+        else:
+            delta.merge(later)
+        if choice in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
+            held[choice] = delta
+            continue
+        begun.add(choice)
+        yield delta
 
 
-async def _pump(
-    index: int, stream: Stream, queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]]
-) -> None:
+async def _pump(choice: int, stream: Stream, queue: asyncio.Queue[TextDelta | Exception | None]) -> None:
     try:
         async for delta in stream:
-            await queue.put((index, delta))
+            delta.choice = choice
+            await queue.put(delta)
     except Exception as error:
-        await queue.put((index, error))
+        await queue.put(error)
     else:
-        await queue.put((index, None))
+        await queue.put(None)

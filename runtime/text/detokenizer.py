@@ -41,6 +41,7 @@ class TextDelta:
     logprobs: list[TokenLogprobs] | None = None  # one per token, if requested
     # In the first delta, if requested: one per prompt token from the second on.
     prompt_logprobs: list[TokenLogprobs] | None = None
+    choice: int = 0  # the number of its stream, where those of several are merged
 
     def merge(self, later: TextDelta) -> None:
         """Append the delta that follows this one."""
