@@ -116,8 +116,8 @@ def test_multi_byte_text_comes_whole(engine: InferenceEngine) -> None:
     assert len(ids) > len(text)
     request = make_request(1, engine.tokenizer.encode(PROMPT))
     output = OutputProcessor(engine.tokenizer, request)
-    pieces = [output.take(StepOutput(1, [token])).text for token in ids[:-1]]
-    pieces.append(output.take(StepOutput(1, [ids[-1]], FinishReason.LENGTH)).text)
+    pieces = [output.process(StepOutput(1, [token])).text for token in ids[:-1]]
+    pieces.append(output.process(StepOutput(1, [ids[-1]], FinishReason.LENGTH)).text)
     assert "".join(pieces) == text
     assert "" in pieces and not any("\ufffd" in piece for piece in pieces)
 
