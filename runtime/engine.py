@@ -17,8 +17,8 @@ from microvllm.runtime.observer import SampleGroup
 from microvllm.runtime.offline.core_thread import CoreThread, OfflineSequence, Run
 from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import FinishReason, SamplingParams
-from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.text.detokenizer import TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
@@ -38,7 +38,7 @@ class InferenceEngine:
         for token, text in engine.stream_generate("AI 的未来是", max_tokens=50):
             print(text, end="", flush=True)
 
-    `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is told how far the start has come, see
+    `max_batch_size` is vLLM's `max_num_seqs`; `on_progress` is called as the start advances, see
     `microvllm.runtime.progress`; `options` are further fields of `EngineArgs`. With `log_step_times` a table
     goes to stderr whenever all requests have ended. Sampling options (temperature, top_p, top_k, min_p, seed,
     stop, ...) are those of `microvllm.SamplingParams`; what is not given comes from the model's
@@ -79,11 +79,11 @@ class InferenceEngine:
         Equal prompts are one key and are generated once, which a `UserWarning` says; use `LLM.generate` for
         several answers to one.
         """
-        wanted = [prompts] if isinstance(prompts, str) else [_text(prompt) for prompt in prompts]
-        unique = list(dict.fromkeys(wanted))
-        if len(unique) < len(wanted):
+        given = [prompts] if isinstance(prompts, str) else [_text(prompt) for prompt in prompts]
+        unique = list(dict.fromkeys(given))
+        if len(unique) < len(given):
             warnings.warn(
-                f"{len(wanted) - len(unique)} of {len(wanted)} prompts repeat an earlier one: generate() "
+                f"{len(given) - len(unique)} of {len(given)} prompts repeat an earlier one: generate() "
                 "gives a text to each different prompt, LLM.generate() to every prompt",
                 stacklevel=2,
             )
@@ -113,24 +113,24 @@ class InferenceEngine:
                 yield token, ""
             yield last, delta.text
 
-    def sampling_params(self, **wishes: Any) -> SamplingParams:
+    def sampling_params(self, **fields: Any) -> SamplingParams:
         """The engine's form of `SamplingParams` with the given fields over the model's own defaults."""
-        unknown = sorted(set(wishes) - set(SamplingParams.__struct_fields__))
+        unknown = sorted(set(fields) - set(SamplingParams.__struct_fields__))
         if unknown:
             raise InvalidRequestError(f"{unknown[0]} is not a sampling parameter", unknown[0])
-        return UserParams(**{**self.processor.default_params(), **wishes}).resolve()
+        return UserParams(**{**self.processor.default_params(), **fields}).resolve()
 
     def run(self, sequences: Sequence[OfflineSequence]) -> Iterator[tuple[OfflineSequence, TextDelta]]:
-        """Generate all sequences together; yields what became known of each.
+        """Generate all sequences together; yields the delta of each.
 
         Closing the iterator early aborts what still runs.
         """
         run, wait_s = self.open_run(), None
         closing = run.close_message()
         try:
-            run.add(sequences)
-            while run.texts:
-                yield from run.take()
+            run.add_sequences(sequences)
+            while run.unfinished:
+                yield from run.next_deltas()
         except KeyboardInterrupt:
             wait_s = INTERRUPTED_WAIT_S
             raise
@@ -138,9 +138,9 @@ class InferenceEngine:
             run.post(closing)  # first of all, and not by a method: a second interrupt must not skip it
             run.wait_closed(wait_s)
 
-    def open_run(self) -> TextRun:
+    def open_run(self) -> Run:
         """A run without sequences; `run.post(run.close_message())` ends it."""
-        return TextRun(self._core_thread.run(), self.tokenizer)
+        return self._core_thread.open_run()
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function that uses `core`, between two steps."""
@@ -159,41 +159,7 @@ class InferenceEngine:
         """
         requests = self.processor.requests(prompt_ids, params, **options)
         group = SampleGroup(len(requests), len(requests))
-        return [OfflineSequence(request, group) for request in requests]
-
-
-class TextRun:
-    """Sequences that are generated together, and the texts of those that have not ended."""
-
-    def __init__(self, run: Run, tokenizer: Tokenizer) -> None:
-        self.texts: dict[int, tuple[OfflineSequence, OutputProcessor]] = {}
-        self.post, self.close_message, self.wait_closed = run.post, run.close_message, run.wait_closed
-        self._run, self._tokenizer = run, tokenizer
-
-    def add(self, sequences: Sequence[OfflineSequence]) -> None:
-        for sequence in sequences:
-            request = sequence.request
-            self.texts[request.request_id] = sequence, OutputProcessor(self._tokenizer, request)
-        self._run.start(sequences)
-
-    def take(self) -> list[tuple[OfflineSequence, TextDelta]]:
-        """Wait for the next step with tokens of these sequences; what became known of each."""
-        found = []
-        for output in self._run.take():
-            if output.request_id not in self.texts:
-                continue
-            sequence, text = self.texts[output.request_id]
-            delta = text.process(output)
-            if delta.finish_reason is not None:
-                del self.texts[output.request_id]
-                if output.finish_reason is None:  # a stop string, which the engine does not know of
-                    self._run.end(output.request_id, FinishReason.STOP)
-            found.append((sequence, delta))
-        return found
-
-    def abort(self, sequence: OfflineSequence) -> None:
-        if self.texts.pop(sequence.request.request_id, None) is not None:
-            self._run.end(sequence.request.request_id, FinishReason.ABORT)
+        return [OfflineSequence(request, group, self.tokenizer) for request in requests]
 
 
 def _text(prompt: object) -> str:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
+from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
+from microvllm.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from microvllm.runtime.core.engine_core import EngineCore
@@ -30,50 +32,74 @@ Message: TypeAlias = "Callable[[], object] | None"  # None ends the thread
 
 
 class OfflineSequence(TrackedSequence):
-    """One sequence of a caller."""
+    """One sequence of a caller, and the text of its output."""
 
-    def __init__(self, request: EngineRequest, group: SampleGroup) -> None:
+    def __init__(self, request: EngineRequest, group: SampleGroup, tokenizer: Tokenizer) -> None:
         super().__init__(request, group, time.monotonic())
         self.request = request
+        self.text = OutputProcessor(tokenizer, request)
+
+
+SequenceOutput: TypeAlias = tuple[OfflineSequence, StepOutput]
 
 
 class Run:
     """The sequences of one caller, who may add more. `post(close_message())` ends them, at any moment.
 
-    A step runs only while a caller is inside `take`: a stream that is not read computes nothing, although its
-    requests take part in the steps that others wait for.
+    A step runs only while a caller is inside `next_deltas`: a stream that is not read computes nothing,
+    although its requests take part in the steps that others wait for.
     """
 
-    __slots__ = ("closed", "inbox", "loop", "outputs", "post", "sequences", "thread")
+    __slots__ = ("_loop", "_thread", "closed", "inbox", "outputs", "post", "unfinished")
 
     def __init__(self, loop: _CoreLoop, thread: threading.Thread) -> None:
-        self.sequences: list[OfflineSequence] = []
-        self.inbox: SimpleQueue[list[StepOutput] | _Raised] = SimpleQueue()
+        self.unfinished: set[OfflineSequence] = set()
+        self.inbox: SimpleQueue[list[SequenceOutput] | _Raised] = SimpleQueue()
         self.closed: SimpleQueue[None] = SimpleQueue()
-        self.outputs: list[StepOutput] = []  # not handed over yet
-        self.loop, self.thread, self.post = loop, thread, loop.mail.put
+        self.outputs: list[SequenceOutput] = []  # not sent to the caller yet
+        self._loop, self._thread, self.post = loop, thread, loop.mail.put
 
     def close_message(self) -> Callable[[], None]:
-        """What ends the run once it is posted. Made before it is needed: no interrupt can divide a post."""
-        return partial(self.loop.close, self)
+        """Return the message that ends the run. Made before it is needed: no interrupt can divide a post."""
+        return partial(self._loop.close_run, self)
 
-    def start(self, sequences: Sequence[OfflineSequence]) -> None:
-        self.post(partial(self.loop.start, self, sequences))
+    def add_sequences(self, sequences: Sequence[OfflineSequence]) -> None:
+        """Start to generate the sequences."""
+        self.unfinished.update(sequences)
+        self.post(partial(self._loop.add_sequences, self, sequences))
 
-    def take(self) -> list[StepOutput]:
-        """Wait for the next outputs of these sequences. Raises `EngineError` if the engine has failed."""
-        self.post(partial(self.loop.want, self))
-        found: list[StepOutput] = _answer_of(self.inbox, self.thread)
+    def next_deltas(self) -> list[tuple[OfflineSequence, TextDelta]]:
+        """Wait for the next step with tokens of these sequences; returns the delta of each.
+
+        Raises `EngineError` if the engine has failed.
+        """
+        self.post(partial(self._loop.request_outputs, self))
+        outputs: list[SequenceOutput] = _answer_of(self.inbox, self._thread)
+        found = []
+        for sequence, output in outputs:
+            if sequence not in self.unfinished:
+                continue
+            delta = sequence.text.process(output)
+            if delta.finish_reason is not None:
+                self.unfinished.remove(sequence)
+                if output.finish_reason is None:  # a stop string, which the engine does not look for
+                    self._end(sequence, FinishReason.STOP)
+            found.append((sequence, delta))
         return found
 
-    def end(self, request_id: int, reason: FinishReason) -> None:
-        """End a request before the engine does."""
-        self.post(partial(self.loop.end, request_id, str(reason)))
+    def abort(self, sequence: OfflineSequence) -> None:
+        """End a sequence now; nothing more of it is returned."""
+        if sequence in self.unfinished:
+            self.unfinished.remove(sequence)
+            self._end(sequence, FinishReason.ABORT)
+
+    def _end(self, sequence: OfflineSequence, reason: FinishReason) -> None:
+        self.post(partial(self._loop.end_request, sequence.request.request_id, str(reason)))
 
     def wait_closed(self, timeout_s: float | None = None) -> None:
         """Wait until no step in flight holds blocks of these requests."""
         # The thread itself may close a run, when the garbage collector finds an abandoned stream there.
-        if self.thread.is_alive() and threading.current_thread() is not self.thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             try:
                 self.closed.get(timeout=timeout_s)
             except Empty:
@@ -90,7 +116,8 @@ class CoreThread:
         # At exit the thread is joined: one that is inside a kernel while the process is torn down crashes it.
         weakref.finalize(self, _end, self._loop.mail, self._thread)
 
-    def run(self) -> Run:
+    def open_run(self) -> Run:
+        """Return a run without sequences."""
         return Run(self._loop, self._thread)
 
     def call(self, function: Callable[[], T]) -> T:
@@ -102,13 +129,13 @@ class CoreThread:
 
 
 class _CoreLoop:
-    """What runs in the thread. Every method but the put into `mail` belongs to it."""
+    """Runs in the thread, and so do all of its methods; other threads put messages into `mail`."""
 
     def __init__(self, core: EngineCore[Any], observer: EngineObserver) -> None:
         self.mail: SimpleQueue[Message] = SimpleQueue()
         self._core = core
         self._observer = observer
-        self._open: dict[int, tuple[OfflineSequence, Run]] = {}  # by request; has not ended yet
+        self._open: dict[int, tuple[OfflineSequence, Run]] = {}  # by request id
         self._waiting: list[Run] = []
         self._failure: Exception | None = None
 
@@ -130,7 +157,7 @@ class _CoreLoop:
             self._failure = error
             waiting, self._waiting = self._waiting, []
             for run in waiting:
-                self.want(run)
+                self.request_outputs(run)
 
     def _step(self) -> None:
         self._deliver(self._core.step())
@@ -143,52 +170,51 @@ class _CoreLoop:
             if found is None:
                 continue
             sequence, run = found
-            run.outputs.append(output)
+            run.outputs.append((sequence, output))
             sequence.count(output, len(output.token_ids), now, self._observer)
             if output.finish_reason is not None:
                 del self._open[output.request_id]
                 sequence.end(str(output.finish_reason), self._observer)
         for run in [run for run in self._waiting if run.outputs]:
             self._waiting.remove(run)
-            self._hand_over(run)
+            self._send_outputs(run)
 
     @staticmethod
-    def _hand_over(run: Run) -> None:
+    def _send_outputs(run: Run) -> None:
         outputs, run.outputs = run.outputs, []
         run.inbox.put(outputs)
 
     # ---- messages ------------------------------------------------------------------------------
 
-    def start(self, run: Run, sequences: Sequence[OfflineSequence]) -> None:
-        run.sequences += sequences
+    def add_sequences(self, run: Run, sequences: Sequence[OfflineSequence]) -> None:
         for sequence in sequences:
             refused = self._core.add(sequence.request)
             self._open[sequence.request.request_id] = sequence, run
             if refused is not None:
                 self._deliver([refused])
 
-    def want(self, run: Run) -> None:
+    def request_outputs(self, run: Run) -> None:
         if self._failure is not None:
             error = EngineError(f"the engine has failed: {self._failure}")
             error.__cause__ = self._failure
             run.inbox.put(_Raised(error))
         elif run.outputs:
-            self._hand_over(run)
+            self._send_outputs(run)
         elif run not in self._waiting:  # it may ask again after an interrupt
             self._waiting.append(run)
 
-    def end(self, request_id: int, reason: str) -> None:
+    def end_request(self, request_id: int, reason: str) -> None:
         found = self._open.pop(request_id, None)
         if found is not None:
             self._core.abort(request_id)
             found[0].end(reason, self._observer)
 
-    def close(self, run: Run) -> None:
+    def close_run(self, run: Run) -> None:
         try:
             if run in self._waiting:
                 self._waiting.remove(run)
-            for sequence in run.sequences:
-                self.end(sequence.request.request_id, str(FinishReason.ABORT))
+            for request_id in [key for key, (_, owner) in self._open.items() if owner is run]:
+                self.end_request(request_id, str(FinishReason.ABORT))
             if not self._waiting and self._failure is None:  # else the next step awaits the one in flight
                 self._deliver(self._core.drain())
                 self._observer.step(self._core.stats())

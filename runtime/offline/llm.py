@@ -230,16 +230,16 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         params = one_each(sampling_params, len(prompts), "sampling_params")
         priorities = one_each(0 if priority is None else priority, len(prompts), "priority")
-        for wish in params:
-            if not isinstance(wish, SamplingParams):
+        for each in params:
+            if not isinstance(each, SamplingParams):
                 raise InvalidRequestError(
-                    f"sampling_params must be SamplingParams, got {type(wish).__name__}", "sampling_params"
+                    f"sampling_params must be SamplingParams, got {type(each).__name__}", "sampling_params"
                 )
         # Once, where many prompts share one.
-        resolved = {key: wish.resolve() for key, wish in {id(wish): wish for wish in params}.items()}
+        resolved = {key: each.resolve() for key, each in {id(each): each for each in params}.items()}
         return [
-            self.llm_engine.build(str(next(self._ids)), prompt, wish, resolved[id(wish)], rank)
-            for prompt, wish, rank in zip(prompts, params, priorities, strict=True)
+            self.llm_engine.build(str(next(self._ids)), prompt, each, resolved[id(each)], rank)
+            for prompt, each, rank in zip(prompts, params, priorities, strict=True)
         ]
 
     def _complete(self, builders: Sequence[OutputBuilder], use_tqdm: UseTqdm) -> list[RequestOutput]:
@@ -247,7 +247,7 @@ class LLM:
         with _progress(use_tqdm, len(builders)) as advance:
             for sequence, delta in self.engine.run(list(owners)):
                 builder = owners[sequence]
-                builder.take(sequence, delta)
+                builder.add_delta(sequence, delta)
                 if delta.finish_reason is not None and builder.result.finished:
                     advance()
         return [builder.result for builder in builders]

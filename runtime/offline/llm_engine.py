@@ -48,8 +48,7 @@ class LLMEngine:
         self._run = engine.open_run()
         weakref.finalize(self, self._run.post, self._run.close_message())
         self._builders: dict[str, OutputBuilder] = {}
-        self._emitted: dict[str, int] = {}  # tokens that were returned, of a request
-        self._owners: dict[OfflineSequence, str] = {}
+        self._owners: dict[OfflineSequence, OutputBuilder] = {}
         self._tokenizer: PreTrainedTokenizerFast | None = None
 
     @classmethod
@@ -125,9 +124,8 @@ class LLMEngine:
         if arrival_time is not None:
             builder.arrival_time = arrival_time
         self._builders[request_id] = builder
-        self._emitted[request_id] = 0
-        self._owners |= dict.fromkeys(builder.sequences, request_id)
-        self._run.add(builder.sequences)
+        self._owners |= dict.fromkeys(builder.sequences, builder)
+        self._run.add_sequences(builder.sequences)
         return request_id
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
@@ -149,31 +147,28 @@ class LLMEngine:
         """Wait for the next step with tokens; returns what each request's `output_kind` asks for."""
         if not self._builders:
             return []
-        touched: dict[str, list[int]] = {}
-        for sequence, delta in self._run.take():
-            request_id = self._owners[sequence]
-            output = self._builders[request_id].take(sequence, delta)
-            touched.setdefault(request_id, []).append(output.index)
-        found = [self._emit(request_id) for request_id in touched]
+        updated: dict[OutputBuilder, None] = {}
+        for sequence, delta in self._run.next_deltas():
+            builder = self._owners[sequence]
+            builder.add_delta(sequence, delta)
+            updated[builder] = None
+        found = [self._output_of(builder) for builder in updated]
         return [output for output in found if output is not None]
 
-    def _emit(self, request_id: str) -> RequestOutput | None:
-        builder = self._builders[request_id]
+    def _output_of(self, builder: OutputBuilder) -> RequestOutput | None:
+        """Return what `output_kind` asks for, or None if that is nothing yet."""
         kind, interval = builder.params.output_kind, builder.params.stream_interval or 1
-        made = sum(len(output.token_ids) for output in builder.result.outputs)
-        finished, emitted = builder.result.finished, self._emitted[request_id]
-        if finished:
-            self._forget(request_id)
-        elif kind is RequestOutputKind.FINAL_ONLY or (emitted and made - emitted < interval):
+        made, returned = sum(len(output.token_ids) for output in builder.result.outputs), builder.num_returned
+        if builder.result.finished:
+            self._forget(builder.result.request_id)
+        elif kind is RequestOutputKind.FINAL_ONLY or (returned and made - returned < interval):
             return None
-        else:
-            self._emitted[request_id] = made
+        builder.num_returned = made
         return builder.snapshot(delta=kind is RequestOutputKind.DELTA)
 
     def _forget(self, request_id: str) -> None:
         for sequence in self._builders.pop(request_id).sequences:
             del self._owners[sequence]
-        del self._emitted[request_id]
 
 
 def one_each(value: Any, count: int, name: str) -> list[Any]:

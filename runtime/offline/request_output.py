@@ -158,13 +158,14 @@ class OutputBuilder:
         self.sequences = sequences
         self._tokenizer = tokenizer
         self.arrival_time = time.time()
+        self.num_returned = 0  # tokens in the outputs of `LLMEngine.step`
         outputs = [CompletionOutput(place, logprobs=self._no_logprobs()) for place in range(len(sequences))]
         self._outputs = dict(zip(sequences, outputs, strict=True))
         self._shown = [(0, 0)] * len(sequences)  # characters and tokens in snapshots so far
         self.result = RequestOutput(request_id, prompt, sequences[0].prompt_token_ids, outputs)
 
-    def take(self, sequence: OfflineSequence, delta: TextDelta) -> CompletionOutput:
-        """Add what became known of one sequence; returns its output so far."""
+    def add_delta(self, sequence: OfflineSequence, delta: TextDelta) -> None:
+        """Add a delta of one sequence."""
         result, output = self.result, self._outputs[sequence]
         if not output.token_ids:
             result.num_cached_tokens = self.sequences[0].num_cached_tokens
@@ -185,7 +186,6 @@ class OutputBuilder:
             result.finished = all(each.finished() for each in result.outputs)
             if result.finished:
                 result.metrics = self._metrics()
-        return output
 
     def snapshot(self, delta: bool) -> RequestOutput:
         """A copy of the result so far; with `delta` only what is new since the last one."""
