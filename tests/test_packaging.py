@@ -138,6 +138,30 @@ def test_readme_names_files_that_exist() -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "scripts/README")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_file_names_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[\w ]+\]: (\S+)$", text, re.MULTILINE)
+    for link in (link for link in links if not link.startswith("http")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, (
+                link
+            )
+    folders = "openai_compat|runtime|adapters|ops|tests|scripts|docs"
+    names = re.findall(rf"`((?:{folders})/[\w./]+\.(?:py|sh|md|txt|c|h|tsv))\b", text)
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
 def test_readme_installs_the_torch_that_the_constraints_name() -> None:
     pin = next(
         line
