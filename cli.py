@@ -16,42 +16,22 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from microvllm import __version__
-from microvllm.openai_compat.bench.options import BenchArgs, bench_args
+from microvllm.openai_compat.bench.options import BenchArgs
+from microvllm.openai_compat.config import AnswerArgs, ServerArgs
 from microvllm.openai_compat.flags.argv import UsageError
 from microvllm.openai_compat.flags.command import Command, LogHandler, remedy_for, report_error, warn
-from microvllm.openai_compat.flags.engine_options import (
-    BackendOpt,
-    BlockSizeOpt,
-    CpuActivationsOpt,
-    CpuThreadsOpt,
-    DtypeOpt,
-    GGUFWeightsOpt,
-    IgnoreUnsupportedOpt,
-    KVBytesOpt,
-    LoadFormatOpt,
-    MaxModelLenOpt,
-    ModelOpt,
-    SeedOpt,
-    StepTimesOpt,
-    TokenizerOpt,
-    check_paths,
-    choose_model,
-    engine_args,
-)
-from microvllm.openai_compat.flags.option_groups import takes
-from microvllm.openai_compat.flags.option_values import human_int, queue_length
+from microvllm.openai_compat.flags.options import Fields, with_options
 from microvllm.openai_compat.flags.progress import ProgressLine
-from microvllm.openai_compat.flags.server_options import answer_options, server_options
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
-
-if TYPE_CHECKING:
-    from microvllm.runtime.config import EngineArgs
-
+from microvllm.runtime.find_model import user_path
+from microvllm.runtime.flag import ACCESS, ANSWERS, SERVER, check_flags
+from microvllm.runtime.vllm_environment import is_on, unknown_variables
 
 app = typer.Typer(
     name="microvllm",
@@ -82,129 +62,149 @@ def root(
         print(context.get_help())
 
 
+# Options of the commands that load a model, beside those of the engine.
+ModelArg = Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")]
+IgnoreUnsupportedOpt = Annotated[
+    bool,
+    typer.Option(
+        help="Start without the flags of vllm serve that would change what is served and do not exist here."
+    ),
+]
+FailOnEnvironOpt = Annotated[
+    bool,
+    typer.Option(help="Do not start with a VLLM_ variable in the environment that vLLM does not know."),
+]
+QUEUE_OPTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_timeout", "request_timeout")
+
+
+def checked(
+    engine: EngineArgs, positional: Sequence[str] | None, known_environment: bool = False
+) -> EngineArgs:
+    """The engine's options with the model that is named in the arguments or in `--model`.
+
+    Raises `UsageError` and `ConfigError` for what can be found out without reading the model.
+    """
+    if known_environment and (unknown := unknown_variables(os.environ)):
+        raise UsageError(f"--fail-on-environ-validation: vLLM does not know {', '.join(unknown)}")
+    models = list(positional or ())
+    if len(models) > 1:
+        raise UsageError(f"two models were given: {models[0]} and {models[1]}")
+    if models and engine.model is not None and models[0] != engine.model:
+        raise UsageError(f"two models were given: {models[0]} and --model {engine.model}")
+    model = models[0] if models else engine.model
+    if not model:
+        raise UsageError(
+            "no model was given", remedy="name one: --model DIR, a .gguf file, or smollm2-135m-instruct"
+        )
+    if engine.tokenizer is not None:
+        user_path(engine.tokenizer, "--tokenizer")
+    user_path(engine.generation_config, "--generation-config")
+    check_flags(engine)
+    return dataclasses.replace(engine, model=model)
+
+
 @app.command(cls=Command)
-@takes(engine_args, answer_options, server_options)
+@with_options
 def serve(
     engine: EngineArgs,
-    answers: dict[str, Any],
-    server: dict[str, Any],
-    max_num_queued_reqs: Annotated[
-        Any,
-        typer.Option(
-            parser=queue_length,
-            metavar="N|auto",
-            help="Requests that may wait (16384); more are answered 503. auto: those that will be begun "
-            "within --queue-timeout.",
-        ),
-    ] = None,
-    max_num_queued_tokens: Annotated[
-        Any, typer.Option(parser=human_int, metavar="N", help="Prompt tokens that may wait (16M).")
-    ] = None,
-    queue_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that a request may wait until it is begun; 0: no limit.")
-    ] = 0.0,
-    request_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that a request may take in all; 0: no limit.")
-    ] = 0.0,
+    server: ServerArgs,
+    model_arg: ModelArg = None,
+    ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
+    fail_on_environ_validation: FailOnEnvironOpt = False,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="A YAML file of options, for those that are not given here."),
     ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI and vLLM do."""
-    # `config` is only here for --help: `Command` has put the file's options into the others.
+    # `ignore_unsupported_flags` and `config` are only here for --help: `Command` has dealt with both.
+    engine = checked(engine, model_arg, fail_on_environ_validation)
+    server = dataclasses.replace(server, dev_mode=is_on("VLLM_SERVER_DEV_MODE"))
+
     from microvllm.runtime.process.spawn import SpawnedEngine
 
-    engine = dataclasses.replace(
-        engine,
-        max_num_queued_reqs=max_num_queued_reqs,
-        max_num_queued_tokens=max_num_queued_tokens,
-        queue_timeout=queue_timeout,
-        request_timeout=request_timeout,
-    )
     with SpawnedEngine(engine.cpu_threads) as spawned:
-        from microvllm.openai_compat.config import ServerArgs
         from microvllm.openai_compat.server import serve as serve_http
 
-        server_args = ServerArgs(**answers, **server)
         with ProgressLine() as progress:
-            serve_http(engine, server_args, on_progress=progress, spawned=spawned)
+            serve_http(engine, server, on_progress=progress, spawned=spawned)
 
 
 @app.command(cls=Command)
+@with_options
 def generate(
+    engine: Annotated[
+        EngineArgs,
+        Fields(
+            only=(
+                *("model", "tokenizer", "dtype", "load_format", "gguf_weights", "cpu_activations"),
+                *("max_model_len", "seed", "cpu_threads", "attention_backend", "block_size"),
+                *("kv_cache_memory_bytes", "log_step_times"),
+            )
+        ),
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    model: ModelOpt = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 100,
-    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this share.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens below this share of the likeliest.")
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens to generate.", rich_help_panel=ANSWERS)
+    ] = 100,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.", rich_help_panel=ANSWERS)
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Texts to stop at.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end token.")] = False,
-    tokenizer: TokenizerOpt = None,
-    dtype: DtypeOpt = "auto",
-    load_format: LoadFormatOpt = "auto",
-    gguf_weights: GGUFWeightsOpt = "auto",
-    cpu_activations: CpuActivationsOpt = "float32",
-    max_model_len: MaxModelLenOpt = None,
-    seed: SeedOpt = 0,
-    cpu_threads: CpuThreadsOpt = None,
-    attention_backend: BackendOpt = "auto",
-    block_size: BlockSizeOpt = None,
-    kv_cache_memory_bytes: KVBytesOpt = None,
-    log_step_times: StepTimesOpt = False,
+    top_k: Annotated[
+        int | None, typer.Option(help="Keep the k likeliest tokens; 0: all.", rich_help_panel=ANSWERS)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the likeliest tokens up to this share.", rich_help_panel=ANSWERS),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Drop tokens below this share of the likeliest.", rich_help_panel=ANSWERS),
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Texts to stop at.", rich_help_panel=ANSWERS)] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end token.", rich_help_panel=ANSWERS)
+    ] = False,
     ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
 ) -> None:
     """Continue a text in the terminal, without a server.
 
     Sampling options that are not given are the model's own defaults.
     """
-    name = choose_model((), model)
+    engine = checked(engine, None)
     if not prompt:
         raise UsageError("the prompt is empty")
-    check_paths(tokenizer)
 
-    from microvllm.runtime.config import EngineArgs
     from microvllm.runtime.request import SamplingParams, check_sampling
 
-    options: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "dtype": dtype,
-        "load_format": load_format,
-        "gguf_weights": gguf_weights,
-        "cpu_activations": cpu_activations,
-        "max_model_len": None if max_model_len == -1 else max_model_len,
-        "seed": seed,
-        "cpu_threads": cpu_threads,
-        "attention_backend": attention_backend,
-        "block_size": block_size,
-        "kv_cache_memory_bytes": kv_cache_memory_bytes,
-        "log_step_times": log_step_times,
+    sampling: dict[str, Any] = {
+        **{"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop},
+        **{"max_tokens": max_tokens, "ignore_eos": ignore_eos},
     }
-    wishes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop}
-    sampling: dict[str, Any] = {key: value for key, value in wishes.items() if value is not None}
-    sampling |= {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
-    # The engine checks all this again, but only after torch was imported and the model was loaded.
-    EngineArgs(model=name, **options).resolve()
+    sampling = {key: value for key, value in sampling.items() if value is not None}
+    # The engine checks all this again, but only after torch was imported.
+    engine.resolve()
     check_sampling(SamplingParams(**sampling))
 
     from microvllm import InferenceEngine
 
+    options = vars(engine).copy()
     with ProgressLine() as progress:
-        engine = InferenceEngine(name, on_progress=progress, **options)
-    for _, text in engine.stream_generate(prompt, **sampling):
+        loaded = InferenceEngine(options.pop("model"), on_progress=progress, **options)
+    for _, text in loaded.stream_generate(prompt, **sampling):
         print(text, end="", flush=True)
     print()
 
 
 @app.command(cls=Command)
-@takes(engine_args, answer_options)
+@with_options
 def run_batch(
-    engine: EngineArgs,
-    answers: dict[str, Any],
+    engine: Annotated[EngineArgs, Fields(without=QUEUE_OPTIONS)],
+    answers: AnswerArgs,
+    *,
+    model_arg: ModelArg = None,
+    ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
+    fail_on_environ_validation: FailOnEnvironOpt = False,
     input_file: Annotated[
         str,
         typer.Option("--input-file", "-i", help="Requests: a file, an http(s) address, or - for stdin."),
@@ -226,8 +226,14 @@ def run_batch(
     enable_metrics: Annotated[
         bool, typer.Option("--enable-metrics", help="Serve the metrics for Prometheus meanwhile.")
     ] = False,
-    host: Annotated[str | None, typer.Option(help="Address of the metrics; 127.0.0.1 if not given.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Their port; 8000 if not given.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of the metrics; 127.0.0.1 if not given.", rich_help_panel=SERVER),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Their port; 8000 if not given.", rich_help_panel=SERVER),
+    ] = None,
     url: Annotated[str | None, typer.Option(help="The older name of --host.")] = None,
 ) -> None:
     """Answer a file of requests in the format of OpenAI's batches, without a server.
@@ -236,14 +242,15 @@ def run_batch(
     "body": {...}}. Answers come in the order of the requests; one that fails has a line that says why. A
     line that is no request ends the run before the model loads.
     """
+    engine = checked(engine, model_arg, fail_on_environ_validation)
+
     from microvllm.openai_compat.batch import run_batch as answer_batch
-    from microvllm.openai_compat.config import ServerArgs
 
     listening = {"--host": host, "--port": port, "--url": url}
     given = next((flag for flag, value in listening.items() if value is not None), None)
     if given is not None and not enable_metrics:
         warn(f"{given} has no effect without --enable-metrics")
-    server_args = ServerArgs(**answers, host=host or url or "127.0.0.1", port=port or 8000)
+    server_args = ServerArgs(**vars(answers), host=host or url or "127.0.0.1", port=port or 8000)
     with ProgressLine() as progress:
         answer_batch(
             engine,
@@ -269,16 +276,27 @@ UrlOpt = Annotated[
     ),
 ]
 ClientKeyOpt = Annotated[
-    str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="The server's API key.")
+    str | None,
+    typer.Option(
+        envvar="OPENAI_API_KEY", show_envvar=True, help="The server's API key.", rich_help_panel=ACCESS
+    ),
 ]
 ModelNameOpt = Annotated[str | None, typer.Option(help="Model to ask; the server's first if not given.")]
 QuickOpt = Annotated[str | None, typer.Option("--quick", "-q", metavar="TEXT", help="The same as TEXT.")]
 MaxTokensOpt = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of an answer; the server's default if not given.")
+    int | None,
+    typer.Option(
+        min=1, help="Most tokens of an answer; the server's default if not given.", rich_help_panel=ANSWERS
+    ),
 ]
 TemperatureOpt = Annotated[
     float | None,
-    typer.Option(min=0, max=2, help="0 always takes the likeliest token; the server's default if not given."),
+    typer.Option(
+        min=0,
+        max=2,
+        help="0 always takes the likeliest token; the server's default if not given.",
+        rich_help_panel=ANSWERS,
+    ),
 ]
 StatsOpt = Annotated[
     bool, typer.Option("--stats", help="Show time to first token and tokens per second of each answer.")
@@ -351,7 +369,7 @@ def bench_root(context: typer.Context) -> None:
 
 
 @bench.command("serve", cls=Command)
-@takes(bench_args)
+@with_options
 def bench_serve(args: BenchArgs) -> None:
     """Send random requests to a running server and report throughput and latency.
 

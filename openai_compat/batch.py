@@ -110,7 +110,7 @@ def run_batch(
             print("0 of 0 requests answered", file=sys.stderr)
             return
         sock = stack.enter_context(bind_socket(args)) if enable_metrics else None
-        config = engine_args.resolve()
+        config = engine_args.prepare(on_load)
         work = _run(config, args, requests, answers, max_inflight, sock, on_load, on_progress)
         asyncio.run(_until_signal(work))
 

@@ -2,125 +2,153 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
-from microvllm.openai_compat.api.reading import read_value
-from microvllm.openai_compat.api.requests import EFFORTS, MAX_STOP_STRINGS, TemplateKwargs
-from microvllm.openai_compat.errors import Fault
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.flag import (
+    ACCESS,
+    ANSWERS,
+    LOGS,
+    OBJECT,
+    SERVER,
+    check_flags,
+    flag,
+    human_int,
+    json_object,
+    json_value,
+    shortened,
+)
 from microvllm.runtime.profiler import ProfilerConfig
-from microvllm.runtime.text.content_format import AUTO, CONTENT_FORMATS
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 QUIET_PATHS = ("/health", "/metrics", "/load")  # what probes ask for all the time
-FINGERPRINT_MODES = ("full", "hash", "custom", "none")
+DEFAULT_STOP_STRINGS = 4
+TEXT = "<str>"  # the metavar of a text that is read further
+STRINGS = "[JSON]"
+
+
+def json_strings(text: str) -> tuple[str, ...]:
+    """A JSON list of strings, such as `["https://example.com"]`."""
+    value = json_value(text)
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{shortened(text)} is not a JSON list of strings")
+    return tuple(value)
+
+
+def comma_list(text: str) -> tuple[str, ...]:
+    """`a,b` -> ("a", "b")."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def path_prefix(text: str) -> str:
+    """A path without the slashes at its end."""
+    return text.rstrip("/")
+
+
+def profiler_config(text: str) -> ProfilerConfig | None:
+    """A JSON object of vLLM's profiler options; None if it asks for no profiler. Raises `ConfigError`."""
+    return ProfilerConfig.read(json_object(text))
+
+
+def chat_template_text(text: str) -> str:
+    """The text of a chat template, which is in a file or given itself. Raises `ConfigError`."""
+    try:
+        return Path(text).read_text("utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
+        if any(mark in text for mark in "{}\n"):
+            return text
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"--chat-template {shortened(text)}: {reason}, and it is no template either"
+        ) from error
+
+
+def keys_of(path: str) -> tuple[str, ...]:
+    """The API keys in a file, one a line. Raises `ConfigError`."""
+    try:
+        keys = tuple(line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not keys:
+        raise ConfigError(f"--api-key-file {path}: holds no key")
+    return keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerArgs:
-    """How the server listens, who may use it and what it reports; names as in `vllm serve`.
-
-    `host` is 127.0.0.1 unless asked otherwise (vLLM listens on every interface). `uds` is the path of a
-    unix socket to listen on instead of host and port. `served_model_names` are all accepted and the first is
-    echoed; empty means the model as it was given. `api_keys` empty means no authentication.
-    `chat_template` is the template's text, in place of the model's own, `default_chat_template_kwargs` what
-    it gets unless a request says otherwise. It gets the contents of messages as a "string", as "openai" (a
-    list of parts) or as it was written for ("auto"): `chat_template_content_format`. Of a reasoning effort
-    it gets what `reasoning_effort_map` makes of it. A chunk of a stream has at least `stream_interval`
-    tokens, the first and the last one excepted. A request may have `max_stop_strings` stop strings, and a
-    body of `max_body_bytes`. `shutdown_timeout` is the time in
-    seconds that running requests have to finish after SIGTERM or SIGINT, `stats_interval` the time between
-    two lines of statistics, `http_timeout_keep_alive` the time that an idle connection stays open.
-    `skip_model_name_validation` takes any model name in requests; the answer has the served one.
-
-    The Host header of a request has to be one of `allowed_hosts`, localhost or a loopback address; ("*",)
-    allows any. None checks only a server that listens on loopback without a key.
-
-    `root_path` is the path prefix below which a proxy publishes the server. Web pages of `allowed_origins`
-    may use it from a browser (CORS); None allows the pages that this machine serves. A stream that is silent
-    for `sse_keep_alive_interval` seconds gets a comment; 0 is off. `ssl_certfile` turns plain HTTP into
-    HTTPS; `ssl_cert_reqs` 0, 1 or 2 never, optionally or always asks the client for a certificate of
-    `ssl_ca_certs`. `fingerprint_mode` says what answers carry as `system_fingerprint`: version and
-    configuration (full, hash), `fingerprint_value` (custom) or null (none). `dev_mode` adds endpoints that
-    tell or change what only an operator should; with a `profiler` its endpoints exist.
+class AnswerArgs:
+    """What shapes the answers of a server, and of a batch; names as in `vllm serve`.
 
     Raises `ConfigError` with one line that names the option.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    uds: str | None = None
-    served_model_names: tuple[str, ...] = ()
-    api_keys: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] | None = None
-    chat_template: str | None = None
-    chat_template_content_format: str = AUTO
-    default_chat_template_kwargs: Mapping[str, bool | str] = field(default_factory=dict)
-    reasoning_effort_map: Mapping[str, str] = field(default_factory=dict)
-    response_role: str = "assistant"
-    stream_interval: int = 1
-    max_stop_strings: int = 4
-    skip_model_name_validation: bool = False
-    return_tokens_as_token_ids: bool = False
-    max_body_bytes: int = 16 << 20
-    uvicorn_log_level: str = "info"
-    disable_uvicorn_access_log: bool = False
-    disable_log_stats: bool = False
-    stats_interval: float = 10.0
-    log_level: str = "info"
-    http_timeout_keep_alive: int = 5
-    shutdown_timeout: float = 10.0
-    enable_prompt_tokens_details: bool = False
-    enable_force_include_usage: bool = False
-    enable_per_request_metrics: bool = False
-    enable_server_load_tracking: bool = False
-    root_path: str = ""
-    allowed_origins: tuple[str, ...] | None = None
-    allowed_methods: tuple[str, ...] = ("*",)
-    allowed_headers: tuple[str, ...] = ("*",)
-    allow_credentials: bool = False
-    enable_request_id_headers: bool = False
-    enable_log_requests: bool = False
-    disable_access_log_for_endpoints: tuple[str, ...] = QUIET_PATHS
-    sse_keep_alive_interval: float = 0.0
-    disable_fastapi_docs: bool = False
-    enable_tokenizer_info_endpoint: bool = False
-    fingerprint_mode: str = "full"
-    fingerprint_value: str | None = None
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
-    ssl_ca_certs: str | None = None
-    ssl_cert_reqs: int = 0
-    ssl_ciphers: str | None = None
-    enable_ssl_refresh: bool = False
-    dev_mode: bool = False
-    profiler: ProfilerConfig | None = None
-    exclude_tools_when_tool_choice_none: bool = False
+    served_model_names: tuple[str, ...] = flag(
+        (), ANSWERS, "Names of the model in requests; the first is answered.", name="served-model-name"
+    )
+    chat_template: str | None = flag(
+        None, ANSWERS, "A file with a chat template, or the template.", metavar=TEXT, read=chat_template_text
+    )
+    chat_template_content_format: str = flag(
+        "auto",
+        ANSWERS,
+        "What the template gets as content: string, openai (parts), or auto.",
+        choices=("auto", "string", "openai"),
+    )
+    default_chat_template_kwargs: Mapping[str, bool | str] = flag(
+        {}, ANSWERS, "Template variables of requests without them."
+    )
+    reasoning_effort_map: Mapping[str, str] = flag(
+        {}, ANSWERS, "What the template gets for a request's reasoning effort."
+    )
+    response_role: str = flag("assistant", ANSWERS, "Role of the answers in chats.")
+    max_stop_strings: int = flag(
+        DEFAULT_STOP_STRINGS,
+        ANSWERS,
+        "Stop strings that a request may have.",
+        low=1,
+        env=("VLLM_MAX_STOP_STRINGS",),
+    )
+    skip_model_name_validation: bool = flag(
+        False, SERVER, "Take any model name in requests.", env=("VLLM_SKIP_MODEL_NAME_VALIDATION",)
+    )
+    exclude_tools_when_tool_choice_none: bool = flag(
+        False, ANSWERS, "Keep tools from the template where none may be called."
+    )
+    return_tokens_as_token_ids: bool = flag(
+        False, ANSWERS, "Write tokens of log probabilities as token_id:N."
+    )
+    enable_prompt_tokens_details: bool = flag(False, ANSWERS, "Report cached tokens in the usage.")
+    enable_per_request_metrics: bool = flag(False, ANSWERS, "Report the times of a request in its answer.")
+    fingerprint_mode: str = flag(
+        "full",
+        ANSWERS,
+        "The system_fingerprint of answers: full, hash, custom or none.",
+        choices=("full", "hash", "custom", "none"),
+    )
+    fingerprint_value: str | None = flag(None, ANSWERS, "The fingerprint, if custom.")
+    enable_log_requests: bool = flag(False, LOGS, "Log the parameters of each request, never its text.")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise ConfigError(f"--port must be in [1, 65535], got {self.port}")
-        if self.uvicorn_log_level not in LOG_LEVELS:
-            raise ConfigError(
-                f"--uvicorn-log-level must be one of {', '.join(LOG_LEVELS)}, got {self.uvicorn_log_level}"
-            )
-        if self.log_level not in LOG_LEVELS[:-1]:
-            raise ConfigError(
-                f"--log-level must be one of {', '.join(LOG_LEVELS[:-1])}, got {self.log_level}"
-            )
-        if any(not key for key in self.api_keys):
-            raise ConfigError("--api-key must not be empty")
-        if any(not host for host in self.allowed_hosts or ()):
-            raise ConfigError("--allowed-hosts must not be empty")
-        if any(not name for name in self.served_model_names):
-            raise ConfigError("--served-model-name must not be empty")
-        if self.chat_template_content_format not in CONTENT_FORMATS:
-            raise ConfigError(
-                f"--chat-template-content-format must be one of {', '.join(CONTENT_FORMATS)}, "
-                f"got {self.chat_template_content_format}"
-            )
+        check_flags(self)
+        if not self.response_role:
+            raise ConfigError("--response-role must not be empty")
+        if (self.fingerprint_mode == "custom") != (self.fingerprint_value is not None):
+            raise ConfigError("--fingerprint-mode custom and --fingerprint-value belong together")
+        self._check_request_defaults()
+
+    def _check_request_defaults(self) -> None:
+        """Check what takes the place of requests' fields by the rules for these."""
+        if not (
+            self.default_chat_template_kwargs
+            or self.reasoning_effort_map
+            or self.max_stop_strings > DEFAULT_STOP_STRINGS
+        ):
+            return  # spares the imports, which are those of the HTTP server
+        from microvllm.openai_compat.api.reading import read_value
+        from microvllm.openai_compat.api.requests import EFFORTS, MAX_STOP_STRINGS, TemplateKwargs
+        from microvllm.openai_compat.errors import Fault
+
         try:
             read_value(TemplateKwargs, self.default_chat_template_kwargs)
         except Fault as fault:
@@ -130,45 +158,151 @@ class ServerArgs:
                 raise ConfigError(
                     f"--reasoning-effort-map: {effort}: must be a string for one of {', '.join(EFFORTS)}"
                 )
-        if self.stream_interval < 1:
-            raise ConfigError(f"--stream-interval must be at least 1, got {self.stream_interval}")
-        if not 1 <= self.max_stop_strings <= MAX_STOP_STRINGS:
+        if self.max_stop_strings > MAX_STOP_STRINGS:
             raise ConfigError(
                 f"--max-stop-strings must be in [1, {MAX_STOP_STRINGS}], got {self.max_stop_strings}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs(AnswerArgs):
+    """How the server listens, who may use it and what it reports, beside what shapes its answers.
+
+    `host` is 127.0.0.1 unless given otherwise (vLLM listens on every interface). Without `api_keys` there is
+    no authentication; the keys of `api_key_file` are added to them. `dev_mode` adds endpoints that report or
+    change what only an operator should.
+    """
+
+    host: str = flag("127.0.0.1", SERVER, "Address to listen on.")
+    port: int = flag(8000, SERVER, "Port to listen on.", low=1, high=65535)
+    uds: str | None = flag(None, SERVER, "Unix socket to listen on, in place of host and port.")
+    root_path: str = flag(
+        "",
+        SERVER,
+        "Path prefix that a proxy puts in front of every path.",
+        metavar="/PREFIX",
+        read=path_prefix,
+    )
+    api_keys: tuple[str, ...] = flag(
+        (),
+        ACCESS,
+        "Keys, one of which each request must carry. Other users can read a command line; the "
+        "variable and --api-key-file hide them.",
+        name="api-key",
+        env=("MICROVLLM_API_KEY", "VLLM_API_KEY"),
+    )
+    api_key_file: str | None = flag(None, ACCESS, "A file with such keys, one a line.", metavar="FILE")
+    allowed_hosts: tuple[str, ...] | None = flag(
+        None,
+        ACCESS,
+        'Names that requests may be sent to, beside localhost; ["*"]: any. '
+        "Not checked with a key or on an address that others reach, unless given.",
+        metavar=STRINGS,
+        read=json_strings,
+    )
+    ssl_certfile: str | None = flag(None, ACCESS, "Certificate (PEM): serve HTTPS.", metavar="FILE")
+    ssl_keyfile: str | None = flag(None, ACCESS, "Its key, if not in the same file.", metavar="FILE")
+    ssl_ca_certs: str | None = flag(
+        None, ACCESS, "Who may have signed a client's certificate.", metavar="FILE"
+    )
+    ssl_cert_reqs: int = flag(
+        0, ACCESS, "Whether clients need a certificate: 0 no, 1 if they have one, 2 yes."
+    )
+    ssl_ciphers: str | None = flag(None, ACCESS, "OpenSSL's names of the ciphers for TLS 1.2.")
+    enable_ssl_refresh: bool = flag(False, ACCESS, "Read the certificate again when it changes.")
+    allowed_origins: tuple[str, ...] | None = flag(
+        None,
+        ACCESS,
+        "Web pages that may use the server (CORS); those of localhost if not given.",
+        metavar=STRINGS,
+        read=json_strings,
+    )
+    allowed_methods: tuple[str, ...] = flag(
+        ("*",), ACCESS, "Methods they may use.", metavar=STRINGS, read=json_strings
+    )
+    allowed_headers: tuple[str, ...] = flag(
+        ("*",), ACCESS, "Headers they may send.", metavar=STRINGS, read=json_strings
+    )
+    allow_credentials: bool = flag(False, ACCESS, "They may send cookies.")
+    stream_interval: int = flag(1, ANSWERS, "Least tokens in a chunk of a stream.", low=1)
+    sse_keep_alive_interval: float = flag(
+        0.0, ANSWERS, "Seconds of silence after which a stream gets a comment; 0: never.", low=0
+    )
+    enable_force_include_usage: bool = flag(False, ANSWERS, "End every stream with its usage.")
+    enable_request_id_headers: bool = flag(False, LOGS, "Answer with X-Request-Id.")
+    enable_server_load_tracking: bool = flag(False, SERVER, "Count requests in progress at /load.")
+    enable_tokenizer_info_endpoint: bool = flag(False, SERVER, "Serve /tokenizer_info.")
+    profiler: ProfilerConfig | None = flag(
+        None,
+        LOGS,
+        "Serve /start_profile and /stop_profile: {profiler: torch, torch_profiler_dir: FOLDER}.",
+        name="profiler-config",
+        metavar=OBJECT,
+        read=profiler_config,
+    )
+    disable_fastapi_docs: bool = flag(False, SERVER, "No /docs, /redoc and /openapi.json.")
+    uvicorn_log_level: str = flag(
+        "info", LOGS, "critical, error, warning, info, debug or trace.", choices=LOG_LEVELS
+    )
+    disable_uvicorn_access_log: bool = flag(False, LOGS, "No line per request.")
+    disable_access_log_for_endpoints: tuple[str, ...] = flag(
+        QUIET_PATHS,
+        LOGS,
+        "No such line for these, in place of /health,/metrics,/load.",
+        metavar="PATHS",
+        read=comma_list,
+    )
+    disable_log_stats: bool = flag(False, LOGS, "No statistics: no log line, no metrics.")
+    stats_interval: float = flag(
+        10.0,
+        LOGS,
+        "Seconds between two lines of statistics.",
+        name="log-stats-interval",
+        above=0,
+        env=("VLLM_LOG_STATS_INTERVAL",),
+    )
+    log_level: str = flag(
+        "info",
+        LOGS,
+        "Least level of the server's own lines: critical, error, warning, info or debug.",
+        metavar=TEXT,
+        choices=LOG_LEVELS[:-1],
+        env=("VLLM_LOGGING_LEVEL",),
+        read=str.lower,
+    )
+    http_timeout_keep_alive: int = flag(
+        5,
+        SERVER,
+        "Seconds that an idle connection stays open; a proxy's pool needs more than its own limit.",
+        low=0,
+        env=("VLLM_HTTP_TIMEOUT_KEEP_ALIVE",),
+    )
+    max_body_bytes: int = flag(
+        16 << 20,
+        SERVER,
+        "Size of the largest request body.",
+        name="http-max-request-body-size",
+        metavar="BYTES",
+        low=1,
+        env=("VLLM_HTTP_MAX_REQUEST_BODY_SIZE",),
+        read=human_int,
+    )
+    shutdown_timeout: float = flag(
+        10.0, SERVER, "Seconds that running requests get to finish after SIGTERM.", low=0
+    )
+    dev_mode: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.api_key_file is not None:
+            object.__setattr__(self, "api_keys", (*self.api_keys, *keys_of(self.api_key_file)))
+            object.__setattr__(self, "api_key_file", None)  # `replace` must not add them once more
         if self.enable_per_request_metrics and self.disable_log_stats:
             raise ConfigError("--enable-per-request-metrics needs statistics: leave out --disable-log-stats")
-        if not self.response_role:
-            raise ConfigError("--response-role must not be empty")
-        if self.max_body_bytes < 1:
-            raise ConfigError(
-                f"--http-max-request-body-size must be at least 1 byte, got {self.max_body_bytes}"
-            )
-        if not (math.isfinite(self.shutdown_timeout) and self.shutdown_timeout >= 0):
-            raise ConfigError(f"--shutdown-timeout must be at least 0 seconds, got {self.shutdown_timeout}")
-        if not (math.isfinite(self.stats_interval) and self.stats_interval > 0):
-            raise ConfigError(
-                f"--log-stats-interval must be a positive number of seconds, got {self.stats_interval}"
-            )
-        if self.http_timeout_keep_alive < 0:
-            raise ConfigError(
-                f"--http-timeout-keep-alive must be at least 0 seconds, got {self.http_timeout_keep_alive}"
-            )
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise ConfigError(
                 f"--root-path must begin with a slash and not end with one, got {self.root_path}"
             )
-        if not (math.isfinite(self.sse_keep_alive_interval) and self.sse_keep_alive_interval >= 0):
-            raise ConfigError(
-                f"--sse-keep-alive-interval must be at least 0 seconds, got {self.sse_keep_alive_interval}"
-            )
-        if self.fingerprint_mode not in FINGERPRINT_MODES:
-            raise ConfigError(
-                f"--fingerprint-mode must be one of {', '.join(FINGERPRINT_MODES)}, "
-                f"got {self.fingerprint_mode}"
-            )
-        if (self.fingerprint_mode == "custom") != (self.fingerprint_value is not None):
-            raise ConfigError("--fingerprint-mode custom and --fingerprint-value belong together")
         self._check_tls()
 
     def _check_tls(self) -> None:

@@ -73,7 +73,7 @@ def serve(
 
     `spawned` is an engine process that runs already, which makes the start shorter.
     `on_progress` is called as the engine's start advances, `announce` with the few lines meant for people.
-    The port is bound first: resolving the options may compile kernels, and then the model loads. A signal
+    The port is bound first: kernels may have to be compiled, and then the model loads. A signal
     during loading ends in `SystemExit` with 128 + its number.
     Raises `ConfigError` with one line that names what is wrong, `EngineError` if the engine does not start,
     or cannot be started again.
@@ -83,7 +83,7 @@ def serve(
     tls = tls_context(args)
     sock = bind_socket(args)
     try:
-        _run(_serve(engine_args.resolve(), args, sock, tls, on_progress, spawned, announce))
+        _run(_serve(engine_args.prepare(on_progress), args, sock, tls, on_progress, spawned, announce))
     finally:
         release_socket(sock, args)
 

@@ -61,7 +61,7 @@ class InferenceEngine:
         args = EngineArgs(model=model_path, **{"max_num_seqs": max_batch_size, **options})
         # A caller's own list of prompts is no overload: offline, the queue has no bound.
         self.config = msgspec.structs.replace(
-            args.resolve(), max_num_queued_reqs=None, max_num_queued_tokens=None
+            args.prepare(on_progress), max_num_queued_reqs=None, max_num_queued_tokens=None
         )
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = InputProcessor(self.config, self.tokenizer)

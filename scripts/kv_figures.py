@@ -37,7 +37,8 @@ from pathlib import Path
 
 import numpy as np
 
-from microvllm.runtime.config import DEFAULT_BLOCK_SIZES, EngineArgs
+from microvllm.runtime.backends import DEFAULT_BLOCK_SIZES
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.errors import ConfigError

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-import typer
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from microvllm.openai_compat.flags.argv import UsageError
 from microvllm.openai_compat.flags.command import warn
-from microvllm.openai_compat.flags.option_values import OBJECT, json_object
+from microvllm.runtime.flag import ANSWERS, MODEL, SERVER, check_flags, flag
 
 BACKENDS = {
     "openai": "/v1/completions",
@@ -20,179 +19,173 @@ BACKENDS = {
 }
 METRICS = ("ttft", "tpot", "itl", "e2el")
 GOODPUT = ("ttft", "tpot", "e2el")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchArgs:
-    """What is sent where, how fast, and what is reported of it. Lengths are in tokens, times in seconds."""
-
-    url: str
-    backend: str
-    model: str | None
-    num_prompts: int
-    input_len: int
-    output_len: int
-    range_ratio: float
-    prefix_len: int
-    request_rate: float
-    burstiness: float
-    max_concurrency: int | None
-    num_warmups: int
-    ready_timeout: float
-    seed: int
-    fields: Mapping[str, Any]
-    """Fields that are put into each request."""
-    metrics: tuple[str, ...]
-    percentiles: tuple[float, ...]
-    goodput: Mapping[str, float] = field(default_factory=dict)
-    """Metric to the most milliseconds of a good request."""
-    result_file: str | None = None
-    detailed: bool = False
-    label: str | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-def bench_args(
-    *,
-    backend: Annotated[
-        str, typer.Option(help="openai (or vllm): completions; openai-chat: chats.")
-    ] = "openai",
-    base_url: Annotated[str | None, typer.Option(help="Address of the server, before /v1.")] = None,
-    host: Annotated[str, typer.Option(help="Its host, without --base-url.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Its port, without --base-url.")] = 8000,
-    endpoint: Annotated[str | None, typer.Option(help="The path that the backend has anyway.")] = None,
-    model: Annotated[str | None, typer.Option(help="Its model; the first it lists if not given.")] = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="The model's name in requests, if not --model.")
-    ] = None,
-    dataset_name: Annotated[str, typer.Option(help="random: prompts of random tokens.")] = "random",
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests.")] = 1000,
-    random_input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1024,
-    random_output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-    random_range_ratio: Annotated[
-        float, typer.Option(min=0, max=0.999, help="Lengths differ by up to this share, uniformly.")
-    ] = 0.0,
-    random_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
-    input_len: Annotated[int | None, typer.Option(min=1, help="The same as --random-input-len.")] = None,
-    output_len: Annotated[int | None, typer.Option(min=1, help="The same as --random-output-len.")] = None,
-    request_rate: Annotated[str, typer.Option(help="Requests a second, or inf: all at once.")] = "inf",
-    burstiness: Annotated[str, typer.Option(help="1: a Poisson process; less: in bursts.")] = "1.0",
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests at a time.")] = None,
-    num_warmups: Annotated[int, typer.Option(min=0, help="Requests before those that are measured.")] = 0,
-    ready_check_timeout_sec: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for the server; 0: it has to be there.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, lengths and arrivals.")] = 0,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end token; always so for random prompts.")
-    ] = False,
-    temperature: Annotated[float | None, typer.Option(help="Sampling; the server's if not given.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    extra_body: Annotated[
-        Any, typer.Option(parser=json_object, metavar=OBJECT, help="Further fields of each request.")
-    ] = None,
-    percentile_metrics: Annotated[
-        str, typer.Option(help="Metrics to report: ttft, tpot, itl, e2el.")
-    ] = "ttft,tpot,itl",
-    metric_percentiles: Annotated[str, typer.Option(help="Their percentiles.")] = "99",
-    goodput: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:MS", help="Limits that a request has to keep to count as good."),
-    ] = None,
-    save_result: Annotated[bool, typer.Option("--save-result", help="Write a JSON file.")] = False,
-    save_detailed: Annotated[
-        bool, typer.Option("--save-detailed", help="In it also each request with its text.")
-    ] = False,
-    result_dir: Annotated[str | None, typer.Option(help="Its folder; made if it is missing.")] = None,
-    result_filename: Annotated[str | None, typer.Option(help="Its name.")] = None,
-    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Put into it.")] = None,
-    label: Annotated[str | None, typer.Option(help="Begins its name.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Not needed: prompts are token ids, and the server counts.")
-    ] = None,
-    disable_tqdm: Annotated[
-        bool, typer.Option("--disable-tqdm", help="Not needed: there is no progress bar.")
-    ] = False,
-) -> BenchArgs:
-    """What the options ask for. Raises `UsageError` naming the option."""
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend must be one of {', '.join(BACKENDS)}, got {backend}")
-    if endpoint is not None and endpoint != BACKENDS[backend]:
-        raise UsageError(f"--endpoint {endpoint}: the backend {backend} has {BACKENDS[backend]}")
-    if dataset_name != "random":
-        raise UsageError(f"--dataset-name must be random, got {dataset_name}")
-    metrics = tuple(name for name in percentile_metrics.split(",") if name)
-    for name in metrics:
-        if name not in METRICS:
-            raise UsageError(f"--percentile-metrics must be of {', '.join(METRICS)}, got {name}")
-    percentiles = tuple(_positive("--metric-percentiles", text) for text in metric_percentiles.split(","))
-    if max(percentiles) > 100:
-        raise UsageError(f"--metric-percentiles must be at most 100, got {metric_percentiles}")
-    limits = _pairs("--goodput", goodput or [], ":")
-    for name in limits:
-        if name not in GOODPUT:
-            raise UsageError(f"--goodput must be of {', '.join(GOODPUT)}, got {name}")
-    if tokenizer is not None:
-        warn("--tokenizer has no effect: prompts are token ids, and the server counts")
-    sampling = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "frequency_penalty": frequency_penalty,
-        "presence_penalty": presence_penalty,
-        "repetition_penalty": repetition_penalty,
-    }
-    rate = _positive("--request-rate", request_rate)
-    model_name = served_model_name or model
-    result_file = None
-    if save_result or save_detailed:
-        short = (model_name or "model").rstrip("/").rpartition("/")[2]
-        result_file = result_filename or f"{label or backend}-{rate}qps-{short}.json"
-        if result_dir is not None:
-            result_file = f"{result_dir}/{result_file}"
-    return BenchArgs(
-        url=(base_url or f"http://{host}:{port}").rstrip("/").removesuffix("/v1"),
-        backend=backend,
-        model=model_name,
-        num_prompts=num_prompts,
-        input_len=input_len or random_input_len,
-        output_len=output_len or random_output_len,
-        range_ratio=random_range_ratio,
-        prefix_len=random_prefix_len,
-        request_rate=rate,
-        burstiness=_positive("--burstiness", burstiness),
-        max_concurrency=max_concurrency,
-        num_warmups=num_warmups,
-        ready_timeout=ready_check_timeout_sec,
-        seed=seed,
-        fields={**sampling, **(extra_body or {})},
-        metrics=metrics,
-        percentiles=percentiles,
-        goodput={name: _positive("--goodput", text) for name, text in limits.items()},
-        result_file=result_file,
-        detailed=save_detailed,
-        label=label,
-        metadata=_pairs("--metadata", metadata or [], "="),
-    )
-
-
-def _positive(option: str, text: str) -> float:
+def positive(text: str) -> float:
+    """A number above 0, which may be infinite."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not value > 0:
-        raise UsageError(f"{option} must be a number above 0, got {text}")
+        raise ValueError(f"must be a number above 0, got {text}")
     return value
 
 
-def _pairs(option: str, words: list[str], separator: str) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class BenchArgs:
+    """What is sent where, how fast, and what is reported of it. Lengths are in tokens, times in seconds.
+
+    Raises `ConfigError` naming the option.
+    """
+
+    backend: str = flag(
+        "openai", "", "openai (or vllm): completions; openai-chat: chats.", choices=tuple(BACKENDS)
+    )
+    base_url: str | None = flag(None, "", "Address of the server, before /v1.")
+    host: str = flag("127.0.0.1", SERVER, "Its host, without --base-url.")
+    port: int = flag(8000, SERVER, "Its port, without --base-url.", low=1, high=65535)
+    endpoint: str | None = flag(None, "", "The path that the backend has anyway.")
+    model: str | None = flag(None, MODEL, "Its model; the first it lists if not given.")
+    served_model_name: str | None = flag(None, ANSWERS, "The model's name in requests, if not --model.")
+    dataset_name: str = flag("random", "", "random: prompts of random tokens.", choices=("random",))
+    num_prompts: int = flag(1000, "", "Requests.", low=1)
+    random_input_len: int = flag(1024, "", "Tokens of a prompt.", low=1)
+    random_output_len: int = flag(128, "", "Tokens of an answer.", low=1)
+    range_ratio: float = flag(
+        0.0,
+        "",
+        "Lengths differ by up to this share, uniformly.",
+        name="random-range-ratio",
+        low=0,
+        high=0.999,
+    )
+    prefix_len: int = flag(0, "", "Tokens that all prompts begin with.", name="random-prefix-len", low=0)
+    own_input_len: int | None = flag(None, "", "The same as --random-input-len.", name="input-len", low=1)
+    own_output_len: int | None = flag(None, "", "The same as --random-output-len.", name="output-len", low=1)
+    request_rate: float = flag(
+        math.inf, "", "Requests a second, or inf: all at once.", metavar="<str>", read=positive
+    )
+    burstiness: float = flag(
+        1.0, "", "1: a Poisson process; less: in bursts.", metavar="<str>", read=positive
+    )
+    max_concurrency: int | None = flag(None, "", "Most requests at a time.", low=1)
+    num_warmups: int = flag(0, "", "Requests before those that are measured.", low=0)
+    ready_timeout: float = flag(
+        0.0,
+        "",
+        "Seconds to wait for the server; 0: it has to be there.",
+        name="ready-check-timeout-sec",
+        low=0,
+    )
+    seed: int = flag(0, MODEL, "Seed of prompts, lengths and arrivals.")
+    ignore_eos: bool = flag(
+        False, ANSWERS, "Go on after the end token; always so for random prompts.", one_way=True
+    )
+    temperature: float | None = flag(None, ANSWERS, "Sampling; the server's if not given.")
+    top_p: float | None = flag(None, ANSWERS, "Likewise.")
+    top_k: int | None = flag(None, ANSWERS, "Likewise.")
+    min_p: float | None = flag(None, ANSWERS, "Likewise.")
+    frequency_penalty: float | None = flag(None, "", "Likewise.")
+    presence_penalty: float | None = flag(None, "", "Likewise.")
+    repetition_penalty: float | None = flag(None, "", "Likewise.")
+    extra_body: Mapping[str, Any] = flag({}, "", "Further fields of each request.")
+    percentile_metrics: str = flag("ttft,tpot,itl", "", "Metrics to report: ttft, tpot, itl, e2el.")
+    metric_percentiles: str = flag("99", "", "Their percentiles.")
+    goodput_limits: tuple[str, ...] = flag(
+        (), "", "Limits that a request has to keep to count as good.", name="goodput", metavar="NAME:MS"
+    )
+    save_result: bool = flag(False, "", "Write a JSON file.", one_way=True)
+    detailed: bool = flag(
+        False, "", "In it also each request with its text.", name="save-detailed", one_way=True
+    )
+    result_dir: str | None = flag(None, "", "Its folder; made if it is missing.")
+    result_filename: str | None = flag(None, "", "Its name.")
+    metadata_pairs: tuple[str, ...] = flag((), "", "Put into it.", name="metadata", metavar="KEY=VALUE")
+    label: str | None = flag(None, "", "Begins its name.")
+    tokenizer: str | None = flag(None, MODEL, "Not needed: prompts are token ids, and the server counts.")
+    disable_tqdm: bool = flag(False, "", "Not needed: there is no progress bar.", one_way=True)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if self.endpoint is not None and self.endpoint != BACKENDS[self.backend]:
+            raise UsageError(
+                f"--endpoint {self.endpoint}: the backend {self.backend} has {BACKENDS[self.backend]}"
+            )
+        for name in self.metrics:
+            if name not in METRICS:
+                raise UsageError(f"--percentile-metrics must be of {', '.join(METRICS)}, got {name}")
+        if max(self.percentiles) > 100:
+            raise UsageError(f"--metric-percentiles must be at most 100, got {self.metric_percentiles}")
+        for name in self.goodput:
+            if name not in GOODPUT:
+                raise UsageError(f"--goodput must be of {', '.join(GOODPUT)}, got {name}")
+        _ = self.metadata
+        if self.tokenizer is not None:
+            warn("--tokenizer has no effect: prompts are token ids, and the server counts")
+
+    @property
+    def url(self) -> str:
+        """The server's address, before /v1."""
+        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/").removesuffix("/v1")
+
+    @property
+    def model_name(self) -> str | None:
+        """The model's name in requests; None: the first that the server lists."""
+        return self.served_model_name or self.model
+
+    @property
+    def input_len(self) -> int:
+        return self.own_input_len or self.random_input_len
+
+    @property
+    def output_len(self) -> int:
+        return self.own_output_len or self.random_output_len
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields that are put into each request."""
+        return {**{name: getattr(self, name) for name in SAMPLING}, **self.extra_body}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(name for name in self.percentile_metrics.split(",") if name)
+
+    @cached_property
+    def percentiles(self) -> tuple[float, ...]:
+        return tuple(_number("--metric-percentiles", text) for text in self.metric_percentiles.split(","))
+
+    @cached_property
+    def goodput(self) -> dict[str, float]:
+        """Metric to the most milliseconds of a good request."""
+        limits = _pairs("--goodput", self.goodput_limits, ":")
+        return {name: _number("--goodput", text) for name, text in limits.items()}
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        return _pairs("--metadata", self.metadata_pairs, "=")
+
+    @property
+    def result_file(self) -> str | None:
+        if not (self.save_result or self.detailed):
+            return None
+        short = (self.model_name or "model").rstrip("/").rpartition("/")[2]
+        name = self.result_filename or f"{self.label or self.backend}-{self.request_rate}qps-{short}.json"
+        return name if self.result_dir is None else f"{self.result_dir}/{name}"
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return positive(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {error}") from None
+
+
+def _pairs(option: str, words: tuple[str, ...], separator: str) -> dict[str, str]:
     pairs = dict(word.partition(separator)[::2] for word in words)
     if any(separator not in word for word in words):
         raise UsageError(f"{option} must be like NAME{separator}VALUE, got {' '.join(words)}")

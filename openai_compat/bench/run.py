@@ -48,7 +48,7 @@ def run(args: BenchArgs) -> int:
     A request fails that does not give exactly the tokens it was asked for. Raises `MeasurementError` and
     `ConfigError` naming the file.
     """
-    target = Target(args.url, args.model, os.environ.get("OPENAI_API_KEY"), extra_body=args.fields)
+    target = Target(args.url, args.model_name, os.environ.get("OPENAI_API_KEY"), extra_body=args.fields)
     target = replace(target, model=_wait_for_model(target, args))
     case = _case(args, args.num_prompts)
     if args.num_warmups:
@@ -137,7 +137,7 @@ def _wait_for_model(target: Target, args: BenchArgs) -> str:
                 raise MeasurementError(str(error), remedy=NO_SERVER_REMEDY) from None
             time.sleep(1)
         else:
-            return args.model or listed
+            return args.model_name or listed
 
 
 def _case(args: BenchArgs, count: int) -> Case:

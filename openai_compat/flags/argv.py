@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import typer
-
 from microvllm.openai_compat.flags.config_file import option_words, read_config
-from microvllm.openai_compat.flags.option_values import human_int
 from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.flag import human_int
 
 CONFIG_FLAG = "--config"
 # Commands with this switch take vLLM's engine and server flags, the others only their own.
@@ -236,7 +234,7 @@ def _merge_if_object(found: dict[str, Any], key: str, text: str) -> bool:
     except (ValueError, RecursionError):
         try:
             value = human_int(text)  # `--flag.name 80g`
-        except typer.BadParameter:
+        except ValueError:
             value = text  # `--flag.name word` needs no quotes
     if key.endswith("+"):
         value = text.split(",")

@@ -7,63 +7,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperCommand
 
 from microvllm.openai_compat.flags.argv import IGNORE_FLAG, normalise_argv
-from microvllm.openai_compat.flags.option_values import OBJECT
 from microvllm.runtime.errors import EngineError
+from microvllm.runtime.flag import OBJECT, SECTIONS
 from microvllm.runtime.vllm_environment import ignored_variables
 
 PROGRAM = "microvllm"
-# The sections of --help, and the parameters in each; any other is in the last one, "Options".
-SECTIONS: Mapping[str, tuple[str, ...]] = {
-    "Model": (
-        *("model", "tokenizer", "dtype", "load_format", "gguf_weights", "cpu_activations", "max_model_len"),
-        *("hf_overrides", "rope_scaling", "rope_theta", "seed"),
-    ),
-    "Requests and answers": (
-        *("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos"),
-        *("served_model_name", "generation_config", "override_generation_config", "chat_template"),
-        *("chat_template_content_format", "default_chat_template_kwargs", "response_role", "max_logprobs"),
-        *("logprobs_mode", "max_stop_strings", "return_tokens_as_token_ids", "stream_interval"),
-        *("enable_prompt_tokens_details", "enable_force_include_usage", "enable_per_request_metrics"),
-        *("sse_keep_alive_interval", "fingerprint_mode", "fingerprint_value", "reasoning_effort_map"),
-        "exclude_tools_when_tool_choice_none",
-    ),
-    "Scheduling and KV cache": (
-        *("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens"),
-        *("queue_timeout", "request_timeout", "scheduling_policy"),
-        *("async_scheduling", "enable_prefix_caching", "enable_chunked_prefill"),
-        *("long_prefill_token_threshold", "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
-    ),
-    "Machine": (*("device", "cpu_threads", "attention_backend", "gpu_memory_utilization", "enforce_eager"),),
-    "Server": (
-        *("host", "port", "uds", "root_path", "shutdown_timeout", "http_timeout_keep_alive"),
-        *("http_max_request_body_size", "skip_model_name_validation", "disable_fastapi_docs"),
-        *("enable_tokenizer_info_endpoint", "enable_server_load_tracking"),
-    ),
-    "Access and encryption": (
-        *(
-            "api_key",
-            "api_key_file",
-            "allowed_hosts",
-            "allowed_origins",
-            "allowed_methods",
-            "allowed_headers",
-            "allow_credentials",
-        ),
-        *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers"),
-        "enable_ssl_refresh",
-    ),
-    "Logs": (
-        *("enable_log_requests", "enable_request_id_headers", "uvicorn_log_level"),
-        *("disable_uvicorn_access_log", "disable_access_log_for_endpoints", "disable_log_stats"),
-        *("log_level", "log_stats_interval", "log_step_times", "profiler_config"),
-    ),
-}
 
 
 class Command(TyperCommand):
@@ -90,7 +44,6 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Typer groups with rich alone, which cuts long flags short in 80 columns."""
-        section_of = {name: title for title, names in SECTIONS.items() for name in names}
         sections: dict[str, list[tuple[str, str]]] = {
             title: [] for title in ("Arguments", *SECTIONS, "Options")
         }
@@ -98,7 +51,7 @@ class Command(TyperCommand):
             record = param.get_help_record(ctx)
             if record is not None:
                 argument = param.param_type_name == "argument"
-                title = "Arguments" if argument else section_of.get(str(param.name), "Options")
+                title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or "Options"
                 sections[title].append(record)
         for title, records in sections.items():
             if records:

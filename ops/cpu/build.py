@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -41,18 +42,25 @@ def find_compiler() -> str | None:
     return os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
 
 
-def load_kernels() -> ctypes.CDLL:
+def check_compiler() -> None:
+    """Raises `NoCompilerError` when there is no C compiler, `IsaError` for a level that is not there."""
+    next(usable_levels())
+    if find_compiler() is None:
+        raise NoCompilerError("there is no C compiler (cc, gcc or clang)")
+
+
+def load_kernels(on_compile: Callable[[], None] | None = None) -> ctypes.CDLL:
     """The compiled kernels for the best level of this processor, from the cache if they were compiled before.
 
-    Takes about two seconds the first time. The cache is `microvllm` under $XDG_CACHE_HOME or ~/.cache, or a
-    private folder under the temporary one.
+    Takes about two seconds the first time, which `on_compile` announces. The cache is `microvllm` under
+    $XDG_CACHE_HOME or ~/.cache, or a private folder under the temporary one.
     Raises `NoCompilerError` when there is no C compiler or it fails, `IsaError` for a level that is not
     there.
     """
     failure = NoCompilerError("the compiled kernels do not run on this processor")
     for level in usable_levels():
         try:
-            path = build_kernels(level)
+            path = build_kernels(level, on_compile)
         except NoCompilerError as error:  # it may be older than the processor
             logger.info("no kernels for %s: %s", level.name, error)
             failure = error
@@ -66,7 +74,7 @@ def load_kernels() -> ctypes.CDLL:
     raise failure
 
 
-def build_kernels(level: Level) -> Path:
+def build_kernels(level: Level, on_compile: Callable[[], None] | None = None) -> Path:
     """The library of one level, compiled unless the cache has it. Raises `NoCompilerError`."""
     compiler = find_compiler()
     if compiler is None:
@@ -79,6 +87,8 @@ def build_kernels(level: Level) -> Path:
     except OSError as error:
         raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
     if not is_trusted(library):
+        if on_compile is not None:
+            on_compile()
         _compile(command, library)
     return library
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fakes import VOCAB, Answer, Engine, make_request, run_alone
 
+from microvllm.runtime.config import SCHEDULING_POLICIES
 from microvllm.runtime.core import policies
 from microvllm.runtime.core.policies import POLICIES, Policy
 from microvllm.runtime.request import EngineRequest
@@ -34,6 +35,10 @@ def longest_gaps(engine: Engine) -> dict[int, int]:
 def aligned(**options: Any) -> Engine:
     shape = {"max_model_len": 256, "num_blocks": 512, "max_num_batched_tokens": 512}
     return Engine(**{**shape, "scheduling_policy": "sjf", **options})
+
+
+def test_every_policy_has_a_name_on_the_command_line() -> None:
+    assert tuple(POLICIES) == SCHEDULING_POLICIES
 
 
 # ---- alignment -------------------------------------------------------------------------------------

@@ -28,12 +28,11 @@ from typer.testing import CliRunner
 from microvllm import cli
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.openai_compat.flags import command
 from microvllm.openai_compat.flags.argv import UsageError, normalise_argv
-from microvllm.openai_compat.flags.option_values import human_int
 from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineError
+from microvllm.runtime.flag import SECTIONS, human_int
 from microvllm.runtime.process import spawn
 
 MICROVLLM = str(Path(sys.executable).with_name("microvllm"))
@@ -264,7 +263,7 @@ def command_param(flag: str) -> Any:
 NOT_DEFAULT = {
     "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
     "log_level": "error", "chat_template": "{{ messages }}", "scheduling_policy": "priority",
-    "cpu_threads": "1",
+    "cpu_threads": "1", "gguf_weights": "packed", "cpu_activations": "int8", "device": "cpu",
     "chat_template_content_format": "openai",
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "reasoning_effort_map": '{"high": "max"}',
@@ -709,10 +708,11 @@ def test_help_is_in_sections_and_names_each_flag_once() -> None:
     listed = re.findall(r"^  (?:-\w, )?(--[a-z-]+)(?: / (--[a-z-]+))?", text, re.M)
     flags = [flag for pair in listed for flag in pair if flag]
     assert sorted(flags) == sorted({*flags, *own_flags(), "--help"})
-    own = {name: name for name in dict(own_flags()).values()}
-    known = {name for names in command.SECTIONS.values() for name in names}
-    assert len(known & own.keys()) > 60
-    assert own.keys() - known == {"config", "ignore_unsupported_flags", "fail_on_environ_validation"}
+    own = set(own_flags().values())
+    params = get_command(cli.app).commands["serve"].params  # type: ignore[attr-defined]
+    known = {param.name for param in params if getattr(param, "rich_help_panel", None) in SECTIONS}
+    assert len(known & own) > 60
+    assert own - known == {"config", "ignore_unsupported_flags", "fail_on_environ_validation"}
 
 
 def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from microvllm.runtime import vllm_values
+from microvllm.runtime import backends
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 
@@ -21,15 +21,15 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["hf", *vllm_values.SAFETENSORS_READERS, "SafeTensors"])
+@pytest.mark.parametrize("name", ["hf", *backends.SAFETENSORS_READERS, "SafeTensors"])
 def test_another_reader_of_the_same_files(name: str, model: str, caplog: pytest.LogCaptureFixture) -> None:
     config = EngineArgs(model=model, load_format=name, device="cpu", attention_backend="torch").resolve()
     assert config.load_format == "safetensors"
     lines = [record.getMessage() for record in caplog.records if "--load-format" in record.getMessage()]
-    assert len(lines) == (name in vllm_values.SAFETENSORS_READERS)
+    assert len(lines) == (name in backends.SAFETENSORS_READERS)
 
 
-@pytest.mark.parametrize("name", vllm_values.OTHER_FILES)
+@pytest.mark.parametrize("name", backends.OTHER_FILES)
 def test_other_files_are_refused_by_name(name: str, model: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--load-format {name} reads .*: only safetensors and GGUF"):
         EngineArgs(model=model, load_format=name).resolve()

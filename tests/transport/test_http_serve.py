@@ -41,7 +41,7 @@ options = json.loads(sys.argv[1])
 client = fresh(**options["client"])
 
 class Args:
-    def resolve(self):
+    def prepare(self, on_progress):
         print("resolving", flush=True)
         return client.config
 

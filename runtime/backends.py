@@ -1,0 +1,141 @@
+"""Chooses the format that weights are read in, the operators that compute, and their type.
+
+Values of vLLM's options that are other names for ours, or only tune, are understood.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from microvllm.ops.cpu.isa import IsaError, has_bf16
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.progress import OnProgress, Stage
+
+logger = logging.getLogger("microvllm.config")
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+# FlashAttention 2's paged kernel takes multiples of 256; a tile of our Triton kernels is one block.
+DEFAULT_BLOCK_SIZES = {"cpu": 16, "torch": 16, "triton": 64, "flash_attn": 256}
+# All read the same safetensors files, by other means.
+SAFETENSORS_READERS = ("fastsafetensors", "instanttensor", "runai_streamer")
+OTHER_FILES = {
+    "pt": "PyTorch's pickled files",
+    "npcache": "PyTorch's pickled files",
+    "mistral": "Mistral's consolidated files",
+    "tensorizer": "files of tensorizer",
+    "sharded_state": "a shard for each rank",
+    "runai_streamer_sharded": "a shard for each rank",
+    "ipc_cache": "the memory of another process",
+    "modelexpress": "the memory of another server",
+}
+# Other kernels for the same attention.
+ATTENTION_BACKENDS = """
+    cpu_attn flash_attn_diffkv flashinfer flex_attention rocm_aiter_fa rocm_aiter_unified_attn rocm_attn
+    rocm_segmented_attn torch_sdpa tree_attn triton_attn triton_attn_diffkv triton_flash_attn
+    triton_flashinfer xformers
+""".split()
+
+
+def choose_format(requested: str, path: Path) -> str:
+    """Return safetensors, gguf or dummy, for `--load-format`. Raises `ConfigError` if it does not fit."""
+    name = requested.lower()
+    if name == "hf":
+        name = "auto"
+    elif name in SAFETENSORS_READERS:
+        logger.warning("--load-format %s is read as safetensors: it only tunes how they are read", requested)
+        name = "safetensors"
+    elif name in OTHER_FILES:
+        raise ConfigError(
+            f"--load-format {requested} reads {OTHER_FILES[name]}: "
+            "only safetensors and GGUF files are read here"
+        )
+    if name not in LOAD_FORMATS:
+        raise ConfigError(f"--load-format must be one of {', '.join(LOAD_FORMATS)}, got {requested}")
+    actual = "gguf" if path.is_file() else "safetensors"
+    if name not in ("auto", "dummy", actual):
+        raise ConfigError(f"--load-format {requested} does not fit {path}, which is {actual}")
+    return "dummy" if name == "dummy" else actual
+
+
+def choose_backend(requested: str, device: str) -> str:
+    """The operators that run the model, for `--attention-backend`.
+
+    On a CPU: "cpu", our kernels, where there is a C compiler, else "torch". Raises `ConfigError` for one that
+    is not there.
+    """
+    name = requested.lower()
+    if name in ATTENTION_BACKENDS:
+        logger.warning("--attention-backend %s has no effect here: auto is taken", requested)
+        name = "auto"
+    if device == "cuda":
+        return _gpu_backend(requested, name)
+    if name == "torch":
+        return "torch"
+    if name not in ("auto", "cpu"):
+        raise ConfigError(f"--attention-backend {requested}: 'auto', 'cpu' and 'torch' exist on a CPU")
+    from microvllm.ops.cpu.build import NoCompilerError, check_compiler
+
+    try:
+        check_compiler()
+    except IsaError as error:
+        raise ConfigError(str(error)) from error
+    except NoCompilerError as error:
+        return torch_instead(requested, error)
+    return "cpu"
+
+
+def _gpu_backend(requested: str, name: str) -> str:
+    if name == "auto":
+        # Qwen3-0.6B on an H100: a third faster than flash_attn at one request, and as fast at 64.
+        return "triton"
+    if name not in ("triton", "flash_attn"):
+        raise ConfigError(f"--attention-backend {requested}: a GPU has 'auto', 'triton' and 'flash_attn'")
+    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "--attention-backend flash_attn: the package is missing", remedy="pip install flash-attn"
+        )
+    return name
+
+
+def torch_instead(requested: str, reason: Exception) -> str:
+    """Return "torch", with a warning, where "cpu" cannot be built. Raises `ConfigError` if it has to be."""
+    if requested.lower() == "cpu":
+        raise ConfigError(
+            f"--attention-backend cpu: {reason}",
+            remedy="install a C compiler (apt-get install gcc), or use --attention-backend torch",
+        ) from reason
+    logger.warning("Plain torch operators are used, which are slower: %s", reason)
+    return "torch"
+
+
+def choose_dtype(requested: str, device: str, backend: str) -> str:
+    """The type of activations and of weights that are not packed, for `--dtype`."""
+    if requested != "auto":
+        return DTYPE_ALIASES.get(requested, requested)
+    # torch's operators are slow in bf16 on a CPU without bf16 arithmetic; our kernels are not.
+    return "bfloat16" if device == "cuda" or backend == "cpu" or has_bf16() else "float32"
+
+
+def why_unpacked(model: str, load_format: str, backend: str) -> str | None:
+    """Why weights cannot stay packed as in the model's file; None if they can."""
+    if load_format != "gguf":
+        return f"{model} is not read from a GGUF file"
+    if backend != "cpu":
+        return (
+            "only the CPU kernels (--device cpu --attention-backend cpu) multiply packed weights, "
+            f"{backend} does not"
+        )
+    return None
+
+
+def compile_kernels(on_progress: OnProgress | None) -> None:
+    """Compile the CPU kernels unless that was done before. Raises `NoCompilerError` if it fails."""
+    from microvllm.ops.cpu.build import load_kernels
+
+    stages: list[Stage] = []
+    load_kernels(lambda: stages.append(Stage("Compiling CPU kernels", 1, on_progress)))
+    for stage in stages[-1:]:
+        stage.finish(f"Compiled CPU kernels in {stage.seconds:.1f} s")
