@@ -244,7 +244,11 @@ class FakeClient:
         if self.busy:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
 
-    def submit(
+    def submit(self, prompt_ids: list[int], params: SamplingParams, **options: Any) -> list[FakeStream]:
+        self.processor.check_prompt(prompt_ids)
+        return self._start(prompt_ids, params, **options)
+
+    def _start(
         self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
     ) -> list[FakeStream]:
         if not self.alive:
@@ -252,7 +256,8 @@ class FakeClient:
         self.check_room()
         if self.capacity is not None and len(self.running) + params.n > self.capacity:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
-        requests = self.processor.requests(prompt_ids, params, priority=priority, cache_salt=cache_salt)
+        prepared = self.processor.prepare(params, priority=priority, cache_salt=cache_salt)
+        requests = self.processor.samples(prompt_ids, prepared)
         self.submitted.append((prompt_ids, params, priority, cache_salt))
         self.stats = EngineStats(prompt_tokens=self.stats.prompt_tokens + len(prompt_ids))
         self.observer.step(self.stats)
@@ -269,7 +274,7 @@ class FakeClient:
         try:
             for prompt in prompts:
                 await asyncio.sleep(0)
-                streams += self.submit(prompt, params, **options)
+                streams += self._start(prompt, params, **options)
         except BaseException:
             for stream in streams:
                 stream.abort()

@@ -73,7 +73,9 @@ class Chat(Generation[ChatCompletionRequest]):
         )
 
     async def read_prompts(self) -> list[list[int]]:
-        conversation = await self.state.client.run_rendering(render, self.state, self.body)
+        client = self.state.client
+        conversation = await client.run_rendering(render, self.state, self.body)
+        client.processor.check_prompt(conversation.token_ids)
         self.role, self.echo = conversation.role, conversation.echo
         self.prompt_text = conversation.text if self.body.return_prompt_text else None
         return [conversation.token_ids]

@@ -105,6 +105,7 @@ class Scheduler:
         return request
 
     def _check(self, source: EngineRequest) -> None:
+        """What could never be scheduled would wait for ever. Token ids are `InputProcessor`'s to check."""
         tokens, config = source.prompt_token_ids, self._config
         if not tokens or not 0 < (source.params.max_tokens or 0) <= config.max_model_len - len(tokens):
             raise InvalidRequestError(
@@ -112,10 +113,6 @@ class Scheduler:
                 f"the context of {config.max_model_len} tokens",
                 "prompt",
             )
-        if min(tokens) < 0 or max(tokens) >= config.spec.vocab_size:
-            raise InvalidRequestError("a prompt token id is out of vocabulary", "prompt")
-        if any(not 0 <= token < config.spec.vocab_size for token in source.stop_token_ids):
-            raise InvalidRequestError("a stop token id is out of vocabulary", "stop_token_ids")
 
     def abort(self, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a request at once, at any moment; False if it is unknown or already finished."""

@@ -243,6 +243,7 @@ class EngineClient:
         Raises `InvalidRequestError` (and `ContextLengthError`) naming the field, `EngineBusyError` when
         the waiting queue is full, `EngineDeadError` while there is no engine.
         """
+        self.processor.check_prompt(prompt_ids)
         prepared = self.processor.prepare(params, priority=priority, cache_salt=cache_salt)
         return self._start(prepared, [self.processor.samples(prompt_ids, prepared)])
 
@@ -268,7 +269,7 @@ class EngineClient:
         for prompt in prompts:
             if len(found) % PROMPTS_AT_ONCE == PROMPTS_AT_ONCE - 1:
                 await asyncio.sleep(0)
-            found.append(self.processor.samples(prompt, prepared, checked=True))
+            found.append(self.processor.samples(prompt, prepared))
         return self._start(prepared, found)
 
     def check_room(self, count: int = 1, tokens: int = 1) -> None:

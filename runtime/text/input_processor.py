@@ -156,11 +156,10 @@ class InputProcessor:
         *,
         priority: int = 0,
         cache_salt: str = "",
-        checked: bool = False,
     ) -> list[EngineRequest]:
-        """`params.n` engine requests for one prompt; `checked` means that `check_prompt` has passed it."""
-        prepared = self.prepare(params, priority=priority, cache_salt=cache_salt)
-        return self.samples(prompt_ids, prepared, checked=checked)
+        """Check a prompt and its parameters; returns `params.n` engine requests."""
+        self.check_prompt(prompt_ids)
+        return self.samples(prompt_ids, self.prepare(params, priority=priority, cache_salt=cache_salt))
 
     def prepare(self, params: SamplingParams, *, priority: int = 0, cache_salt: str = "") -> EngineRequest:
         """Check what does not depend on the prompt; returns a request that has none yet, for `samples`.
@@ -179,15 +178,11 @@ class InputProcessor:
             )
         return EngineRequest(-1, [], params, eos, ends, priority, cache_salt, bad_word_ids)
 
-    def samples(
-        self, prompt_ids: list[int], prepared: EngineRequest, *, checked: bool = False
-    ) -> list[EngineRequest]:
-        """The `params.n` requests of one prompt, made of what `prepare` returned.
+    def samples(self, prompt_ids: list[int], prepared: EngineRequest) -> list[EngineRequest]:
+        """The `params.n` requests of one prompt that `check_prompt` passed, made of what `prepare` returned.
 
         `max_tokens` is clamped to what is left of the context, as vLLM 0.33 does.
         """
-        if not checked:
-            self.check_prompt(prompt_ids)
         params = prepared.params
         room = self._config.max_model_len - len(prompt_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)

@@ -229,3 +229,15 @@ async def test_wrong_wishes_leave_the_engine_well(sdk: openai.AsyncOpenAI, engin
         with pytest.raises(openai.BadRequestError):
             await complete(sdk, stream=stream, **options)
     assert await tokens(sdk) == plain and not engine._streams
+
+
+@pytest.mark.parametrize("beyond", [0, 40])
+async def test_a_conversation_that_fills_the_context_is_refused_as_such(
+    engine: EngineClient, sdk: openai.AsyncOpenAI, beyond: int
+) -> None:
+    limit = engine.config.max_model_len
+    empty = engine.processor.render_chat([{"role": "user", "content": ""}], add_generation_prompt=True)
+    text = "x" * (limit + beyond - len(empty))
+    with pytest.raises(openai.BadRequestError) as caught:
+        await sdk.chat.completions.create(model="m", messages=[{"role": "user", "content": text}])
+    assert caught.value.param == ("input_tokens" if beyond else "max_tokens")

@@ -59,10 +59,6 @@ def test_prompt_and_output_fit_the_context(prompt_len: int, max_tokens: int, fit
 @pytest.mark.parametrize(
     ("bad", "param"),
     [
-        (make_request(1, [0, VOCAB]), "prompt"),
-        (make_request(1, [-1]), "prompt"),
-        (make_request(1, [1], stop_ids=[VOCAB]), "stop_token_ids"),
-        (make_request(1, [1], stop_ids=[-1]), "stop_token_ids"),
         (EngineRequest(1, [1], SamplingParams(max_tokens=None)), "prompt"),
         (make_request(0, [1]), "request_id"),
     ],

@@ -72,9 +72,9 @@ def test_the_edges_of_the_vocabulary_and_the_context_pass(processor: InputProces
     processor.check_prompt([0] * 63)
 
 
-def test_a_checked_prompt_is_not_walked_again(processor: InputProcessor) -> None:
+def test_a_prompt_is_walked_once(processor: InputProcessor) -> None:
     ids = Ids([1, 2, 3])
-    assert len(processor.requests(ids, SamplingParams(n=3), checked=True)) == 3
+    assert len(processor.samples(ids, processor.prepare(SamplingParams(n=3)))) == 3
     assert ids.walks == 0
     processor.requests(ids, SamplingParams())
     assert ids.walks == 2  # min and max
