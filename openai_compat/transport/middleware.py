@@ -225,8 +225,8 @@ def _is_event_stream(message: Message) -> bool:
 class ChunkSendMiddleware:
     """Puts the `send` of the layers outside of it into the scope, for the chunks in the middle of a stream.
 
-    The layers inside of it, among them Starlette's three error handlers, look at an answer's first message and
-    at most at its last. Those two pass through them; the chunks between do not (see `EventStream`), which
+    The layers inside of it, among them Starlette's three error handlers, look at an answer's first message
+    and at most at its last. Those two pass through them; the chunks between do not (see `EventStream`), which
     saves 0.6 of 2.6 us per chunk. A layer that has to see every chunk belongs outside, like keep-alive.
     """
 
