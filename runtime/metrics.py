@@ -181,7 +181,7 @@ class EngineMetrics(EngineObserver):
 
     # ---- calls of the observer ------------------------------------------------------------------
 
-    def tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
+    def on_tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
         self.generation_tokens += count
         last = sequence.timing.last_token
         if last is not None:
@@ -191,7 +191,7 @@ class EngineMetrics(EngineObserver):
         self.cached_tokens += sequence.num_cached_tokens
         self.histograms["time_to_first_token_seconds"].observe(now - sequence.timing.arrival)
 
-    def step(self, stats: EngineStats) -> None:
+    def on_step(self, stats: EngineStats) -> None:
         before, self._stats = self._stats, stats
         if stats.steps != before.steps:
             computed = stats.prompt_tokens - before.prompt_tokens
@@ -201,7 +201,7 @@ class EngineMetrics(EngineObserver):
             self._gap_seconds.observe(gap, times)
         self._gaps.clear()
 
-    def finished(self, sequence: TrackedSequence, reason: str) -> None:
+    def on_finished(self, sequence: TrackedSequence, reason: str) -> None:
         self.finished_requests[reason] = self.finished_requests.get(reason, 0) + 1
         timing, generated = sequence.timing, sequence.num_generated_tokens
         first, last, scheduled = timing.first_token, timing.last_token, timing.scheduled
@@ -228,9 +228,9 @@ class EngineMetrics(EngineObserver):
         for name, value in values.items():
             self.histograms[name].observe(value)
 
-    def rejected(self, reason: str) -> None:
+    def on_rejected(self, reason: str) -> None:
         self.rejections[reason] += 1
 
-    def stopped(self) -> None:
+    def on_engine_death(self) -> None:
         self.engine_deaths += 1
         self._past, self._stats = self.totals, EngineStats()

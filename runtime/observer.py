@@ -1,4 +1,4 @@
-"""What is reported of requests to whoever counts: metrics, logs, a benchmark."""
+"""Defines what is reported of requests to metrics and logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
 
 @dataclass(slots=True)
 class RequestTiming:
-    """When one sequence got where, in seconds of `time.monotonic()`; None is "not yet".
+    """The times of one sequence in seconds of `time.monotonic()`; None is "not yet".
 
     `arrival` is when it was handed to the client (tokenised), `scheduled` when it first left the engine's
     queue, the others when its tokens reached this process.
@@ -23,7 +23,7 @@ class RequestTiming:
 
 @dataclass(slots=True)
 class SampleGroup:
-    """The `n` sequences of one prompt. `longest` is the most tokens that one of the ended ones has made."""
+    """The `n` sequences of one prompt; `longest` is the largest number of tokens of an ended one."""
 
     n: int
     unfinished: int
@@ -39,51 +39,54 @@ class TrackedSequence:
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
         self.num_preemptions = 0
-        self.end_reason: str | None = None  # as `EngineObserver.finished` has it
+        self.end_reason: str | None = None  # as `EngineObserver.on_finished` has it
         self.timing = RequestTiming(arrival)
         self.group = group
         self.name = ""  # of the caller's request, for the log
 
-    def count(self, output: StepOutput, num_tokens: int, now: float, observer: EngineObserver) -> None:
-        """Take in one step's output, of which `num_tokens` belong to the answer."""
+    def record_output(
+        self, output: StepOutput, num_tokens: int, now: float, observer: EngineObserver
+    ) -> None:
+        """Record the output of one step, of which `num_tokens` belong to the answer."""
         timing = self.timing
         if timing.first_token is None:
             self.num_cached_tokens = output.num_cached_tokens
             timing.scheduled = output.scheduled_at
         self.num_preemptions = output.num_preemptions
         if num_tokens:
-            observer.tokens(self, num_tokens, now)
+            observer.on_tokens(self, num_tokens, now)
             self.num_generated_tokens += num_tokens
             timing.last_token = now
             if timing.first_token is None:
                 timing.first_token = now
 
-    def end(self, reason: str, observer: EngineObserver) -> None:
+    def record_end(self, reason: str, observer: EngineObserver) -> None:
         self.end_reason = reason
         self.group.unfinished -= 1
         self.group.longest = max(self.group.longest, self.num_generated_tokens)
-        observer.finished(self, reason)
+        observer.on_finished(self, reason)
 
 
 class EngineObserver:
-    """Told everything by the client's event loop, or the offline engine's thread; does nothing. A base class.
+    """Base class of what counts requests; its methods do nothing.
 
-    The calls of one step come together: `tokens` and `finished` for its requests, then `step`. No method
-    may raise, and `tokens` is called for every token of every request: what it does must be cheap.
+    They are called in the client's event loop, or the offline engine's thread. The calls of one step come
+    together: `on_tokens` and `on_finished` for its requests, then `on_step`. No method may raise, and
+    `on_tokens` must be cheap, since it is called for every token of every request.
     """
 
-    def tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
+    def on_tokens(self, sequence: TrackedSequence, count: int, now: float) -> None:
         """`count` tokens arrived at `now`; `sequence.timing.last_token` is still that of the ones before."""
 
-    def finished(self, sequence: TrackedSequence, reason: str) -> None:
+    def on_finished(self, sequence: TrackedSequence, reason: str) -> None:
         """A sequence has ended: "stop", "length", "repetition", "abort", "error", "queue_timeout" or
         "request_timeout". Once a sequence."""
 
-    def step(self, stats: EngineStats) -> None:
-        """A step of the engine is known, and all that came of it was told."""
+    def on_step(self, stats: EngineStats) -> None:
+        """A step of the engine has arrived, and all calls for its requests are done."""
 
-    def rejected(self, reason: str) -> None:
+    def on_rejected(self, reason: str) -> None:
         """A request was refused; `reason` is the option whose limit it met."""
 
-    def stopped(self) -> None:
+    def on_engine_death(self) -> None:
         """The engine process has died: the next one counts from zero."""

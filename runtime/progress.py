@@ -1,4 +1,4 @@
-"""How far the start of an engine has come: what is told, by whoever works, to whoever shows it."""
+"""Reports how far the start of an engine has come."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class OnProgress(Protocol):
 
 
 class Stage:
-    """A piece of work in equal parts, told to `on_progress` (if any) at its beginning and after each part."""
+    """A piece of work in equal parts, reported to `on_progress` at its beginning and after each part."""
 
     def __init__(self, what: str, total: int, on_progress: OnProgress | None) -> None:
         self._what = what
@@ -23,7 +23,7 @@ class Stage:
         self._on_progress = on_progress
         self._done = 0
         self._started = perf_counter()
-        self._tell()
+        self._report()
 
     @property
     def seconds(self) -> float:
@@ -31,16 +31,16 @@ class Stage:
         return perf_counter() - self._started
 
     def advance(self) -> None:
-        """A part is done; the last one is told by `finish`."""
+        """Count a part; `finish` reports the last one."""
         self._done += 1
         if self._done < self._total:
-            self._tell()
+            self._report()
 
     def finish(self, note: str) -> None:
         """All is done: "Captured 35 graphs in 4.2 s, 1.1 GB"."""
         self._done = self._total
-        self._tell(note)
+        self._report(note)
 
-    def _tell(self, note: str = "") -> None:
+    def _report(self, note: str = "") -> None:
         if self._on_progress is not None:
             self._on_progress(self._what, self._done, self._total, note)

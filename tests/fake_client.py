@@ -260,7 +260,7 @@ class FakeClient:
         requests = self.processor.samples(prompt_ids, prepared)
         self.submitted.append((prompt_ids, params, priority, cache_salt))
         self.stats = EngineStats(prompt_tokens=self.stats.prompt_tokens + len(prompt_ids))
-        self.observer.step(self.stats)
+        self.observer.on_step(self.stats)
         # Without a seed the samples differ between children, but not between runs of a test.
         return [
             FakeStream(self, request, f"{i}" if request.seed is None else "")

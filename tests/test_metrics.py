@@ -320,9 +320,9 @@ def test_every_counter_of_the_engine_is_added_up() -> None:
     names = [name for name in EngineStats.__struct_fields__ if name != "step_seconds"]
     stats = EngineStats(*range(1, len(names) + 1), step_seconds=[1.0, 2.0])
     for _ in range(3):
-        metrics.step(stats)
-        metrics.stopped()
-    metrics.step(stats)
+        metrics.on_step(stats)
+        metrics.on_engine_death()
+    metrics.on_step(stats)
     assert metrics.totals.step_seconds == [4.0, 8.0]
     for name in names:
         gauge = name.startswith(("num_", "kv_"))

@@ -98,7 +98,9 @@ class Chat(Generation[ChatCompletionRequest]):
                     "function_call": None,
                     "reasoning": None,
                 },
-                "logprobs": logprobs[index].take(outcome.token_ids, outcome.logprobs) if logprobs else None,
+                "logprobs": logprobs[index].format_tokens(outcome.token_ids, outcome.logprobs)
+                if logprobs
+                else None,
                 "finish_reason": outcome.finish_reason,
                 "stop_reason": outcome.stop_reason,
                 "token_ids": outcome.token_ids if with_ids else None,
@@ -184,7 +186,7 @@ class ChatChunks(ObjectChunks):
             return b'%s%d,"delta":{"content":%s%s' % (self._head, index, text, _PLAIN_END)
         logprobs = None
         if self._logprobs:
-            logprobs = self._logprobs[index].take(delta.token_ids, delta.logprobs or [])
+            logprobs = self._logprobs[index].format_tokens(delta.token_ids, delta.logprobs or [])
         token_ids = orjson.dumps(delta.token_ids if self._with_ids else None)
         if delta.finish_reason is None:
             end = b'null,"token_ids":%s}]%s' % (token_ids, usage)

@@ -106,7 +106,7 @@ class Completion(Generation[CompletionRequest]):
         for index, (stream, choice, outcome) in enumerate(
             zip(self.streams, self.choices(), outcomes, strict=True)
         ):
-            text, logprobs = choice.take(outcome.text, outcome.token_ids, outcome.logprobs)
+            text, logprobs = choice.format_piece(outcome.text, outcome.token_ids, outcome.logprobs)
             member = {
                 "index": index,
                 "text": text,
@@ -169,7 +169,7 @@ class Choice:
         self._echo = echo
         self._logprobs = logprobs
 
-    def take(
+    def format_piece(
         self, text: str, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
     ) -> tuple[str, dict[str, Any] | None]:
         """The text and the `logprobs` object of the next tokens."""
@@ -179,7 +179,7 @@ class Choice:
             token_ids = [*self._stream.prompt_token_ids, *token_ids]
             known = [None, *(self._stream.prompt_logprobs or []), *known]
         self.begun = True
-        return text, None if self._logprobs is None else self._logprobs.take(token_ids, known)
+        return text, None if self._logprobs is None else self._logprobs.format_tokens(token_ids, known)
 
 
 class CompletionChunks(ObjectChunks):
@@ -198,7 +198,7 @@ class CompletionChunks(ObjectChunks):
         prompt_ids = None
         if not choice.begun and (self._with_ids or choice.echoes):  # with an echo unasked, as in vLLM
             prompt_ids = self._streams[index].prompt_token_ids
-        text, logprobs = choice.take(delta.text, delta.token_ids, delta.logprobs)
+        text, logprobs = choice.format_piece(delta.text, delta.token_ids, delta.logprobs)
         return (
             b'%s%d,"text":%s,"logprobs":%s,"finish_reason":%s,"stop_reason":%s,"prompt_token_ids":%s,'
             b'"token_ids":%s,"weight_versions":null}]%s%s,"kv_transfer_params":null}\n\n'

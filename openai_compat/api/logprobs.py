@@ -88,7 +88,9 @@ class CompletionLogprobs:
         self._token_text = token_text
         self._offset = 0
 
-    def take(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs | None]) -> dict[str, Any]:
+    def format_tokens(
+        self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs | None]
+    ) -> dict[str, Any]:
         """The object of the next tokens; an entry is None where nothing is known (a prompt's first token)."""
         offsets, tokens, values, tops = [], [], [], []
         for token, entry in zip(token_ids, entries, strict=True):
@@ -116,7 +118,7 @@ class ChatLogprobs:
         self._token_text = token_text
         self._count = count
 
-    def take(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
+    def format_tokens(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
         content = []
         for token, entry in zip(token_ids, entries, strict=True):
             values = _by_token(entry)

@@ -25,14 +25,14 @@ MAX_PASSED_OVER = 16
 
 
 class Policy:
-    """First come, first served; what the others start from."""
+    """Serves in the order of arrival; the base of the other policies."""
 
     def rank(self, source: EngineRequest) -> int:
-        """What comes before the order of arrival: smaller is served first, and preempted last."""
+        """Rank before the order of arrival: a smaller one is served first and preempted last."""
         return 0
 
-    def turn(self, running: Sequence[Request]) -> Sequence[Request]:
-        """Those of the running requests that this step may compute, in their order."""
+    def eligible(self, running: Sequence[Request]) -> Sequence[Request]:
+        """Return the running requests that this step may compute, in their order."""
         return running
 
 
@@ -41,13 +41,13 @@ class Priority(Policy):
         return source.priority
 
 
-class Alignment(Policy):
-    """Shortest job first. Prompts go on as ever; `MAX_PASSED_OVER` bounds how long a long one waits."""
+class ShortestJobFirst(Policy):
+    """Shortest job first. Prompts are not held back; `MAX_PASSED_OVER` bounds how long a long request waits."""
 
     def __init__(self) -> None:
-        self._passed_over = 0  # steps in a row in which somebody was
+        self._passed_over = 0  # steps in a row in which a request was
 
-    def turn(self, running: Sequence[Request]) -> Sequence[Request]:
+    def eligible(self, running: Sequence[Request]) -> Sequence[Request]:
         lengths = [_decode_length(request) for request in running]
         shortest = min(filter(None, lengths), default=0)
         if max(lengths, default=0) == shortest or self._passed_over == MAX_PASSED_OVER:
@@ -63,4 +63,4 @@ def _decode_length(request: Request) -> int:
     return length if length > request.prompt_len and request.num_missing == 1 else 0
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "priority": Priority, "sjf": Alignment}
+POLICIES: dict[str, Callable[[], Policy]] = {"fcfs": Policy, "priority": Priority, "sjf": ShortestJobFirst}

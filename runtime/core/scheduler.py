@@ -156,7 +156,7 @@ class Scheduler:
         scheduled: list[ScheduledRequest] = []
         # While blocks are short everyone has a turn, the oldest first: who was denied blocks is the next to
         # get them, which the policy's choice could put off for ever.
-        turn = self._running if self._short_of_blocks else self._policy.turn(self._running)
+        turn = self._running if self._short_of_blocks else self._policy.eligible(self._running)
         self._short_of_blocks = False
         for index, request in enumerate(turn):
             if request.row < 0:

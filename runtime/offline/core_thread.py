@@ -161,7 +161,7 @@ class _CoreLoop:
 
     def _step(self) -> None:
         self._deliver(self._core.step())
-        self._observer.step(self._core.stats())
+        self._observer.on_step(self._core.stats())
 
     def _deliver(self, outputs: Sequence[StepOutput]) -> None:
         now = time.monotonic()
@@ -171,10 +171,10 @@ class _CoreLoop:
                 continue
             sequence, run = found
             run.outputs.append((sequence, output))
-            sequence.count(output, len(output.token_ids), now, self._observer)
+            sequence.record_output(output, len(output.token_ids), now, self._observer)
             if output.finish_reason is not None:
                 del self._open[output.request_id]
-                sequence.end(str(output.finish_reason), self._observer)
+                sequence.record_end(str(output.finish_reason), self._observer)
         for run in [run for run in self._waiting if run.outputs]:
             self._waiting.remove(run)
             self._send_outputs(run)
@@ -207,7 +207,7 @@ class _CoreLoop:
         found = self._open.pop(request_id, None)
         if found is not None:
             self._core.abort(request_id)
-            found[0].end(reason, self._observer)
+            found[0].record_end(reason, self._observer)
 
     def close_run(self, run: Run) -> None:
         try:
@@ -217,7 +217,7 @@ class _CoreLoop:
                 self.end_request(request_id, str(FinishReason.ABORT))
             if not self._waiting and self._failure is None:  # else the next step awaits the one in flight
                 self._deliver(self._core.drain())
-                self._observer.step(self._core.stats())
+                self._observer.on_step(self._core.stats())
                 if not self._core.has_work():
                     self._core.rest()
         finally:

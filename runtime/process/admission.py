@@ -75,7 +75,7 @@ class Admission:
         self._num_tokens -= tokens
         self._began += started
 
-    def step(self, stats: EngineStats, now: float) -> None:
+    def measure(self, stats: EngineStats, now: float) -> None:
         """Measure the rate, once a step; `now` is `time.monotonic()`."""
         elapsed = now - self._last_step
         if self._waiting:

@@ -119,7 +119,7 @@ class TokenStream(TrackedSequence):
             self._client.abort_request(self.request_id)
             self.fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
             return
-        self.count(output, len(delta.token_ids), now, self._client.observer)
+        self.record_output(output, len(delta.token_ids), now, self._client.observer)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if len(self._pending) < MAX_BACKLOG:
@@ -151,7 +151,7 @@ class TokenStream(TrackedSequence):
         if self._queued:
             self._queued = False
             self._client.admission.leave(len(self.prompt_token_ids), started=False)
-        self.end(reason, self._client.observer)
+        self.record_end(reason, self._client.observer)
 
 
 class EngineClient:
@@ -278,7 +278,7 @@ class EngineClient:
         try:
             self.admission.check(self.stats, in_flight + count, tokens)
         except QueueFullError as error:
-            self.observer.rejected(error.option)
+            self.observer.on_rejected(error.option)
             raise
 
     def _start(
@@ -381,7 +381,7 @@ class EngineClient:
                 logger.exception("An event of the engine process could not be handled.")
             self._ready = False
             self._fail_all(EngineDeadError(DEAD))
-            self.observer.stopped()
+            self.observer.on_engine_death()
             logger.error("%s%s", DEAD, await self._process.end())
             self._use(await self._restart())
 
@@ -392,7 +392,7 @@ class EngineClient:
             if not self._ready or self._process is None:
                 continue
             if self._profiling:
-                self._watch.step()  # writing a profile may take longer than any step
+                self._watch.on_step()  # writing a profile may take longer than any step
             problem = self._watch.tick(bool(self._streams), WATCH_INTERVAL_S)
             if problem is not None:
                 self._ready = False
@@ -407,17 +407,17 @@ class EngineClient:
             if not answer.done():  # done: its client has left
                 answer.set_result(event)
         elif isinstance(event, Beat):
-            self._watch.beat(event.resting)
+            self._watch.on_beat(event.resting)
         if not isinstance(event, Step):
             return
-        self._watch.step()
+        self._watch.on_step()
         self.stats, now = event.stats, time.monotonic()
-        self.admission.step(event.stats, now)
+        self.admission.measure(event.stats, now)
         for output in event.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.on_output(output, now)
-        self.observer.step(event.stats)
+        self.observer.on_step(event.stats)
 
     def _fail_all(self, error: EngineError) -> None:
         for stream in list(self._streams.values()):

@@ -91,10 +91,10 @@ class Watch:
         self._used: int | None = None  # processor time, read first when the silence begins
         self._ticked = time.monotonic()
 
-    def beat(self, resting: bool) -> None:
+    def on_beat(self, resting: bool) -> None:
         self._resting, self._silent_s, self._used = resting, 0.0, None
 
-    def step(self) -> None:
+    def on_step(self) -> None:
         self._silent_s, self._step_s, self._used = 0.0, 0.0, None
 
     def tick(self, busy: bool, interval_s: float) -> str | None:

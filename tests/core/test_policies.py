@@ -257,5 +257,5 @@ def test_policies_that_align_nothing_cost_nothing() -> None:
     """No copy of the running requests, no look at any of them."""
     running: list[Any] = [object(), object()]
     for name in ("fcfs", "priority"):
-        assert POLICIES[name]().turn(running) is running
+        assert POLICIES[name]().eligible(running) is running
     assert type(POLICIES["fcfs"]()) is Policy

@@ -215,7 +215,7 @@ def problem_within(watch: Watch, seconds: float, **beat: Any) -> str | None:
     while time.monotonic() < end:
         time.sleep(0.05)
         if beat:
-            watch.beat(**beat)
+            watch.on_beat(**beat)
         if (problem := watch.tick(busy=False, interval_s=0.05)) is not None:
             return problem
     return None
@@ -231,7 +231,7 @@ async def test_silence_counts_only_without_processor_time() -> None:
     with process("import time; time.sleep(3600)") as pid:
         watch = Watch(pid, 60.0)
         assert "no sign of life" in str(problem_within(watch, PATIENCE_S))
-        watch.beat(resting=True)
+        watch.on_beat(resting=True)
         assert watch.tick(busy=False, interval_s=0.05) is None, "it is well again"
 
 

@@ -278,7 +278,7 @@ async def test_an_abort_frees_the_blocks_within_one_step(
 ) -> None:
     """The engine is stopped meanwhile, so that it is known at which step the abort reaches it."""
     told: list[EngineStats] = []
-    monkeypatch.setattr(client.observer, "step", told.append)
+    monkeypatch.setattr(client.observer, "on_step", told.append)
     (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
     for _ in range(3):
         await anext(stream)
