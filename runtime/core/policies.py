@@ -42,7 +42,7 @@ class Priority(Policy):
 
 
 class ShortestJobFirst(Policy):
-    """Shortest job first. Prompts are not held back; `MAX_PASSED_OVER` bounds how long a long request waits."""
+    """Runs the shortest answers alone. Prefill goes on; `MAX_PASSED_OVER` bounds how long others wait."""
 
     def __init__(self) -> None:
         self._passed_over = 0  # steps in a row in which a request was
