@@ -15,16 +15,13 @@ import statistics
 import time
 from dataclasses import dataclass, field
 
+from bench.options import span
+
+from microvllm.openai_compat.bench.workloads import Span
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
-
-
-def span(text: str) -> tuple[int, int]:
-    """ "128" or "100-1024"."""
-    low, _, high = text.partition("-")
-    return int(low), int(high or low)
 
 
 @dataclass
@@ -64,8 +61,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--input", type=span, default=(100, 1024))
-    parser.add_argument("--output", type=span, default=(100, 1024))
+    parser.add_argument("--input", type=span, default=Span(100, 1024))
+    parser.add_argument("--output", type=span, default=Span(100, 1024))
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -92,8 +89,8 @@ def main() -> None:
     for repeat in range(args.repeat + 1):
         requests = []
         for _ in range(args.requests if repeat else min(args.requests, 4)):
-            prompt = [draw.randrange(config.spec.vocab_size) for _ in range(draw.randint(*args.input))]
-            output = draw.randint(*args.output) if repeat else 8
+            prompt = [draw.randrange(config.spec.vocab_size) for _ in range(args.input.draw(draw))]
+            output = args.output.draw(draw) if repeat else 8
             requests.append(EngineRequest(next_id, prompt, SamplingParams(max_tokens=output, **params)))
             next_id += 1
         result = run(core, requests)

@@ -36,7 +36,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from bench.options import positive_int, span
 
+from microvllm.openai_compat.bench.workloads import Span
 from microvllm.runtime.backends import DEFAULT_BLOCK_SIZES
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
@@ -46,6 +48,7 @@ from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 MAX_FRAGMENTATION, MIN_REUSE = 0.04, 0.92
+MESSAGE, ANSWER, PAUSE = Span(32, 256), Span(128, 512), Span(1, 60)
 SMALL_MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -64,23 +67,22 @@ SMALL_MODEL = {
 
 @dataclass(frozen=True)
 class Workload:
-    """Lengths are in tokens, (least, most), drawn evenly; a pause is in steps of the engine."""
+    """Lengths are in tokens, drawn uniformly; a pause is in steps of the engine."""
 
     conversations: int = 10
     at_once: int = 8
     turns: int = 4
     system_prompt: int = 512
-    message: tuple[int, int] = (32, 256)
-    answer: tuple[int, int] = (128, 512)
-    pause: tuple[int, int] = (1, 60)
+    message: Span = MESSAGE
+    answer: Span = ANSWER
+    pause: Span = PAUSE
     seed: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.conversations} conversations, {self.at_once} at once, of {self.turns} turns; a shared "
-            f"system prompt of {self.system_prompt} tokens, messages of {self.message[0]} to "
-            f"{self.message[1]} and answers of {self.answer[0]} to {self.answer[1]} tokens, a pause of "
-            f"{self.pause[0]} to {self.pause[1]} steps before each message; seed {self.seed}"
+            f"system prompt of {self.system_prompt} tokens, messages of {self.message} and answers of "
+            f"{self.answer} tokens, a pause of {self.pause} steps before each message; seed {self.seed}"
         )
 
 
@@ -173,11 +175,7 @@ def conversations(workload: Workload, vocab: int) -> list[Conversation]:
     made = []
     for _ in range(workload.conversations):
         messages = [
-            (
-                tokens(draw.randint(*workload.message)),
-                draw.randint(*workload.answer),
-                draw.randint(*workload.pause),
-            )
+            (tokens(workload.message.draw(draw)), workload.answer.draw(draw), workload.pause.draw(draw))
             for _ in range(workload.turns)
         ]
         made.append(Conversation(iter(messages), list(system), workload.turns))
@@ -269,35 +267,26 @@ def case(text: str) -> tuple[str, int]:
     return backend, int(size or DEFAULT_BLOCK_SIZES[backend])
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 on")
-    return int(text)
-
-
-def span(text: str) -> tuple[int, int]:
-    low, dash, high = text.partition("-")
-    bounds = positive(low), positive(high if dash else low)
-    if bounds[0] > bounds[1]:
-        raise argparse.ArgumentTypeError(f"{text}: the least comes first")
-    return bounds
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a model folder; a small random model if not given")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", type=case, nargs="+", metavar="BACKEND:BLOCK_SIZE", help="instead of all")
-    parser.add_argument("--conversations", type=positive, default=Workload.conversations)
-    parser.add_argument("--at-once", type=positive, default=Workload.at_once)
-    parser.add_argument("--turns", type=positive, default=Workload.turns)
-    parser.add_argument("--system-prompt", type=positive, default=Workload.system_prompt, metavar="TOKENS")
+    parser.add_argument("--conversations", type=positive_int, default=Workload.conversations)
+    parser.add_argument("--at-once", type=positive_int, default=Workload.at_once)
+    parser.add_argument("--turns", type=positive_int, default=Workload.turns)
+    parser.add_argument(
+        "--system-prompt", type=positive_int, default=Workload.system_prompt, metavar="TOKENS"
+    )
     parser.add_argument("--message", type=span, default=Workload.message, metavar="LEAST-MOST")
     parser.add_argument("--answer", type=span, default=Workload.answer, metavar="LEAST-MOST")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--pool-tokens", type=positive, default=65536, help="size of the KV pool; smaller ones evict prefixes"
+        "--pool-tokens",
+        type=positive_int,
+        default=65536,
+        help="size of the KV pool; smaller ones evict prefixes",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args(arguments)
