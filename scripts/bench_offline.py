@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The engine alone, without a server or text: random token ids in, token ids out, as fast as it goes.
+"""Measures the engine alone, without a server or text: random token ids in, token ids out, at full speed.
 
     python scripts/bench_offline.py --model DIR --load-format dummy --requests 256 --input 100-1024
 

@@ -1,4 +1,4 @@
-"""The requests of `compare_vllm.py`, and the differences that are known and meant.
+"""Holds the requests of `compare_vllm.py`, and the differences that are known and intended.
 
 Every field of both endpoints with values that are right, at the border and wrong, alone in an otherwise plain
 greedy request; prompts and messages of every form; the other endpoints; bodies that are no request at all.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The three scheduling policies on one workload: what `sjf` aligns, and what that costs and gives.
+"""Measures the three scheduling policies on one workload: what `sjf` aligns, what it costs and what it gives.
 
     python scripts/compare_policies.py                            # the demo model, a few minutes on two cores
     python scripts/compare_policies.py --plots policies           # and plots, as PNG and SVG, in a folder
@@ -186,7 +186,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Alone:
-    """Seconds a token, measured on an idle engine."""
+    """Seconds per token, measured on an idle engine."""
 
     prompt: float
     output: float

@@ -60,14 +60,14 @@ class Figure(NamedTuple):
 
 @contextmanager
 def asking(server: Server) -> Iterator[httpx.Client]:
-    """A client of the server."""
+    """Opens an HTTP client of the server for the block."""
     with httpx.Client(base_url=server.target.url, timeout=60, trust_env=False) as http:
         yield http
 
 
 @contextmanager
 def watching(server: Server) -> Iterator[list[float]]:
-    """Asks for /health all the time: the seconds of each answer, infinite for one that failed."""
+    """Polls /health during the block; yields the seconds of each answer, infinite for one that failed."""
     seconds: list[float] = []
     done = threading.Event()
 
@@ -92,7 +92,7 @@ def watching(server: Server) -> Iterator[list[float]]:
 
 @contextmanager
 def held(server: Server, count: int) -> Iterator[None]:
-    """So many long requests on connections of their own, which nobody reads."""
+    """Holds `count` long requests open for the block, each on a connection of its own that is never read."""
     request = HEAD.format(framing=f"Content-Length: {len(LONG)}").encode() + LONG
     with ExitStack() as stack:
         for _ in range(count):
@@ -231,7 +231,7 @@ def overload(args: argparse.Namespace) -> Iterator[Figure]:
     flags = ("--max-num-seqs", "8", "--max-num-queued-reqs", "auto", "--queue-timeout", "0.5", *args.flags)
     with serving(args.model, *flags) as server:
         rate = 64.0 / 20
-        for _ in range(2):  # the first run only tells how many requests take some 20 s
+        for _ in range(2):  # the first run only finds how many requests take some 20 s
             closed = server.measure([SHORT] * round(20 * rate), concurrency=8, timeout_s=PATIENCE_S)
             rate = peak = _goodput(closed)
         usual, extreme = (_offer(server, share * peak, 20) for share in (0.9, 10))

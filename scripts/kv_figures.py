@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The KV cache's figures from the engine's own counters: fragmentation, prefix reuse, leaked blocks.
+"""Reports the KV cache's figures from the engine's own counters: fragmentation, prefix reuse, leaked blocks.
 
     python scripts/kv_figures.py                    # the CPU's attention backends
     python scripts/kv_figures.py --device cuda      # those of a GPU

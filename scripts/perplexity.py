@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Perplexity of a text under a model, for each way of multiplying with the weights of a .gguf file.
+"""Measures the perplexity of a text for each way of multiplying with the weights of a .gguf file.
 
 The text is cut into windows; each is a prompt whose log probabilities the engine gives back. Prints Markdown:
 the last column is how much larger the perplexity is than the exact one, and two standard errors of that. The

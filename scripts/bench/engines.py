@@ -1,7 +1,7 @@
-"""The engines that compare.py knows: where each is found, how its server is started and asked.
+"""Finds the engines that compare.py supports, and holds how the server of each is started and addressed.
 
 Every engine runs as it does by default: prefix caches, batching, threads, compilation and graphs are its own.
-What is told to all is the same: the weights, the context, that an answer does not end early.
+All of them get the same weights and context, and no answer ends early.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Spec:
     command: str = ""
     """What starts an OpenAI-compatible server; `{port}` stands for its port (kind `command`)."""
     weights: str = ""
-    """What the table says about its weights, in place of the dtype."""
+    """What the table shows for its weights, in place of the dtype."""
     workloads: str = ""
     """Those that it takes part in, separated by commas; all if not given."""
 
@@ -147,8 +147,8 @@ def microvllm(spec: Spec, setup: Setup) -> Engine:
     model = setup.weights.model
     if spec.dtype != "auto" and model.is_file():
         flags = ["--gguf-weights", "dequantized", *flags]
-    wish = _value_of("--gguf-weights", flags)
-    dtype, backend, packed = _microvllm_defaults(python, model, spec.dtype, setup.device, wish)
+    gguf_weights = _value_of("--gguf-weights", flags)
+    dtype, backend, packed = _microvllm_defaults(python, model, spec.dtype, setup.device, gguf_weights)
     weights = gguf_format(model) if packed else dtype
     command = [python, "-m", "microvllm.cli", "serve", "--model", str(model)]
     command += ["--served-model-name", MODEL_NAME, "--device", setup.device, "--dtype", dtype]
@@ -311,7 +311,7 @@ def transformers(spec: Spec, setup: Setup) -> Engine:
         spec.weights or dtype,
         command,
         {"HF_HUB_OFFLINE": "1"},
-        model=None,  # it knows the model by its path alone
+        model=None,  # its only name for the model is the path
         ignore_eos=False,  # it refuses fields that it does not know
         extra_body={"generation_config": '{"eos_token_id": -1, "do_sample": false}'},
         text_only=True,

@@ -1,4 +1,4 @@
-"""The least time that a run on a GPU can take: that of reading the weights and the KV cache once a step."""
+"""Computes the least time of a run on a GPU: that of reading the weights and the KV cache once per step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Floor:
             return None
 
     def seconds(self, inputs: Sequence[int], outputs: Sequence[int], concurrency: int) -> float:
-        """The least that these requests take, so many at a time; prompts are free."""
+        """The least time of these requests, `concurrency` at a time; prompts count nothing."""
         # The first token of a request comes with its prompt.
         steps = max(max(outputs) - 1, sum(n - 1 for n in outputs) / concurrency)
         cached = sum(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hugging Face `generate` behind the least of a server, so that the same client can drive it.
+"""Serves Hugging Face `generate` over a minimal HTTP server, so that the same client can drive it.
 
     python scripts/bench/hf_generate.py FOLDER --dtype bfloat16 --max-batch 8 --port 8000
 
@@ -57,7 +57,7 @@ class Distributor(BaseStreamer):
                     job.tokens.put(None)
 
     def end(self) -> None:
-        """Every job has been told by its own last token."""
+        """Does nothing: the last token of each job has ended it."""
 
 
 def run_batches(model: Any, waiting: queue.SimpleQueue[Job], max_batch: int) -> None:

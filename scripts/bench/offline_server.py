@@ -1,4 +1,4 @@
-"""`LLM.generate` of vLLM or of this engine, once for each request to a small server.
+"""Serves `LLM.generate` of vLLM or of this engine, one call per request, over a minimal HTTP server.
 
     python scripts/bench/offline_server.py microvllm|vllm MODEL PORT [--kv-cache-memory-bytes N]
 
@@ -33,7 +33,7 @@ def main() -> None:
         from vllm import LLM, SamplingParams
 
         if args.kv_cache_memory_bytes:
-            options["gpu_memory_utilization"] = 0.3  # asked for at the start only
+            options["gpu_memory_utilization"] = 0.3  # checked at the start only
     else:
         from microvllm import LLM, SamplingParams
     llm = LLM(args.model, **options)

@@ -1,4 +1,4 @@
-"""The options of compare.py that change a workload, and the types of its options' values."""
+"""Defines the options of compare.py that change a workload, and the argparse types of the scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots of a comparison. Needs matplotlib, which is imported when something is drawn."""
+"""Draws the plots of a comparison. Imports matplotlib when something is drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, as one Markdown table with what belongs to it, and as JSON."""
+"""Writes a comparison as one Markdown table with its conditions, and as JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEED_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16
 
 
 def machine() -> dict[str, Any]:
-    """What is measured on."""
+    """The machine: processor, GPUs, system and load."""
     values: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Engines take turns: A B C A B C ..., the same requests for all in a round, new ones in the next."""
+"""Runs engines in turns: A B C A B C ..., the same requests for all in a round, new ones in the next."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ class Comparison:
     plan: Plan
     logs: Path
     say: Callable[[str], None]
-    """Takes lines of progress."""
+    """Log callback: called with each line of progress."""
     advance: Callable[[str], None]
-    """Is told what begins now, before each start of a server and each measurement."""
+    """Progress callback: called with what begins, before each start of a server and each measurement."""
     rows: list[Row] = field(default_factory=list)
     rounds_done: int = 0
     skipped: list[Case] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The running server of an engine: started, waited for, halted, measured, and ended with all it has started.
+"""Starts the server of an engine, waits for it, measures and halts it, and ends all of its processes.
 
 Reads /proc, so Linux only.
 """
@@ -33,7 +33,7 @@ from microvllm.openai_compat.bench.workloads import random_ids, random_texts
 
 LOG_LINES = 5
 GRACE_S = 15.0
-"""What a server gets to end by itself."""
+"""Seconds in which a server may end by itself."""
 METRICS_TIMEOUT_S = 10.0
 SERVE_START_S = 600.0
 
@@ -105,7 +105,7 @@ class Server:
             time.sleep(0.1)
 
     def measure(self, users: Sequence[User], *, timeout_s: float, **load: Any) -> Measured:
-        """Send the requests of the users as `load` says, those of an offline engine in one call."""
+        """Measure the users under a load (see `client.measure`); an offline engine gets them in one call."""
         if not self.engine.offline:
             return measure(self.target, users, timeout_s=timeout_s, **load)
         asked = [user for user in users if isinstance(user, Completion)]
@@ -121,7 +121,7 @@ class Server:
         return Measured(results, answer["seconds"], 0.0)
 
     def metrics(self) -> str:
-        """What its /metrics says; "" if it has none."""
+        """The text of its /metrics; "" if it has none."""
         with suppress(OSError):
             return _http(f"{self.target.url}/metrics", METRICS_TIMEOUT_S)
         return ""
@@ -174,7 +174,7 @@ class Server:
         self._signal(signal.SIGCONT)
 
     def terminate(self) -> None:
-        """Tell it to end, without waiting."""
+        """Send it SIGTERM, without waiting."""
         self.resume()
         if self._process is not None:
             self._process.terminate()
@@ -212,7 +212,7 @@ def stop_all(servers: Sequence[Server]) -> None:
 
 @contextmanager
 def serving(model: str, *flags: str, log: Path | None = None) -> Iterator[Server]:
-    """`microvllm serve` for the block. Raises `BenchError` if it does not start."""
+    """Run `microvllm serve` during the block. Raises `BenchError` if it does not start."""
     command = [sys.executable, "-m", "microvllm", "serve", "--model", model, *LISTEN]
     command += ["--disable-uvicorn-access-log", *flags]
     with tempfile.TemporaryDirectory() as folder:

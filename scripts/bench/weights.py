@@ -1,4 +1,4 @@
-"""One model in the forms that the engines want: a Hugging Face folder or a GGUF file, in several dtypes."""
+"""Provides one model in the forms that engines load: a Hugging Face folder or a GGUF file, by dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The named workloads of compare.py, and what the user may change about them.
+"""Defines the named workloads of compare.py, and what the user may change about them.
 
 `single` and `concurrent35` are one user and 35 requests at once, 128 to 512 tokens in and 500 out; `nano256`
 and `offline256` have the lengths of nano-vllm's bench.py, draw by draw. Each has a small form for a CPU, in

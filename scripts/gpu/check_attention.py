@@ -1,4 +1,4 @@
-"""Times the decode attention backends on one GPU and prints microseconds a layer and KV bytes a second.
+"""Times the decode attention backends on one GPU and prints microseconds per layer and KV bytes per second.
 
     python scripts/gpu/check_attention.py [--out FILE.json] [--tilings]
 

@@ -1,4 +1,4 @@
-"""Runs everything that a GPU can say about the engine's correctness, and prints one table.
+"""Runs every check of the engine that needs a GPU, and prints one table.
 
     python scripts/gpu/checks.py [--only NAME…] [--logs FOLDER]
 

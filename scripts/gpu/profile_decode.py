@@ -1,8 +1,8 @@
-"""Where the time of a decode step goes on a GPU: the host's parts, kernels by name, and gaps.
+"""Shows where the time of a decode step goes on a GPU: the host's parts, kernels by name, and gaps.
 
 The GPU is idle between the last work of a step, which brings its tokens to the host, and the first kernel of
 the next: then it waits for the host. That is meant both in the table of `--log-step-times`, which comes first
-and has it from events, and in the profile. Gaps between the kernels of a step are told apart from it.
+and has it from events, and in the profile. Gaps between the kernels of a step are counted separately.
 
 python scripts/gpu/profile_decode.py --model DIR --load-format dummy --batch 1 64 --context 600
 """
