@@ -1,30 +1,60 @@
-"""Decode steps as CUDA graphs: one replay for the whole model, from staged inputs to chosen tokens.
+"""Captures steps as CUDA graphs, for some sizes each, and replays the smallest that a step fits into.
 
-A graph is captured for each of some batch sizes; a step takes the next larger one, and what is too much
-is padding: a row of its own, of context length 0, which writes no keys and whose token goes nowhere.
+A decode step is one replay for the whole model, from staged inputs to chosen tokens. A small step with
+prompts in it is captured up to its last hidden states: launching a model's kernels one by one takes the host
+some 10 ms, and the GPU computes a short prompt in a tenth of that. Larger steps keep the GPU busier than the
+host.
+
+What is too much is padding: rows and tokens that write no keys and that nobody reads, sequences of context
+length 0, segments without tokens.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.cuda import CUDAGraph
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.ops.attention import AttentionBackend, AttentionBatch
+from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.sampling import Delivery
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
-from microvllm.runtime.worker.gpu_sampler import GPUSampler
-from microvllm.runtime.worker.step_inputs import UNKNOWN, DeviceInputs
-from microvllm.runtime.worker.transfer import Readback
+from microvllm.runtime.worker.sampler import GPUSampler
+from microvllm.runtime.worker.step_inputs import (
+    UNKNOWN,
+    DeviceInputs,
+    Readback,
+    StepArrays,
+    StepSize,
+    step_sizes,
+)
+
+T = TypeVar("T")
+
+
+def capture(
+    step: Callable[[], T], pool: torch.cuda._POOL_HANDLE, stream: torch.cuda.Stream
+) -> tuple[CUDAGraph, T]:
+    """The graph of a step whose inputs were sent, in memory of the pool, and what the step gives."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        step()  # compiles kernels, which a capture cannot
+    torch.cuda.synchronize()
+    graph = CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        made = step()
+    return graph, made
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -40,7 +70,7 @@ class _Captured:
     They live in the graphs' common memory: the next replay overwrites them.
     """
 
-    graph: torch.cuda.CUDAGraph
+    graph: CUDAGraph
     ids: Tensor
     logits: Tensor
     tokens: Tensor
@@ -92,13 +122,7 @@ class DecodeGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for size in reversed(self.sizes):
             self._inputs.stager.send_into(self._view(size), self._padding(size))
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
-                self._step(size)  # compiles kernels, which a capture cannot
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                made = self._step(size)
+            graph, made = capture(partial(self._step, size), self._pool, stream)
             self._captured[size] = _Captured(graph, *made)
             stage.advance()
         torch.cuda.synchronize()
@@ -185,3 +209,92 @@ class DecodeGraphs:
         self.replays += 1
         self.padded_tokens += size - count
         return captured.ids[:count], captured.logits[:count], captured.tokens[:count]
+
+
+# ---- steps with prompts ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedPrompts:
+    """ids: [decodes + tokens], what went in; hidden: [decodes + tokens, hidden], until the next replay."""
+
+    graph: CUDAGraph
+    ids: Tensor
+    hidden: Tensor
+
+
+class PromptGraphs:
+    """`tables`: the block tables of all rows on the device, [rows, width] int32; the last is the padding row.
+    `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: DecoderModel,
+        attention: AttentionBackend,
+        inputs: DeviceInputs,
+        tables: Tensor,
+        pool: torch.cuda._POOL_HANDLE,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._inputs = inputs
+        self._tables = tables
+        self._pool = pool
+        self._padding_row = config.max_num_seqs
+        self.sizes = step_sizes(config.max_num_seqs, config.max_num_batched_tokens)
+        self._captured: dict[StepSize, _CapturedPrompts] = {}
+        longest = max((size.fields()[-1].stop for size in self.sizes), default=0)
+        self._staged = torch.zeros(longest, dtype=torch.int32, device=tables.device)
+        self.replays = 0
+        self.padded_tokens = 0
+
+    @torch.inference_mode()
+    def capture(self, stage: Stage) -> None:
+        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took.
+
+        Each is a part of the stage.
+        """
+        nothing = np.zeros(0, dtype=np.int64)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        for size in sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True):
+            self.send(size, StepArrays(nothing, nothing, nothing, nothing, nothing, nothing, nothing, 0))
+            graph, made = capture(partial(self._step, size), self._pool, stream)
+            self._captured[size] = _CapturedPrompts(graph, *made)
+            stage.advance()
+        torch.cuda.synchronize()
+
+    def size_for(self, arrays: StepArrays) -> StepSize | None:
+        """The smallest size that has room for a step."""
+        return next((size for size in self.sizes if size.fits(arrays)), None)
+
+    def send(self, size: StepSize, arrays: StepArrays) -> None:
+        """Bring a step's inputs to the graph of this size, which `forward` then replays."""
+        staged = size.staged(arrays, self._padding_row)
+        self._inputs.stager.send_into(self._staged[: len(staged)], staged)
+
+    def forward(self, size: StepSize, arrays: StepArrays) -> tuple[Tensor, Tensor]:
+        """The id and the hidden state of every token of the step: [n], [n, hidden], until the next replay."""
+        captured = self._captured[size]
+        captured.graph.replay()
+        count, decodes = len(arrays.ids), arrays.num_decodes
+        self.replays += 1
+        self.padded_tokens += size.decodes + size.tokens - count
+
+        def without_padding(padded: Tensor) -> Tensor:
+            prompts = padded[size.decodes : size.decodes + count - decodes]
+            return torch.cat((padded[:decodes], prompts)) if decodes else prompts
+
+        return without_padding(captured.ids), without_padding(captured.hidden)
+
+    def _step(self, size: StepSize) -> tuple[Tensor, Tensor]:
+        ids, rows, positions, slots, context, request_rows, starts = (
+            self._staged[field] for field in size.fields()
+        )
+        ids = torch.where(ids == UNKNOWN, self._inputs.newest[rows], ids)
+        blocks = self._tables.index_select(0, request_rows)
+        decodes = size.decodes
+        segments = SegmentTable(starts, context[decodes:], blocks[decodes:], size.tokens)
+        batch = AttentionBatch(positions, slots, decodes, blocks[:decodes], context[:decodes], segments)
+        return ids, self._model.forward(ids, self._attention.begin_step(batch))

@@ -31,17 +31,20 @@ from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.worker.gpu_memory import measure_kv_blocks
-from microvllm.runtime.worker.logits import Output, on_device
-from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, log_probabilities
+from microvllm.runtime.worker.logits import (
+    LogprobRequest,
+    LogprobTensors,
+    Output,
+    log_probabilities,
+    on_device,
+)
 from microvllm.runtime.worker.sampler import Sampled, Sampler
-from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
+from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
 from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
-from microvllm.runtime.worker.transfer import Readback
 
 if TYPE_CHECKING:
-    from microvllm.runtime.worker.gpu_sampler import GPUSampler
-    from microvllm.runtime.worker.graphs import DecodeGraphs
-    from microvllm.runtime.worker.prompt_graphs import PromptGraphs
+    from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
+    from microvllm.runtime.worker.sampler import GPUSampler
 
 WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
@@ -140,9 +143,8 @@ class ModelGraphRunner:
 
     def _use_gpu(self, device: torch.device, on_progress: OnProgress | None) -> None:
         # Here, because a machine without a GPU need not have Triton.
-        from microvllm.runtime.worker.gpu_sampler import GPUSampler
-        from microvllm.runtime.worker.graphs import DecodeGraphs
-        from microvllm.runtime.worker.prompt_graphs import PromptGraphs
+        from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
+        from microvllm.runtime.worker.sampler import GPUSampler
 
         config = self.config
         rows = config.max_num_seqs + 1  # the last is the padding row of captured batches

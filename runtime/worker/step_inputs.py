@@ -1,8 +1,8 @@
-"""From a plan to the tensors that a step computes on, for either device."""
+"""Turns the requests of a step into the tensors that it computes on, for either device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +13,14 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.worker.logits import on_device
-from microvllm.runtime.worker.transfer import Stager
 
 UNKNOWN = -1  # stands for an input token that only the row knows yet
+
+# Sizes of the captured steps with prompts in them.
+PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
+DECODES = (0, 32)  # and as many as there can be
+SEGMENTS = 8
+ALIGNMENT = 4  # int32 numbers in 16 bytes: Triton compiles a kernel anew for pointers that are not multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,3 +223,148 @@ class DeviceInputs:
 
     def clear_row(self, row: int) -> None:
         self.newest[row].zero_()
+
+
+# ---- the sizes of captured steps with prompts in them ----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """How many decodes, and tokens of prompts, a captured step has room for."""
+
+    decodes: int
+    tokens: int
+
+    def fits(self, arrays: StepArrays) -> bool:
+        decodes = arrays.num_decodes
+        return (
+            decodes <= self.decodes
+            and len(arrays.ids) - decodes <= self.tokens
+            and len(arrays.lengths) - decodes <= SEGMENTS
+        )
+
+    def fields(self) -> list[slice]:
+        """Where in the staged inputs are: ids, rows, positions and slots of the tokens; context lengths and
+        rows of the requests; starts of the segments."""
+        tokens, requests = self.decodes + self.tokens, self.decodes + SEGMENTS
+        found, start = [], 0
+        for length in (tokens, tokens, tokens, tokens, requests, requests, SEGMENTS + 1):
+            found.append(slice(start, start + length))
+            start += -(-length // ALIGNMENT) * ALIGNMENT
+        return found
+
+    def staged(self, arrays: StepArrays, padding_row: int) -> np.ndarray:
+        """The inputs of a step that fits, padded with tokens of the padding row: int32, as `fields` says."""
+        fields = self.fields()
+        staged = np.zeros(fields[-1].stop, dtype=np.int32)
+        ids, rows, positions, slots, context, request_rows, starts = (staged[field] for field in fields)
+        slots[:], rows[:], request_rows[:] = -1, padding_row, padding_row
+        decodes = arrays.num_decodes
+        for padded, values in (
+            (ids, arrays.ids),
+            (rows, arrays.rows),
+            (positions, arrays.positions),
+            (slots, arrays.slots),
+            (context, arrays.context),
+            (request_rows, arrays.request_rows),
+        ):
+            padded[:decodes] = values[:decodes]
+            padded[self.decodes : self.decodes + len(values) - decodes] = values[decodes:]
+        ends = np.cumsum(arrays.lengths[decodes:])
+        starts[1 : len(ends) + 1] = ends
+        starts[len(ends) + 1 :] = starts[len(ends)]
+        return staged
+
+
+def step_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepSize]:
+    """The smaller before the larger."""
+    decodes = sorted({min(count, max_num_seqs) for count in (*DECODES, max_num_seqs)})
+    tokens = [count for count in PROMPT_TOKENS if count <= max_num_batched_tokens]
+    return [StepSize(d, t) for d in decodes for t in tokens]
+
+
+# ---- between the host and a GPU: small transfers that neither side waits for -----------------------
+
+
+class Stager:
+    """Packs small host arrays as int32 into pinned memory and sends them as one.
+
+    Buffers are used in turns: while a transfer waits for the device to get to it, the host must not write
+    into its source.
+    """
+
+    BUFFERS = 4
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = [torch.empty(0, dtype=torch.int32)] * self.BUFFERS
+        self._sent = [torch.cuda.Event() for _ in range(self.BUFFERS)]  # type: ignore[no-untyped-call]
+        self._next = 0
+
+    def send(self, *arrays: np.ndarray) -> list[Tensor]:
+        """The arrays on the device, as int32."""
+        # Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+        starts = np.cumsum([0, *(-(-array.size // 4) * 4 for array in arrays)]).tolist()
+        index, packed = self._take(starts[-1])
+        view = packed.numpy()
+        for start, array in zip(starts, arrays, strict=False):
+            view[start : start + array.size] = array.reshape(-1)
+        there = packed.to(self._device, non_blocking=True)
+        self._sent[index].record()
+        return [
+            there[start : start + array.size].view(array.shape)
+            for start, array in zip(starts, arrays, strict=False)
+        ]
+
+    def send_into(self, target: Tensor, array: np.ndarray) -> None:
+        """Overwrite a tensor on the device; target and array have one shape."""
+        index, packed = self._take(array.size)
+        packed.numpy()[:] = array.reshape(-1)
+        target.view(-1).copy_(packed, non_blocking=True)
+        self._sent[index].record()
+
+    def _take(self, size: int) -> tuple[int, Tensor]:
+        index, self._next = self._next, (self._next + 1) % self.BUFFERS
+        self._sent[index].synchronize()  # long past, but for a device that has fallen far behind
+        if self._buffers[index].numel() < size:
+            self._buffers[index] = torch.empty(max(size, 1 << 14), dtype=torch.int32, pin_memory=True)
+        return index, self._buffers[index][:size]
+
+
+class Readback:
+    """Brings the tokens of a step to the host. Two steps may be on their way at a time.
+
+    `memory`: [BUFFERS * num_rows] int64, pinned, for kernels that write tokens there themselves.
+    """
+
+    BUFFERS = 3
+
+    def __init__(self, num_rows: int) -> None:
+        self.memory = torch.empty(self.BUFFERS * num_rows, dtype=torch.int64, pin_memory=True)
+        self._num_rows = num_rows
+        self._arrived = [torch.cuda.Event() for _ in range(self.BUFFERS)]  # type: ignore[no-untyped-call]
+        self._next = 0
+
+    @property
+    def start(self) -> int:
+        """Where in `memory` the tokens of the next step go."""
+        return self._next * self._num_rows
+
+    def begin(self, tokens: Tensor) -> Callable[[], list[int]]:
+        """tokens: [m] int64 on the device -> what waits for them and returns them."""
+        start = self.start
+        self.memory[start : start + len(tokens)].copy_(tokens, non_blocking=True)
+        return self.written(len(tokens))
+
+    def written(self, count: int) -> Callable[[], list[int]]:
+        """What waits for the `count` tokens that launched kernels write from `start` on, and returns them."""
+        buffer, arrived = self.memory[self.start : self.start + count], self._arrived[self._next]
+        self._next = (self._next + 1) % self.BUFFERS
+        arrived.record()
+
+        def read() -> list[int]:
+            arrived.synchronize()
+            found: list[int] = buffer.tolist()
+            return found
+
+        return read

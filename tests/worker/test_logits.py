@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.worker.logits import LogitRules
-from microvllm.runtime.worker.logprobs import LogprobRequest, largest, log_probabilities
+from microvllm.runtime.worker.logits import LogitRules, LogprobRequest, largest, log_probabilities
 from microvllm.runtime.worker.sampler import Sampler
 
 VOCAB = 12
