@@ -1,7 +1,7 @@
 """Sizes the pool of KV blocks before a model is loaded.
 
 On a GPU that holds only for a requested size; the default is measured beside the loaded model, in
-`worker/gpu_memory.py`.
+`worker/device.py`.
 """
 
 from __future__ import annotations

@@ -142,14 +142,14 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
     """
     runner = engine.core._runner
     assert isinstance(runner, ModelGraphRunner)
-    model, inputs = runner._model, runner._forward
+    model, device, launch = runner._model, runner._device, runner._device.forward
     forward = model.forward
     logits: dict[int, torch.Tensor] = {}
     items: list[ScheduledRequest] = []
 
-    def noting_items(scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor, torch.Tensor]:
+    def noting_items(scheduled: Sequence[ScheduledRequest], tables: Any) -> tuple[torch.Tensor, torch.Tensor]:
         items[:] = scheduled
-        return inputs(scheduled)
+        return launch(scheduled, tables)
 
     def recording(ids: torch.Tensor, attention: Any) -> torch.Tensor:
         hidden = forward(ids, attention)
@@ -160,11 +160,11 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
             logits[first + offset] = row.clone()
         return hidden
 
-    runner._forward, model.forward = noting_items, recording  # type: ignore[method-assign]
+    device.forward, model.forward = noting_items, recording  # type: ignore[method-assign]
     try:
         yield logits
     finally:
-        runner._forward, model.forward = inputs, forward  # type: ignore[method-assign]
+        device.forward, model.forward = launch, forward  # type: ignore[method-assign]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

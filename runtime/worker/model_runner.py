@@ -2,16 +2,19 @@
 
 Every running request owns one row, from admission to its last step in flight, of every array here:
 last token, block table, sampling parameters. Rows are zeroed at release and must be clean at acquire.
+
+Every step of every request passes through this file, so it stays small and holds what all of them need: the
+rows, the order of a step, which logits are sampled. The rarer a feature, the better it is hidden: what
+depends on the device belongs to `device.py`, what changes a request's logits to `logits.py`, what differs
+between models to the spec and the operators. A branch for one feature does not enter here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -23,14 +26,14 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionConfig, AttentionShape
-from microvllm.ops.operators import make_operators
+from microvllm.ops.operators import Operators, make_operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.worker.gpu_memory import measure_kv_blocks
+from microvllm.runtime.worker.device import make_device, measure_kv_blocks
 from microvllm.runtime.worker.logits import (
     LogprobRequest,
     LogprobTensors,
@@ -38,15 +41,9 @@ from microvllm.runtime.worker.logits import (
     log_probabilities,
     on_device,
 )
-from microvllm.runtime.worker.sampler import Sampled, Sampler
-from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
-from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
+from microvllm.runtime.worker.sampler import Sampled
+from microvllm.runtime.worker.step_times import DeviceClock
 
-if TYPE_CHECKING:
-    from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
-    from microvllm.runtime.worker.sampler import GPUSampler
-
-WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 
 
@@ -61,6 +58,52 @@ class LaunchedStep:
     prompt_logprobs: dict[int, list[LogprobTensors]] | None = None  # by index in plan.scheduled
 
 
+def load_model(config: EngineConfig, on_progress: OnProgress | None) -> tuple[DecoderModel, Operators]:
+    """The model, of operators for its device. Raises `ConfigError` that names the file or tensor at fault."""
+    dtype = getattr(torch, config.dtype)
+    try:
+        weights = load_weights(
+            Path(config.model_path),
+            config.spec,
+            config.load_format,
+            dtype,
+            None if on_progress is None else partial(on_progress, "Loading weights"),
+            config.device,
+            keep_quantized=config.packed_weights,
+        )
+    except ModelFileError as error:
+        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+    if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
+        raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
+    try:
+        operators = make_operators(
+            config.attention_backend, dtype, config.cpu_threads, config.int8_activations
+        )
+    except ValueError as error:  # MICROVLLM_GPU_OFF
+        raise ConfigError(str(error)) from error
+    return DecoderModel(config.spec, weights, operators), operators
+
+
+def attention_config(config: EngineConfig, model: DecoderModel) -> AttentionConfig:
+    spec = config.spec
+    return AttentionConfig(
+        AttentionShape(
+            spec.num_layers,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.sliding_window,
+            spec.rope.attention_factor,
+        ),
+        config.num_blocks,
+        config.block_size,
+        inverse_frequencies(spec.rope, spec.head_dim).to(config.device),
+        config.max_model_len,
+        getattr(torch, config.dtype),
+        model.qk_norms,
+    )
+
+
 class ModelGraphRunner:
     """Owns the model, the KV cache and the rows; the only user of the device.
 
@@ -68,138 +111,32 @@ class ModelGraphRunner:
     """
 
     def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
-        """Load the model. Raises `ConfigError` that names the file or the tensor at fault."""
+        """Load the model. Raises `ConfigError` as `load_model` does."""
         torch.set_num_threads(config.cpu_threads)
-        spec, dtype, device = config.spec, getattr(torch, config.dtype), torch.device(config.device)
-        try:
-            loaded = None if on_progress is None else partial(on_progress, "Loading weights")
-            weights = load_weights(
-                Path(config.model_path),
-                spec,
-                config.load_format,
-                dtype,
-                loaded,
-                config.device,
-                keep_quantized=config.packed_weights,
-            )
-        except ModelFileError as error:
-            raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
-        if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
-            raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
-        try:
-            operators = make_operators(
-                config.attention_backend, dtype, config.cpu_threads, config.int8_activations
-            )
-        except ValueError as error:  # MICROVLLM_GPU_OFF
-            raise ConfigError(str(error)) from error
-        self._model = DecoderModel(spec, weights, operators)
+        self._model, operators = load_model(config, on_progress)
         if config.num_blocks == 0:
             measuring = Stage("Measuring memory", 1, on_progress)
             config = msgspec.structs.replace(config, num_blocks=measure_kv_blocks(config, self._model))
             measuring.finish(f"KV cache: room for {config.num_blocks * config.block_size:,} tokens")
         self.config = config
-        shape = AttentionShape(
-            spec.num_layers,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            spec.sliding_window,
-            spec.rope.attention_factor,
-        )
-        self._attention = operators.attention(
-            AttentionConfig(
-                shape,
-                config.num_blocks,
-                config.block_size,
-                inverse_frequencies(spec.rope, spec.head_dim).to(device),
-                config.max_model_len,
-                dtype,
-                self._model.qk_norms,
-            )
-        )
+        attention = operators.attention(attention_config(config, self._model))
+        self._device = device = make_device(config, self._model, attention, on_progress)
+        self._inputs, self._sampler = device.inputs, device.sampler
+        self.clock = device.clock
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
-        self._graphs: DecodeGraphs | None = None
-        self._prompt_graphs: PromptGraphs | None = None
-        self._readback: Readback | None = None
-        self._inputs: StepInputs
-        # Not on the CPU: no weight asks for gradients, and to enter the mode takes 0.1 ms of a step there.
-        self._mode = nullcontext if config.device == "cpu" else torch.inference_mode
-        if config.device == "cpu":
-            self._inputs = HostInputs(config.max_num_seqs, config.block_size)
-            self._sampler = Sampler(config.max_num_seqs, spec.vocab_size, config.seed, config.logprobs_mode)
-        else:
-            self._use_gpu(device, on_progress)
-        self.clock = StepClock()
-        self.device_clock: DeviceClock | None = None
-        if config.log_step_times and config.device == "cpu":
-            self._attention = time_forward(self._model, self._attention, self.clock)
-        elif config.log_step_times:
-            self.device_clock = DeviceClock(self.clock)
-        if config.attention_backend == "cpu":
-            # What torch still does is too small to share, and its threads wait for each other
-            # at every operator, however long one of them is kept from its core.
-            torch.set_num_threads(1)
 
-    def _use_gpu(self, device: torch.device, on_progress: OnProgress | None) -> None:
-        # Here, because a machine without a GPU need not have Triton.
-        from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
-        from microvllm.runtime.worker.sampler import GPUSampler
-
-        config = self.config
-        rows = config.max_num_seqs + 1  # the last is the padding row of captured batches
-        inputs = DeviceInputs(rows, config.block_size, device)
-        sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
-        self._inputs, self._sampler = inputs, sampler
-        self._readback = readback = Readback(config.max_num_seqs)
-        if not config.enforce_eager:
-            pool = torch.cuda.graph_pool_handle()
-            self._graphs = DecodeGraphs(config, self._model, self._attention, inputs, sampler, readback, pool)
-            self._prompt_graphs = PromptGraphs(
-                config, self._model, self._attention, inputs, self._graphs.tables, pool
-            )
-            number = len(self._prompt_graphs.sizes) + len(self._graphs.sizes)
-            free, _ = torch.cuda.mem_get_info()
-            capturing = Stage("Capturing CUDA graphs", number, on_progress)
-            self._prompt_graphs.capture(capturing)
-            self._graphs.capture(capturing)
-            taken = free - torch.cuda.mem_get_info()[0]
-            capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
-        self._warm_up(sampler, on_progress)
-
-    @torch.inference_mode()
-    def _warm_up(self, sampler: GPUSampler, on_progress: OnProgress | None) -> None:
-        """Steps of padding tokens, with and without single ones in front: the first of a kind compiles.
-
-        They write no keys and values: their slots are -1.
-        """
-        warming = Stage("Warming up", len(WARM_UP_TOKENS), on_progress)
-        for longest in WARM_UP_TOKENS:
-            for decodes in (0, 1, 16):
-                lengths = np.array([1] * decodes + [min(longest, self.config.max_model_len)] * 2)
-                total = int(lengths.sum())
-                # The sampler has room for one row more than there are requests.
-                if total > self.config.max_num_batched_tokens or len(lengths) > self.config.max_num_seqs + 1:
-                    continue
-                positions = np.concatenate([np.arange(length) for length in lengths])
-                nothing = np.zeros(total, dtype=np.int64)
-                rows = np.zeros(len(lengths), dtype=np.int64)
-                arrays = StepArrays(nothing, nothing, positions, nothing - 1, rows, lengths, lengths, decodes)
-                ids, batch = self._inputs.make(arrays, self._block_tables)
-                hidden = self._model.forward(ids, self._attention.begin_step(batch))
-                sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
-            warming.advance()
-        torch.cuda.synchronize()
-        warming.finish(f"Warmed up in {warming.seconds:.1f} s")
+    @property
+    def device_clock(self) -> DeviceClock | None:
+        return self._device.device_clock
 
     @property
     def graph_replays(self) -> int:
-        return sum(graphs.replays for graphs in (self._graphs, self._prompt_graphs) if graphs is not None)
+        return self._device.graph_replays
 
     @property
     def padded_tokens(self) -> int:
-        graphs = (self._graphs, self._prompt_graphs)
-        return sum(each.padded_tokens for each in graphs if each is not None)
+        return self._device.padded_tokens
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -208,18 +145,7 @@ class ModelGraphRunner:
 
         Raises `EngineError` for a fault of the GPU, after which it answers nothing any more.
         """
-        try:
-            with self._mode():
-                step = self._launch(plan)
-            if self.device_clock is not None:
-                self.device_clock.end()
-            return step
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if self.config.device == "cpu":
-                raise
-            raise EngineError(f"the GPU failed: {next(iter(str(error).splitlines()), '')}") from error
+        return self._device.run(self._launch, plan)
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         # The rows first, and without anything that may fail: a step that fails below leaves them whole.
@@ -234,11 +160,12 @@ class ModelGraphRunner:
         # Single tokens first: the attention backend takes all of them at once.
         order = sorted(range(len(plan.scheduled)), key=lambda i: plan.scheduled[i].num_new > 1)
         items = [plan.scheduled[i] for i in order]
-        if self._graphs is not None:
-            if self._graphs.covers(items):
-                return self._replay(self._graphs, plan, items)
-            self._graphs.note_blocks(items)
-        ids, hidden = self._forward(items)
+        replay = self._device.replay(items)
+        if replay is not None:  # of single tokens, so that `order` changes nothing
+            if replay.read_tokens is not None:
+                return LaunchedStep(plan, order, replay.read_tokens)
+            return self._sampled(plan, order, self._sample(replay.logits.float(), items, replay.ids), {})
+        ids, hidden = self._device.forward(items, self._block_tables)
         prompt_logprobs = self._prompt_logprobs(hidden, items, order)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
@@ -248,7 +175,7 @@ class ModelGraphRunner:
             last = on_device(ends, torch.int64, hidden.device)
             ids, hidden = ids[last], hidden[last]
         sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling], ids)
-        return self._launched(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
+        return self._sampled(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Waits for the device. There is no token of requests that did not sample."""
@@ -267,48 +194,14 @@ class ModelGraphRunner:
 
     # ---- its parts -----------------------------------------------------------------------------
 
-    def _forward(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, Tensor]:
-        """The id and the hidden state of every token of the step: [n], [n, hidden]."""
-        made = self._inputs.advance(items)
-        if made is None:
-            arrays = StepArrays.of(items, self._block_tables, self.config.block_size)
-            graphs = self._prompt_graphs
-            if graphs is not None and (size := graphs.size_for(arrays)) is not None:
-                graphs.send(size, arrays)
-                self._begin_forward()
-                return graphs.forward(size, arrays)
-            made = self._inputs.make(arrays, self._block_tables)
-        ids, batch = made
-        self._begin_forward()
-        return ids, self._model.forward(ids, self._attention.begin_step(batch))
-
-    def _begin_forward(self) -> None:
-        self.clock.enter("forward")
-        if self.device_clock is not None:
-            self.device_clock.begin()
-
-    def _replay(
-        self, graphs: DecodeGraphs, plan: StepPlan, items: Sequence[ScheduledRequest]
-    ) -> LaunchedStep:
-        """A step of single tokens by its captured graph, which also chooses the tokens of plain requests."""
-        size = graphs.send(items)
-        self._begin_forward()
-        ids, logits, tokens = graphs.replay(size, len(items))
-        order = range(len(items))
-        if graphs.chose_all(items) and self._readback is not None:
-            return LaunchedStep(
-                plan, order, self._readback.written(len(items)), Sampled(tokens, [], None), {}
-            )
-        return self._launched(plan, order, self._sample(logits.float(), items, ids), {})
-
-    def _launched(
+    def _sampled(
         self,
         plan: StepPlan,
         order: Sequence[int],
         sampled: Sampled,
         prompt_logprobs: dict[int, list[LogprobTensors]],
     ) -> LaunchedStep:
-        read = sampled.tokens.tolist if self._readback is None else self._readback.begin(sampled.tokens)
+        read = self._device.read_later(sampled.tokens)
         return LaunchedStep(plan, order, read, sampled, prompt_logprobs)
 
     def _prompt_logprobs(

@@ -90,10 +90,6 @@ class StepInputs(Protocol):
         """-> token ids [n], and where their keys and values go and lie."""
         ...
 
-    def advance(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionBatch] | None:
-        """What the last `make` gave, its values changed to those of this step, if nothing else has to be."""
-        ...
-
     def is_clean(self, row: int) -> bool:
         """Whether nothing is left of the row's former owner, as far as that can be seen without waiting."""
         ...
@@ -150,6 +146,7 @@ class HostInputs:
         return self._made
 
     def advance(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionBatch] | None:
+        """What the last `make` gave, its values changed to those of this step, if nothing else has to be."""
         places = [(item.request.row, item.start, item.num_new) for item in items]
         expected, self._places = self._places, [(row, start + 1, 1) for row, start, _ in places]
         arrays = self._arrays
@@ -214,9 +211,6 @@ class DeviceInputs:
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[rows], ids)
         return ids, batch
-
-    def advance(self, items: Sequence[ScheduledRequest]) -> tuple[Tensor, AttentionBatch] | None:
-        return None
 
     def is_clean(self, row: int) -> bool:
         return True  # to look would be to wait for the device

@@ -21,6 +21,7 @@ from model_tools import (
 
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.worker.device import GpuDevice
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
 pytestmark = [
@@ -74,7 +75,9 @@ def test_greedy_tokens_in_float32_are_those_of_the_cpu(model: str, options: dict
     assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model), "with what is in the prefix cache"
     if "num_gpu_blocks_override" in options:
         assert made.core.stats().preemptions > 0
-    graphs = runner_of(made)._graphs
+    device = runner_of(made)._device
+    assert isinstance(device, GpuDevice)
+    graphs = device._graphs
     assert (graphs is None) == bool(options.get("enforce_eager")) and (graphs is None or graphs.replays > 0)
 
 

@@ -13,6 +13,7 @@ from model_tools import generate_ids, make_engine, make_prompts, variant_folder
 from torch.profiler import ProfilerActivity, profile
 
 from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.worker.device import GpuDevice
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 from microvllm.runtime.worker.step_times import GPU_BUSY, GPU_IDLE
 
@@ -114,7 +115,9 @@ def test_every_stage_of_the_start_is_told() -> None:
 
     options = {"num_gpu_blocks_override": None, "gpu_memory_utilization": 0.3, "max_model_len": 256}
     made = engine(on_progress=note_progress, **options)
-    graphs, prompts = runner_of(made)._graphs, runner_of(made)._prompt_graphs
+    device = runner_of(made)._device
+    assert isinstance(device, GpuDevice)
+    graphs, prompts = device._graphs, device._prompt_graphs
     assert graphs is not None and prompts is not None
     number = len(graphs.sizes) + len(prompts.sizes)
     stages = list(dict.fromkeys(what for what, *_ in told))

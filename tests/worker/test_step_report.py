@@ -379,7 +379,7 @@ def test_the_runner_tells_every_step_once(ahead: bool, told: str) -> None:
     )
     runner, clock = engine.core._runner, Calls()
     assert isinstance(runner, ModelGraphRunner)
-    runner.device_clock = clock  # type: ignore[assignment]
+    runner._device.device_clock = clock  # type: ignore[assignment]
     generate_ids(engine, [list(range(10))], 4)
     assert clock.told == told
 

@@ -1,0 +1,284 @@
+"""What a CPU and a GPU do differently in a step: inputs, forward pass, graphs, sampling, clocks, faults.
+
+`make_device` decides between them once, at the start; the model runner asks no more which one it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microvllm.adapters.decoder import DecoderModel
+from microvllm.ops.attention import AttentionBackend
+from microvllm.runtime.config import DTYPE_BYTES, EngineConfig
+from microvllm.runtime.core.plan import ScheduledRequest, StepPlan
+from microvllm.runtime.errors import EngineError
+from microvllm.runtime.kv_memory import check_pool
+from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.worker.sampler import GPUSampler, Sampler
+from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
+from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
+
+if TYPE_CHECKING:
+    from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
+
+WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
+# The CUDA graphs' own memory beside their activations, and what allocation in pieces leaves unused.
+MARGIN_BYTES = 512 << 20
+
+T = TypeVar("T")
+ReadTokens = Callable[[], list[int]]  # waits for the device
+
+
+class Replay(NamedTuple):
+    """A step of single tokens by a captured graph, whose memory the next replay overwrites.
+
+    ids: [m], what went in; logits: [m, vocab]. read_tokens: there if the graph's own choice of tokens stands,
+    which no sampler has to make any more.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    read_tokens: ReadTokens | None
+
+
+class Device(ABC):
+    """One device with a model, its KV cache, and the newest token and sampling parameters of every row.
+
+    `device_clock`: there if the times of steps are logged and the host does not compute them.
+    """
+
+    inputs: StepInputs
+    sampler: Sampler
+
+    def __init__(self) -> None:
+        self.clock = StepClock()
+        self.device_clock: DeviceClock | None = None
+
+    @property
+    def graph_replays(self) -> int:
+        return 0
+
+    @property
+    def padded_tokens(self) -> int:
+        return 0
+
+    def run(self, launch: Callable[[StepPlan], T], plan: StepPlan) -> T:
+        """Launch a step. Raises `EngineError` for a fault after which the device answers nothing any more."""
+        launched = launch(plan)
+        if self.device_clock is not None:
+            self.device_clock.end()
+        return launched
+
+    def replay(self, items: Sequence[ScheduledRequest]) -> Replay | None:
+        """Launch a step by a captured graph, if one covers it."""
+        return None
+
+    @abstractmethod
+    def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Launch the model -> the id and the hidden state of every token of the step: [n], [n, hidden]."""
+
+    @abstractmethod
+    def read_later(self, tokens: Tensor) -> ReadTokens:
+        """Start to bring tokens: [m] int64 to the host."""
+
+    def _begin_forward(self) -> None:
+        self.clock.enter("forward")
+        if self.device_clock is not None:
+            self.device_clock.begin()
+
+
+def make_device(
+    config: EngineConfig, model: DecoderModel, attention: AttentionBackend, on_progress: OnProgress | None
+) -> Device:
+    """The device of a loaded model, ready for its first step."""
+    if config.device == "cpu":
+        return CpuDevice(config, model, attention)
+    return GpuDevice(config, model, attention, on_progress)
+
+
+class CpuDevice(Device):
+    """The host itself: every call has done its work when it returns.
+
+    Steps do not enter torch's inference mode: no weight asks for gradients, and to enter it takes 0.1 ms.
+    """
+
+    inputs: HostInputs
+
+    def __init__(self, config: EngineConfig, model: DecoderModel, attention: AttentionBackend) -> None:
+        super().__init__()
+        rows = config.max_num_seqs
+        self.inputs = HostInputs(rows, config.block_size)
+        self.sampler = Sampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode)
+        self._block_size = config.block_size
+        self._model = model
+        self._attention = time_forward(model, attention, self.clock) if config.log_step_times else attention
+        if config.attention_backend == "cpu":
+            # What torch still does is too small to share, and its threads wait for each other
+            # at every operator, however long one of them is kept from its core.
+            torch.set_num_threads(1)
+
+    def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
+        made = self.inputs.advance(items)
+        if made is None:
+            made = self.inputs.make(StepArrays.of(items, block_tables, self._block_size), block_tables)
+        ids, batch = made
+        self._begin_forward()
+        return ids, self._model.forward(ids, self._attention.begin_step(batch))
+
+    def read_later(self, tokens: Tensor) -> ReadTokens:
+        return tokens.tolist
+
+
+class GpuDevice(Device):
+    """An NVIDIA GPU: calls launch work on the current stream and wait for nothing."""
+
+    inputs: DeviceInputs
+    sampler: GPUSampler
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: DecoderModel,
+        attention: AttentionBackend,
+        on_progress: OnProgress | None,
+    ) -> None:
+        device = torch.device(config.device)
+        rows = config.max_num_seqs + 1  # the last is the padding row of captured batches
+        self.inputs = DeviceInputs(rows, config.block_size, device)
+        self.sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
+        self._config = config
+        self._model = model
+        self._attention = attention
+        self._readback = Readback(config.max_num_seqs)
+        self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
+        if not config.enforce_eager:
+            self._graphs, self._prompt_graphs = self._capture(on_progress)
+        self._warm_up(on_progress)
+        super().__init__()  # the clock begins after the captures
+        if config.log_step_times:
+            self.device_clock = DeviceClock(self.clock)
+
+    def _capture(self, on_progress: OnProgress | None) -> tuple[DecodeGraphs, PromptGraphs]:
+        # Here, because a machine without a GPU need not have Triton.
+        from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
+
+        pool = torch.cuda.graph_pool_handle()
+        common = self._config, self._model, self._attention, self.inputs
+        graphs = DecodeGraphs(*common, self.sampler, self._readback, pool)
+        prompt_graphs = PromptGraphs(*common, graphs.tables, pool)
+        number = len(prompt_graphs.sizes) + len(graphs.sizes)
+        free, _ = torch.cuda.mem_get_info()
+        capturing = Stage("Capturing CUDA graphs", number, on_progress)
+        prompt_graphs.capture(capturing)
+        graphs.capture(capturing)
+        taken = free - torch.cuda.mem_get_info()[0]
+        capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
+        return graphs, prompt_graphs
+
+    @torch.inference_mode()
+    def _warm_up(self, on_progress: OnProgress | None) -> None:
+        """Steps of padding, with and without single tokens in front: the first of a kind compiles.
+
+        They write no keys and values: their slots are -1.
+        """
+        config = self._config
+        block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
+        warming = Stage("Warming up", len(WARM_UP_TOKENS), on_progress)
+        for longest in WARM_UP_TOKENS:
+            for decodes in (0, 1, 16):
+                lengths = np.array([1] * decodes + [min(longest, config.max_model_len)] * 2)
+                total = int(lengths.sum())
+                # The sampler has room for one row more than there are requests.
+                if total > config.max_num_batched_tokens or len(lengths) > config.max_num_seqs + 1:
+                    continue
+                positions = np.concatenate([np.arange(length) for length in lengths])
+                nothing = np.zeros(total, dtype=np.int64)
+                rows = np.zeros(len(lengths), dtype=np.int64)
+                arrays = StepArrays(nothing, nothing, positions, nothing - 1, rows, lengths, lengths, decodes)
+                ids, batch = self.inputs.make(arrays, block_tables)
+                hidden = self._model.forward(ids, self._attention.begin_step(batch))
+                self.sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
+            warming.advance()
+        torch.cuda.synchronize()
+        warming.finish(f"Warmed up in {warming.seconds:.1f} s")
+
+    @property
+    def graph_replays(self) -> int:
+        return sum(each.replays for each in (self._graphs, self._prompt_graphs) if each is not None)
+
+    @property
+    def padded_tokens(self) -> int:
+        return sum(each.padded_tokens for each in (self._graphs, self._prompt_graphs) if each is not None)
+
+    def run(self, launch: Callable[[StepPlan], T], plan: StepPlan) -> T:
+        try:
+            with torch.inference_mode():
+                return super().run(launch, plan)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise EngineError(f"the GPU failed: {next(iter(str(error).splitlines()), '')}") from error
+
+    def replay(self, items: Sequence[ScheduledRequest]) -> Replay | None:
+        graphs = self._graphs
+        if graphs is None:
+            return None
+        if not graphs.covers(items):
+            graphs.note_blocks(items)
+            return None
+        size = graphs.send(items)
+        self._begin_forward()
+        ids, logits, _ = graphs.replay(size, len(items))
+        read = self._readback.written(len(items)) if graphs.chose_all(items) else None
+        return Replay(ids, logits, read)
+
+    def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
+        arrays, graphs = StepArrays.of(items, block_tables, self._config.block_size), self._prompt_graphs
+        if graphs is not None and (size := graphs.size_for(arrays)) is not None:
+            graphs.send(size, arrays)
+            self._begin_forward()
+            return graphs.forward(size, arrays)
+        ids, batch = self.inputs.make(arrays, block_tables)
+        self._begin_forward()
+        return ids, self._model.forward(ids, self._attention.begin_step(batch))
+
+    def read_later(self, tokens: Tensor) -> ReadTokens:
+        return self._readback.begin(tokens)
+
+
+@torch.inference_mode()
+def measure_kv_blocks(config: EngineConfig, model: DecoderModel) -> int:
+    """KV blocks that fit into `gpu_memory_utilization` of the GPU beside weights and activations.
+
+    Runs the largest step that there can be, with attention left out, which keeps nothing but its output.
+    Raises `ConfigError` when not one request of full length fits.
+    """
+    spec = config.spec
+    width = spec.num_heads * spec.head_dim
+
+    def no_attention(layer: int, qkv: Tensor) -> Tensor:
+        return qkv[:, :width].clone()
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.zeros(config.max_num_batched_tokens, dtype=torch.int64, device=config.device)
+    hidden = model.forward(ids, no_attention)
+    logits = model.logits(hidden[: config.max_num_seqs])
+    logits.softmax(-1)
+    activations = torch.cuda.max_memory_allocated() - before
+    del ids, hidden, logits
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    left = int(total * config.gpu_memory_utilization) - (total - free) - activations - MARGIN_BYTES
+    block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[config.dtype]) * config.block_size
+    num_blocks = max(0, left // block_bytes)
+    check_pool(num_blocks, config.block_size, config.max_model_len)
+    return num_blocks
