@@ -46,7 +46,6 @@ from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.state import ServerState
-    from microvllm.openai_compat.transport.lifecycle import Lifecycle
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
 
@@ -54,6 +53,7 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 logger = logging.getLogger("microvllm.server")
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"  # clients skip it
 INLINE_CHOICES = 64  # answers with more are put together in a worker thread
 _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -155,7 +155,7 @@ class Generation(ABC, Generic[RequestT]):
         await self.submit(await self.prepare())
         lifecycle = self.state.lifecycle
         if self.body.stream:
-            return EventStream(self._events(self.chunks()), lifecycle, on_end=self.abort)
+            return EventStream(self._events(self.chunks()), self.state, on_end=self.abort)
         try:
             body = await lifecycle.run(self._whole_answer(), self.request.receive)
         finally:
@@ -260,17 +260,23 @@ class Generation(ABC, Generic[RequestT]):
 
 
 class EventStream(Response):
-    """Sends events; a client that leaves ends them at once, wherever they wait. `on_end` is always called."""
+    """Sends events; a client that leaves ends them at once, wherever they wait. `on_end` is always called.
+
+    With --sse-keep-alive-interval a comment goes out whenever the stream was silent for so long, so that no
+    proxy takes it for dead. Whole events travel in one message each, so it never lands inside one.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], lifecycle: Lifecycle, *, on_end: Callable[[], None]
+        self, events: AsyncGenerator[bytes, None], state: ServerState, *, on_end: Callable[[], None]
     ) -> None:
         super().__init__()
         del self.headers["content-length"]
         self._events = events
-        self._lifecycle = lifecycle
+        self._lifecycle = state.lifecycle
+        self._interval = state.args.sse_keep_alive_interval
+        self._last = time.monotonic()
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -286,10 +292,26 @@ class EventStream(Response):
             self._on_end()
 
     async def _send_events(self, send: Send, send_chunk: Send) -> None:
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await send_chunk({"type": "http.response.body", "body": event, "more_body": True})
+        comments = asyncio.ensure_future(self._send_comments(send_chunk)) if self._interval else None
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    if comments is not None:
+                        self._last = time.monotonic()
+                    await send_chunk({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            if comments is not None:
+                comments.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_comments(self, send_chunk: Send) -> None:
+        while True:
+            silent = time.monotonic() - self._last
+            if silent < self._interval:
+                await asyncio.sleep(self._interval - silent)
+                continue
+            self._last = time.monotonic()
+            await send_chunk({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
 
 def check_model(name: str | None, state: ServerState) -> None:
