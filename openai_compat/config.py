@@ -20,7 +20,7 @@ from microvllm.runtime.flag import (
     json_value,
     shortened,
 )
-from microvllm.runtime.profiler import ProfilerConfig
+from microvllm.runtime.worker.profiler import ProfilerConfig
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 QUIET_PATHS = ("/health", "/metrics", "/load")  # what probes ask for all the time

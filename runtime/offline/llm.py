@@ -25,11 +25,11 @@ from microvllm.runtime.offline.llm_options import engine_options
 from microvllm.runtime.offline.prompts import OfflinePrompt, Prompt, read_prompts
 from microvllm.runtime.offline.request_output import OutputBuilder, RequestOutput
 from microvllm.runtime.offline.sampling_params import BeamSearchParams, SamplingParams
-from microvllm.runtime.profiler import Profiler, ProfilerConfig
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.text.chat_template import normalize_messages, template_problem
 from microvllm.runtime.text.content_format import AUTO, CONTENT_FORMATS
 from microvllm.runtime.vllm_environment import ignored_variables
+from microvllm.runtime.worker.profiler import Profiler, ProfilerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
+from microvllm.runtime.worker.profiler import ProfilerConfig
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 1 << 30

@@ -34,12 +34,12 @@ from microvllm.runtime.process.channel import (
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
 from microvllm.runtime.process.spawn import SpawnedEngine
-from microvllm.runtime.profiler import ProfilerConfig
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
 from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor, load_text
 from microvllm.runtime.text.tokenizer import Tokenizer
+from microvllm.runtime.worker.profiler import ProfilerConfig
 
 logger = logging.getLogger("microvllm.engine")
 

@@ -37,8 +37,8 @@ from microvllm.runtime.process.channel import (
 )
 from microvllm.runtime.process.heartbeat import Heartbeat, print_stacks_on_signal
 from microvllm.runtime.process.spawn import STOP_SIGNALS
-from microvllm.runtime.profiler import Profiler, ProfilerStateError
 from microvllm.runtime.request import StepOutput
+from microvllm.runtime.worker.profiler import Profiler, ProfilerStateError
 
 if TYPE_CHECKING:
     from microvllm.runtime.worker.model_runner import LaunchedStep

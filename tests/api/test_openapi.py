@@ -18,7 +18,7 @@ from microvllm.openai_compat.api.openapi import build_document, request_schema
 from microvllm.openai_compat.api.requests import Body, honoured_fields
 from microvllm.openai_compat.app import ENDPOINTS, create_app
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.runtime.profiler import ProfilerConfig
+from microvllm.runtime.worker.profiler import ProfilerConfig
 
 BODIES = {endpoint.path: endpoint.body for endpoint in ENDPOINTS if endpoint.body is not None}
 SUBJECTS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, EngineDeadError
 from microvllm.runtime.process.client import EngineClient
-from microvllm.runtime.profiler import ProfilerConfig
+from microvllm.runtime.worker.profiler import ProfilerConfig
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -29,7 +29,7 @@ from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestErr
 from microvllm.runtime.metric_families import Counter, Gauge, Histogram
 from microvllm.runtime.offline.llm_options import engine_options
 from microvllm.runtime.offline.request_output import FlatLogprobs
-from microvllm.runtime.profiler import ProfilerStateError
+from microvllm.runtime.worker.profiler import ProfilerStateError
 
 PROMPTS = ["The quick brown fox", "The cache keeps", "x"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
