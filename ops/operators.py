@@ -1,4 +1,4 @@
-"""The operators that a decoder is made of, and which implementation a device gets.
+"""The operators that a decoder is made of; `ops.backends` makes those of a device.
 
 They are as coarse as a device may want to fuse them; `SeparateOperators` composes them for one that fuses
 nothing. `torch` runs everywhere and is the reference; `cpu` is C compiled for this machine; on a GPU they are
@@ -148,26 +148,3 @@ class TorchOperators(SeparateOperators):
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         return TorchAttention(config)
-
-
-def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations: bool = False) -> Operators:
-    """The operators called `name`.
-
-    "torch": on torch's own threads; "cpu": on `threads` threads, where `int8_activations` may round what is
-    multiplied with quantised weights (see `CpuOperators`); "triton" and "flash_attn": on the current
-    GPU, with the attention backend of that name. Raises `NoCompilerError` if "cpu" cannot be built.
-    """
-    if name == "torch":
-        return TorchOperators(dtype)
-    if name == "cpu":
-        from microvllm.ops.cpu.build import load_kernels
-        from microvllm.ops.cpu.calibration import calibrated
-        from microvllm.ops.cpu.operators import CpuOperators
-
-        library = load_kernels()
-        return CpuOperators(library, threads, int8_activations, calibrated(library).tuning)
-    if name in ("triton", "flash_attn"):
-        from microvllm.ops.gpu.operators import GpuOperators
-
-        return GpuOperators(dtype, torch.device("cuda", torch.cuda.current_device()), name)
-    raise ValueError(f"no operators are called {name}")

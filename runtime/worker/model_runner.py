@@ -26,7 +26,8 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionConfig, AttentionShape
-from microvllm.ops.operators import Operators, make_operators
+from microvllm.ops.backends import make_operators
+from microvllm.ops.operators import Operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult

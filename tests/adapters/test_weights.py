@@ -18,7 +18,7 @@ from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
-from microvllm.ops.operators import make_operators
+from microvllm.ops.backends import make_operators
 from microvllm.runtime.find_model import DEMO_MODEL, find_model
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -17,8 +17,8 @@ from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape
 from microvllm.ops.attention.torch_backend import TorchAttention
+from microvllm.ops.backends import make_operators
 from microvllm.ops.cpu.operators import CpuAttention
-from microvllm.ops.operators import make_operators
 
 INV_FREQ = {dim: inverse_frequencies(RopeSpec(theta=100.0), dim) for dim in (2, 8, 10, 32)}
 MAX_POSITION = 640

@@ -13,12 +13,12 @@ import torch
 from quantized_case import quantized, random_blocks
 
 from microvllm import cli
+from microvllm.ops.backends import make_operators
 from microvllm.ops.cpu import calibration
 from microvllm.ops.cpu.build import load_kernels
 from microvllm.ops.cpu.calibration import calibrated
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.cpu.tuning import Tuning
-from microvllm.ops.operators import make_operators
 
 LIBRARY = load_kernels()
 

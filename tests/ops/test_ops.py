@@ -12,9 +12,10 @@ from torch import Tensor
 
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
+from microvllm.ops.backends import make_operators
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
-from microvllm.ops.operators import SeparateOperators, make_operators
+from microvllm.ops.operators import SeparateOperators
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 

@@ -1,0 +1,30 @@
+"""Makes the operators of a device by their name."""
+
+from __future__ import annotations
+
+import torch
+
+from microvllm.ops.operators import Operators, TorchOperators
+
+
+def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations: bool = False) -> Operators:
+    """The operators called `name`.
+
+    "torch": on torch's own threads; "cpu": on `threads` threads, where `int8_activations` may round what is
+    multiplied with quantised weights (see `CpuOperators`); "triton" and "flash_attn": on the current
+    GPU, with the attention backend of that name. Raises `NoCompilerError` if "cpu" cannot be built.
+    """
+    if name == "torch":
+        return TorchOperators(dtype)
+    if name == "cpu":
+        from microvllm.ops.cpu.build import load_kernels
+        from microvllm.ops.cpu.calibration import calibrated
+        from microvllm.ops.cpu.operators import CpuOperators
+
+        library = load_kernels()
+        return CpuOperators(library, threads, int8_activations, calibrated(library).tuning)
+    if name in ("triton", "flash_attn"):
+        from microvllm.ops.gpu.operators import GpuOperators
+
+        return GpuOperators(dtype, torch.device("cuda", torch.cuda.current_device()), name)
+    raise ValueError(f"no operators are called {name}")
