@@ -91,7 +91,7 @@ def run_batch(
     the engine at a time, by default some more than it runs at once. With `enable_metrics` the metrics are
     served on the host and port of `args`. A line that is no request at all ends the run before the model
     loads, an input without lines is an output without lines.
-    `on_load` is told how far the engine's start has come, `on_progress` requests answered and all requests.
+    `on_load` is called as the engine's start advances, `on_progress` with requests answered and all requests.
     SIGINT and SIGTERM end in `SystemExit` with 128 + their number; what is answered by then is written.
     Raises `ConfigError` naming the flag at fault, `EngineError` if the engine does not start or come back.
     """
@@ -229,7 +229,7 @@ class Batch:
         self._again = asyncio.Lock()
 
     async def answer(self, text: bytes | None) -> bytes:
-        """The line of the output for a line of the input; None is one that was too long to be read."""
+        """Return the line of the output for a line of the input; None is one that was too long to be read."""
         request_id = f"batch-{uuid.uuid4().hex}"
         line = Line()
         try:
@@ -336,7 +336,7 @@ def _decode(text: bytes | None) -> Line:
 
 
 def _checked_body(line: Line) -> bytes:
-    """The body of a line as it stands there. Raises `InvalidRequestError` naming the field."""
+    """Return the body of a line as it stands there. Raises `InvalidRequestError` naming the field."""
     if line.method != "POST":
         raise InvalidRequestError('method must be "POST".', "method")
     if line.url not in ENDPOINTS:
@@ -345,7 +345,7 @@ def _checked_body(line: Line) -> bytes:
     try:
         streaming = msgspec.json.decode(body, type=Streaming).stream not in (None, False)
     except (msgspec.DecodeError, RecursionError):
-        streaming = False  # the application says what is wrong with such a body
+        streaming = False  # the application reports what is wrong with such a body
     if streaming:
         raise InvalidRequestError("stream must be false: a batch has whole answers.", "stream")
     return body

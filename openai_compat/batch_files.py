@@ -1,4 +1,4 @@
-"""The files of `microvllm run-batch`: requests, one a line, and answers, one a line."""
+"""Reads and writes the files of `microvllm run-batch`: one request or one answer per line."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RequestFile:
         return (line for _, line in self.numbered())
 
     def numbered(self) -> Iterator[tuple[int, bytes | None]]:
-        """The same with the number of each line, as editors count them."""
+        """Yield the same with the number of each line, as editors count them."""
         self._file.seek(0)
         if self._file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             self._file.seek(0)
@@ -83,7 +83,7 @@ class RequestFile:
                 yield number, line
 
     def is_same_file(self, where: str) -> bool:
-        """Whether `where` is the path of this very file, by whatever name."""
+        """Return whether `where` is the path of this very file, by whatever name."""
         with contextlib.suppress(OSError, ValueError):
             return where != STREAM and os.path.samestat(os.fstat(self._file.fileno()), os.stat(where))
         return False

@@ -1,7 +1,7 @@
 """Beam search, token by token: what the server and the offline API share.
 
-A step asks for the likeliest next tokens of every live beam, twice as many as there are beams. Beams begin as
-those of the step before did, so the prefix cache makes a step cost about one token a beam.
+A step requests the likeliest next tokens of every live beam, twice as many as there are beams. Beams begin as
+those of the step before did, so the prefix cache makes a step cost about one token per beam.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def advance(
 
 
 def best(beams: Sequence[Beam], width: int, length_penalty: float) -> list[Beam]:
-    """The `width` best of all beams, best first."""
+    """Return the `width` best of all beams, best first."""
     return sorted(beams, key=lambda beam: beam.score(length_penalty), reverse=True)[:width]

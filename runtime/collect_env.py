@@ -39,7 +39,7 @@ SECRET_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def report() -> str:
-    """The whole report, several sections of `name: value` lines."""
+    """Return the whole report, several sections of `name: value` lines."""
     parts: dict[str, Callable[[], Rows]] = {
         "microvllm": _installation,
         "System": _system,
@@ -116,7 +116,7 @@ def _gpu() -> Rows:
 
 
 def _torch() -> Rows:
-    """What torch reports of itself, the compilers, the processor and the GPUs."""
+    """Ask torch about itself, the compilers, the processor and the GPUs."""
     from torch.utils.collect_env import get_pretty_env_info
 
     lines = [line.partition(":") for line in get_pretty_env_info().splitlines()]  # type: ignore[no-untyped-call]
@@ -140,7 +140,7 @@ def _kernels() -> Rows:
 
 
 def _packages() -> Rows:
-    """What we depend on, whatever it needs in turn, and what of our extras is installed."""
+    """List our dependencies, theirs, and the installed ones of our extras."""
     rows: Rows = []
     seen = {"microvllm"}
     queue = []
@@ -197,7 +197,7 @@ def _read(path: str | Path) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None if it is not there, fails or takes too long."""
+    """Return what a command prints; None if it is not there, fails or takes too long."""
     try:
         done = subprocess.run(
             command,

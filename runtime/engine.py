@@ -74,7 +74,7 @@ class InferenceEngine:
     def generate(
         self, prompts: str | Sequence[str], max_tokens: int | None = 16, **sampling: Any
     ) -> dict[str, str]:
-        """A text for each prompt, generated together: {prompt: text}.
+        """Return a text for each prompt, generated together: {prompt: text}.
 
         Equal prompts are one key and are generated once, which a `UserWarning` says; use `LLM.generate` for
         several answers to one.
@@ -139,7 +139,7 @@ class InferenceEngine:
             run.wait_closed(wait_s)
 
     def open_run(self) -> Run:
-        """A run without sequences; `run.post(run.close_message())` ends it."""
+        """Return a run without sequences; `run.post(run.close_message())` ends it."""
         return self._core_thread.open_run()
 
     def call(self, function: Callable[[], T]) -> T:
@@ -153,7 +153,7 @@ class InferenceEngine:
     def sequences(
         self, prompt_ids: list[int], params: SamplingParams, **options: Any
     ) -> list[OfflineSequence]:
-        """The `params.n` sequences of one prompt; `options` are those of `InputProcessor.requests`.
+        """Return the `params.n` sequences of one prompt; `options` are those of `InputProcessor.requests`.
 
         Raises `InvalidRequestError` naming the field.
         """
@@ -163,7 +163,7 @@ class InferenceEngine:
 
 
 def _text(prompt: object) -> str:
-    """A prompt. Raises `InvalidRequestError` if it is no string."""
+    """Check a prompt. Raises `InvalidRequestError` if it is no string."""
     if isinstance(prompt, str):
         return prompt
     raise InvalidRequestError(f"a prompt must be a string, got {type(prompt).__name__}", "prompt")

@@ -72,7 +72,7 @@ class EngineCollector(Collector):
 def number_family(
     kind: str, name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
 ) -> Family:
-    """A counter or gauge with one number for each list of label values."""
+    """Return a counter or gauge with one number for each list of label values."""
     family: CounterMetricFamily | GaugeMetricFamily = NUMBERS[kind](name, text, labels=labels)
     for of_labels, value in values:
         family.add_metric(of_labels, value)
@@ -85,7 +85,7 @@ def histogram_family(
     labels: Sequence[str],
     histograms: Iterable[tuple[Sequence[str], metrics.Histogram]],
 ) -> Family:
-    """A family with one histogram for each list of label values."""
+    """Return a family with one histogram for each list of label values."""
     family = HistogramMetricFamily(name, text, labels=labels)
     for of_labels, histogram in histograms:
         bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
@@ -128,7 +128,7 @@ class Histogram(Metric):
 
 
 def read_metrics(families: Iterable[Family]) -> list[Metric]:
-    """One metric for each set of labels of each family; a histogram has one set."""
+    """Return one metric for each set of labels of each family; a histogram has one set."""
     found: list[Metric] = []
     for family in families:
         if family.type == "histogram":

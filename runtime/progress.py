@@ -7,10 +7,10 @@ from typing import Protocol
 
 
 class OnProgress(Protocol):
-    """Wants to know."""
+    """Callback for start-up progress."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None:
-        """`done` of the `total` parts of `what` are done; with the last one `note` says what came of it."""
+        """Report that `done` of the `total` parts of `what` are done; the last call may have a `note`."""
         ...
 
 
@@ -27,7 +27,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the beginning."""
         return perf_counter() - self._started
 
     def advance(self) -> None:
@@ -37,7 +37,7 @@ class Stage:
             self._report()
 
     def finish(self, note: str) -> None:
-        """All is done: "Captured 35 graphs in 4.2 s, 1.1 GB"."""
+        """Report the end with a note such as "Captured 35 graphs in 4.2 s, 1.1 GB"."""
         self._done = self._total
         self._report(note)
 

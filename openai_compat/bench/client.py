@@ -1,4 +1,4 @@
-"""One client for every engine: OpenAI's completions and chats over HTTP, streamed and timed.
+"""Streams and times OpenAI completions and chats over HTTP, from any engine.
 
 While the clock runs it only notes which bytes came when; it reads them after the last answer (those of a chat
 after each turn, as the next one repeats them), so that it takes as little as it can from a server on the same
@@ -43,7 +43,7 @@ class Target:
     """Fields added to each request; a value of None takes the field of that name out."""
 
     def body(self, content: Mapping[str, Any], output_len: int) -> bytes:
-        """The JSON of one streaming request; `content` is its `prompt` or its `messages`."""
+        """Return the JSON of one streaming request; `content` is its `prompt` or its `messages`."""
         fields: dict[str, Any] = {
             "model": self.model,
             **content,
@@ -231,7 +231,7 @@ async def _converse(
 
 
 def first_model(target: Target, timeout_s: float = 10.0) -> str:
-    """The name of the first model that the server lists. Raises `BenchError`."""
+    """Return the name of the first model that the server lists. Raises `BenchError`."""
     exchange = asyncio.run(_exchange(target, "/v1/models", b"", timeout_s))
     if exchange.failure or exchange.status != 200:
         raise BenchError(f"{target.url}/v1/models: {exchange.failure or f'HTTP status {exchange.status}'}")
@@ -380,7 +380,7 @@ async def _exchange(target: Target, path: str, body: bytes, timeout_s: float) ->
 
 
 def _http_request(target: Target, method: str, path: str, body: bytes) -> bytes:
-    """The bytes of an HTTP/1.1 request to a path under the target's URL."""
+    """Return the bytes of an HTTP/1.1 request to a path under the target's URL."""
     parts = urlsplit(target.url)
     lines = [
         f"{method} {parts.path.rstrip('/')}{path} HTTP/1.1",

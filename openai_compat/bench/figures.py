@@ -21,7 +21,7 @@ METRICS = {
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile of a non-empty list, with linear interpolation (as numpy does it)."""
+    """Return the percentile of a non-empty list, with linear interpolation (as numpy does it)."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     below = int(position)
@@ -30,7 +30,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def samples(requests: Sequence[RequestResult]) -> dict[str, list[float]]:
-    """The times in milliseconds by metric, over the requests without error."""
+    """Return the times in milliseconds by metric, over the requests without error."""
     good = [request for request in requests if not request.error]
     return {
         "ttft": [1e3 * request.ttft for request in good],
@@ -73,7 +73,7 @@ def as_vllm(
     detailed: bool = False,
     percentiles: Sequence[float] = PERCENTILES,
 ) -> dict[str, Any]:
-    """The result under vLLM's names, and a few more at the end.
+    """Return the result under vLLM's names, and a few more at the end.
 
     `detailed` keeps what vLLM keeps with `--save-detailed`: texts, errors and times of every request.
     """

@@ -1,4 +1,4 @@
-"""The options of `microvllm bench serve`, under the names and defaults of `vllm bench serve` 0.33."""
+"""Defines the options of `microvllm bench serve`, under the names and defaults of `vllm bench serve` 0.33."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLING = (
 
 
 def positive(text: str) -> float:
-    """A number above 0, which may be infinite."""
+    """Return a number above 0, which may be infinite."""
     try:
         value = float(text)
     except ValueError:

@@ -88,7 +88,7 @@ def _keeps(request: RequestResult, limits: Mapping[str, float]) -> bool:
 
 
 def report(result: dict[str, Any], args: BenchArgs) -> str:
-    """The result in the words of `vllm bench serve`, which scripts look for."""
+    """Return the result in the words of `vllm bench serve`, which scripts look for."""
     rows: list[tuple[str, Any]] = [
         ("Successful requests:", result["completed"]),
         ("Failed requests:", result["failed"]),
@@ -159,7 +159,7 @@ def _case(args: BenchArgs, count: int) -> Case:
 
 
 def _users(args: BenchArgs, case: Case, seed: int) -> list[User]:
-    """A completion each, or for chats a conversation of one message; all share the prefix."""
+    """Return a completion each, or for chats a conversation of one message; all share the prefix."""
     tails = [length - args.prefix_len for length, _ in case.lengths]
     outputs = [output for _, output in case.lengths]
     if args.backend == "openai-chat":

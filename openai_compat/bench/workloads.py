@@ -1,4 +1,4 @@
-"""What is sent and when: one measurement's requests, their prompts and the moments at which they arrive."""
+"""Defines a measurement: its requests, their prompts and the moments at which they arrive."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Case:
     """Messages of each user in a chat; 0: one completion each."""
 
     def arrivals(self, seed: int) -> list[float]:
-        """Seconds after which each user comes; empty if all come at once. The same for the same seed."""
+        """Return the second at which each user comes, the same for a seed; empty if all come at once."""
         if math.isinf(self.request_rate):
             return []
         source = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Reads a request body: bounded in size, in time and in the work of parsing it; JSON, an object."""
+"""Reads the JSON object of a request body, bounded in size, in time and in the work of parsing it."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ class BodyMemory:
         self._free = limit
 
     def grow(self, size: int, more: int) -> None:
-        """A body of `size` bytes gets `more`. Raises `BodyMemoryError` where all together take too much."""
+        """Count `more` bytes of a body of `size` bytes. Raises `BodyMemoryError` if all take too much."""
         counted = max(size + more - FREE_BYTES, 0) - max(size - FREE_BYTES, 0)
         if counted > self._free:
             raise BodyMemoryError
         self._free -= counted
 
     def release(self, size: int) -> None:
-        """A body of `size` bytes is gone."""
+        """Release a body of `size` bytes."""
         self._free += max(size - FREE_BYTES, 0)
 
 
 async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
-    """The JSON object in the request's body.
+    """Return the JSON object in the request's body.
 
     Raises `InvalidRequestError` (content type, JSON, not an object, too many values), `PayloadTooLargeError`,
     `RequestTimeoutError`, `BodyMemoryError` where all bodies together take too much memory, or
@@ -103,7 +103,7 @@ async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
 
 
 def parse_object(data: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object that `data` holds. Raises `InvalidRequestError`."""
+    """Return the JSON object that `data` holds. Raises `InvalidRequestError`."""
     if parse_units(data) > MAX_PARSE_UNITS:
         raise shape_error([(_largest_field(data), Fault("Input holds too many values"))])
     try:
@@ -119,7 +119,7 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
 
 
 def _largest_field(data: bytes | bytearray) -> str:
-    """Which field makes a body so large, "body" if no known one does. Skips values without creating them."""
+    """Return the field that makes a body so large, else "body". Skips values without creating them."""
     if len(data) > NAMED_BYTES:
         return "body"
     try:
@@ -132,7 +132,7 @@ def _largest_field(data: bytes | bytearray) -> str:
 
 
 def parse_units(data: bytes | bytearray) -> int:
-    """The work of parsing, in units, told from the punctuation alone; only exact up to `MAX_PARSE_UNITS`."""
+    """Estimate the work of parsing, in units, from the punctuation; only exact up to `MAX_PARSE_UNITS`."""
     units = _weigh(data, UNITS)
     if units <= MAX_PARSE_UNITS:
         return units
@@ -144,7 +144,7 @@ def parse_units(data: bytes | bytearray) -> int:
 
 
 def _weigh(data: bytes | bytearray, weights: Mapping[bytes, int]) -> int:
-    """The weighted count of single bytes; stops counting soon after it has exceeded `MAX_PARSE_UNITS`."""
+    """Count single bytes, weighted; stops soon after the count has exceeded `MAX_PARSE_UNITS`."""
     units = 0
     for start in range(0, len(data), WEIGH_BYTES):
         end = start + WEIGH_BYTES

@@ -1,4 +1,4 @@
-"""Who is being served: admission, drain, and the end of requests whose client has left."""
+"""Admits requests, drains them at a stop, and ends those whose client has left."""
 
 from __future__ import annotations
 

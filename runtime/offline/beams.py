@@ -18,7 +18,7 @@ from microvllm.runtime.request import TokenLogprobs
 class BeamSearchSequence:
     """One beam: `tokens` are those of the prompt and of the answer, and `text` is theirs.
 
-    `logprobs` has one entry a generated token, `cum_logprob` is the sum over them.
+    `logprobs` has one entry per generated token, `cum_logprob` is the sum over them.
     """
 
     orig_prompt: dict[str, Any]

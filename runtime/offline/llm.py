@@ -76,7 +76,7 @@ class LLM:
         return self.llm_engine.model_config
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The model's tokenizer as one of transformers'."""
+        """Return the model's tokenizer as one of transformers'."""
         return self.llm_engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -84,7 +84,7 @@ class LLM:
         return SamplingParams(**self.engine.processor.default_params())
 
     def get_metrics(self) -> list[Metric]:
-        """What was counted since the start: vLLM's counters, gauges and histograms."""
+        """Return the metrics since the start: vLLM's counters, gauges and histograms."""
         return self.llm_engine.get_metrics()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
@@ -297,7 +297,7 @@ class LLM:
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[BeamSearchOutput]:
-        """The `params.beam_width` likeliest continuations of each prompt, best first.
+        """Return the `params.beam_width` likeliest continuations of each prompt, best first.
 
         At most `concurrency_limit` prompts are searched at a time. The tokens of a beam hold its end token.
         """
@@ -376,7 +376,7 @@ def _tokenized(
     lora_request: None,
     mm_processor_kwargs: Mapping[str, Any] | None,
 ) -> list[OfflinePrompt]:
-    """The prompts with their token ids."""
+    """Return the prompts with their token ids."""
     _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
     special = _add_special_tokens(tokenization_kwargs, True)
     tokenize = engine.processor.tokenize_prompt
@@ -387,7 +387,7 @@ def _tokenized(
 
 
 def _add_special_tokens(tokenization_kwargs: Mapping[str, Any] | None, default: bool) -> bool:
-    """The one option of tokenization that there is."""
+    """Return the one option of tokenization that there is."""
     options = dict(tokenization_kwargs or {})
     value = options.pop("add_special_tokens", None)
     for name in options:
@@ -406,7 +406,7 @@ def _refuse(**arguments: Any) -> None:
 
 
 def _chat_template(source: str | Path) -> str:
-    """The text of a template, given as such or as a file. Raises `ConfigError` if it does not compile."""
+    """Read a template, given as its text or as a file. Raises `ConfigError` if it does not compile."""
     text = str(source)
     if isinstance(source, Path) or not set("{\n") & set(text):
         try:

@@ -62,7 +62,7 @@ class LLMEngine:
         return ModelInfo(config.model, config.tokenizer_path, config.max_model_len, config.dtype, config.seed)
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The model's tokenizer as one of transformers'; made at the first call."""
+        """Return the model's tokenizer as one of transformers'; made at the first call."""
         if self._tokenizer is None:
             from microvllm.runtime.text.hf_tokenizer import as_transformers
 
@@ -70,7 +70,7 @@ class LLMEngine:
         return self._tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """What was counted since the start, under the names of /metrics."""
+        """Return the metrics since the start, under the names of /metrics."""
         engine = self.engine
         collector = EngineCollector(engine.metrics, engine.config.model, engine.config)
         return engine.call(lambda: read_metrics(collector.collect()))
@@ -89,7 +89,7 @@ class LLMEngine:
         resolved: EngineParams,
         priority: int,
     ) -> OutputBuilder:
-        """The sequences of one prompt and what builds its output. Raises `InvalidRequestError`."""
+        """Return the sequences of one prompt and what builds its output. Raises `InvalidRequestError`."""
         ids = prompt.ids
         if ids is None:
             ids = self.engine.processor.tokenize_prompt(prompt.text or "")

@@ -28,7 +28,7 @@ WHOLE_CONTEXT = (-1, "auto")  # of max_model_len
 
 
 def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are fields of `EngineArgs`, without those that are None.
+    """Return the options that are fields of `EngineArgs`, without those that are None.
 
     One that only tunes is ignored with a warning. Raises `ConfigError` for an unknown one and for one that
     would change what is generated, unless its value asks for nothing.

@@ -40,7 +40,7 @@ class OfflinePrompt(NamedTuple):
 
 
 def read_prompts(prompts: Any) -> list[OfflinePrompt]:
-    """The prompts of one call; a flat list of ids is one. Raises `InvalidRequestError`."""
+    """Return the prompts of one call; a flat list of ids is one. Raises `InvalidRequestError`."""
     if isinstance(prompts, (str, Mapping)):
         return [read_prompt(prompts)]
     if not isinstance(prompts, Sequence):
@@ -53,7 +53,7 @@ def read_prompts(prompts: Any) -> list[OfflinePrompt]:
 
 
 def read_prompt(prompt: Any) -> OfflinePrompt:
-    """One prompt. A key of a dict that asks for something else, such as images, is refused by name."""
+    """Read one prompt. A key of a dict that requests something else, such as images, is refused by name."""
     if isinstance(prompt, Mapping):
         return _read_dict(prompt)
     if isinstance(prompt, str):

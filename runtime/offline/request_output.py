@@ -73,7 +73,7 @@ class FlatLogprobs(Sequence["PositionLogprobs | None"]):
 class CompletionOutput:
     """One generated sequence; `finish_reason` is "stop", "length" or "repetition".
 
-    With `SamplingParams.logprobs`, `logprobs` has one {token id: Logprob} a token, the sampled one first,
+    With `SamplingParams.logprobs`, `logprobs` has one {token id: Logprob} per token, the sampled one first,
     and `cumulative_logprob` is the sum over the sampled ones.
     """
 
@@ -111,7 +111,7 @@ class RequestStateStats:
 class RequestOutput:
     """All sequences of one prompt.
 
-    With `SamplingParams.prompt_logprobs`, `prompt_logprobs` has one entry a prompt token, None for the first.
+    With `SamplingParams.prompt_logprobs`, `prompt_logprobs` has an entry per prompt token, None for the first.
     `num_cached_tokens` counts prompt tokens from the prefix cache.
     """
 
@@ -133,7 +133,7 @@ class RequestOutput:
 def position_logprobs(
     entry: TokenLogprobs, tokenizer: Tokenizer, *, ranked: bool = True, decode: bool = True
 ) -> PositionLogprobs:
-    """One position by token; `ranked`: the tokens after the first are the likeliest ones in order."""
+    """Return one position by token; `ranked`: the tokens after the first are the likeliest ones in order."""
     found: PositionLogprobs = {}
     for place, (token, value) in enumerate(zip(entry.token_ids, entry.logprobs, strict=True)):
         if token not in found:
@@ -188,7 +188,7 @@ class OutputBuilder:
                 result.metrics = self._metrics()
 
     def snapshot(self, delta: bool) -> RequestOutput:
-        """A copy of the result so far; with `delta` only what is new since the last one."""
+        """Return a copy of the result so far; with `delta` only what is new since the last one."""
         outputs = []
         for output, (chars, tokens) in zip(self.result.outputs, self._shown, strict=True):
             if delta and tokens == len(output.token_ids):

@@ -102,11 +102,11 @@ class SamplingParams:
 
     @classmethod
     def from_optional(cls, **fields: Any) -> SamplingParams:
-        """The constructor; vLLM's takes None for every field only here."""
+        """Call the constructor; vLLM's takes None for every field only here."""
         return cls(**fields)
 
     def clone(self) -> SamplingParams:
-        """A deep copy."""
+        """Return a deep copy."""
         return copy.deepcopy(self)
 
     def resolve(self) -> EngineParams:
@@ -136,7 +136,7 @@ class SamplingParams:
         return params
 
     def _values(self) -> dict[str, Any]:
-        """The fields by name, each in the one form that the engine takes."""
+        """Return the fields by name, each in the one form that the engine takes."""
         values = {name: _plain(getattr(self, name)) for name in DEFAULTS}
         for name, default in DEFAULTS.items():
             if values[name] is None and name != "max_tokens":
@@ -197,7 +197,7 @@ class BeamSearchParams:
         )
 
     def step_params(self) -> SamplingParams:
-        """What each beam of a step asks for: its likeliest next tokens, twice as many as there are beams."""
+        """Request the likeliest next tokens of a beam, twice as many as there are beams."""
         if type(self.beam_width) is not int or self.beam_width < 1:
             raise InvalidRequestError(
                 f"beam_width must be an integer at least 1, got {self.beam_width!r}.", "beam_width"
@@ -208,7 +208,7 @@ class BeamSearchParams:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's: sweeps take their values from arrays."""
+    """Return a number of numpy's as Python's: sweeps take their values from arrays."""
     if isinstance(value, (bool, int, float)) and type(value) in (bool, int, float):
         return value
     if isinstance(value, numbers.Integral):
@@ -217,7 +217,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    """A list of plain values, each once; what is no collection stays, for the engine's check to name it."""
+    """Return plain values, each once. What is no collection stays, for the engine's check to name it."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):

@@ -76,7 +76,7 @@ class Admission:
         self._began += started
 
     def measure(self, stats: EngineStats, now: float) -> None:
-        """Measure the rate, once a step; `now` is `time.monotonic()`."""
+        """Measure the rate once per step; `now` is `time.monotonic()`."""
         elapsed = now - self._last_step
         if self._waiting:
             kept = math.exp(-elapsed / RATE_MEMORY_S)
@@ -87,7 +87,7 @@ class Admission:
         self._last_step = now
 
     def _time_for(self, requests: float) -> float:
-        """Seconds until so many requests have left the queue, as far as is known."""
+        """Predict the seconds until so many requests have left the queue."""
         rate = self.rate
         if rate is None:
             return 0.0

@@ -43,7 +43,7 @@ class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
 
     @classmethod
     def of(cls, shared: EngineRequest, prompts: Sequence[Sequence[EngineRequest]]) -> Add:
-        """The message for the samples of each prompt, which were made of `shared`."""
+        """Return the message for the samples of each prompt, which were made of `shared`."""
         return cls(
             shared,
             [
@@ -116,14 +116,14 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The engine could not start: a line that says why, and one that says what to do, if that is known."""
+    """The engine could not start: the reason in one line, and the remedy in another if it is known."""
 
     message: str
     remedy: str | None = None
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """One message a step, for all requests together."""
+    """One message per step, for all requests together."""
 
     outputs: list[StepOutput]
     stats: EngineStats

@@ -215,7 +215,7 @@ class EngineClient:
         return client
 
     def healthy(self) -> bool:
-        """Whether requests are being served: the engine is loaded, alive, not frozen and not hung."""
+        """Return whether requests are being served: the engine is loaded, alive, not frozen and not hung."""
         return self._ready and self._watch.problem is None
 
     async def wait_given_up(self) -> None:
@@ -445,7 +445,7 @@ class EngineClient:
 
 
 def _named(streams: Collection[TokenStream]) -> str:
-    """The requests that were running, by id."""
+    """Return the requests that were running, by id."""
     ids = list(dict.fromkeys(stream.name or str(stream.request_id) for stream in streams))
     more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
     return f"{len(ids)} requests: {', '.join(ids[:MAX_NAMED])}{more}" if ids else "no requests"

@@ -117,7 +117,7 @@ class Watch:
         return self.problem
 
     def _shows_life(self) -> bool:
-        """Whether a thread of the engine waits for a processor, or has had one since the last call."""
+        """Return whether a thread of the engine waits for a processor, or has had one since the last call."""
         states, used = threads_of(self._pid)
         if not states:  # no /proc: only the bound of the longest step is left
             return True
@@ -126,7 +126,7 @@ class Watch:
 
 
 def threads_of(pid: int) -> tuple[str, int]:
-    """The states of all threads of a process, a letter each as in proc(5), and their processor time.
+    """Return the states of all threads of a process, a letter each as in proc(5), and their processor time.
 
     The time is in ticks of the system's clock, usually of 10 ms. ("", 0) where there is no /proc.
     """

@@ -1,4 +1,4 @@
-"""Chat messages -> one prompt text: `normalize_messages` checks them, `ChatTemplate` renders them.
+"""Turns chat messages into a prompt: `normalize_messages` checks them, `ChatTemplate` renders them.
 
 Torch-free.
 """
@@ -39,8 +39,8 @@ MEDIA_FIELDS = (
 class ChatTemplate:
     """A model's chat template (Jinja, as transformers defines it); safe to use from threads.
 
-    `sandbox` compiles and renders it: nobody but the model's author knows what it does, so the server and
-    the Python API give `SandboxProcesses`. The default, `Sandbox`, is for templates of one's own.
+    `sandbox` compiles and renders it. A template is code of the model's author, so the server and the
+    Python API pass `SandboxProcesses`. The default, `Sandbox`, is for templates of one's own.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt text of a conversation that `normalize_messages` returned.
+        """Return the prompt text of a conversation that `normalize_messages` returned.
 
         `continue_final_message` ends the text right after the content of the last message, so that the model
         goes on with it; it excludes `add_generation_prompt`. `chat_template_content_format` "string" or
@@ -137,7 +137,7 @@ def _marker() -> str:
 
 
 def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a content; parts are joined by a newline, as in vLLM."""
+    """Return the text of a content; parts are joined by a newline, as in vLLM."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
@@ -182,7 +182,7 @@ def _append_to_final(messages: Sequence[Mapping[str, Any]], marker: str) -> list
 
 
 def _cut_at(text: str, marker: str) -> str:
-    """The text before the marker. If the template trimmed the content, so would it without the marker."""
+    """Cut the text at the marker. If the template trimmed the content, so would it without the marker."""
     end = text.rfind(marker.rstrip())
     if end < 0:
         raise InvalidRequestError(
@@ -308,7 +308,7 @@ def _string(value: Any, where: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """The JSON type of a value. The value itself may be huge or nested too deeply to print."""
+    """Return the JSON type of a value. The value itself may be huge or nested too deeply to print."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -115,7 +115,7 @@ class _Analysis:
             self._collect(child, inner)
 
     def _flows(self, node: nodes.Node, scope: _Scope) -> Iterator[tuple[_Scope, str, Iterable[str]]]:
-        """The (scope, variable, kinds) that a statement or a call of a macro assigns."""
+        """Return the (scope, variable, kinds) that a statement or a call of a macro assigns."""
         if isinstance(node, nodes.Assign):
             yield from self._assigned(node.target, node.node, scope)
         elif isinstance(node, nodes.For):
@@ -148,7 +148,7 @@ class _Analysis:
         return frozenset(_ELEMENT[kind] for kind in self._of(node, scope) if kind in _ELEMENT)
 
     def _of(self, node: nodes.Node | None, scope: _Scope) -> frozenset[str]:
-        """The kinds that an expression can have."""
+        """Return the kinds that an expression can have."""
         if isinstance(node, nodes.Name):
             return frozenset(self._kinds.get((scope.owner(node.name), node.name), ()))
         if isinstance(node, (nodes.Getattr, nodes.Getitem)):
@@ -190,7 +190,7 @@ class _Analysis:
 
 
 def _key(node: nodes.Node) -> object:
-    """The constant key or the attribute that the node reads; None for any other index or node."""
+    """Return the constant key or the attribute that the node reads; None for any other index or node."""
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
@@ -199,7 +199,7 @@ def _key(node: nodes.Node) -> object:
 
 
 def _attribute(node: nodes.Filter) -> object:
-    """The constant `attribute` argument of a filter, or None."""
+    """Return the constant `attribute` argument of a filter, or None."""
     return next(
         (
             keyword.value.value

@@ -67,7 +67,7 @@ class OutputProcessor:
         )
 
     def process(self, output: StepOutput) -> TextDelta:
-        """The delta of one step.
+        """Return the delta of one step.
 
         Raises `EngineError` when the request failed in the engine, `InvalidRequestError` if by its own fault,
         `QueueTimeoutError` or `RequestDeadlineError` when it was ended for its time.
@@ -163,7 +163,7 @@ class Detokenizer:
         return shown, None
 
     def finish(self) -> str:
-        """The sequence is over: what was still held back. Nothing after a stop string."""
+        """End the sequence; returns what was still held back, nothing after a stop string."""
         if self.stop_hit is not None:
             return ""
         tail = self._decoder.finish()
@@ -222,7 +222,7 @@ class StopMatcher:
         return seen[: len(seen) - keep], None
 
     def release(self) -> str:
-        """What is held back; the text ends here."""
+        """End the text; returns what is held back."""
         held, self._held = self._held, ""
         return held
 
@@ -362,7 +362,7 @@ class WindowDecoder:
             self._text = self._shown = self._decode(self._ids)
 
     def _prompt_tail(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The last few tokens of the prompt that are not skipped, with a text, from a whole character on."""
+        """Return the last few tokens of the prompt that have a text, from a whole character on."""
         tail: list[int] = []
         for token in reversed(prompt_ids):
             if token in self._skipped:

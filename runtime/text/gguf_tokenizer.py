@@ -79,7 +79,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 
 class GGUFTokenizer(NamedTuple):
-    """The backend, and what beside it the metadata says."""
+    """The backend, and the metadata beside it."""
 
     backend: Tokenizer
     named: dict[str, str]  # "bos_token" -> its text
@@ -87,7 +87,7 @@ class GGUFTokenizer(NamedTuple):
 
 
 def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> GGUFTokenizer:
-    """The tokenizer that `metadata` describes. Raises `ModelFileError` naming `path` and the key."""
+    """Return the tokenizer that `metadata` describes. Raises `ModelFileError` naming `path` and the key."""
     return _Builder(path, metadata).build()
 
 

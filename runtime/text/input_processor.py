@@ -1,4 +1,4 @@
-"""From prompts and sampling parameters to engine requests; every check that needs no engine.
+"""Turns prompts and sampling parameters into engine requests, with every check that needs no engine.
 
 The same for the server and for offline use. Imports no torch; the methods that tokenise or render take
 milliseconds to seconds, so the server calls them in a worker thread.
@@ -179,7 +179,7 @@ class InputProcessor:
         return EngineRequest(-1, [], params, eos, ends, priority, cache_salt, bad_word_ids)
 
     def samples(self, prompt_ids: list[int], prepared: EngineRequest) -> list[EngineRequest]:
-        """The `params.n` requests of one prompt that `check_prompt` passed, made of what `prepare` returned.
+        """Return the `params.n` requests of a prompt that has passed `check_prompt`, made from `prepared`.
 
         `max_tokens` is clamped to what is left of the context, as vLLM 0.33 does.
         """
@@ -219,11 +219,12 @@ class InputProcessor:
     def _check_logprobs(self, params: SamplingParams) -> None:
         vocab, limit = self._config.spec.vocab_size, self._config.max_logprobs
         for name, what in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
-            wish = getattr(params, name)
-            count = vocab if wish == -1 else wish or 0
+            requested = getattr(params, name)
+            count = vocab if requested == -1 else requested or 0
             if limit != -1 and count > limit:
                 raise InvalidRequestError(
-                    f"Requested {what} logprobs of {wish}, which is greater than max allowed: {limit}", name
+                    f"Requested {what} logprobs of {requested}, which is greater than max allowed: {limit}",
+                    name,
                 )
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
@@ -239,7 +240,7 @@ class InputProcessor:
 
 
 def _end_tokens(config: EngineConfig, tokenizer: Tokenizer) -> tuple[int | None, list[int]]:
-    """The end-of-sequence token, and further ends, which report themselves as `stop_reason`.
+    """Return the end-of-sequence token, and further ends, which report themselves as `stop_reason`.
 
     The first is the tokenizer's; a model's configuration may list more (Llama 3's 128008 and 128009).
     """

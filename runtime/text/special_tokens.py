@@ -84,7 +84,7 @@ def _add(
 
 
 def _class_tokens(backend: Backend, config: Mapping[str, Any], model_type: object) -> dict[str, AddedToken]:
-    """The names that the tokenizer's class has by itself, unless the vocabulary lacks them."""
+    """Return the names that the tokenizer's class has by itself, unless the vocabulary lacks them."""
     name = _MODEL_CLASSES.get(str(model_type), str(config.get("tokenizer_class")).removesuffix("Fast"))
     return {
         name: AddedToken(text, special=True)
@@ -94,7 +94,7 @@ def _class_tokens(backend: Backend, config: Mapping[str, Any], model_type: objec
 
 
 def _tokens_of(config: Mapping[str, Any], *, usual: bool) -> dict[str, AddedToken]:
-    """The tokens under their usual names, or under a model's own such as `image_token`."""
+    """Return the tokens under their usual names, or under a model's own such as `image_token`."""
     found = {
         name: _token(value)
         for name, value in config.items()
@@ -106,7 +106,7 @@ def _tokens_of(config: Mapping[str, Any], *, usual: bool) -> dict[str, AddedToke
 def _without_names(
     extra: Any, named: dict[str, AddedToken]
 ) -> tuple[list[AddedToken] | None, dict[str, AddedToken]]:
-    """A list of special tokens. It may be an object instead, whose names join `named`; then it is None."""
+    """Read a list of special tokens. An object in its place gives names to `named`, and no list."""
     if isinstance(extra, dict):
         found = {str(name): _token(value) for name, value in extra.items()}
         return None, named | {name: token for name, token in found.items() if token is not None}

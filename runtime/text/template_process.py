@@ -76,11 +76,11 @@ class SandboxProcesses:
         weakref.finalize(self, _end_all, self._running)
 
     def content_format(self, source: str) -> str:
-        """Returns the form of contents that a template was written for. Raises as the class says."""
+        """Returns the form of contents that a template was written for. Raises as described there."""
         return self._ask({"source": source}, COMPILE_DEADLINES * self._deadline_s)
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
-        """Returns the text of a template with these variables. Raises as the class says."""
+        """Returns the text of a template with these variables. Raises as described there."""
         return self._ask({"source": source, "variables": variables}, self._deadline_s)
 
     def _ask(self, question: Mapping[str, Any], seconds: float) -> str:
@@ -116,7 +116,7 @@ class SandboxProcesses:
         return answer["value"]
 
     def _children(self) -> queue.Queue[_Child | None]:
-        """All start at the first call: who renders no chat pays for none, and no later call waits for one."""
+        """Start all at the first call, so that a server without chats has none and no later call waits."""
         with self._lock:
             if self._idle is None:
                 self._idle = queue.Queue()
@@ -227,7 +227,7 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, limits["memory_bytes"])
     sandbox = Sandbox(limits["max_chars"])
-    with contextlib.suppress(OSError, MemoryError):  # the parent is gone, or nobody knows what is left
+    with contextlib.suppress(OSError, MemoryError):  # the parent is gone, or no memory is left
         sock.sendall(_frame({}))
         while True:
             question = _receive(sock)

@@ -49,7 +49,7 @@ class TiktokenTokenizer(NamedTuple):
 
 
 def build_tokenizer(file: Path) -> TiktokenTokenizer:
-    """The tokenizer of a `qwen.tiktoken` file, whose folder is the model's.
+    """Return the tokenizer of a `qwen.tiktoken` file, whose folder is the model's.
 
     A model whose generation_config.json says `"chat_format": "chatml"` ends its turns with <|im_end|> and has
     the ChatML template; another is a base model. Raises `ModelFileError` naming the file and the line.
@@ -87,7 +87,7 @@ def build_tokenizer(file: Path) -> TiktokenTokenizer:
 
 
 def _read_tokens(file: Path) -> list[bytes]:
-    """The bytes of each token, in the order of their ranks."""
+    """Return the bytes of each token, in the order of their ranks."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
             raise ModelFileError(file, f"larger than {MAX_FILE_BYTES >> 20} MiB, which no such file is")

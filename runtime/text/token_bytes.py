@@ -1,4 +1,4 @@
-"""What each token contributes to the text, as bytes: the table behind the fast detokenizer.
+"""Tabulates the bytes that each token contributes to the text, for the fast detokenizer.
 
 For two kinds of decoder the text of a sequence is the concatenation of its tokens' bytes, read as UTF-8:
 byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece BPE with byte fallback (Llama 2, Mistral).
@@ -28,7 +28,7 @@ class TokenBytes:
 def build_token_bytes(
     decoder: Any, vocab: Mapping[str, int], special_ids: Collection[int]
 ) -> TokenBytes | None:
-    """The table for a `tokenizers` decoder, or None if its text is not a concatenation of bytes."""
+    """Return the table for a `tokenizers` decoder, or None if its text is not a concatenation of bytes."""
     strips_space = False
     to_bytes: Callable[[str], bytes]
     chain: list[dict[str, Any]] = []
@@ -92,5 +92,5 @@ class ByteLevelAlphabet:
         return token.encode("utf-8", "replace")
 
     def from_bytes(self, token: bytes) -> str:
-        """How a vocabulary spells a token of these bytes."""
+        """Return how a vocabulary spells a token of these bytes."""
         return token.decode("latin-1").translate(self._from_latin1)

@@ -80,13 +80,13 @@ class Tokenizer:
             raise InvalidRequestError("The text holds a lone surrogate, which no UTF-8 text can.") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids: unknown ids contribute nothing, broken UTF-8 becomes U+FFFD."""
+        """Return the text of token ids: unknown ids contribute nothing, broken UTF-8 becomes U+FFFD."""
         size = self.vocab_size
         known = [index for index in ids if 0 <= index < size]
         return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def id_to_token(self, id: int) -> str | None:
-        """The token as the vocabulary spells it ("Ġthe"), or None for an unknown id."""
+        """Return the token as the vocabulary spells it ("Ġthe"), or None for an unknown id."""
         return self.backend.id_to_token(id) if 0 <= id < self.vocab_size else None
 
     def _named_id(self, name: str) -> int | None:
@@ -180,7 +180,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates by name. Template files in the folder replace those of tokenizer_config.json."""
+    """Return the templates by name. Template files in the folder replace those of tokenizer_config.json."""
     files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
