@@ -111,7 +111,7 @@ class RequestStateStats:
 class RequestOutput:
     """All sequences of one prompt.
 
-    With `SamplingParams.prompt_logprobs`, `prompt_logprobs` has an entry per prompt token, None for the first.
+    With `SamplingParams.prompt_logprobs`, `prompt_logprobs` has an entry per prompt token, the first None.
     `num_cached_tokens` counts prompt tokens from the prefix cache.
     """
 
