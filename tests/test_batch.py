@@ -125,7 +125,7 @@ def test_a_stream_that_is_not_wanted_is_none() -> None:
 
 def test_an_application_that_fails_is_status_500() -> None:
     client = fresh()
-    client.submit = None  # type: ignore[assignment]
+    client._start = None  # type: ignore[assignment]
     (found,) = answers(line({"prompt": "x"}), client=client)
     assert (
         found["response"]["status_code"] == 500 and found["error"]["error"]["type"] == "InternalServerError"

@@ -576,7 +576,7 @@ async def test_an_unexpected_failure_is_a_5xx(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(client, "submit", broken)
+    monkeypatch.setattr(client, "_start", broken)
     async with in_process(client) as http:
         with pytest.raises(ZeroDivisionError):  # httpx shows what the server only logs
             await http.post(GENERATE, json=wish("hi", 3, model=None))

@@ -47,14 +47,14 @@ async def test_many_preemptions_are_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = FakeClient()
-    submit = client.submit
+    submit = client._start
 
     def preempted(*args: Any, **options: Any) -> Any:
         streams = submit(*args, **options)
         streams[0].num_preemptions = 4
         return streams
 
-    monkeypatch.setattr(client, "submit", preempted)
+    monkeypatch.setattr(client, "_start", preempted)
     ((level, line),) = await ends(caplog, client)
     assert level == logging.WARNING and "ended (length)" in line and "4 preemptions" in line
 
@@ -63,13 +63,13 @@ async def test_streams_have_the_requests_id_for_the_log_of_an_engines_death(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     client = FakeClient()
-    submit, streams = client.submit, []
+    submit, streams = client._start, []
 
     def noted(*args: Any, **options: Any) -> Any:
         streams.extend(submit(*args, **options))
         return streams
 
-    monkeypatch.setattr(client, "submit", noted)
+    monkeypatch.setattr(client, "_start", noted)
     async with in_process(client) as http:
         await http.post("/v1/completions", json={**BODY, "n": 2})
     assert [stream.name for stream in streams] == ["cmpl-mine"] * 2

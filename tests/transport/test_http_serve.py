@@ -59,7 +59,7 @@ async def close(drain_s=0):
     print("frozen", gc.get_freeze_count() > 10_000, flush=True)
     print("closed", len(client.running), client.aborted, flush=True)
 
-submit = client.submit
+submit = client._start
 
 def submitted(*args, **options):
     streams = submit(*args, **options)
@@ -67,7 +67,7 @@ def submitted(*args, **options):
     return streams
 
 client.close = close
-client.submit = submitted
+client._start = submitted
 server.EngineClient = Engine
 try:
     server.serve(Args(), ServerArgs(**options["args"]))
