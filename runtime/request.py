@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import enum
-import math
 from typing import Annotated, Any
 
 import msgspec
@@ -127,89 +126,71 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return changed
 
 
-_TEXTS = {
-    "stop": f"stop strings must have 1 to {MAX_STOP_STRING_CHARS} characters.",
-    "bad_words": f"bad_words must have 1 to {MAX_BAD_WORD_CHARS} characters each.",
+# What the fields must be that are no single number.
+_MUST = {
+    "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids to numbers in [-100, 100]",
+    "allowed_token_ids": "must be a list of at least one token id",
+    "bad_words": f"must be at most {MAX_BAD_WORDS} words of 1 to {MAX_BAD_WORD_CHARS} characters",
+    "stop": f"strings must have 1 to {MAX_STOP_STRING_CHARS} characters",
+    "stop_token_ids": f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids",
+    "logprob_token_ids": f"must be a list of at most {MAX_LOGPROB_TOKEN_IDS} token ids",
+    "repetition_detection": "must be a RepetitionDetection",
 }
 
 
 def check_sampling(params: SamplingParams) -> None:
     """Raises `InvalidRequestError` naming the field for a value of the wrong type or out of range."""
+    _check_values(SamplingParams, params)
     detection = params.repetition_detection
-    try:  # at C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others
-        msgspec.convert(msgspec.structs.asdict(params), SamplingParams)
-        if detection is not None:
-            msgspec.convert(msgspec.structs.asdict(detection), RepetitionDetection)
-    except msgspec.ValidationError:
-        _find_fault(msgspec.inspect.type_info(SamplingParams), params, "")
-        raise
     if detection is not None:
-        name, size = "repetition_detection", detection.max_pattern_size
-        _check_integer(detection.min_pattern_size, f"{name}.min_pattern_size", 0, size)
-        _check_integer(detection.min_count, f"{name}.min_count", 2 if size else 0, INT64_MAX)
+        name, size, smallest = "repetition_detection", detection.max_pattern_size, detection.min_pattern_size
+        _check_values(RepetitionDetection, detection, f"{name}.")
+        if smallest > size:
+            raise _fault(f"{name}.min_pattern_size", f"an integer in [0, {size}]", smallest)
+        if size and detection.min_count < 2:
+            raise _fault(f"{name}.min_count", "an integer at least 2", detection.min_count)
     if params.logprob_token_ids is not None and params.logprobs is None:
         raise InvalidRequestError("logprob_token_ids needs logprobs to be set.", "logprob_token_ids")
-    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-        raise InvalidRequestError(
-            f"min_tokens must be less than or equal to max_tokens={params.max_tokens}, "
-            f"got {params.min_tokens}.",
-            "min_tokens",
-        )
+    least, most = params.min_tokens, params.max_tokens
+    if most is not None and least > most:
+        raise _fault("min_tokens", f"less than or equal to max_tokens={most}", least)
     if params.n > 1 and params.greedy:
         raise InvalidRequestError(f"n must be 1 when using greedy sampling, got {params.n}.", "n")
 
 
-def _find_fault(kind: msgspec.inspect.Type, value: Any, name: str) -> None:
-    """Raises for the first value in `value` that is not of its type."""
-    match kind:
-        case msgspec.inspect.UnionType():  # with None
-            if value is not None:
-                _find_fault(kind.types[0], value, name)
-        case msgspec.inspect.IntType():
-            _check_integer(value, name, kind.ge or 0, kind.le or INT64_MAX)
-        case msgspec.inspect.FloatType():
-            _check_number(value, name, kind)
-        case msgspec.inspect.BoolType():
-            if type(value) is not bool:
-                raise InvalidRequestError(f"{name} must be true or false, got {value!r:.200}.", name)
-        case msgspec.inspect.StrType():
-            if type(value) is not str or not value or len(value) > (kind.max_length or 0):
-                raise InvalidRequestError(_TEXTS[name], name)
-        case msgspec.inspect.ListType():
-            if not isinstance(value, list) or len(value) > (kind.max_length or len(value)):
-                most = "" if kind.max_length is None else f" of at most {kind.max_length}"
-                raise InvalidRequestError(f"{name} must be a list{most}, got {value!r:.200}.", name)
-            if len(value) < (kind.min_length or 0):
-                raise InvalidRequestError(f"{name} must be a list of at least one token id.", name)
-            for item in value:
-                _find_fault(kind.item_type, item, name)
-        case msgspec.inspect.DictType():
-            if not isinstance(value, dict) or len(value) > (kind.max_length or 0):
-                raise InvalidRequestError(
-                    f"{name} must map at most {kind.max_length} token ids to numbers.", name
-                )
-            for key, item in value.items():
-                _find_fault(kind.key_type, key, name)
-                _find_fault(kind.value_type, item, name)
-        case msgspec.inspect.StructType():
-            if not isinstance(value, kind.cls):
-                raise InvalidRequestError(f"{name} must be a {kind.cls.__name__}.", name)
-            for field in kind.fields:
-                _find_fault(field.type, getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+def _check_values(kind: type[msgspec.Struct], values: msgspec.Struct, prefix: str = "") -> None:
+    try:  # at C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others
+        msgspec.convert(msgspec.structs.asdict(values), kind)
+        return
+    except msgspec.ValidationError:
+        pass
+    for field in msgspec.structs.fields(kind):
+        value = getattr(values, field.name)
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError:
+            name = prefix + field.name
+            if field.name in _MUST:
+                raise InvalidRequestError(f"{name} {_MUST[field.name]}.", name) from None
+            raise _fault(name, _range_of(field.type), value) from None
 
 
-def _check_integer(value: Any, name: str, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        bound = f"at least {low}" if high == INT64_MAX else f"in [{low}, {high}]"
-        raise InvalidRequestError(f"{name} must be an integer {bound}, got {value!r}.", name)
+def _fault(name: str, expected: str, value: Any) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} must be {expected}, got {value!r:.200}.", name)
 
 
-def _check_number(value: Any, name: str, kind: msgspec.inspect.FloatType) -> None:
-    low, high = kind.ge if kind.gt is None else kind.gt, kind.le or 0
-    fine = type(value) in (int, float) and math.isfinite(value) and (low or 0) <= value <= high
-    if not fine or value == kind.gt:
-        bracket = "[" if kind.gt is None else "("
-        raise InvalidRequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}.", name)
+def _range_of(declared: Any) -> str:
+    """What a number or a boolean must be, in words."""
+    kind = msgspec.inspect.type_info(declared)
+    if isinstance(kind, msgspec.inspect.UnionType):  # with None
+        kind = kind.types[0]
+    if isinstance(kind, msgspec.inspect.IntType):
+        bounds = f"at least {kind.ge}" if kind.le == INT64_MAX else f"in [{kind.ge}, {kind.le}]"
+        return f"an integer {bounds}"
+    if isinstance(kind, msgspec.inspect.FloatType):
+        low = f"({kind.gt:g}" if kind.gt is not None else f"[{kind.ge:g}"
+        return f"in {low}, {kind.le:g}]"
+    return "true or false"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):

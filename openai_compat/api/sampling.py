@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from microvllm.openai_compat.api.requests import GenerationRequest
 from microvllm.openai_compat.errors import clip
@@ -14,27 +14,9 @@ from microvllm.runtime.request import SamplingParams, check_sampling
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
 
-OPENAI_DEFAULTS: Mapping[str, Any] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-}
 MAX_BIAS = 100.0
-# Handed over as they are: `SamplingParams` has the same names and defaults, and checks the ranges.
-_UNCHANGED = (
-    "n",
-    "min_tokens",
-    "stop_token_ids",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "allowed_token_ids",
-    "bad_words",
-)
+# What has the same name and form in both; `SamplingParams` has the defaults of OpenAI.
+_SHARED = {*GenerationRequest.__struct_fields__} & {*SamplingParams.__struct_fields__}
 _TOKEN_ID = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
@@ -55,23 +37,21 @@ def sampling_params(
     Raises `InvalidRequestError` naming the field that is out of range.
     """
     _check_spaces(body, client)
-    defaults = {**OPENAI_DEFAULTS, **client.processor.default_params()}
-    requested = {name: getattr(body, name) for name in OPENAI_DEFAULTS}
-    chosen = {name: defaults[name] if value is None else value for name, value in requested.items()}
+    values = client.processor.default_params()
+    limit = values.pop("max_tokens", None)
+    values |= {name: value for name in _SHARED if (value := getattr(body, name)) is not None}
+    values |= {
+        "seed": None if body.seed == -1 else body.seed,  # -1 is vLLM's "no seed"
+        "max_tokens": _max_tokens(max_tokens, max_tokens_field, client, limit),
+        "stop": body.stop_strings,
+        "logit_bias": _logit_bias(body.logit_bias),
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "logprob_token_ids": body.logprob_token_ids or None,
+    }
     if body.use_beam_search:
-        chosen["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
-    params = SamplingParams(
-        seed=None if body.seed == -1 else body.seed,  # -1 is vLLM's "no seed"
-        max_tokens=_max_tokens(max_tokens, max_tokens_field, client, defaults.get("max_tokens")),
-        logit_bias=_logit_bias(body.logit_bias),
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        logprob_token_ids=body.logprob_token_ids or None,
-        repetition_detection=body.repetition_detection,
-        stop=body.stop_strings,
-        **{name: getattr(body, name) for name in _UNCHANGED},
-        **chosen,
-    )
+        values["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance
+    params = SamplingParams(**values)
     check_sampling(params)
     return params
 
