@@ -4,7 +4,8 @@
     python scripts/count_lines.py [ROOT]
 
 Prints a Markdown table. The engine's core is runtime + adapters + ops: what happens between token ids and
-token ids. A string that is a statement of its own counts as a docstring wherever it stands.
+token ids. The core path is the part of it that a reader should read first. A string that is a statement of
+its own counts as a docstring wherever it stands.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ("runtime", "adapters", "ops")
 FOLDERS = (*CORE, "openai_compat", ".", "scripts", "tests")
 """`.` holds the files at the top: the command line and the package's `__init__.py`."""
+CORE_PATH = (
+    *("runtime/request.py", "runtime/core/*.py", "runtime/worker/*.py", "adapters/spec.py"),
+    *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
+)
+OFF_THE_PATH = {"step_times.py"}
 SILENT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -105,6 +111,13 @@ def count(root: Path, name: str) -> Folder:
     return Folder(label, len(files), lines[".py"], lines[".c"] + lines[".h"])
 
 
+def core_path(root: Path) -> Folder:
+    """The counts of the core path, without files that hold no code."""
+    files = [file for pattern in CORE_PATH for file in sorted(root.glob(pattern))]
+    counts = [python_lines(file.read_text("utf-8")) for file in files if file.name not in OFF_THE_PATH]
+    return Folder("core path", sum(map(bool, counts)), sum(counts), 0)
+
+
 def total(name: str, folders: list[Folder]) -> Folder:
     return Folder(
         name,
@@ -119,7 +132,7 @@ def markdown(root: Path) -> str:
     folders = {name: count(root, name) for name in FOLDERS if (root / name).is_dir()}
     core = [folder for name, folder in folders.items() if name in CORE]
     package = [folder for name, folder in folders.items() if name not in ("scripts", "tests")]
-    rows = [*core, total("**engine core**", core)]
+    rows = [*core, total("**engine core**", core), core_path(root)]
     rows += [folder for folder in package if folder not in core]
     rows += [total("**package**", package)]
     rows += [folder for folder in folders.values() if folder not in package]

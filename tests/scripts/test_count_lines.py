@@ -79,6 +79,7 @@ def test_the_table_of_a_small_tree(tmp_path: Path, capsys: pytest.CaptureFixture
         "| runtime/ | 1 | 2 |  | 2 |",
         "| ops/ | 2 | 0 | 2 | 2 |",
         "| **engine core** | 3 | 2 | 2 | 4 |",
+        "| core path | 0 | 0 |  | 0 |",
         "| cli.py, `__init__.py` | 1 | 1 |  | 1 |",
         "| **package** | 4 | 3 | 2 | 5 |",
         "| tests/ | 1 | 1,234 |  | 1,234 |",
@@ -97,3 +98,9 @@ def test_this_repository() -> None:
                 for path in script.source_files(ROOT / name, deep=name != ".")
             )
         )
+
+
+def test_the_core_path_stays_readable() -> None:
+    """What a reader should read first: it may shrink, and grows only with a reason in the same commit."""
+    path = script.core_path(ROOT)
+    assert path.files <= 16 and path.lines <= 2600
