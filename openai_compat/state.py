@@ -12,7 +12,7 @@ import msgspec
 import microvllm
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import Exposition, HttpMetrics
-from microvllm.openai_compat.transport.body import MAX_HELD_BODIES, BodyMemory
+from microvllm.openai_compat.transport.body import BodyReader
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
 from microvllm.runtime.metrics import EngineMetrics
 
@@ -37,10 +37,10 @@ class ServerState:
     exposition: Exposition | None = None
     num_generations: int = 0  # requests in progress that generate
     fingerprint: str | None = None
-    body_memory: BodyMemory = field(init=False)
+    bodies: BodyReader = field(init=False)
 
     def __post_init__(self) -> None:
-        self.body_memory = BodyMemory(MAX_HELD_BODIES * self.args.max_body_bytes)
+        self.bodies = BodyReader(self.args.max_body_bytes, self.client.run_blocking)
         if not self.args.disable_log_stats:
             self.metrics = EngineMetrics(self.client.config.max_model_len, self.client.stats)
             self.client.observer = self.metrics

@@ -15,7 +15,6 @@ from microvllm.openai_compat.api.reading import read_request
 from microvllm.openai_compat.api.requests import Body
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.state import ServerState
-from microvllm.openai_compat.transport.body import read_object
 from microvllm.openai_compat.transport.middleware import LoadMiddleware
 from microvllm.runtime.errors import InvalidRequestError
 
@@ -92,4 +91,4 @@ def _refusing(remedy: str) -> Answering:
 
 async def read_body(request: Request, state: ServerState, kind: type[BodyT]) -> BodyT:
     """The checked body that a request carries. Raises `InvalidRequestError`."""
-    return read_request(kind, await read_object(request, state))
+    return read_request(kind, await state.bodies.read_object(request))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import msgspec
 import orjson
@@ -21,9 +21,6 @@ from microvllm.openai_compat.errors import (
     shape_error,
 )
 from microvllm.runtime.errors import InvalidRequestError
-
-if TYPE_CHECKING:
-    from microvllm.openai_compat.state import ServerState
 
 MAX_DEPTH = 100  # of nesting; orjson's own limit is 1024, where recursive code elsewhere already fails
 # Parsing holds the interpreter's lock, so every other request waits for it, whichever thread it runs in.
@@ -54,52 +51,66 @@ class LargeFields(msgspec.Struct):
     bad_words: msgspec.Raw = msgspec.Raw()
 
 
-class BodyMemory:
-    """Bytes of the request bodies that are held at once. Belongs to the event loop's thread."""
+class BodyReader:
+    """Reads bodies of at most `max_bytes`, and bounds the memory of all that are being read or parsed.
 
-    def __init__(self, limit: int) -> None:
-        self._free = limit
-
-    def grow(self, size: int, more: int) -> None:
-        """Count `more` bytes of a body of `size` bytes. Raises `BodyMemoryError` if all take too much."""
-        counted = max(size + more - FREE_BYTES, 0) - max(size - FREE_BYTES, 0)
-        if counted > self._free:
-            raise BodyMemoryError
-        self._free -= counted
-
-    def release(self, size: int) -> None:
-        """Release a body of `size` bytes."""
-        self._free += max(size - FREE_BYTES, 0)
-
-
-async def read_object(request: Request, state: ServerState) -> dict[str, Any]:
-    """Return the JSON object in the request's body.
-
-    Raises `InvalidRequestError` (content type, JSON, not an object, too many values), `PayloadTooLargeError`,
-    `RequestTimeoutError`, `BodyMemoryError` where all bodies together take too much memory, or
-    `ClientGoneError` if the client left while sending.
+    Belongs to the event loop's thread. `run_blocking` runs a function in a worker thread.
     """
-    media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
-    if media_type != "application/json":
-        raise InvalidRequestError(
-            "Unsupported Media Type: Only 'application/json' is allowed", None, kind=BAD_SHAPE
-        )
-    max_bytes = state.args.max_body_bytes
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-    data = bytearray()
-    try:
-        await asyncio.wait_for(_read(request.receive, data, max_bytes, state.body_memory), BODY_DEADLINE_S)
-        if len(data) <= INLINE_BYTES:
-            return parse_object(data)
-        return await state.client.run_blocking(parse_object, data)
-    except asyncio.TimeoutError:
-        raise RequestTimeoutError(
-            f"The request body took longer than {BODY_DEADLINE_S:g} s to arrive."
-        ) from None
-    finally:
-        state.body_memory.release(len(data))
+
+    def __init__(self, max_bytes: int, run_blocking: Callable[..., Awaitable[Any]]) -> None:
+        self._max_bytes = max_bytes
+        self._free = MAX_HELD_BODIES * max_bytes
+        self._run_blocking = run_blocking
+
+    async def read_object(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object in the request's body.
+
+        Raises `InvalidRequestError` (content type, JSON, not an object, too many values),
+        `PayloadTooLargeError`, `RequestTimeoutError`, `BodyMemoryError` where all bodies together take too
+        much memory, or `ClientGoneError` if the client left while sending.
+        """
+        media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+        if media_type != "application/json":
+            raise InvalidRequestError(
+                "Unsupported Media Type: Only 'application/json' is allowed", None, kind=BAD_SHAPE
+            )
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_bytes:
+            raise self._too_large()
+        data = bytearray()
+        try:
+            await asyncio.wait_for(self._read(request.receive, data), BODY_DEADLINE_S)
+            if len(data) <= INLINE_BYTES:
+                return parse_object(data)
+            found: dict[str, Any] = await self._run_blocking(parse_object, data)
+            return found
+        except asyncio.TimeoutError:
+            raise RequestTimeoutError(
+                f"The request body took longer than {BODY_DEADLINE_S:g} s to arrive."
+            ) from None
+        finally:
+            self._free += max(len(data) - FREE_BYTES, 0)
+
+    async def _read(self, receive: Receive, data: bytearray) -> None:
+        """Fill `data` with the body."""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            size = len(data) + len(part)
+            if size > self._max_bytes:
+                raise self._too_large()
+            counted = max(size - FREE_BYTES, 0) - max(len(data) - FREE_BYTES, 0)
+            if counted > self._free:
+                raise BodyMemoryError
+            self._free -= counted
+            data += part
+            if not message.get("more_body", False):
+                return
+
+    def _too_large(self) -> PayloadTooLargeError:
+        return PayloadTooLargeError(f"The request body is larger than {self._max_bytes} bytes.")
 
 
 def parse_object(data: bytes | bytearray) -> dict[str, Any]:
@@ -154,21 +165,6 @@ def _weigh(data: bytes | bytearray, weights: Mapping[bytes, int]) -> int:
     return units
 
 
-async def _read(receive: Receive, data: bytearray, max_bytes: int, memory: BodyMemory) -> None:
-    """Fills `data` with the body."""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        part = message.get("body", b"")
-        if len(data) + len(part) > max_bytes:
-            raise _too_large(max_bytes)
-        memory.grow(len(data), len(part))
-        data += part
-        if not message.get("more_body", False):
-            return
-
-
 def _deeper_than(value: Any, limit: int) -> bool:
     """Goes down level by level, so that the depth of the input is not the depth of our stack."""
     level = [value]
@@ -178,7 +174,3 @@ def _deeper_than(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
-
-
-def _too_large(max_bytes: int) -> PayloadTooLargeError:
-    return PayloadTooLargeError(f"The request body is larger than {max_bytes} bytes.")
