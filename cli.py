@@ -30,7 +30,7 @@ from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
 from microvllm.runtime.find_model import user_path
-from microvllm.runtime.flag import ACCESS, ANSWERS, SERVER, check_flags
+from microvllm.runtime.flag import ACCESS, ANSWERS, OPTIONS, SERVER, check_flags, flag
 from microvllm.runtime.vllm_environment import is_on, unknown_variables
 
 app = typer.Typer(
@@ -130,6 +130,19 @@ def serve(
             serve_http(engine, server, on_progress=progress, spawned=spawned)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingArgs:
+    """How `generate` draws tokens, and when it ends; None is the model's own default."""
+
+    max_tokens: int = flag(100, ANSWERS, "Most tokens to generate.", low=1)
+    temperature: float | None = flag(None, ANSWERS, "0 always takes the likeliest token.")
+    top_k: int | None = flag(None, ANSWERS, "Keep the k likeliest tokens; 0: all.")
+    top_p: float | None = flag(None, ANSWERS, "Keep the likeliest tokens up to this share.")
+    min_p: float | None = flag(None, ANSWERS, "Drop tokens below this share of the likeliest.")
+    stop: tuple[str, ...] = flag((), ANSWERS, "Texts to stop at.")
+    ignore_eos: bool = flag(False, ANSWERS, "Go on after the end token.", spelled=("--ignore-eos",))
+
+
 @app.command(cls=Command)
 @with_options
 def generate(
@@ -143,28 +156,8 @@ def generate(
             )
         ),
     ],
+    sampling: SamplingArgs,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens to generate.", rich_help_panel=ANSWERS)
-    ] = 100,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 always takes the likeliest token.", rich_help_panel=ANSWERS)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Keep the k likeliest tokens; 0: all.", rich_help_panel=ANSWERS)
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Keep the likeliest tokens up to this share.", rich_help_panel=ANSWERS),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Drop tokens below this share of the likeliest.", rich_help_panel=ANSWERS),
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Texts to stop at.", rich_help_panel=ANSWERS)] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end token.", rich_help_panel=ANSWERS)
-    ] = False,
     ignore_unsupported_flags: IgnoreUnsupportedOpt = False,
 ) -> None:
     """Continue a text in the terminal, without a server.
@@ -177,21 +170,18 @@ def generate(
 
     from microvllm.runtime.request import SamplingParams, check_sampling
 
-    sampling: dict[str, Any] = {
-        **{"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop},
-        **{"max_tokens": max_tokens, "ignore_eos": ignore_eos},
-    }
-    sampling = {key: value for key, value in sampling.items() if value is not None}
+    wanted = {name: value for name, value in vars(sampling).items() if value is not None}
+    wanted["stop"] = list(sampling.stop)
     # The engine checks all this again, but only after torch was imported.
     engine.resolve()
-    check_sampling(SamplingParams(**sampling))
+    check_sampling(SamplingParams(**wanted))
 
     from microvllm import InferenceEngine
 
     options = vars(engine).copy()
     with ProgressLine() as progress:
         loaded = InferenceEngine(options.pop("model"), on_progress=progress, **options)
-    for _, text in loaded.stream_generate(prompt, **sampling):
+    for _, text in loaded.stream_generate(prompt, **wanted):
         print(text, end="", flush=True)
     print()
 
@@ -247,7 +237,7 @@ def run_batch(
     from microvllm.openai_compat.batch import run_batch as answer_batch
 
     listening = {"--host": host, "--port": port, "--url": url}
-    given = next((flag for flag, value in listening.items() if value is not None), None)
+    given = next((name for name, value in listening.items() if value is not None), None)
     if given is not None and not enable_metrics:
         warn(f"{given} has no effect without --enable-metrics")
     server_args = ServerArgs(**vars(answers), host=host or url or "127.0.0.1", port=port or 8000)
@@ -265,97 +255,75 @@ def run_batch(
         )
 
 
-# The options of `chat` and `complete`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientArgs:
+    """The server that `chat` and `complete` ask, and what of it."""
+
+    url: str = flag(
+        "http://localhost:8000/v1",
+        OPTIONS,
+        "Where the server's OpenAI-compatible interface is.",
+        env=("OPENAI_BASE_URL",),
+    )
+    api_key: str | None = flag(None, ACCESS, "The server's API key.", env=("OPENAI_API_KEY",))
+    model_name: str | None = flag(None, OPTIONS, "Model to ask; the server's first if not given.")
+    system_prompt: str | None = flag(None, OPTIONS, "The system message.")
+    max_tokens: int | None = flag(
+        None, ANSWERS, "Most tokens of an answer; the server's default if not given.", low=1
+    )
+    temperature: float | None = flag(
+        None,
+        ANSWERS,
+        "0 always takes the likeliest token; the server's default if not given.",
+        low=0,
+        high=2,
+    )
+    quick: str | None = flag(None, OPTIONS, "The same as TEXT.", metavar="TEXT", spelled=("--quick", "-q"))
+    stats: bool = flag(
+        False, OPTIONS, "Show time to first token and tokens per second of each answer.", spelled=("--stats",)
+    )
+
+    def one_text(self, argument: str | None) -> str | None:
+        """The one text to answer, None for a session. Raises `UsageError` for two."""
+        if argument is not None and self.quick is not None:
+            raise UsageError(
+                "two texts were given, one with --quick", remedy="give one text, with or without --quick"
+            )
+        return self.quick if argument is None else argument
+
+    def limits(self) -> dict[str, Any]:
+        """Fields of each request."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature}
+
+
 TextArg = Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Answer this one text and end.")]
-UrlOpt = Annotated[
-    str,
-    typer.Option(
-        envvar="OPENAI_BASE_URL",
-        show_envvar=True,
-        help="Where the server's OpenAI-compatible interface is.",
-    ),
-]
-ClientKeyOpt = Annotated[
-    str | None,
-    typer.Option(
-        envvar="OPENAI_API_KEY", show_envvar=True, help="The server's API key.", rich_help_panel=ACCESS
-    ),
-]
-ModelNameOpt = Annotated[str | None, typer.Option(help="Model to ask; the server's first if not given.")]
-QuickOpt = Annotated[str | None, typer.Option("--quick", "-q", metavar="TEXT", help="The same as TEXT.")]
-MaxTokensOpt = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Most tokens of an answer; the server's default if not given.", rich_help_panel=ANSWERS
-    ),
-]
-TemperatureOpt = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=2,
-        help="0 always takes the likeliest token; the server's default if not given.",
-        rich_help_panel=ANSWERS,
-    ),
-]
-StatsOpt = Annotated[
-    bool, typer.Option("--stats", help="Show time to first token and tokens per second of each answer.")
-]
-DEFAULT_URL = "http://localhost:8000/v1"
-
-
-def one_text(text: str | None, quick: str | None) -> str | None:
-    """The one text to answer, None for a session. Raises `UsageError` for two."""
-    if text is not None and quick is not None:
-        raise UsageError(
-            "two texts were given, one with --quick", remedy="give one text, with or without --quick"
-        )
-    return quick if text is None else text
 
 
 @app.command(cls=Command)
-def chat(
-    text: TextArg = None,
-    url: UrlOpt = DEFAULT_URL,
-    api_key: ClientKeyOpt = None,
-    model_name: ModelNameOpt = None,
-    system_prompt: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_tokens: MaxTokensOpt = None,
-    temperature: TemperatureOpt = None,
-    quick: QuickOpt = None,
-    stats: StatsOpt = False,
-) -> None:
+@with_options
+def chat(client: ClientArgs, text: TextArg = None) -> None:
     """Talk to a model on a running server.
 
     Without TEXT each line typed, or piped in, is a message; Ctrl-C ends an answer, Ctrl-D the chat.
     """
     from microvllm.openai_compat.flags import terminal
 
-    remote = terminal.Remote.connect(url, api_key, model_name, stats)
-    limits = {"max_tokens": max_tokens, "temperature": temperature}
-    terminal.chat(remote, limits, system_prompt=system_prompt, quick=one_text(text, quick))
+    remote = terminal.Remote.connect(client.url, client.api_key, client.model_name, client.stats)
+    quick = client.one_text(text)
+    terminal.chat(remote, client.limits(), system_prompt=client.system_prompt, quick=quick)
 
 
 @app.command(cls=Command)
-def complete(
-    text: TextArg = None,
-    url: UrlOpt = DEFAULT_URL,
-    api_key: ClientKeyOpt = None,
-    model_name: ModelNameOpt = None,
-    max_tokens: MaxTokensOpt = None,
-    temperature: TemperatureOpt = None,
-    quick: QuickOpt = None,
-    stats: StatsOpt = False,
-) -> None:
+@with_options
+def complete(client: Annotated[ClientArgs, Fields(without=("system_prompt",))], text: TextArg = None) -> None:
     """Continue texts with a model on a running server.
 
     Without TEXT each line typed, or piped in, is a text to go on from.
     """
     from microvllm.openai_compat.flags import terminal
 
-    remote = terminal.Remote.connect(url, api_key, model_name, stats)
-    limits = {"max_tokens": max_tokens, "temperature": temperature}
-    terminal.complete(remote, limits, quick=one_text(text, quick))
+    remote = terminal.Remote.connect(client.url, client.api_key, client.model_name, client.stats)
+    terminal.complete(remote, client.limits(), quick=client.one_text(text))
 
 
 bench = typer.Typer(help="Measure a running server.", invoke_without_command=True)

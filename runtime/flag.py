@@ -17,7 +17,7 @@ from microvllm.runtime.errors import ConfigError
 
 T = TypeVar("T")
 
-# The sections of --help, in their order; a flag without one is listed last, under "Options".
+# The sections of --help, in their order.
 MODEL = "Model"
 ANSWERS = "Requests and answers"
 SCHEDULING = "Scheduling and KV cache"
@@ -25,7 +25,8 @@ MACHINE = "Machine"
 SERVER = "Server"
 ACCESS = "Access and encryption"
 LOGS = "Logs"
-SECTIONS = (MODEL, ANSWERS, SCHEDULING, MACHINE, SERVER, ACCESS, LOGS)
+OPTIONS = "Options"
+SECTIONS = (MODEL, ANSWERS, SCHEDULING, MACHINE, SERVER, ACCESS, LOGS, OPTIONS)
 
 OBJECT = "{JSON}"  # the metavar of flags whose keys may follow a dot: `--flag.key value`
 AUTO_QUEUE = "auto"
@@ -35,11 +36,12 @@ BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """What a flag is, apart from the type and the default of its field.
+    """A command-line flag, apart from the type and the default, which are its field's.
 
-    `name` is without dashes; "" is the field's. `low`, `high` (both included), `above` (not included) and
-    `choices` bound it. `read` makes it from the text and raises `ValueError`. `env` are variables that
-    set it where the flag is not given, the first first. A switch that is `one_way` has no `--no-` form.
+    `name` is without dashes and defaults to the field's; `spelled` replaces what follows from it, such as the
+    `--no-` form of a switch. `low` and `high` (included), `above` (excluded) and `choices` bound the value.
+    `read` makes it from the text and raises `ValueError`. Where the flag is missing, the first of the
+    variables `env` that is set counts.
     """
 
     section: str
@@ -52,7 +54,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     read: Callable[[str], Any] | None = None
-    one_way: bool = False
+    spelled: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value, None if nothing is; None itself leaves the option undecided."""

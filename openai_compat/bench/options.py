@@ -10,7 +10,7 @@ from typing import Any
 
 from microvllm.openai_compat.flags.argv import UsageError
 from microvllm.openai_compat.flags.command import warn
-from microvllm.runtime.flag import ANSWERS, MODEL, SERVER, check_flags, flag
+from microvllm.runtime.flag import ANSWERS, MODEL, OPTIONS, SERVER, check_flags, flag
 
 BACKENDS = {
     "openai": "/v1/completions",
@@ -44,71 +44,81 @@ class BenchArgs:
     """
 
     backend: str = flag(
-        "openai", "", "openai (or vllm): completions; openai-chat: chats.", choices=tuple(BACKENDS)
+        "openai", OPTIONS, "openai (or vllm): completions; openai-chat: chats.", choices=tuple(BACKENDS)
     )
-    base_url: str | None = flag(None, "", "Address of the server, before /v1.")
+    base_url: str | None = flag(None, OPTIONS, "Address of the server, before /v1.")
     host: str = flag("127.0.0.1", SERVER, "Its host, without --base-url.")
     port: int = flag(8000, SERVER, "Its port, without --base-url.", low=1, high=65535)
-    endpoint: str | None = flag(None, "", "The path that the backend has anyway.")
+    endpoint: str | None = flag(None, OPTIONS, "The path that the backend has anyway.")
     model: str | None = flag(None, MODEL, "Its model; the first it lists if not given.")
     served_model_name: str | None = flag(None, ANSWERS, "The model's name in requests, if not --model.")
-    dataset_name: str = flag("random", "", "random: prompts of random tokens.", choices=("random",))
-    num_prompts: int = flag(1000, "", "Requests.", low=1)
-    random_input_len: int = flag(1024, "", "Tokens of a prompt.", low=1)
-    random_output_len: int = flag(128, "", "Tokens of an answer.", low=1)
+    dataset_name: str = flag("random", OPTIONS, "random: prompts of random tokens.", choices=("random",))
+    num_prompts: int = flag(1000, OPTIONS, "Requests.", low=1)
+    random_input_len: int = flag(1024, OPTIONS, "Tokens of a prompt.", low=1)
+    random_output_len: int = flag(128, OPTIONS, "Tokens of an answer.", low=1)
     range_ratio: float = flag(
         0.0,
-        "",
+        OPTIONS,
         "Lengths differ by up to this share, uniformly.",
         name="random-range-ratio",
         low=0,
         high=0.999,
     )
-    prefix_len: int = flag(0, "", "Tokens that all prompts begin with.", name="random-prefix-len", low=0)
-    own_input_len: int | None = flag(None, "", "The same as --random-input-len.", name="input-len", low=1)
-    own_output_len: int | None = flag(None, "", "The same as --random-output-len.", name="output-len", low=1)
+    prefix_len: int = flag(0, OPTIONS, "Tokens that all prompts begin with.", name="random-prefix-len", low=0)
+    own_input_len: int | None = flag(
+        None, OPTIONS, "The same as --random-input-len.", name="input-len", low=1
+    )
+    own_output_len: int | None = flag(
+        None, OPTIONS, "The same as --random-output-len.", name="output-len", low=1
+    )
     request_rate: float = flag(
-        math.inf, "", "Requests a second, or inf: all at once.", metavar="<str>", read=positive
+        math.inf, OPTIONS, "Requests a second, or inf: all at once.", metavar="<str>", read=positive
     )
     burstiness: float = flag(
-        1.0, "", "1: a Poisson process; less: in bursts.", metavar="<str>", read=positive
+        1.0, OPTIONS, "1: a Poisson process; less: in bursts.", metavar="<str>", read=positive
     )
-    max_concurrency: int | None = flag(None, "", "Most requests at a time.", low=1)
-    num_warmups: int = flag(0, "", "Requests before those that are measured.", low=0)
+    max_concurrency: int | None = flag(None, OPTIONS, "Most requests at a time.", low=1)
+    num_warmups: int = flag(0, OPTIONS, "Requests before those that are measured.", low=0)
     ready_timeout: float = flag(
         0.0,
-        "",
+        OPTIONS,
         "Seconds to wait for the server; 0: it has to be there.",
         name="ready-check-timeout-sec",
         low=0,
     )
     seed: int = flag(0, MODEL, "Seed of prompts, lengths and arrivals.")
     ignore_eos: bool = flag(
-        False, ANSWERS, "Go on after the end token; always so for random prompts.", one_way=True
+        False, ANSWERS, "Go on after the end token; always so for random prompts.", spelled=("--ignore-eos",)
     )
     temperature: float | None = flag(None, ANSWERS, "Sampling; the server's if not given.")
     top_p: float | None = flag(None, ANSWERS, "Likewise.")
     top_k: int | None = flag(None, ANSWERS, "Likewise.")
     min_p: float | None = flag(None, ANSWERS, "Likewise.")
-    frequency_penalty: float | None = flag(None, "", "Likewise.")
-    presence_penalty: float | None = flag(None, "", "Likewise.")
-    repetition_penalty: float | None = flag(None, "", "Likewise.")
-    extra_body: Mapping[str, Any] = flag({}, "", "Further fields of each request.")
-    percentile_metrics: str = flag("ttft,tpot,itl", "", "Metrics to report: ttft, tpot, itl, e2el.")
-    metric_percentiles: str = flag("99", "", "Their percentiles.")
+    frequency_penalty: float | None = flag(None, OPTIONS, "Likewise.")
+    presence_penalty: float | None = flag(None, OPTIONS, "Likewise.")
+    repetition_penalty: float | None = flag(None, OPTIONS, "Likewise.")
+    extra_body: Mapping[str, Any] = flag({}, OPTIONS, "Further fields of each request.")
+    percentile_metrics: str = flag("ttft,tpot,itl", OPTIONS, "Metrics to report: ttft, tpot, itl, e2el.")
+    metric_percentiles: str = flag("99", OPTIONS, "Their percentiles.")
     goodput_limits: tuple[str, ...] = flag(
-        (), "", "Limits that a request has to keep to count as good.", name="goodput", metavar="NAME:MS"
+        (), OPTIONS, "Limits that a request has to keep to count as good.", name="goodput", metavar="NAME:MS"
     )
-    save_result: bool = flag(False, "", "Write a JSON file.", one_way=True)
+    save_result: bool = flag(False, OPTIONS, "Write a JSON file.", spelled=("--save-result",))
     detailed: bool = flag(
-        False, "", "In it also each request with its text.", name="save-detailed", one_way=True
+        False,
+        OPTIONS,
+        "In it also each request with its text.",
+        name="save-detailed",
+        spelled=("--save-detailed",),
     )
-    result_dir: str | None = flag(None, "", "Its folder; made if it is missing.")
-    result_filename: str | None = flag(None, "", "Its name.")
-    metadata_pairs: tuple[str, ...] = flag((), "", "Put into it.", name="metadata", metavar="KEY=VALUE")
-    label: str | None = flag(None, "", "Begins its name.")
+    result_dir: str | None = flag(None, OPTIONS, "Its folder; made if it is missing.")
+    result_filename: str | None = flag(None, OPTIONS, "Its name.")
+    metadata_pairs: tuple[str, ...] = flag((), OPTIONS, "Put into it.", name="metadata", metavar="KEY=VALUE")
+    label: str | None = flag(None, OPTIONS, "Begins its name.")
     tokenizer: str | None = flag(None, MODEL, "Not needed: prompts are token ids, and the server counts.")
-    disable_tqdm: bool = flag(False, "", "Not needed: there is no progress bar.", one_way=True)
+    disable_tqdm: bool = flag(
+        False, OPTIONS, "Not needed: there is no progress bar.", spelled=("--disable-tqdm",)
+    )
 
     def __post_init__(self) -> None:
         check_flags(self)

@@ -14,9 +14,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from microvllm.openai_compat.flags.config_file import option_words, read_config
 from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.flag import human_int
@@ -70,13 +70,13 @@ def _from_file(path: str, given: _Given, own: Mapping[str, str], spellings: Mapp
     """The options of the file that are not among the `given` ones."""
     overridden = {_option(word) if word.startswith("-") else "model" for word in given.words}
     found = _Given()
-    for key, value in read_config(path).items():
+    for key, value in _read_config(path).items():
         name = key.replace("_", "-")
         try:
             if f"--{name}" == CONFIG_FLAG:
                 raise UsageError("a file cannot name another one")
             takes_several = "list" in (own.get(f"--{name}"), vllm_flags.KINDS.get(name))
-            entry = _read(option_words(name, value, takes_several), own, spellings)
+            entry = _read(_option_words(name, value, takes_several), own, spellings)
         except ConfigError as error:
             raise UsageError(f"{CONFIG_FLAG} {path}: {key}: {error}") from error
         found.words.extend(word for word in entry.words if _option(word) not in overridden)
@@ -298,3 +298,48 @@ def _asks(name: str, values: Sequence[str]) -> bool:
         return values == ["true"]
     neutral = (*vllm_flags.ASKS_FOR_NOTHING, *refused.neutral)
     return any(value.strip().lower() not in neutral for value in values)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """The options of a YAML file: names of flags without their dashes, and values.
+
+    Raises `ConfigError` naming the file.
+    """
+    import yaml
+
+    where = f"--config {path}"
+    if not path.endswith((".yaml", ".yml")):
+        raise ConfigError(f"{where}: must be a .yaml or .yml file")
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{where}: {reason}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"{where}: not readable as YAML ({reason})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) and key for key in content):
+        raise ConfigError(f"{where}: must hold names of options and their values")
+    return content
+
+
+def _option_words(name: str, value: Any, takes_several: bool) -> list[str]:
+    """What one entry would be on the command line. Raises `ConfigError` for an entry without a value.
+
+    True and false are a switch and its `no-` form. A list becomes several values where the flag takes them,
+    else JSON, as an object does.
+    """
+    if value is None:
+        raise ConfigError("has no value")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list) and takes_several:
+        return [f"--{name}={item}" for item in value]
+    if isinstance(value, (dict, list)):
+        try:
+            return [f"--{name}={json.dumps(value)}"]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"cannot be written as JSON ({error})") from error
+    return [f"--{name}={value}"]

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from microvllm.openai_compat.flags.argv import IGNORE_FLAG, normalise_argv
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.flag import OBJECT, SECTIONS
+from microvllm.runtime.flag import OBJECT, OPTIONS, SECTIONS
 from microvllm.runtime.vllm_environment import ignored_variables
 
 PROGRAM = "microvllm"
@@ -44,14 +44,12 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Typer groups with rich alone, which cuts long flags short in 80 columns."""
-        sections: dict[str, list[tuple[str, str]]] = {
-            title: [] for title in ("Arguments", *SECTIONS, "Options")
-        }
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *SECTIONS)}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
                 argument = param.param_type_name == "argument"
-                title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or "Options"
+                title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or OPTIONS
                 sections[title].append(record)
         for title, records in sections.items():
             if records:

@@ -85,7 +85,7 @@ def _option(flag: Flag, hint: Any, default: Any) -> inspect.Parameter:
         hint = hint | None
     bounded = flag.above is None and read is None  # Typer has no open bounds, and none for texts
     option = typer.Option(
-        *([f"--{flag.name}"] if flag.one_way else []),
+        *flag.spelled,
         parser=read and _parser(read),
         metavar=metavar,
         min=flag.low if bounded else None,
