@@ -1,4 +1,4 @@
-"""The ASGI application: routes, error handlers, and the middlewares in front of them."""
+"""Builds the ASGI application: routes from the endpoints' records, error handlers, and layers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ENDPOINTS = (
 
 
 class Application(Starlette):
-    """Starlette with `layers` around everything, its handler of unexpected errors included, first outermost.
+    """Puts `layers` around all of Starlette, its handler of unexpected errors included, first outermost.
 
     What Starlette calls middleware is inside of that handler, so a 500 would go out without their headers.
     """
@@ -63,7 +63,7 @@ class Application(Starlette):
 
 
 def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
-    """The server's application for a started engine; `app.state.server` is its `ServerState`."""
+    """Return the server's application for a started engine; `app.state.server` is its `ServerState`."""
     state = ServerState(client, args)
     open_paths = frozenset(endpoint.path for endpoint in ENDPOINTS if not endpoint.needs_key)
     uncounted = frozenset(endpoint.path for endpoint in ENDPOINTS if not endpoint.in_http_metrics)

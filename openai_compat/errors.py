@@ -1,4 +1,4 @@
-"""Error bodies: `{"error": {"message", "type", "param", "code"}}`, as JSON or as an event of a stream.
+"""Writes error bodies: `{"error": {"message", "type", "param", "code"}}`, as JSON or as an event of a stream.
 
 vLLM spells `type` in two ways: "Bad Request" for a body of the wrong shape (with `param` "body.<field>"),
 "BadRequestError" for a value that is out of range. So do we.
@@ -72,12 +72,12 @@ class Fault(Exception):
 
 
 def clip(text: str) -> str:
-    """At most `MAX_QUOTED` characters of what a client sent."""
+    """Return at most `MAX_QUOTED` characters of what a client sent."""
     return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "…"
 
 
 def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
-    """The 400 for fields of the wrong shape, with a sentence for each of the first ten.
+    """Return the 400 for fields of the wrong shape, with a sentence for each of the first ten.
 
     `faults` pairs a location such as "body.seed" with its fault. The client's own value is never repeated:
     printing a deeply nested one is an attack in itself.
@@ -91,7 +91,7 @@ def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
 
 
 def error_object(error: RequestError | EngineError) -> dict[str, Any]:
-    """The error body of vLLM's surface for a deliberate error."""
+    """Return the error body of vLLM's surface for a deliberate error."""
     return {
         "error": {
             "message": str(error),
@@ -103,7 +103,7 @@ def error_object(error: RequestError | EngineError) -> dict[str, Any]:
 
 
 def error_event(error: RequestError | EngineError) -> bytes:
-    """The error as one server-sent event, for a stream whose 200 is already on its way."""
+    """Return the error as one server-sent event, for a stream whose 200 is already on its way."""
     return b"data: " + orjson.dumps(error_object(error)) + b"\n\n"
 
 
@@ -118,19 +118,19 @@ def error_response(error: RequestError | EngineError) -> Response:
 
 
 async def on_deliberate_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler for `RequestError` and `EngineError`."""
+    """Answer a `RequestError` or an `EngineError`, as Starlette's handler of these."""
     if isinstance(error, (RequestError, EngineError)):
         return error_response(error)
     raise error
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this answer; 499 is what proxies log for it."""
+    """Answer a client that has left with 499, which is what proxies log for it."""
     return Response(status_code=499)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's handler of unknown paths and methods."""
+    """Answer an unknown path or method, as Starlette's handler of these."""
     if not isinstance(error, HTTPException):
         raise error
     path = clip(request.scope["path"])
@@ -149,5 +149,5 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    """A bug of ours: logged with its traceback by the server, answered without any of it."""
+    """Answer a bug of ours without its traceback, which the server logs."""
     return error_response(EngineError(INTERNAL))

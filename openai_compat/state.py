@@ -1,4 +1,4 @@
-"""What the endpoints share: the engine's client, the options, who is being served."""
+"""Holds what the endpoints share: the engine's client, the options, the counters."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class ServerState:
-    """One server. `model_names` are the accepted names, the first of which is echoed.
+    """The state of one server. `model_names` are the accepted names, the first of which is echoed.
 
-    `metrics` is None with --disable-log-stats, `exposition` until somebody asks for the metrics.
+    `metrics` is None with --disable-log-stats, `exposition` until the metrics are first read.
     """
 
     client: EngineClient
@@ -49,7 +49,7 @@ class ServerState:
 
 
 def _fingerprint(client: EngineClient, args: ServerArgs) -> str | None:
-    """Same engine configuration, same fingerprint: what OpenAI's `system_fingerprint` promises.
+    """Return OpenAI's `system_fingerprint`: the same for the same engine configuration.
 
     "full" adds the degrees of parallelism in vLLM; one device has none, so it is the same as "hash".
     """

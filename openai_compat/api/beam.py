@@ -1,4 +1,4 @@
-"""`use_beam_search`: the `n` likeliest continuations of a prompt."""
+"""Searches the `n` likeliest continuations of a prompt, for `use_beam_search`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
 
 MAX_LENGTH_PENALTY = 10  # an exponent: a large one leaves the numbers there are
-# What beams cannot be steered or ended by, or do not report, and the values that ask for nothing.
+# Fields that beam search does not implement, and the values of each that have no effect.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stop": ([],),
@@ -37,7 +37,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_fields(body: GenerationRequest, client: EngineClient) -> None:
-    """Raises `InvalidRequestError` for what cannot be had together with beam search."""
+    """Raise `InvalidRequestError` for a field that is not supported together with beam search."""
     for name, harmless in UNSUPPORTED.items():
         if not asks_nothing(getattr(body, name), harmless):
             raise InvalidRequestError(f"{name} is not supported with beam search.", name)
@@ -63,7 +63,7 @@ async def submit_all(
     penalty: float,
     **options: Any,
 ) -> list[BeamStream]:
-    """Starts a search for every prompt or none; the streams are in the order of `EngineClient.submit_all`."""
+    """Start a search for every prompt or none; the streams are in the order of `EngineClient.submit_all`."""
     streams: list[BeamStream] = []
     try:
         for prompt in prompts:
@@ -78,7 +78,7 @@ async def submit_all(
 
 
 class BeamSearch:
-    """The search for one prompt; `streams` are the `params.n` best beams, best first, each a single delta.
+    """Searches for one prompt; `streams` are the `params.n` best beams, best first, each a single delta.
 
     The search ends at `max_tokens`.
     """
@@ -96,7 +96,7 @@ class BeamSearch:
         self.streams = [BeamStream(self, prompt, index) for index in range(params.n)]
 
     async def _in_time(self) -> list[Beam]:
-        """The search; each of its steps is a request to the engine, so their sum is timed here."""
+        """Run the search. Each of its steps is a request to the engine, so their sum is timed here."""
         try:
             return await asyncio.wait_for(self._run(), self._client.config.request_timeout or None)
         except asyncio.TimeoutError:
@@ -113,7 +113,7 @@ class BeamSearch:
         return best([*ended, *live], width, self._penalty)
 
     async def _next_tokens(self, beams: list[Beam]) -> list[TokenLogprobs]:
-        """The likeliest tokens behind each beam."""
+        """Return the likeliest next tokens of each beam."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * self._params.n, ignore_eos=True)
         streams, entries = [], list[TokenLogprobs]()
         try:
@@ -144,7 +144,7 @@ class BeamSearch:
 
 
 class BeamStream:
-    """One beam in the form of a `TokenStream`."""
+    """Presents one beam as a `TokenStream`."""
 
     name: str = ""
     prompt_logprobs = None

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation in, the next message out, whole or streamed."""
+"""Serves POST /v1/chat/completions: renders a conversation and writes the next message, whole or streamed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PLAIN_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_tra
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation made ready: its text and token ids, and how the answer begins."""
+    """A rendered conversation: its text and token ids, and how the answer begins."""
 
     text: str
     token_ids: list[int]
@@ -48,7 +48,7 @@ async def create_chat_completion(
 
 
 class Chat(Generation[ChatCompletionRequest]):
-    """A conversation, and one answer or several to it.
+    """A request with a conversation, and its answer or answers.
 
     `role` is the author of the answers, `echo` the text that they begin with, `prompt_text` the rendered
     conversation if the answer is to show it.
@@ -83,7 +83,7 @@ class Chat(Generation[ChatCompletionRequest]):
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
     ) -> bytes:
-        """Members and their order are vLLM's, nulls included."""
+        """Return the body; its members and their order are vLLM's, nulls included."""
         logprobs = self.logprobs()
         with_ids = self.body.return_token_ids
         choices = [
@@ -133,7 +133,7 @@ class Chat(Generation[ChatCompletionRequest]):
         return ChatChunks(self)
 
     def logprobs(self) -> list[ChatLogprobs]:
-        """What writes the log probabilities of each choice; none if they were not requested."""
+        """Return the writers of log probabilities, one per choice; none if they were not requested."""
         body = self.body
         if not body.logprobs:
             return []
@@ -144,7 +144,7 @@ class Chat(Generation[ChatCompletionRequest]):
 
 
 class ChatChunks(ObjectChunks):
-    """A role chunk per choice with the first token, then one chunk per delta; the last says why it ended."""
+    """Writes a role chunk per choice with the first token, then one per delta; the last says why it ended."""
 
     def __init__(self, chat: Chat) -> None:
         super().__init__(chat, "chat.completion.chunk")
@@ -204,7 +204,7 @@ class ChatChunks(ObjectChunks):
 
 
 def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) -> Conversation:
-    """A conversation through the chat template, checked; runs in a worker thread.
+    """Render a conversation through the chat template and tokenise it; runs in a worker thread.
 
     Raises `InvalidRequestError` naming `messages` for malformed ones, or the template's own complaint.
     """
@@ -235,7 +235,10 @@ def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) ->
 
 
 def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: ServerState) -> dict[str, Any]:
-    """The server's defaults under the request's own; an effort turns thinking on or off unless told."""
+    """Return the server's variables, overridden by the request's.
+
+    A reasoning effort turns thinking on or off, unless the request has `enable_thinking`.
+    """
     kwargs = body.chat_template_kwargs
     variables: dict[str, Any] = {**state.args.default_chat_template_kwargs}
     variables.update(kwargs.items())
@@ -252,7 +255,7 @@ def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: Se
 
 
 def _alternatives(body: ChatCompletionRequest, state: ServerState) -> int | None:
-    """How many log probabilities beside each token's own; None without `logprobs`."""
+    """Return how many log probabilities to report beside each token's own; None without `logprobs`."""
     count: int = body.top_logprobs
     if count < -1:
         raise InvalidRequestError(f"top_logprobs must be at least -1, got {count}.", "top_logprobs")

@@ -1,4 +1,4 @@
-"""POST /v1/completions: text (or token ids) in, text out, whole or streamed."""
+"""Serves POST /v1/completions: continues texts or token ids, whole or streamed."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ async def create_completion(request: Request, state: ServerState, body: Completi
 
 
 class Completion(Generation[CompletionRequest]):
-    """Prompts, and what comes after each. `prompt_only`: the request scores its prompts and no more."""
+    """A request with prompts. `prompt_only`: it scores its prompts and generates nothing."""
 
     id_prefix = "cmpl"
-    scores_prompt_only = True  # what `echo` with `max_tokens` 0 asks for
+    scores_prompt_only = True  # whether `echo` with `max_tokens` 0 does so
 
     def __init__(self, request: Request, state: ServerState, body: CompletionRequest) -> None:
         self.prompt_only = self.scores_prompt_only and body.echo and body.max_tokens == 0
@@ -100,7 +100,7 @@ class Completion(Generation[CompletionRequest]):
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
     ) -> bytes:
-        """Members and their order are vLLM's, nulls included."""
+        """Return the body; its members and their order are vLLM's, nulls included."""
         with_ids = self.body.return_token_ids
         members: list[orjson.Fragment] = []
         for index, (stream, choice, outcome) in enumerate(
@@ -141,7 +141,7 @@ class Completion(Generation[CompletionRequest]):
         return CompletionChunks(self)
 
     def choices(self) -> list[Choice]:
-        """What each stream shows of its tokens."""
+        """Return one writer per stream."""
         with_logprobs = self.body.logprobs is not None
         as_ids = as_token_ids(self.body, self.state.args)
         tokenizer = self.state.client.tokenizer
@@ -156,9 +156,9 @@ class Completion(Generation[CompletionRequest]):
 
 
 class Choice:
-    """What one choice shows of its tokens; `echo` is the prompt's text, which comes before the first ones.
+    """Writes the text and log probabilities of one choice; `echo` is the prompt's text, which comes first.
 
-    `logprobs` is None unless they were asked for. With `echo` those of the prompt come first, too.
+    `logprobs` is None unless they were requested. With `echo` those of the prompt come first, too.
     """
 
     def __init__(self, stream: Stream, echo: str | None, logprobs: CompletionLogprobs | None) -> None:
@@ -172,7 +172,7 @@ class Choice:
     def format_piece(
         self, text: str, token_ids: Sequence[int], entries: Sequence[TokenLogprobs] | None
     ) -> tuple[str, dict[str, Any] | None]:
-        """The text and the `logprobs` object of the next tokens."""
+        """Return the text and the `logprobs` object of the next tokens."""
         known: list[TokenLogprobs | None] = list(entries or [])
         if self._echo is not None and not self.begun:
             text = self._echo + text
@@ -183,7 +183,7 @@ class Choice:
 
 
 class CompletionChunks(ObjectChunks):
-    """One chunk per delta."""
+    """Writes one chunk per delta."""
 
     def __init__(self, completion: Completion) -> None:
         super().__init__(completion, "text_completion")
@@ -217,7 +217,7 @@ class CompletionChunks(ObjectChunks):
 
 
 class PromptOnly:
-    """A stream without its only token: `echo` with `max_tokens` 0 asks for no more than the prompt."""
+    """Presents a stream of one token as a stream of none, for `echo` with `max_tokens` 0."""
 
     num_generated_tokens = 0
 

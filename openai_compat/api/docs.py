@@ -1,4 +1,4 @@
-"""GET /openapi.json, and a page at /docs that renders it without anything from elsewhere."""
+"""Serves the OpenAPI document, and a page that renders it without resources from elsewhere."""
 
 from __future__ import annotations
 

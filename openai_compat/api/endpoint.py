@@ -1,4 +1,4 @@
-"""`Endpoint`: what the rest of the server has to know about one path. Each API file declares its own."""
+"""Defines `Endpoint`, the record by which each API file declares a path to the rest of the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Answering = Callable[[Request], Awaitable[Response]]
 
 
 class Switch(NamedTuple):
-    """Whether a server has an endpoint. Where it is off, the 400 names `remedy`; without one it is a 404."""
+    """Decides whether a server has an endpoint. If not, a 400 names `remedy`, or without one it is a 404."""
 
     on: Callable[[ServerArgs], bool]
     remedy: str | None = None
@@ -34,7 +34,7 @@ class Switch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One path. The application, the OpenAPI document and the middleware are made of these records.
+    """One path. The routes, the OpenAPI document and the middleware read these records.
 
     The handler's docstring is the description in the document. A body is read and checked before the handler
     runs. `answer` and `event` name the schemas (in `answers.SCHEMAS`) of a JSON answer and of the data of an
@@ -55,11 +55,11 @@ class Endpoint:
     switch: Switch | None = None
 
     def is_on(self, args: ServerArgs) -> bool:
-        """Whether a server with these options has it."""
+        """Return whether a server with these options has it."""
         return self.switch is None or self.switch.on(args)
 
     def routes(self, state: ServerState) -> list[Route]:
-        """Starlette's route to the handler. Of an endpoint that is off: to the refusal, or none."""
+        """Return Starlette's route to the handler; if the endpoint is off, to its refusal, or none."""
         if self.is_on(state.args):
             answer = self._answering(state)
         elif self.switch is not None and self.switch.remedy is not None:
@@ -90,5 +90,5 @@ def _refusing(remedy: str) -> Answering:
 
 
 async def read_body(request: Request, state: ServerState, kind: type[BodyT]) -> BodyT:
-    """The checked body that a request carries. Raises `InvalidRequestError`."""
+    """Read and check the body of a request. Raises `InvalidRequestError`."""
     return read_request(kind, await state.bodies.read_object(request))

@@ -1,4 +1,4 @@
-"""POST /generate and /generate_stream: one prompt in, one text out, without OpenAI's choices around it."""
+"""Serves POST /generate and /generate_stream: continues one prompt, without OpenAI's choices around it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def generate_stream(request: Request, state: ServerState, body: PromptStre
 
 
 class Text(Generation[PromptRequest]):
-    """One prompt and the text after it."""
+    """A request with one prompt."""
 
     id_prefix = "gen"
 
@@ -85,7 +85,7 @@ class Text(Generation[PromptRequest]):
 
 
 class TextChunks(Chunks):
-    """One event a delta, with the members of a whole answer; `usage` and `metrics` only where asked for."""
+    """Writes one event per delta, with the members of a whole answer; `usage` and `metrics` if requested."""
 
     def __init__(self, id_: str, with_ids: bool) -> None:
         self._head = b'data: {"id":%s,"text":' % orjson.dumps(id_)

@@ -1,7 +1,7 @@
-"""The pipeline of every endpoint that generates, from the fields of a body to the last byte of the answer.
+"""Runs every request that generates, from its checked body to the last byte of the answer.
 
-Chat, completions and /generate subclass `Generation` and say what differs: which sampling parameters and
-prompts the fields ask for, and how a whole answer and a chunk are spelled. Everything else happens here:
+Chat, completions and /generate subclass `Generation` and define what differs: how the sampling parameters
+and the prompts follow from the fields, and how a whole answer and a chunk are written. All else happens here:
 
 1. `__init__` checks the request, refuses it while the queue is full, and gives it its id.
 2. `prepare` reads the sampling parameters and the prompts.
@@ -59,26 +59,29 @@ _HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Chunks(ABC):
-    """The events of one endpoint's streams as ready bytes, `data: ` and blank line included."""
+    """Writes the events of one endpoint's streams as bytes, `data: ` and blank line included."""
 
     def opening(self) -> Sequence[bytes]:
-        """What goes out before the first token."""
+        """Return the events that precede the first token."""
         return ()
 
     @abstractmethod
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
-        """One delta of choice `index`; `usage` is b"" or a `"usage":{...}` member with a leading comma."""
+        """Return the event of one delta of choice `index`.
+
+        `usage` is b"" or a `"usage":{...}` member with a leading comma.
+        """
 
     @abstractmethod
     def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
-        """The chunk without choices that closes a stream.
+        """Return the event without choices that closes a stream.
 
         `counts` is a `usage` object, `metrics` b"" or a `"metrics":{...}` member with a leading comma.
         """
 
 
 class ObjectChunks(Chunks):
-    """What the chunks of chat and of completions have in common: OpenAI's object around the choices.
+    """Writes OpenAI's object around the choices, which the chunks of chat and of completions share.
 
     The system fingerprint goes into the usage chunk, or without one into each choice's last.
     """
@@ -99,10 +102,10 @@ class ObjectChunks(Chunks):
 
 
 class Generation(ABC, Generic[RequestT]):
-    """One request that generates.
+    """One request that generates, and the base of each endpoint's own.
 
-    The streams are ordered prompt by prompt: sample i of prompt p is number p * n + i. `include_usage` asks
-    for a last chunk with the token counts, `continuous_usage` for counts in every chunk.
+    The streams are ordered prompt by prompt: sample i of prompt p is number p * n + i. With
+    `include_usage` a last chunk has the token counts, with `continuous_usage` every chunk has them.
     """
 
     id_prefix: ClassVar[str]
@@ -123,35 +126,35 @@ class Generation(ABC, Generic[RequestT]):
         self.streams: list[Stream] = []
         self._ended = False
 
-    # ---- what an endpoint says ----------------------------------------------------------------------
+    # ---- what an endpoint defines -------------------------------------------------------------------
 
     @abstractmethod
     def sampling_params(self) -> SamplingParams:
-        """How to sample. Raises `InvalidRequestError` naming the field at fault."""
+        """Return how to sample. Raises `InvalidRequestError` naming the field at fault."""
 
     @abstractmethod
     async def read_prompts(self) -> list[list[int]]:
-        """The checked token ids of every prompt. Raises `InvalidRequestError`."""
+        """Return the checked token ids of every prompt. Raises `InvalidRequestError`."""
 
     @abstractmethod
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
     ) -> bytes:
-        """The JSON body of a whole answer; may run in a worker thread."""
+        """Return the JSON body of a whole answer; may run in a worker thread."""
 
     @abstractmethod
     def chunks(self) -> Chunks:
-        """What writes the events of this request's stream; called once the prompts are submitted."""
+        """Return the writer of this request's events; called once the prompts are submitted."""
 
     # ---- the pipeline -------------------------------------------------------------------------------
 
     async def prepare(self) -> list[list[int]]:
-        """Reads the sampling parameters, then the prompts; returns the prompts."""
+        """Read the sampling parameters, then the prompts; return the prompts."""
         self.params = self.sampling_params()
         return await self.read_prompts()
 
     async def respond(self) -> Response:
-        """The answer to the request, whole or as a stream of events."""
+        """Return the answer to the request, whole or as a stream of events."""
         await self.submit(await self.prepare())
         lifecycle = self.state.lifecycle
         if self.body.stream:
@@ -163,7 +166,7 @@ class Generation(ABC, Generic[RequestT]):
         return Response(body, media_type="application/json")
 
     async def submit(self, prompts: Sequence[list[int]]) -> None:
-        """Hands every prompt to the engine; all or none, what was accepted before a refusal is aborted."""
+        """Submit every prompt to the engine or none: a refusal aborts those that were accepted before it."""
         if self.state.args.enable_log_requests:
             log_start(self.id, prompts, self.params)
         options: dict[str, Any] = {"priority": self.priority, "cache_salt": self.body.cache_salt}
@@ -175,7 +178,7 @@ class Generation(ABC, Generic[RequestT]):
             self.streams += await client.submit_all(prompts, self.params, **options)
         for stream in self.streams:
             stream.name = self.id
-        # The engine has the prompts: what they were made of must not stay for as long as the answer takes.
+        # The engine has the ids. The texts they came from would take memory for as long as the answer runs.
         self.body.drop_prompt()
 
     async def _whole_answer(self) -> bytes:
@@ -191,12 +194,13 @@ class Generation(ABC, Generic[RequestT]):
         return await self.state.client.run_blocking(self.answer, outcomes, spent, metrics)
 
     async def _events(self, chunks: Chunks) -> AsyncGenerator[bytes, None]:
-        """Every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
+        """Yield every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
         streams = self.streams
         counts = [0] * len(streams)
         interval = max(self.body.stream_interval or 1, self.state.args.stream_interval)
         logprobs = self.params.logprobs
-        # The log probabilities of a prompt or of a whole vocabulary: a thread lets other requests in between.
+        # With log probabilities of a prompt or a whole vocabulary, chunks are written in a thread: other
+        # requests must not wait for them.
         slow = logprobs is not None and (self.body.echo or logprobs == -1)
         opened = False
         try:
@@ -224,7 +228,7 @@ class Generation(ABC, Generic[RequestT]):
         except (EngineError, RequestError) as error:
             yield error_event(error)
         except Exception:
-            # A bug of ours. The 200 is out, so the stream is the only place left to say that it failed.
+            # A bug of ours. The 200 is out, so only an event can still report the failure.
             logger.exception("Streaming %s failed.", self.id)
             yield error_event(EngineError(INTERNAL))
         finally:
@@ -232,28 +236,28 @@ class Generation(ABC, Generic[RequestT]):
         yield DONE
 
     def abort(self) -> None:
-        """Frees what the engine still holds for this request and logs its end; may be called again."""
+        """Free what the engine still holds for this request and log its end; may be called again."""
         for stream in self.streams:
             stream.abort()
         if self.streams and not self._ended:
             self._ended = True
             log_end(self.id, self.streams, self.prompt_tokens)
 
-    # ---- what it cost -------------------------------------------------------------------------------
+    # ---- usage --------------------------------------------------------------------------------------
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once however many samples it has."""
+        """Number of tokens of all prompts, each counted once however many samples it has."""
         return sum(len(stream.prompt_token_ids) for stream in self.streams[:: self.params.n])
 
     def _cached_tokens(self) -> int | None:
-        """Prompt tokens found in the prefix cache; None unless the server reports them."""
+        """Return the prompt tokens found in the prefix cache; None unless the server reports them."""
         if not self.state.args.enable_prompt_tokens_details:
             return None
         return sum(stream.num_cached_tokens for stream in self.streams[:: self.params.n])
 
     def _metrics(self, completion_tokens: int) -> dict[str, float | None] | None:
-        """The times of the request if the server reports them; several sequences have none in common."""
+        """Return the times of a request with one sequence, if the server reports them."""
         if not self.state.args.enable_per_request_metrics or len(self.streams) != 1:
             return None
         return request_metrics(self.streams[0].timing, completion_tokens)
@@ -315,7 +319,7 @@ class EventStream(Response):
 
 
 def check_model(name: str | None, state: ServerState) -> None:
-    """Raises `ModelNotFoundError` unless the name is a served one, the `root` of `/v1/models`, or left open.
+    """Raise `ModelNotFoundError` unless the name is a served one, the `root` of `/v1/models`, or left open.
 
     A client that loads the tokenizer from where the model's name says is given `root` as the name.
     """
@@ -327,12 +331,12 @@ def check_model(name: str | None, state: ServerState) -> None:
 
 
 def _check_fields(body: GenerationRequest, state: ServerState) -> None:
-    """What concerns several fields, or the server's own limits."""
+    """Check what concerns several fields, or the server's own limits."""
     if not state.args.skip_model_name_validation:
         check_model(body.model, state)
     if body.stream_options and not body.stream:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
-    if body.stream and body.prompt_logprobs:  # 0 asks for none beside the prompt's own
+    if body.stream and body.prompt_logprobs:  # 0: none beside the prompt's own
         raise InvalidRequestError(
             "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"
         )
@@ -347,7 +351,7 @@ def _check_fields(body: GenerationRequest, state: ServerState) -> None:
 
 
 def _id_suffix(request: Request, body: GenerationRequest) -> str:
-    """A client's own id if it gives one; the header wins over the body, as in vLLM.
+    """Return the client's own id if it has one; the header wins over the body, as in vLLM.
 
     It is only ever repeated: the engine has ids of its own, so two requests with the same one do not touch
     each other.
@@ -357,7 +361,7 @@ def _id_suffix(request: Request, body: GenerationRequest) -> str:
 
 
 def _priority(request: Request, body: GenerationRequest) -> int:
-    """The priority: the header X-Vllm-Priority wins over the body (lower is served earlier)."""
+    """Return the priority (lower is served earlier); the header X-Vllm-Priority wins over the body."""
     header = request.headers.get("x-vllm-priority")
     if header is None:
         return body.priority

@@ -1,4 +1,4 @@
-"""Log probabilities on the wire: the forms of completions, of chat and of prompts."""
+"""Writes log probabilities in the forms of completions, of chat and of prompts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def finite(logprob: float) -> float:
 
 
 def as_token_ids(body: GenerationRequest, args: ServerArgs) -> bool:
-    """Whether tokens are shown as "token_id:123": what the request says, else what the server does."""
+    """Return whether to show tokens as "token_id:123": the request decides, else the server's option."""
     requested = body.return_tokens_as_token_ids
     return args.return_tokens_as_token_ids if requested is None else requested
 
 
 class TokenText:
-    """Spells the tokens of one sequence, each as it reads behind the tokens before it.
+    """Returns the text of each token of one sequence, as it reads after the tokens before it.
 
     A token that is only a part of a character reads "", the one that completes it reads as the character;
     so the tokens of a sequence together are its text. With `as_ids` a token is "token_id:123" instead.
@@ -40,7 +40,7 @@ class TokenText:
         self._open = b""  # of a character that the tokens before have begun
 
     def text_of(self, token: int) -> str:
-        """The token at the present place."""
+        """Return the text of the token at the current position."""
         if self._as_ids:
             return f"token_id:{token}"
         if self._table is None:
@@ -53,13 +53,13 @@ class TokenText:
             return text[: len(text) - _unfinished(text)].decode("utf-8", "replace")
 
     def bytes_of(self, token: int) -> list[int]:
-        """The token's own bytes, or those of its string for a tokenizer without a table of bytes."""
+        """Return the token's own bytes, or those of its string for a tokenizer without a table of bytes."""
         if self._table is None:
             return list(self._tokenizer.decode([token], skip_special_tokens=False).encode())
         return list(self._own(token))
 
     def advance(self, token: int) -> None:
-        """This token stands at the present place; the next call is about the place behind it."""
+        """Move past the current position, which holds this token."""
         if self._table is not None:
             text = self._open + self._own(token)
             self._open = text[len(text) - _unfinished(text) :]
@@ -70,7 +70,7 @@ class TokenText:
 
 
 def _unfinished(text: bytes) -> int:
-    """How many bytes at the end are the beginning of a character."""
+    """Return how many bytes at the end are the beginning of a character."""
     for count in range(1, min(MAX_OPEN_BYTES, len(text)) + 1):
         byte = text[-count]
         if byte & 0xC0 != 0x80:  # the first byte of a character, which tells its length
@@ -82,7 +82,7 @@ def _unfinished(text: bytes) -> int:
 
 
 class CompletionLogprobs:
-    """The `logprobs` objects of one choice of a completion; offsets go on from object to object."""
+    """Writes the `logprobs` objects of one choice of a completion; offsets go on from object to object."""
 
     def __init__(self, token_text: TokenText) -> None:
         self._token_text = token_text
@@ -91,7 +91,7 @@ class CompletionLogprobs:
     def format_tokens(
         self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs | None]
     ) -> dict[str, Any]:
-        """The object of the next tokens; an entry is None where nothing is known (a prompt's first token)."""
+        """Return the object of the next tokens; the entry of a prompt's first token is None."""
         offsets, tokens, values, tops = [], [], [], []
         for token, entry in zip(token_ids, entries, strict=True):
             text = self._token_text.text_of(token)
@@ -112,7 +112,7 @@ class CompletionLogprobs:
 
 
 class ChatLogprobs:
-    """The `logprobs` objects of one choice of a chat; `count` alternatives a token, -1 for all there are."""
+    """Writes the `logprobs` objects of one choice of a chat: `count` alternatives per token, -1 for all."""
 
     def __init__(self, token_text: TokenText, count: int) -> None:
         self._token_text = token_text
@@ -141,7 +141,7 @@ class ChatLogprobs:
 
 
 def prompt_logprobs(tokenizer: Tokenizer, stream: Stream) -> list[dict[str, Any] | None] | None:
-    """A prompt's log probabilities: null, then {token id: {"logprob", "rank", "decoded_token"}} per token.
+    """Return a prompt's log probabilities: null, then {id: {"logprob", "rank", "decoded_token"}} per token.
 
     None if they were not requested.
     """
@@ -165,7 +165,7 @@ def prompt_logprobs(tokenizer: Tokenizer, stream: Stream) -> list[dict[str, Any]
 
 
 def _by_token(entry: TokenLogprobs) -> dict[int, float]:
-    """The token that stands there first, then the others, each once."""
+    """Return the sampled token's log probability first, then the others', each token once."""
     found: dict[int, float] = {}
     for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True):
         found.setdefault(token, logprob)

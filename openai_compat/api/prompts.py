@@ -1,4 +1,4 @@
-"""Prompts of requests: their forms, their limits, and how a text or a list becomes the ids that run."""
+"""Turns the prompts of a request, texts or lists of ids, into checked token ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_PROMPT_TOKENS = 1 << 20
 class Truncation:
     """`truncate_prompt_tokens`: at most `limit` tokens, the first ones if `side` is "right", else the last.
 
-    As in vLLM, the tokens that the tokenizer puts before a text (BOS) are kept where no side was asked for.
+    As in vLLM, the tokens that the tokenizer puts before a text (BOS) are kept unless a side was requested.
     """
 
     limit: int
@@ -30,7 +30,7 @@ class Truncation:
 
     @classmethod
     def of(cls, body: GenerationRequest | TokenizeRequest, max_model_len: int) -> Truncation | None:
-        """What a request asks for, or None. -1 leaves room for one token of output."""
+        """Return the requested truncation, or None. -1 leaves room for one token of output."""
         limit = body.truncate_prompt_tokens
         if limit is None:
             return None
@@ -44,7 +44,7 @@ class Truncation:
         return cls(max(1, max_model_len - 1) if limit == -1 else limit, body.truncation_side)
 
     def cut(self, ids: list[int], kept: Sequence[int] = ()) -> list[int]:
-        """`kept` is what stays at the front of `ids` if that is cut there."""
+        """Cut `ids` to the limit; `kept` stays at their front if they are cut there."""
         if len(ids) <= self.limit:
             return ids
         if self.side == "right":
@@ -54,14 +54,14 @@ class Truncation:
         return ids[-self.limit :]
 
     def cut_text(self, text: str, max_chars: int) -> str:
-        """A text that is too long to be tokenised, cut where its tokens would be."""
+        """Cut a text that is too long to be tokenised on the side where its tokens would be cut."""
         return text[:max_chars] if self.side == "right" else text[-max_chars:]
 
 
 def tokenize_text(
     client: EngineClient, text: str, add_special_tokens: bool, truncation: Truncation | None
 ) -> list[int]:
-    """The ids of a text; runs in a worker thread. Raises `ContextLengthError` for one that cannot fit."""
+    """Return the ids of a text; runs in a worker thread. Raises `ContextLengthError` if it cannot fit."""
     if truncation is None:
         return client.processor.tokenize_prompt(text, add_special_tokens)
     text = truncation.cut_text(text, client.processor.max_chars)
@@ -70,7 +70,7 @@ def tokenize_text(
 
 
 def split_prompts(value: Any, max_model_len: int, truncation: Truncation | None) -> list[str | list[int]]:
-    """The prompts of a request: a text, a list of texts, a list of ids or a list of lists of ids.
+    """Return the prompts of a request: of a text, a list of texts, a list of ids or a list of lists of ids.
 
     Only their number and lengths are checked here; `tokenize_prompts` looks at the ids. Raises
     `InvalidRequestError` naming `prompt`, `ContextLengthError` for ids beyond the context.
@@ -106,7 +106,7 @@ def split_prompts(value: Any, max_model_len: int, truncation: Truncation | None)
 
 
 def check_total(tokens: int, n: int) -> None:
-    """Raises `InvalidRequestError` if the prompts of one request have too many tokens together."""
+    """Raise `InvalidRequestError` if the prompts of one request have too many tokens together."""
     if tokens * n > MAX_PROMPT_TOKENS:
         raise InvalidRequestError(
             f"The prompts with n={n} have more than {MAX_PROMPT_TOKENS} tokens together.", "n"
@@ -119,7 +119,7 @@ def tokenize_prompts(
     add_special_tokens: bool,
     truncation: Truncation | None,
 ) -> list[list[int]]:
-    """The checked ids of every prompt; runs in a worker thread."""
+    """Return the checked ids of every prompt; runs in a worker thread."""
     found = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -138,7 +138,7 @@ def prompt_texts(
     ids: Sequence[list[int]],
     truncation: Truncation | None,
 ) -> list[str]:
-    """The prompts as text, for `echo`; runs in a worker thread."""
+    """Return the prompts as text, for `echo`; runs in a worker thread."""
     return [
         prompt
         if isinstance(prompt, str) and truncation is None

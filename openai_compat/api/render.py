@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions/render and /v1/completions/render: what a request becomes before it runs.
+"""Serves the render endpoints: what a chat or a completion becomes before it runs.
 
 Answers with the token ids and the sampling parameters, as vLLM's `GenerateRequest` has them, and generates
 nothing. Routers that send a conversation where its prefix is cached ask for it.
@@ -51,7 +51,7 @@ async def render_completion(request: Request, state: ServerState, body: Completi
 
 
 class RenderedCompletion(Completion):
-    """Asks for at least one token, since a `GenerateRequest` cannot say "no more than the prompt"."""
+    """Needs at least one token, since a `GenerateRequest` cannot express "no more than the prompt"."""
 
     scores_prompt_only = False
 
@@ -62,7 +62,7 @@ def _check(body: GenerationRequest) -> None:
 
 
 def _generate_request(generation: Generation[Any], request_id: str, token_ids: list[int]) -> dict[str, Any]:
-    """The members of vLLM's `GenerateRequest`, null where this server has nothing to say."""
+    """Return the members of vLLM's `GenerateRequest`, null where this server has no such thing."""
     state, body, params = generation.state, generation.body, generation.params
     # The processor checks the ids against the model and clamps max_tokens to the context.
     prepared = state.client.processor.requests(token_ids, params)[0].params

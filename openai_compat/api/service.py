@@ -1,4 +1,4 @@
-"""What the server reports about itself and what its operator may switch: probes, metrics, load, settings.
+"""Serves probes, metrics, load and settings, and what an operator may switch.
 
 /reset_prefix_cache, /is_sleeping and the internals in /server_info exist only in vLLM's developer mode
 (`VLLM_SERVER_DEV_MODE=1`): they report or change what only an operator should. /tokenizer_info and the

@@ -1,4 +1,4 @@
-"""The token streams of one request, one per choice: collected whole, or merged as their deltas arrive."""
+"""Collects the token streams of a request, one per choice, or merges their deltas as they arrive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DELTAS_AT_ONCE = 1024
 
 
 class Stream(Protocol):
-    """What is used of the engine client's `TokenStream`."""
+    """The part of the engine client's `TokenStream` that is used here."""
 
     name: str
 
@@ -59,7 +59,7 @@ class Outcome:
 
 
 async def collect(streams: Sequence[Stream]) -> list[Outcome]:
-    """Every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
+    """Return every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
     outcomes, taken = [], 0
     # One after the other loses nothing: the streams fill up by themselves meanwhile.
     for stream in streams:
@@ -81,7 +81,7 @@ async def collect(streams: Sequence[Stream]) -> list[Outcome]:
 
 @asynccontextmanager
 async def merged(streams: Sequence[Stream], interval: int) -> AsyncGenerator[AsyncIterable[TextDelta], None]:
-    """The deltas of all streams as they arrive, of at least `interval` tokens each.
+    """Give the deltas of all streams as they arrive, of at least `interval` tokens each.
 
     The first and the last delta of a choice do not wait for others.
     """

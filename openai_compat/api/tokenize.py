@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""Serves POST /tokenize and /detokenize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spells what an answer cost: token counts, and times where the server reports them."""
+"""Writes the token counts of an answer, and its times if the server reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """The `usage` object of a whole answer; `cached_tokens` is None unless the server reports details."""
+    """Return the `usage` object of a whole answer; `cached_tokens` is None without details."""
     details = {"cached_tokens": cached_tokens, "created_cache_tokens": None, "multimodal_tokens": None}
     return {
         "prompt_tokens": prompt_tokens,
@@ -24,7 +24,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None)
 
 
 def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> bytes:
-    """A `usage` object of a chunk: without the null members of the whole answer's."""
+    """Return the `usage` object of a chunk: without the null members of the whole answer's."""
     counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
@@ -36,7 +36,7 @@ def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int 
 
 
 def request_metrics(timing: RequestTiming, tokens: int) -> dict[str, float | None]:
-    """The `metrics` object of one sequence with `tokens` tokens, in milliseconds; null for what is not known.
+    """Return the `metrics` object of one sequence with `tokens` tokens, in ms; null for what is unknown.
 
     The time to the first token is counted from the moment the request left the queue, as in vLLM.
     """

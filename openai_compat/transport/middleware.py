@@ -1,4 +1,4 @@
-"""Every ASGI layer of the server in its order, the outermost first.
+"""Defines every ASGI layer of the server in its order, the outermost first.
 
 Starlette's own handler of unexpected errors stands between the layers around everything and the others, its
 router behind them all. A layer around everything sees every answer, that of an unexpected error included.
@@ -42,7 +42,7 @@ LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 def outer_layers(args: ServerArgs) -> list[Middleware]:
-    """The layers around everything, the outermost first."""
+    """Return the layers around everything, the outermost first."""
     layers = []
     unguarded = args.uds is None and not args.api_keys and is_loopback(args.host)
     names = args.allowed_hosts or ()
@@ -69,7 +69,7 @@ def outer_layers(args: ServerArgs) -> list[Middleware]:
 def inner_layers(
     state: ServerState, open_paths: frozenset[str], uncounted: frozenset[str]
 ) -> list[Middleware]:
-    """The layers between Starlette's handler of unexpected errors and its router.
+    """Return the layers between Starlette's handler of unexpected errors and its router.
 
     `open_paths` need no key, requests for `uncounted` paths are not in the HTTP metrics.
     """
@@ -107,7 +107,7 @@ class HostMiddleware:
 
 
 def host_of(header: str) -> str:
-    """The name or address in a Host header, without its port and brackets, in lower case."""
+    """Return the name or address in a Host header, without its port and brackets, in lower case."""
     header = header.strip().lower()
     if header.startswith("["):
         return header[1:].partition("]")[0]
@@ -115,7 +115,7 @@ def host_of(header: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own: localhost (RFC 6761), 127.0.0.0/8 or ::1."""
+    """Return whether a name or an address is this machine's own: localhost (RFC 6761), 127.0.0.0/8 or ::1."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -150,8 +150,8 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        wishes = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
-        known = wishes[0] if wishes and SAFE_ID.fullmatch(wishes[0]) else uuid.uuid4().hex
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"]
+        known = given[0] if given and SAFE_ID.fullmatch(given[0]) else uuid.uuid4().hex
         header = (b"x-request-id", known.encode())
 
         async def send_with_id(message: Message) -> None:
@@ -192,7 +192,7 @@ class HttpMetricsMiddleware:
         handler = _handler(scope)
         status, sent_bytes = 500, 0  # what the client gets when nothing was sent and an exception leaves here
 
-        # Not a coroutine of its own: a stream sends a message a token, and would await two for each.
+        # A plain function: a coroutine of its own would be one more await per message.
         def noting(message: Message) -> Awaitable[None]:
             nonlocal status, sent_bytes
             if message["type"] == "http.response.start":
@@ -279,7 +279,7 @@ class AdmissionMiddleware:
 
 
 class LoadMiddleware:
-    """In front of an endpoint that generates: counts its requests in progress.
+    """Counts the requests in progress of the endpoints that generate.
 
     Reports the engine's load with whole answers to requests with the header
     `endpoint-load-metrics-format: TEXT` (or `JSON`).
@@ -290,30 +290,30 @@ class LoadMiddleware:
         self.state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wish = Headers(scope=scope).get(f"{LOAD_HEADER}-format", "").upper()
+        form = Headers(scope=scope).get(f"{LOAD_HEADER}-format", "").upper()
         self.state.num_generations += 1
         try:
-            await self.app(scope, receive, self._reporting(wish, send) if wish in ("TEXT", "JSON") else send)
+            await self.app(scope, receive, self._reporting(form, send) if form in ("TEXT", "JSON") else send)
         finally:
             self.state.num_generations -= 1
 
-    def _reporting(self, wish: str, send: Send) -> Send:
+    def _reporting(self, form: str, send: Send) -> Send:
         def with_report(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start" and message["status"] == 200:
                 headers = MutableHeaders(raw=list(message["headers"]))
                 if headers.get("content-type") == "application/json":
-                    headers[LOAD_HEADER] = self._report(wish)
+                    headers[LOAD_HEADER] = self._report(form)
                     message = {**message, "headers": headers.raw}
             return send(message)
 
         return with_report
 
-    def _report(self, wish: str) -> str:
+    def _report(self, form: str) -> str:
         stats = self.state.client.stats
         numbers = {
             "num_requests_waiting": float(stats.num_waiting),
             "kv_cache_usage_perc": stats.kv_usage,
         }
-        if wish == "JSON":
+        if form == "JSON":
             return f"JSON {orjson.dumps({'named_metrics': numbers}).decode()}"
         return "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in numbers.items())
