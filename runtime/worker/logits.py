@@ -1,14 +1,15 @@
 """Applies the requests' rules to their logits before tokens are chosen, and reads log probabilities of them.
 
-Order, as in vLLM: allowed tokens, bad words, end tokens before `min_tokens`, logit bias, penalties. All
-requests of a step are changed together: every rule becomes (row, token) pairs of one indexed operation.
+Order, as in vLLM: a mask from outside, allowed tokens, bad words, end tokens before `min_tokens`, logit bias,
+penalties. All requests of a step are changed together: every rule becomes (row, token) pairs of one indexed
+operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,32 @@ def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: De
     """Host values as a tensor on the device; nobody waits for the transfer."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class TokenMask(Protocol):
+    """Decides from outside which tokens may come next: a grammar, for example.
+
+    It follows what a request generates, so it needs tokens to be known: no step may run ahead of them
+    (`async_scheduling`).
+    """
+
+    def set_row(self, row: int, request: EngineRequest) -> None:
+        """A request was admitted to the row."""
+        ...
+
+    def clear_row(self, row: int) -> None: ...
+
+    def concerns(self, rows: Sequence[int]) -> bool:
+        """Whether any of the rows is masked."""
+        ...
+
+    def bits(self, rows: Sequence[int], output: Callable[[int], Output]) -> tuple[list[int], np.ndarray]:
+        """Which of the rows are masked, as indices into them, and the bits of each.
+
+        output(i): what rows[i] has generated. Bits: [masked, ceil(vocab / 32)] int32; token t may come if bit
+        t % 32, from the least on, of word t // 32 is set.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +74,13 @@ class LogitRules:
         self._device = device
         self._rules: dict[int, _Rules] = {}
         self._penalties: _Penalties | None = None  # most servers never see one
+        self.mask: TokenMask | None = None
 
     def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
         """Bind a request to its row. tokens: its prompt and, after a preemption, what it has generated."""
         params = request.params
+        if self.mask is not None:
+            self.mask.set_row(row, request)
         if params.allowed_token_ids is None and not (
             params.logit_bias or params.penalised or request.bad_word_ids
         ):
@@ -78,12 +108,16 @@ class LogitRules:
         )
 
     def clear_row(self, row: int) -> None:
+        if self.mask is not None:
+            self.mask.clear_row(row)
         rules = self._rules.pop(row, None)
         if rules is not None and rules.penalised and self._penalties is not None:
             self._penalties.clear_row(row)
 
     def concern(self, rows: Sequence[int]) -> bool:
         """Whether any of the rows has rules."""
+        if self.mask is not None and self.mask.concerns(rows):
+            return True
         return bool(self._rules) and not self._rules.keys().isdisjoint(rows)
 
     def apply(
@@ -99,6 +133,8 @@ class LogitRules:
         rows: the row of each; masked: (index into m, end tokens that may not come yet); output(i): what
         request i has generated; last_token: [m], the token in front of the one to be chosen.
         """
+        if self.mask is not None and self.mask.concerns(rows):
+            self._apply_bits(logits, *self.mask.bits(rows, output))
         banned = [(i, token) for i, tokens in masked for token in tokens]
         ruled = (
             [(i, self._rules[row]) for i, row in enumerate(rows) if row in self._rules] if self._rules else []
@@ -128,6 +164,13 @@ class LogitRules:
         penalised = [i for i, rules in ruled if rules.penalised]
         if penalised and self._penalties is not None:
             self._penalties.apply(logits, penalised, [rows[i] for i in penalised])
+
+    def _apply_bits(self, logits: Tensor, masked: Sequence[int], bits: np.ndarray) -> None:
+        words = on_device(bits, torch.int32, self._device)[:, :, None]
+        shifts = torch.arange(32, dtype=torch.int32, device=self._device)
+        allowed = (words >> shifts & 1).bool().flatten(1)[:, : self._vocab_size]
+        at = on_device(masked, torch.int64, self._device)
+        logits[at] = logits[at].masked_fill(~allowed, -torch.inf)
 
     def observe(self, rows: Sequence[int], tokens: Tensor) -> None:
         """Count the chosen tokens: [m] int64 (negative: none was chosen) of the given rows."""

@@ -24,6 +24,7 @@ from microvllm.runtime.worker.logits import (
     LogprobRequest,
     LogprobTensors,
     Output,
+    TokenMask,
     largest,
     log_probabilities,
     on_device,
@@ -90,6 +91,10 @@ class Sampler:
         self._logprob_requests: dict[int, LogprobRequest] = {}
         self._raw = logprobs_mode.startswith("raw")
         self._normalise = logprobs_mode.endswith("logprobs")
+
+    def use_mask(self, mask: TokenMask) -> None:
+        """Let `mask` choose at every step which tokens may come next; before the first request."""
+        self._rules.mask = mask
 
     def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
         """Bind a request's parameters to its row; without a seed the engine's own generator gives one.
