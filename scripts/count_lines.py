@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Count lines of code per folder, Python and C: without blank lines, comments and docstrings.
 
-    python scripts/count_lines.py [ROOT]
+    python scripts/count_lines.py [--core] [ROOT]
 
 Prints a Markdown table. The engine's core is runtime + adapters + ops: what happens between token ids and
-token ids. The core path is the part of it that a reader should read first. A string that is a statement of
-its own counts as a docstring wherever it stands.
+token ids. The core path is the part of it that a reader should read first: --core lists its files instead.
+A string that is a statement of its own counts as a docstring wherever it stands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CORE_PATH = (
     *("runtime/request.py", "runtime/core/*.py", "runtime/worker/*.py", "adapters/spec.py"),
     *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
 )
-OFF_THE_PATH = {"step_times.py"}
+OFF_THE_PATH = {"step_times.py", "profiler.py"}
 SILENT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -111,11 +111,11 @@ def count(root: Path, name: str) -> Folder:
     return Folder(label, len(files), lines[".py"], lines[".c"] + lines[".h"])
 
 
-def core_path(root: Path) -> Folder:
-    """The counts of the core path, without files that hold no code."""
+def core_path(root: Path) -> dict[str, int]:
+    """The lines of each file of the core path that holds code."""
     files = [file for pattern in CORE_PATH for file in sorted(root.glob(pattern))]
-    counts = [python_lines(file.read_text("utf-8")) for file in files if file.name not in OFF_THE_PATH]
-    return Folder("core path", sum(map(bool, counts)), sum(counts), 0)
+    lines = {str(file.relative_to(root)): python_lines(file.read_text("utf-8")) for file in files}
+    return {name: n for name, n in lines.items() if n and Path(name).name not in OFF_THE_PATH}
 
 
 def total(name: str, folders: list[Folder]) -> Folder:
@@ -132,7 +132,12 @@ def markdown(root: Path) -> str:
     folders = {name: count(root, name) for name in FOLDERS if (root / name).is_dir()}
     core = [folder for name, folder in folders.items() if name in CORE]
     package = [folder for name, folder in folders.items() if name not in ("scripts", "tests")]
-    rows = [*core, total("**engine core**", core), core_path(root)]
+    path = core_path(root)
+    rows = [
+        *core,
+        total("**engine core**", core),
+        Folder("core path", len(path), sum(path.values()), 0),
+    ]
     rows += [folder for folder in package if folder not in core]
     rows += [total("**package**", package)]
     rows += [folder for folder in folders.values() if folder not in package]
@@ -146,10 +151,17 @@ def markdown(root: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path, nargs="?", default=ROOT, help="a checkout (default: this one)")
+    parser.add_argument("--core", action="store_true", help="the files of the core path and their sum")
     args = parser.parse_args()
     if not (args.root / "runtime").is_dir():
         print(f"count_lines: {args.root}: has no folder runtime", file=sys.stderr)
         return 2
+    if args.core:
+        path = core_path(args.root)
+        for name, lines in path.items():
+            print(f"{lines:6,}  {name}")
+        print(f"{sum(path.values()):6,}  in {len(path)} files")
+        return 0
     print(markdown(args.root))
     return 0
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from model_tools import load_script
 
 ROOT = Path(__file__).resolve().parent.parent
 # From the top down: a module imports from its own layer and from those after it.
 LAYERS = ("cli", "openai_compat", "runtime", "adapters", "ops")
-MAX_LINES = 600
-# What may import torch and transformers: what computes, or runs an engine in the caller's process.
+MAX_LINES = 500
+CORE_PATH_LINES, CORE_PATH_FILES = 2750, 16
+# What may import torch in runtime/, even within a function: what computes.
+TORCH_ROOMS = ("microvllm.runtime.worker.", "microvllm.runtime.engine")
+REPORTS_TORCH = "microvllm.runtime.collect_env"  # `collect-env` prints torch's own report
+# What may import torch or transformers when it is imported: what computes, or runs an engine in the caller's
+# process.
 HEAVY = (
     "microvllm.runtime.worker",
     "microvllm.runtime.engine",
@@ -118,6 +126,42 @@ def test_imports_are_absolute_and_go_down(module: str) -> None:
     assert not upward(module, TREES[module])
 
 
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """One cycle of the graph as a list of one line, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" -> ".join(reversed(error.args[1]))]
+    return []
+
+
+def test_no_import_cycle() -> None:
+    """Nor with imports of types alone or within functions: a reader follows those, too."""
+    graph = {
+        module: {target for _, target in imports(tree) if target in MODULES} for module, tree in TREES.items()
+    }
+    assert not cycles(graph)
+
+
+def test_no_include_cycle() -> None:
+    files = {file.name: file.read_text("utf-8") for file in (ROOT / "ops" / "cpu").glob("*.[ch]")}
+    graph = {name: set(re.findall(r'^#include "(.+)"', text, re.MULTILINE)) for name, text in files.items()}
+    assert all(included in files for others in graph.values() for included in others)
+    assert not cycles(graph)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if layer_of(name) == LAYERS.index("runtime")])
+def test_torch_stays_in_its_rooms(module: str) -> None:
+    used = {target.split(".")[0] for _, target in imports(TREES[module])}
+    assert "torch" not in used or module.startswith(TORCH_ROOMS) or module == REPORTS_TORCH
+
+
+def test_the_core_path_stays_readable() -> None:
+    """What a reader should read first: it may shrink, and grows only with a reason in the same commit."""
+    path = load_script("count_lines").core_path(ROOT)
+    assert sum(path.values()) <= CORE_PATH_LINES and len(path) <= CORE_PATH_FILES, path
+
+
 def light_modules() -> list[str]:
     return [name for name in MODULES if not name.startswith(HEAVY)]
 
@@ -202,6 +246,8 @@ def test_the_checks_see_what_they_are_for() -> None:
     lazy = parse("def f():\n    import torch\nif TYPE_CHECKING:\n    import numpy\nelse:\n    import json\n")
     assert [target for _, target in imports(lazy, at_import_only=True)] == ["json"]
     assert [target for _, target in imports(lazy)] == ["torch", "numpy", "json"]
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a -> b -> c -> a"]
+    assert not cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
     for source in ("assert x", "import pickle", "from pickle import loads", "eval('1')", "torch.load(f)"):
         assert forbidden(parse(source)), source
     assert not forbidden(parse("model.eval()"))

@@ -100,7 +100,25 @@ def test_this_repository() -> None:
         )
 
 
-def test_the_core_path_stays_readable() -> None:
-    """What a reader should read first: it may shrink, and grows only with a reason in the same commit."""
-    path = script.core_path(ROOT)
-    assert path.files <= 16 and path.lines <= 2600
+def test_the_core_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in {
+        "runtime/request.py": "a = 1\n",
+        "runtime/other.py": "a = 1\n",
+        "runtime/core/__init__.py": "",
+        "runtime/core/plan.py": "a = 1\nb = 2\n",
+        "runtime/worker/step_times.py": "a = 1\n",
+        "adapters/spec.py": "a = 1\n",
+        "adapters/decoder.py": "a = 1\n",
+        "ops/operators.py": "a = 1\n",
+        "ops/attention/__init__.py": "a = 1\n",
+        "ops/attention/torch_backend.py": "a = 1\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("sys.argv", ["count_lines", "--core", str(tmp_path)])
+    assert script.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["     1  runtime/request.py", "     2  runtime/core/plan.py"]
+    assert len(lines) == 7 and lines[-1] == "     7  in 6 files"
