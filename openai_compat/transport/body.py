@@ -124,7 +124,8 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
         raise shape_error([(f"body.{error.pos}", fault)]) from None
     if not isinstance(body, dict):
         raise shape_error([("body", Fault("Input should be a valid dictionary"))])
-    if _deeper_than(body, MAX_DEPTH):
+    brackets = data.count(b"[") + data.count(b"{")
+    if brackets > MAX_DEPTH and _deeper_than(body, MAX_DEPTH):  # fewer cannot nest so deep
         raise shape_error([("body", Fault(f"Input is nested deeper than {MAX_DEPTH} levels"))])
     return body
 
