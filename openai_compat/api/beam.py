@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from microvllm.openai_compat.api.requests import GenerationRequest, asks_nothing
+from microvllm.openai_compat.api.requests import GenerationRequest, is_harmless
 from microvllm.runtime.beam_search import Beam, advance, best
 from microvllm.runtime.errors import InvalidRequestError, RequestDeadlineError
 from microvllm.runtime.observer import RequestTiming
@@ -39,7 +39,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 def check_fields(body: GenerationRequest, client: EngineClient) -> None:
     """Raise `InvalidRequestError` for a field that is not supported together with beam search."""
     for name, harmless in UNSUPPORTED.items():
-        if not asks_nothing(getattr(body, name), harmless):
+        if not is_harmless(getattr(body, name), harmless):
             raise InvalidRequestError(f"{name} is not supported with beam search.", name)
     if abs(body.length_penalty) > MAX_LENGTH_PENALTY:
         raise InvalidRequestError(

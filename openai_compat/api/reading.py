@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from microvllm.openai_compat.api.requests import Body, all_fields, asks_nothing
+from microvllm.openai_compat.api.requests import Body, all_fields, is_harmless
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN, SamplingParams
@@ -31,11 +31,11 @@ _WORDS = {
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
 }
 _JSON_TYPES = {inspect.StrType: str, inspect.ListType: list, inspect.BoolType: bool}
-_LATE = frozenset(SamplingParams.__struct_fields__)  # `SamplingParams` checks the ranges of these
+_LATE = frozenset(SamplingParams.__struct_fields__)  # `check_sampling` checks the ranges of these
 
 
 def read_request(kind: type[BodyT], body: Mapping[str, Any]) -> BodyT:
-    """The request that a body holds, null fields at their defaults.
+    """Return the request that a body holds, null fields at their defaults.
 
     Raises `InvalidRequestError`: for wrong shapes (all of them, "Bad Request"), then for the refused fields,
     in the order of their table.
@@ -64,11 +64,11 @@ def _special(kind: type[Body]) -> frozenset[str]:
 
 
 def _sift(kind: type[Body], body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The fields that are read, and the names of those that are refused."""
+    """Return the fields to read, and the names of those that are refused."""
     given, unsupported, fields = {}, [], all_fields(kind)
     for name, value in body.items():
         if name in kind.refused:
-            if not asks_nothing(value, kind.refused[name]):
+            if not is_harmless(value, kind.refused[name]):
                 unsupported.append(name)
         elif value is None and not (name in fields and fields[name].required):
             continue
@@ -82,7 +82,7 @@ def _sift(kind: type[Body], body: Mapping[str, Any]) -> tuple[dict[str, Any], li
 
 
 def _read_each(kind: type[BodyT], given: Mapping[str, Any]) -> BodyT:
-    """Reads field by field, so that each wrong one is named."""
+    """Read field by field, so that each wrong one is named."""
     fields, found = all_fields(kind), {}
     missing = Fault("Field required")
     faults = [
@@ -101,12 +101,12 @@ def _read_each(kind: type[BodyT], given: Mapping[str, Any]) -> BodyT:
 
 
 def read_value(kind: Any, value: Any) -> Any:
-    """One value of JSON, never null, as a value of this type. Raises `Fault`."""
+    """Read one JSON value, never null, as a value of this type. Raises `Fault`."""
     return _read(inspect.type_info(kind), value)
 
 
 def _read(kind: inspect.Type, value: Any, late: bool = False) -> Any:
-    """The same; with `late` the range of a number is left to `SamplingParams`, but for the 64 bits."""
+    """Read a value of an inspected type; `late` leaves ranges within 64 bits to `check_sampling`."""
     if isinstance(kind, inspect.Metadata):
         try:
             return _read(kind.type, value, late)
@@ -141,7 +141,7 @@ def _read_integer(kind: inspect.IntType, value: Any, late: bool) -> int:
 
 
 def _read_number(kind: inspect.FloatType, value: Any, late: bool) -> float:
-    """A finite number; those with a range are all `SamplingParams`'."""
+    """Read a finite number. Every number with a range is read late."""
     if type(value) is str and _NUMBER.fullmatch(value):
         value = float(value)
     if type(value) not in (int, float):
@@ -180,7 +180,7 @@ def _read_literal(kind: inspect.LiteralType, value: Any, late: bool) -> Any:
 
 
 def _read_list(kind: inspect.ListType, value: Any, late: bool) -> list[Any]:
-    """Bounded before its items are looked at."""
+    """Read a list whose length is bounded before any item is looked at."""
     if not isinstance(value, list):
         raise Fault("Input should be a valid list")
     if kind.max_length is not None and len(value) > kind.max_length:
@@ -197,7 +197,7 @@ def _read_list(kind: inspect.ListType, value: Any, late: bool) -> list[Any]:
 
 
 def _read_dict(kind: inspect.DictType, value: Any, late: bool) -> dict[str, Any]:
-    """Bounded before its items are looked at; a fault of one with given keys names its key."""
+    """Read an object whose size is bounded first; with given keys, a fault names the key."""
     if not isinstance(value, dict):
         raise Fault("Input should be a valid dictionary")
     if kind.max_length is not None and len(value) > kind.max_length:
@@ -215,7 +215,10 @@ def _read_dict(kind: inspect.DictType, value: Any, late: bool) -> dict[str, Any]
 
 
 def _read_struct(kind: inspect.StructType, value: Any, late: bool) -> msgspec.Struct:
-    """Unknown members are dropped; null means "not given" except where a word or a value is needed."""
+    """Read an object with known members and drop the others.
+
+    Null means "not given", unless the member is required or one of a few words.
+    """
     if not isinstance(value, dict):
         raise Fault("Input should be a valid dictionary")
     found = {}

@@ -98,9 +98,10 @@ class Tool(msgspec.Struct, kw_only=True):
 
 
 class Body(msgspec.Struct, kw_only=True):
-    """A request body. `refused` maps each name to the values, beside null, that request nothing.
+    """The base of all request bodies.
 
-    A field of `only_with` is refused unless another field has this value.
+    `refused` maps each name to the values, beside null, that request nothing. A field of `only_with` is
+    refused unless another field has the given value.
     """
 
     ignored: ClassVar[tuple[str, ...]] = ()
@@ -109,7 +110,7 @@ class Body(msgspec.Struct, kw_only=True):
 
 
 class GenerationRequest(Body, kw_only=True):
-    """What the endpoints that generate have in common."""
+    """The fields that all endpoints that generate have in common."""
 
     ignored: ClassVar[tuple[str, ...]] = (
         # accounting, routing and storage hints that change no token
@@ -119,7 +120,7 @@ class GenerationRequest(Body, kw_only=True):
         *("watermarking", "return_weight_versions", "routed_experts_prompt_start", "return_token_offsets"),
         *("mm_payload", "return_mm_kwargs", "media_io_kwargs", "mm_processor_kwargs"),
     )
-    # What a request wants most comes first in the error.
+    # The error lists them in this order and names the first as its `param`: the weightiest come first.
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "response_format": ({"type": "text"},),
         "structured_outputs": (),
@@ -136,7 +137,7 @@ class GenerationRequest(Body, kw_only=True):
     }
 
     model: str | None = None
-    # what to sample and how; the ranges are checked by `SamplingParams`
+    # what to sample and how; `check_sampling` checks the ranges
     max_tokens: Int64 | None = None
     temperature: engine.Temperature | None = None
     top_p: engine.TopP | None = None
@@ -230,7 +231,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
 
 class PromptRequest(CompletionRequest, kw_only=True):
-    """One prompt, one text; what is refused has no place in such an answer and stays at its default."""
+    """One prompt to continue. The refused fields have no place in the answer and stay at their defaults."""
 
     refused = {
         **GenerationRequest.refused,
@@ -287,18 +288,18 @@ class ProfileRequest(Body, kw_only=True):
 
 @functools.cache
 def all_fields(kind: type[Body]) -> dict[str, inspect.Field]:
-    """The struct's fields by their names."""
+    """Return the struct's fields by their names."""
     struct = cast(inspect.StructType, inspect.type_info(kind))
     return {field.name: field for field in struct.fields}
 
 
 def honoured_fields(kind: type[Body]) -> dict[str, inspect.Field]:
-    """The fields that a body of this type may give, by their names."""
+    """Return the fields that a body of this type may give, by their names."""
     return {name: field for name, field in all_fields(kind).items() if name not in kind.refused}
 
 
-def asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
-    """Whether a value is null or one of the harmless ones."""
+def is_harmless(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """Return whether a value is null or one of the harmless ones."""
     if value is None:
         return True
     # bool is an int in Python, but `logprobs: false` and `logprobs: 0` request different things.
