@@ -21,12 +21,13 @@ from microvllm.openai_compat.api.prompts import (
 )
 from microvllm.openai_compat.api.requests import CompletionRequest
 from microvllm.openai_compat.api.sampling import sampling_params
-from microvllm.openai_compat.api.streams import Outcome, Stream
+from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.detokenizer import TextDelta
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.api.streams import Stream
     from microvllm.runtime.request import SamplingParams, TokenLogprobs
 
 MAX_SEQUENCES = 4096  # prompts times n

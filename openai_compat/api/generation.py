@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 from microvllm.openai_compat.api import beam
 from microvllm.openai_compat.api.request_log import log_end, log_start
 from microvllm.openai_compat.api.requests import GenerationRequest, StreamOptions
-from microvllm.openai_compat.api.streams import Outcome, Stream, collect, merged
+from microvllm.openai_compat.api.streams import Outcome, collect, merged
 from microvllm.openai_compat.api.usage import request_metrics, stream_usage, usage, without_nulls
 from microvllm.openai_compat.errors import (
     INTERNAL,
@@ -45,6 +45,7 @@ from microvllm.runtime.errors import EngineError, InvalidRequestError, ModelNotF
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
+    from microvllm.openai_compat.api.streams import Stream
     from microvllm.openai_compat.state import ServerState
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta

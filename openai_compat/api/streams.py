@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from microvllm.runtime.observer import RequestTiming
+    from microvllm.openai_compat.api.beam import BeamStream
+    from microvllm.runtime.process.client import TokenStream
     from microvllm.runtime.request import TokenLogprobs
     from microvllm.runtime.text.detokenizer import TextDelta
 
+    Stream = TokenStream | BeamStream
+
 DELTAS_AT_ONCE = 1024
-
-
-class Stream(Protocol):
-    """The part of the engine client's `TokenStream` that is used here."""
-
-    name: str
-
-    @property
-    def prompt_token_ids(self) -> list[int]: ...
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprobs] | None: ...
-
-    @property
-    def timing(self) -> RequestTiming: ...
-
-    @property
-    def num_cached_tokens(self) -> int: ...
-
-    @property
-    def num_generated_tokens(self) -> int: ...
-
-    @property
-    def num_preemptions(self) -> int: ...
-
-    @property
-    def end_reason(self) -> str | None: ...
-
-    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
-
-    def abort(self) -> None: ...
 
 
 @dataclass(slots=True)
