@@ -41,7 +41,7 @@ from microvllm.runtime.flag import (
     queue_length,
     required_flag,
 )
-from microvllm.runtime.kv_memory import cpu_pool, gpu_pool
+from microvllm.runtime.kv_memory import size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.progress import OnProgress
 
@@ -253,16 +253,15 @@ class EngineArgs:
                 *(rope.scaling, max_model_len, rope.original_max_position),
             )
         spec = msgspec.structs.replace(spec, rope=rope.at_length(max_model_len, spec.head_dim))
-        block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size
-        num_blocks = self.num_gpu_blocks_override
-        if num_blocks is None and self.kv_cache_memory_bytes is not None:
-            num_blocks = self.kv_cache_memory_bytes // block_bytes
-        if device == "cpu":
-            num_blocks, max_model_len = cpu_pool(
-                num_blocks, block_bytes, block_size, max_model_len, may_shorten=self.max_model_len is None
-            )
-        else:
-            num_blocks = gpu_pool(num_blocks, block_size, max_model_len)
+        num_blocks, max_model_len = size_pool(
+            device,
+            block_size,
+            spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size,
+            max_model_len,
+            blocks=self.num_gpu_blocks_override,
+            pool_bytes=self.kv_cache_memory_bytes,
+            may_shorten=self.max_model_len is None,
+        )
         budget = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[device]
         if not self.enable_chunked_prefill and self.max_num_batched_tokens is None:
             budget = max(budget, max_model_len)

@@ -65,7 +65,8 @@ class Flag:
             if not all(value):
                 return "must not be empty"
         elif isinstance(value, (int, float)) and (bounds := self._bounds()) and not self._within(value):
-            return f"must be {bounds}, got {value}"
+            words = "".join(f", or {choice}" for choice in self.choices)
+            return f"must be {bounds}{words}, got {value}"
         return None
 
     def _within(self, value: float) -> bool:

@@ -19,15 +19,37 @@ CPU_KV_BYTES = 256 << 20  # default pool on a CPU, if one full-length sequence f
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
 
-def cpu_pool(
-    requested: int | None, block_bytes: int, block_size: int, max_model_len: int, *, may_shorten: bool
+def size_pool(
+    device: str,
+    block_size: int,
+    block_bytes: int,
+    max_model_len: int,
+    *,
+    blocks: int | None = None,
+    pool_bytes: int | None = None,
+    may_shorten: bool = False,
 ) -> tuple[int, int]:
-    """Return the number of KV blocks on a CPU, and the context length that they hold.
+    """Return the number of KV blocks (0: to be measured), and the context length in tokens that they hold.
 
-    `requested` blocks, or what VLLM_CPU_KVCACHE_SPACE or the free memory gives. A pool too small for one
-    request of full length would make that request wait for ever (vLLM issue 35541): the length is lowered to
-    fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for too small a one.
+    `blocks` or `pool_bytes` are requested; else VLLM_CPU_KVCACHE_SPACE or the free memory decides. A pool too
+    small for one request of full length would make that request wait for ever (vLLM issue 35541): on a CPU
+    the length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for too
+    small a one.
     """
+    requested = blocks
+    if blocks is None and pool_bytes is not None:
+        requested = pool_bytes // block_bytes
+    if device == "cpu":
+        return _cpu_pool(requested, block_bytes, block_size, max_model_len, may_shorten)
+    if requested is None:
+        return 0, max_model_len
+    check_pool(requested, block_size, max_model_len)
+    return requested, max_model_len
+
+
+def _cpu_pool(
+    requested: int | None, block_bytes: int, block_size: int, max_model_len: int, may_shorten: bool
+) -> tuple[int, int]:
     free = available_memory()
     needed = math.ceil(max_model_len / block_size)
     if requested is not None:
@@ -58,14 +80,6 @@ def cpu_pool(
         max_model_len,
     )
     return num_blocks, num_blocks * block_size
-
-
-def gpu_pool(requested: int | None, block_size: int, max_model_len: int) -> int:
-    """Return the number of KV blocks that were requested; 0 if it is to be measured."""
-    if requested is None:
-        return 0
-    check_pool(requested, block_size, max_model_len)
-    return requested
 
 
 def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:

@@ -90,7 +90,7 @@ def _option(flag: Flag, hint: Any, default: Any) -> inspect.Parameter:
         metavar=metavar,
         min=flag.low if bounded else None,
         max=flag.high if bounded else None,
-        envvar=list(flag.env) or None,
+        envvar=flag.env[0] if len(flag.env) == 1 else list(flag.env) or None,  # errors name one as it is
         show_envvar=bool(flag.env),
         help=flag.help,
         rich_help_panel=flag.section,
