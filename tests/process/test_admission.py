@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fakes import Engine, make_config, make_request
 
+from microvllm.runtime.core import plan as plan_module
 from microvllm.runtime.core import scheduler as scheduler_module
 from microvllm.runtime.process.admission import Admission, QueueFullError
 from microvllm.runtime.request import EngineStats, FinishReason
@@ -54,7 +55,7 @@ def steps(measured: Admission, count: int, per_step: int, seconds: float) -> Non
         for _ in range(per_step):
             measured.enter(1)
             measured.leave(1, started=True)
-        measured.step(BUSY, 100 + i * seconds)
+        measured.measure(BUSY, 100 + i * seconds)
 
 
 def test_retry_after_comes_from_the_measured_rate() -> None:
@@ -72,9 +73,9 @@ def test_retry_after_comes_from_the_measured_rate() -> None:
 def test_the_rate_counts_only_time_with_a_queue() -> None:
     measured = admission()
     steps(measured, 50, 1, 0.5)
-    measured.step(EngineStats(num_running=1), 200.0)
+    measured.measure(EngineStats(num_running=1), 200.0)
     rate = measured.rate
-    measured.step(EngineStats(num_running=1), 900.0)
+    measured.measure(EngineStats(num_running=1), 900.0)
     assert measured.rate == rate
 
 
@@ -100,7 +101,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(scheduler_module, "time", clock)
+    for module in (plan_module, scheduler_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

@@ -263,7 +263,7 @@ async def test_what_fails_in_one_stream_stays_there(
     def fail(output: Any) -> TextDelta:
         raise KeyError(output)
 
-    monkeypatch.setattr(bad, "_text", SimpleNamespace(take=fail))
+    monkeypatch.setattr(bad, "_text", SimpleNamespace(process=fail))
     with pytest.raises(EngineError, match="could not be turned into text"):
         await collect(bad)
     assert (await collect(good)).token_ids == expected_tokens(40)
