@@ -1,4 +1,4 @@
-"""The command line: `microvllm serve`, `generate`, `chat` and the other commands.
+"""Defines the command line: `microvllm serve`, `generate`, `chat` and the other commands.
 
 Flags carry the names and defaults of `vllm serve` 0.33. Everything is checked here or in
 `EngineArgs.resolve()` before a model is loaded; whatever is wrong is two lines on stderr, the cause and the
@@ -80,7 +80,7 @@ QUEUE_OPTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_timeout"
 def checked(
     engine: EngineArgs, positional: Sequence[str] | None, known_environment: bool = False
 ) -> EngineArgs:
-    """The engine's options with the model that is named in the arguments or in `--model`.
+    """Return the engine's options with the model that is named in the arguments or in `--model`.
 
     Raises `UsageError` and `ConfigError` for what can be found out without reading the model.
     """
@@ -132,7 +132,7 @@ def serve(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingArgs:
-    """How `generate` draws tokens, and when it ends; None is the model's own default."""
+    """Sampling options of `generate`; None is the model's own default."""
 
     max_tokens: int = flag(100, ANSWERS, "Most tokens to generate.", low=1)
     temperature: float | None = flag(None, ANSWERS, "0 always takes the likeliest token.")
@@ -257,7 +257,7 @@ def run_batch(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientArgs:
-    """The server that `chat` and `complete` ask, and what of it."""
+    """Options of `chat` and `complete`: the server, the model there, and limits of its answers."""
 
     url: str = flag(
         "http://localhost:8000/v1",
@@ -284,7 +284,7 @@ class ClientArgs:
     )
 
     def one_text(self, argument: str | None) -> str | None:
-        """The one text to answer, None for a session. Raises `UsageError` for two."""
+        """Return the one text to answer, None for a session. Raises `UsageError` for two."""
         if argument is not None and self.quick is not None:
             raise UsageError(
                 "two texts were given, one with --quick", remedy="give one text, with or without --quick"
@@ -292,7 +292,7 @@ class ClientArgs:
         return self.quick if argument is None else argument
 
     def limits(self) -> dict[str, Any]:
-        """Fields of each request."""
+        """Return fields for each request."""
         return {"max_tokens": self.max_tokens, "temperature": self.temperature}
 
 
@@ -358,7 +358,7 @@ def collect_env() -> None:
 
 
 def main() -> NoReturn:
-    """The console script: runs the command and turns every deliberate error into two lines."""
+    """Run the command of the console script; every deliberate error becomes two lines."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: the next file or socket would get its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -372,7 +372,7 @@ def run(argv: Sequence[str]) -> int:
     logger.addHandler(handler)
     failure: Exception
     try:
-        # Typer gives back the code of typer.Exit, or what the command returned, which is None.
+        # Typer returns the code of typer.Exit, or what the command returned, which is None.
         commands = typer.main.get_command(app)
         return int(commands.main(list(argv), prog_name="microvllm", standalone_mode=False) or 0)
     except typer.TyperException as error:
@@ -383,7 +383,7 @@ def run(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:
-        # The reader of a pipe left (`| head`). Python's flush at exit would report it once more.
+        # The reader of the pipe is gone (`| head`). Python's flush at exit would report it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:

@@ -1,4 +1,4 @@
-"""`ServerArgs`: the options of the HTTP server, apart from the engine's own (`runtime/config.py`)."""
+"""Declares the options of the HTTP server; the engine's own are in `runtime/config.py`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from microvllm.runtime.flag import (
 from microvllm.runtime.worker.profiler import ProfilerConfig
 
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
-QUIET_PATHS = ("/health", "/metrics", "/load")  # what probes ask for all the time
+QUIET_PATHS = ("/health", "/metrics", "/load")  # polled by probes
 DEFAULT_STOP_STRINGS = 4
 TEXT = "<str>"  # the metavar of a text that is read further
 STRINGS = "[JSON]"
 
 
 def json_strings(text: str) -> tuple[str, ...]:
-    """A JSON list of strings, such as `["https://example.com"]`."""
+    """Read a JSON list of strings, such as `["https://example.com"]`."""
     value = json_value(text)
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{shortened(text)} is not a JSON list of strings")
@@ -38,22 +38,22 @@ def json_strings(text: str) -> tuple[str, ...]:
 
 
 def comma_list(text: str) -> tuple[str, ...]:
-    """`a,b` -> ("a", "b")."""
+    """Read `a,b` as ("a", "b")."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def path_prefix(text: str) -> str:
-    """A path without the slashes at its end."""
+    """Read a path without the slashes at its end."""
     return text.rstrip("/")
 
 
 def profiler_config(text: str) -> ProfilerConfig | None:
-    """A JSON object of vLLM's profiler options; None if it asks for no profiler. Raises `ConfigError`."""
+    """Read a JSON object of vLLM's profiler options; None without a profiler. Raises `ConfigError`."""
     return ProfilerConfig.read(json_object(text))
 
 
 def chat_template_text(text: str) -> str:
-    """The text of a chat template, which is in a file or given itself. Raises `ConfigError`."""
+    """Return the text of a chat template, which is in a file or given itself. Raises `ConfigError`."""
     try:
         return Path(text).read_text("utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the name
@@ -66,7 +66,7 @@ def chat_template_text(text: str) -> str:
 
 
 def keys_of(path: str) -> tuple[str, ...]:
-    """The API keys in a file, one a line. Raises `ConfigError`."""
+    """Return the API keys in a file, one per line. Raises `ConfigError`."""
     try:
         keys = tuple(line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
@@ -78,7 +78,7 @@ def keys_of(path: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerArgs:
-    """What shapes the answers of a server, and of a batch; names as in `vllm serve`.
+    """Options that shape the answers of a server, and of a batch; names as in `vllm serve`.
 
     Raises `ConfigError` with one line that names the option.
     """
@@ -138,7 +138,7 @@ class AnswerArgs:
         self._check_request_defaults()
 
     def _check_request_defaults(self) -> None:
-        """Check what takes the place of requests' fields by the rules for these."""
+        """Check the options that are defaults or limits of request fields, by the rules of those fields."""
         if not (
             self.default_chat_template_kwargs
             or self.reasoning_effort_map
@@ -166,7 +166,7 @@ class AnswerArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs(AnswerArgs):
-    """How the server listens, who may use it and what it reports, beside what shapes its answers.
+    """Options of the server: how it listens, who may use it, what it reports, and those of its answers.
 
     `host` is 127.0.0.1 unless given otherwise (vLLM listens on every interface). Without `api_keys` there is
     no authentication; the keys of `api_key_file` are added to them. `dev_mode` adds endpoints that report or
@@ -296,7 +296,7 @@ class ServerArgs(AnswerArgs):
         super().__post_init__()
         if self.api_key_file is not None:
             object.__setattr__(self, "api_keys", (*self.api_keys, *keys_of(self.api_key_file)))
-            object.__setattr__(self, "api_key_file", None)  # `replace` must not add them once more
+            object.__setattr__(self, "api_key_file", None)  # else `replace` would add them once more
         if self.enable_per_request_metrics and self.disable_log_stats:
             raise ConfigError("--enable-per-request-metrics needs statistics: leave out --disable-log-stats")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
@@ -306,7 +306,7 @@ class ServerArgs(AnswerArgs):
         self._check_tls()
 
     def _check_tls(self) -> None:
-        """Half an encryption is none: every TLS option needs the certificate."""
+        """Refuse TLS options without a certificate: the server would answer in plain text."""
         options = {
             "--ssl-keyfile": self.ssl_keyfile,
             "--ssl-ca-certs": self.ssl_ca_certs,

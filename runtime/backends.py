@@ -61,7 +61,7 @@ def choose_format(requested: str, path: Path) -> str:
 
 
 def choose_backend(requested: str, device: str) -> str:
-    """The operators that run the model, for `--attention-backend`.
+    """Return the operators that run the model, for `--attention-backend`.
 
     On a CPU: "cpu", our kernels, where there is a C compiler, else "torch". Raises `ConfigError` for one that
     is not there.
@@ -112,7 +112,7 @@ def torch_instead(requested: str, reason: Exception) -> str:
 
 
 def choose_dtype(requested: str, device: str, backend: str) -> str:
-    """The type of activations and of weights that are not packed, for `--dtype`."""
+    """Return the type of activations and of weights that are not packed, for `--dtype`."""
     if requested != "auto":
         return DTYPE_ALIASES.get(requested, requested)
     # torch's operators are slow in bf16 on a CPU without bf16 arithmetic; our kernels are not.
@@ -120,7 +120,7 @@ def choose_dtype(requested: str, device: str, backend: str) -> str:
 
 
 def why_unpacked(model: str, load_format: str, backend: str) -> str | None:
-    """Why weights cannot stay packed as in the model's file; None if they can."""
+    """Return why weights cannot stay packed as in the model's file; None if they can."""
     if load_format != "gguf":
         return f"{model} is not read from a GGUF file"
     if backend != "cpu":

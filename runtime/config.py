@@ -1,4 +1,4 @@
-"""`EngineArgs`, what was requested, and `EngineConfig`, what was resolved from it and from the model.
+"""Declares the engine's options, `EngineArgs`, and resolves them to an `EngineConfig`.
 
 Nothing here imports torch: the API process resolves the configuration, the engine process receives it.
 """
@@ -189,7 +189,9 @@ class EngineArgs:
 
         Nothing is compiled or loaded. Raises `ConfigError` with one line that names the option or the file.
         """
-        from microvllm.runtime.generation_config import generation_defaults  # numpy, which --help can spare
+        from microvllm.runtime.generation_config import (
+            generation_defaults,
+        )  # imports numpy, which --help does without
 
         try:
             msgspec.convert(vars(self), type(self))
@@ -356,7 +358,7 @@ def _refuse(*rows: tuple[Any, ...]) -> None:
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything the engine needs to know, resolved; travels to the engine process as msgpack."""
+    """The resolved configuration; it is sent to the engine process as msgpack."""
 
     model: str
     model_path: str
@@ -394,5 +396,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_blocks(self) -> int:
-        """Blocks of a sequence that fills the context."""
+        """KV blocks of a sequence that fills the context."""
         return -(-self.max_model_len // self.block_size)

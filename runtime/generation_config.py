@@ -14,7 +14,7 @@ from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
 from microvllm.runtime.find_model import user_path
 from microvllm.runtime.request import SamplingParams
 
-# What is read from generation_config.json, and its name in `SamplingParams`.
+# Fields of generation_config.json, and their names in `SamplingParams`.
 GENERATION_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -26,16 +26,16 @@ GENERATION_FIELDS = {
 
 
 def generation_defaults(
-    wish: str, model: Path, card: dict[str, Any], override: dict[str, Any], vocab_size: int
+    requested: str, model: Path, card: dict[str, Any], override: dict[str, Any], vocab_size: int
 ) -> dict[str, Any]:
-    """The sampling defaults of `generation_config.json`, as `--generation-config` asks, under the override.
+    """Return the sampling defaults that `--generation-config` names, with the override put on them.
 
     "auto" reads the model's own, or takes `card` where there is no such file, "vllm" none, anything else is a
     folder. Also carries the file's `eos_token_id` list: models name further end tokens there (Llama 3's
     128009).
     """
-    file = _generation_file(wish, model)
-    found = card if wish == "auto" else {}
+    file = _generation_file(requested, model)
+    found = card if requested == "auto" else {}
     defaults = dict(found) if file is None else _read_generation_config(file, vocab_size)
     unknown = sorted(set(override) - {*GENERATION_FIELDS, "eos_token_id"})
     if unknown:
@@ -46,16 +46,16 @@ def generation_defaults(
     return {**defaults, **_checked_defaults(override, "--override-generation-config", vocab_size)}
 
 
-def _generation_file(wish: str, model: Path) -> Path | None:
-    if wish == "vllm":
+def _generation_file(requested: str, model: Path) -> Path | None:
+    if requested == "vllm":
         return None
-    folder = model if wish == "auto" else user_path(wish, "--generation-config")
+    folder = model if requested == "auto" else user_path(requested, "--generation-config")
     file = folder / "generation_config.json"
     if folder.is_dir() and file.exists():
         return file
-    if wish == "auto":
+    if requested == "auto":
         return None
-    raise ConfigError(f"--generation-config {wish}: no generation_config.json there")
+    raise ConfigError(f"--generation-config {requested}: no generation_config.json there")
 
 
 def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> dict[str, Any]:
-    """What is known of a generation config, its types and ranges checked; ends are a list of token ids."""
+    """Return the known fields of a generation config, checked; `eos_token_id` becomes a list."""
     defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
     ends = content.get("eos_token_id")
     try:

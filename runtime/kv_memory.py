@@ -83,7 +83,7 @@ def _cpu_pool(
 
 
 def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Raises `ConfigError` unless the pool holds one request of full length, which else waits for ever."""
+    """Raise `ConfigError` unless the pool holds one request of full length, which would wait for ever."""
     if num_blocks * block_size < max_model_len:
         raise ConfigError(
             f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "

@@ -26,13 +26,15 @@ _WAITING = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 
 
 def usable_cores() -> int:
-    """Number of logical cores this process may run on."""
+    """Return the number of logical cores that this process may run on."""
     return len(_affinity())
 
 
 def default_threads() -> int:
-    """Threads that a computation gains from: one for each physical core of `usable_cores`, and no more than
-    the time that a cgroup allows, beyond which all of them would be halted together."""
+    """Return the number of threads to compute with: one for each physical core of `usable_cores`.
+
+    No more than the cgroup's share of processor time, beyond which all threads would be halted together.
+    """
     physical = {_siblings(core) for core in _affinity()}
     return max(1, int(min(len(physical), _quota())))
 
@@ -44,7 +46,7 @@ def _affinity() -> set[int]:
 
 
 def _siblings(core: int) -> str:
-    """The same text for all logical cores of one physical core; one of its own if the system does not say."""
+    """Return a text that the logical cores of one physical core share; unknown ones share none."""
     try:
         return Path(f"{_CORES}/cpu{core}/topology/thread_siblings_list").read_text()
     except OSError:
@@ -52,7 +54,7 @@ def _siblings(core: int) -> str:
 
 
 def _quota() -> float:
-    """Cores' worth of time that the cgroup (version 2 or 1) allows."""
+    """Return the processor time that the cgroup (version 2 or 1) allows, in cores."""
     try:
         try:
             limit, period = Path(f"{_CGROUP}/cpu.max").read_text().split()
@@ -65,7 +67,7 @@ def _quota() -> float:
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping; a cgroup limit counts."""
+    """Return the bytes of memory that can be taken without swapping; a cgroup limit counts."""
     available = 4 << 30
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -82,14 +84,14 @@ def available_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what was freed: the GNU C library keeps much of it. Takes about a millisecond."""
+    """Return freed memory to the system: the GNU C library keeps much of it. Takes about a millisecond."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def thread_environment(num_threads: int | None = None) -> dict[str, str]:
-    """Environment variables for a process with `num_threads` compute threads (None: OpenMP's default).
+    """Return environment variables for a process with `num_threads` compute threads (None: OpenMP's default).
 
     What the user has set already stays.
     """
@@ -99,20 +101,20 @@ def thread_environment(num_threads: int | None = None) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def choose_device(wish: str) -> str:
-    """ "cpu" or "cuda". Raises `ConfigError` when a GPU is asked for that cannot be used, saying why."""
-    if wish not in DEVICES:
-        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}, got {wish}")
-    if wish == "cpu":
+def choose_device(requested: str) -> str:
+    """Return "cpu" or "cuda". Raises `ConfigError` with the reason why a requested GPU cannot be used."""
+    if requested not in DEVICES:
+        raise ConfigError(f"--device must be one of {', '.join(DEVICES)}, got {requested}")
+    if requested == "cpu":
         return "cpu"
     problem = _why_no_cuda()
-    if wish == "cuda" and problem is not None:
+    if requested == "cuda" and problem is not None:
         raise ConfigError(f"--device cuda: {problem}")
     return "cpu" if problem is not None else "cuda"
 
 
 def _why_no_cuda() -> str | None:
-    """None if there is an NVIDIA GPU, a torch that was built for it, and Triton."""
+    """Return what is missing of an NVIDIA GPU, a torch built for it, and Triton; None if nothing is."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

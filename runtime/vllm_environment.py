@@ -1,6 +1,6 @@
-"""Knows the environment variables of vLLM 0.33, and names those that are set and have no effect here.
+"""Reads vLLM's environment variables, and names those that are set and have no effect here.
 
-`vllm_environment.tsv` lists those of vLLM's `envs.py`; `scripts/compare_flags.py` compares them with an
+`vllm_environment.tsv` lists those of vLLM 0.33's `envs.py`; `scripts/compare_flags.py` compares them with an
 installed vLLM. One that is `honoured` is read where its option is defined. One that is `harmless` says
 where caches and libraries are, how vLLM was built or what it reports home: no behaviour depends on it
 here. One that is `ignored` is named in a warning.
@@ -20,7 +20,7 @@ VARIABLES = dict(read_table("vllm_environment.tsv"))  # name -> honoured, harmle
 
 
 def is_on(name: str) -> bool:
-    """Whether a variable says 1 or true. Raises `ConfigError` for what is neither on nor off."""
+    """Return whether a variable is 1 or true. Raises `ConfigError` for a value that is neither on nor off."""
     value = os.environ.get(name, "").strip().lower()
     if value in ("1", "true"):
         return True
@@ -30,7 +30,7 @@ def is_on(name: str) -> bool:
 
 
 def whole_number(name: str) -> int:
-    """The value of a variable, 0 if it is not set. Raises `ConfigError` for what is no such number."""
+    """Return the number in a variable, 0 if it is not set. Raises `ConfigError` if it is no whole number."""
     value = os.environ.get(name, "").strip() or "0"
     if not value.isdecimal() or len(value) > 18:
         raise ConfigError(f"{name} in the environment must be a whole number, got {value!r}")
@@ -38,7 +38,7 @@ def whole_number(name: str) -> int:
 
 
 def ignored_variables(environment: Mapping[str, str]) -> str | None:
-    """One line that names the variables of vLLM that are set and do nothing here; None if there are none."""
+    """Return one line that names vLLM's variables that are set and do nothing here; None without any."""
     names = sorted(name for name in environment if name.startswith(PREFIX) and environment[name])
     ignored = [name for name in names if VARIABLES.get(name, "ignored") == "ignored"]
     if not ignored:
@@ -47,12 +47,12 @@ def ignored_variables(environment: Mapping[str, str]) -> str | None:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """The variables that begin as vLLM's do and are none of them."""
+    """Return the variables that begin with `VLLM_` and are none of vLLM's."""
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in VARIABLES)
 
 
 def _unknown(ignored: list[str]) -> str:
-    """A hint at the first one that vLLM does not know either, as a mistyped one."""
+    """Return a hint at the first variable that is none of vLLM's, which may be mistyped."""
     for name in ignored:
         if name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, 1, 0.8)

@@ -38,7 +38,7 @@ def positive(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchArgs:
-    """What is sent where, how fast, and what is reported of it. Lengths are in tokens, times in seconds.
+    """Options of a load: its target, requests, rate and report. Lengths are in tokens, times in seconds.
 
     Raises `ConfigError` naming the option.
     """
@@ -140,7 +140,7 @@ class BenchArgs:
 
     @property
     def url(self) -> str:
-        """The server's address, before /v1."""
+        """Address of the server, before /v1."""
         return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/").removesuffix("/v1")
 
     @property

@@ -32,7 +32,7 @@ class UsageError(ConfigError):
 
 @dataclass(frozen=True)
 class _Given:
-    """What words ask for: words for Typer, and the last values of each flag that there is no option for.
+    """Parsed words: those for Typer, and the last values of each flag that has no option here.
 
     A switch has the value "true" or "false".
     """
@@ -67,7 +67,7 @@ def normalise_argv(argv: Sequence[str], own: Mapping[str, str], warn: Callable[[
 
 
 def _from_file(path: str, given: _Given, own: Mapping[str, str], spellings: Mapping[str, str]) -> _Given:
-    """The options of the file that are not among the `given` ones."""
+    """Read the options of the file that are not among the `given` ones."""
     overridden = {_option(word) if word.startswith("-") else "model" for word in given.words}
     found = _Given()
     for key, value in _read_config(path).items():
@@ -85,7 +85,7 @@ def _from_file(path: str, given: _Given, own: Mapping[str, str], spellings: Mapp
 
 
 def _option(word: str) -> str:
-    """`--no-enable-x` and `--enable-x=1` are one option: enable-x."""
+    """Return the option of a word: `--no-enable-x` and `--enable-x=1` are both enable-x."""
     return word.partition("=")[0].lstrip("-").removeprefix("no-")
 
 
@@ -136,13 +136,16 @@ def _read(argv: Sequence[str], own: Mapping[str, str], spellings: Mapping[str, s
 
 
 def _is_flag(word: str) -> bool:
-    # As argparse sees it: a negative number or a name with a space in it is a value.
+    # As in argparse, a negative number or a name with a space in it is a value.
     name = word.partition("=")[0]
     return len(word) > 1 and word[0] == "-" and " " not in name and not re.fullmatch(r"-\.?\d.*", name)
 
 
 def _split_flag(word: str) -> tuple[str, str, str | None]:
-    """`--a_b.c=1` -> (`--a-b`, `c`, `1`), `--help=all` -> (`--help`, ``, None), `-O3` -> (`-O`, ``, `3`)."""
+    """Split a word into flag, key and value.
+
+    `--a_b.c=1` gives (`--a-b`, `c`, `1`), `--help=all` (`--help`, ``, None) and `-O3` (`-O`, ``, `3`).
+    """
     flag, equals, value = word.partition("=")
     if re.fullmatch(r"-O\w+", flag):
         return "-O", "", flag[2:]
@@ -153,7 +156,7 @@ def _split_flag(word: str) -> tuple[str, str, str | None]:
 
 
 def _spellings(own: Mapping[str, str]) -> dict[str, str]:
-    """Each spelling that the command knows -> the flag that it means, of `own` or of vLLM.
+    """Map each spelling that the command takes to its flag, of `own` or of vLLM.
 
     A short flag of the command's own is not taken for vLLM's abbreviation of another.
     """
@@ -176,7 +179,7 @@ def _spellings(own: Mapping[str, str]) -> dict[str, str]:
 
 
 def _resolve(spelled: str, own: Mapping[str, str], spellings: Mapping[str, str]) -> str:
-    """The flag that a spelling or its unambiguous beginning means. Raises `UsageError` if there is none."""
+    """Return the flag of a spelling or of its unambiguous beginning. Raises `UsageError` if there is none."""
     if spelled in spellings:
         return spellings[spelled]
     longer = sorted(name for name in spellings if spelled.startswith("--") and name.startswith(spelled))
@@ -192,7 +195,7 @@ def _resolve(spelled: str, own: Mapping[str, str], spellings: Mapping[str, str])
 
 
 def _inverse(flag: str) -> str | None:
-    """`--enable-x` -> `--disable-x` and back; None for other flags."""
+    """Turn `--enable-x` into `--disable-x` and back; None for other flags."""
     for prefix, other in (("--enable-", "--disable-"), ("--disable-", "--enable-")):
         if flag.startswith(prefix):
             return other + flag.removeprefix(prefix)
@@ -200,13 +203,13 @@ def _inverse(flag: str) -> str | None:
 
 
 def _positive(flag: str) -> str:
-    """`--no-x` and `--x` -> `x`, for a flag of vLLM; some names begin with "no-" themselves."""
+    """Turn `--no-x` and `--x` into `x`, for a flag of vLLM; some names begin with "no-" themselves."""
     name = flag.removeprefix("--")
     return name if name in vllm_flags.KINDS else name.removeprefix("no-")
 
 
 def _settings(name: str, key: str, values: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """What a flag without an option sets: itself, or those of its keys that are listed by themselves."""
+    """Yield what a flag without an option sets: itself, or those of its keys that have a row of their own."""
     listed = [each for each in vllm_flags.REFUSED if each.startswith(f"{name}.")]
     found: dict[str, Any] = {}
     if not key:
@@ -222,7 +225,7 @@ def _settings(name: str, key: str, values: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _merge(found: dict[str, Any], flag: str, key: str, text: str) -> None:
-    """Adds `--flag.a.b 1` or `--flag '{"a": {"b": 1}}'` to the object that `found` holds for the flag."""
+    """Add `--flag.a.b 1` or `--flag '{"a": {"b": 1}}'` to the object that `found` holds for the flag."""
     if not _merge_if_object(found, key, text):
         raise UsageError(f"{flag} needs a JSON object, got {text[:200]!r}")
 
@@ -261,7 +264,7 @@ def _update(found: dict[str, Any], more: Mapping[str, Any]) -> None:
 def _check(
     words: Sequence[str], without_option: Mapping[str, list[str]], warn: Callable[[str], None]
 ) -> None:
-    """Warns of each flag without effect. Raises `UsageError` naming those that would change the service."""
+    """Warn of each flag without effect. Raises `UsageError` naming those that would change the service."""
     asking = {name: values for name, values in without_option.items() if _asks(name, values)}
     for name, other in vllm_flags.NEEDS.items():
         if asking.get(name) == ["true"] and other not in asking and f"--{other}" not in words:
@@ -290,7 +293,7 @@ def _check(
 
 
 def _asks(name: str, values: Sequence[str]) -> bool:
-    """Whether a flag asks for something; one that only tunes always does, for there is a line to say so."""
+    """Return whether a flag sets something. One that only tunes always does, since each gets its warning."""
     refused = vllm_flags.REFUSED.get(name)
     if refused is None:
         return True
@@ -301,7 +304,7 @@ def _asks(name: str, values: Sequence[str]) -> bool:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    """The options of a YAML file: names of flags without their dashes, and values.
+    """Read the options of a YAML file: names of flags without their dashes, and values.
 
     Raises `ConfigError` naming the file.
     """
@@ -326,7 +329,7 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _option_words(name: str, value: Any, takes_several: bool) -> list[str]:
-    """What one entry would be on the command line. Raises `ConfigError` for an entry without a value.
+    """Return one entry as words of the command line. Raises `ConfigError` for an entry without a value.
 
     True and false are a switch and its `no-` form. A list becomes several values where the flag takes them,
     else JSON, as an object does.

@@ -24,7 +24,7 @@ class Command(TyperCommand):
     """A Typer command that reads its flags the way `vllm serve` does."""
 
     def flag_kinds(self) -> dict[str, str]:
-        """Each flag of the command, and what `normalise_argv` needs to know of it."""
+        """Return each flag of the command with its kind, as `normalise_argv` takes them."""
         kinds = {"--help": "switch", "-h": "switch"}
         for param in self.params:
             kind = "list" if getattr(param, "multiple", False) else "value"
@@ -43,7 +43,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, words)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Typer groups with rich alone, which cuts long flags short in 80 columns."""
+        """Write the options in sections. Typer's own need rich, which cuts long flags short in 80 columns."""
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *SECTIONS)}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)

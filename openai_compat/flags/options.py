@@ -17,7 +17,7 @@ Command = Callable[..., None]
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Which fields of a dataclass are flags of a command: `Annotated[EngineArgs, Fields(only=...)]`."""
+    """Selects fields of a dataclass as flags of a command: `Annotated[EngineArgs, Fields(only=...)]`."""
 
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Fields:
 
 
 def with_options(command: Command) -> Command:
-    """Gives Typer a flag for each field in place of the parameters that are dataclasses.
+    """Give Typer a flag for each field in place of the parameters that are dataclasses.
 
     The command is called with instances of these, made of the flags that were given. A field without a
     default is None where its flag is missing.
@@ -60,7 +60,7 @@ def with_options(command: Command) -> Command:
 
 
 def _options(cls: Any, fields: Fields) -> dict[str, inspect.Parameter]:
-    """Field -> the parameter that Typer makes an option of."""
+    """Map each field to the parameter that Typer makes an option of."""
     hints = get_type_hints(cls)
     flags = flags_of(cls)
     return {

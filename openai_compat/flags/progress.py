@@ -1,4 +1,4 @@
-"""How far a long piece of work has come, on stderr."""
+"""Shows on stderr how far a long piece of work has come."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ProgressLine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()  # gives the cursor back, also after Ctrl-C
+            self._bar.stop()  # shows the cursor again, also after Ctrl-C
 
     def __call__(self, what: str, done: int, total: int, note: str = "", /) -> None:
         if total < 1:

@@ -1,4 +1,4 @@
-"""`microvllm chat` and `microvllm complete`: a running server, talked to from the terminal.
+"""Asks a running server from the terminal: `microvllm chat` and `microvllm complete`.
 
 Answers go to stdout and everything else to stderr, so that a pipe holds answers only. On a terminal each
 line typed is a turn, Ctrl-C ends the answer that is being written and Ctrl-D the session; from a pipe each
@@ -25,11 +25,11 @@ NO_SERVER_REMEDY = "start a server with `microvllm serve`, or name another with 
 URL_REMEDY = "does the address end in /v1? Name it with --url or OPENAI_BASE_URL"
 REQUEST_REMEDY = "the answer of the server says what to change; --help lists what this command sends"
 SERVER_LOG_REMEDY = "the log of the server may say why"
-LIST_TIMEOUT_S = 30.0  # for the list of models, which every server has at hand
+LIST_TIMEOUT_S = 30.0  # for the list of models, which takes no computation
 
 
 class RemoteError(MicroVLLMError):
-    """The server that was talked to is not there, refused, or failed; the message is one line."""
+    """The server is not there, refuses, or fails; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Remote:
 
     @classmethod
     def connect(cls, url: str, api_key: str | None, model: str | None, stats: bool) -> Remote:
-        """Without `model` the first one that the server lists.
+        """Connect to a server; without `model` its first one is taken.
 
         Raises `UsageError` for arguments that cannot be sent, `RemoteError` if the server does not answer.
         """
@@ -52,7 +52,7 @@ class Remote:
             _check_text(flag, text)
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise UsageError("--api-key must be printable ASCII, as it travels in a header")
-        # The openai package wants a key; a server without keys does not look at it.
+        # The openai package requires a key; a server without keys ignores it.
         client = openai.OpenAI(base_url=url, api_key=api_key or "EMPTY", max_retries=0)
         if model is None:
             with _one_line_errors(url):
@@ -70,7 +70,7 @@ class Remote:
     def show_answer(
         self, create: Callable[..., Any], text_of: Callable[[Any], str | None], **request: Any
     ) -> tuple[str, bool]:
-        """Asks, prints the answer as it comes -> (its text, whether it came to its end).
+        """Ask, print the answer as it arrives, and return its text and whether it is complete.
 
         `create` is the openai client's function, `text_of` the text in one choice of its chunks. Only
         Ctrl-C on a terminal cuts an answer short. Raises `RemoteError`.
@@ -106,7 +106,7 @@ class Remote:
         return text, whole
 
     def _chunks(self, create: Callable[..., Any], request: dict[str, Any]) -> Generator[Any, None, None]:
-        """The chunks of one answer; closing this generator closes the connection."""
+        """Yield the chunks of one answer; closing this generator closes the connection."""
         with _one_line_errors(self.url), create(model=self.model, stream=True, **request) as stream:
             yield from stream
 
@@ -117,7 +117,7 @@ Limits = Mapping[str, float | None]  # request fields; what is None is left to t
 def chat(
     remote: Remote, limits: Limits, *, system_prompt: str | None = None, quick: str | None = None
 ) -> None:
-    """Holds a conversation; with `quick` only its first turn."""
+    """Hold a conversation; with `quick` only its first turn."""
     fields = {name: value for name, value in limits.items() if value is not None}
     _check_text("--system-prompt", system_prompt)
     messages: list[dict[str, str]] = []
@@ -138,7 +138,7 @@ def chat(
 
 
 def complete(remote: Remote, limits: Limits, *, quick: str | None = None) -> None:
-    """Continues one text after the other; with `quick` only that one."""
+    """Continue one text after the other; with `quick` only that one."""
     fields = {name: value for name, value in limits.items() if value is not None}
     for text in _turns(remote, "Type a text to go on from; Ctrl-D ends.", quick):
         with _reported():
@@ -148,7 +148,7 @@ def complete(remote: Remote, limits: Limits, *, quick: str | None = None) -> Non
 
 
 def _turns(remote: Remote, hint: str, quick: str | None) -> Iterator[str]:
-    """What the user says, turn by turn; empty lines are none."""
+    """Yield the user's messages, a turn each; empty lines are skipped."""
     # Neither an odd byte in the input nor a terminal without Unicode may end the session.
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -178,7 +178,7 @@ def _turns(remote: Remote, hint: str, quick: str | None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
-    """On a terminal a failed turn is one line, and the session goes on."""
+    """Print a failed turn as one line, on a terminal, so that the session continues."""
     try:
         yield
     except RemoteError as error:
@@ -189,7 +189,7 @@ def _reported() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line_errors(url: str) -> Iterator[None]:
-    """Turns whatever the openai client and the connection below it raise into `RemoteError`."""
+    """Turn whatever the openai client and the connection below it raise into `RemoteError`."""
     try:
         yield
     except openai.APITimeoutError as error:
@@ -237,7 +237,7 @@ def _check_url(url: str) -> None:
 
 
 def _check_text(flag: str, text: str | None) -> None:
-    """Bytes of the command line that are not UTF-8 arrive as lone surrogates, which JSON cannot carry."""
+    """Refuse lone surrogates: bytes of the command line that are not UTF-8, which JSON cannot carry."""
     try:
         (text or "").encode()
     except UnicodeError as error:
