@@ -1,39 +1,52 @@
-"""One dense decoder for every family: what differs between them is data in `ModelSpec`."""
+"""Builds the decoder of every family from the data of its `ModelSpec`."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from microvllm.adapters.spec import ModelSpec
-from microvllm.ops.attention import QKNorms, StepAttention
-from microvllm.ops.operators import DecoderLayer, Operators
+from microvllm.adapters.rotary import inverse_frequencies
+from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
+from microvllm.ops.attention.mixed import MixedAttention
+from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, Operator, Operators, ReducedLinear
 
 
 class DecoderModel:
-    """Pre-norm transformer with grouped-query attention and SwiGLU.
+    """A transformer of residual branches: attention, then an MLP, in every layer.
 
     `weights` are those of `load_weights`, all of one dtype; each is taken out of the dictionary as it is
-    packed, so that plain and packed copies of the whole model never exist together.
+    packed, so that plain and packed copies of the whole model never exist together. A shard's `spec` is
+    `ModelSpec.sharded`, and its `reduce` sums [n, hidden] over all shards, which call it in the same order.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        operators: Operators,
+        reduce: Operator | None = None,
+    ) -> None:
         self.spec = spec
-        dtype = operators.activation_dtype
+        self._operators = operators
         embed = weights.pop("embed")
         head = weights.pop("lm_head", embed)
-        self.embed = operators.embedding(embed)
+        top = _Weights(spec, weights, operators, "")
+        self.embed = _scaled(operators.embedding(embed), spec, embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
-        self.head = operators.norm_linear(weights.pop("norm").to(dtype), spec.rms_norm_eps, head)
+        self.head = _capped(operators.product(head, norm=top.norm("norm")), spec.logits_softcap)
+        layers = [_Weights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
         self._layers = operators.layers(
-            [_take_layer(spec, i, weights, operators) for i in range(spec.num_layers)]
+            [_build_layer(*each, operators, reduce) for each in zip(spec.layers, layers, strict=True)]
         )
-        self.qk_norms = _take_qk_norms(spec, weights, dtype)
+        self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
         """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden].
 
-        The attention backend has to have this model's `qk_norms`.
+        The attention backend has to be one of this model's `attention`.
         """
         return self._layers(self.embed(input_ids), attention)
 
@@ -43,33 +56,82 @@ class DecoderModel:
         # An operator that does nothing takes 20 us of a step on a CPU.
         return logits if logits.dtype == torch.float32 else logits.float()
 
+    def attention(
+        self, num_blocks: int, block_size: int, max_position: int, dtype: torch.dtype, device: torch.device
+    ) -> AttentionBackend:
+        """The attention of all layers, with a KV cache of `dtype`: one backend for each kind of layer."""
 
-def _take_layer(
-    spec: ModelSpec, index: int, weights: dict[str, Tensor], operators: Operators
+        def backend(mixer: Attention, indices: list[int]) -> AttentionBackend:
+            shape = AttentionShape(
+                len(indices),
+                mixer.num_heads,
+                mixer.num_kv_heads,
+                mixer.head_dim,
+                mixer.window,
+                mixer.rope.attention_factor,
+                mixer.scale,
+                mixer.softcap,
+            )
+            inv_freq = inverse_frequencies(mixer.rope, mixer.head_dim).to(device)
+            norms = [(q[0], k[0]) for q, k in (self._qk_norms[index] for index in indices) if q and k]
+            qk_norms = QKNorms(tuple(norms), self.spec.rms_norm_eps) if norms else None
+            return self._operators.attention(
+                AttentionConfig(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
+            )
+
+        kinds: dict[Attention, list[int]] = {}
+        for index, layer in enumerate(self.spec.layers):
+            kinds.setdefault(layer.mixer, []).append(index)
+        backends = [(backend(mixer, indices), indices) for mixer, indices in kinds.items()]
+        return backends[0][0] if len(backends) == 1 else MixedAttention(backends)
+
+
+class _Weights:
+    """Takes the tensors of one layer out of the dictionary: `spec.LayerWeights`."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators, prefix: str
+    ) -> None:
+        self._spec, self._weights, self._dtype = spec, weights, operators.activation_dtype
+        self._prefix = prefix
+
+    def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return self._weights.pop(self._prefix + name), self._weights.pop(f"{self._prefix}{name}_bias", None)
+
+    def norm(self, name: str) -> Norm | None:
+        weight = self._weights.pop(self._prefix + name, None)
+        if weight is None:
+            return None
+        if self._spec.norm_offset:
+            # In float32: near 1, bfloat16 would keep only the first digits of what was trained.
+            return weight.float() + self._spec.norm_offset, self._spec.rms_norm_eps
+        return weight.to(self._dtype), self._spec.rms_norm_eps
+
+
+def _build_layer(
+    layer: LayerSpec, weights: _Weights, operators: Operators, reduce: Operator | None
 ) -> DecoderLayer:
-    def take(name: str) -> tuple[Tensor, Tensor | None]:
-        """A weight and its bias."""
-        weight = weights.pop(f"layers.{index}.{name}")
-        return weight, weights.pop(f"layers.{index}.{name}_bias", None)
+    def branch(kind: str, part: Attention | MLP) -> tuple[Operator, LinearOperator]:
+        first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
+        post_norm = weights.norm(f"{kind}_post_norm")
+        if post_norm is None and reduce is None:
+            return first, last
+        norm = (
+            None if post_norm is None else partial(operators.rms_norm, weight=post_norm[0], eps=post_norm[1])
+        )
+        return first, ReducedLinear(last, norm, reduce)
 
-    def norm(name: str) -> tuple[Tensor, float]:
-        weight = weights.pop(f"layers.{index}.{name}")
-        return weight.to(operators.activation_dtype), spec.rms_norm_eps
-
-    return DecoderLayer(
-        operators.norm_linear(*norm("input_norm"), *take("qkv")),
-        operators.linear(*take("o")),
-        operators.norm_gate_up(*norm("post_norm"), *take("gate_up")),
-        operators.linear(*take("down")),
-    )
+    return DecoderLayer(*branch("mixer", layer.mixer), *branch("mlp", layer.mlp))
 
 
-def _take_qk_norms(spec: ModelSpec, weights: dict[str, Tensor], dtype: torch.dtype) -> QKNorms | None:
-    if not spec.qk_norm:
-        return None
+def _scaled(embed: Operator, spec: ModelSpec, weight: Tensor) -> Operator:
+    if spec.embedding_scale == 1.0:
+        return embed
+    # Rounded as the authors round it, if the weights are not quantised.
+    kind = weight.dtype if weight.is_floating_point() else torch.float32
+    scale = float(torch.tensor(spec.embedding_scale, dtype=kind))
+    return lambda ids: embed(ids) * scale
 
-    def take(layer: int, name: str) -> Tensor:
-        return weights.pop(f"layers.{layer}.{name}").to(dtype)
 
-    pairs = ((take(i, "q_norm"), take(i, "k_norm")) for i in range(spec.num_layers))
-    return QKNorms(tuple(pairs), spec.rms_norm_eps)
+def _capped(head: Operator, cap: float | None) -> Operator:
+    return head if cap is None else lambda hidden: (head(hidden) / cap).tanh() * cap

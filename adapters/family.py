@@ -13,7 +13,8 @@ from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.spec import ModelSpec
 
 # Role of a tensor -> its name without ".weight" or ".bias"; "{i}" is the layer. These are Llama's, which most
-# families share. A family that stores q, k and v as one tensor has the role "qkv" in their place.
+# families share. One that stores q, k and v as one tensor has the role "qkv" in their place, and one that
+# stores gate and up as one the role "gate_up".
 HF_TENSORS: Mapping[str, str] = {
     "embed": "model.embed_tokens",
     "lm_head": "lm_head",
@@ -27,8 +28,8 @@ HF_TENSORS: Mapping[str, str] = {
     "gate": "model.layers.{i}.mlp.gate_proj",
     "up": "model.layers.{i}.mlp.up_proj",
     "down": "model.layers.{i}.mlp.down_proj",
-    "input_norm": "model.layers.{i}.input_layernorm",
-    "post_norm": "model.layers.{i}.post_attention_layernorm",
+    "mixer_norm": "model.layers.{i}.input_layernorm",
+    "mlp_norm": "model.layers.{i}.post_attention_layernorm",
 }
 GGUF_TENSORS: Mapping[str, str] = {
     "embed": "token_embd",
@@ -43,8 +44,8 @@ GGUF_TENSORS: Mapping[str, str] = {
     "gate": "blk.{i}.ffn_gate",
     "up": "blk.{i}.ffn_up",
     "down": "blk.{i}.ffn_down",
-    "input_norm": "blk.{i}.attn_norm",
-    "post_norm": "blk.{i}.ffn_norm",
+    "mixer_norm": "blk.{i}.attn_norm",
+    "mlp_norm": "blk.{i}.ffn_norm",
 }
 
 

@@ -10,7 +10,7 @@ from microvllm.adapters.fields import MAX_LAYERS, Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_tokens import special_tokens
 from microvllm.adapters.rope_spec import rope_from_gguf
-from microvllm.adapters.spec import ModelSpec
+from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
 
 # Quantised weights came from bfloat16 training as a rule; float16 could overflow in their activations.
 DTYPES = {"F32": "float32", "F16": "float16"}
@@ -49,28 +49,29 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
             )
     if head_dim % 2:
         raise keys.error("attention.key_length", f"must be even for rotary embeddings, got {head_dim}")
-    rotary = rope_from_gguf(file, keys, head_dim)
-    max_position = rotary.max_position
+    rope, max_position = rope_from_gguf(file, keys, head_dim)
     window = keys.size("attention.sliding_window", max_position)
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        window=window if window < max_position else None,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        o_bias="blk.0.attn_output.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+    )
+    mlp = MLP(size=keys.size("feed_forward_length"), bias="blk.0.ffn_down.bias" in file.tensors)
+    layer = LayerSpec(mixer=attention, mlp=mlp)
     special = special_tokens(file.path, file.metadata)
     return ModelSpec(
         architecture=file.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=keys.size("feed_forward_length"),
-        num_layers=keys.size("block_count", at_most=MAX_LAYERS),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        layers=(layer,) * keys.size("block_count", at_most=MAX_LAYERS),
         max_position=max_position,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        rope=rotary.spec,
         tie_embeddings="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        o_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        sliding_window=window if window < max_position else None,
         dtype=DTYPES.get(_matrix_type(file), "bfloat16"),
         bos_token_id=special.named.get("bos_token_id"),
         eos_token_ids=tuple(token for token in special.ends if token < vocab_size),

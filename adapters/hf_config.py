@@ -6,17 +6,19 @@ Imports no torch. Defaults of absent keys are those of transformers' configurati
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
 from microvllm.adapters.regular_files import check_regular
-from microvllm.adapters.rope_spec import rope_from_hf
-from microvllm.adapters.spec import ModelSpec
+from microvllm.adapters.rope_spec import Rotary, rope_from_hf
+from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
 
 MAX_JSON_BYTES = 64 << 20
 DTYPES = ("float32", "bfloat16", "float16")
+SILU = {"silu": "silu", "swish": "silu"}
 MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -50,24 +52,31 @@ def hf_spec(
     config: Fields,
     architecture: str,
     *,
+    default_max_position: int,
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
-    default_max_position: int,
-    sliding_window: int | None = None,
-    window_by_layer: bool = False,
+    default_tie: bool = False,
+    activation_key: str = "hidden_act",
+    activations: Mapping[str, str] = SILU,
+    windows: Callable[[Fields, int], Sequence[int | None]] | None = None,
+    rotary: Callable[[Fields, int, int], Rotary] = rope_from_hf,
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
 ) -> ModelSpec:
-    """Build the spec from what every family has in its config, and from what its own file says.
+    """Build the spec from what every family has in its config, and from what its own file passes.
 
+    `activations`: spelling in config.json -> name in `ops.activation`; the first is the default. `windows`
+    returns the window of each of so many layers. `rotary` reads the rotation from the config, the head size
+    and the default length.
     Raises `ModelFileError` naming the key for anything that this engine would compute differently from
     the model's authors: other activations, quantised weights, experts, unknown rotary scaling, ...
     """
     refuse_unsupported(config)
     vocab_size = config.size("vocab_size")
     hidden_size = config.size("hidden_size")
+    num_layers = config.size("num_hidden_layers", at_most=MAX_LAYERS)
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", default_kv_heads or num_heads)
     if num_heads % num_kv_heads:
@@ -81,66 +90,64 @@ def hf_spec(
     head_dim = config.size("head_dim", default_head_dim or hidden_size // num_heads)
     if head_dim % 2:
         raise config.error("head_dim", f"must be even for rotary embeddings, got {head_dim}")
-    rotary = rope_from_hf(config, head_dim, default_max_position)
-    max_position = rotary.max_position
-    if window_by_layer:
-        sliding_window = _layerwise_window(config, max_position)
+    activation = config.get(activation_key, next(iter(activations)))
+    if not isinstance(activation, str) or activation not in activations:
+        raise config.error(activation_key, f"must be {next(iter(activations))}, got {shorten(activation)}")
+    rope, max_position = rotary(config, head_dim, default_max_position)
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=qk_norm,
+    )
+    mlp = MLP(size=config.size("intermediate_size"), activation=activations[activation], bias=mlp_bias)
+    layers = [LayerSpec(mixer=attention, mlp=mlp)] * num_layers
+    if windows is not None:
+        layers = [
+            layer.with_mixer(window=window) if window is not None and window < max_position else layer
+            for layer, window in zip(layers, windows(config, num_layers), strict=True)
+        ]
     return ModelSpec(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=config.size("intermediate_size"),
-        num_layers=config.size("num_hidden_layers", at_most=MAX_LAYERS),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        layers=tuple(layers),
         max_position=max_position,
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=rotary.spec,
-        tie_embeddings=config.flag("tie_word_embeddings"),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-        sliding_window=None if sliding_window is None or sliding_window >= max_position else sliding_window,
+        tie_embeddings=config.flag("tie_word_embeddings", default_tie),
         dtype=stored_dtype(config),
         bos_token_id=config.token_id("bos_token_id", vocab_size),
         eos_token_ids=config.token_ids("eos_token_id", vocab_size),
     )
 
 
-def _layerwise_window(config: Fields, max_position: int) -> int | None:
-    """Qwen's sliding window: `use_sliding_window`, and from layer `max_window_layers` on.
-
-    None if no layer slides; layers of both kinds in one model are refused.
-    """
-    num_layers = config.size("num_hidden_layers", at_most=MAX_LAYERS)
-    window = config.size("sliding_window", 4096)
-    listed = "layer_types" in config
-    if listed:
+def layer_windows(
+    config: Fields, num_layers: int, window: int | None, slides: Sequence[bool]
+) -> list[int | None]:
+    """The window of each layer, by `layer_types`; `slides` is used where the config does not list them."""
+    if "layer_types" in config:
         kinds = config.get("layer_types")
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise config.error("layer_types", f"must list one kind for each of the {num_layers} layers")
         for kind in kinds:
             if kind not in ("full_attention", "sliding_attention"):
                 raise config.error("layer_types", f"names {shorten(kind)}, which is not supported")
-        sliding = kinds.count("sliding_attention")
-    else:
-        first = config.get("max_window_layers")
-        first = 28 if first is None else first
-        if type(first) is not int or first < 0:
-            raise config.error("max_window_layers", f"must be an integer of at least 0, got {shorten(first)}")
-        sliding = max(0, num_layers - first)
-    if not config.flag("use_sliding_window") or config.is_null("sliding_window"):
-        sliding = 0
-    if sliding == 0 or window >= max_position:
-        return None
-    if sliding < num_layers:
-        key = "layer_types" if listed else "max_window_layers"
-        raise config.error(
-            key, f"lets {sliding} of {num_layers} layers slide; a mix of both kinds is not supported"
-        )
-    return window
+        slides = [kind == "sliding_attention" for kind in kinds]
+    return [window if sliding else None for sliding in slides]
+
+
+def qwen_windows(config: Fields, num_layers: int) -> list[int | None]:
+    """Qwen's: `use_sliding_window`, and from layer `max_window_layers` on, or by `layer_types`."""
+    window = config.size("sliding_window", 4096)
+    first = config.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        raise config.error("max_window_layers", f"must be an integer of at least 0, got {shorten(first)}")
+    windows = layer_windows(config, num_layers, window, [index >= first for index in range(num_layers)])
+    used = config.flag("use_sliding_window") and not config.is_null("sliding_window")
+    return windows if used else [None] * num_layers
 
 
 def refuse_unsupported(config: Fields) -> None:
@@ -152,9 +159,6 @@ def refuse_unsupported(config: Fields) -> None:
     for key in MOE_KEYS:
         if config.get(key) not in (None, 0):
             raise config.error(key, "is set: mixture-of-experts models are not supported")
-    activation = config.get("hidden_act")
-    if activation not in (None, "silu", "swish"):
-        raise config.error("hidden_act", f"must be silu, got {shorten(activation)}")
     if config.number("partial_rotary_factor", 1.0) != 1.0:
         raise config.error("partial_rotary_factor", "other than 1 is not supported")
 

@@ -21,10 +21,13 @@ def from_hf(config: Fields) -> ModelSpec:
         "mistral",
         default_max_position=131072,
         default_kv_heads=8,
-        sliding_window=None
-        if config.is_null("sliding_window")
-        else config.size("sliding_window", DEFAULT_WINDOW),
+        windows=_windows,
     )
+
+
+def _windows(config: Fields, num_layers: int) -> list[int | None]:
+    absent = config.is_null("sliding_window")
+    return [None if absent else config.size("sliding_window", DEFAULT_WINDOW)] * num_layers
 
 
 FAMILY = Family("mistral", "MistralForCausalLM", from_hf)

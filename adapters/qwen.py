@@ -12,7 +12,7 @@ from __future__ import annotations
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import MAX_LAYERS, Fields
 from microvllm.adapters.hf_config import refuse_unsupported, stored_dtype
-from microvllm.adapters.spec import ModelSpec, RopeSpec
+from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec, RopeSpec
 
 HF_TENSORS = {
     "embed": "transformer.wte",
@@ -23,8 +23,8 @@ HF_TENSORS = {
     "gate": "transformer.h.{i}.mlp.w2",
     "up": "transformer.h.{i}.mlp.w1",
     "down": "transformer.h.{i}.mlp.c_proj",
-    "input_norm": "transformer.h.{i}.ln_1",
-    "post_norm": "transformer.h.{i}.ln_2",
+    "mixer_norm": "transformer.h.{i}.ln_1",
+    "mlp_norm": "transformer.h.{i}.ln_2",
 }
 
 
@@ -50,22 +50,23 @@ def from_hf(config: Fields) -> ModelSpec:
         raise config.error("scale_attn_weights", "must be true")
     bias = not config.flag("no_bias", True)
     trained = config.size("seq_length")
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        rope=RopeSpec(theta=config.number("rotary_emb_base", 10000.0)),
+        qkv_bias=True,
+        o_bias=bias,
+    )
+    layer = LayerSpec(mixer=attention, mlp=MLP(size=both_widths // 2, bias=bias))
     return ModelSpec(
         architecture="qwen",
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=both_widths // 2,
-        num_layers=config.size("num_hidden_layers", 32, at_most=MAX_LAYERS),
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=head_dim,
+        layers=(layer,) * config.size("num_hidden_layers", 32, at_most=MAX_LAYERS),
         max_position=min(trained, config.size("max_position_embeddings", trained)),
         rms_norm_eps=config.number("layer_norm_epsilon", 1e-6),
-        rope=RopeSpec(theta=config.number("rotary_emb_base", 10000.0)),
         tie_embeddings=config.flag("tie_word_embeddings"),
-        qkv_bias=True,
-        o_bias=bias,
-        mlp_bias=bias,
         dtype=_dtype(config),
         bos_token_id=config.token_id("bos_token_id", vocab_size),
         eos_token_ids=config.token_ids("eos_token_id", vocab_size),

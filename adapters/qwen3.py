@@ -5,7 +5,7 @@ from __future__ import annotations
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.hf_config import hf_spec, qwen_windows
 from microvllm.adapters.spec import ModelSpec
 
 
@@ -17,7 +17,7 @@ def from_hf(config: Fields) -> ModelSpec:
         default_max_position=32768,
         default_kv_heads=32,
         default_head_dim=128,
-        window_by_layer=True,
+        windows=qwen_windows,
         qkv_bias=bias,
         o_bias=bias,
         qk_norm=True,

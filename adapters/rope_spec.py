@@ -6,8 +6,7 @@ Defaults and precedence are those of transformers' `modeling_rope_utils` and of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,7 @@ SHORT_TENSOR, LONG_TENSOR = "rope_factors_short.weight", "rope_factors_long.weig
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 
 
-@dataclass(frozen=True, slots=True)
-class Rotary:
+class Rotary(NamedTuple):
     """A rotary scaling, and the number of positions that it reaches."""
 
     spec: RopeSpec
@@ -43,13 +41,20 @@ class Rotary:
 
 
 def rope_from_hf(config: Fields, head_dim: int, default_max_position: int) -> Rotary:
-    """Read either spelling: `rope_scaling` beside `rope_theta`, or `rope_parameters`.
+    """Read either spelling: `rope_scaling` beside `rope_theta`, or `rope_parameters`."""
+    scaling = config.part("rope_scaling") or config.part("rope_parameters")
+    theta = config.number("rope_theta", 10000.0)
+    return scaled_rope(config, scaling, theta, head_dim, default_max_position)
+
+
+def scaled_rope(
+    config: Fields, scaling: Fields | None, theta: float, head_dim: int, default_max_position: int
+) -> Rotary:
+    """The rotation with the base `theta`, changed as `scaling`, an object of the config, says.
 
     Raises `ModelFileError` for an unknown kind, a key that the kind does not have, and a bad value.
     """
     trained = config.size("max_position_embeddings", default_max_position)
-    theta = config.number("rope_theta", 10000.0)
-    scaling = config.part("rope_scaling") or config.part("rope_parameters")
     if scaling is None:
         return Rotary(RopeSpec(theta=theta), trained)
     kind = scaling.text("rope_type", scaling.text("type", "default"))

@@ -1,11 +1,21 @@
-"""What a model is, in numbers: `ModelSpec`, read from `config.json` or from a GGUF header.
+"""Describes a model as data: `ModelSpec`, read from `config.json` or from a GGUF header.
 
-Imports no torch: the API process reads it too, to know the context length and the vocabulary.
+Imports no torch: the API process reads it too, for the context length and the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
 import msgspec
+
+from microvllm.adapters.tensors import WHOLE, Shard, Slot, fused, matrix_slots, vector_slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,29 +59,167 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, scaling="none", theta=theta)
 
 
+class LayerWeights(Protocol):
+    """Hands out the weights of one layer, each once, by their names without the layer."""
+
+    def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A weight and its bias."""
+        ...
+
+    def norm(self, name: str) -> Norm | None:
+        """The weight of an RMSNorm and its epsilon; None if the layer has no norm of this name."""
+        ...
+
+
+class Attention(msgspec.Struct, frozen=True, kw_only=True):
+    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245) over rotated queries and keys.
+
+    window: the positions that a query sees, its own included; None for all. Scores are multiplied by `scale`
+    (None: head_dim ** -0.5), then capped as cap * tanh(score / cap) if there is a `softcap`. `qk_norm`: an
+    RMSNorm over each head of q and of k before the rotation.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeSpec
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def num_products(self, hidden_size: int) -> int:
+        """Multiplications with weights that one token takes."""
+        return 2 * hidden_size * (self.q_size + self.kv_size)
+
+    def sharded(self, size: int) -> Attention:
+        """What one of `size` shards computes of it. Raises ValueError if its heads do not divide evenly."""
+        if self.num_kv_heads % size:
+            raise ValueError(f"{self.num_kv_heads} heads of keys and values do not divide into {size} shards")
+        return msgspec.structs.replace(
+            self, num_heads=self.num_heads // size, num_kv_heads=self.num_kv_heads // size
+        )
+
+    def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
+        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]."""
+        rows = {"q": shard.share(self.q_size), "k": shard.share(self.kv_size), "v": shard.share(self.kv_size)}
+        hidden = WHOLE.share(hidden_size)
+        yield from matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias)
+        # Shards add up what `o` gives, its bias once.
+        bias = self.o_bias and shard.rank == 0
+        yield from matrix_slots("o", {"o": hidden}, shard.share(self.q_size), bias=bias)
+        if self.qk_norm:
+            yield from (vector_slot(name, self.head_dim) for name in ("q_norm", "k_norm"))
+
+    def build(
+        self, weights: LayerWeights, norm: Norm | None, operators: Operators
+    ) -> tuple[Operator, LinearOperator]:
+        """The products before and behind what the attention backend does."""
+        return operators.product(*weights.matrix("qkv"), norm=norm), operators.linear(*weights.matrix("o"))
+
+
+class MLP(msgspec.Struct, frozen=True, kw_only=True):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) if not `gated`; see `ops.activation` for the names."""
+
+    size: int
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+
+    def num_products(self, hidden_size: int) -> int:
+        """Multiplications with weights that one token takes."""
+        return hidden_size * self.size * (2 + self.gated)
+
+    def sharded(self, size: int) -> MLP:
+        """What one of `size` shards computes of it. Raises ValueError if it does not divide evenly."""
+        if self.size % size:
+            raise ValueError(f"an MLP's width of {self.size} does not divide into {size} shards")
+        return msgspec.structs.replace(self, size=self.size // size)
+
+    def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
+        """`gate_up` [2 I, h], or `up` [I, h] if not gated, and `down` [h, I]."""
+        inner, hidden = shard.share(self.size), WHOLE.share(hidden_size)
+        rows = {"gate": inner, "up": inner} if self.gated else {"up": inner}
+        yield from matrix_slots(self._first, fused(rows, names, "gate_up"), hidden, bias=self.bias)
+        bias = self.bias and shard.rank == 0  # as that of Attention's `o`
+        yield from matrix_slots("down", {"down": hidden}, inner, bias=bias)
+
+    def build(
+        self, weights: LayerWeights, norm: Norm | None, operators: Operators
+    ) -> tuple[Operator, LinearOperator]:
+        """Everything up to the activation, then the product with `down`."""
+        first = operators.mlp_input(norm, *weights.matrix(self._first), self.activation, self.gated)
+        return first, operators.linear(*weights.matrix("down"))
+
+    @property
+    def _first(self) -> str:
+        return "gate_up" if self.gated else "up"
+
+
+class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer: hidden += mixer(hidden), then hidden += mlp(hidden).
+
+    `pre_norms`: each of the two has an RMSNorm in front of it; `post_norms`: one behind it, before the sum.
+    """
+
+    mixer: Attention
+    mlp: MLP
+    pre_norms: bool = True
+    post_norms: bool = False
+
+    def with_mixer(self, **changes: Any) -> LayerSpec:
+        """The same layer, but with these fields of its mixer."""
+        return msgspec.structs.replace(self, mixer=msgspec.structs.replace(self.mixer, **changes))
+
+    def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
+        """Those of the mixer and of the MLP, and `mixer_norm`, `mixer_post_norm` and `mlp_`'s, each [h]."""
+        for kind, part in (("mixer", self.mixer), ("mlp", self.mlp)):
+            yield from part.slots(hidden_size, names, shard)
+            if self.pre_norms:
+                yield vector_slot(f"{kind}_norm", hidden_size)
+            if self.post_norms:
+                yield vector_slot(f"{kind}_post_norm", hidden_size)
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A dense decoder-only transformer. Sizes in elements; `dtype` is the checkpoint's own."""
+    """A decoder-only transformer. Sizes in elements; `dtype` is the checkpoint's own.
+
+    Token embeddings are multiplied by `embedding_scale`; `norm_offset` is added to the weights of all norms;
+    logits are capped as cap * tanh(logit / cap) if there is a `logits_softcap`.
+    """
 
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerSpec, ...]
     max_position: int
     rms_norm_eps: float
-    rope: RopeSpec
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    logits_softcap: float | None = None
     tie_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def mixers(self) -> tuple[Attention, ...]:
+        """Each kind of mixer once."""
+        return tuple(dict.fromkeys(layer.mixer for layer in self.layers))
 
     @property
     def default_length(self) -> int:
@@ -79,10 +227,45 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
         Of "longrope" the original one, as in vLLM: a longer one changes what short texts are answered.
         """
-        if self.rope.scaling == "longrope":
-            return min(self.max_position, self.rope.original_max_position)
-        return self.max_position
+        ropes = [mixer.rope for mixer in self.mixers]
+        originals = [rope.original_max_position for rope in ropes if rope.scaling == "longrope"]
+        return min([self.max_position, *originals])
+
+    @property
+    def num_products(self) -> int:
+        """Multiplications with weights that one token takes."""
+        parts = (
+            part.num_products(self.hidden_size) for layer in self.layers for part in (layer.mixer, layer.mlp)
+        )
+        return self.vocab_size * self.hidden_size + sum(parts)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of keys and values that one token holds over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+        return 2 * sum(layer.mixer.kv_size for layer in self.layers) * dtype_bytes
+
+    def at_length(self, length: int) -> ModelSpec:
+        """The model for texts of at most `length` tokens: see `RopeSpec.at_length`."""
+        layers = (
+            layer.with_mixer(rope=layer.mixer.rope.at_length(length, layer.mixer.head_dim))
+            for layer in self.layers
+        )
+        return msgspec.structs.replace(self, layers=tuple(layers))
+
+    def sharded(self, size: int) -> ModelSpec:
+        """The model that one of `size` shards computes. Raises ValueError if it does not divide."""
+        layers = (
+            msgspec.structs.replace(layer, mixer=layer.mixer.sharded(size), mlp=layer.mlp.sharded(size))
+            for layer in self.layers
+        )
+        return msgspec.structs.replace(self, layers=tuple(layers))
+
+    def slots(self, names: Mapping[str, str], shard: Shard = WHOLE) -> Iterator[Slot]:
+        """The tensors of the model in the order in which they are loaded; `names` are the family's."""
+        hidden, vocabulary = WHOLE.share(self.hidden_size), WHOLE.share(self.vocab_size)
+        yield from matrix_slots("embed", {"embed": vocabulary}, hidden)
+        for index, layer in enumerate(self.layers):
+            for slot in layer.slots(self.hidden_size, names, shard):
+                yield slot._replace(name=f"layers.{index}.{slot.name}", layer=index)
+        yield vector_slot("norm", self.hidden_size)
+        if not self.tie_embeddings:
+            yield from matrix_slots("lm_head", {"lm_head": vocabulary}, hidden)

@@ -1,8 +1,8 @@
 """The operators that a decoder is made of; `ops.backends` makes those of a device.
 
-They are as coarse as a device may want to fuse them; `SeparateOperators` composes them for one that fuses
-nothing. `torch` runs everywhere and is the reference; `cpu` is C compiled for this machine; on a GPU they are
-Triton kernels and cuBLAS.
+They are as coarse as a device may want to fuse them; `Operators` composes them for one that fuses nothing.
+`torch` runs everywhere and is the reference; `cpu` is C compiled for this machine; on a GPU they are Triton
+kernels and cuBLAS.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from microvllm.ops.activation import silu_and_mul
+from microvllm.ops.activation import activated, silu_and_mul
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
 
 Operator = Callable[[Tensor], Tensor]
+Norm = tuple[Tensor, float]  # the weight of an RMSNorm, and its epsilon
 
 
 class LinearOperator(Protocol):
@@ -31,7 +32,7 @@ class LinearOperator(Protocol):
 
 
 class DecoderLayer(NamedTuple):
-    """The operators of a pre-norm layer of attention and SwiGLU."""
+    """The operators of one layer: two in front of and behind its attention, two for its MLP."""
 
     qkv: Operator
     o: LinearOperator
@@ -53,85 +54,85 @@ class DecoderLayers:
         return hidden
 
 
-class Operators(Protocol):
-    """Makes operators on activations of `activation_dtype`; norm weights are of it, too.
+class ReducedLinear:
+    """residual + norm(reduce(product(x))): what a plain linear operator does not compute before it adds.
 
-    Other weights and the KV cache are of the model's dtype. A weight is [out, in], its bias [out]; an
-    operator may keep a packed copy of it in its place.
+    `reduce` sums a shard's part of the product with those of the others.
     """
 
-    @property
-    def activation_dtype(self) -> torch.dtype: ...
+    def __init__(self, product: LinearOperator, norm: Operator | None, reduce: Operator | None) -> None:
+        self._product, self._norm, self._reduce = product, norm, reduce
 
-    def embedding(self, weight: Tensor) -> Operator:
-        """[vocab, d] -> the operator: [n] int64 token ids -> their rows of the weight, [n, d]."""
-        ...
-
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        """The matrix product, with or without a residual."""
-        ...
-
-    def norm_linear(
-        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Operator:
-        """`ops.norm.rms_norm`, then the product: [n, in] -> [n, out]."""
-        ...
-
-    def norm_gate_up(
-        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Operator:
-        """`norm_linear` whose weight is [2 * i, in], gate before up, then SwiGLU: [n, in] -> [n, i].
-
-        See `ops.activation.silu_and_mul`.
-        """
-        ...
-
-    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
-        """The layers whose operators were made here, to be run in this order."""
-        ...
-
-    def attention(self, config: AttentionConfig) -> AttentionBackend:
-        """An attention backend with a KV cache of its own."""
-        ...
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self._product(x)
+        if self._reduce is not None:
+            y = self._reduce(y)
+        if self._norm is not None:
+            y = self._norm(y)
+        return y if residual is None else residual.add_(y)
 
 
-class SeparateOperators(ABC):
-    """One operator after another."""
+class Operators(ABC):
+    """Makes operators on activations of `activation_dtype`; norm weights are of it, or float32.
+
+    Other weights and the KV cache are of the model's dtype. A weight is [out, in], its bias [out]; an
+    operator may keep a packed copy of it in its place. What a device does not fuse is composed here.
+    """
 
     activation_dtype: torch.dtype
 
     @abstractmethod
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
-        """See `Operators.linear`."""
+        """The matrix product, with or without a residual."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `ops.norm.rms_norm`."""
 
-    @abstractmethod
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """See `ops.activation.silu_and_mul`."""
+        return silu_and_mul(gate_up)
+
+    @abstractmethod
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        """An attention backend with a KV cache of its own."""
 
     def embedding(self, weight: Tensor) -> Operator:
+        """[vocab, d] -> the operator: [n] int64 token ids -> their rows of the weight, [n, d]."""
         return lambda token_ids: embedding(token_ids, weight).to(self.activation_dtype)
 
     def norm_linear(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
+        """`ops.norm.rms_norm`, then the product: [n, in] -> [n, out]."""
         product = self.linear(weight, bias)
         return lambda x: product(self.rms_norm(x, norm_weight, eps))
 
     def norm_gate_up(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:
-        product = self.linear(weight, bias)
-        return lambda x: self.silu_and_mul(product(self.rms_norm(x, norm_weight, eps)))
+        """`norm_linear` whose weight is [2 * i, in], gate before up, then SwiGLU: [n, in] -> [n, i]."""
+        product = self.norm_linear(norm_weight, eps, weight, bias)
+        return lambda x: self.silu_and_mul(product(x))
+
+    def product(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None) -> Operator:
+        """`norm_linear`, or the product alone without a norm."""
+        return self.linear(weight, bias) if norm is None else self.norm_linear(*norm, weight, bias)
+
+    def mlp_input(
+        self, norm: Norm | None, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
+    ) -> Operator:
+        """`product`, then one of `ops.activation.ACTIVATIONS`; the fused operator for what has one."""
+        if norm is not None and gated and activation == "silu":
+            return self.norm_gate_up(*norm, weight, bias)
+        return activated(self.product(weight, bias, norm=norm), activation, gated=gated)
 
     def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
+        """The layers whose operators were made here, to be run in this order."""
         return DecoderLayers(layers)
 
 
-class TorchOperators(SeparateOperators):
+class TorchOperators(Operators):
     """Plain torch, in the model's dtype throughout."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -142,9 +143,6 @@ class TorchOperators(SeparateOperators):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
-
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_and_mul(gate_up)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         return TorchAttention(config)

@@ -247,14 +247,15 @@ class EngineArgs:
                 "--gpu-memory-utilization and --enforce-eager have no effect on a CPU; "
                 "--kv-cache-memory-bytes sets the size of the KV cache there"
             )
-        rope = spec.rope
-        if rope.depends_on_length and max_model_len > rope.original_max_position:
-            logger.warning(
-                "Rotary scaling %s: short texts are rotated as texts of %d tokens are. --max-model-len %d, "
-                "the length that the model was first trained on, keeps them as they were.",
-                *(rope.scaling, max_model_len, rope.original_max_position),
-            )
-        spec = msgspec.structs.replace(spec, rope=rope.at_length(max_model_len, spec.head_dim))
+        for rope in dict.fromkeys(mixer.rope for mixer in spec.mixers):
+            if rope.depends_on_length and max_model_len > rope.original_max_position:
+                logger.warning(
+                    "Rotary scaling %s: short texts are rotated as texts of %d tokens are. "
+                    "--max-model-len %d, the length that the model was first trained on, keeps them as they "
+                    "were.",
+                    *(rope.scaling, max_model_len, rope.original_max_position),
+                )
+        spec = spec.at_length(max_model_len)
         num_blocks, max_model_len = size_pool(
             device,
             block_size,

@@ -17,6 +17,7 @@ import itertools
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from safetensors.torch import save_file
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import BY_NAME, load_spec
 from microvllm.adapters.spec import ModelSpec
-from microvllm.adapters.weights import Part, checkpoint_slots, load_weights
+from microvllm.adapters.tensors import Part, Slot
+from microvllm.adapters.weights import load_weights
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.find_model import find_model
 from microvllm.runtime.text.tokenizer import Tokenizer
@@ -64,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _slots(spec: ModelSpec) -> Iterator[Slot]:
+    return spec.slots(BY_NAME[spec.architecture].hf_tensors)
+
+
 def hf_name(spec: ModelSpec, part: Part, layer: int) -> str:
     """The name of a tensor in a Hugging Face checkpoint."""
     name = BY_NAME[spec.architecture].hf_tensors[part.role].format(i=layer)
@@ -87,12 +93,12 @@ def write_random(config: Path, folder: Path, dtype: str, tokenizer: Path | None 
     torch.manual_seed(0)
     places: dict[str, str] = {}
     total = 0
-    layers = itertools.groupby(checkpoint_slots(spec), lambda slot: (slot.name.split(".")[0], slot.layer))
+    layers = itertools.groupby(_slots(spec), lambda slot: (slot.name.split(".")[0], slot.layer))
     for number, (_, slots) in enumerate(layers):
         tensors = {}
         for slot in slots:
             for part in slot.parts:
-                tensor = torch.ones(slot.shape_of(part), dtype=getattr(torch, dtype))
+                tensor = torch.ones(slot.stored_shape(part), dtype=getattr(torch, dtype))
                 if "norm" not in part.role:
                     tensor = (torch.randn_like(tensor, device=device) * RANDOM_STD).cpu()
                 tensors[hf_name(spec, part, slot.layer)] = tensor
@@ -124,8 +130,8 @@ def export(model: Path, folder: Path, dtype: str) -> None:
 def _unfuse(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cut the fused tensors into those of a Hugging Face checkpoint, emptying `weights` on the way."""
     tensors = {}
-    for slot in checkpoint_slots(spec):
-        pieces = torch.split(weights.pop(slot.name), [part.rows for part in slot.parts])
+    for slot in _slots(spec):
+        pieces = torch.split(weights.pop(slot.name), [part.rows.size for part in slot.parts])
         for part, piece in zip(slot.parts, pieces, strict=True):
             # save_file wants tensors that share no storage.
             tensors[hf_name(spec, part, slot.layer)] = piece.clone()
@@ -134,10 +140,10 @@ def _unfuse(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[str, torc
 
 def _config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """config.json in the spelling that transformers 4 and 5 both read."""
-    family = spec.architecture
-    if family == "llama" and spec.sliding_window is not None:
+    family, attention, mlp = spec.architecture, spec.layers[0].mixer, spec.layers[0].mlp
+    if family == "llama" and attention.window is not None:
         family = "mistral"  # the same model, of which only Mistral's class knows a window
-    rope = spec.rope
+    rope = attention.rope
     scaling: dict[str, Any] | None = None
     max_position = spec.max_position
     if rope.scaling == "linear":
@@ -158,11 +164,11 @@ def _config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
+        "intermediate_size": mlp.size,
         "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "max_position_embeddings": max_position,
         # GGUF holds it in float32, where 1e-5 is 0.00000999999975.
         "rms_norm_eps": float(f"{spec.rms_norm_eps:.7g}"),
@@ -174,13 +180,13 @@ def _config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
     }
     if family in ("llama", "qwen3"):
-        config["attention_bias"] = spec.qkv_bias
+        config["attention_bias"] = attention.qkv_bias
     if family == "llama":
-        config["mlp_bias"] = spec.mlp_bias
+        config["mlp_bias"] = mlp.bias
     if family == "mistral":
-        config["sliding_window"] = spec.sliding_window
-    if family in ("qwen2", "qwen3") and spec.sliding_window is not None:
-        config |= {"use_sliding_window": True, "sliding_window": spec.sliding_window, "max_window_layers": 0}
+        config["sliding_window"] = attention.window
+    if family in ("qwen2", "qwen3") and attention.window is not None:
+        config |= {"use_sliding_window": True, "sliding_window": attention.window, "max_window_layers": 0}
     return config
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from microvllm.adapters.spec import ModelSpec, RopeSpec
+from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec, RopeSpec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import Drafter, EngineCore, StepInFlight
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
@@ -66,18 +66,14 @@ def run_alone(request: EngineRequest) -> Answer:
 
 def make_config(**overrides: Any) -> EngineConfig:
     """A small engine: pool of 64 blocks of 4 tokens, 8 rows, 32 tokens a step, context of 64."""
+    attention = Attention(num_heads=1, num_kv_heads=1, head_dim=8, rope=RopeSpec())
     spec = ModelSpec(
         architecture="fake",
         vocab_size=VOCAB,
         hidden_size=8,
-        intermediate_size=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
+        layers=(LayerSpec(mixer=attention, mlp=MLP(size=8)),),
         max_position=1024,
         rms_norm_eps=1e-5,
-        rope=RopeSpec(),
     )
     config = EngineConfig(
         model="fake",

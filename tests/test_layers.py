@@ -29,8 +29,10 @@ HEAVY = (
     "microvllm.runtime.offline.beams",
     "microvllm.runtime.offline.llm",
     "microvllm.runtime.text.hf_tokenizer",
+    "microvllm.adapters.checkpoints",
     "microvllm.adapters.decoder",
     "microvllm.adapters.rotary",
+    "microvllm.adapters.weight_formats",
     "microvllm.adapters.weights",
     "microvllm.ops",
 )

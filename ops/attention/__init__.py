@@ -14,7 +14,8 @@ class AttentionShape:
     """The fixed sizes of a model's attention.
 
     window: tokens a query sees, or None for all; rotary_scale: cos and sin are multiplied by it, which
-    YaRN and LongRoPE temper the attention with.
+    YaRN and LongRoPE temper the attention with. score_scale: head_dim ** -0.5 if None; softcap: scores become
+    cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118).
     """
 
     num_layers: int
@@ -23,6 +24,13 @@ class AttentionShape:
     head_dim: int
     window: int | None = None
     rotary_scale: float = 1.0
+    score_scale: float | None = None
+    softcap: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
 
 @dataclass(frozen=True, slots=True)

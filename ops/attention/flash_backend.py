@@ -122,6 +122,7 @@ class FlashStep:
             "block_table": self._blocks,
             "causal": True,
             "window_size": self._window,
+            "softmax_scale": shape.scale,
             "num_splits": self._splits,
         }
         flash = backend.module.flash_attn_with_kvcache
@@ -161,6 +162,7 @@ class FlashStep:
             max_seqlen_k=table.blocks.shape[1] * backend.cache.shape[3],
             causal=True,
             window_size=self._window,
+            softmax_scale=backend.shape.scale,
             block_table=table.blocks,
         )
         return out.view(qkv.shape[0], -1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from microvllm.ops.attention import AttentionBatch, AttentionConfig, SegmentTable
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, SegmentTable
 from microvllm.ops.norm import rms_norm
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
@@ -30,9 +30,8 @@ class HeadMajorCache:
         self.shape = shape
         self.qk_norms = config.qk_norms
         self.block_size = config.block_size
-        self.rotary = RotaryTable(
-            inv_freq, config.max_position, activation_dtype or dtype, shape.rotary_scale
-        )
+        self.activation_dtype = activation_dtype or dtype
+        self.rotary = RotaryTable(inv_freq, config.max_position, self.activation_dtype, shape.rotary_scale)
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
         # 0 * NaN is NaN.
         sizes = (
@@ -133,10 +132,15 @@ class TorchStep:
         shape, batch = self._backend.shape, self._batch
         b, kv_heads, dim = q.shape[0], shape.num_kv_heads, shape.head_dim
         group = shape.num_heads // kv_heads
-        keys, values = self._gather(layer, batch.decode_blocks.view(-1)).view(2, kv_heads * b, -1, dim)
+        gathered = self._gather(layer, batch.decode_blocks.view(-1)).to(q.dtype)
+        keys, values = gathered.view(2, kv_heads * b, -1, dim)
         # Query heads that share a KV head are the rows of one small matrix product.
         grouped = q.reshape(b, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads * b, group, dim)
-        scores = torch.baddbmm(self._decode_mask, grouped, keys.transpose(1, 2), alpha=dim**-0.5)
+        if shape.softcap is None:
+            scores = torch.baddbmm(self._decode_mask, grouped, keys.transpose(1, 2), alpha=shape.scale)
+        else:
+            scores = capped(torch.bmm(grouped, keys.transpose(1, 2)) * shape.scale, shape.softcap)
+            scores += self._decode_mask
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         out = torch.bmm(weights, values).view(kv_heads, b, group * dim)
         return out.transpose(0, 1).reshape(b, -1)
@@ -145,9 +149,13 @@ class TorchStep:
         """The new tokens of one sequence. q: [m, heads, d] -> [m, heads * d]."""
         gathered = self._gather(layer, segment.blocks)[:, :, : segment.context_len].to(q.dtype)
         keys, values = gathered.unsqueeze(1)
-        out = scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0), keys, values, mask, is_causal=mask is None, enable_gqa=True
-        )
+        shape, queries = self._backend.shape, q.transpose(0, 1).unsqueeze(0)
+        if shape.softcap is None:
+            out = scaled_dot_product_attention(
+                queries, keys, values, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=True
+            )
+        else:
+            out = capped_attention(queries, keys, values, mask, shape)
         return out.squeeze(0).transpose(0, 1).reshape(q.shape[0], -1)
 
     @cached_property
@@ -162,7 +170,7 @@ class TorchStep:
         hidden = at >= batch.decode_lens[:, None]
         if shape.window is not None:
             hidden |= at < batch.decode_lens[:, None] - shape.window
-        mask = torch.zeros(hidden.shape, dtype=self._backend.cache.dtype, device=hidden.device)
+        mask = torch.zeros(hidden.shape, dtype=self._backend.activation_dtype, device=hidden.device)
         mask.masked_fill_(hidden, -torch.inf)
         return mask.repeat(shape.num_kv_heads, 1).unsqueeze(1)
 
@@ -178,3 +186,20 @@ class TorchStep:
         if window is not None:
             seen &= keys > queries - window
         return seen
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    return (scores / cap).tanh_() * cap
+
+
+def capped_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, shape: AttentionShape
+) -> Tensor:
+    """As `scaled_dot_product_attention`, which cannot cap scores. mask: None is causal from the start."""
+    groups = shape.num_heads // shape.num_kv_heads
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    scores = capped(q @ keys.transpose(-1, -2) * shape.scale, shape.softcap or 1.0)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(values.dtype) @ values

@@ -444,7 +444,7 @@ def decode_attention(
         workspace.arrivals,
         lens.shape[0],
         tables.stride(0),
-        dim**-0.5 * LOG2_E,
+        shape.scale * LOG2_E,
         norms.eps if norms else 0.0,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,

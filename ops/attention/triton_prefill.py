@@ -195,7 +195,7 @@ def prefill_attention(
         segments.context_lens,
         segments.blocks,
         segments.blocks.stride(0),
-        shape.head_dim**-0.5 * LOG2_E,
+        shape.scale * LOG2_E,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         D=shape.head_dim,

@@ -15,13 +15,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionConfig, StepAttention
-from microvllm.ops.attention.torch_backend import HeadMajorCache
+from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
+from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.linear import Linear
-from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, SeparateOperators
+from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, Operators
 from microvllm.ops.quantized import QuantizedTensor
 
 # Up to so many rows the kernels multiply bfloat16 weights with activations in float32, or on the matrix unit
@@ -127,7 +127,7 @@ class Packed(NamedTuple):
     columns: int
 
 
-class CpuOperators(SeparateOperators):
+class CpuOperators(Operators):
     """The kernels, with the shapes and dtypes of `ops.operators.Operators`.
 
     With `int8_activations`, what is multiplied with quantised weights is rounded to 8 bits: see int8.c.
@@ -195,10 +195,13 @@ class CpuOperators(SeparateOperators):
         self.kernels.library.silu_and_mul(self.kernels.pool, gate_up.data_ptr(), y.data_ptr(), n, width)
         return y
 
-    def layers(self, layers: Sequence[DecoderLayer]) -> CpuLayers:
-        return CpuLayers(self.kernels, layers)
+    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
+        fuses = all(isinstance(product, CpuLinear) for layer in layers for product in layer)
+        return CpuLayers(self.kernels, layers) if fuses else DecoderLayers(layers)
 
-    def attention(self, config: AttentionConfig) -> CpuAttention:
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        if config.shape.softcap is not None:  # for which there is no kernel
+            return TorchAttention(config, torch.float32)
         return CpuAttention(self.kernels, config)
 
 
@@ -394,7 +397,7 @@ class CpuStep:
             shape.num_kv_heads,
             shape.head_dim,
             shape.window or 0,
-            shape.head_dim**-0.5,
+            shape.scale,
             0.0 if backend.qk_norms is None else backend.qk_norms.eps,
         )
         self.address = ctypes.addressof(self._step)

@@ -6,7 +6,6 @@ step of them can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,13 @@ from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
 from microvllm.ops.gpu.tunings import stream_tilings
-from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator
+from microvllm.ops.operators import LinearOperator, Operator, Operators
 
 if TYPE_CHECKING:
     from microvllm.ops.gpu.stream import StreamedWeight
 
 
-class GpuOperators:
+class GpuOperators(Operators):
     """See `ops.operators.Operators`. Activations are of the model's dtype: float32, bfloat16 or float16.
 
     attention: "triton" or "flash_attn". Sums are taken in float32, and each fused operator rounds once.
@@ -72,10 +71,12 @@ class GpuOperators:
                 streamed = StreamedWeight(weight, self._arrivals, tilings, gated=gated, pdl=self.pdl)
         return GpuProduct(weight, bias, self._arrivals, streamed, gated=gated, pdl=self.pdl, **norm)
 
-    def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
-        return DecoderLayers(layers)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps, pdl=self.pdl)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
+        if config.shape.softcap is not None:
+            raise ValueError(f"--attention-backend {self._attention} does not cap attention scores")
         if self._attention == "flash_attn":
             from microvllm.ops.attention.flash_backend import FlashAttention
 

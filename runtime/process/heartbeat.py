@@ -68,11 +68,7 @@ def print_stacks_on_signal() -> None:
 
 def longest_step_s(config: EngineConfig) -> float:
     """Return how many seconds a step may take: two operations per weight and token, on a slow machine."""
-    spec = config.spec
-    attention = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-    layer = attention + 3 * spec.hidden_size * spec.intermediate_size
-    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
-    return LONGEST_STEP_S + 2.0 * config.max_num_batched_tokens * weights / SLOWEST_FLOPS
+    return LONGEST_STEP_S + 2.0 * config.max_num_batched_tokens * config.spec.num_products / SLOWEST_FLOPS
 
 
 class Watch:

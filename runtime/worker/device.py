@@ -261,10 +261,9 @@ def measure_kv_blocks(config: EngineConfig, model: DecoderModel) -> int:
     Raises `ConfigError` when not one request of full length fits.
     """
     spec = config.spec
-    width = spec.num_heads * spec.head_dim
 
     def no_attention(layer: int, qkv: Tensor) -> Tensor:
-        return qkv[:, :width].clone()
+        return qkv[:, : spec.layers[layer].mixer.q_size].clone()
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

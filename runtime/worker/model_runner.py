@@ -23,11 +23,9 @@ from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.weights import load_weights
-from microvllm.ops.attention import AttentionConfig, AttentionShape
+from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.backends import make_operators
-from microvllm.ops.operators import Operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
@@ -59,7 +57,7 @@ class LaunchedStep:
     prompt_logprobs: dict[int, list[LogprobTensors]] | None = None  # by index in plan.scheduled
 
 
-def load_model(config: EngineConfig, on_progress: OnProgress | None) -> tuple[DecoderModel, Operators]:
+def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderModel:
     """The model, of operators for its device. Raises `ConfigError` that names the file or tensor at fault."""
     dtype = getattr(torch, config.dtype)
     try:
@@ -82,27 +80,16 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None) -> tuple[De
         )
     except ValueError as error:  # MICROVLLM_GPU_OFF
         raise ConfigError(str(error)) from error
-    return DecoderModel(config.spec, weights, operators), operators
+    return DecoderModel(config.spec, weights, operators)
 
 
-def attention_config(config: EngineConfig, model: DecoderModel) -> AttentionConfig:
-    spec = config.spec
-    return AttentionConfig(
-        AttentionShape(
-            spec.num_layers,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            spec.sliding_window,
-            spec.rope.attention_factor,
-        ),
-        config.num_blocks,
-        config.block_size,
-        inverse_frequencies(spec.rope, spec.head_dim).to(config.device),
-        config.max_model_len,
-        getattr(torch, config.dtype),
-        model.qk_norms,
-    )
+def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBackend:
+    """Raises `ConfigError` for attention that the backend cannot compute."""
+    sizes = config.num_blocks, config.block_size, config.max_model_len
+    try:
+        return model.attention(*sizes, getattr(torch, config.dtype), torch.device(config.device))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class ModelGraphRunner:
@@ -114,13 +101,13 @@ class ModelGraphRunner:
     def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
         """Load the model. Raises `ConfigError` as `load_model` does."""
         torch.set_num_threads(config.cpu_threads)
-        self._model, operators = load_model(config, on_progress)
+        self._model = load_model(config, on_progress)
         if config.num_blocks == 0:
             measuring = Stage("Measuring memory", 1, on_progress)
             config = msgspec.structs.replace(config, num_blocks=measure_kv_blocks(config, self._model))
             measuring.finish(f"KV cache: room for {config.num_blocks * config.block_size:,} tokens")
         self.config = config
-        attention = operators.attention(attention_config(config, self._model))
+        attention = make_attention(config, self._model)
         self._device = device = make_device(config, self._model, attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
         self.clock = device.clock

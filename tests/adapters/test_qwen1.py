@@ -72,10 +72,24 @@ def config_folder(path: Path, **changes: Any) -> Path:
 
 def test_the_published_configuration(tmp_path: Path) -> None:
     spec = load_spec(config_folder(tmp_path, **QWEN_7B_CHAT))
-    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("qwen", 32, 32, 32)
-    assert (spec.hidden_size, spec.head_dim, spec.intermediate_size) == (4096, 128, 11008)
-    assert (spec.vocab_size, spec.rms_norm_eps, spec.rope) == (151936, 1e-6, RopeSpec(theta=10000.0))
-    assert (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.tie_embeddings) == (True, False, False, False)
+    assert (
+        spec.architecture,
+        spec.num_layers,
+        spec.layers[0].mixer.num_heads,
+        spec.layers[0].mixer.num_kv_heads,
+    ) == ("qwen", 32, 32, 32)
+    assert (spec.hidden_size, spec.layers[0].mixer.head_dim, spec.layers[0].mlp.size) == (4096, 128, 11008)
+    assert (spec.vocab_size, spec.rms_norm_eps, spec.layers[0].mixer.rope) == (
+        151936,
+        1e-6,
+        RopeSpec(theta=10000.0),
+    )
+    assert (
+        spec.layers[0].mixer.qkv_bias,
+        spec.layers[0].mixer.o_bias,
+        spec.layers[0].mlp.bias,
+        spec.tie_embeddings,
+    ) == (True, False, False, False)
     assert (spec.max_position, spec.dtype) == (8192, "bfloat16")
 
 

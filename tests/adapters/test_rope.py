@@ -101,9 +101,9 @@ def test_frequencies_are_those_of_transformers(tmp_path: Path, name: str, spelli
     spec = load_spec(folder(tmp_path, {}, trained(name), **changes))
     for length in (ORIGINAL // 2, ORIGINAL, ORIGINAL + 1, TRAINED):
         expected, attention = ROPE_INIT_FUNCTIONS[given["rope_type"]](config, "cpu", seq_len=length)
-        ours = inverse_frequencies(spec.rope.at_length(length, HEAD_DIM), HEAD_DIM)
+        ours = inverse_frequencies(spec.layers[0].mixer.rope.at_length(length, HEAD_DIM), HEAD_DIM)
         torch.testing.assert_close(ours, expected, rtol=2e-6, atol=0)
-        assert spec.rope.attention_factor == pytest.approx(attention, rel=1e-9)
+        assert spec.layers[0].mixer.rope.attention_factor == pytest.approx(attention, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -171,10 +171,13 @@ def test_a_gguf_file_gives_the_tokens_of_its_folder(tmp_path: Path, name: str) -
     assert from_gguf.max_position == from_folder.max_position == TRAINED
     for length in (ORIGINAL, TRAINED):
         frequencies = [
-            inverse_frequencies(s.rope.at_length(length, 32), 32) for s in (from_gguf, from_folder)
+            inverse_frequencies(s.layers[0].mixer.rope.at_length(length, 32), 32)
+            for s in (from_gguf, from_folder)
         ]
         torch.testing.assert_close(*frequencies, rtol=1e-6, atol=0)
-    assert from_gguf.rope.attention_factor == pytest.approx(from_folder.rope.attention_factor, rel=1e-6)
+    assert from_gguf.layers[0].mixer.rope.attention_factor == pytest.approx(
+        from_folder.layers[0].mixer.rope.attention_factor, rel=1e-6
+    )
     prompt = torch.randint(0, TOKENIZER_SIZE, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     outputs = [generate_ids(make_engine(path, max_model_len=200), [prompt], 12) for path in (file, source)]
     assert outputs[0] == outputs[1]
@@ -183,7 +186,7 @@ def test_a_gguf_file_gives_the_tokens_of_its_folder(tmp_path: Path, name: str) -
 def test_gguf_yarn_of_deepseek(tmp_path: Path) -> None:
     source = make_hf_folder(tmp_path / "hf", "llama", max_position_embeddings=TRAINED)
     keys = {**gguf_keys("yarn")[0], "llama.rope.scaling.yarn_log_multiplier": 0.5}
-    rope = load_spec(write_gguf(tmp_path / "m.gguf", source, extra_metadata=keys)).rope
+    rope = load_spec(write_gguf(tmp_path / "m.gguf", source, extra_metadata=keys)).layers[0].mixer.rope
     expected = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
     assert rope.attention_factor == pytest.approx(expected)
 

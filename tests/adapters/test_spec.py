@@ -160,16 +160,31 @@ def problem(path: Path) -> str:
 
 def test_smollm2(tmp_path: Path) -> None:
     spec = load_spec(folder(tmp_path, SMOLLM2_135M))
-    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("llama", 30, 9, 3)
-    assert (spec.head_dim, spec.vocab_size, spec.max_position, spec.rms_norm_eps) == (64, 49152, 8192, 1e-5)
-    assert spec.rope == RopeSpec(theta=100000.0)
-    assert spec.tie_embeddings and not (spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.qk_norm)
+    assert (
+        spec.architecture,
+        spec.num_layers,
+        spec.layers[0].mixer.num_heads,
+        spec.layers[0].mixer.num_kv_heads,
+    ) == ("llama", 30, 9, 3)
+    assert (spec.layers[0].mixer.head_dim, spec.vocab_size, spec.max_position, spec.rms_norm_eps) == (
+        64,
+        49152,
+        8192,
+        1e-5,
+    )
+    assert spec.layers[0].mixer.rope == RopeSpec(theta=100000.0)
+    assert spec.tie_embeddings and not (
+        spec.layers[0].mixer.qkv_bias
+        or spec.layers[0].mixer.o_bias
+        or spec.layers[0].mlp.bias
+        or spec.layers[0].mixer.qk_norm
+    )
     assert (spec.dtype, spec.bos_token_id, spec.eos_token_ids) == ("bfloat16", 1, (2,))
 
 
 def test_llama_31(tmp_path: Path) -> None:
     spec = load_spec(folder(tmp_path, LLAMA_31_8B))
-    assert spec.rope == RopeSpec(
+    assert spec.layers[0].mixer.rope == RopeSpec(
         theta=500000.0,
         scaling="llama3",
         factor=8.0,
@@ -177,51 +192,62 @@ def test_llama_31(tmp_path: Path) -> None:
         high_freq_factor=4.0,
         original_max_position=8192,
     )
-    assert (spec.head_dim, spec.max_position, spec.tie_embeddings) == (128, 131072, False)
+    assert (spec.layers[0].mixer.head_dim, spec.max_position, spec.tie_embeddings) == (128, 131072, False)
     assert spec.eos_token_ids == (128001, 128008, 128009)
 
 
 def test_mistral(tmp_path: Path) -> None:
     spec = load_spec(folder(tmp_path, MISTRAL_7B_V03))
-    assert (spec.architecture, spec.head_dim, spec.sliding_window) == ("mistral", 128, None)
-    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=4096)).sliding_window == 4096
-    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=32768)).sliding_window is None
-    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, head_dim=160)).head_dim == 160
+    assert (spec.architecture, spec.layers[0].mixer.head_dim, spec.layers[0].mixer.window) == (
+        "mistral",
+        128,
+        None,
+    )
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=4096)).layers[0].mixer.window == 4096
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=32768)).layers[0].mixer.window is None
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, head_dim=160)).layers[0].mixer.head_dim == 160
     # transformers' default when the key is not written at all
-    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=REMOVED)).sliding_window == 4096
+    assert load_spec(folder(tmp_path, MISTRAL_7B_V03, sliding_window=REMOVED)).layers[0].mixer.window == 4096
 
 
 def test_qwen25(tmp_path: Path) -> None:
     spec = load_spec(folder(tmp_path, QWEN25_05B))
-    assert (spec.architecture, spec.head_dim, spec.qkv_bias, spec.o_bias) == ("qwen2", 64, True, False)
-    assert (spec.sliding_window, spec.tie_embeddings) == (None, True)
+    assert (
+        spec.architecture,
+        spec.layers[0].mixer.head_dim,
+        spec.layers[0].mixer.qkv_bias,
+        spec.layers[0].mixer.o_bias,
+    ) == ("qwen2", 64, True, False)
+    assert (spec.layers[0].mixer.window, spec.tie_embeddings) == (None, True)
 
 
 def test_qwen3(tmp_path: Path) -> None:
     spec = load_spec(folder(tmp_path, QWEN3_06B))
-    assert (spec.architecture, spec.head_dim, spec.qk_norm, spec.qkv_bias) == ("qwen3", 128, True, False)
-    assert load_spec(folder(tmp_path, QWEN3_06B, attention_bias=True)).o_bias
-    assert load_spec(folder(tmp_path, QWEN3_06B, head_dim=REMOVED)).head_dim == 128
+    assert (
+        spec.architecture,
+        spec.layers[0].mixer.head_dim,
+        spec.layers[0].mixer.qk_norm,
+        spec.layers[0].mixer.qkv_bias,
+    ) == ("qwen3", 128, True, False)
+    assert load_spec(folder(tmp_path, QWEN3_06B, attention_bias=True)).layers[0].mixer.o_bias
+    assert load_spec(folder(tmp_path, QWEN3_06B, head_dim=REMOVED)).layers[0].mixer.head_dim == 128
 
 
 def test_qwen_sliding_window(tmp_path: Path) -> None:
-    def window(**changes: Any) -> int | None:
-        return load_spec(
-            folder(tmp_path, QWEN25_05B, use_sliding_window=True, sliding_window=1024, **changes)
-        ).sliding_window
+    def windows(**changes: Any) -> list[int | None]:
+        config = {"use_sliding_window": True, "sliding_window": 1024, **changes}
+        spec = load_spec(folder(tmp_path, QWEN25_05B, **config))
+        return [layer.mixer.window for layer in spec.layers]
 
-    assert window(max_window_layers=0) == 1024
-    assert window(max_window_layers=24) is None
-    assert window(layer_types=["sliding_attention"] * 24) == 1024
-    assert window(layer_types=["full_attention"] * 24) is None
-    folder(tmp_path, QWEN25_05B, use_sliding_window=True, sliding_window=1024)
-    assert "max_window_layers" in problem(tmp_path)
-    mixed = ["full_attention", "sliding_attention"] * 12
-    folder(tmp_path, QWEN25_05B, use_sliding_window=True, sliding_window=1024, layer_types=mixed)
-    assert "layer_types" in problem(tmp_path)
-    # A window that no context reaches changes nothing, so a mix of both kinds is none.
-    folder(tmp_path, QWEN25_05B, use_sliding_window=True)
-    assert load_spec(tmp_path).sliding_window is None
+    assert windows(max_window_layers=0) == [1024] * 24
+    assert windows(max_window_layers=24) == [None] * 24
+    assert windows() == [None] * 21 + [1024] * 3
+    assert windows(layer_types=["sliding_attention"] * 24) == [1024] * 24
+    assert windows(layer_types=["full_attention"] * 24) == [None] * 24
+    assert windows(layer_types=["full_attention", "sliding_attention"] * 12) == [None, 1024] * 12
+    # A window that no context reaches changes nothing.
+    assert windows(sliding_window=QWEN25_05B["sliding_window"]) == [None] * 24
+    assert windows(use_sliding_window=False, max_window_layers=0) == [None] * 24
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -237,7 +263,7 @@ def test_as_transformers_writes_it(tmp_path: Path, family: str) -> None:
     }
     make_hf_folder(tmp_path, family, rope_parameters=rope, tokenizer=False)
     spec = load_spec(tmp_path)
-    assert spec.rope == RopeSpec(
+    assert spec.layers[0].mixer.rope == RopeSpec(
         theta=5000.0,
         scaling="llama3",
         factor=4.0,
@@ -245,21 +271,25 @@ def test_as_transformers_writes_it(tmp_path: Path, family: str) -> None:
         high_freq_factor=2.0,
         original_max_position=128,
     )
-    assert (spec.architecture, spec.num_heads, spec.num_kv_heads) == (family, 9, 3)
-    assert spec.head_dim == (16 if family == "qwen2" else 32)
+    assert (spec.architecture, spec.layers[0].mixer.num_heads, spec.layers[0].mixer.num_kv_heads) == (
+        family,
+        9,
+        3,
+    )
+    assert spec.layers[0].mixer.head_dim == (16 if family == "qwen2" else 32)
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_linear_scaling_multiplies_the_context(tmp_path: Path, key: str) -> None:
     spec = load_spec(folder(tmp_path, SMOLLM2_135M, **{key: {"type": "linear", "factor": 4.0}}))
-    assert spec.rope == RopeSpec(theta=100000.0, scaling="linear", factor=4.0)
+    assert spec.layers[0].mixer.rope == RopeSpec(theta=100000.0, scaling="linear", factor=4.0)
     assert spec.max_position == 4 * 8192
 
 
 def test_rope_theta_beside_or_inside(tmp_path: Path) -> None:
     inside = {"rope_type": "default", "rope_theta": 7.0}
-    assert load_spec(folder(tmp_path, SMOLLM2_135M, rope_parameters=inside)).rope.theta == 7.0
-    assert load_spec(folder(tmp_path, SMOLLM2_135M, rope_theta=REMOVED)).rope.theta == 10000.0
+    assert load_spec(folder(tmp_path, SMOLLM2_135M, rope_parameters=inside)).layers[0].mixer.rope.theta == 7.0
+    assert load_spec(folder(tmp_path, SMOLLM2_135M, rope_theta=REMOVED)).layers[0].mixer.rope.theta == 10000.0
 
 
 LLAMA3 = LLAMA_31_8B["rope_scaling"]
@@ -437,7 +467,7 @@ def test_gguf_says_the_same_as_the_folder(tmp_path: Path, family: str) -> None:
 def test_gguf_biases_follow_the_tensors(tmp_path: Path) -> None:
     source = make_hf_folder(tmp_path / "hf", "llama", attention_bias=True, mlp_bias=True)
     spec = load_spec(write_gguf(tmp_path / "model.gguf", source))
-    assert spec.qkv_bias and spec.o_bias and spec.mlp_bias
+    assert spec.layers[0].mixer.qkv_bias and spec.layers[0].mixer.o_bias and spec.layers[0].mlp.bias
 
 
 def test_gguf_llama3_factors(tmp_path: Path) -> None:
@@ -456,9 +486,9 @@ def test_gguf_llama3_factors(tmp_path: Path) -> None:
     divisors = llama3_divisors(rope, 32)
     assert min(divisors) == 1.0 and max(divisors) == 32.0 and len(set(divisors)) > 2
     file = write_gguf(tmp_path / "a.gguf", source, extra_tensors={"rope_freqs.weight": divisors})
-    assert load_spec(file).rope == rope
+    assert load_spec(file).layers[0].mixer.rope == rope
     ones = write_gguf(tmp_path / "b.gguf", source, extra_tensors={"rope_freqs.weight": np.ones(16)})
-    assert load_spec(ones).rope == RopeSpec(theta=5e5)
+    assert load_spec(ones).layers[0].mixer.rope == RopeSpec(theta=5e5)
     for number, bad in enumerate((np.linspace(1, 32, 16), np.ones(8), np.full(16, np.nan), np.zeros(16))):
         file = write_gguf(tmp_path / f"bad{number}.gguf", source, extra_tensors={"rope_freqs.weight": bad})
         assert "rope_freqs.weight" in problem(file)
@@ -517,8 +547,13 @@ def test_bad_gguf_metadata(tmp_path: Path, llama_folder: Path, key: str, value: 
 def test_gguf_linear_scaling_and_window(tmp_path: Path, llama_folder: Path) -> None:
     scaling: dict[str, Any] = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
     spec = load_spec(write_gguf(tmp_path / "a.gguf", llama_folder, extra_metadata=scaling))
-    assert (spec.rope.scaling, spec.rope.factor, spec.max_position) == ("linear", 2.0, 1024)
+    assert (spec.layers[0].mixer.rope.scaling, spec.layers[0].mixer.rope.factor, spec.max_position) == (
+        "linear",
+        2.0,
+        1024,
+    )
     window = {"llama.attention.sliding_window": 64}
     assert (
-        load_spec(write_gguf(tmp_path / "b.gguf", llama_folder, extra_metadata=window)).sliding_window == 64
+        load_spec(write_gguf(tmp_path / "b.gguf", llama_folder, extra_metadata=window)).layers[0].mixer.window
+        == 64
     )

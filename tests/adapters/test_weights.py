@@ -58,8 +58,8 @@ def expected_weights(state: dict[str, torch.Tensor], num_layers: int) -> dict[st
         "o": ("self_attn.o_proj",),
         "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
         "down": ("mlp.down_proj",),
-        "input_norm": ("input_layernorm",),
-        "post_norm": ("post_attention_layernorm",),
+        "mixer_norm": ("input_layernorm",),
+        "mlp_norm": ("post_attention_layernorm",),
         "q_norm": ("self_attn.q_norm",),
         "k_norm": ("self_attn.k_norm",),
     }
@@ -488,8 +488,13 @@ def test_no_second_copy_in_memory(large: Path, dtype: str) -> None:
 def test_smollm2() -> None:
     path = find_model(DEMO_MODEL)
     spec = load_spec(path)
-    assert (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads) == (30, 576, 9, 3)
-    assert (spec.vocab_size, spec.max_position, spec.rope.theta, spec.tie_embeddings) == (
+    assert (
+        spec.num_layers,
+        spec.hidden_size,
+        spec.layers[0].mixer.num_heads,
+        spec.layers[0].mixer.num_kv_heads,
+    ) == (30, 576, 9, 3)
+    assert (spec.vocab_size, spec.max_position, spec.layers[0].mixer.rope.theta, spec.tie_embeddings) == (
         49152,
         8192,
         1e5,

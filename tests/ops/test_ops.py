@@ -15,7 +15,7 @@ from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.backends import make_operators
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
-from microvllm.ops.operators import SeparateOperators
+from microvllm.ops.operators import Operators
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 
@@ -24,15 +24,15 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 @pytest.fixture(params=BACKENDS)
-def ops(request: pytest.FixtureRequest) -> SeparateOperators:
+def ops(request: pytest.FixtureRequest) -> Operators:
     """The operators for a model in float32."""
     return separate(request.param, torch.float32)
 
 
-def separate(name: str, dtype: torch.dtype) -> SeparateOperators:
+def separate(name: str, dtype: torch.dtype) -> Operators:
     """The named operators for a model in `dtype`, each of which can be called by itself."""
     operators = make_operators(name, dtype, 2)
-    assert isinstance(operators, SeparateOperators)
+    assert isinstance(operators, Operators)
     return operators
 
 
@@ -46,7 +46,7 @@ def test_on_a_cpu_torch_weights_are_packed() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (48, 33), (129, 257), (320, 144)], ids=str)
-def test_a_product_of_any_number_of_rows(ops: SeparateOperators, shape: tuple[int, int], bias: bool) -> None:
+def test_a_product_of_any_number_of_rows(ops: Operators, shape: tuple[int, int], bias: bool) -> None:
     weight = random(*shape, seed=1)
     offset = random(shape[0], seed=2) if bias else None
     layer = ops.linear(weight.clone(), offset)
@@ -58,7 +58,7 @@ def test_a_product_of_any_number_of_rows(ops: SeparateOperators, shape: tuple[in
         torch.testing.assert_close(layer(x, residual.clone()), (exact + residual).float(), **tolerance)
 
 
-def test_a_row_hardly_depends_on_its_company(ops: SeparateOperators) -> None:
+def test_a_row_hardly_depends_on_its_company(ops: Operators) -> None:
     """The order of the sums may change with the number of rows, and nothing else."""
     layer = ops.linear(random(77, 130, seed=1), None)
     x = random(40, 130, seed=2)
@@ -103,14 +103,14 @@ def test_rms_norm_is_that_of_the_reference_models(
     torch.testing.assert_close(ours, norm(x).detach(), rtol=rtol, atol=1e-6)
 
 
-def test_rms_norm_of_a_part_of_each_row(ops: SeparateOperators) -> None:
+def test_rms_norm_of_a_part_of_each_row(ops: Operators) -> None:
     """As the heads of q are normalised, inside of qkv."""
     wide, weight = random(5, 12, 16), random(16, seed=2)
     part = wide[:, 2:9]
     torch.testing.assert_close(ops.rms_norm(part, weight, 1e-5), ops.rms_norm(part.clone(), weight, 1e-5))
 
 
-def test_rms_norm_of_tiny_and_huge_rows(ops: SeparateOperators) -> None:
+def test_rms_norm_of_tiny_and_huge_rows(ops: Operators) -> None:
     weight = torch.ones(20)
     assert torch.equal(ops.rms_norm(torch.zeros(2, 20), weight, 1e-6), torch.zeros(2, 20))
     row = torch.tensor([[1.0, -1.0] * 10])
@@ -119,7 +119,7 @@ def test_rms_norm_of_tiny_and_huge_rows(ops: SeparateOperators) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 11, 16, 160, 333])
-def test_silu_and_mul(ops: SeparateOperators, width: int) -> None:
+def test_silu_and_mul(ops: Operators, width: int) -> None:
     x = random(6, 2 * width) * 4
     x[0, 0], x[1, 0], x[2, 0], x[3, 0] = 100.0, -100.0, 0.0, -88.5
     before = x.clone()
@@ -135,7 +135,7 @@ def test_silu_and_mul(ops: SeparateOperators, width: int) -> None:
 # ---- what a decoder calls ---------------------------------------------------------------------------
 
 
-def test_norm_then_product(ops: SeparateOperators) -> None:
+def test_norm_then_product(ops: Operators) -> None:
     x, norm, weight, bias = random(5, 48), random(48, seed=1), random(33, 48, seed=2), random(33, seed=3)
     before = x.clone()
     y = ops.norm_linear(norm, 1e-3, weight.clone(), bias.clone())(x)
@@ -144,7 +144,7 @@ def test_norm_then_product(ops: SeparateOperators) -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_norm_then_product_then_swiglu(ops: SeparateOperators, with_bias: bool) -> None:
+def test_norm_then_product_then_swiglu(ops: Operators, with_bias: bool) -> None:
     x, norm, weight = random(5, 48), random(48, seed=1), random(2 * 33, 48, seed=2)
     bias = random(2 * 33, seed=3) if with_bias else None
     y = ops.norm_gate_up(norm, 1e-3, weight.clone(), bias)(x)

@@ -1,0 +1,230 @@
+"""Opens the two kinds of checkpoints: a folder of safetensors files, and a GGUF file.
+
+Each gives named tensors, converted to a dtype as they are copied. Rotary halves come out as Hugging Face's:
+dimension j of a head is rotated with dimension j + D/2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.family import Family
+from microvllm.adapters.fields import shorten, warn_once
+from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
+from microvllm.adapters.registry import BY_GGUF_NAME
+from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
+from microvllm.adapters.safetensors_file import open_folder
+from microvllm.adapters.tensors import Cut, Part, Slot
+from microvllm.ops.quantized import QuantizedRows
+
+CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, small enough to stay in cache
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Checkpoint(Protocol):
+    """Named tensors on disk; `names` maps roles to the names in this checkpoint."""
+
+    path: Path
+    names: Mapping[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def may_be_unused(self, name: str) -> bool: ...
+    def has_own_head(self) -> bool:
+        """Whether there is a head that differs from the embeddings, as a fine-tune may have untied them."""
+        ...
+
+    def file_of(self, name: str) -> Path: ...
+    def copy(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
+        """Convert the rows and columns of a stored tensor to `out`, and drop its pages from memory."""
+        ...
+
+
+def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
+    return checkpoint.names[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
+
+
+class FolderCheckpoint:
+    """The safetensors files of a Hugging Face folder."""
+
+    # Older checkpoints carry the rotary frequencies, which follow from the configuration.
+    _IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+    def __init__(self, folder: Path, family: Family) -> None:
+        self.path = folder
+        self._files = open_folder(folder)
+        self.names, self._wrapper = _as_stored(family.hf_tensors, self._files)
+        outside = [name for name in self._files if self._is_outside(name)]
+        if outside:
+            warn_once(
+                f"{folder}: {listed(outside)} outside of {self._wrapper}* and not used: the language model "
+                "alone is served"
+            )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: file.tensors[name].shape for name, file in self._files.items()}
+
+    def may_be_unused(self, name: str) -> bool:
+        return self._is_outside(name) or self._IGNORED.fullmatch(name) is not None
+
+    def has_own_head(self) -> bool:
+        head, embed = (f"{self.names[role]}.weight" for role in ("lm_head", "embed"))
+        if head not in self._files or embed not in self._files:
+            return False
+        matrices = self._stored(head), self._stored(embed)
+        if matrices[0].dtype != matrices[1].dtype:
+            matrices = matrices[0].float(), matrices[1].float()
+        same = torch.equal(*matrices)
+        self._files[head].forget(head)
+        self._files[embed].forget(embed)
+        return not same
+
+    def file_of(self, name: str) -> Path:
+        return self._files[name].path
+
+    def copy(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
+        name = stored_name(self, part, slot.layer)
+        stored = self._stored(name).view(slot.stored_shape(part))
+        for rows, piece in zip(part.rows.runs, torch.split(out, part.rows.lengths), strict=True):
+            run = stored[slice(*rows)]
+            piece.copy_(run if slot.columns is None else run[:, slice(*slot.columns.runs[0])])
+        self._files[name].forget(name)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A view of the file."""
+        file = self._files[name]
+        tensor = file.tensors[name]
+        dtype, count = TORCH_DTYPES[tensor.dtype], math.prod(tensor.shape)
+        return torch.frombuffer(file.map, dtype=dtype, count=count, offset=tensor.start)
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether a tensor belongs to another part of the model that the language model was wrapped in."""
+        head = f"{self.names['lm_head']}.weight"
+        return self._wrapper is not None and not name.startswith(self._wrapper) and name != head
+
+
+def _as_stored(names: Mapping[str, str], stored: Iterable[str]) -> tuple[Mapping[str, str], str | None]:
+    """The names of the roles in this checkpoint, and the prefix that wraps all but the head.
+
+    A text model that was cut out of a larger one keeps its prefix there ("language_model.model.",
+    "model.language_model."), and one that was saved without its head may have none. The embeddings show it.
+    The prefix is None where the names are the family's own or have no prefix at all.
+    """
+    base, _, leaf = names["embed"].rpartition(".")
+    stored = set(stored)
+    found = [name for name in stored if f".{name}".endswith(f".{leaf}.weight")]
+    if f"{names['embed']}.weight" in found or len(found) != 1:
+        return names, None
+    prefix = found[0].removesuffix(f"{leaf}.weight")
+    renamed = {
+        role: prefix + name.removeprefix(f"{base}.") if name.startswith(f"{base}.") else name
+        for role, name in names.items()
+    }
+    outer = prefix.removesuffix(f"{base}.")
+    for head in (f"{outer}lm_head", f"{prefix}lm_head"):
+        if f"{head}.weight" in stored:
+            renamed["lm_head"] = head
+    return renamed, prefix or None
+
+
+class GGUFCheckpoint:
+    """A GGUF file, copied as it is or dequantised piece by piece."""
+
+    # Rotary factors become part of the spec.
+    _IGNORED = (LLAMA3_TENSOR, SHORT_TENSOR, LONG_TENSOR)
+
+    def __init__(self, path: Path, head_dim: int) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        self._head_dim = head_dim
+        family = BY_GGUF_NAME[self._file.architecture]
+        self.names, self._interleaved = family.gguf_tensors, family.gguf_interleaved
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._file.tensors.items()}
+
+    def may_be_unused(self, name: str) -> bool:
+        return name in self._IGNORED
+
+    def has_own_head(self) -> bool:
+        return False  # such a file is a tied model only if it has no head
+
+    def file_of(self, name: str) -> Path:
+        return self._file.file_of(name)
+
+    def is_quantized(self, slot: Slot) -> bool:
+        """Whether all stored tensors of a matrix are in ggml's block formats."""
+        tensors = (self._file.tensors.get(stored_name(self, part, slot.layer)) for part in slot.parts)
+        return slot.columns is not None and all(tensor and tensor.is_quantized for tensor in tensors)
+
+    def quantized_rows(self, slot: Slot, part: Part) -> QuantizedRows:
+        """The format and the size of what `copy_quantized` copies."""
+        name = stored_name(self, part, slot.layer)
+        kind = self._file.tensors[name].type_id
+        first, last = self._block_bytes(name, slot.columns)
+        return QuantizedRows(kind, part.rows.size, last - first)
+
+    def copy_quantized(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
+        """out: [bytes] uint8, the blocks of the part's rows and columns."""
+        name = stored_name(self, part, slot.layer)
+        raw = self._file.raw_rows(name)[:, slice(*self._block_bytes(name, slot.columns))]
+        pieces = torch.split(out.view(part.rows.size, -1), part.rows.lengths)
+        for run, piece in zip(part.rows.runs, pieces, strict=True):
+            rows = raw[slice(*run)]
+            if self._is_turned(part):
+                # Blocks do not cross rows, so that rows can change places as they are; see `copy`.
+                rows = rows.reshape(-1, self._head_dim // 2, 2, rows.shape[1]).swapaxes(1, 2)
+            np.copyto(piece.numpy().reshape(rows.shape), rows)
+        self._file.forget(name)
+
+    def _block_bytes(self, name: str, columns: Cut | None) -> tuple[int, int]:
+        """Where the blocks of these columns lie in a row. `ModelFileError` for a cut through a block."""
+        kind, block, block_bytes = TENSOR_TYPES[self._file.tensors[name].type_id]
+        start, stop = columns.runs[0] if columns else (0, block)
+        if start % block or stop % block:
+            raise ModelFileError(
+                self.path, f"tensor {name} in blocks of {block} ({kind}) cannot be cut at column {start}"
+            )
+        return start // block * block_bytes, stop // block * block_bytes
+
+    def copy(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
+        name = stored_name(self, part, slot.layer)
+        columns = slot.columns.stored if slot.columns else 1
+        step = max(1, CHUNK_ELEMENTS // columns)
+        if turned := self._is_turned(part):
+            step = max(1, step // self._head_dim) * self._head_dim
+        filled = 0
+        for first, last in part.rows.runs:
+            for start in range(first, last, step):
+                stop = min(last, start + step)
+                values = self._file.rows(name, start, stop)
+                # float32 rows are a read-only view of the file, which torch would warn about.
+                source = torch.from_numpy(values if values.flags.writeable else values.copy())
+                source = source.view(stop - start, columns)
+                if turned:
+                    # Stored row 2 j + t of a head is row j + t D/2: pairs are neighbours there, halves here.
+                    source = source.view(-1, self._head_dim // 2, 2, columns).transpose(1, 2)
+                    source = source.reshape(stop - start, columns)
+                if slot.columns:
+                    source = source[:, slice(*slot.columns.runs[0])]
+                piece = out[filled : filled + stop - start]
+                piece.copy_(source.reshape(piece.shape))
+                filled += stop - start
+        self._file.forget(name)
+
+    def _is_turned(self, part: Part) -> bool:
+        return self._interleaved and part.role in ("q", "k")
+
+
+def listed(names: list[str]) -> str:
+    """ "tensor a is" or "tensors a, b, c and 5 more are"."""
+    shown = ", ".join(shorten(name)[1:-1] for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"

@@ -1,0 +1,95 @@
+"""Describes the tensors that a decoder is loaded into, and which part of each stored tensor goes where.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class Shard(NamedTuple):
+    """One of `size` workers that hold a model together: Shoeybi et al., 2019, arXiv:1909.08053.
+
+    Each holds some heads and some of the MLP's inner width, and all of the rest.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, length: int) -> Cut:
+        """This shard's run of a dimension."""
+        each = length // self.size
+        return Cut(length, ((self.rank * each, (self.rank + 1) * each),))
+
+
+WHOLE = Shard()
+
+
+class Cut(NamedTuple):
+    """Runs [start, stop) of a dimension of a stored tensor, which has `stored` entries there."""
+
+    stored: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [stop - start for start, stop in self.runs]
+
+    @property
+    def size(self) -> int:
+        return sum(self.lengths)
+
+    @staticmethod
+    def stacked(cuts: Sequence[Cut]) -> Cut:
+        """Of a tensor that has others below each other."""
+        starts = accumulate((cut.stored for cut in cuts), initial=0)
+        runs = (
+            (first + start, first + stop)
+            for cut, first in zip(cuts, starts, strict=False)
+            for start, stop in cut.runs
+        )
+        return Cut(sum(cut.stored for cut in cuts), tuple(runs))
+
+
+class Part(NamedTuple):
+    """One tensor of the checkpoint: its role in `Family.hf_tensors`, whether it is a bias, and its rows."""
+
+    role: str
+    bias: bool
+    rows: Cut
+
+
+class Slot(NamedTuple):
+    """One tensor of the result, made of one or more parts below each other."""
+
+    name: str
+    parts: tuple[Part, ...]
+    columns: Cut | None  # None for a vector
+    layer: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(part.rows.size for part in self.parts)
+        return (rows,) if self.columns is None else (rows, self.columns.size)
+
+    def stored_shape(self, part: Part) -> tuple[int, ...]:
+        return (part.rows.stored,) if self.columns is None else (part.rows.stored, self.columns.stored)
+
+
+def vector_slot(name: str, length: int) -> Slot:
+    return Slot(name, (Part(name, False, WHOLE.share(length)),), None)
+
+
+def matrix_slots(name: str, parts: Mapping[str, Cut], columns: Cut, *, bias: bool = False) -> Iterator[Slot]:
+    """A weight of one or more roles below each other, and its bias if it has one."""
+    yield Slot(name, tuple(Part(role, False, rows) for role, rows in parts.items()), columns)
+    if bias:
+        yield Slot(f"{name}_bias", tuple(Part(role, True, rows) for role, rows in parts.items()), None)
+
+
+def fused(cuts: Mapping[str, Cut], names: Mapping[str, str], role: str) -> Mapping[str, Cut]:
+    """The same rows in one stored tensor, if a family's names have `role` in place of the others."""
+    return {role: Cut.stacked(list(cuts.values()))} if role in names else cuts
