@@ -52,6 +52,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "tie": True},
     "qwen2-untied": {"family": "qwen2", "num_key_value_heads": 9},
     "qwen3": {"family": "qwen3", "tie": True, "head_dim": 48},
+    "qwen3-mixed-windows": {
+        "family": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 19,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma2": {
+        "family": "gemma2",
+        "tie": True,
+        "sliding_window": 19,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3": {
+        "family": "gemma3_text",
+        "tie": True,
+        "num_hidden_layers": 4,
+        "sliding_window": 19,
+        "query_pre_attn_scalar": 40,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
     "qwen3-untied": {"family": "qwen3", "hidden_size": 126, "head_dim": 16},
 }
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER_SIZE = 320
 QUANTIZABLE = {"hidden_size": 288, "intermediate_size": 320}  # rows of all matrices in whole blocks of 32
@@ -61,7 +60,7 @@ def make_hf_folder(
     tokenizer: bool = True,
     **overrides: Any,
 ) -> Path:
-    """Write a random model of `family` as a Hugging Face folder, and return its path.
+    """Write a random model of `family`, a `model_type`, as a Hugging Face folder, and return its path.
 
     `overrides` go into the configuration (`hidden_size`, `num_hidden_layers`, `rope_parameters`, ...).
     `dtype` is the stored one. The same arguments give the same weights. The scale of the weights makes greedy
@@ -89,9 +88,9 @@ def make_hf_folder(
     if family == "mistral":
         sizes["sliding_window"] = None
     sizes.update(overrides)
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**sizes)
+    config = transformers.AutoConfig.for_model(family, **sizes)
     with torch.random.fork_rng(devices=[]):
-        model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     _randomize(model, seed)
     model.to(getattr(torch, dtype))
     path.mkdir(parents=True, exist_ok=True)
