@@ -70,23 +70,22 @@ def load_weights(
         )
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
     formats: tuple[WeightFormat, ...] = (PACKED, DENSE) if keep_quantized else (DENSE,)
-    plan = [
-        (slot, next(each for each in formats if each.accepts(checkpoint, slot)))
-        for slot in spec.slots(checkpoint.names, shard)
-    ]
+
+    def format_of(slot: Slot) -> WeightFormat:
+        return next(each for each in formats if each.accepts(checkpoint, slot))
+
     expected: dict[str, tuple[int, ...]] = {}
-    for slot, weight_format in plan:
-        expected |= weight_format.stored_shapes(checkpoint, slot)
+    for slot in spec.slots(checkpoint.names):
+        expected |= format_of(slot).stored_shapes(checkpoint, slot)
     _check_names(checkpoint, spec, expected)
-    count, total = itertools.count(1), sum(len(slot.parts) for slot, _ in plan)
+    slots = list(spec.slots(checkpoint.names, shard))
+    count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
 
     def loaded() -> None:
         if progress is not None:
             progress(next(count), total)
 
-    return {
-        slot.name: weight_format.load(checkpoint, slot, dtype, device, loaded) for slot, weight_format in plan
-    }
+    return {slot.name: format_of(slot).load(checkpoint, slot, dtype, device, loaded) for slot in slots}
 
 
 def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tuple[int, ...]]) -> None:

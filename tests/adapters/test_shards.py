@@ -1,0 +1,139 @@
+"""Two shards of a model, run in one process with a sum between them, give the logits of the whole model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_tools import relative_error
+from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
+
+from microvllm.adapters.decoder import DecoderModel
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.tensors import WHOLE, Shard
+from microvllm.adapters.weights import load_weights
+from microvllm.ops.backends import make_operators
+from microvllm.ops.operators import Operator
+from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "qwen2": {"family": "qwen2", "tie": True},
+    "qwen3": {"family": "qwen3"},
+    "gemma3": {
+        "family": "gemma3_text",
+        "tie": True,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
+}
+BLOCK, LENGTHS = 4, (7, 11)
+
+
+class Sum:
+    """Adds up what `size` threads pass in the same order."""
+
+    def __init__(self, size: int) -> None:
+        self._parts: list[torch.Tensor | None] = [None] * size
+        self._barrier = threading.Barrier(size, timeout=30)
+
+    def of(self, rank: int) -> Operator:
+        def reduce(part: torch.Tensor) -> torch.Tensor:
+            self._parts[rank] = part
+            self._barrier.wait()
+            total = torch.stack([each for each in self._parts if each is not None]).sum(0)
+            self._barrier.wait()
+            return total
+
+        return reduce
+
+
+def logits(
+    model: Path, backend: str, shard: Shard, reduce: Operator | None, keep_quantized: bool
+) -> torch.Tensor:
+    """Of every position of two prompts, and of one token behind each, on a sharded model: [n, vocab]."""
+    spec = load_spec(model)
+    weights = load_weights(model, spec, "auto", torch.float32, keep_quantized=keep_quantized, shard=shard)
+    decoder = DecoderModel(
+        spec.sharded(shard.size), weights, make_operators(backend, torch.float32, 1), reduce
+    )
+    assert not weights
+    attention = decoder.attention(8, BLOCK, 32, torch.float32, torch.device("cpu"))
+    tables = np.arange(8).reshape(2, 4)
+    inputs = HostInputs(2, BLOCK)
+    found = []
+    for starts, lengths in (((0, 0), LENGTHS), (LENGTHS, (1, 1))):
+        rows = np.repeat(np.arange(2), lengths)
+        positions = np.concatenate([start + np.arange(n) for start, n in zip(starts, lengths, strict=True)])
+        ids = (positions * 37 + rows * 11) % TOKENIZER_SIZE
+        slots = tables[rows, positions // BLOCK] * BLOCK + positions % BLOCK
+        context = np.array(starts) + np.array(lengths)
+        decodes = sum(n == 1 for n in lengths)
+        arrays = StepArrays(ids, rows, positions, slots, np.arange(2), np.array(lengths), context, decodes)
+        input_ids, batch = inputs.make(arrays, tables)
+        found.append(decoder.logits(decoder.forward(input_ids, attention.begin_step(batch))))
+    return torch.cat(found)
+
+
+def assert_shards_agree(model: Path, backend: str, *, keep_quantized: bool = False) -> None:
+    whole = logits(model, backend, WHOLE, None, keep_quantized)
+    total = Sum(2)
+
+    def shard(rank: int) -> torch.Tensor:
+        return logits(model, backend, Shard(rank, 2), total.of(rank), keep_quantized)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(shard, range(2))
+    assert first.equal(second)
+    assert relative_error(first, whole) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_shards_give_the_logits_of_the_whole_model(tmp_path: Path, name: str, backend: str) -> None:
+    options = {**SIZES, **VARIANTS[name]}
+    assert_shards_agree(make_hf_folder(tmp_path, options.pop("family"), **options), backend)
+
+
+@pytest.mark.parametrize("keep_quantized", [False, True])
+def test_shards_of_quantised_weights(tmp_path: Path, keep_quantized: bool) -> None:
+    """Rows of q and k are also put in another order; columns of o and down are cut between blocks."""
+    folder = make_hf_folder(tmp_path / "hf", "llama", **SIZES, intermediate_size=192)
+    file = write_gguf(tmp_path / "model.gguf", folder, quantization="Q4_1")
+    assert_shards_agree(file, "cpu", keep_quantized=keep_quantized)
+
+
+def test_a_cut_through_a_block_is_refused(tmp_path: Path) -> None:
+    folder = make_hf_folder(tmp_path / "hf", "llama", **SIZES, intermediate_size=96)
+    file = write_gguf(tmp_path / "model.gguf", folder, quantization="Q8_0")
+    spec = load_spec(file)
+    with pytest.raises(ModelFileError, match=r"blk\.0\.ffn_down\.weight in blocks of 32 .* column 48"):
+        load_weights(file, spec, "auto", torch.float32, keep_quantized=True, shard=Shard(1, 2))
+
+
+def test_shards_hold_different_halves(tmp_path: Path) -> None:
+    folder = make_hf_folder(tmp_path, "llama", **SIZES)
+
+    def load(shard: Shard) -> Callable[[str], torch.Tensor]:
+        return load_weights(folder, load_spec(folder), "auto", torch.float32, shard=shard).__getitem__
+
+    whole, *halves = (load(shard) for shard in (WHOLE, Shard(0, 2), Shard(1, 2)))
+    for name, dimension in (("o", 1), ("down", 1)):
+        parts = [half(f"layers.1.{name}") for half in halves]
+        assert torch.cat(parts, dimension).equal(whole(f"layers.1.{name}"))
+    gate_up = [half("layers.1.gate_up").chunk(2) for half in halves]
+    assert torch.cat([pair[i] for i in range(2) for pair in gate_up]).equal(whole("layers.1.gate_up"))
+    assert halves[0]("embed").equal(whole("embed"))
+
+
+def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
+    spec = load_spec(make_hf_folder(tmp_path, "llama"))
+    with pytest.raises(ValueError, match="3 heads of keys and values do not divide into 2 shards"):
+        spec.sharded(2)
