@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -40,7 +39,7 @@ from microvllm.openai_compat.errors import (
     error_event,
     shape_error,
 )
-from microvllm.openai_compat.transport.middleware import CHUNK_SEND
+from microvllm.openai_compat.transport.middleware import CHUNK_SEND, SAFE_ID
 from microvllm.runtime.errors import EngineError, InvalidRequestError, ModelNotFoundError, RequestError
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
@@ -56,7 +55,6 @@ logger = logging.getLogger("microvllm.server")
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"  # clients skip it
 INLINE_CHOICES = 64  # answers with more are put together in a worker thread
-_HEADER_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Chunks(ABC):
@@ -358,7 +356,7 @@ def _id_suffix(request: Request, body: GenerationRequest) -> str:
     each other.
     """
     header = request.headers.get("x-request-id", "")
-    return header if _HEADER_ID.fullmatch(header) else body.request_id or uuid.uuid4().hex
+    return header if SAFE_ID.fullmatch(header) else body.request_id or uuid.uuid4().hex
 
 
 def _priority(request: Request, body: GenerationRequest) -> int:
