@@ -37,10 +37,11 @@ def with_options(command: Command) -> Command:
     hints = get_type_hints(command, include_extras=True)
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
+        cls: type
         cls, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if dataclasses.is_dataclass(cls):
             fields = next((mark for mark in marks if isinstance(mark, Fields)), Fields())
-            options = _options(cls, fields)
+            options = {field: option for field, option in _options(cls).items() if field in fields}
             parameters.extend(options.values())
             groups[parameter.name] = cls, {field: option.name for field, option in options.items()}
         else:
@@ -49,9 +50,9 @@ def with_options(command: Command) -> Command:
     @functools.wraps(command)
     def run(**values: Any) -> None:
         made = {}
-        for name, (cls, fields) in groups.items():
+        for name, (made_of, fields) in groups.items():
             given = {field: values.pop(option) for field, option in fields.items()}
-            made[name] = _make(cls, given)
+            made[name] = _make(made_of, given)
         command(**made, **values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -59,15 +60,12 @@ def with_options(command: Command) -> Command:
     return run
 
 
-def _options(cls: Any, fields: Fields) -> dict[str, inspect.Parameter]:
+@functools.cache
+def _options(cls: Any) -> dict[str, inspect.Parameter]:
     """Map each field to the parameter that Typer makes an option of."""
     hints = get_type_hints(cls)
-    flags = flags_of(cls)
-    return {
-        field.name: _option(flags[field.name], hints[field.name], field.default)
-        for field in dataclasses.fields(cls)
-        if field.name in flags and field.name in fields
-    }
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: _option(flag, hints[name], defaults[name]) for name, flag in flags_of(cls).items()}
 
 
 def _option(flag: Flag, hint: Any, default: Any) -> inspect.Parameter:
