@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: what a backend offers."""
+"""The interface of attention over the paged KV cache."""
 
 from __future__ import annotations
 

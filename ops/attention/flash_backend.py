@@ -59,7 +59,7 @@ class FlashAttention:
         self.max_blocks = -(-config.max_position // block_size)
         self.angles = RotaryAngles.up_to(self.max_blocks * block_size, config.inv_freq, shape.rotary_scale)
         self.cos, self.sin = self.angles.cos.to(dtype), self.angles.sin.to(dtype)
-        # Zeroed: a padding row reads what nobody wrote.
+        # Zeroed: a padding row reads slots that were never written.
         self.cache = torch.zeros(
             shape.num_layers,
             2,
@@ -97,7 +97,7 @@ class FlashStep:
         self._window = (-1, -1) if window is None else (window - 1, 0)
         if batch.num_decodes:
             lens = batch.decode_lens.int()
-            # A padding row gets a first token in the block that is nobody's.
+            # A padding row writes a first token to the last block, which no sequence has.
             self._cached_lens = (lens - 1).clamp_(min=0)
             blocks = batch.decode_blocks[:, : backend.max_blocks].int()
             self._blocks = blocks.masked_fill((lens == 0).unsqueeze(1), backend.num_blocks)

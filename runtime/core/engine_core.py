@@ -28,7 +28,7 @@ StepT = TypeVar("StepT", bound=StepInFlight)
 
 
 class Runner(Protocol[StepT]):
-    """What executes plans: the model runner, or a fake in tests."""
+    """Executes plans: the model runner, or a fake in tests."""
 
     def launch(self, plan: StepPlan) -> StepT:
         """Start a step; must not wait for its tokens."""
@@ -36,12 +36,12 @@ class Runner(Protocol[StepT]):
 
     @property
     def clock(self) -> StepClock:
-        """Told by `launch` which part of a step it is in."""
+        """Measures the parts of a step; `launch` enters them."""
         ...
 
     @property
     def device_clock(self) -> DeviceTimes | None:
-        """There if the times of steps are to be logged and a GPU computes them."""
+        """Set if the times of steps are logged and a GPU computes them."""
         ...
 
     @property

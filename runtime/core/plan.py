@@ -17,6 +17,7 @@ from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParam
 NO_TOKEN = -1  # what a step reports for a request whose logits were not finite
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """One sequence inside the engine.
 
@@ -25,65 +26,35 @@ class Request:
     a request shares `token_ids` and `keys` with the other samples of its prompt.
     """
 
-    __slots__ = (
-        "arrived_at",
-        "drafts",
-        "finish_reason",
-        "followers",
-        "id",
-        "keys",
-        "leads",
-        "max_tokens",
-        "num_cached",
-        "num_computed",
-        "num_in_flight",
-        "num_preemptions",
-        "num_prompt_logprobs",
-        "order",
-        "params",
-        "prompt_len",
-        "prompt_logprobs",
-        "row",
-        "scheduled_at",
-        "seq_id",
-        "source",
-        "steps_in_flight",
-        "stop_ids",
-        "token_ids",
-    )
+    source: EngineRequest
+    order: tuple[int, int]  # smaller is served first, larger is preempted first
+    keys: PrefixKeys
+    stop_ids: frozenset[int]
+    id: int = field(init=False)
+    params: SamplingParams = field(init=False)
+    seq_id: int = field(init=False)  # in the KV pool; an `id` may come again while its last step is in flight
+    token_ids: list[int] = field(init=False)  # all known tokens
+    prompt_len: int = field(init=False)
+    max_tokens: int = field(init=False)
+    arrived_at: float = field(default_factory=time.monotonic)
+    num_computed: int = 0  # tokens whose keys and values are in the cache, or will be by this step
+    num_in_flight: int = 0  # tokens sampled by a step whose result is not known yet
+    steps_in_flight: int = 0
+    drafts: Sequence[int] = ()  # proposed to follow `token_ids`, until its next step is committed
+    num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
+    num_preemptions: int = 0
+    scheduled_at: float | None = None  # when it first left the queue; None again once that was reported
+    prompt_logprobs: list[TokenLogprobs] | None = None  # until the first token goes out
+    num_prompt_logprobs: int = 0  # computed so far: a preempted request does not compute them again
+    row: int = -1
+    leads: bytes | None = None  # the prefix key of the last full block, until all are computed
+    followers: list[Request] = field(default_factory=list)  # wait for these blocks
+    finish_reason: FinishReason | None = None
 
-    def __init__(
-        self,
-        source: EngineRequest,
-        order: tuple[int, int],
-        keys: PrefixKeys,
-        stop_ids: frozenset[int],
-    ) -> None:
-        self.source = source
-        self.arrived_at = time.monotonic()
-        self.id = source.request_id
-        self.params: SamplingParams = source.params
-        self.order = order  # smaller is served first, larger is preempted first
-        # Its name in the KV pool. Not `id`: that one may come again while the last step is in flight.
-        self.seq_id = order[1]
-        self.token_ids = keys.token_ids  # all known tokens
-        self.keys = keys
-        self.prompt_len = len(self.token_ids)
-        self.max_tokens = source.params.max_tokens or 0
-        self.stop_ids = stop_ids
-        self.num_computed = 0  # tokens whose keys and values are in the cache, or will be by this step
-        self.num_in_flight = 0  # tokens sampled by a step whose result is not known yet
-        self.steps_in_flight = 0
-        self.drafts: Sequence[int] = ()  # proposed to follow `token_ids`, until its next step is committed
-        self.num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
-        self.num_preemptions = 0
-        self.scheduled_at: float | None = None  # when it first left the queue; None once it was told
-        self.prompt_logprobs: list[TokenLogprobs] | None = None  # until the first token goes out
-        self.num_prompt_logprobs = 0  # computed so far: a preempted request does not compute them again
-        self.row = -1
-        self.leads: bytes | None = None  # the prefix key of the last full block, until all are computed
-        self.followers: list[Request] = []  # wait for these blocks
-        self.finish_reason: FinishReason | None = None
+    def __post_init__(self) -> None:
+        self.id, self.params, self.seq_id = self.source.request_id, self.source.params, self.order[1]
+        self.token_ids = self.keys.token_ids
+        self.prompt_len, self.max_tokens = len(self.token_ids), self.params.max_tokens or 0
 
     @property
     def num_tokens(self) -> int:

@@ -1,9 +1,11 @@
-"""Which requests are served first, and which of the running ones have a turn in a step. Imports no torch.
+"""Decides which requests are served first, and which of the running ones a step may compute.
 
-`fcfs`      first come, first served; every running request has a turn in every step.
-`priority`  the smaller number first (vLLM's meaning), first come among equals; every one has a turn.
+Imports no torch.
+
+`fcfs`      first come, first served; every running request is eligible in every step.
+`priority`  the smaller number first (vLLM's meaning), first come among equals; all are eligible.
 `sjf`       shortest job first, to align lengths: of the requests that decode, those of the shortest length
-            have a turn, so that equal lengths form the batch and short ones catch up with long ones:
+            are eligible, so that equal lengths form the batch and short ones catch up with long ones:
             50 52 55 60 100 runs 50, 51, then 52 52 together, 55 55 55, and 60 60 60 60.
             It made batches without padding for kernels that need equal lengths. Ours do not, so what is
             passed over is batch size lost: it is here to be compared.
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.core.plan import Request
     from microvllm.runtime.request import EngineRequest
 
-# Steps in a row in which `sjf` may pass somebody over; in the next one every request has a turn.
+# Steps in a row in which `sjf` may pass a request over; in the next one all are eligible.
 MAX_PASSED_OVER = 16
 
 

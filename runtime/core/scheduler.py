@@ -15,6 +15,11 @@ tokens of a step when they are known. Three fences make that safe:
 A prompt that several requests share, as the `n` samples of one do, is computed once: those that come while
 the first computes it follow it, out of the queue, until its blocks are in the prefix cache. Without prefix
 caching each computes its own.
+
+This file decides how many tokens of which request a step computes, and when a request ends; nothing else may
+enter. The rarer a feature, the better it is hidden: the order of requests belongs to `policies.py`, blocks to
+`kv_cache.py`, proposed tokens to a `Drafter`, and what changes tokens but not their number to the worker. A
+new kind of step is no new phase here: it is a number of tokens to compute.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from microvllm.runtime.request import (
 
 
 class Scheduler:
-    """Decides what each step computes. `add` and `abort` may come between any two calls."""
+    """Decides what each step computes. `add` and `abort` may be called between any two calls."""
 
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
         self.kv = kv
@@ -148,29 +153,29 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Hand out this step's token budget; None when nothing can be computed now.
 
-        Running requests come before waiting ones, and whoever has a turn gets at least one token: a prompt
-        takes what the others leave of the budget. When blocks run out the newest running request gives its
-        own back and is computed again later.
+        Running requests come before waiting ones, and each eligible one gets at least one token: a prompt
+        takes what the others leave of the budget. When blocks run out the newest running request is
+        preempted: it gives its blocks back and is computed again later.
         """
         budget = self._config.max_num_batched_tokens  # at least one for every row
         scheduled: list[ScheduledRequest] = []
-        # While blocks are short everyone has a turn, the oldest first: who was denied blocks is the next to
-        # get them, which the policy's choice could put off for ever.
-        turn = self._running if self._short_of_blocks else self._policy.eligible(self._running)
+        # While blocks are short every request is eligible, the oldest first: one that was denied blocks is the
+        # next to get them, which the policy's choice could put off for ever.
+        eligible = self._running if self._short_of_blocks else self._policy.eligible(self._running)
         self._short_of_blocks = False
-        for index, request in enumerate(turn):
+        for index, request in enumerate(eligible):
             if request.row < 0:
-                break  # gave way to an older one, as did all after it
+                break  # preempted for an older one, as were all after it
             missing = request.num_missing
             if missing <= 0:
                 continue
-            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(turn) - index - 1))
+            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(eligible) - index - 1))
             if request.drafts:
-                num_new += self._trim_drafts(request, budget - (len(turn) - index))
+                num_new += self._trim_drafts(request, budget - (len(eligible) - index))
             room, preempted = self._make_room(request, num_new)
             self._short_of_blocks |= preempted or not room
             if not room:
-                break  # it gave way itself, or blocks come free when the steps in flight are committed
+                break  # it was preempted, or blocks come free when the steps in flight are committed
             scheduled.append(self._advance(request, num_new))
             budget -= num_new
         admitted = [] if self._short_of_blocks else self._admit(budget, scheduled)
@@ -180,7 +185,7 @@ class Scheduler:
         return StepPlan(released, tuple(admitted), tuple(scheduled))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
-        """Take in what a step gave. Plans are committed in the order in which they were scheduled."""
+        """Add a step's tokens to its requests. Plans are committed in the order of `schedule`."""
         outputs: list[StepOutput] = []
         for index, (item, tokens) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
             request = item.request
@@ -369,8 +374,8 @@ class Scheduler:
                 return FinishReason.STOP, token
         if num_output >= request.max_tokens:
             return FinishReason.LENGTH, None
-        wish = params.repetition_detection
-        if wish is not None and num_output >= params.min_tokens and _repeats(request, wish):
+        pattern = params.repetition_detection
+        if pattern is not None and num_output >= params.min_tokens and _repeats(request, pattern):
             return FinishReason.REPETITION, None
         return None, None
 
@@ -433,11 +438,11 @@ class Scheduler:
         request.row = -1
 
 
-def _repeats(request: Request, wish: RepetitionDetection) -> bool:
+def _repeats(request: Request, pattern: RepetitionDetection) -> bool:
     """Whether the output ends in `min_count` copies of one pattern of an allowed size."""
     tokens = request.token_ids
-    for size in range(max(1, wish.min_pattern_size), wish.max_pattern_size + 1):
-        first = len(tokens) - size * wish.min_count
+    for size in range(max(1, pattern.min_pattern_size), pattern.max_pattern_size + 1):
+        first = len(tokens) - size * pattern.min_count
         if first < request.prompt_len:
             return False
         # Equal to itself moved by one pattern: all copies are equal.

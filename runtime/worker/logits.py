@@ -19,12 +19,12 @@ from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogpro
 
 Device = str | torch.device
 
-# What a request has generated so far, and whether one more token is in flight, which only its row knows.
+# The known output of a request, and whether one more token is in flight, whose value only the device has.
 Output = tuple[Sequence[int], bool]
 
 
 def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: Device) -> Tensor:
-    """Host values as a tensor on the device; nobody waits for the transfer."""
+    """Copy host values to a tensor on the device, without waiting for the transfer."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
@@ -250,7 +250,7 @@ def _next_of_bad_words(
 
 @dataclass(frozen=True, slots=True)
 class LogprobRequest:
-    """What a request wants beside each token: the `count` most likely ones (-1: all), or exactly `ids`."""
+    """Requested log probabilities beside each token: the `count` most likely ones (-1: all), or `ids`."""
 
     count: int
     ids: tuple[int, ...] | None = None

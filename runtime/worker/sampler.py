@@ -101,8 +101,8 @@ class Sampler:
 
         tokens: the prompt and, after a preemption, what was generated before it.
         """
-        wish = request.seed
-        seed = self._unseeded.getrandbits(64) if wish is None else wish & _UINT64
+        requested = request.seed
+        seed = self._unseeded.getrandbits(64) if requested is None else requested & _UINT64
         self._params.set(row, request.params, seed)
         self._rules.set_row(row, request, tokens, prompt_len)
         logprobs = LogprobRequest.of(request.params)

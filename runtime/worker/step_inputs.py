@@ -91,18 +91,18 @@ class StepInputs(Protocol):
         ...
 
     def is_clean(self, row: int) -> bool:
-        """Whether nothing is left of the row's former owner, as far as that can be seen without waiting."""
+        """Whether nothing is left of the row's former request, as far as the host can see without waiting."""
         ...
 
     def clear_row(self, row: int) -> None: ...
 
 
 class HostInputs:
-    """On the CPU the tensors are the arrays.
+    """Makes tensors of a step's arrays without a copy, on the CPU.
 
-    Those of single tokens are used again while the same requests go on within their blocks: every position,
-    slot and length is one more. To make them anew takes longer than to compute on them, since each function
-    that is called has to come from memory again after a pass over the weights.
+    Decode tensors are reused in place while the same requests go on within their blocks: every position, slot
+    and length is one more. After streaming the weights the caches are cold, so building new tensors costs
+    more than the arithmetic.
     """
 
     def __init__(self, num_rows: int, block_size: int) -> None:
@@ -157,7 +157,7 @@ class HostInputs:
         ):
             return None
         self._slots = [slot + 1 for slot in self._slots]
-        # One by one: NumPy's operators on whole arrays have to come from memory, too.
+        # One by one: with cold caches this is faster than NumPy's operators on whole arrays.
         for i, ((row, start, _), token, slot) in enumerate(
             zip(places, _known_ids(items), self._slots, strict=True)
         ):
@@ -170,11 +170,11 @@ class HostInputs:
 
     def clear_row(self, row: int) -> None:
         self._newest[row] = 0
-        self._arrays = None  # the row's next owner has other blocks
+        self._arrays = None  # the next request in the row has other blocks
 
 
 class DeviceInputs:
-    """On a GPU all arrays of a step travel in one transfer that nobody waits for.
+    """Sends all arrays of a step to a GPU in one transfer, without waiting for it.
 
     `newest`: [rows] int64, what captured graphs read and write.
     """
@@ -213,7 +213,7 @@ class DeviceInputs:
         return ids, batch
 
     def is_clean(self, row: int) -> bool:
-        return True  # to look would be to wait for the device
+        return True  # a check would wait for the device
 
     def clear_row(self, row: int) -> None:
         self.newest[row].zero_()
@@ -277,7 +277,7 @@ def step_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepSize]
     return [StepSize(d, t) for d in decodes for t in tokens]
 
 
-# ---- between the host and a GPU: small transfers that neither side waits for -----------------------
+# ---- small transfers between the host and a GPU, without waiting for them --------------------------
 
 
 class Stager:

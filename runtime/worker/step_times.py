@@ -54,7 +54,7 @@ class StepClock:
 
     The seconds are the host's. A GPU works behind it: there "forward" and "sample" are what launching the
     kernels takes (a captured graph is all "forward"), and "wait" is how much longer the device needs.
-    `inside` has how much of "forward" functions took that were made by `timed`: none unless asked for.
+    `inside` has how much of "forward" functions took that were made by `timed`: zero unless measured.
     """
 
     __slots__ = ("_part", "_since", "inside", "seconds")
@@ -132,7 +132,7 @@ class DeviceClock:
 
     A step is busy from its first kernel to its tokens' way to the host, gaps between its kernels included.
     The idle time before it runs from the end of the step before: what the GPU waited for the host. Time in
-    which the engine had no requests is neither. Steps are told in the order in which they were launched.
+    which the engine had no requests is neither. Steps must be reported in the order of their launch.
     """
 
     def __init__(self, clock: StepClock) -> None:
@@ -183,7 +183,7 @@ def _event() -> torch.cuda.Event:
 class Tally:
     """Steps of one kind: sums over them, seconds by part, and the seconds of each step as a whole.
 
-    `seconds` has the parts of a step, what of "forward" was told apart, and on a GPU its busy and idle time.
+    `seconds` has the parts of a step, the measured parts of "forward", and on a GPU its busy and idle time.
     """
 
     steps: int = 0
@@ -305,7 +305,7 @@ class StepReport:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._whole = Period()  # what was told
+        self._whole = Period()  # what was reported
         self._part = Period()  # since then
         self._tables = 0
         source.clock.enter("idle")  # what was before belongs to no account
@@ -361,7 +361,7 @@ class StepReport:
 
 
 def _write(table: str) -> None:
-    """One write, as others write to stderr as well, below whatever line somebody has begun there."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: no reason to stop computing
+    """Write once and below a line that was begun, since other threads write to stderr as well."""
+    with contextlib.suppress(OSError, ValueError):  # stderr was closed: no reason to stop computing
         sys.stderr.write(f"\n{table}\n")
         sys.stderr.flush()
