@@ -159,8 +159,8 @@ class Scheduler:
         """
         budget = self._config.max_num_batched_tokens  # at least one for every row
         scheduled: list[ScheduledRequest] = []
-        # While blocks are short every request is eligible, the oldest first: one that was denied blocks is the
-        # next to get them, which the policy's choice could put off for ever.
+        # While blocks are short every request is eligible, the oldest first: one that was denied blocks is
+        # the next to get them, which the policy's choice could put off for ever.
         eligible = self._running if self._short_of_blocks else self._policy.eligible(self._running)
         self._short_of_blocks = False
         for index, request in enumerate(eligible):
@@ -239,10 +239,10 @@ class Scheduler:
         return min(missing, budget)
 
     def _trim_drafts(self, request: Request, spare: int) -> int:
-        """Keep the drafts that take no turn, block or token from anyone and may still be an output.
+        """Keep the drafts that take no block or token from other requests and may still be an output.
 
-        spare: what the step's budget has beyond one token for each of those that have a turn. Returns how
-        many are left.
+        spare: what the step's budget has beyond one token for each eligible request. Returns how many are
+        left.
         """
         left = request.max_tokens - request.num_output - 1
         room = min(left, spare, self.kv.num_available - 1)
