@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TextIO
 
-from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.errors import ConfigError, reason_of
 
 ADDRESS = ("http://", "https://")
 STREAM = "-"  # in place of a path: stdin or stdout
@@ -40,7 +40,7 @@ class RequestFile:
             self._file = self._open(where)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self._open_files.close()
-            raise ConfigError(f"-i {where}: {_reason(error)}") from error
+            raise ConfigError(f"-i {where}: {reason_of(error)}") from error
         self.num_lines = sum(1 for _ in self)
 
     def _open(self, where: str) -> IO[bytes]:
@@ -110,7 +110,7 @@ class AnswerFile:
             else:
                 self._file = open(where, "ab")  # noqa: SIM115 -- __exit__ closes it
         except (OSError, ValueError) as error:
-            raise ConfigError(f"-o {where}: {_reason(error)}") from error
+            raise ConfigError(f"-o {where}: {reason_of(error)}") from error
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -121,7 +121,7 @@ class AnswerFile:
                 self._file.close()
         except OSError as error:
             if kind is None:  # else what could not be written was reported already
-                raise ConfigError(f"-o {self._where}: {_reason(error)}") from error
+                raise ConfigError(f"-o {self._where}: {reason_of(error)}") from error
         if self._staged is not None:
             if kind is None:
                 _upload(self._staged, self._where)
@@ -139,7 +139,7 @@ class AnswerFile:
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough
         except OSError as error:
-            raise ConfigError(f"-o {self._where}: {_reason(error)}") from error
+            raise ConfigError(f"-o {self._where}: {reason_of(error)}") from error
 
 
 def _upload(file: Path, address: str) -> None:
@@ -152,7 +152,7 @@ def _upload(file: Path, address: str) -> None:
                 urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT_S).close()
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = _reason(error)
+            reason = reason_of(error)
             time.sleep(pause)
     raise ConfigError(f"-o {address}: {reason}", remedy=f"the answers are kept in {file}")
 
@@ -161,7 +161,3 @@ def _standard(stream: TextIO | None) -> IO[bytes]:
     if stream is None:
         raise ValueError("this process has none")  # it was started with `<&-` or `>&-`
     return stream.buffer
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.errors import ConfigError, reason_of
 from microvllm.runtime.flag import (
     ACCESS,
     ANSWERS,
@@ -70,7 +70,7 @@ def keys_of(path: str) -> tuple[str, ...]:
     try:
         keys = tuple(line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--api-key-file {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(f"--api-key-file {path}: {reason_of(error)}") from error
     if not keys:
         raise ConfigError(f"--api-key-file {path}: holds no key")
     return keys

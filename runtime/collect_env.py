@@ -140,30 +140,18 @@ def _kernels() -> Rows:
 
 
 def _packages() -> Rows:
-    """List our dependencies, theirs, and the installed ones of our extras."""
+    """List what we depend on, with the installed ones of our extras, and all else that is installed."""
     rows: Rows = []
-    seen = {"microvllm"}
-    queue = []
+    installed = {canonicalize_name(each.metadata["Name"]): each.version for each in metadata.distributions()}
     for requirement in map(Requirement, metadata.requires("microvllm") or []):
-        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        version = _version(requirement.name)
-        name = canonicalize_name(requirement.name)
-        if name in seen or not (wanted or version):
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        version = installed.pop(canonicalize_name(requirement.name), None)
+        if not (needed or version):
             continue
-        seen.add(name)
-        queue.append(name)
         fits = version is None or requirement.specifier.contains(version, prereleases=True)
         need = f" (needs {requirement.specifier})" if not fits else ""
         rows.append((requirement.name, (version or "not installed") + need))
-    others = []
-    while queue:
-        for requirement in map(Requirement, _requires(queue.pop())):
-            name = canonicalize_name(requirement.name)
-            if name not in seen and (version := _version(name)) is not None:
-                seen.add(name)
-                queue.append(name)
-                others.append(f"{requirement.name} {version}")
-    return [*rows, ("and below them", ", ".join(sorted(others, key=str.lower)))]
+    return [*rows, ("and beside them", ", ".join(map(" ".join, sorted(installed.items()))))]
 
 
 def _variables() -> Rows:
@@ -173,20 +161,6 @@ def _variables() -> Rows:
             hidden = SECRET_NAME.search(name) is not None
             rows.append((name, "(set, not shown)" if hidden else SECRET_IN_ADDRESS.sub("***", value)))
     return rows
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _requires(package: str) -> list[str]:
-    try:
-        return metadata.requires(package) or []
-    except metadata.PackageNotFoundError:
-        return []
 
 
 def _read(path: str | Path) -> str:

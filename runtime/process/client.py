@@ -228,10 +228,7 @@ class EngineClient:
         return await asyncio.get_running_loop().run_in_executor(self._workers, call)
 
     async def run_rendering(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that renders a chat template, in threads of its own.
-
-        A template that runs until its deadline delays chats, but nothing else.
-        """
+        """Run a function that renders a chat template, in threads whose delays concern chats alone."""
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._chat_workers, call)
 
@@ -440,8 +437,8 @@ class EngineClient:
             else:
                 logger.info("The engine process was started again.")
                 return process
-        attempts = len(RESTART_DELAYS_S)
-        raise EngineError(f"the engine could not be started again in {attempts} attempts: {problem}")
+        times = len(RESTART_DELAYS_S)
+        raise EngineError(f"the engine could not be started again in {times} attempts: {problem}")
 
 
 def _named(streams: Collection[TokenStream]) -> str:
