@@ -1,4 +1,4 @@
-"""Says in one sentence what each request field does, for the OpenAPI document and its page."""
+"""Describes each request field in one sentence, for the OpenAPI document and its page."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def build_document(endpoints: Iterable[Endpoint], args: ServerArgs) -> dict[str,
 
 
 def request_schema(kind: type[Body], max_stop_strings: int = MAX_STOP_STRINGS) -> dict[str, Any]:
-    """The schema of a request body: what is honoured, what is ignored, what is refused.
+    """Return the schema of a request body: what is honoured, what is ignored, what is refused.
 
     The types give the shapes in their canonical form, without the lax spellings.
     """
@@ -86,7 +86,7 @@ def request_schema(kind: type[Body], max_stop_strings: int = MAX_STOP_STRINGS) -
 
 
 def _plain(declared: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a value looks like that is given: without null, default and references to other schemas."""
+    """Return the schema of a value that is given: without null, default and references to others."""
     if "$ref" in declared:
         struct = parts[declared["$ref"]]
         members = {name: _plain(member, parts) for name, member in struct["properties"].items()}
@@ -105,7 +105,7 @@ def _plain(declared: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, A
 
 
 def _or_null(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of what may be left out: null means "not given" everywhere."""
+    """Return the schema of what may be left out: null means "not given" everywhere."""
     kind = schema.get("type")
     if isinstance(kind, str) and "enum" not in schema:
         return {**schema, "type": [kind, "null"]}

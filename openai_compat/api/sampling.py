@@ -1,4 +1,4 @@
-"""From a request body to `SamplingParams`: request -> model's generation_config -> OpenAI's default."""
+"""Makes `SamplingParams` of a request body: request -> model's generation_config -> OpenAI's default."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """The sampling parameters of a request.
+    """Return the sampling parameters of a request, checked.
 
-    `max_tokens` is the request's wish (None: until the context is full), `max_tokens_field` the field it
+    `max_tokens` is the requested value (None: until the context is full), `max_tokens_field` the field it
     came from. A `max_tokens` in the model's generation config is a limit for every request, as in vLLM.
-    `logprobs` and `prompt_logprobs` are counts, which completions and chat ask for in different fields.
+    `logprobs` and `prompt_logprobs` are counts, which completions and chats have in different fields.
     Raises `InvalidRequestError` naming the field that is out of range.
     """
     _check_spaces(body, client)
@@ -56,23 +56,23 @@ def sampling_params(
     return params
 
 
-def _max_tokens(wish: int | None, field: str, client: EngineClient, limit: int | None) -> int | None:
+def _max_tokens(requested: int | None, field: str, client: EngineClient, limit: int | None) -> int | None:
     context = client.config.max_model_len
-    if wish is None:
+    if requested is None:
         return limit
-    if wish < 1:
-        raise InvalidRequestError(f"{field} must be at least 1, got {wish}.", field)
-    if wish > context:
+    if requested < 1:
+        raise InvalidRequestError(f"{field} must be at least 1, got {requested}.", field)
+    if requested > context:
         raise InvalidRequestError(
-            f"{field}={wish} cannot be greater than max_model_len={context}. "
+            f"{field}={requested} cannot be greater than max_model_len={context}. "
             "Please request fewer output tokens.",
             field,
         )
-    return wish if limit is None else min(wish, limit)
+    return requested if limit is None else min(requested, limit)
 
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
-    """JSON has only strings as keys; values are clamped, as in vLLM."""
+    """Return the biases by token id: JSON has only strings as keys. Values are clamped, as in vLLM."""
     wrong = [key for key in biases if not _TOKEN_ID.fullmatch(key)]
     if wrong:
         keys = clip(", ".join(repr(clip(key)) for key in wrong))
