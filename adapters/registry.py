@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from microvllm.adapters import gemma2, gemma3, llama, mistral, qwen, qwen2, qwen3
+from microvllm.adapters import gemma2, gemma3, llama, mistral, phi3, qwen, qwen2, qwen3
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields, shorten
@@ -28,6 +28,7 @@ FAMILIES = (
     qwen3.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    phi3.FAMILY,
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.

@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
     },
+    "phi3-window": {"family": "phi3", "sliding_window": 19},
     "qwen3-untied": {"family": "qwen3", "hidden_size": 126, "head_dim": 16},
 }
 

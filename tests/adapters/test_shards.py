@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"family": "qwen2", "tie": True},
     "qwen3": {"family": "qwen3"},
+    "phi3": {"family": "phi3"},
     "gemma3": {
         "family": "gemma3_text",
         "tie": True,

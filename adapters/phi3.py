@@ -1,0 +1,28 @@
+"""Phi-3 and 3.5, mini and medium (arXiv:2404.14219): Llama, but with fused tensors in the checkpoint."""
+
+from __future__ import annotations
+
+import msgspec
+
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.spec import ModelSpec
+
+TENSORS = {
+    **HF_TENSORS,
+    "qkv": "model.layers.{i}.self_attn.qkv_proj",
+    "gate_up": "model.layers.{i}.mlp.gate_up_proj",
+}
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    spec = hf_spec(config, "phi3", default_max_position=4096, windows=_windows)
+    return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+def _windows(config: Fields, num_layers: int) -> list[int | None]:
+    return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
+
+
+FAMILY = Family("phi3", "Phi3ForCausalLM", from_hf, hf_tensors=TENSORS)
