@@ -17,7 +17,7 @@ from microvllm.runtime.text.detokenizer import Detokenizer, TextDelta
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
 
-MAX_LENGTH_PENALTY = 10  # an exponent: a large one leaves the numbers there are
+MAX_LENGTH_PENALTY = 10  # an exponent: with a larger one the scores overflow
 # Fields that beam search does not implement, and the values of each that have no effect.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -91,7 +91,7 @@ class BeamSearch:
         self._request = client.processor.requests(prompt, params)[0]
         self.num_cached_tokens = 0
         self.task = asyncio.ensure_future(self._in_time())
-        # Where several prompts fail together, nobody asks the second one why.
+        # Read the exception, so that asyncio does not report one that no caller awaited.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.streams = [BeamStream(self, prompt, index) for index in range(params.n)]
 
@@ -148,7 +148,7 @@ class BeamStream:
 
     name: str = ""
     prompt_logprobs = None
-    num_preemptions = 0  # those of its steps are in the metrics
+    num_preemptions = 0  # its steps are requests of their own, which the metrics count
 
     def __init__(self, search: BeamSearch, prompt: list[int], index: int) -> None:
         self._search, self._index = search, index

@@ -227,7 +227,7 @@ def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) ->
     truncation = Truncation.of(body, client.config.max_model_len)
     ids = tokenize_text(client, text, bool(body.add_special_tokens), truncation)
     last = messages[-1]
-    # Without a generation prompt, or when the last message is continued, the answer speaks as its author.
+    # Without a generation prompt, or when the last message is continued, its author is the answer's.
     speaks_on = continued or body.add_generation_prompt is False
     role = last["role"] if speaks_on else state.args.response_role
     echoed = body.echo and last["role"] == role
@@ -248,7 +248,7 @@ def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: Se
         variables["reasoning_effort"] = effort
         if "enable_thinking" not in kwargs:
             variables["enable_thinking"] = effort != "none"
-    # Tools are only taken where none may be called.
+    # Tools are only accepted with `tool_choice: "none"`, to be shown to the model.
     if body.tools is not None and not state.args.exclude_tools_when_tool_choice_none:
         variables["tools"] = msgspec.to_builtins(body.tools)
     return variables

@@ -70,7 +70,7 @@ class Completion(Generation[CompletionRequest]):
         return sampling_params(
             body,
             self.state.client,
-            max_tokens=1 if self.prompt_only else max_tokens,  # the engine cannot run without making a token
+            max_tokens=1 if self.prompt_only else max_tokens,  # the engine generates at least one token
             max_tokens_field="max_tokens",
             logprobs=body.logprobs,
             prompt_logprobs=of_prompt,
@@ -197,7 +197,7 @@ class CompletionChunks(ObjectChunks):
         choice = self._choices[index]
         token_ids = delta.token_ids if self._with_ids else None
         prompt_ids = None
-        if not choice.begun and (self._with_ids or choice.echoes):  # with an echo unasked, as in vLLM
+        if not choice.begun and (self._with_ids or choice.echoes):  # with `echo` always, as in vLLM
             prompt_ids = self._streams[index].prompt_token_ids
         text, logprobs = choice.format_piece(delta.text, delta.token_ids, delta.logprobs)
         return (

@@ -18,12 +18,12 @@ HOME = """<!doctype html>
 <title>microvllm</title>
 <p>microvllm {version} serves the API of OpenAI and vLLM below <code>/v1</code>.{links}
 """
-# Relative, so that they also work below the prefix of a proxy.
+# Relative links also work below the path prefix of a proxy.
 HOME_LINKS = """
 <p><a href="docs">/docs</a> describes it, <a href="openapi.json">/openapi.json</a> does so for programs.
 """
 PAGE = Path(__file__).with_name("docs.html")
-# The page is one file and talks to this server only.
+# The page is one file and requests nothing but /openapi.json of this server.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

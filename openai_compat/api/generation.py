@@ -112,7 +112,7 @@ class Generation(ABC, Generic[RequestT]):
 
     def __init__(self, request: Request, state: ServerState, body: RequestT) -> None:
         _check_fields(body, state)
-        state.client.check_room()  # before the work of reading the prompt
+        state.client.check_room()  # before the prompt is rendered and tokenised
         self.request, self.state, self.body = request, state, body
         self.id = f"{self.id_prefix}-{_id_suffix(request, body)}"
         self.created = int(time.time())
@@ -335,7 +335,7 @@ def _check_fields(body: GenerationRequest, state: ServerState) -> None:
         check_model(body.model, state)
     if body.stream_options and not body.stream:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
-    if body.stream and body.prompt_logprobs:  # 0: none beside the prompt's own
+    if body.stream and body.prompt_logprobs:  # 0 has no effect in a stream
         raise InvalidRequestError(
             "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"
         )

@@ -37,7 +37,7 @@ class TokenText:
         self._tokenizer = tokenizer
         self._table = None if tokenizer.token_bytes is None else tokenizer.token_bytes.all
         self._as_ids = as_ids
-        self._open = b""  # of a character that the tokens before have begun
+        self._open = b""  # the first bytes of a character that the tokens so far have begun
 
     def text_of(self, token: int) -> str:
         """Return the text of the token at the current position."""
@@ -106,7 +106,7 @@ class CompletionLogprobs:
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         found: dict[str, float] = {}
         for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True):
-            # Of two tokens that read the same, the likelier one comes first.
+            # Of two tokens with the same text the likelier comes first, and is kept.
             found.setdefault(self._token_text.text_of(token), finite(logprob))
         return found
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient
 
 MAX_PROMPTS = 1024
-# Of all sequences together: each one's prompt travels to the engine, and `return_token_ids` repeats it.
+# Over all sequences: each sequence's prompt is sent to the engine, and `return_token_ids` repeats it.
 MAX_PROMPT_TOKENS = 1 << 20
 
 
@@ -142,7 +142,7 @@ def prompt_texts(
     return [
         prompt
         if isinstance(prompt, str) and truncation is None
-        # What the tokenizer put before a text was not in it.
+        # Special tokens that the tokenizer put before a text are not part of it.
         else client.tokenizer.decode(own, skip_special_tokens=isinstance(prompt, str))
         for prompt, own in zip(prompts, ids, strict=True)
     ]

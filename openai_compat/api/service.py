@@ -33,7 +33,7 @@ from microvllm.runtime.errors import EngineDeadError
 
 logger = logging.getLogger("microvllm.server")
 
-PATHS = frozenset({"vocab_file", "merges_file", "name_or_path"})  # of the machine it was made on
+PATHS = frozenset({"vocab_file", "merges_file", "name_or_path"})  # paths of the machine that wrote the file
 PACKAGES = ("microvllm", "torch", "transformers", "tokenizers", "starlette", "uvicorn", "msgspec")
 
 

@@ -33,12 +33,12 @@ class Outcome:
 async def collect(streams: Sequence[Stream]) -> list[Outcome]:
     """Return every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
     outcomes, taken = [], 0
-    # One after the other loses nothing: the streams fill up by themselves meanwhile.
+    # One after the other takes no longer: the other streams fill up meanwhile.
     for stream in streams:
         outcome, parts = Outcome(), []
         async for delta in stream:
             taken += 1
-            if taken % DELTAS_AT_ONCE == 0:  # those of thousands of sequences may all be there
+            if taken % DELTAS_AT_ONCE == 0:  # thousands of deltas may be ready at once
                 await asyncio.sleep(0)
             parts.append(delta.text)
             outcome.token_ids += delta.token_ids

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from microvllm.openai_compat.transport.lifecycle import Lifecycle
 
 CHUNK_SEND = "microvllm.chunk_send"  # in the scope, see `ChunkSendMiddleware`
-# What a client may have repeated to it: an id that is harmless in headers, logs and bodies.
+# An id of a client that may be repeated: harmless in headers, logs and bodies.
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-UNKNOWN = "none"  # the handler of a path that there is no route for: else a client could invent labels
+UNKNOWN = "none"  # the label of a path without a route; a client must not be able to invent labels
 LOAD_HEADER = "endpoint-load-metrics"  # of ORCA, the open request cost aggregation that Envoy reads
 # Origins of pages that this machine serves. A page from elsewhere has to be named: behind a firewall or
 # without a key, any site that its user opens could use the server.
@@ -190,7 +190,7 @@ class HttpMetricsMiddleware:
             await self.app(scope, receive, send)
             return
         handler = _handler(scope)
-        status, sent_bytes = 500, 0  # what the client gets when nothing was sent and an exception leaves here
+        status, sent_bytes = 500, 0  # the answer of the outer handler, if an exception leaves here
 
         # A plain function: a coroutine of its own would be one more await per message.
         def noting(message: Message) -> Awaitable[None]:
