@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, inspect
 
-from microvllm.runtime import request as engine
+from microvllm.runtime import request as parameters
 from microvllm.runtime.request import INT64_MAX, Int64, TokenId
 
 MAX_SALT_CHARS = 128
@@ -139,26 +139,26 @@ class GenerationRequest(Body, kw_only=True):
     model: str | None = None
     # what to sample and how; `check_sampling` checks the ranges
     max_tokens: Int64 | None = None
-    temperature: engine.Temperature | None = None
-    top_p: engine.TopP | None = None
-    top_k: engine.TopK | None = None
-    min_p: engine.MinP | None = None
-    n: engine.NumSamples = 1
+    temperature: parameters.Temperature | None = None
+    top_p: parameters.TopP | None = None
+    top_k: parameters.TopK | None = None
+    min_p: parameters.MinP | None = None
+    n: parameters.NumSamples = 1
     seed: Int64 | None = None
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)] = []
-    stop_token_ids: engine.StopTokenIds = []
-    presence_penalty: engine.Penalty | None = None
-    frequency_penalty: engine.Penalty | None = None
-    repetition_penalty: engine.RepetitionPenalty | None = None
-    logit_bias: Annotated[dict[str, float], Meta(max_length=engine.MAX_LOGIT_BIAS)] = {}
+    stop_token_ids: parameters.StopTokenIds = []
+    presence_penalty: parameters.Penalty | None = None
+    frequency_penalty: parameters.Penalty | None = None
+    repetition_penalty: parameters.RepetitionPenalty | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=parameters.MAX_LOGIT_BIAS)] = {}
     allowed_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
-    bad_words: Annotated[list[str], Meta(max_length=engine.MAX_BAD_WORDS)] = []
+    bad_words: Annotated[list[str], Meta(max_length=parameters.MAX_BAD_WORDS)] = []
     ignore_eos: bool = False
-    min_tokens: engine.Count = 0
+    min_tokens: parameters.Count = 0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    repetition_detection: engine.RepetitionDetection | None = None
+    repetition_detection: parameters.RepetitionDetection | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
     # what to make of the prompt
@@ -170,7 +170,7 @@ class GenerationRequest(Body, kw_only=True):
     echo: bool = False
     stream_interval: Annotated[int, Meta(ge=1, le=INT64_MAX)] | None = None
     prompt_logprobs: Int64 | None = None
-    logprob_token_ids: engine.LogprobTokenIds | None = None
+    logprob_token_ids: parameters.LogprobTokenIds | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool = False
     cache_salt: CacheSalt = ""
