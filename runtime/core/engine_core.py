@@ -12,7 +12,7 @@ from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
-from microvllm.runtime.worker.step_times import DeviceTimes, StepClock, StepReport
+from microvllm.runtime.worker.step_times import Measured, StepReport
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -27,25 +27,12 @@ class StepInFlight(Protocol):
 StepT = TypeVar("StepT", bound=StepInFlight)
 
 
-class Runner(Protocol[StepT]):
+class Runner(Measured, Protocol[StepT]):
     """Executes plans: the model runner, or a fake in tests."""
 
     def launch(self, plan: StepPlan) -> StepT:
         """Start a step; must not wait for its tokens."""
         ...
-
-    @property
-    def clock(self) -> StepClock:
-        """Measures the parts of a step; `launch` enters them."""
-        ...
-
-    @property
-    def device_clock(self) -> DeviceTimes | None:
-        """Set if the times of steps are logged and a GPU computes them."""
-        ...
-
-    @property
-    def graph_replays(self) -> int: ...
 
     @property
     def padded_tokens(self) -> int: ...

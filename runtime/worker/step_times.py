@@ -70,7 +70,7 @@ class StepClock:
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
 
-    def read(self, device: DeviceTimes | None) -> list[float]:
+    def read(self, device: DeviceClock | None) -> list[float]:
         """The seconds in the order of `ALL_PARTS`, without a GPU's if none is measured."""
         found = [*self.seconds.values(), *self.inside.values()]
         return found if device is None else [*found, device.busy_seconds, device.idle_seconds]
@@ -106,16 +106,6 @@ def time_forward(model: DecoderModel, attention: AttentionBackend, clock: StepCl
 
 
 # ---- a GPU's clock ---------------------------------------------------------------------------------
-
-
-class DeviceTimes(Protocol):
-    """Seconds so far; see `DeviceClock`."""
-
-    @property
-    def busy_seconds(self) -> float: ...
-
-    @property
-    def idle_seconds(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -287,14 +277,18 @@ def quantile(values: Iterable[float], share: float) -> float:
 # ---- the report ------------------------------------------------------------------------------------
 
 
-class Source(Protocol):
-    """What is measured: a runner. It has a `device_clock` if it measures a GPU."""
+class Measured(Protocol):
+    """A runner whose steps are measured."""
 
     @property
-    def clock(self) -> StepClock: ...
+    def clock(self) -> StepClock:
+        """Measures the parts of a step; launching it enters them."""
+        ...
 
     @property
-    def device_clock(self) -> DeviceTimes | None: ...
+    def device_clock(self) -> DeviceClock | None:
+        """Set if the times of steps are logged and a GPU computes them."""
+        ...
 
     @property
     def graph_replays(self) -> int: ...
@@ -303,7 +297,7 @@ class Source(Protocol):
 class StepReport:
     """The accounts of a runner's steps, as tables on stderr."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Measured) -> None:
         self._source = source
         self._whole = Period()  # what was reported
         self._part = Period()  # since then
