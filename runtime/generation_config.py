@@ -10,9 +10,9 @@ import msgspec
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import read_json
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
 from microvllm.runtime.find_model import user_path
-from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.request import SamplingParams, check_sampling
 
 # Fields of generation_config.json, and their names in `SamplingParams`.
 GENERATION_FIELDS = {
@@ -71,9 +71,9 @@ def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> 
     defaults = {name: content[name] for name in GENERATION_FIELDS if content.get(name) is not None}
     ends = content.get("eos_token_id")
     try:
-        msgspec.convert({GENERATION_FIELDS[name]: value for name, value in defaults.items()}, SamplingParams)
+        check_sampling(SamplingParams(**{GENERATION_FIELDS[name]: value for name, value in defaults.items()}))
         msgspec.convert(ends, int | list[int | None] | None)
-    except msgspec.ValidationError as error:
+    except (InvalidRequestError, msgspec.ValidationError) as error:
         raise ConfigError(f"{source}: {error}") from None
     if ends is None:
         return defaults
