@@ -25,31 +25,23 @@ REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 # Only requests that ended by themselves count towards latencies.
 COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
 
-FIRST_TOKEN_SECONDS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
-)
-BETWEEN_TOKENS_SECONDS = (
-    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
-    *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
-)
-REQUEST_SECONDS = (
-    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
-    *(120, 240, 480, 960, 1920, 7680),
-)
-STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
-SAMPLES = (1, 2, 5, 10, 20)
-PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
-
-
-# Upper bounds by their name in `metrics.tsv`; token counts go up to the context.
+# Upper bounds of histograms by their name in `metrics.tsv`; None: token counts up to the context.
 BOUNDS: dict[str, Sequence[float] | None] = {
-    "FIRST_TOKEN_SECONDS": FIRST_TOKEN_SECONDS,
-    "BETWEEN_TOKENS_SECONDS": BETWEEN_TOKENS_SECONDS,
-    "REQUEST_SECONDS": REQUEST_SECONDS,
-    "STEP_TOKENS": STEP_TOKENS,
-    "SAMPLES": SAMPLES,
-    "PREEMPTIONS": PREEMPTIONS,
+    "FIRST_TOKEN_SECONDS": (
+        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+        *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+    ),
+    "BETWEEN_TOKENS_SECONDS": (
+        *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+        *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
+    ),
+    "REQUEST_SECONDS": (
+        *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+        *(120, 240, 480, 960, 1920, 7680),
+    ),
+    "STEP_TOKENS": (1, *(2**power for power in range(3, 15))),
+    "SAMPLES": (1, 2, 5, 10, 20),
+    "PREEMPTIONS": (1, 2, 3, 4, 5, 10, 20),
     "CONTEXT_TOKENS": None,
 }
 
