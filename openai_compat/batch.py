@@ -111,7 +111,7 @@ def run_batch(
             return
         sock = stack.enter_context(bind_socket(args)) if enable_metrics else None
         config = engine_args.prepare(on_load)
-        work = _run(config, args, requests, answers, max_inflight, sock, on_load, on_progress)
+        work = _answer_all(config, args, requests, answers, max_inflight, sock, on_load, on_progress)
         asyncio.run(_until_signal(work))
 
 
@@ -136,7 +136,7 @@ async def _until_signal(work: Awaitable[None]) -> None:
     await Signals().run(work)
 
 
-async def _run(
+async def _answer_all(
     config: EngineConfig,
     args: ServerArgs,
     requests: RequestFile,

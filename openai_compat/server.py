@@ -83,7 +83,9 @@ def serve(
     tls = tls_context(args)
     sock = bind_socket(args)
     try:
-        _run(_serve(engine_args.prepare(on_progress), args, sock, tls, on_progress, spawned, announce))
+        _run_event_loop(
+            _serve(engine_args.prepare(on_progress), args, sock, tls, on_progress, spawned, announce)
+        )
     finally:
         release_socket(sock, args)
 
@@ -99,7 +101,7 @@ def _check_content_format(client: EngineClient, args: ServerArgs) -> None:
         )
 
 
-def _run(main: Coroutine[Any, Any, None]) -> None:
+def _run_event_loop(main: Coroutine[Any, Any, None]) -> None:
     try:
         import uvloop
     except ImportError:  # there is none for Windows

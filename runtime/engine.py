@@ -92,7 +92,7 @@ class InferenceEngine:
             raise InvalidRequestError("generate() gives one text a prompt; n must be 1", "n")
         sequences = {self._sequence(prompt, params): prompt for prompt in unique}
         texts = dict.fromkeys(unique, "")
-        for sequence, delta in self.run(list(sequences)):
+        for sequence, delta in self.generate_deltas(list(sequences)):
             texts[sequences[sequence]] += delta.text
         return texts
 
@@ -107,7 +107,7 @@ class InferenceEngine:
         params = self.sampling_params(max_tokens=max_tokens, **sampling)
         if params.n != 1:
             raise InvalidRequestError("stream_generate() gives one text; n must be 1", "n")
-        for _, delta in self.run([self._sequence(prompt, params)]):
+        for _, delta in self.generate_deltas([self._sequence(prompt, params)]):
             *earlier, last = delta.token_ids
             for token in earlier:
                 yield token, ""
@@ -120,7 +120,9 @@ class InferenceEngine:
             raise InvalidRequestError(f"{unknown[0]} is not a sampling parameter", unknown[0])
         return UserParams(**{**self.processor.default_params(), **fields}).resolve()
 
-    def run(self, sequences: Sequence[OfflineSequence]) -> Iterator[tuple[OfflineSequence, TextDelta]]:
+    def generate_deltas(
+        self, sequences: Sequence[OfflineSequence]
+    ) -> Iterator[tuple[OfflineSequence, TextDelta]]:
         """Generate all sequences together; yields the delta of each.
 
         Closing the iterator early aborts what still runs.

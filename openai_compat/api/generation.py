@@ -159,7 +159,7 @@ class Generation(ABC, Generic[RequestT]):
         if self.body.stream:
             return EventStream(self._events(self.chunks()), self.state, on_end=self.abort)
         try:
-            body = await lifecycle.run(self._whole_answer(), self.request.receive)
+            body = await lifecycle.run_until_disconnect(self._whole_answer(), self.request.receive)
         finally:
             self.abort()
         return Response(body, media_type="application/json")
@@ -285,7 +285,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._lifecycle.run(self._send_events(send, scope.get(CHUNK_SEND, send)), receive)
+            await self._lifecycle.run_until_disconnect(
+                self._send_events(send, scope.get(CHUNK_SEND, send)), receive
+            )
         except ServerStoppingError as error:
             last = error_event(error) + DONE
             await send({"type": "http.response.body", "body": last, "more_body": False})

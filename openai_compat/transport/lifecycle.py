@@ -27,12 +27,12 @@ class Lifecycle:
         self._work: set[asyncio.Task[Any]] = set()
 
     def cut(self) -> None:
-        """Ends every request in progress; the waiters of `run` see `ServerStoppingError`."""
+        """Ends every request in progress; the waiters of `run_until_disconnect` see `ServerStoppingError`."""
         self.draining = self._cut = True
         for task in self._work:
             task.cancel()
 
-    async def run(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    async def run_until_disconnect(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
         """Awaits `work` unless its client leaves first; cancelled work has ended before this returns.
 
         Raises `ClientGoneError` or `ServerStoppingError` where `work` was cut short, else what it raises.

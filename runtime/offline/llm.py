@@ -245,7 +245,7 @@ class LLM:
     def _complete(self, builders: Sequence[OutputBuilder], use_tqdm: UseTqdm) -> list[RequestOutput]:
         owners = {sequence: builder for builder in builders for sequence in builder.sequences}
         with _progress(use_tqdm, len(builders)) as advance:
-            for sequence, delta in self.engine.run(list(owners)):
+            for sequence, delta in self.engine.generate_deltas(list(owners)):
                 builder = owners[sequence]
                 builder.add_delta(sequence, delta)
                 if delta.finish_reason is not None and builder.result.finished:
@@ -327,7 +327,7 @@ class LLM:
                 for search in open_ones
             ]
             entries: dict[OfflineSequence, TokenLogprobs] = {}
-            for sequence, delta in self.engine.run(list(itertools.chain(*batches))):
+            for sequence, delta in self.engine.generate_deltas(list(itertools.chain(*batches))):
                 for entry in delta.logprobs or []:
                     entries[sequence] = entry
             for search, batch in zip(open_ones, batches, strict=True):

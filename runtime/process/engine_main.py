@@ -75,7 +75,7 @@ def main() -> None:
             return
         channel.send_event(Ready(core.stats()))
         heartbeat.begin()
-        _run(core, channel, heartbeat)
+        _run_engine(core, channel, heartbeat)
 
 
 def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
@@ -93,7 +93,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
     return EngineCore(runner.config, runner)
 
 
-def _run(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
+def _run_engine(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
     # What is alive now stays alive: frozen, it costs the collector nothing.
     gc.collect()
     return_freed_memory()  # the weights as they were read: they lie packed elsewhere

@@ -40,13 +40,13 @@ class Heartbeat:
         self.resting = False
         self._channel = channel
         self._beating = False
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._beat_until_hangup, name="heartbeat", daemon=True).start()
 
     def begin(self) -> None:
         """Start to beat: the model is loaded."""
         self._beating = True
 
-    def _run(self) -> None:
+    def _beat_until_hangup(self) -> None:
         hangup = select.poll()
         hangup.register(self._channel.fileno(), getattr(select, "POLLRDHUP", 0))
         while not hangup.poll(BEAT_S * 1000):

@@ -395,7 +395,7 @@ def test_the_parts_add_up_to_the_time_that_passed(backend: str, capsys: pytest.C
     clock, began = engine.core.clock, engine.core.clock._since
     before = sum(clock.seconds.values())
     params = SamplingParams(max_tokens=12, temperature=0.8, ignore_eos=True, logprobs=2)
-    list(engine.run([engine.sequences([7, 8, 9] * i, params)[0] for i in range(1, 6)]))
+    list(engine.generate_deltas([engine.sequences([7, 8, 9] * i, params)[0] for i in range(1, 6)]))
     assert sum(clock.seconds.values()) - before == pytest.approx(clock._since - began, rel=1e-9)
     told = report._whole
     assert told.steps == engine.core.stats().steps == 12 and not report._part.steps
