@@ -137,8 +137,8 @@ class EngineArgs:
     max_num_queued_reqs: int | str | None = flag(
         None,
         SCHEDULING,
-        "Requests that may wait (16384); more are answered 503. auto: those that will be begun "
-        "within --queue-timeout.",
+        f"Requests that may wait ({DEFAULT_MAX_NUM_QUEUED_REQS}); more are answered 503. "
+        "auto: those that will be begun within --queue-timeout.",
         metavar="N|auto",
         low=1,
         choices=(AUTO_QUEUE,),

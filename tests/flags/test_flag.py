@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import pytest
 import typer.main
 from model_tools import variant_folder
+from test_vllm_environment import OF_THE_SERVER
 
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.flags.options import Fields, with_options
@@ -27,6 +28,7 @@ from microvllm.runtime.flag import (
     human_int,
     required_flag,
 )
+from microvllm.runtime.text.content_format import CONTENT_FORMATS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,14 @@ def test_every_option_is_a_flag_with_a_default_within_its_bounds(cls: Any) -> No
     assert fields - flags_of(cls).keys() == ({"dev_mode"} if cls is ServerArgs else set())
     check_flags(cls(**({"model": "m"} if cls is EngineArgs else {})))
     assert all(flag.help.endswith(".") for flag in flags_of(cls).values())
+
+
+def test_names_that_stand_in_two_places_are_the_same() -> None:
+    """The tables' own modules import too much for --help."""
+    assert set(flags_of(ServerArgs)["chat_template_content_format"].choices) == set(CONTENT_FORMATS)
+    read = {f"VLLM_{name}" for name in OF_THE_SERVER}
+    env = {name for flag in flags_of(ServerArgs).values() for name in flag.env if name.startswith("VLLM_")}
+    assert env == read - {"VLLM_SERVER_DEV_MODE"}
 
 
 def test_keys_of_a_file_are_added_once(tmp_path: Path) -> None:
