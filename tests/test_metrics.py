@@ -28,7 +28,7 @@ from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
 from microvllm.runtime.process import client as client_module
-from microvllm.runtime.process.channel import Abort, Step
+from microvllm.runtime.process.channel import Abort, Profiled, Step
 from microvllm.runtime.process.client import EngineClient, TokenStream
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.text.input_processor import InputProcessor
@@ -327,6 +327,26 @@ def test_every_counter_of_the_engine_is_added_up() -> None:
     for name in names:
         gauge = name.startswith(("num_", "kv_"))
         assert getattr(metrics.totals, name) == getattr(stats, name) * (1 if gauge else 4), name
+
+
+async def test_an_event_that_cannot_be_handled_is_the_end_of_its_engine(
+    script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = ScriptedProcess()
+
+    async def answer_without_a_question() -> Profiled:
+        return Profiled()
+
+    async def restart() -> ScriptedProcess:
+        return second
+
+    monkeypatch.setattr(script.client._process, "read_event", answer_without_a_question)
+    monkeypatch.setattr(script.client, "_restart", restart)
+    serving = asyncio.ensure_future(script.client._serve())
+    await wait_until_async(lambda: script.metrics.engine_deaths == 1, "the death is known")
+    await wait_until_async(script.client.healthy, "there is an engine again")
+    assert "could not be handled" in caplog.text and script.client._process is second  # type: ignore[comparison-overlap]
+    serving.cancel()
 
 
 async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
