@@ -131,11 +131,18 @@ def why_unpacked(model: str, load_format: str, backend: str) -> str | None:
     return None
 
 
-def compile_kernels(on_progress: OnProgress | None) -> None:
-    """Compile the CPU kernels unless that was done before. Raises `NoCompilerError` if it fails."""
-    from microvllm.ops.cpu.build import load_kernels
+def compile_kernels(requested: str, on_progress: OnProgress | None) -> str:
+    """Compile the CPU kernels unless that was done before, and return the backend: "torch" if it fails.
+
+    Raises `ConfigError` if it fails for `--attention-backend cpu`.
+    """
+    from microvllm.ops.cpu.build import NoCompilerError, load_kernels
 
     stages: list[Stage] = []
-    load_kernels(lambda: stages.append(Stage("Compiling CPU kernels", 1, on_progress)))
+    try:
+        load_kernels(lambda: stages.append(Stage("Compiling CPU kernels", 1, on_progress)))
+    except NoCompilerError as error:
+        return torch_instead(requested, error)
     for stage in stages[-1:]:
         stage.finish(f"Compiled CPU kernels in {stage.seconds:.1f} s")
+    return "cpu"

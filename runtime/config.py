@@ -22,7 +22,6 @@ from microvllm.runtime.backends import (
     choose_dtype,
     choose_format,
     compile_kernels,
-    torch_instead,
     why_unpacked,
 )
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
@@ -328,12 +327,8 @@ class EngineArgs:
         """Resolve the options, and compile the CPU kernels if they are used; torch replaces what fails."""
         config = self.resolve()
         if config.attention_backend == "cpu":
-            from microvllm.ops.cpu.build import NoCompilerError
-
-            try:
-                compile_kernels(on_progress)
-            except NoCompilerError as error:
-                backend = torch_instead(self.attention_backend, error)
+            backend = compile_kernels(self.attention_backend, on_progress)
+            if backend != "cpu":
                 return replace(self, attention_backend=backend).resolve()
         return config
 
