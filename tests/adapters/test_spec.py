@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, make_hf_folder, token_id, write_gguf
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rope_spec import llama3_divisors
-from microvllm.adapters.spec import RopeSpec
+from microvllm.adapters.spec import MLP, RopeSpec
 
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"],
@@ -114,6 +114,33 @@ QWEN25_05B = {
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
     "vocab_size": 151936,
+}
+GEMMA_3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262144,
 }
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -248,6 +275,64 @@ def test_qwen_sliding_window(tmp_path: Path) -> None:
     # A window that no context reaches changes nothing.
     assert windows(sliding_window=QWEN25_05B["sliding_window"]) == [None] * 24
     assert windows(use_sliding_window=False, max_window_layers=0) == [None] * 24
+
+
+def test_gemma_3(tmp_path: Path) -> None:
+    """Five layers of six slide, with their own rotary base; the scaling does not lengthen the context."""
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    spec = load_spec(folder(tmp_path, GEMMA_3_1B, **scaled))
+    assert [layer.mixer.window for layer in spec.layers] == ([512] * 5 + [None]) * 4 + [512] * 2
+    local, full = spec.mixers
+    assert local.rope == RopeSpec(theta=1e4)
+    assert full.rope == RopeSpec(theta=1e6, scaling="linear", factor=8.0)
+    assert (full.scale, full.softcap, full.qk_norm, full.head_dim) == (256**-0.5, None, True, 256)
+    assert spec.max_position == spec.default_length == 32768
+    assert (spec.norm_offset, spec.embedding_scale, spec.logits_softcap) == (1.0, 1152**0.5, None)
+    assert spec.tie_embeddings and spec.layers[0].post_norms
+    assert spec.layers[0].mlp == MLP(size=6912, activation="gelu_tanh")
+    # A window that no context reaches changes nothing, but its layers keep their rotation.
+    wide = load_spec(folder(tmp_path, GEMMA_3_1B, sliding_window=32768))
+    assert [mixer.window for mixer in wide.mixers] == [None, None]
+    assert wide.layers[0].mixer.rope == local.rope
+
+
+def test_gemma_2(tmp_path: Path) -> None:
+    """Absent caps are the authors' defaults, null ones are none."""
+    config = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 512}
+    absent = {key: REMOVED for key in GEMMA_3_1B if key.endswith("softcapping") or key.startswith("rope_")}
+    spec = load_spec(folder(tmp_path, GEMMA_3_1B, **config, **absent))
+    assert [layer.mixer.window for layer in spec.layers] == [512, None] * 13
+    assert {mixer.softcap for mixer in spec.mixers} == {50.0} and spec.logits_softcap == 30.0
+    assert {mixer.rope for mixer in spec.mixers} == {RopeSpec(theta=1e4)}
+    assert not spec.mixers[0].qk_norm
+    spec = load_spec(folder(tmp_path, GEMMA_3_1B, **config))
+    assert (spec.mixers[0].softcap, spec.logits_softcap) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_activation", "silu", "hidden_activation must be gelu_pytorch_tanh"),
+        ("use_bidirectional_attention", True, "use_bidirectional_attention is not supported"),
+        ("rope_parameters", {"rope_theta": 1e4}, "rope_parameters.rope_theta must be one of full_attention"),
+        ("layer_types", ["full_attention"], "layer_types must list one kind for each of the 26 layers"),
+        ("query_pre_attn_scalar", 0, "query_pre_attn_scalar must be a finite number above 0"),
+        ("architectures", ["Gemma3ForConditionalGeneration"], "architectures names"),
+    ],
+)
+def test_bad_gemma_key(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    assert said in problem(folder(tmp_path, GEMMA_3_1B, **{key: value}))
+
+
+def test_phi_3(tmp_path: Path) -> None:
+    config = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "rms_norm_eps": REMOVED}
+    spec = load_spec(folder(tmp_path, MISTRAL_7B_V03, **config))
+    assert (spec.architecture, spec.rms_norm_eps, spec.layers[0].mixer.window) == ("phi3", 1e-5, None)
+    spec = load_spec(folder(tmp_path, MISTRAL_7B_V03, **config, sliding_window=2047))
+    assert spec.layers[0].mixer.window == 2047
+    assert "partial_rotary_factor" in problem(
+        folder(tmp_path, MISTRAL_7B_V03, **config, partial_rotary_factor=0.75)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
