@@ -54,7 +54,7 @@ def load_weights(
     family = BY_NAME[spec.architecture]
     if load_format == "dummy":
         slots = list(spec.slots(family.hf_tensors, shard))
-        return _dummy_weights(model, slots, dtype, progress, device)
+        return _dummy_weights(model, slots, dtype, progress, device, 1.0 - spec.norm_offset)
     actual = "safetensors" if model.is_dir() else "gguf"
     if load_format not in ("auto", actual):
         raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
@@ -118,9 +118,9 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tu
 
 
 def _dummy_weights(
-    model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None, device: str
+    model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None, device: str, norm: float
 ) -> dict[str, torch.Tensor]:
-    """Small random values, the same on every call; norms are ones.
+    """Small random values, the same on every call; all weights of norms are `norm`.
 
     Values are dealt from a pool that is drawn once: drawing billions of them would take minutes.
     """
@@ -131,7 +131,7 @@ def _dummy_weights(
     for done, slot in enumerate(slots, 1):
         tensor = weights[slot.name] = allocate(model, slot.name, slot.shape, dtype, device)
         if slot.name.endswith("norm"):
-            tensor.fill_(1.0)
+            tensor.fill_(norm)
         else:
             flat, filled = tensor.view(-1), 0
             while filled < flat.numel():

@@ -233,7 +233,9 @@ BFLOAT16_TOLERANCE = 0.08
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["llama-tied", "mistral-window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-window"]
+)
 def test_bfloat16_is_near_float32(name: str, backend: str) -> None:
     folder = variant_folder(name)
     prompt = make_prompts(2, TOKENIZER_SIZE)[1]
