@@ -48,13 +48,14 @@ INLINE void load_step(const void *panel, long i, const int is_odd, const int is_
 {
     if (is_bf16) {
         const uint32_t *at = (const uint32_t *)panel + i / 2 * WIDTH;
-        uvec words[2];
+        uvec first, second;
 #if VECTORS == 16
         if (is_odd) __asm__ volatile("" ::: "memory"); /* to load them again takes no register in the meantime */
 #endif
-        memcpy(words, at, sizeof words);
-        *low = (vec)(is_odd ? words[0] & 0xffff0000u : words[0] << 16);
-        *high = (vec)(is_odd ? words[1] & 0xffff0000u : words[1] << 16);
+        memcpy(&first, at, sizeof first);
+        memcpy(&second, at + LANES, sizeof second);
+        *low = (vec)(is_odd ? first & 0xffff0000u : first << 16);
+        *high = (vec)(is_odd ? second & 0xffff0000u : second << 16);
     } else {
         *low = load_f32((const float *)panel + i * WIDTH);
         *high = load_f32((const float *)panel + i * WIDTH + LANES);
