@@ -62,40 +62,38 @@ INLINE void load_step(const void *panel, long i, const int is_odd, const int is_
     }
 }
 
-/* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. U partial sums
- * keep the additions from waiting for each other, and sums of DEPTH terms each keep rounding small however long k is.
- * What is to be read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
+/* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. Terms are added
+ * up in the order of k whatever M is, so that a row's sums do not depend on the rows beside it; sums of DEPTH terms each
+ * keep rounding small however long k is. What is to be read next is fetched on the way: `step` bytes of it, from `ahead`
+ * on, for each run. */
 INLINE void tile_rows(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
-                      const char *ahead, long step, const int once, const int is_bf16, const int M, const int U)
+                      const char *ahead, long step, const int once, const int is_bf16, const int M)
 {
     for (long begin = 0; begin < k; begin += DEPTH) {
         long end = k - begin < DEPTH ? k : begin + DEPTH, i = begin;
-        vec acc[4][ROWS][2], low, high;
-        for (int u = 0; u < U; u++)
-            for (int m = 0; m < M; m++) acc[u][m][0] = acc[u][m][1] = (vec){};
-        /* With few rows, what a loop adds to each turn takes a twentieth of it. */
-        for (; i + 2 * U <= end; i += 2 * U)
-            for (int u = 0; u < 2 * U; u++) {
+        vec acc[ROWS][2], low, high;
+        for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = (vec){};
+        for (; i + 2 <= end; i += 2)
+            for (int u = 0; u < 2; u++) {
                 fetch(ahead, once);
                 ahead += step;
-                load_step(panel, i + u, u % 2, is_bf16, &low, &high);
+                load_step(panel, i + u, u, is_bf16, &low, &high);
                 for (int m = 0; m < M; m++) {
-                    acc[u % U][m][0] += low * x[m * stride + i + u];
-                    acc[u % U][m][1] += high * x[m * stride + i + u];
+                    acc[m][0] += low * x[m * stride + i + u];
+                    acc[m][1] += high * x[m * stride + i + u];
                 }
             }
-        for (; i < end; i++) {
+        if (i < end) {
             load_step(panel, i, i % 2, is_bf16, &low, &high);
             for (int m = 0; m < M; m++) {
-                acc[0][m][0] += low * x[m * stride + i];
-                acc[0][m][1] += high * x[m * stride + i];
+                acc[m][0] += low * x[m * stride + i];
+                acc[m][1] += high * x[m * stride + i];
             }
         }
         for (int m = 0; m < M; m++)
             for (int half = 0; half < 2; half++) {
-                for (int u = 1; u < U; u++) acc[0][m][half] += acc[u][m][half];
-                if (begin || is_more) acc[0][m][half] += load_f32(out[m] + half * LANES);
-                store(out[m] + half * LANES, acc[0][m][half]);
+                if (begin || is_more) acc[m][half] += load_f32(out[m] + half * LANES);
+                store(out[m] + half * LANES, acc[m][half]);
             }
     }
 }
@@ -104,8 +102,7 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
 INLINE void tile(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
                  const char *ahead, long step, int once, const int is_bf16, long rows)
 {
-#define ROWS_WITH(M, ONCE) \
-    tile_rows(x, stride, panel, k, out, is_more, ahead, step, ONCE, is_bf16, M, M == 1 ? 4 : M <= 3 ? 2 : 1)
+#define ROWS_WITH(M, ONCE) tile_rows(x, stride, panel, k, out, is_more, ahead, step, ONCE, is_bf16, M)
 #define ROWS_ARE(M)                           \
     case M:                                   \
         if (M <= 2 && once) ROWS_WITH(M, 1);  \
