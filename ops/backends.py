@@ -7,12 +7,19 @@ import torch
 from microvllm.ops.operators import Operators, TorchOperators
 
 
-def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations: bool = False) -> Operators:
+def make_operators(
+    name: str,
+    dtype: torch.dtype,
+    threads: int,
+    int8_activations: bool = False,
+    batch_invariant: bool = False,
+) -> Operators:
     """The operators called `name`.
 
     "torch": on torch's own threads; "cpu": on `threads` threads, where `int8_activations` may round what is
-    multiplied with quantised weights (see `CpuOperators`); "triton" and "flash_attn": on the current
-    GPU, with the attention backend of that name. Raises `NoCompilerError` if "cpu" cannot be built.
+    multiplied with quantised weights and `batch_invariant` keeps a row's bits whatever is computed with it
+    (see `CpuOperators`); "triton" and "flash_attn": on the current GPU, with the attention backend of that
+    name. Raises `NoCompilerError` if "cpu" cannot be built.
     """
     if name == "torch":
         return TorchOperators(dtype)
@@ -22,7 +29,7 @@ def make_operators(name: str, dtype: torch.dtype, threads: int, int8_activations
         from microvllm.ops.cpu.operators import CpuOperators
 
         library = load_kernels()
-        return CpuOperators(library, threads, int8_activations, calibrated(library).tuning)
+        return CpuOperators(library, threads, int8_activations, calibrated(library).tuning, batch_invariant)
     if name in ("triton", "flash_attn"):
         from microvllm.ops.gpu.operators import GpuOperators
 

@@ -83,6 +83,11 @@ class EngineArgs:
         "in groups of 32: products in integers, faster, not exact.",
         choices=("float32", "int8"),
     )
+    batch_invariant: bool = flag(
+        False,
+        MODEL,
+        "Give a request the same answer to the last bit whatever runs beside it; with the backend cpu only.",
+    )
     hf_overrides: dict[str, Any] | None = flag(None, MODEL, "Values in place of those in config.json.")
     rope_scaling: dict[str, Any] | None = flag(None, MODEL, "The same as --hf-overrides.rope_scaling.")
     rope_theta: float | None = flag(None, MODEL, "The same as --hf-overrides.rope_theta.")
@@ -210,6 +215,7 @@ class EngineArgs:
             self.gguf_weights == "dequantized"
             and "--gguf-weights dequantized leaves nothing to multiply in integers"
         )
+        batch_invariant = self.batch_invariant or vllm_environment.is_on("VLLM_BATCH_INVARIANT")
         too_long = max_model_len > spec.max_position and (
             f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
         )
@@ -220,6 +226,15 @@ class EngineArgs:
             ),
             (self.gguf_weights == "packed" and unpacked, f"--gguf-weights packed: {unpacked}"),
             (self.cpu_activations == "int8" and float_only, f"--cpu-activations int8: {float_only}"),
+            (
+                batch_invariant and device == "cuda",
+                "--batch-invariant (VLLM_BATCH_INVARIANT=1) is not there on CUDA yet",
+                "leave it out, or use --device cpu",
+            ),
+            (
+                batch_invariant and backend == "torch",
+                "--batch-invariant (VLLM_BATCH_INVARIANT=1): only --attention-backend cpu keeps to one order",
+            ),
             (
                 device == "cpu" and dtype == "float16",
                 "--dtype float16 is not available on a CPU",
@@ -288,6 +303,7 @@ class EngineArgs:
             load_format=load_format,
             packed_weights=self.gguf_weights != "dequantized" and not unpacked,
             int8_activations=self.cpu_activations == "int8",
+            batch_invariant=batch_invariant,
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -378,6 +394,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpu_threads: int
     packed_weights: bool = False  # matrices of a GGUF file are multiplied from their own blocks
     int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
+    batch_invariant: bool = False  # an answer does not depend on what is computed beside it
     device: str = "cpu"
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False

@@ -6,6 +6,8 @@
 #define CHUNK 128     /* tokens of one sequence that a thread takes at a time */
 #define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
 #define KEYS 4        /* keys that are multiplied side by side */
+#define TOKENS 64L    /* of a segment whose parts are in memory at a time, and of those, what a thread takes */
+#define TOGETHER 8L
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Scores[GROUP][CHUNK + LANES];
@@ -186,40 +188,57 @@ static void attend_heads(const float *q, const void *const *keys, const void *co
     switch (heads) { HEADS_ARE(1); HEADS_ARE(2); HEADS_ARE(3); HEADS_ARE(4); }
 }
 
+/* Rows of a step that are attended to one by one: decodes, or new tokens of one sequence. */
 typedef struct {
     const Step *step;
     const Cache *cache;
     const float *qkv;
     float *out, *parts;
-    long chunks;
+    const int64_t *blocks, *lens; /* of the decodes, as the step's; of the one sequence, and null */
+    long rows, len;               /* len: where lens is null, what the first row sees; each of the others one more */
+    long together, chunks;        /* neighbouring rows of a piece; CHUNKs of a row, at most */
 } Decode;
 
-/* One KV head of one sequence, CHUNK of its tokens. */
+INLINE long length_of(const Decode *j, long row) { return j->lens ? j->lens[row] : j->len + row; }
+
+/* The first of a chunk's tokens that a row sees, and where they end. */
+INLINE long begin_of(const Decode *j, long row, long chunk)
+{
+    long window = j->step->window;
+    return most(chunk * CHUNK, window ? length_of(j, row) - window : 0);
+}
+INLINE long end_of(const Decode *j, long row, long chunk) { return least((chunk + 1) * CHUNK, length_of(j, row)); }
+
+/* One KV head of some rows of one sequence, CHUNK of its tokens. */
 static void decode_piece(const void *job, long piece)
 {
     const Decode *j = job;
     const Step *a = j->step;
     const Cache *cache = j->cache;
-    long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads, row = piece / j->chunks / a->kv_heads;
-    long group = a->heads / a->kv_heads, d = a->d, part = d + 2, len = a->lens[row];
-    long first = a->window && len > a->window ? len - a->window : 0;
-    long begin = chunk * CHUNK > first ? chunk * CHUNK : first;
-    long end = (chunk + 1) * CHUNK < len ? (chunk + 1) * CHUNK : len;
+    long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads;
+    long row = piece / j->chunks / a->kv_heads * j->together, last = least(row + j->together, j->rows) - 1;
+    long group = a->heads / a->kv_heads, d = a->d, part = d + 2, stride = j->chunks * part;
+    long first = begin_of(j, row, chunk), size = cache->block_size;
+    const int64_t *blocks = j->blocks + (j->lens ? row * a->width : 0);
     long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), to_values = a->kv_heads * cache->num_slots * bytes;
     const void *keys[CHUNK], *values[CHUNK];
-    for (long t = begin; t < end; t++) {
-        long slot = a->blocks[row * a->width + t / cache->block_size] * cache->block_size + t % cache->block_size;
-        keys[t - begin] = (const char *)cache->data + (head * cache->num_slots + slot) * bytes;
-        values[t - begin] = (const char *)keys[t - begin] + to_values;
+    for (long t = first, end = end_of(j, last, chunk), slot = 0; t < end; t++) {
+        slot = t == first || t % size == 0 ? blocks[t / size] * size + t % size : slot + 1;
+        keys[t - first] = (const char *)cache->data + (head * cache->num_slots + slot) * bytes;
+        values[t - first] = (const char *)keys[t - first] + to_values;
     }
-    for (long h = head * group; h < (head + 1) * group; h += GROUP) {
-        const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
-        float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
-        long left = (head + 1) * group - h, heads = left < GROUP ? left : GROUP, stride = j->chunks * part;
-        if (begin < end)
-            attend_heads(queries, keys, values, end - begin, d, a->scale, at, stride, cache->is_bf16, heads);
-        else
-            for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
+    for (; row <= last; row++) {
+        long begin = begin_of(j, row, chunk), count = end_of(j, row, chunk) - begin, skipped = begin - first;
+        for (long h = head * group; h < (head + 1) * group; h += GROUP) {
+            const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
+            float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
+            long heads = least((head + 1) * group - h, GROUP);
+            if (count > 0)
+                attend_heads(queries, keys + skipped, values + skipped, count, d, a->scale, at, stride, cache->is_bf16,
+                             heads);
+            else
+                for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
+        }
     }
 }
 
@@ -245,18 +264,41 @@ static void merge_piece(const void *job, long query)
     for (long i = 0; i < d; i++) result[i] /= total;
 }
 
-/* The decodes. A sequence is split among threads and the parts are merged by their maxima (Flash-Decoding, Dao et
- * al., 2023). */
+/* A sequence is split among threads and the parts are merged by their maxima (Flash-Decoding, Dao et al., 2023). */
+static int attend_rows(Pool *pool, Decode job, long longest)
+{
+    const Step *step = job.step;
+    job.chunks = (longest + CHUNK - 1) / CHUNK;
+    job.parts = pool_scratch(pool, job.rows * step->heads * job.chunks * (step->d + 2));
+    if (!job.parts) return -1;
+    long pieces = (job.rows + job.together - 1) / job.together * step->kv_heads * job.chunks;
+    parallel(pool, decode_piece, &job, pieces);
+    parallel(pool, merge_piece, &job, job.rows * step->heads);
+    return 0;
+}
+
 static int decode_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
     long longest = 0;
-    for (long i = 0; i < step->decodes; i++) longest = step->lens[i] > longest ? step->lens[i] : longest;
-    long chunks = (longest + CHUNK - 1) / CHUNK, queries = step->decodes * step->heads;
-    float *parts = pool_scratch(pool, queries * chunks * (step->d + 2));
-    if (!parts) return -1;
-    Decode job = {step, cache, qkv, out, parts, chunks};
-    parallel(pool, decode_piece, &job, step->decodes * step->kv_heads * chunks);
-    parallel(pool, merge_piece, &job, queries);
+    for (long i = 0; i < step->decodes; i++) longest = most(step->lens[i], longest);
+    Decode job = {step, cache, qkv, out, .blocks = step->blocks, .lens = step->lens, .rows = step->decodes, .together = 1};
+    return attend_rows(pool, job, longest);
+}
+
+/* The segments as if each of their tokens were a decode, TOKENS at a time: the same bits, however they are cut. */
+static int invariant_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
+{
+    for (long segment = 0; segment < step->segments; segment++) {
+        long end = step->segment_starts[segment + 1], len = step->segment_lens[segment];
+        for (long token = step->segment_starts[segment]; token < end; token += TOKENS) {
+            long row = step->decodes + token, rows = least(TOKENS, end - token), first = len - end + token + 1;
+            Decode job = {
+                step, cache, qkv + row * (step->heads + 2 * step->kv_heads) * step->d, out + row * step->heads * step->d,
+                .blocks = step->segment_blocks + segment * step->segment_width, .rows = rows, .len = first, .together = TOGETHER,
+            };
+            if (attend_rows(pool, job, first + rows - 1)) return -1;
+        }
+    }
     return 0;
 }
 
@@ -265,5 +307,7 @@ static int decode_attention(Pool *pool, const Step *step, const Cache *cache, co
 int attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
     if (step->decodes && decode_attention(pool, step, cache, qkv, out)) return -1;
-    return step->segments ? prefill_attention(pool, step, cache, qkv, out) : 0;
+    if (!step->segments) return 0;
+    if (step->is_invariant) return invariant_attention(pool, step, cache, qkv, out);
+    return prefill_attention(pool, step, cache, qkv, out);
 }

@@ -23,6 +23,7 @@ typedef struct {
     long n, decodes, width, segments, segment_width;
     long heads, kv_heads, d, window;  /* window: only the last so many tokens, or 0 for all */
     float scale, eps;                 /* of the scores; of the norms */
+    int is_invariant;                 /* a token's output has the same bits whatever tokens the step has beside it */
 } Step;
 
 #endif

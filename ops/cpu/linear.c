@@ -212,8 +212,8 @@ static void multiply_quantized(int format, const float *x, long rows, const void
 {
     float weights[PART * WIDTH];
     long tiles = (rows + ROWS - 1) / ROWS;
-    if (rows <= tuning->few_rows) {
-        tile_quantized(format, x, panel, k, sums, rows, tuning->fetches_once);
+    if (rows <= least(tuning->few_rows, MOST_FEW_ROWS)) {
+        tile_quantized(format, x, panel, k, sums, rows, tuning);
         return;
     }
     for (long i = 0; i < k; i += PART) {
@@ -285,7 +285,7 @@ static long matrix_block(long m, long k, long panels, int threads)
     return block;
 }
 
-/* Whether m rows are multiplied on the matrix unit. */
+/* Whether m rows are multiplied on the matrix unit: invariant ones all, unless they are multiplied in integers. */
 static int takes_matrix(const Linear *layer, long m)
 {
     int border = layer->tuning->matrix_rows;
@@ -293,7 +293,7 @@ static int takes_matrix(const Linear *layer, long m)
         if (layer->parts[i].format == FORMAT_F32) return 0;
         if (layer->parts[i].format != FORMAT_BF16) border = layer->tuning->matrix_rows_quantized;
     }
-    return m >= border;
+    return layer->tuning->is_invariant ? !layer->rounds_x : m >= border;
 }
 
 static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
@@ -301,7 +301,7 @@ static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
     long k = layer->k, m = product->m, threads = pool_threads(pool), size = WIDTH * matrix_depth(k), quantised = 0;
     for (int i = 0; i < layer->num_parts; i++) quantised |= layer->parts[i].format != FORMAT_BF16;
     /* Few rows cost no time twice, and so nothing of their precision. */
-    Narrowed narrowed = {.k = k, .m = m, .has_rest = m <= EXACT_ROWS};
+    Narrowed narrowed = {.k = k, .m = m, .has_rest = layer->tuning->is_invariant || m <= EXACT_ROWS};
     long numbers = narrowed_numbers(&narrowed);
     bf16 *scratch = (bf16 *)pool_scratch(pool, (numbers + quantised * 2 * threads * size) / 2);
     if (!scratch) return -1;

@@ -69,6 +69,7 @@ class _Step(ctypes.Structure):
         *((name, _LONG) for name in ("n", "decodes", "width", "segments", "segment_width")),
         *((name, _LONG) for name in ("heads", "kv_heads", "d", "window")),
         *((name, _FLOAT) for name in ("scale", "eps")),
+        ("is_invariant", _INT),
     ]
 
 
@@ -130,7 +131,8 @@ class Packed(NamedTuple):
 class CpuOperators(Operators):
     """The kernels, with the shapes and dtypes of `ops.operators.Operators`.
 
-    With `int8_activations`, what is multiplied with quantised weights is rounded to 8 bits: see int8.c.
+    With `int8_activations`, what is multiplied with quantised weights is rounded to 8 bits: see int8.c. If
+    `is_invariant`, a row's results have the same bits whatever rows are computed together with it.
     """
 
     activation_dtype = torch.float32
@@ -141,10 +143,11 @@ class CpuOperators(Operators):
         threads: int,
         int8_activations: bool = False,
         tuning: Tuning = Tuning(),  # noqa: B008 (frozen)
+        is_invariant: bool = False,
     ) -> None:
-        self.int8_activations = int8_activations
+        self.int8_activations, self.is_invariant = int8_activations, is_invariant
         self.kernels = Kernels(library, threads)
-        self.tuning = tuning.fields()
+        self.tuning = tuning.fields(is_invariant)
         self.memory = WeightMemory()
 
     def embedding(self, weight: Tensor) -> Operator:
@@ -201,8 +204,10 @@ class CpuOperators(Operators):
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:  # for which there is no kernel
+            if self.is_invariant:
+                raise ValueError("--batch-invariant: there is no kernel for attention with a soft cap")
             return TorchAttention(config, torch.float32)
-        return CpuAttention(self.kernels, config)
+        return CpuAttention(self, config)
 
 
 class CpuEmbedding:
@@ -276,7 +281,9 @@ class CpuLinear:
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
         self._library = None
         has_amx = operators.kernels.library.has_amx()
-        if weight.dtype == torch.bfloat16 and not has_amx and _has_fast_library():
+        # oneDNN adds up in an order that depends on the number of rows.
+        may_round = weight.dtype == torch.bfloat16 and not operators.is_invariant
+        if may_round and not has_amx and _has_fast_library():
             self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -345,9 +352,9 @@ class CpuLayers(DecoderLayers):
 class CpuAttention(HeadMajorCache):
     """Norms, rotation, cache write and attention by the kernels."""
 
-    def __init__(self, kernels: Kernels, config: AttentionConfig) -> None:
+    def __init__(self, operators: CpuOperators, config: AttentionConfig) -> None:
         super().__init__(config, torch.float32)
-        self.kernels = kernels
+        self.kernels, self.is_invariant = operators.kernels, operators.is_invariant
         layers = (
             _Cache(
                 layer.data_ptr(),
@@ -399,6 +406,7 @@ class CpuStep:
             shape.window or 0,
             shape.scale,
             0.0 if backend.qk_norms is None else backend.qk_norms.eps,
+            backend.is_invariant,
         )
         self.address = ctypes.addressof(self._step)
 

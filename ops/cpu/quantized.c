@@ -25,8 +25,8 @@ INLINE float sum_up(const float *x, const int count)
     return sum(total);
 }
 
-/* One row of x. In a span, the quants times x are added up, separately for each place in a quad; then they are scaled,
- * and the offset is multiplied with the sum of x. */
+/* One row of x, faster than tile_rows but rounded otherwise. In a span, the quants times x are added up, separately for
+ * each place in a quad; then they are scaled, and the offset is multiplied with the sum of x. */
 INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, int once, const Format f)
 {
     vec total[2] = {};
@@ -52,6 +52,40 @@ INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, i
         }
     store(out, total[0]);
     store(out + LANES, total[1]);
+}
+
+/* M rows of x, k floats apart, by weights that are widened in registers, once for all of them. Terms are added up in the
+ * order in which tile_f32 adds up those of widened weights, PART after PART, so that a row's sums are the same. */
+INLINE void tile_rows(const float *x, const uint8_t *panel, long k, float out[][WIDTH], int once, const int M,
+                      const Format f)
+{
+    for (long i = 0; i < k; i += PART) {
+        vec acc[MOST_FEW_ROWS][2];
+        for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = (vec){};
+        for (long j = i; j < least(k, i + PART); panel += block_bytes(f))
+            for (int at = 0; at < f.groups * GROUP; at += f.span, j += f.span) {
+                const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
+                if (at % GROUP == 0) fetch_ahead(group, f, once);
+                const Scale low = load_scale(panel, at, 0, f), high = load_scale(panel, at, 1, f);
+#pragma GCC unroll 1
+                for (int q = 0; q < f.span / 4; q++) {
+                    uvec lower = load_quad(group, at % GROUP / 4 + q, f);
+                    uvec upper = load_quad(group + WORDS / 2, at % GROUP / 4 + q, f);
+                    for (int t = 0; t < 4; t++) {
+                        vec a = widen_quant(lower, t, low), b = widen_quant(upper, t, high);
+                        for (int m = 0; m < M; m++) {
+                            acc[m][0] += a * x[m * k + j + 4 * q + t];
+                            acc[m][1] += b * x[m * k + j + 4 * q + t];
+                        }
+                    }
+                }
+            }
+        for (int m = 0; m < M; m++)
+            for (int half = 0; half < 2; half++) {
+                if (i) acc[m][half] += load_f32(out[m] + half * LANES);
+                store(out[m] + half * LANES, acc[m][half]);
+            }
+    }
 }
 
 INLINE void widen_part(const uint8_t *block, long count, float *out, int once, const Format f)
@@ -85,12 +119,27 @@ void widen_quantized(int format, const void *panel, long begin, long count, floa
     switch (format) { QUANTIZED_FORMATS(WIDEN) }
 }
 
-void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows, int once)
+INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH], long rows, const Tuning *tuning,
+                 const Format f)
 {
-    for (long r = 0; r < rows; r++)
+    int once = tuning->fetches_once;
+    switch (rows) {
+    case 1:
+        if (tuning->is_invariant) tile_rows(x, panel, k, out, once, 1, f);
+        else tile_row(x, panel, k, out[0], once, f);
+        break;
+    case 2: tile_rows(x, panel, k, out, once, 2, f); break;
+    case 3: tile_rows(x, panel, k, out, once, 3, f); break;
+    case 4: tile_rows(x, panel, k, out, once, 4, f); break;
+    }
+}
+
+void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows,
+                    const Tuning *tuning)
+{
 #define TILE(NUMBER, NAME, ...)                                                                             \
-    case NUMBER: tile_row(x + r * k, panel, k, out[r], once, (Format){__VA_ARGS__}); break;
-        switch (format) { QUANTIZED_FORMATS(TILE) }
+    case NUMBER: tile(x, panel, k, out, rows, tuning, (Format){__VA_ARGS__}); break;
+    switch (format) { QUANTIZED_FORMATS(TILE) }
 }
 
 typedef struct {

@@ -16,6 +16,7 @@
 
 #include "panel.h"
 #include "pool.h"
+#include "tuning.h"
 
 #define GROUP 32
 #define WORDS (4 * WIDTH) /* bytes of a word of each row of a panel */
@@ -59,13 +60,13 @@ INTERNAL long quantized_panel_bytes(int format, long k);
 /* Packs rows [first, first + rows) of a weight that lies as in the file into a panel. Others of the panel are zeros. */
 INTERNAL void pack_quantized(int format, const void *weight, long first, long rows, long k, void *panel);
 
-/* out[m] = x[m] . panel^T for rows of x, k floats apart, each by itself. For more than a few of them it is faster to
- * widen the weights first. `once`: see tuning.h. */
+/* out[m] = x[m] . panel^T for up to MOST_FEW_ROWS rows of x, k floats apart. For more it is faster to widen the weights
+ * first. */
 INTERNAL void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows,
-                             int once);
+                             const Tuning *tuning);
 
 /* Weights [begin, begin + count) of the rows of a panel as float32: out[count][WIDTH]. Both are multiples of a block;
- * PART is one of every format's. */
+ * PART is one of every format's. `once`: see tuning.h. */
 #define PART 256
 INTERNAL void widen_quantized(int format, const void *panel, long begin, long count, float *out, int once);
 

@@ -3,7 +3,6 @@
 #define QUANTIZED_PANEL_H
 
 #include "quantized.h"
-#include "tuning.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-/* What one processor does best and another worst: see tuning.py, which measures it. */
+/* What one processor does best and another worst, which calibration.py measures: see tuning.py. */
 #ifndef TUNING_H
 #define TUNING_H
 
@@ -6,9 +6,12 @@
 
 typedef struct {
     int fetches_once; /* weights for a few rows are fetched past the second-level cache */
-    int few_rows;     /* up to so many rows of x quantised weights are widened in registers, for each row again */
+    int few_rows;     /* up to so many rows of x quantised weights are widened in registers: MOST_FEW_ROWS at most */
     int matrix_rows, matrix_rows_quantized; /* from so many rows on the matrix unit is faster, if there is one */
+    int is_invariant; /* a row of a product has the same bits whatever rows are beside it */
 } Tuning;
+
+#define MOST_FEW_ROWS 4
 
 /* Asks for memory that a product will read soon. */
 INLINE void fetch(const char *at, const int once)

@@ -10,7 +10,8 @@ class TuningFields(ctypes.Structure):
     """`Tuning` of tuning.h."""
 
     _fields_ = [
-        (name, ctypes.c_int) for name in ("fetches_once", "few_rows", "matrix_rows", "matrix_rows_quantized")
+        (name, ctypes.c_int)
+        for name in ("fetches_once", "few_rows", "matrix_rows", "matrix_rows_quantized", "is_invariant")
     ]
 
 
@@ -19,7 +20,7 @@ class Tuning:
     """Choices that calibration.py measures; what is written here holds where nothing was measured.
 
     fetches_once: a weight for one or two rows of x is fetched past the second-level cache. few_rows: up to so
-    many rows of x, quantised weights are widened in registers for each row, beyond it once for all of them.
+    many rows of x, 4 at most, quantised weights are widened in registers, beyond it in memory.
     matrix_rows and matrix_rows_quantized: from so many rows on, weights in bfloat16 and quantised ones are
     multiplied on the matrix unit, where there is one.
     """
@@ -29,5 +30,6 @@ class Tuning:
     matrix_rows: int = 8
     matrix_rows_quantized: int = 4
 
-    def fields(self) -> TuningFields:
-        return TuningFields(*astuple(self))
+    def fields(self, is_invariant: bool) -> TuningFields:
+        """`is_invariant`: a row of a product has the same bits whatever was measured, and beside any rows."""
+        return TuningFields(*astuple(self), is_invariant)

@@ -76,7 +76,11 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderM
         raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
     try:
         operators = make_operators(
-            config.attention_backend, dtype, config.cpu_threads, config.int8_activations
+            config.attention_backend,
+            dtype,
+            config.cpu_threads,
+            config.int8_activations,
+            config.batch_invariant,
         )
     except ValueError as error:  # MICROVLLM_GPU_OFF
         raise ConfigError(str(error)) from error

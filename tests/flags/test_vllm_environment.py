@@ -34,7 +34,7 @@ OF_THE_SERVER = {
     "SERVER_DEV_MODE": ("1", "dev_mode", True),
     "SKIP_MODEL_NAME_VALIDATION": ("true", "skip_model_name_validation", True),
 }
-OF_THE_ENGINE = {"ALLOW_LONG_MAX_MODEL_LEN", "CPU_KVCACHE_SPACE"}
+OF_THE_ENGINE = {"ALLOW_LONG_MAX_MODEL_LEN", "BATCH_INVARIANT", "CPU_KVCACHE_SPACE"}
 
 
 @pytest.fixture(autouse=True)
@@ -156,9 +156,9 @@ def test_what_does_nothing_here_is_named(name: str) -> None:
 
 
 def test_one_line_names_all_and_a_mistyped_one() -> None:
-    found = dict.fromkeys(("VLLM_PLUGINS", "VLLM_BATCH_INVARIANT", "VLLM_HTTP_TIMEOUT_KEEPALIVE"), "1")
+    found = dict.fromkeys(("VLLM_PLUGINS", "VLLM_DEBUG_DUMP_PATH", "VLLM_HTTP_TIMEOUT_KEEPALIVE"), "1")
     assert ignored_variables(found) == (
-        "environment variables without effect here: VLLM_BATCH_INVARIANT, VLLM_HTTP_TIMEOUT_KEEPALIVE, "
+        "environment variables without effect here: VLLM_DEBUG_DUMP_PATH, VLLM_HTTP_TIMEOUT_KEEPALIVE, "
         "VLLM_PLUGINS (VLLM_HTTP_TIMEOUT_KEEPALIVE is none of vLLM's; VLLM_HTTP_TIMEOUT_KEEP_ALIVE is)"
     )
     assert ignored_variables({f"VLLM_{name}": "1" for name in (*HONOURED, *HARMLESS)}) is None
@@ -167,16 +167,16 @@ def test_one_line_names_all_and_a_mistyped_one() -> None:
 def test_commands_that_load_a_model_warn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("VLLM_DEBUG_DUMP_PATH", "1")
     monkeypatch.setenv("VLLM_PORT_8000_TCP", "tcp://10.0.0.1")
     for argv in (["serve"], ["generate", "hi"], ["run-batch", "-i", "a", "-o", "b"]):
         assert cli.run(argv) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "VLLM_" in line]
         assert len(lines) == 1 and lines[0].startswith("microvllm: warning: ")
-        assert "VLLM_BATCH_INVARIANT, VLLM_PORT_8000_TCP" in lines[0]
+        assert "VLLM_DEBUG_DUMP_PATH, VLLM_PORT_8000_TCP" in lines[0]
     assert cli.run(["chat", "--xyz"]) == 2
     assert "VLLM_" not in capsys.readouterr().err
-    monkeypatch.delenv("VLLM_BATCH_INVARIANT")
+    monkeypatch.delenv("VLLM_DEBUG_DUMP_PATH")
     line = error_line(capsys, "serve", "m", "--fail-on-environ-validation")
     assert "vLLM does not know VLLM_PORT_8000_TCP" in line
     assert vllm_environment.unknown_variables({"VLLM_PLUGINS": "", "VLLM_API_KEY": ""}) == []
