@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from fakes import Engine, make_config, make_request
 
-from microvllm.runtime.core import plan as plan_module
 from microvllm.runtime.core import scheduler as scheduler_module
+from microvllm.runtime.core.plan import Request
 from microvllm.runtime.process.admission import Admission, QueueFullError
 from microvllm.runtime.request import EngineStats, FinishReason
 
@@ -101,8 +101,14 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (plan_module, scheduler_module):
-        monkeypatch.setattr(module, "time", clock)
+
+    def arriving(*args: Any) -> Request:
+        request = Request(*args)
+        request.arrived_at = clock.now
+        return request
+
+    monkeypatch.setattr(scheduler_module, "time", clock)
+    monkeypatch.setattr(scheduler_module, "Request", arriving)
     return clock
 
 
