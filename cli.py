@@ -58,6 +58,7 @@ def root(
         typer.Option("--version", "-v", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
+    """Print the help if no command is given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -332,6 +333,7 @@ app.add_typer(bench, name="bench")
 
 @bench.callback()
 def bench_root(context: typer.Context) -> None:
+    """Print the help if no command is given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

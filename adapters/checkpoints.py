@@ -48,6 +48,7 @@ class Checkpoint(Protocol):
 
 
 def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
+    """Return the name under which the checkpoint stores a part of a layer."""
     return checkpoint.names[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
 
 
@@ -224,7 +225,7 @@ class GGUFCheckpoint:
 
 
 def listed(names: list[str]) -> str:
-    """ "tensor a is" or "tensors a, b, c and 5 more are"."""
+    """Return the subject and verb of a sentence: "tensor a is", "tensors a, b, c and 5 more are"."""
     shown = ", ".join(shorten(name)[1:-1] for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"tensor {shown} is" if len(names) == 1 else f"tensors {shown}{more} are"

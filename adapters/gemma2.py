@@ -22,6 +22,7 @@ TENSORS = {
 
 
 def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Gemma 2 model from the `config.json` of its folder."""
     return gemma_spec(config, "gemma2", period=2, default_max_position=8192, caps=(50.0, 30.0))
 
 

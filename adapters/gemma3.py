@@ -16,6 +16,7 @@ DEFAULT_MAX_POSITION = 131072
 
 
 def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Gemma 3 model from the `config.json` of its folder."""
     period = config.size("sliding_window_pattern", 6)
     spec = gemma_spec(
         config,

@@ -10,6 +10,7 @@ from microvllm.adapters.spec import ModelSpec
 
 
 def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Llama model from the `config.json` of its folder."""
     bias = config.flag("attention_bias")
     return hf_spec(
         config,

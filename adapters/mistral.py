@@ -14,6 +14,7 @@ DEFAULT_WINDOW = 4096
 
 
 def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Mistral model from the `config.json` of its folder."""
     if "layer_types" in config:
         raise config.error("layer_types", "is not supported for Mistral models")
     return hf_spec(

@@ -17,6 +17,7 @@ TENSORS = {
 
 
 def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Phi-3 model from the `config.json` of its folder."""
     spec = hf_spec(config, "phi3", default_max_position=4096, windows=_windows)
     return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
 

@@ -10,6 +10,7 @@ from microvllm.adapters.spec import ModelSpec
 
 
 def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Qwen2 model from the `config.json` of its folder."""
     return hf_spec(
         config,
         "qwen2",

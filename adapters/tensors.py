@@ -20,7 +20,7 @@ class Shard(NamedTuple):
     size: int = 1
 
     def share(self, length: int) -> Cut:
-        """This shard's run of a dimension."""
+        """Return the run of a dimension that belongs to this shard."""
         each = length // self.size
         return Cut(length, ((self.rank * each, (self.rank + 1) * each),))
 
@@ -80,6 +80,7 @@ class Slot(NamedTuple):
 
 
 def vector_slot(name: str, length: int) -> Slot:
+    """Return the slot of a vector of one role, cut by this shard."""
     return Slot(name, (Part(name, False, WHOLE.share(length)),), None)
 
 

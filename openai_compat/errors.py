@@ -30,11 +30,15 @@ RETRY_AFTER_S = 1
 
 
 class PayloadTooLargeError(RequestError):
+    """The body of a request exceeds the limit of its size."""
+
     status = 413
     kind = "PayloadTooLargeError"
 
 
 class RequestTimeoutError(RequestError):
+    """The body of a request did not arrive in time."""
+
     status = 408
     kind = "RequestTimeoutError"
 
@@ -47,6 +51,8 @@ class BodyMemoryError(EngineBusyError):
 
 
 class ForbiddenError(RequestError):
+    """The server refuses the request for the host it names."""
+
     status = 403
     kind = "PermissionDeniedError"
 
@@ -108,6 +114,7 @@ def error_event(error: RequestError | EngineError) -> bytes:
 
 
 def error_response(error: RequestError | EngineError) -> Response:
+    """Return the response of an error in OpenAI's format."""
     headers = {}
     if error.status == 503:
         headers["retry-after"] = str(max(RETRY_AFTER_S, math.ceil(getattr(error, "retry_after_s", 0))))

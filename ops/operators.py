@@ -26,6 +26,8 @@ Norm = tuple[Tensor, float]  # the weight of an RMSNorm, and its epsilon
 
 
 class LinearOperator(Protocol):
+    """A product with a weight matrix, to which a bias and a residual may be added."""
+
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [n, in] -> x @ weight.T + bias + residual: [n, out], in x's dtype; may be where residual was."""
         ...

@@ -66,6 +66,8 @@ class ContextLengthError(InvalidRequestError):
 
 
 class ModelNotFoundError(RequestError):
+    """A request names a model that the server does not have."""
+
     status = 404
     kind = "NotFoundError"
 
@@ -116,5 +118,7 @@ class EngineError(MicroVLLMError):
 
 
 class EngineDeadError(EngineError):
+    """There is no engine process to compute the request: it has died, or the server is stopping."""
+
     status = 503
     kind = "ServiceUnavailableError"

@@ -79,8 +79,10 @@ class EngineObserver:
         """`count` tokens arrived at `now`; `sequence.timing.last_token` is still that of the ones before."""
 
     def on_finished(self, sequence: TrackedSequence, reason: str) -> None:
-        """A sequence has ended: "stop", "length", "repetition", "abort", "error", "queue_timeout" or
-        "request_timeout". Once a sequence."""
+        """A sequence has ended; called once per sequence.
+
+        reason: "stop", "length", "repetition", "abort", "error", "queue_timeout" or "request_timeout".
+        """
 
     def on_step(self, stats: EngineStats) -> None:
         """A step of the engine has arrived, and all calls for its requests are done."""

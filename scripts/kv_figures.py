@@ -245,19 +245,19 @@ def default_cases(device: str) -> list[tuple[str, int]]:
 
 
 def table(rows: Sequence[Figures]) -> str:
-    lines = [
+    head = [
         "| attention backend | block size | fragmentation, mean | peak | reusable tokens | reuse "
         "| of whole blocks | leaked blocks | goals |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row.backend} | {row.block_size}{' (default)' if row.is_default else ''} "
-            f"| {row.fragmentation:.1%} | {row.peak_fragmentation:.1%} "
-            f"| {row.reusable_tokens:,} of {row.prompt_tokens:,} | {row.reuse:.1%} | {row.block_reuse:.1%} "
-            f"| {row.leaked_blocks} | {'met' if row.meets_goals else 'missed'} |"
-        )
-    return "\n".join(lines)
+    lines = (
+        f"| {row.backend} | {row.block_size}{' (default)' if row.is_default else ''} "
+        f"| {row.fragmentation:.1%} | {row.peak_fragmentation:.1%} "
+        f"| {row.reusable_tokens:,} of {row.prompt_tokens:,} | {row.reuse:.1%} | {row.block_reuse:.1%} "
+        f"| {row.leaked_blocks} | {'met' if row.meets_goals else 'missed'} |"
+        for row in rows
+    )
+    return "\n".join([*head, *lines])
 
 
 def case(text: str) -> tuple[str, int]:

@@ -41,6 +41,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
 
 
 async def not_implemented(request: Request, state: ServerState) -> Response:
+    """Answer 400: vLLM has the endpoint, this server does not."""
     where = f"{request.method} {clip(request.scope['path'])}"
     raise InvalidRequestError(
         f"{where} is an endpoint of vLLM that this server does not implement.", kind=NOT_IMPLEMENTED_KIND

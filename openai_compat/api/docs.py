@@ -31,7 +31,7 @@ POLICY = (
 
 
 async def openapi(request: Request, state: ServerState) -> Response:
-    """This document."""
+    """Serve the OpenAPI document."""
     document = build_document(request.app.state.endpoints, state.args)
     return Response(orjson.dumps(document), media_type="application/json")
 

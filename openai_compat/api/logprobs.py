@@ -17,6 +17,7 @@ MAX_OPEN_BYTES = 3  # of an unfinished UTF-8 character
 
 
 def finite(logprob: float) -> float:
+    """Return the log probability, or `LOWEST` if it is smaller."""
     return logprob if logprob > LOWEST else LOWEST
 
 

@@ -79,6 +79,8 @@ TemplateKwargs = Annotated[
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
+    """`stream_options`: which chunks carry the usage."""
+
     include_usage: bool = False
     continuous_usage_stats: bool | UnsetType = UNSET
 
@@ -93,6 +95,8 @@ class Function(msgspec.Struct, kw_only=True):
 
 
 class Tool(msgspec.Struct, kw_only=True):
+    """A tool of a chat request, which is a function."""
+
     type: Literal["function"] = "function"
     function: Function
 
@@ -188,6 +192,8 @@ class GenerationRequest(Body, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
+    """The body of /v1/completions."""
+
     refused = {"top_logprobs": (0,), "suffix": ("",), "prompt_embeds": (), **GenerationRequest.refused}
 
     prompt: Prompt = None
@@ -196,6 +202,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
+    """The body of /v1/chat/completions."""
+
     ignored = (
         *GenerationRequest.ignored,
         "prediction",
@@ -252,10 +260,14 @@ class PromptRequest(CompletionRequest, kw_only=True):
 
 
 class PromptStreamRequest(PromptRequest, kw_only=True):
+    """The body of /generate_stream: that of /generate, streamed unless it says otherwise."""
+
     stream: bool = True
 
 
 class TokenizeRequest(Body, kw_only=True):
+    """The body of /tokenize: a prompt or a conversation."""
+
     ignored = ("media_io_kwargs", "mm_processor_kwargs")
     refused = {"chat_template": ()}
 
@@ -276,11 +288,15 @@ class TokenizeRequest(Body, kw_only=True):
 
 
 class DetokenizeRequest(Body, kw_only=True):
+    """The body of /detokenize."""
+
     model: str | None = None
     tokens: Annotated[list[Any], Meta(extra_json_schema={"items": _TOKEN})]
 
 
 class ProfileRequest(Body, kw_only=True):
+    """The body of /start_profile."""
+
     refused = {"delay_iterations": (0,), "max_iterations": (0,), "profiler_kwargs": ({},)}
 
     profile_prefix: RequestId = ""

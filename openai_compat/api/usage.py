@@ -59,4 +59,5 @@ def _ms(start: float | None, end: float | None) -> float | None:
 
 
 def without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the members that have a value."""
     return {name: value for name, value in members.items() if value is not None}

@@ -62,6 +62,7 @@ class Case:
 
 
 def random_words(source: random.Random, length: int) -> str:
+    """Return `length` random words, separated by spaces."""
     return " ".join(source.choice(WORDS) for _ in range(length))
 
 

@@ -90,6 +90,8 @@ class FlashAttention:
 
 
 class FlashStep:
+    """Computes one step's attention, layer by layer."""
+
     def __init__(self, backend: FlashAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch

@@ -84,6 +84,8 @@ class _Segment(NamedTuple):
 
 
 class TorchStep:
+    """Computes one step's attention, layer by layer."""
+
     def __init__(self, backend: TorchAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch
@@ -189,6 +191,7 @@ class TorchStep:
 
 
 def capped(scores: Tensor, cap: float) -> Tensor:
+    """Bound scores smoothly to (-cap, cap)."""
     return (scores / cap).tanh_() * cap
 
 

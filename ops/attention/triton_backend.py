@@ -80,6 +80,8 @@ class TritonAttention:
 
 
 class TritonStep:
+    """Computes one step's attention, layer by layer."""
+
     def __init__(self, backend: TritonAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch

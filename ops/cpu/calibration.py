@@ -77,6 +77,7 @@ def calibrated(library: ctypes.CDLL) -> Calibration:
 
 
 def processor_name() -> str:
+    """Return the processor's model name, or its architecture if the system gives none."""
     try:
         model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

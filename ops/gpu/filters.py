@@ -24,6 +24,7 @@ FEW = 1024  # groups whose entries are tried for a top-p without top-k
 
 @triton.jit
 def is_filtered(temperature, top_k, top_p, min_p):
+    """Return whether a row is sampled from fewer than all entries."""
     return (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
 
 

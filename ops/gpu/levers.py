@@ -22,7 +22,9 @@ class LeverError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Levers:
-    """stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
+    """Holds which of them are in use.
+
+    stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
     step writes before it waits for the one ahead; boxes: whole tiles of cached keys and values come by the
     copy engine in decode attention.
     """

@@ -33,6 +33,7 @@ def rank_of(value, entry, UNUSED: tl.constexpr = 0):
 
 @triton.jit
 def entry_of(rank):
+    """Return the entry of a rank, int32."""
     return 0x7FFFFFFF - (rank & 0x7FFFFFFF).to(tl.int32)
 
 

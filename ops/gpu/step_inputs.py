@@ -23,8 +23,11 @@ CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """rows, ids, positions, slots, lens, places: [batch] int32, slot -1 for padding; blocks: [batch, width]
-    int32."""
+    """The inputs of a decode step on the device.
+
+    rows, ids, positions, slots, lens, places: [batch] int32, slot -1 for padding; blocks: [batch, width]
+    int32.
+    """
 
     rows: Tensor
     ids: Tensor
@@ -38,7 +41,9 @@ class DecodeInputs:
 def prepare_decode(
     staged: Tensor, tables: Tensor, newest: Tensor, block_size: int, *, pdl: bool = False
 ) -> DecodeInputs:
-    """staged: [7, batch] int32, see `STAGED`; tables: [rows, width] int32, updated with the new blocks;
+    """Return the inputs of a decode step, and add the new blocks to the block tables.
+
+    staged: [7, batch] int32, see `STAGED`; tables: [rows, width] int32, updated with the new blocks;
     newest: [rows] int64, the newest token of every row.
 
     Padding names a row that no request has. Only the blocks that a sequence reads are written.

@@ -39,6 +39,8 @@ class Policy:
 
 
 class Priority(Policy):
+    """Serves the smallest priority number first."""
+
     def rank(self, source: EngineRequest) -> int:
         return source.priority
 

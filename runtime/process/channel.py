@@ -75,20 +75,24 @@ class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """A command: end these requests."""
+
     request_ids: list[int]
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
-    pass
+    """A command: forget the cached prefixes."""
 
 
 class StartProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
+    """A command: start a profile; `prefix` begins the name of its file."""
+
     config: ProfilerConfig
     prefix: str
 
 
 class StopProfile(msgspec.Struct, frozen=True, array_like=True, tag="stop_profile"):
-    pass
+    """A command: stop the profile and write its file."""
 
 
 class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
@@ -112,6 +116,8 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The engine has started; `stats` holds its sizes."""
+
     stats: EngineStats
 
 

@@ -49,6 +49,7 @@ PROGRESS_INTERVAL_S = 0.1
 
 
 def main() -> None:
+    """Run the engine process on the socket whose descriptor is the first argument."""
     # Ctrl-C and a stop of the whole service reach every process; the API process decides when this one
     # may go, so that running requests can be finished.
     for number in STOP_SIGNALS:

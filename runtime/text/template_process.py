@@ -219,6 +219,7 @@ def _receive(sock: socket.socket, deadline: float | None = None) -> dict[str, An
 
 
 def main() -> None:
+    """Render templates until the parent closes the socket whose descriptor is the first argument."""
     # Ctrl-C and a stop of the whole service reach every process; the parent decides when this one ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -224,7 +224,9 @@ class _CapturedPrompts:
 
 
 class PromptGraphs:
-    """`tables`: the block tables of all rows on the device, [rows, width] int32; the last is the padding row.
+    """Captures steps with prompts, for some numbers of tokens each, and replays them.
+
+    `tables`: the block tables of all rows on the device, [rows, width] int32; the last is the padding row.
     `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
     """
 

@@ -213,8 +213,11 @@ class _Penalties:
         self._in_output[at, tokens.clamp(min=0)] += (tokens >= 0).int()
 
     def apply(self, logits: Tensor, at: Sequence[int], rows: Sequence[int]) -> None:
-        """Presence and frequency look at the output, repetition (Keskar et al., 2019, arXiv:1909.05858) at
-        prompt and output."""
+        """Subtract the penalties of each row from the logits at its index.
+
+        Presence and frequency look at the output, repetition (Keskar et al., 2019, arXiv:1909.05858) at
+        prompt and output.
+        """
         row = on_device(rows, torch.int64, self._device)
         index = on_device(at, torch.int64, self._device)
         counts, values = self._in_output[row], logits[index]

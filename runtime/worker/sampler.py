@@ -40,8 +40,11 @@ _UINT64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens: [m] int64, NO_TOKEN where there was nothing to choose from; log probabilities of the rows
-    that asked for them, whose indices into m are `asked`."""
+    """The tokens of a step, and the log probabilities that were requested.
+
+    tokens: [m] int64, NO_TOKEN where there was nothing to choose from; `asked`: the indices into m of the
+    rows that `logprobs` holds.
+    """
 
     tokens: Tensor
     asked: list[int]

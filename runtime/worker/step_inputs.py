@@ -238,8 +238,11 @@ class StepSize:
         )
 
     def fields(self) -> list[slice]:
-        """Where in the staged inputs are: ids, rows, positions and slots of the tokens; context lengths and
-        rows of the requests; starts of the segments."""
+        """Return where each field lies in the staged inputs.
+
+        In this order: ids, rows, positions and slots of the tokens; context lengths and rows of the
+        requests; starts of the segments.
+        """
         tokens, requests = self.decodes + self.tokens, self.decodes + SEGMENTS
         found, start = [], 0
         for length in (tokens, tokens, tokens, tokens, requests, requests, SEGMENTS + 1):

@@ -142,7 +142,7 @@ LISTEN = ("--host", "127.0.0.1", "--port", "{port}")
 
 
 def microvllm(spec: Spec, setup: Setup) -> Engine:
-    """This project's server, on the model as it was given; a dtype goes for a GGUF file, too."""
+    """Describe our server on the model as it was given; a dtype applies to a GGUF file, too."""
     python, flags = spec.program or sys.executable, shlex.split(spec.args)
     model = setup.weights.model
     if spec.dtype != "auto" and model.is_file():

@@ -235,8 +235,10 @@ def memory_of(pid: int, field: str = "VmRSS") -> int:
 
 @contextmanager
 def interrupts_later() -> Iterator[None]:
-    """What would end us takes effect after the block: between the start of a process and our knowing it, it
-    would leave the process behind."""
+    """Delay the signals that end this process until the block is left.
+
+    Between the start of a process and the moment we have its id, a signal would leave the process behind.
+    """
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: came.append(number))

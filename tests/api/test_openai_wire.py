@@ -26,10 +26,8 @@ async def post(client: FakeClient, path: str, /, *, args: dict[str, Any] | None 
 
 def pieces(chunks: list[Any], index: int = 0) -> list[str]:
     """The texts of one choice's chunks."""
-    found = []
-    for choice in (choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index):
-        found.append(choice["text"] if "text" in choice else choice["delta"]["content"])
-    return found
+    choices = (choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index)
+    return [choice["text"] if "text" in choice else choice["delta"]["content"] for choice in choices]
 
 
 async def test_completion_body_is_vllms_member_for_member() -> None:

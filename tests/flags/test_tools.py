@@ -197,8 +197,10 @@ def test_an_engine_that_fails_in_an_answer(
 
 @contextmanager
 def scripted_server(answer: bytes) -> Iterator[str]:
-    """Sends `answer` to whoever asks and hangs up, after the whole request: a socket closed with bytes
-    unread resets the connection, which may take the answer with it."""
+    """Sends `answer` to whoever asks and hangs up, after the whole request.
+
+    A socket closed with bytes unread resets the connection, which may take the answer with it.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:

@@ -1,5 +1,7 @@
-"""Compiles the kernels of `ops.gpu.stream` for compute capability 9.0, which takes no GPU, and prints what of
-their loads lies where, one JSON object a kernel. Run by test_stream_compiles.py in a process of its own.
+"""Compiles the kernels of `ops.gpu.stream` for compute capability 9.0, which takes no GPU.
+
+Prints what of their loads lies where, one JSON object a kernel. Run by test_stream_compiles.py in a process
+of its own.
 """
 
 from __future__ import annotations

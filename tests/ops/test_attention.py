@@ -133,15 +133,14 @@ def test_any_mixture_of_chunks_is_dense_attention(
     backend, _ = make_backend(name, shape, needed + 2, block_size)
     free = torch.randperm(needed + 2, generator=random).tolist()
     padding_block = free.pop()
-    sequences = []
-    for length in lengths:
-        sequences.append(
-            Sequence(
-                torch.randn(length, shape.num_heads + kv_heads, head_dim, generator=random),
-                torch.randn(length, kv_heads, head_dim, generator=random),
-                [free.pop() for _ in range(-(-length // block_size))],
-            )
+    sequences = [
+        Sequence(
+            torch.randn(length, shape.num_heads + kv_heads, head_dim, generator=random),
+            torch.randn(length, kv_heads, head_dim, generator=random),
+            [free.pop() for _ in range(-(-length // block_size))],
         )
+        for length in lengths
+    ]
     done = [0] * len(sequences)
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         chunks = [data.draw(st.integers(0, 9)) for _ in lengths]

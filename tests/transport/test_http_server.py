@@ -356,8 +356,10 @@ ATTACKS = {
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
 def test_other_requests_are_served_while_a_body_is_read(name: str, path: str) -> None:
-    """A generous bound, in processor time, as a busy machine takes more of any other: without the limits
-    these take seconds."""
+    """A generous bound, in processor time, as a busy machine takes more of any other.
+
+    Without the limits these take seconds.
+    """
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
     content = ATTACKS[name]
     sent = head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
