@@ -42,8 +42,8 @@ class Checkpoint(Protocol):
         ...
 
     def file_of(self, name: str) -> Path: ...
-    def copy(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
-        """Convert the rows and columns of a stored tensor to `out`, and drop its pages from memory."""
+    def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
+        """Convert the part's rows, of these columns, of a stored tensor to `out`, and drop its pages."""
         ...
 
 
@@ -90,12 +90,11 @@ class FolderCheckpoint:
     def file_of(self, name: str) -> Path:
         return self._files[name].path
 
-    def copy(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
-        name = stored_name(self, part, slot.layer)
-        stored = self._stored(name).view(slot.stored_shape(part))
+    def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
+        stored = self._stored(name).view(self._files[name].tensors[name].shape)
         for rows, piece in zip(part.rows.runs, torch.split(out, part.rows.lengths), strict=True):
             run = stored[slice(*rows)]
-            piece.copy_(run if slot.columns is None else run[:, slice(*slot.columns.runs[0])])
+            piece.copy_(run if columns is None else run[:, slice(*columns.runs[0])])
         self._files[name].forget(name)
 
     def _stored(self, name: str) -> torch.Tensor:
@@ -165,17 +164,15 @@ class GGUFCheckpoint:
         tensors = (self._file.tensors.get(stored_name(self, part, slot.layer)) for part in slot.parts)
         return slot.columns is not None and all(tensor and tensor.is_quantized for tensor in tensors)
 
-    def quantized_rows(self, slot: Slot, part: Part) -> QuantizedRows:
+    def quantized_rows(self, name: str, part: Part, columns: Cut) -> QuantizedRows:
         """The format and the size of what `copy_quantized` copies."""
-        name = stored_name(self, part, slot.layer)
         kind = self._file.tensors[name].type_id
-        first, last = self._block_bytes(name, slot.columns)
+        first, last = self._block_bytes(name, columns)
         return QuantizedRows(kind, part.rows.size, last - first)
 
-    def copy_quantized(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
-        """out: [bytes] uint8, the blocks of the part's rows and columns."""
-        name = stored_name(self, part, slot.layer)
-        raw = self._file.raw_rows(name)[:, slice(*self._block_bytes(name, slot.columns))]
+    def copy_quantized(self, name: str, part: Part, columns: Cut, out: torch.Tensor) -> None:
+        """out: [bytes] uint8, the blocks of the part's rows, of these columns."""
+        raw = self._file.raw_rows(name)[:, slice(*self._block_bytes(name, columns))]
         pieces = torch.split(out.view(part.rows.size, -1), part.rows.lengths)
         for run, piece in zip(part.rows.runs, pieces, strict=True):
             rows = raw[slice(*run)]
@@ -185,20 +182,19 @@ class GGUFCheckpoint:
             np.copyto(piece.numpy().reshape(rows.shape), rows)
         self._file.forget(name)
 
-    def _block_bytes(self, name: str, columns: Cut | None) -> tuple[int, int]:
+    def _block_bytes(self, name: str, columns: Cut) -> tuple[int, int]:
         """Where the blocks of these columns lie in a row. `ModelFileError` for a cut through a block."""
         kind, block, block_bytes = TENSOR_TYPES[self._file.tensors[name].type_id]
-        start, stop = columns.runs[0] if columns else (0, block)
+        start, stop = columns.runs[0]
         if start % block or stop % block:
             raise ModelFileError(
                 self.path, f"tensor {name} in blocks of {block} ({kind}) cannot be cut at column {start}"
             )
         return start // block * block_bytes, stop // block * block_bytes
 
-    def copy(self, slot: Slot, part: Part, out: torch.Tensor) -> None:
-        name = stored_name(self, part, slot.layer)
-        columns = slot.columns.stored if slot.columns else 1
-        step = max(1, CHUNK_ELEMENTS // columns)
+    def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
+        width = columns.stored if columns else 1
+        step = max(1, CHUNK_ELEMENTS // width)
         if turned := self._is_turned(part):
             step = max(1, step // self._head_dim) * self._head_dim
         filled = 0
@@ -208,13 +204,13 @@ class GGUFCheckpoint:
                 values = self._file.rows(name, start, stop)
                 # float32 rows are a read-only view of the file, which torch would warn about.
                 source = torch.from_numpy(values if values.flags.writeable else values.copy())
-                source = source.view(stop - start, columns)
+                source = source.view(stop - start, width)
                 if turned:
                     # Stored row 2 j + t of a head is row j + t D/2: pairs are neighbours there, halves here.
-                    source = source.view(-1, self._head_dim // 2, 2, columns).transpose(1, 2)
-                    source = source.reshape(stop - start, columns)
-                if slot.columns:
-                    source = source[:, slice(*slot.columns.runs[0])]
+                    source = source.view(-1, self._head_dim // 2, 2, width).transpose(1, 2)
+                    source = source.reshape(stop - start, width)
+                if columns:
+                    source = source[:, slice(*columns.runs[0])]
                 piece = out[filled : filled + stop - start]
                 piece.copy_(source.reshape(piece.shape))
                 filled += stop - start

@@ -52,7 +52,7 @@ class Dense:
         tensor = allocate(checkpoint.path, slot.name, slot.shape, dtype, device)
         pieces = torch.split(tensor, [part.rows.size for part in slot.parts])
         for part, piece in zip(slot.parts, pieces, strict=True):
-            checkpoint.copy(slot, part, piece)
+            checkpoint.copy(stored_name(checkpoint, part, slot.layer), part, slot.columns, piece)
             loaded()
         return tensor
 
@@ -73,11 +73,13 @@ class Packed(Dense):
     ) -> torch.Tensor:
         if slot.columns is None or not isinstance(checkpoint, GGUFCheckpoint):
             return super().load(checkpoint, slot, torch.float32, device, loaded)
-        rows = tuple(checkpoint.quantized_rows(slot, part) for part in slot.parts)
+        names = [stored_name(checkpoint, part, slot.layer) for part in slot.parts]
+        stored = list(zip(names, slot.parts, strict=True))
+        rows = tuple(checkpoint.quantized_rows(name, part, slot.columns) for name, part in stored)
         sizes = [one.rows * one.row_bytes for one in rows]
         data = allocate(checkpoint.path, slot.name, (sum(sizes),), torch.uint8, "cpu")
-        for part, piece in zip(slot.parts, torch.split(data, sizes), strict=True):
-            checkpoint.copy_quantized(slot, part, piece)
+        for (name, part), piece in zip(stored, torch.split(data, sizes), strict=True):
+            checkpoint.copy_quantized(name, part, slot.columns, piece)
             loaded()
         return QuantizedTensor.of(data, slot.columns.size, rows)
 
@@ -91,4 +93,5 @@ def allocate(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, 
         raise ModelFileError(path, f"no memory for {name} {list(shape)} ({size:.1f} GiB)") from None
 
 
-DENSE, PACKED = Dense(), Packed()
+FORMATS: tuple[WeightFormat, ...] = (Dense(),)  # the first that accepts a slot loads it
+PACKED = Packed()

@@ -22,7 +22,7 @@ from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Shard, Slot
-from microvllm.adapters.weight_formats import DENSE, PACKED, WeightFormat, allocate
+from microvllm.adapters.weight_formats import FORMATS, PACKED, WeightFormat, allocate
 
 Progress = Callable[[int, int], None]
 
@@ -69,7 +69,7 @@ def load_weights(
             "(tie_word_embeddings): the stored lm_head is used"
         )
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
-    formats: tuple[WeightFormat, ...] = (PACKED, DENSE) if keep_quantized else (DENSE,)
+    formats = (PACKED, *FORMATS) if keep_quantized else FORMATS
 
     def format_of(slot: Slot) -> WeightFormat:
         return next(each for each in formats if each.accepts(checkpoint, slot))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -14,11 +16,13 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.family import HF_TENSORS
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec, RopeSpec
+from microvllm.adapters.spec import MLP, Attention, LayerSpec, LayerWeights, ModelSpec, RopeSpec
+from microvllm.adapters.tensors import WHOLE, Shard, Slot, matrix_slots
 from microvllm.ops.activation import ACTIVATIONS
 from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.ops.backends import make_operators
 from microvllm.ops.norm import rms_norm
+from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
 TOKENS, EPS = 13, 1e-5
@@ -123,6 +127,62 @@ def test_scales_and_caps_of_a_model(backend: str) -> None:
     less = {name: w - 1.0 if "norm" in name else w for name, w in weights.items()}
     offset = msgspec.structs.replace(spec, norm_offset=1.0)
     assert relative_error(forward(offset, less, ids, backend), plain) < 1e-5
+
+
+class Experts(msgspec.Struct, frozen=True):
+    """A new kind of MLP, as its own file would define it: the best of some SwiGLUs for each token."""
+
+    size: int = 48
+    count: int = 3
+
+    def slots(self, hidden_size: int, names: Any, shard: Shard) -> Iterator[Slot]:
+        hidden, inner = WHOLE.share(hidden_size), WHOLE.share(self.size)
+        yield from matrix_slots("router", {"router": WHOLE.share(self.count)}, hidden)
+        for i in range(self.count):
+            yield from matrix_slots(f"experts.{i}.gate_up", {"gate": inner, "up": inner}, hidden)
+            yield from matrix_slots(f"experts.{i}.down", {"down": hidden}, inner)
+
+    def build(
+        self, weights: LayerWeights, norm: Norm | None, operators: Operators
+    ) -> tuple[Operator, LinearOperator]:
+        assert norm is not None
+        weight, eps = norm
+        router = operators.linear(*weights.matrix("router"))
+        experts = [
+            (
+                operators.mlp_input(None, *weights.matrix(f"experts.{i}.gate_up"), "silu", True),
+                operators.linear(*weights.matrix(f"experts.{i}.down")),
+            )
+            for i in range(self.count)
+        ]
+
+        def compute(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            best = router(x).argmax(-1)
+            y = torch.zeros_like(x)
+            for i, (inner, down) in enumerate(experts):
+                rows = (best == i).nonzero().view(-1)
+                y[rows] = down(inner(x[rows]))
+            return y if residual is None else residual + y
+
+        return lambda x: operators.rms_norm(x, weight, eps), compute
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_kind_of_mlp_changes_nothing_else(backend: str) -> None:
+    mlp: Any = Experts()
+    spec = model_spec(LayerSpec(mixer=ATTENTION, mlp=mlp))
+    weights = random_weights(spec)
+    ids = torch.arange(TOKENS)
+    chosen = forward(spec, weights, ids, backend)
+    # Of equal experts the choice is none: the same as one dense MLP.
+    for layer in range(2):
+        for i, name in itertools.product(range(3), ("gate_up", "down")):
+            weights[f"layers.{layer}.experts.{i}.{name}"] = weights[f"layers.{layer}.experts.0.{name}"]
+            weights[f"layers.{layer}.{name}"] = weights[f"layers.{layer}.experts.0.{name}"]
+    dense = model_spec(LayerSpec(mixer=ATTENTION, mlp=MLP(size=48)))
+    expected = reference(dense, weights, ids)
+    assert relative_error(forward(spec, weights, ids, backend), expected) < 1e-5
+    assert relative_error(chosen, expected) > 1e-2
 
 
 def test_a_spec_survives_the_way_to_the_engine_process() -> None:
