@@ -227,7 +227,7 @@ class Generation(ABC, Generic[RequestT]):
         except (EngineError, RequestError) as error:
             yield error_event(error)
         except Exception:
-            # A bug of ours. The 200 is out, so only an event can still report the failure.
+            # A bug. The headers are already sent, so only an event can still report the failure.
             logger.exception("Streaming %s failed.", self.id)
             yield error_event(EngineError(INTERNAL))
         finally:
@@ -354,8 +354,7 @@ def _check_fields(body: GenerationRequest, state: ServerState) -> None:
 def _id_suffix(request: Request, body: GenerationRequest) -> str:
     """Return the client's own id if it has one; the header wins over the body, as in vLLM.
 
-    It is only ever repeated: the engine has ids of its own, so two requests with the same one do not touch
-    each other.
+    It is only echoed: the engine has its own ids, so two requests with the same one do not affect each other.
     """
     header = request.headers.get("x-request-id", "")
     return header if SAFE_ID.fullmatch(header) else body.request_id or uuid.uuid4().hex

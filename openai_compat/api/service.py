@@ -209,7 +209,7 @@ async def start_profile(request: Request, state: ServerState) -> Response:
 
 
 async def stop_profile(request: Request, state: ServerState) -> Response:
-    """Ends the profile and writes the trace; the engine stands still meanwhile."""
+    """Ends the profile and writes the trace; the engine pauses meanwhile."""
     logger.info("Profile written to %s", await state.client.stop_profile())
     return Response()
 

@@ -178,7 +178,10 @@ class ChunkSendMiddleware:
 
 
 class HttpMetricsMiddleware:
-    """Counts every request that reaches the application, also those that other middleware refuses."""
+    """Counts every request that passes the outer layers, also those without a key and those not admitted.
+
+    A 403 for the Host header and a CORS preflight are answered by the outer layers and are not counted.
+    """
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics, uncounted: frozenset[str]) -> None:
         self.app = app

@@ -146,7 +146,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            self._start_head_timer()  # half a pipelined request must not end the answer before it
+            # An incomplete pipelined request must not cut off the response in progress.
+            self._start_head_timer()
             return
         self._refusal = 408
         self.send_400_response("")

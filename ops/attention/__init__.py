@@ -13,8 +13,8 @@ from torch import Tensor
 class AttentionShape:
     """The fixed sizes of a model's attention.
 
-    window: tokens a query sees, or None for all; rotary_scale: cos and sin are multiplied by it, which
-    YaRN and LongRoPE temper the attention with. score_scale: head_dim ** -0.5 if None; softcap: scores become
+    window: tokens a query sees, or None for all; rotary_scale: cos and sin are multiplied by it, the
+    attention temperature of YaRN and LongRoPE. score_scale: head_dim ** -0.5 if None; softcap: scores become
     cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118).
     """
 

@@ -267,7 +267,7 @@ def _decode_kernel(
         attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32)
         begin_tile, end_tile = tile - unit_begin, tl.minimum(stop - unit_begin, cached_tiles)
         if BOXES:
-            # Whole tiles by the copy engine. The last one of a sequence may hold what others left there.
+            # Whole tiles by TMA. The last one of a sequence may hold what others left there.
             whole = tl.minimum(end_tile, cached // TILE)
             for i in tl.range(begin_tile, whole, num_stages=STAGES):
                 row = (tl.load(table + i * TILE // PAGE) * KV_HEADS + head) * PAGE + i * TILE % PAGE
@@ -322,7 +322,7 @@ class DecodeTiling:
     """How the work is cut: tokens a tile, stages of the loop over tiles, warps a program, programs an SM.
 
     Triton gives every second stage to the look-up in the block table: 3 stages keep one tile in flight
-    while another is computed, 5 stages two. boxes: whole tiles come by the copy engine (from compute
+    while another is computed, 5 stages two. boxes: whole tiles come by TMA (from compute
     capability 9.0 on; a tile lies within a block, heads are a power of two, and there is no window).
     """
 
@@ -342,7 +342,7 @@ class DecodeTiling:
     def by_boxes(shape: AttentionShape, dtype: torch.dtype, block_size: int) -> DecodeTiling | None:
         """For MANY_SEQS sequences or more, where it was a gain: on an H200 a twentieth, for heads of 128.
 
-        Four programs find room on a multiprocessor, because the copy engine computes the addresses.
+        Four programs find room on a multiprocessor, because TMA computes the addresses.
         """
         fits = shape.head_dim == 128 and dtype.itemsize == 2 and shape.window is None and block_size >= 64
         return DecodeTiling(64, 3, 4, 4, boxes=True) if fits else None

@@ -1,7 +1,7 @@
-"""Which of the faster ways of the GPU kernels are in use; each can be switched off.
+"""Selects the optional GPU kernel optimizations; each can be switched off.
 
-`MICROVLLM_GPU_OFF=stream,early_reads` names those that are not to be used. `docs/benchmarks.md` says what
-each of them gained.
+`MICROVLLM_GPU_OFF=stream,early_reads` disables those that it names. `docs/benchmarks.md` says what each
+of them gained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GLUON_VERSION = "3.6."  # of Triton: the language of `ops.gpu.stream` is not sta
 
 
 class LeverError(ValueError):
-    """`MICROVLLM_GPU_OFF` names something that there is not."""
+    """`MICROVLLM_GPU_OFF` names an unknown optimization."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Levers:
     """Holds which of them are in use.
 
     stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
-    step writes before it waits for the one ahead; boxes: whole tiles of cached keys and values come by the
-    copy engine in decode attention.
+    step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
+    and values by TMA.
     """
 
     stream: bool = False

@@ -6,7 +6,7 @@ bytes of the weight are what takes time. Share of the bandwidth of an H200 (4.59
 gate_up of Qwen2-7B, 272 MB, 88 % with 8 rows and 79 % with 64; its head, 96 and 89 %; o, 26 MB, 63 and 49 %.
 
 The weight is the tensor core's left operand, whose tile has 64 rows at least, and x the right one, whose tile
-has as few as 8, so that few rows are not padded to many. The copy engine keeps a ring of STAGES steps
+has as few as 8, so that few rows are not padded to many. TMA keeps a ring of STAGES steps
 (BLOCK_K columns of a tile) in flight. A program fills its ring with weights before it waits for the kernel
 ahead: a weight that fits the rings of all multiprocessors is on the chip when x is known. Sums over k may be
 split among programs; the one that comes last adds the parts up, always in the same order.
@@ -183,7 +183,7 @@ def _layout() -> gl.NVMMASharedLayout:
 
 
 def _boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """What the copy engine needs to find boxes of [rows, columns] in a contiguous matrix."""
+    """What TMA needs to find boxes of [rows, columns] in a contiguous matrix."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], _layout())
 
 

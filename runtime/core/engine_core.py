@@ -38,7 +38,7 @@ class Runner(Measured, Protocol[StepT]):
     def padded_tokens(self) -> int: ...
 
     def collect(self, step: StepT) -> StepResult:
-        """Wait for a launched step and read what it gave."""
+        """Wait for a launched step and read its result."""
         ...
 
 
@@ -51,7 +51,7 @@ class Drafter(Protocol):
 
 
 class EngineCore(Generic[StepT]):
-    """Scheduler + KV manager + runner. Single-threaded; not one method blocks on anything but `step`.
+    """Scheduler + KV manager + runner. Single-threaded; only `step` and `drain` wait for the device.
 
     `report` has the times of the steps, if the configuration asks for them. With a drafter each step is
     awaited before the next is scheduled, since drafts follow tokens that have to be known; the runner has to

@@ -64,7 +64,11 @@ class _Table:
 
 
 class KVCacheManager:
-    """Hands out the blocks of the KV pool; all methods are O(blocks touched)."""
+    """Hands out the blocks of the KV pool.
+
+    A step's methods are O(blocks touched). `check` and `reset_prefix_cache` are O(blocks of the pool),
+    `num_unused_slots` is O(sequences).
+    """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks

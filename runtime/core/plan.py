@@ -64,7 +64,7 @@ class Request:
     def num_missing(self) -> int:
         """How many tokens a step could compute now; 1 is a decode, or the end of a prompt.
 
-        None (0 or less) while drafts are in flight: how many of them hold decides where the next step starts.
+        Zero or negative while drafts are in flight: how many are accepted decides where the next step starts.
         """
         if self.finish_reason is not None:
             return 0  # ended; it only waits for its last step in flight

@@ -4,11 +4,11 @@ Imports no torch.
 
 `fcfs`      first come, first served; every running request is eligible in every step.
 `priority`  the smaller number first (vLLM's meaning), first come among equals; all are eligible.
-`sjf`       shortest job first, to align lengths: of the requests that decode, those of the shortest length
-            are eligible, so that equal lengths form the batch and short ones catch up with long ones:
-            50 52 55 60 100 runs 50, 51, then 52 52 together, 55 55 55, and 60 60 60 60.
-            It made batches without padding for kernels that need equal lengths. Ours do not, so what is
-            passed over is batch size lost: it is here to be compared.
+`sjf`       shortest job first, to align lengths: of the requests that decode, only those of the shortest
+            length are eligible, so short ones catch up with long ones: lengths 50 52 55 60 100 run 50, 51,
+            then 52 52 together, 55 55 55, and 60 60 60 60. After `MAX_PASSED_OVER` such steps all are.
+            That avoids padding in kernels that need equal lengths. Ours do not, so skipped requests only
+            shrink the batch; kept for comparison.
 
 A policy never changes a token, only when it is computed.
 """
@@ -46,7 +46,7 @@ class Priority(Policy):
 
 
 class ShortestJobFirst(Policy):
-    """Runs the shortest answers alone. Prefill goes on; `MAX_PASSED_OVER` bounds how long others wait."""
+    """Decodes the shortest sequences alone. `MAX_PASSED_OVER` bounds how long others wait."""
 
     def __init__(self) -> None:
         self._passed_over = 0  # steps in a row in which a request was

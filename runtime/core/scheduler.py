@@ -6,19 +6,19 @@ request with one token to compute. Chunked prefill, prefix hits and preemption a
 (after vLLM v1's scheduler).
 
 `schedule()` only needs lengths, so step k+1 may be scheduled while step k runs; `commit()` brings the
-tokens of a step when they are known. Three fences make that safe:
+tokens of a step when they are known. Three rules make that safe:
 
   * a request with a step in flight is not preempted: the step is awaited first;
-  * the row and the blocks of a finished request go back at the commit of its last step in flight;
+  * the row and the blocks of a finished request are freed at the commit of its last step in flight;
   * blocks are offered to the prefix cache in `commit()`, when all their tokens are known.
 
 A prompt that several requests share, as the `n` samples of one do, is computed once: those that come while
 the first computes it follow it, out of the queue, until its blocks are in the prefix cache. Without prefix
-caching each computes its own.
+caching each computes the prompt itself.
 
-This file decides how many tokens of which request a step computes, and when a request ends; nothing else may
-enter. The rarer a feature, the better it is hidden: the order of requests belongs to `policies.py`, blocks to
-`kv_cache.py`, proposed tokens to a `Drafter`, and what changes tokens but not their number to the worker. A
+This file decides how many tokens of which request a step computes, and when a request ends. Keep everything
+else out; rare features belong in the modules below: the order of requests in `policies.py`, blocks in
+`kv_cache.py`, proposed tokens in a `Drafter`, and what changes tokens but not their number in the worker. A
 new kind of step is no new phase here: it is a number of tokens to compute.
 """
 
@@ -110,7 +110,7 @@ class Scheduler:
         return request
 
     def _check(self, source: EngineRequest) -> None:
-        """What could never be scheduled would wait for ever. Token ids are `InputProcessor`'s to check."""
+        """Refuse what could never be scheduled. Token ids are `InputProcessor`'s to check."""
         tokens, config = source.prompt_token_ids, self._config
         if not tokens or not 0 < (source.params.max_tokens or 0) <= config.max_model_len - len(tokens):
             raise InvalidRequestError(
@@ -160,7 +160,7 @@ class Scheduler:
         budget = self._config.max_num_batched_tokens  # at least one for every row
         scheduled: list[ScheduledRequest] = []
         # While blocks are short every request is eligible, the oldest first: one that was denied blocks is
-        # the next to get them, which the policy's choice could put off for ever.
+        # the next to get them, which the policy's choice could put off indefinitely.
         eligible = self._running if self._short_of_blocks else self._policy.eligible(self._running)
         self._short_of_blocks = False
         for index, request in enumerate(eligible):
@@ -195,7 +195,8 @@ class Scheduler:
                 if request.steps_in_flight == 0:
                     self._release(request)
                 continue
-            if not item.samples or NO_TOKEN not in tokens:  # what gave no finite logits may be broken itself
+            # KV behind non-finite logits may be corrupt; do not cache it.
+            if not item.samples or NO_TOKEN not in tokens:
                 known = item.start + item.num_new - item.num_draft_tokens
                 self.kv.cache_blocks(request.seq_id, request.keys, known)
             if item.samples:
@@ -226,7 +227,7 @@ class Scheduler:
         return outputs
 
     def check(self) -> None:
-        """Audit the pool; at rest nothing may be referenced (raises `BrokenPoolError`)."""
+        """Audit the pool. Raises `BrokenPoolError`."""
         self.kv.check()
 
     # ---- the parts of a step -------------------------------------------------------------------
@@ -234,7 +235,7 @@ class Scheduler:
     def _chunk(self, missing: int, budget: int) -> int:
         """How many of a request's missing tokens one step computes."""
         limit = self._config.long_prefill_token_threshold
-        if limit and self._config.enable_chunked_prefill:  # else a longer prompt would wait for ever
+        if limit and self._config.enable_chunked_prefill:  # else a longer prompt would never be scheduled
             budget = min(budget, limit)
         return min(missing, budget)
 
@@ -246,12 +247,12 @@ class Scheduler:
         """
         left = request.max_tokens - request.num_output - 1
         room = min(left, spare, self.kv.num_available - 1)
-        # Behind a token in flight they are at the wrong place.
+        # With a token in flight, drafts would be at the wrong positions.
         request.drafts = () if request.num_in_flight or room <= 0 else request.drafts[:room]
         return len(request.drafts)
 
     def _settle_drafts(self, request: Request, num_rejected: int) -> None:
-        """Give the room of rejected drafts back: their positions are computed again."""
+        """Free the room of rejected drafts: their positions are computed again."""
         request.drafts = ()
         if num_rejected and request.finish_reason is None:
             request.num_computed -= num_rejected

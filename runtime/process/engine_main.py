@@ -95,7 +95,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
 
 
 def _run_engine(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
-    # What is alive now stays alive: frozen, it costs the collector nothing.
+    # Freeze long-lived objects so the GC skips them.
     gc.collect()
     return_freed_memory()  # the weights as they were read: they lie packed elsewhere
     gc.freeze()

@@ -5,7 +5,7 @@ prompts in it is captured up to its last hidden states: launching a model's kern
 some 10 ms, and the GPU computes a short prompt in a tenth of that. Larger steps keep the GPU busier than the
 host.
 
-What is too much is padding: rows and tokens that write no keys and that are never read, sequences of context
+Unused capacity is padded: rows and tokens that write no keys and that are never read, sequences of context
 length 0, segments without tokens.
 """
 

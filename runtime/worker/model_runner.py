@@ -4,9 +4,9 @@ Every running request owns one row, from admission to its last step in flight, o
 last token, block table, sampling parameters. Rows are zeroed at release and must be clean at acquire.
 
 Every step of every request passes through this file, so it stays small and holds what all of them need: the
-rows, the order of a step, which logits are sampled. The rarer a feature, the better it is hidden: what
-depends on the device belongs to `device.py`, what changes a request's logits to `logits.py`, what differs
-between models to the spec and the operators. A branch for one feature does not enter here.
+rows, the order of a step, which logits are sampled. Keep everything else out; rare features belong in the
+modules below: what depends on the device in `device.py`, what changes a request's logits in `logits.py`, what
+differs between models in the spec and the operators.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class ModelGraphRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Change the rows as the plan says, run the model once over all its tokens, and sample.
 
-        Raises `EngineError` for a fault of the GPU, after which it answers nothing any more.
+        Raises `EngineError` for a fault of the GPU, after which the device is unusable.
         """
         return self._device.run(self._launch, plan)
 

@@ -1,8 +1,9 @@
 """Chooses tokens from logits, for a whole batch at once.
 
-Order, as in vLLM: the request's rules (`logits.py`); temperature; min-p; top-k; top-p; draw. The draw
-inverts the cumulative distribution at one uniform number that is a function of (seed, position) only,
-so a seeded request draws the same numbers in any batch and after preemption.
+Order, as in vLLM: the request's rules (`logits.py`); temperature; min-p; top-k; top-p; draw.
+`Sampler`, on a CPU, inverts the cumulative distribution at one uniform number; `GPUSampler` takes the largest
+of the logits plus Gumbel noise. Both depend on (seed, position) only, so a seeded request draws the same
+numbers in any batch and after preemption.
 """
 
 from __future__ import annotations
@@ -269,9 +270,9 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 class GPUSampler(Sampler):
-    """Chooses by own kernels; rules and log probabilities are the CPU's.
+    """Chooses by custom kernels; rules and log probabilities are the CPU's.
 
-    Draws by other random numbers than the CPU's sampler, as much a function of (seed, position) only.
+    Its random numbers differ from the CPU sampler's, but are also a function of (seed, position) only.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.worker.logits import on_device
 
-UNKNOWN = -1  # stands for an input token that only the row knows yet
+UNKNOWN = -1  # a token whose value is still only on the device
 
 # Sizes of the captured steps with prompts in them.
 PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
