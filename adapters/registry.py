@@ -48,7 +48,9 @@ def load_spec(model: Path, overrides: Mapping[str, Any] | None = None) -> ModelS
         if model.is_dir():
             return _from_folder(model, overrides or {})
         if overrides:
-            raise OverrideError(model, f"{FLAG} replaces values of config.json, which a GGUF file has not")
+            raise OverrideError(
+                model, f"{FLAG} replaces values of config.json, which a GGUF file does not have"
+            )
         return _from_file(model)
     except OSError as error:  # no permission, a name that is too long, a loop of links, ...
         raise ModelFileError(error.filename or model, f"cannot be read ({error.strerror})") from None
@@ -57,7 +59,7 @@ def load_spec(model: Path, overrides: Mapping[str, Any] | None = None) -> ModelS
 def _from_file(model: Path) -> ModelSpec:
     if not model.exists():
         raise ModelFileError(model, "no such file or folder")
-    if not model.is_file():  # opening a pipe would wait for ever
+    if not model.is_file():  # opening a pipe would block indefinitely
         raise ModelFileError(model, "is neither a folder nor a regular file")
     if model.suffix == ".safetensors":
         raise ModelFileError(model, "holds only weights; give the folder that also holds config.json")

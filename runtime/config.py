@@ -94,12 +94,12 @@ class EngineArgs:
     max_model_len: int | None = flag(
         None,
         MODEL,
-        "Context length; auto or -1: as long as the model and memory allow.",
+        "Context length; auto or -1: the model's, on a CPU no longer than what fits into memory.",
         metavar="TOKENS",
         low=1,
         read=context_length,
     )
-    seed: int = flag(0, MODEL, "Seed of requests that bring none.", low=-(1 << 63), high=(1 << 63) - 1)
+    seed: int = flag(0, MODEL, "Default seed.", low=-(1 << 63), high=(1 << 63) - 1)
 
     generation_config: str = flag(
         "auto", ANSWERS, "Sampling defaults: auto (the model's), vllm (none), or a folder."
@@ -119,9 +119,16 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None = flag(
         None, SCHEDULING, "Size of the KV cache, such as 1G.", metavar="BYTES", low=1, read=human_int
     )
-    num_gpu_blocks_override: int | None = flag(None, SCHEDULING, "Number of KV blocks, whatever fits.", low=1)
+    num_gpu_blocks_override: int | None = flag(
+        None, SCHEDULING, "KV block count, overriding the memory-based size.", low=1
+    )
     enable_prefix_caching: bool = flag(True, SCHEDULING, "Reuse the KV blocks of equal prompt beginnings.")
-    max_num_seqs: int | None = flag(None, SCHEDULING, "Requests that run at once.", low=1)
+    max_num_seqs: int | None = flag(
+        None,
+        SCHEDULING,
+        f"Requests that run at once ({DEFAULT_MAX_NUM_SEQS}, at most the token budget).",
+        low=1,
+    )
     max_num_batched_tokens: int | None = flag(
         None, SCHEDULING, "Tokens in one step.", metavar="TOKENS", low=1, read=human_int
     )
@@ -168,8 +175,9 @@ class EngineArgs:
     attention_backend: str = flag(
         "auto",
         MACHINE,
-        "What computes: cpu, our kernels in C, compiled at the first start; torch, PyTorch's own "
-        "operators, slower; auto, cpu where a C compiler is found, else torch.",
+        "What computes. On a CPU: cpu, our kernels in C, compiled at the first start; torch, PyTorch's own "
+        "operators, slower; auto, cpu where a C compiler is found, else torch. On a GPU: triton (auto) "
+        "or flash_attn.",
     )
     device: str = flag("auto", MACHINE, "auto (a GPU if there is one), cpu or cuda.", choices=DEVICES)
     gpu_memory_utilization: float = flag(
@@ -251,7 +259,7 @@ class EngineArgs:
             (
                 too_long and not vllm_environment.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN"),
                 f"{too_long}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment allows it",
-                "lower it, or leave it out: --max-model-len auto takes what memory allows",
+                "lower it, or leave it out: --max-model-len auto takes the model's",
             ),
         )
         if too_long:

@@ -32,23 +32,29 @@ def size_pool(
     """Return the number of KV blocks (0: to be measured), and the context length in tokens that they hold.
 
     `blocks` or `pool_bytes` are requested; else VLLM_CPU_KVCACHE_SPACE or the free memory decides. A pool too
-    small for one request of full length would make that request wait for ever (vLLM issue 35541): on a CPU
-    the length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for too
-    small a one.
+    small for one request of full length would make that request wait indefinitely (vLLM issue 35541): on a
+    CPU the length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for
+    too small a one.
     """
-    requested = blocks
-    if blocks is None and pool_bytes is not None:
-        requested = pool_bytes // block_bytes
+    requested, option = blocks, "--num-gpu-blocks-override"
+    if blocks is None:
+        option = "--kv-cache-memory-bytes"
+        requested = None if pool_bytes is None else pool_bytes // block_bytes
     if device == "cpu":
-        return _cpu_pool(requested, block_bytes, block_size, max_model_len, may_shorten)
+        return _cpu_pool(requested, option, block_bytes, block_size, max_model_len, may_shorten)
     if requested is None:
         return 0, max_model_len
-    check_pool(requested, block_size, max_model_len)
+    check_pool(requested, block_size, max_model_len, option)
     return requested, max_model_len
 
 
 def _cpu_pool(
-    requested: int | None, block_bytes: int, block_size: int, max_model_len: int, may_shorten: bool
+    requested: int | None,
+    option: str,
+    block_bytes: int,
+    block_size: int,
+    max_model_len: int,
+    may_shorten: bool,
 ) -> tuple[int, int]:
     free = available_memory()
     needed = math.ceil(max_model_len / block_size)
@@ -71,7 +77,7 @@ def _cpu_pool(
             f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
             f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
             f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB)",
-            remedy="lower --max-model-len or raise --kv-cache-memory-bytes",
+            remedy=f"lower --max-model-len or raise {option}",
         )
     logger.warning(
         "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
@@ -82,11 +88,14 @@ def _cpu_pool(
     return num_blocks, num_blocks * block_size
 
 
-def check_pool(num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Raise `ConfigError` unless the pool holds one request of full length, which would wait for ever."""
+def check_pool(num_blocks: int, block_size: int, max_model_len: int, option: str) -> None:
+    """Raise `ConfigError` unless the pool holds one request of full length, which could never run.
+
+    `option`: the flag that makes the pool larger.
+    """
     if num_blocks * block_size < max_model_len:
         raise ConfigError(
             f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "
             "tokens does not fit",
-            remedy="lower --max-model-len or raise --gpu-memory-utilization",
+            remedy=f"lower --max-model-len or raise {option}",
         )

@@ -102,8 +102,8 @@ class SandboxProcesses:
             problem = f"The chat template was still running after {seconds:g} s and was stopped."
         except OSError:
             problem = (
-                "The chat template ended its process: it takes too long, or more than "
-                f"{self._limits['memory_bytes'] / (1 << 20):g} MB of memory."
+                "The chat template was killed: it exceeded the time or memory limit "
+                f"({self._limits['memory_bytes'] / (1 << 20):g} MB)."
             )
         finally:
             # A child whose answer is still to come would give it to the next request.

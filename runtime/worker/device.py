@@ -1,6 +1,6 @@
 """What a CPU and a GPU do differently in a step: inputs, forward pass, graphs, sampling, clocks, faults.
 
-`make_device` decides between them once, at the start; the model runner asks no more which one it has.
+`make_device` decides between them once, at the start; the model runner never branches on the device.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Device(ABC):
         return 0
 
     def run(self, launch: Callable[[StepPlan], T], plan: StepPlan) -> T:
-        """Launch a step. Raises `EngineError` for a fault after which the device answers nothing any more."""
+        """Launch a step. Raises `EngineError` for a fault after which the device is unusable."""
         launched = launch(plan)
         if self.device_clock is not None:
             self.device_clock.end()
@@ -279,5 +279,5 @@ def measure_kv_blocks(config: EngineConfig, model: DecoderModel) -> int:
     left = int(total * config.gpu_memory_utilization) - (total - free) - activations - MARGIN_BYTES
     block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[config.dtype]) * config.block_size
     num_blocks = max(0, left // block_bytes)
-    check_pool(num_blocks, config.block_size, config.max_model_len)
+    check_pool(num_blocks, config.block_size, config.max_model_len, "--gpu-memory-utilization")
     return num_blocks

@@ -98,7 +98,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("serve empty", "README.md lists the models that are supported"),
         ("serve m --port 0", "--port: Port to listen on; `microvllm serve --help`"),
         ("serve m --prot 1", "--port: Port to listen on"),
-        ("serve m --seed x", "--seed: Seed of requests"),
+        ("serve m --seed x", "--seed: Default seed"),
         ("serve m --ssl-keyfile k", "--ssl-keyfile: Its key"),
         ("serve m --host no.such.host.invalid", "--host: Address to listen on"),
         ("serve m --uds /no/such/folder/socket", "--uds: Unix socket"),
