@@ -108,6 +108,10 @@ def error_line(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             f"serve {DEMO} --device cpu --max-model-len 4096 --kv-cache-memory-bytes 1M",
             "raise --kv-cache-memory-bytes",
         ),
+        (
+            f"serve {DEMO} --device cpu --max-model-len 4096 --num-gpu-blocks-override 8",
+            "raise --num-gpu-blocks-override",
+        ),
         (f"serve {DEMO} --device cpu --num-gpu-blocks-override 100000000", "lower --kv-cache-memory-bytes"),
         (f"serve {DEMO} --generation-config none", "--generation-config: Sampling defaults"),
         ("serve m --enable-lora", "leave it out, or start without it with --ignore-unsupported-flags"),
