@@ -74,8 +74,8 @@ class Fields:
         if value is None:
             raise self.error(key, "is missing")
         if type(value) not in (int, float) or not 0 < value <= at_most or value < at_least:
-            wish = f"in [{at_least:g}, {at_most:g}]" if at_least else "above 0"
-            raise self.error(key, f"must be a finite number {wish}, got {shorten(value)}")
+            bounds = f"in [{at_least:g}, {at_most:g}]" if at_least else "above 0"
+            raise self.error(key, f"must be a finite number {bounds}, got {shorten(value)}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:

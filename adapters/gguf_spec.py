@@ -1,6 +1,6 @@
 """Metadata of a GGUF file -> the parts of a `ModelSpec` that all families share. Imports no torch.
 
-The keys are ggml's (docs/gguf.md); what they leave out is told by which tensors there are.
+The keys are ggml's (docs/gguf.md); what they leave out follows from which tensors there are.
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ END_TEXTS = frozenset(
         *("<end_of_utterance>", "[e~[", "<|return|>"),
         # of a message, most of them a call of a tool
         *("<|eom_id|>", "<|call|>", "<|calls|>", "<|tool_response>"),
-        # of what a fill-in-the-middle request is answered with
+        # of the output of a fill-in-the-middle request
         *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
         *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
     )
 )
-# In a vocabulary that has all of the first, the second only separates what one answer is made of.
+# In a vocabulary that has all of the first, the second only separates the parts of one response.
 NOT_AN_END = (
     (("<|return|>", "<|call|>"), "<|end|>"),
     (("<|return|>", "<|calls|>"), "<|end|>"),

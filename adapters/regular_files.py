@@ -11,7 +11,7 @@ SUFFIXES = frozenset((".json", ".jinja", ".safetensors", ".gguf", ".model", ".ti
 
 
 def check_regular(path: Path) -> None:
-    """Raises `ModelFileError` for a pipe, socket, device or folder: to open a pipe would wait for ever."""
+    """Raises `ModelFileError` for a pipe, socket, device or folder: opening a pipe would block."""
     if path.exists() and not path.is_file():
         raise ModelFileError(path, "is not a regular file")
 

@@ -40,7 +40,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether texts beyond the original length are rotated otherwise than shorter ones."""
+        """Whether texts beyond the original length are rotated differently from shorter ones."""
         return self.scaling in ("dynamic", "longrope")
 
     def at_length(self, length: int, head_dim: int) -> RopeSpec:
@@ -225,7 +225,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def default_length(self) -> int:
         """Context length in tokens if none is requested.
 
-        Of "longrope" the original one, as in vLLM: a longer one changes what short texts are answered.
+        Of "longrope" the original one, as in vLLM: a longer one changes the output for short texts.
         """
         ropes = [mixer.rope for mixer in self.mixers]
         originals = [rope.original_max_position for rope in ropes if rope.scaling == "longrope"]

@@ -49,7 +49,7 @@ def load_weights(
     `progress(done, total)` is called after every tensor of the checkpoint. Beside the result only the tensor
     being copied is resident. Raises `ModelFileError` for files that are malformed, and for tensors that are
     missing, of another shape than the spec says, or there but unused: a model computed without some of its
-    weights would answer nonsense.
+    weights would generate nonsense.
     """
     family = BY_NAME[spec.architecture]
     if load_format == "dummy":

@@ -1,4 +1,4 @@
-"""The JSON schemas of what the server answers, for its OpenAPI document. Tests hold real answers to them."""
+"""Defines the JSON schemas of responses, for the OpenAPI document. Tests hold real responses to them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _PLAIN_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}],"kv_tra
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation: its text and token ids, and how the answer begins."""
+    """A rendered conversation: its text and token ids, and how the response begins."""
 
     text: str
     token_ids: list[int]
@@ -48,10 +48,10 @@ async def create_chat_completion(
 
 
 class Chat(Generation[ChatCompletionRequest]):
-    """A request with a conversation, and its answer or answers.
+    """A request with a conversation, and its choices.
 
-    `role` is the author of the answers, `echo` the text that they begin with, `prompt_text` the rendered
-    conversation if the answer is to show it.
+    `role` is the author of the choices, `echo` the text that they begin with, `prompt_text` the rendered
+    conversation if the response is to show it.
     """
 
     id_prefix = "chatcmpl"
@@ -227,7 +227,7 @@ def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) ->
     truncation = Truncation.of(body, client.config.max_model_len)
     ids = tokenize_text(client, text, bool(body.add_special_tokens), truncation)
     last = messages[-1]
-    # Without a generation prompt, or when the last message is continued, its author is the answer's.
+    # Without a generation prompt, or when the last message is continued, its author is the response's.
     speaks_on = continued or body.add_generation_prompt is False
     role = last["role"] if speaks_on else state.args.response_role
     echoed = body.echo and last["role"] == role

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 async def generate(request: Request, state: ServerState, body: PromptRequest) -> Response:
-    """Continues one text; answers with the new text, whole unless `stream` is true.
+    """Continues one text; returns the new text, whole unless `stream` is true.
 
     The text does not repeat the prompt. Nothing is put around the prompt but what the tokenizer adds: a chat
     template is for `/v1/chat/completions`.
@@ -85,7 +85,7 @@ class Text(Generation[PromptRequest]):
 
 
 class TextChunks(Chunks):
-    """Writes one event per delta, with the members of a whole answer; `usage` and `metrics` if requested."""
+    """Writes one event per delta, with a whole response's members; `usage` and `metrics` if requested."""
 
     def __init__(self, id_: str, with_ids: bool) -> None:
         self._head = b'data: {"id":%s,"text":' % orjson.dumps(id_)

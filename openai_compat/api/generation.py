@@ -1,7 +1,7 @@
-"""Runs every request that generates, from its checked body to the last byte of the answer.
+"""Runs every request that generates, from its checked body to the last byte of the response.
 
 Chat, completions and /generate subclass `Generation` and define what differs: how the sampling parameters
-and the prompts follow from the fields, and how a whole answer and a chunk are written. All else happens here:
+and the prompts follow from the fields, and how a whole response and a chunk are written. The rest is here:
 
 1. `__init__` checks the request, refuses it while the queue is full, and gives it its id.
 2. `prepare` reads the sampling parameters and the prompts.
@@ -54,7 +54,7 @@ logger = logging.getLogger("microvllm.server")
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"  # clients skip it
-INLINE_CHOICES = 64  # answers with more are put together in a worker thread
+INLINE_CHOICES = 64  # responses with more are built in a worker thread
 
 
 class Chunks(ABC):
@@ -139,7 +139,7 @@ class Generation(ABC, Generic[RequestT]):
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
     ) -> bytes:
-        """Return the JSON body of a whole answer; may run in a worker thread."""
+        """Return the JSON body of a whole response; may run in a worker thread."""
 
     @abstractmethod
     def chunks(self) -> Chunks:
@@ -153,7 +153,7 @@ class Generation(ABC, Generic[RequestT]):
         return await self.read_prompts()
 
     async def respond(self) -> Response:
-        """Return the answer to the request, whole or as a stream of events."""
+        """Return the response, whole or as a stream of events."""
         await self.submit(await self.prepare())
         lifecycle = self.state.lifecycle
         if self.body.stream:
@@ -177,7 +177,7 @@ class Generation(ABC, Generic[RequestT]):
             self.streams += await client.submit_all(prompts, self.params, **options)
         for stream in self.streams:
             stream.name = self.id
-        # The engine has the ids. The texts they came from would take memory for as long as the answer runs.
+        # The engine has the ids. The strings they came from would take memory until the response ends.
         self.body.drop_prompt()
 
     async def _whole_answer(self) -> bytes:
@@ -189,7 +189,7 @@ class Generation(ABC, Generic[RequestT]):
         short = len(outcomes) <= INLINE_CHOICES and not self.body.return_token_ids
         if short and params.logprobs is None and params.prompt_logprobs is None:
             return self.answer(outcomes, spent, metrics)
-        # Log probabilities can be a hundred times as much text as the answer.
+        # Log probabilities can take a hundred times as much text as the output.
         return await self.state.client.run_blocking(self.answer, outcomes, spent, metrics)
 
     async def _events(self, chunks: Chunks) -> AsyncGenerator[bytes, None]:
@@ -332,7 +332,7 @@ def check_model(name: str | None, state: ServerState) -> None:
 
 
 def _check_fields(body: GenerationRequest, state: ServerState) -> None:
-    """Check what concerns several fields, or the server's own limits."""
+    """Check what concerns several fields, or the server's limits."""
     if not state.args.skip_model_name_validation:
         check_model(body.model, state)
     if body.stream_options and not body.stream:

@@ -168,7 +168,7 @@ class GenerationRequest(Body, kw_only=True):
     # what to make of the prompt
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None = None
     truncation_side: Literal["left", "right"] | None = None
-    # how to answer
+    # how to respond
     stream: bool = False
     stream_options: StreamOptions | None = None
     echo: bool = False
@@ -239,7 +239,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
 
 class PromptRequest(CompletionRequest, kw_only=True):
-    """One prompt to continue. The refused fields have no place in the answer and stay at their defaults."""
+    """One prompt to continue. The refused fields have no place in the response and stay at their defaults."""
 
     refused = {
         **GenerationRequest.refused,

@@ -85,7 +85,7 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
 def _check_spaces(body: GenerationRequest, client: EngineClient) -> None:
     """Where text is the concatenation of the tokens' bytes there is never a space between special tokens.
 
-    Other decoders put one there, and it cannot be told from the text's own.
+    Other decoders put one there, which cannot be distinguished from a space of the text.
     """
     if not body.spaces_between_special_tokens and client.tokenizer.token_bytes is None:
         raise InvalidRequestError(

@@ -150,7 +150,7 @@ def _internals(state: ServerState, form: str) -> dict[str, Any]:
 async def reset_prefix_cache(request: Request, state: ServerState) -> Response:
     """Forgets every cached prefix: `{"success": true}`.
 
-    It succeeds while requests run, too, since they keep their own blocks; so `reset_running_requests` has
+    It succeeds while requests run, too, since they keep their blocks; so `reset_running_requests` has
     nothing to add, nor has `reset_external`, there being no cache outside. Both must be booleans.
     """
     for name in ("reset_running_requests", "reset_external"):

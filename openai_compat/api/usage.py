@@ -1,4 +1,4 @@
-"""Writes the token counts of an answer, and its times if the server reports them."""
+"""Writes the token counts of a response, and its times if the server reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """Return the `usage` object of a whole answer; `cached_tokens` is None without details."""
+    """Return the `usage` object of a whole response; `cached_tokens` is None without details."""
     details = {"cached_tokens": cached_tokens, "created_cache_tokens": None, "multimodal_tokens": None}
     return {
         "prompt_tokens": prompt_tokens,
@@ -24,7 +24,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None)
 
 
 def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> bytes:
-    """Return the `usage` object of a chunk: without the null members of the whole answer's."""
+    """Return the `usage` object of a chunk: without the null members of the whole response's."""
     counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,

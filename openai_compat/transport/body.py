@@ -31,7 +31,7 @@ UNITS = {b",": 1, b"[": 4, b"{": 4, b'"': QUOTE_UNITS}
 WEIGH_BYTES = 256 << 10  # at a time
 INLINE_BYTES = 16 << 10  # smaller bodies are parsed at once, others in a worker thread
 NAMED_BYTES = 4 << 20  # up to here a refusal looks for the field at fault, which holds the lock, too
-BODY_DEADLINE_S = 30.0  # for the whole body: one byte a second must not hold a connection for ever
+BODY_DEADLINE_S = 30.0  # for the whole body: one byte a second must not hold a connection indefinitely
 # Bodies that are being received or parsed, over all connections; what each has below FREE_BYTES, as much as
 # uvicorn buffers in any case, is not counted: a few slow uploads must not keep out every small request.
 MAX_HELD_BODIES = 8  # of the largest size

@@ -1,7 +1,7 @@
 """HTTP/1.1 with the limits that uvicorn's own parser does not have.
 
 uvicorn with httptools takes a header of 50 MB, any number of headers and of trailers behind a chunked body,
-and waits for ever for the second half of a request line or for a client that has stopped reading. This
+and waits indefinitely for the second half of a request line or for a client that has stopped reading. This
 protocol bounds all of them. Trailers are dropped: a key or a content type counts only in the head (RFC 9110,
 6.5.1).
 """
