@@ -358,7 +358,7 @@ def test_texts_end_at_a_stop_string(scripted: Callable[[str], InferenceEngine]) 
 def test_several_tokens_a_step_have_their_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(variant_folder("llama-tied"))
     deltas = [TextDelta([1, 2, 3], "abc"), TextDelta([4], "d", "length")]
-    monkeypatch.setattr(engine, "run", lambda requests: ((0, delta) for delta in deltas))
+    monkeypatch.setattr(engine, "generate_deltas", lambda requests: ((0, delta) for delta in deltas))
     assert list(engine.stream_generate("x")) == [(1, ""), (2, ""), (3, "abc"), (4, "d")]
 
 
