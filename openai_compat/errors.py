@@ -143,7 +143,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     path = clip(request.scope["path"])
     message = f"{error.detail}: this server has no endpoint {path}."
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        # Starlette keeps the methods in a set, whose order differs from start to start.
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         message = f"{error.detail}: {path} takes {allowed}, not {request.method}."
     answer = {
         "message": message,

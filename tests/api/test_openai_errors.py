@@ -447,6 +447,12 @@ async def test_a_bug_in_the_middle_of_a_stream_is_an_event(n: int) -> None:
     assert answer.text.endswith("data: [DONE]\n\n") and "secret" not in answer.text and not client.running
 
 
+async def test_the_methods_of_a_path_stand_in_one_order() -> None:
+    async with in_process(FakeClient()) as http:
+        answer = await http.delete("/v1/models")
+    assert "/v1/models takes GET, HEAD, not DELETE." in error_of(answer)["message"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "kind"),
     [
