@@ -107,7 +107,10 @@ class Serving:
     def post(self, body: dict[str, Any], path: str = "/v1/completions") -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
         connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-        return connection.getresponse()
+        answer = connection.getresponse()
+        if connection.sock is not None:
+            connection.sock.close()  # for good as soon as the answer is read or dropped
+        return answer
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -260,6 +263,7 @@ def test_requests_that_do_not_finish_are_told(tmp_path: Path, second_signal: boo
         assert tail[-2:] == ["data: [DONE]", ""]
         answer = waiting.getresponse()
         assert answer.status == 503 and json.loads(answer.read())["error"]["code"] == 503
+        waiting.close()
         assert server.process.wait(PATIENCE_S) == 0
         assert "closed 0 2" in server.output and "Traceback" not in server.output
 
@@ -289,6 +293,7 @@ def test_an_idle_connection_stays_open_as_long_as_was_asked(tmp_path: Path) -> N
         answered = time.monotonic()
         assert connection.sock.recv(1) == b""
         assert time.monotonic() - answered > 6.5  # uvicorn's own limit is 5 s
+        connection.close()
 
 
 def test_own_lines_have_the_level_that_was_asked_for(tmp_path: Path) -> None:

@@ -259,9 +259,18 @@ def test_a_client_that_stops_reading_is_dropped(monkeypatch: pytest.MonkeyPatch)
         assert client.aborted > 0
 
 
+def sdk_client(port: int, api_key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=api_key, max_retries=0)
+
+
+@pytest.fixture
+def sdk(port: int) -> Iterator[openai.OpenAI]:
+    with sdk_client(port) as client:
+        yield client
+
+
 @pytest.mark.parametrize("include_usage", [False, True])
-def test_openai_sdk(port: int, include_usage: bool) -> None:
-    sdk = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+def test_openai_sdk(sdk: openai.OpenAI, include_usage: bool) -> None:
     assert [model.id for model in sdk.models.list()] == ["fake-model"]
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     options: Any = {"stream_options": {"include_usage": include_usage}}
@@ -300,13 +309,13 @@ async def test_openai_sdk_async(port: int) -> None:
         parts = await sdk.completions.create(model="fake-model", prompt=word, max_tokens=12, stream=True)
         return whole.choices[0].text, "".join([part.choices[0].text async for part in parts])
 
-    pairs = await asyncio.gather(*(ask(f"word {i}") for i in range(20)))
+    async with sdk:
+        pairs = await asyncio.gather(*(ask(f"word {i}") for i in range(20)))
     assert all(whole == streamed for whole, streamed in pairs) and len(set(pairs)) == 20
 
 
 def test_openai_sdk_sees_an_error_in_a_stream() -> None:
-    with real_server(fresh(fail_after=2)) as port:
-        sdk = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    with real_server(fresh(fail_after=2)) as port, sdk_client(port) as sdk:
         stream = sdk.completions.create(model="fake-model", prompt="hi", max_tokens=9, stream=True)
         with pytest.raises(openai.APIError, match="The engine failed"):
             list(stream)
@@ -314,10 +323,10 @@ def test_openai_sdk_sees_an_error_in_a_stream() -> None:
 
 def test_openai_sdk_with_keys() -> None:
     with real_server(FakeClient(), api_keys=("right",)) as port:
-        url = f"http://127.0.0.1:{port}/v1"
-        assert openai.OpenAI(base_url=url, api_key="right", max_retries=0).models.list().data
-        with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+        with sdk_client(port, "right") as sdk:
+            assert sdk.models.list().data
+        with sdk_client(port, "wrong") as sdk, pytest.raises(openai.AuthenticationError):
+            sdk.models.list()
 
 
 def test_one_id_used_twice_is_two_requests() -> None:
