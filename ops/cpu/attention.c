@@ -14,9 +14,7 @@ typedef float Scores[GROUP][CHUNK + LANES];
 
 /* Element i of a token's key or value. */
 INLINE float element(const void *p, long i, const int is_bf16)
-{
-    return is_bf16 ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i];
-}
+{ return is_bf16 ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i]; }
 
 /* x in the order in which load_pair gives the elements of a key: of each PAIR of bfloat16, even before odd. */
 INLINE void to_pairs(const float *x, float *pairs, long d, const int is_bf16)
@@ -180,12 +178,17 @@ INLINE void attend(const float *queries, const void *const *keys, const void *co
 static void attend_heads(const float *q, const void *const *keys, const void *const *values, long count, long d,
                          float scale, float *part, long stride, int is_bf16, long heads)
 {
-#define HEADS_ARE(G)                                                                                        \
-    case G:                                                                                                 \
-        if (is_bf16) attend(q, keys, values, count, d, scale, part, stride, 1, G);                          \
-        else attend(q, keys, values, count, d, scale, part, stride, 0, G);                                  \
+#define HEADS_ARE(G)                                                               \
+    case G:                                                                        \
+        if (is_bf16) attend(q, keys, values, count, d, scale, part, stride, 1, G); \
+        else attend(q, keys, values, count, d, scale, part, stride, 0, G);         \
         break
-    switch (heads) { HEADS_ARE(1); HEADS_ARE(2); HEADS_ARE(3); HEADS_ARE(4); }
+    switch (heads) {
+        HEADS_ARE(1);
+        HEADS_ARE(2);
+        HEADS_ARE(3);
+        HEADS_ARE(4);
+    }
 }
 
 /* Rows of a step that are attended to one by one: decodes, or new tokens of one sequence. */
@@ -220,7 +223,8 @@ static void decode_piece(const void *job, long piece)
     long group = a->heads / a->kv_heads, d = a->d, part = d + 2, stride = j->chunks * part;
     long first = begin_of(j, row, chunk), size = cache->block_size;
     const int64_t *blocks = j->blocks + (j->lens ? row * a->width : 0);
-    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), to_values = a->kv_heads * cache->num_slots * bytes;
+    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)),
+         to_values = a->kv_heads * cache->num_slots * bytes;
     const void *keys[CHUNK], *values[CHUNK];
     for (long t = first, end = end_of(j, last, chunk), slot = 0; t < end; t++) {
         slot = t == first || t % size == 0 ? blocks[t / size] * size + t % size : slot + 1;
@@ -281,7 +285,8 @@ static int decode_attention(Pool *pool, const Step *step, const Cache *cache, co
 {
     long longest = 0;
     for (long i = 0; i < step->decodes; i++) longest = most(step->lens[i], longest);
-    Decode job = {step, cache, qkv, out, .blocks = step->blocks, .lens = step->lens, .rows = step->decodes, .together = 1};
+    Decode job = {step,         cache, qkv, out, .blocks = step->blocks, .lens = step->lens, .rows = step->decodes,
+                  .together = 1};
     return attend_rows(pool, job, longest);
 }
 
@@ -293,8 +298,14 @@ static int invariant_attention(Pool *pool, const Step *step, const Cache *cache,
         for (long token = step->segment_starts[segment]; token < end; token += TOKENS) {
             long row = step->decodes + token, rows = least(TOKENS, end - token), first = len - end + token + 1;
             Decode job = {
-                step, cache, qkv + row * (step->heads + 2 * step->kv_heads) * step->d, out + row * step->heads * step->d,
-                .blocks = step->segment_blocks + segment * step->segment_width, .rows = rows, .len = first, .together = TOGETHER,
+                step,
+                cache,
+                qkv + row * (step->heads + 2 * step->kv_heads) * step->d,
+                out + row * step->heads * step->d,
+                .blocks = step->segment_blocks + segment * step->segment_width,
+                .rows = rows,
+                .len = first,
+                .together = TOGETHER,
             };
             if (attend_rows(pool, job, first + rows - 1)) return -1;
         }

@@ -63,7 +63,12 @@ void quantize_rows(Pool *pool, const float *x, Int8Group *y, long m, long k)
     parallel(pool, quantize_row, &rounding, m);
 }
 
-INLINE int32_t word_of(const int8_t *x) { int32_t w; memcpy(&w, x, 4); return w; }
+INLINE int32_t word_of(const int8_t *x)
+{
+    int32_t w;
+    memcpy(&w, x, 4);
+    return w;
+}
 
 #if defined(__AVX512BW__)
 typedef __m512i wide;
@@ -148,8 +153,8 @@ INLINE ivec dot_quads(const uvec *quads, const int8_t *x, const int count, const
 #endif
 
 /* The weights of a span are unpacked once for all rows. */
-INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, float out[][WIDTH], long rows,
-                 int once, const Format f)
+INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, float out[][WIDTH], long rows, int once,
+                 const Format f)
 {
     /* Quants of SIGNED_BITS are made signed. Of others, that of a weight of 0 is subtracted, times the sum of x. */
     const int bits = f.low + f.high, is_signed = bits == SIGNED_BITS;
@@ -182,7 +187,9 @@ INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, 
 void tile_int8(int format, const Int8Group *x, long stride, const void *panel, long k, float out[][WIDTH], long rows,
                int once)
 {
-#define CASE(NUMBER, NAME, ...)                                                                             \
+#define CASE(NUMBER, NAME, ...) \
     case NUMBER: tile(x, stride, panel, k, out, rows, once, (Format){__VA_ARGS__}); break;
-    switch (format) { QUANTIZED_FORMATS(CASE) }
+    switch (format) {
+        QUANTIZED_FORMATS(CASE)
+    }
 }

@@ -63,9 +63,9 @@ INLINE void load_step(const void *panel, long i, const int is_odd, const int is_
 }
 
 /* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. Terms are added
- * up in the order of k whatever M is, so that a row's sums do not depend on the rows beside it; sums of DEPTH terms each
- * keep rounding small however long k is. What is to be read next is fetched on the way: `step` bytes of it, from `ahead`
- * on, for each run. */
+ * up in the order of k whatever M is, so that a row's sums do not depend on the rows beside it; sums of DEPTH terms
+ * each keep rounding small however long k is. What is to be read next is fetched on the way: `step` bytes of it, from
+ * `ahead` on, for each run. */
 INLINE void tile_rows(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
                       const char *ahead, long step, const int once, const int is_bf16, const int M)
 {
@@ -103,15 +103,25 @@ INLINE void tile(const float *x, long stride, const void *panel, long k, float o
                  const char *ahead, long step, int once, const int is_bf16, long rows)
 {
 #define ROWS_WITH(M, ONCE) tile_rows(x, stride, panel, k, out, is_more, ahead, step, ONCE, is_bf16, M)
-#define ROWS_ARE(M)                           \
-    case M:                                   \
-        if (M <= 2 && once) ROWS_WITH(M, 1);  \
-        else ROWS_WITH(M, 0);                 \
+#define ROWS_ARE(M)                          \
+    case M:                                  \
+        if (M <= 2 && once) ROWS_WITH(M, 1); \
+        else ROWS_WITH(M, 0);                \
         break
     switch (rows) {
-        ROWS_ARE(1); ROWS_ARE(2); ROWS_ARE(3); ROWS_ARE(4); ROWS_ARE(5); ROWS_ARE(6);
+        ROWS_ARE(1);
+        ROWS_ARE(2);
+        ROWS_ARE(3);
+        ROWS_ARE(4);
+        ROWS_ARE(5);
+        ROWS_ARE(6);
 #if VECTORS == 32
-        ROWS_ARE(7); ROWS_ARE(8); ROWS_ARE(9); ROWS_ARE(10); ROWS_ARE(11); ROWS_ARE(12);
+        ROWS_ARE(7);
+        ROWS_ARE(8);
+        ROWS_ARE(9);
+        ROWS_ARE(10);
+        ROWS_ARE(11);
+        ROWS_ARE(12);
 #endif
     }
 }
@@ -119,9 +129,7 @@ INLINE void tile(const float *x, long stride, const void *panel, long k, float o
 /* Compiled once for all who call it. */
 static void tile_f32(const float *x, long stride, const float *panel, long k, float out[][WIDTH], int is_more,
                      const char *ahead, long step, int once, long rows)
-{
-    tile(x, stride, panel, k, out, is_more, ahead, step, once, 0, rows);
-}
+{ tile(x, stride, panel, k, out, is_more, ahead, step, once, 0, rows); }
 
 INLINE int is_plain(int format) { return format == FORMAT_F32 || format == FORMAT_BF16; }
 INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16) : sizeof(float); }
@@ -160,9 +168,7 @@ INLINE Place place_of(const Product *p, long piece)
 }
 
 INLINE const void *panel_at(const Part *part, long panel, long k)
-{
-    return (const char *)part->panels + panel * panel_bytes(part->format, k);
-}
+{ return (const char *)part->panels + panel * panel_bytes(part->format, k); }
 
 /* The columns of a place in one row of y, from the sums of a tile. */
 INLINE void finish(const Product *p, const Place *at, const float *sums, const float *up, long row)
@@ -187,7 +193,8 @@ INLINE void finish(const Product *p, const Place *at, const float *sums, const f
     if (p->residual)
         for (long j = 0; j < count; j++) value[j] += p->residual[row * a->n + first + j];
     if (count == WIDTH) memcpy(y, value, sizeof value);
-    else for (long j = 0; j < count; j++) y[j] = value[j];
+    else
+        for (long j = 0; j < count; j++) y[j] = value[j];
 }
 
 /* sums = x . panel^T for a block of rows and a panel of float32 or bfloat16, tile by tile. The first waits for memory;
@@ -344,8 +351,14 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     Int8Group *rounded = layer->rounds_x ? (Int8Group *)(scratch + normed_floats) : NULL;
     if (rounded) quantize_rows(pool, x, rounded, m, k);
     Product product = {
-        .layer = layer, .x = x, .residual = residual, .rounded = rounded, .y = y,
-        .m = m, .block = block > ROWS ? block : ROWS, .panels = panels,
+        .layer = layer,
+        .x = x,
+        .residual = residual,
+        .rounded = rounded,
+        .y = y,
+        .m = m,
+        .block = block > ROWS ? block : ROWS,
+        .panels = panels,
     };
     parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
     return 0;

@@ -13,11 +13,12 @@
 
 typedef struct {
     bf16 *query; /* times the scale, [depth / 2][WIDTH][2], and in as many numbers behind it what rounding took away */
-    float *sum;  /* of weights * values, [depth][WIDTH] */
+    float *sum; /* of weights * values, [depth][WIDTH] */
     float *highest, *total;
 } Block;
 
-/* Of one thread. keys: [CHUNK][depth]; values: [depth][CHUNK]; scores: [CHUNK][WIDTH]; weights: [CHUNK / 2][WIDTH][2]. */
+/* Of one thread. keys: [CHUNK][depth]; values: [depth][CHUNK]; scores: [CHUNK][WIDTH];
+ * weights: [CHUNK / 2][WIDTH][2]. */
 typedef struct {
     bf16 *keys, *values, *weights;
     float *scores, *blocks;
@@ -26,13 +27,12 @@ typedef struct {
 long matrix_tile_block(long d) { return (2 * matrix_depth(d) + 2) * WIDTH; }
 
 long matrix_tile_floats(long d, long blocks)
-{
-    return CHUNK * (matrix_depth(d) + WIDTH / 2 + WIDTH) + blocks * matrix_tile_block(d);
-}
+{ return CHUNK * (matrix_depth(d) + WIDTH / 2 + WIDTH) + blocks * matrix_tile_block(d); }
 
 static Room room_of(float *at, long depth)
 {
-    float *values = at + CHUNK * depth / 2, *weights = values + CHUNK * depth / 2, *scores = weights + CHUNK * WIDTH / 2;
+    float *values = at + CHUNK * depth / 2, *weights = values + CHUNK * depth / 2,
+          *scores = weights + CHUNK * WIDTH / 2;
     return (Room){(bf16 *)at, (bf16 *)values, (bf16 *)weights, scores, scores + CHUNK * WIDTH};
 }
 
@@ -101,7 +101,7 @@ static void gather(const Prefill *p, const Room *room, long segment, long head, 
             turn_values(values + t, i, most(0, least(LANES, d - i)), room->values + i * CHUNK + t);
 }
 
-/* sums[i][row] (+)= a[i] . (b + rest) for 32 rows of a, `stride` numbers apart, of `depth` numbers; rest may be null. */
+/* sums[i][row] (+)= a[i] . (b + rest) for 32 rows of a, `stride` numbers apart, of `depth` numbers; rest or null. */
 INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest, long depth, float *sums,
                      const int is_more)
 {
@@ -141,7 +141,7 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
     _tile_stored(3, below + TILE_ROWS, line);
 }
 
-/* 2^x for x <= 0, at least 2^-126, by the Taylor series up to r^4: to 4e-5, where a weight has 8 bits. NaN stays NaN. */
+/* 2^x for x <= 0, at least 2^-126, by the Taylor series up to r^4: to 4e-5, where a weight has 8 bits; NaN stays. */
 INLINE vec coarse_power_of_2(vec x)
 {
     x = choose(x < -126.0f, (vec){} - 126.0f, x);
@@ -171,8 +171,7 @@ static void mask(float (*scores)[WIDTH], const int32_t *positions, long first, l
         for (long t = 0; t < count; t++) {
             ivec age = position - (int32_t)(first + t);
             vec score = load_f32(scores[t] + half * LANES);
-            store(scores[t] + half * LANES,
-                  choose((age < 0) | (age >= (int32_t)window), (vec){} - INFINITY, score));
+            store(scores[t] + half * LANES, choose((age < 0) | (age >= (int32_t)window), (vec){} - INFINITY, score));
         }
     }
 }
@@ -183,7 +182,7 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
                    const int32_t *positions)
 {
     long depth = matrix_depth(p->step->d), whole = (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
-    float(*scores)[WIDTH] = (float(*)[WIDTH])room->scores;
+    float (*scores)[WIDTH] = (float (*)[WIDTH])room->scores;
     for (long t = 0; t < whole; t += 2 * TILE_ROWS)
         multiply(room->keys + (first + t) * depth, depth, b->query, b->query + depth * WIDTH, depth, scores[t], 0);
     if (from + first + count - 1 > positions[0] || positions[WIDTH - 1] - p->window >= from + first)

@@ -10,7 +10,10 @@ INLINE float norm_scale(const float *x, long d, float eps)
     vec acc = {};
     float total = 0;
     long i = 0;
-    for (; i + LANES <= d; i += LANES) { vec v = load_f32(x + i); acc += v * v; }
+    for (; i + LANES <= d; i += LANES) {
+        vec v = load_f32(x + i);
+        acc += v * v;
+    }
     for (; i < d; i++) total += x[i] * x[i];
     return 1.0f / sqrtf((sum(acc) + total) / d + eps);
 }

@@ -9,8 +9,18 @@ typedef struct {
 
 #define EACH(bits) (0x01010101u * ((1u << (bits)) - 1)) /* the low bits of each byte */
 
-INLINE uint16_t half_at(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return h; }
-INLINE uint32_t word_at(const uint8_t *p) { uint32_t w; memcpy(&w, p, 4); return w; }
+INLINE uint16_t half_at(const uint8_t *p)
+{
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return h;
+}
+INLINE uint32_t word_at(const uint8_t *p)
+{
+    uint32_t w;
+    memcpy(&w, p, 4);
+    return w;
+}
 
 /* The low halves of 16 bytes are the first 16 weights, the high halves the others. */
 INLINE void unpack_halves(const uint8_t *p, uint32_t quads[8])
@@ -24,7 +34,11 @@ INLINE void add_fifth_bits(const uint8_t *p, Block *b)
     for (int q = 0; q < 8; q++) b->quads[0][q] |= ((word_at(p) >> 4 * q & 15) * 0x00204081u & EACH(1)) << 4;
 }
 
-static void unpack_q4_0(const uint8_t *p, Block *b) { b->d = half_at(p); unpack_halves(p + 2, b->quads[0]); }
+static void unpack_q4_0(const uint8_t *p, Block *b)
+{
+    b->d = half_at(p);
+    unpack_halves(p + 2, b->quads[0]);
+}
 
 static void unpack_q4_1(const uint8_t *p, Block *b)
 {
@@ -135,7 +149,11 @@ INLINE void unpack_chosen(const uint8_t *p, uint32_t quads[8])
     }
 }
 
-static void unpack_iq4_nl(const uint8_t *p, Block *b) { b->d = half_at(p); unpack_chosen(p + 2, b->quads[0]); }
+static void unpack_iq4_nl(const uint8_t *p, Block *b)
+{
+    b->d = half_at(p);
+    unpack_chosen(p + 2, b->quads[0]);
+}
 
 static void unpack_iq4_xs(const uint8_t *p, Block *b)
 {
@@ -189,22 +207,26 @@ void pack_quantized(int format, const void *weight, long first, long rows, long 
 {
     const uint8_t *bytes = weight;
     if (rows < WIDTH) memset(panel, 0, quantized_panel_bytes(format, k));
-#define PACK(NUMBER, NAME, ...)                                                                             \
-    case NUMBER: {                                                                                          \
-        const Format f = {__VA_ARGS__};                                                                     \
-        pack_rows(unpack_##NAME, bytes + first * (k / (f.groups * GROUP)) * f.bytes, rows, k, panel, f);    \
-        break;                                                                                              \
+#define PACK(NUMBER, NAME, ...)                                                                          \
+    case NUMBER: {                                                                                       \
+        const Format f = {__VA_ARGS__};                                                                  \
+        pack_rows(unpack_##NAME, bytes + first * (k / (f.groups * GROUP)) * f.bytes, rows, k, panel, f); \
+        break;                                                                                           \
     }
-    switch (format) { QUANTIZED_FORMATS(PACK) }
+    switch (format) {
+        QUANTIZED_FORMATS(PACK)
+    }
 }
 
 long quantized_panel_bytes(int format, long k)
 {
-#define BYTES(NUMBER, NAME, ...)                                                                            \
-    case NUMBER: {                                                                                          \
-        const Format f = {__VA_ARGS__};                                                                     \
-        return k / (f.groups * GROUP) * block_bytes(f);                                                     \
+#define BYTES(NUMBER, NAME, ...)                        \
+    case NUMBER: {                                      \
+        const Format f = {__VA_ARGS__};                 \
+        return k / (f.groups * GROUP) * block_bytes(f); \
     }
-    switch (format) { QUANTIZED_FORMATS(BYTES) }
+    switch (format) {
+        QUANTIZED_FORMATS(BYTES)
+    }
     return 0;
 }

@@ -117,8 +117,7 @@ static void *work(void *argument)
         if (NEXT(seen) >= END(seen)) {
             pthread_mutex_lock(&pool->lock);
             atomic_store(&span->is_asleep, 1);
-            while (atomic_load(mine) == seen && !atomic_load(&pool->quit))
-                pthread_cond_wait(&pool->work, &pool->lock);
+            while (atomic_load(mine) == seen && !atomic_load(&pool->quit)) pthread_cond_wait(&pool->work, &pool->lock);
             atomic_store(&span->is_asleep, 0);
             pthread_mutex_unlock(&pool->lock);
         }

@@ -7,7 +7,6 @@
 
 #define CHUNK 120L    /* keys, a multiple of ROWS */
 
-
 /* 2^x for x <= 0, and 0 below -126: 2^n times the Taylor series of the rest. NaN stays NaN. */
 INLINE vec power_of_2(vec x)
 {
@@ -94,8 +93,7 @@ static void attend(const Prefill *p, const Block *b, const Chunk *c)
         vec acc[ROWS][2];
         float *sum = b->sum + i * WIDTH;
         for (int r = 0; r < ROWS; r++)
-            for (int half = 0; half < 2; half++)
-                acc[r][half] = load_f32(sum + r * WIDTH + half * LANES) * factor[half];
+            for (int half = 0; half < 2; half++) acc[r][half] = load_f32(sum + r * WIDTH + half * LANES) * factor[half];
         multiply(c->values + i, 1, p->stride, c->scores[0], c->count, acc);
         for (int r = 0; r < ROWS; r++)
             for (int half = 0; half < 2; half++) store(sum + r * WIDTH + half * LANES, acc[r][half]);
@@ -168,9 +166,7 @@ void attend_tile(const Prefill *p, long segment, long head, long begin, long end
 /* The number of a segment's first tile. To be known without a sum over the segments, each has room for a tile more than
  * it may need. */
 INLINE long first_tile(const Prefill *p, long segment)
-{
-    return p->step->segment_starts[segment] / p->tokens + segment;
-}
+{ return p->step->segment_starts[segment] / p->tokens + segment; }
 
 static void prefill_piece(const void *job, long piece)
 {

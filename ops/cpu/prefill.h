@@ -29,7 +29,7 @@ typedef struct {
 INTERNAL void attend_tile(const Prefill *p, long segment, long head, long begin, long end);
 INTERNAL void attend_tile_by_matrix(const Prefill *p, long segment, long head, long begin, long end);
 
-/* Rows of a tile at most, unless one token has more heads; and floats that it needs, whose rows take `blocks` of WIDTH. */
+/* Rows of a tile at most, unless one token has more heads; and the floats it needs, with rows of `blocks` WIDTHs. */
 #define TILE 128L
 #define MATRIX_TILE 384L
 INTERNAL long matrix_tile_block(long d);

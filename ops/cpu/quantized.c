@@ -54,8 +54,8 @@ INLINE void tile_row(const float *x, const uint8_t *panel, long k, float *out, i
     store(out + LANES, total[1]);
 }
 
-/* M rows of x, k floats apart, by weights that are widened in registers, once for all of them. Terms are added up in the
- * order in which tile_f32 adds up those of widened weights, PART after PART, so that a row's sums are the same. */
+/* M rows of x, k floats apart, by weights that are widened in registers, once for all of them. Terms are added up in
+ * the order in which tile_f32 adds up those of widened weights, PART after PART, so that a row's sums are the same. */
 INLINE void tile_rows(const float *x, const uint8_t *panel, long k, float out[][WIDTH], int once, const int M,
                       const Format f)
 {
@@ -109,14 +109,16 @@ INLINE void widen_part(const uint8_t *block, long count, float *out, int once, c
 
 void widen_quantized(int format, const void *panel, long begin, long count, float *out, int once)
 {
-#define WIDEN(NUMBER, NAME, ...)                                                                            \
-    case NUMBER: {                                                                                          \
-        const Format f = {__VA_ARGS__};                                                                     \
-        long block = begin / (f.groups * GROUP);                                                            \
-        widen_part((const uint8_t *)panel + block * block_bytes(f), count, out, once, f);                         \
-        break;                                                                                              \
+#define WIDEN(NUMBER, NAME, ...)                                                          \
+    case NUMBER: {                                                                        \
+        const Format f = {__VA_ARGS__};                                                   \
+        long block = begin / (f.groups * GROUP);                                          \
+        widen_part((const uint8_t *)panel + block * block_bytes(f), count, out, once, f); \
+        break;                                                                            \
     }
-    switch (format) { QUANTIZED_FORMATS(WIDEN) }
+    switch (format) {
+        QUANTIZED_FORMATS(WIDEN)
+    }
 }
 
 INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH], long rows, const Tuning *tuning,
@@ -137,9 +139,11 @@ INLINE void tile(const float *x, const uint8_t *panel, long k, float out[][WIDTH
 void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows,
                     const Tuning *tuning)
 {
-#define TILE(NUMBER, NAME, ...)                                                                             \
+#define TILE(NUMBER, NAME, ...) \
     case NUMBER: tile(x, panel, k, out, rows, tuning, (Format){__VA_ARGS__}); break;
-    switch (format) { QUANTIZED_FORMATS(TILE) }
+    switch (format) {
+        QUANTIZED_FORMATS(TILE)
+    }
 }
 
 typedef struct {
@@ -169,9 +173,11 @@ INLINE void gather_row(const Gather *g, long index, const Format f)
 static void gather_piece(const void *job, long index)
 {
     const Gather *g = job;
-#define GATHER(NUMBER, NAME, ...)                                                                           \
+#define GATHER(NUMBER, NAME, ...) \
     case NUMBER: gather_row(g, index, (Format){__VA_ARGS__}); break;
-    switch (g->format) { QUANTIZED_FORMATS(GATHER) }
+    switch (g->format) {
+        QUANTIZED_FORMATS(GATHER)
+    }
 }
 
 /* y[m, k] = the m rows, whose numbers are `rows`, of a packed weight that is not gated. */

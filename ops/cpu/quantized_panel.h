@@ -8,7 +8,12 @@
 #include <immintrin.h>
 #endif
 
-INLINE uvec load_words(const uint8_t *p) { uvec v; memcpy(&v, p, sizeof v); return v; }
+INLINE uvec load_words(const uint8_t *p)
+{
+    uvec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 
 /* float16 to float32, exactly: infinities, NaNs and numbers below the normal ones, too. */
 INLINE vec load_f16(const uint8_t *p)
@@ -30,9 +35,7 @@ INLINE vec load_f16(const uint8_t *p)
 
 /* Byte t of each word, signed. */
 INLINE vec load_byte(const uint8_t *p, int t)
-{
-    return __builtin_convertvector((ivec)(load_words(p) << (24 - 8 * t)) >> 24, vec);
-}
+{ return __builtin_convertvector((ivec)(load_words(p) << (24 - 8 * t)) >> 24, vec); }
 
 /* `bits` bits of the quants of quad q, in the bytes of a word. */
 INLINE uvec load_bits(const uint8_t *plane, int q, const int bits)

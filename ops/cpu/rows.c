@@ -99,8 +99,7 @@ INLINE void put(const Cache *cache, long head, long slot, const float *x, long d
     long at = (head * cache->num_slots + slot) * d;
     if (cache->is_bf16)
         for (long i = 0; i < d; i++) ((bf16 *)cache->data)[at + i] = narrow(x[i]);
-    else
-        memcpy((float *)cache->data + at, x, d * sizeof(float));
+    else memcpy((float *)cache->data + at, x, d * sizeof(float));
 }
 
 typedef struct {

@@ -39,7 +39,12 @@ typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 typedef uint16_t bf16;
 
-INLINE vec load_f32(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+INLINE vec load_f32(const float *p)
+{
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 INLINE vec load_bf16(const bf16 *p)
@@ -127,7 +132,8 @@ INLINE vec add_runs(vec a, vec b, const int step)
 INLINE vec vexp(vec x)
 {
     const vec low = (vec){} - 87.0f, high = (vec){} + 88.0f;
-    ivec under = x < low, over = x > high;
+    ivec under = x < low;
+    ivec over = x > high;
     vec t = x * 1.44269504088896341f;
     vec n = (t + 12582912.0f) - 12582912.0f; /* round to an integer */
     vec r = x - n * 0.693359375f;
