@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     folder = tmp_path_factory.mktemp("victim")
     flags = ["--dtype", "float32", "--max-num-seqs", "8", "--num-gpu-blocks-override", "40", "--api-key", KEY]
     with serve(folder, variant_folder("llama-tied"), *flags) as server:
-        yield Victim(server, folder / "server.log")
+        victim = Victim(server, folder / "server.log")
+        with closing(victim.http):
+            yield victim
         said = (folder / "server.log").read_text()
         assert "Traceback" not in said, said[-5000:]
 

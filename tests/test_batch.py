@@ -484,8 +484,11 @@ def test_a_batch_on_a_real_engine(tmp_path: Path) -> None:
         with started(tmp_path, requests, "--max-num-seqs", "4", *flags) as process:
             seen = ""
             while process.poll() is None and "vllm:generation_tokens_total" not in seen:
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    seen = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+                with (
+                    contextlib.suppress(OSError, http.client.HTTPException),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer,
+                ):
+                    seen = answer.read().decode()
             out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     assert 'vllm:generation_tokens_total{engine="0",model_name="tiny"}' in seen
