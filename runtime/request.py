@@ -277,7 +277,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     requests: int = 0  # that have arrived, also those that were refused
     kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
     graph_replays: int = 0  # steps that ran as a captured graph; the others ran eagerly
-    padded_tokens: int = 0  # computed for nobody, because a graph is larger than its step
+    padded_tokens: int = 0  # padding: a graph is larger than its step
     step_seconds: list[float] = []  # time by part of a step, in the order of `step_times.ALL_PARTS`
 
     @property
