@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN = 1024
+MAX_AFTER = 64
 GREEDY_EPS = 1e-5  # temperatures below are greedy, as in vLLM
 MIN_TEMPERATURE = 1e-2  # positive temperatures below are raised to it, as in vLLM
 
@@ -70,6 +71,24 @@ class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
     min_count: Count = 0
 
 
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The form that the output must have.
+
+    `spec` is the JSON text of a schema ("json"), of a list of strings ("choice") or of vLLM's structural tags
+    ("structural_tag"), a pattern ("regex"), a grammar ("grammar"), or empty ("json_object": any object).
+    `whitespace` is the pattern of what may stand between JSON's tokens, None for JSON's own; with
+    `additional_properties=False` a schema's objects have the properties that it names only, unless it says
+    otherwise. `after` is a sequence of token ids, the end of the reasoning: the form begins behind the first
+    one that is generated, and until then tokens are free. Empty: it begins at the first token.
+    """
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
+    spec: str = ""
+    whitespace: str | None = None
+    additional_properties: bool = True
+    after: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
 
@@ -107,6 +126,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: NumLogprobs | None = None
     logprob_token_ids: LogprobTokenIds | None = None
     repetition_detection: RepetitionDetection | None = None
+    structured_outputs: StructuredOutput | None = None
 
     @property
     def greedy(self) -> bool:
@@ -135,6 +155,7 @@ _MUST = {
     "stop_token_ids": f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids",
     "logprob_token_ids": f"must be a list of at most {MAX_LOGPROB_TOKEN_IDS} token ids",
     "repetition_detection": "must be a RepetitionDetection",
+    "structured_outputs": "must be a StructuredOutput",
 }
 
 

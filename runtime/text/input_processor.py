@@ -168,6 +168,8 @@ class InputProcessor:
         """
         self._check_ids(params)
         self._check_logprobs(params)
+        if params.structured_outputs is not None:
+            raise InvalidRequestError("structured_outputs is not supported.", "structured_outputs")
         bad_word_ids = self._bad_word_ids(params.bad_words)
         eos = None if params.ignore_eos else self._eos
         ends = params.stop_token_ids if params.ignore_eos else [*params.stop_token_ids, *self._further_ends]
