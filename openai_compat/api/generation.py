@@ -16,7 +16,7 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -71,6 +71,10 @@ class Chunks(ABC):
         `usage` is b"" or a `"usage":{...}` member with a leading comma.
         """
 
+    def closing(self) -> Sequence[bytes]:
+        """Return the events that follow the last token."""
+        return ()
+
     @abstractmethod
     def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
         """Return the event without choices that closes a stream.
@@ -108,6 +112,7 @@ class Generation(ABC, Generic[RequestT]):
     """
 
     id_prefix: ClassVar[str]
+    end: ClassVar[bytes] = DONE  # the last event of a stream
     params: SamplingParams
 
     def __init__(self, request: Request, state: ServerState, body: RequestT) -> None:
@@ -145,6 +150,10 @@ class Generation(ABC, Generic[RequestT]):
     def chunks(self) -> Chunks:
         """Return the writer of this request's events; called once the prompts are submitted."""
 
+    def failure(self, error: RequestError | EngineError) -> bytes:
+        """Return the event of an error after the start of a stream; `end` follows it."""
+        return error_event(error)
+
     # ---- the pipeline -------------------------------------------------------------------------------
 
     async def prepare(self) -> list[list[int]]:
@@ -157,7 +166,7 @@ class Generation(ABC, Generic[RequestT]):
         await self.submit(await self.prepare())
         lifecycle = self.state.lifecycle
         if self.body.stream:
-            return EventStream(self._events(self.chunks()), self.state, on_end=self.abort)
+            return EventStream(self)
         try:
             body = await lifecycle.run_until_disconnect(self._whole_answer(), self.request.receive)
         finally:
@@ -192,8 +201,8 @@ class Generation(ABC, Generic[RequestT]):
         # Log probabilities can take a hundred times as much text as the output.
         return await self.state.client.run_blocking(self.answer, outcomes, spent, metrics)
 
-    async def _events(self, chunks: Chunks) -> AsyncGenerator[bytes, None]:
-        """Yield every event of a stream, up to `[DONE]`. An error after the start becomes an event, too."""
+    async def events(self, chunks: Chunks) -> AsyncGenerator[bytes, None]:
+        """Yield every event of a stream, up to `end`. An error after the start becomes an event, too."""
         streams = self.streams
         counts = [0] * len(streams)
         interval = max(self.body.stream_interval or 1, self.state.args.stream_interval)
@@ -219,20 +228,22 @@ class Generation(ABC, Generic[RequestT]):
                         yield await asyncio.to_thread(chunks.chunk, index, delta, spent)
                     else:
                         yield chunks.chunk(index, delta, spent)
+            for event in chunks.closing():
+                yield event
             if self.include_usage:
                 times = self._metrics(sum(counts))
                 metrics = b"" if times is None else b',"metrics":' + orjson.dumps(without_nulls(times))
                 spent = stream_usage(self.prompt_tokens, sum(counts), self._cached_tokens())
                 yield chunks.final_usage(spent, metrics)
         except (EngineError, RequestError) as error:
-            yield error_event(error)
+            yield self.failure(error)
         except Exception:
             # A bug. The headers are already sent, so only an event can still report the failure.
             logger.exception("Streaming %s failed.", self.id)
-            yield error_event(EngineError(INTERNAL))
+            yield self.failure(EngineError(INTERNAL))
         finally:
             self.abort()
-        yield DONE
+        yield self.end
 
     def abort(self) -> None:
         """Free what the engine still holds for this request and log its end; may be called again."""
@@ -263,7 +274,7 @@ class Generation(ABC, Generic[RequestT]):
 
 
 class EventStream(Response):
-    """Sends events; a client that leaves ends them at once, wherever they wait. `on_end` is always called.
+    """Sends a request's events; a client that leaves ends them at once, wherever they wait.
 
     With --sse-keep-alive-interval a comment goes out whenever the stream was silent for so long, so that no
     proxy takes it for dead. Whole events travel in one message each, so it never lands inside one.
@@ -271,16 +282,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], state: ServerState, *, on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, generation: Generation[Any]) -> None:
         super().__init__()
         del self.headers["content-length"]
-        self._events = events
+        state = generation.state
+        self._generation = generation
+        self._events = generation.events(generation.chunks())
         self._lifecycle = state.lifecycle
         self._interval = state.args.sse_keep_alive_interval
         self._last = time.monotonic()
-        self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -289,12 +299,12 @@ class EventStream(Response):
                 self._send_events(send, scope.get(CHUNK_SEND, send)), receive
             )
         except ServerStoppingError as error:
-            last = error_event(error) + DONE
+            last = self._generation.failure(error) + self._generation.end
             await send({"type": "http.response.body", "body": last, "more_body": False})
         except ClientGoneError:
             pass
         finally:
-            self._on_end()
+            self._generation.abort()
 
     async def _send_events(self, send: Send, send_chunk: Send) -> None:
         comments = asyncio.ensure_future(self._send_comments(send_chunk)) if self._interval else None
