@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from microvllm.openai_compat import errors
 from microvllm.openai_compat.api import (
     absent,
-    chat,
+    chat_completions,
     completions,
     docs,
     generate,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Adding an endpoint takes its own file, with its record, and a line here. The first one that fits answers.
 ENDPOINTS = (
     *completions.ENDPOINTS,
-    *chat.ENDPOINTS,
+    *chat_completions.ENDPOINTS,
     *render.ENDPOINTS,
     *generate.ENDPOINTS,
     *models.ENDPOINTS,

@@ -13,7 +13,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.chat import Chat
+from microvllm.openai_compat.api.chat_completions import ChatCompletion
 from microvllm.openai_compat.api.completions import Completion
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Generation
@@ -31,7 +31,7 @@ async def render_chat_completion(
 ) -> Response:
     """The token ids of a conversation and how they would be continued. Nothing is generated."""
     _check(body)
-    chat = Chat(request, state, body)
+    chat = ChatCompletion(request, state, body)
     (prompt,) = await chat.prepare()
     found = await state.client.run_blocking(_generate_request, chat, chat.id, prompt)
     return Response(orjson.dumps(found), media_type="application/json")

@@ -8,7 +8,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from microvllm.openai_compat.api.chat import render
+from microvllm.openai_compat.api.conversation import render
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import check_model
 from microvllm.openai_compat.api.reading import read_value

@@ -9,7 +9,7 @@ import pytest
 from fake_client import BOS, EOS, IMPOSSIBLE, VOCAB_SIZE, FakeClient, score
 from http_tools import events, in_process
 
-from microvllm.openai_compat.api.chat import ChatChunks
+from microvllm.openai_compat.api.chat_completions import ChatChunks
 from microvllm.openai_compat.api.completions import CompletionChunks
 from microvllm.openai_compat.api.logprobs import LOWEST, TokenText, finite
 from microvllm.runtime.request import TokenLogprobs
