@@ -68,7 +68,8 @@ class Chunks(ABC):
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
         """Return the event of one delta of choice `index`.
 
-        `usage` is b"" or a `"usage":{...}` member with a leading comma.
+        `usage` is b"" or a `"usage":{...}` member with a leading comma. The result may be several events, or
+        b"" for none.
         """
 
     def closing(self) -> Sequence[bytes]:
@@ -192,7 +193,7 @@ class Generation(ABC, Generic[RequestT]):
     async def _whole_answer(self) -> bytes:
         outcomes = await collect(self.streams)
         tokens = sum(len(outcome.token_ids) for outcome in outcomes)
-        spent = usage(self.prompt_tokens, tokens, self._cached_tokens())
+        spent = usage(self.prompt_tokens, tokens, self.cached_tokens)
         metrics = self._metrics(tokens)
         params = self.params
         short = len(outcomes) <= INLINE_CHOICES and not self.body.return_token_ids
@@ -225,15 +226,17 @@ class Generation(ABC, Generic[RequestT]):
                         prompt_tokens = len(streams[index].prompt_token_ids)
                         spent = b',"usage":' + stream_usage(prompt_tokens, counts[index])
                     if slow:
-                        yield await asyncio.to_thread(chunks.chunk, index, delta, spent)
+                        event = await asyncio.to_thread(chunks.chunk, index, delta, spent)
                     else:
-                        yield chunks.chunk(index, delta, spent)
+                        event = chunks.chunk(index, delta, spent)
+                    if event:
+                        yield event
             for event in chunks.closing():
                 yield event
             if self.include_usage:
                 times = self._metrics(sum(counts))
                 metrics = b"" if times is None else b',"metrics":' + orjson.dumps(without_nulls(times))
-                spent = stream_usage(self.prompt_tokens, sum(counts), self._cached_tokens())
+                spent = stream_usage(self.prompt_tokens, sum(counts), self.cached_tokens)
                 yield chunks.final_usage(spent, metrics)
         except (EngineError, RequestError) as error:
             yield self.failure(error)
@@ -260,8 +263,9 @@ class Generation(ABC, Generic[RequestT]):
         """Number of tokens of all prompts, each counted once however many samples it has."""
         return sum(len(stream.prompt_token_ids) for stream in self.streams[:: self.params.n])
 
-    def _cached_tokens(self) -> int | None:
-        """Return the prompt tokens found in the prefix cache; None unless the server reports them."""
+    @property
+    def cached_tokens(self) -> int | None:
+        """Number of prompt tokens found in the prefix cache; None unless the server reports them."""
         if not self.state.args.enable_prompt_tokens_details:
             return None
         return sum(stream.num_cached_tokens for stream in self.streams[:: self.params.n])
