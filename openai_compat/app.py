@@ -19,6 +19,8 @@ from microvllm.openai_compat.api import (
     generate,
     models,
     render,
+    responses,
+    responses_stored,
     service,
     tokenize,
 )
@@ -36,6 +38,8 @@ ENDPOINTS = (
     *completions.ENDPOINTS,
     *chat_completions.ENDPOINTS,
     *render.ENDPOINTS,
+    *responses.ENDPOINTS,
+    *responses_stored.ENDPOINTS,
     *generate.ENDPOINTS,
     *models.ENDPOINTS,
     *tokenize.ENDPOINTS,

@@ -228,6 +228,14 @@ class ServerArgs(AnswerArgs):
     sse_keep_alive_interval: float = flag(
         0.0, ANSWERS, "Seconds of silence after which a stream gets a comment; 0: never.", low=0
     )
+    max_response_store_bytes: int = flag(
+        64 << 20,
+        ANSWERS,
+        "Memory for the responses of /v1/responses, for `previous_response_id`; 0: keep none.",
+        metavar="BYTES",
+        low=0,
+        read=human_int,
+    )
     enable_force_include_usage: bool = flag(False, ANSWERS, "End every stream with its usage.")
     enable_request_id_headers: bool = flag(False, LOGS, "Answer with X-Request-Id.")
     enable_server_load_tracking: bool = flag(False, SERVER, "Count requests in progress at /load.")

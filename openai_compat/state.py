@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import microvllm
+from microvllm.openai_compat.api.responses_store import ResponseStore
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import Exposition, HttpMetrics
 from microvllm.openai_compat.transport.body import BodyReader
@@ -38,9 +40,12 @@ class ServerState:
     num_generations: int = 0  # requests in progress that generate
     fingerprint: str | None = None
     bodies: BodyReader = field(init=False)
+    responses: ResponseStore = field(init=False)
+    background: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # by the id of the response
 
     def __post_init__(self) -> None:
         self.bodies = BodyReader(self.args.max_body_bytes, self.client.run_blocking)
+        self.responses = ResponseStore(self.args.max_response_store_bytes)
         if not self.args.disable_log_stats:
             self.metrics = EngineMetrics(self.client.config.max_model_len, self.client.stats)
             self.client.observer = self.metrics

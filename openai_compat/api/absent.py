@@ -18,7 +18,7 @@ from microvllm.runtime.errors import InvalidRequestError
 # The paths of vLLM's routers by method. An endpoint that is implemented comes before them in the router.
 NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
     "POST": (
-        *("/v1/responses", "/v1/responses/{response_id}/cancel", "/v1/responses/render"),
+        "/v1/responses/render",
         *("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/render"),
         *("/v1/chat/completions/batch", "/v1/chat/completions/derender", "/v1/completions/derender"),
         *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
@@ -34,7 +34,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
         *("/scale_elastic_ep", "/is_scaling_elastic_ep", "/fault_tolerance/apply"),
     ),
     "GET": (
-        *("/v1/responses/{response_id}", "/v1/realtime", "/is_paused", "/weight_info", "/get_world_size"),
+        *("/v1/realtime", "/is_paused", "/weight_info", "/get_world_size"),
         "/fault_tolerance/status",
     ),
 }

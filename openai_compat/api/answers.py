@@ -95,6 +95,26 @@ SCHEMAS: Mapping[str, Any] = {
         _object(delta={"type": "object", "properties": {"role": STRING, "content": STRING}}, **_CHUNK_CHOICE),
         object={"const": "chat.completion.chunk"},
     ),
+    "ResponsesResponse": _object(
+        id=STRING,
+        object={"const": "response"},
+        created_at=INTEGER,
+        status={"enum": ["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]},
+        model=STRING,
+        output=_list(_object(id=STRING, type=STRING)),
+        error=OBJECT_OR_NULL,
+        incomplete_details=OBJECT_OR_NULL,
+        usage=OBJECT_OR_NULL,
+    ),
+    "ResponsesStreamEvent": _object(type=STRING, sequence_number=INTEGER),
+    "DeletedResponse": _object(id=STRING, object={"const": "response"}, deleted={"const": True}),
+    "ResponseItemList": _object(
+        object={"const": "list"},
+        data=_list(_object(id=STRING, type=STRING)),
+        first_id=TEXT_OR_NULL,
+        last_id=TEXT_OR_NULL,
+        has_more={"type": "boolean"},
+    ),
     "Generation": _object(
         id=STRING, text=STRING, usage=_reference("UsageInfo"), metrics=OBJECT_OR_NULL, **_ENDED
     ),

@@ -38,7 +38,8 @@ class Endpoint:
 
     The handler's docstring is the description in the document. A body is read and checked before the handler
     runs. `answer` and `event` name the schemas (in `answers.SCHEMAS`) of a JSON answer and of the data of an
-    event where the endpoint streams. `generates`: its requests in progress are the load that /load reports.
+    event where the endpoint streams; with `named_events` each has a name, and no `[DONE]` is the last.
+    `generates`: its requests in progress are the load that /load reports.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Endpoint:
     query: Mapping[str, Any] = field(default_factory=dict)
     answer: str | None = None
     event: str | None = None
+    named_events: bool = False
     generates: bool = False
     needs_key: bool = True
     in_http_metrics: bool = True

@@ -123,7 +123,9 @@ def _operation(endpoint: Endpoint, method: str, guarded: bool) -> dict[str, Any]
     if endpoint.event is not None:
         content["text/event-stream"] = {"schema": _reference(endpoint.event)}
         meaning = (
-            "Done. In a stream each event is `data: ` with such a chunk; the last one is `data: [DONE]`."
+            "Done. In a stream each event is `event: ` with its type and `data: ` with such an object."
+            if endpoint.named_events
+            else "Done. In a stream each event is `data: ` with such a chunk; the last one is `data: [DONE]`."
         )
     responses: dict[str, Any] = {"200": {"description": meaning, **({"content": content} if content else {})}}
     operation: dict[str, Any] = {

@@ -39,6 +39,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4},
     "/v1/completions/render": {"prompt": "hello", "max_tokens": 4},
     "/v1/chat/completions/render": {"messages": [{"role": "user", "content": "hello"}]},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 4},
     "/generate": {"prompt": "hello", "max_tokens": 4},
     "/generate_stream": {"prompt": "hello", "max_tokens": 4},
     "/tokenize": {"prompt": "hello"},
@@ -93,6 +94,8 @@ class Server:
         """Sends one body and checks everything that must hold whatever it was."""
         response = self.send("POST", path, content=content, headers=dict(headers))
         check_answer(path, response)
+        if background := list(self.app.state.server.background.values()):
+            self.loop.run_until_complete(asyncio.wait(background))
         self.check_rest()
         self.examples += 1
         if self.examples % GOLDEN_EVERY == 0:
@@ -142,6 +145,9 @@ def check_answer(path: str, response: httpx.Response) -> None:
         check_error(response.json(), response.status_code)
         assert len(response.content) < 10_000, "a refusal repeats the request"
     elif response.headers["content-type"].startswith("text/event-stream"):
+        if path == "/v1/responses":
+            check_response_events(response.text)
+            return
         for event in events(response.text):
             if "error" in event:
                 assert event["error"]["code"] < 500, event
@@ -151,6 +157,16 @@ def check_answer(path: str, response: httpx.Response) -> None:
                 assert path in EVENTS or type(event["text"]) is str
     else:
         check_finite(response.json())
+
+
+def check_response_events(text: str) -> None:
+    """Numbered events with names, up to the one that ends a response."""
+    frames = [frame.split("\n", 1) for frame in text.removesuffix("\n\n").split("\n\n")]
+    for number, (name, data) in enumerate(frames):
+        event = json.loads(data.removeprefix("data: "))
+        assert (name, event["sequence_number"]) == (f"event: {event['type']}", number)
+    assert event["type"] in ("response.completed", "response.incomplete")
+    assert event["response"]["error"] is None
 
 
 def check_error(body: Any, status: int) -> None:
@@ -230,7 +246,8 @@ def object_of(schema: Mapping[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     if known:
         required = {name: known.pop(name) for name in schema.get("required", ())}
         return st.fixed_dictionaries(required, optional=known)
-    keys = st.sampled_from(["0", "97", "257", "258"]) | TEXTS
+    names = schema.get("propertyNames", {}).get("enum")
+    keys = st.sampled_from(names) if names else st.sampled_from(["0", "97", "257", "258"]) | TEXTS
     return st.dictionaries(keys, values_of(further) if isinstance(further, dict) else ANYTHING, max_size=3)
 
 

@@ -1,0 +1,285 @@
+"""Serves POST /v1/responses: answers items as a chat, and writes the output as items."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from microvllm.openai_compat.api.chat import Chat
+from microvllm.openai_compat.api.endpoint import Endpoint
+from microvllm.openai_compat.api.generation import Chunks
+from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids
+from microvllm.openai_compat.api.requests import ChatCompletionRequest
+from microvllm.openai_compat.api.responses_events import OutputWriter
+from microvllm.openai_compat.api.responses_items import Tools
+from microvllm.openai_compat.api.responses_reading import as_chat, check_fields, read_conversation, renamed
+from microvllm.openai_compat.api.responses_requests import ENCRYPTED, Reasoning, ResponsesRequest
+from microvllm.openai_compat.api.responses_store import ID_PREFIX, UNFINISHED, StoredResponse
+from microvllm.openai_compat.api.streams import Outcome
+from microvllm.openai_compat.errors import INTERNAL
+from microvllm.openai_compat.parsers.events import Content
+from microvllm.openai_compat.state import ServerState
+from microvllm.runtime.errors import EngineError, InvalidRequestError, RequestError
+
+if TYPE_CHECKING:
+    from microvllm.runtime.text.detokenizer import TextDelta
+
+logger = logging.getLogger("microvllm.server")
+
+
+async def create_response(request: Request, state: ServerState, body: ResponsesRequest) -> Response:
+    """Answers a conversation that is given as items: whole, as a stream of events, or in the background.
+
+    The response is kept in memory for `previous_response_id` and to be read again, unless `store` is false.
+    """
+    try:
+        check_fields(body, state.responses)
+        if isinstance(body.input, str) and body.previous_response_id is None:
+            items, first = read_conversation(body, state.responses)
+        else:
+            items, first = await state.client.run_blocking(read_conversation, body, state.responses)
+        chat, tools = as_chat(body, items, first)
+        return await ModelResponse(request, state, chat, body, items[first:], tools).respond()
+    except InvalidRequestError as error:
+        raise renamed(error) from None
+
+
+class ModelResponse(Chat):
+    """A chat whose output is written as a response. `asked` is the request as it came, `given` its items."""
+
+    id_prefix = "resp"
+    end = b""  # the event with the whole response is the last
+
+    def __init__(
+        self,
+        request: Request,
+        state: ServerState,
+        body: ChatCompletionRequest,
+        asked: ResponsesRequest,
+        given: list[Any],
+        tools: Tools,
+    ) -> None:
+        super().__init__(request, state, body)
+        # Not of a header: the id gives access to what is stored under it, so no other request may take it.
+        suffix = body.request_id or uuid.uuid4().hex
+        self.id = ID_PREFIX + suffix
+        if body.request_id is not None and (self.id in state.responses or self.id in state.background):
+            raise InvalidRequestError(f"There is a response with the id {self.id} already.", "request_id")
+        self.include_usage = self.continuous_usage = False  # the last event has it
+        self.asked = asked
+        self.stores = asked.store is not False and state.responses.max_bytes > 0
+        self._input = orjson.dumps(given) if self.stores else b""
+        asked.input = ""
+        self.writer = OutputWriter(suffix, tools, sealed=ENCRYPTED in asked.include)
+        self._logprobs: ChatLogprobs | None = None
+        self._num_tokens = 0
+        self._finish_reason: str | None = None
+        self._final: bytes | None = None
+
+    # ---- whole, as a stream, in the background ------------------------------------------------------
+
+    async def respond(self) -> Response:
+        if not self.asked.background:
+            return await super().respond()
+        await self.submit(await self.prepare())
+        queued = self.finished("queued")
+        self.state.lifecycle.active += 1  # a server that stops waits for it
+        task = self.state.background[self.id] = asyncio.ensure_future(self._run())
+        task.add_done_callback(self._ended_in_background)
+        return Response(queued, media_type="application/json")
+
+    async def _run(self) -> None:
+        """Generate in the background, and store the end whatever it is."""
+        try:
+            await self.state.lifecycle.run_until_disconnect(self._whole_answer(), _never)
+        except (EngineError, RequestError) as error:
+            self.finished("failed", error)
+        except Exception:
+            logger.exception("Generating %s failed.", self.id)
+            self.finished("failed", EngineError(INTERNAL))
+
+    def _ended_in_background(self, task: asyncio.Task[None]) -> None:
+        # A task may be cancelled before it has run at all, so this is no part of it.
+        if task.cancelled():
+            self.finished("cancelled")
+        self.abort()
+        self.state.background.pop(self.id, None)
+        self.state.lifecycle.active -= 1
+
+    def answer(
+        self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
+    ) -> bytes:
+        (outcome,) = outcomes
+        deque(self.feed(outcome), maxlen=0)
+        deque(self.close(), maxlen=0)
+        return self.finished(self.status)
+
+    def chunks(self) -> ResponseChunks:
+        return ResponseChunks(self)
+
+    def failure(self, error: RequestError | EngineError) -> bytes:
+        """Return the events of a failure: the end of the open item, and the failed response."""
+        events = self.opening()
+        if self.writer.items:
+            events += self.writer.end("incomplete")
+        return b"".join((*events, self._last("failed", error)))
+
+    # ---- events -------------------------------------------------------------------------------------
+
+    def opening(self) -> list[bytes]:
+        """Return the events that come first, once."""
+        if self.writer.begun:
+            return []
+        response = orjson.Fragment(self.finished("in_progress", store=False))
+        return [
+            self.writer.event(kind, response=response)
+            for kind in ("response.created", "response.in_progress")
+        ]
+
+    def feed(self, piece: TextDelta | Outcome) -> Iterator[bytes]:
+        """Yield the events of the next tokens."""
+        self._num_tokens += len(piece.token_ids)
+        self._finish_reason = piece.finish_reason
+        if self.params.logprobs is None:
+            yield from self.writer.feed([Content(piece.text)] if piece.text else [])
+            return
+        if self._logprobs is None:
+            as_ids = as_token_ids(self.body, self.state.args)
+            text = TokenText(self.state.client.tokenizer, as_ids)
+            self._logprobs = ChatLogprobs(text, self.params.logprobs)
+        entries = self._logprobs.format_tokens(piece.token_ids, piece.logprobs or [])["content"]
+        yield from self.writer.feed([Content(piece.text)], entries)
+
+    def close(self) -> Iterator[bytes]:
+        """Yield the events that end the last item."""
+        yield from self.writer.end("incomplete" if self.status == "incomplete" else "completed")
+
+    def closing(self) -> list[bytes]:
+        """Return the last events of a stream."""
+        return [*self.close(), self._last(self.status)]
+
+    def _last(self, status: str, error: RequestError | EngineError | None = None) -> bytes:
+        response = orjson.Fragment(self.finished(status, error))
+        return self.writer.event(f"response.{status}", response=response)
+
+    @property
+    def status(self) -> str:
+        return {"length": "incomplete", "abort": "failed"}.get(self._finish_reason or "", "completed")
+
+    # ---- the object ---------------------------------------------------------------------------------
+
+    def finished(
+        self, status: str, error: RequestError | EngineError | None = None, *, store: bool = True
+    ) -> bytes:
+        """Return the response as JSON in this state, and store it if the request stores.
+
+        Its first end is the only one: it may be cancelled while it completes.
+        """
+        if self._final is not None:
+            return self._final
+        response = orjson.dumps(self._object(status, error))
+        if status not in UNFINISHED:
+            self._final = response
+        if store and self.stores:
+            stored = StoredResponse(response, self._input, self.asked.previous_response_id)
+            self.state.responses.put(self.id, stored)
+        return response
+
+    def _object(self, status: str, error: RequestError | EngineError | None) -> dict[str, Any]:
+        asked, params = self.asked, self.params
+        reasoning, text = asked.reasoning or Reasoning(), asked.text
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "background": asked.background,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "error": None if error is None else {"code": _error_code(error), "message": str(error)},
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata or {},
+            "model": self.model,
+            "output": [] if status in UNFINISHED else self.writer.items,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": asked.previous_response_id,
+            "prompt_cache_key": asked.prompt_cache_key,
+            "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
+            "safety_identifier": asked.safety_identifier,
+            "service_tier": "default",
+            "store": self.stores,
+            "temperature": params.temperature,
+            "text": {
+                "format": (text and text.format) or {"type": "text"},
+                "verbosity": text and text.verbosity,
+            },
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": asked.tools,
+            "top_logprobs": asked.top_logprobs,
+            "top_p": params.top_p,
+            "truncation": asked.truncation or "disabled",
+            "usage": None if status in UNFINISHED else self._usage(),
+            "user": asked.user,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, output = self.prompt_tokens, self._num_tokens
+        cached = sum(stream.num_cached_tokens for stream in self.streams)
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + output,
+        }
+
+
+class ResponseChunks(Chunks):
+    """Writes the events of a stream."""
+
+    def __init__(self, response: ModelResponse) -> None:
+        self._response = response
+
+    def opening(self) -> Sequence[bytes]:
+        return self._response.opening()
+
+    def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
+        return b"".join(self._response.feed(delta))
+
+    def closing(self) -> Sequence[bytes]:
+        return self._response.closing()
+
+    def final_usage(self, counts: bytes, metrics: bytes) -> bytes:
+        return b""
+
+
+def _error_code(error: RequestError | EngineError) -> str:
+    return "rate_limit_exceeded" if error.status == 503 else "server_error"
+
+
+async def _never() -> Any:
+    await asyncio.Event().wait()
+
+
+ENDPOINTS = (
+    Endpoint(
+        path="/v1/responses",
+        methods=("POST",),
+        handler=create_response,
+        body=ResponsesRequest,
+        answer="ResponsesResponse",
+        event="ResponsesStreamEvent",
+        named_events=True,
+        generates=True,
+    ),
+)

@@ -1,0 +1,124 @@
+"""Reads a request of /v1/responses as a chat: what came before it, its items, tools and options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from microvllm.openai_compat.api.reading import read_request
+from microvllm.openai_compat.api.requests import ChatCompletionRequest, GenerationRequest
+from microvllm.openai_compat.api.responses_items import (
+    Tools,
+    input_items,
+    item_type,
+    read_messages,
+    read_tool_choice,
+    read_tools,
+)
+from microvllm.openai_compat.api.responses_requests import LOGPROBS, Reasoning, ResponsesRequest, TextConfig
+from microvllm.openai_compat.api.responses_store import ResponseStore
+from microvllm.openai_compat.errors import clip
+from microvllm.runtime.errors import InvalidRequestError
+
+STORE_FLAG = "--max-response-store-bytes"
+# What chats name otherwise.
+_RENAMED = {
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "messages": "input",
+}
+
+
+def check_fields(body: ResponsesRequest, store: ResponseStore) -> None:
+    """Check what concerns several fields, and refuse the values that are not supported."""
+    stores = store.max_bytes > 0
+    if not stores and (body.store or body.previous_response_id is not None or body.background):
+        name = "store" if body.store else "background" if body.background else "previous_response_id"
+        raise InvalidRequestError(
+            f"`{name}` needs a server that keeps responses, which {STORE_FLAG} 0 has switched off.", name
+        )
+    if body.background and body.store is False:
+        raise InvalidRequestError("`background` needs `store`, to be read once it is done.", "background")
+    if body.background and body.stream:
+        raise InvalidRequestError("`stream` is not supported with `background`.", "stream")
+    reasoning = body.reasoning or Reasoning()
+    for name, value, known in (
+        ("summary", reasoning.summary, (None, "auto", "none")),
+        ("generate_summary", reasoning.generate_summary, (None, "auto")),
+        ("context", reasoning.context, (None, "auto")),
+        ("mode", reasoning.mode, (None, "standard")),
+    ):
+        if value not in known:
+            problem = f"reasoning.{name}: {clip(value or '')!r} is not supported."
+            raise InvalidRequestError(problem, "reasoning")
+
+
+def read_conversation(body: ResponsesRequest, store: ResponseStore) -> tuple[list[Any], int]:
+    """Return the items of the whole conversation, and how many of them came before this request."""
+    given = input_items(body.input)
+    past = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
+    if any(item_type(item) == "item_reference" for item in given):
+        given = [_resolved(item, f"input[{i}]", store) for i, item in enumerate(given)]
+    return [*past, *given], len(past)
+
+
+def _resolved(item: Any, where: str, store: ResponseStore) -> Any:
+    """Return the output item of a stored response that a reference names; any other item as it is."""
+    if item_type(item) != "item_reference":
+        return item
+    name = item.get("id")
+    found = store.find_item(name) if isinstance(name, str) else None
+    if found is None:
+        raise InvalidRequestError(f"{where}.id: no item of a stored response has this id.", "input")
+    return found
+
+
+def as_chat(body: ResponsesRequest, items: Sequence[Any], first: int) -> tuple[ChatCompletionRequest, Tools]:
+    """Return the request as a chat, and its tools by the names that the model is shown."""
+    functions, tools = read_tools(body.tools)
+    fields = {
+        "messages": read_messages(body.instructions, items, first),
+        "max_completion_tokens": body.max_output_tokens,
+        "logprobs": _with_logprobs(body),
+        "top_logprobs": body.top_logprobs,
+        "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+        "response_format": _response_format(body.text),
+        "tools": functions or None,
+        "tool_choice": read_tool_choice(body.tool_choice, tools),
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    chat = read_request(ChatCompletionRequest, fields)
+    for name in GenerationRequest.__struct_fields__:
+        if name not in fields:
+            setattr(chat, name, getattr(body, name))
+    if body.truncation == "auto" and body.truncate_prompt_tokens is None:
+        chat.truncate_prompt_tokens = -1
+    return chat, tools
+
+
+def _with_logprobs(body: ResponsesRequest) -> bool:
+    return LOGPROBS in body.include or body.top_logprobs > 0
+
+
+def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
+    form = None if text is None else text.format
+    if form is None or form.get("type") != "json_schema":
+        return form
+    return {
+        "type": "json_schema",
+        "json_schema": {name: value for name, value in form.items() if name != "type"},
+    }
+
+
+def renamed(error: InvalidRequestError) -> InvalidRequestError:
+    """Return the error of a chat with this endpoint's names of the fields."""
+    message = re.sub(rf"\b({'|'.join(_RENAMED)})\b", lambda name: _RENAMED[name[0]], error.message)
+    field = (error.param or "").removeprefix("body.")
+    if field in _RENAMED:
+        error.param = (error.param or "").replace(field, _RENAMED[field].split(".")[0])
+        error.message = message
+        error.args = (message,)
+    return error

@@ -1,0 +1,141 @@
+"""Keeps responses in memory, to be continued and to be read again; the least recently used go first."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import orjson
+
+from microvllm.openai_compat.errors import clip
+from microvllm.runtime.errors import InvalidRequestError, RequestError
+
+ID_PREFIX = "resp_"
+MAX_RESPONSES = 16384
+# Of Python's own for each response, beside its bytes.
+OVERHEAD_BYTES = 1024
+UNFINISHED = ("queued", "in_progress")
+_ITEM_ID = re.compile(r"[a-z]{2,4}_([A-Za-z0-9._-]{1,128})_\d{1,6}", re.ASCII)
+
+
+def item_id(kind: str, suffix: str, index: int) -> str:
+    """Return the id of output item `index` of the response whose id ends in `suffix`."""
+    return f"{kind}_{suffix}_{index}"
+
+
+class ResponseNotFoundError(RequestError):
+    """A path names a response that is not, or no longer, stored."""
+
+    status = 404
+    kind = "NotFoundError"
+
+
+class StoredResponse(NamedTuple):
+    """A response and the input items of its request, as JSON; `parent` is the id of the one before it."""
+
+    response: bytes
+    input: bytes
+    parent: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.response) + len(self.input) + OVERHEAD_BYTES
+
+
+class ResponseStore:
+    """Holds at most `max_bytes` of responses, 0 for none, and at most `MAX_RESPONSES`. Threads may share it.
+
+    A conversation is a chain: each response holds its own turn and names the one before. Using a response
+    also marks those before it as used, later than itself, so that eviction shortens a chain from its end.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._lock = threading.Lock()
+        self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+    def __contains__(self, response_id: str) -> bool:
+        return response_id in self._responses
+
+    def put(self, response_id: str, stored: StoredResponse) -> None:
+        """Add or replace a response; one that is larger than the whole store is not kept."""
+        with self._lock:
+            self._drop(response_id)
+            if stored.num_bytes > self.max_bytes:
+                return
+            self._responses[response_id] = stored
+            self.num_bytes += stored.num_bytes
+            self._touch(response_id)
+            while self.num_bytes > self.max_bytes or len(self._responses) > MAX_RESPONSES:
+                self._drop(next(iter(self._responses)))
+
+    def get(self, response_id: str) -> StoredResponse:
+        """Return a response. Raises `ResponseNotFoundError`."""
+        with self._lock:
+            stored = self._responses.get(response_id)
+            if stored is None:
+                raise ResponseNotFoundError(f"Response {clip(response_id)!r} was not found.", "response_id")
+            self._touch(response_id)
+            return stored
+
+    def delete(self, response_id: str) -> None:
+        """Forget a response. Raises `ResponseNotFoundError`."""
+        self.get(response_id)
+        with self._lock:
+            self._drop(response_id)
+
+    def conversation(self, response_id: str) -> list[Any]:
+        """Return the items of a conversation up to and with this response.
+
+        Raises `InvalidRequestError` naming `previous_response_id` if one of its responses is not stored.
+        """
+        with self._lock:
+            chain = self._chain(response_id)
+            self._touch(response_id)
+        if chain is None:
+            problem = f"previous_response_id: {clip(response_id)!r}, or one before it, is not stored."
+            raise InvalidRequestError(problem, "previous_response_id")
+        items: list[Any] = []
+        for stored in reversed(chain):
+            response = orjson.loads(stored.response)
+            if response["status"] in UNFINISHED:
+                problem = f"previous_response_id: {response['id']!r} is still {response['status']}."
+                raise InvalidRequestError(problem, "previous_response_id")
+            items += orjson.loads(stored.input)
+            items += response["output"]
+        return items
+
+    def find_item(self, name: str) -> Any:
+        """Return the output item with this id, None if its response is not stored."""
+        match = _ITEM_ID.fullmatch(name)
+        with self._lock:
+            stored = self._responses.get(ID_PREFIX + match[1]) if match else None
+        output = [] if stored is None else orjson.loads(stored.response)["output"]
+        return next((item for item in output if item["id"] == name), None)
+
+    def _chain(self, response_id: str | None) -> list[StoredResponse] | None:
+        """Return the response and those before it, the first one last; None if one is missing."""
+        chain: list[StoredResponse] = []
+        while response_id is not None:
+            stored = self._responses.get(response_id)
+            if stored is None:
+                return None
+            chain.append(stored)
+            response_id = stored.parent
+        return chain
+
+    def _touch(self, response_id: str | None) -> None:
+        while response_id is not None and response_id in self._responses:
+            self._responses.move_to_end(response_id)
+            response_id = self._responses[response_id].parent
+
+    def _drop(self, response_id: str) -> None:
+        stored = self._responses.pop(response_id, None)
+        if stored is not None:
+            self.num_bytes -= stored.num_bytes

@@ -1,0 +1,477 @@
+"""/v1/responses with the official SDK: whole, streamed, in the background, and from turn to turn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+from fake_client import FakeClient
+from http_tools import eventually, in_process, real_server
+from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from process_tools import PATIENCE_S
+from scripted_client import ScriptedClient
+
+from microvllm.openai_compat.api.requests import honoured_fields
+from microvllm.openai_compat.api.responses_requests import ResponsesRequest
+from microvllm.openai_compat.api.responses_store import ResponseStore, StoredResponse
+from microvllm.runtime.errors import InvalidRequestError
+
+EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseStreamEvent)
+ASK: dict[str, Any] = {"model": "fake-model", "input": "hi", "temperature": 0}
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream; checks the framing, the numbers and every event against the SDK's types."""
+    found = []
+    for frame in text.split("\n\n")[:-1]:
+        name, data = frame.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        EVENT.validate_python(event)
+        found.append(event)
+    assert text.endswith("\n\n")
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    return found
+
+
+async def ask(client: FakeClient | None = None, /, **body: Any) -> tuple[int, Any]:
+    """Status and answer; the events of a stream."""
+    async with in_process(client or FakeClient()) as http:
+        answer = await http.post("/v1/responses", json={**ASK, **body})
+    whole = answer.status_code != 200 or not body.get("stream")
+    return answer.status_code, answer.json() if whole else events_of(answer.text)
+
+
+def without_identity(response: dict[str, Any]) -> str:
+    """A response without its own and its times."""
+    suffix = response["id"].removeprefix("resp_")
+    kept = {name: value for name, value in response.items() if name not in ("created_at", "completed_at")}
+    return json.dumps(kept).replace(suffix, "ID")
+
+
+async def test_a_stream_ends_in_the_whole_response() -> None:
+    _, whole = await ask(min_tokens=5)
+    Response.model_validate(whole)
+    _, events = await ask(min_tokens=5, stream=True)
+    assert without_identity(events[-1]["response"]) == without_identity(whole)
+    assert whole["status"] == "completed" and whole["output"][0]["content"][0]["text"]
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    deltas = kinds.count("output_text.delta")
+    assert deltas > 2 and kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added"),
+        *("output_text.delta",) * deltas,
+        *("output_text.done", "content_part.done", "output_item.done", "completed"),
+    ]
+    text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert text == whole["output"][0]["content"][0]["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_output_that_is_cut_off_is_incomplete(stream: bool) -> None:
+    _, answer = await ask(max_output_tokens=3, ignore_eos=True, stream=stream)
+    if stream:
+        assert answer[-1]["type"] == "response.incomplete"
+        answer = answer[-1]["response"]
+    assert (answer["status"], answer["incomplete_details"]) == (
+        "incomplete",
+        {"reason": "max_output_tokens"},
+    )
+    assert answer["output"][0]["status"] == "incomplete"
+    assert (answer["usage"]["output_tokens"], answer["max_output_tokens"]) == (3, 3)
+
+
+async def test_usage_and_options_are_reported() -> None:
+    body = {
+        "instructions": "Be brief.",
+        "metadata": {"a": "b"},
+        "user": "me",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "top_p": 0.5,
+        "truncation": "auto",
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "reasoning": {"summary": "auto"},
+    }
+    client = FakeClient()
+    _, answer = await ask(client, **body)
+    for name, value in body.items():
+        assert answer[name] == ({"effort": None, **value} if name == "reasoning" else value), name
+    ((prompt, _, _, _),) = client.submitted
+    assert client.tokenizer.decode(prompt, False) == "system: Be brief.\nuser: hi\nassistant: "
+    usage = answer["usage"]
+    assert usage["input_tokens"] == len(prompt)
+    assert usage["total_tokens"] == len(prompt) + usage["output_tokens"]
+
+
+# ---- fields -------------------------------------------------------------------------------------------
+
+# A value that asks for something, for every field that is refused.
+DEMANDING: dict[str, Any] = {
+    "conversation": "conv_1",
+    "prompt": {"id": "pmpt_1"},
+    "context_management": [{"type": "compaction"}],
+    "moderation": {"model": "m"},
+    "access_programs": {"cyber": "standard"},
+    "background_options": {"completion_window": "2h"},
+    "prompt_cache_options": {"mode": "explicit"},
+    "stream_options": {"include_obfuscation": True},
+    "max_tokens": 5,
+    "n": 2,
+    "echo": True,
+    "logprobs": True,
+}
+
+
+def test_every_field_of_the_sdk_is_honoured_ignored_or_refused() -> None:
+    known = {*honoured_fields(ResponsesRequest), *ResponsesRequest.ignored, *ResponsesRequest.refused}
+    asked = {*ResponseCreateParamsBase.__annotations__, "stream"}
+    assert asked <= known, asked - known
+
+
+@pytest.mark.parametrize("name", list(DEMANDING))
+async def test_what_is_refused_is_named(name: str) -> None:
+    status, answer = await ask(**{name: DEMANDING[name]})
+    assert (status, answer["error"]["param"]) == (400, name) and name in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
+        ({"input": [{"type": "message", "role": "x", "content": "a"}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
+        ({"input": ["x"]}, "input[0]"),
+        ({"input": [{"type": "computer_call"}]}, "computer_call"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "item_reference", "id": "msg_1_0"}]}, "input[0].id"),
+        ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "gAAA"}]}, "encrypted_content"),
+        ({"input": []}, "input"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type: 'web_search'"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "'mcp'"),
+        ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "'file_search'"),
+        ({"tools": [{"type": "code_interpreter", "container": "x"}]}, "'code_interpreter'"),
+        ({"tools": [{"type": "computer"}]}, "'computer'"),
+        ({"tools": [{"type": "image_generation"}]}, "'image_generation'"),
+        ({"tools": [{"type": "local_shell"}]}, "'local_shell'"),
+        ({"tools": [{"type": "custom", "name": "f", "format": {"type": "grammar"}}]}, "tools[0].format.type"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [{"type": "function", "name": "f"}] * 2}, "tools[1].name"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
+        ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+        ({"reasoning": {"effort": "much"}}, "reasoning"),
+        ({"include": ["everything"]}, "include"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"top_logprobs": 99}, "top_logprobs"),
+        ({"previous_response_id": "resp_none"}, "previous_response_id"),
+        ({"background": True, "stream": True}, "stream"),
+        ({"background": True, "store": False}, "background"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format"),
+        ({"temperature": 9}, "temperature"),
+    ],
+)
+async def test_what_is_wrong_is_named(body: dict[str, Any], place: str) -> None:
+    client = FakeClient()
+    status, answer = await ask(client, **body)
+    error = answer["error"]
+    assert status == 400 and place in error["message"] + error["param"] and not client.submitted, answer
+    assert (error["param"] or "").removeprefix("body.") in body, error
+
+
+async def test_a_model_that_does_not_exist_is_404() -> None:
+    status, answer = await ask(model="gpt-9")
+    assert (status, answer["error"]["param"]) == (404, "model")
+
+
+# ---- from turn to turn --------------------------------------------------------------------------------
+
+
+async def test_a_response_continues_the_one_before() -> None:
+    client = ScriptedClient("one", "two", "three")
+    async with in_process(client) as http:
+        answers, previous = [], None
+        for text in ("a", "b", "c"):
+            body = {**ASK, "input": text, "previous_response_id": previous, "instructions": f"I{text}"}
+            answers.append((await http.post("/v1/responses", json=body)).json())
+            previous = answers[-1]["id"]
+        assert client.prompts[-1] == (
+            "system: Ic\nuser: a\nassistant: one\nuser: b\nassistant: two\nuser: c\nassistant: "
+        )
+        read = await http.get(f"/v1/responses/{previous}")
+        assert read.json() == answers[-1] and answers[-1]["previous_response_id"] == answers[1]["id"]
+        # The conversation ends where one of its responses is gone.
+        gone = (await http.delete(f"/v1/responses/{answers[0]['id']}")).json()
+        assert gone == {"id": answers[0]["id"], "object": "response", "deleted": True}
+        assert (await http.get(f"/v1/responses/{answers[0]['id']}")).status_code == 404
+        error = (await http.post("/v1/responses", json={**ASK, "previous_response_id": previous})).json()
+        assert error["error"]["param"] == "previous_response_id"
+
+
+async def test_an_item_can_be_handed_back_as_a_reference() -> None:
+    client = ScriptedClient("one", "two", "three")
+    async with in_process(client) as http:
+        first = (await http.post("/v1/responses", json=ASK)).json()
+        reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+        items = [{"role": "user", "content": "hi"}, reference, {"role": "user", "content": "go on"}]
+        second = (await http.post("/v1/responses", json={**ASK, "input": items})).json()
+        assert client.prompts[-1] == "user: hi\nassistant: one\nuser: go on\nassistant: "
+        # What was stored is the item itself.
+        await http.post("/v1/responses", json={**ASK, "previous_response_id": second["id"]})
+        assert client.prompts[-1].startswith("user: hi\nassistant: one\nuser: go on\nassistant: two\n")
+
+
+async def test_nothing_is_kept_that_should_not_be() -> None:
+    async with in_process(FakeClient()) as http:
+        answer = (await http.post("/v1/responses", json={**ASK, "store": False})).json()
+        assert answer["store"] is False
+        assert (await http.get(f"/v1/responses/{answer['id']}")).status_code == 404
+    async with in_process(FakeClient(), max_response_store_bytes=0) as http:
+        answer = (await http.post("/v1/responses", json=ASK)).json()
+        assert answer["store"] is False
+        for body in ({"store": True}, {"previous_response_id": answer["id"]}, {"background": True}):
+            error = (await http.post("/v1/responses", json={**ASK, **body})).json()["error"]
+            assert error["param"] == next(iter(body)) and "--max-response-store-bytes" in error["message"]
+
+
+async def test_an_id_is_taken_once() -> None:
+    async with in_process(FakeClient()) as http:
+        body = {**ASK, "request_id": "mine"}
+        first = (await http.post("/v1/responses", json=body, headers={"x-request-id": "theirs"})).json()
+        again = await http.post("/v1/responses", json=body)
+        other = (await http.post("/v1/responses", json=ASK, headers={"x-request-id": "mine"})).json()
+    assert first["id"] == "resp_mine" != other["id"]
+    assert (again.status_code, again.json()["error"]["param"]) == (400, "request_id")
+
+
+async def test_input_items_are_listed() -> None:
+    async with in_process(FakeClient()) as http:
+        items = [{"role": "user", "content": text, "id": f"msg_{text}"} for text in "abc"]
+        answer = (await http.post("/v1/responses", json={**ASK, "input": items})).json()
+        path = f"/v1/responses/{answer['id']}/input_items"
+        listed = (await http.get(path)).json()
+        assert [item["id"] for item in listed["data"]] == ["msg_c", "msg_b", "msg_a"]
+        assert listed["data"][0]["content"] == [{"type": "input_text", "text": "c"}]
+        page = (await http.get(path, params={"order": "asc", "after": "msg_a", "limit": 1})).json()
+        assert (page["first_id"], page["last_id"], page["has_more"]) == ("msg_b", "msg_b", True)
+        for query in ({"order": "up"}, {"limit": "0"}, {"limit": "x"}, {"after": "msg_z"}):
+            assert (await http.get(path, params=query)).json()["error"]["param"] in query
+
+
+# ---- in the background, and how it ends ---------------------------------------------------------------
+
+
+async def finished(http: Any, name: str) -> dict[str, Any]:
+    while (response := (await http.get(f"/v1/responses/{name}")).json())["status"] == "queued":
+        await asyncio.sleep(0)
+    return response
+
+
+async def test_a_response_in_the_background() -> None:
+    client = ScriptedClient("one", "two")
+    async with in_process(client) as http:
+        queued = (await http.post("/v1/responses", json={**ASK, "background": True})).json()
+        Response.model_validate(queued)
+        assert (queued["status"], queued["output"], queued["background"]) == ("queued", [], True)
+        done = await finished(http, queued["id"])
+        assert (done["status"], done["output"][0]["content"][0]["text"]) == ("completed", "one")
+        assert (await http.post(f"/v1/responses/{queued['id']}/cancel")).json() == done
+    assert not client.running
+
+
+@pytest.mark.parametrize("method", ["cancel", "delete"])
+async def test_a_response_in_the_background_is_cancelled(method: str) -> None:
+    client = FakeClient()
+    client.stall_after = 0
+    async with in_process(client) as http:
+        queued = (await http.post("/v1/responses", json={**ASK, "background": True})).json()
+        path = f"/v1/responses/{queued['id']}"
+        later = await http.post("/v1/responses", json={**ASK, "previous_response_id": queued["id"]})
+        assert "still queued" in later.json()["error"]["message"]
+        assert len(client.running) == 1
+        if method == "cancel":
+            cancelled = (await http.post(f"{path}/cancel")).json()
+            assert cancelled["status"] == "cancelled" == (await http.get(path)).json()["status"]
+        else:
+            await http.delete(path)
+            assert (await http.get(path)).status_code == 404
+    assert not client.running and client.aborted == 1
+
+
+async def test_only_the_background_can_be_cancelled() -> None:
+    async with in_process(FakeClient()) as http:
+        answer = (await http.post("/v1/responses", json=ASK)).json()
+        refused = await http.post(f"/v1/responses/{answer['id']}/cancel")
+        assert refused.status_code == 400 and "background" in refused.json()["error"]["message"]
+        assert (await http.post("/v1/responses/resp_none/cancel")).status_code == 404
+        streamed = await http.get(f"/v1/responses/{answer['id']}", params={"stream": "true"})
+        assert (streamed.status_code, streamed.json()["error"]["param"]) == (400, "stream")
+
+
+async def test_a_failure_in_the_background_is_stored() -> None:
+    client = FakeClient()
+    client.fail_after = 0
+    async with in_process(client) as http:
+        queued = (await http.post("/v1/responses", json={**ASK, "background": True})).json()
+        failed = await finished(http, queued["id"])
+    Response.model_validate(failed)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "server_error")
+
+
+@pytest.mark.parametrize("after", [0, 2])
+async def test_a_failure_in_a_stream_is_an_event(after: int) -> None:
+    client = FakeClient()
+    client.fail_after = after
+    _, events = await ask(client, stream=True, min_tokens=5)
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.failed"
+    response = events[-1]["response"]
+    assert (response["status"], response["error"]["message"]) == ("failed", "The engine failed.")
+    assert [item["status"] for item in response["output"]] == ["incomplete"] * (after > 0)
+
+
+async def test_a_failure_of_the_whole_is_an_error() -> None:
+    client = FakeClient()
+    client.fail_after = 1
+    status, answer = await ask(client)
+    assert status == 500 and answer["error"]["message"] == "The engine failed."
+
+
+# ---- the store ----------------------------------------------------------------------------------------
+
+
+def stored(text: str, parent: str | None = None) -> StoredResponse:
+    response = {"id": "x", "status": "completed", "output": [{"id": "y", "text": text}]}
+    return StoredResponse(json.dumps(response).encode(), json.dumps([text]).encode(), parent)
+
+
+def test_the_store_is_bounded_by_bytes_and_the_least_recently_used_goes_first() -> None:
+    size = stored("a").num_bytes
+    store = ResponseStore(3 * size)
+    for name in "abc":
+        store.put(name, stored(name))
+    store.get("a")
+    store.put("d", stored("d"))
+    assert [name for name in "abcd" if name in store] == ["a", "c", "d"] and store.num_bytes == 3 * size
+    store.put("d", stored("d"))
+    assert len(store) == 3 and store.num_bytes == 3 * size
+    store.put("e", stored("e" * 4 * size))
+    assert "e" not in store and len(store) == 3
+    for name in "acd":
+        store.delete(name)
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_the_store_is_bounded_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microvllm.openai_compat.api.responses_store.MAX_RESPONSES", 2)
+    store = ResponseStore(1 << 20)
+    for name in "abc":
+        store.put(name, stored(name))
+    assert [name for name in "abc" if name in store] == ["b", "c"]
+
+
+def test_a_conversation_is_evicted_from_its_end() -> None:
+    store = ResponseStore(4 * stored("a").num_bytes)
+    store.put("a", stored("a"))
+    store.put("b", stored("b", "a"))
+    store.put("c", stored("c", "b"))
+    assert store.conversation("b") == ["a", {"id": "y", "text": "a"}, "b", {"id": "y", "text": "b"}]
+    store.put("x", stored("x"))
+    store.put("y", stored("y"))
+    assert [name for name in "abcxy" if name in store] == ["a", "b", "x", "y"]
+    store.delete("a")
+    with pytest.raises(InvalidRequestError, match="or one before it"):
+        store.conversation("b")
+
+
+# ---- the official SDK ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted() -> Iterator[tuple[ScriptedClient, openai.OpenAI]]:
+    client = ScriptedClient()
+    with real_server(client) as port, sdk(openai.OpenAI, port) as api:
+        yield client, api
+
+
+def sdk(kind: Any, port: int) -> Any:
+    return kind(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", timeout=PATIENCE_S, max_retries=0)
+
+
+class Point(pydantic.BaseModel):
+    x: int
+    y: int
+
+
+def test_the_sdk_creates_reads_and_deletes(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None:
+    client, api = scripted
+    client.turns = ["one", "two", "three"]
+    first = api.responses.create(**ASK)
+    assert (first.output_text, first.status) == ("one", "completed") and first.usage is not None
+    second = api.responses.create(**ASK, previous_response_id=first.id)
+    assert second.output_text == "two" and "assistant: one" in client.prompts[-1]
+    assert api.responses.retrieve(second.id) == second
+    (item,) = api.responses.input_items.list(second.id)
+    assert item.type == "message" and item.content[0].text == "hi"  # type: ignore[union-attr]
+    api.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        api.responses.retrieve(second.id)
+    with pytest.raises(openai.BadRequestError, match="web_search"):
+        api.responses.create(**ASK, tools=[{"type": "web_search"}])
+    queued = api.responses.create(**ASK, background=True)
+    assert api.responses.cancel(queued.id).status in ("cancelled", "completed")
+
+
+def test_the_sdk_streams(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None:
+    client, api = scripted
+    client.turns = ["one two", "one two"]
+    with api.responses.stream(**ASK) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert (
+        final.output_text
+        == "one two"
+        == "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    )
+    raw = list(api.responses.create(**ASK, stream=True))
+    assert [event.type for event in raw] == [event.type for event in events]
+
+
+async def test_the_sdk_without_blocking() -> None:
+    client = ScriptedClient("one", "two", "three")
+    with real_server(client) as port:
+        async with sdk(openai.AsyncOpenAI, port) as api:
+            first = await api.responses.create(**ASK)
+            async with api.responses.stream(**ASK, previous_response_id=first.id) as stream:
+                final = await stream.get_final_response()
+            assert (first.output_text, final.output_text) == ("one", "two")
+            queued = await api.responses.create(**ASK, background=True)
+            await api.responses.cancel(queued.id)
+            assert (await api.responses.retrieve(queued.id)).status in ("cancelled", "completed")
+            await api.responses.delete(queued.id)
+
+
+def test_blocks_are_free_when_the_client_leaves(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None:
+    client, api = scripted
+    client.turns, client.stall_after = ["one two"], 3
+    for event in api.responses.create(**ASK, stream=True):
+        if event.type == "response.output_text.delta":
+            break
+    else:
+        raise AssertionError("no text came")
+    api.close()
+    eventually(lambda: not client.running)
+    assert client.aborted == 1
