@@ -51,7 +51,8 @@ class JsonCalls(msgspec.Struct, frozen=True):
             elif not (yield from scan.literal("[", *(",;]}" if made else ""))):
                 break
         if made:
-            yield from scan.literal(*stops[:1])
+            if self.end:
+                yield from scan.literal(self.end)
             scan.record = None
 
 
@@ -84,7 +85,7 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
         is_string = bool((yield from scan.ahead('"')))
         if key in ARGUMENTS and not started:
             if name and write.accepts(name):
-                started = yield from _arguments(scan, write, name, call_id, stops)
+                started = yield from call_arguments(scan, write, name, call_id, stops)
                 if not started:
                     return
             else:
@@ -138,7 +139,7 @@ def as_object(text: str) -> str | None:
     return "{}" if text in ("", "null") else text if text.startswith("{") else None
 
 
-def _arguments(
+def call_arguments(
     scan: Scanner, write: Writer, name: str, call_id: str | None, stops: tuple[str, ...]
 ) -> Reading[bool]:
     """Begin the call and write its arguments; False if what comes next can be none."""
@@ -146,10 +147,11 @@ def _arguments(
         begin(scan, write, name, call_id)
         yield from scan.json(write.arguments, stops)
         return True
-    if not (yield from scan.ahead('"', "null", "None")):
+    if not (yield from scan.ahead('"', "null", "None", *stops)):
         return False
     pieces: list[str] = []
-    yield from scan.json(pieces.append, stops)
+    if not (yield from scan.ahead(*stops)):
+        yield from scan.json(pieces.append, stops)
     arguments = None if scan.closed and scan.cut_off else as_object("".join(pieces))
     if arguments is None:
         return False
@@ -162,6 +164,3 @@ def _string(scan: Scanner) -> Reading[str]:
     """Take the JSON string that comes next; "" if the output ends in it."""
     pieces: list[str] = []
     return str(json.loads("".join(pieces))) if (yield from scan.json(pieces.append)) else ""
-
-
-HERMES = JsonCalls(("<tool_call>",), "</tool_call>")

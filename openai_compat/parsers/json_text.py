@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 PLAIN = {quote: re.compile(rf'[^"\\\x00-\x1f{quote}]+') for quote in "\"'"}
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+DIGITS = {"u": 6, "x": 4, "U": 10}  # the whole length of an escape sequence; the last two are Python's
 HEX = "0123456789abcdefABCDEF"
 OPENED_BY = {"}": "{", "]": "["}
 CLOSED_BY = {"{": "}", "[": "]"}
@@ -22,11 +24,16 @@ VALUE, KEY, COLON, AFTER = range(4)
 
 
 class JsonText:
-    """One JSON value, from its first character to its last; `done` says that it is whole."""
+    """One JSON value, from its first character to its last; `done` says that it is whole.
+
+    `closer` ends an object, too.
+    """
 
     __slots__ = (
         "_bare",
+        "_closers",
         "_comma",
+        "_ends",
         "_escape",
         "_is_key",
         "_open",
@@ -37,7 +44,9 @@ class JsonText:
         "done",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, closer: str = "}") -> None:
+        self._closers = {"}", "]", closer}
+        self._ends = frozenset(",\n") | self._closers  # of a number or word
         self._stack: list[str] = []
         self._open = {"{": 0, "[": 0}  # brackets of each kind on the stack
         self._state = VALUE
@@ -60,7 +69,7 @@ class JsonText:
                 position = self._string(text, position)
             elif text[position] in stops:
                 break
-            elif self._bare and not self._stack and text[position] in ",}]\n":
+            elif self._bare and not self._stack and text[position] in self._ends:
                 self._end_bare()
             else:
                 self._step(text[position])
@@ -112,12 +121,14 @@ class JsonText:
             return position
         self._escape += text[position]
         kind = self._escape[1]
-        if kind == "u" and len(self._escape) < 6:
+        if len(self._escape) < DIGITS.get(kind, 0):
             return position + 1
         if ESCAPE.fullmatch(self._escape):
             self._out.append(self._escape)
         elif kind == "'":
             self._out.append(kind)
+        elif kind in DIGITS and (code := int(self._escape[2:], 16)) <= sys.maxunicode:
+            self._out.append(json.dumps(chr(code), ensure_ascii=False)[1:-1])
         else:  # a lone backslash, as in the regular expression \d
             self._out.append(json.dumps(self._escape)[1:-1])
         self._escape = ""
@@ -137,7 +148,7 @@ class JsonText:
 
     def _step(self, char: str) -> None:
         if self._bare:
-            if char not in (":=,}]\n" if self._is_key else ",}]\n"):
+            if char not in self._ends and not (self._is_key and char in ":="):
                 self._bare.append(char)
                 return
             self._end_bare()
@@ -146,15 +157,15 @@ class JsonText:
                 self._comma += char
             else:
                 self._out.append(char)
-        elif char in "}]":
-            self._close(char)
+        elif char in self._closers:
+            self._close("]" if char == "]" else "}")
         elif self._state == AFTER:
             self._comma = ","
             self._state = KEY if self._stack[-1] == "{" else VALUE
             if char != ",":
                 self._step(char)
         elif self._state == COLON:
-            self._out.append(":")
+            self._out.append(":" if char == ":" else ": ")
             self._state = VALUE
             if char not in ":=":
                 self._step(char)

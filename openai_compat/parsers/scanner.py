@@ -18,6 +18,8 @@ T = TypeVar("T")
 Reading = Generator[None, None, T]
 """A parser that yields where it needs more text."""
 NAME = re.compile(r"[\w.:/-]+")
+MAX_GAP = 64  # white space between two tags
+END = ""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -92,6 +94,12 @@ class Scanner:
             pieces.append(self.take(max(end, self.position + 1)))
         return "".join(pieces)
 
+    def put_back(self, text: str) -> None:
+        """Undo that `text` was taken, which was the last to be, and without a wait since."""
+        self.position -= len(text)
+        if self.record is not None:
+            self.record[-1] = self.record[-1].removesuffix(text)
+
     def literal(self, *choices: str) -> Reading[str]:
         """Take the first of `choices` that comes next and return it; return "" if none does."""
         found = yield from self.ahead(*choices)
@@ -101,14 +109,45 @@ class Scanner:
     def ahead(self, *choices: str) -> Reading[str]:
         """Return the first of `choices` that comes next, or "", without taking it."""
         while True:
-            undecided = False
             for choice in choices:
                 if self.text.startswith(choice, self.position):
                     return choice
-                undecided |= choice.startswith(self.text[self.position : self.position + len(choice)])
-            if not undecided or self.closed:
+                if not self.closed and choice.startswith(
+                    self.text[self.position : self.position + len(choice)]
+                ):
+                    break
+            else:
                 return ""
             yield
+
+    def follows(self, *chains: tuple[str, ...]) -> Reading[bool]:
+        """Return whether the tags of one of `chains` come next, white space aside; take nothing.
+
+        The tag `END` is the end of the output.
+        """
+        while True:
+            found = [self._follows(chain) for chain in chains]
+            if True in found:
+                return True
+            if None not in found:
+                return False
+            yield
+
+    def _follows(self, chain: tuple[str, ...]) -> bool | None:
+        position = self.position
+        for tag in chain:
+            space = SPACE.match(self.text, position)
+            end = space.end() if space is not None else position
+            if end > position + MAX_GAP:
+                return False
+            position = end + len(tag)
+            if end == len(self.text):
+                return tag == END if self.closed else None
+            rest = self.text[end:position]
+            if rest != tag or tag == END:
+                # A limit of tokens may have cut the tag off.
+                return (True if self.closed else None) if rest and tag.startswith(rest) else False
+        return True
 
     def word(self) -> Reading[str]:
         """Take the name that comes next; "" if none does."""
@@ -120,13 +159,15 @@ class Scanner:
             pieces.append(self.take(match.end()))
         return "".join(pieces)
 
-    def json(self, sink: Callable[[str], object], stops: tuple[str, ...] = ()) -> Reading[bool]:
+    def json(
+        self, sink: Callable[[str], object], stops: tuple[str, ...] = (), value: JsonText | None = None
+    ) -> Reading[bool]:
         """Pass on the JSON value that comes next, as valid JSON; return whether it came to its own end.
 
         It also ends, outside of a string, in front of one of `stops`, and with the output; only of an output
-        that was cut off is it left as it is, a beginning of valid JSON.
+        that was cut off is it left as it is, a beginning of valid JSON. `value` is one that was begun.
         """
-        value = JsonText()
+        value = value or JsonText()
         firsts = "".join({stop[0] for stop in stops})
         while True:
             text, end = value.feed(self.text, self.position, firsts)

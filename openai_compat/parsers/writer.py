@@ -47,6 +47,10 @@ class Channel:
         self._is_empty = self._is_empty and not end
         return text[:end]
 
+    def paragraph(self) -> None:
+        """Begin a paragraph, unless it is the first."""
+        self._held = "" if self._is_empty else "\n\n"
+
     def end(self) -> str:
         """Return what was held back, unless a tag was last."""
         return "" if self.after_tag else self._held
@@ -87,6 +91,10 @@ class Writer:
         """Let text that follows be reasoning or answer; a tag said so."""
         self.separate()
         self._channel = self._reasoning if reasons else self._answer
+
+    def paragraph(self) -> None:
+        """Begin a paragraph where text of another message follows; call it behind a tag."""
+        self._channel.paragraph()
 
     def separate(self) -> None:
         """Note a tag between texts."""

@@ -30,7 +30,7 @@ def copy(text: str, size: int = 10**9) -> str:
 
 
 @given(st.dictionaries(st.text(), VALUES) | st.lists(VALUES), st.booleans(), st.sampled_from((None, 2)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_valid_json_is_copied(value: Any, ascii_only: bool, indent: int | None) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     assert copy(text) == copy(text, 1) == copy(text, 3) == text

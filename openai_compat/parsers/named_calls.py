@@ -1,0 +1,86 @@
+"""Reads calls that are a name and the JSON text of the arguments."""
+
+from __future__ import annotations
+
+import msgspec
+
+from microvllm.openai_compat.parsers.json_calls import JsonCalls, call_arguments
+from microvllm.openai_compat.parsers.scanner import Reading, Scanner
+from microvllm.openai_compat.parsers.writer import Writer
+
+SEPARATOR = "<｜tool▁sep｜>"
+FENCE = "```"
+MISTRAL_LIST = JsonCalls(("[TOOL_CALLS]",))
+
+
+class DeepSeekCalls(msgspec.Struct, frozen=True):
+    """DeepSeek V3.1's `name<sep>{...}` and V3's `function<sep>name` with the arguments as a block of code."""
+
+    section: tuple[str, str] = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+    call: tuple[str, str] = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        return self.section[0], self.call[0]
+
+    @property
+    def in_reasoning(self) -> bool:
+        return True
+
+    def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
+        made = False
+        while True:
+            if start != self.call[0]:
+                yield from scan.space()
+                if not (yield from scan.literal(self.call[0])):
+                    break
+            start = ""
+            name = yield from scan.word()
+            if not (yield from scan.literal(SEPARATOR)):
+                return
+            if name == "function" and not (yield from scan.ahead("{")):
+                name = yield from scan.word()
+            yield from scan.space()
+            yield from scan.literal(f"{FENCE}json", FENCE)
+            yield from scan.space()
+            stops = (self.call[1], self.section[1])
+            if not write.accepts(name) or not (yield from call_arguments(scan, write, name, None, stops)):
+                return
+            made = True
+            scan.record = []
+            yield from scan.space()
+            yield from scan.literal(FENCE)
+            yield from scan.space()
+            yield from scan.literal(self.call[1])
+        if made:
+            yield from scan.literal(self.section[1])
+            scan.record = None
+
+
+class MistralCalls(msgspec.Struct, frozen=True):
+    """Mistral's list of JSON objects (up to v7), and its `name[CALL_ID]id[ARGS]{...}` (from v11 on).
+
+    The ids of its templates have nine characters.
+    """
+
+    starts: tuple[str, ...] = ("[TOOL_CALLS]",)
+
+    @property
+    def in_reasoning(self) -> bool:
+        return True
+
+    def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
+        yield from scan.space()
+        if (yield from scan.ahead("[", "{")):
+            yield from MISTRAL_LIST.calls(scan, write, start)
+            return
+        name = yield from scan.word()
+        call_id = (yield from scan.word()) if (yield from scan.literal("[CALL_ID]")) else None
+        yield from scan.literal("[ARGS]")
+        yield from scan.space()
+        if write.accepts(name):
+            yield from call_arguments(scan, write, name, call_id, self.starts)
+
+
+DEEPSEEK_V3 = DeepSeekCalls()
+MISTRAL = MistralCalls()

@@ -1,0 +1,69 @@
+"""Reads calls that are written as Python: `[get_weather(city="Paris", days=3), get_time()]`."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+
+from microvllm.openai_compat.parsers.json_calls import begin
+from microvllm.openai_compat.parsers.json_text import JsonText
+from microvllm.openai_compat.parsers.scanner import Reading, Scanner
+from microvllm.openai_compat.parsers.writer import Writer
+
+
+class PythonicCalls(msgspec.Struct, frozen=True):
+    """Calls in a list, or between `tags`. The functions have to be declared, the arguments named."""
+
+    tags: tuple[str, str] = ("", "")
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        return (self.tags[0], "[") if self.tags[0] else ("[",)
+
+    @property
+    def in_reasoning(self) -> bool:
+        return False
+
+    def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
+        made = False
+        if start != "[":
+            yield from scan.space()
+            yield from scan.literal("[")
+        while True:
+            yield from scan.space()
+            if made and (yield from scan.literal(",")):
+                continue
+            if not (yield from self._call(scan, write)):
+                break
+            made = True
+            scan.record = []
+        if made:
+            yield from scan.literal("]")
+            yield from scan.space()
+            if self.tags[1]:
+                yield from scan.literal(self.tags[1])
+            scan.record = None
+
+    def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
+        name = yield from scan.literal(*(f"{name}(" for name in write.functions))
+        if not name:
+            return False
+        yield from scan.space()
+        if (yield from scan.literal(")")):
+            begin(scan, write, name[:-1])
+            write.arguments("{}")
+            return True
+        key = yield from scan.word()
+        yield from scan.space()
+        if not key or not (yield from scan.literal("=")):
+            return False
+        begin(scan, write, name[:-1])
+        value = JsonText(closer=")")
+        write.arguments(value.feed(f"{{{json.dumps(key)}: ", 0)[0])
+        yield from scan.json(write.arguments, value=value)
+        return True
+
+
+PYTHONIC = PythonicCalls()
+LLAMA4_PYTHONIC = PythonicCalls(("<|python_start|>", "<|python_end|>"))

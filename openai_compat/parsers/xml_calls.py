@@ -1,0 +1,164 @@
+"""Reads calls whose arguments stand between tags, as plain text, one pair of tags each."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+
+from microvllm.openai_compat.parsers.json_calls import begin
+from microvllm.openai_compat.parsers.scanner import END, Reading, Scanner
+from microvllm.openai_compat.parsers.schema import argument_types, property_names, typed
+from microvllm.openai_compat.parsers.writer import Writer
+
+
+class XmlCalls(msgspec.Struct, frozen=True):
+    """Calls as tags.
+
+    `section` are the tags around all calls, `call` what stands in front of the name of a call, behind it and
+    at its end, `argument` the same of an argument's name and value. `behind_key` are what may stand between
+    the two, but for white space. With `own_lines` a value has lines of its own: a line break at either side
+    of it is not a part of it.
+
+    A string is passed on as it arrives; a value of any other type by the function's schema, once it is whole.
+    """
+
+    section: tuple[str, str]
+    call: tuple[str, str, str]
+    argument: tuple[str, str]
+    behind_key: tuple[str, ...]
+    value: str = ""
+    own_lines: bool = False
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        return tuple(tag for tag in (self.section[0], self.call[0]) if tag)
+
+    @property
+    def in_reasoning(self) -> bool:
+        return True
+
+    def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
+        made = False
+        while True:
+            if start != self.call[0]:
+                yield from scan.space()
+                if not (yield from scan.literal(self.call[0])):
+                    break
+            start = ""
+            if not (yield from self._call(scan, write)):
+                return
+            made = True
+            scan.record = []
+        if made:
+            if self.section[1]:
+                yield from scan.literal(self.section[1])
+            scan.record = None
+
+    def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
+        """Read on behind the beginning of a call; False if it is none."""
+        _, behind_name, end = self.call
+        name = yield from scan.word()
+        if not write.accepts(name) or (behind_name and not (yield from scan.literal(behind_name))):
+            return False
+        if not behind_name:
+            yield from scan.space()
+            if not (yield from scan.ahead(self.argument[0], end)):
+                return False
+        begin(scan, write, name)
+        ends = tuple(tag for tag in (end, self.section[1]) if tag)
+        comma, tag = "{", ""
+        while tag not in ends:
+            if tag != self.argument[0]:
+                yield from scan.space()
+                tag = yield from scan.passage((self.argument[0], *ends), write.text, whole=False)
+            if tag != self.argument[0]:
+                break
+            key: list[str] = []
+            tag = yield from scan.passage(self.behind_key, key.append, whole=False)
+            if not tag:
+                break
+            if self.value:
+                yield from scan.space()
+                if not (yield from scan.literal(self.value)) and scan.closed:
+                    break
+            write.arguments(f"{comma}{json.dumps(''.join(key), ensure_ascii=False)}: ")
+            comma = ", "
+            tag = yield from self._value(scan, write, name, "".join(key), tag)
+        if not (scan.closed and scan.cut_off):
+            write.arguments("{}" if comma == "{" else "}")
+        return True
+
+    def _value(self, scan: Scanner, write: Writer, name: str, key: str, behind_key: str) -> Reading[str]:
+        """Read a value; return the tag it ends with if that is the call's.
+
+        A tag ends the value only if what may come behind it does, so a value may hold that tag, too.
+        """
+        function = write.functions.get(name)
+        parameters = function.parameters if function is not None else {}
+        types = argument_types(parameters, key)
+        if not types and 'string="true"' in behind_key:
+            types = frozenset(("string",))
+        is_string = types == {"string"}
+        pieces: list[str] = []
+        sink = write.string if is_string else pieces.append
+        before_key, end = self.argument
+        call_end = self.call[2]
+        # A model may forget the tag at the end of a value or of a call.
+        last = (self.section[1],) if self.section[1] else ()
+        behind = {
+            end: ((before_key,), (call_end,), (END,), (*last, END)),
+            call_end: ((*last, END), (*last, *self.starts[:1])) if last else ((END,),),
+        }
+        tags: tuple[str, ...] = tuple(behind)
+        keys: frozenset[str] = frozenset()
+        if self.own_lines:
+            yield from scan.literal("\n")
+            keys = frozenset(f"\n{before_key}{key}{self.behind_key[0]}" for key in property_names(parameters))
+            tags = (*tags, *(f"\n{tag}" for tag in tags), *sorted(keys))
+        if is_string:
+            write.arguments('"')
+        while True:
+            tag = yield from scan.passage(tags, sink, whole=False)
+            own = tag.removeprefix("\n")
+            if tag in keys:
+                scan.put_back(own)
+                own = end
+                break
+            if not tag or (yield from scan.follows(*behind[own])):
+                break
+            sink(tag)
+        if scan.closed and scan.cut_off and not tag:
+            return ""
+        write.arguments('"' if is_string else typed("".join(pieces), types))
+        return "" if own == end else own
+
+
+QWEN3_CODER = XmlCalls(
+    ("<tool_call>", "</tool_call>"),
+    ("<function=", ">", "</function>"),
+    ("<parameter=", "</parameter>"),
+    (">",),
+    own_lines=True,
+)
+GLM = XmlCalls(
+    ("", ""),
+    ("<tool_call>", "", "</tool_call>"),
+    ("<arg_key>", "</arg_value>"),
+    ("</arg_key>",),
+    value="<arg_value>",
+)
+
+
+def dsml(section: str) -> XmlCalls:
+    """Return DeepSeek's markup with the given name of the tags around all calls."""
+    return XmlCalls(
+        (f"<｜DSML｜{section}>", f"</｜DSML｜{section}>"),
+        ('<｜DSML｜invoke name="', '">', "</｜DSML｜invoke>"),
+        ('<｜DSML｜parameter name="', "</｜DSML｜parameter>"),
+        ('" string="true">', '" string="false">', '">'),
+    )
+
+
+DEEPSEEK_V32 = dsml("function_calls")
+DEEPSEEK_V4 = dsml("tool_calls")
