@@ -107,6 +107,7 @@ SCHEMAS: Mapping[str, Any] = {
         usage=OBJECT_OR_NULL,
     ),
     "ResponsesStreamEvent": _object(type=STRING, sequence_number=INTEGER),
+    "InputTokens": _object(object={"const": "response.input_tokens"}, input_tokens=INTEGER),
     "DeletedResponse": _object(id=STRING, object={"const": "response"}, deleted={"const": True}),
     "ResponseItemList": _object(
         object={"const": "list"},

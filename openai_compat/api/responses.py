@@ -21,14 +21,20 @@ from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_tok
 from microvllm.openai_compat.api.requests import ChatCompletionRequest
 from microvllm.openai_compat.api.responses_events import OutputWriter
 from microvllm.openai_compat.api.responses_items import Tools
-from microvllm.openai_compat.api.responses_reading import as_chat, check_fields, read_conversation, renamed
+from microvllm.openai_compat.api.responses_reading import (
+    as_chat,
+    check_fields,
+    read_conversation,
+    renamed,
+    shortened,
+)
 from microvllm.openai_compat.api.responses_requests import ENCRYPTED, Reasoning, ResponsesRequest
 from microvllm.openai_compat.api.responses_store import ID_PREFIX, UNFINISHED, StoredResponse
 from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.errors import INTERNAL
 from microvllm.openai_compat.parsers.events import Content
 from microvllm.openai_compat.state import ServerState
-from microvllm.runtime.errors import EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.errors import ContextLengthError, EngineError, InvalidRequestError, RequestError
 
 if TYPE_CHECKING:
     from microvllm.runtime.text.detokenizer import TextDelta
@@ -42,15 +48,29 @@ async def create_response(request: Request, state: ServerState, body: ResponsesR
     The response is kept in memory for `previous_response_id` and to be read again, unless `store` is false.
     """
     try:
-        check_fields(body, state.responses)
-        if isinstance(body.input, str) and body.previous_response_id is None:
-            items, first = read_conversation(body, state.responses)
-        else:
-            items, first = await state.client.run_blocking(read_conversation, body, state.responses)
-        chat, tools = as_chat(body, items, first)
-        return await ModelResponse(request, state, chat, body, items[first:], tools).respond()
+        return await (await _read(request, state, body)).respond()
     except InvalidRequestError as error:
         raise renamed(error) from None
+
+
+async def count_input_tokens(request: Request, state: ServerState, body: ResponsesRequest) -> Response:
+    """Counts the tokens of the prompt that such a request would have; nothing is generated."""
+    try:
+        prompts = await (await _read(request, state, body)).prepare()
+    except InvalidRequestError as error:
+        raise renamed(error) from None
+    counted = {"object": "response.input_tokens", "input_tokens": len(prompts[0])}
+    return Response(orjson.dumps(counted), media_type="application/json")
+
+
+async def _read(request: Request, state: ServerState, body: ResponsesRequest) -> ModelResponse:
+    check_fields(body, state.responses)
+    if isinstance(body.input, str) and body.previous_response_id is None:
+        items, first = read_conversation(body, state.responses)
+    else:  # references and earlier turns are read from JSON
+        items, first = await state.client.run_blocking(read_conversation, body, state.responses)
+    chat, tools = as_chat(body, items, first)
+    return ModelResponse(request, state, chat, body, items[first:], tools)
 
 
 class ModelResponse(Chat):
@@ -84,6 +104,15 @@ class ModelResponse(Chat):
         self._num_tokens = 0
         self._finish_reason: str | None = None
         self._final: bytes | None = None
+
+    async def read_prompts(self) -> list[list[int]]:
+        try:
+            return await super().read_prompts()
+        except ContextLengthError:
+            if self.asked.truncation != "auto":
+                raise
+        self.body.messages = await self.state.client.run_rendering(shortened, self.state, self.body)
+        return await super().read_prompts()
 
     # ---- whole, as a stream, in the background ------------------------------------------------------
 
@@ -281,5 +310,12 @@ ENDPOINTS = (
         event="ResponsesStreamEvent",
         named_events=True,
         generates=True,
+    ),
+    Endpoint(
+        path="/v1/responses/input_tokens",
+        methods=("POST",),
+        handler=count_input_tokens,
+        body=ResponsesRequest,
+        answer="InputTokens",
     ),
 )

@@ -13,6 +13,7 @@ import msgspec
 from microvllm.openai_compat.api.requests import NonEmpty, is_harmless
 from microvllm.openai_compat.api.usage import without_nulls
 from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.parsers.json_text import JsonText
 from microvllm.runtime.errors import InvalidRequestError
 
 T = TypeVar("T")
@@ -177,11 +178,10 @@ def _add(messages: list[dict[str, Any]], called: dict[str, str], item: Any, wher
             _assistant(messages, unless=("reasoning", "content", "tool_calls"))["reasoning"] = text
     else:
         name = shown_name(item.name, item.namespace)
-        arguments = (
-            item.arguments
-            if isinstance(item, _Call)
-            else msgspec.json.encode({CUSTOM_ARGUMENT: item.input}).decode()
-        )
+        if isinstance(item, _Call):
+            arguments = _arguments(item.arguments, f"{where}.arguments")
+        else:
+            arguments = msgspec.json.encode({CUSTOM_ARGUMENT: item.input}).decode()
         called[item.call_id] = name
         call = {
             "id": item.call_id,
@@ -189,6 +189,21 @@ def _add(messages: list[dict[str, Any]], called: dict[str, str], item: Any, wher
             "function": {"name": name, "arguments": arguments},
         }
         _assistant(messages, unless=()).setdefault("tool_calls", []).append(call)
+
+
+def _arguments(text: str, where: str) -> str:
+    """Return the JSON object of a call's arguments, completed where the output was cut off within them.
+
+    Clients hand such a call back with the whole conversation: refusing it would end every such conversation.
+    """
+    mended = JsonText()
+    for value in (text or "{}", mended.feed(text, 0)[0] + mended.finish()):
+        try:
+            if isinstance(msgspec.json.decode(value), dict):
+                return value
+        except (msgspec.DecodeError, RecursionError):
+            pass
+    raise _fault(where, "must be a JSON object as text")
 
 
 def _assistant(messages: list[dict[str, Any]], unless: Sequence[str]) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from microvllm.openai_compat.api.conversation import render
 from microvllm.openai_compat.api.reading import read_request
 from microvllm.openai_compat.api.requests import ChatCompletionRequest, GenerationRequest
 from microvllm.openai_compat.api.responses_items import (
@@ -19,7 +23,8 @@ from microvllm.openai_compat.api.responses_items import (
 from microvllm.openai_compat.api.responses_requests import LOGPROBS, Reasoning, ResponsesRequest, TextConfig
 from microvllm.openai_compat.api.responses_store import ResponseStore
 from microvllm.openai_compat.errors import clip
-from microvllm.runtime.errors import InvalidRequestError
+from microvllm.openai_compat.state import ServerState
+from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 
 STORE_FLAG = "--max-response-store-bytes"
 # What chats name otherwise.
@@ -94,9 +99,32 @@ def as_chat(body: ResponsesRequest, items: Sequence[Any], first: int) -> tuple[C
     for name in GenerationRequest.__struct_fields__:
         if name not in fields:
             setattr(chat, name, getattr(body, name))
-    if body.truncation == "auto" and body.truncate_prompt_tokens is None:
-        chat.truncate_prompt_tokens = -1
     return chat, tools
+
+
+def shortened(state: ServerState, body: ChatCompletionRequest) -> list[Any]:
+    """Return the messages without so many turns at their start that they fit; runs in a worker thread.
+
+    `max_completion_tokens`, or a quarter of the context if that is less, is then free for the output. What
+    the system says at the start stays, and so does the last turn, even if it is too long.
+    """
+    context = state.client.config.max_model_len
+    room = min(body.max_completion_tokens or context, context // 4)
+    messages = body.messages
+    turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    opening = messages[: turns[0]] if turns else []
+    opening = [message for message in opening if message["role"] in ("system", "developer")]
+
+    def fits(turn: int) -> bool:
+        kept = msgspec.structs.replace(body, messages=[*opening, *messages[turn:]])
+        try:
+            return len(render(state, kept).token_ids) + room <= context
+        except ContextLengthError:
+            return False
+
+    # The later the first turn that is kept, the shorter the prompt.
+    first = bisect.bisect_left(turns, True, key=fits)
+    return [*opening, *messages[turns[min(first, len(turns) - 1)] :]] if turns else messages
 
 
 def _with_logprobs(body: ResponsesRequest) -> bool:

@@ -74,6 +74,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
         "background_options": ({},),
         "prompt_cache_options": ({}, {"mode": "implicit"}),
         "previous_response": (),
+        "personality": (),
         "previous_input_messages": ([],),
         "enable_response_messages": (False,),
         # the names that other endpoints have for fields of this one

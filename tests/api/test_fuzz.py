@@ -40,6 +40,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/v1/completions/render": {"prompt": "hello", "max_tokens": 4},
     "/v1/chat/completions/render": {"messages": [{"role": "user", "content": "hello"}]},
     "/v1/responses": {"input": "hello", "max_output_tokens": 4},
+    "/v1/responses/input_tokens": {"input": "hello"},
     "/generate": {"prompt": "hello", "max_tokens": 4},
     "/generate_stream": {"prompt": "hello", "max_tokens": 4},
     "/tokenize": {"prompt": "hello"},

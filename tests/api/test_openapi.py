@@ -31,6 +31,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi", "max_output_tokens": 4},
 }
 RENDER = {path: SUBJECTS[path.removesuffix("/render")] for path in BODIES if path.endswith("/render")}
+RENDER["/v1/responses/input_tokens"] = SUBJECTS["/v1/responses"]
 SUBJECTS |= RENDER
 KINDS = list(BODIES.values())
 EVERYTHING: dict[str, Any] = {

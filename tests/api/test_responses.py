@@ -18,6 +18,7 @@ from process_tools import PATIENCE_S
 from scripted_client import ScriptedClient
 
 from microvllm.openai_compat.api.requests import honoured_fields
+from microvllm.openai_compat.api.responses_items import read_messages, seal_reasoning
 from microvllm.openai_compat.api.responses_requests import ResponsesRequest
 from microvllm.openai_compat.api.responses_store import ResponseStore, StoredResponse
 from microvllm.runtime.errors import InvalidRequestError
@@ -195,6 +196,100 @@ async def test_what_is_wrong_is_named(body: dict[str, Any], place: str) -> None:
 async def test_a_model_that_does_not_exist_is_404() -> None:
     status, answer = await ask(model="gpt-9")
     assert (status, answer["error"]["param"]) == (404, "model")
+
+
+# ---- items and messages -------------------------------------------------------------------------------
+
+CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
+OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "done"}
+
+
+def call_of(name: str = "f", arguments: str = '{"a": 1}') -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("items", "messages"),
+    [
+        (
+            [{"role": "user", "content": "x"}, CALL, OUTPUT],
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [call_of()]},
+                {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "done"},
+            ],
+        ),
+        (
+            [
+                {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "so"}]},
+                CALL,
+                {**CALL, "call_id": "c2"},
+            ],
+            [
+                {
+                    "role": "assistant",
+                    "reasoning": "hm",
+                    "content": "so",
+                    "tool_calls": [call_of(), {**call_of(), "id": "c2"}],
+                }
+            ],
+        ),
+        (
+            [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+            [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+        ),
+        (
+            [{"type": "reasoning", "summary": [], "encrypted_content": seal_reasoning("hm")}, CALL],
+            [{"role": "assistant", "reasoning": "hm", "tool_calls": [call_of()]}],
+        ),
+        (
+            [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}],
+            [{"role": "system", "content": "a\n\nb"}],
+        ),
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": t} for t in "ab"]}],
+            [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}],
+        ),
+        (
+            [{"type": "custom_tool_call", "call_id": "c1", "name": "p", "input": 'a"b', "namespace": "n"}],
+            [{"role": "assistant", "tool_calls": [call_of("n__p", '{"input":"a\\"b"}')]}],
+        ),
+        # A call that was cut off, and is handed back.
+        (
+            [{**CALL, "arguments": '{"a": "b'}],
+            [{"role": "assistant", "tool_calls": [call_of(arguments='{"a": "b"}')]}],
+        ),
+    ],
+)
+def test_items_become_messages(items: list[Any], messages: list[Any]) -> None:
+    assert read_messages(None, items, 0) == messages
+
+
+async def test_a_conversation_that_is_too_long_loses_its_first_turns() -> None:
+    client = FakeClient(max_model_len=200)
+    items = [{"role": "user", "content": f"{i} " + "x" * 30} for i in range(9)]
+    body = {"input": items, "instructions": "Stay.", "max_output_tokens": 20}
+    assert (await ask(client, **body))[0] == 400 and not client.submitted
+    status, _ = await ask(client, **body, truncation="auto")
+    ((prompt, _, _, _),) = client.submitted
+    text = client.tokenizer.decode(prompt, False)
+    assert status == 200 and text.startswith("system: Stay.\nuser: 6 x") and "user: 8 x" in text
+    assert len(prompt) + 20 <= 200
+    items = [{"role": "user", "content": "x" * 300}]
+    assert (await ask(client, input=items, truncation="auto"))[1]["error"]["code"] == 400
+
+
+async def test_the_prompt_is_counted() -> None:
+    client = FakeClient()
+    async with in_process(client) as http:
+        counted = (await http.post("/v1/responses/input_tokens", json=ASK)).json()
+        assert not client.submitted
+        answer = (await http.post("/v1/responses", json=ASK)).json()
+    assert counted == {
+        "object": "response.input_tokens",
+        "input_tokens": answer["usage"]["input_tokens"],
+    }
 
 
 # ---- from turn to turn --------------------------------------------------------------------------------
