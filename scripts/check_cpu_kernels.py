@@ -274,15 +274,12 @@ def main() -> int:
     library = load_kernels()
     kept = calibrated(library)
     again = calibrate(library)
-    print("\n| choice | one way, the other: ms when it was kept | ms now |\n|---|---|---|")
-    for what in {**kept.milliseconds, **again.milliseconds}:
-        cells = (one.milliseconds.get(what) for one in (kept, again))
-        print(
-            f"| {what} | "
-            + " | ".join("" if ms is None else f"{ms[0]:.2f}, {ms[1]:.2f}" for ms in cells)
-            + " |"
-        )
-    print(f"\nChosen: {kept.tuning}; now it would be {again.tuning}.")
+    print("\n| choice | default, other, turns that the other won: when it was kept | now |\n|---|---|---|")
+    for what in {**kept.comparisons, **again.comparisons}:
+        cells = (str(one.comparisons.get(what, "")) for one in (kept, again))
+        print(f"| {what} | " + " | ".join(cells) + " |")
+    print(f"| load of other processes | {kept.load:.0%} | {again.load:.0%} |")
+    print(f"\nChosen at try {kept.tries}: {kept.tuning}; now it would be {again.tuning}.")
 
     has_library = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     names = [level.name for level in usable] + ["oneDNN"] * has_library

@@ -2,8 +2,9 @@
 
 Fetched past the second-level cache, an AMD Zen reads weights as fast as any other way, a Sapphire Rapids Xeon
 half as fast; how many rows are few is another matter on each. Processor time of one thread is compared, which
-other processes disturb least, and a default is given up only for a clear gain. The result is kept beside the
-compiled kernels, for this processor and library, until the file is deleted.
+other processes disturb least, and in turns: the way that is not the default is chosen only if it is faster by
+5 % or more in three quarters of the turns. The result is kept beside the compiled kernels, for this processor
+and library. What was measured while other processes were busy is measured again at the next starts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import hashlib
 import json
 import logging
+import os
 import platform
 import re
 import tempfile
@@ -29,43 +31,83 @@ from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
+VERSION = 2  # of what is measured, and of the rules by which it is judged
 BF16, Q4_1 = 30, 3  # ggml's numbers of formats
 SIDE = 1024  # rows and columns of each weight
 STREAMED_BYTES = 128 << 20  # more than the caches hold
 COMPUTED_BYTES = 8 << 20
-TURNS = 5
+FEWEST_TURNS, MOST_TURNS = 6, 24  # more than the fewest only while they disagree
 CLEAR_GAIN = 0.95  # of the time
+WINNING_SHARE = 0.75  # of the turns
+QUIET_LOAD = 0.1
+MOST_TRIES = 4
 MOST_FEW_ROWS = 4
 MATRIX_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """The default way and the other: the least milliseconds of each, and in how many turns the other won."""
+
+    default_ms: float
+    other_ms: float
+    wins: int
+    turns: int
+
+    @property
+    def is_won(self) -> bool:
+        """Whether the other way is clearly faster."""
+        return self.wins >= WINNING_SHARE * self.turns
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether nearly all turns agree, so that more of them would change nothing."""
+        return min(self.wins, self.turns - self.wins) <= self.turns // 12
+
+    def __str__(self) -> str:
+        return f"{self.default_ms:.2f}, {self.other_ms:.2f}, {self.wins} of {self.turns} turns"
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
-    """milliseconds: what each choice took one way and the other."""
+    """The choices, and the comparison that each comes from.
+
+    load: share of all processors' time, 0 to 1, that others used in the meantime; tries: how often it was
+    measured on this machine.
+    """
 
     processor: str
     tuning: Tuning
-    milliseconds: dict[str, tuple[float, float]]
+    comparisons: dict[str, Comparison]
+    load: float = 0.0
+    tries: int = 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is kept as it is."""
+        return self.load <= QUIET_LOAD or self.tries >= MOST_TRIES
 
     def __str__(self) -> str:
         choices = ", ".join(f"{name} {value:d}" for name, value in asdict(self.tuning).items())
-        times = ", ".join(f"{what} {a:.2f}, {b:.2f}" for what, (a, b) in self.milliseconds.items())
-        return f"{choices} (ms: {times})"
+        times = "; ".join(f"{what} {each}" for what, each in self.comparisons.items())
+        again = "" if self.is_final else ", will be measured again"
+        return f"{choices} (load {self.load:.0%}, try {self.tries}{again}; ms and wins: {times})"
 
 
 def calibrated(library: ctypes.CDLL) -> Calibration:
-    """The kept calibration of these kernels on this processor, or a new one, which takes half a second."""
+    """The kept calibration of these kernels on this processor, or a new one, which takes a third of a second.
+
+    Of several that were measured under load, the one with the least is used.
+    """
     processor = processor_name()
-    key = hashlib.sha256(repr((processor, Path(library._name).name)).encode()).hexdigest()
+    key = hashlib.sha256(repr((VERSION, processor, Path(library._name).name)).encode()).hexdigest()
     file = cache_folder() / f"calibration-{key[:16]}.json"
-    if is_trusted(file):
-        try:
-            kept = json.loads(file.read_text())
-            times = {what: (float(a), float(b)) for what, (a, b) in kept["milliseconds"].items()}
-            return Calibration(processor, Tuning(**kept["tuning"]), times)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            logger.warning("%s cannot be read, and is written anew: %s", file, error)
+    kept = _read(file)
+    if kept is not None and kept.is_final:
+        return kept
     found = calibrate(library)
+    if kept is not None:
+        found = replace(min(found, kept, key=lambda each: each.load), tries=kept.tries + 1)
     logger.info("measured for %s: %s", processor, found)
     try:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as written:
@@ -74,6 +116,18 @@ def calibrated(library: ctypes.CDLL) -> Calibration:
     except OSError as error:
         logger.warning("%s cannot be written: %s", file, error)
     return found
+
+
+def _read(file: Path) -> Calibration | None:
+    if not is_trusted(file):
+        return None
+    try:
+        kept = json.loads(file.read_text())
+        comparisons = {what: Comparison(**each) for what, each in kept.pop("comparisons").items()}
+        return Calibration(**{**kept, "tuning": Tuning(**kept["tuning"])}, comparisons=comparisons)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        logger.warning("%s cannot be read, and is written anew: %s", file, error)
+        return None
 
 
 def processor_name() -> str:
@@ -88,15 +142,14 @@ def processor_name() -> str:
 def calibrate(library: ctypes.CDLL) -> Calibration:
     """Measures every choice, one after the other, each with the ones before it as they came out."""
     weights = torch.empty(STREAMED_BYTES, dtype=torch.uint8).fill_(0x3C)  # about 1 in every format
-    milliseconds: dict[str, tuple[float, float]] = {}
+    comparisons: dict[str, Comparison] = {}
+    load = _LoadOfOthers()
 
     def gain(what: str, rows: int, number: int, usual: Tuning, other: Tuning, count: int) -> bool:
         """Whether the other way is clearly faster."""
-        runs = [_products(library, weights[:count], rows, number, way) for way in (usual, other)]
-        times = [[run() for run in runs] for _ in range(TURNS)]
-        a, b = (1e3 * min(column) for column in zip(*times, strict=True))
-        milliseconds[what] = round(a, 3), round(b, 3)
-        return bool(b < CLEAR_GAIN * a)
+        ways = [_products(library, weights[:count], rows, number, way) for way in (usual, other)]
+        comparisons[what] = _compare(*ways)
+        return comparisons[what].is_won
 
     tuning = Tuning()
     past = replace(tuning, fetches_once=not tuning.fetches_once)
@@ -118,7 +171,49 @@ def calibrate(library: ctypes.CDLL) -> Calibration:
                 if gain(what, rows, number, vectors, matrix, COMPUTED_BYTES):
                     break
             tuning = matrix
-    return Calibration(processor_name(), tuning, milliseconds)
+    return Calibration(processor_name(), tuning, comparisons, round(load.measure(), 3))
+
+
+def _compare(default: Callable[[], float], other: Callable[[], float]) -> Comparison:
+    """Seconds of both in turns, until these agree."""
+    default(), other()  # the caches and the clock get ready
+    best, wins, turn = [float("inf")] * 2, 0, 0
+    while True:
+        times = [0.0, 0.0]
+        for way in (0, 1) if turn % 2 else (1, 0):  # a drift is no gain
+            times[way] = (default, other)[way]()
+        best = [min(pair) for pair in zip(best, times, strict=True)]
+        wins, turn = wins + (times[1] < CLEAR_GAIN * times[0]), turn + 1
+        found = Comparison(round(1e3 * best[0], 3), round(1e3 * best[1], 3), wins, turn)
+        if turn >= MOST_TURNS or (turn >= FEWEST_TURNS and found.is_clear):
+            return found
+
+
+class _LoadOfOthers:
+    """What other processes, and a host's other guests, use of all processors from now on."""
+
+    def __init__(self) -> None:
+        self._begin = self._used()
+
+    @staticmethod
+    def _used() -> tuple[float, float, float] | None:
+        """Seconds of all processors, seconds that they were busy, and of these this process's."""
+        try:
+            first = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        except OSError:  # no Linux
+            return None
+        ticks = [int(each) for each in first]
+        idle = ticks[3] + ticks[4]  # and waiting for disks
+        per_second = os.sysconf("SC_CLK_TCK")
+        return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, time.process_time()
+
+    def measure(self) -> float:
+        """Share of all processors' time, 0 to 1; 0 where the system does not report it."""
+        end = self._used()
+        if self._begin is None or end is None:
+            return 0.0
+        seconds, busy, own = (b - a for a, b in zip(self._begin, end, strict=True))
+        return min(1.0, max(0.0, (busy - own) / seconds)) if seconds > 0 else 0.0
 
 
 def _products(

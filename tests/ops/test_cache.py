@@ -114,7 +114,9 @@ def test_planted_kernels_are_compiled_anew(home: Path, monkeypatch: pytest.Monke
 
 
 def test_a_planted_calibration_is_measured_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = calibration.Calibration("this one", calibration.Tuning(), {"a": (1.0, 2.0)})
+    found = calibration.Calibration(
+        "this one", calibration.Tuning(), {"a": calibration.Comparison(1.0, 2.0, 0, 6)}
+    )
     monkeypatch.setattr(calibration, "calibrate", lambda library: found)
     library = type("Library", (), {"_name": "kernels.so"})()
     assert calibration.calibrated(library) == found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.cpu.tuning import Tuning
 
 LIBRARY = load_kernels()
+MEASURE_LOAD = calibration._LoadOfOthers.measure
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,7 @@ def kept_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "kept"
     folder.mkdir()
     monkeypatch.setattr(calibration, "cache_folder", lambda: folder)
+    monkeypatch.setattr(calibration._LoadOfOthers, "measure", lambda self: 0.0)
     return folder
 
 
@@ -74,14 +78,38 @@ def test_rows_go_to_the_matrix_unit_from_where_it_is_faster(
     assert (found.matrix_rows, found.matrix_rows_quantized) == (border, quantized)
 
 
-def test_one_way_is_measured_in_turns_with_the_other_and_the_least_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    times: Iterator[float] = iter([1.0, 5.0, 9.0, 0.5] + [9.0] * 1000)
-    measure(monkeypatch, lambda tuning, rows: next(times))
-    found = calibration.calibrate(LIBRARY)
-    assert next(iter(found.milliseconds.values())) == (1000, 500)
-    assert found.tuning.fetches_once
+def turns(default: Iterable[float], other: Iterable[float]) -> calibration.Comparison:
+    """The comparison of ways that take these seconds, the first of which do not count."""
+    ways = [iter([1.0, *each]).__next__ for each in (default, other)]
+    return calibration._compare(*ways)
+
+
+def test_turns_that_agree_are_few() -> None:
+    assert turns([1.0] * 6, [0.9] * 6) == calibration.Comparison(1000, 900, 6, 6)
+
+
+def test_one_turn_of_a_busy_neighbour_decides_nothing() -> None:
+    fast_once = turns([1.0] * 24, [1.0] * 5 + [0.1] + [1.0] * 18)
+    assert not fast_once.is_won and fast_once.other_ms == 100
+    slow_once = turns([1.0] * 24, [0.9] * 5 + [9.0] + [0.9] * 18)
+    assert slow_once.is_won
+
+
+@pytest.mark.parametrize(("wins", "is_won"), [(17, False), (18, True)])
+def test_the_other_way_wins_with_three_quarters_of_all_turns(wins: int, is_won: bool) -> None:
+    other = [1.0] * 24
+    for turn in range(wins):  # every fourth one is lost as long as there are such
+        other[[*(each for each in range(24) if each % 4), *range(0, 24, 4)][turn]] = 0.9
+    found = turns([1.0] * 24, other)
+    assert (found.wins, found.turns, found.is_won) == (wins, 24, is_won)
+
+
+def test_a_drift_of_the_machine_is_no_gain() -> None:
+    seconds = iter(
+        [1.0 * 0.9**i for i in range(100)]
+    )  # every measurement is a tenth faster than the one before
+    found = calibration._compare(lambda: next(seconds), lambda: next(seconds))
+    assert not found.is_won and found.turns == calibration.MOST_TURNS
 
 
 def test_it_is_measured_once_for_a_processor(
@@ -96,9 +124,59 @@ def test_it_is_measured_once_for_a_processor(
     monkeypatch.setattr(calibration, "processor_name", lambda: "Another One")
     assert calibrated(LIBRARY).processor == "Another One" and len(timed) == 2 * count
     assert len(list(kept_in.iterdir())) == 2
+    monkeypatch.setattr(calibration, "VERSION", calibration.VERSION + 1)
+    assert calibrated(LIBRARY).processor == "Another One" and len(timed) == 3 * count
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"tuning": {"other": 1}, "milliseconds": {}}', "[1]"])
+def under_loads(monkeypatch: pytest.MonkeyPatch, *loads: float) -> None:
+    """What the next calibrations are measured under."""
+    left = iter(loads)
+    monkeypatch.setattr(calibration._LoadOfOthers, "measure", lambda self: next(left))
+
+
+def test_what_was_measured_under_load_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_loads(monkeypatch, 0.9, 0.05)
+    measure(monkeypatch, lambda tuning, rows: 1.0)
+    busy = calibrated(LIBRARY)
+    assert not busy.is_final and "will be measured again" in str(busy)
+    timed = measure(monkeypatch, lambda tuning, rows: 0.5 if tuning.fetches_once else 1.0)
+    quiet = calibrated(LIBRARY)
+    assert quiet.tuning.fetches_once and (quiet.load, quiet.tries, quiet.is_final) == (0.05, 2, True)
+    count = len(timed)
+    assert calibrated(LIBRARY) == quiet and len(timed) == count
+
+
+def test_on_a_machine_that_is_always_busy_the_least_load_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_loads(monkeypatch, 0.9, 0.5, 0.8, 0.7)
+    timed = measure(monkeypatch, lambda tuning, rows: 1.0)
+    found = [calibrated(LIBRARY) for _ in range(4)]
+    assert [(each.load, each.tries) for each in found] == [(0.9, 1), (0.5, 2), (0.5, 3), (0.5, 4)]
+    count = len(timed)
+    assert calibrated(LIBRARY) == found[-1] and len(timed) == count
+
+
+def test_the_load_is_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([(100.0, 40.0, 3.0), (110.0, 46.0, 5.0)])
+    monkeypatch.setattr(calibration._LoadOfOthers, "_used", staticmethod(lambda: next(used)))
+    assert MEASURE_LOAD(calibration._LoadOfOthers()) == pytest.approx(0.4)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no Linux")
+def test_another_process_is_load() -> None:
+    load = calibration._LoadOfOthers()
+    burn = "import time\nwhile time.process_time() < 0.2: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert 0 < MEASURE_LOAD(load) <= 1
+
+
+def test_a_system_without_proc_has_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration._LoadOfOthers, "_used", staticmethod(lambda: None))
+    assert MEASURE_LOAD(calibration._LoadOfOthers()) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"tuning": {"other": 1}, "comparisons": {}}', '{"comparisons": []}', "[1]"]
+)
 def test_a_damaged_file_is_written_anew(
     monkeypatch: pytest.MonkeyPatch, kept_in: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
@@ -131,9 +209,15 @@ def test_operators_go_the_way_that_was_measured(monkeypatch: pytest.MonkeyPatch)
     assert (operators.tuning.fetches_once, operators.tuning.few_rows) == (1, 4)
 
 
-def test_the_real_measurement_ends_soon_and_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
-    found = calibrated(LIBRARY)
-    assert all(0 < ms < 10_000 for pair in found.milliseconds.values() for ms in pair)
+def test_the_real_measurement_ends_soon_and_says_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration._LoadOfOthers, "measure", MEASURE_LOAD)
+    found = calibration.calibrate(LIBRARY)
+    assert 0 <= found.load <= 1
+    monkeypatch.setattr(calibration, "calibrate", lambda library: found)
+    assert all(0 < each.default_ms < 10_000 for each in found.comparisons.values())
+    assert all(0 < each.other_ms < 10_000 for each in found.comparisons.values())
     assert 0 <= found.tuning.few_rows <= calibration.MOST_FEW_ROWS
     assert cli.run(["collect-env"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
