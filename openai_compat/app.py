@@ -18,6 +18,7 @@ from microvllm.openai_compat.api import (
     docs,
     generate,
     models,
+    page,
     render,
     responses,
     responses_stored,
@@ -45,6 +46,7 @@ ENDPOINTS = (
     *tokenize.ENDPOINTS,
     *service.ENDPOINTS,
     *docs.ENDPOINTS,
+    *page.ENDPOINTS,
     *absent.ENDPOINTS,
 )
 

@@ -249,6 +249,7 @@ class ServerArgs(AnswerArgs):
         read=profiler_config,
     )
     disable_fastapi_docs: bool = flag(False, SERVER, "No /docs, /redoc and /openapi.json.")
+    page: bool = flag(True, SERVER, "Serve the chat page at /.")
     uvicorn_log_level: str = flag(
         "info", LOGS, "critical, error, warning, info, debug or trace.", choices=LOG_LEVELS
     )

@@ -463,6 +463,7 @@ KNOWN = (
     Known("^detokenize beyond", r"^status 400 / 200", "ids out of the vocabulary are refused"),
     Known("byte order mark", "", "JSON has no byte order mark"),
     Known("no UTF-8", "", "a body that is no UTF-8 is answered with the usual error object"),
+    Known("^GET /$", "", "the chat page; vLLM has nothing there"),
     Known("POST /metrics", "", "/metrics answers GET alone"),
     Known("", "header allow", "HEAD is allowed wherever GET is"),
     Known("/v1/models", "owned_by", "owned by microvllm"),

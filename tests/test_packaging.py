@@ -35,12 +35,11 @@ def requirements(text: str) -> list[Requirement]:
 
 
 def package_files() -> list[Path]:
-    """Relative to the root, all modules, C sources, pages and tables that belong into the wheel."""
+    """Relative to the root, all modules, C sources, files of pages and tables that belong into the wheel."""
     files = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py"]
+    kinds = (".py", ".c", ".h", ".html", ".css", ".js", ".svg", ".tsv")
     for layer in LAYERS:
-        files += (
-            file for file in (ROOT / layer).rglob("*") if file.suffix in (".py", ".c", ".h", ".html", ".tsv")
-        )
+        files += (file for file in (ROOT / layer).rglob("*") if file.suffix in kinds)
     return sorted(file.relative_to(ROOT) for file in files)
 
 
@@ -122,7 +121,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert result.stdout == f"microvllm {microvllm.__version__}\n"
 
 
-SCRIPTS = ["scripts/serve", "scripts/test", "scripts/check", ".ci/run"]
+SCRIPTS = ["scripts/serve", "scripts/test", "scripts/check", "scripts/check_page", ".ci/run"]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "scripts/lib.sh"])

@@ -9,19 +9,10 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-import microvllm
 from microvllm.openai_compat.api.endpoint import Endpoint, Switch
 from microvllm.openai_compat.api.openapi import build_document
 from microvllm.openai_compat.state import ServerState
 
-HOME = """<!doctype html>
-<title>microvllm</title>
-<p>microvllm {version} serves the API of OpenAI and vLLM below <code>/v1</code>.{links}
-"""
-# Relative links also work below the path prefix of a proxy.
-HOME_LINKS = """
-<p><a href="docs">/docs</a> describes it, <a href="openapi.json">/openapi.json</a> does so for programs.
-"""
 PAGE = Path(__file__).with_name("docs.html")
 # The page is one file and requests nothing but /openapi.json of this server.
 POLICY = (
@@ -36,24 +27,19 @@ async def openapi(request: Request, state: ServerState) -> Response:
     return Response(orjson.dumps(document), media_type="application/json")
 
 
-async def home(request: Request, state: ServerState) -> Response:
-    """Where everything is, for somebody who opens the server's address in a browser."""
-    links = "" if state.args.disable_fastapi_docs else HOME_LINKS
-    page = HOME.format(version=microvllm.__version__, links=links)
-    return Response(page, headers={"content-security-policy": POLICY}, media_type="text/html")
-
-
 async def docs(request: Request, state: ServerState) -> Response:
     """A page for people."""
     headers = {"content-security-policy": POLICY}
     return Response(PAGE.read_bytes(), headers=headers, media_type="text/html")
 
 
-_OPEN: dict[str, Any] = {"needs_key": False, "documented": False}
-_DOCS: dict[str, Any] = {**_OPEN, "switch": Switch(lambda args: not args.disable_fastapi_docs)}
+_DOCS: dict[str, Any] = {
+    "needs_key": False,
+    "documented": False,
+    "switch": Switch(lambda args: not args.disable_fastapi_docs),
+}
 
 ENDPOINTS = (
-    Endpoint(path="/", handler=home, **_OPEN),
     Endpoint(path="/openapi.json", handler=openapi, **_DOCS),
     Endpoint(path="/docs", handler=docs, **_DOCS),
     Endpoint(path="/redoc", handler=docs, **_DOCS),

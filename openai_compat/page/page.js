@@ -1,0 +1,472 @@
+// The chat page: a list of turns, the request of the last one, and the server's state.
+
+import { Problem, apiKey, call, readMetrics, streamChat } from "./api.js";
+import { copyButton, element, render } from "./markdown.js";
+
+const EXAMPLES = ["What is the capital of Australia?", "Explain in two sentences why the sky is blue.",
+  "Write a Python function that reverses a string.", "Write a short poem about the sea."];
+const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
+const BUSY_POLL_MS = 1500, IDLE_POLL_MS = 5000, ATTEMPTS = 6, SPOKEN_CHARACTERS = 400;
+const $ = (id) => document.getElementById(id);
+
+let turns = []; // {role: user | assistant | tool, content, ...}; an answer also has reasoning, calls, stats, problem
+let running = null; // the AbortController of the answer in progress
+let replaced = null; // the turns before the last edit or retry
+let limit = 0; // the model's context, in tokens
+let settings = {};
+
+// ---- the conversation ----------------------------------------------------------------------------------------
+
+const views = []; // of each turn: its element and the parts that a stream changes
+
+function button(label, action, attributes = {}) {
+  return element("button", { type: "button", onclick: action, ...attributes }, label);
+}
+
+function show() { // the turns that have changed; a stream only calls `update` for the last
+  $("empty").hidden = turns.length > 0;
+  const same = turns.findIndex((turn, index) => views[index]?.turn !== turn);
+  for (const view of views.splice(same < 0 ? turns.length : same)) view.node.remove();
+  for (const turn of turns.slice(views.length)) {
+    views.push(viewOf(turn, views.length));
+    $("turns").append(views[views.length - 1].node);
+  }
+  for (const view of views) if (!view.editing) update(view);
+  keep();
+}
+
+function keep() {
+  showContext();
+  try {
+    sessionStorage.setItem("turns", JSON.stringify(turns)); // outlives a reload, and ends with the tab
+  } catch {
+    sessionStorage.removeItem("turns"); // too long to keep
+  }
+}
+
+function viewOf(turn, index) {
+  const name = { user: "You", assistant: "Answer", tool: "Result of the tool" }[turn.role];
+  const view = { turn, body: element("div", { class: "body" }), tools: element("div", { class: "tools" }) };
+  const parts = [element("h3", { class: "unseen" }, name), view.body, view.tools];
+  if (turn.role === "user") {
+    view.tools.append(...userTools(index));
+  } else if (turn.role === "assistant") {
+    view.summary = element("summary");
+    view.thoughts = element("div");
+    view.reasoning = element("details", { class: "reasoning", hidden: true }, view.summary, view.thoughts);
+    view.calls = element("div");
+    view.note = element("p", { class: "note", hidden: true });
+    view.stats = element("span", { class: "stats" });
+    view.actions = element("span");
+    parts.splice(1, 2, view.reasoning, view.body, view.calls, view.note, view.tools);
+    view.tools.append(view.stats, view.actions);
+  }
+  view.node = element("li", { class: turn.role }, ...parts);
+  return view;
+}
+
+function userTools(index) {
+  return [button("Edit", () => edit(index)), button("Retry", () => retry(index))];
+}
+
+function update(view) {
+  const { turn } = view, live = running !== null && turn === turns[turns.length - 1];
+  if (turn.role !== "assistant") {
+    if (view.body.textContent !== turn.content || view.body.firstElementChild) view.body.textContent = turn.content;
+    return;
+  }
+  render(view.body, turn.content);
+  view.node.setAttribute("aria-busy", live);
+  view.node.classList.toggle("waiting", live && !turn.tokens);
+  view.reasoning.hidden = !turn.reasoning;
+  if (view.thoughts.textContent !== turn.reasoning) view.thoughts.textContent = turn.reasoning;
+  const thinking = live && !turn.content && !turn.calls.length;
+  view.summary.textContent = thinking ? "Thinking…" : `Reasoning${turn.thought ? `, ${turn.thought.toFixed(1)} s` : ""}`;
+  showCalls(view, turn);
+  view.note.hidden = !turn.problem;
+  view.note.textContent = turn.problem || "";
+  view.note.classList.toggle("failed", Boolean(turn.failed));
+  view.stats.textContent = statsOf(turn);
+  if (live) view.actions.replaceChildren();
+  else view.actions.replaceChildren(...actionsOf(turn));
+}
+
+function actionsOf(turn) {
+  const last = turn === turns[turns.length - 1];
+  return [turn.content && copyButton("Copy answer", () => turn.content),
+    last && turn.problem && button("Try again", () => retry(turns.length - 1)),
+    last && turn.unfinished && button("Continue", goOn)].filter(Boolean);
+}
+
+function statsOf({ tokens, first, last, firstAfter }) {
+  if (!tokens) return "";
+  const rate = tokens > 1 && last > first ? ` · ${((tokens - 1) / ((last - first) / 1000)).toFixed(1)} tokens/s` : "";
+  return `${tokens} ${tokens === 1 ? "token" : "tokens"}${rate} · first token ${(firstAfter / 1000).toFixed(2)} s`;
+}
+
+function showCalls(view, turn) {
+  while (view.calls.childElementCount > turn.calls.length) view.calls.lastElementChild.remove();
+  turn.calls.forEach((call, index) => {
+    let node = view.calls.children[index];
+    if (!node) {
+      node = element("details", { class: "call", open: true }, element("summary"), element("pre", { tabindex: 0 }));
+      view.calls.append(node);
+    }
+    node.firstChild.textContent = `Tool call: ${call.name}`;
+    if (node.lastChild.textContent !== call.arguments) node.lastChild.textContent = call.arguments;
+  });
+}
+
+function showContext() {
+  const used = [...turns].reverse().find((turn) => turn.total)?.total || 0;
+  const full = limit && used >= 0.9 * limit;
+  $("context").textContent = used && limit ? `${used.toLocaleString()} of ${limit.toLocaleString()} tokens of context` : "";
+  $("context").classList.toggle("warn", Boolean(full));
+}
+
+function say(text) { // for a screen reader: the start and the end of an answer, not each token
+  $("live").textContent = text;
+}
+
+// ---- what a person does --------------------------------------------------------------------------------------
+
+function ask(text) {
+  turns.push({ role: "user", content: text });
+  answer();
+}
+
+function replaceFrom(index, ...more) { // with a way back to what is cut off
+  stop();
+  const lost = turns.length - index;
+  replaced = turns;
+  turns = [...turns.slice(0, index), ...more];
+  $("undo").hidden = !lost;
+  $("undo").firstElementChild.textContent = `Removed ${lost === 1 ? "one message" : `${lost} messages`}.`;
+}
+
+function retry(index) { // of a question, or of an answer
+  replaceFrom(turns[index].role === "user" ? index + 1 : index);
+  answer();
+}
+
+function edit(index) {
+  const view = views[index], { body, tools } = view, field = element("textarea", { "aria-label": "Edit the message" });
+  const save = () => {
+    if (!field.value.trim()) return;
+    replaceFrom(index, { role: "user", content: field.value.trim() });
+    answer();
+    $("prompt").focus();
+  };
+  const cancel = () => {
+    view.editing = false;
+    update(view);
+    tools.replaceChildren(...userTools(index));
+    tools.firstChild.focus();
+  };
+  view.editing = true;
+  field.value = turns[index].content;
+  field.addEventListener("input", () => grow(field));
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { event.stopPropagation(); cancel(); }
+    if (isEnter(event)) { event.preventDefault(); save(); }
+  });
+  body.replaceChildren(field);
+  tools.replaceChildren(button("Send", save, { class: "strong" }), button("Cancel", cancel));
+  grow(field);
+  field.focus();
+}
+
+function undo() {
+  stop();
+  turns = replaced;
+  $("undo").hidden = true;
+  show();
+  $("prompt").focus();
+}
+
+function stop() {
+  running?.abort();
+  running = null;
+  setBusy(false);
+}
+
+function isEnter(event) { // not the Enter that accepts a word of an input method
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+}
+
+function grow(field) {
+  field.style.height = "auto";
+  field.style.height = `${Math.min(field.scrollHeight, innerHeight * 0.4)}px`;
+}
+
+function setBusy(busy) {
+  $("send").setAttribute("aria-label", busy ? "Stop" : "Send");
+  $("send").classList.toggle("stop", busy);
+}
+
+// ---- an answer -----------------------------------------------------------------------------------------------
+
+function requestOf(history) {
+  const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
+  for (const { role, content, calls, id, problem } of history) {
+    if (role === "assistant" && calls.length) {
+      const tool_calls = calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+      messages.push({ role, content: content || null, tool_calls });
+    } else if (role !== "assistant" || content || !problem) {
+      messages.push(role === "tool" ? { role, content, tool_call_id: id } : { role, content });
+    }
+  }
+  const body = { model: $("model").value, messages, stream: true };
+  body.stream_options = { include_usage: true, continuous_usage_stats: true };
+  for (const name of NUMBERS) if (settings[name] !== undefined) body[name] = settings[name];
+  return body;
+}
+
+function answer() {
+  const turn = { role: "assistant", content: "", reasoning: "", calls: [] };
+  const body = requestOf(turns);
+  turns.push(turn);
+  return write(turn, body);
+}
+
+function goOn() { // an answer that max_tokens cut short
+  $("undo").hidden = true;
+  const turn = turns[turns.length - 1];
+  turn.unfinished = false;
+  turn.problem = "";
+  return write(turn, { ...requestOf(turns), add_generation_prompt: false, continue_final_message: true });
+}
+
+async function write(turn, body) {
+  const controller = (running = new AbortController());
+  let frame = 0;
+  const current = () => running === controller;
+  const draw = () => {
+    frame = 0;
+    if (current()) keepEnd(() => update(views[views.length - 1]));
+  };
+  setBusy(true);
+  show();
+  toEnd();
+  say("Answering");
+  try {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        await receive(turn, body, controller.signal, () => { frame ||= requestAnimationFrame(draw); });
+        break;
+      } catch (problem) {
+        if (!problem.retryAfter || turn.tokens || attempt === ATTEMPTS) throw problem;
+        await pause(turn, problem, Math.max(problem.retryAfter, 2 ** attempt / 2), controller.signal, draw);
+      }
+    }
+  } catch (problem) {
+    turn.failed = problem.name !== "AbortError";
+    turn.unfinished = Boolean(turn.content);
+    turn.problem = turn.failed ? problem.message : "Stopped.";
+    if (problem.status === 401) askForKey();
+  }
+  turn.done = true;
+  cancelAnimationFrame(frame);
+  if (!current()) return; // the turns are others by now
+  running = null;
+  setBusy(false);
+  keepEnd(() => update(views[views.length - 1]));
+  keep();
+  say(turn.problem || `Answer: ${turn.content.slice(0, SPOKEN_CHARACTERS)}`);
+  readState();
+}
+
+async function receive(turn, body, signal, changed) {
+  const sent = performance.now(), before = turn.tokens || 0;
+  Object.assign(turn, { first: 0, last: 0, problem: "", failed: false });
+  for await (const event of streamChat(body, signal)) {
+    const { delta = {}, finish_reason: reason } = event.choices?.[0] || {}, now = performance.now();
+    const thought = delta.reasoning ?? delta.reasoning_content;
+    if (event.usage) {
+      turn.tokens = before + event.usage.completion_tokens;
+      turn.total = event.usage.total_tokens;
+    }
+    if (thought) turn.reasoning += thought;
+    if (delta.content) turn.content += delta.content;
+    if (turn.reasoning && (delta.content || delta.tool_calls)) turn.thought ||= (now - sent) / 1000;
+    for (const { index, id, function: piece } of delta.tool_calls || []) {
+      const call = (turn.calls[index] ||= { id: "", name: "", arguments: "" });
+      call.id ||= id || "";
+      call.name += piece?.name || "";
+      call.arguments += piece?.arguments || "";
+    }
+    if (thought || delta.content || delta.tool_calls) {
+      turn.firstAfter ||= now - sent;
+      turn.first ||= now;
+      turn.last = now;
+    }
+    if (reason === "length") {
+      const full = limit && turn.total >= limit;
+      turn.unfinished = !full;
+      turn.problem = full
+        ? `The context of ${limit.toLocaleString()} tokens is full. Start a new chat, or edit an earlier message to go on from there.`
+        : "Cut off at the largest number of tokens.";
+    }
+    changed();
+  }
+}
+
+async function pause(turn, problem, seconds, signal, draw) { // until a busy server may have room
+  for (let left = Math.ceil(seconds); left > 0; left--) {
+    turn.problem = `${problem.message} Trying again in ${left} s.`;
+    draw();
+    await new Promise((resolve, reject) => {
+      const timer = setTimeout(resolve, 1000);
+      signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
+    });
+  }
+}
+
+// Draws, and stays at the end of the conversation if that is in sight.
+function keepEnd(draw) {
+  const chat = $("chat"), atEnd = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 60;
+  draw();
+  if (atEnd) toEnd();
+}
+
+function toEnd() {
+  $("chat").scrollTop = $("chat").scrollHeight;
+}
+
+// ---- the server ----------------------------------------------------------------------------------------------
+
+async function readModels() {
+  try {
+    const { data } = await (await call("v1/models")).json();
+    limit = data[0].max_model_len || 0;
+    const names = data.map(({ id }) => element("option", { value: id }, id.split("/").pop() || id));
+    $("model").replaceChildren(...names);
+    $("model").title = $("model").value;
+    $("model").disabled = names.length === 1;
+    $("who").textContent = names[0].textContent;
+    showContext();
+  } catch (problem) {
+    if (problem.status === 401) askForKey();
+  }
+}
+
+function askForKey() {
+  $("key-row").hidden = false;
+  if (!$("settings").open) $("settings").showModal();
+  $("key").focus();
+}
+
+let poll = 0;
+async function readState() {
+  clearTimeout(poll);
+  let state = "down", text = "not reachable";
+  try {
+    await call("health");
+    state = "up";
+    const now = readMetrics(await (await call("metrics")).text());
+    text = "ready";
+    if ("num_requests_running" in now) {
+      const hits = now.prefix_cache_queries_total ? (100 * now.prefix_cache_hits_total) / now.prefix_cache_queries_total : 0;
+      text = `${now.num_requests_running} running · ${now.num_requests_waiting} waiting · KV ${percent(100 * now.kv_cache_usage_perc)} · hits ${percent(hits)}`;
+    }
+    if (!$("model").value && $("key-row").hidden) await readModels();
+  } catch (problem) {
+    if (problem.status === 503) [state, text] = ["starting", "starting again, or shutting down"];
+  }
+  $("dot").className = state;
+  $("load").textContent = text;
+  if (!document.hidden) poll = setTimeout(readState, running ? BUSY_POLL_MS : IDLE_POLL_MS);
+}
+
+function percent(value) {
+  return `${value < 10 ? Number(value.toFixed(1)) : Math.round(value)}%`;
+}
+
+// ---- settings ------------------------------------------------------------------------------------------------
+
+function fillSettings() {
+  for (const name of ["system", ...NUMBERS]) $(name).value = settings[name] ?? "";
+  $("key").value = apiKey.get();
+}
+
+function takeSettings() {
+  settings = {};
+  if ($("system").value.trim()) settings.system = $("system").value;
+  for (const name of NUMBERS) if ($(name).value !== "") settings[name] = Number($(name).value);
+  sessionStorage.setItem("settings", JSON.stringify(settings));
+  if ($("key").value.trim() !== apiKey.get()) {
+    apiKey.set($("key").value.trim());
+    readModels();
+  }
+}
+
+function isDark() {
+  return (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+}
+
+function setTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  $("theme").setAttribute("aria-label", isDark() ? "Light colours" : "Dark colours");
+}
+
+// ---- start ---------------------------------------------------------------------------------------------------
+
+function stored(storage, name, otherwise) {
+  try {
+    return JSON.parse(storage.getItem(name)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+turns = stored(sessionStorage, "turns", []);
+for (const turn of turns) if (turn.role === "assistant" && !turn.done) turn.problem = "Interrupted.";
+settings = stored(sessionStorage, "settings", {});
+setTheme(stored(localStorage, "theme", ""));
+$("examples").append(...EXAMPLES.map((text) => element("li", {}, button(text, () => { ask(text); $("prompt").focus(); }))));
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = $("prompt").value.trim();
+  if (running) return running.abort();
+  if (!text) return;
+  $("prompt").value = "";
+  grow($("prompt"));
+  $("undo").hidden = true;
+  ask(text);
+});
+$("prompt").addEventListener("input", () => grow($("prompt")));
+$("prompt").addEventListener("keydown", (event) => {
+  if (!isEnter(event)) return;
+  event.preventDefault();
+  if (running) say("Still answering. Escape stops.");
+  else $("composer").requestSubmit();
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running && !$("settings").open) running.abort(); });
+document.addEventListener("visibilitychange", readState);
+$("undo").lastElementChild.addEventListener("click", undo);
+$("new").addEventListener("click", () => { if (turns.length) replaceFrom(0); show(); $("prompt").focus(); });
+$("theme").addEventListener("click", () => {
+  setTheme(isDark() ? "light" : "dark");
+  localStorage.setItem("theme", JSON.stringify(document.documentElement.dataset.theme));
+});
+$("open-settings").addEventListener("click", () => { fillSettings(); $("settings").showModal(); });
+$("reset").addEventListener("click", () => { for (const name of ["system", ...NUMBERS]) $(name).value = ""; });
+$("settings").firstElementChild.addEventListener("submit", (event) => { // numbers out of range keep it open
+  event.preventDefault();
+  takeSettings();
+  $("settings").close();
+});
+$("settings").addEventListener("close", fillSettings); // Escape leaves everything as it was
+$("model").addEventListener("change", () => { $("model").title = $("model").value; });
+$("chat").addEventListener("scroll", () => {
+  const { scrollHeight, scrollTop, clientHeight } = $("chat");
+  $("latest").hidden = scrollHeight - scrollTop - clientHeight < 120;
+}, { passive: true });
+$("latest").addEventListener("click", toEnd);
+
+show();
+toEnd();
+readModels().then(readState);
+call("version").then((reply) => reply.json()).then(({ version }) => { $("version").textContent = `microvllm ${version}`; }).catch(() => {});
+call("docs", { method: "HEAD" }).then(() => { $("docs").hidden = false; }).catch(() => {});
