@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 from fake_client import FakeClient
 from process_tools import PATIENCE_S
+from starlette.types import ASGIApp
 
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
@@ -35,14 +36,20 @@ async def in_process(client: FakeClient, **args: Any) -> AsyncIterator[httpx.Asy
 
 @contextmanager
 def real_server(
-    client: FakeClient, tls: ssl.SSLContext | None = None, connections: int | None = None, **args: Any
+    client: FakeClient,
+    tls: ssl.SSLContext | None = None,
+    connections: int | None = None,
+    wrap: Callable[[ASGIApp], ASGIApp] | None = None,
+    **args: Any,
 ) -> Iterator[int]:
     """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port.
 
-    At most `connections` at once, and unless `args` say otherwise for any host.
+    At most `connections` at once, and unless `args` say otherwise for any host. `wrap` may put something
+    around the application.
     """
     args.setdefault("allowed_hosts", ("*",))
-    app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
+    app: ASGIApp = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
+    app = app if wrap is None else wrap(app)
     config = uvicorn.Config(
         app,
         http=GuardedProtocol,
