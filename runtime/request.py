@@ -89,6 +89,17 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     after: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How many tokens the reasoning may take: after `max_tokens` of them the tokens `end` are forced.
+
+    The reasoning begins behind the first `start` that is generated, or at the first token if that is empty.
+    """
+
+    max_tokens: Count
+    start: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
+    end: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_AFTER)]
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop; names and defaults as in vLLM's `SamplingParams`.
 
@@ -127,6 +138,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprob_token_ids: LogprobTokenIds | None = None
     repetition_detection: RepetitionDetection | None = None
     structured_outputs: StructuredOutput | None = None
+    thinking: ThinkingBudget | None = None
 
     @property
     def greedy(self) -> bool:
@@ -156,6 +168,7 @@ _MUST = {
     "logprob_token_ids": f"must be a list of at most {MAX_LOGPROB_TOKEN_IDS} token ids",
     "repetition_detection": "must be a RepetitionDetection",
     "structured_outputs": "must be a StructuredOutput",
+    "thinking": "must be a ThinkingBudget",
 }
 
 

@@ -131,7 +131,10 @@ class SamplingParams:
             raise InvalidRequestError("stop strings need detokenize=True.", "stop")
         if values["logprob_token_ids"] and values["logprobs"] is None:
             values["logprobs"] = 0  # the ids replace the likeliest ones
-        params = EngineParams(**{name: values[name] for name in EngineParams.__struct_fields__})
+        # What the server alone sets has no field here.
+        params = EngineParams(
+            **{name: values[name] for name in EngineParams.__struct_fields__ if name in values}
+        )
         check_sampling(params)
         return params
 

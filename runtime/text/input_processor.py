@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,13 @@ class InputProcessor:
             raise InvalidRequestError(_NO_TEMPLATE + names)
         return self.template
 
+    @property
+    def template_source(self) -> str:
+        """The text of the chat templates that `render_text` chooses from by itself; "" without one."""
+        own = {} if self._replaces_own else self._tokenizer.chat_templates
+        default = "" if self.template is None else self.template.source
+        return "\n".join(filter(None, (default, own.get("tool_use"))))
+
     def render_chat(
         self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
     ) -> list[int]:
@@ -208,8 +215,14 @@ class InputProcessor:
     def _check_ids(self, params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a token id that the model does not have, naming the field."""
         vocab = self._config.spec.vocab_size
-        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
-            ids = getattr(params, name)
+        thinking = params.thinking
+        checked: dict[str, Collection[int] | None] = {
+            "logit_bias": params.logit_bias,
+            "allowed_token_ids": params.allowed_token_ids,
+            "logprob_token_ids": params.logprob_token_ids,
+            "thinking": [*thinking.start, *thinking.end] if thinking is not None else None,
+        }
+        for name, ids in checked.items():
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 wrong = ", ".join(str(token) for token in sorted(ids) if not 0 <= token < vocab)
                 raise InvalidRequestError(

@@ -1,8 +1,8 @@
 """Applies the requests' rules to their logits before tokens are chosen, and reads log probabilities of them.
 
 Order, as in vLLM: a mask from outside, allowed tokens, bad words, end tokens before `min_tokens`, logit bias,
-penalties. All requests of a step are changed together: every rule becomes (row, token) pairs of one indexed
-operation.
+penalties; a spent budget of thinking overrides them all. All requests of a step are changed together: every
+rule becomes (row, token) pairs of one indexed operation.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
+from microvllm.runtime.worker.thinking import ThinkingBudgets
 
 Device = str | torch.device
 
@@ -74,6 +75,7 @@ class LogitRules:
         self._device = device
         self._rules: dict[int, _Rules] = {}
         self._penalties: _Penalties | None = None  # most servers never see one
+        self._budgets = ThinkingBudgets(device)
         self.mask: TokenMask | None = None
 
     def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
@@ -81,6 +83,8 @@ class LogitRules:
         params = request.params
         if self.mask is not None:
             self.mask.set_row(row, request)
+        if params.thinking is not None:
+            self._budgets.set_row(row, params.thinking)
         if params.allowed_token_ids is None and not (
             params.logit_bias or params.penalised or request.bad_word_ids
         ):
@@ -110,6 +114,7 @@ class LogitRules:
     def clear_row(self, row: int) -> None:
         if self.mask is not None:
             self.mask.clear_row(row)
+        self._budgets.clear_row(row)
         rules = self._rules.pop(row, None)
         if rules is not None and rules.penalised and self._penalties is not None:
             self._penalties.clear_row(row)
@@ -117,6 +122,8 @@ class LogitRules:
     def concern(self, rows: Sequence[int]) -> bool:
         """Whether any of the rows has rules."""
         if self.mask is not None and self.mask.concerns(rows):
+            return True
+        if self._budgets.concern(rows):
             return True
         return bool(self._rules) and not self._rules.keys().isdisjoint(rows)
 
@@ -164,6 +171,8 @@ class LogitRules:
         penalised = [i for i, rules in ruled if rules.penalised]
         if penalised and self._penalties is not None:
             self._penalties.apply(logits, penalised, [rows[i] for i in penalised])
+        if self._budgets.concern(rows):
+            self._budgets.apply(logits, rows, output, last_token)
 
     def _apply_bits(self, logits: Tensor, masked: Sequence[int], bits: np.ndarray) -> None:
         words = on_device(bits, torch.int32, self._device)[:, :, None]
