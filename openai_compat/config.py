@@ -25,6 +25,7 @@ from microvllm.runtime.worker.profiler import ProfilerConfig
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 QUIET_PATHS = ("/health", "/metrics", "/load")  # polled by probes
 DEFAULT_STOP_STRINGS = 4
+AUTO = "auto"
 TEXT = "<str>"  # the metavar of a text that is read further
 STRINGS = "[JSON]"
 
@@ -112,6 +113,17 @@ class AnswerArgs:
     skip_model_name_validation: bool = flag(
         False, SERVER, "Take any model name in requests.", env=("VLLM_SKIP_MODEL_NAME_VALIDATION",)
     )
+    enable_auto_tool_choice: bool = flag(True, ANSWERS, "Let the model decide whether to call a tool.")
+    tool_call_parser: str | None = flag(
+        "auto",
+        ANSWERS,
+        "Format of the model's tool calls: hermes, llama3_json, ...; auto: its template's.",
+    )
+    reasoning_parser: str | None = flag(
+        None,
+        ANSWERS,
+        "Format of the model's reasoning, to separate it from the answer: qwen3, ... or auto.",
+    )
     exclude_tools_when_tool_choice_none: bool = flag(
         False, ANSWERS, "Keep tools from the template where none may be called."
     )
@@ -135,7 +147,22 @@ class AnswerArgs:
             raise ConfigError("--response-role must not be empty")
         if (self.fingerprint_mode == "custom") != (self.fingerprint_value is not None):
             raise ConfigError("--fingerprint-mode custom and --fingerprint-value belong together")
+        self._check_parsers()
         self._check_request_defaults()
+
+    def _check_parsers(self) -> None:
+        if self.tool_call_parser == AUTO and self.reasoning_parser in (None, AUTO):
+            return  # spares the imports
+        from microvllm.openai_compat.parsers.registry import REASONING_FORMATS, TOOL_FORMATS
+
+        for name, value, known in (
+            ("tool-call-parser", self.tool_call_parser, TOOL_FORMATS),
+            ("reasoning-parser", self.reasoning_parser, REASONING_FORMATS),
+        ):
+            if value not in (None, AUTO, *known):
+                raise ConfigError(
+                    f"--{name} must be one of {', '.join(sorted(known))} or {AUTO}, got {value}"
+                )
 
     def _check_request_defaults(self) -> None:
         """Check the options that are defaults or limits of request fields, by the rules of those fields."""

@@ -91,8 +91,10 @@ def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
     sentences = []
     for place, fault in faults[:10]:
         field = place.removeprefix("body.")
-        where = [place if field.isdigit() else field, *filter(None, [fault.place])]
-        sentences.append(f"{': '.join(where)}: {fault.problem}.")
+        where = place if field.isdigit() else field
+        if fault.place:
+            where += fault.place if fault.place.startswith("[") else f": {fault.place}"
+        sentences.append(f"{where}: {fault.problem}.")
     return InvalidRequestError(" ".join(sentences), faults[0][0], kind=BAD_SHAPE)
 
 

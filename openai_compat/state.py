@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import microvllm
+from microvllm.openai_compat.api.parsing import Formats
 from microvllm.openai_compat.api.responses_store import ResponseStore
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import Exposition, HttpMetrics
@@ -51,6 +53,11 @@ class ServerState:
             self.client.observer = self.metrics
         self.model_names = self.args.served_model_names or (self.client.config.model,)
         self.fingerprint = _fingerprint(self.client, self.args)
+
+    @functools.cached_property
+    def formats(self) -> Formats:
+        """The formats in which the model writes calls and reasoning."""
+        return Formats.of(self.client, self.args)
 
 
 def _fingerprint(client: EngineClient, args: ServerArgs) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import itertools
 import math
 import random
 import time
@@ -21,9 +22,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.observer import EngineObserver, RequestTiming
-from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, TokenLogprobs
+from microvllm.runtime.request import (
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+)
 from microvllm.runtime.text.chat_template import ChatTemplate, content_text
-from microvllm.runtime.text.detokenizer import REPEATED, TextDelta
+from microvllm.runtime.text.detokenizer import REPEATED, OutputProcessor, TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
 
@@ -221,6 +229,8 @@ class FakeClient:
         self.tokens_made = 0
         self.resets = 0
         self.submitted: list[tuple[list[int], SamplingParams, int, str]] = []
+        self.recorded: list[str] = []  # outputs to play in turn, in place of hashes
+        self._played = itertools.count()
 
     def healthy(self) -> bool:
         return self.alive
@@ -283,6 +293,8 @@ class FakeClient:
 
     def generate(self, request: EngineRequest, salt: str) -> list[TextDelta]:
         """All deltas of a sequence, one token each."""
+        if self.recorded:
+            return self._play(self.recorded[next(self._played) % len(self.recorded)], request)
         params, prompt = request.params, request.prompt_token_ids
         knobs = _knobs(request, salt)
         made: list[int] = []
@@ -323,6 +335,23 @@ class FakeClient:
             if finish:
                 return deltas
 
+    def _play(self, text: str, request: EngineRequest) -> list[TextDelta]:
+        """The deltas of a recorded output, up to `max_tokens` of it, made by the real detokenizer."""
+        processor, params = OutputProcessor(self.tokenizer, request), request.params  # type: ignore[arg-type]
+        tokens = [*self.tokenizer.encode(text, False), EOS][: params.max_tokens]
+        deltas = []
+        for place, token in enumerate(tokens):
+            end = None
+            if place == len(tokens) - 1:
+                end = FinishReason.STOP if token == EOS else FinishReason.LENGTH
+            logprobs = None
+            if params.logprobs is not None:
+                logprobs = [score(request.prompt_token_ids + tokens[:place], token, params.logprobs)]
+            deltas.append(processor.process(StepOutput(-1, [token], end, logprobs=logprobs)))
+            if deltas[-1].finish_reason is not None:
+                break
+        return deltas
+
     @staticmethod
     def score_prompt(request: EngineRequest) -> list[TokenLogprobs] | None:
         ids, count = request.prompt_token_ids, request.params.prompt_logprobs
@@ -346,8 +375,9 @@ def _knobs(request: EngineRequest, salt: str) -> str:
         params.repetition_penalty,
         sorted(params.logit_bias.items()),
         request.bad_word_ids,
+        params.thinking,
     )
-    plain = forced == (0, 0, 1, [], [])
+    plain = forced == (0, 0, 1, [], [], None)
     return ("greedy" if params.greedy else repr(drawn)) + ("" if plain else repr(forced))
 
 

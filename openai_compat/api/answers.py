@@ -44,6 +44,21 @@ _USAGE = _object(
 )
 _REASONS = ["stop", "length", "abort", "repetition"]
 _STOP_REASON = {"type": ["string", "integer", "null"]}
+_CALL = {"name": STRING, "arguments": STRING}
+_TOOL_CALL = _object(id=STRING, type={"const": "function"}, function=_object(**_CALL))
+_MESSAGE = _object(role=STRING, content=TEXT_OR_NULL, reasoning=TEXT_OR_NULL)
+# A piece of a call has its index; the first one of a call also has id, type and name.
+_CALL_PIECE = {
+    "type": "object",
+    "properties": {
+        "index": INTEGER,
+        "id": STRING,
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": _CALL},
+    },
+    "required": ["index"],
+}
+_DELTA = {"role": STRING, "content": STRING, "reasoning": STRING, "tool_calls": _list(_CALL_PIECE)}
 _ENDED = {"finish_reason": {"enum": _REASONS}, "stop_reason": _STOP_REASON, "token_ids": IDS_OR_NULL}
 _CHOICE = {"index": INTEGER, "logprobs": OBJECT_OR_NULL, **_ENDED}
 _ANSWER = {
@@ -87,12 +102,23 @@ SCHEMAS: Mapping[str, Any] = {
     ),
     "ChatCompletionResponse": _object(
         object={"const": "chat.completion"},
-        choices=_list(_object(message=_object(role=STRING, content=TEXT_OR_NULL), **_CHOICE)),
+        choices=_list(
+            _object(
+                message={
+                    **_MESSAGE,
+                    "properties": {**_MESSAGE["properties"], "tool_calls": _list(_TOOL_CALL)},
+                },
+                **{**_CHOICE, "finish_reason": {"enum": [*_REASONS, "tool_calls"]}},
+            )
+        ),
         prompt_token_ids=IDS_OR_NULL,
         **_ANSWER,
     ),
     "ChatCompletionStreamResponse": _chunk(
-        _object(delta={"type": "object", "properties": {"role": STRING, "content": STRING}}, **_CHUNK_CHOICE),
+        _object(
+            delta={"type": "object", "properties": _DELTA},
+            **{**_CHUNK_CHOICE, "finish_reason": {"enum": [*_REASONS, "tool_calls", None]}},
+        ),
         object={"const": "chat.completion.chunk"},
     ),
     "ResponsesResponse": _object(

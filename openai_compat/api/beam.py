@@ -33,13 +33,14 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "prompt_logprobs": (),
     "logprob_token_ids": ([],),
+    "thinking_token_budget": (-1,),
 }
 
 
 def check_fields(body: GenerationRequest, client: EngineClient) -> None:
     """Raise `InvalidRequestError` for a field that is not supported together with beam search."""
     for name, harmless in UNSUPPORTED.items():
-        if not is_harmless(getattr(body, name), harmless):
+        if not is_harmless(getattr(body, name, None), harmless):
             raise InvalidRequestError(f"{name} is not supported with beam search.", name)
     if abs(body.length_penalty) > MAX_LENGTH_PENALTY:
         raise InvalidRequestError(

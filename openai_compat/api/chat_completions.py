@@ -16,6 +16,7 @@ from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_tok
 from microvllm.openai_compat.api.requests import ChatCompletionRequest
 from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.api.usage import stream_usage
+from microvllm.openai_compat.parsers.events import Content, Event, Reasoning, ToolCall
 from microvllm.openai_compat.state import ServerState
 
 if TYPE_CHECKING:
@@ -45,19 +46,11 @@ class ChatCompletion(Chat):
         choices = [
             {
                 "index": index,
-                "message": {
-                    "role": self.role,
-                    "content": self.echo + outcome.text,
-                    "refusal": None,
-                    "annotations": None,
-                    "audio": None,
-                    "function_call": None,
-                    "reasoning": None,
-                },
+                "message": self._message(index, outcome),
                 "logprobs": logprobs[index].format_tokens(outcome.token_ids, outcome.logprobs)
                 if logprobs
                 else None,
-                "finish_reason": outcome.finish_reason,
+                "finish_reason": self.parsed[index].finish_reason(outcome.finish_reason),
                 "stop_reason": outcome.stop_reason,
                 "token_ids": outcome.token_ids if with_ids else None,
                 "routed_experts": None,
@@ -85,6 +78,21 @@ class ChatCompletion(Chat):
             }
         )
 
+    def _message(self, index: int, outcome: Outcome) -> dict[str, Any]:
+        message = self.messages[index]
+        text = outcome.text if self.parsing.is_plain else message.content
+        calls = [_call(call.id, call.name, call.arguments) for call in message.tool_calls]
+        return {
+            "role": self.role,
+            "content": self.echo + text if text is not None else self.echo or None,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            **({"tool_calls": calls} if calls else {}),
+            "reasoning": message.reasoning,
+        }
+
     def chunks(self) -> ChatChunks:
         return ChatChunks(self)
 
@@ -99,8 +107,15 @@ class ChatCompletion(Chat):
         return [ChatLogprobs(TokenText(tokenizer, as_ids), count) for _ in range(self.params.n)]
 
 
+def _call(id_: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 class ChatChunks(ObjectChunks):
-    """Writes a role chunk per choice with the first token, then one per delta; the last says why it ended."""
+    """Writes a role chunk per choice with the first token, then one per delta; the last says why it ended.
+
+    Of a choice that is parsed a delta may have no chunk, or several: one for texts, one for each call.
+    """
 
     def __init__(self, chat: ChatCompletion) -> None:
         super().__init__(chat, "chat.completion.chunk")
@@ -108,7 +123,9 @@ class ChatChunks(ObjectChunks):
         self._echo = chat.echo
         self._logprobs = chat.logprobs()
         self._prompt_text = orjson.dumps(chat.prompt_text)
-        self._plain = not self._with_ids and not self._logprobs
+        self._choices = chat.choices()
+        self._parsed = not chat.parsing.is_plain
+        self._plain = not (self._with_ids or self._logprobs or self._parsed)
         self._continuous = chat.continuous_usage
 
     def opening(self) -> list[bytes]:
@@ -137,26 +154,63 @@ class ChatChunks(ObjectChunks):
         return events
 
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
-        text = orjson.dumps(delta.text)
         if self._plain and delta.finish_reason is None and not usage:
-            return b'%s%d,"delta":{"content":%s%s' % (self._head, index, text, _PLAIN_END)
+            return b'%s%d,"delta":{"content":%s%s' % (self._head, index, orjson.dumps(delta.text), _PLAIN_END)
+        reason = delta.finish_reason
+        if not self._parsed:
+            return self._chunk(index, b'{"content":%s}' % orjson.dumps(delta.text), delta, reason, usage)
+        choice = self._choices[index]
+        messages = [orjson.dumps(message) for message in _messages(choice.feed(delta))]
+        if not messages:
+            if reason is None and not self._logprobs and not self._with_ids:
+                return b""
+            messages = [b"{}"]
+        # All tokens of the delta are in the last chunk.
+        first = [b'%s%d,"delta":%s%s' % (self._head, index, text, _PLAIN_END[1:]) for text in messages[:-1]]
+        last = self._chunk(index, messages[-1], delta, choice.finish_reason(reason), usage)
+        return b"".join(first) + last
+
+    def _chunk(self, index: int, message: bytes, delta: TextDelta, reason: str | None, usage: bytes) -> bytes:
         logprobs = None
         if self._logprobs:
             logprobs = self._logprobs[index].format_tokens(delta.token_ids, delta.logprobs or [])
         token_ids = orjson.dumps(delta.token_ids if self._with_ids else None)
-        if delta.finish_reason is None:
+        if reason is None:
             end = b'null,"token_ids":%s}]%s' % (token_ids, usage)
         else:
             end = b'%s,"stop_reason":%s,"token_ids":%s,"weight_versions":null}]%s%s' % (
-                orjson.dumps(delta.finish_reason),
+                orjson.dumps(reason),
                 orjson.dumps(delta.stop_reason),
                 token_ids,
                 usage,
                 self._last,
             )
-        return (
-            b'%s%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":%s,"kv_transfer_params":null}\n\n'
-        ) % (self._head, index, text, orjson.dumps(logprobs), end)
+        return b'%s%d,"delta":%s,"logprobs":%s,"finish_reason":%s,"kv_transfer_params":null}\n\n' % (
+            self._head,
+            index,
+            message,
+            orjson.dumps(logprobs),
+            end,
+        )
+
+
+def _messages(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return the `delta` objects of the events: the texts in one, each call in one of its own.
+
+    Clients add up the pieces of a call by its index, but read only one piece of it from each chunk.
+    """
+    texts: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if isinstance(event, (Content, Reasoning)):
+            member = "content" if isinstance(event, Content) else "reasoning"
+            texts[member] = texts.get(member, "") + event.text
+        elif isinstance(event, ToolCall):
+            calls[event.index] = {"index": event.index, **_call(event.id, event.name, "")}
+        else:
+            call = calls.setdefault(event.index, {"index": event.index, "function": {"arguments": ""}})
+            call["function"]["arguments"] += event.text
+    return [*([texts] if texts else []), *({"tool_calls": [call]} for call in calls.values())]
 
 
 ENDPOINTS = (

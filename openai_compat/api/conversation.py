@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from microvllm.openai_compat.api.prompts import Truncation, tokenize_text
 from microvllm.openai_compat.api.requests import ChatCompletionRequest, TokenizeRequest
+from microvllm.openai_compat.api.tools import shown_tools
+from microvllm.openai_compat.parsers.registry import ends_in_reasoning
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.chat_template import content_text, normalize_messages
@@ -16,12 +16,16 @@ from microvllm.runtime.text.chat_template import content_text, normalize_message
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation: its text and token ids, and how the response begins."""
+    """A rendered conversation: its text and token ids, and how the response begins.
+
+    `opened` says whether the text ends within reasoning (True) or behind it (False), None for neither.
+    """
 
     text: str
     token_ids: list[int]
     role: str
     echo: str
+    opened: bool | None = None
 
 
 def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) -> Conversation:
@@ -52,7 +56,8 @@ def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) ->
     speaks_on = continued or body.add_generation_prompt is False
     role = last["role"] if speaks_on else state.args.response_role
     echoed = body.echo and last["role"] == role
-    return Conversation(text, ids, role, content_text(last["content"]) if echoed else "")
+    echo = content_text(last["content"]) if echoed else ""
+    return Conversation(text, ids, role, echo, ends_in_reasoning(state.formats.reasoning, text))
 
 
 def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: ServerState) -> dict[str, Any]:
@@ -69,7 +74,6 @@ def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: Se
         variables["reasoning_effort"] = effort
         if "enable_thinking" not in kwargs:
             variables["enable_thinking"] = effort != "none"
-    # Tools are only accepted with `tool_choice: "none"`, to be shown to the model.
-    if body.tools is not None and not state.args.exclude_tools_when_tool_choice_none:
-        variables["tools"] = msgspec.to_builtins(body.tools)
+    if (tools := shown_tools(body, state.args)) is not None:
+        variables["tools"] = tools
     return variables

@@ -16,6 +16,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "tools": "Functions that the model may call.",
     "tool_choice": "Whether a function may, must or must not be called, or which one.",
     "parallel_tool_calls": "Whether one response may have several calls.",
+    "include_reasoning": "Show the model's reasoning.",
+    "thinking_token_budget": "Tokens after which the model's reasoning is ended; -1 for no limit.",
     "add_special_tokens": "Put the special tokens that belong around every text (BOS) around the prompt.",
     "add_generation_prompt": "End the conversation with the beginning of a response.",
     "continue_final_message": "Continue the last message instead of responding to it.",

@@ -151,6 +151,14 @@ class Generation(ABC, Generic[RequestT]):
     def chunks(self) -> Chunks:
         """Return the writer of this request's events; called once the prompts are submitted."""
 
+    def read_outcomes(self, outcomes: Sequence[Outcome]) -> None:
+        """Read the finished choices, before they are counted and written."""
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Number of output tokens that are reasoning; None if that is not known."""
+        return None
+
     def failure(self, error: RequestError | EngineError) -> bytes:
         """Return the event of an error after the start of a stream; `end` follows it."""
         return error_event(error)
@@ -192,8 +200,9 @@ class Generation(ABC, Generic[RequestT]):
 
     async def _whole_answer(self) -> bytes:
         outcomes = await collect(self.streams)
+        self.read_outcomes(outcomes)
         tokens = sum(len(outcome.token_ids) for outcome in outcomes)
-        spent = usage(self.prompt_tokens, tokens, self.cached_tokens)
+        spent = usage(self.prompt_tokens, tokens, self.cached_tokens, self.reasoning_tokens)
         metrics = self._metrics(tokens)
         params = self.params
         short = len(outcomes) <= INLINE_CHOICES and not self.body.return_token_ids
@@ -236,7 +245,9 @@ class Generation(ABC, Generic[RequestT]):
             if self.include_usage:
                 times = self._metrics(sum(counts))
                 metrics = b"" if times is None else b',"metrics":' + orjson.dumps(without_nulls(times))
-                spent = stream_usage(self.prompt_tokens, sum(counts), self.cached_tokens)
+                spent = stream_usage(
+                    self.prompt_tokens, sum(counts), self.cached_tokens, self.reasoning_tokens
+                )
                 yield chunks.final_usage(spent, metrics)
         except (EngineError, RequestError) as error:
             yield self.failure(error)

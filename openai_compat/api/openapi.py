@@ -72,8 +72,7 @@ def request_schema(kind: type[Body], max_stop_strings: int = MAX_STOP_STRINGS) -
             schema = _or_null(schema)
         if declared.get("default") not in NOTHING:
             schema["default"] = declared["default"]
-        need = "Only with {}: {}.".format(*kind.only_with[name]) if name in kind.only_with else ""
-        schema["description"] = " ".join(filter(None, (DESCRIPTIONS[name], need)))
+        schema["description"] = DESCRIPTIONS[name]
         properties[name] = schema
     properties |= {name: {"description": "Accepted and ignored."} for name in kind.ignored}
     for name, harmless in kind.refused.items():

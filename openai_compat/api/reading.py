@@ -30,7 +30,13 @@ _WORDS = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
 }
-_JSON_TYPES = {inspect.StrType: str, inspect.ListType: list, inspect.BoolType: bool}
+_JSON_TYPES = {
+    inspect.StrType: str,
+    inspect.LiteralType: str,
+    inspect.ListType: list,
+    inspect.BoolType: bool,
+    inspect.StructType: dict,
+}
 _LATE = frozenset(SamplingParams.__struct_fields__)  # `check_sampling` checks the ranges of these
 
 
@@ -60,7 +66,7 @@ def read_request(kind: type[BodyT], body: Mapping[str, Any]) -> BodyT:
 
 @functools.cache
 def _special(kind: type[Body]) -> frozenset[str]:
-    return frozenset((*kind.only_with, *kind.refused))
+    return frozenset(kind.refused)
 
 
 def _sift(kind: type[Body], body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -74,11 +80,9 @@ def _sift(kind: type[Body], body: Mapping[str, Any]) -> tuple[dict[str, Any], li
             continue
         elif name == "stream_options" and value == {}:
             continue  # without any option it needs no stream
-        elif name in kind.only_with and body.get(kind.only_with[name][0]) != kind.only_with[name][1]:
-            unsupported.append(name)
         else:
             given[name] = value
-    return given, sorted(unsupported, key=[*kind.only_with, *kind.refused].index)
+    return given, sorted(unsupported, key=[*kind.refused].index)
 
 
 def _read_each(kind: type[BodyT], given: Mapping[str, Any]) -> BodyT:
@@ -193,7 +197,20 @@ def _read_list(kind: inspect.ListType, value: Any, late: bool) -> list[Any]:
         low, high = item.ge or 0, item.le or INT64_MAX
         if low <= min(value) <= max(value) <= high:
             return value
-    return [_read(item, entry) for entry in value]
+    if not isinstance(item, inspect.StructType):
+        return [_read(item, entry) for entry in value]
+    found = []
+    for index, entry in enumerate(value):
+        try:
+            found.append(_read_struct(item, entry, late))
+        except Fault as fault:
+            raise Fault(fault.problem, place=_inside(f"[{index}]", fault.place)) from None
+    return found
+
+
+def _inside(outer: str, place: str) -> str:
+    """Return the path of a place in a member or an item."""
+    return outer + place if not place or place.startswith("[") else f"{outer}.{place}"
 
 
 def _read_dict(kind: inspect.DictType, value: Any, late: bool) -> dict[str, Any]:
@@ -233,7 +250,7 @@ def _read_struct(kind: inspect.StructType, value: Any, late: bool) -> msgspec.St
         try:
             found[field.name] = _read(field.type, item, late)
         except Fault as fault:
-            raise Fault(fault.problem, place=f"{field.name}.{fault.place}".rstrip(".")) from None
+            raise Fault(fault.problem, place=_inside(field.name, fault.place)) from None
     return kind.cls(**found)
 
 

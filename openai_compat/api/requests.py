@@ -50,6 +50,16 @@ CacheSalt = Annotated[
     ),
 ]
 NonEmpty = Annotated[str, Meta(min_length=1)]
+# Nothing that ends a name in one of the formats in which models write calls.
+FunctionName = Annotated[
+    str,
+    Meta(
+        pattern=rf"^[^\s\x00-\x1f\x7f\"'`<>{{}}()\[\]=,|\\]{{1,128}}{END}",
+        extra={
+            "problem": "Input should be 1 to 128 characters, no spaces, quotes, brackets or any of <>=,|\\"
+        },
+    ),
+]
 # What the endpoints check themselves, because the bounds are theirs.
 _TOKEN = {"type": "integer", "minimum": 0}
 _TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
@@ -88,7 +98,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class Function(msgspec.Struct, kw_only=True):
     """A function as vLLM shows it to the chat template: null where it has no description or parameters."""
 
-    name: NonEmpty
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | UnsetType = UNSET
@@ -101,16 +111,42 @@ class Tool(msgspec.Struct, kw_only=True):
     function: Function
 
 
+class NamedFunction(msgspec.Struct, kw_only=True):
+    """The name of a function that may or must be called."""
+
+    name: NonEmpty
+
+
+class NamedTool(msgspec.Struct, kw_only=True):
+    """A tool by its name."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class AllowedTools(msgspec.Struct, kw_only=True):
+    """The tools that may be called, of those of the request, and whether one of them must be."""
+
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class ToolChoice(msgspec.Struct, kw_only=True):
+    """`tool_choice` as an object: the function that must be called, or the allowed tools."""
+
+    type: Literal["function", "allowed_tools"] = "function"
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+
 class Body(msgspec.Struct, kw_only=True):
     """The base of all request bodies.
 
-    `refused` maps each name to the values, beside null, that request nothing. A field of `only_with` is
-    refused unless another field has the given value.
+    `refused` maps each name to the values, beside null, that request nothing.
     """
 
     ignored: ClassVar[tuple[str, ...]] = ()
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    only_with: ClassVar[Mapping[str, tuple[str, Any]]] = {}
 
 
 class GenerationRequest(Body, kw_only=True):
@@ -134,7 +170,7 @@ class GenerationRequest(Body, kw_only=True):
         "guided_grammar": ("",),
         "best_of": (1,),
         "logits_processors": ([],),
-        "thinking_token_budget": (),
+        "thinking_token_budget": (-1,),
         "vllm_xargs": ({},),
         "kv_transfer_params": ({},),
         "ec_transfer_params": ({},),
@@ -194,7 +230,12 @@ class GenerationRequest(Body, kw_only=True):
 class CompletionRequest(GenerationRequest, kw_only=True):
     """The body of /v1/completions."""
 
-    refused = {"top_logprobs": (0,), "suffix": ("",), "prompt_embeds": (), **GenerationRequest.refused}
+    refused = {
+        "top_logprobs": (0,),
+        "suffix": ("",),
+        "prompt_embeds": (),
+        **GenerationRequest.refused,
+    }
 
     prompt: Prompt = None
     add_special_tokens: bool = True
@@ -207,14 +248,9 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     ignored = (
         *GenerationRequest.ignored,
         "prediction",
-        "include_reasoning",  # there is no reasoning parser, so there is nothing to leave out
-        "parallel_tool_calls",  # without tool calls it has no meaning
         "verbosity",
     )
-    # Tools are shown to the template; without this choice the model's calls would have to be parsed.
-    only_with = {"tools": ("tool_choice", "none")}
     refused = {
-        "tool_choice": ("none",),
         "functions": ([],),
         "function_call": ("none",),
         "modalities": (["text"],),
@@ -224,6 +260,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
         "chat_template": (),
         **GenerationRequest.refused,
     }
+    del refused["thinking_token_budget"]
 
     messages: Messages
     max_completion_tokens: Int64 | None = None
@@ -236,6 +273,10 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     top_logprobs: Int64 = 0
     return_prompt_text: bool = False
     tools: Annotated[list[Tool], Meta(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
+    thinking_token_budget: Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None = None
 
 
 class PromptRequest(CompletionRequest, kw_only=True):

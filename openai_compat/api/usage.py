@@ -11,19 +11,28 @@ if TYPE_CHECKING:
     from microvllm.runtime.observer import RequestTiming
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """Return the `usage` object of a whole response; `cached_tokens` is None without details."""
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int | None, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """Return the `usage` object of a whole response; the last two are None without details."""
     details = {"cached_tokens": cached_tokens, "created_cache_tokens": None, "multimodal_tokens": None}
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
         "prompt_tokens_details": None if cached_tokens is None else details,
-        "completion_tokens_details": None,
+        "completion_tokens_details": None
+        if reasoning_tokens is None
+        else {"reasoning_tokens": reasoning_tokens},
     }
 
 
-def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None = None) -> bytes:
+def stream_usage(
+    prompt_tokens: int,
+    completion_tokens: int,
+    cached_tokens: int | None = None,
+    reasoning_tokens: int | None = None,
+) -> bytes:
     """Return the `usage` object of a chunk: without the null members of the whole response's."""
     counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
@@ -32,6 +41,8 @@ def stream_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int 
     }
     if cached_tokens is not None:
         counts["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+    if reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return orjson.dumps(counts)
 
 

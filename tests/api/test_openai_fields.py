@@ -63,7 +63,6 @@ DEMANDING: dict[str, Any] = {
     "ec_transfer_params": {"a": 1},
     "suffix": "x",
     "prompt_embeds": "AAAA",
-    "tool_choice": "auto",
     "functions": [{"name": "f"}],
     "function_call": "auto",
     "modalities": ["audio"],
@@ -128,7 +127,11 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "use_beam_search": ({}, True),
     "length_penalty": ({"use_beam_search": True, "n": 3, "stop_token_ids": [*range(128)]}, -10),
     "return_prompt_text": ({}, True),
-    "tools": ({"tool_choice": "none"}, [{"type": "function", "function": {"name": "f"}}]),
+    "tools": ({"tool_choice": "none"}, [TOOL]),
+    "tool_choice": ({"tools": [TOOL], "tool_choice": "none"}, "auto"),
+    "parallel_tool_calls": ({"tools": [TOOL]}, False),
+    "include_reasoning": ({}, False),
+    "thinking_token_budget": ({}, 3),
 }
 PATHS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 SUBJECTS = {
@@ -144,10 +147,16 @@ IGNORED = [(path, name) for path, kind in PATHS.items() for name in kind.ignored
 REFUSED = [(path, name) for path, kind in PATHS.items() for name in kind.refused]
 
 
-async def ask(path: str, /, **body: Any) -> tuple[int, Any, list[Any]]:
+# What the model says to see these fields: it reasons, and calls twice.
+RECORDED = "<think>hm</think>" + '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2
+WITH_RECORDED = ("tool_choice", "parallel_tool_calls", "include_reasoning")
+
+
+async def ask(path: str, /, *, recorded: str = "", **body: Any) -> tuple[int, Any, list[Any]]:
     """Status, answer without its id and time, and what reached the engine."""
     client = FakeClient()
-    async with in_process(client) as http:
+    client.recorded = [recorded] if recorded else []
+    async with in_process(client, tool_call_parser="hermes", reasoning_parser="qwen3") as http:
         answer = await http.post(path, json={**SUBJECTS[path], **body})
     parsed = events(answer.text) if body.get("stream") and answer.status_code == 200 else [answer.json()]
     for part in parsed:
@@ -179,6 +188,8 @@ async def test_an_honoured_field_changes_something(path: str, name: str) -> None
     if name == "echo" and "chat" in path:
         context = {"add_generation_prompt": False}
     base = {**BASE, **context}
+    if name in WITH_RECORDED:
+        base |= {"recorded": RECORDED, "max_tokens": 200}
     without, changed = await ask(path, **base), await ask(path, **{**base, name: value})
     assert (without[0], changed[0]) == (200, 200)
     assert changed[1:] != without[1:]
@@ -227,11 +238,10 @@ async def test_a_refused_field_may_ask_for_nothing(path: str, name: str) -> None
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({"tools": [TOOL]}, ["tools"]),
-        ({"tool_choice": "auto", "tools": [TOOL]}, ["tools", "tool_choice"]),
+        ({"functions": [{"name": "f"}]}, ["functions"]),
         (
-            {"best_of": 2, "response_format": {"type": "json_object"}, "tool_choice": {}, "tools": [TOOL]},
-            ["tools", "tool_choice", "response_format", "best_of"],
+            {"best_of": 2, "logits_processors": [1], "audio": {"voice": "x"}, "tools": [TOOL]},
+            ["audio", "best_of", "logits_processors"],
         ),
         ({"logits_processors": [1], "guided_json": {}}, ["guided_json", "logits_processors"]),
     ],

@@ -276,6 +276,7 @@ NOT_DEFAULT = {
     "default_chat_template_kwargs": '{"enable_thinking": false}', "allowed_origins": '["https://a.example"]',
     "allowed_hosts": '["llm.example"]',
     "allowed_methods": '["GET"]', "allowed_headers": '["x-a"]', "fingerprint_mode": "none",
+    "tool_call_parser": "hermes", "reasoning_parser": "qwen3",
     "profiler_config": json.dumps({"profiler": "torch", "torch_profiler_dir": tempfile.gettempdir()}),
 }  # fmt: skip
 # What some flags cannot do without.

@@ -1,0 +1,117 @@
+"""Reasoning of a chat: how it is separated from the answer, counted, left out and bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chat_tools import CALL, TOOLS, USER, ask, assembled
+from fake_client import FakeClient
+from http_tools import in_process
+
+from microvllm.openai_compat.api.parsing import ReasoningCounter
+from microvllm.runtime.request import ThinkingBudget
+from microvllm.runtime.text.chat_template import ChatTemplate
+
+QWEN3 = {"reasoning_parser": "qwen3", "tool_call_parser": "hermes"}
+THOUGHT = "\nLet me think: <b>\n"
+OUTPUT = f"<think>{THOUGHT}</think>\n\nHello"
+START, END = [*b"<think>"], [*b"</think>"]
+# A template that opens the reasoning, closes it, or leaves it to the model.
+TEMPLATE = (
+    "{{ messages[-1].content }}\n{% if enable_thinking is defined %}"
+    "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("output", "content", "calls"),
+    [(OUTPUT, "Hello", 0), (f"<think>{THOUGHT}</think>\n\n{CALL}", None, 1), ("Hello", "Hello", 0)],
+)
+@pytest.mark.parametrize("shown", [True, False])
+async def test_reasoning_is_separated(output: str, content: str | None, calls: int, shown: bool) -> None:
+    body: dict[str, Any] = {"include_reasoning": shown, "tools": TOOLS}
+    _, answer, _ = await ask(output, args=QWEN3, **body)
+    message = answer["choices"][0]["message"]
+    thought = THOUGHT.strip("\n") if "<think>" in output else None
+    assert message["content"] == content and len(message.get("tool_calls", [])) == calls
+    assert message["reasoning"] == (thought if shown else None)
+    spent = len(THOUGHT) if thought else 0
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": spent}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    _, chunks, _ = await ask(output, args=QWEN3, **options, **body)
+    streamed = assembled(chunks)
+    assert streamed.get("reasoning") == message["reasoning"]
+    assert streamed["content"] == (content or "")
+    assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": spent}
+
+
+async def test_without_a_parser_it_is_text() -> None:
+    _, answer, _ = await ask(OUTPUT, args={})
+    message = answer["choices"][0]["message"]
+    assert (message["content"], message["reasoning"]) == (OUTPUT, None)
+    assert answer["usage"]["completion_tokens_details"] is None
+
+
+async def of_template(
+    output: str, /, args: dict[str, Any] | None = None, **body: Any
+) -> tuple[Any, FakeClient]:
+    client = FakeClient(max_model_len=4096)
+    client.processor.template = ChatTemplate(TEMPLATE, {})
+    client.recorded = [output]
+    async with in_process(client, **(args or {"reasoning_parser": "auto"})) as http:
+        answer = await http.post("/v1/chat/completions", json={"messages": USER, **body})
+    return answer.json(), client
+
+
+@pytest.mark.parametrize(
+    ("body", "output", "reasoning", "content", "spent"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "hm</think>yes", "hm", "yes", 2),
+        ({"reasoning_effort": "high"}, "hm</think>yes", "hm", "yes", 2),
+        ({"reasoning_effort": "none"}, "yes", None, "yes", 0),
+        ({}, "<think>hm</think>yes", "hm", "yes", 2),
+        ({"reasoning_effort": "high", "max_tokens": 2}, "hm</think>yes", "hm", None, 2),
+    ],
+)
+async def test_the_template_may_open_or_close_it(
+    body: dict[str, Any], output: str, reasoning: str | None, content: str | None, spent: int
+) -> None:
+    answer, _ = await of_template(output, **body)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (reasoning, content)
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": spent}
+
+
+@pytest.mark.parametrize(
+    ("body", "budget"),
+    [
+        ({}, ThinkingBudget(max_tokens=5, start=START, end=END)),
+        ({"reasoning_effort": "high"}, ThinkingBudget(max_tokens=5, end=END)),
+        ({"reasoning_effort": "none"}, None),
+        ({"thinking_token_budget": -1}, None),
+        ({"thinking_token_budget": None}, None),
+    ],
+)
+async def test_a_budget_reaches_the_engine(body: dict[str, Any], budget: ThinkingBudget | None) -> None:
+    answer, client = await of_template("hm", **{"thinking_token_budget": 5, **body})
+    assert "error" not in answer
+    assert client.submitted[0][1].thinking == budget
+
+
+@pytest.mark.parametrize(
+    ("value", "param"), [(5, "thinking_token_budget"), (-2, "body.thinking_token_budget")]
+)
+async def test_a_budget_that_cannot_be_kept_is_refused(value: int, param: str) -> None:
+    status, answer, client = await ask("x", args={}, thinking_token_budget=value)
+    assert (status, answer["error"]["param"], client.submitted) == (400, param, [])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 100])
+def test_the_counter_sees_tags_across_pieces(cut: int) -> None:
+    ids = [9, 1, 1, 2, 5, 5, 3, 3, 4, 5, 1, 2]
+    for start, expected in (([1, 2], 3), ([], 7), ([8], 0)):
+        counter = ReasoningCounter(start, [3, 4])
+        for first in range(0, len(ids), cut):
+            counter.add(ids[first : first + cut])
+        assert counter.count == expected
