@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 class Formats:
     """The formats in which a server's model writes calls and reasoning, by name; None where there is none.
 
-    `think_start` and `think_end` are the token ids of the tags around the reasoning.
+    `thinking` has the tags around the reasoning, and `think_start` and `think_end` are their token ids.
     """
 
     calls: str | None = None
     reasoning: str | None = None
+    thinking: Thinking | None = None
     think_start: tuple[int, ...] = ()
     think_end: tuple[int, ...] = ()
 
@@ -53,12 +54,10 @@ class Formats:
         if reasoning is None:
             return cls(calls)
         thinking = REASONING_FORMATS[reasoning]
+        if isinstance(thinking, str):  # harmony, which has channels
+            return cls(calls, reasoning)
         start, end = (tuple(client.tokenizer.encode(tag, False)) for tag in (thinking.start, thinking.end))
-        return cls(calls, reasoning, start, end)
-
-    @property
-    def thinking(self) -> Thinking | None:
-        return None if self.reasoning is None else REASONING_FORMATS[self.reasoning]
+        return cls(calls, reasoning, thinking, start, end)
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,10 @@ class Parsing:
         """Return the engine's form of `thinking_token_budget`. Raises `InvalidRequestError`."""
         if max_tokens is None or max_tokens < 0:
             return None
-        if self.formats.reasoning is None:
+        if self.formats.thinking is None:
             raise InvalidRequestError(
-                "thinking_token_budget needs a server that was started with --reasoning-parser.",
+                "thinking_token_budget needs a server that was started with a --reasoning-parser whose format "
+                "has tags around the reasoning.",
                 "thinking_token_budget",
             )
         if self.opened is False:  # there is no reasoning
@@ -129,9 +129,10 @@ class ParsedChoice:
         self._named = parsing.tools is not None and parsing.tools.named
         formats = parsing.formats
         self._counter: ReasoningCounter | None = None
-        if formats.reasoning is not None:
-            start = () if parsing.reasons_first else formats.think_start
-            self._counter = ReasoningCounter(start, formats.think_end)
+        if formats.thinking is not None:
+            self._counter = ReasoningCounter(
+                formats.think_start, formats.think_end, inside=parsing.reasons_first
+            )
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -164,24 +165,20 @@ class ParsedChoice:
 
 
 class ReasoningCounter:
-    """Counts the tokens between two sequences of ids; an empty `start` is in front of the first token."""
+    """Counts the tokens between two sequences of ids; with `inside` the first `start` is not written."""
 
-    def __init__(self, start: Sequence[int], end: Sequence[int]) -> None:
+    def __init__(self, start: Sequence[int], end: Sequence[int], *, inside: bool) -> None:
         self.count = 0
-        self._inside = not start
-        self._ended = False
+        self._inside = inside
         self._start, self._end = list(start), list(end)
         self._tail: list[int] = []
 
     def add(self, token_ids: Sequence[int]) -> None:
         """Count the next tokens of the output."""
         for token in token_ids:
-            if self._ended:
-                return
             tag = self._end if self._inside else self._start
             self._tail = [*self._tail, token][-len(tag) :]
             self.count += self._inside
             if self._tail == tag:
-                self._ended = self._inside
                 self.count -= len(tag) * self._inside
-                self._inside, self._tail = True, []
+                self._inside, self._tail = not self._inside, []

@@ -109,9 +109,9 @@ async def test_a_budget_that_cannot_be_kept_is_refused(value: int, param: str) -
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5, 100])
 def test_the_counter_sees_tags_across_pieces(cut: int) -> None:
-    ids = [9, 1, 1, 2, 5, 5, 3, 3, 4, 5, 1, 2]
-    for start, expected in (([1, 2], 3), ([], 7), ([8], 0)):
-        counter = ReasoningCounter(start, [3, 4])
+    ids = [9, 1, 1, 2, 5, 5, 3, 3, 4, 5, 1, 2, 3, 5]
+    for start, inside, expected in (([1, 2], False, 5), ([1, 2], True, 9), ([8], True, 7), ([8], False, 0)):
+        counter = ReasoningCounter(start, [3, 4], inside=inside)
         for first in range(0, len(ids), cut):
             counter.add(ids[first : first + cut])
         assert counter.count == expected
