@@ -110,8 +110,8 @@ class Parsing:
             return None
         if self.formats.thinking is None:
             raise InvalidRequestError(
-                "thinking_token_budget needs a server that was started with a --reasoning-parser whose format "
-                "has tags around the reasoning.",
+                "thinking_token_budget needs a server with a --reasoning-parser whose format has tags around "
+                "the reasoning.",
                 "thinking_token_budget",
             )
         if self.opened is False:  # there is no reasoning
