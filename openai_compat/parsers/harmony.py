@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
+from microvllm.openai_compat.parsers.events import Function
+from microvllm.openai_compat.parsers.grammars import Tag, arguments_schema, schema_value, tag
 from microvllm.openai_compat.parsers.json_calls import call_arguments
-from microvllm.openai_compat.parsers.output import give_back
+from microvllm.openai_compat.parsers.output import Thinking, give_back
 from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
 
@@ -18,6 +22,21 @@ START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")
 TAGS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
 RECIPIENT = re.compile(r"to=([^\s<]+)")
+
+
+class HarmonyCalls(msgspec.Struct, frozen=True):
+    """Calls as messages with a recipient. A call ends the output, so there is one."""
+
+    wrap: tuple[str, str] = ("", "")
+    separator: str = f"{ENDS[2]}{START}assistant"
+
+    def triggers(self, name: str) -> str:
+        return f"{CHANNEL}commentary to="
+
+    def tag(self, function: Function, checked: bool) -> Tag:
+        begin = f"{CHANNEL}commentary to=functions.{function.name} {CONSTRAIN}json{MESSAGE}"
+        schema = arguments_schema(function) if checked else {"type": "object"}
+        return tag(begin, schema_value(schema), "")
 
 
 def harmony(scan: Scanner, write: Writer) -> Reading[None]:
@@ -45,3 +64,12 @@ def harmony(scan: Scanner, write: Writer) -> Reading[None]:
         scan.record = None
         write.switch(reasons=head.partition(CHANNEL)[2].startswith("analysis"))
         write.paragraph()
+
+
+HARMONY = HarmonyCalls()
+HARMONY_THINKING = Thinking(
+    f"{CHANNEL}analysis{MESSAGE}",
+    ENDS[0],
+    answer=f"{ENDS[0]}{START}assistant{CHANNEL}final{MESSAGE}",
+    call=f"{ENDS[0]}{START}assistant",
+)

@@ -6,6 +6,8 @@ import json
 
 import msgspec
 
+from microvllm.openai_compat.parsers.events import Function
+from microvllm.openai_compat.parsers.grammars import Tag, arguments_schema, schema_value, tag
 from microvllm.openai_compat.parsers.json_text import JsonText
 from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
@@ -19,11 +21,18 @@ class JsonCalls(msgspec.Struct, frozen=True):
 
     `end` is the tag that closes them, "" if there is none. `bare` are texts that begin calls without a tag:
     there a call begins with its name, which has to be declared, and has arguments; anything else is text.
+
+    The others say how a template writes calls, see `CallForm`: `around` stands around an object, `key` is the
+    name of its arguments.
     """
 
     tags: tuple[str, ...]
     end: str = ""
     bare: tuple[str, ...] = ()
+    wrap: tuple[str, str] = ("", "")
+    around: tuple[str, str] = ("", "")
+    separator: str = "\n"
+    key: str = "arguments"
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -32,6 +41,14 @@ class JsonCalls(msgspec.Struct, frozen=True):
     @property
     def in_reasoning(self) -> bool:
         return not self.bare
+
+    def triggers(self, name: str) -> str:
+        return '{"name": "' if self.bare else self.tags[0]
+
+    def tag(self, function: Function, checked: bool) -> Tag:
+        schema = arguments_schema(function) if checked else {"type": "object"}
+        begin = f'{self.around[0]}{{"name": {json.dumps(function.name)}, "{self.key}": '
+        return tag(begin, schema_value(schema), "}" + self.around[1])
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         stops = (self.end, *self.tags) if self.end else self.tags

@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from microvllm.openai_compat.parsers.events import Event
+from microvllm.openai_compat.parsers.grammars import CallForm
 from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
 
@@ -18,15 +19,18 @@ class Thinking(msgspec.Struct, frozen=True):
     """The tags around a model's reasoning.
 
     `implied` says that an output begins with reasoning even if neither the prompt nor itself opens it.
+    `answer` is the text that the answer begins behind, "" for `end`.
     """
 
     start: str
     end: str
     implied: bool = False
+    answer: str = ""
+    call: str = ""
 
 
-class CallGrammar(Protocol):
-    """How calls are written.
+class CallGrammar(CallForm, Protocol):
+    """How calls are read.
 
     `starts` are the texts they begin with. `calls` is resumed behind such a text and reads the calls there.
     What it takes while `Scanner.record` is a list, and no call begins, is text.

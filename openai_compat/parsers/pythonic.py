@@ -6,10 +6,23 @@ import json
 
 import msgspec
 
+from microvllm.openai_compat.parsers.events import Function
+from microvllm.openai_compat.parsers.grammars import (
+    Tag,
+    arguments,
+    constant,
+    either,
+    schema_value,
+    sequence,
+    several,
+    tag,
+)
 from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.json_text import JsonText
 from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
+
+KEY = {"type": "regex", "pattern": "[A-Za-z_][A-Za-z0-9_]*="}
 
 
 class PythonicCalls(msgspec.Struct, frozen=True):
@@ -24,6 +37,26 @@ class PythonicCalls(msgspec.Struct, frozen=True):
     @property
     def in_reasoning(self) -> bool:
         return False
+
+    @property
+    def wrap(self) -> tuple[str, str]:
+        return f"{self.tags[0]}[", f"]{self.tags[1]}"
+
+    @property
+    def separator(self) -> str:
+        return ", "
+
+    def triggers(self, name: str) -> str:
+        return f"{self.wrap[0]}{name}("
+
+    def tag(self, function: Function, checked: bool) -> Tag:
+        if not checked:
+            keyed = tag("", sequence([KEY, schema_value({})]), "")
+            anything = {**several([keyed], ", "), "at_least_one": False}
+            return tag(f"{function.name}(", anything, ")")
+        items = sorted(arguments(function), key=lambda argument: not argument.required)
+        values = [sequence([constant(f"{item.key}="), schema_value(item.schema)]) for item in items]
+        return tag(f"{function.name}(", _listed(values, sum(item.required for item in items)), ")")
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         made = False
@@ -63,6 +96,16 @@ class PythonicCalls(msgspec.Struct, frozen=True):
         write.arguments(value.feed(f"{{{json.dumps(key)}: ", 0)[0])
         yield from scan.json(write.arguments, value=value)
         return True
+
+
+def _listed(values: list[Tag], num_required: int) -> Tag:
+    """Return the format of the first `num_required` values and any of the others, with commas between."""
+    with_comma = [sequence([constant(", "), value]) for value in values]
+    optional = [either([value, constant("")]) for value in with_comma]
+    if num_required:
+        return sequence([values[0], *with_comma[1:num_required], *optional[num_required:]])
+    firsts = [sequence([value, *optional[index + 1 :]]) for index, value in enumerate(values)]
+    return either([constant(""), *firsts])
 
 
 PYTHONIC = PythonicCalls()

@@ -7,26 +7,25 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 
 from microvllm.openai_compat.parsers.events import Function
-from microvllm.openai_compat.parsers.harmony import harmony
+from microvllm.openai_compat.parsers.harmony import HARMONY, HARMONY_THINKING, HarmonyCalls, harmony
 from microvllm.openai_compat.parsers.json_calls import JsonCalls
-from microvllm.openai_compat.parsers.named_calls import DEEPSEEK_V3, MISTRAL
+from microvllm.openai_compat.parsers.named_calls import DEEPSEEK_V3, DEEPSEEK_V31, MISTRAL
 from microvllm.openai_compat.parsers.output import CallGrammar, OutputParser, Thinking, tagged
 from microvllm.openai_compat.parsers.pythonic import LLAMA4_PYTHONIC, PYTHONIC
 from microvllm.openai_compat.parsers.writer import Writer, call_id
-from microvllm.openai_compat.parsers.xml_calls import DEEPSEEK_V4, DEEPSEEK_V32, GLM, QWEN3_CODER
+from microvllm.openai_compat.parsers.xml_calls import DEEPSEEK_V4, DEEPSEEK_V32, GLM45, GLM47, QWEN3_CODER
 
 AUTO = "auto"
-HERMES = JsonCalls(("<tool_call>",), "</tool_call>")
-LLAMA3_JSON = JsonCalls(("<|python_tag|>",), bare=("{",))
-HARMONY = "harmony"  # one grammar of the whole output
+HERMES = JsonCalls(("<tool_call>",), "</tool_call>", around=("<tool_call>\n", "\n</tool_call>"))
+LLAMA3_JSON = JsonCalls(("<|python_tag|>",), bare=("{",), separator="; ", key="parameters")
 # By vLLM's names.
-TOOL_FORMATS: Mapping[str, CallGrammar | str] = {
+TOOL_FORMATS: Mapping[str, CallGrammar | HarmonyCalls] = {
     "deepseek_v3": DEEPSEEK_V3,
-    "deepseek_v31": DEEPSEEK_V3,
+    "deepseek_v31": DEEPSEEK_V31,
     "deepseek_v32": DEEPSEEK_V32,
     "deepseek_v4": DEEPSEEK_V4,
-    "glm45": GLM,
-    "glm47": GLM,
+    "glm45": GLM45,
+    "glm47": GLM47,
     "hermes": HERMES,
     "llama3_json": LLAMA3_JSON,
     "llama4_json": LLAMA3_JSON,
@@ -39,7 +38,7 @@ TOOL_FORMATS: Mapping[str, CallGrammar | str] = {
     "qwen3_xml": QWEN3_CODER,
 }
 THINK = Thinking("<think>", "</think>")
-REASONING_FORMATS: Mapping[str, Thinking | str] = {
+REASONING_FORMATS: Mapping[str, Thinking] = {
     "deepseek_r1": Thinking("<think>", "</think>", implied=True),
     "deepseek_v3": THINK,
     "deepseek_v4": THINK,
@@ -47,7 +46,7 @@ REASONING_FORMATS: Mapping[str, Thinking | str] = {
     "glm47": THINK,
     "holo2": THINK,
     "mistral": Thinking("[THINK]", "[/THINK]"),
-    "openai_gptoss": HARMONY,
+    "openai_gptoss": HARMONY_THINKING,
     "qwen3": THINK,
 }
 
@@ -71,7 +70,7 @@ def make_parser(
     if new_id is None:
         new_id = mistral_id if calls is MISTRAL else call_id
     writer = Writer({tool.name: tool for tool in tools}, new_id, parallel)
-    if isinstance(calls, str) or isinstance(thinking, str):
+    if isinstance(calls, HarmonyCalls) or thinking is HARMONY_THINKING:
         return OutputParser(harmony, writer)
     return OutputParser(tagged(thinking, calls, opened=prompt_ends_in_reasoning), writer)
 
@@ -86,9 +85,9 @@ def ends_in_reasoning(reasoning_format: str | None, prompt: str) -> bool | None:
 
     A template opens the reasoning of the answer, or closes it if there is to be none.
     """
-    thinking = REASONING_FORMATS[reasoning_format] if reasoning_format is not None else None
-    if thinking is None or isinstance(thinking, str):
+    if reasoning_format is None:
         return None
+    thinking = REASONING_FORMATS[reasoning_format]
     end = prompt.rstrip()
     return True if end.endswith(thinking.start) else False if end.endswith(thinking.end) else None
 

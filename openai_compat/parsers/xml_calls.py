@@ -6,6 +6,18 @@ import json
 
 import msgspec
 
+from microvllm.openai_compat.parsers.events import Function
+from microvllm.openai_compat.parsers.grammars import (
+    Argument,
+    Tag,
+    arguments,
+    constant,
+    either,
+    schema_value,
+    sequence,
+    tag,
+    text,
+)
 from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.scanner import END, Reading, Scanner
 from microvllm.openai_compat.parsers.schema import argument_types, property_names, typed
@@ -20,6 +32,8 @@ class XmlCalls(msgspec.Struct, frozen=True):
     the two, but for white space. With `own_lines` a value has lines of its own: a line break at either side
     of it is not a part of it.
 
+    A template writes `line` behind each tag, and with `one_each` a section for each call.
+
     A string is passed on as it arrives; a value of any other type by the function's schema, once it is whole.
     """
 
@@ -29,6 +43,8 @@ class XmlCalls(msgspec.Struct, frozen=True):
     behind_key: tuple[str, ...]
     value: str = ""
     own_lines: bool = False
+    line: str = "\n"
+    one_each: bool = False
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -37,6 +53,40 @@ class XmlCalls(msgspec.Struct, frozen=True):
     @property
     def in_reasoning(self) -> bool:
         return True
+
+    @property
+    def wrap(self) -> tuple[str, str]:
+        return (
+            ("", "")
+            if self.one_each or not self.section[0]
+            else (self.section[0] + self.line, self.section[1])
+        )
+
+    @property
+    def separator(self) -> str:
+        return self.line
+
+    def triggers(self, name: str) -> str:
+        return self.starts[0]
+
+    def tag(self, function: Function, checked: bool) -> Tag:
+        before, behind, end = self.call
+        begin = f"{before}{function.name}{behind}{self.line}"
+        if self.one_each:
+            begin, end = f"{self.section[0]}\n{begin}", f"{end}\n{self.section[1]}"
+        if not checked:
+            return tag(begin, {"type": "any_text"}, end)
+        return tag(begin, sequence([self._argument(function, item) for item in arguments(function)]), end)
+
+    def _argument(self, function: Function, argument: Argument) -> Tag:
+        own, line = "\n" if self.own_lines else "", self.line if self.value else ""
+        behind_key = self.behind_key[0 if argument.is_text or len(self.behind_key) == 1 else 1]
+        written = tag(
+            f"{self.argument[0]}{argument.key}{behind_key}{line}{self.value}{own}",
+            text(function, argument) if argument.is_text else schema_value(argument.schema),
+            f"{own}{self.argument[1]}{self.line}",
+        )
+        return written if argument.required else either([written, constant("")])
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         made = False
@@ -140,14 +190,16 @@ QWEN3_CODER = XmlCalls(
     ("<parameter=", "</parameter>"),
     (">",),
     own_lines=True,
+    one_each=True,
 )
-GLM = XmlCalls(
+GLM45 = XmlCalls(
     ("", ""),
     ("<tool_call>", "", "</tool_call>"),
     ("<arg_key>", "</arg_value>"),
     ("</arg_key>",),
     value="<arg_value>",
 )
+GLM47 = msgspec.structs.replace(GLM45, line="")
 
 
 def dsml(section: str) -> XmlCalls:
