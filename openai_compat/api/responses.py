@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -35,9 +35,7 @@ from microvllm.openai_compat.errors import INTERNAL
 from microvllm.openai_compat.parsers.events import Content
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import ContextLengthError, EngineError, InvalidRequestError, RequestError
-
-if TYPE_CHECKING:
-    from microvllm.runtime.text.detokenizer import TextDelta
+from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
 
@@ -101,6 +99,7 @@ class ModelResponse(Chat):
         asked.input = ""
         self.writer = OutputWriter(suffix, tools, sealed=ENCRYPTED in asked.include)
         self._logprobs: ChatLogprobs | None = None
+        self._entries: list[Any] = []  # log probabilities of tokens without events so far
         self._num_tokens = 0
         self._finish_reason: str | None = None
         self._final: bytes | None = None
@@ -147,10 +146,32 @@ class ModelResponse(Chat):
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
     ) -> bytes:
-        (outcome,) = outcomes
-        deque(self.feed(outcome), maxlen=0)
+        for outcome in outcomes:
+            piece = TextDelta(
+                outcome.token_ids,
+                outcome.text,
+                outcome.finish_reason,
+                outcome.stop_reason,
+                outcome.logprobs,
+            )
+            deque(self.feed(piece), maxlen=0)
+        return self._end()
+
+    def _end(self) -> bytes:
         deque(self.close(), maxlen=0)
         return self.finished(self.status)
+
+    async def _whole_answer(self) -> bytes:
+        if self.params.logprobs is None or self.parsing.is_plain:
+            return await super()._whole_answer()
+        # Token by token, to know which log probabilities belong to the text.
+        async for delta in self.streams[0]:
+            deque(self.feed(delta), maxlen=0)
+            await asyncio.sleep(0)
+        return self._end()
+
+    def read_outcomes(self, outcomes: Sequence[Outcome]) -> None:
+        """Leave the choices to `answer`, which reads them as a stream's."""
 
     def chunks(self) -> ResponseChunks:
         return ResponseChunks(self)
@@ -174,19 +195,47 @@ class ModelResponse(Chat):
             for kind in ("response.created", "response.in_progress")
         ]
 
-    def feed(self, piece: TextDelta | Outcome) -> Iterator[bytes]:
+    def feed(self, piece: TextDelta) -> Iterator[bytes]:
         """Yield the events of the next tokens."""
+        if not self.parsed:
+            self.choices()
         self._num_tokens += len(piece.token_ids)
         self._finish_reason = piece.finish_reason
+        events = self.parsed[0].feed(piece)
         if self.params.logprobs is None:
-            yield from self.writer.feed([Content(piece.text)] if piece.text else [])
+            yield from self.writer.feed(events)
             return
         if self._logprobs is None:
             as_ids = as_token_ids(self.body, self.state.args)
             text = TokenText(self.state.client.tokenizer, as_ids)
             self._logprobs = ChatLogprobs(text, self.params.logprobs)
-        entries = self._logprobs.format_tokens(piece.token_ids, piece.logprobs or [])["content"]
-        yield from self.writer.feed([Content(piece.text)], entries)
+        self._entries += self._logprobs.format_tokens(piece.token_ids, piece.logprobs or [])["content"]
+        if self.parsing.is_plain:
+            entries, self._entries = self._entries, []
+            yield from self.writer.feed([Content(piece.text)], entries)
+            return
+        for event in events:
+            entries = self._entries_of(event.text) if isinstance(event, Content) else []
+            yield from self.writer.feed([event], entries)
+        if events and not isinstance(events[-1], Content):
+            self._entries.clear()
+
+    def _entries_of(self, text: str) -> list[Any]:
+        """Take the log probabilities of a text's tokens: it is the last such text that came.
+
+        The parser may hold back some of what follows it; what came before are tags, reasoning or calls.
+        """
+        wanted, came = text.encode(), b"".join(bytes(entry["bytes"]) for entry in self._entries)
+        start = came.rfind(wanted)
+        if start < 0:
+            return []
+        first = last = place = 0
+        for entry in self._entries:
+            last += place < start + len(wanted)
+            place += len(entry["bytes"])
+            first += place <= start
+        entries, self._entries = self._entries[first:last], self._entries[last:]
+        return entries
 
     def close(self) -> Iterator[bytes]:
         """Yield the events that end the last item."""
@@ -268,7 +317,7 @@ class ModelResponse(Chat):
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens or 0},
             "total_tokens": prompt + output,
         }
 

@@ -5,17 +5,21 @@ The whole response is what the same writer has made when it was given the whole 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
 
-from microvllm.openai_compat.api.responses_items import CUSTOM_ARGUMENT, ToolName, Tools, seal_reasoning
+from microvllm.openai_compat.api.responses_items import (
+    CUSTOM_ARGUMENT,
+    PREFIXES,
+    ToolName,
+    Tools,
+    seal_reasoning,
+)
 from microvllm.openai_compat.api.responses_store import item_id
 from microvllm.openai_compat.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
-
-# By the type of an item: what begins its id.
-PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
 
 
 class OutputWriter:
@@ -134,7 +138,9 @@ class OutputWriter:
         name = self._tools.get(call.name, ToolName(call.name))
         kind, text = ("custom_tool_call", "input") if name.custom else ("function_call", "arguments")
         space = {} if name.namespace is None else {"namespace": name.namespace}
-        yield from self._begin_item(kind, call_id=call.id, name=name.name, **space, **{text: ""})
+        yield from self._begin_item(
+            kind, call_id=f"call_{uuid.uuid4().hex}", name=name.name, **space, **{text: ""}
+        )
         self._close = self._end_custom if name.custom else self._end_function
 
     def _arguments(self, text: str) -> Iterator[bytes]:

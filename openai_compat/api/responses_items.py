@@ -18,6 +18,15 @@ from microvllm.runtime.errors import InvalidRequestError
 
 T = TypeVar("T")
 MESSAGE = "message"
+# By the type of an item: what begins its id.
+PREFIXES = {
+    MESSAGE: "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+}
 # The types of a text part, and the member with its text.
 TEXT_PARTS = {
     "input_text": "text",
@@ -278,7 +287,12 @@ def open_reasoning(content: str, where: str) -> str:
 def listed_item(item: Any, suffix: str, index: int) -> dict[str, Any]:
     """Return an input item with its type, an id and its content as parts, for a list of them."""
     kind = item_type(item)
-    listed = {"id": f"{kind}_{suffix}_i{index}", "type": kind, "status": "completed", **item}
+    listed = {
+        "id": f"{PREFIXES.get(kind, kind)}_{suffix}_i{index}",
+        "type": kind,
+        "status": "completed",
+        **item,
+    }
     if kind == MESSAGE and isinstance(item["content"], str):
         text: dict[str, Any] = {"type": "input_text", "text": item["content"]}
         if item["role"] == "assistant":

@@ -10,12 +10,12 @@ from typing import Any
 import openai
 import pydantic
 import pytest
+from chat_tools import HERMES, WEATHER
 from fake_client import FakeClient
 from http_tools import eventually, in_process, real_server
 from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from process_tools import PATIENCE_S
-from scripted_client import ScriptedClient
 
 from microvllm.openai_compat.api.requests import honoured_fields
 from microvllm.openai_compat.api.responses_items import read_messages, seal_reasoning
@@ -41,9 +41,23 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return found
 
 
-async def ask(client: FakeClient | None = None, /, **body: Any) -> tuple[int, Any]:
+def playing(*outputs: str) -> FakeClient:
+    """A model that writes these outputs, one for each request."""
+    client = FakeClient(max_model_len=1 << 16)
+    client.recorded = list(outputs)
+    return client
+
+
+def prompt_of(client: FakeClient) -> str:
+    """The last prompt that the model was given."""
+    return client.tokenizer.decode(client.submitted[-1][0], False)
+
+
+async def ask(
+    client: FakeClient | None = None, /, *, args: dict[str, Any] | None = None, **body: Any
+) -> tuple[int, Any]:
     """Status and answer; the events of a stream."""
-    async with in_process(client or FakeClient()) as http:
+    async with in_process(client or FakeClient(), **(HERMES if args is None else args)) as http:
         answer = await http.post("/v1/responses", json={**ASK, **body})
     whole = answer.status_code != 200 or not body.get("stream")
     return answer.status_code, answer.json() if whole else events_of(answer.text)
@@ -103,9 +117,8 @@ async def test_usage_and_options_are_reported() -> None:
     _, answer = await ask(client, **body)
     for name, value in body.items():
         assert answer[name] == ({"effort": None, **value} if name == "reasoning" else value), name
-    ((prompt, _, _, _),) = client.submitted
-    assert client.tokenizer.decode(prompt, False) == "system: Be brief.\nuser: hi\nassistant: "
-    usage = answer["usage"]
+    prompt, usage = "system: Be brief.\nuser: hi\nassistant: ", answer["usage"]
+    assert prompt_of(client) == prompt
     assert usage["input_tokens"] == len(prompt)
     assert usage["total_tokens"] == len(prompt) + usage["output_tokens"]
 
@@ -198,6 +211,130 @@ async def test_a_model_that_does_not_exist_is_404() -> None:
     assert (status, answer["error"]["param"]) == (404, "model")
 
 
+# ---- calls and reasoning ------------------------------------------------------------------------------
+
+FUNCTION = {"type": "function", **WEATHER["function"], "strict": False}
+CUSTOM = {"type": "custom", "name": "patch", "description": "Patch files"}
+GROUP = {"type": "namespace", "name": "files", "description": "d", "tools": [{**FUNCTION, "name": "read"}]}
+PARSERS = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+THOUGHT = "<think>hm, so</think>"
+
+
+def called(name: str, **arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+async def both(output: str, **body: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The whole response and the events of the same output, which have to agree."""
+    body = {"args": PARSERS, **body}
+    _, whole = await ask(playing(output), **body)
+    Response.model_validate(whole)
+    _, events = await ask(playing(output), **body, stream=True)
+    streamed = json.loads(without_identity(events[-1]["response"]))
+    expected = json.loads(without_identity(whole))
+    for response in (streamed, expected):  # the ids of calls are drawn
+        for item in response["output"]:
+            assert item.get("call_id", "call_")[:5] == "call_"
+            item.pop("call_id", None)
+    assert streamed == expected
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == events[-1]["response"]["output"]
+    return whole, events
+
+
+def kinds_of(events: list[dict[str, Any]], item: int) -> list[str]:
+    """The types of an item's events, a run of deltas once."""
+    kinds = [event["type"].removeprefix("response.") for event in events if event.get("output_index") == item]
+    return [kind for kind, before in zip(kinds, ["", *kinds], strict=False) if kind != before]
+
+
+async def test_reasoning_calls_and_text_are_items() -> None:
+    output = f"{THOUGHT}Let me see.{called('get_weather', city='Bern')}{called('get_weather', city='Basel')}"
+    whole, events = await both(output, tools=[FUNCTION])
+    reasoning, message, first, second = whole["output"]
+    assert reasoning["content"] == [{"type": "reasoning_text", "text": "hm, so"}]
+    assert reasoning["summary"] == [] and message["content"][0]["text"] == "Let me see."
+    assert [json.loads(call["arguments"]) for call in (first, second)] == [
+        {"city": "Bern"},
+        {"city": "Basel"},
+    ]
+    assert (first["name"], first["type"]) == ("get_weather", "function_call")
+    assert len({item["id"] for item in whole["output"]}) == 4
+    assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] == len("hm, so")
+    ends = ("content_part.done", "output_item.done")
+    assert kinds_of(events, 0) == [
+        *("output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done", *ends)
+    ]
+    assert kinds_of(events, 1) == [
+        *("output_item.added", "content_part.added", "output_text.delta", "output_text.done", *ends)
+    ]
+    arguments = ("function_call_arguments.delta", "function_call_arguments.done")
+    assert kinds_of(events, 2) == ["output_item.added", *arguments, "output_item.done"]
+    deltas = [e["delta"] for e in events if e.get("output_index") == 2 and "arguments.delta" in e["type"]]
+    assert len(deltas) > 2 and "".join(deltas) == first["arguments"]
+
+
+async def test_a_custom_tool_takes_a_text() -> None:
+    whole, events = await both(called("patch", input='a "b"\nc'), tools=[CUSTOM])
+    (item,) = whole["output"]
+    assert (item["type"], item["name"], item["input"]) == ("custom_tool_call", "patch", 'a "b"\nc')
+    assert kinds_of(events, 0) == [
+        *("output_item.added", "custom_tool_call_input.delta", "custom_tool_call_input.done"),
+        "output_item.done",
+    ]
+
+
+async def test_a_tool_of_a_namespace_has_both_names() -> None:
+    whole, _ = await both(called("files__read", city="Bern"), tools=[GROUP])
+    (item,) = whole["output"]
+    assert (item["namespace"], item["name"]) == ("files", "read")
+
+
+async def test_reasoning_is_handed_back_in_either_form() -> None:
+    whole, _ = await both(f"{THOUGHT}so", include=["reasoning.encrypted_content"])
+    reasoning, message = whole["output"]
+    bare = {**reasoning, "content": None}
+    for item in (reasoning, bare):
+        assert read_messages(None, [item, message], 0) == [
+            {"role": "assistant", "reasoning": "hm, so", "content": "so"}
+        ]
+
+
+async def test_log_probabilities_are_those_of_the_text() -> None:
+    output = f"{THOUGHT}a<b>{called('get_weather')}"
+    options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    whole, events = await both(output, tools=[FUNCTION], **options)
+    logprobs = whole["output"][1]["content"][0]["logprobs"]
+    assert "".join(entry["token"] for entry in logprobs) == "a<b>"
+    assert {len(entry["top_logprobs"]) for entry in logprobs} == {2}
+    streamed = [e["logprobs"] for e in events if e["type"] == "response.output_text.delta"]
+    assert [entry for entries in streamed for entry in entries] == logprobs
+    plain, _ = await both("abc", top_logprobs=1, args={})
+    assert [entry["token"] for entry in plain["output"][0]["content"][0]["logprobs"]][:3] == ["a", "b", "c"]
+
+
+async def test_a_call_that_is_cut_off_is_incomplete() -> None:
+    output = called("get_weather", city="Bern")
+    whole, _ = await both(output, tools=[FUNCTION], max_output_tokens=len(output) - 17)
+    (item,) = whole["output"]
+    assert (whole["status"], item["status"], item["arguments"]) == (
+        "incomplete",
+        "incomplete",
+        '{"city": "Ber',
+    )
+
+
+async def test_tools_are_shown_in_one_form() -> None:
+    client = playing("x")
+    await ask(client, tools=[FUNCTION, CUSTOM, GROUP], tool_choice="auto")
+    for name in ("get_weather", "patch", "files__read"):
+        assert f"'name': '{name}'" in prompt_of(client)
+    client = playing("x")
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "custom", "name": "patch"}]}
+    await ask(client, tools=[FUNCTION, CUSTOM], tool_choice=choice)
+    assert "patch" in prompt_of(client) and "get_weather" not in prompt_of(client)
+
+
 # ---- items and messages -------------------------------------------------------------------------------
 
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
@@ -272,10 +409,9 @@ async def test_a_conversation_that_is_too_long_loses_its_first_turns() -> None:
     body = {"input": items, "instructions": "Stay.", "max_output_tokens": 20}
     assert (await ask(client, **body))[0] == 400 and not client.submitted
     status, _ = await ask(client, **body, truncation="auto")
-    ((prompt, _, _, _),) = client.submitted
-    text = client.tokenizer.decode(prompt, False)
+    text = prompt_of(client)
     assert status == 200 and text.startswith("system: Stay.\nuser: 6 x") and "user: 8 x" in text
-    assert len(prompt) + 20 <= 200
+    assert len(text) + 20 <= 200
     items = [{"role": "user", "content": "x" * 300}]
     assert (await ask(client, input=items, truncation="auto"))[1]["error"]["code"] == 400
 
@@ -296,14 +432,14 @@ async def test_the_prompt_is_counted() -> None:
 
 
 async def test_a_response_continues_the_one_before() -> None:
-    client = ScriptedClient("one", "two", "three")
+    client = playing("one", "two", "three")
     async with in_process(client) as http:
         answers, previous = [], None
         for text in ("a", "b", "c"):
             body = {**ASK, "input": text, "previous_response_id": previous, "instructions": f"I{text}"}
             answers.append((await http.post("/v1/responses", json=body)).json())
             previous = answers[-1]["id"]
-        assert client.prompts[-1] == (
+        assert prompt_of(client) == (
             "system: Ic\nuser: a\nassistant: one\nuser: b\nassistant: two\nuser: c\nassistant: "
         )
         read = await http.get(f"/v1/responses/{previous}")
@@ -317,16 +453,16 @@ async def test_a_response_continues_the_one_before() -> None:
 
 
 async def test_an_item_can_be_handed_back_as_a_reference() -> None:
-    client = ScriptedClient("one", "two", "three")
+    client = playing("one", "two", "three")
     async with in_process(client) as http:
         first = (await http.post("/v1/responses", json=ASK)).json()
         reference = {"type": "item_reference", "id": first["output"][0]["id"]}
         items = [{"role": "user", "content": "hi"}, reference, {"role": "user", "content": "go on"}]
         second = (await http.post("/v1/responses", json={**ASK, "input": items})).json()
-        assert client.prompts[-1] == "user: hi\nassistant: one\nuser: go on\nassistant: "
+        assert prompt_of(client) == "user: hi\nassistant: one\nuser: go on\nassistant: "
         # What was stored is the item itself.
         await http.post("/v1/responses", json={**ASK, "previous_response_id": second["id"]})
-        assert client.prompts[-1].startswith("user: hi\nassistant: one\nuser: go on\nassistant: two\n")
+        assert prompt_of(client).startswith("user: hi\nassistant: one\nuser: go on\nassistant: two\n")
 
 
 async def test_nothing_is_kept_that_should_not_be() -> None:
@@ -376,7 +512,7 @@ async def finished(http: Any, name: str) -> dict[str, Any]:
 
 
 async def test_a_response_in_the_background() -> None:
-    client = ScriptedClient("one", "two")
+    client = playing("one", "two")
     async with in_process(client) as http:
         queued = (await http.post("/v1/responses", json={**ASK, "background": True})).json()
         Response.model_validate(queued)
@@ -496,9 +632,9 @@ def test_a_conversation_is_evicted_from_its_end() -> None:
 
 
 @pytest.fixture
-def scripted() -> Iterator[tuple[ScriptedClient, openai.OpenAI]]:
-    client = ScriptedClient()
-    with real_server(client) as port, sdk(openai.OpenAI, port) as api:
+def scripted() -> Iterator[tuple[FakeClient, openai.OpenAI]]:
+    client = FakeClient(max_model_len=1 << 16)
+    with real_server(client, **HERMES) as port, sdk(openai.OpenAI, port) as api:
         yield client, api
 
 
@@ -511,13 +647,13 @@ class Point(pydantic.BaseModel):
     y: int
 
 
-def test_the_sdk_creates_reads_and_deletes(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None:
+def test_the_sdk_creates_reads_and_deletes(scripted: tuple[FakeClient, openai.OpenAI]) -> None:
     client, api = scripted
-    client.turns = ["one", "two", "three"]
+    client.recorded = ["one", "two", "three"]
     first = api.responses.create(**ASK)
     assert (first.output_text, first.status) == ("one", "completed") and first.usage is not None
     second = api.responses.create(**ASK, previous_response_id=first.id)
-    assert second.output_text == "two" and "assistant: one" in client.prompts[-1]
+    assert second.output_text == "two" and "assistant: one" in prompt_of(client)
     assert api.responses.retrieve(second.id) == second
     (item,) = api.responses.input_items.list(second.id)
     assert item.type == "message" and item.content[0].text == "hi"  # type: ignore[union-attr]
@@ -530,9 +666,9 @@ def test_the_sdk_creates_reads_and_deletes(scripted: tuple[ScriptedClient, opena
     assert api.responses.cancel(queued.id).status in ("cancelled", "completed")
 
 
-def test_the_sdk_streams(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None:
+def test_the_sdk_streams(scripted: tuple[FakeClient, openai.OpenAI]) -> None:
     client, api = scripted
-    client.turns = ["one two", "one two"]
+    client.recorded = ["one two", "one two"]
     with api.responses.stream(**ASK) as stream:
         events = list(stream)
         final = stream.get_final_response()
@@ -546,7 +682,7 @@ def test_the_sdk_streams(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None
 
 
 async def test_the_sdk_without_blocking() -> None:
-    client = ScriptedClient("one", "two", "three")
+    client = playing("one", "two", "three")
     with real_server(client) as port:
         async with sdk(openai.AsyncOpenAI, port) as api:
             first = await api.responses.create(**ASK)
@@ -559,9 +695,9 @@ async def test_the_sdk_without_blocking() -> None:
             await api.responses.delete(queued.id)
 
 
-def test_blocks_are_free_when_the_client_leaves(scripted: tuple[ScriptedClient, openai.OpenAI]) -> None:
+def test_blocks_are_free_when_the_client_leaves(scripted: tuple[FakeClient, openai.OpenAI]) -> None:
     client, api = scripted
-    client.turns, client.stall_after = ["one two"], 3
+    client.recorded, client.stall_after = ["one two"], 3
     for event in api.responses.create(**ASK, stream=True):
         if event.type == "response.output_text.delta":
             break
@@ -570,3 +706,26 @@ def test_blocks_are_free_when_the_client_leaves(scripted: tuple[ScriptedClient, 
     api.close()
     eventually(lambda: not client.running)
     assert client.aborted == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_loop_of_calls(scripted: tuple[FakeClient, openai.OpenAI], streamed: bool) -> None:
+    client, api = scripted
+    client.recorded = [called("get_weather", city="Bern"), "It rains in Bern."]
+
+    def respond(**body: Any) -> Response:
+        if not streamed:
+            return api.responses.create(**{**ASK, **body}, tools=[FUNCTION])
+        with api.responses.stream(**{**ASK, **body}, tools=[FUNCTION]) as stream:
+            return stream.get_final_response()
+
+    asked = respond(input="What is the weather?")
+    (call,) = asked.output
+    assert call.type == "function_call" and json.loads(call.arguments) == {"city": "Bern"}
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    answer = respond(input=[output], previous_response_id=asked.id)
+    assert answer.output_text == "It rains in Bern." and "tool: rain" in prompt_of(client)
+    # The same without the server's memory.
+    client.recorded = ["It rains in Bern."]
+    items = [{"role": "user", "content": "What is the weather?"}, call.model_dump(), output]
+    assert respond(input=items, store=False).output_text == answer.output_text
