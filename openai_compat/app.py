@@ -17,6 +17,7 @@ from microvllm.openai_compat.api import (
     completions,
     docs,
     generate,
+    messages,
     models,
     page,
     render,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 ENDPOINTS = (
     *completions.ENDPOINTS,
     *chat_completions.ENDPOINTS,
+    *messages.ENDPOINTS,
     *render.ENDPOINTS,
     *responses.ENDPOINTS,
     *responses_stored.ENDPOINTS,

@@ -1,7 +1,8 @@
 """Writes error bodies: `{"error": {"message", "type", "param", "code"}}`, as JSON or as an event of a stream.
 
 vLLM spells `type` in two ways: "Bad Request" for a body of the wrong shape (with `param` "body.<field>"),
-"BadRequestError" for a value that is out of range. So do we.
+"BadRequestError" for a value that is out of range. So do we. Below /v1/messages every error has the form of
+Anthropic's API: `{"type": "error", "error": {"type", "message"}}`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.runtime.errors import (
+    ContextLengthError,
     EngineBusyError,
     EngineDeadError,
     EngineError,
@@ -25,6 +27,18 @@ from microvllm.runtime.errors import (
 BAD_SHAPE = "Bad Request"
 HTTP_KINDS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
 INTERNAL = "Internal server error."
+ANTHROPIC_PATH = "/v1/messages"
+# The types of Anthropic's errors by status; its clients retry by the status.
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 MAX_QUOTED = 200  # characters of a client's text that an error repeats
 RETRY_AFTER_S = 1
 
@@ -48,6 +62,13 @@ class BodyMemoryError(EngineBusyError):
 
     def __init__(self) -> None:
         super().__init__("The server is receiving too many large request bodies at once.")
+
+
+class UnauthorizedError(RequestError):
+    """The request has none of the server's keys."""
+
+    status = 401
+    kind = "AuthenticationError"
 
 
 class ForbiddenError(RequestError):
@@ -98,8 +119,10 @@ def shape_error(faults: list[tuple[str, Fault]]) -> InvalidRequestError:
     return InvalidRequestError(" ".join(sentences), faults[0][0], kind=BAD_SHAPE)
 
 
-def error_object(error: RequestError | EngineError) -> dict[str, Any]:
-    """Return the error body of vLLM's surface for a deliberate error."""
+def error_object(error: RequestError | EngineError, path: str = "") -> dict[str, Any]:
+    """Return the error body of vLLM's surface for a deliberate error, in the form of the path's API."""
+    if is_anthropic(path):
+        return anthropic_error(error)
     return {
         "error": {
             "message": str(error),
@@ -110,26 +133,55 @@ def error_object(error: RequestError | EngineError) -> dict[str, Any]:
     }
 
 
+def is_anthropic(path: str) -> bool:
+    """Return whether a path belongs to Anthropic's API."""
+    return path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/")
+
+
+def anthropic_error(error: RequestError | EngineError) -> dict[str, Any]:
+    """Return the error body of Anthropic's API.
+
+    Its clients recognise a prompt that is too long by these words, and then shorten the conversation.
+    """
+    message = f"prompt is too long: {error}" if isinstance(error, ContextLengthError) else str(error)
+    kind = ANTHROPIC_KINDS.get(error.status, "invalid_request_error")
+    found: dict[str, Any] = {"type": kind, "message": message}
+    if getattr(error, "param", None) == "thread":
+        # The SDK's tool runner then sends the whole conversation with each turn.
+        found["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": found}
+
+
 def error_event(error: RequestError | EngineError) -> bytes:
     """Return the error as one server-sent event, for a stream whose 200 is already on its way."""
     return b"data: " + orjson.dumps(error_object(error)) + b"\n\n"
 
 
-def error_response(error: RequestError | EngineError) -> Response:
-    """Return the response of an error in OpenAI's format."""
+def error_response(error: RequestError | EngineError, path: str = "") -> Response:
+    """Return the response of an error in the format of OpenAI's API, or of the API of `path`."""
     headers = {}
     if error.status == 503:
         headers["retry-after"] = str(max(RETRY_AFTER_S, math.ceil(getattr(error, "retry_after_s", 0))))
     if isinstance(error, (BodyMemoryError, PayloadTooLargeError, RequestTimeoutError)):
         # The rest of the body is never read, so the connection cannot carry another request.
         headers["connection"] = "close"
-    return Response(orjson.dumps(error_object(error)), error.status, headers, "application/json")
+    return Response(orjson.dumps(error_object(error, path)), error.status, headers, "application/json")
+
+
+def unauthorized(path: str) -> Response:
+    """Return the 401 of a request without a key; vLLM's has no error object."""
+    headers = {"www-authenticate": "Bearer"}
+    body = b'{"error":"Unauthorized"}'
+    if is_anthropic(path):
+        problem = "The key is missing or wrong: send it as x-api-key or as Authorization: Bearer."
+        body = orjson.dumps(anthropic_error(UnauthorizedError(problem)))
+    return Response(body, 401, headers, "application/json")
 
 
 async def on_deliberate_error(request: Request, error: Exception) -> Response:
     """Answer a `RequestError` or an `EngineError`, as Starlette's handler of these."""
     if isinstance(error, (RequestError, EngineError)):
-        return error_response(error)
+        return error_response(error, request.scope["path"])
     raise error
 
 
@@ -148,16 +200,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         # Starlette keeps the methods in a set, whose order differs from start to start.
         allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         message = f"{error.detail}: {path} takes {allowed}, not {request.method}."
-    answer = {
-        "message": message,
-        "type": HTTP_KINDS.get(error.status_code, BAD_SHAPE),
-        "param": None,
-        "code": error.status_code,
-    }
+    refusal = RequestError(message, kind=HTTP_KINDS.get(error.status_code, BAD_SHAPE))
+    refusal.status = error.status_code
     headers = dict(error.headers or {})
-    return Response(orjson.dumps({"error": answer}), error.status_code, headers, "application/json")
+    answer = error_object(refusal, request.scope["path"])
+    return Response(orjson.dumps(answer), error.status_code, headers, "application/json")
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """Answer a bug of ours without its traceback, which the server logs."""
-    return error_response(EngineError(INTERNAL))
+    return error_response(EngineError(INTERNAL), request.scope["path"])

@@ -18,8 +18,7 @@ from microvllm.runtime.errors import InvalidRequestError
 # The paths of vLLM's routers by method. An endpoint that is implemented comes before them in the router.
 NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
     "POST": (
-        "/v1/responses/render",
-        *("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/render"),
+        *("/v1/responses/render", "/v1/messages/render"),
         *("/v1/chat/completions/batch", "/v1/chat/completions/derender", "/v1/completions/derender"),
         *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
         *("/rerank", "/v1/rerank", "/v2/rerank", "/generative_scoring", "/v1/decisions", "/v1/systemone"),

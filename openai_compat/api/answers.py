@@ -88,6 +88,39 @@ def _chunk(choice: Mapping[str, Any], **members: Any) -> dict[str, Any]:
     return {**schema, "properties": {**schema["properties"], **_SOMETIMES}}
 
 
+# Anthropic's API. A block's first members say what it is; the others follow from its type.
+_BLOCK = _object(type={"enum": ["text", "thinking", "tool_use"]})
+_BLOCK_DELTA = _object(type={"enum": ["text_delta", "thinking_delta", "signature_delta", "input_json_delta"]})
+_MESSAGE_END = {
+    "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", None]},
+    "stop_sequence": TEXT_OR_NULL,
+}
+_MESSAGE_USAGE = _object(
+    input_tokens=INTEGER,
+    cache_creation_input_tokens=INTEGER,
+    cache_read_input_tokens=INTEGER,
+    output_tokens=INTEGER,
+)
+_ANTHROPIC_MESSAGE = _object(
+    id=STRING,
+    type={"const": "message"},
+    role={"const": "assistant"},
+    model=STRING,
+    content=_list(_BLOCK),
+    usage=_MESSAGE_USAGE,
+    **_MESSAGE_END,
+)
+_ANTHROPIC_ERROR = _object(type={"const": "error"}, error=_object(type=STRING, message=STRING))
+_MESSAGE_EVENTS = (
+    _object(type={"const": "message_start"}, message=_ANTHROPIC_MESSAGE),
+    _object(type={"const": "content_block_start"}, index=INTEGER, content_block=_BLOCK),
+    _object(type={"const": "content_block_delta"}, index=INTEGER, delta=_BLOCK_DELTA),
+    _object(type={"const": "content_block_stop"}, index=INTEGER),
+    _object(type={"const": "message_delta"}, delta=_object(**_MESSAGE_END), usage=_MESSAGE_USAGE),
+    _object(type={"enum": ["message_stop", "ping"]}),
+    _ANTHROPIC_ERROR,
+)
+
 # Names are vLLM's, as far as it has them.
 SCHEMAS: Mapping[str, Any] = {
     "UsageInfo": _USAGE,
@@ -148,6 +181,10 @@ SCHEMAS: Mapping[str, Any] = {
     "GenerationChunk": _object(
         id=STRING, text=STRING, **{**_ENDED, "finish_reason": {"enum": [*_REASONS, None]}}
     ),
+    "Message": _ANTHROPIC_MESSAGE,
+    "MessageStreamEvent": {"oneOf": list(_MESSAGE_EVENTS)},
+    "MessageTokensCount": _object(input_tokens=INTEGER),
+    "AnthropicErrorResponse": _ANTHROPIC_ERROR,
     "GenerateRequest": _object(
         request_id=STRING,
         token_ids=_list(INTEGER),

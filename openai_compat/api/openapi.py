@@ -15,6 +15,7 @@ from microvllm.openai_compat.api.descriptions import DESCRIPTIONS
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.requests import MAX_STOP_STRINGS, Body, honoured_fields
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.errors import is_anthropic
 
 # vLLM's names of the two forms of a body, and the field that each needs.
 FORMS = {"TokenizeCompletionRequest": "prompt", "TokenizeChatRequest": "messages"}
@@ -146,7 +147,8 @@ def _operation(endpoint: Endpoint, method: str, guarded: bool) -> dict[str, Any]
         body = {"application/json": {"schema": _reference(endpoint.body.__name__)}}
         operation["requestBody"] = {"required": True, "content": body}
         for status, meaning in answers.FAILURES.items():
-            error = {"application/json": {"schema": _reference("ErrorResponse")}}
+            name = "AnthropicErrorResponse" if is_anthropic(endpoint.path) else "ErrorResponse"
+            error = {"application/json": {"schema": _reference(name)}}
             responses[status] = {"description": meaning, "content": error}
     if guarded:
         operation["security"] = [{"key": []}]

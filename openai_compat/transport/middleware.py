@@ -19,11 +19,16 @@ import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from microvllm.openai_compat.errors import ForbiddenError, ServerStoppingError, clip, error_response
+from microvllm.openai_compat.errors import (
+    ForbiddenError,
+    ServerStoppingError,
+    clip,
+    error_response,
+    unauthorized,
+)
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.config import ServerArgs
@@ -98,7 +103,7 @@ class HostMiddleware:
                         f"The host {clip(value.decode('latin-1'))!r} is not served here; "
                         "--allowed-hosts names hosts beside localhost."
                     )
-                    await error_response(refusal)(scope, receive, send)
+                    await error_response(refusal, scope["path"])(scope, receive, send)
                     return
         await self.app(scope, receive, send)
 
@@ -224,7 +229,7 @@ def _content_length(headers: Headers) -> int:
 
 
 class AuthMiddleware:
-    """Answers 401 unless the request carries one of the keys.
+    """Answers 401 unless the request carries one of the keys, as a bearer token or as Anthropic's x-api-key.
 
     vLLM guards only paths below /v1; here everything is guarded except `open_paths`, because /tokenize
     and whatever comes later cost as much as a completion. The path is the one of the ASGI scope: a URL
@@ -239,10 +244,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._open(scope) and not self._allowed(scope):
-            refusal = Response(
-                b'{"error":"Unauthorized"}', 401, {"www-authenticate": "Bearer"}, "application/json"
-            )
-            await refusal(scope, receive, send)
+            await unauthorized(scope["path"])(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -251,13 +253,19 @@ class AuthMiddleware:
         return scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
 
     def _allowed(self, scope: Scope) -> bool:
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
-        digest = hashlib.sha256(token.strip()).digest()
+        bearer = [value for name, value in scope["headers"] if name == b"authorization"]
+        keys = [value for name, value in scope["headers"] if name == b"x-api-key"]
+        scheme, _, token = bearer[0].partition(b" ") if len(bearer) == 1 else (b"", b"", b"")
+        # A client with both may have a key of another service in one of them.
+        allowed = self._known(token.strip()) and scheme.lower() == b"bearer"
+        return allowed or (len(keys) == 1 and self._known(keys[0].strip()))
+
+    def _known(self, token: bytes) -> bool:
+        digest = hashlib.sha256(token).digest()
         known = False
         for expected in self._digests:
             known |= hmac.compare_digest(digest, expected)
-        return known and scheme.lower() == b"bearer"
+        return known
 
 
 class AdmissionMiddleware:
@@ -272,7 +280,7 @@ class AdmissionMiddleware:
             await self.app(scope, receive, send)
             return
         if self.lifecycle.draining:
-            await error_response(ServerStoppingError())(scope, receive, send)
+            await error_response(ServerStoppingError(), scope["path"])(scope, receive, send)
             return
         self.lifecycle.active += 1
         try:

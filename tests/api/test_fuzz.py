@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.errors import is_anthropic
 
 EXAMPLES = int(os.environ.get("MICROVLLM_FUZZ_EXAMPLES", "40"))
 GOLDEN_EVERY = 50
@@ -41,6 +42,8 @@ BASES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions/render": {"messages": [{"role": "user", "content": "hello"}]},
     "/v1/responses": {"input": "hello", "max_output_tokens": 4},
     "/v1/responses/input_tokens": {"input": "hello"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hello"}]},
     "/generate": {"prompt": "hello", "max_tokens": 4},
     "/generate_stream": {"prompt": "hello", "max_tokens": 4},
     "/tokenize": {"prompt": "hello"},
@@ -143,11 +146,17 @@ def check_answer(path: str, response: httpx.Response) -> None:
     """A right answer or a refusal in the one form that refusals have."""
     assert response.status_code in (200, 400, 404, 413), (response.status_code, response.text[:500])
     if response.status_code != 200:
-        check_error(response.json(), response.status_code)
+        if is_anthropic(path):
+            assert response.json()["type"] == "error" and response.json()["error"]["message"]
+        else:
+            check_error(response.json(), response.status_code)
         assert len(response.content) < 10_000, "a refusal repeats the request"
     elif response.headers["content-type"].startswith("text/event-stream"):
         if path == "/v1/responses":
             check_response_events(response.text)
+            return
+        if path == "/v1/messages":
+            check_message_events(response.text)
             return
         for event in events(response.text):
             if "error" in event:
@@ -168,6 +177,16 @@ def check_response_events(text: str) -> None:
         assert (name, event["sequence_number"]) == (f"event: {event['type']}", number)
     assert event["type"] in ("response.completed", "response.incomplete")
     assert event["response"]["error"] is None
+
+
+def check_message_events(text: str) -> None:
+    """Events with names, from the start of a message to its end."""
+    names = []
+    for frame in text.removesuffix("\n\n").split("\n\n"):
+        name, data = frame.split("\n", 1)
+        names.append(json.loads(data.removeprefix("data: "))["type"])
+        assert name == f"event: {names[-1]}"
+    assert names[0] == "message_start" and names[-2:] == ["message_delta", "message_stop"]
 
 
 def check_error(body: Any, status: int) -> None:

@@ -30,6 +30,8 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104, 105]},
     "/v1/responses": {"input": "hi", "max_output_tokens": 4},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
 }
 RENDER = {path: SUBJECTS[path.removesuffix("/render")] for path in BODIES if path.endswith("/render")}
 RENDER["/v1/responses/input_tokens"] = SUBJECTS["/v1/responses"]

@@ -1,0 +1,284 @@
+"""Turns a request of Anthropic's Messages API into a chat request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from microvllm.openai_compat.api.messages_requests import (
+    Block,
+    ConversationBody,
+    Message,
+    MessagesRequest,
+    RedactedThinking,
+    Text,
+    Thinking,
+    Tool,
+    ToolResult,
+    ToolUse,
+    read_part,
+)
+from microvllm.openai_compat.api.requests import ChatCompletionRequest, NamedFunction
+from microvllm.openai_compat.api.requests import Function as ChatFunction
+from microvllm.openai_compat.api.requests import Tool as ChatTool
+from microvllm.openai_compat.api.requests import ToolChoice as ChatToolChoice
+from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.state import ServerState
+from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.text.chat_template import MAX_MESSAGES
+
+# Claude Code begins its system prompt with a block for Anthropic's accounting, which differs from request to
+# request: in the prompt it would keep the prefix cache from ever being hit.
+BILLING = "x-anthropic-billing-header:"
+CLEAR_THINKING = "clear_thinking_20251015"
+# What an error of the chat names, and where that is here; the longer ones first.
+RENAMED = (
+    (".function.parameters", ".input_schema"),
+    (".function.name", ".name"),
+    ("thinking_token_budget", "thinking.budget_tokens"),
+    ("reasoning_effort", "output_config.effort"),
+    ("response_format.json_schema", "output_config.format"),
+    ("response_format", "output_config.format"),
+    ("stop strings", "stop_sequences"),
+)
+
+
+def chat_request(body: ConversationBody, state: ServerState) -> ChatCompletionRequest:
+    """Return the chat that a request means; runs in a worker thread.
+
+    Raises `InvalidRequestError` naming the member at fault.
+    """
+    messages = _messages(body)
+    thinking, config = body.thinking, body.output_config
+    kwargs = dict(body.chat_template_kwargs)
+    if thinking is not None:
+        kwargs["enable_thinking"] = kwargs["thinking"] = thinking.type != "disabled"
+    fields: dict[str, Any] = {
+        "model": body.model,
+        "messages": messages,
+        "chat_template_kwargs": kwargs,
+        "continue_final_message": messages[-1]["role"] == "assistant",
+        "reasoning_effort": None if config is None else config.effort,
+        **_tool_fields(body),
+        **_format(body),
+    }
+    if thinking is not None:
+        fields["include_reasoning"] = thinking.display != "omitted"
+        if thinking.type == "enabled":
+            fields["thinking_token_budget"] = thinking.budget_tokens
+    if isinstance(body, MessagesRequest):
+        fields |= _sampling(body, state)
+    return ChatCompletionRequest(**fields)
+
+
+def _sampling(body: MessagesRequest, state: ServerState) -> dict[str, Any]:
+    limit = state.args.max_stop_strings
+    if len(body.stop_sequences) > limit:
+        raise _fault("stop_sequences", f"should have at most {limit} items (see --max-stop-strings)")
+    return {
+        # An upper bound, as everywhere in this API: clients send their own model's, whatever is served.
+        "max_tokens": min(body.max_tokens, state.client.config.max_model_len),
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": body.stop_sequences,
+        "stream": body.stream,
+    }
+
+
+def renamed(error: InvalidRequestError) -> InvalidRequestError:
+    """Return the error of a chat with this API's names of the fields."""
+    for name, here in RENAMED:
+        error.message = error.message.replace(name, here)
+    error.args = (error.message,)
+    return error
+
+
+# ---- the conversation -----------------------------------------------------------------------------------
+
+
+def _messages(body: ConversationBody) -> list[dict[str, Any]]:
+    """Return the messages of the chat: the system prompt, then the turns, none after one of its own role."""
+    if not body.messages:
+        raise _fault("messages", "must not be empty")
+    if len(body.messages) > MAX_MESSAGES:
+        raise _fault("messages", f"cannot hold more than {MAX_MESSAGES} messages, got {len(body.messages)}")
+    turns = [read_part(Message, turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
+    _clear_thinking(body, turns)
+    system = _system(body.system)
+    chat: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # of the tools, by the ids of their calls
+    for index, turn in enumerate(turns):
+        blocks = [Text(turn.content)] if isinstance(turn.content, str) else turn.content
+        if turn.role == "system":
+            texts = _texts(blocks, f"messages[{index}]", "system")
+            if not chat:
+                system += texts
+            else:
+                # Many templates want the system prompt first, or one only. Where the text stands it keeps the
+                # prefix before it cached.
+                _add_user(chat, [f"<system-reminder>\n{text}\n</system-reminder>" for text in texts])
+        elif turn.role == "assistant":
+            _add_assistant(chat, blocks, f"messages[{index}]", names)
+        else:
+            _add_turn(chat, blocks, f"messages[{index}]", names)
+    if not chat:
+        raise _fault("messages", "must hold a message of the user")
+    if chat[-1]["role"] == "assistant" and chat[-1].get("tool_calls"):
+        raise _fault(f"messages[{len(turns) - 1}]", "ends in tool_use, which needs a tool_result after it")
+    if chat[-1]["role"] == "assistant" and not chat[-1]["content"]:
+        raise _fault(f"messages[{len(turns) - 1}]", "has no text to continue")
+    if system:
+        chat.insert(0, {"role": "system", "content": "\n".join(system)})
+    return chat
+
+
+def _system(value: Any) -> list[str]:
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    texts = [block.text for block in read_part(list[Text], value, "system")]
+    return [text for text in texts if text and not text.startswith(BILLING)]
+
+
+def _texts(blocks: Sequence[Block], place: str, role: str) -> list[str]:
+    """Return the texts of blocks that are nothing else."""
+    for index, block in enumerate(blocks):
+        if not isinstance(block, Text):
+            raise _misplaced(block, f"{place}.content[{index}]", role)
+    return [block.text for block in cast(Sequence[Text], blocks) if block.text]
+
+
+def _add_turn(chat: list[dict[str, Any]], blocks: Sequence[Block], place: str, names: dict[str, str]) -> None:
+    """Add a turn of the user: results of tools become messages of their own, in the order of the blocks."""
+    for index, block in enumerate(blocks):
+        if isinstance(block, ToolResult):
+            message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)}
+            if (name := names.get(block.tool_use_id)) is not None:
+                message["name"] = name  # some templates show the tool's name with its result
+            chat.append(message)
+        elif isinstance(block, Text):
+            _add_user(chat, [block.text])
+        else:
+            raise _misplaced(block, f"{place}.content[{index}]", "user")
+    if not blocks:
+        _add_user(chat, [""])
+
+
+def _add_user(chat: list[dict[str, Any]], texts: Sequence[str]) -> None:
+    """Add texts of the user to the user's message that is last, or to a new one."""
+    parts = [{"type": "text", "text": text} for text in texts]
+    if chat and chat[-1]["role"] == "user":
+        chat[-1]["content"] += parts
+    elif parts:
+        chat.append({"role": "user", "content": parts})
+
+
+def _result(block: ToolResult) -> str:
+    content = block.content or ""
+    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    return f"Error: {text}" if block.is_error and not text.lower().startswith("error") else text
+
+
+def _add_assistant(
+    chat: list[dict[str, Any]], blocks: Sequence[Block], place: str, names: dict[str, str]
+) -> None:
+    """Add a turn of the assistant to its message that is last, or to a new one."""
+    if not chat or chat[-1]["role"] != "assistant":
+        chat.append({"role": "assistant", "content": ""})
+    message = chat[-1]
+    for index, block in enumerate(blocks):
+        if isinstance(block, Text):
+            message["content"] += block.text
+        elif isinstance(block, Thinking):
+            message["reasoning"] = message.get("reasoning", "") + block.thinking
+        elif isinstance(block, ToolUse):
+            names[block.id] = block.name
+            function = {"name": block.name, "arguments": block.input}
+            call = {"id": block.id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+        elif not isinstance(block, RedactedThinking):
+            raise _misplaced(block, f"{place}.content[{index}]", "assistant")
+
+
+def _clear_thinking(body: ConversationBody, turns: Sequence[Message]) -> None:
+    """Drop the reasoning of all but the newest assistant turns, as far as `context_management` says so."""
+    for index, edit in enumerate(body.context_management.edits if body.context_management else ()):
+        kind = edit.get("type") if isinstance(edit, dict) else None
+        if kind != CLEAR_THINKING:
+            place = f"context_management.edits[{index}].type"
+            raise _fault(place, f"{clip(repr(kind))} is not supported by this server: {CLEAR_THINKING} is")
+        keep = edit.get("keep", {"type": "thinking_turns", "value": 1})
+        if keep == "all" or (isinstance(keep, dict) and keep.get("type") == "all"):
+            continue
+        kept = keep.get("value") if isinstance(keep, dict) else None
+        if type(kept) is not int or kept < 1:
+            problem = 'must be "all" or {"type": "thinking_turns", "value": N}, N at least 1'
+            raise _fault(f"context_management.edits[{index}].keep", problem)
+        for turn in reversed(turns):
+            if turn.role == "assistant" and isinstance(turn.content, list):
+                if kept <= 0:
+                    turn.content = [block for block in turn.content if not isinstance(block, Thinking)]
+                kept -= any(isinstance(block, Thinking) for block in turn.content)
+
+
+# ---- tools and format -----------------------------------------------------------------------------------
+
+
+def _tool_fields(body: ConversationBody) -> dict[str, Any]:
+    choice = body.tool_choice
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
+    if not tools:
+        if choice is not None and choice.type in ("any", "tool"):
+            raise _fault("tool_choice", f"{choice.type!r} needs tools")
+        return {}
+    fields: dict[str, Any] = {"tools": tools, "tool_choice": "auto"}
+    if choice is not None:
+        fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+        fields["tool_choice"] = {"any": "required"}.get(choice.type, choice.type)
+        if choice.type == "tool":
+            if choice.name is None or choice.name not in {tool.function.name for tool in tools}:
+                raise _fault("tool_choice.name", "must be the name of one of the tools")
+            fields["tool_choice"] = ChatToolChoice(function=NamedFunction(name=choice.name))
+    return fields
+
+
+def _tool(value: Any, place: str) -> ChatTool:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in (None, "custom"):
+        problem = f"tools of type {clip(repr(kind))} are not supported by this server, only custom ones"
+        raise _fault(place, problem)
+    tool = read_part(Tool, value, place)
+    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
+        raise _fault(f"{place}.allowed_callers", "needs 'direct': this server executes no code")
+    parameters = {"type": "object", **tool.input_schema}
+    if tool.input_examples:
+        parameters["examples"] = tool.input_examples
+    function = ChatFunction(name=tool.name, description=tool.description, parameters=parameters)
+    if tool.strict is not None:
+        function.strict = tool.strict
+    return ChatTool(function=function)
+
+
+def _format(body: ConversationBody) -> dict[str, Any]:
+    """Return the field of the JSON schema that the text follows; `output_format` is its older place."""
+    newer = None if body.output_config is None else body.output_config.format
+    wanted = newer or body.output_format
+    if wanted is None:
+        return {}
+    if "response_format" in ChatCompletionRequest.refused:
+        place = "output_config.format" if newer is not None else "output_format"
+        raise _fault(place, "is not supported by this server")
+    return {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "output", "schema": wanted.schema, "strict": True},
+        }
+    }
+
+
+def _misplaced(block: Block, place: str, role: str) -> InvalidRequestError:
+    return _fault(place, f"{type(block).__struct_config__.tag} blocks cannot be in a message of role {role}")
+
+
+def _fault(place: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{place}: {problem}.", place)
