@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Run client libraries and coding agents, unmodified, against a live server: one table.
+
+    python scripts/clients/check.py                            # all of them, against the scripted model
+    python scripts/clients/check.py anthropic langchain codex  # some
+    python scripts/clients/check.py --url http://127.0.0.1:8000 --model NAME   # a running server
+
+Each is installed from PyPI or npm into an environment of its own below --folder (once; all of them take
+gigabytes). A library runs its program of `programs/`: structured output, which has to fit its schema, and a
+loop with a tool, which has to end with the tool's result. An agent gets a folder with a file, has to change
+it, and to finish. The scripted model (`scripted.py`) plays the turns behind the real server. Against another
+model only the libraries are tried, and the text of the loop is only shown. Exit status 1 if one failed; the
+end of its output is then shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from agents import AGENTS, TASK, Agent
+from libraries import LIBRARIES, Library
+from scripted import FILE, MODEL, NEW, OLD
+
+HERE = Path(__file__).resolve().parent
+START_TIMEOUT_S, RUN_TIMEOUT_S = 60.0, 300.0
+RESULT = "sunny in city"  # of the tool, with the arguments that the scripted model makes up
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str], timeout: float = RUN_TIMEOUT_S) -> str:
+    """Return the output of a command; raises `RuntimeError` with its end if it fails or takes too long."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # an agent may leave programs behind that hold the pipe
+        output, _ = process.communicate()
+        raise RuntimeError(f"took longer than {timeout:.0f} s: {output[-2000:]}") from None
+    if process.returncode:
+        raise RuntimeError(f"exit status {process.returncode}: {output[-3000:]}")
+    return output
+
+
+# ---- environments -----------------------------------------------------------------------------------
+
+
+def install(name: str, packages: tuple[str, ...], npm: bool, folder: Path) -> tuple[Path, str]:
+    """Return the folder of an environment's programs, and the version of its first package."""
+    place, stamp = folder / name, folder / name / ".installed"
+    wanted = " ".join(packages)
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        if npm:
+            run(["npm", "install", "--silent", "--no-fund", "--no-audit", *packages], place, {}, 900)
+        else:
+            run([sys.executable, "-m", "venv", "."], place, {})
+            run(
+                ["bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages],
+                place,
+                {},
+                900,
+            )
+        stamp.write_text(wanted)
+    first = packages[0]
+    if npm:
+        package = first if first.rfind("@") <= 0 else first[: first.rfind("@")]
+        card = json.loads((place / "node_modules" / package / "package.json").read_text())
+        return place / "node_modules" / ".bin", card["version"]
+    package = first.split("[")[0].split("<")[0].split("=")[0].split("~")[0]
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return place / "bin", run(["bin/python", "-c", code], place, {}).strip()
+
+
+# ---- the server -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scripted_server(folder: Path) -> Iterator[str]:
+    """A server with the scripted model, whose agents work in `folder`; yields its address."""
+    port = free_port()
+    with (folder.parent / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, str(HERE / "scripted.py"), "--port", str(port)],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_ready(url, server)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(START_TIMEOUT_S)
+
+
+def wait_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        if server.poll() is not None or time.monotonic() > end:
+            raise RuntimeError("the server did not start")
+        time.sleep(0.1)
+
+
+# ---- checks -----------------------------------------------------------------------------------------
+
+
+def check_library(library: Library, programs: Path, url: str, model: str) -> str:
+    """Return what a library's program found, for the table. Raises `RuntimeError` if that is wrong."""
+    arguments = [url, model, str(free_port())]
+    with tempfile.TemporaryDirectory() as folder:
+        if library.npm:
+            # A module is resolved from where its file is.
+            program = programs.parent.parent / library.program
+            shutil.copy(HERE / "programs" / library.program, program)
+            command = ["node", str(program), *arguments]
+        else:
+            command = [str(programs / "python"), str(HERE / "programs" / library.program), *arguments]
+        output = run(command, Path(folder), {"HOME": folder, "OPENAI_API_KEY": "none"})
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    person = found["structured"]
+    if not isinstance(person.get("name"), str) or type(person.get("age")) is not int:
+        raise RuntimeError(f"{person} does not fit the schema")
+    if "tools" not in found:
+        return "structured"
+    if model == MODEL and RESULT not in f"{found['tools']}{found.get('result', '')}":
+        raise RuntimeError(f"the loop ended with {found['tools']!r}")
+    return "structured, tools" if model == MODEL else f"structured, tools: {found['tools']!r:.60}"
+
+
+def check_agent(agent: Agent, programs: Path, work: Path, url: str) -> str:
+    """Let an agent change the file. Raises `RuntimeError` unless it did, and ended by itself."""
+    (work / FILE).write_text(f"my colour is {OLD}\n")
+    with tempfile.TemporaryDirectory() as home:
+        for name, text in agent.files(url).items():
+            (Path(home) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(home) / name).write_text(text)
+        environment = {"HOME": home, "XDG_CONFIG_HOME": f"{home}/.config", **agent.environment(url)}
+        program, *arguments = agent.command
+        words = [word.format(home=home, url=url, model=MODEL, task=TASK) for word in arguments]
+        output = run([str(programs / program), *words], work, environment)
+    text = (work / FILE).read_text()
+    if text != f"my colour is {NEW}\n":
+        raise RuntimeError(f"the file holds {text!r}; {output[-2000:]}")
+    return "file changed, finished"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join([*LIBRARIES, *AGENTS])}; default: all")
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "microvllm-clients")
+    parser.add_argument("--url", help="a running server, in place of one with the scripted model")
+    parser.add_argument("--model", default=MODEL, help="the name that the running server serves")
+    args = parser.parse_args()
+    known = {**LIBRARIES, **({} if args.url else AGENTS)}
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}")
+    folder = args.folder.resolve()
+    failed = 0
+    print("| client | version | result | seconds |\n|---|---|---|---|", flush=True)
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "work"
+        work.mkdir()
+        url = args.url or stack.enter_context(scripted_server(work))
+        for name in args.names or known:
+            client, version, start, problem = known[name], "", time.monotonic(), ""
+            try:
+                programs, version = install(name, client.packages, client.npm, folder)
+                start = time.monotonic()
+                if isinstance(client, Library):
+                    result = check_library(client, programs, url, args.model)
+                else:
+                    result = check_agent(client, programs, work, url)
+            except (RuntimeError, OSError, ValueError, KeyError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                result = "FAILED"
+                failed += 1
+            print(f"| {name} | {version} | {result} | {time.monotonic() - start:.0f} |", flush=True)
+            if problem:
+                print(f"{name}: {problem}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
