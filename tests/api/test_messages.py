@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from fake_client import FakeClient, fresh
 from http_tools import in_process
-from scripted_client import ScriptedClient
 
 from microvllm.openai_compat.api.messages import Blocks, content_blocks, tool_input
 from microvllm.openai_compat.api.messages_requests import CountTokensRequest, MessagesRequest
@@ -337,9 +336,10 @@ class TestCalls:
     """Messages of a model that reasons and calls tools, whole and streamed."""
 
     @staticmethod
-    async def read(**changes: Any) -> tuple[dict[str, Any], ScriptedClient]:
+    async def read(**changes: Any) -> tuple[dict[str, Any], FakeClient]:
         """The whole message, of which the streamed one must have the same blocks and counts."""
-        client = ScriptedClient(SAID, SAID)
+        client = FakeClient(max_model_len=4096)
+        client.recorded = [SAID, SAID]
         body = {**HI, "max_tokens": 400, "tools": [TOOL], **changes}
         async with in_process(client, **PARSED) as http:
             whole = (await http.post(MESSAGES, json=body)).json()
@@ -368,7 +368,7 @@ class TestCalls:
             0 < whole["usage"]["output_tokens_details"]["thinking_tokens"] < whole["usage"]["output_tokens"]
         )
         function = {"name": "f", "description": "d", "parameters": TOOL["input_schema"]}
-        assert f"tools={[{'type': 'function', 'function': function}]}" in client.prompts[0]
+        assert f"tools={[{'type': 'function', 'function': function}]}" in bytes(client.submitted[0][0]).decode()
 
     async def test_what_the_request_leaves_out(self) -> None:
         choice = {"type": "auto", "disable_parallel_tool_use": True}
