@@ -18,15 +18,14 @@ from microvllm.openai_compat.api.chat import Chat
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Chunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids
-from microvllm.openai_compat.api.requests import ChatCompletionRequest
 from microvllm.openai_compat.api.responses_events import OutputWriter
-from microvllm.openai_compat.api.responses_items import Tools
 from microvllm.openai_compat.api.responses_reading import (
-    as_chat,
+    ReadBody,
     check_fields,
-    read_conversation,
+    read_body,
     renamed,
     shortened,
+    stores,
 )
 from microvllm.openai_compat.api.responses_requests import ENCRYPTED, Reasoning, ResponsesRequest
 from microvllm.openai_compat.api.responses_store import ID_PREFIX, UNFINISHED, StoredResponse
@@ -38,6 +37,8 @@ from microvllm.runtime.errors import ContextLengthError, EngineError, InvalidReq
 from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
+
+INLINE_ITEMS = 64  # a conversation of more is read in a worker thread
 
 
 async def create_response(request: Request, state: ServerState, body: ResponsesRequest) -> Response:
@@ -63,16 +64,16 @@ async def count_input_tokens(request: Request, state: ServerState, body: Respons
 
 async def _read(request: Request, state: ServerState, body: ResponsesRequest) -> ModelResponse:
     check_fields(body, state.responses)
-    if isinstance(body.input, str) and body.previous_response_id is None:
-        items, first = read_conversation(body, state.responses)
-    else:  # references and earlier turns are read from JSON
-        items, first = await state.client.run_blocking(read_conversation, body, state.responses)
-    chat, tools = as_chat(body, items, first)
-    return ModelResponse(request, state, chat, body, items[first:], tools)
+    size = 1 if isinstance(body.input, str) else len(body.input)
+    if size <= INLINE_ITEMS and body.previous_response_id is None:
+        read = read_body(body, state.responses)
+    else:
+        read = await state.client.run_blocking(read_body, body, state.responses)
+    return ModelResponse(request, state, body, read)
 
 
 class ModelResponse(Chat):
-    """A chat whose output is written as a response. `asked` is the request as it came, `given` its items."""
+    """A chat whose output is written as a response. `asked` is the request as it came."""
 
     id_prefix = "resp"
     end = b""  # the event with the whole response is the last
@@ -81,11 +82,10 @@ class ModelResponse(Chat):
         self,
         request: Request,
         state: ServerState,
-        body: ChatCompletionRequest,
         asked: ResponsesRequest,
-        given: list[Any],
-        tools: Tools,
+        read: ReadBody,
     ) -> None:
+        body = read.chat
         super().__init__(request, state, body)
         # Not of a header: the id gives access to what is stored under it, so no other request may take it.
         suffix = body.request_id or uuid.uuid4().hex
@@ -94,10 +94,10 @@ class ModelResponse(Chat):
             raise InvalidRequestError(f"There is a response with the id {self.id} already.", "request_id")
         self.include_usage = self.continuous_usage = False  # the last event has it
         self.asked = asked
-        self.stores = asked.store is not False and state.responses.max_bytes > 0
-        self._input = orjson.dumps(given) if self.stores else b""
+        self.stores = stores(asked, state.responses)
+        self._input = read.items
         asked.input = ""
-        self.writer = OutputWriter(suffix, tools, sealed=ENCRYPTED in asked.include)
+        self.writer = OutputWriter(suffix, read.tools, sealed=ENCRYPTED in asked.include)
         self._logprobs: ChatLogprobs | None = None
         self._entries: list[Any] = []  # log probabilities of tokens without events so far
         self._num_tokens = 0
@@ -121,6 +121,7 @@ class ModelResponse(Chat):
         await self.submit(await self.prepare())
         queued = self.finished("queued")
         self.state.lifecycle.active += 1  # a server that stops waits for it
+        self.state.num_generations += 1
         task = self.state.background[self.id] = asyncio.ensure_future(self._run())
         task.add_done_callback(self._ended_in_background)
         return Response(queued, media_type="application/json")
@@ -142,6 +143,7 @@ class ModelResponse(Chat):
         self.abort()
         self.state.background.pop(self.id, None)
         self.state.lifecycle.active -= 1
+        self.state.num_generations -= 1
 
     def answer(
         self, outcomes: Sequence[Outcome], usage: dict[str, Any], metrics: dict[str, float | None] | None
@@ -264,6 +266,8 @@ class ModelResponse(Chat):
         """
         if self._final is not None:
             return self._final
+        if status == "failed" and error is None:
+            error = EngineError("The engine ended the request.")
         response = orjson.dumps(self._object(status, error))
         if status not in UNFINISHED:
             self._final = response

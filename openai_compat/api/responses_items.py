@@ -402,7 +402,7 @@ def _lowered(problem: str) -> str:
 def _unsupported(where: str, kind: Any, param: str) -> InvalidRequestError:
     if not isinstance(kind, str):
         return _fault(where, "must be a string", param)
-    why = ": this server runs no tools itself" if param != "input" else ""
+    why = ": this server runs no tools itself; switch it off in the client" if param != "input" else ""
     return _fault(where, f"{clip(kind)!r} is not supported{why}", param)
 
 

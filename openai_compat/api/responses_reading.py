@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+import orjson
 
 from microvllm.openai_compat.api.conversation import render
 from microvllm.openai_compat.api.reading import read_request
@@ -38,8 +39,7 @@ _RENAMED = {
 
 def check_fields(body: ResponsesRequest, store: ResponseStore) -> None:
     """Check what concerns several fields, and refuse the values that are not supported."""
-    stores = store.max_bytes > 0
-    if not stores and (body.store or body.previous_response_id is not None or body.background):
+    if store.max_bytes == 0 and (body.store or body.previous_response_id is not None or body.background):
         name = "store" if body.store else "background" if body.background else "previous_response_id"
         raise InvalidRequestError(
             f"`{name}` needs a server that keeps responses, which {STORE_FLAG} 0 has switched off.", name
@@ -60,7 +60,27 @@ def check_fields(body: ResponsesRequest, store: ResponseStore) -> None:
             raise InvalidRequestError(problem, "reasoning")
 
 
-def read_conversation(body: ResponsesRequest, store: ResponseStore) -> tuple[list[Any], int]:
+def stores(body: ResponsesRequest, store: ResponseStore) -> bool:
+    """Return whether the response is kept."""
+    return body.store is not False and store.max_bytes > 0
+
+
+class ReadBody(NamedTuple):
+    """A request as a chat, its tools by the names that the model is shown, and its items for the store."""
+
+    chat: ChatCompletionRequest
+    tools: Tools
+    items: bytes
+
+
+def read_body(body: ResponsesRequest, store: ResponseStore) -> ReadBody:
+    """Read a request and what it continues. Raises `InvalidRequestError`."""
+    items, first = _conversation(body, store)
+    chat, tools = _as_chat(body, items, first)
+    return ReadBody(chat, tools, orjson.dumps(items[first:]) if stores(body, store) else b"")
+
+
+def _conversation(body: ResponsesRequest, store: ResponseStore) -> tuple[list[Any], int]:
     """Return the items of the whole conversation, and how many of them came before this request."""
     given = input_items(body.input)
     past = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
@@ -80,7 +100,7 @@ def _resolved(item: Any, where: str, store: ResponseStore) -> Any:
     return found
 
 
-def as_chat(body: ResponsesRequest, items: Sequence[Any], first: int) -> tuple[ChatCompletionRequest, Tools]:
+def _as_chat(body: ResponsesRequest, items: Sequence[Any], first: int) -> tuple[ChatCompletionRequest, Tools]:
     """Return the request as a chat, and its tools by the names that the model is shown."""
     functions, tools = read_tools(body.tools)
     fields = {

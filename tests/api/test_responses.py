@@ -22,6 +22,7 @@ from microvllm.openai_compat.api.responses_items import read_messages, seal_reas
 from microvllm.openai_compat.api.responses_requests import ResponsesRequest
 from microvllm.openai_compat.api.responses_store import ResponseStore, StoredResponse
 from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.text.detokenizer import TextDelta
 
 EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseStreamEvent)
 ASK: dict[str, Any] = {"model": "fake-model", "input": "hi", "temperature": 0}
@@ -572,6 +573,23 @@ async def test_a_failure_in_a_stream_is_an_event(after: int) -> None:
     response = events[-1]["response"]
     assert (response["status"], response["error"]["message"]) == ("failed", "The engine failed.")
     assert [item["status"] for item in response["output"]] == ["incomplete"] * (after > 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_the_engine_ends_has_failed(stream: bool, monkeypatch: Any) -> None:
+    client = FakeClient()
+    monkeypatch.setattr(client, "generate", lambda *_: [TextDelta([97], "a", "abort")])
+    _, answer = await ask(client, stream=stream)
+    response = answer[-1]["response"] if stream else answer
+    assert (response["status"], response["error"]["code"]) == ("failed", "server_error")
+
+
+async def test_a_long_conversation_is_read() -> None:
+    client = FakeClient(max_model_len=1 << 16)
+    items = [{"role": "user", "content": f"number {i}"} for i in range(200)]
+    assert (await ask(client, input=items))[0] == 200 and "user: number 199\n" in prompt_of(client)
+    status, answer = await ask(client, input=[*items, {"role": "user"}])
+    assert status == 400 and "input[200]" in answer["error"]["message"]
 
 
 async def test_a_failure_of_the_whole_is_an_error() -> None:
