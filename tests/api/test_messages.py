@@ -368,7 +368,8 @@ class TestCalls:
             0 < whole["usage"]["output_tokens_details"]["thinking_tokens"] < whole["usage"]["output_tokens"]
         )
         function = {"name": "f", "description": "d", "parameters": TOOL["input_schema"]}
-        assert f"tools={[{'type': 'function', 'function': function}]}" in bytes(client.submitted[0][0]).decode()
+        prompt = bytes(client.submitted[0][0]).decode()
+        assert f"tools={[{'type': 'function', 'function': function}]}" in prompt
 
     async def test_what_the_request_leaves_out(self) -> None:
         choice = {"type": "auto", "disable_parallel_tool_use": True}
