@@ -15,7 +15,6 @@ from http_tools import in_process
 from template_bombs import bombs
 
 from microvllm.runtime.errors import EngineError, InvalidRequestError
-from microvllm.runtime.text import template_process
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.template_process import SandboxProcesses
 
@@ -152,7 +151,7 @@ def test_a_child_that_was_killed_is_replaced() -> None:
 def test_no_process_is_an_error_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox = SandboxProcesses(children=1)
     with monkeypatch.context() as patch:
-        patch.setattr(template_process.sys, "executable", "/nonexistent/python")
+        patch.setattr(sys, "executable", "/nonexistent/python")
         for _ in range(2):
             with pytest.raises(EngineError, match="no process for chat templates"):
                 sandbox.render(SHOW, {"x": 1})
