@@ -76,10 +76,12 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
     `spec` is the JSON text of a schema ("json"), of a list of strings ("choice") or of vLLM's structural tags
     ("structural_tag"), a pattern ("regex"), a grammar ("grammar"), or empty ("json_object": any object).
-    `whitespace` is the pattern of what may stand between JSON's tokens, None for JSON's own; with
+    `whitespace` is the pattern of what may stand between JSON's tokens, None for one that bounds it; with
     `additional_properties=False` a schema's objects have the properties that it names only, unless it says
     otherwise. `after` is a sequence of token ids, the end of the reasoning: the form begins behind the first
-    one that is generated, and until then tokens are free. Empty: it begins at the first token.
+    one that is generated, and until then tokens are free. Empty: it begins at the first token. With `opens`,
+    the ids that begin the reasoning, tokens are free only in an output that begins with these; any other has
+    the form from its first token on. `field` is the field of the request that errors name.
     """
 
     kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
@@ -87,6 +89,8 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     whitespace: str | None = None
     additional_properties: bool = True
     after: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
+    opens: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
+    field: str = "structured_outputs"
 
 
 class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -232,8 +236,9 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
 
     `params.max_tokens` is set. `eos_token_id` is None when the end-of-sequence token must not stop the
     request; `stop_token_ids` already holds the model's further end tokens. `cache_salt` separates
-    prefix-cache entries between tenants. `bad_word_ids` are `params.bad_words` as token sequences. The
-    `params.n` samples of a prompt are one request each, numbered by `sample`; they share every list.
+    prefix-cache entries between tenants. `bad_word_ids` are `params.bad_words` as token sequences, `grammar`
+    is `params.structured_outputs` in llguidance's dialect, empty without. The `params.n` samples of a prompt
+    are one request each, numbered by `sample`; they share every list.
     """
 
     request_id: int
@@ -245,6 +250,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     cache_salt: str = ""
     bad_word_ids: list[list[int]] = []
     sample: int = 0
+    grammar: str = ""
 
     @property
     def seed(self) -> int | None:

@@ -164,6 +164,7 @@ class FakeRunner:
 
     graph_replays = padded_tokens = 0
     device_clock = None
+    masks = None
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
@@ -13,6 +13,9 @@ from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.worker.step_times import Measured, StepReport
+
+if TYPE_CHECKING:
+    from microvllm.runtime.grammar.masks import GrammarMasks
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -36,6 +39,11 @@ class Runner(Measured, Protocol[StepT]):
 
     @property
     def padded_tokens(self) -> int: ...
+
+    @property
+    def masks(self) -> GrammarMasks | None:
+        """The grammars of its requests; None where it refuses none and enforces none, as in tests."""
+        ...
 
     def collect(self, step: StepT) -> StepResult:
         """Wait for a launched step and read its result."""
@@ -66,6 +74,7 @@ class EngineCore(Generic[StepT]):
         self.report = StepReport(runner) if config.log_step_times else None
         self._runner = runner
         self._drafter = drafter
+        self._masks = self.scheduler.masks = runner.masks
         self._in_flight: StepT | None = None
         self._num_steps = 0
         self._num_decode_steps = 0
@@ -79,10 +88,16 @@ class EngineCore(Generic[StepT]):
 
     def add_samples(self, requests: Sequence[EngineRequest]) -> list[StepOutput]:
         """Queue the samples of one prompt, which share all lists; return the outputs of those refused."""
+        self._num_requests += len(requests)
+        if self._masks is not None and requests and requests[0].grammar:
+            self._masks.hold(requests)
+            return []
+        return self._queue(requests)
+
+    def _queue(self, requests: Sequence[EngineRequest]) -> list[StepOutput]:
         refusals: list[StepOutput] = []
         first: Request | None = None
         for request in requests:
-            self._num_requests += 1
             try:
                 first = self.scheduler.add(request, first)
             except RequestError as error:
@@ -95,13 +110,15 @@ class EngineCore(Generic[StepT]):
 
     def abort(self, request_id: int) -> bool:
         """End a request at any moment; its blocks are free within one step."""
-        return self.scheduler.abort(request_id)
+        dropped = self._masks is not None and self._masks.drop(request_id)
+        return dropped or self.scheduler.abort(request_id)
 
     def reset_prefix_cache(self) -> None:
         self.kv.reset_prefix_cache()
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work() or self._in_flight is not None
+        held = self._masks is not None and self._masks.held
+        return held or self.scheduler.has_work() or self._in_flight is not None
 
     def step(self) -> list[StepOutput]:
         """Launch one step and return the tokens that became known.
@@ -110,16 +127,27 @@ class EngineCore(Generic[StepT]):
         while step k runs; otherwise the step is awaited at once. One loop serves both.
         """
         self.clock.enter("schedule")
-        expired = self.scheduler.expire()
+        expired = self._queue_compiled() + self.scheduler.expire()
         plan = self.scheduler.schedule()
         self.clock.enter("prepare")
         done, failed = self._launch(plan) if plan is not None else (None, [])
         if self.config.async_scheduling and self._drafter is None:
             done, self._in_flight = self._in_flight, done
         if done is None:
+            if plan is None and self._masks is not None:
+                self._masks.wait()
             self.clock.enter("messages")
             return expired + failed
         return expired + failed + self._collect(done)
+
+    def _queue_compiled(self) -> list[StepOutput]:
+        """Queue the requests whose grammar is compiled; returns the outputs of those refused."""
+        if self._masks is None or not self._masks.held:
+            return []
+        compiled, refusals = self._masks.take_compiled()
+        for requests in compiled:
+            refusals += self._queue(requests)
+        return refusals
 
     def drain(self) -> list[StepOutput]:
         """Await the step in flight, if there is one, without launching another; returns its tokens."""
@@ -138,6 +166,8 @@ class EngineCore(Generic[StepT]):
         self.clock.enter("commit")
         scheduled = done.plan.scheduled
         outputs = self.scheduler.commit(done.plan, result)
+        if self._masks is not None and self._masks.active:
+            self._masks.begin(scheduled)
         num_tokens = sum(item.num_new for item in scheduled)
         if self._drafter is not None:
             num_tokens -= sum(item.num_draft_tokens for item in scheduled)

@@ -29,6 +29,7 @@ import time
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
@@ -42,6 +43,9 @@ from microvllm.runtime.request import (
     StepOutput,
     TokenLogprobs,
 )
+
+if TYPE_CHECKING:
+    from microvllm.runtime.grammar.masks import GrammarMasks
 
 
 class Scheduler:
@@ -63,6 +67,7 @@ class Scheduler:
         self._to_start: deque[Request] = deque()
         self._to_end: deque[Request] = deque()
         self._short_of_blocks = False  # in the last step
+        self.masks: GrammarMasks | None = None  # of requests with a grammar
         self.num_preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -167,7 +172,7 @@ class Scheduler:
             if request.row < 0:
                 break  # preempted for an older one, as were all after it
             missing = request.num_missing
-            if missing <= 0:
+            if missing <= 0 or (request.source.grammar and not self._mask_ready(request)):
                 continue
             num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(eligible) - index - 1))
             if request.drafts:
@@ -231,6 +236,9 @@ class Scheduler:
         self.kv.check()
 
     # ---- the parts of a step -------------------------------------------------------------------
+
+    def _mask_ready(self, request: Request) -> bool:
+        return self.masks is None or self.masks.ready(request.row, request.num_in_flight)
 
     def _chunk(self, missing: int, budget: int) -> int:
         """How many of a request's missing tokens one step computes."""
@@ -331,13 +339,15 @@ class Scheduler:
     ) -> StepOutput:
         """Append what was chosen, up to a token that ends the request."""
         if NO_TOKEN in tokens:
-            self._finish(request, FinishReason.ERROR)
             message, param = "the model gave no finite logits for this request", None
             if request.params.allowed_token_ids is not None or request.params.bad_words:
                 message = (
                     "allowed_token_ids, bad_words and min_tokens leave this request no token to choose from"
                 )
                 param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
+            if request.source.grammar and self.masks is not None:
+                message, param = self.masks.problem(request)
+            self._finish(request, FinishReason.ERROR)
             return StepOutput(request.id, [], FinishReason.ERROR, error=message, param=param)
         is_first = request.num_output == 0
         if is_first:  # from here on it differs from the other samples of its prompt

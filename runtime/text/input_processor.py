@@ -18,9 +18,11 @@ import msgspec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 from microvllm.runtime.generation_config import GENERATION_FIELDS
+from microvllm.runtime.grammar.checker import GrammarChecker
 from microvllm.runtime.machine import return_freed_memory
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
+from microvllm.runtime.text.end_tokens import end_tokens
 from microvllm.runtime.text.template_process import SandboxProcesses
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.text.tokenizer_files import loadable_path
@@ -72,7 +74,8 @@ class InputProcessor:
             template = self._compiled(tokenizer.chat_template)
         self.template = template
         self.max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
-        self._eos, self._further_ends = _end_tokens(config, tokenizer)
+        self._eos, self._further_ends = end_tokens(config, tokenizer)
+        self._grammars = GrammarChecker(tokenizer, config.spec.vocab_size, self._eos is not None)
         self._ids = itertools.count()
 
     def default_params(self) -> dict[str, Any]:
@@ -171,12 +174,13 @@ class InputProcessor:
     def prepare(self, params: SamplingParams, *, priority: int = 0, cache_salt: str = "") -> EngineRequest:
         """Check what does not depend on the prompt; returns a request that has none yet, for `samples`.
 
-        Raises `InvalidRequestError` naming the field. Long lists of ids and bad words take milliseconds.
+        Raises `InvalidRequestError` naming the field. Long lists of ids and bad words take milliseconds, a
+        new grammar up to seconds.
         """
         self._check_ids(params)
         self._check_logprobs(params)
-        if params.structured_outputs is not None:
-            raise InvalidRequestError("structured_outputs is not supported.", "structured_outputs")
+        form = params.structured_outputs
+        grammar = "" if form is None else self._grammars.check(form)
         bad_word_ids = self._bad_word_ids(params.bad_words)
         eos = None if params.ignore_eos else self._eos
         ends = params.stop_token_ids if params.ignore_eos else [*params.stop_token_ids, *self._further_ends]
@@ -185,7 +189,7 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"stop_token_ids: token id {wrong} is out of vocabulary.", "stop_token_ids"
             )
-        return EngineRequest(-1, [], params, eos, ends, priority, cache_salt, bad_word_ids)
+        return EngineRequest(-1, [], params, eos, ends, priority, cache_salt, bad_word_ids, grammar=grammar)
 
     def samples(self, prompt_ids: list[int], prepared: EngineRequest) -> list[EngineRequest]:
         """Return the `params.n` requests of a prompt that has passed `check_prompt`, made from `prepared`.
@@ -252,18 +256,3 @@ class InputProcessor:
                 if ids and ids not in found and max(ids) < self._config.spec.vocab_size:
                     found.append(ids)
         return found
-
-
-def _end_tokens(config: EngineConfig, tokenizer: Tokenizer) -> tuple[int | None, list[int]]:
-    """Return the end-of-sequence token, and further ends, which report themselves as `stop_reason`.
-
-    The first is the tokenizer's; a model's configuration may list more (Llama 3's 128008 and 128009).
-    """
-    spec = config.spec
-    ends = [*spec.eos_token_ids, *config.generation_defaults.get("eos_token_id", [])]
-    eos = tokenizer.eos_token_id
-    if eos is not None and eos >= spec.vocab_size:  # the tokenizer of another model: no logit has this id
-        eos = None
-    if eos is None and ends:
-        eos = ends[0]
-    return eos, sorted(set(ends) - {eos})

@@ -33,12 +33,12 @@ def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: De
 class TokenMask(Protocol):
     """Decides from outside which tokens may come next: a grammar, for example.
 
-    It follows what a request generates, so it needs tokens to be known: no step may run ahead of them
-    (`async_scheduling`).
+    It follows what a request generates. With asynchronous scheduling the last token of it may be in flight:
+    the mask then waits for it, while the device computes the logits.
     """
 
-    def set_row(self, row: int, request: EngineRequest) -> None:
-        """A request was admitted to the row."""
+    def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
+        """A request was admitted to the row. output: what it has generated before a preemption."""
         ...
 
     def clear_row(self, row: int) -> None: ...
@@ -82,7 +82,7 @@ class LogitRules:
         """Bind a request to its row. tokens: its prompt and, after a preemption, what it has generated."""
         params = request.params
         if self.mask is not None:
-            self.mask.set_row(row, request)
+            self.mask.set_row(row, request, tokens[prompt_len:])
         if params.thinking is not None:
             self._budgets.set_row(row, params.thinking)
         if params.allowed_token_ids is None and not (
@@ -175,6 +175,8 @@ class LogitRules:
             self._budgets.apply(logits, rows, output, last_token)
 
     def _apply_bits(self, logits: Tensor, masked: Sequence[int], bits: np.ndarray) -> None:
+        if not masked:
+            return
         words = on_device(bits, torch.int32, self._device)[:, :, None]
         shifts = torch.arange(32, dtype=torch.int32, device=self._device)
         allowed = (words >> shifts & 1).bool().flatten(1)[:, : self._vocab_size]

@@ -30,6 +30,7 @@ from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
+from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.worker.device import make_device, measure_kv_blocks
@@ -114,6 +115,9 @@ class ModelGraphRunner:
         attention = make_attention(config, self._model)
         self._device = device = make_device(config, self._model, attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
+        self.masks = GrammarMasks(config, self._newest_tokens)
+        self._sampler.use_mask(self.masks)
+        self._launched: LaunchedStep | None = None  # the last one
         self.clock = device.clock
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
@@ -137,7 +141,8 @@ class ModelGraphRunner:
 
         Raises `EngineError` for a fault of the GPU, after which the device is unusable.
         """
-        return self._device.run(self._launch, plan)
+        self._launched = self._device.run(self._launch, plan)
+        return self._launched
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         # The rows first, and without anything that may fail: a step that fails below leaves them whole.
@@ -185,6 +190,12 @@ class ModelGraphRunner:
         return StepResult(tokens, logprobs, prompt_logprobs)
 
     # ---- its parts -----------------------------------------------------------------------------
+
+    def _newest_tokens(self) -> dict[int, int]:
+        """Waits for the step that was launched last; returns its tokens by row."""
+        step = self._launched or LaunchedStep(StepPlan((), (), ()))
+        rows = (step.plan.scheduled[index].request.row for index in step.order)
+        return dict(zip(rows, step.read_tokens(), strict=True))
 
     def _sampled(
         self,

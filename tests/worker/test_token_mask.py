@@ -25,7 +25,7 @@ class Residues:
         self.rows: set[int] = set()
         self.asked = 0
 
-    def set_row(self, row: int, request: EngineRequest) -> None:
+    def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
         if request.priority == MASKED_PRIORITY:
             self.rows.add(row)
 

@@ -1,0 +1,323 @@
+"""Follows the grammars of running requests, and computes which tokens may come next, in worker threads.
+
+A mask belongs to a length of the output: it is valid for the token behind exactly so many, and `bits`
+compares the two, so that no stale mask is applied. Where a token in flight decides, `bits` reads it while the
+device runs the model on it: only the sampling of that step waits. A request whose masks take long is
+scheduled when its mask is known and not before (`ready`), so that it does not hold up the others.
+
+Imports no torch; llguidance and the tokenizer are loaded with the first grammar.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import MicroVLLMError
+from microvllm.runtime.grammar.translate import parser_limits
+from microvllm.runtime.machine import usable_cores
+from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, StructuredOutput
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from microvllm.runtime.core.plan import Request, ScheduledRequest
+    from microvllm.runtime.worker.logits import Output
+
+logger = logging.getLogger("microvllm.grammar")
+
+MAX_THREADS = 4
+ROWS_PER_JOB = 8  # a mask takes 5 to 50 us, to hand a job to a thread 50
+MAX_COMPILED = 64
+SLOW_S = 5e-3
+WAIT_S = 0.05  # of a step without anything to compute: commands are read between two steps
+MASK_DEADLINE_S = 2.0
+# Why a matcher stops at the end of its grammar; any other reason is a fault.
+_COMPLETE = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
+
+
+class Row:
+    """One request's place in its grammar. A worker thread advances it, one job at a time.
+
+    `num_sent`: tokens of the output that jobs were given; `num_taken`: those that the mask follows.
+    """
+
+    def __init__(self, form: StructuredOutput, matcher: Callable[[], LLMatcher], vocab_size: int) -> None:
+        self.form = form
+        self.words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        self.num_sent = self.num_taken = 0
+        self.problem: str | None = None
+        self.slow = False
+        self.job: Future[None] | None = None
+        # None: the form has begun. Else the tokens that may become `opens`, or of which the last may end
+        # the reasoning.
+        self._free: list[int] | None = [] if form.after else None
+        self._opening = bool(form.after and form.opens)
+        self._make = matcher
+        self._matcher: LLMatcher | None = None
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take the next tokens of the output and compute the mask behind them; in a worker thread."""
+        try:
+            matcher = self._matcher = self._matcher or self._make()
+            start = time.perf_counter()
+            for token in tokens:
+                self._take(token, matcher)
+            if self.problem is None and (self._free is None or self._opening):
+                self._compute(matcher)
+            self.slow = time.perf_counter() - start > SLOW_S * (1 + len(tokens))
+        except Exception as error:  # a bug, here or in the library: it ends this request alone
+            logger.exception("A grammar failed.")
+            self.problem = f"it failed ({type(error).__name__})"
+        self.num_taken += len(tokens)
+
+    def mask(self, length: int) -> np.ndarray | None:
+        """The mask behind `length` tokens: [ceil(vocab / 32)] uint32; None where any token may come."""
+        if self.problem is None and self.num_taken != length:
+            self.problem = f"its mask is for {self.num_taken} tokens, not for {length}"
+        if self.problem is not None:
+            return np.zeros_like(self.words)
+        return self.words if self._free is None or self._opening else None
+
+    def _take(self, token: int, matcher: LLMatcher) -> None:
+        form, free = self.form, self._free
+        if free is not None:
+            free.append(token)
+            if self._opening and free != form.opens[: len(free)]:  # it began with the form instead
+                self._free, self._opening = None, False
+            elif self._opening:
+                self._opening = len(free) < len(form.opens)
+                return
+            else:
+                self._free = None if free[-len(form.after) :] == form.after else free[-len(form.after) :]
+                return
+        # Behind its end a grammar allows the end token, which `ignore_eos` repeats.
+        if matcher.is_stopped() or matcher.consume_token(token):
+            return
+        self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
+
+    def _compute(self, matcher: LLMatcher) -> None:
+        opens, begun = self.form.opens, len(self._free or ())
+        if not self._opening or begun == 0:
+            matcher.unsafe_compute_mask_ptr(self.words.ctypes.data, self.words.nbytes)
+        else:
+            self.words[:] = 0
+        if matcher.is_error() or matcher.stop_reason() not in _COMPLETE:
+            self.problem = matcher.get_error().partition("\n")[0] or matcher.stop_reason()
+        if self._opening:
+            self.words[opens[begun] // 32] |= np.uint32(1 << opens[begun] % 32)
+        if not self.words.any():
+            self.problem = "no token of the vocabulary continues it"
+
+
+class GrammarMasks:
+    """The grammars of an engine's requests: a `TokenMask`, and what the engine core needs of it.
+
+    All methods are called by the engine's thread. newest: waits for the step in flight and returns its tokens
+    by row. Requests with a grammar are held until it is compiled; `held` says whether there are such,
+    `active` whether any row has a grammar.
+    """
+
+    def __init__(self, config: EngineConfig, newest: Callable[[], Mapping[int, int]]) -> None:
+        self._config = config
+        self._newest = newest
+        self._vocab_size = config.spec.vocab_size
+        self._pool = ThreadPoolExecutor(
+            min(MAX_THREADS, max(2, usable_cores())), thread_name_prefix="grammar"
+        )  # starts its threads with the first job
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._loading = threading.Lock()
+        self._held: list[tuple[Future[LLMatcher], list[EngineRequest]]] = []
+        self._rows: dict[int, Row] = {}
+
+    # ---- before a request is queued ------------------------------------------------------------
+
+    @property
+    def held(self) -> bool:
+        return bool(self._held)
+
+    @property
+    def active(self) -> bool:
+        return bool(self._rows)
+
+    def hold(self, requests: Sequence[EngineRequest]) -> None:
+        """Compile the grammar of the samples of one prompt."""
+        self._held.append((self._compile(requests[0].grammar), list(requests)))
+
+    def drop(self, request_id: int) -> bool:
+        """Forget a request that is held; False if none of this id is."""
+        for _, requests in self._held:
+            found = [request for request in requests if request.request_id == request_id]
+            if found:
+                requests.remove(found[0])
+                return True
+        return False
+
+    def take_compiled(self) -> tuple[list[list[EngineRequest]], list[StepOutput]]:
+        """Return the held requests whose grammar is compiled, and the outputs of those that are refused."""
+        compiled, refusals = [], []
+        held, self._held = self._held, []
+        for future, requests in held:
+            error = future.exception() if future.done() else None
+            if not future.done():
+                self._held.append((future, requests))
+            elif error is None:
+                compiled.append(requests)
+            else:
+                refusals += [_refusal(request, error) for request in requests]
+        return compiled, refusals
+
+    def wait(self) -> None:
+        """Wait, at most `WAIT_S`, for a compilation or a mask; returns at once if none is under way."""
+        jobs: list[Future[Any]] = [future for future, _ in self._held]
+        jobs += [row.job for row in self._rows.values() if row.slow and row.job is not None]
+        if jobs:
+            wait(jobs, WAIT_S, FIRST_COMPLETED)
+
+    # ---- while it runs -------------------------------------------------------------------------
+
+    def ready(self, row: int, num_in_flight: int) -> bool:
+        """Whether a row may be scheduled: one with slow masks only with all tokens and its mask known."""
+        found = self._rows.get(row)
+        if found is None or not found.slow:
+            return True
+        return num_in_flight == 0 and (found.job is None or found.job.done())
+
+    def begin(self, scheduled: Iterable[ScheduledRequest]) -> None:
+        """Start to compute the masks behind the tokens that were just committed."""
+        work = []
+        for item in scheduled:
+            request = item.request
+            row = self._rows.get(request.row) if item.samples and request.source.grammar else None
+            if row is not None and request.num_output > row.num_sent:
+                work.append((row, request.token_ids[request.prompt_len + row.num_sent :]))
+        self._submit(work)
+
+    def problem(self, request: Request) -> tuple[str, str]:
+        """Why a request has no token to choose from, and the field at fault."""
+        form = request.params.structured_outputs or StructuredOutput(kind="json_object")
+        row = self._rows.get(request.row)
+        reason = row.problem if row is not None else None
+        if reason is None:
+            reason = "allowed_token_ids, bad_words and min_tokens leave no token that continues it"
+        return f"{form.field}: the output cannot follow the grammar: {reason}", form.field
+
+    # ---- TokenMask -----------------------------------------------------------------------------
+
+    def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
+        """A request was admitted to the row. output: what it has generated before a preemption."""
+        if request.grammar and request.params.structured_outputs is not None:
+            matcher = functools.partial(self._copy, request.grammar)
+            self._rows[row] = made = Row(request.params.structured_outputs, matcher, self._vocab_size)
+            self._submit([(made, output)])
+
+    def clear_row(self, row: int) -> None:
+        self._rows.pop(row, None)
+
+    def concerns(self, rows: Sequence[int]) -> bool:
+        return bool(self._rows) and not self._rows.keys().isdisjoint(rows)
+
+    def bits(self, rows: Sequence[int], output: Callable[[int], Output]) -> tuple[list[int], np.ndarray]:
+        work, masked = [], []
+        newest: Mapping[int, int] | None = None
+        for i, index in enumerate(rows):
+            row = self._rows.get(index)
+            if row is None:
+                continue
+            known, in_flight = output(i)
+            length = len(known) + in_flight
+            if row.num_sent < length:
+                tokens = list(known[row.num_sent :])
+                if in_flight:
+                    newest = self._newest() if newest is None else newest
+                    tokens.append(newest[index])
+                work.append((row, tokens))
+            masked.append((i, row, length))
+        self._submit(work)
+        found = [(i, mask) for i, row, length in masked if (mask := self._mask(row, length)) is not None]
+        if not found:
+            return [], np.zeros((0, -(-self._vocab_size // 32)), dtype=np.int32)
+        return [i for i, _ in found], np.stack([mask for _, mask in found]).view(np.int32)
+
+    def _mask(self, row: Row, length: int) -> np.ndarray | None:
+        if row.job is not None:
+            done, _ = wait([row.job], MASK_DEADLINE_S)
+            if not done:
+                row.problem = f"the mask of a token took more than {MASK_DEADLINE_S:g} s"
+        return row.mask(length)
+
+    # ---- jobs ----------------------------------------------------------------------------------
+
+    def _submit(self, work: Sequence[tuple[Row, Sequence[int]]]) -> None:
+        """Advance rows in worker threads: slow ones each alone, the others in groups."""
+        fast = [(row, tokens) for row, tokens in work if not row.slow]
+        groups = [fast[first : first + ROWS_PER_JOB] for first in range(0, len(fast), ROWS_PER_JOB)]
+        groups += [[(row, tokens)] for row, tokens in work if row.slow]
+        for group in groups:
+            job = self._pool.submit(_advance, group)
+            for row, tokens in group:
+                row.job = job
+                row.num_sent += len(tokens)
+
+    def _compile(self, grammar: str) -> Future[LLMatcher]:
+        future = self._compiled.get(grammar)
+        if future is None or (future.done() and future.exception() is not None):
+            future = self._compiled[grammar] = self._pool.submit(self._make, grammar)
+            while len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return future
+
+    def _copy(self, grammar: str) -> LLMatcher:
+        """In a worker thread: a matcher at the start of a grammar."""
+        future = self._compiled.get(grammar)
+        # One that was dropped is compiled here: to wait for another thread could be to wait for ever.
+        whole = future.result() if future is not None and future.done() else self._make(grammar)
+        return whole.deep_copy()
+
+    def _make(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer(), grammar, limits=parser_limits(), log_level=0)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error().partition("\n")[0])
+        return matcher
+
+    def _tokenizer(self) -> LLTokenizer:
+        with self._loading:
+            return self._loaded
+
+    @functools.cached_property
+    def _loaded(self) -> LLTokenizer:
+        from microvllm.runtime.grammar.vocabulary import model_tokenizer
+        from microvllm.runtime.text.end_tokens import end_tokens
+        from microvllm.runtime.text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(Path(self._config.tokenizer_path))
+        end, further = end_tokens(self._config, tokenizer)
+        return model_tokenizer(tokenizer, self._vocab_size, [*([] if end is None else [end]), *further])
+
+
+def _advance(group: Sequence[tuple[Row, Sequence[int]]]) -> None:
+    for row, tokens in group:
+        row.advance(tokens)
+
+
+def _refusal(request: EngineRequest, error: BaseException) -> StepOutput:
+    problem = str(error) if isinstance(error, (ValueError, MicroVLLMError)) else type(error).__name__
+    if problem != str(error):
+        logger.error("A grammar could not be compiled.", exc_info=error)
+    form = request.params.structured_outputs
+    field = form.field if form is not None else None
+    message = f"{field}: the grammar cannot be compiled: {problem}"
+    return StepOutput(request.request_id, [], FinishReason.ERROR, error=message, param=field)
