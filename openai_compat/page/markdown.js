@@ -173,7 +173,7 @@ function codeBlock(language, text) {
 }
 
 export function copyButton(label, text) {
-  const button = element("button", { type: "button", "aria-label": label, onclick: copy }, "Copy");
+  const button = element("button", { type: "button", title: label, onclick: copy }, "Copy");
   async function copy() {
     button.textContent = (await toClipboard(text())) ? "Copied" : "Not allowed";
     setTimeout(() => { button.textContent = "Copy"; }, 1500);

@@ -1,6 +1,6 @@
 // The chat page: a list of turns, the request of the last one, and the server's state.
 
-import { Problem, apiKey, call, readMetrics, streamChat } from "./api.js";
+import { apiKey, call, readMetrics, streamChat } from "./api.js";
 import { copyButton, element, render } from "./markdown.js";
 
 const EXAMPLES = ["What is the capital of Australia?", "Explain in two sentences why the sky is blue.",
@@ -47,7 +47,7 @@ function keep() {
 function viewOf(turn, index) {
   const name = { user: "You", assistant: "Answer", tool: "Result of the tool" }[turn.role];
   const view = { turn, body: element("div", { class: "body" }), tools: element("div", { class: "tools" }) };
-  const parts = [element("h3", { class: "unseen" }, name), view.body, view.tools];
+  const parts = [element("h2", { class: "unseen" }, name), view.body, view.tools];
   if (turn.role === "user") {
     view.tools.append(...userTools(index));
   } else if (turn.role === "assistant") {
@@ -98,9 +98,10 @@ function actionsOf(turn) {
     last && turn.unfinished && button("Continue", goOn)].filter(Boolean);
 }
 
-function statsOf({ tokens, first, last, firstAfter }) {
+function statsOf({ tokens, before, first, last, firstAfter }) {
   if (!tokens) return "";
-  const rate = tokens > 1 && last > first ? ` · ${((tokens - 1) / ((last - first) / 1000)).toFixed(1)} tokens/s` : "";
+  const more = tokens - before - 1; // after the first one of this request
+  const rate = more > 0 && last > first ? ` · ${(more / ((last - first) / 1000)).toFixed(1)} tokens/s` : "";
   return `${tokens} ${tokens === 1 ? "token" : "tokens"}${rate} · first token ${(firstAfter / 1000).toFixed(2)} s`;
 }
 
@@ -131,6 +132,7 @@ function say(text) { // for a screen reader: the start and the end of an answer,
 // ---- what a person does --------------------------------------------------------------------------------------
 
 function ask(text) {
+  $("undo").hidden = true;
   turns.push({ role: "user", content: text });
   answer();
 }
@@ -278,7 +280,7 @@ async function write(turn, body) {
 
 async function receive(turn, body, signal, changed) {
   const sent = performance.now(), before = turn.tokens || 0;
-  Object.assign(turn, { first: 0, last: 0, problem: "", failed: false });
+  Object.assign(turn, { before, first: 0, last: 0, problem: "", failed: false });
   for await (const event of streamChat(body, signal)) {
     const { delta = {}, finish_reason: reason } = event.choices?.[0] || {}, now = performance.now();
     const thought = delta.reasoning ?? delta.reasoning_content;
@@ -339,11 +341,12 @@ async function readModels() {
   try {
     const { data } = await (await call("v1/models")).json();
     limit = data[0].max_model_len || 0;
-    const names = data.map(({ id }) => element("option", { value: id }, id.split("/").pop() || id));
-    $("model").replaceChildren(...names);
+    const chosen = $("model").value, options = data.map(({ id }) => element("option", { value: id }, id.split("/").pop() || id));
+    $("model").replaceChildren(...options);
+    if (data.some(({ id }) => id === chosen)) $("model").value = chosen;
     $("model").title = $("model").value;
-    $("model").disabled = names.length === 1;
-    $("who").textContent = names[0].textContent;
+    $("model").disabled = options.length === 1;
+    $("who").textContent = options[0].textContent;
     showContext();
   } catch (problem) {
     if (problem.status === 401) askForKey();
@@ -369,7 +372,7 @@ async function readState() {
       const hits = now.prefix_cache_queries_total ? (100 * now.prefix_cache_hits_total) / now.prefix_cache_queries_total : 0;
       text = `${now.num_requests_running} running · ${now.num_requests_waiting} waiting · KV ${percent(100 * now.kv_cache_usage_perc)} · hits ${percent(hits)}`;
     }
-    if (!$("model").value && $("key-row").hidden) await readModels();
+    if ($("dot").className !== "up") await readModels(); // the server may be another one by now
   } catch (problem) {
     if (problem.status === 503) [state, text] = ["starting", "starting again, or shutting down"];
   }
@@ -420,7 +423,9 @@ function stored(storage, name, otherwise) {
 }
 
 turns = stored(sessionStorage, "turns", []);
-for (const turn of turns) if (turn.role === "assistant" && !turn.done) turn.problem = "Interrupted.";
+for (const turn of turns)
+  if (turn.role === "assistant" && !turn.done)
+    Object.assign(turn, { done: true, problem: "Interrupted.", unfinished: Boolean(turn.content) });
 settings = stored(sessionStorage, "settings", {});
 setTheme(stored(localStorage, "theme", ""));
 $("examples").append(...EXAMPLES.map((text) => element("li", {}, button(text, () => { ask(text); $("prompt").focus(); }))));
@@ -432,7 +437,6 @@ $("composer").addEventListener("submit", (event) => {
   if (!text) return;
   $("prompt").value = "";
   grow($("prompt"));
-  $("undo").hidden = true;
   ask(text);
 });
 $("prompt").addEventListener("input", () => grow($("prompt")));
@@ -444,6 +448,7 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running && !$("settings").open) running.abort(); });
 document.addEventListener("visibilitychange", readState);
+addEventListener("pagehide", keep);
 $("undo").lastElementChild.addEventListener("click", undo);
 $("new").addEventListener("click", () => { if (turns.length) replaceFrom(0); show(); $("prompt").focus(); });
 $("theme").addEventListener("click", () => {
@@ -467,6 +472,6 @@ $("latest").addEventListener("click", toEnd);
 
 show();
 toEnd();
-readModels().then(readState);
+readState();
 call("version").then((reply) => reply.json()).then(({ version }) => { $("version").textContent = `microvllm ${version}`; }).catch(() => {});
 call("docs", { method: "HEAD" }).then(() => { $("docs").hidden = false; }).catch(() => {});

@@ -122,6 +122,22 @@ class TestChat:
             page.wait(IDLE)
             assert page.evaluate("document.querySelector('.user textarea').value").endswith("never lost")
 
+    def test_a_reload_in_the_middle_of_an_answer(self, tab: Page) -> None:
+        client = ScriptedClient("begun and ended", "ended")
+        client.stall_after = 2
+        with opened(tab, client) as page:
+            ask(page, "Hello")
+            page.wait("document.querySelector('.assistant .body')?.innerText === 'begun an'")
+            page.call("Page.reload")
+            page.wait(
+                "performance.getEntriesByType('navigation')[0].type === 'reload' && "
+                "document.querySelector('.note')?.hidden === false"
+            )
+            eventually(lambda: client.aborted == 1)
+            client.stall_after = None
+            page.click(".assistant button", "Continue")
+            assert answered(page) == "begun anended"
+
     def test_settings_are_sent_and_a_reload_keeps_everything(self, tab: Page) -> None:
         client = ScriptedClient("x" * 80)
         with opened(tab, client) as page:
@@ -322,7 +338,7 @@ MARKDOWN = (
 )  # fmt: skip
 SHORT = (
     ('<div class="code"><div class="bar"><span>', "CODE["),
-    ('</span><button type="button" aria-label="Copy code">Copy</button></div><pre tabindex="0"><code>', "]"),
+    ('</span><button type="button" title="Copy code">Copy</button></div><pre tabindex="0"><code>', "]"),
     ("</code></pre></div>", ""),
     ('<div class="wide" tabindex="0"><table>', "<TABLE>"),
     ("</table></div>", "</TABLE>"),
@@ -585,7 +601,8 @@ class TestForEverybody:
                 {"role": "user", "content": "q"},
                 {"role": "assistant", "content": "*a*", "calls": [], "done": True},
             ]
-            page.evaluate(f"sessionStorage.setItem('turns', {json.dumps(json.dumps(turns * 100))})")
+            stored = json.dumps(json.dumps(turns * 100))
+            page.evaluate(f"addEventListener('pagehide', () => sessionStorage.setItem('turns', {stored}))")
             page.call("Page.reload")
             page.wait("document.querySelectorAll('#turns > li').length === 200")
             page.evaluate(
