@@ -6,13 +6,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from microvllm.runtime.metrics import EngineMetrics, Histogram
 
 if TYPE_CHECKING:
-    from prometheus_client.core import Metric
+    from prometheus_client.core import CollectorRegistry, Metric
 
     from microvllm.runtime.config import EngineConfig
     from microvllm.runtime.request import EngineStats
@@ -94,11 +94,26 @@ class Exposition:
         if metrics is not None:
             self._registry.register(EngineCollector(metrics, model, config))
 
-    def text(self) -> tuple[bytes, str]:
-        """Return the current numbers and their media type."""
+    def text(self, names: Collection[str] = ()) -> tuple[bytes, str]:
+        """Return the current numbers, or only the samples of these names, and their media type."""
         import prometheus_client as library
 
-        return library.generate_latest(self._registry), library.CONTENT_TYPE_LATEST
+        registry = _Chosen(self._registry, names) if names else self._registry
+        return library.generate_latest(registry), library.CONTENT_TYPE_LATEST
+
+
+class _Chosen:
+    """The samples of some names; the library's `restricted_registry` has to know them beforehand."""
+
+    def __init__(self, registry: CollectorRegistry, names: Collection[str]) -> None:
+        self._registry = registry
+        self._names = frozenset(names)
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if sample.name in self._names]
+            if family.samples:
+                yield family
 
 
 def stats_line(before: EngineStats, now: EngineStats, seconds: float, device: str = "cuda") -> str:

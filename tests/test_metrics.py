@@ -610,6 +610,17 @@ async def test_metrics_with_and_without_a_slash_and_without_a_key() -> None:
             assert "vllm:num_requests_running" in (await scrape(http, path)).names
 
 
+async def test_samples_can_be_chosen_by_name() -> None:
+    chosen = "vllm:num_requests_running", "vllm:e2e_request_latency_seconds_count", "http_requests_total"
+    async with in_process(FakeClient()) as http:
+        await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+        whole = (await http.get("/metrics")).text.splitlines()
+        some = (await http.get("/metrics", params={"name[]": chosen})).text.splitlines()
+        assert (await http.get("/metrics?name[]=nothing")).text == ""
+    assert [line for line in some if line[0] != "#"] == [line for line in whole if line.startswith(chosen)]
+    assert len(some) == 3 * 3
+
+
 async def test_without_log_stats_only_the_engines_numbers_are_off() -> None:
     client = FakeClient()
     before = client.observer

@@ -49,14 +49,14 @@ async def version(request: Request, state: ServerState) -> Response:
 
 
 async def metrics(request: Request, state: ServerState) -> Response:
-    """Everything that is counted, in Prometheus' text format."""
+    """Everything that is counted, or the samples of the given names, in Prometheus' text format."""
     if state.exposition is None:
         # Importing its library takes a while, which must hold up neither the start nor a stream.
         name, config = state.model_names[0], state.client.config
         state.exposition = await asyncio.to_thread(
             Exposition, state.http_metrics, state.metrics, name, config
         )
-    body, content_type = state.exposition.text()
+    body, content_type = state.exposition.text(request.query_params.getlist("name[]"))
     return Response(body, headers={"content-type": content_type})
 
 
@@ -215,6 +215,7 @@ async def stop_profile(request: Request, state: ServerState) -> Response:
 
 
 _PROBE: dict[str, Any] = {"needs_key": False, "in_http_metrics": False}
+_NAMES = {"name[]": {"type": "array", "items": {"type": "string"}}}
 _CONFIG_FORMAT = {"config_format": {"enum": ["text", "json"], "default": "text"}}
 _RESETS = {
     "reset_running_requests": {"type": "boolean", "default": False},
@@ -233,7 +234,7 @@ ENDPOINTS = (
     Endpoint(path="/ping", methods=("GET", "POST"), handler=health, **_PROBE),
     Endpoint(path="/version", handler=version, answer="Version", **_PROBE),
     # Open as in vLLM, for a Prometheus without a key.
-    Endpoint(path="/metrics", handler=metrics, **_PROBE),
+    Endpoint(path="/metrics", handler=metrics, query=_NAMES, **_PROBE),
     Endpoint(path="/metrics/", handler=metrics, documented=False, **_PROBE),
     Endpoint(path="/load", handler=load, answer="Load", **_PROBE),
     Endpoint(path="/get_load", handler=get_load, answer="EngineLoad", **_PROBE),

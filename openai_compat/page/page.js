@@ -6,6 +6,8 @@ import { copyButton, element, render } from "./markdown.js";
 const EXAMPLES = ["What is the capital of Australia?", "Explain in two sentences why the sky is blue.",
   "Write a Python function that reverses a string.", "Write a short poem about the sea."];
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
+const METRICS = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total"]
+  .map((name) => `name[]=vllm:${name}`).join("&");
 const BUSY_POLL_MS = 1500, IDLE_POLL_MS = 5000, ATTEMPTS = 6, SPOKEN_CHARACTERS = 400;
 const $ = (id) => document.getElementById(id);
 
@@ -366,7 +368,7 @@ async function readState() {
   try {
     await call("health");
     state = "up";
-    const now = readMetrics(await (await call("metrics")).text());
+    const now = readMetrics(await (await call(`metrics?${METRICS}`)).text());
     text = "ready";
     if ("num_requests_running" in now) {
       const hits = now.prefix_cache_queries_total ? (100 * now.prefix_cache_hits_total) / now.prefix_cache_queries_total : 0;
