@@ -294,6 +294,8 @@ def _announce(args: ServerArgs, model: str, announce: Callable[[str], None]) -> 
         f"Try: curl {where}/v1/chat/completions -H 'Content-Type: application/json'{key} "
         f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
     )
+    if args.page and args.uds is None:
+        announce(f"Or open {address}/ in a browser.")
     announce("Application startup complete.")
 
 

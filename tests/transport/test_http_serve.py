@@ -139,6 +139,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
         server.wait_for("Application startup complete.")
         printed = server.output
         assert f"Starting microvllm server on http://127.0.0.1:{server.port}" in printed
+        assert f"Or open http://127.0.0.1:{server.port}/ in a browser." in printed
         assert f"curl http://127.0.0.1:{server.port}/v1/chat/completions" in printed
         assert '"model": "m"' in printed and "Bearer YOUR_KEY" in printed
         assert server.post(BODY).status == 401
