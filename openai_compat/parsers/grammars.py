@@ -31,6 +31,10 @@ class CallForm(Protocol):
     @property
     def separator(self) -> str: ...
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Texts that may be special tokens of the vocabulary: they have to be in the output's text."""
+
     def triggers(self, name: str) -> str:
         """Return the text that a call of this function begins with."""
 

@@ -30,6 +30,10 @@ class HarmonyCalls(msgspec.Struct, frozen=True):
     wrap: tuple[str, str] = ("", "")
     separator: str = f"{ENDS[2]}{START}assistant"
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return TAGS
+
     def triggers(self, name: str) -> str:
         return f"{CHANNEL}commentary to="
 
@@ -51,9 +55,10 @@ def harmony(scan: Scanner, write: Writer) -> Reading[None]:
         if tag != MESSAGE:
             scan.record = None
             continue
-        recipient = RECIPIENT.search(head)
-        if recipient is not None and write.functions:
-            name = recipient[1].removeprefix("functions.")
+        found = RECIPIENT.search(head)
+        recipient = found[1] if found is not None else ""
+        name = recipient.removeprefix("functions.")
+        if write.functions and name and (name != recipient or name in write.functions):
             yield from scan.space()
             if (yield from call_arguments(scan, write, name, None, TAGS)):
                 yield from scan.space()

@@ -13,7 +13,7 @@ from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
 
 ARGUMENTS = ("arguments", "parameters")
-HEADS = ('"name"', '"type"', '"function"', '"id"')
+HEADS = ('"name"', '"type"', '"function"')
 
 
 class JsonCalls(msgspec.Struct, frozen=True):
@@ -41,6 +41,10 @@ class JsonCalls(msgspec.Struct, frozen=True):
     @property
     def in_reasoning(self) -> bool:
         return not self.bare
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return (*self.tags, self.end)
 
     def triggers(self, name: str) -> str:
         return '{"name": "' if self.bare else self.tags[0]
@@ -99,7 +103,13 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
         yield from scan.space()
         yield from scan.literal(":")
         yield from scan.space()
+        if bare and key == "type" and not started:
+            if not (yield from scan.literal('"function"')):
+                return
+            continue
         is_string = bool((yield from scan.ahead('"')))
+        if bare and key not in ARGUMENTS and not (started or is_string):
+            return
         if key in ARGUMENTS and not started:
             if name and write.accepts(name):
                 started = yield from call_arguments(scan, write, name, call_id, stops)

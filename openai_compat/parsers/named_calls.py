@@ -5,23 +5,35 @@ from __future__ import annotations
 import msgspec
 
 from microvllm.openai_compat.parsers.events import Function
-from microvllm.openai_compat.parsers.grammars import Tag, arguments_schema, schema_value, tag
+from microvllm.openai_compat.parsers.grammars import (
+    Tag,
+    arguments_schema,
+    constant,
+    schema_value,
+    sequence,
+    tag,
+)
 from microvllm.openai_compat.parsers.json_calls import JsonCalls, call_arguments
 from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
 
-SEPARATOR = "<｜tool▁sep｜>"
 FENCE = "```"
 MISTRAL_LIST = JsonCalls(("[TOOL_CALLS]",), wrap=("[TOOL_CALLS][", "]"), separator=", ")
 
 
-class DeepSeekCalls(msgspec.Struct, frozen=True):
-    """DeepSeek V3.1's `name<sep>{...}` and V3's `function<sep>name` with the arguments as a block of code."""
+class NamedCalls(msgspec.Struct, frozen=True):
+    """Calls as a name, `between`, and the arguments, with `call` around each and `wrap` around all.
 
+    With `fenced` the name stands behind "function" and `between`, and the arguments are a block of code. With
+    `numbered` it is an id that holds the name: `functions.name:0`.
+    """
+
+    wrap: tuple[str, str]
+    call: tuple[str, str]
+    between: str
     separator: str = ""
     fenced: bool = False
-    wrap: tuple[str, str] = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-    call: tuple[str, str] = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
+    numbered: bool = False
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -31,15 +43,23 @@ class DeepSeekCalls(msgspec.Struct, frozen=True):
     def in_reasoning(self) -> bool:
         return True
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return (*self.wrap, *self.call, self.between)
+
     def triggers(self, name: str) -> str:
         return self.wrap[0]
 
     def tag(self, function: Function, checked: bool) -> Tag:
         value = schema_value(arguments_schema(function) if checked else {"type": "object"})
         if self.fenced:
-            begin = f"{self.call[0]}function{SEPARATOR}{function.name}\n{FENCE}json\n"
+            begin = f"{self.call[0]}function{self.between}{function.name}\n{FENCE}json\n"
             return tag(begin, value, f"\n{FENCE}{self.call[1]}")
-        return tag(f"{self.call[0]}{function.name}{SEPARATOR}", value, self.call[1])
+        if self.numbered:
+            begin = f"{self.call[0]}functions.{function.name}:"
+            numbered = sequence([{"type": "regex", "pattern": "[0-9]{1,3}"}, constant(self.between), value])
+            return tag(begin, numbered, self.call[1])
+        return tag(f"{self.call[0]}{function.name}{self.between}", value, self.call[1])
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         made = False
@@ -49,26 +69,35 @@ class DeepSeekCalls(msgspec.Struct, frozen=True):
                 if not (yield from scan.literal(self.call[0])):
                     break
             start = ""
-            name = yield from scan.word()
-            if not (yield from scan.literal(SEPARATOR)):
-                return
-            if name == "function" and not (yield from scan.ahead("{")):
-                name = yield from scan.word()
-            yield from scan.space()
-            yield from scan.literal(f"{FENCE}json", FENCE)
-            yield from scan.space()
-            stops = (self.call[1], self.wrap[1])
-            if not write.accepts(name) or not (yield from call_arguments(scan, write, name, None, stops)):
+            if not (yield from self._call(scan, write)):
                 return
             made = True
             scan.record = []
-            yield from scan.space()
-            yield from scan.literal(FENCE)
-            yield from scan.space()
-            yield from scan.literal(self.call[1])
         if made:
             yield from scan.literal(self.wrap[1])
             scan.record = None
+
+    def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
+        yield from scan.space()
+        name, call_id = (yield from scan.word()), None
+        yield from scan.space()
+        if not (yield from scan.literal(self.between)):
+            return False
+        if name == "function" and not (yield from scan.ahead("{")):
+            name = yield from scan.word()
+        if self.numbered:
+            call_id, name = name, name.rpartition(":")[0].removeprefix("functions.") or name
+        yield from scan.space()
+        yield from scan.literal(f"{FENCE}json", FENCE)
+        yield from scan.space()
+        stops = (self.call[1], self.wrap[1])
+        if not write.accepts(name) or not (yield from call_arguments(scan, write, name, call_id, stops)):
+            return False
+        yield from scan.space()
+        yield from scan.literal(FENCE)
+        yield from scan.space()
+        yield from scan.literal(self.call[1])
+        return True
 
 
 class MistralCalls(msgspec.Struct, frozen=True):
@@ -84,6 +113,10 @@ class MistralCalls(msgspec.Struct, frozen=True):
     @property
     def in_reasoning(self) -> bool:
         return True
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
     def triggers(self, name: str) -> str:
         return self.starts[0]
@@ -102,8 +135,3 @@ class MistralCalls(msgspec.Struct, frozen=True):
         yield from scan.space()
         if write.accepts(name):
             yield from call_arguments(scan, write, name, call_id, self.starts)
-
-
-DEEPSEEK_V3 = DeepSeekCalls("\n", fenced=True)
-DEEPSEEK_V31 = DeepSeekCalls()
-MISTRAL = MistralCalls()

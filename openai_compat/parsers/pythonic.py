@@ -26,13 +26,14 @@ KEY = {"type": "regex", "pattern": "[A-Za-z_][A-Za-z0-9_]*="}
 
 
 class PythonicCalls(msgspec.Struct, frozen=True):
-    """Calls in a list, or between `tags`. The functions have to be declared, the arguments named."""
+    """Calls in a list, or `listed` or not between `tags`. The functions are declared, the arguments named."""
 
     tags: tuple[str, str] = ("", "")
+    listed: bool = True
 
     @property
     def starts(self) -> tuple[str, ...]:
-        return (self.tags[0], "[") if self.tags[0] else ("[",)
+        return tuple(start for start in (self.tags[0], "[" if self.listed else "") if start)
 
     @property
     def in_reasoning(self) -> bool:
@@ -40,11 +41,19 @@ class PythonicCalls(msgspec.Struct, frozen=True):
 
     @property
     def wrap(self) -> tuple[str, str]:
-        return f"{self.tags[0]}[", f"]{self.tags[1]}"
+        return (
+            (f"{self.tags[0]}[", f"]{self.tags[1]}")
+            if self.listed
+            else (f"{self.tags[0]}\n", f"\n{self.tags[1]}")
+        )
 
     @property
     def separator(self) -> str:
-        return ", "
+        return ", " if self.listed else "\n"
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return self.tags
 
     def triggers(self, name: str) -> str:
         return f"{self.wrap[0]}{name}("
@@ -106,7 +115,3 @@ def _listed(values: list[Tag], num_required: int) -> Tag:
         return sequence([values[0], *with_comma[1:num_required], *optional[num_required:]])
     firsts = [sequence([value, *optional[index + 1 :]]) for index, value in enumerate(values)]
     return either([constant(""), *firsts])
-
-
-PYTHONIC = PythonicCalls()
-LLAMA4_PYTHONIC = PythonicCalls(("<|python_start|>", "<|python_end|>"))

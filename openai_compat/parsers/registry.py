@@ -1,54 +1,62 @@
-"""Names the formats of calls and of reasoning, and makes parsers of them."""
+"""Makes parsers, by the names of formats or by what a chat template shows."""
 
 from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from microvllm.openai_compat.parsers.events import Function
-from microvllm.openai_compat.parsers.harmony import HARMONY, HARMONY_THINKING, HarmonyCalls, harmony
-from microvllm.openai_compat.parsers.json_calls import JsonCalls
-from microvllm.openai_compat.parsers.named_calls import DEEPSEEK_V3, DEEPSEEK_V31, MISTRAL
-from microvllm.openai_compat.parsers.output import CallGrammar, OutputParser, Thinking, tagged
-from microvllm.openai_compat.parsers.pythonic import LLAMA4_PYTHONIC, PYTHONIC
+from microvllm.openai_compat.parsers.formats import REASONING_FORMATS, TOOL_FORMATS
+from microvllm.openai_compat.parsers.harmony import HARMONY_THINKING, HarmonyCalls, harmony
+from microvllm.openai_compat.parsers.named_calls import MistralCalls
+from microvllm.openai_compat.parsers.output import OutputParser, tagged
 from microvllm.openai_compat.parsers.writer import Writer, call_id
-from microvllm.openai_compat.parsers.xml_calls import DEEPSEEK_V4, DEEPSEEK_V32, GLM45, GLM47, QWEN3_CODER
 
+__all__ = [
+    "AUTO",
+    "REASONING_FORMATS",
+    "TOOL_FORMATS",
+    "detect_formats",
+    "ends_in_reasoning",
+    "make_parser",
+    "tokens_of",
+]
 AUTO = "auto"
-HERMES = JsonCalls(("<tool_call>",), "</tool_call>", around=("<tool_call>\n", "\n</tool_call>"))
-LLAMA3_JSON = JsonCalls(("<|python_tag|>",), bare=("{",), separator="; ", key="parameters")
-# By vLLM's names.
-TOOL_FORMATS: Mapping[str, CallGrammar | HarmonyCalls] = {
-    "deepseek_v3": DEEPSEEK_V3,
-    "deepseek_v31": DEEPSEEK_V31,
-    "deepseek_v32": DEEPSEEK_V32,
-    "deepseek_v4": DEEPSEEK_V4,
-    "glm45": GLM45,
-    "glm47": GLM47,
-    "hermes": HERMES,
-    "llama3_json": LLAMA3_JSON,
-    "llama4_json": LLAMA3_JSON,
-    "llama4_pythonic": LLAMA4_PYTHONIC,
-    "mistral": MISTRAL,
-    "openai": HARMONY,
-    "pythonic": PYTHONIC,
-    "qwen3_coder": QWEN3_CODER,
-    "qwen3_json": HERMES,
-    "qwen3_xml": QWEN3_CODER,
-}
-THINK = Thinking("<think>", "</think>")
-REASONING_FORMATS: Mapping[str, Thinking] = {
-    "deepseek_r1": Thinking("<think>", "</think>", implied=True),
-    "deepseek_v3": THINK,
-    "deepseek_v4": THINK,
-    "glm45": THINK,
-    "glm47": THINK,
-    "holo2": THINK,
-    "mistral": Thinking("[THINK]", "[/THINK]"),
-    "openai_gptoss": HARMONY_THINKING,
-    "qwen3": THINK,
-}
+# What a chat template shows -> the format; the first that holds all of its texts counts.
+SHOWN_TOOLS = (
+    (("<|channel|>", "<|message|>"), "openai"),
+    (("｜DSML｜", "function_calls>"), "deepseek_v32"),
+    (("｜DSML｜", "tool_calls>"), "deepseek_v4"),
+    (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
+    (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
+    (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<arg_key>", "{function-name}\n"), "glm45"),
+    (("<arg_key>",), "glm47"),
+    (("<seed:tool_call>",), "seed_oss"),
+    (("<minimax:tool_call>",), "minimax_m2"),
+    (("<longcat_tool_call>",), "longcat"),
+    (("<function=", "<parameter="), "qwen3_coder"),
+    (("<|tool_call|>",), "granite"),
+    (("<tool_call>",), "hermes"),
+    (("<function_calls>", "pythonic"), "olmo3"),
+    (("[func_name1(", "<|header_start|>"), "llama4_pythonic"),
+    (("<|python_start|>",), "llama4_pythonic"),
+    (("[func_name1(",), "pythonic"),
+    (("<|python_tag|>",), "llama3_json"),
+    (('"name": function name, "parameters"',), "llama3_json"),
+)
+SHOWN_REASONING = (
+    (("<|channel|>", "<|message|>"), "openai_gptoss"),
+    (("[THINK]",), "mistral"),
+    (("<seed:think>",), "seed_oss"),
+    (("<minimax:tool_call>", "</think>"), "minimax_m2"),
+    # DeepSeek's later templates open or close the reasoning themselves.
+    (("<｜Assistant｜>", "</think>", "thinking"), "deepseek_v3"),
+    (("<｜Assistant｜>", "</think>"), "deepseek_r1"),
+    (("</think>",), "qwen3"),
+)
 
 
 def make_parser(
@@ -68,7 +76,7 @@ def make_parser(
     calls = TOOL_FORMATS[tool_format] if tool_format is not None and tools else None
     thinking = REASONING_FORMATS[reasoning_format] if reasoning_format is not None else None
     if new_id is None:
-        new_id = mistral_id if calls is MISTRAL else call_id
+        new_id = mistral_id if isinstance(calls, MistralCalls) else call_id
     writer = Writer({tool.name: tool for tool in tools}, new_id, parallel)
     if isinstance(calls, HarmonyCalls) or thinking is HARMONY_THINKING:
         return OutputParser(harmony, writer)
@@ -92,7 +100,21 @@ def ends_in_reasoning(reasoning_format: str | None, prompt: str) -> bool | None:
     return True if end.endswith(thinking.start) else False if end.endswith(thinking.end) else None
 
 
+def tokens_of(tool_format: str | None, reasoning_format: str | None) -> frozenset[str]:
+    """Return the texts of formats that may be special tokens, which a parser has to be given."""
+    texts = TOOL_FORMATS[tool_format].tokens if tool_format is not None else ()
+    if reasoning_format is not None:
+        thinking = REASONING_FORMATS[reasoning_format]
+        texts = (*texts, thinking.start, thinking.end)
+        if thinking is HARMONY_THINKING:
+            texts = (*texts, *TOOL_FORMATS["openai"].tokens)
+    return frozenset(filter(None, texts))
+
+
 def detect_formats(chat_template: str) -> tuple[str | None, str | None]:
     """Return the formats of calls and of reasoning that a chat template shows."""
-    tool = "hermes" if "<tool_call>" in chat_template else None
-    return tool, "qwen3" if "</think>" in chat_template else None
+    tool, reasoning = (
+        next((name for texts, name in table if all(text in chat_template for text in texts)), None)
+        for table in (SHOWN_TOOLS, SHOWN_REASONING)
+    )
+    return tool, reasoning

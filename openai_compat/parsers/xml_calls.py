@@ -66,6 +66,10 @@ class XmlCalls(msgspec.Struct, frozen=True):
     def separator(self) -> str:
         return self.line
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return (*self.section, *self.call, *self.argument, *self.behind_key, self.value)
+
     def triggers(self, name: str) -> str:
         return self.starts[0]
 
@@ -182,35 +186,3 @@ class XmlCalls(msgspec.Struct, frozen=True):
             return ""
         write.arguments('"' if is_string else typed("".join(pieces), types))
         return "" if own == end else own
-
-
-QWEN3_CODER = XmlCalls(
-    ("<tool_call>", "</tool_call>"),
-    ("<function=", ">", "</function>"),
-    ("<parameter=", "</parameter>"),
-    (">",),
-    own_lines=True,
-    one_each=True,
-)
-GLM45 = XmlCalls(
-    ("", ""),
-    ("<tool_call>", "", "</tool_call>"),
-    ("<arg_key>", "</arg_value>"),
-    ("</arg_key>",),
-    value="<arg_value>",
-)
-GLM47 = msgspec.structs.replace(GLM45, line="")
-
-
-def dsml(section: str) -> XmlCalls:
-    """Return DeepSeek's markup with the given name of the tags around all calls."""
-    return XmlCalls(
-        (f"<｜DSML｜{section}>", f"</｜DSML｜{section}>"),
-        ('<｜DSML｜invoke name="', '">', "</｜DSML｜invoke>"),
-        ('<｜DSML｜parameter name="', "</｜DSML｜parameter>"),
-        ('" string="true">', '" string="false">', '">'),
-    )
-
-
-DEEPSEEK_V32 = dsml("function_calls")
-DEEPSEEK_V4 = dsml("tool_calls")

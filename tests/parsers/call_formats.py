@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Call = tuple[str, dict[str, Any]]
+Render = Callable[[Sequence[Call]], str]
 DEEPSEEK_CALLS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 DEEPSEEK_CALL = ("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>")
 
@@ -129,7 +130,51 @@ def harmony(calls: Sequence[Call]) -> str:
     )
 
 
-FORMATS: dict[str, tuple[str, Callable[[Sequence[Call]], str]]] = {
+def json_list(before: str, after: str) -> Render:
+    return lambda calls: (
+        before + dumps([{"name": name, "arguments": arguments} for name, arguments in calls]) + after
+    )
+
+
+def json_objects(before: str, after: str, key: str = "arguments") -> Render:
+    return lambda calls: "\n".join(
+        before + dumps({"name": name, key: arguments}) + after for name, arguments in calls
+    )
+
+
+def kimi_k2(calls: Sequence[Call]) -> str:
+    written = [
+        f"<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>{dumps(arguments)}"
+        "<|tool_call_end|>"
+        for index, (name, arguments) in enumerate(calls)
+    ]
+    return f"<|tool_calls_section_begin|>{''.join(written)}<|tool_calls_section_end|>"
+
+
+def minimax_m2(calls: Sequence[Call]) -> str:
+    written = [
+        f'<invoke name="{name}">\n'
+        + "".join(f'<parameter name="{key}">{plain(value)}</parameter>\n' for key, value in arguments.items())
+        + "</invoke>\n"
+        for name, arguments in calls
+    ]
+    return f"<minimax:tool_call>\n{''.join(written)}</minimax:tool_call>"
+
+
+def seed_oss(calls: Sequence[Call]) -> str:
+    return "\n".join(
+        f"<seed:tool_call>\n<function={name}>\n"
+        + "".join(f"<parameter={key}>{plain(value)}</parameter>\n" for key, value in arguments.items())
+        + "</function>\n</seed:tool_call>"
+        for name, arguments in calls
+    )
+
+
+def olmo3(calls: Sequence[Call]) -> str:
+    return "<function_calls>\n" + pythonic(calls)[1:-1].replace("), ", ")\n") + "\n</function_calls>"
+
+
+FORMATS: dict[str, tuple[str, Render]] = {
     "hermes": ("hermes", hermes),
     "qwen3_coder": ("qwen3_coder", qwen3_coder),
     "glm45": ("glm45", glm45),
@@ -145,4 +190,18 @@ FORMATS: dict[str, tuple[str, Callable[[Sequence[Call]], str]]] = {
     "mistral_v3": ("mistral", mistral_v3),
     "mistral_v11": ("mistral", mistral_v11),
     "mistral_v13": ("mistral", mistral_v13),
+}
+# Other names for the same grammars with other tags.
+MORE_FORMATS: dict[str, tuple[str, Render]] = {
+    "granite": ("granite", json_list("<|tool_call|>", "")),
+    "granite-20b-fc": ("granite-20b-fc", json_objects("<function_call> ", "")),
+    "internlm": ("internlm", json_objects("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters")),
+    "jamba": ("jamba", json_list("<tool_calls>", "</tool_calls>")),
+    "kimi_k2": ("kimi_k2", kimi_k2),
+    "longcat": ("longcat", json_objects("<longcat_tool_call>\n", "\n</longcat_tool_call>")),
+    "mimo": ("mimo", lambda calls: seed_oss(calls).replace("seed:", "")),
+    "minimax_m2": ("minimax_m2", minimax_m2),
+    "olmo3": ("olmo3", olmo3),
+    "phi4_mini_json": ("phi4_mini_json", json_list("functools", "")),
+    "seed_oss": ("seed_oss", seed_oss),
 }

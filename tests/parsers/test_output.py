@@ -6,7 +6,6 @@ import pytest
 from parser_tools import calls_of, check_splits, events_of, parse
 
 from microvllm.openai_compat.parsers.events import Content, Reasoning
-from microvllm.openai_compat.parsers.registry import ends_in_reasoning
 
 QWEN3 = ("hermes", "qwen3")
 R1 = (None, "deepseek_r1")
@@ -61,13 +60,6 @@ def test_text_streams_at_once() -> None:
         assert isinstance(event, Content)
         shown += event.text
     assert shown == text
-
-
-def test_the_prompt_says_where_it_ends() -> None:
-    assert ends_in_reasoning("qwen3", "<|im_start|>assistant\n<think>\n") is True
-    assert ends_in_reasoning("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n") is False
-    assert ends_in_reasoning("qwen3", "<|im_start|>assistant\n") is None
-    assert ends_in_reasoning(None, "<think>\n") is None
 
 
 def test_reasoning_streams() -> None:
