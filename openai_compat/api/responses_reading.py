@@ -114,6 +114,8 @@ def _as_chat(body: ResponsesRequest, items: Sequence[Any], first: int) -> tuple[
         "tool_choice": read_tool_choice(body.tool_choice, tools),
         "parallel_tool_calls": body.parallel_tool_calls,
         "chat_template_kwargs": body.chat_template_kwargs,
+        "include_reasoning": body.include_reasoning,
+        "thinking_token_budget": body.thinking_token_budget,
     }
     chat = read_request(ChatCompletionRequest, fields)
     for name in GenerationRequest.__struct_fields__:

@@ -15,7 +15,7 @@ from microvllm.openai_compat.api.requests import (
     NonEmpty,
     TemplateKwargs,
 )
-from microvllm.runtime.request import Int64
+from microvllm.runtime.request import INT64_MAX, Int64
 from microvllm.runtime.text.chat_template import MAX_MESSAGES
 
 LOGPROBS = "message.output_text.logprobs"
@@ -84,7 +84,11 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
         "reasoning_effort": (),
         "response_format": ({"type": "text"},),
         "logprobs": (False,),
-        **GenerationRequest.refused,
+        **{
+            name: harmless
+            for name, harmless in GenerationRequest.refused.items()
+            if name != "thinking_token_budget"
+        },
         # what has no place in the response
         "stream_options": ({}, {"include_obfuscation": False}, {"include_usage": True}),
         "n": (1,),
@@ -111,6 +115,8 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     chat_template_kwargs: TemplateKwargs = {}
+    include_reasoning: bool = True
+    thinking_token_budget: Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None = None
     # repeated in the response
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
     user: str | None = None

@@ -17,7 +17,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from process_tools import PATIENCE_S
 
-from microvllm.openai_compat.api.requests import honoured_fields
+from microvllm.openai_compat.api.requests import GenerationRequest, honoured_fields
 from microvllm.openai_compat.api.responses_items import read_messages, seal_reasoning
 from microvllm.openai_compat.api.responses_requests import ResponsesRequest
 from microvllm.openai_compat.api.responses_store import ResponseStore, StoredResponse
@@ -147,6 +147,56 @@ def test_every_field_of_the_sdk_is_honoured_ignored_or_refused() -> None:
     known = {*honoured_fields(ResponsesRequest), *ResponsesRequest.ignored, *ResponsesRequest.refused}
     asked = {*ResponseCreateParamsBase.__annotations__, "stream"}
     assert asked <= known, asked - known
+
+
+# A value for each field that other endpoints that generate have, too.
+SHARED: dict[str, Any] = {
+    "model": "fake-model",
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 5,
+    "min_p": 0.1,
+    "seed": 2,
+    "stop": ["q"],
+    "stop_token_ids": [100],
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 10},
+    "allowed_token_ids": [120, 121],
+    "bad_words": ["x"],
+    "ignore_eos": True,
+    "min_tokens": 2,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 3},
+    "truncate_prompt_tokens": 9,
+    "truncation_side": "right",
+    "stream": True,
+    "stream_interval": 2,
+    "return_tokens_as_token_ids": True,
+    "cache_salt": "tenant",
+    "priority": 3,
+    "request_id": "mine",
+}
+
+
+async def test_the_fields_of_all_endpoints_mean_the_same() -> None:
+    shared = honoured_fields(GenerationRequest).keys() - ResponsesRequest.refused.keys()
+    assert shared == SHARED.keys()
+    client, options = FakeClient(), {"top_logprobs": 2, "thinking_token_budget": 5}
+    async with in_process(client, reasoning_parser="qwen3") as http:
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "logprobs": True}
+        await http.post("/v1/chat/completions", json={**SHARED, **options, **chat})
+        body = {**SHARED, **options, "input": "hi", "max_output_tokens": 5}
+        answer = await http.post("/v1/responses", json=body)
+    as_chat, as_response = client.submitted
+    assert as_chat == as_response
+    events = events_of(answer.text)
+    texts = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert events[-1]["response"]["id"] == "resp_mine"
+    assert texts[0]["logprobs"][0]["token"].startswith("token_id:")
 
 
 @pytest.mark.parametrize("name", list(DEMANDING))
