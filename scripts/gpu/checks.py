@@ -47,7 +47,8 @@ class Result:
 
 
 def pytest(name: str, *paths: str) -> Check:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    # pytest-benchmark, where it is installed, warns that it does not go with xdist, and warnings are errors.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", *paths]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(6, os.cpu_count() or 1))]
     return Check(name, command)

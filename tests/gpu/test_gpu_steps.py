@@ -78,7 +78,7 @@ def test_busy_is_what_the_profiler_sees() -> None:
     generate_ids(made, PROMPTS, TOKENS)
     before = made.core.stats()
     made.core.clock.enter("idle")  # the profiler takes its time to start
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         generate_ids(made, PROMPTS, TOKENS)
         torch.cuda.synchronize()
     after = made.core.stats()
