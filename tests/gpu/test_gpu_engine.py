@@ -81,6 +81,11 @@ def test_greedy_tokens_in_float32_are_those_of_the_cpu(model: str, options: dict
     assert (graphs is None) == bool(options.get("enforce_eager")) and (graphs is None or graphs.replays > 0)
 
 
+@pytest.mark.parametrize("model", ["gemma3", "phi3-window", "qwen3-mixed-windows"])
+def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
+    assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_graphs_and_async_scheduling_change_no_token(model: str, dtype: str) -> None:
