@@ -17,9 +17,9 @@ def make_operators(
     """The operators called `name`.
 
     "torch": on torch's own threads; "cpu": on `threads` threads, where `int8_activations` may round what is
-    multiplied with quantised weights and `batch_invariant` keeps a row's bits whatever is computed with it
-    (see `CpuOperators`); "triton" and "flash_attn": on the current GPU, with the attention backend of that
-    name. Raises `NoCompilerError` if "cpu" cannot be built.
+    multiplied with quantised weights (see `CpuOperators`); "triton" and "flash_attn": on the current GPU,
+    with the attention backend of that name. `batch_invariant` keeps a row's bits whatever is computed with
+    it, by "cpu" and "triton". Raises `NoCompilerError` if "cpu" cannot be built.
     """
     if name == "torch":
         return TorchOperators(dtype)
@@ -33,5 +33,6 @@ def make_operators(
     if name in ("triton", "flash_attn"):
         from microvllm.ops.gpu.operators import GpuOperators
 
-        return GpuOperators(dtype, torch.device("cuda", torch.cuda.current_device()), name)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return GpuOperators(dtype, device, name, batch_invariant)
     raise ValueError(f"no operators are called {name}")

@@ -86,7 +86,7 @@ class EngineArgs:
     batch_invariant: bool = flag(
         False,
         MODEL,
-        "Give a request the same answer to the last bit whatever runs beside it; with the backend cpu only.",
+        "Give a request the same answer to the last bit whatever runs beside it; by backends cpu and triton.",
     )
     hf_overrides: dict[str, Any] | None = flag(None, MODEL, "Values in place of those in config.json.")
     rope_scaling: dict[str, Any] | None = flag(None, MODEL, "The same as --hf-overrides.rope_scaling.")
@@ -235,13 +235,8 @@ class EngineArgs:
             (self.gguf_weights == "packed" and unpacked, f"--gguf-weights packed: {unpacked}"),
             (self.cpu_activations == "int8" and float_only, f"--cpu-activations int8: {float_only}"),
             (
-                batch_invariant and device == "cuda",
-                "--batch-invariant (VLLM_BATCH_INVARIANT=1) is not there on CUDA yet",
-                "leave it out, or use --device cpu",
-            ),
-            (
-                batch_invariant and backend == "torch",
-                "--batch-invariant (VLLM_BATCH_INVARIANT=1): only --attention-backend cpu keeps to one order",
+                batch_invariant and backend not in ("cpu", "triton"),
+                "--batch-invariant (VLLM_BATCH_INVARIANT=1): --attention-backend must be cpu or triton",
             ),
             (
                 device == "cpu" and dtype == "float16",

@@ -5,8 +5,9 @@
 
 Greedy requests for prompts cut from a text run alone, then in other ways, with the option and without it in
 turns. Prints Markdown: how many answers have the tokens of the prompt alone, and of those with the option,
-how many have the same bits of log probabilities, too; and tokens for each second of processor time,
-which other processes disturb least. Ends with 1 unless all with the option have the same bits.
+how many have the same bits of log probabilities, too; and tokens a second: on a CPU for each second of
+processor time, which other processes disturb least. `--first` and `--prompts` cut the 1,000 into parts that
+can run side by side. Ends with 1 unless all with the option have the same bits.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from microvllm import LLM, SamplingParams
 
 TEXT = Path(__file__).with_name("perplexity.txt")
+ON_GPU = torch.cuda.is_available()
+CLOCK = time.perf_counter if ON_GPU else time.process_time
 LONGEST = 200  # tokens of a prompt
 SLICE = 64  # prompts of one turn
+BLOCKS = 40 if ON_GPU else 80  # of 64 tokens on a GPU and 16 on a CPU: too few for all
 WAYS: dict[str, dict[str, Any]] = {
     "alone": {"max_num_seqs": 1},
     "batch of 8": {"max_num_seqs": 8},
     "batch of 64": {"max_num_seqs": 64},
     "chunks of 24": {"max_num_seqs": 16, "long_prefill_token_threshold": 24},
     "prefix hit": {"max_num_seqs": 16, "enable_prefix_caching": True},
-    "preempted": {"max_num_seqs": 64, "num_gpu_blocks_override": 80},
+    "preempted": {"max_num_seqs": 64, "num_gpu_blocks_override": BLOCKS},
 }
 
 Answer = list[tuple[int, float]]
@@ -40,7 +46,15 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, way: dict[str, Any], invariant: bool) -> None:
         options = {"enable_prefix_caching": False, "max_model_len": 1024, "batch_invariant": invariant, **way}
-        self.llm = LLM(args.model, dtype=args.dtype, cpu_activations=args.cpu_activations, **options)
+        if ON_GPU:  # both runs are in its memory at once
+            options.setdefault("num_gpu_blocks_override", 1024)
+        self.llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            cpu_activations=args.cpu_activations,
+            load_format=args.load_format,
+            **options,
+        )
         self.warms = options["enable_prefix_caching"]
         self.params = SamplingParams(temperature=0, max_tokens=args.max_tokens, logprobs=0)
         self.answers: list[Answer] = []
@@ -49,9 +63,9 @@ class Run:
     def generate(self, prompts: list[list[int]]) -> None:
         if self.warms:
             self.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-        begin = time.process_time()
+        begin = CLOCK()
         outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
-        self.seconds += time.process_time() - begin
+        self.seconds += CLOCK() - begin
         for output in outputs:
             (answer,) = output.outputs
             entries = zip(answer.token_ids, answer.logprobs or [], strict=True)
@@ -79,7 +93,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--load-format", default="auto")
     parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first prompt")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cpu-activations", default="float32")
@@ -91,7 +107,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     for name, way in WAYS.items():
         runs = [Run(args, way, invariant) for invariant in (False, True)]
-        prompts = prompts or cut_prompts(runs[0].llm, args.prompts)
+        prompts = prompts or cut_prompts(runs[0].llm, args.first + args.prompts)[args.first :]
         for turn, begin in enumerate(range(0, args.prompts, SLICE)):
             for run in runs[:: -1 if turn % 2 else 1]:
                 run.generate(prompts[begin : begin + SLICE])

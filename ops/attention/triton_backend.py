@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch, AttentionConfig
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, SegmentTable, StepAttention
 from microvllm.ops.attention.triton_decode import (
     MANY_SEQS,
     DecodeTiling,
@@ -28,7 +28,8 @@ class TritonAttention:
     block is one contiguous run. float32, bfloat16 or float16; a head's size is even.
     `pdl`: let each kernel start before the one in front of it has ended (programmatic dependent launch,
     from compute capability 9.0 on); then the kernels around these have to wait in the same way.
-    `levers`: none by default. `decode_tiling` is for few sequences and many.
+    `levers`: none by default. `decode_tiling` is for few sequences and many. `fixed_order`: a token's result
+    has the same bits whatever is computed with it, as decodes, too, are segments (`FixedOrderStep`).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TritonAttention:
         levers: Levers | None = None,
         decode_tiling: DecodeTiling | None = None,
         prefill_tiling: PrefillTiling | None = None,
+        fixed_order: bool = False,
     ) -> None:
         """Raises ValueError for a block size that is no power of two from 16 on."""
         shape, block_size, dtype = config.shape, config.block_size, config.dtype
@@ -49,6 +51,7 @@ class TritonAttention:
         self.shape = shape
         self.norms = config.qk_norms
         self.pdl = pdl
+        self.fixed_order = fixed_order
         self.angles = RotaryAngles.up_to(config.max_position, config.inv_freq, shape.rotary_scale)
         self.cache = torch.zeros(
             shape.num_layers,
@@ -75,8 +78,8 @@ class TritonAttention:
     def decode_tiling(self, sequences: int) -> DecodeTiling:
         return self._many if sequences >= MANY_SEQS else self._few
 
-    def begin_step(self, batch: AttentionBatch) -> TritonStep:
-        return TritonStep(self, batch)
+    def begin_step(self, batch: AttentionBatch) -> StepAttention:
+        return FixedOrderStep(self, batch) if self.fixed_order else TritonStep(self, batch)
 
 
 class TritonStep:
@@ -137,6 +140,55 @@ class TritonStep:
                 batch.segment_table,
                 shape,
                 backend.prefill_tiling,
+                pdl=backend.pdl,
+            )
+        return out
+
+
+class FixedOrderStep:
+    """Computes one step's attention with one kernel for decodes and segments, in one order of the keys.
+
+    A decode is a segment of one token. A program goes through the keys of its tokens alone, from the first
+    tile on: a long sequence of few is slower than by `TritonStep`, which shares it among programs.
+    """
+
+    def __init__(self, backend: TritonAttention, batch: AttentionBatch) -> None:
+        self._backend, self._batch = backend, batch
+        decodes, self._segments = batch.num_decodes, list[tuple[slice, SegmentTable]]()
+        if decodes:
+            starts = torch.arange(decodes + 1, dtype=torch.int32, device=batch.decode_lens.device)
+            table = SegmentTable(starts, batch.decode_lens, batch.decode_blocks, 1)
+            self._segments.append((slice(0, decodes), table))
+        if batch.segment_table is not None:
+            self._segments.append((slice(decodes, None), batch.segment_table))
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        backend, batch = self._backend, self._batch
+        shape, (keys, values) = backend.shape, backend.cache[layer]
+        out = torch.empty(qkv.shape[0], shape.num_heads * shape.head_dim, dtype=qkv.dtype, device=qkv.device)
+        q = rope_and_cache(
+            qkv,
+            batch.positions,
+            batch.slots,
+            keys,
+            values,
+            shape,
+            backend.angles,
+            backend.norms,
+            layer,
+            heads_first=True,
+            pdl=backend.pdl,
+        )
+        for rows, table in self._segments:
+            prefill_attention(
+                out[rows],
+                q[rows],
+                keys,
+                values,
+                table,
+                shape,
+                backend.prefill_tiling,
+                uniform=True,
                 pdl=backend.pdl,
             )
         return out

@@ -88,6 +88,7 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    UNIFORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: up to ROWS // GROUP consecutive tokens of a segment and one KV head's group of query heads."""
@@ -126,18 +127,22 @@ def _prefill_kernel(
         full_begin = (tl.maximum(end - WINDOW, 0) + TILE - 1) // TILE * TILE
         full_begin = tl.minimum(full_begin, end)
         full_end = tl.maximum(full_end, full_begin)
+    if UNIFORM:  # which keys all queries see depends on what else is in the program
+        full_begin = begin
+        full_end = begin
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     weight_sum = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    if WINDOW > 0:
+    if WINDOW > 0 and not UNIFORM:
         attended, highest, weight_sum = _attend(
             attended, highest, weight_sum, queries, keys, values, table, positions, begin, full_begin,
             head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
         )  # fmt: skip
-    attended, highest, weight_sum = _attend(
-        attended, highest, weight_sum, queries, keys, values, table, positions, full_begin, full_end,
-        head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
-    )  # fmt: skip
+    if not UNIFORM:
+        attended, highest, weight_sum = _attend(
+            attended, highest, weight_sum, queries, keys, values, table, positions, full_begin, full_end,
+            head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
+        )  # fmt: skip
     attended, highest, weight_sum = _attend(
         attended, highest, weight_sum, queries, keys, values, table, positions, full_end, end,
         head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
@@ -173,12 +178,14 @@ def prefill_attention(
     shape: AttentionShape,
     tiling: PrefillTiling,
     *,
+    uniform: bool = False,
     pdl: bool = False,
 ) -> None:
     """Attention of the segments' tokens, whose keys and values are in the cache.
 
     q: [n, heads, d], rotated, the step's tokens from its first; keys, values: [blocks, kv_heads, block, d],
     all of one dtype; out: [n, heads * d], of which the segments' rows are written.
+    uniform: a token's result has the same bits whatever is computed with it.
     No host synchronisation; the grid depends on the number of segments and on `segments.longest` alone.
     """
     group = shape.num_heads // shape.num_kv_heads
@@ -205,6 +212,7 @@ def prefill_attention(
         TILE=tiling.tile,
         WINDOW=shape.window or 0,
         STAGES=tiling.stages,
+        UNIFORM=uniform,
         num_warps=tiling.warps,
         **launch_options(pdl),
     )

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from microvllm.ops.attention import AttentionBackend, AttentionConfig
 from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.embedding import gather_rows
+from microvllm.ops.gpu.fixed_order import FixedOrderProduct
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import rms_norm
@@ -32,13 +33,17 @@ class GpuOperators(Operators):
     """See `ops.operators.Operators`. Activations are of the model's dtype: float32, bfloat16 or float16.
 
     attention: "triton" or "flash_attn". Sums are taken in float32, and each fused operator rounds once.
+    batch_invariant: a row has the same bits whatever is computed with it; by "triton" alone.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, attention: str) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, attention: str, batch_invariant: bool = False
+    ) -> None:
         self.activation_dtype = dtype
         self.pdl = can_launch_early(device)
         self.levers = Levers.of(device)
         self._attention = attention
+        self._batch_invariant = batch_invariant
         self._arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
 
     def embedding(self, weight: Tensor) -> Operator:
@@ -59,8 +64,10 @@ class GpuOperators(Operators):
 
     def _product(
         self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, **norm: Any
-    ) -> GpuProduct:
+    ) -> LinearOperator:
         weight = weight.contiguous()
+        if self._batch_invariant:
+            return FixedOrderProduct(weight, bias, self._arrivals, gated=gated, pdl=self.pdl, **norm)
         streamed = None
         if self.levers.stream and weight.dtype.itemsize == 2 and weight.shape[1] % 8 == 0:
             rows, k = weight.shape
@@ -83,7 +90,8 @@ class GpuOperators(Operators):
             return FlashAttention(config)
         from microvllm.ops.attention.triton_backend import TritonAttention
 
-        return TritonAttention(config, pdl=self.pdl, levers=self.levers)
+        fixed = self._batch_invariant
+        return TritonAttention(config, pdl=self.pdl, levers=self.levers, fixed_order=fixed)
 
 
 class GpuProduct:

@@ -22,7 +22,7 @@ MAX_SPLIT_TILES = 1024  # of block_n columns of a result whose sums are split
 
 
 @triton.jit
-def _add_parts(part, stride, SPLITS: tl.constexpr):
+def add_parts(part, stride, SPLITS: tl.constexpr):
     """part: pointers to a program's first part; the others are `stride` apart."""
     # Past the L1 cache, which other multiprocessors do not write through.
     total = tl.load(part, cache_modifier=".cg")
@@ -32,7 +32,7 @@ def _add_parts(part, stride, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def finish(
     y, sums, up_sums, m, n, bias, residual, M, N: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def _skinny_kernel(
             up_tile = tl.load(tile_at + N * K + start, inside, 0.0)
             up_sums = tl.dot(x_tile, up_tile, up_sums, input_precision="ieee")
     if SPLITS == 1:
-        _finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
     else:
         size: tl.constexpr = BLOCK_M * BLOCK_N
         stride = tl.num_programs(0) * size * (2 if GATED else 1)
@@ -120,10 +120,10 @@ def _skinny_kernel(
         tl.debug_barrier()  # all threads have stored before one of them says so
         if tl.atomic_add(arrivals + tile_id, 1) == SPLITS - 1:
             tl.atomic_xchg(arrivals + tile_id, 0)
-            sums = _add_parts(part, stride, SPLITS)
+            sums = add_parts(part, stride, SPLITS)
             if GATED:
-                up_sums = _add_parts(part + size, stride, SPLITS)
-            _finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+                up_sums = add_parts(part + size, stride, SPLITS)
+            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
 
 
 def skinny_linear(

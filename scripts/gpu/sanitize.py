@@ -23,6 +23,7 @@ from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionSh
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.gpu.fixed_order import fixed_order_linear
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
@@ -33,8 +34,8 @@ from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling
 
 DEVICE = torch.device("cuda")
 MODULES = (
-    *("activation", "embedding", "gemv", "norm", "rope_cache", "sampling", "skinny", "step_inputs"),
-    *("triton_decode", "triton_prefill"),
+    *("activation", "embedding", "fixed_order", "gemv", "norm", "rope_cache", "sampling", "skinny"),
+    *("step_inputs", "triton_decode", "triton_prefill"),
 )
 DTYPE = torch.bfloat16
 
@@ -74,6 +75,11 @@ def operators() -> None:
         split = Tiling(16, 32, 4, 2, splits=3)
         y = skinny_linear(normal(5, 200), normal(37, 200), arrivals, tiling=split, pdl=pdl)
         check("split product", y, arrivals)
+        for rows in (5, 130):  # runs of a sum by programs of their own, and by one
+            y = fixed_order_linear(
+                normal(rows, 1100), normal(70, 1100), arrivals, normal(70), normal(rows, 70), pdl=pdl
+            )
+            check("fixed-order product", y, arrivals)
     if not ops.levers.stream:
         return
     from microvllm.ops.gpu.stream import StreamedWeight
@@ -160,8 +166,9 @@ def attention() -> None:
         for pdl in {False, can_launch_early(DEVICE)}:
             for block, tiling in ((16, DecodeTiling(16, 3, 4, 2, boxes=pdl and not window)), (64, None)):
                 batch, blocks = mixed_step(block)
+                config = AttentionConfig(shape, blocks, block, inv_freq, 2048, DTYPE, norms)
                 own = TritonAttention(
-                    AttentionConfig(shape, blocks, block, inv_freq, 2048, DTYPE, norms),
+                    config,
                     pdl=pdl,
                     levers=Levers.of(DEVICE),
                     decode_tiling=tiling,
@@ -171,6 +178,9 @@ def attention() -> None:
                 step(0, qkv)
                 out = step(0, qkv)  # not the first any more, so that it may read early
                 check("triton attention", out, own.cache, own.workspace.arrivals)
+                fixed = TritonAttention(config, pdl=pdl, fixed_order=True)
+                fixed.cache.copy_(own.cache)
+                check("attention in fixed order", fixed.begin_step(batch)(0, qkv), fixed.cache)
         if importlib.util.find_spec("flash_attn"):
             # flash-attn 2.8.3 joins splits 8 rows (sequence and head) at a time and writes the log-sums of up
             # to 7 rows that are not there. Torch gives memory out in 512 bytes, where they find room; the

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_tools import drain, make_engine, make_prompts, make_request, variant_folder
-from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
+from invariance import answers, check_ways
+from model_tools import make_engine, variant_folder
+from tiny_models import make_hf_folder, write_gguf
 
 from microvllm.ops.cpu import calibration
 from microvllm.ops.cpu.tuning import Tuning
@@ -15,25 +16,7 @@ from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError
 
-# Some longer than a chunk of attention's, one with the beginning of another.
-PROMPTS = make_prompts(6, TOKENIZER_SIZE, longest=150)
-PROMPTS.append(PROMPTS[-1][:100] + PROMPTS[-2][:20])
-TOKENS = 12
 SIZES = {"hidden_size": 288, "intermediate_size": 320}
-
-Answer = list[tuple[int, list[int], list[float], int]]
-
-
-def answers(engine: InferenceEngine, ids: list[int]) -> dict[int, Answer]:
-    """Of these prompts, generated together: each token, its log probability and those of three others."""
-    found: dict[int, Answer] = {i: [] for i in ids}
-    for i in ids:
-        assert engine.core.add(make_request(i, PROMPTS[i], TOKENS, logprobs=3)) is None
-    for output in drain(engine):
-        assert output.error is None and output.logprobs is not None
-        for token, entry in zip(output.token_ids, output.logprobs, strict=True):
-            found[output.request_id].append((token, entry.token_ids, entry.logprobs, entry.rank))
-    return found
 
 
 @pytest.fixture(
@@ -67,25 +50,11 @@ def test_a_request_gets_the_same_bits_however_it_is_run(
     def engine(**options: Any) -> InferenceEngine:
         return make_engine(path, attention_backend="cpu", batch_invariant=True, **loaded, **options)
 
-    everyone = list(range(len(PROMPTS)))
-    first = engine()
-    alone = {i: answers(first, [i])[i] for i in everyone}
-    assert answers(first, everyone) == alone, "together, and on the cached blocks of prompts"
-    assert answers(first, everyone[::-2]) == {i: alone[i] for i in everyone[::-2]}
-    assert first.core.stats().prefix_hits > 0
-    for size in (1, 5, 16, 23, 90):
-        assert answers(engine(long_prefill_token_threshold=size), everyone) == alone, f"in chunks of {size}"
-    assert (
-        answers(engine(enable_prefix_caching=False, max_num_batched_tokens=32, max_num_seqs=4), everyone)
-        == alone
-    )
-    tight = engine(num_gpu_blocks_override=24, max_model_len=256, enable_prefix_caching=False)
-    assert answers(tight, everyone) == alone
-    assert tight.core.stats().preemptions > 0
+    alone = check_ways(engine)
     # After a restart on which another calibration came out.
     measured = calibration.Calibration("", Tuning(True, 0, 1, 1), {})
     monkeypatch.setattr(calibration, "calibrated", lambda library: measured)
-    assert answers(engine(), everyone) == alone
+    assert answers(engine(), list(alone)) == alone
 
 
 def test_sixty_four_at_once_and_a_stream() -> None:
@@ -113,16 +82,17 @@ def test_the_option_and_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert invariant(batch_invariant=True)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert invariant()
-    with pytest.raises(ConfigError, match=r"VLLM_BATCH_INVARIANT=1.*only --attention-backend cpu"):
+    with pytest.raises(
+        ConfigError, match=r"VLLM_BATCH_INVARIANT=1.*--attention-backend must be cpu or triton"
+    ):
         invariant(attention_backend="torch")
-    with pytest.raises(ConfigError, match=r"--batch-invariant .*only --attention-backend cpu"):
+    with pytest.raises(ConfigError, match=r"--batch-invariant .*--attention-backend must be cpu or triton"):
         invariant(batch_invariant=True, attention_backend="torch")
 
 
-def test_on_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_own_kernels_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microvllm.runtime.config.choose_device", lambda wish: "cuda")
-    with pytest.raises(ConfigError, match=r"--batch-invariant .*not there on CUDA yet"):
-        invariant(batch_invariant=True)
+    assert invariant(batch_invariant=True, attention_backend="triton")
 
 
 def test_a_soft_cap_on_attention_is_refused() -> None:
