@@ -90,8 +90,7 @@ class ModelResponse(Chat):
         # Not of a header: the id gives access to what is stored under it, so no other request may take it.
         suffix = body.request_id or uuid.uuid4().hex
         self.id = ID_PREFIX + suffix
-        if body.request_id is not None and (self.id in state.responses or self.id in state.background):
-            raise InvalidRequestError(f"There is a response with the id {self.id} already.", "request_id")
+        self._check_id()
         self.include_usage = self.continuous_usage = False  # the last event has it
         self.asked = asked
         self.stores = stores(asked, state.responses)
@@ -103,6 +102,11 @@ class ModelResponse(Chat):
         self._num_tokens = 0
         self._finish_reason: str | None = None
         self._final: bytes | None = None
+        self._kept = False
+
+    def _check_id(self) -> None:
+        if self.id in self.state.responses or self.id in self.state.background:
+            raise InvalidRequestError(f"There is a response with the id {self.id} already.", "request_id")
 
     async def read_prompts(self) -> list[list[int]]:
         try:
@@ -119,6 +123,11 @@ class ModelResponse(Chat):
         if not self.asked.background:
             return await super().respond()
         await self.submit(await self.prepare())
+        try:
+            self._check_id()  # again: another request with this id may have come meanwhile
+        except InvalidRequestError:
+            self.abort()
+            raise
         queued = self.finished("queued")
         self.state.lifecycle.active += 1  # a server that stops waits for it
         self.state.num_generations += 1
@@ -128,6 +137,7 @@ class ModelResponse(Chat):
 
     async def _run(self) -> None:
         """Generate in the background, and store the end whatever it is."""
+        self.finished("in_progress")
         try:
             await self.state.lifecycle.run_until_disconnect(self._whole_answer(), _never)
         except (EngineError, RequestError) as error:
@@ -271,7 +281,9 @@ class ModelResponse(Chat):
         response = orjson.dumps(self._object(status, error))
         if status not in UNFINISHED:
             self._final = response
-        if store and self.stores:
+        # Two requests at a time may have the same `request_id`: the first to end keeps it.
+        if store and self.stores and (self._kept or self.id not in self.state.responses):
+            self._kept = True
             stored = StoredResponse(response, self._input, self.asked.previous_response_id)
             self.state.responses.put(self.id, stored)
         return response

@@ -20,7 +20,7 @@ from process_tools import PATIENCE_S
 from microvllm.openai_compat.api.requests import GenerationRequest, honoured_fields
 from microvllm.openai_compat.api.responses_items import read_messages, seal_reasoning
 from microvllm.openai_compat.api.responses_requests import ResponsesRequest
-from microvllm.openai_compat.api.responses_store import ResponseStore, StoredResponse
+from microvllm.openai_compat.api.responses_store import UNFINISHED, ResponseStore, StoredResponse
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.detokenizer import TextDelta
 
@@ -535,7 +535,11 @@ async def test_an_id_is_taken_once() -> None:
         first = (await http.post("/v1/responses", json=body, headers={"x-request-id": "theirs"})).json()
         again = await http.post("/v1/responses", json=body)
         other = (await http.post("/v1/responses", json=ASK, headers={"x-request-id": "mine"})).json()
-    assert first["id"] == "resp_mine" != other["id"]
+        bodies = [{**ASK, "request_id": "both", "input": text, "background": True} for text in "ab"]
+        both = await asyncio.gather(*(http.post("/v1/responses", json=body) for body in bodies))
+        kept = (await http.get("/v1/responses/resp_both/input_items")).json()["data"][0]["content"][0]["text"]
+    assert first["id"] == "resp_mine" != other["id"] and kept == "a"
+    assert sorted(answer.status_code for answer in both) == [200, 400]
     assert (again.status_code, again.json()["error"]["param"]) == (400, "request_id")
 
 
@@ -557,7 +561,7 @@ async def test_input_items_are_listed() -> None:
 
 
 async def finished(http: Any, name: str) -> dict[str, Any]:
-    while (response := (await http.get(f"/v1/responses/{name}")).json())["status"] == "queued":
+    while (response := (await http.get(f"/v1/responses/{name}")).json())["status"] in UNFINISHED:
         await asyncio.sleep(0)
     return response
 
@@ -582,7 +586,7 @@ async def test_a_response_in_the_background_is_cancelled(method: str) -> None:
         queued = (await http.post("/v1/responses", json={**ASK, "background": True})).json()
         path = f"/v1/responses/{queued['id']}"
         later = await http.post("/v1/responses", json={**ASK, "previous_response_id": queued["id"]})
-        assert "still queued" in later.json()["error"]["message"]
+        assert "still in_progress" in later.json()["error"]["message"]
         assert len(client.running) == 1
         if method == "cancel":
             cancelled = (await http.post(f"{path}/cancel")).json()
