@@ -70,6 +70,7 @@ def codex_files(url: str) -> dict[str, str]:
 model = "{MODEL}"
 model_provider = "local"
 model_context_window = 131072
+web_search = "disabled"
 
 [model_providers.local]
 name = "local"

@@ -52,7 +52,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str], timeout: 
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, "PWD": str(folder), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -160,10 +160,10 @@ def check_library(library: Library, programs: Path, url: str, model: str) -> str
     return "structured, tools" if model == MODEL else f"structured, tools: {found['tools']!r:.60}"
 
 
-def check_agent(agent: Agent, programs: Path, work: Path, url: str) -> str:
+def check_agent(agent: Agent, programs: Path, work: Path, homes: Path, url: str) -> str:
     """Let an agent change the file. Raises `RuntimeError` unless it did, and ended by itself."""
     (work / FILE).write_text(f"my colour is {OLD}\n")
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(dir=homes) as home:  # Codex wants it outside of /tmp
         for name, text in agent.files(url).items():
             (Path(home) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(home) / name).write_text(text)
@@ -203,7 +203,7 @@ def main() -> int:
                 if isinstance(client, Library):
                     result = check_library(client, programs, url, args.model)
                 else:
-                    result = check_agent(client, programs, work, url)
+                    result = check_agent(client, programs, work, folder, url)
             except (RuntimeError, OSError, ValueError, KeyError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 result = "FAILED"
