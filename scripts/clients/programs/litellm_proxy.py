@@ -1,6 +1,7 @@
-"""LiteLLM's proxy in front of the server, asked with the openai SDK and with the anthropic API."""
+"""LiteLLM's proxy in front of the server, asked with the openai SDK."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import openai
 from common import KEY, MODEL, ORDER, PARAMETERS, QUESTION, URL, Person, get_weather, report
 
-PORT = int(sys.argv[3])
+PORT, PROXY_KEY = int(sys.argv[3]), "sk-local"
 CONFIG = {
     "model_list": [
         {
@@ -54,17 +55,19 @@ with tempfile.TemporaryDirectory() as folder:
     config.write_text(json.dumps(CONFIG))
     program = Path(sys.executable).with_name("litellm")
     command = [str(program), "--config", str(config), "--host", "127.0.0.1", "--port", str(PORT)]
-    proxy = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "LITELLM_MASTER_KEY": PROXY_KEY}
+    proxy = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
         end = time.monotonic() + 120
         while not ready():
             if proxy.poll() is not None or time.monotonic() > end:
                 raise SystemExit("the proxy did not start")
             time.sleep(0.5)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=KEY)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key=PROXY_KEY)
         order = [{"role": "user", "content": ORDER}]
         answer = client.chat.completions.parse(model=MODEL, messages=order, response_format=Person)
-        report(structured=answer.choices[0].message.parsed, tools=loop(client))
+        person, tools = answer.choices[0].message.parsed, loop(client)
     finally:
         proxy.terminate()
         proxy.wait(30)
+report(structured=person, tools=tools)  # behind what the proxy says last
