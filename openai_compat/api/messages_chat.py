@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from microvllm.openai_compat.api.messages_requests import (
     Block,
@@ -13,15 +13,16 @@ from microvllm.openai_compat.api.messages_requests import (
     RedactedThinking,
     Text,
     Thinking,
-    Tool,
+    ToolAddition,
+    ToolReference,
+    ToolRemoval,
     ToolResult,
     ToolUse,
+    fault,
     read_part,
 )
-from microvllm.openai_compat.api.requests import ChatCompletionRequest, NamedFunction
-from microvllm.openai_compat.api.requests import Function as ChatFunction
-from microvllm.openai_compat.api.requests import Tool as ChatTool
-from microvllm.openai_compat.api.requests import ToolChoice as ChatToolChoice
+from microvllm.openai_compat.api.messages_tools import tool_fields
+from microvllm.openai_compat.api.requests import ChatCompletionRequest
 from microvllm.openai_compat.errors import clip
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
@@ -48,8 +49,9 @@ def chat_request(body: ConversationBody, state: ServerState) -> ChatCompletionRe
 
     Raises `InvalidRequestError` naming the member at fault.
     """
-    messages = _messages(body)
-    thinking, config = body.thinking, body.output_config
+    turns = _turns(body)
+    messages = _messages(body, turns)
+    thinking = body.thinking
     kwargs = dict(body.chat_template_kwargs)
     if thinking is not None:
         kwargs["enable_thinking"] = kwargs["thinking"] = thinking.type != "disabled"
@@ -58,8 +60,8 @@ def chat_request(body: ConversationBody, state: ServerState) -> ChatCompletionRe
         "messages": messages,
         "chat_template_kwargs": kwargs,
         "continue_final_message": messages[-1]["role"] == "assistant",
-        "reasoning_effort": None if config is None else config.effort,
-        **_tool_fields(body),
+        "reasoning_effort": _effort(body, turns),
+        **tool_fields(body, turns),
         **_format(body),
     }
     if thinking is not None:
@@ -74,7 +76,7 @@ def chat_request(body: ConversationBody, state: ServerState) -> ChatCompletionRe
 def _sampling(body: MessagesRequest, state: ServerState) -> dict[str, Any]:
     limit = state.args.max_stop_strings
     if len(body.stop_sequences) > limit:
-        raise _fault("stop_sequences", f"should have at most {limit} items (see --max-stop-strings)")
+        raise fault("stop_sequences", f"should have at most {limit} items (see --max-stop-strings)")
     return {
         # An upper bound, as everywhere in this API: clients send their own model's, whatever is served.
         "max_tokens": min(body.max_tokens, state.client.config.max_model_len),
@@ -97,21 +99,31 @@ def renamed(error: InvalidRequestError) -> InvalidRequestError:
 # ---- the conversation -----------------------------------------------------------------------------------
 
 
-def _messages(body: ConversationBody) -> list[dict[str, Any]]:
-    """Return the messages of the chat: the system prompt, then the turns, none after one of its own role."""
+def _turns(body: ConversationBody) -> list[Message]:
+    """Read the messages, without the reasoning that `context_management` drops."""
     if not body.messages:
-        raise _fault("messages", "must not be empty")
+        raise fault("messages", "must not be empty")
     if len(body.messages) > MAX_MESSAGES:
-        raise _fault("messages", f"cannot hold more than {MAX_MESSAGES} messages, got {len(body.messages)}")
+        raise fault("messages", f"cannot hold more than {MAX_MESSAGES} messages, got {len(body.messages)}")
     turns = [read_part(Message, turn, f"messages[{i}]") for i, turn in enumerate(body.messages)]
     _clear_thinking(body, turns)
+    return turns
+
+
+def _messages(body: ConversationBody, turns: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages of the chat: the system prompt, then the turns, none after one of its own role."""
     system = _system(body.system)
     chat: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # of the tools, by the ids of their calls
+    last_user = max(
+        (i for i, turn in enumerate(turns) if turn.role not in ("system", "assistant")), default=-1
+    )
     for index, turn in enumerate(turns):
         blocks = [Text(turn.content)] if isinstance(turn.content, str) else turn.content
         if turn.role == "system":
-            texts = _texts(blocks, f"messages[{index}]", "system")
+            texts = _system_texts(blocks, f"messages[{index}]")
+            if turn.clear_at == "next_user_message" and index < last_user:
+                continue
             if not chat:
                 system += texts
             else:
@@ -123,14 +135,22 @@ def _messages(body: ConversationBody) -> list[dict[str, Any]]:
         else:
             _add_turn(chat, blocks, f"messages[{index}]", names)
     if not chat:
-        raise _fault("messages", "must hold a message of the user")
+        raise fault("messages", "must hold a message of the user")
     if chat[-1]["role"] == "assistant" and chat[-1].get("tool_calls"):
-        raise _fault(f"messages[{len(turns) - 1}]", "ends in tool_use, which needs a tool_result after it")
+        raise fault(f"messages[{len(turns) - 1}]", "ends in tool_use, which needs a tool_result after it")
     if chat[-1]["role"] == "assistant" and not chat[-1]["content"]:
-        raise _fault(f"messages[{len(turns) - 1}]", "has no text to continue")
+        raise fault(f"messages[{len(turns) - 1}]", "has no text to continue")
     if system:
         chat.insert(0, {"role": "system", "content": "\n".join(system)})
     return chat
+
+
+def _effort(body: ConversationBody, turns: Sequence[Message]) -> str | None:
+    """Return the effort that the last message to set one sets, or the request's."""
+    for turn in reversed(turns):
+        if turn.output_config is not None and turn.output_config.effort is not None:
+            return turn.output_config.effort
+    return None if body.output_config is None else body.output_config.effort
 
 
 def _system(value: Any) -> list[str]:
@@ -140,12 +160,15 @@ def _system(value: Any) -> list[str]:
     return [text for text in texts if text and not text.startswith(BILLING)]
 
 
-def _texts(blocks: Sequence[Block], place: str, role: str) -> list[str]:
-    """Return the texts of blocks that are nothing else."""
+def _system_texts(blocks: Sequence[Block], place: str) -> list[str]:
+    """Return the texts of a system message, whose other blocks change the tools."""
+    texts = []
     for index, block in enumerate(blocks):
-        if not isinstance(block, Text):
-            raise _misplaced(block, f"{place}.content[{index}]", role)
-    return [block.text for block in cast(Sequence[Text], blocks) if block.text]
+        if isinstance(block, Text):
+            texts.append(block.text)
+        elif not isinstance(block, (ToolAddition, ToolRemoval)):
+            raise _misplaced(block, f"{place}.content[{index}]", "system")
+    return [text for text in texts if text]
 
 
 def _add_turn(chat: list[dict[str, Any]], blocks: Sequence[Block], place: str, names: dict[str, str]) -> None:
@@ -175,8 +198,12 @@ def _add_user(chat: list[dict[str, Any]], texts: Sequence[str]) -> None:
 
 def _result(block: ToolResult) -> str:
     content = block.content or ""
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    text = content if isinstance(content, str) else "\n".join(map(_shown, content))
     return f"Error: {text}" if block.is_error and not text.lower().startswith("error") else text
+
+
+def _shown(part: Text | ToolReference) -> str:
+    return part.text if isinstance(part, Text) else f"The tool {part.tool_name} can be called now."
 
 
 def _add_assistant(
@@ -206,57 +233,19 @@ def _clear_thinking(body: ConversationBody, turns: Sequence[Message]) -> None:
         kind = edit.get("type") if isinstance(edit, dict) else None
         if kind != CLEAR_THINKING:
             place = f"context_management.edits[{index}].type"
-            raise _fault(place, f"{clip(repr(kind))} is not supported by this server: {CLEAR_THINKING} is")
+            raise fault(place, f"{clip(repr(kind))} is not supported by this server: {CLEAR_THINKING} is")
         keep = edit.get("keep", {"type": "thinking_turns", "value": 1})
         if keep == "all" or (isinstance(keep, dict) and keep.get("type") == "all"):
             continue
         kept = keep.get("value") if isinstance(keep, dict) else None
         if type(kept) is not int or kept < 1:
             problem = 'must be "all" or {"type": "thinking_turns", "value": N}, N at least 1'
-            raise _fault(f"context_management.edits[{index}].keep", problem)
+            raise fault(f"context_management.edits[{index}].keep", problem)
         for turn in reversed(turns):
             if turn.role == "assistant" and isinstance(turn.content, list):
                 if kept <= 0:
                     turn.content = [block for block in turn.content if not isinstance(block, Thinking)]
                 kept -= any(isinstance(block, Thinking) for block in turn.content)
-
-
-# ---- tools and format -----------------------------------------------------------------------------------
-
-
-def _tool_fields(body: ConversationBody) -> dict[str, Any]:
-    choice = body.tool_choice
-    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
-    if not tools:
-        if choice is not None and choice.type in ("any", "tool"):
-            raise _fault("tool_choice", f"{choice.type!r} needs tools")
-        return {}
-    fields: dict[str, Any] = {"tools": tools, "tool_choice": "auto"}
-    if choice is not None:
-        fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
-        fields["tool_choice"] = {"any": "required"}.get(choice.type, choice.type)
-        if choice.type == "tool":
-            if choice.name is None or choice.name not in {tool.function.name for tool in tools}:
-                raise _fault("tool_choice.name", "must be the name of one of the tools")
-            fields["tool_choice"] = ChatToolChoice(function=NamedFunction(name=choice.name))
-    return fields
-
-
-def _tool(value: Any, place: str) -> ChatTool:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in (None, "custom"):
-        problem = f"tools of type {clip(repr(kind))} are not supported by this server, only custom ones"
-        raise _fault(place, problem)
-    tool = read_part(Tool, value, place)
-    if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
-        raise _fault(f"{place}.allowed_callers", "needs 'direct': this server executes no code")
-    parameters = {"type": "object", **tool.input_schema}
-    if tool.input_examples:
-        parameters["examples"] = tool.input_examples
-    function = ChatFunction(name=tool.name, description=tool.description, parameters=parameters)
-    if tool.strict is not None:
-        function.strict = tool.strict
-    return ChatTool(function=function)
 
 
 def _format(body: ConversationBody) -> dict[str, Any]:
@@ -267,7 +256,7 @@ def _format(body: ConversationBody) -> dict[str, Any]:
         return {}
     if "response_format" in ChatCompletionRequest.refused:
         place = "output_config.format" if newer is not None else "output_format"
-        raise _fault(place, "is not supported by this server")
+        raise fault(place, "is not supported by this server")
     return {
         "response_format": {
             "type": "json_schema",
@@ -277,8 +266,4 @@ def _format(body: ConversationBody) -> dict[str, Any]:
 
 
 def _misplaced(block: Block, place: str, role: str) -> InvalidRequestError:
-    return _fault(place, f"{type(block).__struct_config__.tag} blocks cannot be in a message of role {role}")
-
-
-def _fault(place: str, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{place}: {problem}.", place)
+    return fault(place, f"{type(block).__struct_config__.tag} blocks cannot be in a message of role {role}")

@@ -15,6 +15,7 @@ from msgspec import Meta
 from microvllm.openai_compat.api.requests import MAX_STOP_STRINGS, MAX_TOOLS, Body, TemplateKwargs
 from microvllm.openai_compat.errors import Fault, clip, shape_error
 from microvllm.runtime import request as parameters
+from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import Int64
 
 PartT = TypeVar("PartT")
@@ -46,26 +47,67 @@ class ToolUse(msgspec.Struct, tag_field="type", tag="tool_use"):
     input: dict[str, Any]
 
 
+class ToolReference(msgspec.Struct, tag_field="type", tag="tool_reference"):
+    """The name of a tool that a search of the client found: from here on it may be called."""
+
+    tool_name: str
+
+
 class ToolResult(msgspec.Struct, tag_field="type", tag="tool_result"):
     """What a call returned."""
 
     tool_use_id: str
-    content: str | list[Text] | None = None
+    content: str | list[Text | ToolReference] | None = None
     is_error: bool | None = None
 
 
-Block = Text | Thinking | RedactedThinking | ToolUse | ToolResult
+class NamedTool(msgspec.Struct, tag_field="type", tag="tool_reference"):
+    """A tool of `tools`, or one that was defined before."""
+
+    name: str
+
+
+class DefinedTool(msgspec.Struct, tag_field="type", tag="tool_definition"):
+    """A tool as `tools` would have it."""
+
+    definition: dict[str, Any]
+
+
+class ToolAddition(msgspec.Struct, tag_field="type", tag="tool_addition"):
+    """A tool that may be called from here on."""
+
+    tool: NamedTool | DefinedTool
+
+
+class ToolRemoval(msgspec.Struct, tag_field="type", tag="tool_removal"):
+    """A tool that may not be called from here on."""
+
+    tool: NamedTool
+
+
+Block = Text | Thinking | RedactedThinking | ToolUse | ToolResult | ToolAddition | ToolRemoval
+
+
+class Effort(msgspec.Struct):
+    """The part of `output_config` that a system message may have."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class Message(msgspec.Struct):
-    """A turn of the conversation. Claude Code names some of its own messages `ctx` and `msg`."""
+    """A turn of the conversation. Claude Code names some of its own messages `ctx` and `msg`.
+
+    The last two members are a system message's: until when it is shown, and the effort from there on.
+    """
 
     role: Literal["user", "assistant", "system", "ctx", "msg"]
     content: str | list[Block]
+    clear_at: Literal["next_user_message", "never"] | None = None
+    output_config: Effort | None = None
 
 
 class Tool(msgspec.Struct):
-    """A tool that the client runs."""
+    """A tool that the client runs. With `defer_loading` it is only shown once a message names it."""
 
     name: Annotated[str, Meta(min_length=1)]
     input_schema: dict[str, Any]
@@ -73,6 +115,7 @@ class Tool(msgspec.Struct):
     strict: bool | None = None
     input_examples: list[dict[str, Any]] | None = None
     allowed_callers: list[str] | None = None
+    defer_loading: bool | None = None
 
 
 class ToolChoice(msgspec.Struct, kw_only=True):
@@ -190,3 +233,8 @@ def read_part(kind: type[PartT], value: Any, place: str) -> PartT:
     misfit = _MISFIT.fullmatch(text)
     problem, inner = (clip(text), "") if misfit is None else (clip(misfit[1]), misfit[2] or "")
     raise shape_error([(f"body.{place}{inner}", Fault(problem))])
+
+
+def fault(place: str, problem: str) -> InvalidRequestError:
+    """Return the 400 for a value that has the right shape but cannot be served."""
+    return InvalidRequestError(f"{place}: {problem}.", place)

@@ -176,6 +176,12 @@ class TestPrompt:
         assert await prompt_of(messages=turns) == f"user: hi\n{reminder}\nassistant: "
         assert await prompt_of(messages=turns[::-1]) == "system: Be brief.\nuser: hi\nassistant: "
 
+    async def test_a_system_message_may_end_with_the_turn(self) -> None:
+        note = {"role": "system", "content": "9 tokens left", "clear_at": "next_user_message"}
+        turns = [*HI["messages"], note]
+        assert "9 tokens left" in await prompt_of(messages=turns)
+        assert "9 tokens left" not in await prompt_of(messages=[*turns, *HI["messages"]])
+
     async def test_turns_of_one_role_are_joined(self) -> None:
         user, other = (
             {"role": "user", "content": "a"},
@@ -249,6 +255,46 @@ class TestPrompt:
         assert "enable_thinking" not in await prompt_of()
         prompt = await prompt_of(output_config={"effort": "high"}, thinking={"type": "disabled"})
         assert "reasoning_effort=high;" in prompt and "enable_thinking=False;" in prompt
+
+    async def test_messages_change_the_tools(self) -> None:
+        def named(name: str, **more: Any) -> dict[str, Any]:
+            return {**TOOL, "name": name, **more}
+
+        def change(kind: str, name: str) -> dict[str, Any]:
+            return {"type": kind, "tool": {"type": "tool_reference", "name": name}}
+
+        async def offered(*turns: dict[str, Any]) -> list[str]:
+            client = FakeClient(max_model_len=4096)
+            seen: list[Any] = []
+            client.processor.render_text = lambda _, tools, **__: seen.extend(tools) or "x"  # type: ignore[method-assign,func-returns-value]
+            tools = [named("a"), named("b", defer_loading=True), named("c", defer_loading=True)]
+            async with in_process(client, **PARSED) as http:
+                body = {**HI, "tools": tools, "messages": [*HI["messages"], *turns]}
+                answer = await http.post(MESSAGES, json=body)
+            assert answer.status_code == 200, answer.text
+            return [tool["function"]["name"] for tool in seen]
+
+        found = result(content=[{"type": "tool_reference", "tool_name": "c"}])
+        searched = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [found]}]
+        assert await offered() == ["a"]
+        assert await offered(*searched) == ["a", "c"]
+        definition = {"type": "tool_definition", "definition": named("d")}
+        changes = [
+            {"type": "text", "text": "Other tools."},
+            change("tool_removal", "a"),
+            change("tool_addition", "b"),
+            {"type": "tool_addition", "tool": definition},
+        ]
+        assert await offered({"role": "system", "content": changes}) == ["b", "d"]
+        status, answer = await post(
+            messages=[*HI["messages"], {"role": "system", "content": [change("tool_addition", "z")]}]
+        )
+        assert status == 400 and "messages[1].content[0]" in answer["error"]["message"]
+
+    async def test_effort_of_a_message(self) -> None:
+        turns = [*HI["messages"], {"role": "system", "content": "x", "output_config": {"effort": "low"}}]
+        prompt = await prompt_of(messages=turns, output_config={"effort": "high"})
+        assert "reasoning_effort=low;" in prompt
 
     async def test_sampling(self) -> None:
         client = FakeClient()
