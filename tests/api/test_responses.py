@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import openai
 import pydantic
@@ -13,12 +13,12 @@ import pytest
 from chat_tools import HERMES, WEATHER
 from fake_client import FakeClient
 from http_tools import eventually, in_process, real_server
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseInputItemParam, ResponseStreamEvent, ToolParam
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api.requests import GenerationRequest, honoured_fields
-from microvllm.openai_compat.api.responses_items import read_messages, seal_reasoning
+from microvllm.openai_compat.api.responses_items import PREFIXES, read_messages, seal_reasoning
 from microvllm.openai_compat.api.responses_requests import ResponsesRequest
 from microvllm.openai_compat.api.responses_store import UNFINISHED, ResponseStore, StoredResponse
 from microvllm.runtime.errors import InvalidRequestError
@@ -147,6 +147,27 @@ def test_every_field_of_the_sdk_is_honoured_ignored_or_refused() -> None:
     known = {*honoured_fields(ResponsesRequest), *ResponsesRequest.ignored, *ResponsesRequest.refused}
     asked = {*ResponseCreateParamsBase.__annotations__, "stream"}
     assert asked <= known, asked - known
+
+
+def types_of(union: Any) -> set[str]:
+    """The values of `type` in a union of the SDK's dictionaries."""
+    hints = [get_type_hints(kind)["type"] for kind in get_args(union)]
+    words = [part for hint in hints for literal in (hint, *get_args(hint)) for part in get_args(literal)]
+    return {word for word in words if isinstance(word, str)}
+
+
+async def test_every_type_of_the_sdk_is_read_or_refused_by_name() -> None:
+    """An empty item of a known type lacks something, any other is named."""
+    known = {"input": {"message", *PREFIXES, "item_reference"}, "tools": {"function", "custom", "namespace"}}
+    async with in_process(FakeClient()) as http:
+        for field, union in (("input", ResponseInputItemParam), ("tools", ToolParam)):
+            kinds = types_of(union)
+            assert len(kinds) > 15 and known[field] <= kinds
+            for kind in kinds:
+                answer = await http.post("/v1/responses", json={**ASK, field: [{"type": kind}]})
+                error, problem = answer.json()["error"], f"{field}[0].type: '{kind}' is not supported"
+                assert answer.status_code == 400 and error["param"] == field
+                assert error["message"].startswith(problem) == (kind not in known[field]), error
 
 
 # A value for each field that other endpoints that generate have, too.
