@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import microvllm
-from microvllm.openai_compat.api.parsing import Formats
+from microvllm.openai_compat.api.formats import Formats
 from microvllm.openai_compat.api.responses_store import ResponseStore
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import Exposition, HttpMetrics

@@ -44,6 +44,10 @@ def nested(depth: int) -> Any:
     return value
 
 
+def tool(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 def deep(name: str) -> bytes:
     return b'{"prompt": "a", "' + name.encode() + b'": ' + b"[" * 1000 + b"]" * 1000 + b"}"
 
@@ -135,6 +139,27 @@ CASES = [
         for extra in ({"name": 1}, {"tool_calls": 1}, {"tool_calls": [1]}, {"tool_calls": [{"id": 1}]})
     ),
     chat("F18", "messages", messages=[*USER, {"role": "tool", "content": "a", "tool_call_id": 1}]),
+    # G: tools
+    *(
+        chat("G01", "tools", tools=[tool(parameters)])
+        for parameters in (
+            {"type": "strnig"},
+            {"type": ["object", 1]},
+            {"properties": {"a": {"pattern": "("}}},
+            {"properties": {"a": {"pattern": 1}}},
+            {"properties": {"a": 1}},
+        )
+    ),
+    chat("G01", "body.tools", tools=[tool([])]),
+    chat("G01", "body.tools", tools=[{**tool({}), "type": "x"}]),
+    chat("G01", "body.tools", tools=[]),
+    chat("G01", "tools", tools=[tool({}), tool({})]),
+    *(
+        chat("G03", "body.tool_choice", tools=[tool({})], tool_choice=choice)
+        for choice in ("maybe", 1, [], {"type": "x"}, {"function": {"name": 1}})
+    ),
+    chat("G03", "tool_choice", tools=[tool({})], tool_choice={"function": {"name": "g"}}),
+    chat("G03", "tool_choice", tool_choice="auto"),
     # H: the other endpoints
     Case("H01", TOKENIZE, {"prompt": "a" * 10_000_000}, (400, 413)),
     *(

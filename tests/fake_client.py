@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
+from microvllm.runtime.grammar.checker import GrammarChecker
 from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.request import (
     EngineRequest,
@@ -88,6 +89,7 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.backend, self.token_bytes = _backend()
         self.vocab_size = VOCAB_SIZE
+        self.special_ids = frozenset((BOS, EOS))
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self.chat_template, self.chat_templates = None, {}
         self.eos_token_id = EOS
@@ -103,6 +105,12 @@ class FakeTokenizer:
         return self.backend.id_to_token(token)
 
 
+@functools.cache
+def _grammars() -> GrammarChecker:
+    """One for all processors: it has child processes."""
+    return GrammarChecker(FakeTokenizer(), VOCAB_SIZE, has_end=True)  # type: ignore[arg-type]
+
+
 class FakeProcessor(InputProcessor):
     """The real one, but for a template that shows every variable and for defaults that are given."""
 
@@ -115,6 +123,7 @@ class FakeProcessor(InputProcessor):
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(config, tokenizer, template)  # type: ignore[arg-type]
+        self._grammars = _grammars()
         self.template = template
         self.defaults = defaults or {}
 

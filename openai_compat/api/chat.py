@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from microvllm.openai_compat.api.conversation import Conversation, render
 from microvllm.openai_compat.api.generation import Generation
 from microvllm.openai_compat.api.parsing import ParsedChoice, Parsing
@@ -64,9 +62,10 @@ class Chat(Generation[ChatCompletionRequest]):
             with_reasoning=self.body.include_reasoning,
             parallel=self.body.parallel_tool_calls,
         )
-        budget = self.parsing.budget(self.body.thinking_token_budget)
-        if budget is not None:
-            self.params = msgspec.structs.replace(self.params, thinking=budget)
+        self.params = self.parsing.constrained(self.params, self.body.thinking_token_budget)
+        if self.body.use_beam_search and self.params.structured_outputs is not None:
+            field = self.params.structured_outputs.field
+            raise InvalidRequestError(f"{field} is not supported with beam search.", field)
         return [conversation.token_ids]
 
     def choices(self) -> Sequence[ParsedChoice]:

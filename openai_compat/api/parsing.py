@@ -1,4 +1,4 @@
-"""Parses what a chat generates: how a request's outputs are read, and the events of each choice.
+"""Parses what a chat generates: how a request's outputs are made and read, and the events of each choice.
 
 An endpoint that writes messages feeds a `ParsedChoice` the deltas of its stream and writes the events, or has
 a whole choice read as a `ParsedMessage`.
@@ -6,63 +6,30 @@ a whole choice read as a `ParsedMessage`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from microvllm.openai_compat.api.formats import Formats
 from microvllm.openai_compat.api.tools import ToolUse
 from microvllm.openai_compat.parsers.events import Content, Event, Function, ParsedMessage, Reasoning, fold
-from microvllm.openai_compat.parsers.output import OutputParser, Thinking
-from microvllm.openai_compat.parsers.registry import (
-    AUTO,
-    REASONING_FORMATS,
-    detect_formats,
-    make_parser,
-)
+from microvllm.openai_compat.parsers.grammars import tool_grammar
+from microvllm.openai_compat.parsers.output import OutputParser
+from microvllm.openai_compat.parsers.registry import TOOL_FORMATS, make_parser
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import ThinkingBudget
+from microvllm.runtime.request import SamplingParams, StructuredOutput, ThinkingBudget
 from microvllm.runtime.text.detokenizer import TextDelta
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.streams import Outcome
-    from microvllm.openai_compat.config import AnswerArgs
-    from microvllm.runtime.process.client import EngineClient
-
-
-@dataclass(frozen=True)
-class Formats:
-    """The formats in which a server's model writes calls and reasoning, by name; None where there is none.
-
-    `thinking` has the tags around the reasoning, and `think_start` and `think_end` are their token ids.
-    """
-
-    calls: str | None = None
-    reasoning: str | None = None
-    thinking: Thinking | None = None
-    think_start: tuple[int, ...] = ()
-    think_end: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, client: EngineClient, args: AnswerArgs) -> Formats:
-        """Return the formats that the options name, or for `auto` the chat template shows."""
-        calls, reasoning = args.tool_call_parser, args.reasoning_parser
-        if AUTO in (calls, reasoning):
-            shown = detect_formats(client.processor.template_source)
-            calls, reasoning = (
-                found if name == AUTO else name for name, found in zip((calls, reasoning), shown, strict=True)
-            )
-        if reasoning is None:
-            return cls(calls)
-        thinking = REASONING_FORMATS[reasoning]
-        if isinstance(thinking, str):  # harmony, which has channels
-            return cls(calls, reasoning)
-        start, end = (tuple(client.tokenizer.encode(tag, False)) for tag in (thinking.start, thinking.end))
-        return cls(calls, reasoning, thinking, start, end)
 
 
 @dataclass(frozen=True)
 class Parsing:
-    """How the outputs of one request are parsed.
+    """How the outputs of one request are made and read.
 
     `tools` are those that may be called. `opened` says whether the prompt ends within reasoning (True) or
     behind it (False); None if the model decides. Without `with_reasoning` the reasoning is left out.
@@ -79,60 +46,129 @@ class Parsing:
         """Whether the text is the answer as it is."""
         return self.tools is None and self.formats.reasoning is None
 
-    def choice(self) -> ParsedChoice:
-        """Return the parser of one output."""
-        return ParsedChoice(self)
-
-    def parser(self) -> OutputParser | None:
-        if self.is_plain:
-            return None
-        functions = [
-            Function(tool.function.name, tool.function.parameters or {}, tool.function.strict is True)
-            for tool in (self.tools.allowed if self.tools is not None else ())
-        ]
-        return make_parser(
-            self.formats.calls,
-            self.formats.reasoning,
-            tools=functions,
-            prompt_ends_in_reasoning=self.opened,
-            parallel=self.parallel,
-        )
-
     @property
     def reasons_first(self) -> bool:
         """Whether an output begins with reasoning that it does not open itself."""
         thinking = self.formats.thinking
         return thinking is not None and (thinking.implied if self.opened is None else self.opened)
 
-    def budget(self, max_tokens: int | None) -> ThinkingBudget | None:
-        """Return the engine's form of `thinking_token_budget`. Raises `InvalidRequestError`."""
+    @property
+    def functions(self) -> list[Function]:
+        return [
+            Function(tool.function.name, tool.function.parameters or {}, tool.function.strict is True)
+            for tool in (self.tools.allowed if self.tools is not None else ())
+        ]
+
+    def parser(self) -> OutputParser | None:
+        """Return a parser of one output; None if there is nothing to parse."""
+        if self.is_plain:
+            return None
+        return make_parser(
+            self.formats.calls,
+            self.formats.reasoning,
+            tools=self.functions,
+            prompt_ends_in_reasoning=self.opened,
+            parallel=self.parallel,
+        )
+
+    # ---- what the engine has to enforce -------------------------------------------------------------
+
+    def constrained(self, params: SamplingParams, budget: int | None) -> SamplingParams:
+        """Return the parameters with the form of the output and the budget of its reasoning.
+
+        Raises `InvalidRequestError` naming the field of what cannot be enforced.
+        """
+        changes: dict[str, Any] = {}
+        form = self._form(params.structured_outputs)
+        if form is not params.structured_outputs:
+            changes["structured_outputs"] = form
+        thinking = self._budget(budget)
+        if thinking is not None:
+            changes["thinking"] = thinking
+        if not self.is_plain and self.formats.in_special_tokens(calls=self.tools is not None):
+            changes["skip_special_tokens"] = False
+        return msgspec.structs.replace(params, **changes) if changes else params
+
+    def _budget(self, max_tokens: int | None) -> ThinkingBudget | None:
         if max_tokens is None or max_tokens < 0:
             return None
-        if self.formats.thinking is None:
-            raise InvalidRequestError(
-                "thinking_token_budget needs a server with a --reasoning-parser whose format has tags around "
-                "the reasoning.",
-                "thinking_token_budget",
-            )
+        thinking, ids, field = self.formats.thinking, self.formats.ids, "thinking_token_budget"
+        if thinking is None:
+            raise InvalidRequestError(f"{field} needs a server with a --reasoning-parser.", field)
+        if ids is None or thinking.answer:
+            raise InvalidRequestError(f"{field} needs a model with a token that ends the reasoning.", field)
         if self.opened is False:  # there is no reasoning
             return None
-        start = [] if self.reasons_first else [*self.formats.think_start]
-        return ThinkingBudget(max_tokens=max_tokens, start=start, end=[*self.formats.think_end])
+        return ThinkingBudget(
+            max_tokens=max_tokens, start=[] if self.reasons_first else ids.start, end=ids.end
+        )
+
+    def _form(self, answer: StructuredOutput | None) -> StructuredOutput | None:
+        """Return the form of the output; `answer` is the requested one of the answer."""
+        use = self.tools
+        if use is None or self.formats.calls is None:
+            return self._behind_reasoning(answer, call=False)
+        calls, functions = TOOL_FORMATS[self.formats.calls], self.functions
+        free = use.choice == "auto"
+        if free and answer is None:
+            form, field = tool_grammar(calls, functions, "auto", parallel=self.parallel), "tools"
+        else:
+            parallel = self.parallel and not use.named
+            form, field = tool_grammar(calls, functions, "required", parallel=parallel), "tool_choice"
+            if form is not None and answer is not None and free:
+                form, field = _either(form, answer), answer.field
+        return self._behind_reasoning(form and msgspec.structs.replace(form, field=field), call=True)
+
+    def _behind_reasoning(self, form: StructuredOutput | None, *, call: bool) -> StructuredOutput | None:
+        if form is None or self.formats.reasoning is None or self.opened is False:
+            return form
+        ids = self.formats.ids
+        if ids is None:
+            raise InvalidRequestError(
+                f"{form.field} needs a model with a token that ends the reasoning, or no --reasoning-parser.",
+                form.field,
+            )
+        return msgspec.structs.replace(
+            form, after=ids.call if call else ids.answer, opens=[] if self.reasons_first else ids.start
+        )
+
+    def choice(self) -> ParsedChoice:
+        """Return the reader of one output."""
+        return ParsedChoice(self)
+
+
+def _either(calls: StructuredOutput, answer: StructuredOutput) -> StructuredOutput:
+    """Return the form of an output that is calls, or an answer in its own form."""
+    formats: dict[str, Any] = {
+        "json": lambda: {"type": "json_schema", "json_schema": json.loads(answer.spec)},
+        "json_object": lambda: {"type": "json_schema", "json_schema": {"type": "object"}},
+        "regex": lambda: {"type": "regex", "pattern": answer.spec},
+        "choice": lambda: {
+            "type": "or",
+            "elements": [{"type": "const_string", "value": text} for text in json.loads(answer.spec)],
+        },
+    }
+    if answer.kind not in formats:
+        raise InvalidRequestError(
+            f'{answer.field} of this kind cannot be combined with tools, unless `tool_choice` is "none".',
+            answer.field,
+        )
+    elements = [json.loads(calls.spec)["format"], formats[answer.kind]()]
+    spec = {"type": "structural_tag", "format": {"type": "or", "elements": elements}}
+    return msgspec.structs.replace(answer, kind="structural_tag", spec=json.dumps(spec, ensure_ascii=False))
 
 
 class ParsedChoice:
-    """Parses one output as it arrives. `reasoning_tokens` counts those between the tags, None without any."""
+    """Reads one output as it arrives. `reasoning_tokens` counts those between the tags, None without any."""
 
     def __init__(self, parsing: Parsing) -> None:
         self._parser = parsing.parser()
         self._with_reasoning = parsing.with_reasoning
         self._named = parsing.tools is not None and parsing.tools.named
-        formats = parsing.formats
+        ids = parsing.formats.ids
         self._counter: ReasoningCounter | None = None
-        if formats.thinking is not None:
-            self._counter = ReasoningCounter(
-                formats.think_start, formats.think_end, inside=parsing.reasons_first
-            )
+        if ids is not None:
+            self._counter = ReasoningCounter(ids.start, ids.end, inside=parsing.reasons_first)
 
     @property
     def reasoning_tokens(self) -> int | None:

@@ -63,8 +63,6 @@ def tool_use(body: ChatCompletionRequest, args: AnswerArgs, format_: str | None)
             '--tool-call-parser, or send `tool_choice` "none".',
             "tools",
         )
-    if use.choice == "required":
-        raise InvalidRequestError("A call cannot be required yet.", "tool_choice")
     if use.choice == "auto" and not args.enable_auto_tool_choice:
         raise InvalidRequestError(
             '"auto" tool choice requires --enable-auto-tool-choice to be set', "tool_choice"

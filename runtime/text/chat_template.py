@@ -29,6 +29,18 @@ TEXT_PARTS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
+# Shows in what form a template takes the arguments of calls: as an object, or as JSON text.
+PROBE_TEXT = '{"key": "value"}'
+PROBE_CALL: dict[str, Any] = {
+    "type": "function",
+    "id": "abcdefghi",
+    "function": {"name": "f", "arguments": {"key": "value"}},
+}
+PROBE: Sequence[Mapping[str, Any]] = (
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
+    {"role": "tool", "content": "b", "name": "f", "tool_call_id": "abcdefghi"},
+)
 # What a part of another modality holds. Such a part may have no type.
 MEDIA_FIELDS = (
     *("image_url", "input_image", "image", "image_pil", "image_embeds", "input_audio", "audio_url", "audio"),
@@ -65,6 +77,30 @@ class ChatTemplate:
         return self._compiled[1]
 
     @functools.cached_property
+    def _takes_text_arguments(self) -> bool:
+        """Whether the template puts arguments into the text as they are, without making JSON of them."""
+
+        def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
+            try:
+                return self._sandbox.render(
+                    self.source,
+                    {
+                        **self._special_tokens,
+                        "messages": messages,
+                        "tools": None,
+                        "documents": None,
+                        "add_generation_prompt": True,
+                    },
+                )
+            except InvalidRequestError:
+                return ""
+
+        shown = rendered(PROBE)
+        if shown and repr(PROBE_CALL["function"]["arguments"]) not in shown:
+            return False
+        return PROBE_TEXT in rendered([_with_text_arguments(message) for message in PROBE])
+
+    @functools.cached_property
     def _compiled(self) -> tuple[str | None, str]:
         try:
             return None, self._sandbox.content_format(self.source)
@@ -98,6 +134,8 @@ class ChatTemplate:
         if content_format == AUTO:
             content_format = self.content_format
         messages = [_with_content_format(message, content_format) for message in messages]
+        if any("tool_calls" in message for message in messages) and self._takes_text_arguments:
+            messages = [_with_text_arguments(message) for message in messages]
         marker = ""
         if continue_final_message:
             if add_generation_prompt:
@@ -150,6 +188,17 @@ def _with_content_format(message: Mapping[str, Any], content_format: str) -> Map
         return message
     parts = [{"type": "text", "text": content}] if content or not message.get("tool_calls") else []
     return {**message, "content": parts}
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write the arguments of calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
 
 
 def _developer_as_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from chat_tools import CALL, TOOLS, USER, ask, assembled
-from fake_client import FakeClient
+from fake_client import FakeClient, FakeTokenizer
 from http_tools import in_process
 
 from microvllm.openai_compat.api.parsing import ReasoningCounter
@@ -105,6 +105,43 @@ async def test_a_budget_reaches_the_engine(body: dict[str, Any], budget: Thinkin
 async def test_a_budget_that_cannot_be_kept_is_refused(value: int, param: str) -> None:
     status, answer, client = await ask("x", args={}, thinking_token_budget=value)
     assert (status, answer["error"]["param"], client.submitted) == (400, param, [])
+
+
+async def test_special_tokens_are_kept_where_they_mark_something() -> None:
+    """As text they would be missing, and what they mark would be lost."""
+    for output, kept in (("x", False), ("<think>a</think>x", True)):
+        client = FakeClient(max_model_len=4096)
+        client.tokenizer.id_to_token = lambda token: "</think>"  # type: ignore[method-assign]
+        client.recorded = [output]
+        async with in_process(client, **({"reasoning_parser": "qwen3"} if kept else {})) as http:
+            await http.post("/v1/chat/completions", json={"messages": USER})
+        assert client.submitted[0][1].skip_special_tokens is not kept
+
+
+class Merging(FakeTokenizer):
+    """Spells a bracket with the line break behind it, as where no tag is a token."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return super().encode(text.replace(">\n", "\x00"), add_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+    ],
+)
+async def test_what_follows_the_end_of_the_reasoning_needs_a_token_for_it(
+    body: dict[str, Any], field: str
+) -> None:
+    client = FakeClient(max_model_len=4096)
+    client.tokenizer = Merging()
+    async with in_process(client, **QWEN3) as http:
+        answer = (await http.post("/v1/chat/completions", json={"messages": USER, **body})).json()
+        assert answer["error"]["param"] == field and "reasoning" in answer["error"]["message"]
+        plain = (await http.post("/v1/chat/completions", json={"messages": USER})).json()
+        assert plain["usage"]["completion_tokens_details"] is None  # not known
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5, 100])

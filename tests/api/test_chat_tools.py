@@ -140,6 +140,68 @@ async def test_what_the_template_is_shown(choice: Any, shown: list[str]) -> None
     assert [name for name in ("get_weather", "get_time") if f"'name': '{name}'" in text] == shown
 
 
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+ONLY_TIME = [{"type": "function", "function": {"name": "get_time"}}]
+
+
+def allowed(mode: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": ONLY_TIME}}
+
+
+def strict(tool: dict[str, Any]) -> dict[str, Any]:
+    return {**tool, "function": {**tool["function"], "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "inside", "outside"),
+    [
+        ({"tool_choice": "required"}, "tool_choice", ["get_weather", "get_time"], []),
+        ({"tool_choice": NAMED}, "tool_choice", ["get_weather"], ["get_time"]),
+        ({"tool_choice": allowed("required")}, "tool_choice", ["get_time"], ["get_weather"]),
+        ({"tool_choice": allowed("auto")}, None, [], []),
+        ({"tool_choice": "auto"}, None, [], []),
+        ({"tool_choice": "none"}, None, [], []),
+        ({"tools": [strict(WEATHER), TIME]}, "tools", ["get_weather", "get_time"], []),
+        ({"tools": [strict(WEATHER), TIME], "tool_choice": "none"}, None, [], []),
+    ],
+)
+async def test_what_must_be_called_is_a_grammar(
+    body: dict[str, Any], field: str | None, inside: list[str], outside: list[str]
+) -> None:
+    """So that a call is made, of an allowed function, with arguments that follow its schema."""
+    status, answer, client = await ask(CALL, **{"tools": TOOLS, **body})
+    form = client.submitted[0][1].structured_outputs
+    assert status == 200 and (form is None) == (field is None)
+    if form is not None:
+        assert (form.kind, form.field, form.after, form.opens) == ("structural_tag", field, [], [])
+        assert all(name in form.spec for name in inside) and not any(name in form.spec for name in outside)
+        one = body.get("tool_choice") == NAMED
+        assert ('"stop_after_first": true' in form.spec) == one
+        reason = "stop" if one else "tool_calls"
+        assert answer["choices"][0]["finish_reason"] == reason
+
+
+async def test_one_call_where_several_are_not_wanted() -> None:
+    body = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    _, _, client = await ask(CALL, **body)
+    form = client.submitted[0][1].structured_outputs
+    assert form is not None and '"stop_after_first": true' in form.spec
+
+
+async def test_a_schema_that_cannot_be_enforced_is_refused() -> None:
+    endless = {"$ref": "http://example.com/schema"}
+    for body in ({"tool_choice": "required"}, {"tools": [strict(tool("f", **endless))]}):
+        status, answer, client = await ask("x", **{"tools": [tool("f", **endless)], **body})
+        assert status == 400 and not client.submitted
+        assert answer["error"]["param"] in ("tools", "tool_choice"), answer
+
+
+async def test_beams_have_no_grammar() -> None:
+    body = {"tools": TOOLS, "tool_choice": "required", "use_beam_search": True}
+    status, answer, client = await ask("x", **body)
+    assert (status, answer["error"]["param"], client.submitted) == (400, "tool_choice", [])
+
+
 async def test_render_and_tokenize_show_the_same_tools() -> None:
     _, answer, client = await ask("ok", tools=TOOLS)
     ids = client.submitted[0][0]
@@ -160,7 +222,6 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
 ALLOWED = {"mode": "auto", "tools": [NAMED]}
 
 

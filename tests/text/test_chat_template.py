@@ -235,6 +235,32 @@ def test_tool_calls_become_objects() -> None:
     )
 
 
+LOOP = "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("{{ call.function.arguments | tojson }}", '{"x": "é"}'),
+        ("{{ call | tojson }}", '"arguments": {"x": "é"}}'),
+        ("{% for key, value in call.function.arguments.items() %}<{{ key }}>{{ value }}{% endfor %}", "<x>é"),
+        # These put the arguments into the text as they are: DeepSeek's, and the carelessly written ones.
+        ("{{ '```json' + call['function']['arguments'] + '```' }}", '```json{"x": "é"}```'),
+        ("{{ call.function.arguments }}", '{"x": "é"}'),
+        # and this one takes both
+        (
+            "{% set a = call.function.arguments %}{{ a if a is string else a | tojson }}",
+            '{"x": "é"}',
+        ),
+    ],
+)
+def test_every_template_shows_arguments_as_json(written: str, shown: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}
+    talk = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    text = render(LOOP + written + "{% endfor %}{% endfor %}", normalize_messages(talk))
+    assert shown in text and "{'x'" not in text
+
+
 def user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "fine"}, {"role": "user", "content": content}]
 
