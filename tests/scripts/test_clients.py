@@ -1,0 +1,97 @@
+"""The scripted model of `scripts/clients`: which turns it plays, and that what it writes is what is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import pytest
+from model_tools import ROOT, load_script
+
+from microvllm.runtime.text.chat_template import ChatTemplate, normalize_messages
+
+FOLDER = ROOT / "scripts" / "clients"
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    return load_script("clients/scripted")
+
+
+def tool(name: str, **members: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": members, "required": list(members)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def turns(scripted: ModuleType, *tools: dict[str, Any], thinking: bool = False) -> list[Any]:
+    """What the model calls, turn by turn, each answered with "fine", and what it says in the end."""
+    template = ChatTemplate(scripted.TEMPLATE.read_text(), {})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Change it."}]
+    found: list[Any] = []
+    while True:
+        prompt = template.render(normalize_messages(messages), tools=list(tools), enable_thinking=thinking)
+        text = scripted.answer(prompt, None, "/work")
+        assert thinking == ("</think>" in text)
+        call = re.search(r"<tool_call>\n(.*)\n</tool_call>", text)
+        if call is None:
+            return [*found, text.rpartition("\n")[2]]
+        function = json.loads(call[1])
+        found.append((function["name"], function["arguments"]))
+        messages.append({"role": "assistant", "tool_calls": [{"type": "function", "function": function}]})
+        messages.append({"role": "tool", "content": "fine"})
+
+
+STRING = {"type": "string"}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_coding_agent_reads_and_edits(scripted: ModuleType, thinking: bool) -> None:
+    path, edit = "/work/colors.txt", {"file_path": STRING, "old_string": STRING, "new_string": STRING}
+    tools = (tool("Bash", command=STRING), tool("Edit", **edit), tool("Read", file_path=STRING))
+    assert turns(scripted, *tools, thinking=thinking) == [
+        ("Read", {"file_path": path}),
+        ("Edit", {"file_path": path, "old_string": "red", "new_string": "blue"}),
+        "The tool returned: fine",
+    ]
+
+
+def test_an_agent_with_a_shell_only_ends_by_a_command(scripted: ModuleType) -> None:
+    first, last, _ = turns(scripted, tool("bash", command=STRING))
+    assert first == ("bash", {"command": "sed -i s/red/blue/ /work/colors.txt"})
+    assert last == ("bash", {"command": scripted.FINISH})
+
+
+def test_a_library_gets_its_tool_called_and_its_answer_given(scripted: ModuleType) -> None:
+    tools = (tool("final_answer", answer=STRING), tool("get_weather", city=STRING))
+    assert turns(scripted, *tools) == [
+        ("get_weather", {"city": "city"}),
+        ("final_answer", {"answer": "answer"}),
+        "The tool returned: fine",
+    ]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"name": STRING, "age": {"type": "integer"}}, "required": ["name"]},
+        {"type": "array", "items": {"enum": ["a"]}, "minItems": 3},
+        {"$ref": "#/$defs/P", "$defs": {"P": {"anyOf": [{"type": "null"}, STRING]}}},
+        {"type": "string", "minLength": 3, "maxLength": 4},
+        {"type": ["number", "null"], "minimum": 7},
+        {"const": {"a": 1}},
+    ],
+)
+def test_values_fit_their_schemas(scripted: ModuleType, schema: dict[str, Any]) -> None:
+    jsonschema.validate(scripted.instance(schema, schema, "", "x"), schema)
+
+
+def test_every_program_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    libraries = load_script("clients/libraries").LIBRARIES
+    files = {path.name for path in (FOLDER / "programs").iterdir() if path.is_file()}
+    assert files == {library.program for library in libraries.values()} | {"common.py"}
