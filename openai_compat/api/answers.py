@@ -92,7 +92,12 @@ def _chunk(choice: Mapping[str, Any], **members: Any) -> dict[str, Any]:
 _BLOCK = _object(type={"enum": ["text", "thinking", "tool_use"]})
 _BLOCK_DELTA = _object(type={"enum": ["text_delta", "thinking_delta", "signature_delta", "input_json_delta"]})
 _MESSAGE_END = {
-    "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", None]},
+    "stop_reason": {
+        "enum": [
+            *("end_turn", "max_tokens", "model_context_window_exceeded", "stop_sequence", "tool_use"),
+            None,
+        ]
+    },
     "stop_sequence": TEXT_OR_NULL,
 }
 _MESSAGE_USAGE = _object(

@@ -65,8 +65,9 @@ class Messages(Chat):
     ) -> bytes:
         (outcome,) = outcomes
         called = any(block["type"] == "tool_use" for block in self.blocks)
-        end = self.stop(outcome.finish_reason, outcome.stop_reason, called)
-        return orjson.dumps(self.message(self.blocks, end, len(outcome.token_ids)))
+        output_tokens = len(outcome.token_ids)
+        end = self.stop(outcome.finish_reason, outcome.stop_reason, called, output_tokens)
+        return orjson.dumps(self.message(self.blocks, end, output_tokens))
 
     def chunks(self) -> MessageChunks:
         return MessageChunks(self)
@@ -99,10 +100,14 @@ class Messages(Chat):
             **details,
         }
 
-    def stop(self, finish: str | None, reason: int | str | None, called: bool) -> dict[str, str | None]:
+    def stop(
+        self, finish: str | None, reason: int | str | None, called: bool, output_tokens: int
+    ) -> dict[str, str | None]:
         """Return why the message ended, in the words of this API."""
         if finish == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
+            full = self.params.max_tokens is None or output_tokens < self.params.max_tokens
+            word = "model_context_window_exceeded" if full else "max_tokens"
+            return {"stop_reason": word, "stop_sequence": None}
         if reason in self.body.stop_strings:
             return {"stop_reason": "stop_sequence", "stop_sequence": str(reason)}
         return {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
@@ -226,7 +231,7 @@ class MessageChunks(Chunks):
 
     def closing(self) -> list[bytes]:
         messages = self._messages
-        end = messages.stop(*self._end, self._blocks.called)
+        end = messages.stop(*self._end, self._blocks.called, self._output_tokens)
         usage = messages.usage(self._output_tokens)
         return [
             self._blocks.close(),

@@ -346,6 +346,15 @@ async def test_why_it_stopped(changes: dict[str, Any], reason: str, sequence: st
     assert answer["stop_sequence"] in (changes["stop_sequences"] if sequence else [None])
 
 
+async def test_a_full_context_is_not_taken_for_the_limit_of_the_request() -> None:
+    client = FakeClient(max_model_len=60)
+    client.recorded = ["x" * 100]
+    _, answer = await post(client=client, max_tokens=32_000)
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    _, answer = await post(client=client, max_tokens=20)
+    assert answer["stop_reason"] == "max_tokens"
+
+
 async def test_tokens_of_the_prompt_are_counted_once() -> None:
     client = FakeClient(max_model_len=4096)
     _, count = await post(COUNT, client=client)
