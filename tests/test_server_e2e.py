@@ -359,6 +359,21 @@ def test_the_capital_of_france(smollm2: Server) -> None:
 
 
 @pytest.mark.model
+def test_the_capital_of_france_as_a_response(smollm2: Server) -> None:
+    responses = smollm2.client.responses
+    wish: dict[str, Any] = {"model": smollm2.model, "temperature": 0, "max_output_tokens": 30}
+    whole = responses.create(**wish, input="What is the capital of France?")
+    assert "Paris" in whole.output_text and whole.status == "completed"
+    assert responses.retrieve(whole.id) == whole
+    with responses.stream(**wish, input="Again, please.", previous_response_id=whole.id) as stream:
+        events = list(stream)
+    texts = [event.delta for event in events if event.type == "response.output_text.delta"]
+    last = events[-1].response
+    assert len(texts) > 2 and "".join(texts) == last.output_text
+    assert last.usage.input_tokens > whole.usage.total_tokens  # the conversation up to here is in the prompt
+
+
+@pytest.mark.model
 async def test_the_capital_of_france_asynchronously(smollm2: Server) -> None:
     async with smollm2.async_client() as client:
 
