@@ -398,6 +398,28 @@ async def test_a_call_that_is_cut_off_is_incomplete() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"get_weather", "patch", "files__read"}),
+        ({"type": "function", "name": "get_weather"}, {"get_weather"}),
+        ({"type": "custom", "name": "patch"}, {"patch"}),
+        ({"type": "function", "name": "read", "namespace": "files"}, {"files__read"}),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "custom", "name": "patch"}]},
+            {"patch"},
+        ),
+    ],
+)
+async def test_a_choice_is_enforced(choice: Any, names: set[str]) -> None:
+    client = playing(called("patch", input="x"))
+    await ask(client, tools=[FUNCTION, CUSTOM, GROUP], tool_choice=choice)
+    form = client.submitted[-1][1].structured_outputs
+    assert form is not None
+    shown = {"get_weather", "patch", "files__read"}
+    assert {name for name in shown if f'\\"{name}\\"' in form.spec} == names
+
+
 async def test_tools_are_shown_in_one_form() -> None:
     client = playing("x")
     await ask(client, tools=[FUNCTION, CUSTOM, GROUP], tool_choice="auto")
