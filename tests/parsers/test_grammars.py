@@ -1,30 +1,146 @@
-"""Grammars of calls that must be made, or by their schema."""
+"""Grammars of calls that must be made, or by their schema: what they allow is read as such calls."""
 
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+from llguidance import LLMatcher
 from parser_tools import FUNCTIONS
 
-from microvllm.openai_compat.parsers.events import Function
+from microvllm.openai_compat.parsers.events import Function, fold
+from microvllm.openai_compat.parsers.formats import REASONING_FORMATS, TOOL_FORMATS
 from microvllm.openai_compat.parsers.grammars import tool_grammar
-from microvllm.openai_compat.parsers.registry import TOOL_FORMATS
+from microvllm.openai_compat.parsers.registry import make_parser
+from microvllm.openai_compat.parsers.xml_calls import XmlCalls
 from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.grammar.translate import Specials, parser_limits, translate
+from microvllm.runtime.grammar.vocabulary import make_tokenizer
+from microvllm.runtime.request import StructuredOutput
 
-NAMES = pytest.mark.parametrize("name", TOOL_FORMATS)
+# Names of one and the same form are walked once.
+FORMS = pytest.mark.parametrize("name", {id(form): name for name, form in TOOL_FORMATS.items()}.values())
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Oslo", "Rome"]},
+        "days": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"$ref": "#/$defs/tag"}, "maxItems": 2},
+        "note": {"type": "string"},
+    },
+    "required": ["city", "tags"],
+    "additionalProperties": False,
+    "$defs": {
+        "tag": {"type": "object", "properties": {"x": {"type": "null"}}, "additionalProperties": False}
+    },
+}
+OPTIONAL = {
+    "type": "object",
+    "properties": {"a": {"type": "boolean"}, "b": {"type": "number", "enum": [1, 2.5]}},
+    "additionalProperties": False,
+}
+STRICT = (
+    Function("get_weather", WEATHER, strict=True),
+    Function("f.g-h", OPTIONAL, strict=True),
+    Function("get_time", {}, strict=True),
+)
+END = 256  # the id of the end; those below are bytes, those above special tokens
 
 
-@NAMES
-def test_only_strict_functions_need_a_grammar_with_auto(name: str) -> None:
+def walk(form: StructuredOutput, tokens: Sequence[str], seed: int, begin: str = "", ends: str = "") -> str:
+    """Write at random what a grammar allows, up to its end; behind `begin` up to where it may first end.
+
+    `tokens` are tokens of their own; `ends` is written at times where it may be, or free text would not end.
+    """
+    specials = Specials(END + 1 + len(tokens), {token: END + 1 + index for index, token in enumerate(tokens)})
+    texts = [*(bytes([index]) for index in range(END)), b"<end>", *map(str.encode, tokens)]
+    tokenizer = make_tokenizer(texts, range(END, len(texts)), [END])
+    matcher = LLMatcher(tokenizer, translate(form, specials), limits=parser_limits(), log_level=0)
+    draw, written, ending = random.Random(seed), begin.encode(), list(ends.encode())
+    assert matcher.consume_tokens(list(written)), begin
+    for _ in range(3000):
+        mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        assert not matcher.is_error(), matcher.get_error()
+        allowed = [int(token) for token in np.flatnonzero(mask[: len(texts)])]
+        if END in allowed and (begin or len(allowed) == 1 or draw.random() < 0.5):
+            return written.decode()
+        if ending and draw.random() < 0.1 and matcher.validate_tokens(ending) == len(ending):
+            matcher.consume_tokens(ending)
+            written += bytes(ending)
+            continue
+        plain = [token for token in allowed if 32 < token < 127] or [t for t in allowed if t != END]
+        closing = [token for token in plain if token > END or chr(token) in "\"'}])<\n0"]
+        token = draw.choice(closing if closing and draw.random() < 0.5 else plain)
+        written += texts[token]
+        matcher.consume_token(token)
+    pytest.fail(f"a walk without an end: {written!r}")
+
+
+def special_tokens(name: str) -> list[str]:
+    """The tags of a format that are tokens of their own in its models."""
+    return [text for text in TOOL_FORMATS[name].tokens if text.startswith(("<|", "<｜", "[TOOL"))]
+
+
+def valid(name: str, arguments: dict[str, Any]) -> bool:
+    if name == "get_weather":
+        return (
+            {"city", "tags"} <= arguments.keys() <= WEATHER["properties"].keys()
+            and arguments["city"] in ("Oslo", "Rome")
+            and isinstance(arguments["tags"], list)
+            and isinstance(arguments.get("days", 0), int)
+            and isinstance(arguments.get("note", ""), str)
+        )
+    properties = OPTIONAL["properties"] if name == "f.g-h" else {}
+    return arguments.keys() <= properties.keys() and isinstance(arguments.get("a", True), bool)
+
+
+@FORMS
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_what_a_grammar_allows_is_read_as_calls(name: str, choice: Literal["required", "auto"]) -> None:
     form = TOOL_FORMATS[name]
-    assert tool_grammar(form, FUNCTIONS, "auto") is None
-    strict = Function("f", {"type": "object", "properties": {"a": {"type": "integer"}}}, strict=True)
-    made = tool_grammar(form, (*FUNCTIONS, strict), "auto", parallel=False)
-    assert made is not None and made.kind == "structural_tag"
-    output = json.loads(made.spec)["format"]
-    assert output["type"] == "triggered_tags" and output["stop_after_first"]
-    assert all(any(tag["begin"].startswith(t) for t in output["triggers"]) for tag in output["tags"])
+    for seed in range(2):
+        parallel = seed % 2 == 0
+        made = tool_grammar(form, STRICT, choice, parallel=parallel)
+        assert made is not None
+        begin = "" if choice == "required" else f"Well.\n{form.triggers('get_time')}"
+        tokens = special_tokens(name) if choice == "required" else []
+        # Behind the text of an argument.
+        ends = (
+            f"{chr(10) * form.own_lines}{form.argument[1]}{form.line}" if isinstance(form, XmlCalls) else ""
+        )
+        text = walk(made, tokens, seed, begin, ends)
+        parser = make_parser(name, None, tools=STRICT)
+        message = fold(parser.feed(text) + parser.end())
+        assert message.tool_calls, text
+        assert message.content == (None if choice == "required" else "Well."), text
+        assert parallel or len(message.tool_calls) == 1
+        for call in message.tool_calls:
+            assert valid(call.name, json.loads(call.arguments)), text
+
+
+@FORMS
+def test_calls_of_functions_that_are_not_strict_are_free(name: str) -> None:
+    free = Function("free", {"type": "object", "properties": {"unchecked": {"type": "integer"}}})
+    form = TOOL_FORMATS[name]
+    assert tool_grammar(form, [*FUNCTIONS, free], "auto") is None
+    made, forced = (tool_grammar(form, [STRICT[0], free], choice) for choice in ("auto", "required"))
+    assert made is not None and "free" in made.spec and "unchecked" not in made.spec
+    assert forced is not None and "unchecked" in forced.spec
+
+
+def test_a_forced_call_behind_reasoning() -> None:
+    """What a grammar comes after is a text between the reasoning and the call."""
+    thinking = REASONING_FORMATS["openai_gptoss"]
+    made = tool_grammar(TOOL_FORMATS["openai"], STRICT[2:], "required")
+    assert made is not None
+    call = walk(made, special_tokens("openai"), 0)
+    parser = make_parser("openai", "openai_gptoss", tools=STRICT)
+    message = fold(parser.feed(f"{thinking.start}Hm.{thinking.call}{call}"))
+    assert message.reasoning == "Hm." and message.tool_calls[0].arguments == "{}"
 
 
 def test_a_strict_text_that_cannot_be_enforced_is_refused() -> None:
