@@ -20,10 +20,7 @@ UNCHECKED = ("pattern", "minLength", "maxLength", "format")  # of a string that 
 
 
 class CallForm(Protocol):
-    """How calls are written: `wrap` stands around all of them, `separator` between two.
-
-    Every call begins with one of `triggers`, if that is not in `wrap`.
-    """
+    """How calls are written: `wrap` stands around all of them, `separator` between two."""
 
     @property
     def wrap(self) -> tuple[str, str]: ...
@@ -35,11 +32,14 @@ class CallForm(Protocol):
     def tokens(self) -> tuple[str, ...]:
         """Texts that may be special tokens of the vocabulary: they have to be in the output's text."""
 
-    def triggers(self, name: str) -> str:
-        """Return the text that a call of this function begins with."""
+    def trigger(self, name: str) -> str:
+        """Return the beginning of `wrap` and a call of this function that occurs in calls only."""
 
     def tag(self, function: Function, checked: bool) -> Tag:
         """Return the tag of a call, with arguments by the schema if `checked`."""
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        """Return the other ways in which models begin a call, each with its trigger."""
 
 
 def tool_grammar(
@@ -64,7 +64,7 @@ def tool_grammar(
         return None
     else:
         tags = [form.tag(function, function.strict) for function in functions]
-        triggers = [form.triggers(function.name) for function in functions]
+        triggers = [form.trigger(function.name) for function in functions]
         if opening:
             more = [constant(form.separator)] if form.separator else []
             more = [either([constant(""), sequence([*more, several(tags, form.separator)])])]
@@ -72,6 +72,9 @@ def tool_grammar(
                 tag(opening + call["begin"], sequence([{**call, "begin": ""}, *more[:parallel]]), closing)
                 for call in tags
             ]
+        for trigger, call in (way for f in functions for way in form.others(f, f.strict)):
+            triggers.append(trigger)
+            tags.append(call)
         output = {
             "type": "triggered_tags",
             "triggers": list(dict.fromkeys(triggers)),

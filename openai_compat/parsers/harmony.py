@@ -34,13 +34,21 @@ class HarmonyCalls(msgspec.Struct, frozen=True):
     def tokens(self) -> tuple[str, ...]:
         return TAGS
 
-    def triggers(self, name: str) -> str:
+    def trigger(self, name: str) -> str:
         return f"{CHANNEL}commentary to="
 
     def tag(self, function: Function, checked: bool) -> Tag:
         begin = f"{CHANNEL}commentary to=functions.{function.name} {CONSTRAIN}json{MESSAGE}"
         schema = arguments_schema(function) if checked else {"type": "object"}
         return tag(begin, schema_value(schema), "")
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        call, to = self.tag(function, checked), f"to=functions.{function.name}"
+        written = (
+            (f"{CHANNEL}analysis to=", f"{CHANNEL}analysis {to} code{MESSAGE}"),
+            (f"{START}assistant to=", f"{START}assistant {to}{CHANNEL}commentary {CONSTRAIN}json{MESSAGE}"),
+        )
+        return [(trigger, {**call, "begin": begin}) for trigger, begin in written]
 
 
 def harmony(scan: Scanner, write: Writer) -> Reading[None]:

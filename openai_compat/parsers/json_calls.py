@@ -46,13 +46,25 @@ class JsonCalls(msgspec.Struct, frozen=True):
     def tokens(self) -> tuple[str, ...]:
         return (*self.tags, self.end)
 
-    def triggers(self, name: str) -> str:
+    def trigger(self, name: str) -> str:
         return '{"name": "' if self.bare else self.tags[0]
 
     def tag(self, function: Function, checked: bool) -> Tag:
         schema = arguments_schema(function) if checked else {"type": "object"}
         begin = f'{self.around[0]}{{"name": {json.dumps(function.name)}, "{self.key}": '
         return tag(begin, schema_value(schema), "}" + self.around[1])
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        call = {**self.tag(function, checked), "end": "}"}
+        head = call["begin"].removeprefix(self.around[0])
+        tags = self.tags if self.bare else self.tags[1:]
+        found = [(start, {**call, "begin": start + head}) for start in tags]
+        if self.bare:
+            # The texts that `json_call` takes for the beginning of a call.
+            named = f'"function": {json.dumps(function.name)}, "{self.key}": '
+            found.append(('{"type": "function"', {**call, "begin": f'{{"type": "function", {head[1:]}'}))
+            found.append(('{"function": "', {**call, "begin": f"{{{named}"}))
+        return found
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         stops = (self.end, *self.tags) if self.end else self.tags

@@ -47,7 +47,7 @@ class NamedCalls(msgspec.Struct, frozen=True):
     def tokens(self) -> tuple[str, ...]:
         return (*self.wrap, *self.call, self.between)
 
-    def triggers(self, name: str) -> str:
+    def trigger(self, name: str) -> str:
         return self.wrap[0]
 
     def tag(self, function: Function, checked: bool) -> Tag:
@@ -60,6 +60,9 @@ class NamedCalls(msgspec.Struct, frozen=True):
             numbered = sequence([{"type": "regex", "pattern": "[0-9]{1,3}"}, constant(self.between), value])
             return tag(begin, numbered, self.call[1])
         return tag(f"{self.call[0]}{function.name}{self.between}", value, self.call[1])
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        return [(self.call[0], self.tag(function, checked))]
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         made = False
@@ -118,11 +121,14 @@ class MistralCalls(msgspec.Struct, frozen=True):
     def tokens(self) -> tuple[str, ...]:
         return "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 
-    def triggers(self, name: str) -> str:
+    def trigger(self, name: str) -> str:
         return self.starts[0]
 
     def tag(self, function: Function, checked: bool) -> Tag:
         return MISTRAL_LIST.tag(function, checked)
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        return []
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         yield from scan.space()

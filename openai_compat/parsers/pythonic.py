@@ -55,8 +55,8 @@ class PythonicCalls(msgspec.Struct, frozen=True):
     def tokens(self) -> tuple[str, ...]:
         return self.tags
 
-    def triggers(self, name: str) -> str:
-        return f"{self.wrap[0]}{name}("
+    def trigger(self, name: str) -> str:
+        return self.tags[0] or f"[{name}("
 
     def tag(self, function: Function, checked: bool) -> Tag:
         if not checked:
@@ -66,6 +66,12 @@ class PythonicCalls(msgspec.Struct, frozen=True):
         items = sorted(arguments(function), key=lambda argument: not argument.required)
         values = [sequence([constant(f"{item.key}="), schema_value(item.schema)]) for item in items]
         return tag(f"{function.name}(", _listed(values, sum(item.required for item in items)), ")")
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        if not self.tags[0] or not self.listed:
+            return []
+        call = self.tag(function, checked)
+        return [(f"[{function.name}(", tag("[" + call["begin"], {**call, "begin": ""}, "]"))]
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         made = False

@@ -70,14 +70,23 @@ class XmlCalls(msgspec.Struct, frozen=True):
     def tokens(self) -> tuple[str, ...]:
         return (*self.section, *self.call, *self.argument, *self.behind_key, self.value)
 
-    def triggers(self, name: str) -> str:
+    def trigger(self, name: str) -> str:
         return self.starts[0]
 
     def tag(self, function: Function, checked: bool) -> Tag:
+        call = self._tag(function, checked)
+        if not self.one_each:
+            return call
+        return tag(
+            f"{self.section[0]}\n{call['begin']}", call["content"], f"{call['end']}\n{self.section[1]}"
+        )
+
+    def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
+        return [(self.call[0], self._tag(function, checked))] if self.section[0] else []
+
+    def _tag(self, function: Function, checked: bool) -> Tag:
         before, behind, end = self.call
         begin = f"{before}{function.name}{behind}{self.line}"
-        if self.one_each:
-            begin, end = f"{self.section[0]}\n{begin}", f"{end}\n{self.section[1]}"
         if not checked:
             return tag(begin, {"type": "any_text"}, end)
         return tag(begin, sequence([self._argument(function, item) for item in arguments(function)]), end)

@@ -106,7 +106,7 @@ def test_what_a_grammar_allows_is_read_as_calls(name: str, choice: Literal["requ
         parallel = seed % 2 == 0
         made = tool_grammar(form, STRICT, choice, parallel=parallel)
         assert made is not None
-        begin = "" if choice == "required" else f"Well.\n{form.triggers('get_time')}"
+        begin = "" if choice == "required" else f"Well.\n{form.trigger('get_time')}"
         tokens = special_tokens(name) if choice == "required" else []
         # Behind the text of an argument.
         ends = (
@@ -120,6 +120,23 @@ def test_what_a_grammar_allows_is_read_as_calls(name: str, choice: Literal["requ
         assert parallel or len(message.tool_calls) == 1
         for call in message.tool_calls:
             assert valid(call.name, json.loads(call.arguments)), text
+
+
+@FORMS
+def test_however_a_strict_call_begins(name: str) -> None:
+    """A text that the parser takes for the beginning of a call goes on by the schema."""
+    form = TOOL_FORMATS[name]
+    made = tool_grammar(form, STRICT, "auto", parallel=False)
+    assert made is not None
+    for trigger in json.loads(made.spec)["format"]["triggers"]:
+        ends = (
+            f"{chr(10) * form.own_lines}{form.argument[1]}{form.line}" if isinstance(form, XmlCalls) else ""
+        )
+        text = walk(made, [], 1, trigger, ends)
+        parser = make_parser(name, None, tools=STRICT)
+        message = fold(parser.feed(text) + parser.end())
+        assert len(message.tool_calls) == 1 and message.content is None, text
+        assert valid(message.tool_calls[0].name, json.loads(message.tool_calls[0].arguments)), text
 
 
 @FORMS
