@@ -2,6 +2,7 @@
 
 const REACH = "The server cannot be reached. Is it running?";
 const LOST = "The connection was lost before the answer was complete.";
+const FULL = "The conversation does not fit into the context: start a new chat, or edit an earlier message.";
 const MEANINGS = { 401: "This server asks for an API key.", 413: "The message is too large for this server." };
 
 // What went wrong, in words. `retryAfter` are seconds after which a 503 may be over.
@@ -38,7 +39,7 @@ export async function call(path, options = {}) {
 function problemOf(error, status, retryAfter = 0) {
   const { message = `The server answered with status ${status}.`, param } = Object(error);
   const field = param && status === 400 ? param.replace(/^body\./, "") : "";
-  if (/maximum context length/.test(message)) return new Problem(`The conversation does not fit into the context. ${message}`, status);
+  if (/maximum context length/.test(message)) return new Problem(`${FULL} (${message})`, status);
   const place = field && !message.includes(field) ? ` (field: ${field})` : "";
   return new Problem(MEANINGS[status] || message + place, status, status === 503 ? retryAfter || 1 : 0);
 }

@@ -8,7 +8,7 @@ const EXAMPLES = ["What is the capital of Australia?", "Explain in two sentences
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const METRICS = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total"]
   .map((name) => `name[]=vllm:${name}`).join("&");
-const BUSY_POLL_MS = 1500, IDLE_POLL_MS = 5000, ATTEMPTS = 6, SPOKEN_CHARACTERS = 400;
+const SOON_MS = 300, BUSY_POLL_MS = 1500, IDLE_POLL_MS = 5000, ATTEMPTS = 6, SPOKEN_CHARACTERS = 400;
 const $ = (id) => document.getElementById(id);
 
 let turns = []; // {role: user | assistant | tool, content, ...}; an answer also has reasoning, calls, stats, problem
@@ -141,7 +141,7 @@ function ask(text) {
 
 function replaceFrom(index, ...more) { // with a way back to what is cut off
   stop();
-  const lost = turns.length - index;
+  const lost = turns.slice(index).filter((turn) => turn.role !== "assistant" || turn.content).length;
   replaced = turns;
   turns = [...turns.slice(0, index), ...more];
   $("undo").hidden = !lost;
@@ -253,6 +253,7 @@ async function write(turn, body) {
   show();
   toEnd();
   say("Answering");
+  pollIn(SOON_MS);
   try {
     for (let attempt = 1; ; attempt++) {
       try {
@@ -277,7 +278,7 @@ async function write(turn, body) {
   keepEnd(() => update(views[views.length - 1]));
   keep();
   say(turn.problem || `Answer: ${turn.content.slice(0, SPOKEN_CHARACTERS)}`);
-  readState();
+  pollIn(SOON_MS);
 }
 
 async function receive(turn, body, signal, changed) {
@@ -362,8 +363,12 @@ function askForKey() {
 }
 
 let poll = 0;
-async function readState() {
+function pollIn(milliseconds) {
   clearTimeout(poll);
+  if (!document.hidden) poll = setTimeout(readState, milliseconds);
+}
+
+async function readState() {
   let state = "down", text = "not reachable";
   try {
     await call("health");
@@ -380,7 +385,7 @@ async function readState() {
   }
   $("dot").className = state;
   $("load").textContent = text;
-  if (!document.hidden) poll = setTimeout(readState, running ? BUSY_POLL_MS : IDLE_POLL_MS);
+  pollIn(running ? BUSY_POLL_MS : IDLE_POLL_MS);
 }
 
 function percent(value) {
@@ -449,7 +454,7 @@ $("prompt").addEventListener("keydown", (event) => {
   else $("composer").requestSubmit();
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running && !$("settings").open) running.abort(); });
-document.addEventListener("visibilitychange", readState);
+document.addEventListener("visibilitychange", () => pollIn(0));
 addEventListener("pagehide", keep);
 $("undo").lastElementChild.addEventListener("click", undo);
 $("new").addEventListener("click", () => { if (turns.length) replaceFrom(0); show(); $("prompt").focus(); });
