@@ -9,18 +9,18 @@ Without a URL a server plays recorded answers, so that the pictures show reasoni
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from browser import Page, browser, chromium  # noqa: E402
 from http_tools import real_server  # noqa: E402
-from page_case import Played, ScriptedClient  # noqa: E402
+from page_case import ScriptedClient  # noqa: E402
 
 SIZES = {"wide": (1100, 800), "phone": (360, 740)}
 QUESTION = "How do I reverse a string in Python?"
@@ -42,34 +42,27 @@ def reverse(text: str) -> str:
 
 More is in [the documentation](https://docs.python.org/3/library/functions.html#reversed).
 """
-CALL = {
-    "index": 0,
-    "id": "call-1",
-    "function": {"name": "run_python", "arguments": '{"code": "\'abc\'[::-1]"}'},
-}
+CALL = '<tool_call>\n{"name": "run_python", "arguments": {"code": "\'abc\'[::-1]"}}\n</tool_call>'
+TOOLS = '[{"type": "function", "function": {"name": "run_python"}}]'
 IDLE = "document.getElementById('send').getAttribute('aria-label') === 'Send'"
-
-
-def deltas() -> list[dict[str, Any]]:
-    words = [{"content": word + " "} for word in ANSWER.split(" ")]
-    return [*({"reasoning": word + " "} for word in THOUGHT.split()), *words, {"tool_calls": [CALL]}]
 
 
 @contextmanager
 def recorded() -> Iterator[str]:
     """The address of a server that plays the recorded answer."""
-    client = ScriptedClient("-", max_model_len=8192)
-    names = ("smollm2-135m-instruct",)
-    with real_server(client, wrap=lambda app: Played(app, deltas(), 0.01), served_model_names=names) as port:
+    client = ScriptedClient(f"<think>{THOUGHT}</think>{ANSWER}{CALL}")
+    client.delay = 0.002
+    names, parsers = ("smollm2-135m-instruct",), {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    with real_server(client, served_model_names=names, **parsers) as port:
         yield f"http://127.0.0.1:{port}"
 
 
-def pictures(page: Page, url: str, name: str, out: Path) -> Iterator[Path]:
+def pictures(page: Page, url: str, name: str, out: Path, settings: str) -> Iterator[Path]:
     """Take the pictures of one window: the empty page, a conversation from its beginning, the settings."""
     width, height = SIZES[name]
     for dark in (False, True):
         page.open(url, width, height, dark=dark)
-        page.evaluate("sessionStorage.clear()")
+        page.evaluate(f"sessionStorage.clear(); sessionStorage.setItem('settings', {json.dumps(settings)})")
         page.open(url, width, height, dark=dark)
         page.wait("document.getElementById('load').textContent && document.getElementById('model').value")
         for step in ("empty", "chat", "settings"):
@@ -96,11 +89,12 @@ def main() -> int:
     program = chromium()
     if program is None:
         parser.error("no Chromium is installed: apt-get install chromium, or CHROMIUM=its path")
+    settings = json.dumps({"temperature": 0} if args.url else {"tools": TOOLS})
     args.out.mkdir(parents=True, exist_ok=True)
     with nullcontext(args.url) if args.url else recorded() as url, browser(program) as running:
         page = running.new_page()
         for name in SIZES:
-            for file in pictures(page, url + "/", name, args.out):
+            for file in pictures(page, url + "/", name, args.out, settings):
                 print(file)
     return 0
 

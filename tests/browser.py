@@ -174,6 +174,8 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def screenshot(self, file: Path) -> None:
+        """Write a picture of the window once everything is drawn."""
+        self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 

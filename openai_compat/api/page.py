@@ -16,7 +16,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "page"
 # The page refers to the others by relative addresses, so that it also works below the path prefix of a proxy.
 FILES = {
     "/": "index.html",
-    **{f"/page/{name}": name for name in ("page.css", "page.js", "api.js", "markdown.js", "icon.svg")},
+    **{f"/page/{name}": name for name in ("page.css", "icon.svg")},
+    **{f"/page/{name}.js": f"{name}.js" for name in ("page", "api", "markdown", "settings")},
 }
 MEDIA_TYPES = {
     ".html": "text/html",

@@ -1,5 +1,7 @@
 // Talks to this server: addresses are relative, so that they also work below the path prefix of a proxy.
 
+import { access } from "./settings.js";
+
 const REACH = "The server cannot be reached. Is it running?";
 const LOST = "The connection was lost before the answer was complete.";
 const FULL = "The conversation does not fit into the context: start a new chat, or edit an earlier message.";
@@ -14,16 +16,10 @@ export class Problem extends Error {
   }
 }
 
-// Kept in this tab only: the storage of a session is not on disk after the tab is closed.
-export const apiKey = {
-  get: () => sessionStorage.getItem("key") || "",
-  set: (key) => (key ? sessionStorage.setItem("key", key) : sessionStorage.removeItem("key")),
-};
-
 // Raises `Problem` for any answer but a 200.
 export async function call(path, options = {}) {
   const headers = { ...options.headers };
-  if (apiKey.get()) headers.Authorization = `Bearer ${apiKey.get()}`;
+  if (access.key) headers.Authorization = `Bearer ${access.key}`;
   let reply;
   try {
     reply = await fetch(path, { ...options, headers, credentials: "same-origin" });

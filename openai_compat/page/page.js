@@ -1,11 +1,11 @@
 // The chat page: a list of turns, the request of the last one, and the server's state.
 
-import { apiKey, call, readMetrics, streamChat } from "./api.js";
+import { call, readMetrics, streamChat } from "./api.js";
 import { copyButton, element, render } from "./markdown.js";
+import { NUMBERS, askForKey, load, save, setUp, settings } from "./settings.js";
 
 const EXAMPLES = ["What is the capital of Australia?", "Explain in two sentences why the sky is blue.",
   "Write a Python function that reverses a string.", "Write a short poem about the sea."];
-const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const METRICS = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total"]
   .map((name) => `name[]=vllm:${name}`).join("&");
 const SOON_MS = 300, BUSY_POLL_MS = 1500, IDLE_POLL_MS = 5000, ATTEMPTS = 6, SPOKEN_CHARACTERS = 400;
@@ -15,7 +15,6 @@ let turns = []; // {role: user | assistant | tool, content, ...}; an answer also
 let running = null; // the AbortController of the answer in progress
 let replaced = null; // the turns before the last edit or retry
 let limit = 0; // the model's context, in tokens
-let settings = {};
 
 // ---- the conversation ----------------------------------------------------------------------------------------
 
@@ -39,15 +38,11 @@ function show() { // the turns that have changed; a stream only calls `update` f
 
 function keep() {
   showContext();
-  try {
-    sessionStorage.setItem("turns", JSON.stringify(turns)); // outlives a reload, and ends with the tab
-  } catch {
-    sessionStorage.removeItem("turns"); // too long to keep
-  }
+  save("sessionStorage", "turns", turns); // for a reload
 }
 
 function viewOf(turn, index) {
-  const name = { user: "You", assistant: "Answer", tool: "Result of the tool" }[turn.role];
+  const name = { user: "You", assistant: "Answer", tool: `Result of ${turn.name}` }[turn.role];
   const view = { turn, body: element("div", { class: "body" }), tools: element("div", { class: "tools" }) };
   const parts = [element("h2", { class: "unseen" }, name), view.body, view.tools];
   if (turn.role === "user") {
@@ -57,10 +52,11 @@ function viewOf(turn, index) {
     view.thoughts = element("div");
     view.reasoning = element("details", { class: "reasoning", hidden: true }, view.summary, view.thoughts);
     view.calls = element("div");
+    view.results = element("div", { class: "results" });
     view.note = element("p", { class: "note", hidden: true });
     view.stats = element("span", { class: "stats" });
     view.actions = element("span");
-    parts.splice(1, 2, view.reasoning, view.body, view.calls, view.note, view.tools);
+    parts.splice(1, 2, view.reasoning, view.body, view.calls, view.results, view.note, view.tools);
     view.tools.append(view.stats, view.actions);
   }
   view.node = element("li", { class: turn.role }, ...parts);
@@ -118,6 +114,20 @@ function showCalls(view, turn) {
     node.firstChild.textContent = `Tool call: ${call.name}`;
     if (node.lastChild.textContent !== call.arguments) node.lastChild.textContent = call.arguments;
   });
+  const wanted = turn.calls.length > 0 && turn.done && turn === turns[turns.length - 1];
+  if (wanted === view.results.childElementCount > 0) return;
+  view.results.replaceChildren(...(wanted ? resultsForm(turn) : []));
+}
+
+function resultsForm(turn) { // a person plays the tools
+  const fields = turn.calls.map(({ name }) =>
+    element("textarea", { rows: 2, "aria-label": `Result of ${name}`, placeholder: `What ${name} returns` }));
+  const send = () => {
+    turn.calls.forEach(({ id, name }, index) => turns.push({ role: "tool", id, name, content: fields[index].value }));
+    answer();
+    $("prompt").focus();
+  };
+  return [...fields, button(fields.length > 1 ? "Send results" : "Send result", send, { class: "strong" })];
 }
 
 function showContext() {
@@ -223,6 +233,7 @@ function requestOf(history) {
   const body = { model: $("model").value, messages, stream: true };
   body.stream_options = { include_usage: true, continuous_usage_stats: true };
   for (const name of NUMBERS) if (settings[name] !== undefined) body[name] = settings[name];
+  if (settings.tools) body.tools = JSON.parse(settings.tools);
   return body;
 }
 
@@ -356,12 +367,6 @@ async function readModels() {
   }
 }
 
-function askForKey() {
-  $("key-row").hidden = false;
-  if (!$("settings").open) $("settings").showModal();
-  $("key").focus();
-}
-
 let poll = 0;
 function pollIn(milliseconds) {
   clearTimeout(poll);
@@ -392,49 +397,13 @@ function percent(value) {
   return `${value < 10 ? Number(value.toFixed(1)) : Math.round(value)}%`;
 }
 
-// ---- settings ------------------------------------------------------------------------------------------------
-
-function fillSettings() {
-  for (const name of ["system", ...NUMBERS]) $(name).value = settings[name] ?? "";
-  $("key").value = apiKey.get();
-}
-
-function takeSettings() {
-  settings = {};
-  if ($("system").value.trim()) settings.system = $("system").value;
-  for (const name of NUMBERS) if ($(name).value !== "") settings[name] = Number($(name).value);
-  sessionStorage.setItem("settings", JSON.stringify(settings));
-  if ($("key").value.trim() !== apiKey.get()) {
-    apiKey.set($("key").value.trim());
-    readModels();
-  }
-}
-
-function isDark() {
-  return (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-}
-
-function setTheme(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
-  $("theme").setAttribute("aria-label", isDark() ? "Light colours" : "Dark colours");
-}
-
 // ---- start ---------------------------------------------------------------------------------------------------
 
-function stored(storage, name, otherwise) {
-  try {
-    return JSON.parse(storage.getItem(name)) ?? otherwise;
-  } catch {
-    return otherwise;
-  }
-}
-
-turns = stored(sessionStorage, "turns", []);
+turns = load("sessionStorage", "turns", []);
 for (const turn of turns)
   if (turn.role === "assistant" && !turn.done)
     Object.assign(turn, { done: true, problem: "Interrupted.", unfinished: Boolean(turn.content) });
-settings = stored(sessionStorage, "settings", {});
-setTheme(stored(localStorage, "theme", ""));
+setUp(readModels);
 $("examples").append(...EXAMPLES.map((text) => element("li", {}, button(text, () => { ask(text); $("prompt").focus(); }))));
 
 $("composer").addEventListener("submit", (event) => {
@@ -458,18 +427,6 @@ document.addEventListener("visibilitychange", () => pollIn(0));
 addEventListener("pagehide", keep);
 $("undo").lastElementChild.addEventListener("click", undo);
 $("new").addEventListener("click", () => { if (turns.length) replaceFrom(0); show(); $("prompt").focus(); });
-$("theme").addEventListener("click", () => {
-  setTheme(isDark() ? "light" : "dark");
-  localStorage.setItem("theme", JSON.stringify(document.documentElement.dataset.theme));
-});
-$("open-settings").addEventListener("click", () => { fillSettings(); $("settings").showModal(); });
-$("reset").addEventListener("click", () => { for (const name of ["system", ...NUMBERS]) $(name).value = ""; });
-$("settings").firstElementChild.addEventListener("submit", (event) => { // numbers out of range keep it open
-  event.preventDefault();
-  takeSettings();
-  $("settings").close();
-});
-$("settings").addEventListener("close", fillSettings); // Escape leaves everything as it was
 $("model").addEventListener("change", () => { $("model").title = $("model").value; });
 $("chat").addEventListener("scroll", () => {
   const { scrollHeight, scrollTop, clientHeight } = $("chat");

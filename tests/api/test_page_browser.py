@@ -62,25 +62,28 @@ def answered(page: Page, number: int = 1) -> str:
 
 class TestChat:
     def test_an_answer_is_streamed(self, tab: Page) -> None:
-        client = ScriptedClient("Canberra is **the** capital.")
-        client.stall_after = 3
+        text = "Canberra is **the** capital."
+        client = ScriptedClient(text)
+        client.stall_after = 11
         with opened(tab, client) as page:
             assert page.text("#who") == "fake-model" and page.text("#greeting")
             ask(page, "What is the capital?")
             page.wait("document.querySelector('.assistant .body')?.innerText === 'Canberra is'")
             assert page.evaluate(BUSY) and page.count("#turns > li") == 2
             assert client.prompts == ["user: What is the capital?\nassistant: "]
-            page.wait("document.querySelector('.stats').innerText.startsWith('3 tokens')")
+            page.wait("document.querySelector('.stats').innerText.startsWith('11 tokens')")
             page.press("Escape")
             page.wait(IDLE)
             assert page.text(".assistant .note") == "Stopped."
             eventually(lambda: client.aborted == 1)
-            client.stall_after, client.delay = None, 0.01
+            client.stall_after, client.delay = None, 0.002
             page.click(".assistant button", "Try again")
             assert answered(page) == "Canberra is the capital."
             assert page.text(".assistant .body strong") == "the"
-            assert "8 tokens · " in page.text(".stats") and "first token 0." in page.text(".stats")
-            assert "tokens/s" in page.text(".stats") and "of 4,096 tokens of context" in page.text("#context")
+            assert f"{len(text) + 1} tokens · " in page.text(".stats") and "first token 0." in page.text(
+                ".stats"
+            )
+            assert "tokens/s" in page.text(".stats") and "of 8,192 tokens of context" in page.text("#context")
 
     def test_edit_and_retry_any_message_and_undo(self, tab: Page) -> None:
         client = ScriptedClient("one", "two", "three", "four", "five")
@@ -113,7 +116,7 @@ class TestChat:
             page.press("Escape")
             assert page.text(".user .body") == "first"
             assert page.evaluate("document.activeElement.innerText") == "Edit"
-            client.stall_after = 1
+            client.stall_after = 3
             ask(page, "second")
             page.wait("[...document.querySelectorAll('.assistant .body')].at(-1).innerText === 'two'")
             page.evaluate("document.querySelector('.user button').click()")
@@ -124,7 +127,7 @@ class TestChat:
 
     def test_a_reload_in_the_middle_of_an_answer(self, tab: Page) -> None:
         client = ScriptedClient("begun and ended", "ended")
-        client.stall_after = 2
+        client.stall_after = 8
         with opened(tab, client) as page:
             ask(page, "Hello")
             page.wait("document.querySelector('.assistant .body')?.innerText === 'begun an'")
@@ -154,14 +157,14 @@ class TestChat:
                 page.type(value)
             page.click("dialog button", "Done")
             ask(page, "Hello")
-            assert answered(page) == "x" * 8
+            assert answered(page) == "xx"
             params = client.submitted[-1][1]
             assert (params.temperature, params.top_p, params.max_tokens, params.seed) == (0.5, 0.9, 2, 7)
             assert client.prompts[-1].startswith("system: Be brief.\nuser: Hello")
             assert "Cut off" in page.text(".note")
             page.click(".assistant button", "Continue")
-            assert answered(page) == "x" * 16
-            assert client.prompts[-1].endswith("xxxxxxxx") and "4 tokens" in page.text(".stats")
+            assert answered(page) == "xxxx"
+            assert client.prompts[-1].endswith("xx") and "4 tokens" in page.text(".stats")
             page.call("Page.reload")
             page.wait("document.querySelectorAll('#turns > li').length === 2")
             page.click("#open-settings")
@@ -186,26 +189,26 @@ class TestChat:
             assert page.text("#load") == "ready" and page.evaluate("document.getElementById('docs').hidden")
 
 
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "clock")]
+CALLS = (
+    "<think>Let me think.</think>Looking it up."
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+)
+
+
 class TestReasoningAndTools:
-    DELTAS = (
-        {"role": "assistant", "content": ""},
-        {"reasoning": "Let me "},
-        {"reasoning_content": "think."},
-        {"content": "Looking it up."},
-        {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "weather", "arguments": ""}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": '"Rome"}'}}]},
-        {"tool_calls": [{"index": 1, "id": "c2", "function": {"name": "clock", "arguments": "{}"}}]},
-    )
-
-    def test_both_are_shown(self, tab: Page) -> None:
-        played: list[Played] = []
-
-        def wrap(app: Any) -> Played:
-            played.append(Played(app, self.DELTAS))
-            return played[0]
-
-        with opened(tab, ScriptedClient("-"), wrap=wrap) as page:
+    def test_a_tool_is_called_and_answered(self, tab: Page) -> None:
+        client = ScriptedClient(CALLS, "<think>Aha.</think>It is sunny.")
+        with opened(tab, client, tool_call_parser="hermes", reasoning_parser="qwen3") as page:
+            page.click("#open-settings")
+            page.evaluate("document.getElementById('tools').focus()")
+            page.type("[{")
+            page.click("dialog button", "Done")
+            assert page.evaluate("document.getElementById('settings').open")  # no JSON
+            page.evaluate("document.getElementById('tools').select()")
+            page.type(json.dumps(TOOLS))
+            page.click("dialog button", "Done")
             ask(page, "Weather?")
             assert answered(page) == "Looking it up."
             assert page.evaluate("document.querySelector('.reasoning').open") is False
@@ -215,8 +218,18 @@ class TestReasoningAndTools:
                 'Tool call: weather\n{"city": "Rome"}',
                 "Tool call: clock\n{}",
             ]
-        sent = played[0].bodies[0]
-        assert sent["messages"] == [{"role": "user", "content": "Weather?"}] and sent["stream"] is True
+            for at, text in enumerate(("sunny", "noon")):
+                page.evaluate(f"document.querySelectorAll('.results textarea')[{at}].focus()")
+                page.type(text)
+            page.click(".results button")
+            assert answered(page, 2) == "It is sunny."
+            assert page.text(".tool .body") == "noon" and page.count(".results textarea") == 0
+            assert client.prompts[1].startswith(
+                "user: Weather?\nassistant: Looking it up.\ntool: sunny\ntool: noon\n"
+            )
+            # With the results taken back they are asked for again.
+            page.click(".user button", "Retry")
+            assert answered(page) == "Looking it up." and page.count(".results textarea") == 2
 
 
 MARK = "window.ran = (window.ran || 0) + 1"
@@ -263,8 +276,10 @@ class TestSafety:
             names = page.evaluate(
                 "[...document.querySelectorAll('#turns *')].flatMap((node) => node.getAttributeNames())"
             )
-            allowed = {"class", "href", "title", "target", "rel", "tabindex", "type", "hidden", "open"}
-            assert set(names) <= allowed | {"aria-label", "aria-busy"}
+            own = (
+                "class href title target rel tabindex type hidden open rows placeholder aria-label aria-busy"
+            )
+            assert set(names) <= set(own.split())
             shown = page.evaluate("document.querySelector('.assistant .body').textContent")
             for source in HOSTILE[:5]:
                 assert source in shown
@@ -346,7 +361,7 @@ SHORT = (
 # Each takes a time that grows with the square of its length if something tries all of its beginnings.
 ATTACKS = ("[", "![", "[a](", "*a ", "**", "_a_", "`", "`a``b", "> ", "- ", "  - ", "|", "\\|", "#", "~~~`",
            "``` `", "https://", "https://)", "\n", "\n\n", "1. a\n", " ", "- - ", "<br>", "| a\n|-\n", "\\",
-           ")", "***a**")  # fmt: skip
+           ")", "***a**", "\\``x")  # fmt: skip
 
 
 class TestMarkdown:
@@ -383,8 +398,8 @@ class TestMarkdown:
             slow = page.evaluate(
                 f"""{json.dumps(ATTACKS)}.filter((piece) => {{
                     const node = document.createElement("div"), start = performance.now();
-                    markdown.render(node, piece.repeat(200000 / piece.length) + "x");
-                    return performance.now() - start > 4000;
+                    markdown.render(node, piece.repeat(150000 / piece.length) + "x");
+                    return performance.now() - start > 3000;
                 }})"""
             )
             assert slow == []
@@ -422,10 +437,8 @@ class TestTrouble:
             page.wait("document.getElementById('model').value === 'fake-model'")
             ask(page, "Hello")
             assert answered(page) == "yes"
-            assert (
-                page.evaluate("sessionStorage.getItem('key') + Object.values(localStorage) + document.cookie")
-                == "secret"
-            )
+            assert page.evaluate("sessionStorage.getItem('key')") == '"secret"'
+            assert page.evaluate("Object.values(localStorage) + document.cookie") == ""
 
     def test_a_full_queue_is_tried_again(self, tab: Page) -> None:
         client = ScriptedClient("at last")
@@ -461,7 +474,7 @@ class TestTrouble:
     def test_an_engine_that_dies_and_comes_back(self, tab: Page) -> None:
         client = ScriptedClient("back again")
         with opened(tab, client) as page:
-            client.fail_after = 1
+            client.fail_after = 4
             ask(page, "Hello")
             answered(page)
             assert page.text(".note.failed") == "The engine failed." and page.text(".body") == "back"
@@ -474,7 +487,7 @@ class TestTrouble:
 
     def test_a_server_that_is_gone(self, tab: Page) -> None:
         client = ScriptedClient("never finished")
-        client.stall_after = 2
+        client.stall_after = 8
         with real_server(client) as port:
             page = tab
             page.open(f"http://127.0.0.1:{port}/")
