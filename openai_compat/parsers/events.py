@@ -1,4 +1,7 @@
-"""Defines what a model's output is parsed into: events as it arrives, and the message they add up to."""
+"""Defines what a model's output is parsed into: events as it arrives, and the message they add up to.
+
+Behind a `ToolCall` come its `Arguments`, without any other event between them.
+"""
 
 from __future__ import annotations
 

@@ -131,10 +131,11 @@ class XmlCalls(msgspec.Struct, frozen=True):
         begin(scan, write, name)
         ends = tuple(tag for tag in (end, self.section[1]) if tag)
         comma, tag = "{", ""
+        other: list[str] = []
         while tag not in ends:
             if tag != self.argument[0]:
                 yield from scan.space()
-                tag = yield from scan.passage((self.argument[0], *ends), write.text, whole=False)
+                tag = yield from scan.passage((self.argument[0], *ends), other.append, whole=False)
             if tag != self.argument[0]:
                 break
             key: list[str] = []
@@ -150,6 +151,8 @@ class XmlCalls(msgspec.Struct, frozen=True):
             tag = yield from self._value(scan, write, name, "".join(key), tag)
         if not (scan.closed and scan.cut_off):
             write.arguments("{}" if comma == "{" else "}")
+        if other:
+            write.text("".join(other))
         return True
 
     def _value(self, scan: Scanner, write: Writer, name: str, key: str, behind_key: str) -> Reading[str]:

@@ -6,7 +6,14 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from microvllm.openai_compat.parsers.events import Arguments, Event, Function, ParsedMessage, fold
+from microvllm.openai_compat.parsers.events import (
+    Arguments,
+    Event,
+    Function,
+    ParsedMessage,
+    ToolCall,
+    fold,
+)
 from microvllm.openai_compat.parsers.registry import make_parser
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
@@ -29,7 +36,11 @@ def events_of(pieces: Iterable[str], formats: tuple[str | None, str | None], **o
     ids = iter(range(10**6))
     parser = make_parser(*formats, **{"tools": FUNCTIONS, "new_id": lambda: f"id{next(ids)}", **options})
     events = [event for piece in pieces for event in parser.feed(piece, [])]
-    return events + parser.end(cut_off=cut_off)
+    events += parser.end(cut_off=cut_off)
+    for before, event in zip([None, *events], events, strict=False):
+        if isinstance(event, Arguments):
+            assert isinstance(before, ToolCall | Arguments) and before.index == event.index
+    return events
 
 
 def parse(text: str, formats: tuple[str | None, str | None], **options: Any) -> ParsedMessage:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from call_formats import FORMATS, MORE_FORMATS
 
@@ -23,6 +26,15 @@ def test_every_format_is_tested() -> None:
     """Names of one and the same grammar stand for each other."""
     tested = {id(TOOL_FORMATS[name]) for name, _ in {**FORMATS, **MORE_FORMATS}.values()}
     assert {name for name, form in TOOL_FORMATS.items() if id(form) not in tested} == {"openai"}
+
+
+def test_the_documentation_names_every_format() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text("utf-8")
+    calls, reasoning = page.split("\n## Reasoning\n")
+    for text, table in ((calls, TOOL_FORMATS), (reasoning, REASONING_FORMATS)):
+        rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        names = [name for row in rows for name in re.findall("`([^`]+)`", row) if not name.startswith("--")]
+        assert sorted(names) == sorted(table)
 
 
 def test_names_that_templates_show_exist() -> None:
