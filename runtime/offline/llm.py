@@ -6,23 +6,20 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-from rich.console import Console
-from rich.progress import Progress
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
 from microvllm.runtime.metric_families import Metric
 from microvllm.runtime.offline.beams import BeamSearchOutput, OfflineSearch
+from microvllm.runtime.offline.calls import UseTqdm, add_special_tokens, progress, refuse_given, tokenized
 from microvllm.runtime.offline.core_thread import OfflineSequence
 from microvllm.runtime.offline.llm_engine import LLMEngine, one_each
 from microvllm.runtime.offline.llm_options import engine_options
-from microvllm.runtime.offline.prompts import OfflinePrompt, Prompt, read_prompts
+from microvllm.runtime.offline.prompts import OfflinePrompt, Prompt
 from microvllm.runtime.offline.request_output import OutputBuilder, RequestOutput
 from microvllm.runtime.offline.sampling_params import BeamSearchParams, SamplingParams
 from microvllm.runtime.request import TokenLogprobs
@@ -38,7 +35,6 @@ logger = logging.getLogger("microvllm.llm")
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 Message: TypeAlias = "Mapping[str, Any]"
-UseTqdm: TypeAlias = "bool | Callable[..., Any]"
 SLEEP_LEVELS = (0, 1)
 
 
@@ -132,7 +128,7 @@ class LLM:
         wrong, before any prompt is computed.
         """
         self._check_awake()
-        given = _tokenized(self.engine, prompts, tokenization_kwargs, lora_request, mm_processor_kwargs)
+        given = tokenized(self.engine, prompts, tokenization_kwargs, lora_request, mm_processor_kwargs)
         return self._complete(self._build(given, sampling_params, priority), use_tqdm)
 
     def chat(
@@ -182,7 +178,7 @@ class LLM:
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """Take prompts in without computing them; returns their request ids. See `wait_for_completion`."""
-        given = _tokenized(self.engine, prompts, tokenization_kwargs, lora_request, mm_processor_kwargs)
+        given = tokenized(self.engine, prompts, tokenization_kwargs, lora_request, mm_processor_kwargs)
         return self._enqueue(self._build(given, sampling_params, priority))
 
     def enqueue_chat(
@@ -244,7 +240,7 @@ class LLM:
 
     def _complete(self, builders: Sequence[OutputBuilder], use_tqdm: UseTqdm) -> list[RequestOutput]:
         owners = {sequence: builder for builder in builders for sequence in builder.sequences}
-        with _progress(use_tqdm, len(builders)) as advance:
+        with progress(use_tqdm, len(builders)) as advance:
             for sequence, delta in self.engine.generate_deltas(list(owners)):
                 builder = owners[sequence]
                 builder.add_delta(sequence, delta)
@@ -264,7 +260,7 @@ class LLM:
         **options: Any,
     ) -> list[OfflinePrompt]:
         """Conversations as prompts."""
-        _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        refuse_given(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         if chat_template_content_format not in CONTENT_FORMATS:
             raise InvalidRequestError(
                 f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, "
@@ -274,7 +270,7 @@ class LLM:
         options["tools"] = options.get("tools") or None
         options["chat_template"] = options.get("chat_template") or self._chat_template
         one = bool(messages) and isinstance(messages[0], Mapping)
-        special = _add_special_tokens(tokenization_kwargs, False)
+        special = add_special_tokens(tokenization_kwargs, False)
         found = []
         for conversation in [messages] if one else list(messages):
             text = self.engine.processor.render_text(
@@ -302,14 +298,14 @@ class LLM:
         At most `concurrency_limit` prompts are searched at a time. The tokens of a beam hold its end token.
         """
         self._check_awake()
-        given = _tokenized(self.engine, prompts, None, lora_request, None)
+        given = tokenized(self.engine, prompts, None, lora_request, None)
         priorities = one_each(0 if priority is None else priority, len(given), "priority")
         searches = [
             OfflineSearch(self.engine, prompt, params, rank)
             for prompt, rank in zip(given, priorities, strict=True)
         ]
         limit = concurrency_limit or max(1, len(searches))
-        with _progress(use_tqdm, len(searches)) as advance:
+        with progress(use_tqdm, len(searches)) as advance:
             for first in range(0, len(searches), limit):
                 self._search(searches[first : first + limit], params)
                 for _ in searches[first : first + limit]:
@@ -369,42 +365,6 @@ class LLM:
             raise EngineError("the engine sleeps: call wake_up() first")
 
 
-def _tokenized(
-    engine: InferenceEngine,
-    prompts: Any,
-    tokenization_kwargs: Mapping[str, Any] | None,
-    lora_request: None,
-    mm_processor_kwargs: Mapping[str, Any] | None,
-) -> list[OfflinePrompt]:
-    """Return the prompts with their token ids."""
-    _refuse(lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-    special = _add_special_tokens(tokenization_kwargs, True)
-    tokenize = engine.processor.tokenize_prompt
-    return [
-        prompt._replace(ids=tokenize(prompt.text or "", special)) if prompt.ids is None else prompt
-        for prompt in read_prompts(prompts)
-    ]
-
-
-def _add_special_tokens(tokenization_kwargs: Mapping[str, Any] | None, default: bool) -> bool:
-    """Return the one option of tokenization that there is."""
-    options = dict(tokenization_kwargs or {})
-    value = options.pop("add_special_tokens", None)
-    for name in options:
-        raise InvalidRequestError(f"tokenization_kwargs: {name} is not supported.", "tokenization_kwargs")
-    if value is not None and not isinstance(value, bool):
-        raise InvalidRequestError("add_special_tokens must be true or false.", "tokenization_kwargs")
-    return default if value is None else value
-
-
-def _refuse(**arguments: Any) -> None:
-    """Raise `InvalidRequestError` for an argument that asks for what a text model without adapters lacks."""
-    for name, value in arguments.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if any(each is not None and each != {} for each in values):
-            raise InvalidRequestError(f"{name} is not supported.", name)
-
-
 def _chat_template(source: str | Path) -> str:
     """Read a template, given as its text or as a file. Raises `ConfigError` if it does not compile."""
     text = str(source)
@@ -417,19 +377,3 @@ def _chat_template(source: str | Path) -> str:
     if problem is not None:
         raise ConfigError(f"chat_template: {problem}")
     return text
-
-
-@contextmanager
-def _progress(use_tqdm: UseTqdm, total: int) -> Iterator[Callable[[], object]]:
-    """Shows a bar while the block runs; yields what advances it by one prompt."""
-    if callable(use_tqdm):
-        bar = use_tqdm(total=total, desc="Processed prompts")
-        try:
-            yield lambda: bar.update(1)
-        finally:
-            bar.close()
-        return
-    # On stderr, as tqdm's, and with a console of its own: two threads cannot draw on one.
-    with Progress(console=Console(stderr=True), disable=not use_tqdm, transient=True) as progress:
-        task = progress.add_task("Processed prompts", total=total)
-        yield lambda: progress.advance(task)
