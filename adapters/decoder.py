@@ -33,10 +33,10 @@ class DecoderModel:
         self._operators = operators
         embed = weights.pop("embed")
         head = weights.pop("lm_head", embed)
-        top = _Weights(spec, weights, operators, "")
+        norm = _Weights(spec, weights, operators, "").norm("norm")
         self.embed = _scaled(operators.embedding(embed), spec, embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
-        self.head = _capped(operators.product(head, norm=top.norm("norm")), spec.logits_softcap)
+        self.head = _head(spec, head, norm, operators)
         layers = [_Weights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
         self._layers = operators.layers(
             [_build_layer(*each, operators, reduce) for each in zip(spec.layers, layers, strict=True)]
@@ -51,7 +51,10 @@ class DecoderModel:
         return self._layers(self.embed(input_ids), attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32."""
+        """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32.
+
+        With `spec.pooling` there is only the last norm: -> [m, hidden] float32.
+        """
         logits = self.head(hidden)
         # An operator that does nothing takes 20 us of a step on a CPU.
         return logits if logits.dtype == torch.float32 else logits.float()
@@ -133,5 +136,8 @@ def _scaled(embed: Operator, spec: ModelSpec, weight: Tensor) -> Operator:
     return lambda ids: embed(ids) * scale
 
 
-def _capped(head: Operator, cap: float | None) -> Operator:
+def _head(spec: ModelSpec, weight: Tensor, norm: Norm | None, operators: Operators) -> Operator:
+    if spec.pooling is not None and norm is not None:
+        return partial(operators.rms_norm, weight=norm[0], eps=norm[1])
+    head, cap = operators.product(weight, norm=norm), spec.logits_softcap
     return head if cap is None else lambda hidden: (head(hidden) / cap).tanh() * cap

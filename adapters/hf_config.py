@@ -24,6 +24,14 @@ MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `ModelFileError` if the file is missing, too large or holds something else."""
+    values = read_values(path)
+    if not isinstance(values, dict):
+        raise ModelFileError(path, f"must hold a JSON object, got {shorten(values)}")
+    return values
+
+
+def read_values(path: Path) -> Any:
+    """Read JSON of any type; raises as `read_json` does."""
     try:
         check_regular(path)
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -38,14 +46,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not content.strip():
         raise ModelFileError(path, "the file is empty")
     try:
-        values = json.loads(content)
+        return json.loads(content)
     except RecursionError:
         raise ModelFileError(path, "is not usable JSON: nested too deeply") from None
     except ValueError as error:
         raise ModelFileError(path, f"is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ModelFileError(path, f"must hold a JSON object, got {shorten(values)}")
-    return values
 
 
 def hf_spec(
@@ -159,6 +164,8 @@ def refuse_unsupported(config: Fields) -> None:
     for key in MOE_KEYS:
         if config.get(key) not in (None, 0):
             raise config.error(key, "is set: mixture-of-experts models are not supported")
+    if not config.flag("is_causal", True):
+        raise config.error("is_causal", "is false: attention in both directions is not supported")
     if config.number("partial_rotary_factor", 1.0) != 1.0:
         raise config.error("partial_rotary_factor", "other than 1 is not supported")
 

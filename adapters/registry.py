@@ -16,6 +16,8 @@ from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.overrides import override, unread
+from microvllm.adapters.pooling import folder_pooling, gguf_pooling, headless, headless_folder
+from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.spec import ModelSpec
 
 FLAG = "--hf-overrides"
@@ -33,30 +35,36 @@ FAMILIES = (
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.
 BY_CLASS: Mapping[str, Family] = {family.hf_class: family for family in FAMILIES}
+# Models that were saved without a head, as embedding models often are.
+BY_HEADLESS_CLASS: Mapping[str, Family] = {
+    family.hf_class.replace("ForCausalLM", "TextModel" if family.name.endswith("_text") else "Model"): family
+    for family in FAMILIES
+}
 BY_GGUF_NAME: Mapping[str, Family] = {family.gguf_name: family for family in FAMILIES if family.from_gguf}
 
 
-def load_spec(model: Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
+def load_spec(model: Path, overrides: Mapping[str, Any] | None = None, runner: str = "generate") -> ModelSpec:
     """Read what the model is from a Hugging Face folder (`config.json`) or from one GGUF file.
 
-    `overrides` replace values of config.json.
+    `overrides` replace values of config.json. `runner`: "generate", "pooling" for a model without its head,
+    which makes vectors, or "auto", which the model's files decide.
 
     Only the JSON and the GGUF header are read: no weights, and never code that comes with the model.
     Raises `ModelFileError` naming the file and the key.
     """
     try:
         if model.is_dir():
-            return _from_folder(model, overrides or {})
+            return _from_folder(model, overrides or {}, runner)
         if overrides:
             raise OverrideError(
                 model, f"{FLAG} replaces values of config.json, which a GGUF file does not have"
             )
-        return _from_file(model)
+        return _from_file(model, runner)
     except OSError as error:  # no permission, a name that is too long, a loop of links, ...
         raise ModelFileError(error.filename or model, f"cannot be read ({error.strerror})") from None
 
 
-def _from_file(model: Path) -> ModelSpec:
+def _from_file(model: Path, runner: str) -> ModelSpec:
     if not model.exists():
         raise ModelFileError(model, "no such file or folder")
     if not model.is_file():  # opening a pipe would block indefinitely
@@ -70,10 +78,14 @@ def _from_file(model: Path) -> ModelSpec:
         raise ModelFileError(
             model, f"general.architecture is {shorten(file.architecture)}; supported are {supported}"
         )
-    return family.from_gguf(file)
+    spec = family.from_gguf(file)
+    pooling = None if runner == "generate" else gguf_pooling(file)
+    if pooling is None and runner == "pooling":
+        pooling = Pooling()
+    return spec if pooling is None else headless(spec, pooling)
 
 
-def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
+def _from_folder(folder: Path, overrides: Mapping[str, Any], runner: str) -> ModelSpec:
     path = folder / "config.json"
     if not path.exists():
         gguf = sorted(folder.glob("*.gguf"))
@@ -81,7 +93,15 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
         raise ModelFileError(path, f"no such file, so the folder is not a Hugging Face model{hint}")
     config = Fields(path, override(read_json(path), overrides))
     try:
-        spec = _family(config).from_hf(config)
+        family, without_head = _family(config)
+        spec = family.from_hf(config)
+        if without_head and runner == "generate":
+            raise config.error("architectures", "names a model without a head, which cannot generate")
+        pooling = None if runner == "generate" else folder_pooling(folder)
+        if pooling is None and (without_head or runner == "pooling"):
+            pooling = Pooling()
+        if pooling is not None:
+            spec = headless_folder(spec, pooling, folder, config)
     except ModelFileError as error:
         if overrides:
             raise OverrideError(path, f"{error.problem} (as changed by {FLAG})") from None
@@ -91,7 +111,8 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def _family(config: Fields) -> Family:
+def _family(config: Fields) -> tuple[Family, bool]:
+    """The family, and whether the class is that of the model without its head."""
     classes = config.get("architectures")
     model_type = config.text("model_type", "")
     if classes is None or classes == []:
@@ -99,14 +120,14 @@ def _family(config: Fields) -> Family:
             raise config.error("architectures", f"is missing; supported are {', '.join(BY_CLASS)}")
         if model_type not in BY_NAME:
             raise config.error("model_type", f"is {shorten(model_type)}; supported are {', '.join(BY_NAME)}")
-        return BY_NAME[model_type]
+        return BY_NAME[model_type], False
     if not isinstance(classes, list) or not isinstance(classes[0], str):
         raise config.error("architectures", "must be a list of class names")
-    family = BY_CLASS.get(classes[0])
+    family = BY_CLASS.get(classes[0]) or BY_HEADLESS_CLASS.get(classes[0])
     if family is None:
         raise config.error(
             "architectures", f"names {shorten(classes[0])}; supported are {', '.join(BY_CLASS)}"
         )
     if model_type in BY_NAME and model_type != family.name:
         raise config.error("model_type", f"is {shorten(model_type)}, but architectures names {classes[0]}")
-    return family
+    return family, classes[0] not in BY_CLASS

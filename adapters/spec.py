@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.tensors import WHOLE, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder-only transformer. Sizes in elements; `dtype` is the checkpoint's own.
 
     Token embeddings are multiplied by `embedding_scale`; `norm_offset` is added to the weights of all norms;
-    logits are capped as cap * tanh(logit / cap) if there is a `logits_softcap`.
+    logits are capped as cap * tanh(logit / cap) if there is a `logits_softcap`. With a `pooling` there is no
+    head: the output is a vector for each text.
     """
 
     architecture: str
@@ -211,6 +213,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pooling: Pooling | None = None
 
     @property
     def num_layers(self) -> int:

@@ -63,7 +63,7 @@ def load_weights(
         if model.is_dir()
         else GGUFCheckpoint(model, spec.layers[0].mixer.head_dim)
     )
-    if spec.tie_embeddings and checkpoint.has_own_head():
+    if spec.tie_embeddings and spec.pooling is None and checkpoint.has_own_head():
         warn_once(
             f"{model}: lm_head.weight differs from the embeddings, which the configuration ties it to "
             "(tie_word_embeddings): the stored lm_head is used"

@@ -42,6 +42,7 @@ from microvllm.runtime.flag import (
 )
 from microvllm.runtime.kv_memory import size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
+from microvllm.runtime.pooler_config import CONVERTS, RUNNERS, choose_runner, configure_pooling
 from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.config")
@@ -62,6 +63,16 @@ class EngineArgs:
 
     model: str = required_flag(MODEL, "A model folder, a .gguf file, or smollm2-135m-instruct.")
     tokenizer: str | None = flag(None, MODEL, "Folder or .gguf file of the tokenizer, if not the model's.")
+    runner: str = flag(
+        "auto",
+        MODEL,
+        "generate texts; pooling: vectors (/v1/embeddings, /rerank, /score); auto: as the model's files say.",
+        choices=RUNNERS,
+    )
+    convert: str = flag("auto", MODEL, "embed: the same as --runner pooling; auto or none.", choices=CONVERTS)
+    pooler_config: dict[str, Any] | None = flag(
+        None, MODEL, "How vectors are made: pooling_type (LAST, MEAN or CLS), use_activation, dimensions."
+    )
     dtype: str = flag(
         "auto",
         MODEL,
@@ -272,7 +283,7 @@ class EngineArgs:
                     "were.",
                     *(rope.scaling, max_model_len, rope.original_max_position),
                 )
-        spec = spec.at_length(max_model_len)
+        spec, pooling = spec.at_length(max_model_len), spec.pooling
         num_blocks, max_model_len = size_pool(
             device,
             block_size,
@@ -313,7 +324,7 @@ class EngineArgs:
             max_num_batched_tokens=budget,
             block_size=block_size,
             num_blocks=num_blocks,
-            enable_prefix_caching=self.enable_prefix_caching,
+            enable_prefix_caching=self.enable_prefix_caching and not (pooling and pooling.needs_all),
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
@@ -327,7 +338,8 @@ class EngineArgs:
             seed=self.seed,
             device=device,
             gpu_memory_utilization=self.gpu_memory_utilization,
-            enforce_eager=self.enforce_eager,
+            # Graphs choose tokens, which a model without a head has none of.
+            enforce_eager=self.enforce_eager or pooling is not None,
             attention_backend=backend,
             cpu_threads=self.cpu_threads or default_threads(),
             generation_defaults=generation_defaults(
@@ -357,12 +369,14 @@ class EngineArgs:
         # The two rotary options are the older way to override config.json.
         rotary = {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
         given = {key: value for key, value in rotary.items() if value is not None}
+        runner = choose_runner(self.runner, self.convert, self.pooler_config)
         try:
-            return load_spec(path, {**(self.hf_overrides or {}), **given})
+            spec = load_spec(path, {**(self.hf_overrides or {}), **given}, runner)
         except OverrideError as error:
             raise ConfigError(str(error)) from error  # the flag that it names has the remedy
         except ModelFileError as error:
             raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+        return configure_pooling(spec, self.convert, self.pooler_config)
 
 
 def _refuse(*rows: tuple[Any, ...]) -> None:

@@ -21,7 +21,8 @@ from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.text.detokenizer import TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
-from microvllm.runtime.worker.model_runner import ModelGraphRunner
+from microvllm.runtime.vectors import POOLING_PARAMS
+from microvllm.runtime.worker.pooling import make_runner
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class InferenceEngine:
         )
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = InputProcessor(self.config, self.tokenizer)
-        runner = ModelGraphRunner(self.config, on_progress)
+        runner = make_runner(self.config, on_progress)
         self.config = runner.config
         self.core = EngineCore(self.config, runner)
         self.metrics = EngineMetrics(self.config.max_model_len, self.core.stats())
@@ -159,9 +160,16 @@ class InferenceEngine:
 
         Raises `InvalidRequestError` naming the field.
         """
+        if self.config.spec.pooling is not None:
+            raise InvalidRequestError("this model makes vectors: texts need --runner generate", "model")
         requests = self.processor.requests(prompt_ids, params, **options)
         group = SampleGroup(len(requests), len(requests))
         return [OfflineSequence(request, group, self.tokenizer) for request in requests]
+
+    def vector_sequence(self, prompt_ids: list[int], cache_salt: str = "") -> OfflineSequence:
+        """Return the sequence of a text whose `pooled` will be its vector; see `VectorForm`."""
+        (request,) = self.processor.requests(prompt_ids, POOLING_PARAMS, cache_salt=cache_salt)
+        return OfflineSequence(request, SampleGroup(1, 1), self.tokenizer)
 
 
 def _text(prompt: object) -> str:

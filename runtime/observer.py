@@ -39,6 +39,7 @@ class TrackedSequence:
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
         self.num_preemptions = 0
+        self.pooled: bytes | None = None  # the vector of `StepOutput`
         self.end_reason: str | None = None  # as `EngineObserver.on_finished` has it
         self.timing = RequestTiming(arrival)
         self.group = group
@@ -53,7 +54,9 @@ class TrackedSequence:
             self.num_cached_tokens = output.num_cached_tokens
             timing.scheduled = output.scheduled_at
         self.num_preemptions = output.num_preemptions
-        if num_tokens:
+        if output.pooled is not None:
+            self.pooled = output.pooled
+        if num_tokens or self.pooled is not None:
             observer.on_tokens(self, num_tokens, now)
             self.num_generated_tokens += num_tokens
             timing.last_token = now

@@ -284,7 +284,8 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     None where the engine is. `logprobs` has one entry a token if the request asks for them.
     `prompt_logprobs`, in the first output only, has one entry a prompt token from the second on.
     `scheduled_at`, in the first output only, is when the request left the queue (`time.monotonic()`, which
-    all processes of a machine share).
+    all processes of a machine share). `pooled`, in the only output of a request to a model with
+    `spec.pooling`, is its vector: [hidden] float32 in the machine's byte order.
     """
 
     request_id: int
@@ -298,6 +299,7 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True):
     scheduled_at: float | None = None
     num_preemptions: int = 0
     param: str | None = None
+    pooled: bytes | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -101,11 +101,9 @@ class EngineCore(Generic[StepT]):
             try:
                 first = self.scheduler.add(request, first)
             except RequestError as error:
-                refusals.append(
-                    StepOutput(
-                        request.request_id, [], FinishReason.ERROR, error=error.message, param=error.param
-                    )
-                )
+                message, param = error.message, error.param
+                refusal = StepOutput(request.request_id, [], FinishReason.ERROR, error=message, param=param)
+                refusals.append(refusal)
         return refusals
 
     def abort(self, request_id: int) -> bool:

@@ -118,9 +118,11 @@ class StepResult:
 
     An entry that samples has 1 to `1 + num_draft_tokens` tokens: the drafts that hold, then the token chosen
     after them, or NO_TOKEN where there was nothing to choose from. Other entries are ignored. The mappings,
-    by i, have the entries that were requested, with log probabilities for each of the tokens.
+    by i, have the entries that were requested, with log probabilities for each of the tokens. `pooled` has
+    vectors, by i, in place of tokens: see `StepOutput`.
     """
 
     tokens: Sequence[Sequence[int]]
     logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
+    pooled: Mapping[int, bytes] = field(default_factory=dict)

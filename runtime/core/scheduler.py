@@ -28,7 +28,6 @@ import heapq
 import time
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from microvllm.runtime.config import EngineConfig
@@ -41,7 +40,6 @@ from microvllm.runtime.request import (
     FinishReason,
     RepetitionDetection,
     StepOutput,
-    TokenLogprobs,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +115,8 @@ class Scheduler:
     def _check(self, source: EngineRequest) -> None:
         """Refuse what could never be scheduled. Token ids are `InputProcessor`'s to check."""
         tokens, config = source.prompt_token_ids, self._config
-        if not tokens or not 0 < (source.params.max_tokens or 0) <= config.max_model_len - len(tokens):
+        fewest = 1 if config.spec.pooling is None else 0  # a vector needs no room for a token
+        if not tokens or not fewest <= (source.params.max_tokens or 0) <= config.max_model_len - len(tokens):
             raise InvalidRequestError(
                 f"a prompt of {len(tokens)} tokens and {source.params.max_tokens} output tokens do not fit "
                 f"the context of {config.max_model_len} tokens",
@@ -212,7 +211,7 @@ class Scheduler:
                 request.prompt_logprobs += result.prompt_logprobs[index]
                 request.num_prompt_logprobs += len(result.prompt_logprobs[index])
             if item.samples:
-                outputs.append(self._take_tokens(request, tokens, result.logprobs.get(index)))
+                outputs.append(self._take_tokens(request, index, result))
                 if item.num_draft_tokens:
                     self._settle_drafts(request, 1 + item.num_draft_tokens - len(tokens))
         return outputs
@@ -334,16 +333,13 @@ class Scheduler:
         request.num_in_flight += samples
         return ScheduledRequest(request, start, num_new, samples, first_block, blocks, num_drafts)
 
-    def _take_tokens(
-        self, request: Request, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
-    ) -> StepOutput:
-        """Append what was chosen, up to a token that ends the request."""
+    def _take_tokens(self, request: Request, index: int, result: StepResult) -> StepOutput:
+        """Append what was chosen, up to a token that ends the request; a vector ends it without a token."""
+        tokens, logprobs, pooled = result.tokens[index], result.logprobs.get(index), result.pooled.get(index)
         if NO_TOKEN in tokens:
             message, param = "the model gave no finite logits for this request", None
             if request.params.allowed_token_ids is not None or request.params.bad_words:
-                message = (
-                    "allowed_token_ids, bad_words and min_tokens leave this request no token to choose from"
-                )
+                message = "allowed_token_ids, bad_words and min_tokens leave no token to choose from"
                 param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
             if request.source.grammar and self.masks is not None:
                 message, param = self.masks.problem(request)
@@ -354,12 +350,14 @@ class Scheduler:
             request.token_ids = request.token_ids.copy()
             request.keys = request.keys.fork(request.token_ids)
         token_ids, first = request.token_ids, len(request.token_ids)
+        reason, stop_reason = None if pooled is None else FinishReason.STOP, None
         for token in tokens:
             token_ids.append(token)
             reason, stop_reason = self._why_stop(request, token)
             if reason is not None:
-                self._finish(request, reason)
                 break
+        if reason is not None:
+            self._finish(request, reason)
         taken = token_ids[first:]
         has_prompt = is_first and request.params.prompt_logprobs is not None
         output = StepOutput(
@@ -372,6 +370,7 @@ class Scheduler:
             prompt_logprobs=(request.prompt_logprobs or []) if has_prompt else None,
             scheduled_at=request.scheduled_at,
             num_preemptions=request.num_preemptions,
+            pooled=pooled,
         )
         request.scheduled_at = None
         return output

@@ -106,7 +106,9 @@ class TokenStream(TrackedSequence):
         """Turn the output of a step into a delta and wake the consumer."""
         if self._queued:
             self._queued = False
-            self._client.admission.leave(len(self.prompt_token_ids), started=bool(output.token_ids))
+            self._client.admission.leave(
+                len(self.prompt_token_ids), started=bool(output.token_ids or output.pooled)
+            )
         try:
             if self._text is None:
                 self._text = OutputProcessor(self._client.tokenizer, self._request)

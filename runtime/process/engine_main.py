@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
-    from microvllm.runtime.worker.model_runner import ModelGraphRunner
+    from microvllm.runtime.worker.pooling import make_runner
 
     sent = 0.0
 
@@ -90,7 +90,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
             sent = time.monotonic()
             channel.send_event(Progress(what, done, total, note))
 
-    runner = ModelGraphRunner(config, progress)
+    runner = make_runner(config, progress)
     return EngineCore(runner.config, runner)
 
 

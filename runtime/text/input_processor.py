@@ -133,13 +133,15 @@ class InputProcessor:
         """Conversation -> token ids."""
         return self.tokenize_prompt(self.render_text(messages, **options), add_special_tokens)
 
-    def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token."""
+    def check_prompt(self, ids: Sequence[int], field: str = "prompt") -> None:
+        """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token.
+
+        A model that makes vectors needs no room. `field` is the request's, for the error.
+        """
         limit, vocab = self._config.max_model_len, self._config.spec.vocab_size
         if not ids:
-            raise InvalidRequestError(
-                "Either prompt or prompt_embeds must be provided and non-empty.", "prompt"
-            )
+            either = "Either prompt or prompt_embeds" if field == "prompt" else field
+            raise InvalidRequestError(f"{either} must be provided and non-empty.", field)
         if len(ids) > limit:
             raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, your prompt contains "
@@ -147,7 +149,7 @@ class InputProcessor:
                 "reduce the length of the input prompt.",
                 "input_tokens",
             )
-        if len(ids) == limit:
+        if len(ids) == limit and self._config.spec.pooling is None:
             raise ContextLengthError(
                 "max_tokens must be at least 1, got 0. The prompt alone fills the model's context of "
                 f"{limit} tokens.",
@@ -157,7 +159,7 @@ class InputProcessor:
         low, high = min(ids), max(ids)
         if low < 0 or high >= vocab:
             wrong = low if low < 0 else high
-            raise InvalidRequestError(f"Token id {wrong} is out of vocabulary (size {vocab}).", "prompt")
+            raise InvalidRequestError(f"Token id {wrong} is out of vocabulary (size {vocab}).", field)
 
     def requests(
         self,

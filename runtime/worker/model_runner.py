@@ -45,6 +45,7 @@ from microvllm.runtime.worker.sampler import Sampled
 from microvllm.runtime.worker.step_times import DeviceClock
 
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
+PromptLogprobs = dict[int, list[LogprobTensors]]  # by index in plan.scheduled
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class LaunchedStep:
     order: Sequence[int] = ()
     read_tokens: Callable[[], list[int]] = list
     sampled: Sampled | None = None
-    prompt_logprobs: dict[int, list[LogprobTensors]] | None = None  # by index in plan.scheduled
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderModel:
@@ -162,17 +163,7 @@ class ModelGraphRunner:
             if replay.read_tokens is not None:
                 return LaunchedStep(plan, order, replay.read_tokens)
             return self._sampled(plan, order, self._sample(replay.logits.float(), items, replay.ids), {})
-        ids, hidden = self._device.forward(items, self._block_tables)
-        prompt_logprobs = self._prompt_logprobs(hidden, items, order)
-        sampling = [j for j, item in enumerate(items) if item.samples]
-        if not sampling:
-            return LaunchedStep(plan, prompt_logprobs=prompt_logprobs)
-        if len(sampling) < ids.shape[0]:
-            ends = np.cumsum([item.num_new for item in items])[sampling] - 1
-            last = on_device(ends, torch.int64, hidden.device)
-            ids, hidden = ids[last], hidden[last]
-        sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling], ids)
-        return self._sampled(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
+        return self._choose(plan, order, *self._device.forward(items, self._block_tables))
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Waits for the device. There is no token of requests that did not sample."""
@@ -197,21 +188,30 @@ class ModelGraphRunner:
         rows = (step.plan.scheduled[index].request.row for index in step.order)
         return dict(zip(rows, step.read_tokens(), strict=True))
 
+    def _choose(self, plan: StepPlan, order: Sequence[int], ids: Tensor, hidden: Tensor) -> LaunchedStep:
+        """Sample; `ids` and `hidden` are those of all tokens, of the plan's requests in this order."""
+        items = [plan.scheduled[i] for i in order]
+        prompt_logprobs = self._prompt_logprobs(hidden, items, order)
+        sampling = [j for j, item in enumerate(items) if item.samples]
+        if not sampling:
+            return LaunchedStep(plan, prompt_logprobs=prompt_logprobs)
+        if len(sampling) < ids.shape[0]:
+            ends = np.cumsum([item.num_new for item in items])[sampling] - 1
+            last = on_device(ends, torch.int64, hidden.device)
+            ids, hidden = ids[last], hidden[last]
+        sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling], ids)
+        return self._sampled(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
+
     def _sampled(
-        self,
-        plan: StepPlan,
-        order: Sequence[int],
-        sampled: Sampled,
-        prompt_logprobs: dict[int, list[LogprobTensors]],
+        self, plan: StepPlan, order: Sequence[int], sampled: Sampled, prompt_logprobs: PromptLogprobs
     ) -> LaunchedStep:
-        read = self._device.read_later(sampled.tokens)
-        return LaunchedStep(plan, order, read, sampled, prompt_logprobs)
+        return LaunchedStep(plan, order, self._device.read_later(sampled.tokens), sampled, prompt_logprobs)
 
     def _prompt_logprobs(
         self, hidden: Tensor, items: Sequence[ScheduledRequest], order: Sequence[int]
-    ) -> dict[int, list[LogprobTensors]]:
+    ) -> PromptLogprobs:
         """For prompts that ask: hidden state i of a prompt gives the log probabilities of its token i + 1."""
-        found: dict[int, list[LogprobTensors]] = {}
+        found: PromptLogprobs = {}
         first = 0
         for item, index in zip(items, order, strict=True):
             request, count = item.request, item.request.params.prompt_logprobs

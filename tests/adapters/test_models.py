@@ -275,11 +275,15 @@ def test_smollm2_says_what_transformers_says() -> None:
         assert margin is not None and margin < NEAR_TIE
 
 
+@pytest.fixture(scope="module")
+def transformers_smollm2() -> Any:
+    return load_script("reference_tokens").transformers_model(find_model(DEMO_MODEL))
+
+
 @pytest.mark.model
-def test_smollm2_beside_transformers() -> None:
+def test_smollm2_beside_transformers(transformers_smollm2: Any) -> None:
     """A few prompts live: the tokens, and the logits of every position of a long one."""
-    path = find_model(DEMO_MODEL)
-    model = load_script("reference_tokens").transformers_model(path)
+    path, model = find_model(DEMO_MODEL), transformers_smollm2
     cases = json.loads(DATA.read_text("utf-8"))["cases"]
     prompts = [case["prompt_token_ids"] for case in (cases[0], cases[34], cases[48], cases[-1])]
     longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -303,6 +307,24 @@ def test_smollm2_beside_transformers() -> None:
         error = relative_error(torch.stack([ours[i] for i in range(count)]), logits[longest][:count])
         print(f"{backend}: logits over {count} positions differ by {error:.2e}")
         assert error < LOGITS_TOLERANCE
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("method", ["LAST", "MEAN"])
+def test_vectors_of_smollm2_beside_transformers(method: str, transformers_smollm2: Any) -> None:
+    """Several texts at once, the longest in pieces."""
+    config = {"pooling_type": method, "use_activation": False}
+    engine = make_engine(DEMO_MODEL, runner="pooling", pooler_config=config, max_num_batched_tokens=40)
+    texts = ["The capital of France is Paris.", "Hello", "In the beginning was the Word. " * 12]
+    sequences = [engine.vector_sequence(engine.tokenizer.encode(text)) for text in texts]
+    for _ in engine.generate_deltas(sequences):
+        pass
+    for sequence in sequences:
+        with torch.no_grad():
+            ids = torch.tensor([sequence.prompt_token_ids])
+            states = transformers_smollm2.model(ids).last_hidden_state[0]
+        vector = torch.frombuffer(bytearray(sequence.pooled or b""), dtype=torch.float32)
+        assert relative_error(vector, states[-1] if method == "LAST" else states.mean(0)) < 1e-5
 
 
 @pytest.mark.model

@@ -278,8 +278,9 @@ def stop_at_length_one_token_late(patch: pytest.MonkeyPatch) -> None:
 def no_logits_is_a_token(patch: pytest.MonkeyPatch) -> None:
     take = Scheduler._take_tokens
 
-    def mutant(self: Scheduler, request: Request, tokens: list[int], *rest: Any) -> StepOutput:
-        return take(self, request, [max(token, 0) for token in tokens], *rest)
+    def mutant(self: Scheduler, request: Request, index: int, result: StepResult) -> StepOutput:
+        tokens = [[max(token, 0) for token in each] for each in result.tokens]
+        return take(self, request, index, dataclasses.replace(result, tokens=tokens))
 
     patch.setattr(Scheduler, "_take_tokens", mutant)
 
@@ -414,8 +415,9 @@ def drafts_go_beyond_the_last_token(patch: pytest.MonkeyPatch) -> None:
 def tokens_behind_a_stop_are_delivered(patch: pytest.MonkeyPatch) -> None:
     take = Scheduler._take_tokens
 
-    def mutant(self: Scheduler, request: Request, tokens: list[int], *rest: Any) -> StepOutput:
-        return msgspec.structs.replace(take(self, request, tokens, *rest), token_ids=list(tokens))
+    def mutant(self: Scheduler, request: Request, index: int, result: StepResult) -> StepOutput:
+        output = take(self, request, index, result)
+        return msgspec.structs.replace(output, token_ids=list(result.tokens[index]))
 
     patch.setattr(Scheduler, "_take_tokens", mutant)
 

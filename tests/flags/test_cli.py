@@ -269,6 +269,7 @@ NOT_DEFAULT = {
     "log_level": "error", "chat_template": "{{ messages }}", "scheduling_policy": "priority",
     "cpu_threads": "1", "gguf_weights": "packed", "cpu_activations": "int8", "device": "cpu",
     "chat_template_content_format": "openai",
+    "runner": "pooling", "convert": "embed", "pooler_config": '{"pooling_type": "MEAN"}',
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "reasoning_effort_map": '{"high": "max"}',
     "hf_overrides": '{"rope_theta": 7}', "rope_scaling": '{"rope_type": "linear", "factor": 2}',
