@@ -49,7 +49,10 @@ LINE_REMEDY = (
     'nothing was answered; a line is {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", '
     '"body": {...}}'
 )
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+ENDPOINTS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+    *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+)
 ENVELOPE_BYTES = 64 << 10  # what a line may hold beside the body
 ATTEMPTS = 3  # at a request that the engine process died over
 RESTART_S = 600.0  # for an engine process that died to be back

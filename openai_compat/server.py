@@ -147,7 +147,9 @@ async def _serve(
         http.load()
         http.ssl = tls
         state: ServerState = app.state.server
-        server = HttpServer(http, on_ready=functools.partial(_announce, args, state.model_names[0], announce))
+        pooling = client.config.spec.pooling is not None
+        on_ready = functools.partial(_announce, args, state.model_names[0], announce, pooling)
+        server = HttpServer(http, on_ready)
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
         helpers = []
         if state.metrics is not None:
@@ -284,15 +286,18 @@ def _raise_file_limit() -> int:
     )
 
 
-def _announce(args: ServerArgs, model: str, announce: Callable[[str], None]) -> None:
+def _announce(args: ServerArgs, model: str, announce: Callable[[str], None], pooling: bool) -> None:
     address = address_of(args)
     announce(f"Starting microvllm server on {address}")
     scheme = "https" if args.ssl_certfile is not None else "http"
     where = f"--unix-socket {args.uds} {scheme}://localhost" if args.uds is not None else address
     key = " -H 'Authorization: Bearer YOUR_KEY'" if args.api_keys else ""
+    path, field = "chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'
+    if pooling:
+        path, field = "embeddings", '"input": "Hello!"'
     announce(
-        f"Try: curl {where}/v1/chat/completions -H 'Content-Type: application/json'{key} "
-        f'-d \'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\''
+        f"Try: curl {where}/v1/{path} -H 'Content-Type: application/json'{key} "
+        f'-d \'{{"model": "{model}", {field}}}\''
     )
     if args.page and args.uds is None:
         announce(f"Or open {address}/ in a browser.")

@@ -18,8 +18,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from microvllm.adapters.pooling_spec import Pooling
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.grammar.checker import GrammarChecker
 from microvllm.runtime.observer import EngineObserver, RequestTiming
@@ -46,6 +48,8 @@ IMPOSSIBLE = 255  # the token whose log probability is always -inf
 class FakeSpec:
     vocab_size: int = VOCAB_SIZE
     eos_token_ids: tuple[int, ...] = (EOS,)
+    hidden_size: int = 8
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,12 @@ class FakeStream:
         self.timing = RequestTiming(time.monotonic())
         self._client = client
         self._request = request
-        self._deltas = client.generate(request, salt)
+        self.pooled: bytes | None = None
+        if client.config.spec.pooling is None:
+            self._deltas = client.generate(request, salt)
+        else:
+            self._deltas = [TextDelta([], "", "stop")]
+            self.pooled = vector_of(request.prompt_token_ids).tobytes()
         self._at = 0
         self.num_preemptions = 0
         self.end_reason: str | None = None
@@ -219,8 +228,10 @@ class FakeClient:
         max_model_len: int = 256,
         max_logprobs: int = 20,
         defaults: Mapping[str, Any] | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
-        self.config = FakeConfig(max_model_len=max_model_len, max_logprobs=max_logprobs)
+        spec = FakeSpec(pooling=pooling)
+        self.config = FakeConfig(max_model_len=max_model_len, max_logprobs=max_logprobs, spec=spec)
         self.tokenizer = FakeTokenizer()
         self.tokenizer_root = "/models/fake-model"
         self.processor = FakeProcessor(self.config, self.tokenizer, defaults=defaults)
@@ -374,6 +385,12 @@ class FakeClient:
         return EOS if digest[0] < 12 else letters[digest[1] % len(letters)]
 
 
+def vector_of(ids: Sequence[int]) -> np.ndarray:
+    """The vector of a text whose model makes them, [8] float32; not of length 1."""
+    numbers = random.Random(repr(list(ids)))
+    return np.array([numbers.uniform(-3, 3) for _ in range(8)], np.float32)
+
+
 def _knobs(request: EngineRequest, salt: str) -> str:
     """Everything that changes which token comes next."""
     params = request.params
@@ -425,4 +442,4 @@ def fresh(**changes: Any) -> FakeClient:
     return client
 
 
-__all__ = ["BOS", "EOS", "IMPOSSIBLE", "VOCAB_SIZE", "FakeClient", "TextDelta", "fresh", "score"]
+__all__ = ["BOS", "EOS", "IMPOSSIBLE", "VOCAB_SIZE", "FakeClient", "TextDelta", "fresh", "score", "vector_of"]

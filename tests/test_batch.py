@@ -91,7 +91,7 @@ BAD_LINES = [
     (b"[]", 400, None),
     (None, 413, None),
     (line({"prompt": "x"}, method="GET"), 400, "method"),
-    (line({"prompt": "x"}, url="/v1/embeddings"), 400, "url"),
+    (line({"prompt": "x"}, url="/v1/nothing"), 400, "url"),
     (line({"prompt": "x"}, url=[COMPLETIONS]), 400, "url"),
     (line("x"), 400, "body"),
     (line([1]), 400, "body"),
@@ -477,7 +477,7 @@ def prompt_line(i: int, max_tokens: int) -> bytes:
 
 def test_a_batch_on_a_real_engine(tmp_path: Path) -> None:
     requests = [prompt_line(i, 1 + (7 * i) % 20) for i in range(40)]
-    requests.insert(20, line({"prompt": "x"}, url="/v1/embeddings", custom_id="bad"))
+    requests.insert(20, line({"prompt": "x"}, url="/v1/nothing", custom_id="bad"))
     with held_port() as held:
         port = held.getsockname()[1]
         flags = ["--enable-metrics", "--port", str(port), "--max-inflight", "5"]

@@ -20,8 +20,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
     "POST": (
         *("/v1/responses/render", "/v1/messages/render"),
         *("/v1/chat/completions/batch", "/v1/chat/completions/derender", "/v1/completions/derender"),
-        *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
-        *("/rerank", "/v1/rerank", "/v2/rerank", "/generative_scoring", "/v1/decisions", "/v1/systemone"),
+        *("/v2/embed", "/pooling", "/classify", "/generative_scoring", "/v1/decisions", "/v1/systemone"),
         *("/v1/audio/transcriptions", "/v1/audio/translations", "/invocations", "/cohere/v2/chat"),
         *("/inference/v1/generate", "/inference/v1/abort_requests", "/abort_requests"),
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),

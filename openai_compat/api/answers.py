@@ -199,6 +199,36 @@ SCHEMAS: Mapping[str, Any] = {
         priority=INTEGER,
     ),
     "GenerateRequests": _list(_reference("GenerateRequest")),
+    "EmbeddingResponse": _object(
+        id=STRING,
+        object={"const": "list"},
+        created=INTEGER,
+        model=STRING,
+        data=_list(
+            _object(
+                index=INTEGER,
+                object={"const": "embedding"},
+                embedding={"anyOf": [{"type": "array", "items": {"type": "number"}}, STRING]},
+            )
+        ),
+        usage=_reference("UsageInfo"),
+    ),
+    "ScoreResponse": _object(
+        id=STRING,
+        object={"const": "list"},
+        created=INTEGER,
+        model=STRING,
+        data=_list(_object(index=INTEGER, object={"const": "score"}, score={"type": "number"})),
+        usage=_reference("UsageInfo"),
+    ),
+    "RerankResponse": _object(
+        id=STRING,
+        model=STRING,
+        usage=_object(prompt_tokens=INTEGER, total_tokens=INTEGER),
+        results=_list(
+            _object(index=INTEGER, document=_object(text=STRING), relevance_score={"type": "number"})
+        ),
+    ),
     "ModelList": _object(object={"const": "list"}, data=_list(_reference("ModelCard"))),
     "ModelCard": _object(
         id=STRING,

@@ -23,7 +23,8 @@ POLICY = (
 
 async def openapi(request: Request, state: ServerState) -> Response:
     """Serve the OpenAPI document."""
-    document = build_document(request.app.state.endpoints, state.args)
+    pooling = state.client.config.spec.pooling is not None
+    document = build_document(request.app.state.endpoints, state.args, pooling=pooling)
     return Response(orjson.dumps(document), media_type="application/json")
 
 

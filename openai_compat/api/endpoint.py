@@ -20,6 +20,10 @@ from microvllm.runtime.errors import InvalidRequestError
 
 BodyT = TypeVar("BodyT", bound=Body)
 NOT_IMPLEMENTED_KIND = "NotImplementedError"
+WRONG_RUNNER = {
+    False: "needs a model that makes vectors, and this server's generates texts (see --runner pooling)",
+    True: "needs a model that generates texts, and this server's makes vectors (see --runner generate)",
+}
 # handler(request, state), or handler(request, state, body) for an endpoint with a `body`.
 Handler = Callable[..., Awaitable[Response]]
 Answering = Callable[[Request], Awaitable[Response]]
@@ -39,7 +43,8 @@ class Endpoint:
     The handler's docstring is the description in the document. A body is read and checked before the handler
     runs. `answer` and `event` name the schemas (in `answers.SCHEMAS`) of a JSON answer and of the data of an
     event where the endpoint streams; with `named_events` each has a name, and no `[DONE]` is the last.
-    `generates`: its requests in progress are the load that /load reports.
+    `generates` and `pools`: it needs a model that generates texts, or one that makes vectors; its requests in
+    progress are the load that /load reports.
     """
 
     path: str
@@ -51,24 +56,31 @@ class Endpoint:
     event: str | None = None
     named_events: bool = False
     generates: bool = False
+    pools: bool = False
     needs_key: bool = True
     in_http_metrics: bool = True
     documented: bool = True
     switch: Switch | None = None
 
-    def is_on(self, args: ServerArgs) -> bool:
-        """Return whether a server with these options has it."""
-        return self.switch is None or self.switch.on(args)
+    def is_on(self, args: ServerArgs, *, pooling: bool = False) -> bool:
+        """Return whether a server with these options has it; `pooling`: its model makes vectors."""
+        return self._fits(pooling) and (self.switch is None or self.switch.on(args))
+
+    def _fits(self, pooling: bool) -> bool:
+        return not (self.generates if pooling else self.pools)
 
     def routes(self, state: ServerState) -> list[Route]:
         """Return Starlette's route to the handler; if the endpoint is off, to its refusal, or none."""
-        if self.is_on(state.args):
+        pooling = state.client.config.spec.pooling is not None
+        if self.is_on(state.args, pooling=pooling):
             answer = self._answering(state)
+        elif not self._fits(pooling):
+            answer = _refusing(WRONG_RUNNER[pooling])
         elif self.switch is not None and self.switch.remedy is not None:
-            answer = _refusing(self.switch.remedy)
+            answer = _refusing(f"is switched off: start the server with {self.switch.remedy}")
         else:
             return []
-        load = [Middleware(LoadMiddleware, state=state)] if self.generates else []
+        load = [Middleware(LoadMiddleware, state=state)] if self.generates or self.pools else []
         return [Route(self.path, answer, methods=list(self.methods), middleware=load)]
 
     def _answering(self, state: ServerState) -> Answering:
@@ -82,11 +94,10 @@ class Endpoint:
         return answer
 
 
-def _refusing(remedy: str) -> Answering:
+def _refusing(problem: str) -> Answering:
     async def answer(request: Request) -> Response:
         where = f"{request.method} {request.scope['path']}"
-        problem = f"{where} is switched off: start the server with {remedy}."
-        raise InvalidRequestError(problem, kind=NOT_IMPLEMENTED_KIND)
+        raise InvalidRequestError(f"{where} {problem}.", kind=NOT_IMPLEMENTED_KIND)
 
     return answer
 

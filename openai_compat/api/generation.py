@@ -45,6 +45,7 @@ from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.streams import Stream
+    from microvllm.openai_compat.api.vector_requests import VectorRequest
     from microvllm.openai_compat.state import ServerState
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
@@ -120,10 +121,10 @@ class Generation(ABC, Generic[RequestT]):
         _check_fields(body, state)
         state.client.check_room()  # before the prompt is rendered and tokenised
         self.request, self.state, self.body = request, state, body
-        self.id = f"{self.id_prefix}-{_id_suffix(request, body)}"
+        self.id = f"{self.id_prefix}-{id_suffix(request, body)}"
         self.created = int(time.time())
         self.model = state.model_names[0]
-        self.priority = _priority(request, body)
+        self.priority = request_priority(request, body)
         options = body.stream_options or StreamOptions()
         forced = state.args.enable_force_include_usage
         self.include_usage = forced or options.include_usage
@@ -376,7 +377,7 @@ def _check_fields(body: GenerationRequest, state: ServerState) -> None:
         raise InvalidRequestError("length_penalty needs use_beam_search.", "length_penalty")
 
 
-def _id_suffix(request: Request, body: GenerationRequest) -> str:
+def id_suffix(request: Request, body: GenerationRequest | VectorRequest) -> str:
     """Return the client's own id if it has one; the header wins over the body, as in vLLM.
 
     It is only echoed: the engine has its own ids, so two requests with the same one do not affect each other.
@@ -385,7 +386,7 @@ def _id_suffix(request: Request, body: GenerationRequest) -> str:
     return header if SAFE_ID.fullmatch(header) else body.request_id or uuid.uuid4().hex
 
 
-def _priority(request: Request, body: GenerationRequest) -> int:
+def request_priority(request: Request, body: GenerationRequest | VectorRequest) -> int:
     """Return the priority (lower is served earlier); the header X-Vllm-Priority wins over the body."""
     header = request.headers.get("x-vllm-priority")
     if header is None:

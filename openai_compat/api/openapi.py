@@ -23,13 +23,18 @@ PATH_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")  # as Starlette writes it: {m
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # defaults that only say that nothing was given
 
 
-def build_document(endpoints: Iterable[Endpoint], args: ServerArgs) -> dict[str, Any]:
-    """Returns the document of a server with these options: its endpoints, except undocumented ones."""
+def build_document(
+    endpoints: Iterable[Endpoint], args: ServerArgs, *, pooling: bool = False
+) -> dict[str, Any]:
+    """Returns the document of a server with these options: its endpoints, except undocumented ones.
+
+    `pooling`: its model makes vectors.
+    """
     with_keys = bool(args.api_keys)
     paths: dict[str, dict[str, Any]] = {}
     schemas: dict[str, Any] = {}
     for endpoint in endpoints:
-        if endpoint.documented and endpoint.is_on(args):
+        if endpoint.documented and endpoint.is_on(args, pooling=pooling):
             operations = paths.setdefault(PATH_PARAMETER.sub(r"{\1}", endpoint.path), {})
             for method in sorted(endpoint.methods):
                 operations[method.lower()] = _operation(endpoint, method, with_keys and endpoint.needs_key)

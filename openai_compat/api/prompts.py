@@ -11,6 +11,7 @@ from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.requests import GenerationRequest, TokenizeRequest
+    from microvllm.openai_compat.api.vector_requests import VectorRequest
     from microvllm.runtime.process.client import EngineClient
 
 MAX_PROMPTS = 1024
@@ -29,8 +30,10 @@ class Truncation:
     side: str | None = None
 
     @classmethod
-    def of(cls, body: GenerationRequest | TokenizeRequest, max_model_len: int) -> Truncation | None:
-        """Return the requested truncation, or None. -1 leaves room for one token of output."""
+    def of(
+        cls, body: GenerationRequest | TokenizeRequest | VectorRequest, max_model_len: int, room: int = 1
+    ) -> Truncation | None:
+        """Return the requested truncation, or None. -1 leaves room for so many tokens of output."""
         limit = body.truncate_prompt_tokens
         if limit is None:
             return None
@@ -41,7 +44,7 @@ class Truncation:
                 "Please request another truncation size.",
                 "truncate_prompt_tokens",
             )
-        return cls(max(1, max_model_len - 1) if limit == -1 else limit, body.truncation_side)
+        return cls(max(1, max_model_len - room) if limit == -1 else limit, body.truncation_side)
 
     def cut(self, ids: list[int], kept: Sequence[int] = ()) -> list[int]:
         """Cut `ids` to the limit; `kept` stays at their front if they are cut there."""

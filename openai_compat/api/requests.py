@@ -62,11 +62,11 @@ FunctionName = Annotated[
 ]
 # What the endpoints check themselves, because the bounds are theirs.
 _TOKEN = {"type": "integer", "minimum": 0}
-_TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
-_TEXT = {"type": "string", "minLength": 1}
-_TEXTS = {"type": "array", "items": _TEXT, "minItems": 1}
-_TOKEN_LISTS = {"type": "array", "items": _TOKENS, "minItems": 1}
-Prompt = Annotated[Any, Meta(extra_json_schema={"anyOf": [_TEXT, _TOKENS, _TEXTS, _TOKEN_LISTS]})]
+TOKENS = {"type": "array", "items": _TOKEN, "minItems": 1}
+TEXT = {"type": "string", "minLength": 1}
+TEXTS = {"type": "array", "items": TEXT, "minItems": 1}
+TOKEN_LISTS = {"type": "array", "items": TOKENS, "minItems": 1}
+Prompt = Annotated[Any, Meta(extra_json_schema={"anyOf": [TEXT, TOKENS, TEXTS, TOKEN_LISTS]})]
 _CONTENT = [
     {"type": "string"},
     {"type": "array", "items": {"type": ["object", "string"]}},

@@ -13,6 +13,7 @@ import pytest
 from fake_client import FakeClient
 from http_tools import events, in_process
 
+from microvllm.adapters.pooling_spec import Pooling
 from microvllm.openai_compat.api.absent import NOT_IMPLEMENTED
 from microvllm.openai_compat.api.openapi import build_document, request_schema
 from microvllm.openai_compat.api.page import FILES
@@ -32,7 +33,12 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi", "max_output_tokens": 4},
     "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/embeddings": {"input": "hi"},
+    **{path: {"queries": "hi", "documents": ["you"]} for path in ("/score", "/v1/score")},
+    **{path: {"query": "hi", "documents": ["you"]} for path in ("/rerank", "/v1/rerank", "/v2/rerank")},
 }
+POOLING = {endpoint.path for endpoint in ENDPOINTS if endpoint.pools}
+GENERATING = {endpoint.path for endpoint in ENDPOINTS if endpoint.generates}
 RENDER = {path: SUBJECTS[path.removesuffix("/render")] for path in BODIES if path.endswith("/render")}
 RENDER["/v1/responses/input_tokens"] = SUBJECTS["/v1/responses"]
 SUBJECTS |= RENDER
@@ -44,8 +50,13 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def document(**args: Any) -> dict[str, Any]:
-    return build_document(ENDPOINTS, ServerArgs(**args))
+def document(*, pooling: bool = False, **args: Any) -> dict[str, Any]:
+    return build_document(ENDPOINTS, ServerArgs(**args), pooling=pooling)
+
+
+def client_of(path: str) -> FakeClient:
+    """A client whose model fits the endpoint."""
+    return FakeClient(pooling=Pooling(matryoshka=()) if path in POOLING else None)
 
 
 def schema_of(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -53,29 +64,33 @@ def schema_of(found: dict[str, Any], name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}", "components": found["components"]}
 
 
+@pytest.mark.parametrize("pooling", [False, True])
 @pytest.mark.parametrize("args", [{}, EVERYTHING, {"root_path": "/llm", "api_keys": ("k",)}])
-def test_it_is_valid(args: dict[str, Any]) -> None:
-    found = document(**args)
+def test_it_is_valid(args: dict[str, Any], pooling: bool) -> None:
+    found = document(**args, pooling=pooling)
     openapi_spec_validator.validate(found)
     assert found["openapi"].startswith("3.1") and found["servers"] == [{"url": args.get("root_path", "/")}]
     guarded = {path for path, methods in found["paths"].items() for m in methods.values() if "security" in m}
     others = {"/v1/models", "/v1/models/{model}", "/v1/loads", "/server_info", "/kv_event_sources"}
     others |= {path for path in found["paths"] if path.startswith("/v1/responses/")}
-    assert guarded == ({*BODIES, *others} if "api_keys" in args else set())
+    bodies = BODIES.keys() - (GENERATING if pooling else POOLING)
+    assert guarded == ({*bodies, *others} if "api_keys" in args else set())
 
 
-def test_every_route_is_in_it() -> None:
-    app = create_app(FakeClient(), ServerArgs(**EVERYTHING))  # type: ignore[arg-type]
+@pytest.mark.parametrize("pooling", [False, True])
+def test_every_route_is_in_it(pooling: bool) -> None:
+    client = FakeClient(pooling=Pooling() if pooling else None)
+    app = create_app(client, ServerArgs(**EVERYTHING))  # type: ignore[arg-type]
     absent = {path for paths in NOT_IMPLEMENTED.values() for path in paths}
     hidden = {*FILES, "/docs", "/redoc", "/openapi.json", "/metrics/", "/get_server_info", *absent}
+    hidden |= GENERATING if pooling else POOLING
     shown: list[Any] = [route for route in app.routes if route.path not in hidden]  # type: ignore[attr-defined]
     routes = {(r.path_format, method.lower()) for r in shown for method in r.methods - {"HEAD"}}
-    listed = {
-        (path, method) for path, methods in document(**EVERYTHING)["paths"].items() for method in methods
-    }
+    paths = document(**EVERYTHING, pooling=pooling)["paths"]
+    listed = {(path, method) for path, methods in paths.items() for method in methods}
     assert listed == routes and ("/v1/models/{model}", "get") in routes
     assert hidden <= {route.path for route in app.routes}  # type: ignore[attr-defined]
-    for methods in document(**EVERYTHING)["paths"].values():
+    for methods in paths.values():
         for operation in methods.values():
             assert operation["summary"][-1] in ".}`" and not operation["summary"].startswith("/"), operation
 
@@ -141,7 +156,7 @@ def borders() -> Iterator[tuple[str, str, Any, bool]]:
 @pytest.mark.parametrize(("path", "name", "value", "allowed"), list(borders()))
 async def test_the_server_keeps_to_it(path: str, name: str, value: Any, allowed: bool) -> None:
     """What the document forbids is a 400 that names the field; what it allows has the right shape."""
-    async with in_process(FakeClient(), reasoning_parser="qwen3") as http:
+    async with in_process(client_of(path), reasoning_parser="qwen3") as http:
         answer = await http.post(path, json={**SUBJECTS[path], name: value})
     if allowed:
         assert answer.status_code == 200, answer.text
@@ -152,7 +167,7 @@ async def test_the_server_keeps_to_it(path: str, name: str, value: Any, allowed:
 @pytest.mark.parametrize("path", [path for path in BODIES if path not in RENDER])
 async def test_refused_fields_take_exactly_what_it_says(path: str) -> None:
     schema = request_schema(BODIES[path])
-    async with in_process(FakeClient()) as http:
+    async with in_process(client_of(path)) as http:
         for name, harmless in BODIES[path].refused.items():
             for value in (None, *harmless, "something", 987, {"a": 1}):
                 body = {**SUBJECTS[path], name: value}
@@ -163,13 +178,13 @@ async def test_refused_fields_take_exactly_what_it_says(path: str) -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 async def test_answers_are_as_it_says(path: str) -> None:
-    found = document()
+    found = document(pooling=path in POOLING)
     content = found["paths"][path]["post"]["responses"]
     answers, errors = (
         schema_of(found, content[status]["content"]["application/json"]["schema"]["$ref"].split("/")[-1])
         for status in ("200", "400")
     )
-    async with in_process(FakeClient()) as http:
+    async with in_process(client_of(path)) as http:
         answer = await http.post(path, json=SUBJECTS[path])
         wrong = await http.post(path, json={"model": 5})
     assert (answer.status_code, wrong.status_code) == (200, 400)
