@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from microvllm.runtime.engine import InferenceEngine
     from microvllm.runtime.offline.llm import LLM
     from microvllm.runtime.offline.llm_engine import LLMEngine
+    from microvllm.runtime.offline.pooling import PoolingParams, PoolingRequestOutput
     from microvllm.runtime.offline.prompts import TextPrompt, TokensPrompt
     from microvllm.runtime.offline.request_output import CompletionOutput, RequestOutput
     from microvllm.runtime.offline.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -26,6 +27,8 @@ __all__ = [
     "EngineArgs",
     "InferenceEngine",
     "LLMEngine",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -38,6 +41,8 @@ _HOMES = {
     "InferenceEngine": "microvllm.runtime.engine",
     "LLM": "microvllm.runtime.offline.llm",
     "LLMEngine": "microvllm.runtime.offline.llm_engine",
+    "PoolingParams": "microvllm.runtime.offline.pooling",
+    "PoolingRequestOutput": "microvllm.runtime.offline.pooling",
     "TextPrompt": "microvllm.runtime.offline.prompts",
     "TokensPrompt": "microvllm.runtime.offline.prompts",
     "CompletionOutput": "microvllm.runtime.offline.request_output",

@@ -28,6 +28,7 @@ HEAVY = (
     "microvllm.runtime.engine",
     "microvllm.runtime.offline.beams",
     "microvllm.runtime.offline.llm",
+    "microvllm.runtime.offline.pooling",
     "microvllm.runtime.text.hf_tokenizer",
     "microvllm.adapters.checkpoints",
     "microvllm.adapters.decoder",

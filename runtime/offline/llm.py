@@ -19,6 +19,7 @@ from microvllm.runtime.offline.calls import UseTqdm, add_special_tokens, progres
 from microvllm.runtime.offline.core_thread import OfflineSequence
 from microvllm.runtime.offline.llm_engine import LLMEngine, one_each
 from microvllm.runtime.offline.llm_options import engine_options
+from microvllm.runtime.offline.pooling import PoolingMethods
 from microvllm.runtime.offline.prompts import OfflinePrompt, Prompt
 from microvllm.runtime.offline.request_output import OutputBuilder, RequestOutput
 from microvllm.runtime.offline.sampling_params import BeamSearchParams, SamplingParams
@@ -38,8 +39,8 @@ Message: TypeAlias = "Mapping[str, Any]"
 SLEEP_LEVELS = (0, 1)
 
 
-class LLM:
-    """Drop-in for `vllm.LLM` for text generation; options are the fields of `EngineArgs`.
+class LLM(PoolingMethods):
+    """Drop-in for `vllm.LLM` for texts and vectors; options are the fields of `EngineArgs`.
 
     An option of vLLM that only tunes is ignored with a warning; one that would change what is generated, and
     an unknown one, raise `ConfigError`, unless the value asks for nothing. `chat_template` is a file or the

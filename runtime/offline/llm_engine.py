@@ -59,7 +59,9 @@ class LLMEngine:
     @property
     def model_config(self) -> ModelInfo:
         config = self.engine.config
-        return ModelInfo(config.model, config.tokenizer_path, config.max_model_len, config.dtype, config.seed)
+        runner = "generate" if config.spec.pooling is None else "pooling"
+        paths = config.model, config.tokenizer_path
+        return ModelInfo(*paths, config.max_model_len, config.dtype, config.seed, runner)
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the model's tokenizer as one of transformers'; made at the first call."""

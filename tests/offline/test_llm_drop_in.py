@@ -99,8 +99,8 @@ def test_all_options_at_vllms_defaults_change_nothing(llm: LLM) -> None:
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"enable_lora": True}, "enable_lora"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
-        ({"runner": "pooling"}, "runner"),
-        ({"convert": "embed"}, "convert"),
+        ({"runner": "draft"}, "runner"),
+        ({"convert": "classify"}, "convert"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode"),
         ({"logits_processors": ["mine.Processor"]}, "logits_processors"),
         ({"speculative_config": {"method": "ngram"}}, "speculative_config"),
@@ -123,7 +123,7 @@ def test_spellings_of_options(caplog: pytest.LogCaptureFixture) -> None:
     read = engine_options({"dtype": torch.bfloat16, "max_model_len": "auto", "tokenizer": Path("a")})
     assert read == {"dtype": "bfloat16", "tokenizer": "a"}
     assert engine_options({"max_model_len": -1, "enable_prefix_caching": None, "seed": None}) == {}
-    assert engine_options({"tokenizer_mode": "slow", "quantization": "gguf", "runner": "generate"}) == {}
+    assert engine_options({"tokenizer_mode": "slow", "quantization": "gguf", "task": "generate"}) == {}
     with caplog.at_level(logging.WARNING):
         assert engine_options({"swap_space": 4, "trust_remote_code": True, "disable_log_stats": True}) == {}
     assert [record.args[0] for record in caplog.records if record.args] == ["swap_space", "trust_remote_code"]
