@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from microvllm.runtime.offline.pooling import PoolingParams, PoolingRequestOutput
     from microvllm.runtime.offline.prompts import TextPrompt, TokensPrompt
     from microvllm.runtime.offline.request_output import CompletionOutput, RequestOutput
-    from microvllm.runtime.offline.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from microvllm.runtime.offline.sampling_params import (
+        BeamSearchParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
 ]
@@ -50,6 +56,7 @@ _HOMES = {
     "BeamSearchParams": "microvllm.runtime.offline.sampling_params",
     "RequestOutputKind": "microvllm.runtime.offline.sampling_params",
     "SamplingParams": "microvllm.runtime.offline.sampling_params",
+    "StructuredOutputsParams": "microvllm.runtime.offline.sampling_params",
 }
 
 

@@ -402,8 +402,9 @@ def _knobs(request: EngineRequest, salt: str) -> str:
         sorted(params.logit_bias.items()),
         request.bad_word_ids,
         params.thinking,
+        request.grammar,
     )
-    plain = forced == (0, 0, 1, [], [], None)
+    plain = forced == (0, 0, 1, [], [], None, "")
     return ("greedy" if params.greedy else repr(drawn)) + ("" if plain else repr(forced))
 
 

@@ -60,6 +60,12 @@ DESCRIPTIONS: Mapping[str, str] = {
     "allowed_token_ids": "Only these tokens may be generated.",
     "bad_words": "Words that must not be generated.",
     "use_beam_search": "Search for the likeliest text with `n` beams instead of sampling.",
+    "response_format": "The form of the output: `json_object`, `json_schema` or `structural_tag`.",
+    "structured_outputs": "The form of the output: one of `json`, `regex`, `choice`, `grammar`, ...",
+    "guided_json": "The older name of `structured_outputs.json`.",
+    "guided_regex": "The older name of `structured_outputs.regex`.",
+    "guided_choice": "The older name of `structured_outputs.choice`.",
+    "guided_grammar": "The older name of `structured_outputs.grammar`.",
     "length_penalty": "Exponent of the length by which a beam's score is divided.",
     # when to end
     "max_tokens": "Maximum number of output tokens.",

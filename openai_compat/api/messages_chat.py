@@ -22,7 +22,7 @@ from microvllm.openai_compat.api.messages_requests import (
     read_part,
 )
 from microvllm.openai_compat.api.messages_tools import tool_fields
-from microvllm.openai_compat.api.requests import ChatCompletionRequest
+from microvllm.openai_compat.api.requests import ChatCompletionRequest, JsonSchema, ResponseFormat
 from microvllm.openai_compat.errors import clip
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
@@ -254,15 +254,8 @@ def _format(body: ConversationBody) -> dict[str, Any]:
     wanted = newer or body.output_format
     if wanted is None:
         return {}
-    if "response_format" in ChatCompletionRequest.refused:
-        place = "output_config.format" if newer is not None else "output_format"
-        raise fault(place, "is not supported by this server")
-    return {
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "output", "schema": wanted.schema, "strict": True},
-        }
-    }
+    schema = JsonSchema(name="output", schema=wanted.schema, strict=True)
+    return {"response_format": ResponseFormat(type="json_schema", json_schema=schema)}
 
 
 def _misplaced(block: Block, place: str, role: str) -> InvalidRequestError:

@@ -88,6 +88,11 @@ TemplateKwargs = Annotated[
 ]
 
 
+# Whether it is a schema is checked where it is compiled.
+Schema = Annotated[Any, Meta(extra_json_schema={"anyOf": [{"type": "object"}, {"type": "boolean"}]})]
+SchemaOrText = Annotated[Any, Meta(extra_json_schema={"anyOf": [{"type": "object"}, {"type": "string"}]})]
+
+
 class StreamOptions(msgspec.Struct, kw_only=True):
     """`stream_options`: which chunks carry the usage."""
 
@@ -139,6 +144,39 @@ class ToolChoice(msgspec.Struct, kw_only=True):
     allowed_tools: AllowedTools | None = None
 
 
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """The schema of a `response_format`, as OpenAI wraps it. It is enforced with `strict` and without."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: Schema = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """`response_format`: free text, a JSON object, JSON by a schema, or vLLM's structural tags."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchema | None = None
+    structures: list[Any] | None = None
+    triggers: list[Any] | None = None
+    format: dict[str, Any] | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """vLLM's `structured_outputs`: exactly one kind, and how JSON may be written."""
+
+    json: SchemaOrText = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
 class Body(msgspec.Struct, kw_only=True):
     """The base of all request bodies.
 
@@ -162,12 +200,6 @@ class GenerationRequest(Body, kw_only=True):
     )
     # The error lists them in this order and names the first as its `param`: the weightiest come first.
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": ("",),
-        "guided_choice": ([],),
-        "guided_grammar": ("",),
         "best_of": (1,),
         "logits_processors": ([],),
         "thinking_token_budget": (-1,),
@@ -201,6 +233,13 @@ class GenerationRequest(Body, kw_only=True):
     repetition_detection: parameters.RepetitionDetection | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
+    # the form of the output
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaOrText = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # what to make of the prompt
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None = None
     truncation_side: Literal["left", "right"] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from microvllm.openai_compat.api.requests import GenerationRequest
+from microvllm.openai_compat.api.structured import structured_output
 from microvllm.openai_compat.errors import clip
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams, check_sampling
@@ -48,6 +49,7 @@ def sampling_params(
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
         "logprob_token_ids": body.logprob_token_ids or None,
+        "structured_outputs": structured_output(body),
     }
     if body.use_beam_search:
         values["temperature"] = 1.0  # beams are not drawn, and several of them make sense without chance

@@ -13,8 +13,8 @@ from typing import Any
 from microvllm.runtime.errors import InvalidRequestError
 
 MAX_DEPTH = 100  # of a schema; llguidance's own parser stops at 128 levels of JSON
-# At most two newlines and an indentation: without a bound a model may fill its context with whitespace.
-WHITESPACE = r" |\n{1,2}[ \t]{0,40}"
+# One space, or a newline and an indentation: without a bound a model may fill its context with whitespace.
+WHITESPACE = r" |\n[ \t]{0,40}"
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
@@ -65,9 +65,14 @@ def subschemas(schema: Any, path: str = "#", depth: int = 0) -> Iterator[tuple[s
                 yield from subschemas(item, f"{below}/{name}", depth + 1)
 
 
+def unsupported(problem: str) -> list[str]:
+    """Return the keywords that a message of llguidance's compiler is about."""
+    return _QUOTED.findall(problem) if problem.startswith("Unimplemented keys") else []
+
+
 def locate(schema: Any, problem: str) -> str | None:
     """Return the JSON pointer of what a message of llguidance's compiler is about, if it can be found."""
-    keywords = set(_QUOTED.findall(problem)) if problem.startswith("Unimplemented keys") else set()
+    keywords = set(unsupported(problem))
     for path, part in subschemas(schema):
         for keyword, value in part.items():
             if keyword in keywords:

@@ -304,8 +304,10 @@ class GrammarMasks:
         from microvllm.runtime.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(Path(self._config.tokenizer_path))
-        end, further = end_tokens(self._config, tokenizer)
-        return model_tokenizer(tokenizer, self._vocab_size, [*([] if end is None else [end]), *further])
+        end, _ = end_tokens(self._config, tokenizer)
+        if end is None:
+            raise ValueError("the model has no end token")
+        return model_tokenizer(tokenizer, self._vocab_size, [end])
 
 
 def _advance(group: Sequence[tuple[Row, Sequence[int]]]) -> None:

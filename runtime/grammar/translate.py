@@ -127,6 +127,9 @@ def _explain(form: StructuredOutput, problem: str) -> str:
         reason = f"invalid pattern {caret['pattern'].strip()!r:.200}: {caret['reason']} at character {where}"
     else:
         reason = problem.partition("\n")[0]
+    keywords = json_schema.unsupported(problem)
+    if keywords:
+        reason = f"{', '.join(keywords)} {'is' if len(keywords) == 1 else 'are'} not supported"
     if form.kind == "json":
         found = json_schema.locate(json.loads(form.spec), problem)
         return reason if found is None else f"{reason} (at {found})"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.grammar.forms import form_of
 from microvllm.runtime.request import INT64_MAX, RepetitionDetection, check_sampling
 from microvllm.runtime.request import SamplingParams as EngineParams
 
@@ -26,7 +27,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprob_start": (),
     "prompt_logprob_token_ids": (),
     "routed_experts_prompt_start": (0,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "trace_decode_token_ids": (),
     "watermarking": (False,),
@@ -44,6 +44,28 @@ class RequestOutputKind(enum.Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
+
+
+@dataclass(slots=True)
+class StructuredOutputsParams:
+    """The form of an output, exactly one kind; names and defaults are those of vLLM 0.33.
+
+    json: a schema as a dictionary or as JSON text; structural_tag: a dictionary or JSON text. Raises
+    `InvalidRequestError`.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        form_of(self, "structured_outputs")
 
 
 @dataclass(slots=True)
@@ -131,6 +153,8 @@ class SamplingParams:
             raise InvalidRequestError("stop strings need detokenize=True.", "stop")
         if values["logprob_token_ids"] and values["logprobs"] is None:
             values["logprobs"] = 0  # the ids replace the likeliest ones
+        form = values["structured_outputs"]
+        values["structured_outputs"] = None if form is None else form_of(form, "structured_outputs")
         # What the server alone sets has no field here.
         params = EngineParams(
             **{name: values[name] for name in EngineParams.__struct_fields__ if name in values}
@@ -157,6 +181,7 @@ class SamplingParams:
                 values[name] = 1
         values["logit_bias"] = _logit_bias(values["logit_bias"] or {})
         values["repetition_detection"] = _repetition(values["repetition_detection"])
+        values["structured_outputs"] = _options(values["structured_outputs"])
         return values
 
 
@@ -251,6 +276,18 @@ def _is_id(key: Any) -> bool:
     if isinstance(key, str):
         return key.strip().removeprefix("-").isdecimal()
     return isinstance(key, numbers.Integral)
+
+
+def _options(value: Any) -> StructuredOutputsParams | None:
+    if value is None or isinstance(value, StructuredOutputsParams):
+        return value
+    names = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
+    if not isinstance(value, Mapping) or not set(value) <= set(names):
+        raise InvalidRequestError(
+            f"structured_outputs must be StructuredOutputsParams, or a dictionary of {', '.join(names)}.",
+            "structured_outputs",
+        )
+    return StructuredOutputsParams(**value)
 
 
 def _repetition(value: Any) -> RepetitionDetection | None:

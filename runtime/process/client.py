@@ -173,6 +173,7 @@ class EngineClient:
         self.observer = EngineObserver()
         self._workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="text")
         self._chat_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="chat")
+        self._grammar_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="grammar")
         self._streams: dict[int, TokenStream] = {}
         self.admission = Admission(config)
         self._aborted: list[int] = []  # not sent yet
@@ -260,7 +261,10 @@ class EngineClient:
         """
         options: dict[str, Any] = {"priority": priority, "cache_salt": cache_salt}
         prepare = self.processor.prepare
-        if params.bad_words or len(params.allowed_token_ids or ()) > INLINE_IDS:
+        if params.structured_outputs is not None:  # compiled in a child process, which may take seconds
+            call = partial(prepare, params, **options)
+            prepared = await asyncio.get_running_loop().run_in_executor(self._grammar_workers, call)
+        elif params.bad_words or len(params.allowed_token_ids or ()) > INLINE_IDS:
             prepared = await self.run_blocking(prepare, params, **options)
         else:
             prepared = prepare(params, **options)
@@ -337,7 +341,7 @@ class EngineClient:
         self._fail_all(EngineDeadError("The server is shutting down."))
         if self._process is not None:
             await self._process.end(EXIT_S)
-        for workers in (self._workers, self._chat_workers):
+        for workers in (self._workers, self._chat_workers, self._grammar_workers):
             workers.shutdown(wait=False, cancel_futures=True)
 
     def abort_request(self, request_id: int) -> None:

@@ -313,7 +313,8 @@ def test_bodies_that_fit_the_schema(server: Server, path: str) -> None:
             assert response.json()["error"]["param"].split(".")[1] in LOOSE, (body, response.text)
 
     fits()
-    assert 200 in seen and 400 in seen
+    assert 200 in seen
+    assert 400 in seen or path == "/v1/responses/input_tokens"  # which only looks at what becomes the prompt
 
 
 # Where the document only sketches what the endpoint takes.

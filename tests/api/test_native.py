@@ -199,7 +199,7 @@ async def test_a_stream_interval_joins_tokens() -> None:
         ("top_k", -2), ("top_p", 0), ("stop", [""]), ("stop", ["a"] * 5), ("stream", "perhaps"),
         ("n", 2), ("echo", True), ("logprobs", 1), ("logprobs", True), ("use_beam_search", True),
         ("length_penalty", 2), ("prompt_logprobs", 0), ("suffix", "x"), ("seed", 1 << 64),
-        ("response_format", {"type": "json_object"}), ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", 0),
     ],
     ids=str,
 )  # fmt: skip

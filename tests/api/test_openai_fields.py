@@ -50,12 +50,6 @@ CHAT_FIELDS = """
 DEMANDING: dict[str, Any] = {
     "top_logprobs": 3,
     "best_of": 2,
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
-    "guided_json": {},
-    "guided_regex": "a",
-    "guided_choice": ["a"],
-    "guided_grammar": "a",
     "logits_processors": ["x"],
     "thinking_token_budget": 5,
     "vllm_xargs": {"a": 1},
@@ -132,6 +126,14 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "parallel_tool_calls": ({"tools": [TOOL]}, False),
     "include_reasoning": ({}, False),
     "thinking_token_budget": ({}, 3),
+}
+CHANGES |= {
+    "response_format": ({}, {"type": "json_object"}),
+    "structured_outputs": ({}, {"regex": "[ab]+"}),
+    "guided_json": ({}, {"type": "integer"}),
+    "guided_regex": ({}, "[ab]+"),
+    "guided_choice": ({}, ["a", "b"]),
+    "guided_grammar": ({}, 'root ::= "a"'),
 }
 PATHS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 SUBJECTS = {
@@ -243,7 +245,10 @@ async def test_a_refused_field_may_ask_for_nothing(path: str, name: str) -> None
             {"best_of": 2, "logits_processors": [1], "audio": {"voice": "x"}, "tools": [TOOL]},
             ["audio", "best_of", "logits_processors"],
         ),
-        ({"logits_processors": [1], "guided_json": {}}, ["guided_json", "logits_processors"]),
+        (
+            {"logits_processors": [1], "prompt_embeds": "x", "documents": ["x"]},
+            ["documents", "logits_processors"],
+        ),
     ],
 )
 async def test_all_refused_fields_are_named_and_the_main_one_first(

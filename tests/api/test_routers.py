@@ -115,7 +115,7 @@ async def test_a_rendered_stream(path: str) -> None:
         ({"temperature": 3}, "temperature", 400),
         ({"max_tokens": 10_000}, "max_tokens", 400),
         ({"logit_bias": {"5000": 1}}, "logit_bias", 400),
-        ({"response_format": {"type": "json_object"}}, "response_format", 400),
+        ({"response_format": {"type": "json_schema"}}, "response_format", 400),
     ],
 )
 async def test_a_wrong_request_is_not_rendered(

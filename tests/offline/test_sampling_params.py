@@ -83,7 +83,6 @@ def test_a_value_that_asks_for_nothing_changes_nothing(name: str, value: Any) ->
         ("prompt_logprob_start", 0),
         ("prompt_logprob_token_ids", [[1]]),
         ("routed_experts_prompt_start", 3),
-        ("structured_outputs", {"json": {}}),
         ("thinking_token_budget", 10),
         ("trace_decode_token_ids", [1]),
         ("watermarking", True),
@@ -97,7 +96,7 @@ def test_what_is_missing_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_every_missing_field_is_tried() -> None:
-    assert len(UNSUPPORTED) == 8
+    assert len(UNSUPPORTED) == 7
 
 
 @pytest.mark.parametrize(
