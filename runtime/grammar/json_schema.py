@@ -31,13 +31,20 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 def prepare(schema: Any, whitespace: str | None, additional_properties: bool) -> Any:
     """Return the schema with llguidance's options. Changes `schema`.
 
-    Raises `InvalidRequestError` for what is nested deeper than `MAX_DEPTH`.
+    Raises `InvalidRequestError` for what is nested deeper than `MAX_DEPTH`, and for a `minProperties` that
+    llguidance does not enforce.
     """
-    for _, part in subschemas(schema):
+    for path, part in subschemas(schema):
         if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
             del part["format"]
         if not additional_properties and ("properties" in part or part.get("type") == "object"):
             part.setdefault("additionalProperties", False)
+        least, required = part.get("minProperties"), part.get("required")
+        # A key that no schema names may come twice, and is one property then.
+        if isinstance(least, int) and least > 1 + (len(required) if isinstance(required, list) else 0):
+            raise InvalidRequestError(
+                f"minProperties is only supported up to one more than is required (at {path}/minProperties)"
+            )
     if not isinstance(schema, dict):
         return schema
     # The schema's own options are replaced: among them is one that ignores unsupported keywords.
