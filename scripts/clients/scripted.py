@@ -32,6 +32,7 @@ FILE, OLD, NEW = "colors.txt", "red", "blue"
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)", re.DOTALL)
 TOOLS = re.compile(r"<tools>\n(.*?)</tools>", re.DOTALL)
 RESULT = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
+OBSERVATION = re.compile(r"\nObservation:\n(.*?)<\|im_end\|>", re.DOTALL)  # as smolagents gives results back
 FLAGS = (
     *("--served-model-name", MODEL, "--chat-template", str(TEMPLATE)),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
@@ -63,7 +64,7 @@ def answer(prompt: str, constraint: Any, folder: str) -> str:
     found = TOOLS.search(prompt)
     tools = {} if found is None else tools_of(found[1])
     turns = TURN.findall(prompt)
-    results = RESULT.findall(prompt)
+    results = RESULT.findall(prompt) or OBSERVATION.findall(prompt)
     text = ""
     if prompt.endswith("<think>\n"):
         text = f"I have {len(tools)} tools and {len(results)} results.\n</think>\n\n"
