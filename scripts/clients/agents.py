@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from scripted import FILE, MODEL, NEW, OLD
+from scripted import CONTEXT, FILE, MODEL, NEW, OLD
 
 TASK = f"Change {OLD} to {NEW} in {FILE}."
 
@@ -51,7 +51,7 @@ def opencode_files(url: str) -> dict[str, str]:
         "npm": "@ai-sdk/openai-compatible",
         "name": "local",
         "options": {"baseURL": f"{url}/v1"},
-        "models": {MODEL: {"name": MODEL, "limit": {"context": 131072, "output": 8192}}},
+        "models": {MODEL: {"name": MODEL, "limit": {"context": CONTEXT, "output": 8192}}},
     }
     config = {
         "provider": {"local": provider},
@@ -69,7 +69,7 @@ def codex_files(url: str) -> dict[str, str]:
         ".codex/config.toml": f"""
 model = "{MODEL}"
 model_provider = "local"
-model_context_window = 131072
+model_context_window = {CONTEXT}
 web_search = "disabled"
 
 [model_providers.local]
@@ -94,6 +94,7 @@ def claude_environment(url: str) -> dict[str, str]:
         "ANTHROPIC_BASE_URL": url,
         "ANTHROPIC_AUTH_TOKEN": "none",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(CONTEXT),
         **{f"ANTHROPIC_{kind}MODEL": MODEL for kind in kinds},
     }
 
@@ -101,7 +102,7 @@ def claude_environment(url: str) -> dict[str, str]:
 AGENTS: Mapping[str, Agent] = {
     "continue": Agent(
         ("cn", "--config", "{home}/config.yaml", "--auto", "-p", "{task}"),
-        ("@continuedev/cli",),
+        ("@continuedev/cli@latest",),
         files=continue_files,
     ),
     "mini-swe-agent": Agent(
@@ -131,21 +132,21 @@ AGENTS: Mapping[str, Agent] = {
         npm=False,
     ),
     "opencode": Agent(
-        ("opencode", "run", "-m", "local/{model}", "{task}"), ("opencode-ai",), files=opencode_files
+        ("opencode", "run", "-m", "local/{model}", "{task}"), ("opencode-ai@latest",), files=opencode_files
     ),
     "qwen-code": Agent(
         ("qwen", "--yolo", "--auth-type", "openai", "-p", "{task}"),
-        ("@qwen-code/qwen-code",),
+        ("@qwen-code/qwen-code@latest",),
         environment=qwen_environment,
     ),
     "codex": Agent(
         ("codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "{task}"),
-        ("@openai/codex",),
+        ("@openai/codex@latest",),
         files=codex_files,
     ),
     "claude-code": Agent(
         ("claude", "-p", "{task}", "--permission-mode", "acceptEdits"),
-        ("@anthropic-ai/claude-code",),
+        ("@anthropic-ai/claude-code@latest",),
         environment=claude_environment,
     ),
 }

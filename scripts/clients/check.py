@@ -37,6 +37,8 @@ from scripted import FILE, MODEL, NEW, OLD
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S, RUN_TIMEOUT_S = 60.0, 300.0
+# Newest versions want a newer Node.js than distributions have, for which npm would take older versions.
+NODE = ("node@24",)
 RESULT = "sunny in city"  # of the tool, with the arguments that the scripted model makes up
 
 
@@ -137,7 +139,7 @@ def wait_ready(url: str, server: subprocess.Popen[bytes]) -> None:
 # ---- checks -----------------------------------------------------------------------------------------
 
 
-def check_library(library: Library, programs: Path, url: str, model: str) -> str:
+def check_library(library: Library, programs: Path, url: str, model: str, path: dict[str, str]) -> str:
     """Return what a library's program found, for the table. Raises `RuntimeError` if that is wrong."""
     arguments = [url, model, str(free_port())]
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +150,7 @@ def check_library(library: Library, programs: Path, url: str, model: str) -> str
             command = ["node", str(program), *arguments]
         else:
             command = [str(programs / "python"), str(HERE / "programs" / library.program), *arguments]
-        output = run(command, Path(folder), {"HOME": folder, "OPENAI_API_KEY": "none"})
+        output = run(command, Path(folder), {"HOME": folder, "OPENAI_API_KEY": "none", **path})
     found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     person = found["structured"]
     if not isinstance(person.get("name"), str) or type(person.get("age")) is not int:
@@ -160,14 +162,14 @@ def check_library(library: Library, programs: Path, url: str, model: str) -> str
     return "structured, tools" if model == MODEL else f"structured, tools: {found['tools']!r:.60}"
 
 
-def check_agent(agent: Agent, programs: Path, work: Path, homes: Path, url: str) -> str:
+def check_agent(agent: Agent, programs: Path, work: Path, homes: Path, url: str, path: dict[str, str]) -> str:
     """Let an agent change the file. Raises `RuntimeError` unless it did, and ended by itself."""
     (work / FILE).write_text(f"my colour is {OLD}\n")
     with tempfile.TemporaryDirectory(dir=homes) as home:  # Codex wants it outside of /tmp
         for name, text in agent.files(url).items():
             (Path(home) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(home) / name).write_text(text)
-        environment = {"HOME": home, "XDG_CONFIG_HOME": f"{home}/.config", **agent.environment(url)}
+        environment = {"HOME": home, "XDG_CONFIG_HOME": f"{home}/.config", **agent.environment(url), **path}
         program, *arguments = agent.command
         words = [word.format(home=home, url=url, model=MODEL, task=TASK) for word in arguments]
         output = run([str(programs / program), *words], work, environment)
@@ -198,12 +200,16 @@ def main() -> int:
         for name in args.names or known:
             client, version, start, problem = known[name], "", time.monotonic(), ""
             try:
+                path = {}
+                if client.npm:
+                    node, _ = install("node", NODE, npm=True, folder=folder)
+                    path["PATH"] = f"{node}{os.pathsep}{os.environ['PATH']}"
                 programs, version = install(name, client.packages, client.npm, folder)
                 start = time.monotonic()
                 if isinstance(client, Library):
-                    result = check_library(client, programs, url, args.model)
+                    result = check_library(client, programs, url, args.model, path)
                 else:
-                    result = check_agent(client, programs, work, folder, url)
+                    result = check_agent(client, programs, work, folder, url, path)
             except (RuntimeError, OSError, ValueError, KeyError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 result = "FAILED"

@@ -19,7 +19,7 @@ LIBRARIES: Mapping[str, Library] = {
     "openai-2": Library("openai_chat.py", ("openai<3",)),
     "openai": Library("openai_chat.py", ("openai",)),
     "openai-responses": Library("openai_responses.py", ("openai",)),
-    "openai-npm": Library("openai_chat.mjs", ("openai", "zod"), npm=True),
+    "openai-npm": Library("openai_chat.mjs", ("openai@latest", "zod@latest"), npm=True),
     "anthropic": Library("anthropic_messages.py", ("anthropic",)),
     "langchain": Library("langchain_chat.py", ("langchain", "langchain-openai")),
     "llama-index": Library("llama_index_chat.py", ("llama-index-llms-openai-like", "llama-index-core")),
@@ -27,6 +27,8 @@ LIBRARIES: Mapping[str, Library] = {
     "instructor": Library("instructor_chat.py", ("instructor",)),
     "outlines": Library("outlines_chat.py", ("outlines", "openai")),
     "smolagents": Library("smolagents_chat.py", ("smolagents[openai]",)),
-    "vercel-ai": Library("vercel_ai.mjs", ("ai", "@ai-sdk/openai-compatible", "zod"), npm=True),
+    "vercel-ai": Library(
+        "vercel_ai.mjs", ("ai@latest", "@ai-sdk/openai-compatible@latest", "zod@latest"), npm=True
+    ),
     "litellm": Library("litellm_proxy.py", ("litellm[proxy]",)),
 }

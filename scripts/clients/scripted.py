@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MODEL = "scripted"
+MODEL, CONTEXT = "scripted", 131072
 TEMPLATE = Path(__file__).with_name("conversation.jinja")
 FILE, OLD, NEW = "colors.txt", "red", "blue"
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?=<\|im_end\|>|<\|im_start\|>|\Z)", re.DOTALL)
@@ -37,7 +37,7 @@ FLAGS = (
     *("--served-model-name", MODEL, "--chat-template", str(TEMPLATE)),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
     # As long a context as the agents expect; nothing is computed.
-    *("--max-model-len", "131072"),
+    *("--max-model-len", str(CONTEXT)),
     *("--num-gpu-blocks-override", "8192", "--max-stop-strings", "16"),
 )
 # What a coding agent's tools are called, in the order in which they are used, lower case.
