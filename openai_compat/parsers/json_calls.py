@@ -85,7 +85,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
                 break
         if made:
             if self.end:
-                yield from scan.literal(self.end)
+                yield from scan.closing(self.end)
             scan.record = None
 
 

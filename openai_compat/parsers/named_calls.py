@@ -77,7 +77,7 @@ class NamedCalls(msgspec.Struct, frozen=True):
             made = True
             scan.record = []
         if made:
-            yield from scan.literal(self.wrap[1])
+            yield from scan.closing(self.wrap[1])
             scan.record = None
 
     def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
@@ -97,9 +97,9 @@ class NamedCalls(msgspec.Struct, frozen=True):
         if not write.accepts(name) or not (yield from call_arguments(scan, write, name, call_id, stops)):
             return False
         yield from scan.space()
-        yield from scan.literal(FENCE)
+        yield from scan.closing(FENCE)
         yield from scan.space()
-        yield from scan.literal(self.call[1])
+        yield from scan.closing(self.call[1])
         return True
 
 

@@ -90,7 +90,7 @@ class PythonicCalls(msgspec.Struct, frozen=True):
             yield from scan.literal("]")
             yield from scan.space()
             if self.tags[1]:
-                yield from scan.literal(self.tags[1])
+                yield from scan.closing(self.tags[1])
             scan.record = None
 
     def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:

@@ -106,6 +106,14 @@ class Scanner:
         self.take(self.position + len(found))
         return found
 
+    def closing(self, *tags: str) -> Reading[str]:
+        """Take the tag that comes next, as `literal` does, or what is there of it where the output ends in it."""
+        found = yield from self.literal(*tags)
+        rest = self.text[self.position :]
+        if not found and self.closed and any(tag.startswith(rest) for tag in tags):
+            self.take(len(self.text))
+        return found
+
     def ahead(self, *choices: str) -> Reading[str]:
         """Return the first of `choices` that comes next, or "", without taking it."""
         while True:

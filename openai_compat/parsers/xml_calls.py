@@ -115,7 +115,7 @@ class XmlCalls(msgspec.Struct, frozen=True):
             scan.record = []
         if made:
             if self.section[1]:
-                yield from scan.literal(self.section[1])
+                yield from scan.closing(self.section[1])
             scan.record = None
 
     def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
@@ -144,7 +144,7 @@ class XmlCalls(msgspec.Struct, frozen=True):
                 break
             if self.value:
                 yield from scan.space()
-                if not (yield from scan.literal(self.value)) and scan.closed:
+                if not (yield from scan.closing(self.value)) and scan.closed:
                     break
             write.arguments(f"{comma}{json.dumps(''.join(key), ensure_ascii=False)}: ")
             comma = ", "

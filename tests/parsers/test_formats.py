@@ -76,6 +76,15 @@ def test_an_output_may_end_anywhere(case: str, cut_off: bool) -> None:
             assert (message.content or "").strip() == text[:end].strip()
 
 
+@pytest.mark.parametrize("case", {**FORMATS, **MORE_FORMATS})
+def test_an_output_that_ends_in_a_tag_shows_no_part_of_it(case: str) -> None:
+    name, render = {**FORMATS, **MORE_FORMATS}[case]
+    text = render([("write_file", {"path": "a", "mode": 1})])
+    for end in range(len(text)):
+        message = parse(text[:end], (name, None), cut_off=True)
+        assert not message.tool_calls or message.content is None, text[:end]
+
+
 @CASES
 def test_undeclared_names(case: str) -> None:
     """Where a call cannot be mistaken the client sees it; elsewhere it is text."""
