@@ -269,6 +269,12 @@ async def test_what_is_refused_is_named(name: str) -> None:
         ({"background": True, "stream": True}, "stream"),
         ({"background": True, "store": False}, "background"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "thing"}}}},
+            "text.format",
+        ),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"temperature": 9}, "temperature"),
     ],
 )
@@ -346,6 +352,32 @@ async def test_reasoning_calls_and_text_are_items() -> None:
     assert kinds_of(events, 2) == ["output_item.added", *arguments, "output_item.done"]
     deltas = [e["delta"] for e in events if e.get("output_index") == 2 and "arguments.delta" in e["type"]]
     assert len(deltas) > 2 and "".join(deltas) == first["arguments"]
+
+
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, "json_object"),
+        ({"type": "json_schema", "name": "p", "schema": SCHEMA, "strict": True}, "json"),
+    ],
+)
+async def test_the_form_of_a_text_is_enforced(form: dict[str, Any], kind: str | None) -> None:
+    client = playing('{"x": 1}')
+    _, answer = await ask(client, text={"format": form})
+    enforced = client.submitted[-1][1].structured_outputs
+    assert (enforced and enforced.kind) == kind and answer["text"]["format"] == form
+    if kind == "json":
+        assert json.loads(enforced.spec) == SCHEMA
+    # Behind the reasoning, if there is some.
+    client = playing(f'{THOUGHT}{{"x": 1}}')
+    _, answer = await ask(client, text={"format": form}, args=PARSERS)
+    enforced = client.submitted[-1][1].structured_outputs
+    assert kind is None or client.tokenizer.decode(enforced.after, False) == "</think>"
+    assert [item["type"] for item in answer["output"]] == ["reasoning", "message"]
 
 
 async def test_a_custom_tool_takes_a_text() -> None:
@@ -781,6 +813,15 @@ def test_the_sdk_creates_reads_and_deletes(scripted: tuple[FakeClient, openai.Op
         api.responses.create(**ASK, tools=[{"type": "web_search"}])
     queued = api.responses.create(**ASK, background=True)
     assert api.responses.cancel(queued.id).status in ("cancelled", "completed")
+
+
+def test_the_sdk_parses(scripted: tuple[FakeClient, openai.OpenAI]) -> None:
+    client, api = scripted
+    client.recorded = ['{"x": 1, "y": 2}']
+    parsed = api.responses.parse(**ASK, text_format=Point)
+    assert parsed.output_parsed == Point(x=1, y=2)
+    with api.responses.stream(**ASK, text_format=Point) as stream:
+        assert stream.get_final_response().output_parsed == Point(x=1, y=2)
 
 
 def test_the_sdk_streams(scripted: tuple[FakeClient, openai.OpenAI]) -> None:
