@@ -61,8 +61,10 @@ def pictures(page: Page, url: str, name: str, out: Path, settings: str) -> Itera
     """Take the pictures of one window: the empty page, a conversation from its beginning, the settings."""
     width, height = SIZES[name]
     for dark in (False, True):
-        page.open(url, width, height, dark=dark)
-        page.evaluate(f"sessionStorage.clear(); sessionStorage.setItem('settings', {json.dumps(settings)})")
+        page.open(f"{url}page/icon.svg")  # the page itself would keep its conversation when it is left
+        page.evaluate(
+            f"sessionStorage.clear(); sessionStorage.setItem('microvllm.settings', {json.dumps(settings)})"
+        )
         page.open(url, width, height, dark=dark)
         page.wait("document.getElementById('load').textContent && document.getElementById('model').value")
         for step in ("empty", "chat", "settings"):

@@ -9,7 +9,8 @@ const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const SPECIAL = /\\[!-/:-@[-`{-~]|`+|\*{1,3}|_{1,3}|~~|!?\[|https?:\/\/|<br ?\/?>|\n/g;
-const LINK = /!?\[([^[\]\n]{0,500})\]\(<?([^\s()<>]{1,2000}(?:\([^\s()]{0,500}\)[^\s()<>]{0,500})?)>?(?: "[^"\n]{0,500}")?\)/y;
+const LABEL = /!?\[([^[\]\n]{0,500})\]\(/y;
+const TARGET = /<?([^\s()<>]{1,2000}(?:\([^\s()]{0,500}\)[^\s()<>]{0,500})?)>?(?: "[^"\n]{0,500}")?\)/y;
 const BARE_LINK = /https?:\/\/[^\s<>"`*]{1,2000}/y;
 const WORD = /[\p{L}\p{N}]/u;
 
@@ -156,7 +157,8 @@ function isTable(lines, at) {
 }
 
 function table(lines, at, nodes) {
-  const ends = cells(lines[at + 1]).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "right") : "left"));
+  const end = (mark) => (!mark.endsWith(":") ? "left" : mark.startsWith(":") ? "center" : "right");
+  const ends = cells(lines[at + 1]).map(end);
   const row = (tag, line) => {
     const found = cells(line);
     return element("tr", {}, ends.map((end, i) => element(tag, { class: end }, inline(found[i] || ""))));
@@ -268,16 +270,31 @@ function closingRun(text, at, length) {
 }
 
 function link(text, start) {
-  const named = text[start] !== "h", kind = named ? LINK : BARE_LINK;
-  kind.lastIndex = start;
-  const match = kind.exec(text);
-  if (!match) return null;
-  let [address] = match;
-  if (!named) while (/[.,;:!?'\])]$/.test(address) && !(address.endsWith(")") && address.includes("("))) address = address.slice(0, -1);
-  const end = start + (named ? match[0].length : address.length);
-  const target = named ? match[2] : address;
-  const label = named ? inline(match[1] || target, true) : [address];
-  if (!/^(https?:\/\/[^/]|mailto:)/i.test(target)) return null; // also javascript: and data: stay text
-  const safe = { href: target, title: target, target: "_blank", rel: "noopener noreferrer nofollow" };
-  return { node: element("a", safe, text[start] === "!" ? "image: " : "", label), end };
+  return text[start] === "h" ? bareLink(text, start) : namedLink(text, start);
+}
+
+function bareLink(text, start) {
+  BARE_LINK.lastIndex = start;
+  let [address] = BARE_LINK.exec(text) || [""];
+  while (/[.,;:!?'\])]$/.test(address) && !(address.endsWith(")") && address.includes("(")))
+    address = address.slice(0, -1); // of the sentence, not of the address
+  return anchor(address, [address], start + address.length);
+}
+
+function namedLink(text, start) {
+  LABEL.lastIndex = start;
+  const label = LABEL.exec(text);
+  if (!label) return null;
+  TARGET.lastIndex = LABEL.lastIndex;
+  const target = TARGET.exec(text);
+  if (!target) return null;
+  const shown = inline(label[1] || target[1], true);
+  return anchor(target[1], text[start] === "!" ? ["image: ", ...shown] : shown, TARGET.lastIndex);
+}
+
+// Anything but a link to the web or a mail address stays text: javascript:, data:, addresses of this server.
+function anchor(target, shown, end) {
+  if (!/^(https?:\/\/[^/]|mailto:)/i.test(target)) return null;
+  const attributes = { href: target, title: target, target: "_blank", rel: "noopener noreferrer nofollow" };
+  return { node: element("a", attributes, shown), end };
 }

@@ -6,8 +6,8 @@ import { NUMBERS, askForKey, load, save, setUp, settings } from "./settings.js";
 
 const EXAMPLES = ["What is the capital of Australia?", "Explain in two sentences why the sky is blue.",
   "Write a Python function that reverses a string.", "Write a short poem about the sea."];
-const METRICS = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total"]
-  .map((name) => `name[]=vllm:${name}`).join("&");
+const METRICS = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+  "prefix_cache_queries_total", "prefix_cache_hits_total"].map((name) => `name[]=vllm:${name}`).join("&");
 const SOON_MS = 300, BUSY_POLL_MS = 1500, IDLE_POLL_MS = 5000, ATTEMPTS = 6, SPOKEN_CHARACTERS = 400;
 const $ = (id) => document.getElementById(id);
 
@@ -79,7 +79,8 @@ function update(view) {
   view.reasoning.hidden = !turn.reasoning;
   if (view.thoughts.textContent !== turn.reasoning) view.thoughts.textContent = turn.reasoning;
   const thinking = live && !turn.content && !turn.calls.length;
-  view.summary.textContent = thinking ? "Thinking…" : `Reasoning${turn.thought ? `, ${turn.thought.toFixed(1)} s` : ""}`;
+  const seconds = turn.thought ? `, ${turn.thought.toFixed(1)} s` : "";
+  view.summary.textContent = thinking ? "Thinking…" : `Reasoning${seconds}`;
   showCalls(view, turn);
   view.note.hidden = !turn.problem;
   view.note.textContent = turn.problem || "";
@@ -130,11 +131,14 @@ function resultsForm(turn) { // a person plays the tools
   return [...fields, button(fields.length > 1 ? "Send results" : "Send result", send, { class: "strong" })];
 }
 
+function count(number) {
+  return number.toLocaleString("en");
+}
+
 function showContext() {
   const used = [...turns].reverse().find((turn) => turn.total)?.total || 0;
-  const full = limit && used >= 0.9 * limit;
-  $("context").textContent = used && limit ? `${used.toLocaleString()} of ${limit.toLocaleString()} tokens of context` : "";
-  $("context").classList.toggle("warn", Boolean(full));
+  $("context").textContent = used && limit ? `${count(used)} of ${count(limit)} tokens of context` : "";
+  $("context").classList.toggle("warn", limit > 0 && used >= 0.9 * limit);
 }
 
 function say(text) { // for a screen reader: the start and the end of an answer, not each token
@@ -164,7 +168,8 @@ function retry(index) { // of a question, or of an answer
 }
 
 function edit(index) {
-  const view = views[index], { body, tools } = view, field = element("textarea", { "aria-label": "Edit the message" });
+  const view = views[index], { body, tools } = view;
+  const field = element("textarea", { "aria-label": "Edit the message" });
   const save = () => {
     if (!field.value.trim()) return;
     replaceFrom(index, { role: "user", content: field.value.trim() });
@@ -224,7 +229,7 @@ function requestOf(history) {
   const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
   for (const { role, content, calls, id, problem } of history) {
     if (role === "assistant" && calls.length) {
-      const tool_calls = calls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+      const tool_calls = calls.map(({ id, ...called }) => ({ id, type: "function", function: called }));
       messages.push({ role, content: content || null, tool_calls });
     } else if (role !== "assistant" || content || !problem) {
       messages.push(role === "tool" ? { role, content, tool_call_id: id } : { role, content });
@@ -320,7 +325,7 @@ async function receive(turn, body, signal, changed) {
       const full = limit && turn.total >= limit;
       turn.unfinished = !full;
       turn.problem = full
-        ? `The context of ${limit.toLocaleString()} tokens is full. Start a new chat, or edit an earlier message to go on from there.`
+        ? `The context of ${count(limit)} tokens is full: start a new chat, or edit an earlier message.`
         : "Cut off at the largest number of tokens.";
     }
     changed();
@@ -355,7 +360,8 @@ async function readModels() {
   try {
     const { data } = await (await call("v1/models")).json();
     limit = data[0].max_model_len || 0;
-    const chosen = $("model").value, options = data.map(({ id }) => element("option", { value: id }, id.split("/").pop() || id));
+    const chosen = $("model").value;
+    const options = data.map(({ id }) => element("option", { value: id }, id.split("/").pop() || id));
     $("model").replaceChildren(...options);
     if (data.some(({ id }) => id === chosen)) $("model").value = chosen;
     $("model").title = $("model").value;
@@ -381,8 +387,9 @@ async function readState() {
     const now = readMetrics(await (await call(`metrics?${METRICS}`)).text());
     text = "ready";
     if ("num_requests_running" in now) {
-      const hits = now.prefix_cache_queries_total ? (100 * now.prefix_cache_hits_total) / now.prefix_cache_queries_total : 0;
-      text = `${now.num_requests_running} running · ${now.num_requests_waiting} waiting · KV ${percent(100 * now.kv_cache_usage_perc)} · hits ${percent(hits)}`;
+      const hits = now.prefix_cache_hits_total / (now.prefix_cache_queries_total || 1);
+      text = `${now.num_requests_running} running · ${now.num_requests_waiting} waiting`
+        + ` · KV ${percent(now.kv_cache_usage_perc)} · hits ${percent(hits)}`;
     }
     if ($("dot").className !== "up") await readModels(); // the server may be another one by now
   } catch (problem) {
@@ -393,8 +400,8 @@ async function readState() {
   pollIn(running ? BUSY_POLL_MS : IDLE_POLL_MS);
 }
 
-function percent(value) {
-  return `${value < 10 ? Number(value.toFixed(1)) : Math.round(value)}%`;
+function percent(share) {
+  return `${share < 0.1 ? Number((100 * share).toFixed(1)) : Math.round(100 * share)}%`;
 }
 
 // ---- start ---------------------------------------------------------------------------------------------------
@@ -404,7 +411,8 @@ for (const turn of turns)
   if (turn.role === "assistant" && !turn.done)
     Object.assign(turn, { done: true, problem: "Interrupted.", unfinished: Boolean(turn.content) });
 setUp(readModels);
-$("examples").append(...EXAMPLES.map((text) => element("li", {}, button(text, () => { ask(text); $("prompt").focus(); }))));
+for (const text of EXAMPLES)
+  $("examples").append(element("li", {}, button(text, () => { ask(text); $("prompt").focus(); })));
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -422,7 +430,9 @@ $("prompt").addEventListener("keydown", (event) => {
   if (running) say("Still answering. Escape stops.");
   else $("composer").requestSubmit();
 });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running && !$("settings").open) running.abort(); });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running && !$("settings").open) running.abort();
+});
 document.addEventListener("visibilitychange", () => pollIn(0));
 addEventListener("pagehide", keep);
 $("undo").lastElementChild.addEventListener("click", undo);
@@ -437,5 +447,7 @@ $("latest").addEventListener("click", toEnd);
 show();
 toEnd();
 readState();
-call("version").then((reply) => reply.json()).then(({ version }) => { $("version").textContent = `microvllm ${version}`; }).catch(() => {});
+call("version").then((reply) => reply.json())
+  .then(({ version }) => { $("version").textContent = `microvllm ${version}`; })
+  .catch(() => {});
 call("docs", { method: "HEAD" }).then(() => { $("docs").hidden = false; }).catch(() => {});

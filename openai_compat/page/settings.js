@@ -2,11 +2,12 @@
 
 export const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const FIELDS = ["system", "tools", ...NUMBERS];
+const PREFIX = "microvllm."; // other programs may be served from the same address at other times
 const $ = (id) => document.getElementById(id);
 
 export function load(storage, name, otherwise) {
   try {
-    return JSON.parse(window[storage].getItem(name)) ?? otherwise;
+    return JSON.parse(window[storage].getItem(PREFIX + name)) ?? otherwise;
   } catch { // the browser allows none
     return otherwise;
   }
@@ -14,7 +15,7 @@ export function load(storage, name, otherwise) {
 
 export function save(storage, name, value) {
   try {
-    window[storage].setItem(name, JSON.stringify(value));
+    window[storage].setItem(PREFIX + name, JSON.stringify(value));
   } catch { // none allowed, or the value is too long to keep
   }
 }
@@ -62,7 +63,7 @@ function isDark() {
 }
 
 function setTheme(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
   $("theme").setAttribute("aria-label", isDark() ? "Light colours" : "Dark colours");
 }
 

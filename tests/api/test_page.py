@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ class TestFiles:
         assert {FOLDER / name for name in FILES.values()} == set(FOLDER.iterdir())
 
     @pytest.mark.parametrize("file", sorted(FOLDER.iterdir()), ids=lambda file: file.name)
-    def test_nothing_is_loaded_from_elsewhere(self, file) -> None:
+    def test_nothing_is_loaded_from_elsewhere(self, file: Path) -> None:
         text = file.read_text("utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert not re.findall(r"(?:https?:|[\"'(])//[\w.]", text)
         assert "@import" not in text and "url(" not in text
@@ -32,11 +33,18 @@ class TestFiles:
         assert not re.findall(r"(?:href|src|action)=[\"']/|(?:call|fetch|import|from)[ (]+[\"'`]/", text)
 
     @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
-    def test_text_is_never_made_markup_or_code(self, file) -> None:
+    def test_text_is_never_made_markup_or_code(self, file: Path) -> None:
         ways = r"(inner|outer|set)HTML|insertAdjacent|document\.write|DOMParser|ContextualFragment|srcdoc"
         assert not re.findall(
             ways + r"|\beval\b|\bFunction\(|setTimeout\([\"'`]|\.src\b|\.cookie\b", file.read_text("utf-8")
         )
+
+    @pytest.mark.parametrize(
+        "file", [*SCRIPTS, FOLDER / "page.css", FOLDER / "index.html"], ids=lambda file: file.name
+    )
+    def test_it_can_be_read(self, file: Path) -> None:
+        lines = file.read_text("utf-8").splitlines()
+        assert len(lines) <= 500 and max(map(len, lines)) <= 120
 
     def test_nothing_stands_inline(self) -> None:
         text = (FOLDER / "index.html").read_text("utf-8")

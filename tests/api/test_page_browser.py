@@ -437,7 +437,7 @@ class TestTrouble:
             page.wait("document.getElementById('model').value === 'fake-model'")
             ask(page, "Hello")
             assert answered(page) == "yes"
-            assert page.evaluate("sessionStorage.getItem('key')") == '"secret"'
+            assert page.evaluate("sessionStorage.getItem('microvllm.key')") == '"secret"'
             assert page.evaluate("Object.values(localStorage) + document.cookie") == ""
 
     def test_a_full_queue_is_tried_again(self, tab: Page) -> None:
@@ -465,7 +465,7 @@ class TestTrouble:
         with opened(tab, client) as page:
             ask(page, "Hello")
             answered(page)
-            assert "The context of 100 tokens is full." in page.text(".note")
+            assert "The context of 100 tokens is full" in page.text(".note")
             assert page.evaluate("document.getElementById('context').className") == "warn"
             ask(page, "More, please, although there is no room for any more of it in a context of this size")
             answered(page, 2)
@@ -615,7 +615,9 @@ class TestForEverybody:
                 {"role": "assistant", "content": "*a*", "calls": [], "done": True},
             ]
             stored = json.dumps(json.dumps(turns * 100))
-            page.evaluate(f"addEventListener('pagehide', () => sessionStorage.setItem('turns', {stored}))")
+            page.evaluate(
+                f"addEventListener('pagehide', () => sessionStorage.setItem('microvllm.turns', {stored}))"
+            )
             page.call("Page.reload")
             page.wait("document.querySelectorAll('#turns > li').length === 200")
             page.evaluate(
