@@ -47,39 +47,51 @@ class HarmonyCalls(msgspec.Struct, frozen=True):
         written = (
             (f"{CHANNEL}analysis to=", f"{CHANNEL}analysis {to} code{MESSAGE}"),
             (f"{START}assistant to=", f"{START}assistant {to}{CHANNEL}commentary {CONSTRAIN}json{MESSAGE}"),
+            (" to=functions.", f" {to}{CHANNEL}commentary {CONSTRAIN}json{MESSAGE}"),
         )
         return [(trigger, {**call, "begin": begin}) for trigger, begin in written]
 
 
 def harmony(scan: Scanner, write: Writer) -> Reading[None]:
-    """Read an output that goes on behind `<|start|>assistant`."""
+    """Read an output that goes on behind `<|start|>assistant`, maybe in the middle of that header."""
+    scan.record = []
+    yield from scan.space()
+    if (yield from scan.literal("to=")):
+        yield from _message(scan, write)
+    give_back(scan, write)
     while tag := (yield from scan.passage(TAGS, write.text)):
-        if tag in ENDS:
-            continue
-        header = scan.record = [tag]
-        while tag and tag not in (MESSAGE, *ENDS):
-            tag = yield from scan.passage(TAGS, len)
-        head = "".join(header)
-        if tag != MESSAGE:
-            scan.record = None
-            continue
-        found = RECIPIENT.search(head)
-        recipient = found[1] if found is not None else ""
-        name = recipient.removeprefix("functions.")
-        if write.functions and name and (name != recipient or name in write.functions):
+        if tag not in ENDS:
+            scan.record = [tag]
+            yield from _message(scan, write)
+
+
+def _message(scan: Scanner, write: Writer) -> Reading[None]:
+    """Read the rest of a header, and the message if it is a call; text is left to be read in its channel."""
+    header, tag = scan.record or [], ""
+    while tag not in (MESSAGE, *ENDS):
+        tag = yield from scan.passage(TAGS, len)
+        if not tag:
+            break
+    head = "".join(header)
+    if tag != MESSAGE:
+        scan.record = None if header[0] in TAGS else header
+        return
+    found = RECIPIENT.search(head)
+    recipient = found[1] if found is not None else ""
+    name = recipient.removeprefix("functions.")
+    if write.functions and name and (name != recipient or name in write.functions):
+        yield from scan.space()
+        if (yield from call_arguments(scan, write, name, None, TAGS)):
             yield from scan.space()
-            if (yield from call_arguments(scan, write, name, None, TAGS)):
-                yield from scan.space()
-                continue
-            write.switch(reasons=False)
-            give_back(scan, write)
-            continue
-        scan.record = None
-        write.switch(reasons=head.partition(CHANNEL)[2].startswith("analysis"))
-        write.paragraph()
+            return
+        write.switch(reasons=False)
+        give_back(scan, write)
+        return
+    scan.record = None
+    write.switch(reasons=head.partition(CHANNEL)[2].startswith("analysis"))
+    write.paragraph()
 
 
-HARMONY = HarmonyCalls()
 HARMONY_THINKING = Thinking(
     f"{CHANNEL}analysis{MESSAGE}",
     ENDS[0],

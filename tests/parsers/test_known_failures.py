@@ -82,6 +82,12 @@ CLOSE = "</function>\n</tool_call>"
             [("write_file", {"path": "", "text": "a"})],
             id="a call in the channel of the reasoning (vllm#42454)",
         ),
+        pytest.param(
+            ("openai", "openai_gptoss"),
+            ' to=functions.write_file<|channel|>commentary json<|message|>{"text":"a"}<|call|>',
+            [("write_file", {"text": "a"})],
+            id="a recipient in the header that the prompt began",
+        ),
     ],
 )
 def test_calls(formats: tuple[str, str | None], text: str, calls: list[tuple[str, Any]]) -> None:
