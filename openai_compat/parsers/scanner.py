@@ -107,7 +107,7 @@ class Scanner:
         return found
 
     def closing(self, *tags: str) -> Reading[str]:
-        """Take the tag that comes next, as `literal` does, or what is there of it where the output ends in it."""
+        """Take the tag that comes next, as `literal` does, or its part where the output ends in it."""
         found = yield from self.literal(*tags)
         rest = self.text[self.position :]
         if not found and self.closed and any(tag.startswith(rest) for tag in tags):
