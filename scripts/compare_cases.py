@@ -431,7 +431,7 @@ KNOWN = (
     Known("repetition", "stop_reason", "vLLM 0.33 answers as we do"),
     Known("=null$", r"^status 200 / 400", "null means `not given` for every field"),
     Known(
-        r"(user|logprobs|suffix|service_tier|include_reasoning)=",
+        r"(user|logprobs|suffix|service_tier)=",
         r"^status 200 / 400",
         "a field that is ignored takes any value, a number may be a numeric string, an empty suffix is none",
     ),

@@ -57,7 +57,11 @@ def render(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) ->
     role = last["role"] if speaks_on else state.args.response_role
     echoed = body.echo and last["role"] == role
     echo = content_text(last["content"]) if echoed else ""
-    return Conversation(text, ids, role, echo, ends_in_reasoning(state.formats.reasoning, text))
+    opened = ends_in_reasoning(state.formats.reasoning, text)
+    if continued and opened is None:  # what is continued is the answer, unless it has begun to reason
+        thinking, content = state.formats.thinking, content_text(last["content"])
+        opened = thinking is not None and content.rfind(thinking.start) > content.rfind(thinking.end)
+    return Conversation(text, ids, role, echo, opened)
 
 
 def _template_variables(body: ChatCompletionRequest | TokenizeRequest, state: ServerState) -> dict[str, Any]:

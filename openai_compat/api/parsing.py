@@ -123,6 +123,8 @@ class Parsing:
         if form is None or self.formats.reasoning is None or self.opened is False:
             return form
         ids = self.formats.ids
+        if ids is None and not self.reasons_first:
+            return form  # from its beginning: where its end cannot be seen, there is no reasoning
         if ids is None:
             raise InvalidRequestError(
                 f"{form.field} needs a model with a token that ends the reasoning, or no --reasoning-parser.",

@@ -83,6 +83,28 @@ async def test_the_template_may_open_or_close_it(
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": spent}
 
 
+@pytest.mark.parametrize("parser", ["qwen3", "deepseek_r1"])
+@pytest.mark.parametrize(
+    ("begun", "output", "reasoning", "content"),
+    [
+        ("The answer", " is 4", None, " is 4"),
+        ("<think>\nHm, four", ", yes</think>\n\n4", ", yes", "4"),
+        ("<think>hm</think>4", "2", None, "2"),
+    ],
+)
+async def test_a_continued_message_may_have_begun_to_reason(
+    parser: str, begun: str, output: str, reasoning: str | None, content: str
+) -> None:
+    client = FakeClient(max_model_len=4096)
+    client.recorded = [output]
+    talk = [*USER, {"role": "assistant", "content": begun}]
+    async with in_process(client, reasoning_parser=parser) as http:
+        body = {"messages": talk, "continue_final_message": True}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (reasoning, content)
+
+
 @pytest.mark.parametrize(
     ("body", "budget"),
     [
@@ -129,17 +151,23 @@ class Merging(FakeTokenizer):
     ("body", "field"),
     [
         ({"thinking_token_budget": 5}, "thinking_token_budget"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "reasoning_effort": "high"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required"}, None),  # then there is no reasoning
     ],
 )
 async def test_what_follows_the_end_of_the_reasoning_needs_a_token_for_it(
-    body: dict[str, Any], field: str
+    body: dict[str, Any], field: str | None
 ) -> None:
     client = FakeClient(max_model_len=4096)
+    client.processor.template = ChatTemplate(TEMPLATE, {})
     client.tokenizer = Merging()
     async with in_process(client, **QWEN3) as http:
         answer = (await http.post("/v1/chat/completions", json={"messages": USER, **body})).json()
-        assert answer["error"]["param"] == field and "reasoning" in answer["error"]["message"]
+        if field is None:
+            form = client.submitted[0][1].structured_outputs
+            assert form is not None and form.after == form.opens == []
+        else:
+            assert answer["error"]["param"] == field and "reasoning" in answer["error"]["message"]
         plain = (await http.post("/v1/chat/completions", json={"messages": USER})).json()
         assert plain["usage"]["completion_tokens_details"] is None  # not known
 

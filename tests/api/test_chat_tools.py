@@ -239,6 +239,7 @@ ALLOWED = {"mode": "auto", "tools": [NAMED]}
         ({"tools": [tool("a" * 129)]}, "tools[0].function.name: "),
         ({"tools": [tool(None)]}, "tools[0].function.name: Input should be a valid string"),
         ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name 'get_weather' is the name of another tool"),
+        ({"tools": [tool(type="string")]}, "tools[0].function.parameters.type must be 'object'"),
         ({"tools": [tool(type="strnig")]}, "tools[0].function.parameters.type must be of array, boolean"),
         (
             {"tools": [tool(properties={"a": {"pattern": "("}})]},
