@@ -113,7 +113,7 @@ WRITE_FILE = st.fixed_dictionaries(
 
 @CASES
 @given(st.lists(WRITE_FILE, min_size=1, max_size=3), st.integers(1, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_arguments(case: str, several: list[dict[str, Any]], size: int) -> None:
     name, render = FORMATS[case]
     calls = [("write_file", arguments) for arguments in several]
@@ -127,7 +127,7 @@ def test_any_arguments(case: str, several: list[dict[str, Any]], size: int) -> N
 
 @CASES
 @given(st.text(alphabet="<>/|=[](){}\"':;,. \nabtool_calfunigpr012"), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_text(case: str, text: str, size: int) -> None:
     """Text without a call comes back as it is."""
     name, _ = FORMATS[case]
@@ -143,7 +143,7 @@ PIECES = st.sampled_from(
 
 @CASES
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_a_model_gets_wrong(case: str, data: st.DataObject) -> None:
     """However a call is broken: arguments are valid JSON, and a stream equals a whole."""
     name, text = FORMATS[case][0], OPEN[case]
