@@ -374,9 +374,11 @@ def read_tool_choice(choice: Any, tools: Tools) -> Any:
 
 
 def _named(choice: Any, tools: Tools, where: str) -> dict[str, Any]:
-    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if not isinstance(choice, dict):
+        raise _fault(where, "must be 'none', 'auto', 'required' or an object that names tools", "tool_choice")
+    kind = choice.get("type")
     if kind not in ("function", "custom"):
-        raise _unsupported(f"{where}.type" if isinstance(choice, dict) else where, kind, "tool_choice")
+        raise _unsupported(f"{where}.type", kind, "tool_choice")
     wanted = ToolName(choice.get("name"), kind == "custom", choice.get("namespace"))
     shown = next((name for name, known in tools.items() if known == wanted), None)
     if shown is None:

@@ -35,6 +35,8 @@ _RENAMED = {
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
 }
+_CHAT_NAMES = re.compile(r"\b(?:max_completion_tokens|response_format|reasoning_effort)\b|^messages\b")
+_FUNCTION_MEMBER = re.compile(r"^(tools\[\d+\])\.function\.")  # chats have a tool's members one level down
 
 
 def check_fields(body: ResponsesRequest, store: ResponseStore) -> None:
@@ -165,10 +167,10 @@ def _response_format(text: TextConfig | None) -> dict[str, Any] | None:
 
 def renamed(error: InvalidRequestError) -> InvalidRequestError:
     """Return the error of a chat with this endpoint's names of the fields."""
-    message = re.sub(rf"\b({'|'.join(_RENAMED)})\b", lambda name: _RENAMED[name[0]], error.message)
+    message = _CHAT_NAMES.sub(lambda name: _RENAMED[name[0]], error.message)
+    error.message = _FUNCTION_MEMBER.sub(r"\1.", message)
+    error.args = (error.message,)
     field = (error.param or "").removeprefix("body.")
     if field in _RENAMED:
         error.param = (error.param or "").replace(field, _RENAMED[field].split(".")[0])
-        error.message = message
-        error.args = (message,)
     return error

@@ -25,6 +25,9 @@ from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.detokenizer import TextDelta
 
 EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseStreamEvent)
+FUNCTION = {"type": "function", **WEATHER["function"], "strict": False}
+CUSTOM = {"type": "custom", "name": "patch", "description": "Patch files"}
+GROUP = {"type": "namespace", "name": "files", "description": "d", "tools": [{**FUNCTION, "name": "read"}]}
 ASK: dict[str, Any] = {"model": "fake-model", "input": "hi", "temperature": 0}
 
 
@@ -240,7 +243,7 @@ async def test_what_is_refused_is_named(name: str) -> None:
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"type": "item_reference", "id": "msg_1_0"}]}, "input[0].id"),
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "gAAA"}]}, "encrypted_content"),
-        ({"input": []}, "input"),
+        ({"input": []}, "input must not be empty"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type: 'web_search'"),
         ({"tools": [{"type": "mcp", "server_label": "x"}]}, "'mcp'"),
         ({"tools": [{"type": "file_search", "vector_store_ids": []}]}, "'file_search'"),
@@ -253,6 +256,12 @@ async def test_what_is_refused_is_named(name: str) -> None:
         ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tools": [{"type": "function", "name": "f"}] * 2}, "tools[1].name"),
         ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{**WEATHER["function"], "type": "function", "name": "a b"}]}, "tools[0].name: "),
+        ({"tools": [{**CUSTOM, "name": "a b"}]}, "tools[0].name: "),
+        (
+            {"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}},
+            "not text.format and",
+        ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice.type"),
@@ -262,7 +271,7 @@ async def test_what_is_refused_is_named(name: str) -> None:
         ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
         ({"reasoning": {"effort": "much"}}, "reasoning"),
         ({"include": ["everything"]}, "include"),
-        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens must be at least 1"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"top_logprobs": 99}, "top_logprobs"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
@@ -293,9 +302,6 @@ async def test_a_model_that_does_not_exist_is_404() -> None:
 
 # ---- calls and reasoning ------------------------------------------------------------------------------
 
-FUNCTION = {"type": "function", **WEATHER["function"], "strict": False}
-CUSTOM = {"type": "custom", "name": "patch", "description": "Patch files"}
-GROUP = {"type": "namespace", "name": "files", "description": "d", "tools": [{**FUNCTION, "name": "read"}]}
 PARSERS = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
 THOUGHT = "<think>hm, so</think>"
 
