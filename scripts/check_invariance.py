@@ -97,6 +97,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first prompt")
     parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--without-fast", action="store_true", help="run with the option only")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cpu-activations", default="float32")
     args = parser.parse_args()
@@ -106,19 +107,26 @@ def main() -> int:
     print("| way | same tokens, fast | same bits, invariant | tokens/s, fast | tokens/s, invariant | cost |")
     print("|---|---|---|---|---|---|")
     for name, way in WAYS.items():
-        runs = [Run(args, way, invariant) for invariant in (False, True)]
+        runs = [Run(args, way, invariant) for invariant in (False, True)[args.without_fast :]]
         prompts = prompts or cut_prompts(runs[0].llm, args.first + args.prompts)[args.first :]
         for turn, begin in enumerate(range(0, args.prompts, SLICE)):
             for run in runs[:: -1 if turn % 2 else 1]:
                 run.generate(prompts[begin : begin + SLICE])
         alone = alone or [run.answers for run in runs]
-        fast = sum(tokens(one) == tokens(first) for one, first in zip(runs[0].answers, alone[0], strict=True))
-        invariant = sum(one == first for one, first in zip(runs[1].answers, alone[1], strict=True))
+        invariant = sum(one == first for one, first in zip(runs[-1].answers, alone[-1], strict=True))
         speeds = [run.tokens / run.seconds for run in runs]
-        shares = f"{fast} of {args.prompts} | {invariant} of {args.prompts}"
-        cost = f"{100 * (1 - speeds[1] / speeds[0]):.1f} %"
-        print(f"| {name} | {shares} | {speeds[0]:.0f} | {speeds[1]:.0f} | {cost} |", flush=True)
-        hits, preempted = (runs[1].count(f"vllm:{what}") for what in ("prefix_cache_hits", "num_preemptions"))
+        fast, fast_speed, cost = "", "", ""
+        if not args.without_fast:
+            same = sum(
+                tokens(one) == tokens(first) for one, first in zip(runs[0].answers, alone[0], strict=True)
+            )
+            fast, fast_speed = f"{same} of {args.prompts}", f"{speeds[0]:.0f}"
+            cost = f"{100 * (1 - speeds[1] / speeds[0]):.1f} %"
+        shares = f"{fast} | {invariant} of {args.prompts}"
+        print(f"| {name} | {shares} | {fast_speed} | {speeds[-1]:.0f} | {cost} |", flush=True)
+        hits, preempted = (
+            runs[-1].count(f"vllm:{what}") for what in ("prefix_cache_hits", "num_preemptions")
+        )
         if (name == "prefix hit" and not hits) or (name == "preempted" and not preempted):
             print(f"no request was a {name}")
             worst = 0
