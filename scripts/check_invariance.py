@@ -13,13 +13,17 @@ can run side by side. Ends with 1 unless all with the option have the same bits.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
+from bench.servers import serving
 
 from microvllm import LLM, SamplingParams
 
@@ -74,6 +78,37 @@ class Run:
 
     def count(self, metric: str) -> float:
         return sum(getattr(one, "value", 0) for one in self.llm.get_metrics() if one.name == metric)
+
+
+class Client:
+    """Asks a server that is started for it, over HTTP, eight at once: whole and streamed in turns."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._flags = ["--batch-invariant", "--max-model-len", "1024", "--load-format", args.load_format]
+        self._flags += ["--dtype", args.dtype, "--cpu-activations", args.cpu_activations]
+        self._model, self._max_tokens = args.model, args.max_tokens
+
+    def answers(self, prompts: list[list[int]]) -> list[Answer]:
+        with serving(self._model, *self._flags) as server, httpx.Client(timeout=600) as client:
+            url = f"http://127.0.0.1:{server.port}/v1/completions"
+
+            def ask(numbered: tuple[int, list[int]]) -> Answer:
+                number, prompt = numbered
+                body = {
+                    **{"prompt": prompt, "temperature": 0, "max_tokens": self._max_tokens, "logprobs": 0},
+                    **{"return_token_ids": True, "stream": number % 2 == 1},
+                }
+                reply = client.post(url, json=body).raise_for_status()
+                events = [reply.text]
+                if body["stream"]:
+                    events = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+                answer: Answer = []
+                for choice in (choice for event in events for choice in json.loads(event)["choices"]):
+                    answer += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+                return answer
+
+            with ThreadPoolExecutor(8) as pool:
+                return list(pool.map(ask, enumerate(prompts)))
 
 
 def tokens(answer: Answer) -> list[int]:
@@ -131,6 +166,11 @@ def main() -> int:
             print(f"no request was a {name}")
             worst = 0
         worst = min(worst, invariant)
+    for name in ("over HTTP", "from a server started again"):
+        found = Client(args).answers(prompts)
+        same = sum(one == first for one, first in zip(found, alone[-1], strict=True))
+        print(f"| {name} | | {same} of {args.prompts} | | | |", flush=True)
+        worst = min(worst, same)
     return int(worst < args.prompts)
 
 
