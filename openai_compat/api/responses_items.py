@@ -379,7 +379,7 @@ def _named(choice: Any, tools: Tools, where: str) -> dict[str, Any]:
     kind = choice.get("type")
     if kind not in ("function", "custom"):
         raise _unsupported(f"{where}.type", kind, "tool_choice")
-    wanted = ToolName(choice.get("name"), kind == "custom", choice.get("namespace"))
+    wanted = ToolName(choice.get("name", ""), kind == "custom", choice.get("namespace"))
     shown = next((name for name, known in tools.items() if known == wanted), None)
     if shown is None:
         raise _fault(f"{where}.name", f"no tool of type {kind!r} has it", "tool_choice")
