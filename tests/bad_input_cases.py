@@ -44,6 +44,17 @@ def nested(depth: int) -> Any:
     return value
 
 
+def nested_schema(depth: int) -> Any:
+    schema: Any = {"type": "string"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def json_schema(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 def tool(parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": parameters}}
 
@@ -160,6 +171,21 @@ CASES = [
     ),
     chat("G03", "tool_choice", tools=[tool({})], tool_choice={"function": {"name": "g"}}),
     chat("G03", "tool_choice", tool_choice="auto"),
+    *(
+        case
+        for schema in (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+            {"$ref": "http://127.0.0.1/schema.json"},
+            {"type": "strnig"},
+        )
+        for case in [
+            *both("G07", "response_format", response_format=json_schema(schema)),
+            chat("G07", "tool_choice", tools=[tool({"properties": {"a": schema}})], tool_choice="required"),
+        ]
+    ),
+    *both("G07", "body", response_format=json_schema(nested_schema(300))),
+    chat("G07", "body", tools=[tool(nested_schema(300))], tool_choice="required"),
+    *both("G10", "structured_outputs", structured_outputs={"choice": ["a"]}, allowed_token_ids=[5]),
     # H: the other endpoints
     Case("H01", TOKENIZE, {"prompt": "a" * 10_000_000}, (400, 413)),
     *(

@@ -96,6 +96,7 @@ class Victim:
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     folder = tmp_path_factory.mktemp("victim")
     flags = ["--dtype", "float32", "--max-num-seqs", "8", "--num-gpu-blocks-override", "40", "--api-key", KEY]
+    flags += ["--tool-call-parser", "hermes"]
     with serve(folder, variant_folder("llama-tied"), *flags) as server:
         victim = Victim(server, folder / "server.log")
         with closing(victim.http):

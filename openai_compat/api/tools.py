@@ -108,8 +108,8 @@ def _check(tools: Sequence[Tool]) -> None:
         if name in seen:
             raise InvalidRequestError(f"{where}.name {name!r} is the name of another tool.", "tools")
         seen.add(name)
-        kind = (tool.function.parameters or {}).get("type", "object")
-        if kind in TYPES and kind != "object":
+        kind = (tool.function.parameters or {}).get("type")
+        if isinstance(kind, str) and kind in TYPES - {"object"}:
             raise InvalidRequestError(f"{where}.parameters.type must be 'object'.", "tools")
         for place, problem in _faults(tool.function.parameters, f"{where}.parameters", 0):
             raise InvalidRequestError(f"{clip(place)} {problem}.", "tools")
