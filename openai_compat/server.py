@@ -299,7 +299,7 @@ def _announce(args: ServerArgs, model: str, announce: Callable[[str], None], poo
         f"Try: curl {where}/v1/{path} -H 'Content-Type: application/json'{key} "
         f'-d \'{{"model": "{model}", {field}}}\''
     )
-    if args.page and args.uds is None:
+    if args.page and args.uds is None and not pooling:
         announce(f"Or open {address}/ in a browser.")
     announce("Application startup complete.")
 

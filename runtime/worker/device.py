@@ -204,7 +204,8 @@ class GpuDevice(Device):
                 arrays = StepArrays(nothing, nothing, positions, nothing - 1, rows, lengths, lengths, decodes)
                 ids, batch = self.inputs.make(arrays, block_tables)
                 hidden = self._model.forward(ids, self._attention.begin_step(batch))
-                self.sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
+                if config.spec.pooling is None:
+                    self.sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
             warming.advance()
         torch.cuda.synchronize()
         warming.finish(f"Warmed up in {warming.seconds:.1f} s")

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from model_tools import drain, make_engine, make_prompts
-from tiny_models import QUANTIZABLE, TOKENIZER_SIZE, make_hf_folder, reference, write_gguf
+from tiny_models import QUANTIZABLE, TOKENIZER_SIZE, make_hf_folder, reference, write_gguf, write_tokenizer
 
+from microvllm.adapters.pooling_spec import Pooling
 from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import FinishReason, StepOutput
 from microvllm.runtime.vectors import POOLING_PARAMS
 
@@ -164,3 +167,30 @@ def test_a_model_whose_stored_head_is_not_loaded(family: str, tmp_path: Path) ->
     check(pool(pooling_engine(exact, "LAST"), PROMPTS), states, "LAST")
     rounded = write_gguf(tmp_path / "rounded.gguf", source, quantization="Q8_0")
     check(pool(pooling_engine(rounded, "LAST"), PROMPTS), states, "LAST", tolerance=0.1)
+
+
+def test_a_model_that_was_saved_without_a_head(
+    folder: Path, states: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """As Qwen3-Embedding is: other tensor names, another class. No option says what it is for."""
+    bare = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+    bare.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    engine = make_engine(tmp_path)
+    assert engine.config.spec.pooling == Pooling(method="last")
+    check(pool(engine, PROMPTS), states, "LAST")
+
+
+@pytest.mark.parametrize(("number", "method"), [(1, "MEAN"), (2, "CLS"), (3, "LAST")])
+def test_a_gguf_file_says_how_it_is_pooled(
+    folder: Path, states: list[torch.Tensor], tmp_path: Path, number: int, method: str
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", folder, extra_metadata={"qwen3.pooling_type": number})
+    check(pool(make_engine(file), PROMPTS), states, method)
+    assert make_engine(file, runner="generate").config.spec.pooling is None
+
+
+def test_a_pooling_of_gguf_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", folder, extra_metadata={"qwen3.pooling_type": 4})
+    with pytest.raises(ConfigError, match=r"qwen3\.pooling_type 4 is not supported"):
+        make_engine(file)
