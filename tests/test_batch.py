@@ -26,7 +26,7 @@ from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
 from microvllm import cli
 from microvllm.openai_compat import batch, batch_files
-from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.app import ENDPOINTS, create_app
 from microvllm.openai_compat.batch import ATTEMPTS, Batch, check_envelopes, in_order
 from microvllm.openai_compat.batch_files import AnswerFile, RequestFile
 from microvllm.openai_compat.config import ServerArgs
@@ -520,3 +520,9 @@ def test_a_signal_ends_the_run_and_keeps_what_is_done(number: signal.Signals, tm
 
 def size_of(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
+
+
+def test_its_addresses_are_those_of_the_server() -> None:
+    pooling = {endpoint.path for endpoint in ENDPOINTS if endpoint.pools}
+    served = {endpoint.path for endpoint in ENDPOINTS if endpoint.generates} | pooling
+    assert pooling <= set(batch.ENDPOINTS) <= served
