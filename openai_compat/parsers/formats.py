@@ -1,4 +1,4 @@
-"""Lists the formats of calls and of reasoning by vLLM's names."""
+"""Lists the formats of calls and of reasoning by vLLM's names; `mistral_v11` is one of ours."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ TOOL_FORMATS: Mapping[str, CallGrammar | HarmonyCalls] = {
         ('">',),
     ),
     "mistral": MistralCalls(),
+    "mistral_v11": MistralCalls(named=True),
     "olmo3": PythonicCalls(("<function_calls>", "</function_calls>"), listed=False),
     "openai": HarmonyCalls(),
     "phi4_mini_json": JsonCalls(("functools[",), wrap=("functools[", "]"), separator=", "),

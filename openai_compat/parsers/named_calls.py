@@ -106,12 +106,19 @@ class NamedCalls(msgspec.Struct, frozen=True):
 class MistralCalls(msgspec.Struct, frozen=True):
     """Mistral's list of JSON objects (up to v7), and its `name[CALL_ID]id[ARGS]{...}` (from v11 on).
 
-    The ids of its templates have nine characters.
+    Both are read, and `named` ones are what a grammar has the model write. Ids have nine characters.
     """
 
+    named: bool = False
     starts: tuple[str, ...] = ("[TOOL_CALLS]",)
-    wrap: tuple[str, str] = MISTRAL_LIST.wrap
-    separator: str = MISTRAL_LIST.separator
+
+    @property
+    def wrap(self) -> tuple[str, str]:
+        return ("", "") if self.named else MISTRAL_LIST.wrap
+
+    @property
+    def separator(self) -> str:
+        return "" if self.named else MISTRAL_LIST.separator
 
     @property
     def in_reasoning(self) -> bool:
@@ -125,10 +132,17 @@ class MistralCalls(msgspec.Struct, frozen=True):
         return self.starts[0]
 
     def tag(self, function: Function, checked: bool) -> Tag:
-        return MISTRAL_LIST.tag(function, checked)
+        if not self.named:
+            return MISTRAL_LIST.tag(function, checked)
+        value = schema_value(arguments_schema(function) if checked else {"type": "object"})
+        return tag(f"{self.starts[0]}{function.name}[ARGS]", value, "")
 
     def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
-        return []
+        if not self.named:
+            return []
+        call_id = {"type": "regex", "pattern": "[a-zA-Z0-9]{9}"}
+        written = sequence([call_id, constant("[ARGS]"), self.tag(function, checked)["content"]])
+        return [(self.starts[0], tag(f"{self.starts[0]}{function.name}[CALL_ID]", written, ""))]
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         yield from scan.space()

@@ -31,6 +31,7 @@ SHOWN_TOOLS = (
     (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
     (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
     (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("[TOOL_CALLS]", "[ARGS]"), "mistral_v11"),
     (("[TOOL_CALLS]",), "mistral"),
     (("<arg_key>", "{function-name}\n"), "glm45"),
     (("<arg_key>",), "glm47"),

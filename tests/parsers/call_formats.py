@@ -189,7 +189,7 @@ FORMATS: dict[str, tuple[str, Render]] = {
     "llama4_pythonic": ("llama4_pythonic", llama4_pythonic),
     "mistral_v3": ("mistral", mistral_v3),
     "mistral_v11": ("mistral", mistral_v11),
-    "mistral_v13": ("mistral", mistral_v13),
+    "mistral_v13": ("mistral_v11", mistral_v13),
 }
 # Other names for the same grammars with other tags.
 MORE_FORMATS: dict[str, tuple[str, Render]] = {
