@@ -72,7 +72,8 @@ class Row:
             matcher = self._matcher = self._matcher or self._make()
             start = time.perf_counter()
             for token in tokens:
-                self._take(token, matcher)
+                if token >= 0 and self.problem is None:  # else the step in flight has chosen none
+                    self._take(token, matcher)
             if self.problem is None and (self._free is None or self._opening):
                 self._compute(matcher)
             self.slow = time.perf_counter() - start > SLOW_S * (1 + len(tokens))
