@@ -180,7 +180,7 @@ CASES = [
         )
         for case in [
             *both("G07", "response_format", response_format=json_schema(schema)),
-            chat("G07", "tool_choice", tools=[tool({"properties": {"a": schema}})], tool_choice="required"),
+            chat("G07", tools=[tool({"properties": {"a": schema}})], tool_choice="required"),
         ]
     ),
     *both("G07", "body", response_format=json_schema(nested_schema(300))),
