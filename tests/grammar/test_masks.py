@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from microvllm.runtime.request import (
     SamplingParams,
     StepOutput,
     StructuredOutput,
+    ThinkingBudget,
 )
 
 SCHEMA = {
@@ -201,6 +203,19 @@ def test_processed_log_probabilities_show_the_mask(checker: GrammarChecker) -> N
 
 
 # ---- reasoning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 1, 9])
+def test_the_form_begins_behind_a_reasoning_that_is_cut(engine: InferenceEngine, budget: int) -> None:
+    """The forced end of the reasoning is the end that the form waits for."""
+    end = [40, 41]
+    form = StructuredOutput(kind="regex", spec="[a-f]{12}", after=end)
+    thinking = ThinkingBudget(max_tokens=budget, end=end)
+    wanted = requests(engine, form, thinking=thinking, logit_bias={40: -100})
+    (outputs,) = run(engine.core, wanted).values()
+    tokens = [token for output in outputs for token in output.token_ids]
+    assert tokens[budget : budget + 2] == end and outputs[-1].finish_reason is FinishReason.STOP
+    assert re.fullmatch("[a-f]{12}", engine.tokenizer.decode(tokens[budget + 2 :]))
 
 
 @pytest.mark.parametrize("after", [[40], [40, 41], [40, 40, 41]])
