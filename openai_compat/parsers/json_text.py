@@ -1,7 +1,7 @@
 """Copies a JSON value out of a text that arrives in pieces, and mends it where a model wrote it wrong.
 
 Valid JSON is copied character by character. What models get wrong has one meaning and gets it: a bracket or
-quote that is missing at the end, a comma too many or too few, a line break or a lone backslash in a string,
+quote that is missing at the end, a comma too many or too few, a line break, quote or backslash in a string,
 and Python's spelling (single quotes, True, None). Anything else that is no JSON becomes a string. So what was
 written is the beginning of valid JSON at every point, and `finish` makes it whole.
 """
@@ -33,6 +33,7 @@ class JsonText:
         "_bare",
         "_closers",
         "_comma",
+        "_ending",
         "_ends",
         "_escape",
         "_is_key",
@@ -52,6 +53,7 @@ class JsonText:
         self._state = VALUE
         self._quote = ""  # of the string that is being read
         self._escape = ""  # a backslash and what was read of its sequence
+        self._ending: list[str] = []  # a quote that may end the string, and the space behind it
         self._is_key = False
         self._bare: list[str] = []  # a number or word that is being read
         self._comma = ""  # with the space behind it: not written in front of a closing bracket
@@ -65,7 +67,7 @@ class JsonText:
         character of `stops` outside of a string.
         """
         while position < len(text) and not self.done:
-            if self._quote:
+            if self._quote and not (self._ending and text[position] in stops):
                 position = self._string(text, position)
             elif text[position] in stops:
                 break
@@ -85,6 +87,7 @@ class JsonText:
         if self._quote:
             self._end_escape()
             self._end_string()
+            self._ending.clear()
         if not self.done:
             self._end_bare()
         while not self.done:
@@ -100,6 +103,8 @@ class JsonText:
 
     def _string(self, text: str, position: int) -> int:
         """Read on in a string; return the position behind what was read."""
+        if self._ending:
+            return self._decide_ending(text, position)
         if self._escape:
             return self._escaped(text, position)
         match = PLAIN[self._quote].match(text, position)
@@ -107,13 +112,33 @@ class JsonText:
             self._out.append(match.group())
             return match.end()
         char = text[position]
-        if char == self._quote:
+        if char == self._quote and self._stack:
+            self._ending.append(char)
+        elif char == self._quote:
             self._end_string()
         elif char == "\\":
             self._escape = char
         else:  # a control character, or the other kind of quote
             self._out.append(json.dumps(char)[1:-1])
         return position + 1
+
+    def _decide_ending(self, text: str, position: int) -> int:
+        """Read on behind a quote: it ends the string if what may come behind a string does."""
+        char = text[position]
+        if char in " \t\r\n":
+            self._ending.append(char)
+            return position + 1
+        is_end = char in (",:" if self._is_key else ",") or char in self._closers
+        is_end = is_end or (char in "\"'" and "\n" in self._ending)  # a comma is missing
+        seen = self._ending[:]
+        self._ending.clear()
+        if is_end:
+            self._end_string()
+            for space in seen[1:]:
+                self._step(space)
+        else:
+            self._out.append(json.dumps("".join(seen))[1:-1])
+        return position
 
     def _escaped(self, text: str, position: int) -> int:
         if len(self._escape) > 1 and text[position] not in HEX:  # \u without its four digits

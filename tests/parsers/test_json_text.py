@@ -63,7 +63,7 @@ def test_what_is_written_is_the_beginning_of_valid_json(text: str) -> None:
         ('{"a": "never closed', {"a": "never closed"}),
         ('{"a": 1,}', {"a": 1}),
         ('{"a": [1, 2,], }', {"a": [1, 2]}),
-        ('{"a": 1\n"b": "x" "c": 2}', {"a": 1, "b": "x", "c": 2}),
+        ('{"a": 1\n"b": "x"\n"c": 2}', {"a": 1, "b": "x", "c": 2}),
         ('{"a": [1}', {"a": [1]}),
         ('{"a": "one\ntwo\tthree"}', {"a": "one\ntwo\tthree"}),
         (r'{"a": "\d+\.\w"}', {"a": r"\d+\.\w"}),
@@ -74,6 +74,11 @@ def test_what_is_written_is_the_beginning_of_valid_json(text: str) -> None:
         ("{a: b c, d: 01}", {"a": "b c", "d": "01"}),
         ('{"a": [,1,,2]}', {"a": [1, 2]}),
         ('{"a": {]}}', {"a": {}}),
+        ('{"a": "print("x y")", "b": "say "no" now"}', {"a": 'print("x y")', "b": 'say "no" now'}),
+        ("{'a': 'it's', 'b': 1}", {"a": "it's", "b": 1}),
+        ('{"a": "the "x": y", "b" : 1}', {"a": 'the "x": y', "b": 1}),
+        ('{"a": "one "\n)" }', {"a": 'one "\n)'}),
+        ('{"a": "one "', {"a": "one "}),
     ],
 )
 def test_mended(written: str, meant: Any) -> None:
