@@ -51,7 +51,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
 
     def tag(self, function: Function, checked: bool) -> Tag:
         schema = arguments_schema(function) if checked else {"type": "object"}
-        begin = f'{self.around[0]}{{"name": {json.dumps(function.name)}, "{self.key}": '
+        begin = f'{self.around[0]}{{"name": {spelt(function.name)}, "{self.key}": '
         return tag(begin, schema_value(schema), "}" + self.around[1])
 
     def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
@@ -61,7 +61,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
         found = [(start, {**call, "begin": start + head}) for start in tags]
         if self.bare:
             # The texts that `json_call` takes for the beginning of a call.
-            named = f'"function": {json.dumps(function.name)}, "{self.key}": '
+            named = f'"function": {spelt(function.name)}, "{self.key}": '
             found.append(('{"type": "function"', {**call, "begin": f'{{"type": "function", {head[1:]}'}))
             found.append(('{"function": "', {**call, "begin": f"{{{named}"}))
         return found
@@ -132,8 +132,10 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
                 yield from scan.json(held.append, stops)
         elif key in ("name", "function") and is_string and name is None:
             if bare:
-                name = (yield from scan.literal(*map(json.dumps, write.functions)))[1:-1]
-                if not name:
+                # A name may have letters that JSON can escape.
+                names = {spelt(name, ascii_): name for name in write.functions for ascii_ in (False, True)}
+                name = names.get((yield from scan.literal(*names)))
+                if name is None:
                     return
             else:
                 name = yield from _string(scan)
@@ -160,6 +162,11 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
     if name and not started and not has_more and not bare and whole and write.accepts(name):
         begin(scan, write, name, call_id)
         write.arguments("{}")
+
+
+def spelt(text: str, ascii_: bool = False) -> str:
+    """Return the JSON text of a string."""
+    return json.dumps(text, ensure_ascii=ascii_)
 
 
 def begin(scan: Scanner, write: Writer, name: str, call_id: str | None = None) -> None:

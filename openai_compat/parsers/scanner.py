@@ -17,7 +17,7 @@ from microvllm.openai_compat.parsers.json_text import JsonText
 T = TypeVar("T")
 Reading = Generator[None, None, T]
 """A parser that yields where it needs more text."""
-NAME = re.compile(r"[\w.:/-]+")
+NAME = re.compile(r"[^\s\"'()\[\]{}<>=,|\\]+")  # what a function of a request may be called
 MAX_GAP = 64  # white space between two tags
 END = ""
 SPACE = re.compile(r"[ \t\r\n]*")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parser_tools import FUNCTIONS, argument_pieces, calls_of, check_splits, events_of, parse
 
-from microvllm.openai_compat.parsers.events import fold
+from microvllm.openai_compat.parsers.events import Function, fold
 
 ARGUMENTS = {
     "path": "ä/日本/😀.txt",
@@ -83,6 +83,14 @@ def test_an_output_that_ends_in_a_tag_shows_no_part_of_it(case: str) -> None:
     for end in range(len(text)):
         message = parse(text[:end], (name, None), cut_off=True)
         assert not message.tool_calls or message.content is None, text[:end]
+
+
+@pytest.mark.parametrize("case", {**FORMATS, **MORE_FORMATS})
+def test_names(case: str) -> None:
+    name, render = {**FORMATS, **MORE_FORMATS}[case]
+    function = Function("ä@b+c/d:e.f-g_1#")
+    message = parse(render([(function.name, {})]), (name, None), tools=[function])
+    assert calls_of(message) == [(function.name, {})]
 
 
 @CASES
