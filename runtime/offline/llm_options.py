@@ -23,7 +23,11 @@ SERVER_ONLY = frozenset(
         *("enable_mm_processor_stats", "mamba_config"),
     )
 )
-NO_FLAGS = {"model_weights": "load other weights than the model's"}  # refused, and no flags of vLLM's either
+# Refused, and no flags that a server refuses.
+NO_FLAGS = {
+    "model_weights": "load other weights than the model's",
+    "reasoning_parser": "begin a grammar behind the model's reasoning",
+}
 WHOLE_CONTEXT = (-1, "auto")  # of max_model_len
 
 

@@ -106,6 +106,7 @@ def test_all_options_at_vllms_defaults_change_nothing(llm: LLM) -> None:
         ({"speculative_config": {"method": "ngram"}}, "speculative_config"),
         ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),
         ({"model_weights": "elsewhere"}, "model_weights"),
+        ({"reasoning_parser": "qwen3"}, "reasoning_parser"),
         ({"max_modl_len": 64}, "max_modl_len"),
         ({"max_modl_len": None}, "max_modl_len"),
         ({"chat_template": "no-such-file.jinja"}, "chat_template"),
