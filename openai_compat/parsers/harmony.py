@@ -20,6 +20,7 @@ from microvllm.openai_compat.parsers.writer import Writer
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")
+ANSWER = f"{CHANNEL}final{MESSAGE}"
 TAGS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
 RECIPIENT = re.compile(r"to=([^\s<]+)")
 
@@ -49,7 +50,9 @@ class HarmonyCalls(msgspec.Struct, frozen=True):
             (f"{START}assistant to=", f"{START}assistant {to}{CHANNEL}commentary {CONSTRAIN}json{MESSAGE}"),
             (" to=functions.", f" {to}{CHANNEL}commentary {CONSTRAIN}json{MESSAGE}"),
         )
-        return [(trigger, {**call, "begin": begin}) for trigger, begin in written]
+        # A special token is no text, so where calls have a grammar the answer's header needs one, too.
+        answer = tag(ANSWER, {"type": "any_text"}, "")
+        return [(ANSWER, answer), *((trigger, {**call, "begin": begin}) for trigger, begin in written)]
 
 
 def harmony(scan: Scanner, write: Writer) -> Reading[None]:
@@ -95,6 +98,6 @@ def _message(scan: Scanner, write: Writer) -> Reading[None]:
 HARMONY_THINKING = Thinking(
     f"{CHANNEL}analysis{MESSAGE}",
     ENDS[0],
-    answer=f"{ENDS[0]}{START}assistant{CHANNEL}final{MESSAGE}",
+    answer=f"{ENDS[0]}{START}assistant{ANSWER}",
     call=f"{ENDS[0]}{START}assistant",
 )

@@ -15,6 +15,7 @@ from parser_tools import FUNCTIONS
 from microvllm.openai_compat.parsers.events import Function, fold
 from microvllm.openai_compat.parsers.formats import REASONING_FORMATS, TOOL_FORMATS
 from microvllm.openai_compat.parsers.grammars import tool_grammar
+from microvllm.openai_compat.parsers.harmony import ANSWER
 from microvllm.openai_compat.parsers.registry import make_parser
 from microvllm.openai_compat.parsers.xml_calls import XmlCalls
 from microvllm.runtime.errors import InvalidRequestError
@@ -129,6 +130,8 @@ def test_however_a_strict_call_begins(name: str) -> None:
     made = tool_grammar(form, STRICT, "auto", parallel=False)
     assert made is not None
     for trigger in json.loads(made.spec)["format"]["triggers"]:
+        if trigger == ANSWER:
+            continue
         ends = (
             f"{chr(10) * form.own_lines}{form.argument[1]}{form.line}" if isinstance(form, XmlCalls) else ""
         )
@@ -137,6 +140,24 @@ def test_however_a_strict_call_begins(name: str) -> None:
         message = fold(parser.feed(text) + parser.end())
         assert len(message.tool_calls) == 1 and message.content is None, text
         assert valid(message.tool_calls[0].name, json.loads(message.tool_calls[0].arguments)), text
+
+
+def test_an_answer_of_channels_where_strict_functions_may_be_called() -> None:
+    """Its tags are special tokens, which free text has none of."""
+    made = tool_grammar(TOOL_FORMATS["openai"], STRICT, "auto")
+    assert made is not None
+    tokens = special_tokens("openai")
+    begin = [
+        END + 1 + tokens.index("<|channel|>"),
+        *b"final",
+        END + 1 + tokens.index("<|message|>"),
+        *b"Yes.",
+    ]
+    specials = Specials(END + 1 + len(tokens), {token: END + 1 + index for index, token in enumerate(tokens)})
+    texts = [*(bytes([index]) for index in range(END)), b"<end>", *map(str.encode, tokens)]
+    tokenizer = make_tokenizer(texts, range(END, len(texts)), [END])
+    matcher = LLMatcher(tokenizer, translate(made, specials), limits=parser_limits(), log_level=0)
+    assert matcher.consume_tokens(begin) and matcher.is_accepting()
 
 
 @FORMS
