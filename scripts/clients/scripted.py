@@ -116,7 +116,11 @@ def constrained(constraint: Any) -> str:
         return "{}"
     if constraint.kind == "choice":
         return str(json.loads(constraint.spec)[0])
-    raise ValueError(f"no answer is written for a constraint of kind {constraint.kind}")
+    if constraint.kind == "regex":  # of literal alternatives
+        text = re.sub(r"[()?:^$]", "", constraint.spec).split("|")[0]
+        if re.fullmatch(constraint.spec, text):
+            return text
+    raise ValueError(f"No answer is written for {constraint.kind} {constraint.spec}.")
 
 
 def instance(schema: Any, root: Any, folder: str, name: str = "") -> Any:
@@ -200,17 +204,24 @@ def run_engine(fd: int, folder: str) -> None:
         left: dict[int, list[int]] = {}
         while True:
             heartbeat.resting = not left
+            refused: list[StepOutput] = []
             for each in channel.receive_commands(wait=not left):
                 if isinstance(each, Add):
                     for request in (sample for samples in each.samples() for sample in samples):
                         prompt = tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
-                        text = answer(prompt, request.params.structured_outputs, folder)
+                        try:
+                            text = answer(prompt, request.params.structured_outputs, folder)
+                        except ValueError as error:
+                            refused.append(
+                                StepOutput(request.request_id, [], FinishReason.ERROR, error=str(error))
+                            )
+                            continue
                         ids = [*tokenizer.encode(text, add_special_tokens=False), end]
                         left[request.request_id] = ids[: request.params.max_tokens]
                 elif isinstance(each, Abort):
                     for request_id in each.request_ids:
                         left.pop(request_id, None)
-            outputs = []
+            outputs = refused
             for request_id, ids in list(left.items()):
                 token = ids.pop(0)
                 finish = None
