@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 URL, MODEL = sys.argv[1], sys.argv[2]
 KEY = "none"
@@ -15,10 +15,12 @@ ORDER = "Describe a person."
 
 
 class Person(BaseModel):
-    """A person."""
+    """A person; the bounds keep a weak model from writing until its context is full."""
 
-    name: str
-    age: int
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=120)
 
 
 def get_weather(city: str) -> str:

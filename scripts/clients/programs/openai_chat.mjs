@@ -5,7 +5,7 @@ import { z } from "zod";
 
 const [url, model] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none" });
-const Person = z.object({ name: z.string(), age: z.number().int() });
+const Person = z.object({ name: z.string().max(20), age: z.number().int().min(0).max(120) });
 const parsed = await client.chat.completions.parse({
   model,
   messages: [{ role: "user", content: "Describe a person." }],

@@ -6,7 +6,7 @@ import { z } from "zod";
 const [url, name] = process.argv.slice(2);
 const provider = createOpenAICompatible({ name: "local", baseURL: `${url}/v1`, supportsStructuredOutputs: true });
 const model = provider(name);
-const schema = z.object({ name: z.string(), age: z.number().int() });
+const schema = z.object({ name: z.string().max(20), age: z.number().int().min(0).max(120) });
 const { output } = await generateText({ model, prompt: "Describe a person.", output: Output.object({ schema }) });
 const stream = streamText({
   model,
