@@ -141,6 +141,10 @@ async def test_a_refused_field_is_named(name: str) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": "many"}}, "budget_tokens"),
         ({"output_config": {"effort": "huge"}}, "effort"),
         ({"output_config": {"format": {"type": "xml"}}}, "format"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}},
+            "output_config.format",
+        ),
         ({"stop_sequences": ["a"] * 5}, "stop_sequences"),
         (
             {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
@@ -295,6 +299,17 @@ class TestPrompt:
         turns = [*HI["messages"], {"role": "system", "content": "x", "output_config": {"effort": "low"}}]
         prompt = await prompt_of(messages=turns, output_config={"effort": "high"})
         assert "reasoning_effort=low;" in prompt
+
+    @pytest.mark.parametrize("older", [False, True])
+    async def test_a_schema_reaches_the_sampler(self, older: bool) -> None:
+        client = FakeClient(max_model_len=4096)
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+        wanted = {"type": "json_schema", "schema": schema}
+        await post(
+            client=client, **({"output_format": wanted} if older else {"output_config": {"format": wanted}})
+        )
+        found = client.submitted[0][1].structured_outputs
+        assert found is not None and found.kind == "json" and json.loads(found.spec) == schema
 
     async def test_sampling(self) -> None:
         client = FakeClient()
