@@ -51,7 +51,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
 
     def tag(self, function: Function, checked: bool) -> Tag:
         schema = arguments_schema(function) if checked else {"type": "object"}
-        begin = f'{self.around[0]}{{"name": {spelt(function.name)}, "{self.key}": '
+        begin = f'{self.around[0]}{{"name": {quoted(function.name)}, "{self.key}": '
         return tag(begin, schema_value(schema), "}" + self.around[1])
 
     def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
@@ -61,7 +61,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
         found = [(start, {**call, "begin": start + head}) for start in tags]
         if self.bare:
             # The texts that `json_call` takes for the beginning of a call.
-            named = f'"function": {spelt(function.name)}, "{self.key}": '
+            named = f'"function": {quoted(function.name)}, "{self.key}": '
             found.append(('{"type": "function"', {**call, "begin": f'{{"type": "function", {head[1:]}'}))
             found.append(('{"function": "', {**call, "begin": f"{{{named}"}))
         return found
@@ -71,7 +71,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
         bare = start in self.bare
         made = False
         if bare:
-            scan.position -= len(start)  # the bracket is a part of the call
+            scan.put_back(start)  # the bracket is a part of the call
             scan.record = []
         while True:
             yield from scan.space()
@@ -133,7 +133,7 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
         elif key in ("name", "function") and is_string and name is None:
             if bare:
                 # A name may have letters that JSON can escape.
-                names = {spelt(name, ascii_): name for name in write.functions for ascii_ in (False, True)}
+                names = {quoted(name, ascii_): name for name in write.functions for ascii_ in (False, True)}
                 name = names.get((yield from scan.literal(*names)))
                 if name is None:
                     return
@@ -164,7 +164,7 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
         write.arguments("{}")
 
 
-def spelt(text: str, ascii_: bool = False) -> str:
+def quoted(text: str, ascii_: bool = False) -> str:
     """Return the JSON text of a string."""
     return json.dumps(text, ensure_ascii=ascii_)
 

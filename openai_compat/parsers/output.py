@@ -19,7 +19,7 @@ class Thinking(msgspec.Struct, frozen=True):
     """The tags around a model's reasoning.
 
     `implied` says that an output begins with reasoning even if neither the prompt nor itself opens it.
-    `answer` is the text that the answer begins behind, "" for `end`.
+    `answer` and `call` are the texts that the answer and a call begin behind, "" for `end`.
     """
 
     start: str

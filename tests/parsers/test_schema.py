@@ -1,0 +1,63 @@
+"""Arguments that are written as text get the types of the function's schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from microvllm.openai_compat.parsers.schema import argument_types, typed
+
+STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        (STRING, {"string"}),
+        ({"type": ["string", "null"]}, {"string", "null"}),
+        ({"enum": ["a", 1]}, {"string", "integer"}),
+        ({"const": None}, {"null"}),
+        ({"anyOf": [STRING, INTEGER]}, {"string", "integer"}),
+        ({"anyOf": [STRING, {}]}, set()),
+        ({"$ref": "#/$defs/size"}, {"integer"}),
+        ({"$ref": "#/$defs/self"}, set()),
+        ({"$ref": "#/$defs/none"}, set()),
+        ({"description": "any"}, set()),
+        (True, set()),
+    ],
+)
+def test_types_of_an_argument(schema: Any, types: set[str]) -> None:
+    defs = {"size": INTEGER, "self": {"$ref": "#/$defs/self"}}
+    parameters = {"properties": {"a": schema}, "$defs": defs, "additionalProperties": INTEGER}
+    assert argument_types(parameters, "a") == types
+    assert argument_types(parameters, "other") == {"integer"}
+    assert argument_types({}, "a") == argument_types({"properties": []}, "a") == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "value"),
+    [
+        ("12", "integer", "12"),
+        ("12", "string integer", "12"),
+        ("12", "string null", '"12"'),
+        ("12", "", "12"),
+        ("12", "string number", "12"),
+        ("1e400", "number", "1e400"),
+        ("NaN", "number", '"NaN"'),
+        ("null", "string null", "null"),
+        ("None", "integer null", "null"),
+        ("True", "boolean", "true"),
+        (" [1, 2] ", "array", "[1, 2]"),
+        ("[1, 2", "array", '"[1, 2"'),
+        ("{'a': True}", "object", '{"a": true}'),
+        ("{'a': True}", "", "\"{'a': True}\""),
+        ("[draft] x", "", '"[draft] x"'),
+        ("text", "integer", '"text"'),
+        ('"text"', "", '"\\"text\\""'),
+        ("}", "object", '"}"'),
+        ("", "integer", '""'),
+    ],
+)
+def test_values(text: str, types: str, value: str) -> None:
+    assert typed(text, frozenset(types.split())) == value
