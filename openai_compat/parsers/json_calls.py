@@ -13,6 +13,7 @@ from microvllm.openai_compat.parsers.scanner import Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
 
 ARGUMENTS = ("arguments", "parameters")
+FENCES = ("```json", "```")
 HEADS = ('"name"', '"type"', '"function"')
 
 
@@ -81,7 +82,7 @@ class JsonCalls(msgspec.Struct, frozen=True):
                     return
                 made = True
                 scan.record = []  # what stands between two calls
-            elif not (yield from scan.literal("[", *(",;]}" if made else ""))):
+            elif not (yield from scan.literal("[", *FENCES[: 0 if bare else 2], *(",;]}" if made else ""))):
                 break
         if made:
             if self.end:
@@ -99,6 +100,7 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
     call_id: str | None = None
     held: list[str] | None = None
     started = has_more = False
+    quotes = ('"',) if bare else ('"', "'")
     yield from scan.literal("{")
     while True:
         yield from scan.space()
@@ -108,8 +110,10 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
         if bare and not started:
             heads = tuple(f'"{key}"' for key in ARGUMENTS) if name else HEADS
             key = (yield from scan.literal(*heads))[1:-1]
-        elif (yield from scan.ahead('"')):
+        elif (yield from scan.ahead(*quotes)):
             key = yield from _string(scan)
+            if not (key or started):
+                return
         if not key:
             break
         yield from scan.space()
@@ -119,7 +123,7 @@ def json_call(scan: Scanner, write: Writer, bare: bool, stops: tuple[str, ...]) 
             if not (yield from scan.literal('"function"')):
                 return
             continue
-        is_string = bool((yield from scan.ahead('"')))
+        is_string = bool((yield from scan.ahead(*quotes)))
         if bare and key not in ARGUMENTS and not (started or is_string):
             return
         if key in ARGUMENTS and not started:

@@ -39,6 +39,8 @@ def test_text_around_several_calls() -> None:
         ('<tool_call>{"name": "get_weather", "arguments": {"city": "X"}}', {"city": "X"}),
         ('<tool_call>[{"name": "get_weather", "arguments": {"city": "X"}}]</tool_call>', {"city": "X"}),
         ('<tool_call>{"name": "get_weather", "arguments": null}</tool_call>', {}),
+        ('<tool_call>\n```json\n{"name": "get_weather", "arguments": {}}\n```\n</tool_call>', {}),
+        ("<tool_call>{'name': 'get_weather', 'arguments': {'city': 'X'}}</tool_call>", {"city": "X"}),
         ('<tool_call>{"name": "get_weather"}</tool_call>', {}),
         (
             '<tool_call>{"type": "function", "function": {"name": "get_weather", "arguments": null}}\n',
@@ -61,6 +63,8 @@ def test_how_models_write_a_call(text: str, calls: object) -> None:
         '<tool_call>{"city": "Paris"}</tool_call>',
         '<tool_call>{"name": 1, "arguments": {}}</tool_call>',
         '<tool_call>{"name": "get_wea',
+        '<tool_call>{"name": "get_weather", "argum',
+        "<tool_call>\n```\nx = 1\n```\n</tool_call>",
         '{"name": "get_weather", "arguments": {}}',
     ],
 )
