@@ -64,15 +64,17 @@ INLINE void load_step(const void *panel, long i, const int is_odd, const int is_
 
 /* out[m] = x[m] . panel^T for M rows of x, `stride` floats apart; added to what out holds if `is_more`. Terms are added
  * up in the order of k whatever M is, so that a row's sums do not depend on the rows beside it; sums of DEPTH terms
- * each keep rounding small however long k is. What is to be read next is fetched on the way: `step` bytes of it, from
- * `ahead` on, for each run. */
-INLINE void tile_rows(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
-                      const char *ahead, long step, const int once, const int is_bf16, const int M)
+ * each keep rounding small however long k is. The first goes on from `from`, or begins at 0 without it. What is to be
+ * read next is fetched on the way: `step` bytes of it, from `ahead` on, for each run. */
+INLINE void tile_rows(const float *x, long stride, const void *panel, long k, float (*from)[WIDTH], float out[][WIDTH],
+                      int is_more, const char *ahead, long step, const int once, const int is_bf16, const int M)
 {
     for (long begin = 0; begin < k; begin += DEPTH) {
         long end = k - begin < DEPTH ? k : begin + DEPTH, i = begin;
         vec acc[ROWS][2], low, high;
-        for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = (vec){};
+        for (int m = 0; m < M; m++)
+            for (int half = 0; half < 2; half++) acc[m][half] = from ? load_f32(from[m] + half * LANES) : (vec){};
+        from = NULL;
         for (; i + 2 <= end; i += 2)
             for (int u = 0; u < 2; u++) {
                 fetch(ahead, once);
@@ -99,10 +101,10 @@ INLINE void tile_rows(const float *x, long stride, const void *panel, long k, fl
 }
 
 /* What is fetched `once` may bypass the second level only for a few rows: for more, the next panel lies there. */
-INLINE void tile(const float *x, long stride, const void *panel, long k, float out[][WIDTH], int is_more,
-                 const char *ahead, long step, int once, const int is_bf16, long rows)
+INLINE void tile(const float *x, long stride, const void *panel, long k, float (*from)[WIDTH], float out[][WIDTH],
+                 int is_more, const char *ahead, long step, int once, const int is_bf16, long rows)
 {
-#define ROWS_WITH(M, ONCE) tile_rows(x, stride, panel, k, out, is_more, ahead, step, ONCE, is_bf16, M)
+#define ROWS_WITH(M, ONCE) tile_rows(x, stride, panel, k, from, out, is_more, ahead, step, ONCE, is_bf16, M)
 #define ROWS_ARE(M)                          \
     case M:                                  \
         if (M <= 2 && once) ROWS_WITH(M, 1); \
@@ -127,9 +129,9 @@ INLINE void tile(const float *x, long stride, const void *panel, long k, float o
 }
 
 /* Compiled once for all who call it. */
-static void tile_f32(const float *x, long stride, const float *panel, long k, float out[][WIDTH], int is_more,
-                     const char *ahead, long step, int once, long rows)
-{ tile(x, stride, panel, k, out, is_more, ahead, step, once, 0, rows); }
+static void tile_f32(const float *x, long stride, const float *panel, long k, float (*from)[WIDTH], float out[][WIDTH],
+                     int is_more, const char *ahead, long step, int once, long rows)
+{ tile(x, stride, panel, k, from, out, is_more, ahead, step, once, 0, rows); }
 
 INLINE int is_plain(int format) { return format == FORMAT_F32 || format == FORMAT_BF16; }
 INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16) : sizeof(float); }
@@ -207,28 +209,30 @@ static void multiply_plain(int format, const float *x, long rows, const char *pa
         long row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
         const char *ahead = panel + (tiles == 1 ? AHEAD : size + size * t / tiles);
         if (format == FORMAT_F32)
-            tile_f32(x + row * k, k, (const float *)panel, k, sums + row, 0, ahead, run / tiles, once, count);
-        else tile(x + row * k, k, panel, k, sums + row, 0, ahead, run / tiles, once, 1, count);
+            tile_f32(x + row * k, k, (const float *)panel, k, NULL, sums + row, 0, ahead, run / tiles, once, count);
+        else tile(x + row * k, k, panel, k, NULL, sums + row, 0, ahead, run / tiles, once, 1, count);
     }
 }
 
 /* The same for quantised weights. For a few rows they are widened in registers; for more into the first-level cache,
- * PART of each row at a time, once for all rows of x. */
+ * once for all rows of x: PART of each row at a time, or half of it where blocks are small, which leaves room for x. */
 static void multiply_quantized(int format, const float *x, long rows, const void *panel, long k, float sums[][WIDTH],
                                const Tuning *tuning)
 {
-    float weights[PART * WIDTH];
-    long tiles = (rows + ROWS - 1) / ROWS;
+    float weights[PART * WIDTH], halves[BLOCK_ROWS][WIDTH];
+    long tiles = (rows + ROWS - 1) / ROWS, step = has_small_blocks(format) ? PART / 2 : PART;
     if (rows <= least(tuning->few_rows, MOST_FEW_ROWS)) {
         tile_quantized(format, x, panel, k, sums, rows, tuning);
         return;
     }
-    for (long i = 0; i < k; i += PART) {
-        long count = least(PART, k - i);
+    for (long i = 0; i < k; i += step) {
+        long count = least(step, k - i);
+        int is_second = i % PART > 0, is_last = (i + step) % PART == 0 || i + step >= k;
         widen_quantized(format, panel, i, count, weights, tuning->fetches_once);
         for (long t = 0; t < tiles; t++) {
             long row = rows * t / tiles, next = rows * (t + 1) / tiles;
-            tile_f32(x + row * k + i, k, weights, count, sums + row, i > 0, (const char *)weights, 0, 0, next - row);
+            tile_f32(x + row * k + i, k, weights, count, is_second ? halves + row : NULL,
+                     (is_last ? sums : halves) + row, is_last && i >= PART, (const char *)weights, 0, 0, next - row);
         }
     }
 }

@@ -52,6 +52,7 @@ INLINE long multiples(const Format f) { return f.groups == 1 ? 0 : f.groups * GR
 /* Of a packed block of a panel: bytes in front of the quants, of 32 weights' quants, and of all. */
 INLINE long head_bytes(const Format f) { return (f.sign ? 2 : 1) * (HALVES + multiples(f) * WORDS); }
 INLINE long group_bytes(const Format f) { return (long)(f.low + f.high) * WORDS; }
+INLINE long block_weights(const Format f) { return f.groups * GROUP; }
 INLINE long block_bytes(const Format f) { return head_bytes(f) + f.groups * group_bytes(f); }
 
 /* Bytes of a panel of rows of k weights; 0 for a format that is not among those above. */
@@ -64,6 +65,8 @@ INTERNAL void pack_quantized(int format, const void *weight, long first, long ro
  * first. */
 INTERNAL void tile_quantized(int format, const float *x, const void *panel, long k, float out[][WIDTH], long rows,
                              const Tuning *tuning);
+
+INTERNAL int has_small_blocks(int format); /* of GROUP weights */
 
 /* Weights [begin, begin + count) of the rows of a panel as float32: out[count][WIDTH]. Both are multiples of a block;
  * PART is one of every format's. `once`: see tuning.h. */
