@@ -40,8 +40,8 @@ INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
     memcpy(x + i, pairs + i, (d - i) * sizeof(float));
 }
 
-/* Bytes between keys that are used and those that are asked for. */
-#define AHEAD 1024
+/* Keys between those that are used and those that are asked for. */
+#define AHEAD 32
 
 /* acc[t][g] = q[g] . key t in as many parts as there are lanes, for G queries and K keys from `first` on, up to where d
  * is no whole PAIR any more. */
@@ -56,7 +56,7 @@ INLINE void multiply_keys(const float *q, const void *const *keys, const void *c
         for (int g = 0; g < G; g++)
             for (int half = 0; half < 2; half++) query[g][half] = load_f32(q + g * d + i + half * LANES);
         for (int t = 0; t < K; t++) {
-            __builtin_prefetch((const char *)keys[first + t] + i * size + AHEAD);
+            __builtin_prefetch((const char *)keys[first + t + AHEAD] + i * size);
             __builtin_prefetch((const char *)values[first + t] + i * size); /* for add_values */
             load_pair(keys[first + t], i, is_bf16, &low, &high);
             for (int g = 0; g < G; g++) acc[t][g] += low * query[g][0];
@@ -225,12 +225,14 @@ static void decode_piece(const void *job, long piece)
     const int64_t *blocks = j->blocks + (j->lens ? row * a->width : 0);
     long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)),
          to_values = a->kv_heads * cache->num_slots * bytes;
-    const void *keys[CHUNK], *values[CHUNK];
-    for (long t = first, end = end_of(j, last, chunk), slot = 0; t < end; t++) {
+    long end = end_of(j, last, chunk), seen = least(end + AHEAD, length_of(j, last));
+    const void *keys[CHUNK + AHEAD], *values[CHUNK];
+    for (long t = first, slot = 0; t < seen; t++) {
         slot = t == first || t % size == 0 ? blocks[t / size] * size + t % size : slot + 1;
         keys[t - first] = (const char *)cache->data + (head * cache->num_slots + slot) * bytes;
-        values[t - first] = (const char *)keys[t - first] + to_values;
     }
+    for (long t = first; t < end; t++) values[t - first] = (const char *)keys[t - first] + to_values;
+    for (long t = most(first, seen); t < end + AHEAD; t++) keys[t - first] = cache->data;
     for (; row <= last; row++) {
         long begin = begin_of(j, row, chunk), count = end_of(j, row, chunk) - begin, skipped = begin - first;
         for (long h = head * group; h < (head + 1) * group; h += GROUP) {
