@@ -301,6 +301,7 @@ def main() -> None:
         return
     if args.new is None:
         parser.error("two checkouts are needed")
+    from microvllm.ops.cpu.calibration import processor_name
     from microvllm.runtime.find_model import find_model
 
     model = find_model(args.model)
@@ -332,7 +333,7 @@ def main() -> None:
         for member in members:
             member.close()
     add_context_costs(times)
-    print(f"\n{args.threads} threads, {rounds} whole rounds\n")
+    print(f"\n{processor_name()}, {args.threads} threads, {rounds} whole rounds\n")
     print(table({row: found for row, found in times.items() if found}, [member.name for member in members]))
 
 

@@ -42,6 +42,7 @@ WINNING_SHARE = 0.75  # of the turns
 QUIET_LOAD = 0.1
 MOST_TRIES = 4
 MOST_FEW_ROWS = 4
+_NUMBERS = {"cpu family": "family", "model": "model"}
 MATRIX_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -131,12 +132,19 @@ def _read(file: Path) -> Calibration | None:
 
 
 def processor_name() -> str:
-    """Return the processor's model name, or its architecture if the system gives none."""
+    """Return the model name with family and model, or the architecture if the system gives none.
+
+    Virtual machines report names such as "AMD EPYC" for every generation.
+    """
     try:
-        model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        model = None
-    return model[1] if model else platform.processor() or platform.machine()
+        info = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info, re.MULTILINE))
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    numbers = ", ".join(f"{word} {found[key]}" for key, word in _NUMBERS.items() if key in found)
+    return f"{found['model name']} ({numbers})" if numbers else found["model name"]
 
 
 def calibrate(library: ctypes.CDLL) -> Calibration:

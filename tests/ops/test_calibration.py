@@ -112,6 +112,23 @@ def test_a_drift_of_the_machine_is_no_gain() -> None:
     assert not found.is_won and found.turns == calibration.MOST_TURNS
 
 
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        (
+            "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nmodel\t\t: 2\n",
+            "AMD EPYC (family 26, model 2)",
+        ),
+        ("model name\t: Something\n", "Something"),
+    ],
+)
+def test_generations_of_one_name_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, info: str, name: str
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: info)
+    assert calibration.processor_name() == name
+
+
 def test_it_is_measured_once_for_a_processor(
     monkeypatch: pytest.MonkeyPatch, kept_in: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
