@@ -43,21 +43,30 @@ static Block block_of(const Prefill *p, const Room *room, long row)
     return (Block){(bf16 *)at, sum, sum + depth * WIDTH, sum + (depth + 1) * WIDTH};
 }
 
+/* Of a pair of vectors whose numbers differ in one bit `step`: which words become the first, and which the second. */
+#define FIRST(l, step) ((l) & (step) ? LANES + (l) - (step) : (l))
+#define SECOND(l, step) ((l) & (step) ? LANES + (l) : (l) + (step))
+#define FOUR(PICK, l, step) PICK(l, step), PICK(l + 1, step), PICK(l + 2, step), PICK(l + 3, step)
+#define ALL(PICK, step) {FOUR(PICK, 0, step), FOUR(PICK, 4, step), FOUR(PICK, 8, step), FOUR(PICK, 12, step)}
+
 /* Word j of vector i becomes word i of vector j. */
-static void turn(uvec v[LANES])
+INLINE void turn(uvec v[LANES])
 {
-    for (int step = 1; step < LANES; step *= 2) {
-        uint32_t first[LANES], second[LANES];
-        for (int l = 0; l < LANES; l++) {
-            first[l] = l & step ? LANES + l - step : l;
-            second[l] = l & step ? LANES + l : l + step;
-        }
-        __m512i to_first = _mm512_loadu_si512(first), to_second = _mm512_loadu_si512(second);
+    static const uint32_t pick[4][2][LANES] = {
+        {ALL(FIRST, 1), ALL(SECOND, 1)},
+        {ALL(FIRST, 2), ALL(SECOND, 2)},
+        {ALL(FIRST, 4), ALL(SECOND, 4)},
+        {ALL(FIRST, 8), ALL(SECOND, 8)},
+    };
+#pragma GCC unroll 4
+    for (int bit = 0; bit < 4; bit++) {
+        __m512i to_first = _mm512_loadu_si512(pick[bit][0]), to_second = _mm512_loadu_si512(pick[bit][1]);
+#pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
-            if (i & step) continue;
-            __m512i a = (__m512i)v[i], b = (__m512i)v[i + step];
+            if (i & 1 << bit) continue;
+            __m512i a = (__m512i)v[i], b = (__m512i)v[i + (1 << bit)];
             v[i] = (uvec)_mm512_permutex2var_epi32(a, to_first, b);
-            v[i + step] = (uvec)_mm512_permutex2var_epi32(a, to_second, b);
+            v[i + (1 << bit)] = (uvec)_mm512_permutex2var_epi32(a, to_second, b);
         }
     }
 }
@@ -141,26 +150,22 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
     _tile_stored(3, below + TILE_ROWS, line);
 }
 
-/* 2^x for x <= 0, at least 2^-126, by the Taylor series up to r^4: to 4e-5, where a weight has 8 bits; NaN stays. */
+/* The larger of each two; of a NaN and a number the second. */
+INLINE vec larger_of(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+
+/* 2^x for x <= 0: 2^floor(x) times a cubic polynomial in the rest, to 8e-5, where a weight has 8 bits; NaN stays. */
 INLINE vec coarse_power_of_2(vec x)
 {
-    x = choose(x < -126.0f, (vec){} - 126.0f, x);
-    vec rounded = x + 12582912.0f, r = x - (rounded - 12582912.0f);
-    vec p = r * 9.6181291e-3f + 5.5504109e-2f;
-    p = p * r + 2.4022651e-1f;
-    p = p * r + 6.9314718e-1f;
-    p = p * r + 1.0f;
-    return (vec)((ivec)p + ((ivec)rounded << 23));
+    vec r = (vec)_mm512_reduce_ps((__m512)x, 1);
+    vec p = r * 7.80245227e-2f + 2.26067155e-1f;
+    p = p * r + 6.95833541e-1f;
+    p = p * r + 9.99925219e-1f;
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 
+/* Of two numbers, none negative, the nearest in bfloat16, in the lower and the upper half of a word. */
 INLINE uvec narrow_words(vec even, vec odd)
-{
-    __m256bh low = _mm512_cvtneps_pbh((__m512)even), high = _mm512_cvtneps_pbh((__m512)odd);
-    hvec a, b;
-    memcpy(&a, &low, sizeof a);
-    memcpy(&b, &high, sizeof b);
-    return __builtin_convertvector(a, uvec) | __builtin_convertvector(b, uvec) << 16;
-}
+{ return ((uvec)even + 0x8000u) >> 16 | (((uvec)odd + 0x8000u) & 0xffff0000u); }
 
 /* -inf where a key is not seen because it is younger than the row's token or too old. */
 static void mask(float (*scores)[WIDTH], const int32_t *positions, long first, long count, long window)
@@ -187,30 +192,25 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
         multiply(room->keys + (first + t) * depth, depth, b->query, b->query + depth * WIDTH, depth, scores[t], 0);
     if (from + first + count - 1 > positions[0] || positions[WIDTH - 1] - p->window >= from + first)
         mask(scores, positions, from + first, count, p->window);
-    int is_higher = 0;
+    for (long t = count; t < whole; t++)
+        for (int half = 0; half < 2; half++) store(scores[t] + half * LANES, (vec){} - INFINITY);
     for (int half = 0; half < 2; half++) {
-        vec before = load_f32(b->highest + half * LANES), highest[2] = {before, before}, total[2] = {};
-        for (long t = 0; t < count; t++) {
-            vec score = load_f32(scores[t] + half * LANES);
-            highest[t % 2] = choose(score > highest[t % 2], score, highest[t % 2]);
-        }
-        highest[0] = choose(highest[1] > highest[0], highest[1], highest[0]);
+        vec before = load_f32(b->highest + half * LANES), highest[4] = {before, before, before, before}, total[2] = {};
+        for (long t = 0; t < whole; t += 4)
+            for (int i = 0; i < 4; i++) highest[i] = larger_of(load_f32(scores[t + i] + half * LANES), highest[i]);
+        vec most = larger_of(larger_of(highest[0], highest[1]), larger_of(highest[2], highest[3]));
         for (long t = 0; t < whole; t += 2) {
-            vec weights[2];
-            for (int odd = 0; odd < 2; odd++) {
-                weights[odd] = coarse_power_of_2(load_f32(scores[t + odd] + half * LANES) - highest[0]);
-                if (t + odd >= count) weights[odd] = (vec){};
-                total[odd] += weights[odd];
-            }
-            uvec words = narrow_words(weights[0], weights[1]);
+            vec even = coarse_power_of_2(load_f32(scores[t] + half * LANES) - most);
+            vec odd = coarse_power_of_2(load_f32(scores[t + 1] + half * LANES) - most);
+            total[0] += even;
+            total[1] += odd;
+            uvec words = narrow_words(even, odd);
             memcpy(room->weights + t * WIDTH + 2 * half * LANES, &words, sizeof words);
         }
-        vec factor = coarse_power_of_2(before - highest[0]);
+        vec factor = coarse_power_of_2(before - most);
         store(b->total + half * LANES, load_f32(b->total + half * LANES) * factor + total[0] + total[1]);
-        store(b->highest + half * LANES, highest[0]);
-        ivec changed = highest[0] > before;
-        for (int l = 0; l < LANES; l++) is_higher |= changed[l];
-        if (is_higher)
+        store(b->highest + half * LANES, most);
+        if (memcmp(&before, &most, sizeof most))
             for (long i = 0; i < depth; i++) {
                 float *sum = b->sum + i * WIDTH + half * LANES;
                 store(sum, load_f32(sum) * factor);
@@ -220,26 +220,78 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
         multiply(room->values + i * CHUNK + first, CHUNK, room->weights, NULL, whole, b->sum + i * WIDTH, 1);
 }
 
+INLINE float *row_at(const Prefill *p, float *rows, long heads, long begin, long head, long row)
+{ return rows + ((begin + row / p->group) * heads + head * p->group + row % p->group) * p->step->d; }
+
+/* The first LANES values of x, or `count`, and zeros. */
+INLINE vec load_part(const float *x, long count)
+{
+    vec v = {};
+    if (count >= LANES) return load_f32(x);
+    if (count > 0) memcpy(&v, x, count * sizeof(float));
+    return v;
+}
+
+/* Queries of `count` rows, at most LANES, times the scale, into a block; behind them what rounding takes away. */
+static void put_queries(const Prefill *p, long begin, long head, long row, long count, bf16 *to)
+{
+    const Step *a = p->step;
+    long d = a->d, depth = matrix_depth(d);
+    float factor = a->scale * LOG2_E;
+    for (long i = 0; i < d; i += 2 * LANES) {
+        uvec words[LANES] = {}, rest[LANES] = {};
+        for (long r = 0; r < count; r++) {
+            const float *query = row_at(p, (float *)p->qkv, a->heads + 2 * a->kv_heads, begin, head, row + r) + i;
+            bf16 near[2 * LANES], left[2 * LANES];
+            for (int half = 0; half < 2; half++) {
+                vec value = load_part(query + half * LANES, d - i - half * LANES) * factor;
+                __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+                memcpy(near + half * LANES, &rounded, sizeof rounded);
+                vec lost = value - load_bf16(near + half * LANES);
+                ivec is_number = lost == lost;
+                rounded = _mm512_cvtneps_pbh((__m512)((ivec)lost & is_number));
+                memcpy(left + half * LANES, &rounded, sizeof rounded);
+            }
+            memcpy(&words[r], near, sizeof near);
+            memcpy(&rest[r], left, sizeof left);
+        }
+        turn(words);
+        turn(rest);
+        for (long j = 0; j < LANES; j++) {
+            memcpy(to + (i / 2 + j) * 2 * WIDTH, &words[j], sizeof words[j]);
+            memcpy(to + depth * WIDTH + (i / 2 + j) * 2 * WIDTH, &rest[j], sizeof rest[j]);
+        }
+    }
+}
+
+/* The outputs of `count` rows, at most LANES, from the sums of their block. */
+static void take_sums(const Prefill *p, Block b, long begin, long head, long row, long count)
+{
+    const Step *a = p->step;
+    long d = a->d, lane = row % WIDTH;
+    vec factor = 1.0f / load_f32(b.total + lane);
+    for (long i = 0; i < d; i += LANES) {
+        uvec sums[LANES];
+        for (int j = 0; j < LANES; j++) sums[j] = (uvec)(load_f32(b.sum + (i + j) * WIDTH + lane) * factor);
+        turn(sums);
+        for (long r = 0; r < count; r++)
+            memcpy(row_at(p, p->out, a->heads, begin, head, row + r) + i, &sums[r],
+                   least(LANES, d - i) * sizeof(float));
+    }
+}
+
 void attend_tile_by_matrix(const Prefill *p, long segment, long head, long begin, long end)
 {
     const Step *a = p->step;
-    long d = a->d, group = p->group, rows = (end - begin) * group, heads = a->heads + 2 * a->kv_heads;
+    long group = p->group, rows = (end - begin) * group;
     long shift = a->segment_lens[segment] - a->segment_starts[segment + 1]; /* from a token's number to its position */
-    const Room room = room_of(p->scratch + pool_self() * p->each, matrix_depth(d));
+    const Room room = room_of(p->scratch + pool_self() * p->each, matrix_depth(a->d));
     for (long first = 0; first < rows; first += WIDTH) {
         Block b = block_of(p, &room, first);
         memset(b.query, 0, p->block * sizeof(float));
         for (long r = 0; r < WIDTH; r++) b.highest[r] = LOWEST;
-        for (long row = first; row < least(first + WIDTH, rows); row++) {
-            const float *query = p->qkv + ((begin + row / group) * heads + head * group + row % group) * d;
-            for (long i = 0; i < d; i++) {
-                bf16 *to = b.query + (i / 2 * WIDTH + row % WIDTH) * 2 + i % 2;
-                float value = query[i] * a->scale * LOG2_E, left;
-                *to = narrow(value);
-                left = value - widen(*to);
-                to[matrix_depth(d) * WIDTH] = left == left ? narrow(left) : 0;
-            }
-        }
+        for (long row = first; row < least(first + WIDTH, rows); row += LANES)
+            put_queries(p, begin, head, row, least(LANES, rows - row), b.query + 2 * (row - first));
     }
     begin_matrix();
     for (long from = most(0, begin + shift - p->window + 1); from < end + shift; from += CHUNK) {
@@ -255,12 +307,8 @@ void attend_tile_by_matrix(const Prefill *p, long segment, long head, long begin
         }
     }
     end_matrix();
-    for (long row = 0; row < rows; row++) {
-        Block b = block_of(p, &room, row);
-        float *to = p->out + ((begin + row / group) * a->heads + head * group + row % group) * d;
-        float factor = 1 / b.total[row % WIDTH];
-        for (long i = 0; i < d; i++) to[i] = b.sum[i * WIDTH + row % WIDTH] * factor;
-    }
+    for (long row = 0; row < rows; row += LANES)
+        take_sums(p, block_of(p, &room, row), begin, head, row, least(LANES, rows - row));
 }
 
 #endif

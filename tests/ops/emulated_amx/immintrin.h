@@ -27,6 +27,27 @@ static inline __m256bh _mm512_cvtneps_pbh(__m512 x)
     return y;
 }
 
+static inline __m512 _mm512_max_ps(__m512 a, __m512 b)
+{
+    for (int i = 0; i < 16; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+
+/* Less the whole number below (how = 1), and times 2 to that. */
+static inline __m512 _mm512_reduce_ps(__m512 x, int how)
+{
+    for (int i = 0; i < 16; i++) x[i] = __builtin_isinf(x[i]) ? 0 : x[i] - __builtin_floorf(x[i]) + 0 * how;
+    return x;
+}
+static inline __m512 _mm512_scalef_ps(__m512 a, __m512 b)
+{
+    for (int i = 0; i < 16; i++) {
+        float whole = b[i] < -500 ? -500 : __builtin_floorf(b[i]);
+        a[i] = b[i] == b[i] ? __builtin_ldexpf(a[i], whole) : b[i];
+    }
+    return a;
+}
+
 static inline __m512i _mm512_loadu_si512(const void *p) { __m512i v; memcpy(&v, p, 64); return v; }
 static inline __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b)
 {
