@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
 from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
+from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.worker.step_times import Measured, StepReport
-
-if TYPE_CHECKING:
-    from microvllm.runtime.grammar.masks import GrammarMasks
 
 logger = logging.getLogger("microvllm.engine")
 

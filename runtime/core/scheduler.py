@@ -28,22 +28,19 @@ import heapq
 import time
 from bisect import bisect_left, insort
 from collections import deque
-from typing import TYPE_CHECKING
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import KVCacheManager
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.core.policies import POLICIES
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
+from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.request import (
     EngineRequest,
     FinishReason,
     RepetitionDetection,
     StepOutput,
 )
-
-if TYPE_CHECKING:
-    from microvllm.runtime.grammar.masks import GrammarMasks
 
 
 class Scheduler:

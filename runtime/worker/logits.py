@@ -175,7 +175,10 @@ class LogitRules:
             self._budgets.apply(logits, rows, output, last_token)
 
     def _apply_bits(self, logits: Tensor, masked: Sequence[int], bits: np.ndarray) -> None:
-        if not masked:
+        if str(self._device) == "cpu":  # a tenth of the time of torch's operators
+            excluded = np.unpackbits(~bits.view(np.uint8), 1, self._vocab_size, "little").view(bool)
+            for i, tokens in zip(masked, torch.from_numpy(excluded), strict=True):
+                logits[i].masked_fill_(tokens, -torch.inf)
             return
         words = on_device(bits, torch.int32, self._device)[:, :, None]
         shifts = torch.arange(32, dtype=torch.int32, device=self._device)
