@@ -28,7 +28,7 @@ from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.chat_template import MAX_MESSAGES
 
-# Claude Code begins its system prompt with a block for Anthropic's accounting, which differs from request to
+# Claude Code begins its system prompt with a line for Anthropic's accounting, which differs from request to
 # request: in the prompt it would keep the prefix cache from ever being hit.
 BILLING = "x-anthropic-billing-header:"
 CLEAR_THINKING = "clear_thinking_20251015"
@@ -155,9 +155,11 @@ def _effort(body: ConversationBody, turns: Sequence[Message]) -> str | None:
 
 def _system(value: Any) -> list[str]:
     if value is None or isinstance(value, str):
-        return [value] if value else []
-    texts = [block.text for block in read_part(list[Text], value, "system")]
-    return [text for text in texts if text and not text.startswith(BILLING)]
+        texts = [value or ""]
+    else:
+        texts = [block.text for block in read_part(list[Text], value, "system")]
+    shown = (text.partition("\n")[2] if text.startswith(BILLING) else text for text in texts)
+    return [text for text in shown if text]
 
 
 def _system_texts(blocks: Sequence[Block], place: str) -> list[str]:

@@ -172,6 +172,7 @@ class TestPrompt:
             {"type": "text", "text": "Two"},
         ]
         assert await prompt_of(system=blocks) == await prompt_of(system="One\nTwo")
+        assert await prompt_of(system="x-anthropic-billing-header: 1\nOne") == await prompt_of(system="One")
         assert (await prompt_of(system="One")).startswith("system: One\nuser: hi\nassistant: ")
 
     async def test_a_later_system_message_stays_where_it_is(self) -> None:
