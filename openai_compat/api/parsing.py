@@ -184,14 +184,17 @@ class ParsedChoice:
             self._counter.add(delta.token_ids)
         events = self._parser.feed(delta.text, delta.token_ids)
         if delta.finish_reason is not None:
-            events += self._parser.end(cut_off=delta.finish_reason != "stop")
+            # A stop string may end an output anywhere, the model's own end is that of what it was writing.
+            whole = delta.finish_reason == "stop" and not isinstance(delta.stop_reason, str)
+            events += self._parser.end(cut_off=not whole)
         if not self._with_reasoning:
             events = [event for event in events if not isinstance(event, Reasoning)]
         return events
 
     def read(self, outcome: Outcome) -> ParsedMessage:
         """Return the message of a whole choice."""
-        return fold(self.feed(TextDelta(outcome.token_ids, outcome.text, outcome.finish_reason)))
+        ended = outcome.finish_reason, outcome.stop_reason
+        return fold(self.feed(TextDelta(outcome.token_ids, outcome.text, *ended)))
 
     def finish_reason(self, reason: str | None) -> str | None:
         """Return OpenAI's finish reason: "tool_calls" for a choice that ended by itself and has calls.

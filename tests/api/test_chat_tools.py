@@ -105,6 +105,9 @@ async def test_stop_strings_end_a_call() -> None:
     choice = answer["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("tool_calls", "</tool_call>")
     assert len(choice["message"]["tool_calls"]) == 1
+    _, answer, _ = await ask(CALL, tools=TOOLS, stop=["rich"])
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"city": "Zü'  # not made whole: the model has not ended it
 
 
 async def test_without_tools_nothing_is_a_call() -> None:
