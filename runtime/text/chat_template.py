@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from microvllm.runtime.errors import InvalidRequestError
@@ -98,7 +98,7 @@ class ChatTemplate:
         shown = rendered(PROBE)
         if shown and repr(PROBE_CALL["function"]["arguments"]) not in shown:
             return False
-        return PROBE_TEXT in rendered([_with_text_arguments(message) for message in PROBE])
+        return PROBE_TEXT in rendered([_with_arguments(message, _as_text) for message in PROBE])
 
     @functools.cached_property
     def _compiled(self) -> tuple[str | None, str]:
@@ -135,7 +135,7 @@ class ChatTemplate:
             content_format = self.content_format
         messages = [_with_content_format(message, content_format) for message in messages]
         if any("tool_calls" in message for message in messages) and self._takes_text_arguments:
-            messages = [_with_text_arguments(message) for message in messages]
+            messages = [_with_arguments(message, _as_text) for message in messages]
         marker = ""
         if continue_final_message:
             if add_generation_prompt:
@@ -153,7 +153,14 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._sandbox.render(self.source, variables)
+        try:
+            text = self._sandbox.render(self.source, variables)
+        except InvalidRequestError:
+            if not any(map(_has_text_arguments, messages)):
+                raise
+            # A template that lists arguments by name cannot show a text that is no object.
+            variables["messages"] = [_with_arguments(message, _as_object) for message in messages]
+            text = self._sandbox.render(self.source, variables)
         return _cut_at(text, marker) if marker else text
 
     def _check_names(self, kwargs: Mapping[str, Any]) -> None:
@@ -190,15 +197,27 @@ def _with_content_format(message: Mapping[str, Any], content_format: str) -> Map
     return {**message, "content": parts}
 
 
-def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Write the arguments of calls as JSON text."""
+def _with_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) -> Mapping[str, Any]:
+    """Change the arguments of a message's calls."""
     if "tool_calls" not in message:
         return message
-    calls = []
-    for call in message["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls}
+    functions = [call["function"] for call in message["tool_calls"]]
+    changed = [{**function, "arguments": change(function["arguments"])} for function in functions]
+    calls = zip(message["tool_calls"], changed, strict=True)
+    return {**message, "tool_calls": [{**call, "function": function} for call, function in calls]}
+
+
+def _has_text_arguments(message: Mapping[str, Any]) -> bool:
+    calls = message.get("tool_calls", ())
+    return any(isinstance(call, dict) and isinstance(call["function"]["arguments"], str) for call in calls)
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_object(arguments: Any) -> Any:
+    return {"arguments": arguments} if isinstance(arguments, str) else arguments
 
 
 def _developer_as_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -245,7 +264,7 @@ def normalize_messages(messages: Any) -> list[dict[str, Any]]:
     """Check the `messages` of a chat request and bring them into the one form that templates get.
 
     A content is a string or a list of `{"type": "text", "text": ...}`, `reasoning_content` becomes
-    `reasoning` (and stays readable under its old name), the arguments of tool calls become objects, null
+    `reasoning` (and stays readable under its old name), arguments of calls become objects if they are, null
     and unknown fields go. The caller's objects are not changed. `InvalidRequestError` (param "messages")
     names the index and the field of the first malformed message.
     """
@@ -336,15 +355,19 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return result
 
 
-def _arguments(value: Any, where: str) -> dict[str, Any]:
-    """Arguments travel as JSON text; templates expect the object (as transformers documents)."""
+def _arguments(value: Any, where: str) -> dict[str, Any] | str:
+    """Arguments travel as JSON text; templates expect the object (as transformers documents).
+
+    What is no object stays a text: a call that was cut off must not end the conversation.
+    """
     if value is None or value == "":
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            found = json.loads(value)
         except (ValueError, RecursionError):
-            raise _malformed(where, "must be a JSON object as text") from None
+            return value
+        return found if isinstance(found, dict) else value
     if not isinstance(value, dict):
         raise _malformed(where, f"must be a JSON object, got {_kind(value)}")
     return value

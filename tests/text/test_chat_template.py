@@ -261,6 +261,24 @@ def test_every_template_shows_arguments_as_json(written: str, shown: str) -> Non
     assert shown in text and "{'x'" not in text
 
 
+@pytest.mark.parametrize("arguments", ['{"a": "b', "[1]", "no JSON"])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ call.function.arguments | tojson }}",
+        "{{ call.function.arguments }}",
+        "{% for key, value in call.function.arguments.items() %}<{{ key }}>{{ value }}{% endfor %}",
+    ],
+)
+def test_arguments_that_were_cut_off_do_not_end_the_conversation(written: str, arguments: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    talk = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    text = render(LOOP + written + "{% endfor %}{% endfor %}", normalize_messages(talk))
+    assert arguments in text.replace('\\"', '"')
+    with pytest.raises(InvalidRequestError, match="refused"):  # which stays what it is
+        render("{{ raise_exception('no') }}", normalize_messages(talk))
+
+
 def user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "fine"}, {"role": "user", "content": content}]
 
@@ -302,8 +320,7 @@ def calling(**call: Any) -> list[dict[str, Any]]:
         (calling(type="x"), "messages[0].tool_calls[0].type"),
         (calling(), "messages[0].tool_calls[0].function"),
         (calling(function={"name": 1}), "messages[0].tool_calls[0].function.name"),
-        (calling(function={"name": "f", "arguments": "{"}), "messages[0].tool_calls[0].function.arguments"),
-        (calling(function={"name": "f", "arguments": "[1]"}), "arguments must be a JSON object, got a list"),
+        (calling(function={"name": "f", "arguments": [1]}), "arguments must be a JSON object, got a list"),
         (calling(id=1, function={"name": "f"}), "messages[0].tool_calls[0].id"),
         ([{"role": "user", "content": "x"}] * (MAX_MESSAGES + 1), "more than 10000 messages"),
     ],
