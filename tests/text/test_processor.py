@@ -36,7 +36,7 @@ def make(template: ChatTemplate | None = None, **templates: str) -> InputProcess
     tokenizer.chat_template, tokenizer.chat_templates = templates.get("default"), templates
     config: Any = SimpleNamespace(
         max_model_len=64,
-        spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[EOS, 5]),
+        spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[EOS, 5], pooling=None),
         generation_defaults={"temperature": 0.5, "max_new_tokens": 9},
         max_logprobs=20,
     )
@@ -129,7 +129,7 @@ def test_an_end_beyond_the_logits_is_no_end(processor: InputProcessor) -> None:
     tokenizer.chat_template, tokenizer.eos_token_id = None, VOCAB_SIZE
     config: Any = SimpleNamespace(
         max_model_len=64,
-        spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[]),
+        spec=SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=[], pooling=None),
         generation_defaults={"eos_token_id": [3, 4]},
         max_logprobs=20,
     )
