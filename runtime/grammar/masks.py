@@ -10,12 +10,13 @@ Imports no torch; llguidance and the tokenizer are loaded with the first grammar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,15 +30,14 @@ from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, StructuredOutput
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
     from microvllm.runtime.core.plan import Request, ScheduledRequest
     from microvllm.runtime.worker.logits import Output
 
 logger = logging.getLogger("microvllm.grammar")
 
-MAX_THREADS = 4
-ROWS_PER_JOB = 8  # a mask takes 5 to 50 us, to hand a job to a thread 50
+MAX_THREADS = 16
 MAX_COMPILED = 64
 SLOW_S = 5e-3
 WAIT_S = 0.05  # of a step without anything to compute: commands are read between two steps
@@ -50,11 +50,13 @@ class Row:
     """One request's place in its grammar. A worker thread advances it, one job at a time.
 
     `num_sent`: tokens of the output that jobs were given; `num_taken`: those that the mask follows.
+    `advance` is `take`, the mask if it is `due`, and `settle`, which a job of many rows calls by themselves.
     """
 
     def __init__(self, form: StructuredOutput, matcher: Callable[[], LLMatcher], vocab_size: int) -> None:
         self.form = form
         self.words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        self.matcher: LLMatcher | None = None
         self.num_sent = self.num_taken = 0
         self.problem: str | None = None
         self.slow = False
@@ -64,23 +66,56 @@ class Row:
         self._free: list[int] | None = [] if form.after else None
         self._opening = bool(form.after and form.opens)
         self._make = matcher
-        self._matcher: LLMatcher | None = None
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take the next tokens of the output and compute the mask behind them; in a worker thread."""
-        try:
-            matcher = self._matcher = self._matcher or self._make()
-            start = time.perf_counter()
+        start, words = time.perf_counter(), None
+        self.take(tokens)
+        with self._failing_alone():
+            if self.due and self.matcher is not None:
+                words = np.empty_like(self.words)
+                self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self.slow = time.perf_counter() - start > SLOW_S * (1 + len(tokens))
+        self.settle(words, len(tokens))
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Follow the next tokens of the output."""
+        with self._failing_alone():
+            self.matcher = matcher = self.matcher or self._make()
             for token in tokens:
                 if token >= 0 and self.problem is None:  # else the step in flight has chosen none
                     self._take(token, matcher)
-            if self.problem is None and (self._free is None or self._opening):
-                self._compute(matcher)
-            self.slow = time.perf_counter() - start > SLOW_S * (1 + len(tokens))
+
+    @property
+    def due(self) -> bool:
+        """Whether the matcher decides what may come next."""
+        if self.problem is not None or self.matcher is None:
+            return False
+        return self._free is None or (self._opening and not self._free)
+
+    def settle(self, words: np.ndarray | None, num_tokens: int) -> None:
+        """Have the mask behind `num_tokens` more tokens: [ceil(vocab / 32)] uint32, None if not due."""
+        with self._failing_alone():
+            if words is not None and self.matcher is not None:
+                self.words = words
+                if self.matcher.is_error() or self.matcher.stop_reason() not in _COMPLETE:
+                    self.problem = self.matcher.get_error().partition("\n")[0] or self.matcher.stop_reason()
+            elif self._opening:
+                self.words = np.zeros_like(self.words)
+            if self._opening:
+                begins = self.form.opens[len(self._free or ())]
+                self.words[begins // 32] |= np.uint32(1 << begins % 32)
+            if self.problem is None and (words is not None or self._opening) and not self.words.any():
+                self.problem = "no token of the vocabulary continues it"
+        self.num_taken += num_tokens
+
+    @contextlib.contextmanager
+    def _failing_alone(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # a bug, here or in the library: it ends this request alone
             logger.exception("A grammar failed.")
             self.problem = f"it failed ({type(error).__name__})"
-        self.num_taken += len(tokens)
 
     def mask(self, length: int) -> np.ndarray | None:
         """The mask behind `length` tokens: [ceil(vocab / 32)] uint32; None where any token may come."""
@@ -251,7 +286,7 @@ class GrammarMasks:
         return [i for i, _ in found], np.stack([mask for _, mask in found]).view(np.int32)
 
     def _mask(self, row: Row, length: int) -> np.ndarray | None:
-        if row.job is not None:
+        if row.job is not None and not row.job.done():
             done, _ = wait([row.job], MASK_DEADLINE_S)
             if not done:
                 row.problem = f"the mask of a token took more than {MASK_DEADLINE_S:g} s"
@@ -260,15 +295,37 @@ class GrammarMasks:
     # ---- jobs ----------------------------------------------------------------------------------
 
     def _submit(self, work: Sequence[tuple[Row, Sequence[int]]]) -> None:
-        """Advance rows in worker threads: slow ones each alone, the others in groups."""
-        fast = [(row, tokens) for row, tokens in work if not row.slow]
-        groups = [fast[first : first + ROWS_PER_JOB] for first in range(0, len(fast), ROWS_PER_JOB)]
-        groups += [[(row, tokens)] for row, tokens in work if row.slow]
-        for group in groups:
-            job = self._pool.submit(_advance, group)
+        """Advance rows in worker threads: slow ones each alone, the others together."""
+        groups = [[(row, tokens)] for row, tokens in work if row.slow]
+        groups.append([(row, tokens) for row, tokens in work if not row.slow])
+        for group in filter(None, groups):
+            job = self._pool.submit(self._advance if len(group) > 1 else _advance_one, group)
             for row, tokens in group:
                 row.job = job
                 row.num_sent += len(tokens)
+
+    def _advance(self, group: Sequence[tuple[Row, Sequence[int]]]) -> None:
+        """Take tokens, then compute all masks in one call, which does not hold the interpreter's lock."""
+        for row, tokens in group:
+            row.take(tokens)
+        due = [row for row, _ in group if row.due]
+        # Of its own: a job may outlast its request, whose row then is another's.
+        words = np.empty((len(due), -(-self._vocab_size // 32)), dtype=np.uint32)
+        start = time.perf_counter()
+        if due:
+            places = [(row.matcher, place) for place, row in enumerate(due) if row.matcher is not None]
+            self._executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words[0].nbytes, len(due))
+        slow = time.perf_counter() - start > SLOW_S
+        masks = dict(zip(due, words, strict=True))
+        for row, tokens in group:
+            row.slow = slow  # if one of them is: the next time each is alone
+            row.settle(masks.get(row), len(tokens))
+
+    @functools.cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor
+
+        return LLExecutor(min(MAX_THREADS, usable_cores()))
 
     def _compile(self, grammar: str) -> Future[LLMatcher]:
         future = self._compiled.get(grammar)
@@ -311,7 +368,7 @@ class GrammarMasks:
         return model_tokenizer(tokenizer, self._vocab_size, [end])
 
 
-def _advance(group: Sequence[tuple[Row, Sequence[int]]]) -> None:
+def _advance_one(group: Sequence[tuple[Row, Sequence[int]]]) -> None:
     for row, tokens in group:
         row.advance(tokens)
 

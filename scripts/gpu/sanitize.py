@@ -23,6 +23,7 @@ from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionSh
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.gpu.bitmask import apply_bitmask
 from microvllm.ops.gpu.fixed_order import fixed_order_linear
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
@@ -34,7 +35,17 @@ from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling
 
 DEVICE = torch.device("cuda")
 MODULES = (
-    *("activation", "embedding", "fixed_order", "gemv", "norm", "rope_cache", "sampling", "skinny"),
+    *(
+        "activation",
+        "bitmask",
+        "embedding",
+        "fixed_order",
+        "gemv",
+        "norm",
+        "rope_cache",
+        "sampling",
+        "skinny",
+    ),
     *("step_inputs", "triton_decode", "triton_prefill"),
 )
 DTYPE = torch.bfloat16
@@ -69,6 +80,9 @@ def operators() -> None:
             ops.norm_linear(norm, 1e-5, up, bias)(x),
             ops.linear(down)(act, x),
         )
+    logits = normal(3, 70, dtype=torch.float32)
+    apply_bitmask(logits, ints(1, 2, 3, 4, 5, 6).view(2, 3), torch.tensor([2, 0], device=DEVICE))
+    check("bitmask", logits[1])
     check("gather", ops.embedding(normal(11, hidden))(ints(10, 0, 3)))
     arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
     for pdl in {False, can_launch_early(DEVICE)}:  # sums that several programs share

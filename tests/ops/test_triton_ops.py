@@ -16,6 +16,7 @@ import triton.language as tl
 
 from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.gpu import sampling
+from microvllm.ops.gpu.bitmask import apply_bitmask
 from microvllm.ops.gpu.gumbel import gumbel_block
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import Delivery, TokenSampler
@@ -105,6 +106,21 @@ def test_no_rows_and_embedding_rows(ops: GpuOperators) -> None:
         assert torch.equal(gather(ids), table[[10, 0, 3, 3]])
     assert gather(torch.empty(0, dtype=torch.int64, device=DEVICE)).shape == (0, 24)
     assert ops.norm_gate_up(table[0], 1e-5, table[:6])(table[:0]).shape == (0, 3)
+
+
+def test_a_bitmask_takes_tokens_out() -> None:
+    """Of some rows, of a vocabulary that ends within a word."""
+    vocab, at = 70 * 32 + 5, torch.tensor([3, 0], device=DEVICE)
+    allowed = random(2, vocab, seed=1) > 0
+    padded = torch.zeros(2, 71 * 32, dtype=torch.int64, device=DEVICE)
+    padded[:, :vocab] = allowed
+    powers = 2 ** torch.arange(32, dtype=torch.int64, device=DEVICE)
+    words = (padded.view(2, 71, 32) * powers).sum(-1).to(torch.int32)
+    logits = random(4, vocab, seed=2)
+    expected = logits.clone()
+    expected[at] = expected[at].masked_fill(~allowed, -torch.inf)
+    apply_bitmask(logits, words, at)
+    assert torch.equal(logits, expected)
 
 
 # ---- sampling -------------------------------------------------------------------------------------
