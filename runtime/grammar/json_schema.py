@@ -35,6 +35,8 @@ def prepare(schema: Any, whitespace: str | None, additional_properties: bool) ->
     llguidance does not enforce.
     """
     for path, part in subschemas(schema):
+        if isinstance(part.get("propertyNames"), dict):
+            _enumerate_names(part, schema)
         if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
             del part["format"]
         if not additional_properties and ("properties" in part or part.get("type") == "object"):
@@ -51,6 +53,26 @@ def prepare(schema: Any, whitespace: str | None, additional_properties: bool) ->
     pattern = WHITESPACE if whitespace is None else whitespace
     schema["x-guidance"] = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
     return schema
+
+
+def _enumerate_names(part: dict[str, Any], root: dict[str, Any]) -> None:
+    """Write `propertyNames` that are a list or a pattern, as pydantic has them, as properties."""
+    names = part["propertyNames"]
+    reference = names.get("$ref")
+    if isinstance(reference, str) and isinstance(root.get("$defs"), dict):
+        names = root["$defs"].get(reference.removeprefix("#/$defs/"), names)
+    if not isinstance(names, dict) or not {"properties", "patternProperties"}.isdisjoint(part):
+        return
+    value, told = part.get("additionalProperties", True), names.keys() - {"type", "title", "description"}
+    choices = names.get("enum")
+    if told == {"enum"} and isinstance(choices, list) and all(isinstance(name, str) for name in choices):
+        part["properties"] = dict.fromkeys(choices, value)
+    elif told == {"pattern"} and isinstance(names["pattern"], str):
+        part["patternProperties"] = {names["pattern"]: value}
+    else:
+        return
+    del part["propertyNames"]
+    part["additionalProperties"] = False
 
 
 def subschemas(schema: Any, path: str = "#", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -40,6 +40,7 @@ logger = logging.getLogger("microvllm.grammar")
 MAX_THREADS = 16
 MAX_COMPILED = 64
 SLOW_S = 5e-3
+USUAL_S = 1e-4  # of a mask among others, at most
 WAIT_S = 0.05  # of a step without anything to compute: commands are read between two steps
 MASK_DEADLINE_S = 2.0
 # Why a matcher stops at the end of its grammar; any other reason is a fault.
@@ -69,13 +70,13 @@ class Row:
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take the next tokens of the output and compute the mask behind them; in a worker thread."""
-        start, words = time.perf_counter(), None
+        start, words = time.thread_time(), None  # without the time in which the thread waits for a core
         self.take(tokens)
         with self._failing_alone():
             if self.due and self.matcher is not None:
                 words = np.empty_like(self.words)
                 self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        self.slow = time.perf_counter() - start > SLOW_S * (1 + len(tokens))
+        self.slow = time.thread_time() - start > SLOW_S * (1 + len(tokens))
         self.settle(words, len(tokens))
 
     def take(self, tokens: Sequence[int]) -> None:
@@ -216,8 +217,8 @@ class GrammarMasks:
     def wait(self) -> None:
         """Wait, at most `WAIT_S`, for a compilation or a mask; returns at once if none is under way."""
         jobs: list[Future[Any]] = [future for future, _ in self._held]
-        jobs += [row.job for row in self._rows.values() if row.slow and row.job is not None]
-        if jobs:
+        jobs += [row.job for row in self._rows.values() if row.job is not None and not row.job.done()]
+        if jobs and not any(job.done() for job in jobs):
             wait(jobs, WAIT_S, FIRST_COMPLETED)
 
     # ---- while it runs -------------------------------------------------------------------------
@@ -315,7 +316,7 @@ class GrammarMasks:
         if due:
             places = [(row.matcher, place) for place, row in enumerate(due) if row.matcher is not None]
             self._executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words[0].nbytes, len(due))
-        slow = time.perf_counter() - start > SLOW_S
+        slow = time.perf_counter() - start > SLOW_S + USUAL_S * len(due)
         masks = dict(zip(due, words, strict=True))
         for row, tokens in group:
             row.slow = slow  # if one of them is: the next time each is alone

@@ -233,6 +233,10 @@ def test_spellings_that_vllm_knows(argv: str, words: str) -> None:
         ("-sc.method ngram", "--speculative-config method=ngram"),
         ("--structured-outputs-config.reasoning_parser qwen3", "_parser qwen3 (it would separate"),
         ('--structured-outputs-config {"reasoning_parser":"qwen3"}', "_parser qwen3 (it would separate"),
+        (
+            '--structured-outputs-config {"disable_any_whitespace":true}',
+            "whitespace true (it would write JSON",
+        ),
         ("--aux-output-config.enable_return_routed_experts true", "enable_return_routed_experts true (it"),
         ("--api-server-count 2", "--api-server-count 2 (it would answer from several"),
         ("--enable-lora --ignore-unsupported-flags --no-ignore-unsupported-flags", "--enable-lora"),

@@ -66,6 +66,14 @@ SCHEMAS: list[Any] = [
         for name in ("date", "time", "duration", "email", "ipv4", "ipv6", "uuid")
     ),
     {"type": "string", "format": "path"},
+    {
+        "type": "object",
+        "propertyNames": {"$ref": "#/$defs/colour"},
+        "additionalProperties": {"type": "integer"},
+        "minProperties": 1,
+        "$defs": {"colour": {"enum": ["red", "blue"], "type": "string", "title": "Colour"}},
+    },
+    {"type": "object", "propertyNames": {"pattern": "^[ab]$"}, "maxProperties": 2},
     {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "integer"}], "type": "array"},
 ]
 

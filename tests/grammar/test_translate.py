@@ -56,6 +56,8 @@ def nested(depth: int) -> str:
             "minLength (3) is greater than maxLength (2)",
         ),
         ("json", False, "Unsatisfiable"),
+        ("json", {"propertyNames": {"maxLength": 3}}, "propertyNames is not supported (at #/propertyNames)"),
+        ("json", {"propertyNames": {"enum": ["a"]}, "properties": {}}, "propertyNames is not supported"),
         ("json", {"x-guidance": {"lenient": True}, "not": {}}, "not is not supported (at #/not)"),
         ("json", "{", "not JSON"),
         ("json", "[1]", "schema must be an object or boolean"),
