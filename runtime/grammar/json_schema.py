@@ -61,7 +61,12 @@ def _enumerate_names(part: dict[str, Any], root: dict[str, Any]) -> None:
     reference = names.get("$ref")
     if isinstance(reference, str) and isinstance(root.get("$defs"), dict):
         names = root["$defs"].get(reference.removeprefix("#/$defs/"), names)
-    if not isinstance(names, dict) or not {"properties", "patternProperties"}.isdisjoint(part):
+    if not isinstance(names, dict):
+        return
+    if names.get("type") == "string" and not names.keys() - {"type", "title", "description"}:
+        del part["propertyNames"]  # every name is a string; Zod writes this
+        return
+    if not {"properties", "patternProperties"}.isdisjoint(part):
         return
     value, told = part.get("additionalProperties", True), names.keys() - {"type", "title", "description"}
     choices = names.get("enum")

@@ -74,6 +74,12 @@ SCHEMAS: list[Any] = [
         "$defs": {"colour": {"enum": ["red", "blue"], "type": "string", "title": "Colour"}},
     },
     {"type": "object", "propertyNames": {"pattern": "^[ab]$"}, "maxProperties": 2},
+    {
+        "type": "object",
+        "propertyNames": {"type": "string"},
+        "additionalProperties": {"enum": [1]},
+        "maxProperties": 2,
+    },
     {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "integer"}], "type": "array"},
 ]
 
