@@ -19,7 +19,7 @@ from microvllm.runtime.text.tokenizer import Tokenizer
 
 CHILDREN = 2
 DEADLINE_S = 2.0  # usual schemas take milliseconds, one of 2,000 optional properties takes half a second
-MEMORY_BYTES = 1 << 30  # of address space, of each child
+MEMORY_BYTES = 1 << 30  # of address space beside the imports, of each child
 MAX_CHARS = 1 << 19
 CACHED_CHARS = 1 << 24  # of forms and grammars together
 CACHED_FORMS = 256

@@ -17,7 +17,7 @@ CHILDREN = 2
 DEADLINE_S = 3.0
 COMPILE_DEADLINES = 5  # of these a first compilation may take: without it the model has no chat
 MAX_CHARS = 8_000_000
-MEMORY_BYTES = 512 << 20  # of address space, of each child
+MEMORY_BYTES = 512 << 20  # of address space beside the imports, of each child
 TOO_DEEP = "The conversation is nested too deeply for a chat template."
 
 

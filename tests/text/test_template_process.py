@@ -60,6 +60,14 @@ def test_a_bomb_is_answered_and_the_next_request_served(
     assert strict.render(SHOW, {"x": kind}) == kind
 
 
+def test_what_the_imports_map_is_not_counted() -> None:
+    """NumPy maps memory for each core of the machine: a limit on all of it would fail on a large one."""
+    small = SandboxProcesses(children=1, deadline_s=5.0, memory_bytes=32 << 20)
+    assert small.render(SHOW, {"x": "hi"}) == "hi"
+    with pytest.raises(InvalidRequestError):
+        small.render("{{ 'x' * (64 * 1024 * 1024) }}", {})
+
+
 def test_there_are_many_bombs() -> None:
     assert len({source for _, source in BOMBS}) >= 111
 
