@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -195,6 +196,27 @@ async def test_many_at_once_with_the_async_client(server: Server, expected: str)
     assert results[:10] == results[10:]
     for prompt, text in alone.items():
         assert results[prompts.index(prompt)] == text
+
+
+def test_answers_have_their_form(server: Server) -> None:
+    """Of an engine process that compiles the grammar again, whole and streamed, beside a free request."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, "x"]}}, "required": ["a"]}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "a", "schema": {**schema, "additionalProperties": False}},
+    }
+    options: dict[str, Any] = {"model": server.model, "messages": MESSAGES, "max_tokens": 60}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        free = pool.submit(server.complete, 40)
+        answer = server.client.chat.completions.create(response_format=form, n=2, temperature=1, **options)
+        stream = server.client.chat.completions.create(response_format=form, stream=True, **options)
+        texts = ["".join(chunk.choices[0].delta.content or "" for chunk in stream)]
+        assert free.result().usage.completion_tokens == 40
+    texts += [str(choice.message.content) for choice in answer.choices]
+    assert all(json.loads(text) in ({"a": 1}, {"a": "x"}) for text in texts), texts
+    with pytest.raises(openai.BadRequestError, match="uniqueItems is not supported") as caught:
+        server.complete(4, extra_body={"structured_outputs": {"json": {"uniqueItems": True}}})
+    assert caught.value.param == "structured_outputs"
 
 
 def test_wrong_requests_are_the_sdk_errors(server: Server) -> None:

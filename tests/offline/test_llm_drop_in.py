@@ -23,6 +23,7 @@ from microvllm import (
     LLMEngine,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
     TokensPrompt,
 )
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
@@ -273,6 +274,23 @@ def test_flat_logprobs_read_the_same(llm: LLM) -> None:
         assert isinstance(found, FlatLogprobs) and len(found) == len(wanted)
         assert list(found) == wanted and found[-1] == wanted[-1] and list(found[1:3]) == wanted[1:3]
         assert len(found.token_ids) == sum(map(len, wanted))
+
+
+def test_outputs_have_their_form(llm: LLM) -> None:
+    choice = StructuredOutputsParams(choice=["yes", "no"])
+    several = [SamplingParams(structured_outputs=choice, seed=seed) for seed in range(3)]
+    free = SamplingParams(temperature=0, max_tokens=5)
+    results = llm.generate([PROMPTS[0]] * 4, [*several, free], use_tqdm=False)
+    assert {result.outputs[0].text for result in results[:3]} <= {"yes", "no"}
+    assert results[0].outputs[0].finish_reason == "stop"
+    assert several[0].structured_outputs is choice and several[0].clone() == several[0]
+    for wrong in ({"regex": "("}, {"json": {"not": {}}}):
+        with pytest.raises(InvalidRequestError) as caught:
+            llm.generate(PROMPTS[0], SamplingParams(structured_outputs=wrong), use_tqdm=False)
+        assert caught.value.param == "structured_outputs"
+    for wrong in ({}, {"regex": "a", "choice": ["a"]}, {"regex": 1}, {"pattern": "a"}, "a"):
+        with pytest.raises(InvalidRequestError, match="structured_outputs"):
+            SamplingParams(structured_outputs=wrong)
 
 
 def test_default_parameters_may_be_changed(llm: LLM) -> None:
