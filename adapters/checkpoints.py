@@ -19,14 +19,23 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
+from microvllm.adapters.quantization import KEY as QUANTIZATION_KEY
+from microvllm.adapters.quantization import Quantization, Scheme
 from microvllm.adapters.registry import BY_GGUF_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
-from microvllm.adapters.safetensors_file import open_folder
+from microvllm.adapters.safetensors_file import StoredTensor, open_folder
 from microvllm.adapters.tensors import Cut, Part, Slot
 from microvllm.ops.quantized import QuantizedRows
 
 CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, small enough to stay in cache
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    **PLAIN_DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 class Checkpoint(Protocol):
@@ -42,6 +51,10 @@ class Checkpoint(Protocol):
         ...
 
     def file_of(self, name: str) -> Path: ...
+    def check_plain(self, name: str) -> None:
+        """Raise `ModelFileError` for a tensor, if it is there, whose dtype needs more than a conversion."""
+        ...
+
     def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
         """Convert the part's rows, of these columns, of a stored tensor to `out`, and drop its pages."""
         ...
@@ -58,8 +71,8 @@ class FolderCheckpoint:
     # Older checkpoints carry the rotary frequencies, which follow from the configuration.
     _IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
-    def __init__(self, folder: Path, family: Family) -> None:
-        self.path = folder
+    def __init__(self, folder: Path, family: Family, quantization: Quantization | None = None) -> None:
+        self.path, self.quantization = folder, quantization
         self._files = open_folder(folder)
         self.names, self._wrapper = _as_stored(family.hf_tensors, self._files)
         outside = [name for name in self._files if self._is_outside(name)]
@@ -73,36 +86,78 @@ class FolderCheckpoint:
         return {name: file.tensors[name].shape for name, file in self._files.items()}
 
     def may_be_unused(self, name: str) -> bool:
-        return self._is_outside(name) or self._IGNORED.fullmatch(name) is not None
+        return (
+            self._is_outside(name) or self._IGNORED.fullmatch(name) is not None or self._is_empty_bias(name)
+        )
 
     def has_own_head(self) -> bool:
         head, embed = (f"{self.names[role]}.weight" for role in ("lm_head", "embed"))
         if head not in self._files or embed not in self._files:
             return False
-        matrices = self._stored(head), self._stored(embed)
+        matrices = self.view(head), self.view(embed)
         if matrices[0].dtype != matrices[1].dtype:
             matrices = matrices[0].float(), matrices[1].float()
         same = torch.equal(*matrices)
-        self._files[head].forget(head)
-        self._files[embed].forget(embed)
+        self.forget(head)
+        self.forget(embed)
         return not same
 
     def file_of(self, name: str) -> Path:
         return self._files[name].path
 
+    def scheme(self, part: Part, layer: int) -> Scheme | None:
+        """How the matrix of a part is quantised; None if it is plain."""
+        if self.quantization is None or part.bias or part.role == "embed":
+            return None
+        if part.role == "lm_head" and not self.quantization.with_head:
+            return None
+        return self.quantization.scheme(self.names[part.role].format(i=layer))
+
+    def find(self, name: str) -> StoredTensor | None:
+        """The entry of a tensor in the header of its file; None if there is no such tensor."""
+        file = self._files.get(name)
+        return file.tensors[name] if file else None
+
+    def check_plain(self, name: str) -> None:
+        tensor = self.find(name)
+        if tensor is None or tensor.dtype in PLAIN_DTYPES:
+            return
+        problem = f"tensor {name} is stored as {tensor.dtype}"
+        if self.quantization is None:
+            raise ModelFileError(
+                self.file_of(name),
+                f"{problem}, and config.json has no {QUANTIZATION_KEY}; without one supported are "
+                f"{', '.join(PLAIN_DTYPES)}",
+            )
+        raise ModelFileError(
+            self.file_of(name), f"{problem}, although {QUANTIZATION_KEY} does not quantise this module"
+        )
+
     def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
-        stored = self._stored(name).view(self._files[name].tensors[name].shape)
+        stored = self.view(name)
         for rows, piece in zip(part.rows.runs, torch.split(out, part.rows.lengths), strict=True):
             run = stored[slice(*rows)]
             piece.copy_(run if columns is None else run[:, slice(*columns.runs[0])])
-        self._files[name].forget(name)
+        self.forget(name)
 
-    def _stored(self, name: str) -> torch.Tensor:
-        """A view of the file."""
+    def view(self, name: str) -> torch.Tensor:
+        """A tensor in its own dtype and shape: a view of the file."""
         file = self._files[name]
         tensor = file.tensors[name]
         dtype, count = TORCH_DTYPES[tensor.dtype], math.prod(tensor.shape)
-        return torch.frombuffer(file.map, dtype=dtype, count=count, offset=tensor.start)
+        if count == 0:
+            return torch.empty(tensor.shape, dtype=dtype)
+        return torch.frombuffer(file.map, dtype=dtype, count=count, offset=tensor.start).view(tensor.shape)
+
+    def forget(self, name: str) -> None:
+        """Give the memory of a viewed tensor's pages back."""
+        self._files[name].forget(name)
+
+    def _is_empty_bias(self, name: str) -> bool:
+        """Whether a tensor is one of the zeros that GPTQ's writers add to modules without a bias."""
+        if self.quantization is None or self.quantization.method != "gptq" or not name.endswith(".bias"):
+            return False
+        return f"{name.removesuffix('bias')}qweight" in self._files and not self.view(name).any()
 
     def _is_outside(self, name: str) -> bool:
         """Whether a tensor belongs to another part of the model that the language model was wrapped in."""
@@ -158,6 +213,9 @@ class GGUFCheckpoint:
 
     def file_of(self, name: str) -> Path:
         return self._file.file_of(name)
+
+    def check_plain(self, name: str) -> None:
+        """Every type that a file may have is read."""
 
     def is_quantized(self, slot: Slot) -> bool:
         """Whether all stored tensors of a matrix are in ggml's block formats."""

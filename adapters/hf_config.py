@@ -76,7 +76,7 @@ def hf_spec(
     returns the window of each of so many layers. `rotary` reads the rotation from the config, the head size
     and the default length.
     Raises `ModelFileError` naming the key for anything that this engine would compute differently from
-    the model's authors: other activations, quantised weights, experts, unknown rotary scaling, ...
+    the model's authors: other activations, experts, unknown rotary scaling, ...
     """
     refuse_unsupported(config)
     vocab_size = config.size("vocab_size")
@@ -156,11 +156,7 @@ def qwen_windows(config: Fields, num_layers: int) -> list[int | None]:
 
 
 def refuse_unsupported(config: Fields) -> None:
-    """Raise `ModelFileError` for what no family here computes: quantised weights, experts, ..."""
-    if config.get("quantization_config") is not None:
-        quantization = config.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise config.error("quantization_config", f"(quant_method {shorten(method)}) is not supported")
+    """Raise `ModelFileError` for what no family here computes: experts, ..."""
     for key in MOE_KEYS:
         if config.get(key) not in (None, 0):
             raise config.error(key, "is set: mixture-of-experts models are not supported")

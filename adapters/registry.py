@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from microvllm.adapters import gemma2, gemma3, llama, mistral, phi3, qwen, qwen2, qwen3
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.family import Family
@@ -18,6 +20,8 @@ from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.overrides import override, unread
 from microvllm.adapters.pooling import folder_pooling, gguf_pooling, headless, headless_folder
 from microvllm.adapters.pooling_spec import Pooling
+from microvllm.adapters.quantization import KEY as QUANTIZATION_KEY
+from microvllm.adapters.quantization import Quantization, read_method, read_quantization
 from microvllm.adapters.spec import ModelSpec
 
 FLAG = "--hf-overrides"
@@ -94,7 +98,7 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any], runner: str) -> Mod
     config = Fields(path, override(read_json(path), overrides))
     try:
         family, without_head = _family(config)
-        spec = family.from_hf(config)
+        spec = msgspec.structs.replace(family.from_hf(config), quantization=_quantization(folder, config))
         if without_head and runner == "generate":
             raise config.error("architectures", "names a model without a head, which cannot generate")
         pooling = None if runner == "generate" else folder_pooling(folder)
@@ -109,6 +113,14 @@ def _from_folder(folder: Path, overrides: Mapping[str, Any], runner: str) -> Mod
     if ignored := unread(overrides, config.read):
         raise OverrideError(path, f"{FLAG}: {ignored[0]} is no key that a {spec.architecture} model has here")
     return spec
+
+
+def _quantization(folder: Path, config: Fields) -> Quantization | None:
+    """From config.json, or else from the file that ModelOpt wrote before config.json had a key for it."""
+    path = folder / "hf_quant_config.json"
+    if QUANTIZATION_KEY in config or not path.exists():
+        return read_quantization(config)
+    return read_method(Fields(path, {"quant_method": "modelopt", **read_json(path)}))
 
 
 def _family(config: Fields) -> tuple[Family, bool]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from microvllm.adapters.pooling_spec import Pooling
+from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.tensors import WHOLE, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pooling: Pooling | None = None
+    quantization: Quantization | None = None  # of a Hugging Face folder
 
     @property
     def num_layers(self) -> int:

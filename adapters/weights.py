@@ -59,7 +59,7 @@ def load_weights(
     if load_format not in ("auto", actual):
         raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
     checkpoint: Checkpoint = (
-        FolderCheckpoint(model, family)
+        FolderCheckpoint(model, family, spec.quantization)
         if model.is_dir()
         else GGUFCheckpoint(model, spec.layers[0].mixer.head_dim)
     )
@@ -79,6 +79,14 @@ def load_weights(
         expected |= format_of(slot).stored_shapes(checkpoint, slot)
     _check_names(checkpoint, spec, expected)
     slots = list(spec.slots(checkpoint.names, shard))
+    if spec.quantization is not None:
+        method, name = spec.quantization.method, str(dtype).removeprefix("torch.")
+        size = sum(math.prod(slot.shape) for slot in slots) * dtype.itemsize
+        stored = sum(path.stat().st_size for path in set(map(checkpoint.file_of, checkpoint.shapes())))
+        warn_once(
+            f"{model}: weights in {method} become {name} as they are loaded, {size / 1e9:.2f} GB of memory "
+            f"({stored / 1e9:.2f} GB of files); activations are not quantised"
+        )
     count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
 
     def loaded() -> None:

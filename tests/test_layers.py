@@ -32,6 +32,7 @@ HEAVY = (
     "microvllm.runtime.text.hf_tokenizer",
     "microvllm.adapters.checkpoints",
     "microvllm.adapters.decoder",
+    "microvllm.adapters.dequantize",
     "microvllm.adapters.rotary",
     "microvllm.adapters.weight_formats",
     "microvllm.adapters.weights",

@@ -77,7 +77,7 @@ def test_the_model_is_as_if_its_file_said_so(
         ({"rope_scaling": {"rope_type": "yarn", "faktor": 2.0}}, "faktor is not a key of rotary scaling"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp9"}}, "quantization_config.quant_method 'fp9'"),
     ],
 )
 def test_a_wrong_override_is_named(overrides: dict[str, Any], problem: str, tmp_path: Path) -> None:

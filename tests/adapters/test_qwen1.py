@@ -120,7 +120,7 @@ def test_the_stored_dtype(tmp_path: Path, flags: dict[str, Any], dtype: str) -> 
         ("layer_norm_epsilon", -1),
         ("vocab_size", 0),
         ("num_hidden_layers", 1_000_000),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("quantization_config", "gptq"),
         ("torch_dtype", "int8"),
     ],
 )

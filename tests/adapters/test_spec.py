@@ -459,7 +459,7 @@ BAD_KEYS = [
     ("rope_theta", float("nan")),
     ("hidden_act", "gelu"),
     ("partial_rotary_factor", 0.5),
-    ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    ("quantization_config", "gptq"),
     ("num_local_experts", 8),
     ("tie_word_embeddings", "yes"),
     ("attention_bias", 1),

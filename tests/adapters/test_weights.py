@@ -205,8 +205,8 @@ def tensor_entry(**changes: Any) -> dict[str, Any]:
 
 
 BAD_HEADERS = [
-    ({"a": tensor_entry(dtype="I64")}, "stored as 'I64'"),
-    ({"a": tensor_entry(dtype="F8_E4M3")}, "stored as 'F8_E4M3'"),
+    ({"a": tensor_entry(dtype="I16")}, "stored as 'I16'"),
+    ({"a": tensor_entry(dtype="F8_E5M2")}, "stored as 'F8_E5M2'"),
     ({"a": tensor_entry(dtype=None)}, "stored as None"),
     ({"a": tensor_entry(dtype=["F32"])}, "stored as"),
     ({"a": tensor_entry(shape=[3])}, "do not hold"),
