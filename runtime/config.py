@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError, OverrideError
+from microvllm.adapters.quantization import QUANTIZATIONS, why_not_quantized
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime import vllm_environment
 from microvllm.runtime.backends import (
@@ -37,6 +38,7 @@ from microvllm.runtime.flag import (
     context_length,
     flag,
     human_int,
+    optional_text,
     queue_length,
     required_flag,
 )
@@ -80,6 +82,13 @@ class EngineArgs:
         choices=("auto", *DTYPE_BYTES, *DTYPE_ALIASES),
     )
     load_format: str = flag("auto", MODEL, "auto, safetensors, gguf, or dummy (random weights).")
+    quantization: str | None = flag(
+        None,
+        MODEL,
+        "How the checkpoint is quantised, which config.json says anyway: another method ends the start.",
+        choices=QUANTIZATIONS,
+        read=optional_text,
+    )
     gguf_weights: str = flag(
         "auto",
         MODEL,
@@ -238,7 +247,11 @@ class EngineArgs:
         too_long = max_model_len > spec.max_position and (
             f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
         )
+        plain_or_method = spec.quantization.method if spec.quantization else None
+        stored = "gguf" if path.is_file() else plain_or_method
+        other_method = self.quantization and why_not_quantized(self.quantization, stored, self.model)
         _refuse(
+            (other_method, other_method),
             (
                 self.max_num_queued_reqs == AUTO_QUEUE and not self.queue_timeout,
                 "--max-num-queued-reqs auto needs --queue-timeout",

@@ -133,6 +133,11 @@ def human_int(text: str) -> int:
     return scaled // parts
 
 
+def optional_text(text: str) -> str | None:
+    """Read a value that may be None, which vLLM's flags spell so."""
+    return None if text.lower() in ("", "none") else text
+
+
 def context_length(text: str) -> int | None:
     """Read a size in tokens; None for `auto` and -1: as long as the model and the KV cache allow."""
     length = None if str(text).strip().lower() == "auto" else human_int(text)

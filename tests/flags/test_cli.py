@@ -268,6 +268,7 @@ NOT_DEFAULT = {
     "port": "8001", "dtype": "float32", "max_model_len": "512", "uvicorn_log_level": "error",
     "log_level": "error", "chat_template": "{{ messages }}", "scheduling_policy": "priority",
     "cpu_threads": "1", "gguf_weights": "packed", "cpu_activations": "int8", "device": "cpu",
+    "quantization": "awq",
     "chat_template_content_format": "openai",
     "runner": "pooling", "convert": "embed", "pooler_config": '{"pooling_type": "MEAN"}',
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",

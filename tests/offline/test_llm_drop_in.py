@@ -125,7 +125,9 @@ def test_spellings_of_options(caplog: pytest.LogCaptureFixture) -> None:
     read = engine_options({"dtype": torch.bfloat16, "max_model_len": "auto", "tokenizer": Path("a")})
     assert read == {"dtype": "bfloat16", "tokenizer": "a"}
     assert engine_options({"max_model_len": -1, "enable_prefix_caching": None, "seed": None}) == {}
-    assert engine_options({"tokenizer_mode": "slow", "quantization": "gguf", "task": "generate"}) == {}
+    assert engine_options({"tokenizer_mode": "slow", "quantization": "gguf", "task": "generate"}) == {
+        "quantization": "gguf"
+    }
     with caplog.at_level(logging.WARNING):
         assert engine_options({"swap_space": 4, "trust_remote_code": True, "disable_log_stats": True}) == {}
     assert [record.args[0] for record in caplog.records if record.args] == ["swap_space", "trust_remote_code"]
