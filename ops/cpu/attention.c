@@ -212,6 +212,19 @@ INLINE long begin_of(const Decode *j, long row, long chunk)
 }
 INLINE long end_of(const Decode *j, long row, long chunk) { return least((chunk + 1) * CHUNK, length_of(j, row)); }
 
+/* Addresses of the keys of tokens [from, to) of the sequence with these blocks, in one KV head. */
+static void find_keys(const Cache *cache, const int64_t *blocks, long head, long bytes, long from, long to,
+                      const void **keys)
+{
+    long size = cache->block_size;
+    for (long t = from, end; t < to; t = end) {
+        long slot = head * cache->num_slots + blocks[t / size] * size + t % size;
+        const char *key = (const char *)cache->data + slot * bytes;
+        end = least(to, (t / size + 1) * size);
+        for (long i = t; i < end; i++, key += bytes) *keys++ = key;
+    }
+}
+
 /* One KV head of some rows of one sequence, CHUNK of its tokens. */
 static void decode_piece(const void *job, long piece)
 {
@@ -221,18 +234,20 @@ static void decode_piece(const void *job, long piece)
     long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads;
     long row = piece / j->chunks / a->kv_heads * j->together, last = least(row + j->together, j->rows) - 1;
     long group = a->heads / a->kv_heads, d = a->d, part = d + 2, stride = j->chunks * part;
-    long first = begin_of(j, row, chunk), size = cache->block_size;
+    long first = begin_of(j, row, chunk);
     const int64_t *blocks = j->blocks + (j->lens ? row * a->width : 0);
     long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)),
          to_values = a->kv_heads * cache->num_slots * bytes;
-    long end = end_of(j, last, chunk), seen = least(end + AHEAD, length_of(j, last));
+    long end = end_of(j, last, chunk), length = length_of(j, last), seen = least(end + AHEAD, length);
     const void *keys[CHUNK + AHEAD], *values[CHUNK];
-    for (long t = first, slot = 0; t < seen; t++) {
-        slot = t == first || t % size == 0 ? blocks[t / size] * size + t % size : slot + 1;
-        keys[t - first] = (const char *)cache->data + (head * cache->num_slots + slot) * bytes;
+    if (first < end) {
+        find_keys(cache, blocks, head, bytes, first, seen, keys);
+        for (long t = 0; t < end - first; t++) values[t] = (const char *)keys[t] + to_values;
+        /* Where the sequence ends, this thread goes on with its beginning in the next head. */
+        long left = end + AHEAD - seen, found = least(left, length), next = least(head + 1, a->kv_heads - 1);
+        find_keys(cache, blocks, next, bytes, 0, found, keys + seen - first);
+        for (long t = found; t < left; t++) keys[seen - first + t] = keys[0];
     }
-    for (long t = first; t < end; t++) values[t - first] = (const char *)keys[t - first] + to_values;
-    for (long t = most(first, seen); t < end + AHEAD; t++) keys[t - first] = cache->data;
     for (; row <= last; row++) {
         long begin = begin_of(j, row, chunk), count = end_of(j, row, chunk) - begin, skipped = begin - first;
         for (long h = head * group; h < (head + 1) * group; h += GROUP) {
