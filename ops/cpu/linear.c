@@ -14,7 +14,7 @@
  * share a 32-bit word, and zeros fill k up to whole tiles. Panels of quantised weights are described in quantized.h. */
 
 /* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
-#define AHEAD 2048
+#define AHEAD 4096
 
 /* Terms of a sum that are added up one by one. */
 #define DEPTH 1024L
