@@ -31,11 +31,12 @@ from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what is measured, and of the rules by which it is judged
+VERSION = 3  # of what is measured, and of the rules by which it is judged
 BF16, Q4_1 = 30, 3  # ggml's numbers of formats
 SIDE = 1024  # rows and columns of each weight
 STREAMED_BYTES = 128 << 20  # more than the caches hold
 COMPUTED_BYTES = 8 << 20
+MATRIX_BYTES = 64 << 20  # in the caches the matrix unit gains more than with weights that are waited for
 FEWEST_TURNS, MOST_TURNS = 6, 24  # more than the fewest only while they disagree
 CLEAR_GAIN = 0.95  # of the time
 WINNING_SHARE = 0.75  # of the turns
@@ -176,7 +177,8 @@ def calibrate(library: ctypes.CDLL) -> Calibration:
             for rows in MATRIX_ROWS:
                 vectors, matrix = (Tuning(**{**asdict(tuning), field: border}) for border in (rows + 1, rows))
                 what = f"{rows} x {'bfloat16' if number == BF16 else 'quantised'} by vectors, by matrix unit"
-                if gain(what, rows, number, vectors, matrix, COMPUTED_BYTES):
+                count = MATRIX_BYTES if number == BF16 else COMPUTED_BYTES
+                if gain(what, rows, number, vectors, matrix, count):
                     break
             tuning = matrix
     return Calibration(processor_name(), tuning, comparisons, round(load.measure(), 3))
