@@ -176,8 +176,8 @@ def _compressed_scheme(config: Fields, kind: str, widths: tuple[int, ...], strat
 
 # Format: the type of its codes, their widths, and what may share a scale.
 COMPRESSED: Mapping[str, tuple[str, tuple[int, ...], str]] = {
-    "float-quantized": ("float", (8,), "tensor channel group block"),
-    "int-quantized": ("int", (8,), "tensor channel group"),
+    "float-quantized": ("float", (8,), "tensor channel block"),
+    "int-quantized": ("int", (8,), "tensor channel"),
     "pack-quantized": ("int", (4, 8), "channel group"),
 }
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Measures the perplexity of a text for each way of multiplying with the weights of a .gguf file.
 
+Or for a folder and for others that are quantised from it: `--model PLAIN --beside FP8 GPTQ`.
+
 The text is cut into windows; each is a prompt whose log probabilities the engine gives back. Prints Markdown:
-the last column is how much larger the perplexity is than the exact one, and two standard errors of that. The
-text that comes with the script is of 1776; models may know parts of it by heart, in all rows alike.
+the last column is how much larger the perplexity is than that of the first row, and two standard errors of
+that. The text that comes with the script is of 1776; models may know parts of it by heart, in all rows alike.
 """
 
 from __future__ import annotations
@@ -40,12 +42,18 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path(__file__).with_suffix(".txt"))
     parser.add_argument("--window", type=int, default=512, help="tokens that are read at a time")
     parser.add_argument("--dtype", default="auto", help="of the KV cache and of dequantized weights")
+    parser.add_argument(
+        "--beside", nargs="*", default=[], help="folders to compare with --model, each as it is"
+    )
     args = parser.parse_args()
+    rows = [(name, args.model, way) for name, way in WAYS.items()]
+    if args.beside:
+        rows = [(Path(model).name, model, {}) for model in (args.model, *args.beside)]
     text = args.text.read_text("utf-8")
-    print("| weights | tokens | perplexity | beside exact |\n|---|---|---|---|")
+    print("| weights | tokens | perplexity | beside the first |\n|---|---|---|---|")
     exact: list[float] = []
-    for name, way in WAYS.items():
-        llm = LLM(args.model, dtype=args.dtype, **way)
+    for name, model, way in rows:
+        llm = LLM(model, dtype=args.dtype, **way)
         ids = llm.get_tokenizer().encode(text)
         windows = [ids[at : at + args.window] for at in range(0, len(ids) - 1, args.window)]
         found = log_probabilities(llm, [window for window in windows if len(window) > 1])

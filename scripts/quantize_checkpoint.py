@@ -60,6 +60,13 @@ def write_fp8(weight: Tensor, block: tuple[int, int], shape: tuple[int, ...], **
     return Written({"weight": codes, name: scale.reshape(shape or scale.shape), **more}, values)
 
 
+def write_int8(weight: Tensor, _: int) -> Written:
+    """A scale for each row, symmetric."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    return Written({"weight": codes, "weight_scale": scale}, codes.float() * scale)
+
+
 def fp8_config(**more: Any) -> dict[str, Any]:
     return {"quant_method": "fp8", "activation_scheme": "dynamic", **more}
 
@@ -217,8 +224,13 @@ def packed_config(size: int, *, bits: int = 4, **more: Any) -> dict[str, Any]:
     return compressed_config("pack-quantized", weights, None)
 
 
-def modelopt_config(_: int) -> dict[str, Any]:
-    return {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+def int8_config(_: int) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    return compressed_config("int-quantized", weights, {**weights, "strategy": "token", "dynamic": True})
+
+
+def modelopt_config(algorithm: str) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
 
 
 ACTIVATION = {"input_scale": torch.tensor(0.02)}
@@ -236,7 +248,13 @@ FORMS: dict[str, Form] = {
         lambda _: float_config("tensor", dynamic=False), lambda w, _: write_fp8(w, (0, 0), (1,), **ACTIVATION)
     ),
     "compressed-fp8-channel": Form(lambda _: float_config("channel"), lambda w, _: write_fp8(w, (1, 0), ())),
-    "modelopt-fp8": Form(modelopt_config, lambda w, _: write_fp8(w, (0, 0), (1,), **ACTIVATION)),
+    "compressed-int8": Form(int8_config, write_int8),
+    "modelopt-fp8-channel": Form(
+        lambda _: modelopt_config("FP8_PER_CHANNEL_PER_TOKEN"), lambda w, _: write_fp8(w, (1, 0), (-1,))
+    ),
+    "modelopt-fp8": Form(
+        lambda _: modelopt_config("FP8"), lambda w, _: write_fp8(w, (0, 0), (1,), **ACTIVATION)
+    ),
     "gptq-4": Form(gptq_config, write_gptq),
     "gptq-4-order": Form(
         lambda size: gptq_config(size, desc_act=True), lambda w, size: write_gptq(w, size, ordered=True)

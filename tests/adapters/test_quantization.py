@@ -125,6 +125,12 @@ def test_modules_in_blocks_of_gptq() -> None:
     assert found.scheme(PROJECTION) is not None and found.scheme("model.layers.1.mlp.up_proj") is None
 
 
+def test_older_names_of_keys() -> None:
+    older = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}
+    found = read_quantization(Fields(Path("config.json"), {"compression_config": older}))
+    assert found is not None and found.scheme(PROJECTION) == read("awq").scheme(PROJECTION)
+
+
 def quantized_config(tmp_path: Path, form: str) -> str:
     """A folder whose config.json says that it is quantised; nothing else of it is read."""
     config = json.loads((variant_folder("llama-tied") / "config.json").read_text())

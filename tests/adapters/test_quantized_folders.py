@@ -113,12 +113,18 @@ def test_matrices_that_are_stored_as_one(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["fp8", "w4a16-order"])
-def test_sharded_files(tmp_path: Path, form: str) -> None:
+def test_sharded_files(tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str) -> None:
     folder = make_hf_folder(tmp_path / "plain", "qwen2", sharded=True)
     values = quantize(folder, tmp_path / "made", form)
     assert len(list((tmp_path / "made").glob("*.safetensors"))) > 1
     loaded = load(tmp_path / "made")
     assert all(loaded[name].equal(matrix) for name, matrix in expected(values, 1).items())
+    (line,) = [
+        record.getMessage() for record in caplog.records if "as they are loaded" in record.getMessage()
+    ]
+    assert (
+        "become float32" in line and f"{sum(each.nbytes for each in loaded.values()) / 1e9:.2f} GB of" in line
+    )
 
 
 @pytest.mark.parametrize(
