@@ -261,7 +261,7 @@ def _pair(config: Fields, key: str) -> tuple[int, int]:
         raise config.error(key, f"must be two sizes, got {shorten(value)}")
     try:
         rows, columns = (int(size) for size in sizes)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise config.error(key, f"must be two sizes, got {shorten(value)}") from None
     if not 0 < rows < 1 << 31 or not 0 < columns < 1 << 31:
         raise config.error(key, "must be two sizes above 0")

@@ -46,6 +46,7 @@ UNREAD = [
     ("fp8", {"kv_cache_scheme": "static"}, "kv_cache_scheme is set: keys and values are not quantised"),
     ("fp8", {"weight_block_size": [128]}, "weight_block_size must be two sizes"),
     ("fp8", {"weight_block_size": [128, "x"]}, "weight_block_size must be two sizes"),
+    ("fp8", {"weight_block_size": [128, float("inf")]}, "weight_block_size must be two sizes"),
     ("fp8", {"weight_block_size": [0, 128]}, "weight_block_size must be two sizes above 0"),
     ("fp8", {"ignored_layers": "lm_head"}, "ignored_layers must be a list of names"),
     ("fp8", {"ignored_layers": ["re:("]}, "ignored_layers has 're:(', which is no expression"),
