@@ -130,7 +130,7 @@ class StoredMatrix:
     def copy(self, out: torch.Tensor) -> None:
         """Write the values of the part's rows and the slot's columns: [rows, columns] of any dtype."""
         columns = range(*self._columns.runs[0])
-        step = max(64, CHUNK_ELEMENTS // len(columns) // 64 * 64)
+        step = max(32, CHUNK_ELEMENTS[out.device.type] // len(columns) // 32 * 32)
         tensors = {
             suffix: self._checkpoint.view(name)
             for name, (suffix, _) in self._wanted.items()
