@@ -83,6 +83,11 @@ def translate(form: StructuredOutput, specials: Specials) -> str:
         return HEAD + any_to_lark(_TREE_MARKS.sub("", spec))
     except (GbnfToLarkError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the grammar is neither Lark's nor GBNF: {error}") from None
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # The library's words for a rule that is missing: "Rule 'x' not found".
+        raise InvalidRequestError(f"the grammar is no GBNF: {error}") from None
 
 
 def check(form: StructuredOutput, specials: Specials) -> str:
@@ -127,6 +132,8 @@ def _explain(form: StructuredOutput, problem: str) -> str:
         reason = f"invalid pattern {caret['pattern'].strip()!r:.200}: {caret['reason']} at character {where}"
     else:
         reason = problem.partition("\n")[0]
+        if reason == "NoExtensionBias":  # llguidance's name for a grammar of which no output is finite
+            reason = "no output ever ends, since it contains itself again"
     keywords = json_schema.unsupported(problem)
     if keywords:
         reason = f"{', '.join(keywords)} {'is' if len(keywords) == 1 else 'are'} not supported"
