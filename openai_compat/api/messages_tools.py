@@ -17,11 +17,12 @@ from microvllm.openai_compat.api.messages_requests import (
     fault,
     read_part,
 )
+from microvllm.openai_compat.api.reading import read_value
 from microvllm.openai_compat.api.requests import Function as ChatFunction
-from microvllm.openai_compat.api.requests import NamedFunction
+from microvllm.openai_compat.api.requests import FunctionName, NamedFunction
 from microvllm.openai_compat.api.requests import Tool as ChatTool
 from microvllm.openai_compat.api.requests import ToolChoice as ChatToolChoice
-from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.errors import Fault, clip, shape_error
 
 
 def tool_fields(body: ConversationBody, turns: Sequence[Message]) -> dict[str, Any]:
@@ -87,6 +88,10 @@ def _tool(value: Any, place: str) -> tuple[ChatTool, bool]:
         problem = f"tools of type {clip(repr(kind))} are not supported by this server, only custom ones"
         raise fault(place, problem)
     tool = read_part(Tool, value, place)
+    try:
+        read_value(FunctionName, tool.name)
+    except Fault as misfit:
+        raise shape_error([(f"body.{place}.name", misfit)]) from None
     if tool.allowed_callers is not None and "direct" not in tool.allowed_callers:
         raise fault(f"{place}.allowed_callers", "needs 'direct': this server executes no code")
     parameters = {"type": "object", **tool.input_schema}

@@ -132,6 +132,7 @@ async def test_a_refused_field_is_named(name: str) -> None:
         ({"system": [IMAGE]}, "system[0]"),
         ({"tools": [{"name": "f"}]}, "tools[0]"),
         ({"tools": [{**TOOL, "name": ""}]}, "tools[0].name"),
+        ({"tools": [{**TOOL, "name": "a<b"}]}, "tools[0].name: Input should be 1 to 128 characters"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"tools": [{**TOOL, "allowed_callers": ["code_execution_20250825"]}]}, "allowed_callers"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
