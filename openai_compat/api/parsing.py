@@ -110,6 +110,11 @@ class Parsing:
             return self._behind_reasoning(answer, call=False)
         calls, functions = TOOL_FORMATS[self.formats.calls], self.functions
         free = use.choice == "auto"
+        if answer is not None and not free and answer.field != "response_format":
+            raise InvalidRequestError(
+                f"{answer.field} cannot be combined with a `tool_choice` that leaves no answer but calls.",
+                answer.field,
+            )
         if free and answer is None:
             form, field = tool_grammar(calls, functions, "auto", parallel=self.parallel), "tools"
         else:

@@ -309,3 +309,16 @@ async def test_with_tools_the_answer_has_the_form_or_is_a_call(model: ObedientCl
             assert message["content"] is None
             for made in message["tool_calls"]:
                 assert isinstance(json.loads(made["function"]["arguments"]), dict)
+
+
+async def test_where_only_calls_may_come_a_form_is_not_ignored(model: ObedientClient) -> None:
+    """A `response_format` is that of the text beside the calls, as in OpenAI's: there is none."""
+    model.wish = UNFORMED
+    async with served(model, SITUATIONS["no parser"]) as http:
+        for form in ("regex", "choice", "grammar", "guided_json", "json_schema"):
+            fields, _ = FORMS[form]
+            message = await chat(http, SITUATIONS["no parser"], tools=TOOLS, tool_choice="required", **fields)
+            if form == "json_schema":
+                assert message["tool_calls"]
+                continue
+            assert message["error"]["param"] in fields and message["error"]["code"] == 400, message
