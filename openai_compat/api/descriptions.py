@@ -66,6 +66,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "guided_regex": "The older name of `structured_outputs.regex`.",
     "guided_choice": "The older name of `structured_outputs.choice`.",
     "guided_grammar": "The older name of `structured_outputs.grammar`.",
+    "guided_whitespace_pattern": "The whitespace of `guided_json` or `response_format`: a pattern.",
     "length_penalty": "Exponent of the length by which a beam's score is divided.",
     # when to end
     "max_tokens": "Maximum number of output tokens.",

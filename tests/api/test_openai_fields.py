@@ -37,7 +37,8 @@ COMMON_FIELDS = """
     return_token_ids cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection
     stream_interval watermarking return_weight_versions routed_experts_prompt_start return_token_offsets
     mm_payload return_mm_kwargs media_io_kwargs mm_processor_kwargs guided_json guided_regex guided_choice
-    guided_grammar logits_processors safety_identifier prompt_cache_key prompt_cache_retention
+    guided_grammar guided_whitespace_pattern logits_processors safety_identifier prompt_cache_key
+    prompt_cache_retention
 """.split()
 COMPLETION_FIELDS = "prompt suffix prompt_embeds".split()
 CHAT_FIELDS = """
@@ -134,6 +135,7 @@ CHANGES |= {
     "guided_regex": ({}, "[ab]+"),
     "guided_choice": ({}, ["a", "b"]),
     "guided_grammar": ({}, 'root ::= "a"'),
+    "guided_whitespace_pattern": ({"guided_json": {}}, " "),
 }
 PATHS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
 SUBJECTS = {

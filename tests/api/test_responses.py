@@ -174,7 +174,10 @@ async def test_every_type_of_the_sdk_is_read_or_refused_by_name() -> None:
 
 
 # Fields that give the form of the output.
-FORMS = {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"}
+FORMS = {
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    "guided_whitespace_pattern",
+}
 # A value for each field that other endpoints that generate have, too.
 SHARED: dict[str, Any] = {
     "model": "fake-model",

@@ -68,6 +68,14 @@ async def ask(path: str, **body: Any) -> tuple[int, Any, list[Any]]:
         ({"structured_outputs": {"grammar": 'root ::= "a"'}}, {"kind": "grammar", "spec": 'root ::= "a"'}),
         ({"guided_json": TEXT}, {"kind": "json", "spec": TEXT, "field": "guided_json"}),
         (
+            {"guided_json": TEXT, "guided_whitespace_pattern": " "},
+            {"kind": "json", "spec": TEXT, "field": "guided_json", "whitespace": " "},
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "guided_whitespace_pattern": ""},
+            {"kind": "json_object", "field": "response_format", "whitespace": ""},
+        ),
+        (
             {"guided_choice": ["a"], "guided_regex": ""},
             {"kind": "choice", "spec": '["a"]', "field": "guided_choice"},
         ),
@@ -121,6 +129,13 @@ async def test_the_form_reaches_the_engine(
         ),
         ({"guided_json": 5}, "guided_json", "json must be a schema"),
         ({"guided_grammar": "root ::= ("}, "guided_grammar", "GBNF"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "needs guided_json"),
+        (
+            {"guided_whitespace_pattern": " ", "structured_outputs": {"json": "{}"}},
+            "guided_whitespace_pattern",
+            "needs guided_json",
+        ),
+        ({"guided_whitespace_pattern": " ", "guided_regex": "a"}, "guided_regex", "whitespace"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "Only one form"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "Only one form"),
     ],
