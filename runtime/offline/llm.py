@@ -151,7 +151,8 @@ class LLM(PoolingMethods):
         """Answer one conversation, or each of a list of them.
 
         The chat template (the model's, or `chat_template`) gets contents as "string", as "openai" (lists of
-        parts), or as it was written for ("auto"). `tools` are shown to it; calls are not parsed.
+        parts), or as it was written for ("auto"). `tools` are shown to it, and refused where it shows none;
+        calls are not parsed.
         """
         self._check_awake()
         given = self._render(
@@ -270,6 +271,9 @@ class LLM(PoolingMethods):
             )
         options["tools"] = options.get("tools") or None
         options["chat_template"] = options.get("chat_template") or self._chat_template
+        source = options["chat_template"] or self.engine.processor.template_source
+        if options["tools"] and "tools" not in source:
+            raise InvalidRequestError("tools: the chat template does not show tools.", "tools")
         one = bool(messages) and isinstance(messages[0], Mapping)
         special = add_special_tokens(tokenization_kwargs, False)
         found = []

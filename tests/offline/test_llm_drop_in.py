@@ -246,6 +246,8 @@ def test_chat_gives_the_rendered_prompt(llm: LLM) -> None:
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     shown = "{{ tools[0]['function']['name'] }}"
     (third,) = llm.chat(MESSAGES, GREEDY, use_tqdm=False, chat_template=shown, tools=tools)
+    with pytest.raises(InvalidRequestError, match="does not show tools"):
+        llm.chat(MESSAGES, GREEDY, use_tqdm=False, tools=tools)
     assert third.prompt == "clock"
 
 
