@@ -62,24 +62,24 @@ INLINE void tile_rows(const float *x, const uint8_t *panel, long k, float out[][
     for (long i = 0; i < k; i += PART) {
         vec acc[MOST_FEW_ROWS][2];
         for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = (vec){};
-        for (long j = i; j < least(k, i + PART); j += f.span) {
-            const uint8_t *block = block_at(panel, j, f), *group = group_at(panel, j, f);
-            int at = j % block_weights(f);
-            if (at % GROUP == 0) fetch_ahead(group, f, once);
-            const Scale low = load_scale(block, at, 0, f), high = load_scale(block, at, 1, f);
+        for (long j = i; j < least(k, i + PART); panel += block_bytes(f))
+            for (int at = 0; at < f.groups * GROUP; at += f.span, j += f.span) {
+                const uint8_t *group = panel + head_bytes(f) + at / GROUP * group_bytes(f);
+                if (at % GROUP == 0) fetch_ahead(group, f, once);
+                const Scale low = load_scale(panel, at, 0, f), high = load_scale(panel, at, 1, f);
 #pragma GCC unroll 1
-            for (int q = 0; q < f.span / 4; q++) {
-                uvec lower = load_quad(group, at % GROUP / 4 + q, f);
-                uvec upper = load_quad(group + WORDS / 2, at % GROUP / 4 + q, f);
-                for (int t = 0; t < 4; t++) {
-                    vec a = widen_quant(lower, t, low), b = widen_quant(upper, t, high);
-                    for (int m = 0; m < M; m++) {
-                        acc[m][0] += a * x[m * k + j + 4 * q + t];
-                        acc[m][1] += b * x[m * k + j + 4 * q + t];
+                for (int q = 0; q < f.span / 4; q++) {
+                    uvec lower = load_quad(group, at % GROUP / 4 + q, f);
+                    uvec upper = load_quad(group + WORDS / 2, at % GROUP / 4 + q, f);
+                    for (int t = 0; t < 4; t++) {
+                        vec a = widen_quant(lower, t, low), b = widen_quant(upper, t, high);
+                        for (int m = 0; m < M; m++) {
+                            acc[m][0] += a * x[m * k + j + 4 * q + t];
+                            acc[m][1] += b * x[m * k + j + 4 * q + t];
+                        }
                     }
                 }
             }
-        }
         for (int m = 0; m < M; m++)
             for (int half = 0; half < 2; half++) {
                 if (i) acc[m][half] += load_f32(out[m] + half * LANES);

@@ -52,7 +52,6 @@ INLINE long multiples(const Format f) { return f.groups == 1 ? 0 : f.groups * GR
 /* Of a packed block of a panel: bytes in front of the quants, of 32 weights' quants, and of all. */
 INLINE long head_bytes(const Format f) { return (f.sign ? 2 : 1) * (HALVES + multiples(f) * WORDS); }
 INLINE long group_bytes(const Format f) { return (long)(f.low + f.high) * WORDS; }
-INLINE long block_weights(const Format f) { return f.groups * GROUP; }
 INLINE long block_bytes(const Format f) { return head_bytes(f) + f.groups * group_bytes(f); }
 
 /* Bytes of a panel of rows of k weights; 0 for a format that is not among those above. */

@@ -51,12 +51,6 @@ INLINE uvec load_quad(const uint8_t *group, int q, const Format f)
     return f.high ? quad | load_bits(group + f.low * WORDS, q, f.high) << f.low : quad;
 }
 
-/* The block, and in it the quants of the 32, that weight i of the rows of a panel belongs to. */
-INLINE const uint8_t *block_at(const uint8_t *panel, long i, const Format f)
-{ return panel + i / block_weights(f) * block_bytes(f); }
-INLINE const uint8_t *group_at(const uint8_t *panel, long i, const Format f)
-{ return block_at(panel, i, f) + head_bytes(f) + i % block_weights(f) / GROUP * group_bytes(f); }
-
 /* Asks for what lies 2048 bytes behind a group: with few rows of x, memory is what there is to wait for. */
 INLINE void fetch_ahead(const uint8_t *group, const Format f, int once)
 {
