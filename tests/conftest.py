@@ -21,9 +21,11 @@ with suppress(ImportError):  # the tests for a GPU do without it
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 # What a shell starts in the background ignores interrupts, and so does all that it starts in turn; tests send
-# interrupts to their own processes.
+# interrupts to their own processes. What nohup starts ignores the end of the terminal, likewise.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # By processor time, from 100 seconds down to 15. The processes of a test run take whole files: what comes
 # last must be short, or all but one wait for it.
