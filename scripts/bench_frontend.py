@@ -247,7 +247,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_system_s": round(system, 2),
         "wall_s": round(clock, 2),
         "cpu_us_per_chunk": round(cpu / chunks * 1e6, 2),
-        "chunks_per_cpu_s": round(chunks / cpu),
+        "chunks_per_cpu_s": round(chunks / max(cpu, 0.01)),  # the least that /proc counts
         "chunks_per_s": round(chunks / clock),
     }
 
