@@ -16,18 +16,17 @@ from microvllm.openai_compat.api import (
     chat_completions,
     completions,
     docs,
-    embeddings,
     generate,
-    messages,
     models,
     page,
     render,
-    responses,
-    responses_stored,
-    scoring,
     service,
     tokenize,
 )
+from microvllm.openai_compat.api.messages import create as messages
+from microvllm.openai_compat.api.responses import create as responses
+from microvllm.openai_compat.api.responses import stored as stored_responses
+from microvllm.openai_compat.api.vectors import embeddings, scoring
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.transport.middleware import inner_layers, outer_layers
@@ -44,7 +43,7 @@ ENDPOINTS = (
     *messages.ENDPOINTS,
     *render.ENDPOINTS,
     *responses.ENDPOINTS,
-    *responses_stored.ENDPOINTS,
+    *stored_responses.ENDPOINTS,
     *generate.ENDPOINTS,
     *embeddings.ENDPOINTS,
     *scoring.ENDPOINTS,

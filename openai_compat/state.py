@@ -13,7 +13,7 @@ import msgspec
 
 import microvllm
 from microvllm.openai_compat.api.formats import Formats
-from microvllm.openai_compat.api.responses_store import ResponseStore
+from microvllm.openai_compat.api.responses.store import ResponseStore
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import Exposition, HttpMetrics
 from microvllm.openai_compat.transport.body import BodyReader

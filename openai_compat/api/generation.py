@@ -45,7 +45,7 @@ from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.streams import Stream
-    from microvllm.openai_compat.api.vector_requests import VectorRequest
+    from microvllm.openai_compat.api.vectors.requests import VectorRequest
     from microvllm.openai_compat.state import ServerState
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta

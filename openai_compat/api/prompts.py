@@ -11,7 +11,7 @@ from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.requests import GenerationRequest, TokenizeRequest
-    from microvllm.openai_compat.api.vector_requests import VectorRequest
+    from microvllm.openai_compat.api.vectors.requests import VectorRequest
     from microvllm.runtime.process.client import EngineClient
 
 MAX_PROMPTS = 1024

@@ -9,8 +9,8 @@ import pytest
 from fake_client import FakeClient, fresh
 from http_tools import in_process
 
-from microvllm.openai_compat.api.messages import Blocks, content_blocks, tool_input
-from microvllm.openai_compat.api.messages_requests import CountTokensRequest, MessagesRequest
+from microvllm.openai_compat.api.messages.create import Blocks, content_blocks, tool_input
+from microvllm.openai_compat.api.messages.requests import CountTokensRequest, MessagesRequest
 from microvllm.openai_compat.api.requests import honoured_fields
 from microvllm.openai_compat.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
 from microvllm.runtime.errors import EngineBusyError, EngineError

@@ -18,9 +18,9 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api.requests import GenerationRequest, honoured_fields
-from microvllm.openai_compat.api.responses_items import PREFIXES, read_messages, seal_reasoning
-from microvllm.openai_compat.api.responses_requests import ResponsesRequest
-from microvllm.openai_compat.api.responses_store import UNFINISHED, ResponseStore, StoredResponse
+from microvllm.openai_compat.api.responses.items import PREFIXES, read_messages, seal_reasoning
+from microvllm.openai_compat.api.responses.requests import ResponsesRequest
+from microvllm.openai_compat.api.responses.store import UNFINISHED, ResponseStore, StoredResponse
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.detokenizer import TextDelta
 
@@ -765,7 +765,7 @@ def test_the_store_is_bounded_by_bytes_and_the_least_recently_used_goes_first() 
 
 
 def test_the_store_is_bounded_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microvllm.openai_compat.api.responses_store.MAX_RESPONSES", 2)
+    monkeypatch.setattr("microvllm.openai_compat.api.responses.store.MAX_RESPONSES", 2)
     store = ResponseStore(1 << 20)
     for name in "abc":
         store.put(name, stored(name))

@@ -13,7 +13,7 @@ from fake_client import BOS, EOS, FakeClient, vector_of
 from http_tools import eventually, in_process, real_server
 
 from microvllm.adapters.pooling_spec import Pooling
-from microvllm.openai_compat.api.vectors import MAX_INPUTS
+from microvllm.openai_compat.api.vectors.texts import MAX_INPUTS
 from microvllm.runtime.errors import EngineError
 
 EMBEDDINGS = "/v1/embeddings"

@@ -18,8 +18,8 @@ from microvllm.openai_compat.api.conversation import render
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.prompts import Truncation
 from microvllm.openai_compat.api.requests import TokenizeRequest
-from microvllm.openai_compat.api.vector_requests import EmbeddingRequest
-from microvllm.openai_compat.api.vectors import (
+from microvllm.openai_compat.api.vectors.requests import EmbeddingRequest
+from microvllm.openai_compat.api.vectors.texts import (
     MAX_INPUTS,
     check_input,
     check_total,

@@ -11,14 +11,14 @@ from typing import Any
 
 import orjson
 
-from microvllm.openai_compat.api.responses_items import (
+from microvllm.openai_compat.api.responses.items import (
     CUSTOM_ARGUMENT,
     PREFIXES,
     ToolName,
     Tools,
     seal_reasoning,
 )
-from microvllm.openai_compat.api.responses_store import item_id
+from microvllm.openai_compat.api.responses.store import item_id
 from microvllm.openai_compat.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
 
 

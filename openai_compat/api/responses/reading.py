@@ -13,7 +13,7 @@ import orjson
 from microvllm.openai_compat.api.conversation import render
 from microvllm.openai_compat.api.reading import read_request
 from microvllm.openai_compat.api.requests import ChatCompletionRequest, GenerationRequest
-from microvllm.openai_compat.api.responses_items import (
+from microvllm.openai_compat.api.responses.items import (
     Tools,
     input_items,
     item_type,
@@ -21,8 +21,8 @@ from microvllm.openai_compat.api.responses_items import (
     read_tool_choice,
     read_tools,
 )
-from microvllm.openai_compat.api.responses_requests import LOGPROBS, Reasoning, ResponsesRequest, TextConfig
-from microvllm.openai_compat.api.responses_store import ResponseStore
+from microvllm.openai_compat.api.responses.requests import LOGPROBS, Reasoning, ResponsesRequest, TextConfig
+from microvllm.openai_compat.api.responses.store import ResponseStore
 from microvllm.openai_compat.errors import clip
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from microvllm.openai_compat.api.endpoint import Endpoint
-from microvllm.openai_compat.api.responses_items import listed_item
-from microvllm.openai_compat.api.responses_store import ID_PREFIX
+from microvllm.openai_compat.api.responses.items import listed_item
+from microvllm.openai_compat.api.responses.store import ID_PREFIX
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError
 

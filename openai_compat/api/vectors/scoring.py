@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.prompts import Truncation
-from microvllm.openai_compat.api.vector_requests import RerankRequest, ScoreRequest, ScoringRequest
-from microvllm.openai_compat.api.vectors import check_total, make_vectors, split_inputs, tokenize_inputs
+from microvllm.openai_compat.api.vectors.requests import RerankRequest, ScoreRequest, ScoringRequest
+from microvllm.openai_compat.api.vectors.texts import check_total, make_vectors, split_inputs, tokenize_inputs
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError

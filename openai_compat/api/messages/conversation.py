@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from microvllm.openai_compat.api.messages_requests import (
+from microvllm.openai_compat.api.messages.requests import (
     Block,
     ConversationBody,
     Message,
@@ -21,7 +21,7 @@ from microvllm.openai_compat.api.messages_requests import (
     fault,
     read_part,
 )
-from microvllm.openai_compat.api.messages_tools import tool_fields
+from microvllm.openai_compat.api.messages.tools import tool_fields
 from microvllm.openai_compat.api.requests import ChatCompletionRequest, JsonSchema, ResponseFormat
 from microvllm.openai_compat.errors import clip
 from microvllm.openai_compat.state import ServerState

@@ -12,7 +12,7 @@ from microvllm.openai_compat.api.generation import check_model, id_suffix, reque
 from microvllm.openai_compat.api.prompts import MAX_PROMPT_TOKENS, Truncation
 from microvllm.openai_compat.api.request_log import log_end, log_start
 from microvllm.openai_compat.api.usage import usage
-from microvllm.openai_compat.api.vector_requests import VectorRequest
+from microvllm.openai_compat.api.vectors.requests import VectorRequest
 from microvllm.openai_compat.errors import Fault, shape_error
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import InvalidRequestError

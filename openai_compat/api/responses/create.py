@@ -18,8 +18,8 @@ from microvllm.openai_compat.api.chat import Chat
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Chunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids
-from microvllm.openai_compat.api.responses_events import OutputWriter
-from microvllm.openai_compat.api.responses_reading import (
+from microvllm.openai_compat.api.responses.events import OutputWriter
+from microvllm.openai_compat.api.responses.reading import (
     ReadBody,
     check_fields,
     read_body,
@@ -27,8 +27,8 @@ from microvllm.openai_compat.api.responses_reading import (
     shortened,
     stores,
 )
-from microvllm.openai_compat.api.responses_requests import ENCRYPTED, Reasoning, ResponsesRequest
-from microvllm.openai_compat.api.responses_store import ID_PREFIX, UNFINISHED, StoredResponse
+from microvllm.openai_compat.api.responses.requests import ENCRYPTED, Reasoning, ResponsesRequest
+from microvllm.openai_compat.api.responses.store import ID_PREFIX, UNFINISHED, StoredResponse
 from microvllm.openai_compat.api.streams import Outcome
 from microvllm.openai_compat.errors import INTERNAL
 from microvllm.openai_compat.parsers.events import Content

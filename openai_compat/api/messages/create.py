@@ -13,8 +13,8 @@ from microvllm.openai_compat.api.chat import Chat
 from microvllm.openai_compat.api.conversation import render
 from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Chunks, check_model
-from microvllm.openai_compat.api.messages_chat import chat_request, renamed
-from microvllm.openai_compat.api.messages_requests import CountTokensRequest, MessagesRequest
+from microvllm.openai_compat.api.messages.conversation import chat_request, renamed
+from microvllm.openai_compat.api.messages.requests import CountTokensRequest, MessagesRequest
 from microvllm.openai_compat.errors import anthropic_error
 from microvllm.openai_compat.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
 from microvllm.openai_compat.parsers.json_text import JsonText

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from microvllm.openai_compat.api.messages_requests import (
+from microvllm.openai_compat.api.messages.requests import (
     ConversationBody,
     DefinedTool,
     Message,
