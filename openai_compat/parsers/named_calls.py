@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from microvllm.openai_compat.parsers.events import Function
@@ -65,20 +67,8 @@ class NamedCalls(msgspec.Struct, frozen=True):
         return [(self.call[0], self.tag(function, checked))]
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
-        made = False
-        while True:
-            if start != self.call[0]:
-                yield from scan.space()
-                if not (yield from scan.literal(self.call[0])):
-                    break
-            start = ""
-            if not (yield from self._call(scan, write)):
-                return
-            made = True
-            scan.record = []
-        if made:
-            yield from scan.closing(self.wrap[1])
-            scan.record = None
+        one = partial(self._call, scan, write)
+        yield from scan.calls(self.call[0], self.wrap[1], one, begun=start == self.call[0])
 
     def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
         yield from scan.space()

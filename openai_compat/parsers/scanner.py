@@ -114,6 +114,30 @@ class Scanner:
             self.take(len(self.text))
         return found
 
+    def calls(
+        self, begin: str, closing: str, one: Callable[[], Reading[bool]], *, begun: bool
+    ) -> Reading[None]:
+        """Read calls one behind the other, each behind its `begin`, then `closing`, which may be "".
+
+        `one` reads on behind the beginning and returns False for what is no call, which ends this; of the
+        first call the beginning is taken already if `begun`.
+        """
+        made = False
+        while True:
+            if not begun:
+                yield from self.space()
+                if not (yield from self.literal(begin)):
+                    break
+            begun = False
+            if not (yield from one()):
+                return
+            made = True
+            self.record = []
+        if made:
+            if closing:
+                yield from self.closing(closing)
+            self.record = None
+
     def ahead(self, *choices: str) -> Reading[str]:
         """Return the first of `choices` that comes next, or "", without taking it."""
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import msgspec
 
@@ -102,21 +103,8 @@ class XmlCalls(msgspec.Struct, frozen=True):
         return written if argument.required else either([written, constant("")])
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
-        made = False
-        while True:
-            if start != self.call[0]:
-                yield from scan.space()
-                if not (yield from scan.literal(self.call[0])):
-                    break
-            start = ""
-            if not (yield from self._call(scan, write)):
-                return
-            made = True
-            scan.record = []
-        if made:
-            if self.section[1]:
-                yield from scan.closing(self.section[1])
-            scan.record = None
+        one = partial(self._call, scan, write)
+        yield from scan.calls(self.call[0], self.section[1], one, begun=start == self.call[0])
 
     def _call(self, scan: Scanner, write: Writer) -> Reading[bool]:
         """Read on behind the beginning of a call; False if it is none."""
