@@ -75,6 +75,23 @@ class TritonAttention:
         most = max(self._few.programs_per_sm, self._many.programs_per_sm)
         self.workspace = DecodeWorkspace(shape, sms, most, device)
 
+    def rotated(self, qkv: Tensor, positions: Tensor, slots: Tensor, layer: int) -> Tensor:
+        """Write the tokens' keys and values to the cache of a layer -> their queries: `rope_and_cache`."""
+        keys, values = self.cache[layer]
+        return rope_and_cache(
+            qkv,
+            positions,
+            slots,
+            keys,
+            values,
+            self.shape,
+            self.angles,
+            self.norms,
+            layer,
+            heads_first=True,
+            pdl=self.pdl,
+        )
+
     def decode_tiling(self, sequences: int) -> DecodeTiling:
         return self._many if sequences >= MANY_SEQS else self._few
 
@@ -119,19 +136,7 @@ class TritonStep:
             )
             self._early = backend.early_reads  # behind the step's first
         if batch.segment_table is not None and decodes < qkv.shape[0]:
-            q = rope_and_cache(
-                qkv[decodes:],
-                batch.positions[decodes:],
-                batch.slots[decodes:],
-                keys,
-                values,
-                shape,
-                backend.angles,
-                backend.norms,
-                layer,
-                heads_first=True,
-                pdl=backend.pdl,
-            )
+            q = backend.rotated(qkv[decodes:], batch.positions[decodes:], batch.slots[decodes:], layer)
             prefill_attention(
                 out[decodes:],
                 q,
@@ -166,19 +171,7 @@ class FixedOrderStep:
         backend, batch = self._backend, self._batch
         shape, (keys, values) = backend.shape, backend.cache[layer]
         out = torch.empty(qkv.shape[0], shape.num_heads * shape.head_dim, dtype=qkv.dtype, device=qkv.device)
-        q = rope_and_cache(
-            qkv,
-            batch.positions,
-            batch.slots,
-            keys,
-            values,
-            shape,
-            backend.angles,
-            backend.norms,
-            layer,
-            heads_first=True,
-            pdl=backend.pdl,
-        )
+        q = backend.rotated(qkv, batch.positions, batch.slots, layer)
         for rows, table in self._segments:
             prefill_attention(
                 out[rows],
