@@ -193,7 +193,7 @@ class GenerationRequest(Body, kw_only=True):
     ignored: ClassVar[tuple[str, ...]] = (
         # accounting, routing and storage hints that change no token
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_retention", "session_id"),
+        *("prompt_cache_retention", "session_id", "guided_decoding_backend"),
         # parts of vLLM that a dense text model does not have
         *("watermarking", "return_weight_versions", "routed_experts_prompt_start", "return_token_offsets"),
         *("mm_payload", "return_mm_kwargs", "media_io_kwargs", "mm_processor_kwargs"),
@@ -206,6 +206,7 @@ class GenerationRequest(Body, kw_only=True):
         "vllm_xargs": ({},),
         "kv_transfer_params": ({},),
         "ec_transfer_params": ({},),
+        "structural_tag": (),  # of vLLM before 0.12, beside `guided_*`
     }
 
     model: str | None = None

@@ -38,7 +38,7 @@ COMMON_FIELDS = """
     stream_interval watermarking return_weight_versions routed_experts_prompt_start return_token_offsets
     mm_payload return_mm_kwargs media_io_kwargs mm_processor_kwargs guided_json guided_regex guided_choice
     guided_grammar guided_whitespace_pattern logits_processors safety_identifier prompt_cache_key
-    prompt_cache_retention
+    prompt_cache_retention structural_tag guided_decoding_backend
 """.split()
 COMPLETION_FIELDS = "prompt suffix prompt_embeds".split()
 CHAT_FIELDS = """
@@ -56,6 +56,7 @@ DEMANDING: dict[str, Any] = {
     "vllm_xargs": {"a": 1},
     "kv_transfer_params": {"a": 1},
     "ec_transfer_params": {"a": 1},
+    "structural_tag": "{}",
     "suffix": "x",
     "prompt_embeds": "AAAA",
     "functions": [{"name": "f"}],
