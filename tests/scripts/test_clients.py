@@ -35,7 +35,7 @@ def turns(scripted: ModuleType, *tools: dict[str, Any], thinking: bool = False) 
     found: list[Any] = []
     while True:
         prompt = template.render(normalize_messages(messages), tools=list(tools), enable_thinking=thinking)
-        text = scripted.answer(prompt, None, "/work")
+        text = scripted.answer(prompt, None, "/project")
         assert thinking == ("</think>" in text)
         call = re.search(r"<tool_call>\n(.*)\n</tool_call>", text)
         if call is None:
@@ -51,7 +51,7 @@ STRING = {"type": "string"}
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_coding_agent_reads_and_edits(scripted: ModuleType, thinking: bool) -> None:
-    path, edit = "/work/colors.txt", {"file_path": STRING, "old_string": STRING, "new_string": STRING}
+    path, edit = "/project/colors.txt", {"file_path": STRING, "old_string": STRING, "new_string": STRING}
     tools = (tool("Bash", command=STRING), tool("Edit", **edit), tool("Read", file_path=STRING))
     assert turns(scripted, *tools, thinking=thinking) == [
         ("Read", {"file_path": path}),
@@ -62,7 +62,7 @@ def test_a_coding_agent_reads_and_edits(scripted: ModuleType, thinking: bool) ->
 
 def test_an_agent_with_a_shell_only_ends_by_a_command(scripted: ModuleType) -> None:
     first, last, _ = turns(scripted, tool("bash", command=STRING))
-    assert first == ("bash", {"command": "sed -i s/red/blue/ /work/colors.txt"})
+    assert first == ("bash", {"command": "sed -i s/red/blue/ /project/colors.txt"})
     assert last == ("bash", {"command": scripted.FINISH})
 
 
