@@ -291,6 +291,7 @@ async def test_an_abort_frees_the_blocks_within_one_step(
         told.clear()
         stream.abort()
         stream.abort()
+        await asyncio.sleep(0)  # the loop has a turn, in which it writes the message
     finally:
         os.kill(pid, signal.SIGCONT)
     await wait_until_async(lambda: bool(told) and told[-1].kv_blocks_used == 0, "the blocks are free")
