@@ -26,7 +26,8 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
     `adapters.dequantize`. `block`: rows and columns that share a scale, 0 for all. Codes are floating-point
     numbers (e4m3) or integers, from which a zero point is subtracted: half of their range if `symmetric`. Of
     GPTQ's first format the stored zero points are too small by `zero_offset`. `ordered`: which scales belong
-    to a column is stored too, as its group may be anywhere ("act-order").
+    to a column is stored too, as its group may be anywhere ("act-order"). `activations`: how the checkpoint
+    wants them rounded to e4m3: "none", "token" (by each token's largest) or "tensor" (by a stored scale).
     """
 
     layout: str
@@ -36,6 +37,7 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
     symmetric: bool = True
     zero_offset: int = 0
     ordered: bool = False
+    activations: str = "none"
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,21 +84,24 @@ def _refuse(config: Fields, key: str, reason: str) -> None:
         raise config.error(key, f"is set: {reason}")
 
 
+ACTIVATIONS = {"dynamic": "token", "static": "tensor"}
+
+
 def _fp8(config: Fields) -> Quantization:
-    _choice(config, "activation_scheme", "dynamic", ("dynamic", "static"))
+    activations = _choice(config, "activation_scheme", "dynamic", ("dynamic", "static"))
     _choice(config, "fmt", "e4m3", ("e4m3",))
     block = (0, 0) if config.get("weight_block_size") is None else _pair(config, "weight_block_size")
     ignored = _names(config, "ignored_layers", "modules_to_not_convert")
-    scheme = Scheme(layout="scaled", is_float=True, block=block)
+    scheme = Scheme(layout="scaled", is_float=True, block=block, activations=ACTIVATIONS[activations])
     return Quantization(method="fp8", groups=(((LINEAR,), scheme),), ignored=ignored)
 
 
 def _modelopt(config: Fields) -> Quantization:
     config = config.part("quantization") or config
     _refuse(config, "kv_cache_quant_algo", "keys and values are not quantised here")
-    blocks = {"FP8": (0, 0), "FP8_PER_CHANNEL_PER_TOKEN": (1, 0)}
-    algorithm = _choice(config, "quant_algo", None, tuple(blocks))
-    scheme = Scheme(layout="scaled", is_float=True, block=blocks[algorithm])
+    kinds = {"FP8": ((0, 0), "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ((1, 0), "token")}
+    block, activations = kinds[_choice(config, "quant_algo", None, tuple(kinds))]
+    scheme = Scheme(layout="scaled", is_float=True, block=block, activations=activations)
     ignored = _names(config, "exclude_modules", "ignore")
     return Quantization(method="modelopt", groups=(((LINEAR,), scheme),), ignored=ignored)
 
@@ -130,7 +135,12 @@ def _compressed(config: Fields) -> Quantization:
             raise (group if "format" in group else config).error(
                 "format", f"{shorten(form)} is not supported: {', '.join(COMPRESSED)} are"
             )
-        groups.append((targets, _compressed_scheme(weights, *COMPRESSED[form])))
+        scheme = _compressed_scheme(weights, *COMPRESSED[form])
+        inputs = group.part("input_activations")
+        if inputs is not None and inputs.get("type") == "float" and inputs.get("num_bits") == 8:
+            kind = "token" if inputs.get("dynamic", False) else "tensor"
+            scheme = msgspec.structs.replace(scheme, activations=kind)
+        groups.append((targets, scheme))
     return Quantization(
         method="compressed-tensors",
         groups=tuple(groups),

@@ -1,13 +1,16 @@
 """Lists the formats in which weights are kept in memory, and loads each.
 
 The kind of tensor that a format loads decides the product: a plain tensor is multiplied by every device's
-`Operators.linear`, a `QuantizedTensor` by the CPU's kernels from its blocks.
+`Operators.linear`, a subclass by the operators that list it in `Operators.packed`; for others its format is
+left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -24,10 +27,16 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.quantization import KEY, Scheme
 from microvllm.adapters.tensors import WHOLE, Part, Slot
 from microvllm.ops.quantized import QuantizedTensor
+from microvllm.ops.scaled import E4M3, ScaledTensor
 
 
 class WeightFormat(Protocol):
-    """How a tensor of the model is loaded and kept."""
+    """How a tensor of the model is loaded and kept.
+
+    `kind`: the class of tensor that matrices are loaded as.
+    """
+
+    kind: type[torch.Tensor]
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
         """Whether the stored tensors of a slot can be kept in this format."""
@@ -46,6 +55,8 @@ class WeightFormat(Protocol):
 
 class Dense:
     """Values of one dtype, whatever the checkpoint stores."""
+
+    kind: type[torch.Tensor] = torch.Tensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
         return True
@@ -100,7 +111,7 @@ class StoredMatrix:
 
     def __init__(self, checkpoint: FolderCheckpoint, slot: Slot, part: Part, scheme: Scheme) -> None:
         """Raises `ModelFileError` for a matrix that has no such layout."""
-        self._checkpoint, self._part, self._scheme = checkpoint, part, scheme
+        self._checkpoint, self._part, self.scheme = checkpoint, part, scheme
         self._columns = slot.columns or WHOLE.share(1)
         self._plain = stored_name(checkpoint, part, slot.layer)
         self._layout = LAYOUTS[scheme.layout]
@@ -131,22 +142,49 @@ class StoredMatrix:
         """Write the values of the part's rows and the slot's columns: [rows, columns] of any dtype."""
         columns = range(*self._columns.runs[0])
         step = max(32, CHUNK_ELEMENTS[out.device.type] // len(columns) // 32 * 32)
+        filled = 0
+        with self._checked() as tensors:
+            for first, last in self._part.rows.runs:
+                for start in range(first, last, step):
+                    rows = range(start, min(last, start + step))
+                    values = self._layout.values(
+                        self.scheme, tensors, Rectangle(rows, columns), str(out.device)
+                    )
+                    out[filled : filled + len(rows)].copy_(values)
+                    filled += len(rows)
+
+    def copy_codes(self, out: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Of a "scaled" matrix, write the codes of the part's rows and the slot's columns as they are.
+
+        Returns the scales of each row, [rows, blocks of columns] float32, and the scale of activations, 0
+        where none is stored.
+        """
+        (start, stop), (height, width) = self._columns.runs[0], self.scheme.block
+        pieces = torch.split(out, self._part.rows.lengths)
+        with self._checked() as tensors:
+            stored = tensors["weight_scale"].float()
+            stored = stored.reshape(stored.shape[0] if stored.ndim else 1, -1)
+            if width:
+                stored = stored[:, start // width : -(-stop // width)]
+            scales = []
+            for (first, last), piece in zip(self._part.rows.runs, pieces, strict=True):
+                piece.copy_(tensors["weight"][first:last, start:stop])
+                rows = torch.arange(first, last)
+                scales.append(stored[rows // height if height else torch.zeros_like(rows)])
+            inputs = [tensors[name] for name in ("input_scale", "activation_scale") if name in tensors]
+            return torch.cat(scales), float(inputs[0]) if inputs else 0.0
+
+    @contextmanager
+    def _checked(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The stored tensors by the last part of their names; a ValueError about one names its file."""
         tensors = {
             suffix: self._checkpoint.view(name)
             for name, (suffix, _) in self._wanted.items()
             if self._checkpoint.find(name)
         }
-        filled = 0
         try:
-            check(self._scheme, tensors, self._part.rows.stored, self._columns.stored)
-            for first, last in self._part.rows.runs:
-                for start in range(first, last, step):
-                    rows = range(start, min(last, start + step))
-                    values = self._layout.values(
-                        self._scheme, tensors, Rectangle(rows, columns), str(out.device)
-                    )
-                    out[filled : filled + len(rows)].copy_(values)
-                    filled += len(rows)
+            check(self.scheme, tensors, self._part.rows.stored, self._columns.stored)
+            yield tensors
         except ValueError as error:
             suffix, _, problem = str(error).partition(" ")
             raise self._error(self._name(suffix), problem) from None
@@ -171,11 +209,66 @@ def _quantized(checkpoint: Checkpoint, slot: Slot, part: Part) -> StoredMatrix |
     return StoredMatrix(checkpoint, slot, part, scheme) if scheme else None
 
 
+class Scaled(Dequantized):
+    """Matrices in e4m3 as they are stored: `ScaledTensor`.
+
+    Not those of which a part is plain or quantised otherwise, or whose blocks a shard cuts: `Dequantized` is
+    for them.
+    """
+
+    kind: type[torch.Tensor] = ScaledTensor
+
+    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
+        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None:
+            return False
+        first, *others = (checkpoint.scheme(part, slot.layer) for part in slot.parts)
+        if first is None or first.layout != "scaled" or not first.is_float:
+            return False
+        width = first.block[1]
+        return all(scheme == first for scheme in others) and not (width and slot.columns.runs[0][0] % width)
+
+    def load(
+        self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
+    ) -> torch.Tensor:
+        codes = allocate(checkpoint.path, slot.name, slot.shape, E4M3, device)
+        scales, inputs = [], []
+        pieces = torch.split(codes, [part.rows.size for part in slot.parts])
+        scheme = Scheme(layout="scaled")
+        for part, piece in zip(slot.parts, pieces, strict=True):
+            if matrix := _quantized(checkpoint, slot, part):
+                found, of_input = matrix.copy_codes(piece)
+                scales.append(found)
+                inputs.append(of_input)
+                scheme = matrix.scheme
+            loaded()
+        return _scaled(slot, scheme, codes, torch.cat(scales), inputs)
+
+
+def _scaled(
+    slot: Slot, scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, inputs: Sequence[float]
+) -> ScaledTensor:
+    """scales: of each row, [rows, blocks of columns] float32; inputs: of each part's activations, or none."""
+    (height, width), activations = scheme.block, scheme.activations
+    if activations == "tensor" and min(inputs) <= 0:
+        activations = "token"  # static scales that are missing or no scales
+    runs = [run for part in slot.parts for run in part.rows.runs]
+    starts = accumulate((stop - start for start, stop in runs), initial=0)
+    # Where blocks of rows begin at the same places in the slot as in the file, one row stands for all.
+    aligned = height > 1 and all(
+        at % height == run[0] % height == 0 for at, run in zip(starts, runs, strict=False)
+    )
+    height = height if aligned else 1
+    scales = scales[::height].to(codes.device).contiguous()
+    return ScaledTensor.of(codes, scales, (height, width or codes.shape[1]), activations, max(inputs))
+
+
 class Packed(Dense):
     """ggml's blocks as a GGUF file has them: a `QuantizedTensor`, on the CPU. Vectors are float32.
 
     Nothing in such a file is rounded, unless it has matrices that are not quantised.
     """
+
+    kind: type[torch.Tensor] = QuantizedTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
         return isinstance(checkpoint, GGUFCheckpoint) and (
@@ -207,5 +300,5 @@ def allocate(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, 
         raise ModelFileError(path, f"no memory for {name} {list(shape)} ({size:.1f} GiB)") from None
 
 
-FORMATS: tuple[WeightFormat, ...] = (Dequantized(), Dense())  # the first that accepts a slot loads it
-PACKED = Packed()
+# Of those whose kind of tensor the operators multiply, the first that accepts a slot loads it.
+FORMATS: tuple[WeightFormat, ...] = (Packed(), Scaled(), Dequantized(), Dense())

@@ -2,15 +2,15 @@
 
 Result names, all of one dtype and contiguous, matrices as [out, in]: `embed` [V, h], `lm_head` [V, h] (absent
 if tied, unless another matrix is stored), `norm` [h], and for every layer i under `layers.{i}.` those of
-`LayerSpec.slots`. Matrices that are kept as a GGUF file quantises them are `QuantizedTensor`s instead, of the
-same rows.
+`LayerSpec.slots`. Matrices that stay packed are subclasses of `Tensor` instead, of the same rows: see
+`weight_formats`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -22,7 +22,7 @@ from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Shard, Slot
-from microvllm.adapters.weight_formats import FORMATS, PACKED, WeightFormat, allocate
+from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate
 
 Progress = Callable[[int, int], None]
 
@@ -38,14 +38,14 @@ def load_weights(
     progress: Progress | None = None,
     device: str = "cpu",
     *,
-    keep_quantized: bool = False,
+    packed: Collection[type[torch.Tensor]] = (),
     shard: Shard = WHOLE,
 ) -> dict[str, torch.Tensor]:
     """Load all weights as `dtype` on `device`; see the top of this file for names and shapes.
 
     `load_format` is "auto", "safetensors", "gguf" or "dummy" (random values, no file is read).
-    With `keep_quantized`, matrices stay as a GGUF file quantises them, and vectors are float32: see
-    `weight_formats.Packed`. Of `spec`, the whole model, only the rows and columns of `shard` are loaded.
+    `packed`: the kinds of tensors that matrices may be kept in beside plain ones (`Operators.packed`). Of
+    `spec`, the whole model, only the rows and columns of `shard` are loaded.
     `progress(done, total)` is called after every tensor of the checkpoint. Beside the result only the tensor
     being copied is resident. Raises `ModelFileError` for files that are malformed, and for tensors that are
     missing, of another shape than the spec says, or there but unused: a model computed without some of its
@@ -69,7 +69,7 @@ def load_weights(
             "(tie_word_embeddings): the stored lm_head is used"
         )
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
-    formats = (PACKED, *FORMATS) if keep_quantized else FORMATS
+    formats = [each for each in FORMATS if each.kind in (torch.Tensor, *packed)]
 
     def format_of(slot: Slot) -> WeightFormat:
         return next(each for each in formats if each.accepts(checkpoint, slot))
@@ -79,7 +79,7 @@ def load_weights(
         expected |= format_of(slot).stored_shapes(checkpoint, slot)
     _check_names(checkpoint, spec, expected)
     slots = list(spec.slots(checkpoint.names, shard))
-    if spec.quantization is not None:
+    if spec.quantization is not None and not any(format_of(slot).kind in packed for slot in slots):
         method, name = spec.quantization.method, str(dtype).removeprefix("torch.")
         size = sum(math.prod(slot.shape) for slot in slots) * dtype.itemsize
         stored = sum(path.stat().st_size for path in set(map(checkpoint.file_of, checkpoint.shapes())))

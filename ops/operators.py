@@ -78,10 +78,12 @@ class Operators(ABC):
     """Makes operators on activations of `activation_dtype`; norm weights are of it, or float32.
 
     Other weights and the KV cache are of the model's dtype. A weight is [out, in], its bias [out]; an
-    operator may keep a packed copy of it in its place. What a device does not fuse is composed here.
+    operator may keep a packed copy of it in its place, or is given one of the subclasses of `Tensor` that are
+    `packed`. What a device does not fuse is composed here.
     """
 
     activation_dtype: torch.dtype
+    packed: tuple[type[Tensor], ...] = ()
 
     @abstractmethod
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:

@@ -328,7 +328,8 @@ class EngineArgs:
             tokenizer_path=str(find_model(self.tokenizer, "--tokenizer")) if self.tokenizer else str(path),
             spec=spec,
             load_format=load_format,
-            packed_weights=self.gguf_weights != "dequantized" and not unpacked,
+            packed_weights=(spec.quantization is not None and device == "cuda")
+            or (self.gguf_weights != "dequantized" and not unpacked),
             int8_activations=self.cpu_activations == "int8",
             batch_invariant=batch_invariant,
             dtype=dtype,
@@ -422,7 +423,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     attention_backend: str
     cpu_threads: int
-    packed_weights: bool = False  # matrices of a GGUF file are multiplied from their own blocks
+    packed_weights: bool = False  # matrices stay as the model's files quantise them where operators take that
     int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
     batch_invariant: bool = False  # an answer does not depend on what is computed beside it
     device: str = "cpu"

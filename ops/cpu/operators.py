@@ -136,6 +136,7 @@ class CpuOperators(Operators):
     """
 
     activation_dtype = torch.float32
+    packed = (QuantizedTensor,)
 
     def __init__(
         self,

@@ -26,12 +26,15 @@ class Levers:
 
     stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
     step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
-    and values by TMA.
+    and values by TMA; packed: matrices that a checkpoint quantises stay packed; w8a8: of those, products of
+    many rows round activations to e4m3 where the checkpoint wants it.
     """
 
     stream: bool = False
     early_reads: bool = False
     boxes: bool = False
+    packed: bool = True
+    w8a8: bool = False
 
     @staticmethod
     def of(device: torch.device) -> Levers:
@@ -43,7 +46,14 @@ class Levers:
         off = {name.strip() for name in os.environ.get(VARIABLE, "").split(",")} - {""}
         if unknown := sorted(off.difference(known)):
             raise LeverError(f"{VARIABLE}: there is no {unknown[0]}; there are {', '.join(known)}")
+        packed = "packed" not in off
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-            return Levers()
+            return Levers(packed=packed)
         gluon = triton.__version__.startswith(GLUON_VERSION)
-        return Levers("stream" not in off and gluon, "early_reads" not in off, "boxes" not in off)
+        return Levers(
+            "stream" not in off and gluon,
+            "early_reads" not in off,
+            "boxes" not in off,
+            packed,
+            "w8a8" not in off,
+        )

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from microvllm.ops.attention import AttentionBackend, AttentionConfig
 from microvllm.ops.gpu.activation import silu_and_mul
+from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.fixed_order import FixedOrderProduct
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import rms_norm
+from microvllm.ops.gpu.packed import KINDS, packed_kinds
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
 from microvllm.ops.gpu.tunings import stream_tilings
@@ -42,6 +43,8 @@ class GpuOperators(Operators):
         self.activation_dtype = dtype
         self.pdl = can_launch_early(device)
         self.levers = Levers.of(device)
+        # The products of packed matrices have no fixed order yet.
+        self.packed = packed_kinds(device) if self.levers.packed and not batch_invariant else ()
         self._attention = attention
         self._batch_invariant = batch_invariant
         self._arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
@@ -65,6 +68,8 @@ class GpuOperators(Operators):
     def _product(
         self, weight: Tensor, bias: Tensor | None, *, gated: bool = False, **norm: Any
     ) -> LinearOperator:
+        if kind := KINDS.get(type(weight)):
+            return kind.product(weight, bias, self._arrivals, self.levers, gated=gated, pdl=self.pdl, **norm)
         weight = weight.contiguous()
         if self._batch_invariant:
             return FixedOrderProduct(weight, bias, self._arrivals, gated=gated, pdl=self.pdl, **norm)
@@ -140,10 +145,5 @@ class GpuProduct:
             )
         if self._norm is not None:
             x = rms_norm(x, self._norm, self._eps, pdl=self._pdl)
-        if residual is None:
-            y = linear(x, self._weight, self._bias)
-        else:
-            y = residual.addmm_(x, self._weight.t())
-            if self._bias is not None:
-                y += self._bias
+        y = cublas_linear(x, self._weight, self._bias, residual)
         return silu_and_mul(y, pdl=self._pdl) if self._gated else y

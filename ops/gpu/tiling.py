@@ -52,3 +52,29 @@ def skinny_tiling(m: int, n: int, k: int, *, gated: bool) -> Tiling:
 
 # Beyond, cuBLAS with a kernel before and after it is as fast or faster, for every weight that was measured.
 MAX_SKINNY_ROWS = 16
+
+
+# ---- matrices of 8-bit codes (`ops.gpu.scaled`) -----------------------------------------------------------
+
+MAX_GEMV_ROWS = 2
+MAX_STREAMED_ROWS = 128
+
+
+def scaled_gemv_tiling(m: int, n: int, k: int, *, gated: bool) -> Tiling:
+    """For one or two rows of x."""
+    if gated:
+        return Tiling(2, 2048, 4)
+    return Tiling(4 if n > 1024 else 2, 2048 if k > 1024 else 1024, 4)
+
+
+def scaled_skinny_tiling(m: int, n: int, step: int, *, gated: bool) -> Tiling:
+    """For more rows, on devices without `ops.gpu.stream`. step: columns of which all scales are one."""
+    tiles = -(-n // 64)
+    return Tiling(64, step, 4, 3, 1 if gated or tiles > 128 else 256 // tiles)
+
+
+def scaled_stream_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
+    """For `ops.gpu.stream`. step: columns of which all scales are one, 64 or more."""
+    tiles = -(-n // 64)
+    splits = 1 if gated else max(1, min(396 // tiles, k // 1024))
+    return Tiling(64, step, 4, 6 if m <= 32 and not gated else 4, splits)

@@ -63,20 +63,6 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderM
     """The model, of operators for its device. Raises `ConfigError` that names the file or tensor at fault."""
     dtype = getattr(torch, config.dtype)
     try:
-        weights = load_weights(
-            Path(config.model_path),
-            config.spec,
-            config.load_format,
-            dtype,
-            None if on_progress is None else partial(on_progress, "Loading weights"),
-            config.device,
-            keep_quantized=config.packed_weights,
-        )
-    except ModelFileError as error:
-        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
-    if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
-        raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
-    try:
         operators = make_operators(
             config.attention_backend,
             dtype,
@@ -86,6 +72,20 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderM
         )
     except ValueError as error:  # MICROVLLM_GPU_OFF
         raise ConfigError(str(error)) from error
+    try:
+        weights = load_weights(
+            Path(config.model_path),
+            config.spec,
+            config.load_format,
+            dtype,
+            None if on_progress is None else partial(on_progress, "Loading weights"),
+            config.device,
+            packed=operators.packed if config.packed_weights else (),
+        )
+    except ModelFileError as error:
+        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+    if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
+        raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
     return DecoderModel(config.spec, weights, operators)
 
 

@@ -29,21 +29,26 @@ from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import Delivery, TokenSampler
+from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
-from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling
+from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, MAX_STREAMED_ROWS, Tiling
+from microvllm.ops.scaled import ScaledTensor, quantize
 
 DEVICE = torch.device("cuda")
 MODULES = (
     *(
         "activation",
         "bitmask",
+        "e4m3",
         "embedding",
         "fixed_order",
         "gemv",
         "norm",
         "rope_cache",
         "sampling",
+        "scaled_gemv",
+        "scaled_skinny",
         "skinny",
     ),
     *("step_inputs", "triton_decode", "triton_prefill"),
@@ -104,6 +109,26 @@ def operators() -> None:
         for tiling in (Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 3, splits=3)):
             x, residual = normal(5, 200), normal(5, outputs)
             check("streamed product", streamed(x, tiling, normal(144), residual), arrivals)
+
+
+def scaled() -> None:
+    """Products with 8-bit codes, for row counts that each way takes, with scales of rows and of blocks."""
+    hidden, width = 96, 48
+    ops = GpuOperators(DTYPE, DEVICE, "triton")
+    arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    for block in ((1, 0), (32, 64)):
+        up, down = (
+            ScaledTensor.of(*quantize(normal(*shape), block), (block[0], block[1] or shape[1]), "token")
+            for shape in ((2 * width, hidden), (hidden, width))
+        )
+        for rows in (1, 2, 7, MAX_STREAMED_ROWS + 1):
+            x = normal(rows, hidden)
+            act = ops.norm_gate_up(normal(hidden), 1e-5, up)(x)
+            check(f"scaled products of {rows} rows", act, ops.linear(down, normal(hidden))(act, x))
+        tiling = Tiling(64, 32, 4, 2, splits=2)
+        check(
+            "scaled product", scaled_skinny(normal(7, hidden), up, arrivals, None, None, tiling, gated=True)
+        )
 
 
 def sampling() -> None:
@@ -226,7 +251,7 @@ def main() -> None:
     ).parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        for part in (operators, sampling, step_inputs, attention):
+        for part in (operators, scaled, sampling, step_inputs, attention):
             part()
             print(part.__name__, "done", flush=True)
     sys.exit(bool(never_launched()))

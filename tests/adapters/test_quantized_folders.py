@@ -17,6 +17,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
+from microvllm.ops.scaled import ScaledTensor
 
 quantize_checkpoint = load_script("quantize_checkpoint")
 FORMS = tuple(quantize_checkpoint.FORMS)
@@ -41,8 +42,13 @@ def quantize(source: Path, target: Path, form: str, group: int = GROUP) -> dict[
     return values
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, shard: Shard = WHOLE) -> dict[str, torch.Tensor]:
-    return load_weights(folder, load_spec(folder), "auto", dtype, shard=shard)
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shard: Shard = WHOLE,
+    packed: tuple[type[torch.Tensor], ...] = (),
+) -> dict[str, torch.Tensor]:
+    return load_weights(folder, load_spec(folder), "auto", dtype, shard=shard, packed=packed)
 
 
 def expected(values: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
@@ -66,6 +72,52 @@ def test_each_form_gives_the_values_of_its_definition(plain: Path, tmp_path: Pat
             assert (matrix - before[name]).norm() < 0.2 * before[name].norm()
             assert not matrix.equal(before[name])
     assert loaded["lm_head"].equal(before["lm_head"]) and loaded["embed"].equal(before["embed"])
+
+
+FP8_FORMS = tuple(form for form in FORMS if "fp8" in form)
+
+
+@pytest.mark.parametrize("form", FP8_FORMS)
+def test_codes_that_stay_packed_stand_for_the_same_values(plain: Path, tmp_path: Path, form: str) -> None:
+    values = quantize(plain, tmp_path, form)
+    kept = load(tmp_path, torch.bfloat16, packed=(ScaledTensor,))
+    for layer in range(2):
+        for name, matrix in expected(values, layer).items():
+            tensor = kept[name]
+            assert isinstance(tensor, ScaledTensor) and tensor.nbytes == matrix.numel()
+            assert tensor.dequantized(torch.float32).equal(matrix), name
+            wanted = (
+                "tensor" if any(word in form for word in ("static", "modelopt-fp8", "-tensor")) else "token"
+            )
+            assert tensor.activations == ("token" if "channel" in form else wanted)
+            assert tensor.input_scale == (pytest.approx(0.02) if tensor.activations == "tensor" else 0.0)
+    # Blocks of 128 rows that begin within another one in the fused matrix have a scale for each row.
+    if form == "fp8-block":
+        assert [kept[f"layers.1.{name}"].block for name in ("qkv", "down")] == [(1, 128), (128, 128)]
+    assert type(kept["embed"]) is torch.Tensor and kept["embed"].dtype == torch.bfloat16
+
+
+def test_a_matrix_that_is_quantised_in_part_does_not_stay_packed(plain: Path, tmp_path: Path) -> None:
+    values = quantize(plain, tmp_path, "fp8")
+    configure(tmp_path, ignored_layers=[Q[:-1]])
+    unquantize(tmp_path, plain, (Q,))
+    values[f"{Q}weight"] = load_file(plain / "model.safetensors")[f"{Q}weight"]
+    kept = load(tmp_path, packed=(ScaledTensor,))
+    assert type(kept["layers.1.qkv"]) is torch.Tensor
+    assert kept["layers.1.qkv"].equal(expected(values, 1)["layers.1.qkv"])
+    assert isinstance(kept["layers.1.o"], ScaledTensor) and isinstance(kept["layers.0.qkv"], ScaledTensor)
+
+
+@pytest.mark.parametrize("form", FP8_FORMS)
+def test_a_shard_of_codes_that_stay_packed(uneven: Path, tmp_path: Path, form: str) -> None:
+    quantize(uneven, tmp_path, form)
+    for shard in (Shard(0, 2), Shard(1, 2)):
+        plain_tensors, kept = load(tmp_path, shard=shard), load(tmp_path, shard=shard, packed=(ScaledTensor,))
+        for name, tensor in kept.items():
+            found = tensor.dequantized(torch.float32) if isinstance(tensor, ScaledTensor) else tensor
+            assert found.equal(plain_tensors[name]), name
+        cut = form == "fp8-block" and shard.rank == 1  # the second half of 312 columns begins within a block
+        assert isinstance(kept["layers.0.down"], ScaledTensor) != cut
 
 
 @pytest.mark.parametrize("form", ["gptq-4", "gptq-8", "awq", "w4a16", "w8a16"])

@@ -21,6 +21,7 @@ from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.backends import make_operators
 from microvllm.ops.operators import Operator
+from microvllm.ops.quantized import QuantizedTensor
 from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
@@ -61,10 +62,10 @@ def logits(
 ) -> torch.Tensor:
     """Of every position of two prompts, and of one token behind each, on a sharded model: [n, vocab]."""
     spec = load_spec(model)
-    weights = load_weights(model, spec, "auto", torch.float32, keep_quantized=keep_quantized, shard=shard)
-    decoder = DecoderModel(
-        spec.sharded(shard.size), weights, make_operators(backend, torch.float32, 1), reduce
-    )
+    operators = make_operators(backend, torch.float32, 1)
+    packed = operators.packed if keep_quantized else ()
+    weights = load_weights(model, spec, "auto", torch.float32, packed=packed, shard=shard)
+    decoder = DecoderModel(spec.sharded(shard.size), weights, operators, reduce)
     assert not weights
     attention = decoder.attention(8, BLOCK, 32, torch.float32, torch.device("cpu"))
     tables = np.arange(8).reshape(2, 4)
@@ -116,7 +117,7 @@ def test_a_cut_through_a_block_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf", folder, quantization="Q8_0")
     spec = load_spec(file)
     with pytest.raises(ModelFileError, match=r"blk\.0\.ffn_down\.weight in blocks of 32 .* column 48"):
-        load_weights(file, spec, "auto", torch.float32, keep_quantized=True, shard=Shard(1, 2))
+        load_weights(file, spec, "auto", torch.float32, packed=(QuantizedTensor,), shard=Shard(1, 2))
 
 
 def test_shards_hold_different_halves(tmp_path: Path) -> None:

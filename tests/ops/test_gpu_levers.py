@@ -26,13 +26,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_all_are_in_use_where_they_can_be(hopper: Any) -> None:
-    assert Levers.of(GPU) == Levers(stream=True, early_reads=True, boxes=True)
+    assert Levers.of(GPU) == Levers(stream=True, early_reads=True, boxes=True, packed=True, w8a8=True)
     assert Levers.of(torch.device("cpu")) == Levers()
 
 
 def test_another_triton_has_no_streamed_products(hopper: Any) -> None:
     hopper.setattr(triton, "__version__", "3.8.0")
-    assert Levers.of(GPU) == Levers(stream=False, early_reads=True, boxes=True)
+    assert Levers.of(GPU) == Levers(early_reads=True, boxes=True, w8a8=True)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
@@ -43,10 +43,10 @@ def test_another_gpu_has_none(hopper: Any, capability: tuple[int, int]) -> None:
 
 def test_each_can_be_switched_off(hopper: Any) -> None:
     hopper.setenv(VARIABLE, "stream, boxes")
-    assert Levers.of(GPU) == Levers(early_reads=True)
+    assert Levers.of(GPU) == Levers(early_reads=True, w8a8=True)
 
 
 def test_an_unknown_one_is_refused(hopper: Any) -> None:
     hopper.setenv(VARIABLE, "stream,turbo")
-    with pytest.raises(LeverError, match="there is no turbo; there are stream, early_reads, boxes"):
+    with pytest.raises(LeverError, match="there is no turbo; there are stream, early_reads, boxes, pack"):
         Levers.of(GPU)

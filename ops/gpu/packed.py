@@ -1,0 +1,34 @@
+"""The products of matrices that stay packed on a GPU, by their kind of tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from microvllm.ops.gpu.scaled import ScaledProduct
+from microvllm.ops.operators import LinearOperator
+from microvllm.ops.scaled import ScaledTensor
+
+
+class Kind(NamedTuple):
+    """What multiplies a kind of tensor, and from which compute capability on.
+
+    `product(weight, bias, arrivals, levers, *, norm, eps, gated, pdl)` is as `ops.gpu.operators.GpuProduct`.
+    """
+
+    product: Callable[..., LinearOperator]
+    capability: tuple[int, int]
+
+
+KINDS: Mapping[type[Tensor], Kind] = {ScaledTensor: Kind(ScaledProduct, (8, 9))}
+
+
+def packed_kinds(device: torch.device) -> tuple[type[Tensor], ...]:
+    """The kinds of tensors that this device multiplies; in Triton's interpreter all."""
+    if device.type != "cuda":
+        return tuple(KINDS)
+    found = torch.cuda.get_device_capability(device)
+    return tuple(tensor for tensor, kind in KINDS.items() if found >= kind.capability)

@@ -1,0 +1,124 @@
+"""Products with matrices that stay in 8-bit codes on the GPU (`ops.scaled.ScaledTensor`).
+
+Few rows are multiplied with what the codes stand for, exactly, up to the order of float32 sums: bound by the
+bytes of the codes, half of those in 16 bits. Many rows are rounded to codes as well, where the checkpoint
+wants that, and multiplied in e4m3 by torch's `_scaled_mm` at twice the rate of 16 bits; otherwise the matrix
+is widened for each product. `levers.w8a8` switches the rounding off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microvllm.ops.gpu.activation import silu_and_mul
+from microvllm.ops.gpu.cublas import cublas_linear
+from microvllm.ops.gpu.e4m3 import round_rows, widen
+from microvllm.ops.gpu.levers import Levers
+from microvllm.ops.gpu.norm import rms_norm
+from microvllm.ops.gpu.scaled_gemv import scaled_gemv
+from microvllm.ops.gpu.scaled_skinny import scaled_skinny
+from microvllm.ops.gpu.tiling import (
+    MAX_GEMV_ROWS,
+    MAX_STREAMED_ROWS,
+    scaled_gemv_tiling,
+    scaled_skinny_tiling,
+    scaled_stream_tiling,
+)
+from microvllm.ops.scaled import ScaledTensor
+
+MIN_BLOCK_K = 32  # columns that share a scale, for a step of a tensor core's product
+
+
+class ScaledProduct:
+    """act(norm(x) @ weight.T + bias) + residual, as `ops.gpu.operators.GpuProduct`."""
+
+    def __init__(
+        self,
+        weight: ScaledTensor,
+        bias: Tensor | None,
+        arrivals: Tensor,
+        levers: Levers,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        gated: bool = False,
+        pdl: bool,
+    ) -> None:
+        self._weight, self._bias, self._arrivals = weight, bias, arrivals
+        self._norm, self._eps = norm, eps
+        self._gated, self._pdl = gated, pdl
+        rows, k = weight.shape
+        whole_rows = weight.block[1] >= k
+        # The largest power of two that divides the columns of a block.
+        self._step = 128 if whole_rows else min(weight.block[1] & -weight.block[1], 128)
+        self._rounds = (
+            levers.w8a8 and whole_rows and weight.activations != "none" and rows % 16 == k % 16 == 0
+        )
+        self._few = MAX_STREAMED_ROWS if self._step >= MIN_BLOCK_K else 0
+        self._streamed = None
+        if levers.stream and k % 16 == 0 and self._step >= 64:
+            from microvllm.ops.gpu.stream import StreamedWeight
+
+            self._streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=pdl)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
+        m = x.shape[0]
+        if 0 < m <= self._few:
+            return self._product_of_few(x, residual)
+        if self._rounds and x.dtype == torch.bfloat16:
+            y = self._rounded_product(x)
+            if residual is not None:
+                y = residual.add_(y)
+        else:
+            weight = widen(self._weight, x.dtype, pdl=self._pdl)
+            y = cublas_linear(self._normed(x), weight, self._bias, residual)
+        return silu_and_mul(y, pdl=self._pdl) if self._gated else y
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self._norm is None else rms_norm(x, self._norm, self._eps, pdl=self._pdl)
+
+    def _product_of_few(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        m, k = x.shape
+        n = self._weight.shape[0] // (1 + self._gated)
+        gated, pdl = self._gated, self._pdl
+        if m <= MAX_GEMV_ROWS:
+            norm = self._norm
+            if m > 1:  # each program would normalise all rows for itself
+                x, norm = self._normed(x), None
+            tiling = scaled_gemv_tiling(m, n, k, gated=gated)
+            return scaled_gemv(
+                x, self._weight, self._bias, norm, self._eps, residual, tiling, gated=gated, pdl=pdl
+            )
+        x = self._normed(x)
+        if self._streamed is not None and x.dtype.itemsize == 2:
+            tiling = scaled_stream_tiling(m, n, k, self._step, gated=gated)
+            return self._streamed(x, tiling, self._bias, residual)
+        tiling = scaled_skinny_tiling(m, n, self._step, gated=gated)
+        return scaled_skinny(
+            x, self._weight, self._arrivals, self._bias, residual, tiling, gated=gated, pdl=pdl
+        )
+
+    def _rounded_product(self, x: Tensor) -> Tensor:
+        """norm(x) @ weight.T + bias, of codes on both sides."""
+        weight = self._weight
+        scale = weight.input_scale if weight.activations == "tensor" else None
+        codes, scales = round_rows(x, scale, norm=self._norm, eps=self._eps, pdl=self._pdl)
+        return torch._scaled_mm(
+            codes,
+            weight.as_subclass(Tensor).t(),
+            scale_a=scales,
+            scale_b=self._row_scales,
+            bias=self._bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+
+    @property
+    def _row_scales(self) -> Tensor:
+        """The scale of each row of the weight, [1, rows]."""
+        scales, height = self._weight.scales, self._weight.block[0]
+        if height > 1:
+            scales = scales.repeat_interleave(height, 0)[: self._weight.shape[0]]
+        return scales.view(1, -1)
