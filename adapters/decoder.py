@@ -10,6 +10,7 @@ from torch import Tensor
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.mixed import MixedAttention
 from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, Operator, Operators, ReducedLinear
 
@@ -42,6 +43,7 @@ class DecoderModel:
             [_build_layer(*each, operators, reduce) for each in zip(spec.layers, layers, strict=True)]
         )
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
+        self._kv_scales = weights.pop("kv_scales", torch.ones(spec.num_layers, 2)).tolist()
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
         """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden].
@@ -78,9 +80,9 @@ class DecoderModel:
             inv_freq = inverse_frequencies(mixer.rope, mixer.head_dim).to(device)
             norms = [(q[0], k[0]) for q, k in (self._qk_norms[index] for index in indices) if q and k]
             qk_norms = QKNorms(tuple(norms), self.spec.rms_norm_eps) if norms else None
-            return self._operators.attention(
-                AttentionConfig(shape, num_blocks, block_size, inv_freq, max_position, dtype, qk_norms)
-            )
+            cache = num_blocks, block_size, inv_freq, max_position, dtype
+            scales = tuple(KVScales(*self._kv_scales[index]) for index in indices)
+            return self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales))
 
         kinds: dict[Attention, list[int]] = {}
         for index, layer in enumerate(self.spec.layers):

@@ -45,12 +45,14 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
 
     `groups`: targets and their scheme. Targets and `ignored` are `LINEAR`, "re:" and a regular expression,
     a pattern of the shell, or a part of a module's name between dots. `with_head`: the head is a target too.
+    `fp8_cache`: keys and values are to be cached in e4m3, by scales that are stored.
     """
 
     method: str
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignored: tuple[str, ...] = ()
     with_head: bool = False
+    fp8_cache: bool = False
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of a linear module by its name; None if it is not quantised."""
@@ -74,9 +76,29 @@ def read_method(part: Fields) -> Quantization:
     method = part.text("quant_method")
     if method not in METHODS:
         raise part.error("quant_method", f"{shorten(method)} is not supported: {', '.join(METHODS)} are")
-    for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
-        _refuse(part, key, "keys and values are not quantised here")
-    return METHODS[method](part)
+    return msgspec.structs.replace(METHODS[method](part), fp8_cache=_has_fp8_cache(part))
+
+
+def _has_fp8_cache(config: Fields) -> bool:
+    """Whether keys and values are to be cached in e4m3, with a scale for each layer.
+
+    ModelOpt's key is `kv_cache_quant_algo`, compressed-tensors' `kv_cache_scheme`.
+    """
+    key, inner = "kv_cache_quant_algo", config.part("quantization") or config
+    if inner.get(key):
+        return _choice(inner, key, None, ("FP8",)) == "FP8"
+    scheme = config.part("kv_cache_scheme")
+    if scheme is None:
+        return False
+    if scheme.size("num_bits") != 8:
+        raise scheme.error("num_bits", f"must be 8, got {shorten(scheme.get('num_bits'))}")
+    _choice(scheme, "type", None, ("float",))
+    _choice(scheme, "strategy", "tensor", ("tensor",))
+    if scheme.flag("dynamic"):
+        raise scheme.error("dynamic", "is true: the scales of keys and values have to be stored")
+    if not scheme.flag("symmetric", True):
+        raise scheme.error("symmetric", "is false, which keys and values cannot be")
+    return True
 
 
 def _refuse(config: Fields, key: str, reason: str) -> None:
@@ -98,7 +120,6 @@ def _fp8(config: Fields) -> Quantization:
 
 def _modelopt(config: Fields) -> Quantization:
     config = config.part("quantization") or config
-    _refuse(config, "kv_cache_quant_algo", "keys and values are not quantised here")
     kinds = {"FP8": ((0, 0), "tensor"), "FP8_PER_CHANNEL_PER_TOKEN": ((1, 0), "token")}
     block, activations = kinds[_choice(config, "quant_algo", None, tuple(kinds))]
     scheme = Scheme(layout="scaled", is_float=True, block=block, activations=activations)

@@ -3,7 +3,8 @@
 Result names, all of one dtype and contiguous, matrices as [out, in]: `embed` [V, h], `lm_head` [V, h] (absent
 if tied, unless another matrix is stored), `norm` [h], and for every layer i under `layers.{i}.` those of
 `LayerSpec.slots`. Matrices that stay packed are subclasses of `Tensor` instead, of the same rows: see
-`weight_formats`.
+`weight_formats`. If the checkpoint has them, `kv_scales` [layers, 2] float32 on the CPU: see
+`adapters.kv_scales`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, GGUFCheckpoint, listed
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten, warn_once
+from microvllm.adapters.kv_scales import load_scales, scale_tensors
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Shard, Slot
@@ -77,6 +79,8 @@ def load_weights(
     expected: dict[str, tuple[int, ...]] = {}
     for slot in spec.slots(checkpoint.names):
         expected |= format_of(slot).stored_shapes(checkpoint, slot)
+    scales = scale_tensors(checkpoint, spec.num_layers)
+    expected |= scales
     _check_names(checkpoint, spec, expected)
     slots = list(spec.slots(checkpoint.names, shard))
     if spec.quantization is not None and not any(format_of(slot).kind in packed for slot in slots):
@@ -93,7 +97,10 @@ def load_weights(
         if progress is not None:
             progress(next(count), total)
 
-    return {slot.name: format_of(slot).load(checkpoint, slot, dtype, device, loaded) for slot in slots}
+    weights = {slot.name: format_of(slot).load(checkpoint, slot, dtype, device, loaded) for slot in slots}
+    if scales and isinstance(checkpoint, FolderCheckpoint):
+        weights["kv_scales"] = load_scales(checkpoint, list(scales))
+    return weights
 
 
 def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tuple[int, ...]]) -> None:

@@ -149,4 +149,4 @@ class TorchOperators(Operators):
         return rms_norm(x, weight, eps)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
-        return TorchAttention(config)
+        return TorchAttention(config, self.activation_dtype)

@@ -15,6 +15,8 @@ from microvllm.runtime.progress import OnProgress, Stage
 
 logger = logging.getLogger("microvllm.config")
 
+FP8_CACHE = "float8_e4m3fn"
+FP8_CACHE_BACKENDS = ("triton", "torch")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 # FlashAttention 2's paged kernel takes multiples of 256; a tile of our Triton kernels is one block.
@@ -109,6 +111,36 @@ def torch_instead(requested: str, reason: Exception) -> str:
         ) from reason
     logger.warning("Plain torch operators are used, which are slower: %s", reason)
     return "torch"
+
+
+def choose_kv_dtype(requested: str, dtype: str, backend: str, *, stores_fp8: bool) -> str:
+    """Return the type of cached keys and values by torch's name, for `--kv-cache-dtype`.
+
+    `dtype`: the activations'; `stores_fp8`: the checkpoint was made for a cache of fp8. Raises `ConfigError`.
+    """
+    name = DTYPE_ALIASES.get(requested, requested)
+    computes_fp8 = backend in FP8_CACHE_BACKENDS
+    if name == "auto":
+        if stores_fp8 and not computes_fp8:
+            logger.warning(
+                "The checkpoint is made for a KV cache of fp8, which --attention-backend %s does not have: "
+                "it is of %s",
+                *(backend, dtype),
+            )
+        return FP8_CACHE if stores_fp8 and computes_fp8 else dtype
+    if name in ("fp8", "fp8_e4m3"):
+        if not computes_fp8:
+            others = " or ".join(FP8_CACHE_BACKENDS)
+            raise ConfigError(
+                f"--kv-cache-dtype {requested}: --attention-backend {backend} has no such KV cache",
+                remedy=f"use --attention-backend {others}, or --kv-cache-dtype auto",
+            )
+        return FP8_CACHE
+    if name != dtype:
+        raise ConfigError(
+            f"--kv-cache-dtype must be auto, fp8, fp8_e4m3 or --dtype's {dtype}, got {requested}"
+        )
+    return dtype
 
 
 def choose_dtype(requested: str, device: str, backend: str) -> str:

@@ -22,6 +22,7 @@ from microvllm.runtime.backends import (
     choose_backend,
     choose_dtype,
     choose_format,
+    choose_kv_dtype,
     compile_kernels,
     why_unpacked,
 )
@@ -42,14 +43,14 @@ from microvllm.runtime.flag import (
     queue_length,
     required_flag,
 )
-from microvllm.runtime.kv_memory import size_pool
+from microvllm.runtime.kv_memory import KV_BYTES, size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS, choose_runner, configure_pooling
 from microvllm.runtime.progress import OnProgress
 
 logger = logging.getLogger("microvllm.config")
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")  # described in `core/policies.py`
 # A benchmark's client sends 10,000 prompts at once; as many requests as there may be connections.
 DEFAULT_MAX_NUM_QUEUED_REQS = 1 << 14
@@ -79,7 +80,7 @@ class EngineArgs:
         "auto",
         MODEL,
         "auto, float32 (float), bfloat16, or on a GPU float16 (half).",
-        choices=("auto", *DTYPE_BYTES, *DTYPE_ALIASES),
+        choices=("auto", *DTYPES, *DTYPE_ALIASES),
     )
     load_format: str = flag("auto", MODEL, "auto, safetensors, gguf, or dummy (random weights).")
     quantization: str | None = flag(
@@ -136,6 +137,12 @@ class EngineArgs:
     )
 
     block_size: int | None = flag(None, SCHEDULING, "Tokens in a KV block.", low=1)
+    kv_cache_dtype: str = flag(
+        "auto",
+        SCHEDULING,
+        "Type of cached keys and values: auto, the model's, or fp8 if its checkpoint says so; fp8 (fp8_e4m3) "
+        "of half the bytes, by backends triton and torch.",
+    )
     kv_cache_memory_bytes: int | None = flag(
         None, SCHEDULING, "Size of the KV cache, such as 1G.", metavar="BYTES", low=1, read=human_int
     )
@@ -236,6 +243,8 @@ class EngineArgs:
         device = choose_device(self.device)
         backend = choose_backend(self.attention_backend, device)
         dtype = choose_dtype(self.dtype, device, backend)
+        stores_fp8 = spec.quantization is not None and spec.quantization.fp8_cache
+        kv_dtype = choose_kv_dtype(self.kv_cache_dtype, dtype, backend, stores_fp8=stores_fp8)
         block_size = self.block_size or DEFAULT_BLOCK_SIZES[backend]
         max_model_len = self.max_model_len or spec.default_length
         unpacked = why_unpacked(self.model, load_format, backend)
@@ -300,7 +309,7 @@ class EngineArgs:
         num_blocks, max_model_len = size_pool(
             device,
             block_size,
-            spec.kv_bytes_per_token(DTYPE_BYTES[dtype]) * block_size,
+            spec.kv_bytes_per_token(KV_BYTES[kv_dtype]) * block_size,
             max_model_len,
             blocks=self.num_gpu_blocks_override,
             pool_bytes=self.kv_cache_memory_bytes,
@@ -333,6 +342,7 @@ class EngineArgs:
             int8_activations=self.cpu_activations == "int8",
             batch_invariant=batch_invariant,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -409,6 +419,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     spec: ModelSpec
     load_format: str
     dtype: str
+    kv_dtype: str  # of the KV cache, by torch's name
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -437,6 +448,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout: float = 0.0  # seconds from arrival until the request is begun; 0: no limit
     request_timeout: float = 0.0  # seconds from arrival to the end; 0: no limit
     log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a KV block over all layers."""
+        return self.spec.kv_bytes_per_token(KV_BYTES[self.kv_dtype]) * self.block_size
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache has room for."""
+        return self.num_blocks * self.block_size
 
     @property
     def max_blocks(self) -> int:

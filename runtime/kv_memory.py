@@ -15,6 +15,7 @@ from microvllm.runtime.vllm_environment import whole_number
 
 logger = logging.getLogger("microvllm.config")
 
+KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # of one number
 CPU_KV_BYTES = 256 << 20  # default pool on a CPU, if one full-length sequence fits into it
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 

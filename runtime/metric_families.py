@@ -59,7 +59,7 @@ class EngineCollector(Collector):
         labels = {
             "block_size": config.block_size,
             "num_gpu_blocks": num_blocks,
-            "cache_dtype": config.dtype,
+            "cache_dtype": config.kv_dtype,
             "enable_prefix_caching": config.enable_prefix_caching,
             "kv_cache_size_tokens": slots,
             "kv_cache_max_concurrency": slots / config.max_model_len,

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures the perplexity of a text for each way of multiplying with the weights of a .gguf file.
 
-Or for a folder and for others that are quantised from it: `--model PLAIN --beside FP8 GPTQ`.
+Or for a folder and for others that are quantised from it: `--model PLAIN --beside FP8 GPTQ`. Or for types of
+the KV cache: `--kv-cache-dtype auto fp8`, on a CPU by the torch backend.
 
 The text is cut into windows; each is a prompt whose log probabilities the engine gives back. Prints Markdown:
 the last column is how much larger the perplexity is than that of the first row, and two standard errors of
@@ -45,10 +46,18 @@ def main() -> None:
     parser.add_argument(
         "--beside", nargs="*", default=[], help="folders to compare with --model, each as it is"
     )
+    parser.add_argument("--attention-backend", default="torch", help="with --kv-cache-dtype")
+    parser.add_argument("--kv-cache-dtype", nargs="*", default=[], help="types to compare on --model")
     args = parser.parse_args()
     rows = [(name, args.model, way) for name, way in WAYS.items()]
     if args.beside:
         rows = [(Path(model).name, model, {}) for model in (args.model, *args.beside)]
+    if args.kv_cache_dtype:
+        ways = [
+            {"kv_cache_dtype": dtype, "attention_backend": args.attention_backend}
+            for dtype in args.kv_cache_dtype
+        ]
+        rows = [(f"cache {way['kv_cache_dtype']}", args.model, way) for way in ways]
     text = args.text.read_text("utf-8")
     print("| weights | tokens | perplexity | beside the first |\n|---|---|---|---|")
     exact: list[float] = []

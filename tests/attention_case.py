@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.torch_backend import TorchAttention
 
 
@@ -40,8 +41,9 @@ class Sequence:
 class Case:
     """Random inputs, exact in `dtype`: contexts of the decodes, (new, context) of the segments.
 
-    qkv: [n, (heads + 2 * kv_heads) * d]; cache: [layers, 2, blocks, kv_heads, block_size, d]; the last block
-    of the pool is the only one that no sequence has.
+    The cache is of `cache_dtype`, the same if not given. qkv: [n, (heads + 2 * kv_heads) * d]; cache:
+    [layers, 2, blocks, kv_heads, block_size, d]; the last block of the pool is the only one that no sequence
+    has.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Case:
         dtype: torch.dtype,
         *,
         with_norms: bool = False,
+        scales: tuple[KVScales, ...] = (),
+        cache_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         random = torch.Generator().manual_seed(seed)
@@ -71,7 +75,9 @@ class Case:
         dim, kv_heads = shape.head_dim, shape.num_kv_heads
         self.num_tokens = len(decodes) + sum(new for new, _ in segments)
         self.qkv = rounded(self.num_tokens, (shape.num_heads + 2 * kv_heads) * dim)
+        self.cache_dtype, self.scales = cache_dtype or dtype, scales
         self.cache = rounded(shape.num_layers, 2, self.num_blocks, kv_heads, block_size, dim)
+        self.cache = self.cache.to(self.cache_dtype)
         self.inv_freq = 100.0 ** -(torch.arange(0, dim, 2) / dim)
         self.max_position = max(s.context for s in sequences) + 1
         weights = [(rounded(dim) * 0.2 + 1, rounded(dim) * 0.2 + 1) for _ in range(shape.num_layers)]
@@ -93,8 +99,9 @@ class Case:
             self.block_size,
             self.inv_freq.to(device),
             self.max_position,
-            self.dtype,
+            self.cache_dtype,
             self.norms_on(device, norms_dtype or self.dtype),
+            self.scales,
         )
 
     def batch(self, device: str | torch.device, *, int32: bool = False) -> AttentionBatch:
@@ -127,11 +134,13 @@ class Case:
     def expected(self, layer: int) -> tuple[Tensor, Tensor]:
         """The torch backend's output in float32, zeros for padding, [n, heads * d]; and its cache."""
         shape = self.shape
-        backend = TorchAttention(replace(self.config(norms_dtype=torch.float32), dtype=torch.float32))
+        config = self.config(norms_dtype=torch.float32)
+        if self.cache_dtype == self.dtype:
+            config = replace(config, dtype=torch.float32)
+        backend = TorchAttention(config, torch.float32)
         layers, kv_heads = shape.num_layers, shape.num_kv_heads
-        backend.cache = (
-            self.cache.float().transpose(2, 3).reshape(layers, 2 * kv_heads, -1, *self.cache.shape[-2:])
-        ).contiguous()
+        cache = self.cache.transpose(2, 3).reshape(layers, 2 * kv_heads, -1, *self.cache.shape[-2:])
+        backend.cache = cache.to(config.dtype).contiguous()
         batch = self.batch("cpu")
         real = torch.ones(self.num_tokens, dtype=torch.bool)
         real[: batch.num_decodes] = batch.decode_lens > 0

@@ -61,6 +61,7 @@ class FakeConfig:
     block_size: int = 16
     max_num_seqs: int = 32
     dtype: str = "float32"
+    kv_dtype: str = "float32"
     device: str = "cuda"
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)

@@ -82,6 +82,7 @@ def make_config(**overrides: Any) -> EngineConfig:
         spec=spec,
         load_format="dummy",
         dtype="float32",
+        kv_dtype="float32",
         max_model_len=64,
         max_num_seqs=8,
         max_num_batched_tokens=32,

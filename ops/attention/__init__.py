@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from microvllm.ops.attention.e4m3 import KVScales
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -49,7 +51,8 @@ class AttentionConfig:
     """What a backend is made for: a model's attention, and the KV cache that the backend allocates.
 
     num_blocks, block_size: of the cache, which is of `dtype` on the device of `inv_freq`: [d / 2], the angle
-    per position of each pair of a head's elements. max_position: no position is larger.
+    per position of each pair of a head's elements. max_position: no position is larger. scales: of each
+    layer, for a cache of float8_e4m3fn; all 1 if there are none.
     """
 
     shape: AttentionShape
@@ -59,6 +62,7 @@ class AttentionConfig:
     max_position: int
     dtype: torch.dtype
     qk_norms: QKNorms | None = None
+    scales: tuple[KVScales, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.gpu.rope_cache import RotaryAngles, rope_and_cache
 
 BLOCK_MULTIPLE = 256
@@ -178,6 +179,7 @@ class FlashStep:
             batch.slots[tokens],
             keys,
             values,
+            KVScales(),
             backend.shape,
             backend.angles,
             backend.norms,

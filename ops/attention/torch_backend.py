@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, SegmentTable
+from microvllm.ops.attention.e4m3 import E4M3, KVScales, storable, to_e4m3
 from microvllm.ops.norm import rms_norm
 from microvllm.ops.rotary import RotaryTable, apply_rotary
 
@@ -42,6 +43,7 @@ class HeadMajorCache:
             shape.head_dim,
         )
         self.cache = _zeros(sizes, dtype, inv_freq.device)
+        self.scales = config.scales or (KVScales(),) * shape.num_layers
 
 
 class TorchAttention(HeadMajorCache):
@@ -116,25 +118,30 @@ class TorchStep:
             q, k = qk[:, :heads], qk[:, heads:]
             qk = torch.cat((rms_norm(q, q_norm, norms.eps), rms_norm(k, k_norm, norms.eps)), 1)
         qk = apply_rotary(qk, *self._rotation)
-        slots = self._backend.cache[layer].view(2 * kv_heads, -1, dim)
-        k, v = qk[:, heads:].to(slots.dtype), v.to(slots.dtype)
-        slots[:kv_heads].index_copy_(1, self._batch.slots, k.transpose(0, 1))
-        slots[kv_heads:].index_copy_(1, self._batch.slots, v.transpose(0, 1))
+        cache = self._backend.cache[layer]
+        slots = storable(cache).view(2, kv_heads, -1, dim)
+        for place, x, scale in zip(slots, (qk[:, heads:], v), self._backend.scales[layer], strict=True):
+            x = to_e4m3(x, scale) if cache.dtype == E4M3 else x.to(cache.dtype)
+            place.index_copy_(1, self._batch.slots, storable(x).transpose(0, 1))
         return qk[:, :heads]
 
-    def _gather(self, layer: int, blocks: Tensor) -> Tensor:
+    def _gather(self, layer: int, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """blocks: [m] -> keys and values of these blocks, [2, kv_heads, m * block_size, d]."""
         kv_heads, dim = self._backend.shape.num_kv_heads, self._backend.shape.head_dim
-        cache = self._backend.cache[layer]
+        cache, scales = self._backend.cache[layer], self._backend.scales[layer]
         runs = cache.view(2 * kv_heads, cache.shape[1], -1).index_select(1, blocks)
-        return runs.view(2, kv_heads, -1, dim)
+        gathered = runs.view(2, kv_heads, -1, dim).to(dtype)
+        for part, scale in zip(gathered, scales, strict=True):
+            if scale != 1.0:
+                part *= scale
+        return gathered
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         """One query a sequence, all sequences at once. q: [b, heads, d] -> [b, heads * d]."""
         shape, batch = self._backend.shape, self._batch
         b, kv_heads, dim = q.shape[0], shape.num_kv_heads, shape.head_dim
         group = shape.num_heads // kv_heads
-        gathered = self._gather(layer, batch.decode_blocks.view(-1)).to(q.dtype)
+        gathered = self._gather(layer, batch.decode_blocks.view(-1), q.dtype)
         keys, values = gathered.view(2, kv_heads * b, -1, dim)
         # Query heads that share a KV head are the rows of one small matrix product.
         grouped = q.reshape(b, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads * b, group, dim)
@@ -149,7 +156,7 @@ class TorchStep:
 
     def _prefill(self, layer: int, q: Tensor, segment: _Segment, mask: Tensor | None) -> Tensor:
         """The new tokens of one sequence. q: [m, heads, d] -> [m, heads * d]."""
-        gathered = self._gather(layer, segment.blocks)[:, :, : segment.context_len].to(q.dtype)
+        gathered = self._gather(layer, segment.blocks, q.dtype)[:, :, : segment.context_len]
         keys, values = gathered.unsqueeze(1)
         shape, queries = self._backend.shape, q.transpose(0, 1).unsqueeze(0)
         if shape.softcap is None:

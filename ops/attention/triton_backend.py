@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, SegmentTable, StepAttention
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.triton_decode import (
     MANY_SEQS,
     DecodeTiling,
@@ -50,6 +51,7 @@ class TritonAttention:
         device = config.inv_freq.device
         self.shape = shape
         self.norms = config.qk_norms
+        self.scales = config.scales or (KVScales(),) * shape.num_layers
         self.pdl = pdl
         self.fixed_order = fixed_order
         self.angles = RotaryAngles.up_to(config.max_position, config.inv_freq, shape.rotary_scale)
@@ -68,7 +70,9 @@ class TritonAttention:
             self._many = DecodeTiling.by_boxes(shape, dtype, block_size) or self._few
         self.early_reads = levers.early_reads
         group = shape.num_heads // shape.num_kv_heads
-        self.prefill_tiling = prefill_tiling or PrefillTiling.measured(shape.head_dim, dtype, group)
+        # Products are of 16 bits beside a cache of 8, too.
+        wide = torch.float16 if dtype.itemsize == 1 else dtype
+        self.prefill_tiling = prefill_tiling or PrefillTiling.measured(shape.head_dim, wide, group)
         sms = INTERPRETED_SMS
         if device.type == "cuda":
             sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -84,6 +88,7 @@ class TritonAttention:
             slots,
             keys,
             values,
+            self.scales[layer],
             self.shape,
             self.angles,
             self.norms,
@@ -125,6 +130,7 @@ class TritonStep:
                 batch.decode_lens,
                 batch.decode_blocks,
                 self._tile_ends,
+                backend.scales[layer],
                 shape,
                 backend.angles,
                 backend.norms,
@@ -142,6 +148,7 @@ class TritonStep:
                 q,
                 keys,
                 values,
+                backend.scales[layer],
                 batch.segment_table,
                 shape,
                 backend.prefill_tiling,
@@ -178,6 +185,7 @@ class FixedOrderStep:
                 q[rows],
                 keys,
                 values,
+                backend.scales[layer],
                 table,
                 shape,
                 backend.prefill_tiling,

@@ -23,28 +23,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from microvllm.ops.attention import AttentionShape, QKNorms
+from microvllm.ops.attention.e4m3 import KVScales
+from microvllm.ops.attention.triton_tiles import (
+    LOG2_E,
+    attend_tile,
+    cached_rows,
+    factors_of,
+    halves,
+    score_tile,
+)
 from microvllm.ops.gpu.launch import follow, launch_options
-from microvllm.ops.gpu.rope_cache import RotaryAngles, load_rotated
+from microvllm.ops.gpu.rope_cache import RotaryAngles, as_cached, as_factor, load_rotated
 
-LOG2_E = 1.4426950408889634
 REGISTERS_OF_SM = 65536
 MIN_DOT_ROWS = 16  # of a tensor core's tile
 MAX_PARTS = 32  # of a unit, on average: more would take longer to merge than they save
 SEARCH = 512  # sequences looked at at once where a program looks for its first
 MANY_SEQS = 8  # from so many on a step's decodes fill the device
-
-
-@triton.jit
-def cached_rows(
-    table, start, end, head, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
-):
-    """Where positions [start, start + TILE) lie in a layer's keys or values: [TILE] int64 elements.
-
-    start is a multiple of TILE; positions from `end` on, which the table may not hold, get any row.
-    """
-    at = start + tl.arange(0, TILE)
-    block = tl.load(table + start // PAGE) if TILE <= PAGE else tl.load(table + at // PAGE, at < end, 0)
-    return ((block.to(tl.int64) * KV_HEADS + head) * PAGE + at % PAGE) * D
 
 
 @triton.jit
@@ -127,17 +122,6 @@ def _merge(
     tl.store(out + rows[:, None] * D + d[None, :], total / weight_sum[:, None], inside)
 
 
-@triton.jit
-def _attend_tile(attended, highest, weight_sum, scores, v):
-    """Take a tile into the running softmax. scores: [ROWS, TILE], in powers of two; v: [TILE, BLOCK_D]."""
-    higher = tl.maximum(highest, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    kept = tl.exp2(highest - higher)
-    weight_sum = weight_sum * kept + tl.sum(weights, 1)
-    attended = tl.dot(weights.to(v.dtype), v, attended * kept[:, None], input_precision="ieee")
-    return attended, higher, weight_sum
-
-
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _decode_kernel(
     out,
@@ -160,6 +144,8 @@ def _decode_kernel(
     num_seqs,
     table_stride,
     scale,
+    k_scale,
+    v_scale,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -176,12 +162,15 @@ def _decode_kernel(
     NORM: tl.constexpr,
     SEARCH: tl.constexpr,
     BOXES: tl.constexpr,
+    FP8: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: a run of tiles.
 
-    With EARLY it looks for its run before it waits for the kernel ahead; see `decode_attention`.
+    With FP8 the cache is of e4m3, two numbers in an int16 word of `keys` and `values`, and products are of
+    float16, which has all of their values. With EARLY it looks for its run before it waits for the kernel
+    ahead; see `decode_attention`.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     if EARLY:
@@ -207,6 +196,17 @@ def _decode_kernel(
     d = tl.arange(0, BLOCK_D)
     rows = tl.arange(0, ROWS)
     one = tl.arange(0, 1)
+    # A row of the cache as it is read.
+    CACHED: tl.constexpr = tl.float8e4nv if FP8 else keys.dtype.element_ty
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    FACTOR: tl.constexpr = tl.float16 if FP8 and tl.float32 != DTYPE else DTYPE
+    WIDTH: tl.constexpr = D // 2 if FP8 else D
+    BLOCK_WIDTH: tl.constexpr = BLOCK_D // 2 if FP8 else BLOCK_D
+    column = tl.arange(0, BLOCK_WIDTH)
+    keys_out, values_out = keys, values
+    if FP8:
+        keys_out = keys.to(tl.pointer_type(CACHED), bitcast=True)
+        values_out = values.to(tl.pointer_type(CACHED), bitcast=True)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     while tile < end:
@@ -239,7 +239,8 @@ def _decode_kernel(
             D,
             BLOCK_D,
             NORM,
-        ).to(out.dtype.element_ty)
+        )
+        q = as_factor(q, FACTOR)
         new_k = load_rotated(
             token + (HEADS + head) * D,
             one,
@@ -251,30 +252,33 @@ def _decode_kernel(
             D,
             BLOCK_D,
             NORM,
-        ).to(out.dtype.element_ty)
+        )
+        new_k = as_cached(new_k, k_scale, CACHED)
         new_v = tl.load(
             token + (HEADS + KV_HEADS + head) * D + d[None, :], ((d < D) & takes_new)[None, :], 0.0
         )
+        new_v = as_cached(new_v.to(tl.float32), v_scale, CACHED)
         new_place = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d[None, :]
         written = ((d < D) & takes_new & (slot >= 0))[None, :]
-        tl.store(keys + new_place, new_k, written)
-        tl.store(values + new_place, new_v, written)
+        tl.store(keys_out + new_place, new_k, written)
+        tl.store(values_out + new_place, new_v, written)
 
         # Softmax as it goes, in powers of two (Milakov & Gimelshein, 2018, arXiv:1805.02867).
         scores = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
         highest = tl.where(takes_new, scores, -float("inf"))
         weight_sum = tl.where(takes_new, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
-        attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32)
+        attended = halves(tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32), FP8)
+        factors = halves(q, FP8)
         begin_tile, end_tile = tile - unit_begin, tl.minimum(stop - unit_begin, cached_tiles)
         if BOXES:
             # Whole tiles by TMA. The last one of a sequence may hold what others left there.
             whole = tl.minimum(end_tile, cached // TILE)
             for i in tl.range(begin_tile, whole, num_stages=STAGES):
                 row = (tl.load(table + i * TILE // PAGE) * KV_HEADS + head) * PAGE + i * TILE % PAGE
-                tile_scores = tl.dot(q, tl.trans(key_boxes.load([row, 0])), input_precision="ieee") * scale
-                attended, highest, weight_sum = _attend_tile(
-                    attended, highest, weight_sum, tile_scores, value_boxes.load([row, 0])
-                )
+                k = factors_of(key_boxes.load([row, 0]), FACTOR, FP8)
+                tile_scores = score_tile(factors, k, scale)
+                v = factors_of(value_boxes.load([row, 0]), FACTOR, FP8)
+                attended, highest, weight_sum = attend_tile(attended, highest, weight_sum, tile_scores, v)
             begin_tile = tl.maximum(begin_tile, whole)
         for i in tl.range(begin_tile, end_tile, num_stages=1 if BOXES else STAGES):
             start = (first_tile + i) * TILE
@@ -282,29 +286,31 @@ def _decode_kernel(
             visible = at < cached
             if WINDOW > 0:
                 visible &= at >= length - WINDOW
-            place = cached_rows(table, start, cached, head, KV_HEADS, PAGE, D, TILE)
-            place = place[:, None] + d[None, :]
+            place = cached_rows(table, start, cached, head, KV_HEADS, PAGE, WIDTH, TILE)
+            place = place[:, None] + column[None, :]
             inside = visible[:, None]
             if BLOCK_D != D:
-                inside &= (d < D)[None, :]
-            k = tl.load(keys + place, inside, 0.0)
-            tile_scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            tile_scores = tl.where(visible[None, :], tile_scores, -float("inf"))
-            attended, highest, weight_sum = _attend_tile(
-                attended, highest, weight_sum, tile_scores, tl.load(values + place, inside, 0.0)
-            )
+                inside &= (column < WIDTH)[None, :]
+            k = factors_of(tl.load(keys + place, inside, 0), FACTOR, FP8)
+            tile_scores = tl.where(visible[None, :], score_tile(factors, k, scale), -float("inf"))
+            v = factors_of(tl.load(values + place, inside, 0), FACTOR, FP8)
+            attended, highest, weight_sum = attend_tile(attended, highest, weight_sum, tile_scores, v)
+        if FP8:
+            sums = tl.reshape(tl.join(attended[0], attended[1]), [ROWS, BLOCK_D]) * v_scale
+        else:
+            sums = attended[0]
         # Only padding (length 0) has no weight at all: its output is zeros.
-        attended = attended / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
+        sums = sums / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
 
         owned = (rows < GROUP)[:, None] & (d < D)[None, :]
         result = out + seq.to(tl.int64) * (HEADS * D) + head * (GROUP * D)
         first = _program_of(unit_begin, programs, total)
         last = _program_of(unit_begin + unit_tiles - 1, programs, total)
         if first == last:
-            tl.store(result + rows[:, None] * D + d[None, :], attended, owned)
+            tl.store(result + rows[:, None] * D + d[None, :], sums, owned)
         else:
             part = (2 * program + begins.to(tl.int32)) * GROUP + rows
-            tl.store(partial + part[:, None] * D + d[None, :], attended, owned)
+            tl.store(partial + part[:, None] * D + d[None, :], sums, owned)
             tl.store(partial_lse + part, highest + tl.log2(weight_sum), rows < GROUP)
             tl.debug_barrier()  # the whole part is written before one thread says so
             arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
@@ -344,7 +350,7 @@ class DecodeTiling:
 
         Four programs find room on a multiprocessor, because TMA computes the addresses.
         """
-        fits = shape.head_dim == 128 and dtype.itemsize == 2 and shape.window is None and block_size >= 64
+        fits = shape.head_dim == 128 and dtype.itemsize <= 2 and shape.window is None and block_size >= 64
         return DecodeTiling(64, 3, 4, 4, boxes=True) if fits else None
 
     @property
@@ -399,6 +405,7 @@ def decode_attention(
     lens: Tensor,
     tables: Tensor,
     tile_ends: Tensor,
+    scales: KVScales,
     shape: AttentionShape,
     angles: RotaryAngles,
     norms: QKNorms | None,
@@ -411,9 +418,9 @@ def decode_attention(
 ) -> None:
     """Attention of b sequences' newest tokens, whose k and v are written to `slots`.
 
-    qkv: [b, (heads + 2 * kv_heads) * d], not rotated; keys, values: [blocks, kv_heads, block, d], all of
-    one dtype; slots, lens: [b]; tables: [b, width], rows of blocks; tile_ends: of `plan_decode`;
-    out: [b, heads * d]. A slot of -1 is not written; a length of 0 gives zeros.
+    qkv: [b, (heads + 2 * kv_heads) * d], not rotated; keys, values: [blocks, kv_heads, block, d], of its
+    dtype or float8_e4m3fn, which `scales` are for; slots, lens: [b]; tables: [b, width], rows of blocks;
+    tile_ends: of `plan_decode`; out: [b, heads * d]. A slot of -1 is not written; a length of 0 gives zeros.
     early: lens, slots, tables and tile_ends are read before the kernel ahead has ended, which is right behind
     one that waited before it let others start, as this one does without `early`.
     No host synchronisation, a grid that depends on no value: may be captured in a CUDA graph.
@@ -422,9 +429,13 @@ def decode_attention(
     group = shape.num_heads // shape.num_kv_heads
     block_group, block_dim = triton.next_power_of_2(group), triton.next_power_of_2(dim)
     q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
+    fp8 = keys.dtype == torch.float8_e4m3fn
+    if fp8:
+        keys, values = keys.view(torch.int16), values.view(torch.int16)
     boxes, by_boxes = [keys, values], tiling.boxes and shape.window is None
     if by_boxes:
-        boxes = [TensorDescriptor.from_tensor(x.view(-1, dim), [tiling.tile, dim]) for x in boxes]
+        box = [tiling.tile, keys.shape[-1]]
+        boxes = [TensorDescriptor.from_tensor(x.view(-1, box[1]), box) for x in boxes]
     _decode_kernel[(workspace.multiprocessors * tiling.programs_per_sm,)](
         out,
         qkv,
@@ -444,7 +455,8 @@ def decode_attention(
         workspace.arrivals,
         lens.shape[0],
         tables.stride(0),
-        shape.scale * LOG2_E,
+        shape.scale * LOG2_E * scales.keys,
+        *scales,
         norms.eps if norms else 0.0,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
@@ -461,6 +473,7 @@ def decode_attention(
         NORM=norms is not None,
         SEARCH=SEARCH,
         BOXES=by_boxes,
+        FP8=fp8,
         EARLY=pdl and early,
         num_warps=tiling.warps,
         maxnreg=tiling.max_registers,

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionShape, SegmentTable
-from microvllm.ops.attention.triton_decode import LOG2_E, cached_rows
+from microvllm.ops.attention.e4m3 import KVScales
+from microvllm.ops.attention.triton_tiles import LOG2_E, cached_rows
 from microvllm.ops.gpu.launch import follow, launch_options
 
 
@@ -49,7 +50,7 @@ def _attend(
         place = cached_rows(table, start, end, head, KV_HEADS, PAGE, D, TILE)
         place = place[:, None] + d[None, :]
         inside = (at < end)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + place, inside, 0.0)
+        k = tl.load(keys + place, inside, 0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if MASKED:
             seen = at[None, :] <= positions[:, None]
@@ -62,7 +63,7 @@ def _attend(
         weights = tl.exp2(scores - base[:, None])
         kept = tl.exp2(highest - base)
         weight_sum = weight_sum * kept + tl.sum(weights, 1)
-        v = tl.load(values + place, inside, 0.0)
+        v = tl.load(values + place, inside, 0.0).to(q.dtype)
         attended = tl.dot(weights.to(v.dtype), v, attended * kept[:, None], input_precision="ieee")
         highest = higher
     return attended, highest, weight_sum
@@ -79,6 +80,7 @@ def _prefill_kernel(
     tables,
     table_stride,
     scale,
+    v_scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -148,7 +150,7 @@ def _prefill_kernel(
         head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
     )  # fmt: skip
     weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
-    tl.store(out + place, attended / weight_sum[:, None], inside)
+    tl.store(out + place, attended / weight_sum[:, None] * v_scale, inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ def prefill_attention(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: KVScales,
     segments: SegmentTable,
     shape: AttentionShape,
     tiling: PrefillTiling,
@@ -184,7 +187,8 @@ def prefill_attention(
     """Attention of the segments' tokens, whose keys and values are in the cache.
 
     q: [n, heads, d], rotated, the step's tokens from its first; keys, values: [blocks, kv_heads, block, d],
-    all of one dtype; out: [n, heads * d], of which the segments' rows are written.
+    of its dtype or float8_e4m3fn, which `scales` are for; out: [n, heads * d], of which the segments' rows
+    are written.
     uniform: a token's result has the same bits whatever is computed with it.
     No host synchronisation; the grid depends on the number of segments and on `segments.longest` alone.
     """
@@ -202,7 +206,8 @@ def prefill_attention(
         segments.context_lens,
         segments.blocks,
         segments.blocks.stride(0),
-        shape.scale * LOG2_E,
+        shape.scale * LOG2_E * scales.keys,
+        scales.values,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         D=shape.head_dim,

@@ -89,6 +89,11 @@ class GpuOperators(Operators):
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:
             raise ValueError(f"--attention-backend {self._attention} does not cap attention scores")
+        if config.dtype == torch.float8_e4m3fn:
+            capability = torch.cuda.get_device_capability(config.inv_freq.device)
+            if capability < (8, 9):
+                version = ".".join(map(str, capability))
+                raise ValueError(f"--kv-cache-dtype fp8: a GPU of compute capability {version} has no e4m3")
         if self._attention == "flash_attn":
             from microvllm.ops.attention.flash_backend import FlashAttention
 

@@ -18,7 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionShape, QKNorms
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.gpu.launch import follow, launch_options
+
+E4M3_MAX = tl.constexpr(448.0)
+F16_MAX = tl.constexpr(65504.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,22 @@ def load_rotated(
 
 
 @triton.jit
+def as_cached(x, scale, DTYPE: tl.constexpr):
+    """float32 in the dtype of the cache; as e4m3 divided by the scale, and at most its largest number."""
+    if DTYPE == tl.float8e4nv:  # noqa: SIM300 (a constexpr)
+        x = tl.clamp(tl.div_rn(x, scale), -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def as_factor(x, DTYPE: tl.constexpr):
+    """float32 in the dtype of a product; where that is float16 it ends at the largest number."""
+    if DTYPE == tl.float16:  # noqa: SIM300
+        x = tl.clamp(x, -F16_MAX, F16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def _rope_cache_kernel(
     q_out,
     keys,
@@ -75,6 +95,8 @@ def _rope_cache_kernel(
     q_norm,
     k_norm,
     eps,
+    k_scale,
+    v_scale,
     block_stride,
     token_stride,
     head_stride,
@@ -101,16 +123,18 @@ def _rope_cache_kernel(
     rows = tl.arange(0, BLOCK_HEADS)
     q = load_rotated(qkv, rows, rows < HEADS, q_norm, cos, sin, eps, D, BLOCK_D, NORM)
     rows = rows[:, None]
+    q = as_factor(q, q_out.dtype.element_ty)
     tl.store(q_out + token * HEADS * D + rows * D + d, q, (rows < HEADS) & (d < D))
 
     rows = tl.arange(0, BLOCK_KV_HEADS)
     k = load_rotated(qkv + HEADS * D, rows, rows < KV_HEADS, k_norm, cos, sin, eps, D, BLOCK_D, NORM)
     rows = rows[:, None]
     inside = (rows < KV_HEADS) & (d < D)
-    v = tl.load(qkv + (HEADS + KV_HEADS) * D + rows * D + d, inside, 0.0)
+    v = tl.load(qkv + (HEADS + KV_HEADS) * D + rows * D + d, inside, 0.0).to(tl.float32)
     place = slot // PAGE * block_stride + slot % PAGE * token_stride + rows * head_stride + d
-    tl.store(keys + place, k, inside & (slot >= 0))
-    tl.store(values + place, v, inside & (slot >= 0))
+    DTYPE: tl.constexpr = keys.dtype.element_ty
+    tl.store(keys + place, as_cached(k, k_scale, DTYPE), inside & (slot >= 0))
+    tl.store(values + place, as_cached(v, v_scale, DTYPE), inside & (slot >= 0))
 
 
 def rope_and_cache(
@@ -119,6 +143,7 @@ def rope_and_cache(
     slots: Tensor,
     keys: Tensor,
     values: Tensor,
+    scales: KVScales,
     shape: AttentionShape,
     angles: RotaryAngles,
     norms: QKNorms | None,
@@ -130,12 +155,16 @@ def rope_and_cache(
     """The rotated queries, [n, heads, d], after keys and values went to their slots.
 
     qkv: [n, (heads + 2 * kv_heads) * d] contiguous; positions, slots: [n]; a slot of -1 writes nothing.
-    keys, values: a layer's cache as the module says. No host synchronisation, nothing that depends on
+    keys, values: a layer's cache as the module says, of qkv's dtype or float8_e4m3fn; queries are then of
+    float16, unless qkv is of float32. No host synchronisation, nothing that depends on
     values: may be captured in a CUDA graph.
     """
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     n = qkv.shape[0]
-    q = torch.empty(n, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    dtype = qkv.dtype
+    if keys.dtype == torch.float8_e4m3fn and dtype == torch.bfloat16:
+        dtype = torch.float16
+    q = torch.empty(n, heads, dim, dtype=dtype, device=qkv.device)
     if n == 0:
         return q
     token, head = (2, 1) if heads_first else (1, 2)
@@ -152,6 +181,7 @@ def rope_and_cache(
         q_norm,
         k_norm,
         norms.eps if norms else 0.0,
+        *scales,
         keys.stride(0),
         keys.stride(token),
         keys.stride(head),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend
-from microvllm.runtime.config import DTYPE_BYTES, EngineConfig
+from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest, StepPlan
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.kv_memory import check_pool
@@ -278,7 +278,6 @@ def measure_kv_blocks(config: EngineConfig, model: DecoderModel) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     left = int(total * config.gpu_memory_utilization) - (total - free) - activations - MARGIN_BYTES
-    block_bytes = spec.kv_bytes_per_token(DTYPE_BYTES[config.dtype]) * config.block_size
-    num_blocks = max(0, left // block_bytes)
+    num_blocks = max(0, left // config.block_bytes)
     check_pool(num_blocks, config.block_size, config.max_model_len, "--gpu-memory-utilization")
     return num_blocks

@@ -93,7 +93,7 @@ def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBacken
     """Raises `ConfigError` for attention that the backend cannot compute."""
     sizes = config.num_blocks, config.block_size, config.max_model_len
     try:
-        return model.attention(*sizes, getattr(torch, config.dtype), torch.device(config.device))
+        return model.attention(*sizes, getattr(torch, config.kv_dtype), torch.device(config.device))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -111,7 +111,7 @@ class ModelGraphRunner:
         if config.num_blocks == 0:
             measuring = Stage("Measuring memory", 1, on_progress)
             config = msgspec.structs.replace(config, num_blocks=measure_kv_blocks(config, self._model))
-            measuring.finish(f"KV cache: room for {config.num_blocks * config.block_size:,} tokens")
+            measuring.finish(f"KV cache of {config.kv_dtype}: room for {config.kv_tokens:,} tokens")
         self.config = config
         attention = make_attention(config, self._model)
         self._device = device = make_device(config, self._model, attention, on_progress)

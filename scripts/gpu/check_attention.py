@@ -1,10 +1,10 @@
 """Times the decode attention backends on one GPU and prints microseconds per layer and KV bytes per second.
 
-    python scripts/gpu/check_attention.py [--out FILE.json] [--tilings]
+    python scripts/gpu/check_attention.py [--out FILE.json] [--tilings] [--only TEXT]
 
 Each shape is timed as a CUDA graph of many calls over a KV cache larger than the second-level cache; the
-figure is the median of the replays. `--tilings` tries other tilings of the Triton kernel, too. Correctness
-is the business of tests/gpu.
+figure is the median of the replays. `--tilings` tries other tilings of the Triton kernel, too; "fp8" is a
+cache of e4m3, whose bytes a second count half. Correctness is the business of tests/gpu.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ TILINGS = {
     "32x5 4w 3p": DecodeTiling(32, 5, 4, 3),
     "128x5 8w 1p": DecodeTiling(128, 5, 8, 1),
     "64x3 4w 4p boxes": DecodeTiling(64, 3, 4, 4, boxes=True),
+    "64x5 4w 4p boxes": DecodeTiling(64, 5, 4, 4, boxes=True),
 }
 PREFILL_TILINGS = {
     "64x64x3 4w": PrefillTiling(64, 64, 3, 4),
@@ -68,19 +69,25 @@ class Variant:
     tiling: str | None = None
     pdl: bool = True
     own_splits: bool = True
+    fp8: bool = False
 
     @property
     def name(self) -> str:
-        parts = [self.backend, f"b{self.block}", self.tiling]
+        parts = [self.backend, f"b{self.block}", "fp8" * self.fp8, self.tiling]
         parts += ["no pdl"] * (not self.pdl) + ["its own splits"] * (not self.own_splits)
         return " ".join(part for part in parts if part)
+
+    @property
+    def cached(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.fp8 else DTYPE
 
 
 def variants(with_tilings: bool) -> list[Variant]:
     found = [Variant("triton", 64), Variant("triton", 64, pdl=False), Variant("triton", 16)]
-    found.append(Variant("triton", 256))
+    found += [Variant("triton", 256), Variant("triton", 64, fp8=True)]
     if with_tilings:
-        found += [Variant("triton", 64, name) for name in (*TILINGS, *PREFILL_TILINGS)]
+        for fp8 in (False, True):
+            found += [Variant("triton", 64, name, fp8=fp8) for name in (*TILINGS, *PREFILL_TILINGS)]
     if importlib.util.find_spec("flash_attn"):
         found.insert(0, Variant("flash", 256, pdl=False))
         found.insert(1, Variant("flash", 256, pdl=False, own_splits=False))
@@ -95,7 +102,7 @@ def make_backend(
         weight = torch.ones(shape.head_dim, dtype=DTYPE, device=device)
         norms = QKNorms(((weight, weight),) * 1000, 1e-6)
     inv_freq = 1e6 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    config = AttentionConfig(shape, 1, variant.block, inv_freq, MAX_POSITION, DTYPE, norms)
+    config = AttentionConfig(shape, 1, variant.block, inv_freq, MAX_POSITION, variant.cached, norms)
     if variant.backend == "flash":
         flash = FlashAttention(config)
         if not variant.own_splits:
@@ -121,7 +128,8 @@ def put_cache(
         backend.num_blocks = num_blocks
     else:
         size = (layers, 2, num_blocks, kv_heads, block, dim)
-    backend.cache = random[: torch.Size(size).numel()].view(size)
+    cached = random.view(backend.cache.dtype)
+    backend.cache = cached[: torch.Size(size).numel()].view(size)
 
 
 def decode_batch(
@@ -175,9 +183,9 @@ def seconds_a_call(calls: Callable[[], None], count: int) -> float:
     return statistics.median(times)
 
 
-def layers_for(shape: AttentionShape, sequences: int, context: int) -> int:
+def layers_for(shape: AttentionShape, sequences: int, context: int, cached: torch.dtype = DTYPE) -> int:
     """How many layers a graph goes through, so that none finds its keys in the second-level cache."""
-    layer_bytes = 2 * shape.num_kv_heads * shape.head_dim * DTYPE.itemsize * sequences * context
+    layer_bytes = 2 * shape.num_kv_heads * shape.head_dim * cached.itemsize * sequences * context
     return min(200, max(8, -(-CACHE_BYTES // layer_bytes)))
 
 
@@ -185,7 +193,7 @@ def time_decode(
     variant: Variant, shape: AttentionShape, sequences: int, context: int, random: Tensor
 ) -> float:
     device = random.device
-    layers = layers_for(shape, sequences, context)
+    layers = layers_for(shape, sequences, context, variant.cached)
     num_blocks = sequences * -(-context // variant.block)
     backend = make_backend(variant, shape, device)
     put_cache(backend, random, layers, num_blocks, variant.block)
@@ -243,11 +251,12 @@ def main() -> None:
     )
     parser.add_argument("--out", help="write all figures to this JSON file")
     parser.add_argument("--tilings", action="store_true", help="also time other tilings of the decode kernel")
+    parser.add_argument("--only", default="", help="only variants with this text in their names")
     parser.add_argument("--warm", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.warm:
         return warm(options.warm)
-    chosen = variants(options.tilings)
+    chosen = [variant for variant in variants(options.tilings) if options.only in variant.name]
     # Compiling takes seconds a kernel: all at once, in processes of their own.
     with ThreadPoolExecutor(16) as pool:
         jobs = [
@@ -264,11 +273,13 @@ def main() -> None:
         for shape in MODELS.values()
         for b, n in WORK
     )
-    random = torch.empty(largest, dtype=DTYPE, device=device).normal_()
+    # Bytes of e4m3 near 1, which as bfloat16 are ordinary numbers as well.
+    random = torch.empty(2 * largest, device=device, dtype=torch.uint8).random_(0x30, 0x40)
+    random |= torch.empty_like(random).random_(0, 2) << 7
+    random = random.view(DTYPE)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     rows = []
     for model, shape in MODELS.items():
-        token_bytes = 2 * shape.num_kv_heads * shape.head_dim * DTYPE.itemsize
         print(f"\ndecode {model}: us (TB/s)  " + "  ".join(f"{b}x{n}" for b, n in WORK))
         for variant in (v for v in chosen if v.tiling not in PREFILL_TILINGS):
             cells = []
@@ -278,6 +289,7 @@ def main() -> None:
                 except Exception as error:
                     cells.append(f"{type(error).__name__}: {str(error)[:60]}")
                     continue
+                token_bytes = 2 * shape.num_kv_heads * shape.head_dim * variant.cached.itemsize
                 rate = sequences * context * token_bytes / seconds / 1e12
                 cells.append(f"{seconds * 1e6:6.1f} ({rate:.2f})")
                 rows.append([model, variant.name, sequences, context, seconds * 1e6, rate])

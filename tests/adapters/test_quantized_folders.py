@@ -310,8 +310,11 @@ def test_modelopts_own_file(plain: Path, tmp_path: Path) -> None:
     own.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": inner}))
     assert load(tmp_path)["layers.1.down"].equal(values[f"{DOWN}weight"])
     own.write_text(json.dumps({"quantization": {**inner, "kv_cache_quant_algo": "FP8"}}))
+    quantization = load_spec(tmp_path).quantization
+    assert quantization is not None and quantization.fp8_cache
+    own.write_text(json.dumps({"quantization": {**inner, "kv_cache_quant_algo": "INT8"}}))
     with pytest.raises(
-        ModelFileError, match=r"hf_quant_config\.json: quantization\.kv_cache_quant_algo is set"
+        ModelFileError, match=r"hf_quant_config\.json: quantization\.kv_cache_quant_algo 'INT8'"
     ):
         load_spec(tmp_path)
 

@@ -228,7 +228,8 @@ def test_spellings_that_vllm_knows(argv: str, words: str) -> None:
         ("--gpu-memory-utilisation 0.5", "unknown flag --gpu-memory-utilisation, did you mean --gpu-mem"),
         ("--disable-prefix-caching=1", "takes no value"),
         ("--enable-lora.rank 8", "unknown flag --enable-lora.rank"),
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype fp8 (it would store keys and values"),
+        ("--kv-cache-dtype-skip-layers 0 1", "--kv-cache-dtype-skip-layers 0 1 (it would keep keys and"),
+        ("--calculate-kv-scales", "--calculate-kv-scales (it would measure the scales"),
         ("-q awq --quantization-config.a b", "--quantization-config a=b (it would quantise the weights"),
         ("-sc.method ngram", "--speculative-config method=ngram"),
         ("--structured-outputs-config.reasoning_parser qwen3", "_parser qwen3 (it would separate"),
@@ -248,9 +249,9 @@ def test_one_line_says_what_is_wrong(argv: str, problem: str) -> None:
 
 def test_the_last_value_counts(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text("kv-cache-dtype: fp8\nenable-lora: true\ntensor-parallel-size: 2", "utf-8")
-    assert "--kv-cache-dtype fp8" in refusal("m", "--config", str(file))
-    argv = ["--kv-cache-dtype", "auto", "--disable-lora", "-tp", "2", "-tp", "1"]
+    file.write_text("hf-config-path: here\nenable-lora: true\ntensor-parallel-size: 2", "utf-8")
+    assert "--hf-config-path here" in refusal("m", "--config", str(file))
+    argv = ["--hf-config-path", "", "--disable-lora", "-tp", "2", "-tp", "1"]
     assert read("m", "--config", str(file), *argv) == (["m"], [])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton_interpreter import DEVICE
 
 from microvllm.ops.attention import AttentionShape
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.gpu.launch import can_launch_early
@@ -81,6 +82,39 @@ def test_a_mixed_step_of_a_real_model(name: str, model: str, dtype: torch.dtype)
     assert max(errors) < 3 * tolerance
     assert sum(errors) / len(errors) < tolerance
     assert relative_error(cache_of(backend), cache) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("model", list(SHAPES))
+@pytest.mark.parametrize("name", [name for name in backends() if name != "flash"])
+def test_a_mixed_step_with_a_cache_of_e4m3(name: str, model: str, dtype: torch.dtype) -> None:
+    """Few sequences and, by other tilings, many; scales of one and others."""
+    shape, with_norms = SHAPES[model]
+    case = Case(
+        shape,
+        16 if name == "triton" else 64,
+        DECODES,
+        SEGMENTS,
+        dtype,
+        with_norms=with_norms,
+        scales=(KVScales(), KVScales(0.02, 0.25)),
+        cache_dtype=torch.float8_e4m3fn,
+    )
+    for layer in range(2):
+        backend = make_backend(name, case)
+        out = backend.begin_step(case.batch(DEVICE, int32=True))(layer, case.qkv.to(DEVICE))
+        expected, cache = case.expected(layer)
+        assert out.isfinite().all()
+        # In the mean as without; a key at the middle between two numbers may be rounded to either of them.
+        errors = [relative_error(*rows) for rows in zip(out.cpu(), expected, strict=True)]
+        assert sum(errors) / len(errors) < TOLERANCE[dtype] + 1e-4
+        assert max(errors) < 3 * TOLERANCE[dtype] + 0.02
+        assert relative_error(cache_of(backend), cache) < 1e-3
+    few = [*DECODES[:3], 600]
+    case = Case(shape, 64, few, [], dtype, cache_dtype=torch.float8_e4m3fn, with_norms=with_norms)
+    backend = make_backend(name, case)
+    out = backend.begin_step(case.batch(DEVICE, int32=True))(1, case.qkv.to(DEVICE))
+    assert relative_error(out, case.expected(1)[0]) < TOLERANCE[dtype] + 1e-3
 
 
 @pytest.mark.parametrize("name", backends())

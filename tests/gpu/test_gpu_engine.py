@@ -81,6 +81,28 @@ def test_greedy_tokens_in_float32_are_those_of_the_cpu(model: str, options: dict
     assert (graphs is None) == bool(options.get("enforce_eager")) and (graphs is None or graphs.replays > 0)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_tokens_with_a_cache_of_e4m3_are_those_of_the_torch_backend(model: str) -> None:
+    """In graphs and without, in chunks, after preemption and from the prefix cache."""
+    fp8 = {"kv_cache_dtype": "fp8"}
+    cpu = make_engine(variant_folder(model), device="cpu", attention_backend="torch", max_num_seqs=16, **fp8)
+    expected = generate_ids(cpu, PROMPTS, 40)
+    assert expected != on_the_cpu(model)
+    for options in (
+        {},
+        {"enforce_eager": True},
+        {"max_num_batched_tokens": 24},
+        {"num_gpu_blocks_override": 24, "max_model_len": 128},
+    ):
+        made = engine(model, dtype="float32", **fp8, **options)
+        for _ in range(2):
+            tokens = generate_ids(made, PROMPTS, 40)
+            # A key between two numbers of e4m3 may be rounded to another one than on the CPU.
+            assert sum(a != b for a, b in zip(tokens, expected, strict=True)) <= 1, options
+    sixteen = generate_ids(engine(model, dtype="bfloat16", **fp8), PROMPTS, 40)
+    assert all(len(tokens) == 40 for tokens in sixteen)
+
+
 @pytest.mark.parametrize("model", ["gemma3", "phi3-window", "qwen3-mixed-windows"])
 def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
     assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)

@@ -97,7 +97,7 @@ def test_all_options_at_vllms_defaults_change_nothing(llm: LLM) -> None:
     ("options", "name"),
     [
         ({"quantization": "fp8"}, "quantization"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers"),
         ({"enable_lora": True}, "enable_lora"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"runner": "draft"}, "runner"),

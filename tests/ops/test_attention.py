@@ -16,6 +16,7 @@ from torch import Tensor
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.backends import make_operators
 from microvllm.ops.cpu.operators import CpuAttention
@@ -57,13 +58,18 @@ def rotate(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def dense(sequence: Sequence, shape: AttentionShape, query: int) -> Tensor:
-    """The output at one position, in float64: [heads * d]."""
+def dense(sequence: Sequence, shape: AttentionShape, query: int, scales: KVScales | None = None) -> Tensor:
+    """The output at one position, in float64: [heads * d]. With scales, keys and values are of e4m3."""
     inv_freq, heads = INV_FREQ[shape.head_dim], shape.num_heads
     first = 0 if shape.window is None else max(0, query - shape.window + 1)
     q = rotate(sequence.qk[query, :heads], inv_freq, query)
     keys = torch.stack([rotate(sequence.qk[p, heads:], inv_freq, p) for p in range(first, query + 1)])
     values = sequence.v[first : query + 1].double()
+    if scales is not None:
+        keys, values = (
+            (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
+            for x, scale in zip((keys, values), scales, strict=True)
+        )
     outputs = []
     for head in range(heads):
         shared = head * shape.num_kv_heads // heads
@@ -210,3 +216,35 @@ def test_broken_values_stay_in_their_sequence(name: str) -> None:
 def test_unknown_operators_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="no operators are called flash"):
         make_operators("flash", torch.float32, 2)
+
+
+@pytest.mark.parametrize("scales", [KVScales(), KVScales(0.05, 0.3), KVScales(0.001, 1e-4)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_cache_of_e4m3_is_dense_attention_to_rounded_keys_and_values(
+    scales: KVScales, window: int | None
+) -> None:
+    """Its own token's too; with the last scales many end at 448. Whole, in chunks, decoded."""
+    random = torch.Generator().manual_seed(1)
+    shape, block_size, length = AttentionShape(2, 6, 3, 32, window), 4, 50
+    sequence = Sequence(
+        torch.randn(length, 9, 32, generator=random),
+        torch.randn(length, 3, 32, generator=random),
+        torch.randperm(16, generator=random).tolist()[: -(-length // block_size)],
+    )
+    config = AttentionConfig(
+        shape, 16, block_size, INV_FREQ[32], MAX_POSITION, torch.float8_e4m3fn, None, (KVScales(), scales)
+    )
+    expected = torch.stack([dense(sequence, shape, at, scales) for at in range(length)])
+    unrounded = torch.stack([dense(sequence, shape, at) for at in range(length)])
+    for chunks in ([50], [7, 20, 1, 22], [47, 1, 1, 1]):
+        backend, found, done = TorchAttention(config, torch.float32), [], 0
+        for chunk in chunks:
+            batch, qkv = make_batch([(sequence, done, done + chunk)], block_size, 0)
+            step = backend.begin_step(batch)
+            step(0, qkv.flip(0))
+            found.append(step(1, qkv))
+            done += chunk
+        # A key that float64 rotates to the other side of a number between two of e4m3 is off by more.
+        error = (torch.cat(found).double() - expected).norm() / expected.norm()
+        assert error < 2e-3
+        assert (expected - unrounded).norm() / expected.norm() > 10 * error

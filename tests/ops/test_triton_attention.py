@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from attention_case import Case, relative_error
 from triton_interpreter import DEVICE
 
 from microvllm.ops.attention import AttentionShape, triton_decode
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
 from microvllm.ops.attention.triton_prefill import PrefillTiling
@@ -17,6 +19,10 @@ from microvllm.ops.attention.triton_prefill import PrefillTiling
 # What relative error is allowed on inputs that are exact in the dtype. (The interpreter has no bfloat16.)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 TILES_OF_16 = DecodeTiling(16, 2, 4, 2)
+
+
+E4M3 = torch.float8_e4m3fn
+SCALES = (KVScales(), KVScales(0.03, 0.5))
 
 
 def make_backend(case: Case, tiling: DecodeTiling | None = None) -> TritonAttention:
@@ -120,3 +126,60 @@ def test_a_slot_of_minus_one_is_not_written() -> None:
     batch.slots.fill_(-1)
     assert backend.begin_step(batch)(1, case.qkv.to(DEVICE)).isfinite().all()
     assert (backend.cache.cpu() == case.cache).all()
+
+
+# ---- a cache of e4m3 --------------------------------------------------------------------------------
+
+
+def e4m3_case(shape: AttentionShape, block_size: int, dtype: torch.dtype, **options: Any) -> Case:
+    decodes, segments = [50, 1, 0, 17, 2, 70], [(3, 40), (0, 20), (0, 0), (7, 21), (2, 2)]
+    return Case(
+        shape,
+        block_size,
+        decodes,
+        segments,
+        dtype,
+        scales=SCALES,
+        cache_dtype=E4M3,
+        with_norms=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("plain", torch.float32),
+        ("odd group, window", torch.float32),
+        ("odd head size", torch.float16),
+        ("rotation scaled", torch.float16),
+        *((shape, torch.bfloat16) for shape in SHAPES if DEVICE.type == "cuda"),
+    ],
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cache_of_e4m3(shape: str, dtype: torch.dtype, layer: int) -> None:
+    """Against torch in float32: with a scale of one, and where the range of the scaled numbers ends."""
+    check(e4m3_case(SHAPES[shape], 16, dtype), TILES_OF_16, layer)
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_e4m3_of_other_requests_is_not_looked_at(boxes: bool) -> None:
+    """Among it NaN, which these bytes may be before a block is first written."""
+    case = e4m3_case(AttentionShape(2, 6, 2, 16), 64, torch.float16)
+    backend = make_backend(case, DecodeTiling(16, 2, 4, 2, boxes=boxes))
+    for sequence in case.decodes:
+        if begun := sequence.context % 64:
+            backend.cache.view(torch.uint8)[:, :, sequence.blocks[-1], :, begun:] = 0x7F
+    out = backend.begin_step(case.batch(DEVICE, int32=True))(1, case.qkv.to(DEVICE))
+    assert relative_error(out, case.expected(1)[0]) < TOLERANCE[case.dtype]
+
+
+def test_what_e4m3_cannot_hold_ends_at_its_largest_number() -> None:
+    case = e4m3_case(AttentionShape(2, 4, 2, 16), 16, torch.float32)
+    case.qkv *= 1000
+    case.norms = None
+    backend = make_backend(case, TILES_OF_16)
+    backend.begin_step(case.batch(DEVICE, int32=True))(1, case.qkv.to(DEVICE))
+    written = backend.cache[1].cpu().float()
+    assert written.isfinite().all() and written.abs().max() == 448
+    assert relative_error(backend.cache, case.expected(1)[1]) < 1e-5
