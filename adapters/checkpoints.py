@@ -65,6 +65,11 @@ def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
     return checkpoint.names[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
 
 
+def scheme_of(quantization: Quantization, names: Mapping[str, str], part: Part, layer: int) -> Scheme | None:
+    """How the matrix of a part is quantised; None for a bias and for what stays plain."""
+    return None if part.bias else quantization.scheme_of(part.role, names[part.role].format(i=layer))
+
+
 class FolderCheckpoint:
     """The safetensors files of a Hugging Face folder."""
 
@@ -72,7 +77,10 @@ class FolderCheckpoint:
     _IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
     def __init__(self, folder: Path, family: Family, quantization: Quantization | None = None) -> None:
-        self.path, self.quantization = folder, quantization
+        self.path = folder
+        on_loading = quantization is not None and quantization.on_loading
+        self.quantization = None if on_loading else quantization
+        self._on_loading = quantization if on_loading else None
         self._files = open_folder(folder)
         self.names, self._wrapper = _as_stored(family.hf_tensors, self._files)
         outside = [name for name in self._files if self._is_outside(name)]
@@ -107,11 +115,11 @@ class FolderCheckpoint:
 
     def scheme(self, part: Part, layer: int) -> Scheme | None:
         """How the matrix of a part is quantised; None if it is plain."""
-        if self.quantization is None or part.bias or part.role == "embed":
-            return None
-        if part.role == "lm_head" and not self.quantization.with_head:
-            return None
-        return self.quantization.scheme(self.names[part.role].format(i=layer))
+        return None if self.quantization is None else scheme_of(self.quantization, self.names, part, layer)
+
+    def scheme_on_loading(self, part: Part, layer: int) -> Scheme | None:
+        """How the plain matrix of a part is to be quantised; None if it stays as it is."""
+        return None if self._on_loading is None else scheme_of(self._on_loading, self.names, part, layer)
 
     def find(self, name: str) -> StoredTensor | None:
         """The entry of a tensor in the header of its file; None if there is no such tensor."""

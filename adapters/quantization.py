@@ -46,6 +46,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     `groups`: targets and their scheme. Targets and `ignored` are `LINEAR`, "re:" and a regular expression,
     a pattern of the shell, or a part of a module's name between dots. `with_head`: the head is a target too.
     `fp8_cache`: keys and values are to be cached in e4m3, by scales that are stored.
+    `on_loading`: the files have plain weights, which are quantised as they are loaded.
     """
 
     method: str
@@ -53,6 +54,13 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     ignored: tuple[str, ...] = ()
     with_head: bool = False
     fp8_cache: bool = False
+    on_loading: bool = False
+
+    def scheme_of(self, role: str, module: str) -> Scheme | None:
+        """The scheme of the weight of a module in its role of the model; None if it is plain."""
+        if role == "embed" or (role == "lm_head" and not self.with_head):
+            return None
+        return self.scheme(module)
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of a linear module by its name; None if it is not quantised."""
@@ -268,8 +276,21 @@ METHODS: Mapping[str, Callable[[Fields], Quantization]] = {
 }
 
 
+# Rows and columns that share a scale, by the value of `--quantization` for plain weights; 0 for all.
+ON_LOADING: Mapping[str, tuple[int, int]] = {
+    "fp8": (0, 0),
+    "fp8_per_tensor": (0, 0),
+    "fp8_per_channel": (1, 0),
+    "fp8_per_block": (128, 128),
+}
 # Values of `--quantization`. Those in _marlin name vLLM's kernels for the same checkpoints.
-QUANTIZATIONS = (*METHODS, "gptq_marlin", "awq_marlin", "gguf")
+QUANTIZATIONS = tuple(dict.fromkeys((*METHODS, *ON_LOADING, "gptq_marlin", "awq_marlin", "gguf")))
+
+
+def quantize_on_loading(requested: str) -> Quantization:
+    """Of all matrices of a plain checkpoint but embeddings and head; `requested`: see `ON_LOADING`."""
+    scheme = Scheme(layout="scaled", is_float=True, block=ON_LOADING[requested], activations="token")
+    return Quantization(method=requested, groups=(((LINEAR,), scheme),), on_loading=True)
 
 
 def _choice(config: Fields, key: str, default: str | None, choices: tuple[str, ...]) -> str:
@@ -329,8 +350,13 @@ def why_not_quantized(requested: str, stored: str | None, model: str) -> str | N
 
     `stored` is the method that quantised it, None for plain weights.
     """
+    if stored is None and requested in ON_LOADING:
+        return None
     if stored == requested.removesuffix("_marlin"):
         return None
     if stored is None:
-        return f"--quantization {requested}: {model} has plain weights, and loading does not quantise them"
+        return (
+            f"--quantization {requested}: {model} has plain weights, which loading quantises to "
+            f"{', '.join(ON_LOADING)}"
+        )
     return f"--quantization {requested}: {model} is quantised as {stored}"

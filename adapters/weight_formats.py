@@ -27,7 +27,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.quantization import KEY, Scheme
 from microvllm.adapters.tensors import WHOLE, Part, Slot
 from microvllm.ops.quantized import QuantizedTensor
-from microvllm.ops.scaled import E4M3, ScaledTensor
+from microvllm.ops.scaled import E4M3, ScaledTensor, quantize
 
 
 class WeightFormat(Protocol):
@@ -241,25 +241,85 @@ class Scaled(Dequantized):
                 inputs.append(of_input)
                 scheme = matrix.scheme
             loaded()
-        return _scaled(slot, scheme, codes, torch.cat(scales), inputs)
+        # Where runs of rows begin in the slot, and in the blocks of the file.
+        runs = [run for part in slot.parts for run in part.rows.runs]
+        starts = accumulate((stop - start for start, stop in runs), initial=0)
+        begins = [*list(starts)[:-1], *(start for start, _ in runs)]
+        return _scaled(scheme, codes, torch.cat(scales), begins, inputs)
 
 
 def _scaled(
-    slot: Slot, scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, inputs: Sequence[float]
+    scheme: Scheme,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    begins: Sequence[int],
+    inputs: Sequence[float] = (0.0,),
 ) -> ScaledTensor:
-    """scales: of each row, [rows, blocks of columns] float32; inputs: of each part's activations, or none."""
+    """scales: of each row, [rows, blocks of columns] float32; inputs: of each part's activations, or 0.
+
+    begins: rows that begin a block; if all are multiples of its height, one row stands for all of a block.
+    """
     (height, width), activations = scheme.block, scheme.activations
     if activations == "tensor" and min(inputs) <= 0:
         activations = "token"  # static scales that are missing or no scales
-    runs = [run for part in slot.parts for run in part.rows.runs]
-    starts = accumulate((stop - start for start, stop in runs), initial=0)
-    # Where blocks of rows begin at the same places in the slot as in the file, one row stands for all.
-    aligned = height > 1 and all(
-        at % height == run[0] % height == 0 for at, run in zip(starts, runs, strict=False)
-    )
-    height = height if aligned else 1
+    height = height if height > 1 and not any(begin % height for begin in begins) else 1
     scales = scales[::height].to(codes.device).contiguous()
     return ScaledTensor.of(codes, scales, (height, width or codes.shape[1]), activations, max(inputs))
+
+
+class RoundedPacked(Dense):
+    """Plain matrices that are quantised as they are loaded, each part by itself: `ScaledTensor`.
+
+    A shard's scales are of its own part of a block.
+    """
+
+    kind: type[torch.Tensor] = ScaledTensor
+
+    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
+        return self._scheme(checkpoint, slot) is not None
+
+    def load(
+        self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
+    ) -> torch.Tensor:
+        plain = super().load(checkpoint, slot, dtype, device, loaded)
+        scheme = self._scheme(checkpoint, slot)
+        try:
+            return plain if scheme is None else round_matrix(slot, plain, scheme)
+        except ValueError as error:
+            names = [stored_name(checkpoint, part, slot.layer) for part in slot.parts]
+            raise ModelFileError(checkpoint.path, f"tensor {' or '.join(names)} {error}") from None
+
+    def _scheme(self, checkpoint: Checkpoint, slot: Slot) -> Scheme | None:
+        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None:
+            return None
+        return checkpoint.scheme_on_loading(slot.parts[0], slot.layer)
+
+
+class Rounded(RoundedPacked):
+    """The same as the values that the codes stand for."""
+
+    kind: type[torch.Tensor] = torch.Tensor
+
+    def load(
+        self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
+    ) -> torch.Tensor:
+        made = super().load(checkpoint, slot, dtype, device, loaded)
+        return made.dequantized(dtype) if isinstance(made, ScaledTensor) else made
+
+
+def round_matrix(slot: Slot, plain: torch.Tensor, scheme: Scheme) -> ScaledTensor:
+    """Quantise a loaded slot, each part by itself. Raises ValueError for values that are not finite."""
+    (height, _), sizes = scheme.block, [part.rows.size for part in slot.parts]
+    codes = torch.empty(plain.shape, dtype=E4M3, device=plain.device)
+    scales = []
+    for source, target in zip(torch.split(plain, sizes), torch.split(codes, sizes), strict=True):
+        rounded, found = quantize(source, scheme.block)
+        target.copy_(rounded)
+        scales.append(found.repeat_interleave(height or len(source), 0)[: len(source)])
+    joined = torch.cat(scales)
+    if not joined.isfinite().all():
+        raise ValueError("has values that are not finite, which cannot be quantised")
+    return _scaled(scheme, codes, joined, list(accumulate(sizes, initial=0))[:-1])
 
 
 class Packed(Dense):
@@ -301,4 +361,11 @@ def allocate(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, 
 
 
 # Of those whose kind of tensor the operators multiply, the first that accepts a slot loads it.
-FORMATS: tuple[WeightFormat, ...] = (Packed(), Scaled(), Dequantized(), Dense())
+FORMATS: tuple[WeightFormat, ...] = (
+    Packed(),
+    Scaled(),
+    RoundedPacked(),
+    Rounded(),
+    Dequantized(),
+    Dense(),
+)

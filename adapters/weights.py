@@ -11,20 +11,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 import torch
 
-from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, GGUFCheckpoint, listed
+from microvllm.adapters.checkpoints import (
+    Checkpoint,
+    FolderCheckpoint,
+    GGUFCheckpoint,
+    listed,
+    scheme_of,
+)
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.kv_scales import load_scales, scale_tensors
+from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Shard, Slot
-from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate
+from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate, round_matrix
+from microvllm.ops.scaled import ScaledTensor
 
 Progress = Callable[[int, int], None]
 
@@ -56,7 +64,11 @@ def load_weights(
     family = BY_NAME[spec.architecture]
     if load_format == "dummy":
         slots = list(spec.slots(family.hf_tensors, shard))
-        return _dummy_weights(model, slots, dtype, progress, device, 1.0 - spec.norm_offset)
+        norm = 1.0 - spec.norm_offset
+        dense = _dummy_weights(model, slots, dtype, progress, device, norm)
+        if spec.quantization is None:
+            return dict(dense)
+        return dict(_quantized_dummies(spec.quantization, family.hf_tensors, slots, dense, dtype, packed))
     actual = "safetensors" if model.is_dir() else "gguf"
     if load_format not in ("auto", actual):
         raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
@@ -87,8 +99,9 @@ def load_weights(
         method, name = spec.quantization.method, str(dtype).removeprefix("torch.")
         size = sum(math.prod(slot.shape) for slot in slots) * dtype.itemsize
         stored = sum(path.stat().st_size for path in set(map(checkpoint.file_of, checkpoint.shapes())))
+        first = f"are rounded to {method}, then" if spec.quantization.on_loading else f"in {method}"
         warn_once(
-            f"{model}: weights in {method} become {name} as they are loaded, {size / 1e9:.2f} GB of memory "
+            f"{model}: weights {first} become {name} as they are loaded, {size / 1e9:.2f} GB of memory "
             f"({stored / 1e9:.2f} GB of files); activations are not quantised"
         )
     count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
@@ -132,9 +145,26 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tu
         )
 
 
+def _quantized_dummies(
+    quantization: Quantization,
+    names: Mapping[str, str],
+    slots: list[Slot],
+    dense: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    packed: Collection[type[torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of matrices in e4m3, what they would be with these values; others stay plain."""
+    for slot, (name, tensor) in zip(slots, dense, strict=True):
+        scheme = slot.columns and scheme_of(quantization, names, slot.parts[0], slot.layer)
+        if scheme and scheme.layout == "scaled" and scheme.is_float:
+            made = round_matrix(slot, tensor, scheme)
+            tensor = made if ScaledTensor in packed else made.dequantized(dtype)
+        yield name, tensor
+
+
 def _dummy_weights(
     model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None, device: str, norm: float
-) -> dict[str, torch.Tensor]:
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Small random values, the same on every call; all weights of norms are `norm`.
 
     Values are dealt from a pool that is drawn once: drawing billions of them would take minutes.
@@ -142,9 +172,9 @@ def _dummy_weights(
     size = min(DUMMY_POOL, max(math.prod(slot.shape) for slot in slots))
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(size, dtype=torch.float32).normal_(0, DUMMY_STD, generator=generator).to(device, dtype)
-    weights, offset = {}, 0
+    offset = 0
     for done, slot in enumerate(slots, 1):
-        tensor = weights[slot.name] = allocate(model, slot.name, slot.shape, dtype, device)
+        tensor = allocate(model, slot.name, slot.shape, dtype, device)
         if slot.name.endswith("norm"):
             tensor.fill_(norm)
         else:
@@ -153,6 +183,6 @@ def _dummy_weights(
                 count = min(flat.numel() - filled, size - offset)
                 flat[filled : filled + count] = pool[offset : offset + count]
                 filled, offset = filled + count, (offset + count) % size
+        yield slot.name, tensor
         if progress is not None:
             progress(done, len(slots))
-    return weights

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError, OverrideError
-from microvllm.adapters.quantization import QUANTIZATIONS, why_not_quantized
+from microvllm.adapters.quantization import QUANTIZATIONS, quantize_on_loading, why_not_quantized
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime import vllm_environment
 from microvllm.runtime.backends import (
@@ -86,7 +86,8 @@ class EngineArgs:
     quantization: str | None = flag(
         None,
         MODEL,
-        "How the checkpoint is quantised, which config.json says anyway: another method ends the start.",
+        "Quantise plain weights on loading: fp8 (fp8_per_tensor), fp8_per_channel or fp8_per_block. Of other "
+        "checkpoints the method, which config.json says anyway: another one ends the start.",
         choices=QUANTIZATIONS,
         read=optional_text,
     )
@@ -259,6 +260,8 @@ class EngineArgs:
         plain_or_method = spec.quantization.method if spec.quantization else None
         stored = "gguf" if path.is_file() else plain_or_method
         other_method = self.quantization and why_not_quantized(self.quantization, stored, self.model)
+        if self.quantization and stored is None and not other_method:
+            spec = msgspec.structs.replace(spec, quantization=quantize_on_loading(self.quantization))
         _refuse(
             (other_method, other_method),
             (

@@ -172,6 +172,6 @@ def test_a_flag_that_names_something_else_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=problem):
             EngineArgs(model=model, quantization=value, device="cpu").resolve()
     with pytest.raises(
-        ConfigError, match=r"--quantization fp8: .* plain weights, and loading does not quantise"
+        ConfigError, match=r"--quantization awq: .* plain weights, which loading quantises to"
     ):
-        EngineArgs(model=str(variant_folder("llama-tied")), quantization="fp8", device="cpu").resolve()
+        EngineArgs(model=str(variant_folder("llama-tied")), quantization="awq", device="cpu").resolve()

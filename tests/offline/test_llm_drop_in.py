@@ -96,8 +96,8 @@ def test_all_options_at_vllms_defaults_change_nothing(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"quantization": "fp8"}, "quantization"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers"),
+        ({"quantization": "awq"}, "quantization"),
         ({"enable_lora": True}, "enable_lora"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"runner": "draft"}, "runner"),
