@@ -12,7 +12,8 @@ from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.mixed import MixedAttention
-from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, Operator, Operators, ReducedLinear
+from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, NormedLinear, Operator, Operators
+from microvllm.ops.sharding import Ranks, ShardedEmbedding, ShardedHead, SummedLinear
 
 
 class DecoderModel:
@@ -20,7 +21,7 @@ class DecoderModel:
 
     `weights` are those of `load_weights`, all of one dtype; each is taken out of the dictionary as it is
     packed, so that plain and packed copies of the whole model never exist together. A shard's `spec` is
-    `ModelSpec.sharded`, and its `reduce` sums [n, hidden] over all shards, which call it in the same order.
+    `ModelSpec.sharded`, and `ranks` connects it with the others, which make the same calls in the same order.
     """
 
     def __init__(
@@ -28,19 +29,22 @@ class DecoderModel:
         spec: ModelSpec,
         weights: dict[str, Tensor],
         operators: Operators,
-        reduce: Operator | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.spec = spec
         self._operators = operators
         embed = weights.pop("embed")
         head = weights.pop("lm_head", embed)
         norm = _Weights(spec, weights, operators, "").norm("norm")
-        self.embed = _scaled(operators.embedding(embed), spec, embed)
+        lookup = operators.embedding(embed)
+        if ranks is not None:
+            lookup = ShardedEmbedding(lookup, spec.vocab_size, ranks)
+        self.embed = _scaled(lookup, spec, embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
-        self.head = _head(spec, head, norm, operators)
+        self.head = _head(spec, head, norm, operators, ranks)
         layers = [_Weights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
         self._layers = operators.layers(
-            [_build_layer(*each, operators, reduce) for each in zip(spec.layers, layers, strict=True)]
+            [_build_layer(*each, operators, ranks) for each in zip(spec.layers, layers, strict=True)]
         )
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
         self._kv_scales = weights.pop("kv_scales", torch.ones(spec.num_layers, 2)).tolist()
@@ -114,17 +118,17 @@ class _Weights:
 
 
 def _build_layer(
-    layer: LayerSpec, weights: _Weights, operators: Operators, reduce: Operator | None
+    layer: LayerSpec, weights: _Weights, operators: Operators, ranks: Ranks | None
 ) -> DecoderLayer:
     def branch(kind: str, part: Attention | MLP) -> tuple[Operator, LinearOperator]:
         first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
+        if ranks is not None:
+            last = SummedLinear(last, ranks)
         post_norm = weights.norm(f"{kind}_post_norm")
-        if post_norm is None and reduce is None:
+        if post_norm is None:
             return first, last
-        norm = (
-            None if post_norm is None else partial(operators.rms_norm, weight=post_norm[0], eps=post_norm[1])
-        )
-        return first, ReducedLinear(last, norm, reduce)
+        norm = partial(operators.rms_norm, weight=post_norm[0], eps=post_norm[1])
+        return first, NormedLinear(last, norm)
 
     return DecoderLayer(*branch("mixer", layer.mixer), *branch("mlp", layer.mlp))
 
@@ -138,8 +142,12 @@ def _scaled(embed: Operator, spec: ModelSpec, weight: Tensor) -> Operator:
     return lambda ids: embed(ids) * scale
 
 
-def _head(spec: ModelSpec, weight: Tensor, norm: Norm | None, operators: Operators) -> Operator:
+def _head(
+    spec: ModelSpec, weight: Tensor, norm: Norm | None, operators: Operators, ranks: Ranks | None
+) -> Operator:
     if spec.pooling is not None and norm is not None:
         return partial(operators.rms_norm, weight=norm[0], eps=norm[1])
     head, cap = operators.product(weight, norm=norm), spec.logits_softcap
+    if ranks is not None:
+        head = ShardedHead(head, spec.vocab_size, ranks)
     return head if cap is None else lambda hidden: (head(hidden) / cap).tanh() * cap

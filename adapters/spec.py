@@ -105,16 +105,23 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * hidden_size * (self.q_size + self.kv_size)
 
     def sharded(self, size: int) -> Attention:
-        """What one of `size` shards computes of it. Raises ValueError if its heads do not divide evenly."""
-        if self.num_kv_heads % size:
-            raise ValueError(f"{self.num_kv_heads} heads of keys and values do not divide into {size} shards")
+        """What one of `size` shards computes of it; shards beyond the heads of keys and values share these.
+
+        Raises ValueError if its heads do not divide evenly.
+        """
+        kv_heads = self.num_kv_heads
+        if self.num_heads % size:
+            raise ValueError(f"{self.num_heads} heads do not divide into {size} shards")
+        if kv_heads % size and size % kv_heads:
+            raise ValueError(f"{kv_heads} heads of keys and values do not divide into {size} shards")
         return msgspec.structs.replace(
-            self, num_heads=self.num_heads // size, num_kv_heads=self.num_kv_heads // size
+            self, num_heads=self.num_heads // size, num_kv_heads=max(1, kv_heads // size)
         )
 
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
         """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]."""
-        rows = {"q": shard.share(self.q_size), "k": shard.share(self.kv_size), "v": shard.share(self.kv_size)}
+        kv = shard.share_units(self.num_kv_heads, self.head_dim)
+        rows = {"q": shard.share(self.q_size), "k": kv, "v": kv}
         hidden = WHOLE.share(hidden_size)
         yield from matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias)
         # Shards add up what `o` gives, its bias once.
@@ -257,7 +264,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, layers=tuple(layers))
 
     def sharded(self, size: int) -> ModelSpec:
-        """The model that one of `size` shards computes. Raises ValueError if it does not divide."""
+        """The model that one of `size` shards computes. Raises ValueError if it does not divide.
+
+        `vocab_size` stays the whole one.
+        """
+        if -(-self.vocab_size // size) * (size - 1) >= self.vocab_size:
+            raise ValueError(f"a vocabulary of {self.vocab_size} does not divide into {size} shards")
         layers = (
             msgspec.structs.replace(layer, mixer=layer.mixer.sharded(size), mlp=layer.mlp.sharded(size))
             for layer in self.layers
@@ -266,7 +278,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def slots(self, names: Mapping[str, str], shard: Shard = WHOLE) -> Iterator[Slot]:
         """The tensors of the model in the order in which they are loaded; `names` are the family's."""
-        hidden, vocabulary = WHOLE.share(self.hidden_size), WHOLE.share(self.vocab_size)
+        hidden, vocabulary = WHOLE.share(self.hidden_size), shard.share(self.vocab_size)
         yield from matrix_slots("embed", {"embed": vocabulary}, hidden)
         for index, layer in enumerate(self.layers):
             for slot in layer.slots(self.hidden_size, names, shard):

@@ -13,16 +13,23 @@ from typing import NamedTuple
 class Shard(NamedTuple):
     """One of `size` workers that hold a model together: Shoeybi et al., 2019, arXiv:1909.08053.
 
-    Each holds some heads and some of the MLP's inner width, and all of the rest.
+    Each holds some heads, some of the MLP's inner width and some of the vocabulary, and all of the rest.
     """
 
     rank: int = 0
     size: int = 1
 
     def share(self, length: int) -> Cut:
-        """Return the run of a dimension that belongs to this shard."""
-        each = length // self.size
-        return Cut(length, ((self.rank * each, (self.rank + 1) * each),))
+        """Return the run of a dimension that belongs to this shard; the last one may be shorter."""
+        each = -(-length // self.size)
+        return Cut(length, ((min(self.rank * each, length), min((self.rank + 1) * each, length)),))
+
+    def share_units(self, count: int, length: int) -> Cut:
+        """The same of `count` units of `length` each; fewer of them than shards are held by several each."""
+        if count >= self.size:
+            return self.share(count * length)
+        first = self.rank * count // self.size * length
+        return Cut(count * length, ((first, first + length),))
 
 
 WHOLE = Shard()

@@ -30,7 +30,7 @@ from microvllm.adapters.kv_scales import load_scales, scale_tensors
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
-from microvllm.adapters.tensors import WHOLE, Shard, Slot
+from microvllm.adapters.tensors import WHOLE, Cut, Shard, Slot
 from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate, round_matrix
 from microvllm.ops.scaled import ScaledTensor
 
@@ -63,9 +63,9 @@ def load_weights(
     """
     family = BY_NAME[spec.architecture]
     if load_format == "dummy":
-        slots = list(spec.slots(family.hf_tensors, shard))
+        whole, slots = (list(spec.slots(family.hf_tensors, each)) for each in (WHOLE, shard))
         norm = 1.0 - spec.norm_offset
-        dense = _dummy_weights(model, slots, dtype, progress, device, norm)
+        dense = _dummy_weights(model, whole, slots, dtype, progress, device, norm)
         if spec.quantization is None:
             return dict(dense)
         return dict(_quantized_dummies(spec.quantization, family.hf_tensors, slots, dense, dtype, packed))
@@ -163,16 +163,23 @@ def _quantized_dummies(
 
 
 def _dummy_weights(
-    model: Path, slots: list[Slot], dtype: torch.dtype, progress: Progress | None, device: str, norm: float
+    model: Path,
+    slots: list[Slot],
+    own: list[Slot],
+    dtype: torch.dtype,
+    progress: Progress | None,
+    device: str,
+    norm: float,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Small random values, the same on every call; all weights of norms are `norm`.
 
-    Values are dealt from a pool that is drawn once: drawing billions of them would take minutes.
+    Values are dealt from a pool that is drawn once: drawing billions of them would take minutes. The whole
+    model's `slots` are dealt, of which the result has what a shard's `own` hold.
     """
     size = min(DUMMY_POOL, max(math.prod(slot.shape) for slot in slots))
     generator = torch.Generator().manual_seed(0)
     pool = torch.empty(size, dtype=torch.float32).normal_(0, DUMMY_STD, generator=generator).to(device, dtype)
-    offset = 0
+    offset, shares = 0, {slot.name: slot for slot in own}
     for done, slot in enumerate(slots, 1):
         tensor = allocate(model, slot.name, slot.shape, dtype, device)
         if slot.name.endswith("norm"):
@@ -183,6 +190,16 @@ def _dummy_weights(
                 count = min(flat.numel() - filled, size - offset)
                 flat[filled : filled + count] = pool[offset : offset + count]
                 filled, offset = filled + count, (offset + count) % size
-        yield slot.name, tensor
+        if slot.name in shares:
+            yield slot.name, _share(tensor, shares[slot.name])
         if progress is not None:
             progress(done, len(slots))
+
+
+def _share(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """The rows and columns of a slot, of a tensor that holds all that are stored."""
+    if slot.shape == tuple(tensor.shape):
+        return tensor
+    rows = Cut.stacked([part.rows for part in slot.parts])
+    tensor = torch.cat([tensor[slice(*run)] for run in rows.runs])
+    return tensor if slot.columns is None else tensor[:, slice(*slot.columns.runs[0])].contiguous()

@@ -56,21 +56,14 @@ class DecoderLayers:
         return hidden
 
 
-class ReducedLinear:
-    """residual + norm(reduce(product(x))): what a plain linear operator does not compute before it adds.
+class NormedLinear:
+    """residual + norm(product(x)): what a plain linear operator does not compute before it adds."""
 
-    `reduce` sums a shard's part of the product with those of the others.
-    """
-
-    def __init__(self, product: LinearOperator, norm: Operator | None, reduce: Operator | None) -> None:
-        self._product, self._norm, self._reduce = product, norm, reduce
+    def __init__(self, product: LinearOperator, norm: Operator) -> None:
+        self._product, self._norm = product, norm
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self._product(x)
-        if self._reduce is not None:
-            y = self._reduce(y)
-        if self._norm is not None:
-            y = self._norm(y)
+        y = self._norm(self._product(x))
         return y if residual is None else residual.add_(y)
 
 

@@ -47,6 +47,7 @@ from microvllm.runtime.kv_memory import KV_BYTES, size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS, choose_runner, configure_pooling
 from microvllm.runtime.progress import OnProgress
+from microvllm.runtime.rank_checks import check_ranks
 
 logger = logging.getLogger("microvllm.config")
 
@@ -208,6 +209,12 @@ class EngineArgs:
         "or flash_attn.",
     )
     device: str = flag("auto", MACHINE, "auto (a GPU if there is one), cpu or cuda.", choices=DEVICES)
+    tensor_parallel_size: int = flag(
+        1, MACHINE, "GPUs that hold the model together, or processes on a CPU.", metavar="N", low=1
+    )
+    distributed_executor_backend: str | None = flag(
+        None, MACHINE, "mp: a process for each of them.", choices=("mp",)
+    )
     gpu_memory_utilization: float = flag(
         GPU_MEMORY_UTILIZATION,
         MACHINE,
@@ -309,10 +316,14 @@ class EngineArgs:
                     *(rope.scaling, max_model_len, rope.original_max_position),
                 )
         spec, pooling = spec.at_length(max_model_len), spec.pooling
+        num_ranks = self.tensor_parallel_size
+        shard = check_ranks(num_ranks, spec, device, batch_invariant=batch_invariant)
+        # On a CPU all ranks take of the same memory.
+        sharing = num_ranks if device == "cpu" else 1
         num_blocks, max_model_len = size_pool(
             device,
             block_size,
-            spec.kv_bytes_per_token(KV_BYTES[kv_dtype]) * block_size,
+            shard.kv_bytes_per_token(KV_BYTES[kv_dtype]) * block_size * sharing,
             max_model_len,
             blocks=self.num_gpu_blocks_override,
             pool_bytes=self.kv_cache_memory_bytes,
@@ -364,11 +375,12 @@ class EngineArgs:
             request_timeout=self.request_timeout,
             seed=self.seed,
             device=device,
+            tensor_parallel_size=num_ranks,
             gpu_memory_utilization=self.gpu_memory_utilization,
             # Graphs choose tokens, which a model without a head has none of.
             enforce_eager=self.enforce_eager or pooling is not None,
             attention_backend=backend,
-            cpu_threads=self.cpu_threads or default_threads(),
+            cpu_threads=max(1, (self.cpu_threads or default_threads()) // num_ranks),
             generation_defaults=generation_defaults(
                 self.generation_config,
                 path,
@@ -441,6 +453,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
     batch_invariant: bool = False  # an answer does not depend on what is computed beside it
     device: str = "cpu"
+    tensor_parallel_size: int = 1  # processes, each with a device, that hold the model together
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False
     generation_defaults: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from microvllm.runtime.text.detokenizer import TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.vectors import POOLING_PARAMS
-from microvllm.runtime.worker.pooling import make_runner
+from microvllm.runtime.worker.parallel.runner import start_runner
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class InferenceEngine:
         )
         self.tokenizer = Tokenizer.load(Path(self.config.tokenizer_path))
         self.processor = InputProcessor(self.config, self.tokenizer)
-        runner = make_runner(self.config, on_progress)
+        runner = start_runner(self.config, on_progress)
         self.config = runner.config
         self.core = EngineCore(self.config, runner)
         self.metrics = EngineMetrics(self.config.max_model_len, self.core.stats())

@@ -113,6 +113,17 @@ def choose_device(requested: str) -> str:
     return "cpu" if problem is not None else "cuda"
 
 
+def gpu_names() -> list[str]:
+    """Return the name of every GPU that this process may use."""
+    driver, count, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.create_string_buffer(256)
+    names = []
+    if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+        for index in range(count.value):  # a device's handle is its number
+            driver.cuDeviceGetName(name, len(name), index)
+            names.append(name.value.decode())
+    return names
+
+
 def _why_no_cuda() -> str | None:
     """Return what is missing of an NVIDIA GPU, a torch built for it, and Triton; None if nothing is."""
     try:

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -42,6 +43,7 @@ from microvllm.runtime.worker.profiler import Profiler, ProfilerStateError
 
 if TYPE_CHECKING:
     from microvllm.runtime.worker.model_runner import LaunchedStep
+    from microvllm.runtime.worker.parallel.messages import RankFailed
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -80,9 +82,9 @@ def main() -> None:
 
 
 def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
-    from microvllm.runtime.worker.pooling import make_runner
+    from microvllm.runtime.worker.parallel.runner import start_runner
 
-    sent = 0.0
+    sent, runner = 0.0, None
 
     def progress(what: str, done: int, total: int, note: str = "", /) -> None:
         nonlocal sent
@@ -90,7 +92,15 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
             sent = time.monotonic()
             channel.send_event(Progress(what, done, total, note))
 
-    runner = make_runner(config, progress)
+    def on_failure(failure: RankFailed) -> None:
+        # The main thread may wait for the rank that is gone, and nothing ends that.
+        if runner is None:
+            channel.send_event(Failed(failure.message, failure.remedy))
+        else:
+            logger.error("%s: the engine ends", failure.message)
+        os._exit(1)
+
+    runner = start_runner(config, progress, on_failure)
     return EngineCore(runner.config, runner)
 
 

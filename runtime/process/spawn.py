@@ -44,7 +44,7 @@ class SpawnedEngine:
         ours.setblocking(False)
         try:
             # Ctrl-C reaches all processes of a terminal: blocked, it cannot interrupt the new one's imports.
-            with theirs, _blocked(STOP_SIGNALS):
+            with theirs, blocked_signals(STOP_SIGNALS):
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", CODE, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
@@ -78,7 +78,8 @@ class SpawnedEngine:
 
 
 @contextlib.contextmanager
-def _blocked(signals: Collection[signal.Signals]) -> Iterator[None]:
+def blocked_signals(signals: Collection[signal.Signals]) -> Iterator[None]:
+    """What is started meanwhile begins with these signals blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

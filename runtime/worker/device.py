@@ -261,7 +261,7 @@ def measure_kv_blocks(config: EngineConfig, model: DecoderModel) -> int:
     Runs the largest step that there can be, with attention left out, which keeps nothing but its output.
     Raises `ConfigError` when not one request of full length fits.
     """
-    spec = config.spec
+    spec = model.spec
 
     def no_attention(layer: int, qkv: Tensor) -> Tensor:
         return qkv[:, : spec.layers[layer].mixer.q_size].clone()

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.backends import make_operators
 from microvllm.ops.quantized import QuantizedTensor
+from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError
@@ -41,6 +43,7 @@ from microvllm.runtime.worker.logits import (
     log_probabilities,
     on_device,
 )
+from microvllm.runtime.worker.parallel.masked_rows import MaskedRows
 from microvllm.runtime.worker.sampler import Sampled
 from microvllm.runtime.worker.step_times import DeviceClock
 
@@ -59,9 +62,15 @@ class LaunchedStep:
     prompt_logprobs: PromptLogprobs | None = None
 
 
-def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderModel:
-    """The model, of operators for its device. Raises `ConfigError` that names the file or tensor at fault."""
+def load_model(
+    config: EngineConfig, on_progress: OnProgress | None, ranks: Ranks | None = None
+) -> DecoderModel:
+    """The model, of operators for its device, or its shard of this rank.
+
+    Raises `ConfigError` that names the file or tensor at fault.
+    """
     dtype = getattr(torch, config.dtype)
+    shard = WHOLE if ranks is None else Shard(ranks.rank, ranks.size)
     try:
         operators = make_operators(
             config.attention_backend,
@@ -81,12 +90,13 @@ def load_model(config: EngineConfig, on_progress: OnProgress | None) -> DecoderM
             None if on_progress is None else partial(on_progress, "Loading weights"),
             config.device,
             packed=operators.packed if config.packed_weights else (),
+            shard=shard,
         )
     except ModelFileError as error:
         raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
         raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
-    return DecoderModel(config.spec, weights, operators)
+    return DecoderModel(config.spec.sharded(shard.size), weights, operators, ranks)
 
 
 def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBackend:
@@ -101,23 +111,30 @@ def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBacken
 class ModelGraphRunner:
     """Owns the model, the KV cache and the rows; the only user of the device.
 
-    `config` is the given one with the size of the KV cache, which on a GPU is measured.
+    `config` is the given one with the size of the KV cache, which on a GPU is measured. `ranks`: the others
+    with which it shares the model; they all get the same plans, and rank 0 chooses the tokens.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, on_progress: OnProgress | None = None, ranks: Ranks | None = None
+    ) -> None:
         """Load the model. Raises `ConfigError` as `load_model` does."""
         torch.set_num_threads(config.cpu_threads)
-        self._model = load_model(config, on_progress)
+        self._ranks = ranks
+        self._model = load_model(config, on_progress, ranks)
         if config.num_blocks == 0:
             measuring = Stage("Measuring memory", 1, on_progress)
-            config = msgspec.structs.replace(config, num_blocks=measure_kv_blocks(config, self._model))
+            num_blocks = measure_kv_blocks(config, self._model)
+            if ranks is not None:
+                num_blocks = ranks.smallest(num_blocks)
+            config = msgspec.structs.replace(config, num_blocks=num_blocks)
             measuring.finish(f"KV cache of {config.kv_dtype}: room for {config.kv_tokens:,} tokens")
         self.config = config
         attention = make_attention(config, self._model)
         self._device = device = make_device(config, self._model, attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
         self.masks = GrammarMasks(config, self._newest_tokens)
-        self._sampler.use_mask(self.masks)
+        self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
         self._launched: LaunchedStep | None = None  # the last one
         self.clock = device.clock
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
@@ -249,6 +266,8 @@ class ModelGraphRunner:
             return known, len(request.token_ids) < positions[i]
 
         sampled = self._sampler.sample(logits, rows, positions, masked, output, ids)
+        if self._ranks is not None:
+            self._ranks.agree(sampled.tokens)
         self._inputs.set_newest(rows, sampled.tokens)
         return sampled
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.progress import OnProgress
@@ -16,10 +17,12 @@ from microvllm.runtime.worker.logits import on_device
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 
-def make_runner(config: EngineConfig, on_progress: OnProgress | None = None) -> ModelGraphRunner:
-    """The runner that the model needs. Raises `ConfigError` as `load_model` does."""
+def make_runner(
+    config: EngineConfig, on_progress: OnProgress | None = None, ranks: Ranks | None = None
+) -> ModelGraphRunner:
+    """The runner that the model needs on one device. Raises `ConfigError` as `load_model` does."""
     kind = ModelGraphRunner if config.spec.pooling is None else PoolingRunner
-    return kind(config, on_progress)
+    return kind(config, on_progress, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,10 @@ class PoolingRunner(ModelGraphRunner):
     in its row. The step with the prompt's first token overwrites what was there, also after a preemption.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: OnProgress | None = None) -> None:
-        super().__init__(config, on_progress)
+    def __init__(
+        self, config: EngineConfig, on_progress: OnProgress | None = None, ranks: Ranks | None = None
+    ) -> None:
+        super().__init__(config, on_progress, ranks)
         pooling, rows = config.spec.pooling, config.max_num_seqs
         self._method = "last" if pooling is None else pooling.method
         kept = (rows, config.spec.hidden_size) if self._method != "last" else (0, 0)

@@ -1,4 +1,4 @@
-"""Two shards of a model, run in one process with a sum between them, give the logits of the whole model."""
+"""Two shards of a model, run in one process and connected there, give the logits of the whole model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.backends import make_operators
-from microvllm.ops.operators import Operator
 from microvllm.ops.quantized import QuantizedTensor
+from microvllm.ops.sharding import Ranks
 from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"family": "qwen2", "tie": True},
     "qwen3": {"family": "qwen3"},
+    "one-kv-head": {"family": "llama", "num_key_value_heads": 1},
+    "odd-vocabulary": {"family": "qwen3", "vocab_size": TOKENIZER_SIZE + 1},
     "phi3": {"family": "phi3"},
     "gemma3": {
         "family": "gemma3_text",
@@ -39,33 +41,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BLOCK, LENGTHS = 4, (7, 11)
 
 
-class Sum:
-    """Adds up what `size` threads pass in the same order."""
+class Threads:
+    """Connects `size` threads, which make the same calls in the same order."""
 
     def __init__(self, size: int) -> None:
-        self._parts: list[torch.Tensor | None] = [None] * size
+        self._size = size
+        self._given: list[Any] = [None] * size
         self._barrier = threading.Barrier(size, timeout=30)
 
-    def of(self, rank: int) -> Operator:
-        def reduce(part: torch.Tensor) -> torch.Tensor:
-            self._parts[rank] = part
-            self._barrier.wait()
-            total = torch.stack([each for each in self._parts if each is not None]).sum(0)
-            self._barrier.wait()
-            return total
+    def of(self, rank: int) -> Ranks:
+        return Connected(self, rank, self._size)
 
-        return reduce
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self._given[rank] = value
+        self._barrier.wait()
+        found = list(self._given)
+        self._barrier.wait()
+        return found
+
+
+class Connected:
+    """One rank of `Threads`."""
+
+    def __init__(self, threads: Threads, rank: int, size: int) -> None:
+        self.rank, self.size, self._threads = rank, size, threads
+
+    def sum(self, part: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        total = torch.stack(self._threads.exchange(self.rank, part)).sum(0)
+        return total if residual is None else residual + total
+
+    def join(self, part: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._threads.exchange(self.rank, part), 1)
+
+    def agree(self, tokens: torch.Tensor) -> None:
+        tokens.copy_(self._threads.exchange(self.rank, tokens.clone())[0])
+
+    def smallest(self, number: int) -> int:
+        return min(self._threads.exchange(self.rank, number))
 
 
 def logits(
-    model: Path, backend: str, shard: Shard, reduce: Operator | None, keep_quantized: bool
+    model: Path, backend: str, shard: Shard, ranks: Ranks | None, keep_quantized: bool
 ) -> torch.Tensor:
     """Of every position of two prompts, and of one token behind each, on a sharded model: [n, vocab]."""
     spec = load_spec(model)
     operators = make_operators(backend, torch.float32, 1)
     packed = operators.packed if keep_quantized else ()
     weights = load_weights(model, spec, "auto", torch.float32, packed=packed, shard=shard)
-    decoder = DecoderModel(spec.sharded(shard.size), weights, operators, reduce)
+    decoder = DecoderModel(spec.sharded(shard.size), weights, operators, ranks)
     assert not weights
     attention = decoder.attention(8, BLOCK, 32, torch.float32, torch.device("cpu"))
     tables = np.arange(8).reshape(2, 4)
@@ -86,10 +109,10 @@ def logits(
 
 def assert_shards_agree(model: Path, backend: str, *, keep_quantized: bool = False) -> None:
     whole = logits(model, backend, WHOLE, None, keep_quantized)
-    total = Sum(2)
+    threads = Threads(2)
 
     def shard(rank: int) -> torch.Tensor:
-        return logits(model, backend, Shard(rank, 2), total.of(rank), keep_quantized)
+        return logits(model, backend, Shard(rank, 2), threads.of(rank), keep_quantized)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(shard, range(2))
@@ -132,10 +155,38 @@ def test_shards_hold_different_halves(tmp_path: Path) -> None:
         assert torch.cat(parts, dimension).equal(whole(f"layers.1.{name}"))
     gate_up = [half("layers.1.gate_up").chunk(2) for half in halves]
     assert torch.cat([pair[i] for i in range(2) for pair in gate_up]).equal(whole("layers.1.gate_up"))
-    assert halves[0]("embed").equal(whole("embed"))
+    for name in ("embed", "lm_head"):
+        assert torch.cat([half(name) for half in halves]).equal(whole(name))
+
+
+def test_shards_beyond_the_heads_of_keys_share_them(tmp_path: Path) -> None:
+    folder = make_hf_folder(tmp_path, "llama", **{**SIZES, "num_key_value_heads": 2})
+    spec = load_spec(folder)
+    heads, size = [], spec.layers[0].mixer.head_dim
+    for rank in range(4):
+        weights = load_weights(folder, spec, "auto", torch.float32, shard=Shard(rank, 4))
+        heads.append(weights["layers.0.qkv"][2 * size : 3 * size])
+    assert heads[0].equal(heads[1]) and heads[2].equal(heads[3]) and not heads[0].equal(heads[2])
+
+
+def test_random_weights_of_shards_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    spec = load_spec(make_hf_folder(tmp_path, "llama", **SIZES, attention_bias=True))
+    whole, *halves = (
+        load_weights(tmp_path, spec, "dummy", torch.float32, shard=shard)
+        for shard in (WHOLE, Shard(0, 2), Shard(1, 2))
+    )
+    assert torch.cat([half["layers.1.down"] for half in halves], 1).equal(whole["layers.1.down"])
+    assert torch.cat([half["lm_head"] for half in halves]).equal(whole["lm_head"])
+    assert halves[0]["layers.2.o_bias"].equal(whole["layers.2.o_bias"]) and "layers.2.o_bias" not in halves[1]
 
 
 def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
     spec = load_spec(make_hf_folder(tmp_path, "llama"))
+    with pytest.raises(ValueError, match="9 heads do not divide into 2 shards"):
+        spec.sharded(2)
+    spec = load_spec(make_hf_folder(tmp_path / "kv", "llama", num_attention_heads=6, hidden_size=96))
     with pytest.raises(ValueError, match="3 heads of keys and values do not divide into 2 shards"):
+        spec.sharded(2)
+    spec = load_spec(make_hf_folder(tmp_path / "mlp", "llama", **SIZES, intermediate_size=161))
+    with pytest.raises(ValueError, match="width of 161 does not divide into 2 shards"):
         spec.sharded(2)

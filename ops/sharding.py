@@ -1,0 +1,86 @@
+"""What the shards of a model exchange, and the operators that do: each shard holds some rows or columns."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from microvllm.ops.operators import LinearOperator, Operator
+
+
+class Ranks(Protocol):
+    """Connects one shard of a model, `rank` of `size`, with the others.
+
+    All ranks make the same calls in the same order, with tensors of the same shapes; what a call returns is the
+    same to the last bit on all of them. On a GPU a call launches on the current stream and can be captured in a
+    CUDA graph.
+    """
+
+    rank: int
+    size: int
+
+    def sum(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
+        """part: [n, d], which may be overwritten -> residual + the parts of all ranks: [n, d].
+
+        residual: [n, d], the same on all ranks; the result may be where it was.
+        """
+        ...
+
+    def join(self, part: Tensor) -> Tensor:
+        """part: [m, w] -> the parts of all ranks beside each other, [m, size * w], contiguous."""
+        ...
+
+    def agree(self, tokens: Tensor) -> None:
+        """Overwrite tokens: [m] int64 with those of rank 0."""
+        ...
+
+    def smallest(self, number: int) -> int:
+        """The smallest of the ranks' numbers; waits for them."""
+        ...
+
+
+class SummedLinear:
+    """A product of which each rank holds some columns of the weight: the sum of all ranks' products."""
+
+    def __init__(self, product: LinearOperator, ranks: Ranks) -> None:
+        self._product, self._ranks = product, ranks
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._ranks.sum(self._product(x), residual)
+
+
+class ShardedEmbedding:
+    """[n] token ids -> their rows, [n, d], of a table of `vocab_size` rows, of which each rank holds some.
+
+    `lookup` finds those of this rank. The row of a token is zero on all ranks but one.
+    """
+
+    def __init__(self, lookup: Operator, vocab_size: int, ranks: Ranks) -> None:
+        self._lookup, self._ranks = lookup, ranks
+        each = -(-vocab_size // ranks.size)
+        self._first, self._end = ranks.rank * each, min((ranks.rank + 1) * each, vocab_size)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        local = token_ids - self._first
+        outside = (local < 0) | (token_ids >= self._end)
+        rows = self._lookup(local.masked_fill(outside, 0))
+        return self._ranks.sum(rows.masked_fill_(outside[:, None], 0.0))
+
+
+class ShardedHead:
+    """[m, hidden] -> [m, vocab_size] of a product of which each rank computes some columns.
+
+    The last rank may have fewer of them than the others.
+    """
+
+    def __init__(self, product: Operator, vocab_size: int, ranks: Ranks) -> None:
+        self._product, self._vocab_size, self._ranks = product, vocab_size, ranks
+        self._width = -(-vocab_size // ranks.size)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        part = self._product(hidden)
+        missing = self._width - part.shape[1]
+        whole = self._ranks.join(pad(part, (0, missing)) if missing else part)
+        return whole[:, : self._vocab_size].contiguous()

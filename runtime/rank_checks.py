@@ -1,0 +1,32 @@
+"""Checks what `--tensor-parallel-size` asks for, before any rank is started. Imports no torch."""
+
+from __future__ import annotations
+
+from microvllm.adapters.spec import ModelSpec
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.machine import gpu_names
+
+OPTION = "--tensor-parallel-size"
+
+
+def check_ranks(size: int, spec: ModelSpec, device: str, *, batch_invariant: bool) -> ModelSpec:
+    """Return what one of `size` ranks computes of a model.
+
+    Raises `ConfigError`, naming the flag, if the model does not divide, or not with the other options, and if
+    there are too few GPUs, or different ones.
+    """
+    if size == 1:
+        return spec
+    try:
+        shard = spec.sharded(size)
+    except ValueError as error:
+        raise ConfigError(f"{OPTION} {size}: {error}") from None
+    if batch_invariant:
+        raise ConfigError(f"{OPTION} {size}: --batch-invariant (VLLM_BATCH_INVARIANT=1) needs one device")
+    if device == "cuda":
+        names = gpu_names()
+        if size > len(names):
+            raise ConfigError(f"{OPTION} {size}: there are {len(names)} GPUs", remedy=f"use {OPTION} {len(names)}")
+        if len(different := sorted(set(names[:size]))) > 1:
+            raise ConfigError(f"{OPTION} {size}: the GPUs are of different kinds: {', '.join(different)}")
+    return shard
