@@ -13,9 +13,9 @@ from microvllm.ops.operators import LinearOperator, Operator
 class Ranks(Protocol):
     """Connects one shard of a model, `rank` of `size`, with the others.
 
-    All ranks make the same calls in the same order, with tensors of the same shapes; what a call returns is the
-    same to the last bit on all of them. On a GPU a call launches on the current stream and can be captured in a
-    CUDA graph.
+    All ranks make the same calls in the same order, with tensors of the same shapes; what a call returns is
+    the same to the last bit on all of them. On a GPU a call launches on the current stream, and can be
+    captured in a CUDA graph.
     """
 
     rank: int

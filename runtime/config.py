@@ -467,8 +467,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a KV block over all layers."""
-        return self.spec.kv_bytes_per_token(KV_BYTES[self.kv_dtype]) * self.block_size
+        """Bytes of a KV block over all layers, on one rank."""
+        spec = self.spec.sharded(self.tensor_parallel_size)
+        return spec.kv_bytes_per_token(KV_BYTES[self.kv_dtype]) * self.block_size
 
     @property
     def kv_tokens(self) -> int:

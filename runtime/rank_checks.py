@@ -26,7 +26,8 @@ def check_ranks(size: int, spec: ModelSpec, device: str, *, batch_invariant: boo
     if device == "cuda":
         names = gpu_names()
         if size > len(names):
-            raise ConfigError(f"{OPTION} {size}: there are {len(names)} GPUs", remedy=f"use {OPTION} {len(names)}")
+            there = f"there are {len(names)} GPUs" if len(names) > 1 else "there is one GPU"
+            raise ConfigError(f"{OPTION} {size}: {there}")
         if len(different := sorted(set(names[:size]))) > 1:
             raise ConfigError(f"{OPTION} {size}: the GPUs are of different kinds: {', '.join(different)}")
     return shard

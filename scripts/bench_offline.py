@@ -21,7 +21,8 @@ from microvllm.openai_compat.bench.workloads import Span
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
+from microvllm.runtime.worker.model_runner import LaunchedStep
+from microvllm.runtime.worker.parallel.runner import start_runner
 
 
 @dataclass
@@ -77,7 +78,7 @@ def main() -> None:
         )
     started = time.perf_counter()
     config = EngineArgs(model=args.model, load_format=args.load_format, **options).resolve()
-    runner = ModelGraphRunner(config)
+    runner = start_runner(config)
     core = EngineCore(runner.config, runner)
     print(
         f"{args.model}: {config.device} {config.dtype} {config.attention_backend}, block {config.block_size},"

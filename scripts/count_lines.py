@@ -28,7 +28,7 @@ CORE_PATH = (
     *("runtime/request.py", "runtime/core/*.py", "runtime/worker/*.py", "adapters/spec.py"),
     *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
 )
-OFF_THE_PATH = {"bitmask.py", "step_times.py", "profiler.py", "thinking.py", "pooling.py"}
+OFF_THE_PATH = {"bitmask.py", "step_times.py", "profiler.py", "thinking.py", "pooling.py", "loading.py"}
 SILENT = {
     tokenize.COMMENT,
     tokenize.NL,

@@ -27,7 +27,8 @@ class Levers:
     stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
     step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
     and values by TMA; packed: matrices that a checkpoint quantises stay packed; w8a8: of those, products of
-    many rows round activations to e4m3 where the checkpoint wants it.
+    many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
+    rows by `ops.gpu.peers`.
     """
 
     stream: bool = False
@@ -35,6 +36,7 @@ class Levers:
     boxes: bool = False
     packed: bool = True
     w8a8: bool = False
+    peers: bool = False
 
     @staticmethod
     def of(device: torch.device) -> Levers:
@@ -56,4 +58,5 @@ class Levers:
             "boxes" not in off,
             packed,
             "w8a8" not in off,
+            "peers" not in off,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from model_tools import relative_error
+from rank_threads import Threads
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.decoder import DecoderModel
@@ -39,45 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 BLOCK, LENGTHS = 4, (7, 11)
-
-
-class Threads:
-    """Connects `size` threads, which make the same calls in the same order."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._given: list[Any] = [None] * size
-        self._barrier = threading.Barrier(size, timeout=30)
-
-    def of(self, rank: int) -> Ranks:
-        return Connected(self, rank, self._size)
-
-    def exchange(self, rank: int, value: Any) -> list[Any]:
-        self._given[rank] = value
-        self._barrier.wait()
-        found = list(self._given)
-        self._barrier.wait()
-        return found
-
-
-class Connected:
-    """One rank of `Threads`."""
-
-    def __init__(self, threads: Threads, rank: int, size: int) -> None:
-        self.rank, self.size, self._threads = rank, size, threads
-
-    def sum(self, part: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        total = torch.stack(self._threads.exchange(self.rank, part)).sum(0)
-        return total if residual is None else residual + total
-
-    def join(self, part: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._threads.exchange(self.rank, part), 1)
-
-    def agree(self, tokens: torch.Tensor) -> None:
-        tokens.copy_(self._threads.exchange(self.rank, tokens.clone())[0])
-
-    def smallest(self, number: int) -> int:
-        return min(self._threads.exchange(self.rank, number))
 
 
 def logits(

@@ -249,9 +249,9 @@ def test_one_line_says_what_is_wrong(argv: str, problem: str) -> None:
 
 def test_the_last_value_counts(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text("hf-config-path: here\nenable-lora: true\ntensor-parallel-size: 2", "utf-8")
+    file.write_text("hf-config-path: here\nenable-lora: true\npipeline-parallel-size: 2", "utf-8")
     assert "--hf-config-path here" in refusal("m", "--config", str(file))
-    argv = ["--hf-config-path", "", "--disable-lora", "-tp", "2", "-tp", "1"]
+    argv = ["--hf-config-path", "", "--disable-lora", "-pp", "2", "-pp", "1"]
     assert read("m", "--config", str(file), *argv) == (["m"], [])
 
 

@@ -176,12 +176,12 @@ def test_default_parameters_are_vllms_under_the_models(llm: LLM) -> None:
 
 def test_options_of_vllm(caplog: pytest.LogCaptureFixture) -> None:
     folder = variant_folder("llama-tied")
-    ignored = {"swap_space": 4, "tensor_parallel_size": 1}
+    ignored = {"swap_space": 4, "pipeline_parallel_size": 1}
     llm = LLM(str(folder), max_model_len=64, gpu_memory_utilization=0.9, enforce_eager=True, **ignored)
     assert llm.engine.config.max_model_len == 64
     assert {record.args[0] for record in caplog.records if record.args} == {"swap_space"}
-    with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not supported"):
-        LLM(str(folder), tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="pipeline_parallel_size=2 is not supported"):
+        LLM(str(folder), pipeline_parallel_size=2)
     with pytest.raises(ConfigError, match="no option max_modl_len"):
         LLM(str(folder), max_modl_len=64)
     with pytest.raises(ConfigError, match="max_num_seqs"):

@@ -99,7 +99,7 @@ def test_all_options_at_vllms_defaults_change_nothing(llm: LLM) -> None:
         ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers"),
         ({"quantization": "awq"}, "quantization"),
         ({"enable_lora": True}, "enable_lora"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"runner": "draft"}, "runner"),
         ({"convert": "classify"}, "convert"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode"),

@@ -5,19 +5,27 @@ A group belongs to the engine that made it: torch's process-wide default group i
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions
+from torch._C._distributed_c10d import AllgatherOptions, FileStore, Store
 
 from microvllm.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from microvllm.ops.gpu.peers import PeerSum
+
+logger = logging.getLogger("microvllm.engine")
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
 # For a rank to load its part of a model from a slow disk; one that is gone or hangs is noticed otherwise.
 WAIT_TIMEOUT = timedelta(hours=1)
+SUM_WORDS = 1 << 18  # of 32 bits: what the own kernel sums at most, 1 MB from each rank
 # Addresses of this machine alone; and no NVLink multicast, which not every machine with NVLink allows.
 ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -38,15 +46,16 @@ class TorchRanks:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
-            store = dist.FileStore(os.path.join(folder, "ranks"), size)
+            store = FileStore(os.path.join(folder, "ranks"), size)
             store.set_timeout(CONNECT_TIMEOUT)
             self._group = self._connect(device, store)
             self.smallest(rank)  # NCCL connects with the first call
+            self._own_sum = None if device == "cpu" else self._connect_memory(store)
         except RuntimeError as error:
             reason = next(iter(str(error).splitlines()), "")
             raise EngineError(f"rank {rank} could not be connected with the others: {reason}") from error
 
-    def _connect(self, device: str, store: dist.Store) -> dist.ProcessGroupGloo | dist.ProcessGroupNCCL:
+    def _connect(self, device: str, store: Store) -> Any:
         self._device = torch.device(device)
         if device == "cpu":
             return dist.ProcessGroupGloo(store, self.rank, self.size, WAIT_TIMEOUT)
@@ -55,9 +64,33 @@ class TorchRanks:
         options._timeout = WAIT_TIMEOUT
         return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
 
+    def _connect_memory(self, store: Store) -> PeerSum | None:
+        """What sums few rows without NCCL; None where it is off, or the GPUs do not reach each other."""
+        # Here, because a machine without a GPU need not have Triton.
+        from microvllm.ops.gpu.launch import can_launch_early
+        from microvllm.ops.gpu.levers import Levers
+        from microvllm.ops.gpu.peers import PeerSum
+        from microvllm.runtime.worker.parallel.peer_memory import PeerMemory
+
+        device = torch.device("cuda", self.rank)
+        if not self.smallest(Levers.of(device).peers):
+            return None
+        shape = (2, self.size, SUM_WORDS)
+        memory = None
+        try:
+            memory = PeerMemory("sums", shape, torch.int64, self.rank, self.size, store)
+        except RuntimeError as error:
+            logger.warning("The GPUs do not reach each other's memory, NCCL sums all: %s", error)
+        if not self.smallest(memory is not None) or memory is None:
+            return None
+        self._memory = memory
+        return PeerSum(self.rank, memory.own, memory.addresses, pdl=can_launch_early(device))
+
     def sum(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
         """See `ops.sharding.Ranks`."""
         part = part.contiguous()
+        if self._own_sum is not None and self._own_sum.fits(part):
+            return self._own_sum(part, residual)
         options = dist.AllreduceOptions()
         options.asyncOp = False
         self._group.allreduce([part], options).wait()
@@ -81,11 +114,13 @@ class TorchRanks:
     def smallest(self, number: int) -> int:
         """See `ops.sharding.Ranks`."""
         options = dist.AllreduceOptions()
-        options.reduceOp, options.asyncOp = dist.ReduceOp.MIN, False
+        options.reduceOp, options.asyncOp = dist.ReduceOp(dist.ReduceOp.MIN), False
         value = torch.tensor([number], dtype=torch.int64, device=self._device)
         self._group.allreduce([value], options).wait()
         return int(value)
 
     def abort(self) -> None:
         """End what waits for another rank, from any thread; the group is unusable then."""
+        if self._own_sum is not None:
+            self._own_sum.end()
         self._group.abort()

@@ -12,7 +12,7 @@ import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -32,7 +32,7 @@ class StartRank(msgspec.Struct, frozen=True, array_like=True, tag="start"):
 
 
 class AdmittedRow(msgspec.Struct, frozen=True, array_like=True):
-    """A request that has a row from this step on; `source` is without its prompt, `token_ids` begin with it."""
+    """A request that has a row from now on; `source` is without its prompt, `token_ids` begin with it."""
 
     row: int
     source: EngineRequest
@@ -104,10 +104,10 @@ MessageT = TypeVar("MessageT")
 class Link(Generic[MessageT]):
     """One end of a socket pair, blocking; `kind` is the type of the messages that arrive."""
 
-    def __init__(self, sock: socket.socket, kind: type[MessageT]) -> None:
+    def __init__(self, sock: socket.socket, kind: Any) -> None:
         self.sock = sock
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(kind)
         self._received = bytearray()
 
     def send(self, data: bytes) -> None:

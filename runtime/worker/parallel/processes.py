@@ -51,14 +51,14 @@ OnFailure = Callable[[RankFailed], None]
 class RankProcesses:
     """The ranks 1 to `tensor_parallel_size` - 1. `folder`: where all ranks find each other.
 
-    When a rank has failed, all of them are ended, and a thread calls `on_failure` if there is one, or else
-    `abort`: what rank 0 computes then may never end by itself.
+    When a rank has failed, all of them are ended, and a thread calls `on_failure` if there is one, then what
+    `abort_with` was given: what rank 0 computes may never end by itself.
     """
 
     def __init__(self, config: EngineConfig, on_failure: OnFailure | None) -> None:
         self.folder = tempfile.mkdtemp(prefix="microvllm-")
         self.failure: RankFailed | None = None
-        self.abort: Callable[[], None] | None = None
+        self._abort: weakref.WeakMethod[Callable[[], None]] | None = None
         self._on_failure = on_failure
         self._changed = threading.Condition()
         self._ranks: list[_Rank] = []
@@ -70,6 +70,11 @@ class RankProcesses:
             self._ending()
             raise
 
+    def abort_with(self, abort: Callable[[], None]) -> None:
+        """Call a method when a rank has failed, if its object is still there."""
+        # Of torch's objects the last owner must not be a thread that outlives the interpreter.
+        self._abort = weakref.WeakMethod(abort)
+
     def start(self, config: EngineConfig, stamp: str) -> None:
         """Give each rank its part, and wait until all are there.
 
@@ -78,9 +83,7 @@ class RankProcesses:
         watching = weakref.WeakMethod(self._watch)
         for each in self._ranks:
             each.send(each.link.encode(StartRank(config, each.rank, self.folder)))
-            threading.Thread(
-                target=_watch_rank, args=(each, watching), name=f"rank {each.rank}", daemon=True
-            ).start()
+            each.watch(watching)
         self._wait(lambda rank: rank.stamp is not None)
         for each in self._ranks:
             if each.stamp != stamp:
@@ -129,14 +132,9 @@ class RankProcesses:
         with self._changed:
             self.failure = failure
             self._changed.notify_all()
-        if failure is not None and self.abort is not None:
-            self.abort()
+        if failure is not None and self._abort is not None and (abort := self._abort()) is not None:
+            abort()
         return failure is None
-
-
-def _watch_rank(rank: _Rank, watching: weakref.WeakMethod[Callable[[_Rank], bool]]) -> None:
-    while (watch := watching()) is not None and watch(rank):
-        del watch
 
 
 class _Rank:
@@ -164,6 +162,17 @@ class _Rank:
         self._limit_s = longest_step_s(config)
         self._watched = Watch(self.pid, self._limit_s)
         self._sent = self._launched = 0
+        self._thread: threading.Thread | None = None
+
+    def watch(self, watching: Callable[[], Callable[[_Rank], bool] | None]) -> None:
+        """Start a thread that calls what `watching` gives with this rank, until that is False or gone."""
+
+        def run() -> None:
+            while (call := watching()) is not None and call(self):
+                del call
+
+        self._thread = threading.Thread(target=run, name=f"rank {self.rank}", daemon=True)
+        self._thread.start()
 
     def send(self, data: bytes) -> None:
         self._sent += 1
@@ -211,6 +220,9 @@ class _Rank:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         self._process.kill()
         self._process.wait()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(EXIT_S)
+        self.link.sock.close()
 
 
 def _end(ranks: Sequence[_Rank], folder: str) -> None:

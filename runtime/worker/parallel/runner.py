@@ -1,4 +1,4 @@
-"""The runner of a model that several ranks hold: this process is rank 0, and sends each plan to the others."""
+"""The runner of a model that several ranks hold: this process is rank 0, which sends the others each plan."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class ParallelRunner:
     """A `ModelGraphRunner` of one rank's part, and the processes of the others.
 
     on_failure: called by a thread when another rank has failed. Without it a step that waits for that rank is
-    ended, and is an error.
-    Raises `ConfigError` or `EngineError`, which names the rank, if one of them cannot start. A step that fails
-    on one rank leaves the others waiting for it, so that any failure is an `EngineError`.
+    ended, and is an error. Raises `ConfigError` or `EngineError`, which names the rank, if one of them cannot
+    start. A step that fails on one rank leaves the others waiting, so that any failure is an `EngineError`.
     """
 
     def __init__(
@@ -43,8 +42,8 @@ class ParallelRunner:
         self._processes = processes = RankProcesses(config, on_failure)
         try:
             processes.start(config, stamp_of(config))
-            ranks = TorchRanks(0, config.tensor_parallel_size, config.device, processes.folder)
-            processes.abort = ranks.abort
+            self._ranks = ranks = TorchRanks(0, config.tensor_parallel_size, config.device, processes.folder)
+            processes.abort_with(ranks.abort)
             self._own = make_runner(config, on_progress, ranks)
             processes.wait_ready()
         except MicroVLLMError:

@@ -1,0 +1,173 @@
+"""Sums over the GPUs of one host by plain stores into each other's memory, for few rows: one kernel each.
+
+Every rank stores its part into a box of each other rank, then adds up what arrives in its own. Data and the
+number of the call travel in one word of 64 bits, which is stored and read as a whole, so that no flag has to
+follow the data: the protocol "LL" of NCCL. A word that has not arrived yet still has the number of the call
+before the last, which was in the same half of the box.
+
+Parts are added in the order of the ranks in float32, and the result is rounded once: all ranks get the same
+bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microvllm.ops.gpu.launch import follow, launch_options
+
+BLOCK = 512  # words of 32 bits that a program adds up
+WORD_BYTES = 8  # of a word with its number
+
+
+@triton.jit
+def _low(word, TYPE: tl.constexpr):
+    """float32 of a word of one float32, or of the first of two numbers of 16 bits."""
+    if tl.float32 == TYPE:
+        value = word.to(tl.float32, bitcast=True)
+    else:
+        value = word.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _high(word, TYPE: tl.constexpr):
+    return (word >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _word(low, high, TYPE: tl.constexpr):
+    if tl.float32 == TYPE:
+        word = low.to(tl.int32, bitcast=True)
+    else:
+        first = low.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        word = first | (high.to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return word
+
+
+@triton.jit
+def _look(arrived, inside, sent, call, ended):
+    """The words as they are now, and whether there are some to wait for: the same for the whole program."""
+    got = tl.load(arrived, inside, sent, volatile=True)
+    waits = ((got >> 32).to(tl.int32) != call) & (tl.load(ended, volatile=True) == 0)
+    return got, tl.max(waits.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _sum_kernel(
+    out,
+    part,
+    residual,
+    box,
+    others,
+    calls,
+    ended,
+    n,
+    ROOM: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    TYPE: tl.constexpr,
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: BLOCK words of all parts, which it exchanges with the same program of the other ranks.
+
+    out, part, residual: [n] int32, two numbers each if TYPE has 16 bits; residual is read if ADDS. box: [2,
+    SIZE, ROOM] int64, in halves that calls use in turns; others: [SIZE] int64, addresses of the ranks' boxes.
+    calls: [programs] int32, how often each program has run, the same on all ranks; ended: [1] int32, not 0
+    once it is no use to wait.
+    """
+    follow(PDL)
+    program = tl.program_id(0)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    call = tl.load(calls + program) + 1
+    own = tl.load(part + at, inside, 0)
+    half = (call & 1) * (SIZE * ROOM)
+    sent = (own.to(tl.int64) & 0xFFFFFFFF) | (call.to(tl.int64) << 32)
+    for rank in tl.static_range(SIZE):
+        if rank != RANK:
+            other = tl.load(others + rank).to(tl.pointer_type(tl.int64))
+            tl.store(other + half + RANK * ROOM + at, sent, inside, cache_modifier=".wt")
+    low = tl.zeros([BLOCK], tl.float32)
+    high = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.static_range(SIZE):
+        if rank == RANK:
+            word = own
+        else:
+            arrived = box + half + rank * ROOM + at
+            got, waits = _look(arrived, inside, sent, call, ended)
+            while waits:
+                got, waits = _look(arrived, inside, sent, call, ended)
+            word = got.to(tl.int32)
+        low += _low(word, TYPE)
+        if tl.float32 != TYPE:
+            high += _high(word, TYPE)
+    if ADDS:
+        word = tl.load(residual + at, inside, 0)
+        low += _low(word, TYPE)
+        if tl.float32 != TYPE:
+            high += _high(word, TYPE)
+    tl.store(out + at, _word(low, high, TYPE), inside)
+    # Behind a reduction over the program: all of its threads have read it.
+    tl.store(calls + program, call)
+
+
+class PeerSum:
+    """Sums tensors of up to `room` words of 32 bits over all ranks. `rank` is this process's.
+
+    boxes: the addresses of the ranks' boxes, [2, size, room] int64 and zero at first, as this device reaches
+    them; `box` is its own. All ranks call with the same shapes in the same order, on one stream.
+    """
+
+    def __init__(self, rank: int, box: Tensor, boxes: Sequence[int], *, pdl: bool = False) -> None:
+        self._rank, self._size, self.room = rank, box.shape[1], box.shape[2]
+        self._box = box
+        self._others = torch.tensor(boxes, dtype=torch.int64, device=box.device)
+        programs = triton.cdiv(self.room, BLOCK)
+        self._calls = torch.zeros(programs, dtype=torch.int32, device=box.device)
+        self._ended = torch.zeros(1, dtype=torch.int32, device=box.device)
+        self._options = launch_options(pdl)
+
+    def fits(self, part: Tensor) -> bool:
+        """Whether a part of this shape and dtype can be summed here."""
+        words, rest = divmod(part.numel() * part.element_size(), 4)
+        return words <= self.room and rest == 0
+
+    def __call__(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
+        """part: contiguous, of 16 or 32 bits -> residual + the parts of all ranks, where either was."""
+        out = part if residual is None else residual
+        words = part.view(-1).view(torch.int32)
+        target = out.view(-1).view(torch.int32)
+        _sum_kernel[(triton.cdiv(words.numel(), BLOCK),)](
+            target,
+            words,
+            target,
+            self._box,
+            self._others,
+            self._calls,
+            self._ended,
+            words.numel(),
+            ROOM=self.room,
+            RANK=self._rank,
+            SIZE=self._size,
+            TYPE=_TYPES[part.dtype],
+            ADDS=residual is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+            **self._options,
+        )
+        return out
+
+    def end(self) -> None:
+        """Let kernels that wait for another rank end, from any thread; what they give is meaningless."""
+        with torch.cuda.stream(torch.cuda.Stream(self._ended.device)):
+            self._ended.fill_(1)
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -1,0 +1,66 @@
+"""Loads a model, or one rank's part of it, and makes its attention."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from microvllm.adapters.decoder import DecoderModel
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.tensors import WHOLE, Shard
+from microvllm.adapters.weights import load_weights
+from microvllm.ops.attention import AttentionBackend
+from microvllm.ops.backends import make_operators
+from microvllm.ops.quantized import QuantizedTensor
+from microvllm.ops.sharding import Ranks
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
+from microvllm.runtime.progress import OnProgress
+
+
+def load_model(
+    config: EngineConfig, on_progress: OnProgress | None, ranks: Ranks | None = None
+) -> DecoderModel:
+    """The model, of operators for its device, or its shard of this rank.
+
+    Raises `ConfigError` that names the file or tensor at fault.
+    """
+    dtype = getattr(torch, config.dtype)
+    shard = WHOLE if ranks is None else Shard(ranks.rank, ranks.size)
+    try:
+        operators = make_operators(
+            config.attention_backend,
+            dtype,
+            config.cpu_threads,
+            config.int8_activations,
+            config.batch_invariant,
+        )
+    except ValueError as error:  # MICROVLLM_GPU_OFF
+        raise ConfigError(str(error)) from error
+    try:
+        weights = load_weights(
+            Path(config.model_path),
+            config.spec,
+            config.load_format,
+            dtype,
+            None if on_progress is None else partial(on_progress, "Loading weights"),
+            config.device,
+            packed=operators.packed if config.packed_weights else (),
+            shard=shard,
+        )
+    except ModelFileError as error:
+        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+    if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
+        raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
+    return DecoderModel(config.spec.sharded(shard.size), weights, operators, ranks)
+
+
+def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBackend:
+    """Raises `ConfigError` for attention that the backend cannot compute."""
+    sizes = config.num_blocks, config.block_size, config.max_model_len
+    try:
+        return model.attention(*sizes, getattr(torch, config.kv_dtype), torch.device(config.device))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
