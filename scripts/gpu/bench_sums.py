@@ -10,6 +10,7 @@ compared with the sum that one GPU computes.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from microvllm.ops.gpu.levers import VARIABLE
 from microvllm.runtime.worker.parallel.groups import TorchRanks
 
 SUMS, REPLAYS, ROOM = 56, 20, 1 << 19
@@ -47,6 +49,7 @@ def timed(step: Callable[[], object], ranks: TorchRanks) -> float:
 
 
 def run(rank: int, folder: str, width: int, rows: list[int]) -> None:
+    os.environ[VARIABLE] = "peers"
     ranks = TorchRanks(rank, 2, "cuda", folder)
     own = None
     try:
