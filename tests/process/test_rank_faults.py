@@ -1,0 +1,75 @@
+"""The server's side of a rank that dies: the engine ends with a line that names it, and is started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from process_tools import alive, own_engines, wait_until, wait_until_async
+from tiny_models import make_hf_folder
+
+from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.process.client import EngineClient
+from microvllm.runtime.request import SamplingParams
+
+PROMPT = [5, 70, 200, 31, 8]
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
+
+
+def ranks_of(engine: int) -> list[int]:
+    """The processes of the other ranks that an engine process has started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == engine and b"rank_main" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.asyncio
+async def test_an_engine_whose_rank_dies_is_started_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_hf_folder(tmp_path, "qwen2", **SIZES, max_position_embeddings=8192)
+    config = EngineArgs(
+        model=str(folder), device="cpu", dtype="float32", tensor_parallel_size=2, num_gpu_blocks_override=512
+    ).resolve()
+    client = await EngineClient.start(config)
+    try:
+        params = SamplingParams(max_tokens=8000, temperature=0.0, ignore_eos=True)
+        streams = [client.submit(PROMPT, params)[0] for _ in range(2)]
+        await asyncio.gather(*(anext(stream) for stream in streams))
+        (engine,) = own_engines()
+        (rank,) = ranks_of(engine)
+        started = time.monotonic()
+        os.kill(rank, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(EngineDeadError):
+                async for _ in stream:
+                    pass
+        assert time.monotonic() - started < 20  # 10 on a machine that is not shared
+        assert f"rank 1 (process {rank}) died (killed by signal 9)" in capfd.readouterr().err
+        await wait_until_async(client.healthy, "the engine is back")
+        (delta, *_) = [part async for part in client.submit(PROMPT, params.with_max_tokens(3))[0]]
+        assert delta.token_ids
+        (engine,) = own_engines()
+        (rank,) = ranks_of(engine)
+        os.kill(engine, signal.SIGKILL)
+        wait_until(lambda: not alive(rank), "the rank ends with its engine")
+
+        def is_back() -> bool:
+            return client.healthy() and own_engines() not in ([], [engine])
+
+        await wait_until_async(is_back, "the engine is back again")
+        (rank,) = ranks_of(own_engines()[0])
+    finally:
+        await client.close()
+    wait_until(lambda: not alive(rank), "the rank ends with the server")
