@@ -62,12 +62,13 @@ class Checkpoint(Protocol):
 
 def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
     """Return the name under which the checkpoint stores a part of a layer."""
-    return checkpoint.names[part.role].format(i=layer) + (".bias" if part.bias else ".weight")
+    return checkpoint.names[part.role].format(i=layer, e=part.expert) + (".bias" if part.bias else ".weight")
 
 
 def scheme_of(quantization: Quantization, names: Mapping[str, str], part: Part, layer: int) -> Scheme | None:
     """How the matrix of a part is quantised; None for a bias and for what stays plain."""
-    return None if part.bias else quantization.scheme_of(part.role, names[part.role].format(i=layer))
+    module = names[part.role].format(i=layer, e=part.expert)
+    return None if part.bias else quantization.scheme_of(part.role, module)
 
 
 class FolderCheckpoint:

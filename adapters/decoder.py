@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
+from microvllm.adapters.experts import Experts
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
@@ -96,7 +95,7 @@ class DecoderModel:
 
 
 class _Weights:
-    """Takes the tensors of one layer out of the dictionary: `spec.LayerWeights`."""
+    """Takes the tensors of one layer out of the dictionary: `tensors.LayerWeights`."""
 
     def __init__(
         self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators, prefix: str
@@ -120,15 +119,14 @@ class _Weights:
 def _build_layer(
     layer: LayerSpec, weights: _Weights, operators: Operators, ranks: Ranks | None
 ) -> DecoderLayer:
-    def branch(kind: str, part: Attention | MLP) -> tuple[Operator, LinearOperator]:
+    def branch(kind: str, part: Attention | MLP | Experts) -> tuple[Operator, LinearOperator]:
         first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
         if ranks is not None:
             last = SummedLinear(last, ranks)
         post_norm = weights.norm(f"{kind}_post_norm")
         if post_norm is None:
             return first, last
-        norm = partial(operators.rms_norm, weight=post_norm[0], eps=post_norm[1])
-        return first, NormedLinear(last, norm)
+        return first, NormedLinear(last, operators.norm(post_norm))
 
     return DecoderLayer(*branch("mixer", layer.mixer), *branch("mlp", layer.mlp))
 
@@ -146,7 +144,7 @@ def _head(
     spec: ModelSpec, weight: Tensor, norm: Norm | None, operators: Operators, ranks: Ranks | None
 ) -> Operator:
     if spec.pooling is not None and norm is not None:
-        return partial(operators.rms_norm, weight=norm[0], eps=norm[1])
+        return operators.norm(norm)
     head, cap = operators.product(weight, norm=norm), spec.logits_softcap
     if ranks is not None:
         head = ShardedHead(head, spec.vocab_size, ranks)

@@ -7,6 +7,7 @@ arithmetic of the quantised formats is taken from the `gguf` package. Imports no
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
@@ -83,6 +84,11 @@ class GGUFTensor(msgspec.Struct, frozen=True):
     num_bytes: int
 
     @property
+    def num_rows(self) -> int:
+        """Of all its matrices; of a vector its entries."""
+        return math.prod(self.shape[: max(1, len(self.shape) - 1)])
+
+    @property
     def is_quantized(self) -> bool:
         return TENSOR_TYPES[self.type_id][1] > 1
 
@@ -118,12 +124,13 @@ class GGUFFile:
         return self._part_of[name].path
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows [start, stop) of a tensor's slowest dimension, dequantised: float32 [stop - start, ...].
+        """Rows [start, stop) of a matrix, or entries of a vector, dequantised: float32 [stop - start, ...].
 
-        May be a read-only view of the file. Raises `KeyError` if there is no such tensor.
+        Matrices in one tensor lie below each other. May be a read-only view of the file. Raises `KeyError` if
+        there is no such tensor.
         """
         tensor = self.tensors[name]
-        row_bytes = tensor.num_bytes // tensor.shape[0]
+        row_bytes = tensor.num_bytes // tensor.num_rows
         raw: npt.NDArray[np.uint8] = np.frombuffer(
             self._part_of[name].map,
             np.uint8,
@@ -131,13 +138,13 @@ class GGUFFile:
             tensor.offset + start * row_bytes,
         )
         if tensor.type == "F32":
-            return raw.view("<f4").reshape(stop - start, *tensor.shape[1:])
+            return raw.view("<f4").reshape(stop - start, *tensor.shape[1:][-1:])
         # Blocks never cross rows, so all rows can be handed over as one: with many short ones the package
         # spends its time on splitting them.
         from gguf import GGMLQuantizationType, quants  # 0.1 s, which reading the header alone need not pay
 
         values: npt.NDArray[np.float32] = quants.dequantize(raw, GGMLQuantizationType(tensor.type_id))
-        return values.reshape(stop - start, *tensor.shape[1:])
+        return values.reshape(stop - start, *tensor.shape[1:][-1:])
 
     def raw_rows(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, row by row: [rows, bytes of a row], a read-only view of the file."""
@@ -145,11 +152,12 @@ class GGUFFile:
         raw: npt.NDArray[np.uint8] = np.frombuffer(
             self._part_of[name].map, np.uint8, tensor.num_bytes, tensor.offset
         )
-        return raw.reshape(tensor.shape[0], -1)
+        return raw.reshape(tensor.num_rows, -1)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor, dequantised: float32 with the shape in the table."""
-        return self.rows(name, 0, self.tensors[name].shape[0])
+        tensor = self.tensors[name]
+        return self.rows(name, 0, tensor.num_rows).reshape(tensor.shape)
 
     def forget(self, name: str) -> None:
         """Give the memory of a tensor's mapped pages back; they are read again if needed."""

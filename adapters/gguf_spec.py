@@ -5,12 +5,16 @@ The keys are ggml's (docs/gguf.md); what they leave out follows from which tenso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import MAX_LAYERS, Fields
+from microvllm.adapters.experts import Experts
+from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_tokens import special_tokens
 from microvllm.adapters.rope_spec import rope_from_gguf
 from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.ops.routing import Routing
 
 # Quantised weights came from bfloat16 training as a rule; float16 could overflow in their activations.
 DTYPES = {"F32": "float32", "F16": "float16"}
@@ -24,8 +28,6 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
         {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)},
         prefix,
     )
-    if keys.get("expert_count") not in (None, 0):
-        raise keys.error("expert_count", "is set: mixture-of-experts models are not supported")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFileError(file.path, "tensor token_embd.weight is missing or not a matrix")
@@ -62,7 +64,7 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
     )
     mlp = MLP(size=keys.size("feed_forward_length"), bias="blk.0.ffn_down.bias" in file.tensors)
-    layer = LayerSpec(mixer=attention, mlp=mlp)
+    layer = LayerSpec(mixer=attention, mlp=_experts(keys) if keys.get("expert_count") else mlp)
     special = special_tokens(file.path, file.metadata)
     return ModelSpec(
         architecture=file.architecture,
@@ -76,6 +78,30 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
         bos_token_id=special.named.get("bos_token_id"),
         eos_token_ids=tuple(token for token in special.ends if token < vocab_size),
     )
+
+
+WITH_EXPERTS = ("llama", "qwen3moe")
+# Keys of experts that are not computed here, and what they say where they change nothing.
+EXPERT_KEYS: Mapping[str, tuple[object, ...]] = {
+    "expert_gating_func": (None, 0, 1),  # softmax
+    "expert_weights_norm": (None, True),
+    "expert_weights_scale": (None, 0.0, 1.0),
+    **dict.fromkeys(("expert_shared_count", "expert_group_count", "leading_dense_block_count"), (None, 0)),
+}
+
+
+def _experts(keys: Fields) -> Experts:
+    """Those of every layer, as llama.cpp computes them for the architectures `WITH_EXPERTS`."""
+    if keys.where.removesuffix(".") not in WITH_EXPERTS:
+        raise keys.error("expert_count", f"is set, which only {' and '.join(WITH_EXPERTS)} models may have")
+    count, num_chosen = keys.size("expert_count"), keys.size("expert_used_count")
+    if num_chosen > count:
+        raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")
+    for key, unchanged in EXPERT_KEYS.items():
+        if keys.get(key) not in unchanged:
+            raise keys.error(key, f"{shorten(keys.get(key))} is not supported")
+    size = keys.size("expert_feed_forward_length", keys.size("feed_forward_length"))
+    return Experts(count=count, size=size, routing=Routing(num_chosen=num_chosen))
 
 
 def _matrix_type(file: GGUFFile) -> str:

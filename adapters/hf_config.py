@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
 from microvllm.adapters.regular_files import check_regular
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.ops.routing import Routing
 
 MAX_JSON_BYTES = 64 << 20
 DTYPES = ("float32", "bfloat16", "float16")
 SILU = {"silu": "silu", "swish": "silu"}
-MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+COUNT_KEYS = ("num_experts", "num_local_experts")  # of experts, under transformers' older or newer name
+# Of experts that no family here has, and what they say where they change nothing.
+MOE_KEYS: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("n_routed_experts", "moe_num_experts", "n_shared_experts"), (None, 0)),
+    "n_group": (None, 1),
+    "routed_scaling_factor": (None, 1),
+    "scoring_func": (None, "softmax"),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,16 +78,17 @@ def hf_spec(
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    has_experts: bool = False,
 ) -> ModelSpec:
     """Build the spec from what every family has in its config, and from what its own file passes.
 
     `activations`: spelling in config.json -> name in `ops.activation`; the first is the default. `windows`
     returns the window of each of so many layers. `rotary` reads the rotation from the config, the head size
-    and the default length.
+    and the default length. With `has_experts` the caller reads the experts: `read_experts`.
     Raises `ModelFileError` naming the key for anything that this engine would compute differently from
     the model's authors: other activations, experts, unknown rotary scaling, ...
     """
-    refuse_unsupported(config)
+    refuse_unsupported(config, has_experts=has_experts)
     vocab_size = config.size("vocab_size")
     hidden_size = config.size("hidden_size")
     num_layers = config.size("num_hidden_layers", at_most=MAX_LAYERS)
@@ -155,11 +165,38 @@ def qwen_windows(config: Fields, num_layers: int) -> list[int | None]:
     return windows if used else [None] * num_layers
 
 
-def refuse_unsupported(config: Fields) -> None:
-    """Raise `ModelFileError` for what no family here computes: experts, ..."""
-    for key in MOE_KEYS:
+def read_experts(
+    config: Fields, *, count: int, num_chosen: int, size: int, normalized: bool, shared_size: int = 0
+) -> Experts:
+    """The experts of a layer; `count` and `num_chosen` are the defaults of absent keys."""
+    found = {key: config.size(key) for key in COUNT_KEYS if key in config}
+    if len(set(found.values())) > 1:
+        raise config.error(
+            COUNT_KEYS[1], f"is {found[COUNT_KEYS[1]]}, but {COUNT_KEYS[0]} is {found[COUNT_KEYS[0]]}"
+        )
+    count = next(iter(found.values()), count)
+    num_chosen = config.size("num_experts_per_tok", num_chosen)
+    if num_chosen > count:
+        raise config.error("num_experts_per_tok", f"is {num_chosen}, but there are {count} experts")
+    if not shared_size and "shared_expert_intermediate_size" in config:
+        raise config.error("shared_expert_intermediate_size", "is set: only Qwen2-MoE has shared experts")
+    return Experts(
+        count=count,
+        size=size,
+        routing=Routing(num_chosen=num_chosen, normalized=normalized),
+        shared_size=shared_size,
+        shared_gate=bool(shared_size),
+    )
+
+
+def refuse_unsupported(config: Fields, *, has_experts: bool = False) -> None:
+    """Raise `ModelFileError` for what no family here computes."""
+    for key in () if has_experts else COUNT_KEYS:
         if config.get(key) not in (None, 0):
-            raise config.error(key, "is set: mixture-of-experts models are not supported")
+            raise config.error(key, "is set, but this family has no experts here")
+    for key, unchanged in MOE_KEYS.items():
+        if config.get(key) not in unchanged:
+            raise config.error(key, "is set: experts of that kind are not supported")
     if not config.flag("is_causal", True):
         raise config.error("is_causal", "is false: attention in both directions is not supported")
     if config.number("partial_rotary_factor", 1.0) != 1.0:

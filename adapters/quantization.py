@@ -16,6 +16,8 @@ import msgspec
 from microvllm.adapters.fields import Fields, shorten
 
 KEY = "quantization_config"
+# Matrices that no method quantises, whatever its part of config.json says of them.
+PLAIN_ROLES = ("embed", "router", "shared_scale")
 LINEAR = "Linear"  # the class of torch that stands for all matrices but the embeddings
 
 
@@ -58,7 +60,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
 
     def scheme_of(self, role: str, module: str) -> Scheme | None:
         """The scheme of the weight of a module in its role of the model; None if it is plain."""
-        if role == "embed" or (role == "lm_head" and not self.with_head):
+        if role in PLAIN_ROLES or (role == "lm_head" and not self.with_head):
             return None
         return self.scheme(module)
 

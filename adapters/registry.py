@@ -11,7 +11,18 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters import gemma2, gemma3, llama, mistral, phi3, qwen, qwen2, qwen3
+from microvllm.adapters import (
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen,
+    qwen2,
+    qwen3,
+    qwen_moe,
+)
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields, shorten
@@ -35,6 +46,9 @@ FAMILIES = (
     gemma2.FAMILY,
     gemma3.FAMILY,
     phi3.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2,
+    qwen_moe.QWEN3,
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.

@@ -6,17 +6,16 @@ Imports no torch: the API process reads it too, for the context length and the v
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microvllm.adapters.experts import Experts
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
-from microvllm.adapters.tensors import WHOLE, Shard, Slot, fused, matrix_slots, vector_slot
+from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
@@ -59,18 +58,6 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
         growth = self.factor * length / self.original_max_position - (self.factor - 1)
         theta = self.theta * growth ** (head_dim / (head_dim - 2))
         return msgspec.structs.replace(self, scaling="none", theta=theta)
-
-
-class LayerWeights(Protocol):
-    """Hands out the weights of one layer, each once, by their names without the layer."""
-
-    def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """A weight and its bias."""
-        ...
-
-    def norm(self, name: str) -> Norm | None:
-        """The weight of an RMSNorm and its epsilon; None if the layer has no norm of this name."""
-        ...
 
 
 class Attention(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +124,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         return operators.product(*weights.matrix("qkv"), norm=norm), operators.linear(*weights.matrix("o"))
 
 
-class MLP(msgspec.Struct, frozen=True, kw_only=True):
+class MLP(msgspec.Struct, frozen=True, kw_only=True, tag="mlp"):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) if not `gated`; see `ops.activation` for the names."""
 
     size: int
@@ -182,7 +169,7 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     mixer: Attention
-    mlp: MLP
+    mlp: MLP | Experts
     pre_norms: bool = True
     post_norms: bool = False
 

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from microvllm.ops.operators import Norm
 
 
 class Shard(NamedTuple):
@@ -60,13 +65,24 @@ class Cut(NamedTuple):
         )
         return Cut(sum(cut.stored for cut in cuts), tuple(runs))
 
+    def in_stack(self, index: int, count: int) -> Cut:
+        """Of a tensor that has `count` such ones below each other: those of the one with this index."""
+        first = index * self.stored
+        return Cut(count * self.stored, tuple((first + start, first + stop) for start, stop in self.runs))
+
 
 class Part(NamedTuple):
-    """One tensor of the checkpoint: its role in `Family.hf_tensors`, whether it is a bias, and its rows."""
+    """One tensor of the checkpoint: its role in `Family.hf_tensors`, whether it is a bias, and its rows.
+
+    expert: the number of the expert that it belongs to, if any. Of a tensor that holds the matrices of all
+    experts `stacked` says how many these are, and `rows` counts the rows of all of them.
+    """
 
     role: str
     bias: bool
     rows: Cut
+    expert: int | None = None
+    stacked: int = 0
 
 
 class Slot(NamedTuple):
@@ -78,12 +94,17 @@ class Slot(NamedTuple):
     layer: int = 0
 
     @property
+    def is_of_experts(self) -> bool:
+        return self.parts[0].expert is not None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         rows = sum(part.rows.size for part in self.parts)
         return (rows,) if self.columns is None else (rows, self.columns.size)
 
     def stored_shape(self, part: Part) -> tuple[int, ...]:
-        return (part.rows.stored,) if self.columns is None else (part.rows.stored, self.columns.stored)
+        shape = (part.rows.stored,) if self.columns is None else (part.rows.stored, self.columns.stored)
+        return (part.stacked, shape[0] // part.stacked, *shape[1:]) if part.stacked else shape
 
 
 def vector_slot(name: str, length: int) -> Slot:
@@ -101,3 +122,15 @@ def matrix_slots(name: str, parts: Mapping[str, Cut], columns: Cut, *, bias: boo
 def fused(cuts: Mapping[str, Cut], names: Mapping[str, str], role: str) -> Mapping[str, Cut]:
     """The same rows in one stored tensor, if a family's names have `role` in place of the others."""
     return {role: Cut.stacked(list(cuts.values()))} if role in names else cuts
+
+
+class LayerWeights(Protocol):
+    """Hands out the weights of one layer, each once, by their names without the layer."""
+
+    def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A weight and its bias."""
+        ...
+
+    def norm(self, name: str) -> Norm | None:
+        """The weight of an RMSNorm and its epsilon; None if the layer has no norm of this name."""
+        ...

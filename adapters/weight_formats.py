@@ -212,14 +212,14 @@ def _quantized(checkpoint: Checkpoint, slot: Slot, part: Part) -> StoredMatrix |
 class Scaled(Dequantized):
     """Matrices in e4m3 as they are stored: `ScaledTensor`.
 
-    Not those of which a part is plain or quantised otherwise, or whose blocks a shard cuts: `Dequantized` is
-    for them.
+    Not those of which a part is plain or quantised otherwise, or whose blocks a shard cuts, nor experts, for
+    which no device has a product of codes: `Dequantized` is for them.
     """
 
     kind: type[torch.Tensor] = ScaledTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None:
+        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None or slot.is_of_experts:
             return False
         first, *others = (checkpoint.scheme(part, slot.layer) for part in slot.parts)
         if first is None or first.layout != "scaled" or not first.is_float:
@@ -270,13 +270,13 @@ def _scaled(
 class RoundedPacked(Dense):
     """Plain matrices that are quantised as they are loaded, each part by itself: `ScaledTensor`.
 
-    A shard's scales are of its own part of a block.
+    A shard's scales are of its own part of a block. Not experts, as `Scaled`.
     """
 
     kind: type[torch.Tensor] = ScaledTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        return self._scheme(checkpoint, slot) is not None
+        return self._scheme(checkpoint, slot) is not None and not slot.is_of_experts
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
@@ -299,6 +299,9 @@ class Rounded(RoundedPacked):
     """The same as the values that the codes stand for."""
 
     kind: type[torch.Tensor] = torch.Tensor
+
+    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
+        return self._scheme(checkpoint, slot) is not None
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
@@ -323,7 +326,9 @@ def round_matrix(slot: Slot, plain: torch.Tensor, scheme: Scheme) -> ScaledTenso
 
 
 class Packed(Dense):
-    """ggml's blocks as a GGUF file has them: a `QuantizedTensor`, on the CPU. Vectors are float32.
+    """ggml's blocks as a GGUF file has them: a `QuantizedTensor`, on the CPU.
+
+    Vectors and routers, whose rounding could choose other experts, are float32.
 
     Nothing in such a file is rounded, unless it has matrices that are not quantised.
     """
@@ -332,13 +337,13 @@ class Packed(Dense):
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
         return isinstance(checkpoint, GGUFCheckpoint) and (
-            slot.columns is None or checkpoint.is_quantized(slot)
+            slot.columns is None or _is_router(slot) or checkpoint.is_quantized(slot)
         )
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
     ) -> torch.Tensor:
-        if slot.columns is None or not isinstance(checkpoint, GGUFCheckpoint):
+        if slot.columns is None or _is_router(slot) or not isinstance(checkpoint, GGUFCheckpoint):
             return super().load(checkpoint, slot, torch.float32, device, loaded)
         names = [stored_name(checkpoint, part, slot.layer) for part in slot.parts]
         stored = list(zip(names, slot.parts, strict=True))
@@ -349,6 +354,10 @@ class Packed(Dense):
             checkpoint.copy_quantized(name, part, slot.columns, piece)
             loaded()
         return QuantizedTensor.of(data, slot.columns.size, rows)
+
+
+def _is_router(slot: Slot) -> bool:
+    return slot.parts[0].role == "router"
 
 
 def allocate(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:

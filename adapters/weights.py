@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from microvllm.adapters.checkpoints import (
     scheme_of,
 )
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import shorten, warn_once
+from microvllm.adapters.hf_config import COUNT_KEYS
 from microvllm.adapters.kv_scales import load_scales, scale_tensors
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME
@@ -95,13 +98,16 @@ def load_weights(
     expected |= scales
     _check_names(checkpoint, spec, expected)
     slots = list(spec.slots(checkpoint.names, shard))
-    if spec.quantization is not None and not any(format_of(slot).kind in packed for slot in slots):
+    kept = [slot for slot in slots if format_of(slot).kind in packed]
+    widened = [slot for slot in slots if slot.is_of_experts] if kept else slots
+    if spec.quantization is not None and widened:
         method, name = spec.quantization.method, str(dtype).removeprefix("torch.")
-        size = sum(math.prod(slot.shape) for slot in slots) * dtype.itemsize
+        what = "experts" if kept else "weights"
+        size = sum(math.prod(slot.shape) for slot in widened) * dtype.itemsize
         stored = sum(path.stat().st_size for path in set(map(checkpoint.file_of, checkpoint.shapes())))
         first = f"are rounded to {method}, then" if spec.quantization.on_loading else f"in {method}"
         warn_once(
-            f"{model}: weights {first} become {name} as they are loaded, {size / 1e9:.2f} GB of memory "
+            f"{model}: {what} {first} become {name} as they are loaded, {size / 1e9:.2f} GB of memory "
             f"({stored / 1e9:.2f} GB of files); activations are not quantised"
         )
     count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
@@ -119,6 +125,7 @@ def load_weights(
 def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tuple[int, ...]]) -> None:
     """Before anything is allocated: every tensor is there, has its shape, and none is left over."""
     stored = checkpoint.shapes()
+    _check_experts(checkpoint, spec)
     missing = [name for name in expected if name not in stored]
     if missing == [head := f"{checkpoint.names['lm_head']}.weight"]:
         raise ModelFileError(
@@ -158,8 +165,25 @@ def _quantized_dummies(
         scheme = slot.columns and scheme_of(quantization, names, slot.parts[0], slot.layer)
         if scheme and scheme.layout == "scaled" and scheme.is_float:
             made = round_matrix(slot, tensor, scheme)
-            tensor = made if ScaledTensor in packed else made.dequantized(dtype)
+            stays = ScaledTensor in packed and not slot.is_of_experts
+            tensor = made if stays else made.dequantized(dtype)
         yield name, tensor
+
+
+def _check_experts(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Another number of experts than configured would give a list of many tensors."""
+    name = re.escape(checkpoint.names.get("expert_gate", "")).replace(r"\{i\}", r"\d+")
+    if r"\{e\}" not in name:
+        return
+    pattern = re.compile(name.replace(r"\{e\}", r"(\d+)") + r"\..*")
+    numbers = [int(match[1]) for match in map(pattern.fullmatch, checkpoint.shapes()) if match]
+    for mlp in {layer.mlp for layer in spec.layers}:
+        if isinstance(mlp, Experts) and numbers and max(numbers) != mlp.count - 1:
+            raise ModelFileError(
+                checkpoint.path,
+                f"the configuration asks for {mlp.count} experts ({' or '.join(COUNT_KEYS)}), but the "
+                f"checkpoint has experts 0 to {max(numbers)}",
+            )
 
 
 def _dummy_weights(

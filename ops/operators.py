@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,8 +19,10 @@ from torch.nn.functional import embedding
 from microvllm.ops.activation import activated, silu_and_mul
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
+from microvllm.ops.experts import ExpertWeights, composed
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
+from microvllm.ops.routing import Routing
 
 Operator = Callable[[Tensor], Tensor]
 Norm = tuple[Tensor, float]  # the weight of an RMSNorm, and its epsilon
@@ -86,6 +89,10 @@ class Operators(ABC):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `ops.norm.rms_norm`."""
 
+    def norm(self, norm: Norm | None) -> Operator:
+        """`rms_norm` by this weight; without one x as it is."""
+        return (lambda x: x) if norm is None else partial(self.rms_norm, weight=norm[0], eps=norm[1])
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """See `ops.activation.silu_and_mul`."""
         return silu_and_mul(gate_up)
@@ -123,6 +130,15 @@ class Operators(ABC):
         if norm is not None and gated and activation == "silu":
             return self.norm_gate_up(*norm, weight, bias)
         return activated(self.product(weight, bias, norm=norm), activation, gated=gated)
+
+    def experts(
+        self, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
+    ) -> tuple[Operator, LinearOperator]:
+        """The norm and the weighted sum of a token's experts, [n, h] -> [n, h], in two parts.
+
+        The second adds it to a residual, which may be what the first was given; the norm may be in either.
+        """
+        return self.norm(norm), composed(self, weights, routing, activation)
 
     def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
         """The layers whose operators were made here, to be run in this order."""

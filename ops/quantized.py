@@ -38,10 +38,11 @@ class QuantizedTensor(Tensor):
         tensor.parts = parts
         return tensor
 
-    def split_parts(self) -> list[QuantizedTensor]:
-        """Each part as a tensor of its own."""
-        if len(self.parts) == 1:
+    def split_parts(self, each: int = 1) -> list[QuantizedTensor]:
+        """Every `each` parts as a tensor of their own."""
+        if len(self.parts) == each:
             return [self]  # with what was packed of it
-        sizes = [part.rows * part.row_bytes for part in self.parts]
-        pairs = zip(torch.split(self, sizes), self.parts, strict=True)
-        return [QuantizedTensor.of(data, self.columns, (part,)) for data, part in pairs]
+        groups = [self.parts[i : i + each] for i in range(0, len(self.parts), each)]
+        sizes = [sum(part.rows * part.row_bytes for part in group) for group in groups]
+        pairs = zip(torch.split(self, sizes), groups, strict=True)
+        return [QuantizedTensor.of(data, self.columns, group) for data, group in pairs]

@@ -281,6 +281,10 @@ FORMS: dict[str, Form] = {
 }
 
 
+# Of experts, which no method's own writer quantises, whatever the configuration says of them.
+ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".shared_expert_gate.weight")
+
+
 def quantize_folder(source: Path, target: Path, form: str, group_size: int) -> dict[str, Tensor]:
     """Write `target`, and return the matrices that it stands for, by the names of `source`."""
     target.mkdir(parents=True, exist_ok=True)
@@ -291,7 +295,7 @@ def quantize_folder(source: Path, target: Path, form: str, group_size: int) -> d
     for file in sorted(source.glob("*.safetensors")):
         tensors: dict[str, Tensor] = {}
         for name, tensor in load_file(file).items():
-            if tensor.ndim != 2 or ".layers." not in name:
+            if tensor.ndim != 2 or ".layers." not in name or name.endswith(ROUTERS):
                 tensors[name] = tensor
                 continue
             written = FORMS[form].write(tensor.float(), group_size)

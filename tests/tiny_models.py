@@ -31,6 +31,7 @@ CORPUS = (
     "full. Naïve café, straße, привет, 世界. 0 1 2 3 4 5 6 7 8 9 10 100 1000. The the and and in in on on."
 )
 
+GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -44,6 +45,14 @@ GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate_proj_exps": "ffn_gate_exps",
+    "mlp.up_proj_exps": "ffn_up_exps",
+    "mlp.down_proj_exps": "ffn_down_exps",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.w1_exps": "ffn_gate_exps",
+    "block_sparse_moe.w3_exps": "ffn_up_exps",
+    "block_sparse_moe.w2_exps": "ffn_down_exps",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -196,7 +205,7 @@ def write_gguf(
     from safetensors.numpy import load_file
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    architecture = GGUF_ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(
         path, architecture, split_max_tensors=tensors_a_part, small_first_shard=no_tensors_first
     )
@@ -212,7 +221,7 @@ def write_gguf(
     weights: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights.update(load_file(file))
-    for name, values in weights.items():
+    for name, values in _stacked(weights).items():
         if architecture == "llama":
             values = _interleave(name, values, config)
         instead = None if blocks is None else blocks(_gguf_name(name), values)
@@ -220,7 +229,11 @@ def write_gguf(
             stored = gguf.GGMLQuantizationType[instead[0]]
             writer.add_tensor(_gguf_name(name), instead[1], raw_dtype=stored)
             continue
-        fits = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        fits = (
+            values.ndim > 1
+            and "gate_inp" not in _gguf_name(name)
+            and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        )
         stored = kind if fits else gguf.GGMLQuantizationType.F32
         writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
     for name, values in (extra_tensors or {}).items():
@@ -230,6 +243,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _stacked(weights: dict[str, Any]) -> dict[str, Any]:
+    """The matrices of all experts of a layer as one tensor, as llama.cpp has them."""
+    import numpy as np
+
+    stacks: dict[str, dict[int, Any]] = {}
+    plain = {}
+    for name, values in weights.items():
+        before, found, rest = name.partition(".experts.")
+        if found:
+            number, role, suffix = rest.split(".")
+            stacks.setdefault(f"{before}.{role}_exps.{suffix}", {})[int(number)] = values
+        else:
+            plain[name] = values
+    return plain | {name: np.stack([of[i] for i in range(len(of))]) for name, of in stacks.items()}
 
 
 def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
@@ -244,6 +273,12 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    count = config.get("num_experts", config.get("num_local_experts"))
+    if count:
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
 
 

@@ -32,6 +32,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-kv-head": {"family": "llama", "num_key_value_heads": 1},
     "odd-vocabulary": {"family": "qwen3", "vocab_size": TOKENIZER_SIZE + 1},
     "phi3": {"family": "phi3"},
+    "qwen3-moe": {
+        "family": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+    },
+    "qwen2-moe": {
+        "family": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
     "gemma3": {
         "family": "gemma3_text",
         "tie": True,

@@ -424,7 +424,7 @@ def test_an_id_outside_of_the_vocabulary_is_ignored(
 
 
 BAD_KEYS = [
-    ("architectures", ["MixtralForCausalLM"]),
+    ("architectures", ["DbrxForCausalLM"]),
     ("architectures", ["LlamaForSequenceClassification"]),
     ("architectures", "LlamaForCausalLM"),
     ("architectures", [7]),
@@ -610,7 +610,7 @@ BAD_METADATA: list[tuple[str, Any]] = [
     ("llama.attention.layer_norm_rms_epsilon", 0.0),
     ("llama.attention.layer_norm_rms_epsilon", float("nan")),
     ("llama.rope.freq_base", float("inf")),
-    ("llama.expert_count", 8),
+    ("llama.expert_count", "8"),
     ("llama.embedding_length", "144"),
     ("tokenizer.ggml.eos_token_id", "2"),
     ("general.architecture", "gemma3"),

@@ -1,0 +1,47 @@
+"""Mixtral 8x7B and 8x22B: Mistral with 8 experts in every layer (arXiv:2401.04088).
+
+GGUF has no such architecture: Mixtral's files name themselves llama.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.spec import ModelSpec
+
+EXPERTS = "model.layers.{i}.block_sparse_moe"
+TENSORS = {
+    **HF_TENSORS,
+    "router": f"{EXPERTS}.gate",
+    "expert_gate": f"{EXPERTS}.experts.{{e}}.w1",
+    "expert_up": f"{EXPERTS}.experts.{{e}}.w3",
+    "expert_down": f"{EXPERTS}.experts.{{e}}.w2",
+}
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Mixtral model from the `config.json` of its folder."""
+    spec = hf_spec(
+        config,
+        "mixtral",
+        default_max_position=131072,
+        default_kv_heads=8,
+        windows=_windows,
+        has_experts=True,
+    )
+    experts = read_experts(
+        config, count=8, num_chosen=2, size=config.size("intermediate_size"), normalized=True
+    )
+    layers = (msgspec.structs.replace(layer, mlp=experts) for layer in spec.layers)
+    eps = config.number("rms_norm_eps", 1e-5)
+    return msgspec.structs.replace(spec, layers=tuple(layers), rms_norm_eps=eps)
+
+
+def _windows(config: Fields, num_layers: int) -> list[int | None]:
+    return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
+
+
+FAMILY = Family("mixtral", "MixtralForCausalLM", from_hf, hf_tensors=TENSORS)

@@ -1,0 +1,151 @@
+"""Mixtures of experts: the choice of each token's experts, and their sum, in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from microvllm.ops.quantized import QuantizedTensor
+from microvllm.ops.routing import Routing
+
+SMALLEST_SUM = 1e-20  # of weights that are normalised: sigmoids may all be 0
+
+
+class SharedExpert(NamedTuple):
+    """The expert that every token goes to: gate_up [2 * S, h], down [h, S]; gate: [1, h], or None."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate: Tensor | None
+
+
+class ExpertWeights(NamedTuple):
+    """What the experts of a layer are made of, for E experts of inner width I.
+
+    router: [E, h]; gate_up: [E * 2 * I, h], of each expert gate before up; down: [E * h, I]; correction: [E]
+    float32, or None. The matrices are of any kind that the device's products take.
+    """
+
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    correction: Tensor | None = None
+    shared: SharedExpert | None = None
+
+    def split(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """gate_up [2 * I, h] and down [h, I] of each expert."""
+        count = len(self.router)
+
+        def of_each(weight: Tensor) -> Sequence[Tensor]:
+            if isinstance(weight, QuantizedTensor):
+                return weight.split_parts(len(weight.parts) // count)
+            return weight.chunk(count)
+
+        return zip(of_each(self.gate_up), of_each(self.down), strict=True)
+
+
+def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits: [n, E] -> the weights of the chosen experts and their numbers, [n, k] float32 and int64."""
+    logits = logits.float()
+    scores = logits.sigmoid() if routing.sigmoid else logits.softmax(-1)
+    ranked = scores if correction is None else scores + correction
+    if routing.num_groups > 1:
+        groups = ranked.view(len(ranked), routing.num_groups, -1)
+        sums = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+        best = sums.topk(routing.num_chosen_groups, -1).indices
+        outside = torch.ones_like(sums, dtype=torch.bool).scatter_(-1, best, False)
+        ranked = groups.masked_fill(outside[..., None], -torch.inf).flatten(-2)
+    chosen = ranked.topk(routing.num_chosen, -1).indices
+    weights = scores.gather(-1, chosen)
+    if routing.normalized:
+        weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
+    return weights * routing.scale, chosen
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+class ResidualProduct(Protocol):
+    """See `ops.operators.LinearOperator`."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+class Products(Protocol):
+    """What `ops.operators.Operators` has for the matrices of each expert."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> ResidualProduct: ...
+    def mlp_input(
+        self, norm: None, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
+    ) -> Product: ...
+
+
+def composed(
+    operators: Products, weights: ExpertWeights, routing: Routing, activation: str
+) -> ResidualProduct:
+    """The experts of a layer from the products of a device."""
+    products = [
+        (operators.mlp_input(None, gate_up, None, activation, True), operators.linear(down))
+        for gate_up, down in weights.split()
+    ]
+    chosen = ComposedExperts(operators.linear(weights.router), products, routing, weights.correction)
+    return with_shared(operators, chosen, weights.shared, activation)
+
+
+def with_shared(
+    operators: Products, chosen: ResidualProduct, shared: SharedExpert | None, activation: str
+) -> ResidualProduct:
+    """The chosen experts, and the shared one if there is one."""
+    if shared is None:
+        return chosen
+    inner = operators.mlp_input(None, shared.gate_up, None, activation, True)
+    gate = None if shared.gate is None else operators.linear(shared.gate)
+    return WithSharedExpert(chosen, inner, operators.linear(shared.down), gate)
+
+
+class ComposedExperts:
+    """residual + the weighted sum of what a token's experts give, one expert after another.
+
+    router: [n, h] -> [n, E]; experts: of each the product up to its activation, and the one with `down`.
+    """
+
+    def __init__(
+        self,
+        router: Product,
+        experts: Sequence[tuple[Product, Product]],
+        routing: Routing,
+        correction: Tensor | None,
+    ) -> None:
+        self._router, self._experts = router, experts
+        self._routing, self._correction = routing, correction
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [n, h], normalised -> [n, h], summed up in float32."""
+        weights, chosen = route(self._router(x), self._routing, self._correction)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for number in sorted(set(chosen.flatten().tolist())):
+            rows, places = (chosen == number).nonzero(as_tuple=True)
+            inner, down = self._experts[number]
+            given = down(inner(x[rows])).float() * weights[rows, places, None]
+            total.index_add_(0, rows, given)
+        y = total.to(x.dtype)
+        return y if residual is None else residual.add_(y)
+
+
+class WithSharedExpert:
+    """Adds the expert that every token goes to, times a sigmoid of the token if there is a `gate`."""
+
+    def __init__(
+        self, chosen: ResidualProduct, inner: Product, down: ResidualProduct, gate: Product | None
+    ) -> None:
+        self._chosen, self._inner, self._down, self._gate = chosen, inner, down, gate
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x: [n, h], normalised -> [n, h]; the residual may be overwritten by the result."""
+        if self._gate is None:
+            return self._chosen(x, self._down(self._inner(x), residual))
+        shared = self._down(self._inner(x)) * self._gate(x).sigmoid()
+        return self._chosen(x, shared if residual is None else residual.add_(shared))
