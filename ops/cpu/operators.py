@@ -17,12 +17,22 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
+from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.cpu.tuning import Tuning
+from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.linear import Linear
-from microvllm.ops.operators import DecoderLayer, DecoderLayers, LinearOperator, Operator, Operators
+from microvllm.ops.operators import (
+    DecoderLayer,
+    DecoderLayers,
+    LinearOperator,
+    Norm,
+    Operator,
+    Operators,
+)
 from microvllm.ops.quantized import QuantizedTensor
+from microvllm.ops.routing import Routing
 
 # Up to so many rows the kernels multiply bfloat16 weights with activations in float32, or on the matrix unit
 # in two numbers of bfloat16. More are rounded to bfloat16 for that unit (EXACT_ROWS of amx.h), or for oneDNN
@@ -76,7 +86,25 @@ class _Step(ctypes.Structure):
 class _Layer(ctypes.Structure):
     """`Layer` of layers.c."""
 
-    _fields_ = [(name, _POINTER) for name in ("qkv", "o", "gate_up", "down")]
+    _fields_ = [(name, _POINTER) for name in ("qkv", "o", "gate_up", "down", "experts")]
+
+    @staticmethod
+    def of(layer: DecoderLayer) -> _Layer | None:
+        """The struct of a layer of these kernels' operators; None if it has others."""
+        products: Sequence[object] = layer
+        experts = None
+        if isinstance(layer.down, CpuExperts):
+            products, experts = layer[:2], layer.down.address
+        if not all(isinstance(product, CpuLinear) for product in products):
+            return None
+        addresses = [product.address for product in cast("Sequence[CpuLinear]", products)]
+        return _Layer(*addresses, *([None] * (4 - len(addresses))), experts)
+
+    @staticmethod
+    def scratch(layer: DecoderLayer) -> int:
+        """Floats for each row of such a layer."""
+        qkv, o, first, last = cast("tuple[CpuLinear, CpuLinear, CpuLinear, CpuLinear | CpuExperts]", layer)
+        return max(qkv.n + o.k, last.scratch if isinstance(last, CpuExperts) else first.n)
 
 
 # Arguments and result of each function.
@@ -89,6 +117,7 @@ _SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
     "gather_quantized": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
     "linear": ([_POINTER] * 5 + [_LONG], _INT),
+    "experts": ([_POINTER] * 5 + [_LONG, _POINTER], _INT),
     "rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT], None),
     "silu_and_mul": ([_POINTER] * 3 + [_LONG] * 2, None),
     "rotate_and_cache": ([_POINTER] * 4, None),
@@ -200,8 +229,31 @@ class CpuOperators(Operators):
         return y
 
     def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
-        fuses = all(isinstance(product, CpuLinear) for layer in layers for product in layer)
-        return CpuLayers(self.kernels, layers) if fuses else DecoderLayers(layers)
+        structs = [struct for layer in layers if (struct := _Layer.of(layer))]
+        complete = len(structs) == len(layers)
+        return CpuLayers(self.kernels, layers, structs) if complete else DecoderLayers(layers)
+
+    def experts(
+        self, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
+    ) -> tuple[Operator, LinearOperator]:
+        if activation != "silu":
+            return super().experts(norm, weights, routing, activation)
+        kernel, pool = self.kernels.library.experts, self.kernels.pool
+        router = CpuLinear(self, weights.router, by_kernels=True)
+        products = [
+            (CpuLinear(self, gate_up, gated=True, by_kernels=True), CpuLinear(self, down, by_kernels=True))
+            for gate_up, down in weights.split()
+        ]
+        shared = None
+        if weights.shared is not None:
+            gate_up, down, gate = weights.shared
+            shared = (
+                CpuLinear(self, gate_up, gated=True, by_kernels=True),
+                CpuLinear(self, down, by_kernels=True),
+                None if gate is None else CpuLinear(self, gate, by_kernels=True),
+            )
+        experts = CpuExperts(kernel, pool, norm, router, products, shared, routing, weights.correction)
+        return self.norm(None), experts
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:  # for which there is no kernel
@@ -241,7 +293,7 @@ class CpuLinear:
 
     x: [n, in] float32; weight: [out, in] ([2 * out, in] if `gated`, gate before up) float32, bfloat16 or
     quantised (in two parts if `gated`), packed here; residual: [n, out], where the result may be put ->
-    [n, out].
+    [n, out]. `by_kernels`: oneDNN, which would take a copy of the weight, multiplies nothing.
     """
 
     def __init__(
@@ -252,6 +304,7 @@ class CpuLinear:
         norm: Tensor | None = None,
         eps: float = 0.0,
         gated: bool = False,
+        by_kernels: bool = False,
     ) -> None:
         self._operators = operators
         rounds_x = operators.int8_activations and isinstance(weight, QuantizedTensor)
@@ -283,7 +336,7 @@ class CpuLinear:
         self._library = None
         has_amx = operators.kernels.library.has_amx()
         # oneDNN adds up in an order that depends on the number of rows.
-        may_round = weight.dtype == torch.bfloat16 and not operators.is_invariant
+        may_round = weight.dtype == torch.bfloat16 and not operators.is_invariant and not by_kernels
         if may_round and not has_amx and _has_fast_library():
             self._library = Linear(weight)
 
@@ -322,15 +375,13 @@ class CpuLinear:
 class CpuLayers(DecoderLayers):
     """All layers in one call, unless their attention is timed or there are rows enough for oneDNN."""
 
-    def __init__(self, kernels: Kernels, layers: Sequence[DecoderLayer]) -> None:
+    def __init__(self, kernels: Kernels, layers: Sequence[DecoderLayer], structs: Sequence[_Layer]) -> None:
         super().__init__(layers)
-        products = cast("Sequence[tuple[CpuLinear, CpuLinear, CpuLinear, CpuLinear]]", layers)
+        products = [[one for one in layer if isinstance(one, CpuLinear)] for layer in layers]
         self._kernel, self._pool = kernels.library.decoder_layers, kernels.pool
-        self._width = max(max(qkv.n + o.k, gate_up.n) for qkv, o, gate_up, _ in products)
-        self.max_rows = min(product.max_rows for four in products for product in four)
-        self._arguments = (_Layer * len(layers))(
-            *(_Layer(*(one.address for one in four)) for four in products)
-        )
+        self._width = max(map(_Layer.scratch, layers))
+        self.max_rows = min(product.max_rows for some in products for product in some)
+        self._arguments = (_Layer * len(layers))(*structs)
 
     def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
         rows = hidden.shape[0]
