@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBackend, AttentionConfig
+from microvllm.ops.experts import ExpertWeights, with_shared
 from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.embedding import gather_rows
+from microvllm.ops.gpu.experts import GpuExperts
 from microvllm.ops.gpu.fixed_order import FixedOrderProduct
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
@@ -24,7 +26,8 @@ from microvllm.ops.gpu.packed import KINDS, packed_kinds
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
 from microvllm.ops.gpu.tunings import stream_tilings
-from microvllm.ops.operators import LinearOperator, Operator, Operators
+from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
+from microvllm.ops.routing import Routing
 
 if TYPE_CHECKING:
     from microvllm.ops.gpu.stream import StreamedWeight
@@ -82,6 +85,22 @@ class GpuOperators(Operators):
 
                 streamed = StreamedWeight(weight, self._arrivals, tilings, gated=gated, pdl=self.pdl)
         return GpuProduct(weight, bias, self._arrivals, streamed, gated=gated, pdl=self.pdl, **norm)
+
+    def experts(
+        self, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
+    ) -> tuple[Operator, LinearOperator]:
+        # The shared expert has the norm in common with the others, which else is a part of their kernels.
+        outside, inside = (None, norm) if weights.shared is None else (norm, None)
+        router, fixed = self.product(weights.router, norm=inside), self._batch_invariant
+        chosen = GpuExperts(inside, router, weights, routing, activation, fixed_order=fixed, pdl=self.pdl)
+        return self.norm(outside), with_shared(self, chosen, weights.shared, activation)
+
+    def mlp_input(
+        self, norm: Norm | None, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
+    ) -> Operator:
+        if norm is None and gated and activation == "silu":
+            return self._product(weight, bias, gated=True)
+        return super().mlp_input(norm, weight, bias, activation, gated)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps, pdl=self.pdl)

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-MODELS = ("llama-tied", "qwen2", "qwen3")
+MODELS = ("llama-tied", "qwen2", "qwen3", "qwen3-moe")
 VOCAB = 300
 
 
@@ -103,7 +103,10 @@ def test_tokens_with_a_cache_of_e4m3_are_those_of_the_torch_backend(model: str) 
     assert all(len(tokens) == 40 for tokens in sixteen)
 
 
-@pytest.mark.parametrize("model", ["gemma3", "phi3-window", "qwen3-mixed-windows"])
+@pytest.mark.parametrize(
+    "model",
+    ["gemma3", "phi3-window", "qwen3-mixed-windows", "mixtral", "qwen2-moe", "qwen3-moe-mixed"],
+)
 def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
     assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)
 

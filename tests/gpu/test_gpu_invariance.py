@@ -25,7 +25,7 @@ def make(model: str, dtype: str = "bfloat16", **options: Any) -> InferenceEngine
     )
 
 
-@pytest.mark.parametrize("model", ["llama-tied", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("model", ["llama-tied", "qwen3", "mistral-window", "qwen3-moe"])
 def test_a_request_gets_the_same_bits_however_it_is_run(model: str) -> None:
     def engine(**options: Any) -> InferenceEngine:
         return make(model, **options)

@@ -1,0 +1,224 @@
+"""Times the experts of one layer against the bytes of those that the tokens choose, and finds their tilings.
+
+    python scripts/gpu/check_experts.py [--tune] [--models NAME ...] [--rows N ...] [--out FOLDER]
+
+Everything is timed inside CUDA graphs, over random tokens that choose other experts in every call; the median
+of the replays is shown. For correctness see tests/ops/test_triton_experts.py, which runs on a GPU, too.
+`--tune` tries tilings for each product and number of tokens, and writes all times to
+FOLDER/tune_experts.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+
+import torch
+from check_ops import BF16, DEVICE, graph_ms, normal
+from torch import Tensor
+
+from microvllm.ops.experts import ExpertWeights
+from microvllm.ops.gpu.expert_gemv import expert_gemv
+from microvllm.ops.gpu.experts import MAX_GEMV_TOKENS
+from microvllm.ops.gpu.grouped import GroupedTiling, grouped_product, sum_choices
+from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.routing import choose, sort_choices
+from microvllm.ops.gpu.tiling import Tiling
+from microvllm.ops.routing import Routing
+
+READ_BYTES_S = 4.594e12  # of an H200, measured
+# name: (hidden, width of an expert, experts, chosen)
+MODELS = {"Qwen3-30B-A3B": (2048, 768, 128, 8), "Mixtral-8x7B": (4096, 14336, 8, 2)}
+CALLS = 8  # with other tokens each
+Call = Callable[[], object]
+
+
+class Layer:
+    """Random weights of one layer, and tokens with what they choose."""
+
+    def __init__(self, model: str) -> None:
+        self.hidden, self.width, self.count, self.chosen = MODELS[model]
+        self.routing = Routing(num_chosen=self.chosen)
+        # Logits of a deviation of 1, as dummy weights give: nearly every expert as often.
+        self.weights = ExpertWeights(
+            normal(self.count, self.hidden) * (50 / self.hidden**0.5),
+            torch.empty(self.count * 2 * self.width, self.hidden, dtype=BF16, device=DEVICE),
+            torch.empty(self.count * self.hidden, self.width, dtype=BF16, device=DEVICE),
+        )
+        for matrix in self.weights[1:3]:
+            matrix.normal_(0, 0.02)
+        self.norm = normal(self.hidden) + 1, 1e-6
+        _, self.experts = GpuOperators(BF16, DEVICE, "triton").experts(
+            self.norm, self.weights, self.routing, "silu"
+        )
+
+    def tokens(self, rows: int) -> list[Tensor]:
+        return [normal(rows, self.hidden) * 50 for _ in range(CALLS)]
+
+    def choices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return choose(x @ self.weights.router.t(), self.routing)
+
+    def bytes_of(self, xs: list[Tensor]) -> float:
+        """Of the matrices of all chosen experts, on average."""
+        distinct = sum(self.choices(x)[1].unique().numel() for x in xs) / len(xs)
+        return distinct * 3 * self.hidden * self.width * BF16.itemsize
+
+
+def time_layer(layer: Layer, rows: int) -> None:
+    xs = layer.tokens(rows)
+    us = graph_ms([partial(layer.experts, x, x.clone()) for x in xs]) / CALLS * 1e3
+    read = layer.bytes_of(xs)
+    floor = read / READ_BYTES_S * 1e6
+    flops = 6 * rows * layer.chosen * layer.hidden * layer.width
+    print(
+        f"{rows:5} tokens: {us:8.1f} us, floor {floor:7.1f} us ({floor / us:4.0%}), {read / 1e6:6.0f} MB"
+        f" {read / us / 1e6:.2f} TB/s, {flops / us / 1e6:.0f} TFLOP/s",
+        flush=True,
+    )
+
+
+# ---- tuning ---------------------------------------------------------------------------------------
+
+
+def candidates(rows: int) -> list[GroupedTiling]:
+    """What is in flight is stages * (columns, twice if gated, + rows) * block_k * 2 bytes."""
+    if rows <= 32:
+        shapes = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5))
+    else:
+        shapes = itertools.product((64, 128, 256), (64,), (4, 8), (3, 4))
+    found = []
+    for columns, block_k, warps, stages in shapes:
+        size = stages * (2 * columns + rows) * block_k * BF16.itemsize
+        if size <= 220_000 and columns * rows * 2 <= warps * 32 * 192:
+            found.append(GroupedTiling(rows, columns, block_k, warps, stages))
+    return found
+
+
+GEMV = [Tiling(n, k, warps) for n, k, warps in itertools.product((2, 4, 8), (256, 512, 1024), (4, 8))]
+
+
+def gated_call(layer: Layer, x: Tensor, tiling: GroupedTiling) -> Call:
+    _, chosen = layer.choices(x)
+    sort = sort_choices(chosen, layer.count, tiling.rows)
+    return lambda: grouped_product(
+        x, layer.weights.gate_up, sort, layer.chosen, tiling, columns=layer.width, gated=True, pdl=True
+    )
+
+
+def down_call(layer: Layer, x: Tensor, tiling: GroupedTiling) -> Call:
+    weights, chosen = layer.choices(x)
+    sort, inner = sort_choices(chosen, layer.count, tiling.rows), normal(chosen.numel(), layer.width)
+    return lambda: grouped_product(
+        inner, layer.weights.down, sort, layer.chosen, tiling, columns=layer.hidden, scales=weights, pdl=True
+    )
+
+
+def gemv_call(layer: Layer, x: Tensor, inner: Tiling, outer: Tiling) -> Call:
+    weights, chosen = layer.choices(x)
+    matrices = layer.weights.gate_up, layer.weights.down
+    return lambda: expert_gemv(
+        x, *matrices, weights, chosen, x.clone(), *layer.norm, inner=inner, outer=outer, pdl=True
+    )
+
+
+def compile_one(job: tuple[str, GroupedTiling]) -> bool:
+    """In a process of its own, on a layer of few experts; the result goes to Triton's cache on the disk."""
+    model, tiling = job
+    hidden, width, count, chosen = MODELS[model]
+    x = normal(1, hidden)
+    picked = torch.arange(chosen, dtype=torch.int32, device=DEVICE)[None]
+    sort = sort_choices(picked, count, tiling.rows)
+    gate_up, down = normal(chosen * 2 * width, hidden), normal(chosen * hidden, width)
+    try:
+        inner = grouped_product(x, gate_up, sort, chosen, tiling, columns=width, gated=True, pdl=True)
+        scales = torch.ones(1, chosen, device=DEVICE)
+        grouped_product(inner, down, sort, chosen, tiling, columns=hidden, scales=scales, pdl=True)
+        torch.cuda.synchronize()
+    except Exception as error:  # too much shared memory, ...: this tiling is none
+        print(f"no {job}: {error}"[:160], flush=True)
+        return False
+    return True
+
+
+def tune(model: str, rows: list[int], tiles: list[int], out: Path, seconds: float, processes: int) -> None:
+    begin = time.monotonic()
+    jobs = [(model, tiling) for size in tiles for tiling in candidates(size)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        good = {job for job, ok in zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True) if ok}
+    print(f"{len(good)} of {len(jobs)} tilings compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    layer, results = Layer(model), []
+    for count in rows:
+        xs = layer.tokens(count)
+        read = layer.bytes_of(xs)
+        for name, make, share in (("gate_up", gated_call, 2 / 3), ("down", down_call, 1 / 3)):
+            times = []
+            for tiling in (tiling for size in tiles for tiling in candidates(size)):
+                if (model, tiling) in good and time.monotonic() - begin < seconds:
+                    us = graph_ms([make(layer, x, tiling) for x in xs], 5) / CALLS * 1e3
+                    times.append((us, astuple(tiling)))
+            times.sort()
+            results.append((count, name, times))
+            floor = share * read / READ_BYTES_S * 1e6
+            best = "  ".join(f"{us:.1f}: {tiling}" for us, tiling in times[:5])
+            print(f"{count:5} tokens {name:8} floor {floor:.1f} us  {best}", flush=True)
+        if count <= MAX_GEMV_TOKENS:
+            for which in ("inner", "outer"):
+                times = []
+                for tiling in GEMV:
+                    both = {"inner": Tiling(4, 512, 4), "outer": Tiling(4, 1024, 4), which: tiling}
+                    us = graph_ms([gemv_call(layer, x, **both) for x in xs], 5) / CALLS * 1e3
+                    times.append((us, astuple(tiling)))
+                times.sort()
+                results.append((count, which, times))
+                best = "  ".join(f"{us:.1f}: {tiling}" for us, tiling in times[:5])
+                print(f"{count:5} tokens {which:8} both {best}", flush=True)
+        (out / "tune_experts.json").write_text(json.dumps(results))
+
+
+def time_others(layer: Layer, rows: int) -> None:
+    """The kernels around the products."""
+    x = normal(rows, layer.hidden)
+    logits = x @ layer.weights.router.t()
+    _, chosen = choose(logits, layer.routing)
+    parts = normal(rows * layer.chosen, layer.hidden)
+    calls = {
+        "choose": lambda: choose(logits, layer.routing, pdl=True),
+        "sort": lambda: sort_choices(chosen, layer.count, 16, pdl=True),
+        "sum": lambda: sum_choices(parts, layer.chosen, x, pdl=True),
+    }
+    times = {name: graph_ms([call] * CALLS) / CALLS * 1e3 for name, call in calls.items()}
+    print(f"{rows:5} tokens: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--models", nargs="*", default=["Qwen3-30B-A3B"], choices=MODELS)
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 35, 64, 128, 256, 1024, 8192])
+    parser.add_argument("--tiles", nargs="*", type=int, default=[16], help="rows of a tile, for --tune")
+    parser.add_argument("--seconds", type=float, default=100, help="for --tune")
+    parser.add_argument("--processes", type=int, default=4, help="that compile, for --tune")
+    parser.add_argument("--out", type=Path, default=Path())
+    args = parser.parse_args()
+    with torch.inference_mode():
+        for model in args.models:
+            print(model, flush=True)
+            if args.tune:
+                tune(model, args.rows, args.tiles, args.out, args.seconds, args.processes)
+                continue
+            layer = Layer(model)
+            for rows in args.rows:
+                time_layer(layer, rows)
+            for rows in args.rows:
+                time_others(layer, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Mixtures of experts by the GPU's kernels against plain torch; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_case import relative_error
+from torch import Tensor
+
+from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
+
+from microvllm.ops.experts import ExpertWeights, route
+from microvllm.ops.gpu.experts import GpuExperts
+from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.routing import choose, sort_choices
+from microvllm.ops.operators import TorchOperators
+from microvllm.ops.routing import Routing
+
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if ON_GPU else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
+HIDDEN, WIDTH = 72, 40
+
+ROUTINGS = {
+    "softmax": Routing(num_chosen=3),
+    "not normalised": Routing(num_chosen=2, normalized=False),
+    "sigmoid": Routing(num_chosen=4, sigmoid=True, scale=2.5),
+    "groups": Routing(num_chosen=3, sigmoid=True, num_groups=4, num_chosen_groups=2),
+    "all": Routing(num_chosen=12),
+}
+COUNT = 12
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_the_choice_of_experts(name: str, corrected: bool) -> None:
+    logits, routing = random(33, COUNT, seed=1), ROUTINGS[name]
+    correction = random(COUNT, seed=2) if corrected else None
+    weights, chosen = choose(logits, routing, correction)
+    expected, numbers = route(logits, routing, correction)
+    assert torch.equal(chosen.long(), numbers) and relative_error(weights, expected) < 1e-5
+
+
+def test_of_equal_scores_the_first_experts_are_taken_and_none_twice() -> None:
+    logits = torch.zeros(2, COUNT, device=DEVICE)
+    logits[1, 5] = torch.nan
+    weights, chosen = choose(logits, Routing(num_chosen=3), None)
+    assert chosen[0].tolist() == [0, 1, 2] and weights[0].tolist() == pytest.approx([1 / 3] * 3)
+    assert int(chosen.min()) >= 0 and int(chosen.max()) < COUNT
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 12, 3), (50, 12, 3), (700, 5, 2), (9, 128, 8)])
+def test_choices_are_sorted_by_expert(tokens: int, experts: int, k: int, rows: int) -> None:
+    """Some experts have none; each tile is a run of one expert's, and all runs together are all choices."""
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.rand(tokens, max(2, experts - 2), generator=generator).topk(k).indices
+    flat = chosen.flatten()
+    found = sort_choices(chosen.int().to(DEVICE), experts, rows)
+    assert found.order.tolist() == flat.argsort(stable=True).tolist()
+    at = 0
+    for expert, start, stop in zip(*(each.tolist() for each in found[1:]), strict=True):
+        if start == stop:
+            continue
+        assert start == at and stop - start <= rows
+        assert set(flat[found.order[start:stop].long().cpu()].tolist()) == {expert}
+        at = stop
+    assert at == tokens * k
+
+
+def weights_of(count: int, dtype: torch.dtype, **options: Any) -> ExpertWeights:
+    return ExpertWeights(
+        random(count, HIDDEN, seed=1, dtype=dtype) * HIDDEN**-0.5,
+        random(count * 2 * WIDTH, HIDDEN, seed=2, dtype=dtype) * HIDDEN**-0.5,
+        random(count * HIDDEN, WIDTH, seed=3, dtype=dtype) * WIDTH**-0.5,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fixed_order", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 17, 150])
+def test_experts(tokens: int, fixed_order: bool, dtype: torch.dtype) -> None:
+    weights, routing = weights_of(COUNT, dtype), ROUTINGS["softmax"]
+    norm = random(HIDDEN, seed=4, dtype=dtype), 1e-5
+    x, residual = random(tokens, HIDDEN, seed=5, dtype=dtype), random(tokens, HIDDEN, seed=6, dtype=dtype)
+    operators = GpuOperators(dtype, DEVICE, "triton", fixed_order)
+    first, last = operators.experts(norm, weights, routing, "silu")
+    assert isinstance(last, GpuExperts)
+    # The router's logits in this dtype: rounded otherwise they might choose others.
+    logits = operators.product(weights.router, norm=norm)(x).float().cpu()
+    exact = ExpertWeights(*(each.float().cpu() for each in weights[:3]))
+    normed, reference = TorchOperators(torch.float32).experts(
+        (norm[0].float().cpu(), 1e-5), exact, routing, "silu"
+    )
+    reference._router = lambda _: logits  # type: ignore[attr-defined]
+    expected = reference(normed(x.float().cpu()))
+    assert relative_error(last(first(x)).float().cpu(), expected) < TOLERANCE[dtype]
+    added = last(first(x), residual.clone()).float().cpu()
+    assert relative_error(added, expected + residual.float().cpu()) < TOLERANCE[dtype]
+    onto_itself = x.clone()
+    total = last(first(onto_itself), onto_itself).float().cpu()
+    assert relative_error(total, expected + x.float().cpu()) < TOLERANCE[dtype]
+    assert last(x[:0]).shape == (0, HIDDEN)
+
+
+def test_another_activation() -> None:
+    weights, routing = weights_of(COUNT, torch.float32), ROUTINGS["sigmoid"]
+    x = random(5, HIDDEN, seed=5)
+    _, ours = GpuOperators(torch.float32, DEVICE, "triton").experts(None, weights, routing, "gelu_tanh")
+    _, theirs = TorchOperators(torch.float32).experts(None, weights, routing, "gelu_tanh")
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter's sums are numpy's")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_keeps_its_bits_in_any_company(dtype: torch.dtype) -> None:
+    weights, routing = weights_of(COUNT, dtype), ROUTINGS["softmax"]
+    x = random(300, HIDDEN, seed=1, dtype=dtype)
+    operators = GpuOperators(dtype, DEVICE, "triton", True)
+    _, experts = operators.experts(None, weights, routing, "silu")
+    together = experts(x)
+    for rows in (1, 2, 7, 64, 65, 257):
+        for first in (0, 300 - rows):
+            assert torch.equal(experts(x[first : first + rows].contiguous()), together[first : first + rows])
