@@ -1,23 +1,35 @@
 #!/usr/bin/env python3
 """Checks that `--batch-invariant` keeps every answer to the last bit, and measures what it costs.
 
-    python scripts/check_invariance.py [--prompts 1000] [--max-tokens 128] [--model smollm2-135m-instruct]
+    python scripts/check_invariance.py [--prompts 1000] [--max-tokens 128] [--jobs 4] [--shard 1/2]
+    python scripts/check_invariance.py --add-up FILE ...
 
 Greedy requests for prompts cut from a text run alone, then in other ways, with the option and without it in
-turns. Prints Markdown: how many answers have the tokens of the prompt alone, and of those with the option,
-how many have the same bits of log probabilities, too; and tokens a second: on a CPU for each second of
-processor time, which other processes disturb least. `--first` and `--prompts` cut the 1,000 into parts that
-can run side by side. Ends with 1 unless all with the option have the same bits.
+turns. The work is cut into parts of a way and at most 64 prompts; each runs in an engine of its own, `--jobs`
+of them side by side, one thread each. `--shard 2/3` takes the second of three shares of the prompts; `--out`
+appends each part to a file as it ends, and `--add-up` prints the table of such files, so that a proof can be
+made on several machines of one kind, or in several hours.
+
+Prints Markdown: how many answers have the tokens of the prompt alone, and of those with the option, how many
+have the same bits of log probabilities, too; and tokens a second: on a CPU for each second of processor
+time, which other processes disturb least. Ends with 1 unless every prompt was compared in every way, and all
+with the option have the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
+import os
 import random
+import struct
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,147 +43,266 @@ TEXT = Path(__file__).with_name("perplexity.txt")
 ON_GPU = torch.cuda.is_available()
 CLOCK = time.perf_counter if ON_GPU else time.process_time
 LONGEST = 200  # tokens of a prompt
-SLICE = 64  # prompts of one turn
+PART = 64  # prompts of a part
+ALONE_PART = 16  # a prompt alone takes longest
 BLOCKS = 40 if ON_GPU else 80  # of 64 tokens on a GPU and 16 on a CPU: too few for all
+ALONE, HIT, PREEMPTED = "alone", "prefix hit", "preempted"
+HTTP, RESTARTED = "over HTTP, every other streamed", "from a server started again, the others streamed"
 WAYS: dict[str, dict[str, Any]] = {
-    "alone": {"max_num_seqs": 1},
-    "batch of 8": {"max_num_seqs": 8},
-    "batch of 64": {"max_num_seqs": 64},
-    "chunks of 24": {"max_num_seqs": 16, "long_prefill_token_threshold": 24},
-    "prefix hit": {"max_num_seqs": 16, "enable_prefix_caching": True},
-    "preempted": {"max_num_seqs": 64, "num_gpu_blocks_override": BLOCKS},
+    ALONE: {"max_num_seqs": 1},
+    **{f"batch of {size}": {"max_num_seqs": size} for size in (2, 4, 8, 16, 32, 64)},
+    **{f"chunks of {n}": {"max_num_seqs": 16, "long_prefill_token_threshold": n} for n in (1, 5, 16, 24, 90)},
+    HIT: {"max_num_seqs": 16, "enable_prefix_caching": True},
+    PREEMPTED: {"max_num_seqs": 64, "num_gpu_blocks_override": BLOCKS},
 }
+FAST, INVARIANT = "fast", "invariant"
 
 Answer = list[tuple[int, float]]
 
 
-class Run:
-    """One way of running the prompts, with the option or without it."""
+@dataclass
+class Mode:
+    """The answers of a part with the option or without it; each as (digest of its tokens, of its bits)."""
 
-    def __init__(self, args: argparse.Namespace, way: dict[str, Any], invariant: bool) -> None:
-        options = {"enable_prefix_caching": False, "max_model_len": 1024, "batch_invariant": invariant, **way}
-        if ON_GPU:  # both runs are in its memory at once
-            options.setdefault("num_gpu_blocks_override", 1024)
-        self.llm = LLM(
-            args.model,
-            dtype=args.dtype,
-            cpu_activations=args.cpu_activations,
-            load_format=args.load_format,
-            **options,
-        )
-        self.warms = options["enable_prefix_caching"]
-        self.params = SamplingParams(temperature=0, max_tokens=args.max_tokens, logprobs=0)
-        self.answers: list[Answer] = []
-        self.tokens, self.seconds = 0, 0.0
-
-    def generate(self, prompts: list[list[int]]) -> None:
-        if self.warms:
-            self.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-        begin = CLOCK()
-        outputs = self.llm.generate(prompts, self.params, use_tqdm=False)
-        self.seconds += CLOCK() - begin
-        for output in outputs:
-            (answer,) = output.outputs
-            entries = zip(answer.token_ids, answer.logprobs or [], strict=True)
-            self.answers.append([(token, entry[token].logprob) for token, entry in entries])
-            self.tokens += len(answer.token_ids)
-
-    def count(self, metric: str) -> float:
-        return sum(getattr(one, "value", 0) for one in self.llm.get_metrics() if one.name == metric)
+    digests: list[tuple[str, str]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    hits: int = 0
+    preemptions: int = 0
 
 
-class Client:
-    """Asks a server that is started for it, over HTTP, eight at once: whole and streamed in turns."""
+@dataclass
+class Part:
+    """One way of running the prompts from number `first` on, and what came of it."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._flags = ["--batch-invariant", "--max-model-len", "1024", "--load-format", args.load_format]
-        self._flags += ["--dtype", args.dtype, "--cpu-activations", args.cpu_activations]
-        self._model, self._max_tokens = args.model, args.max_tokens
+    way: str
+    first: int
+    count: int
+    modes: dict[str, Mode] = field(default_factory=dict)
 
-    def answers(self, prompts: list[list[int]]) -> list[Answer]:
-        with serving(self._model, *self._flags) as server, httpx.Client(timeout=600) as client:
-            url = f"http://127.0.0.1:{server.port}/v1/completions"
-
-            def ask(numbered: tuple[int, list[int]]) -> Answer:
-                number, prompt = numbered
-                body = {
-                    **{"prompt": prompt, "temperature": 0, "max_tokens": self._max_tokens, "logprobs": 0},
-                    **{"return_token_ids": True, "stream": number % 2 == 1},
-                }
-                reply = client.post(url, json=body).raise_for_status()
-                events = [reply.text]
-                if body["stream"]:
-                    events = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
-                answer: Answer = []
-                for choice in (choice for event in events for choice in json.loads(event)["choices"]):
-                    answer += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
-                return answer
-
-            with ThreadPoolExecutor(8) as pool:
-                return list(pool.map(ask, enumerate(prompts)))
+    @classmethod
+    def of(cls, line: str) -> Part:
+        stored = json.loads(line)
+        modes = {name: Mode(**mode) for name, mode in stored.pop("modes").items()}
+        return cls(**stored, modes=modes)
 
 
-def tokens(answer: Answer) -> list[int]:
-    return [token for token, _ in answer]
+def digest(answer: Answer) -> tuple[str, str]:
+    tokens = struct.pack(f"{len(answer)}q", *(token for token, _ in answer))
+    bits = struct.pack(f"{len(answer)}d", *(value for _, value in answer))
+    return hashlib.sha256(tokens).hexdigest()[:16], hashlib.sha256(tokens + bits).hexdigest()[:16]
 
 
-def cut_prompts(llm: LLM, count: int) -> list[list[int]]:
-    """Pieces of the text, of 1 to `LONGEST` tokens."""
-    ids, chosen = llm.get_tokenizer().encode(TEXT.read_text("utf-8")), random.Random(1)
-    lengths = [chosen.randint(1, LONGEST) for _ in range(count)]
-    starts = [chosen.randrange(len(ids) - length) for length in lengths]
-    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+def run(args: argparse.Namespace, part: Part, mode: str) -> Mode:
+    """Run the prompts of a part through an engine in this process."""
+    way = WAYS[part.way]
+    options = {"enable_prefix_caching": False, "max_model_len": 1024, **way}
+    if ON_GPU:
+        options.setdefault("num_gpu_blocks_override", 1024)
+    else:
+        options["cpu_threads"] = 1 if args.jobs > 1 else None
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        cpu_activations=args.cpu_activations,
+        load_format=args.load_format,
+        batch_invariant=mode == INVARIANT,
+        **options,
+    )
+    prompts = cut_prompts(llm.get_tokenizer().encode(TEXT.read_text("utf-8")), part)
+    if part.way == HIT:
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    found, begin = Mode(), CLOCK()
+    params = SamplingParams(temperature=0, max_tokens=args.max_tokens, logprobs=0)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    found.seconds = CLOCK() - begin
+    for output in outputs:
+        (answer,) = output.outputs
+        entries = zip(answer.token_ids, answer.logprobs or [], strict=True)
+        found.digests.append(digest([(token, entry[token].logprob) for token, entry in entries]))
+        found.tokens += len(answer.token_ids)
+    counts = {one.name: getattr(one, "value", 0) for one in llm.get_metrics()}
+    found.hits = int(counts["vllm:prefix_cache_hits"])
+    found.preemptions = int(counts["vllm:num_preemptions"])
+    return found
 
 
-def main() -> int:
+def ask_server(args: argparse.Namespace, part: Part) -> Mode:
+    """Run the prompts of a part over HTTP, eight at once: whole and streamed in turns."""
+    flags = ["--batch-invariant", "--max-model-len", "1024", "--load-format", args.load_format]
+    flags += ["--dtype", args.dtype, "--cpu-activations", args.cpu_activations]
+    if not ON_GPU and args.jobs > 1:
+        flags += ["--cpu-threads", "1"]
+    found = Mode()
+    with serving(args.model, *flags) as server, httpx.Client(timeout=600, trust_env=False) as client:
+        url = server.target.url
+        text = {"prompt": TEXT.read_text("utf-8"), "add_special_tokens": True}
+        ids = client.post(f"{url}/tokenize", json=text).raise_for_status().json()["tokens"]
+
+        def ask(numbered: tuple[int, list[int]]) -> Answer:
+            number, prompt = numbered
+            body = {
+                **{"prompt": prompt, "temperature": 0, "max_tokens": args.max_tokens, "logprobs": 0},
+                **{"return_token_ids": True, "stream": number % 2 == (part.way == HTTP)},
+            }
+            reply = client.post(f"{url}/v1/completions", json=body).raise_for_status()
+            events = [reply.text]
+            if body["stream"]:
+                events = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+            answer: Answer = []
+            for choice in (choice for event in events for choice in json.loads(event)["choices"]):
+                answer += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+            return answer
+
+        with ThreadPoolExecutor(8) as pool:
+            for answer in pool.map(ask, enumerate(cut_prompts(ids, part), part.first)):
+                found.digests.append(digest(answer))
+                found.tokens += len(answer)
+    return found
+
+
+def cut_prompts(ids: list[int], part: Part) -> list[list[int]]:
+    """Pieces of the text, of 1 to `LONGEST` tokens; prompt i is the same in every part."""
+    prompts = []
+    for number in range(part.first, part.first + part.count):
+        chosen = random.Random(number)
+        length = chosen.randint(1, LONGEST)
+        start = chosen.randrange(len(ids) - length)
+        prompts.append(ids[start : start + length])
+    return prompts
+
+
+def measure(args: argparse.Namespace, part: Part, number: int) -> Part:
+    """Run one part, in a child process."""
+    if part.way not in WAYS:
+        part.modes[INVARIANT] = ask_server(args, part)
+        return part
+    modes = (INVARIANT,) if args.without_fast else (FAST, INVARIANT)
+    for mode in modes[:: -1 if number % 2 else 1]:
+        part.modes[mode] = run(args, part, mode)
+    return part
+
+
+def parts_of(prompts: range) -> Iterator[Part]:
+    """The parts of all ways, the longest first, so that no job is left alone at the end."""
+    for way in (ALONE, *(name for name in WAYS if name != ALONE), HTTP, RESTARTED):
+        size = ALONE_PART if way == ALONE else PART
+        for first in prompts[::size]:
+            yield Part(way, first, min(size, prompts.stop - first))
+
+
+class Table:
+    """Adds up parts, of one shard or of several."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+
+    def digests(self, way: str, mode: str, which: int) -> dict[int, str]:
+        """By number of the prompt: of its tokens (`which` = 0) or of its bits (1)."""
+        return {
+            part.first + i: pair[which]
+            for part in self.parts
+            if part.way == way and mode in part.modes
+            for i, pair in enumerate(part.modes[mode].digests)
+        }
+
+    def same(self, way: str, mode: str) -> tuple[int, int]:
+        """How many answers are those of the prompts alone, of how many compared."""
+        which = int(mode == INVARIANT)
+        alone, found = (self.digests(each, mode, which) for each in (ALONE, way))
+        both = alone.keys() & found.keys()
+        return sum(alone[number] == found[number] for number in both), len(both)
+
+    def speed(self, way: str, mode: str) -> float:
+        modes = [part.modes[mode] for part in self.parts if part.way == way and mode in part.modes]
+        seconds = sum(each.seconds for each in modes)
+        return sum(each.tokens for each in modes) / seconds if seconds else 0.0
+
+    def print(self, prompts: int) -> bool:
+        """Print the table; returns whether all of so many prompts were the same in every way."""
+        print("| way | same tokens, fast | same bits, invariant", end=" ")
+        print("| tokens/s, fast | tokens/s, invariant | cost |\n|---|---|---|---|---|---|")
+        good = True
+        for way in (*WAYS, HTTP, RESTARTED):
+            (fast, of_fast), (invariant, of) = (self.same(way, mode) for mode in (FAST, INVARIANT))
+            fast_speed, speed = (self.speed(way, mode) for mode in (FAST, INVARIANT))
+            cells = [
+                f"{fast} of {of_fast}" if of_fast else "",
+                f"{invariant} of {of}",
+                f"{fast_speed:.0f}" if fast_speed else "",
+                f"{speed:.0f}" if speed else "",
+                f"{100 * (1 - speed / fast_speed):.1f} %" if speed and fast_speed else "",
+            ]
+            print(f"| {way} | {' | '.join(cells)} |")
+            good &= invariant == of == prompts
+        modes = [(part.way, part.modes[INVARIANT]) for part in self.parts if INVARIANT in part.modes]
+        hits = sum(mode.hits for way, mode in modes if way == HIT)
+        preemptions = sum(mode.preemptions for way, mode in modes if way == PREEMPTED)
+        print(f"\n{hits} tokens were prefix hits, {preemptions} times a request was preempted.", flush=True)
+        return good and hits > 0 and preemptions > 0
+
+
+def shard_of(text: str, prompts: int) -> range:
+    """The prompts of shard "2/3": whole parts."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"--shard must be like 2/3, not {text}")
+    parts = -(-prompts // PART)
+    first, last = (parts * each // int(count) * PART for each in (int(number) - 1, int(number)))
+    return range(first, min(last, prompts))
+
+
+def prove(args: argparse.Namespace, prompts: range) -> Table:
+    """Run every part of the prompts."""
+    table, begin = Table(), time.monotonic()
+    parts = list(parts_of(prompts))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        running = [pool.submit(measure, args, part, number) for number, part in enumerate(parts)]
+        for done in as_completed(running):
+            part = done.result()
+            table.parts.append(part)
+            if args.out is not None:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(asdict(part)) + "\n")
+            same, of = table.same(part.way, INVARIANT)
+            print(
+                f"{time.monotonic() - begin:6.0f} s  part {len(table.parts)} of {len(parts)}: {part.way}, "
+                f"prompts {part.first} to {part.first + part.count - 1}; of this way {same} of {of} the same",
+                file=sys.stderr,
+                flush=True,
+            )
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--prompts", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first prompt")
+    parser.add_argument("--prompts", type=int, default=1000, help="of all shards together")
+    parser.add_argument("--shard", default="1/1", help="which share of the prompts")
+    parser.add_argument("--jobs", type=int, default=1, help="parts at once")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--without-fast", action="store_true", help="run with the option only")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cpu-activations", default="float32")
-    args = parser.parse_args()
-    prompts: list[list[int]] = []
-    alone: list[list[Answer]] = []
-    worst = args.prompts
-    print("| way | same tokens, fast | same bits, invariant | tokens/s, fast | tokens/s, invariant | cost |")
-    print("|---|---|---|---|---|---|")
-    for name, way in WAYS.items():
-        runs = [Run(args, way, invariant) for invariant in (False, True)[args.without_fast :]]
-        prompts = prompts or cut_prompts(runs[0].llm, args.first + args.prompts)[args.first :]
-        for turn, begin in enumerate(range(0, args.prompts, SLICE)):
-            for run in runs[:: -1 if turn % 2 else 1]:
-                run.generate(prompts[begin : begin + SLICE])
-        alone = alone or [run.answers for run in runs]
-        invariant = sum(one == first for one, first in zip(runs[-1].answers, alone[-1], strict=True))
-        speeds = [run.tokens / run.seconds for run in runs]
-        fast, fast_speed, cost = "", "", ""
-        if not args.without_fast:
-            same = sum(
-                tokens(one) == tokens(first) for one, first in zip(runs[0].answers, alone[0], strict=True)
-            )
-            fast, fast_speed = f"{same} of {args.prompts}", f"{speeds[0]:.0f}"
-            cost = f"{100 * (1 - speeds[1] / speeds[0]):.1f} %"
-        shares = f"{fast} | {invariant} of {args.prompts}"
-        print(f"| {name} | {shares} | {fast_speed} | {speeds[-1]:.0f} | {cost} |", flush=True)
-        hits, preempted = (
-            runs[-1].count(f"vllm:{what}") for what in ("prefix_cache_hits", "num_preemptions")
-        )
-        if (name == "prefix hit" and not hits) or (name == "preempted" and not preempted):
-            print(f"no request was a {name}")
-            worst = 0
-        worst = min(worst, invariant)
-    for name in ("over HTTP", "from a server started again"):
-        found = Client(args).answers(prompts)
-        same = sum(one == first for one, first in zip(found, alone[-1], strict=True))
-        print(f"| {name} | | {same} of {args.prompts} | | | |", flush=True)
-        worst = min(worst, same)
-    return int(worst < args.prompts)
+    parser.add_argument("--out", type=Path, help="file to append each part to")
+    parser.add_argument("--add-up", type=Path, nargs="+", help="files of --out: print their table only")
+    args = parser.parse_args(argv)
+    if args.add_up:
+        table = Table()
+        table.parts = [Part.of(line) for path in args.add_up for line in path.read_text().splitlines()]
+        return int(not table.print(args.prompts))
+    try:
+        prompts = shard_of(args.shard, args.prompts)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # the text is longer than the context, and is cut
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    return int(not prove(args, prompts).print(len(prompts)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import re
@@ -188,6 +189,50 @@ def test_the_table_of_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(sys, "argv", ["faults.py", "flood"])
     with pytest.raises(SystemExit):
         faults.main()
+
+
+def invariance_table(script: ModuleType, prompts: int) -> Any:
+    """A table of parts in which every prompt has the same answer in every way."""
+    table = script.Table()
+    table.parts = list(script.parts_of(range(prompts)))
+    for part in table.parts:
+        digests = [(f"tokens {i}", f"bits {i}") for i in range(part.first, part.first + part.count)]
+        part.modes[script.INVARIANT] = script.Mode(digests, 8, 0.5, hits=1, preemptions=1)
+    return table
+
+
+def test_shards_of_the_invariance_check_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("check_invariance")
+    shards = [script.shard_of(f"{i}/3", 1000) for i in (1, 2, 3)]
+    assert [number for shard in shards for number in shard] == list(range(1000))
+    for wrong in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            script.shard_of(wrong, 1000)
+    files = []
+    for i, first in enumerate((0, 64)):
+        parts = [part for part in invariance_table(script, 128).parts if first <= part.first < first + 64]
+        files.append(tmp_path / f"{i}.jsonl")
+        files[-1].write_text("".join(json.dumps(dataclasses.asdict(part)) + "\n" for part in parts))
+    assert script.main(["--prompts", "128", "--add-up", *map(str, files)]) == 0
+    assert "| alone |  | 128 of 128 |  | 16 |  |" in capsys.readouterr().out
+    assert script.main(["--prompts", "128", "--add-up", str(files[0])]) == 1, "half of the prompts is missing"
+
+
+@pytest.mark.parametrize("fault", ["another bit", "a way without prompts", "no hit", "no preemption"])
+def test_the_invariance_check_sees_what_is_wrong(fault: str) -> None:
+    script = load_script("check_invariance")
+    table = invariance_table(script, 20)
+    assert table.print(20)
+    part = next(part for part in table.parts if part.way == script.PREEMPTED)
+    mode = part.modes[script.INVARIANT]
+    if fault == "another bit":
+        mode.digests[7] = ("tokens 7", "others")
+    elif fault == "a way without prompts":
+        table.parts.remove(part)
+    for each in table.parts:
+        each.modes[script.INVARIANT].hits *= fault != "no hit"
+        each.modes[script.INVARIANT].preemptions *= fault != "no preemption"
+    assert not table.print(20)
 
 
 def test_every_script_has_a_line_in_the_readme() -> None:
