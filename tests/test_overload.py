@@ -7,19 +7,25 @@ import gc
 import json
 import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 import pytest_asyncio
+import uvicorn
 from fakes import VOCAB, Engine, make_request, run_alone
 from http_tools import events, in_process
 from model_tools import long_folder
 from process_tools import own_engines
 
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.config import ServerArgs
+from microvllm.openai_compat.server import HttpServer
+from microvllm.openai_compat.transport.protocol import GuardedProtocol
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.process.channel import Add, EngineEnd, frame
 from microvllm.runtime.process.client import EngineClient
@@ -28,6 +34,7 @@ from microvllm.runtime.request import SamplingParams
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LONGEST_S = 0.05  # processor time of one callback
+WAITING, LARGEST_WAITING = 400, 20 << 10  # on asyncio's own loop, which takes 3 KB more than uvloop
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -93,6 +100,43 @@ async def test_no_callback_of_the_loop_is_long(
     prompts = body["prompt"]
     assert len(response.json()["choices"]) == body["n"] * (len(prompts) if type(prompts[0]) is list else 1)
     assert max(times) < LONGEST_S
+
+
+async def test_a_waiting_request_is_small(client: EngineClient) -> None:
+    """With its connection, and the client's end of it; `scripts/faults.py` measures what is resident."""
+    body = json.dumps({"prompt": [5], "max_tokens": 7000, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    message = f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+    config = uvicorn.Config(
+        create_app(client, ServerArgs()), http=GuardedProtocol, ws="none", lifespan="off", log_level="error"
+    )
+    config.load()
+    server = HttpServer(config, on_ready=lambda: None)
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as sock, ExitStack() as stack:
+        address = sock.getsockname()
+        serving = asyncio.ensure_future(server.serve(sockets=[sock]))
+
+        async def hold(count: int) -> None:
+            expected = client.stats.num_running + client.stats.num_waiting + count
+            for _ in range(count):
+                connection = stack.enter_context(socket.create_connection(address))
+                connection.sendall(message)
+            while client.stats.num_running + client.stats.num_waiting < expected:
+                await asyncio.sleep(0.05)
+
+        await hold(64 + 50)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            await hold(WAITING)
+            gc.collect()
+            each = tracemalloc.get_traced_memory()[0] / WAITING
+        finally:
+            tracemalloc.stop()
+            stack.close()
+            server.should_exit = True
+            await serving
+    assert each < LARGEST_WAITING, f"{each:.0f} bytes"
 
 
 class CountedParams(SamplingParams, frozen=True, kw_only=True):

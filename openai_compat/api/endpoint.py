@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from microvllm.openai_compat.api.reading import read_request
 from microvllm.openai_compat.api.requests import Body
@@ -26,7 +27,6 @@ WRONG_RUNNER = {
 }
 # handler(request, state), or handler(request, state, body) for an endpoint with a `body`.
 Handler = Callable[..., Awaitable[Response]]
-Answering = Callable[[Request], Awaitable[Response]]
 
 
 class Switch(NamedTuple):
@@ -81,25 +81,42 @@ class Endpoint:
         else:
             return []
         load = [Middleware(LoadMiddleware, state=state)] if self.generates or self.pools else []
-        return [Route(self.path, answer, methods=list(self.methods), middleware=load)]
+        return [Route(self.path, _Application(answer), methods=list(self.methods), middleware=load)]
 
-    def _answering(self, state: ServerState) -> Answering:
+    def _answering(self, state: ServerState) -> ASGIApp:
         handler, body = self.handler, self.body
 
-        async def answer(request: Request) -> Response:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            request = Request(scope, receive, send)
             if body is None:
-                return await handler(request, state)
-            return await handler(request, state, await read_body(request, state, body))
+                response = await handler(request, state)
+            else:
+                response = await handler(request, state, await read_body(request, state, body))
+            await response(scope, receive, send)
 
         return answer
 
 
-def _refusing(problem: str) -> Answering:
-    async def answer(request: Request) -> Response:
-        where = f"{request.method} {request.scope['path']}"
+def _refusing(problem: str) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        where = f"{scope['method']} {scope['path']}"
         raise InvalidRequestError(f"{where} {problem}.", kind=NOT_IMPLEMENTED_KIND)
 
     return answer
+
+
+class _Application:
+    """Keeps Starlette from wrapping an ASGI function as if it took a request.
+
+    The wrapper's four coroutines and closures take 1.9 KB of every waiting request. The handler around the
+    router turns the same exceptions into answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self._app(scope, receive, send)
 
 
 async def read_body(request: Request, state: ServerState, kind: type[BodyT]) -> BodyT:

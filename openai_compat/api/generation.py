@@ -178,7 +178,7 @@ class Generation(ABC, Generic[RequestT]):
         if self.body.stream:
             return EventStream(self)
         try:
-            body = await lifecycle.run_until_disconnect(self._whole_answer(), self.request.receive)
+            body = await lifecycle.run_until_disconnect(self._whole_answer(), self.request.scope)
         finally:
             self.abort()
         return Response(body, media_type="application/json")
@@ -312,7 +312,7 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await self._lifecycle.run_until_disconnect(
-                self._send_events(send, scope.get(CHUNK_SEND, send)), receive
+                self._send_events(send, scope.get(CHUNK_SEND, send)), scope
             )
         except ServerStoppingError as error:
             last = self._generation.failure(error) + self._generation.end

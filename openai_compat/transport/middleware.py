@@ -2,6 +2,8 @@
 
 Starlette's own handler of unexpected errors stands between the layers around everything and the others, its
 router behind them all. A layer around everything sees every answer, that of an unexpected error included.
+A layer that does nothing after the layers behind it returns their awaitable: a coroutine of its own would
+take 0.3 KB of every waiting request.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def outer_layers(args: ServerArgs) -> list[Middleware]:
     if args.allowed_origins != ():
         layers.append(
             Middleware(
-                CORSMiddleware,
+                CorsMiddleware,
                 allow_origins=args.allowed_origins or (),
                 allow_origin_regex=LOCAL_PAGES if args.allowed_origins is None else None,
                 allow_methods=args.allowed_methods,
@@ -95,7 +97,7 @@ class HostMiddleware:
         self.app = app
         self._names = frozenset(name.lower() for name in names)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http":
             for name, value in scope["headers"]:
                 if name == b"host" and not self._allowed(host_of(value.decode("latin-1"))):
@@ -103,9 +105,8 @@ class HostMiddleware:
                         f"The host {clip(value.decode('latin-1'))!r} is not served here; "
                         "--allowed-hosts names hosts beside localhost."
                     )
-                    await error_response(refusal, scope["path"])(scope, receive, send)
-                    return
-        await self.app(scope, receive, send)
+                    return error_response(refusal, scope["path"])(scope, receive, send)
+        return self.app(scope, receive, send)
 
     def _allowed(self, host: str) -> bool:
         return is_loopback(host) or host in self._names
@@ -139,10 +140,25 @@ class RootPathMiddleware:
         self.app = app
         self._prefix = prefix
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"].startswith(self._prefix + "/"):
             scope = {**scope, "path": scope["path"][len(self._prefix) :]}
-        await self.app(scope, receive, send)
+        return self.app(scope, receive, send)
+
+
+class CorsMiddleware(CORSMiddleware):
+    """Starlette's, without its two coroutines (0.6 KB while a request waits) for one that no page sends."""
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
+        if scope["type"] != "http" or any(name == b"origin" for name, _ in scope["headers"]):
+            return super().__call__(scope, receive, send)
+
+        def with_vary(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).add_vary_header("Origin")
+            return send(message)
+
+        return self.app(scope, receive, with_vary)
 
 
 class RequestIdMiddleware:
@@ -178,8 +194,9 @@ class ChunkSendMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app({**scope, CHUNK_SEND: send}, receive, send)
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        scope[CHUNK_SEND] = send  # not in a copy, which each waiting request would hold
+        return self.app(scope, receive, send)
 
 
 class HttpMetricsMiddleware:
@@ -242,11 +259,10 @@ class AuthMiddleware:
         self._open_paths = open_paths
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and not self._open(scope) and not self._allowed(scope):
-            await unauthorized(scope["path"])(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+            return unauthorized(scope["path"])(scope, receive, send)
+        return self.app(scope, receive, send)
 
     def _open(self, scope: Scope) -> bool:
         # A browser asks with OPTIONS whether it may send the key at all.

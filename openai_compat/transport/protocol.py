@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import http
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import orjson
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from microvllm.openai_compat.transport.lifecycle import ON_DISCONNECT
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
@@ -24,14 +28,70 @@ HEAD_DEADLINE_S = 10.0  # for the request line and the headers
 WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
 
 
+class Flag:
+    """An `asyncio.Event` without a deque: each connection and each request would hold one (0.7 KB)."""
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self, is_set: bool = False) -> None:
+        self._is_set = is_set
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        if self._is_set:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.remove(waiter)
+
+
+class Flow(FlowControl):
+    """uvicorn's flow control of one connection, with a `Flag`."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__(transport)
+        self._is_writable_event = Flag(is_set=True)  # type: ignore[assignment]
+
+
+class Pipeline(list[Any]):
+    """The requests of a connection that wait for the answer to the one before them; almost always none."""
+
+    __slots__ = ()
+
+    def appendleft(self, item: Any) -> None:
+        self.insert(0, item)
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. A request beyond a limit is answered 400, 408, 431 or 505 and the connection closed.
 
     A connection beyond uvicorn's `limit_concurrency` is answered 503 at once.
     """
 
+    # With more than 30 attributes in it, the dict of an instance would hold its own keys: 1.2 KB.
+    __slots__ = (
+        *("_in_head", "_head_bytes", "_framing_bytes", "_counts_framing"),
+        *("_refusal", "_head_timer", "_write_timer", "_on_disconnect"),
+    )
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.pipeline = Pipeline()  # type: ignore[assignment]
         self._in_head = True
         self._head_bytes = 0
         self._framing_bytes = 0  # received after the head and no part of a body
@@ -39,9 +99,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refusal = 400
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._on_disconnect: Callable[[], None] | None = None
+
+    def on_disconnect(self, callback: Callable[[], None] | None) -> bool:
+        """Have `callback` (None: nothing) called when the client leaves; False if it has left already."""
+        self._on_disconnect = callback
+        return not self.transport.is_closing()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = Flow(transport)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
             self._refusal = 503
             self.send_400_response("")
@@ -52,6 +119,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        if self._on_disconnect is not None:
+            self._on_disconnect()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -72,6 +141,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast("dict[str, Any]", self.scope)[ON_DISCONNECT] = self.on_disconnect
         self._in_head = True
         self._head_bytes = 0
         self._start_head_timer()
@@ -102,7 +172,10 @@ class GuardedProtocol(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         if self.parser.get_http_version() == "1.1" and hosts != 1:
             self._refuse(400)
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:  # its task has not begun
+            self.cycle.message_event = Flag()  # type: ignore[assignment]
 
     def _refuse(self, status: int) -> None:
         self._refusal = status

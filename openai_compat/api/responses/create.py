@@ -139,7 +139,7 @@ class ModelResponse(Chat):
         """Generate in the background, and store the end whatever it is."""
         self.finished("in_progress")
         try:
-            await self.state.lifecycle.run_until_disconnect(self._whole_answer(), _never)
+            await self.state.lifecycle.run_until_disconnect(self._whole_answer(), {})
         except (EngineError, RequestError) as error:
             self.finished("failed", error)
         except Exception:
@@ -359,10 +359,6 @@ class ResponseChunks(Chunks):
 
 def _error_code(error: RequestError | EngineError) -> str:
     return "rate_limit_exceeded" if error.status == 503 else "server_error"
-
-
-async def _never() -> Any:
-    await asyncio.Event().wait()
 
 
 ENDPOINTS = (

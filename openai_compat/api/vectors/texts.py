@@ -54,7 +54,7 @@ async def make_vectors(
     for stream in streams:
         stream.name = name
     try:
-        vectors = await state.lifecycle.run_until_disconnect(_read_all(streams, form), request.receive)
+        vectors = await state.lifecycle.run_until_disconnect(_read_all(streams, form), request.scope)
     finally:
         for stream in streams:
             stream.abort()
