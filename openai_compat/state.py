@@ -47,7 +47,7 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.bodies = BodyReader(self.args.max_body_bytes, self.client.run_blocking)
-        self.responses = ResponseStore(self.args.max_response_store_bytes)
+        self.responses = ResponseStore(self.args.max_response_store_bytes, self.args.max_body_bytes)
         if not self.args.disable_log_stats:
             self.metrics = EngineMetrics(self.client.config.max_model_len, self.client.stats)
             self.client.observer = self.metrics

@@ -21,6 +21,7 @@ from microvllm.runtime.request import INT64_MAX, Int64, TokenId
 
 MAX_SALT_CHARS = 128
 MAX_TOOLS = 1024
+FORM_FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_choice", "guided_grammar")
 MAX_STOP_STRINGS = 1024  # that --max-stop-strings may allow
 MAX_ALLOWED_TOKEN_IDS = 1 << 18  # as many as the largest vocabularies have
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -264,7 +265,7 @@ class GenerationRequest(Body, kw_only=True):
 
     def drop_prompt(self) -> None:
         """Free what the prompts were made of; it is not read any more."""
-        for name in {"prompt", "messages"}.intersection(self.__struct_fields__):
+        for name in {"prompt", "messages", *FORM_FIELDS}.intersection(self.__struct_fields__):
             setattr(self, name, None)
 
 

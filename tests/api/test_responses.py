@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -18,9 +19,10 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api.requests import GenerationRequest, honoured_fields
+from microvllm.openai_compat.api.responses import items as items_module
 from microvllm.openai_compat.api.responses.items import PREFIXES, read_messages, seal_reasoning
 from microvllm.openai_compat.api.responses.requests import ResponsesRequest
-from microvllm.openai_compat.api.responses.store import UNFINISHED, ResponseStore, StoredResponse
+from microvllm.openai_compat.api.responses.store import UNFINISHED, References, ResponseStore, StoredResponse
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.text.detokenizer import TextDelta
 
@@ -749,7 +751,7 @@ def stored(text: str, parent: str | None = None) -> StoredResponse:
 
 def test_the_store_is_bounded_by_bytes_and_the_least_recently_used_goes_first() -> None:
     size = stored("a").num_bytes
-    store = ResponseStore(3 * size)
+    store = ResponseStore(3 * size, 1 << 20)
     for name in "abc":
         store.put(name, stored(name))
     store.get("a")
@@ -766,14 +768,14 @@ def test_the_store_is_bounded_by_bytes_and_the_least_recently_used_goes_first() 
 
 def test_the_store_is_bounded_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microvllm.openai_compat.api.responses.store.MAX_RESPONSES", 2)
-    store = ResponseStore(1 << 20)
+    store = ResponseStore(1 << 20, 1 << 20)
     for name in "abc":
         store.put(name, stored(name))
     assert [name for name in "abc" if name in store] == ["b", "c"]
 
 
 def test_a_conversation_is_evicted_from_its_end() -> None:
-    store = ResponseStore(4 * stored("a").num_bytes)
+    store = ResponseStore(4 * stored("a").num_bytes, 1 << 20)
     store.put("a", stored("a"))
     store.put("b", stored("b", "a"))
     store.put("c", stored("c", "b"))
@@ -784,6 +786,98 @@ def test_a_conversation_is_evicted_from_its_end() -> None:
     store.delete("a")
     with pytest.raises(InvalidRequestError, match="or one before it"):
         store.conversation("b")
+
+
+def test_the_turns_that_a_request_names_are_bounded() -> None:
+    store = ResponseStore(1 << 20, 100)
+    store.put("a", stored("a" * 20))
+    store.put("b", stored("b" * 20, "a"))
+    assert len(store.conversation("a")) == 2
+    with pytest.raises(InvalidRequestError, match="more than 100 bytes") as caught:
+        store.conversation("b")
+    assert caught.value.param == "previous_response_id"
+
+
+def test_items_that_a_request_names_are_read_once_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = {"id": "msg_x_0", "text": "a" * 60}
+    response = {
+        "id": "resp_x",
+        "status": "completed",
+        "output": [item, {"id": "msg_x_1"}],
+        "instructions": "i",
+    }
+    store = ResponseStore(1 << 20, 500)
+    store.put("resp_x", StoredResponse(json.dumps(response).encode(), b"[]", None))
+    reads = []
+    monkeypatch.setattr(
+        store, "output_of", lambda name: reads.append(name) or ResponseStore.output_of(store, name)
+    )
+    references = References(store)
+    first = references.find("msg_x_0")
+    assert first == item and references.find("msg_x_0") is first, "a copy for each would multiply it"
+    assert references.find("msg_x_2") is None and references.find("msg_y_0") is None
+    assert references.find("no id") is None
+    assert reads == ["resp_x", "resp_y"]
+    with pytest.raises(InvalidRequestError, match="more than 500 bytes") as caught:
+        for _ in range(10):
+            references.find("msg_x_0")
+    assert caught.value.param == "input"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metadata", {"a": "x" * 513}),
+        ("metadata", {"x" * 513: "a"}),
+        ("user", "x" * 513),
+        ("safety_identifier", "x" * 513),
+        ("prompt_cache_key", "x" * 513),
+        ("tools", [{**FUNCTION, "unknown": "x" * (1 << 20)}]),
+        ("text", {"format": {"type": "text", "unknown": "x" * (1 << 20)}}),
+        ("tool_choice", {"type": "function", "name": "x" * (1 << 20)}),
+    ],
+)
+async def test_what_a_response_repeats_is_bounded(field: str, value: Any) -> None:
+    """It would be held, and in a stream written three times."""
+    status, answer = await ask(**{field: value})
+    assert status == 400 and field in answer["error"]["message"]
+    assert len(answer["error"]["message"]) < 300
+
+
+def call_with(arguments: str) -> dict[str, Any]:
+    return {"type": "function_call", "call_id": "a", "name": "get_weather", "arguments": arguments}
+
+
+def test_whole_arguments_are_not_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items_module, "JsonText", None)
+    long = json.dumps({"a": '\\"\n' * 1000})
+    (message,) = read_messages(None, [call_with(long)], 0)
+    assert message["tool_calls"][0]["function"]["arguments"] == long
+
+
+def test_arguments_are_mended_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items_module, "MAX_MENDED_CHARS", 25)
+    read_messages(None, [call_with('{"a": "bcd')] * 2, 0)
+    with pytest.raises(InvalidRequestError, match=r"input\[2\]\.arguments: must be a JSON object"):
+        read_messages(None, [call_with('{"a": "bcd')] * 3, 0)
+
+
+async def test_reading_items_does_not_hold_up_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        times.append(time.thread_time() - began)
+
+    await ask()  # what is imported at first use
+    cut_off = call_with('{"a": "' + "\\n" * 120_000)  # mending it takes 0.1 s
+    monkeypatch.setattr(asyncio.Handle, "_run", timed)
+    status, _ = await ask(
+        FakeClient(max_model_len=1 << 20), input=[cut_off, {"role": "user", "content": "hi"}]
+    )
+    assert status == 200 and max(times) < 0.05
 
 
 # ---- the official SDK ---------------------------------------------------------------------------------

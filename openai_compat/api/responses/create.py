@@ -38,8 +38,6 @@ from microvllm.runtime.text.detokenizer import TextDelta
 
 logger = logging.getLogger("microvllm.server")
 
-INLINE_ITEMS = 64  # a conversation of more is read in a worker thread
-
 
 async def create_response(request: Request, state: ServerState, body: ResponsesRequest) -> Response:
     """Answers a conversation that is given as items: whole, as a stream of events, or in the background.
@@ -64,11 +62,8 @@ async def count_input_tokens(request: Request, state: ServerState, body: Respons
 
 async def _read(request: Request, state: ServerState, body: ResponsesRequest) -> ModelResponse:
     check_fields(body, state.responses)
-    size = 1 if isinstance(body.input, str) else len(body.input)
-    if size <= INLINE_ITEMS and body.previous_response_id is None:
-        read = read_body(body, state.responses)
-    else:
-        read = await state.client.run_blocking(read_body, body, state.responses)
+    # In a thread: sealed reasoning, cut-off arguments and stored turns take longer than a turn of the loop.
+    read = await state.client.run_blocking(read_body, body, state.responses)
     return ModelResponse(request, state, body, read)
 
 

@@ -21,8 +21,15 @@ from microvllm.openai_compat.api.responses.items import (
     read_tool_choice,
     read_tools,
 )
-from microvllm.openai_compat.api.responses.requests import LOGPROBS, Reasoning, ResponsesRequest, TextConfig
-from microvllm.openai_compat.api.responses.store import ResponseStore
+from microvllm.openai_compat.api.responses.requests import (
+    LOGPROBS,
+    MAX_NOTE_CHARS,
+    MAX_REPEATED_BYTES,
+    Reasoning,
+    ResponsesRequest,
+    TextConfig,
+)
+from microvllm.openai_compat.api.responses.store import References, ResponseStore
 from microvllm.openai_compat.errors import clip
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
@@ -77,9 +84,21 @@ class ReadBody(NamedTuple):
 
 def read_body(body: ResponsesRequest, store: ResponseStore) -> ReadBody:
     """Read a request and what it continues. Raises `InvalidRequestError`."""
+    _check_repeated(body)
     items, first = _conversation(body, store)
     chat, tools = _as_chat(body, items, first)
     return ReadBody(chat, tools, orjson.dumps(items[first:]) if stores(body, store) else b"")
+
+
+def _check_repeated(body: ResponsesRequest) -> None:
+    if any(len(name) > MAX_NOTE_CHARS for name in body.metadata or ()):
+        problem = f"metadata: a name has more than {MAX_NOTE_CHARS} characters."
+        raise InvalidRequestError(problem, "metadata")
+    for name, value in (("tools", body.tools), ("tool_choice", body.tool_choice), ("text", body.text)):
+        size = len(msgspec.json.encode(value))
+        if size > MAX_REPEATED_BYTES:
+            problem = f"{name}: takes {size} bytes as JSON, the limit is {MAX_REPEATED_BYTES}."
+            raise InvalidRequestError(problem, name)
 
 
 def _conversation(body: ResponsesRequest, store: ResponseStore) -> tuple[list[Any], int]:
@@ -87,16 +106,17 @@ def _conversation(body: ResponsesRequest, store: ResponseStore) -> tuple[list[An
     given = input_items(body.input)
     past = [] if body.previous_response_id is None else store.conversation(body.previous_response_id)
     if any(item_type(item) == "item_reference" for item in given):
-        given = [_resolved(item, f"input[{i}]", store) for i, item in enumerate(given)]
+        references = References(store)
+        given = [_resolved(item, f"input[{i}]", references) for i, item in enumerate(given)]
     return [*past, *given], len(past)
 
 
-def _resolved(item: Any, where: str, store: ResponseStore) -> Any:
+def _resolved(item: Any, where: str, references: References) -> Any:
     """Return the output item of a stored response that a reference names; any other item as it is."""
     if item_type(item) != "item_reference":
         return item
     name = item.get("id")
-    found = store.find_item(name) if isinstance(name, str) else None
+    found = references.find(name) if isinstance(name, str) else None
     if found is None:
         raise InvalidRequestError(f"{where}.id: no item of a stored response has this id.", "input")
     return found

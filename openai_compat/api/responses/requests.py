@@ -31,6 +31,10 @@ Includable = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
+# Of what is repeated in each state of the response, and held until its last.
+MAX_NOTE_CHARS = 512  # as at OpenAI
+MAX_REPEATED_BYTES = 1 << 20  # of tools, their choice and the form of the output, as JSON
+Note = Annotated[str, Meta(max_length=MAX_NOTE_CHARS)]
 _OBJECTS = {"items": {"type": "object"}}
 _CHOICES = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 
@@ -118,7 +122,7 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
     include_reasoning: bool = True
     thinking_token_budget: Annotated[int, Meta(ge=-1, le=INT64_MAX)] | None = None
     # repeated in the response
-    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    metadata: Annotated[dict[str, Note], Meta(max_length=16)] | None = None
+    user: Note | None = None
+    safety_identifier: Note | None = None
+    prompt_cache_key: Note | None = None

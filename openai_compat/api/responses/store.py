@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
 from microvllm.openai_compat.errors import clip
@@ -32,6 +33,17 @@ class ResponseNotFoundError(RequestError):
     kind = "NotFoundError"
 
 
+class _Parts(msgspec.Struct):
+    """What is read of a stored response; the rest of it is skipped, not created."""
+
+    id: str
+    status: str
+    output: msgspec.Raw
+
+
+_read_parts = msgspec.json.Decoder(_Parts).decode
+
+
 class StoredResponse(NamedTuple):
     """A response and the input items of its request, as JSON; `parent` is the id of the one before it."""
 
@@ -47,12 +59,16 @@ class StoredResponse(NamedTuple):
 class ResponseStore:
     """Holds at most `max_bytes` of responses, 0 for none, and at most `MAX_RESPONSES`. Threads may share it.
 
+    A request that names stored turns or items gets at most `max_request_bytes` of them, as much as it could
+    have sent itself: otherwise a few bytes would stand for the whole store, or a large item many times.
+
     A conversation is a chain: each response holds its own turn and names the one before. Using a response
     also marks those before it as used, later than itself, so that eviction shortens a chain from its end.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_request_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.max_request_bytes = max_request_bytes
         self.num_bytes = 0
         self._lock = threading.Lock()
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
@@ -93,7 +109,8 @@ class ResponseStore:
     def conversation(self, response_id: str) -> list[Any]:
         """Return the items of a conversation up to and with this response.
 
-        Raises `InvalidRequestError` naming `previous_response_id` if one of its responses is not stored.
+        Raises `InvalidRequestError` naming `previous_response_id` if one of its responses is not stored, or
+        they are too large together.
         """
         with self._lock:
             chain = self._chain(response_id)
@@ -101,23 +118,25 @@ class ResponseStore:
         if chain is None:
             problem = f"previous_response_id: {clip(response_id)!r}, or one before it, is not stored."
             raise InvalidRequestError(problem, "previous_response_id")
-        items: list[Any] = []
+        turns: list[bytes | msgspec.Raw] = []
         for stored in reversed(chain):
-            response = orjson.loads(stored.response)
-            if response["status"] in UNFINISHED:
-                problem = f"previous_response_id: {response['id']!r} is still {response['status']}."
+            response = _read_parts(stored.response)
+            if response.status in UNFINISHED:
+                problem = f"previous_response_id: {response.id!r} is still {response.status}."
                 raise InvalidRequestError(problem, "previous_response_id")
-            items += orjson.loads(stored.input)
-            items += response["output"]
-        return items
+            turns += (stored.input, response.output)
+        if sum(map(len, map(memoryview, turns))) > self.max_request_bytes:
+            problem = (
+                f"previous_response_id: the conversation takes more than {self.max_request_bytes} bytes."
+            )
+            raise InvalidRequestError(problem, "previous_response_id")
+        return [item for turn in turns for item in orjson.loads(memoryview(turn))]
 
-    def find_item(self, name: str) -> Any:
-        """Return the output item with this id, None if its response is not stored."""
-        match = _ITEM_ID.fullmatch(name)
+    def output_of(self, response_id: str) -> list[Any]:
+        """Return the output items of a response; none of one that is not stored."""
         with self._lock:
-            stored = self._responses.get(ID_PREFIX + match[1]) if match else None
-        output = [] if stored is None else orjson.loads(stored.response)["output"]
-        return next((item for item in output if item["id"] == name), None)
+            stored = self._responses.get(response_id)
+        return [] if stored is None else orjson.loads(memoryview(_read_parts(stored.response).output))
 
     def _chain(self, response_id: str | None) -> list[StoredResponse] | None:
         """Return the response and those before it, the first one last; None if one is missing."""
@@ -139,3 +158,34 @@ class ResponseStore:
         stored = self._responses.pop(response_id, None)
         if stored is not None:
             self.num_bytes -= stored.num_bytes
+
+
+class References:
+    """Finds the output items that one request names. Each response is read once."""
+
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+        self._left = store.max_request_bytes
+        self._found: dict[str, dict[str, tuple[Any, int]]] = {}  # by response: its items, and their sizes
+
+    def find(self, name: str) -> Any:
+        """Return the item with this id, None if its response is not stored.
+
+        Raises `InvalidRequestError` naming `input` if the items found so far are too large together.
+        """
+        match = _ITEM_ID.fullmatch(name)
+        if match is None:
+            return None
+        items = self._found.get(match[1])
+        if items is None:
+            output = self._store.output_of(ID_PREFIX + match[1])
+            items = {item["id"]: (item, len(orjson.dumps(item))) for item in output}
+            self._found[match[1]] = items
+        item, size = items.get(name, (None, 0))
+        self._left -= size
+        if self._left < 0:
+            limit = self._store.max_request_bytes
+            raise InvalidRequestError(
+                f"input: the items that it names take more than {limit} bytes.", "input"
+            )
+        return item

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +18,12 @@ from microvllm.runtime.errors import InvalidRequestError
 
 DEFAULT_LIMIT, MAX_LIMIT = 20, 100  # items in one list, as OpenAI has them
 _ORDERS = ("desc", "asc")
+
+
+class _Kind(msgspec.Struct):
+    """What a cancellation asks of a stored response."""
+
+    background: bool
 
 
 async def retrieve_response(request: Request, state: ServerState) -> Response:
@@ -40,7 +47,7 @@ async def cancel_response(request: Request, state: ServerState) -> Response:
     """Ends a response that runs in the background; one that has ended is returned as it is."""
     name = _id_of(request)
     response = state.responses.get(name).response
-    if not orjson.loads(response)["background"]:
+    if not msgspec.json.decode(response, type=_Kind).background:
         problem = "Only a response with `background` can be cancelled; end others by closing the connection."
         raise InvalidRequestError(problem, "response_id")
     await _cancel(name, state)
@@ -56,27 +63,29 @@ async def list_input_items(request: Request, state: ServerState) -> Response:
     limit = query.get("limit", str(DEFAULT_LIMIT))
     if not (limit.isdecimal() and len(limit) < 4 and 1 <= int(limit) <= MAX_LIMIT):
         raise InvalidRequestError(f"limit must be in [1, {MAX_LIMIT}].", "limit")
-    suffix = name.removeprefix(ID_PREFIX)
-    given = enumerate(orjson.loads(state.responses.get(name).input))
-    items = [listed_item(item, suffix, index) for index, item in given]
-    if order == "desc":
+    given = state.responses.get(name).input  # as large as a body
+    listing = (given, name.removeprefix(ID_PREFIX), order == "desc", after, int(limit))
+    return _json(await state.client.run_blocking(_list_of, *listing))
+
+
+def _list_of(given: bytes, suffix: str, descending: bool, after: str | None, limit: int) -> bytes:
+    items = [listed_item(item, suffix, index) for index, item in enumerate(orjson.loads(given))]
+    if descending:
         items.reverse()
     if after is not None:
         ids = [item["id"] for item in items]
         if after not in ids:
             raise InvalidRequestError("after: no item of this response has this id.", "after")
         items = items[ids.index(after) + 1 :]
-    shown = items[: int(limit)]
-    return _json(
-        orjson.dumps(
-            {
-                "object": "list",
-                "data": shown,
-                "first_id": shown[0]["id"] if shown else None,
-                "last_id": shown[-1]["id"] if shown else None,
-                "has_more": len(shown) < len(items),
-            }
-        )
+    shown = items[:limit]
+    return orjson.dumps(
+        {
+            "object": "list",
+            "data": shown,
+            "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None,
+            "has_more": len(shown) < len(items),
+        }
     )
 
 
