@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from fake_client import FakeClient
 from process_tools import PATIENCE_S
@@ -73,6 +74,22 @@ def real_server(
         thread.join(PATIENCE_S)
     if thread.is_alive():
         raise RuntimeError("the server did not stop")
+
+
+@contextmanager
+def timed_callbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The processor time of every callback that the event loop runs meanwhile, in seconds."""
+    times: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        began = time.thread_time()
+        run(handle)
+        times.append(time.thread_time() - began)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.Handle, "_run", timed)
+        yield times
 
 
 def held_port() -> socket.socket:

@@ -6,10 +6,9 @@ import asyncio
 import gc
 import json
 import socket
-import time
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -18,7 +17,7 @@ import pytest
 import pytest_asyncio
 import uvicorn
 from fakes import VOCAB, Engine, make_request, run_alone
-from http_tools import events, in_process
+from http_tools import events, in_process, timed_callbacks
 from model_tools import long_folder
 from process_tools import own_engines
 
@@ -49,22 +48,6 @@ async def client() -> AsyncIterator[EngineClient]:
     gc.unfreeze()
     await client.close()
     assert own_engines() == []
-
-
-@contextmanager
-def timed_callbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The processor time of every callback that the event loop runs meanwhile, in seconds."""
-    times: list[float] = []
-    run = asyncio.Handle._run
-
-    def timed(handle: asyncio.Handle) -> None:
-        began = time.thread_time()
-        run(handle)
-        times.append(time.thread_time() - began)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(asyncio.Handle, "_run", timed)
-        yield times
 
 
 async def answer(client: Any, body: dict[str, Any]) -> httpx.Response:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from typing import Any
 
 import jsonschema
 import pytest
 from chat_tools import ARGUMENTS, CALL, CHAT, HERMES, SECOND, TIME, TOOLS, WEATHER, ask, assembled
 
+from microvllm.openai_compat.api import generation, parsing
 from microvllm.openai_compat.api.answers import SCHEMAS
+from microvllm.runtime.text.detokenizer import TextDelta
 
 
 @pytest.mark.parametrize(
@@ -42,6 +46,41 @@ async def test_calls_come_back_whole_and_streamed(
     assert streamed["content"] == (content or "")
     strip = [{**call, "id": ""} for call in calls]
     assert [{**call, "id": ""} for call in streamed.get("tool_calls", [])] == strip
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses"])
+async def test_long_outputs_are_read_in_a_worker_thread(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading takes up to 5 us for each character, and a long context has 500,000 of them."""
+    threads: list[bool] = []
+    read = parsing.ParsedChoice.feed
+
+    def noting(self: parsing.ParsedChoice, delta: TextDelta) -> list[Any]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return read(self, delta)
+
+    monkeypatch.setattr(parsing.ParsedChoice, "feed", noting)
+    body: dict[str, Any] = {
+        CHAT: {"tools": TOOLS},
+        "/v1/messages": {
+            "max_tokens": 900,
+            "tools": [{"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}],
+        },
+        "/v1/responses": {
+            "input": "hi",
+            "messages": None,
+            "tools": [{"type": "function", **WEATHER["function"]}],
+        },
+    }[path]
+    answers = []
+    for limit in (len(CALL), len(CALL) - 1):
+        monkeypatch.setattr(generation, "INLINE_CHARS", limit)
+        status, answer, _ = await ask(CALL, path=path, **body)
+        assert status == 200
+        answers.append(
+            re.sub(r'"(id|call_id|created_at|created|completed_at)": [^,}]*', "", json.dumps(answer))
+        )
+    assert answers[0] == answers[1] and "get_weather" in answers[0]
+    assert threads == [True, False]
 
 
 async def test_answers_are_as_the_document_says() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -13,7 +12,7 @@ import pydantic
 import pytest
 from chat_tools import HERMES, WEATHER
 from fake_client import FakeClient
-from http_tools import eventually, in_process, real_server
+from http_tools import eventually, in_process, real_server, timed_callbacks
 from openai.types.responses import Response, ResponseInputItemParam, ResponseStreamEvent, ToolParam
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from process_tools import PATIENCE_S
@@ -863,20 +862,11 @@ def test_arguments_are_mended_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_reading_items_does_not_hold_up_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    times: list[float] = []
-    run = asyncio.Handle._run
-
-    def timed(handle: asyncio.Handle) -> None:
-        began = time.thread_time()
-        run(handle)
-        times.append(time.thread_time() - began)
-
     await ask()  # what is imported at first use
     cut_off = call_with('{"a": "' + "\\n" * 120_000)  # mending it takes 0.1 s
-    monkeypatch.setattr(asyncio.Handle, "_run", timed)
-    status, _ = await ask(
-        FakeClient(max_model_len=1 << 20), input=[cut_off, {"role": "user", "content": "hi"}]
-    )
+    with timed_callbacks(monkeypatch) as times:
+        items = [cut_off, {"role": "user", "content": "hi"}]
+        status, _ = await ask(FakeClient(max_model_len=1 << 20), input=items)
     assert status == 200 and max(times) < 0.05
 
 

@@ -125,7 +125,7 @@ class ResponseStore:
                 problem = f"previous_response_id: {response.id!r} is still {response.status}."
                 raise InvalidRequestError(problem, "previous_response_id")
             turns += (stored.input, response.output)
-        if sum(map(len, map(memoryview, turns))) > self.max_request_bytes:
+        if sum(memoryview(turn).nbytes for turn in turns) > self.max_request_bytes:
             problem = (
                 f"previous_response_id: the conversation takes more than {self.max_request_bytes} bytes."
             )
