@@ -133,6 +133,14 @@ def products_per_second(products: int, code: str) -> float:
     return count * SUMS * products / best_time(lambda: repeat(count))
 
 
+def loaded(library: Path) -> ctypes.CDLL:
+    """The library, once the system has let it have the processor's registers: see isa.c."""
+    kernels = ctypes.CDLL(str(library))
+    if not kernels.runs_here():
+        raise SystemExit(f"{library} does not run on this processor")
+    return kernels
+
+
 def registers(library: Path) -> str:
     """How often the code of a library names registers of each width."""
     if shutil.which("objdump") is None:
@@ -264,9 +272,7 @@ def main() -> int:
     usable, wrong = list(isa.usable_levels()), False
     for level in isa.levels():
         library = build.build_kernels(level)
-        error = (
-            largest_error(CpuOperators(ctypes.CDLL(str(library)), args.threads)) if level in usable else None
-        )
+        error = largest_error(CpuOperators(loaded(library), args.threads)) if level in usable else None
         text = "does not run here" if error is None else f"{error:.1e}"
         wrong |= error is not None and not error < MAX_ERROR
         print(f"| {level.name} | {registers(library)} | {text} |")
@@ -286,7 +292,7 @@ def main() -> int:
     print("\n| rows | floor | " + " | ".join(f"{name}, ms (GFLOP/s)" for name in names) + " |")
     print("|---" * (len(names) + 2) + "|")
     kernels = [
-        Products(CpuOperators(ctypes.CDLL(str(build.build_kernels(level))), args.threads, tuning=kept.tuning))
+        Products(CpuOperators(loaded(build.build_kernels(level)), args.threads, tuning=kept.tuning))
         for level in usable
     ]
     # Kernels that use the matrix unit leave nothing to the library.

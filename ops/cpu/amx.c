@@ -94,9 +94,6 @@ typedef struct {
     uint8_t rows[16];
 } Tiles;
 
-/* What the unit reads and writes is no memory access to some compilers. */
-#define MEMORY_IS_USED() __asm__ volatile("" ::: "memory")
-
 void begin_matrix(void)
 {
     static const Tiles all = {

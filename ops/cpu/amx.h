@@ -21,6 +21,9 @@ INLINE long matrix_depth(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TI
  * product costs no time, as memory is waited for. MAX_KERNEL_ROWS_BF16 in operators.py. */
 #define EXACT_ROWS 32
 
+/* Between memory accesses and the unit's: its loads are none to GCC, which could do a store behind them. */
+#define MEMORY_IS_USED() __asm__ volatile("" ::: "memory")
+
 /* Rows that are multiplied with a panel at a time. */
 #define MATRIX_ROWS (2L * TILE_ROWS)
 

@@ -116,6 +116,7 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
 {
     const long line = WIDTH * sizeof(float);
     float *below = sums + TILE_ROWS * WIDTH;
+    MEMORY_IS_USED();
     if (is_more) {
         _tile_loadd(0, sums, line);
         _tile_loadd(1, sums + TILE_ROWS, line);
@@ -148,6 +149,7 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
     _tile_stored(1, sums + TILE_ROWS, line);
     _tile_stored(2, below, line);
     _tile_stored(3, below + TILE_ROWS, line);
+    MEMORY_IS_USED();
 }
 
 /* The larger of each two; of a NaN and a number the second. */
