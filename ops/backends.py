@@ -29,7 +29,8 @@ def make_operators(
         from microvllm.ops.cpu.operators import CpuOperators
 
         library = load_kernels()
-        return CpuOperators(library, threads, int8_activations, calibrated(library).tuning, batch_invariant)
+        tuning, is_exact = calibrated(library).tuning, dtype == torch.float32
+        return CpuOperators(library, threads, int8_activations, tuning, batch_invariant, is_exact)
     if name in ("triton", "flash_attn"):
         from microvllm.ops.gpu.operators import GpuOperators
 

@@ -1,14 +1,17 @@
 /* The matrix unit adds products of two tiles to a third: 16 rows of x with 32 values of k each, and those values of
- * 16 rows of a weight (Intel's Architecture Instruction Set Extensions Programming Reference, chapter on AMX). */
+ * 16 rows of a weight (Intel's Architecture Instruction Set Extensions Programming Reference, chapter on AMX).
+ * AVX512-BF16 adds products of two values of k to each of 16 sums. */
 #include "amx.h"
 
-/* Whether `linear` does so: without it, a library is faster with many rows. */
+/* What the library is compiled for. With neither, another one is faster with many rows. */
 int has_amx(void) { return HAS_AMX; }
+int has_bf16(void) { return HAS_BF16; }
 
-#if HAS_AMX
+#if HAS_BF16
 
 #include <immintrin.h>
 
+#include "dot.h"
 #include "norm.h"
 #include "quantized.h"
 
@@ -88,6 +91,8 @@ void widen_to_matrix(int format, const void *panel, long k, bf16 *out, int once)
     }
 }
 
+#if HAS_AMX
+
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -157,5 +162,23 @@ void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel,
     else multiply_rows(x, row, panel, ahead, out, 0, 0);
     MEMORY_IS_USED();
 }
+
+#else
+
+void begin_matrix(void) {}
+void end_matrix(void) {}
+
+/* Without a rest, which is for fewer rows than come here. */
+void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel, const bf16 *ahead, float out[][WIDTH])
+{
+    long depth = matrix_depth(x->k);
+    for (long r = 0; r < count; r += DOT_ROWS) {
+        const bf16 *rows = x->values + (row + r) * depth;
+        if (ahead && !r) dot_rows(rows, depth, panel, depth, out[r], ahead, 0);
+        else dot_rows(rows, depth, panel, depth, out[r], NULL, 0);
+    }
+}
+
+#endif
 
 #endif

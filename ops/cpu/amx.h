@@ -1,4 +1,5 @@
-/* Products on the matrix unit of Intel's processors, where the library is compiled for it. */
+/* Products of numbers of bfloat16: on the matrix unit of Intel's processors, or by AVX512-BF16, for whichever the
+ * library is compiled. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -10,6 +11,11 @@
 #else
 #define HAS_AMX 0
 #endif
+#if HAS_AMX || defined(__AVX512BF16__)
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
 
 #define TILE_ROWS 16
 #define TILE_DEPTH 32 /* values of k */
@@ -18,7 +24,8 @@
 INLINE long matrix_depth(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH; }
 
 /* Up to so many rows of x are narrowed to two numbers of bfloat16 whose sum has 16 bits of precision: the second
- * product costs no time, as memory is waited for. MAX_KERNEL_ROWS_BF16 in operators.py. */
+ * product costs no time, as memory is waited for. MAX_KERNEL_ROWS_BF16 in operators.py. AVX512-BF16 would be slower
+ * than float32 so: it takes no fewer rows than these. */
 #define EXACT_ROWS 32
 
 /* Between memory accesses and the unit's: its loads are none to GCC, which could do a store behind them. */
@@ -28,7 +35,7 @@ INLINE long matrix_depth(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TI
 #define MATRIX_ROWS (2L * TILE_ROWS)
 
 /* Bytes of narrowed x that a thread goes through panel after panel: half the second-level cache of such processors. */
-#define NARROWED_BYTES (1L << 20)
+#define NARROWED_BYTES (HAS_AMX ? 1L << 20 : 1L << 19)
 
 /* x[m][k] in bfloat16, in whole tiles, and if it has a rest, what rounding took away, in as many numbers behind it. */
 typedef struct {
@@ -45,7 +52,7 @@ INTERNAL void narrow_rows(Pool *pool, const float *x, const float *norm, float e
 /* The weights of a panel of a quantised format, rounded to bfloat16. */
 INTERNAL void widen_to_matrix(int format, const void *panel, long k, bf16 *out, int once);
 
-/* A thread has the unit between these. */
+/* A thread has the matrix unit between these. */
 INTERNAL void begin_matrix(void);
 INTERNAL void end_matrix(void);
 

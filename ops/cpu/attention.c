@@ -336,6 +336,6 @@ int attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv
 {
     if (step->decodes && decode_attention(pool, step, cache, qkv, out)) return -1;
     if (!step->segments) return 0;
-    if (step->is_invariant) return invariant_attention(pool, step, cache, qkv, out);
+    if (step->tuning->is_invariant) return invariant_attention(pool, step, cache, qkv, out);
     return prefill_attention(pool, step, cache, qkv, out);
 }

@@ -2,7 +2,7 @@
 #ifndef CACHE_H
 #define CACHE_H
 
-#include <stdint.h>
+#include "tuning.h"
 
 /* The paged cache of one layer: [2 * kv_heads, blocks * block_size, d], keys of all heads before values; and the
  * norms of its queries and keys: [d], or null. */
@@ -23,7 +23,7 @@ typedef struct {
     long n, decodes, width, segments, segment_width;
     long heads, kv_heads, d, window;  /* window: only the last so many tokens, or 0 for all */
     float scale, eps;                 /* of the scores; of the norms */
-    int is_invariant;                 /* a token's output has the same bits whatever tokens the step has beside it */
+    const Tuning *tuning;             /* if is_invariant, a token's output has the same bits beside any tokens */
 } Step;
 
 #endif

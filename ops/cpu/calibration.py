@@ -31,7 +31,7 @@ from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what is measured, and of the rules by which it is judged
+VERSION = 4  # of what is measured, and of the rules by which it is judged
 BF16, Q4_1 = 30, 3  # ggml's numbers of formats
 SIDE = 1024  # rows and columns of each weight
 STREAMED_BYTES = 128 << 20  # more than the caches hold
@@ -45,6 +45,7 @@ MOST_TRIES = 4
 MOST_FEW_ROWS = 4
 _NUMBERS = {"cpu family": "family", "model": "model"}
 MATRIX_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
+MANY_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,11 @@ def calibrate(library: ctypes.CDLL) -> Calibration:
                 if gain(what, rows, number, vectors, matrix, count):
                     break
             tuning = matrix
+    elif library.has_bf16():
+        exact = replace(tuning, multiplies_bf16=False)
+        what = f"{MANY_ROWS} x bfloat16 by AVX512-BF16, by float32"
+        if gain(what, MANY_ROWS, BF16, tuning, exact, COMPUTED_BYTES // 4):
+            tuning = exact
     return Calibration(processor_name(), tuning, comparisons, round(load.measure(), 3))
 
 

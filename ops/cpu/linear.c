@@ -255,9 +255,9 @@ static void product_piece(const void *job, long piece)
     for (long r = 0; r < at.rows; r++) finish(p, &at, sums[0][r], sums[1][r], at.begin + r);
 }
 
-#if HAS_AMX
+#if HAS_BF16
 
-/* The same on the matrix unit. Quantised weights are widened once for all rows of the block. */
+/* The same with x in bfloat16. Quantised weights are widened once for all rows of the block. */
 static void matrix_piece(const void *job, long piece)
 {
     const Product *p = job;
@@ -296,15 +296,20 @@ static long matrix_block(long m, long k, long panels, int threads)
     return block;
 }
 
-/* Whether m rows are multiplied on the matrix unit: invariant ones all, unless they are multiplied in integers. */
+/* Whether m rows are multiplied in bfloat16: on the matrix unit invariant ones all, unless they are multiplied in
+ * integers; by AVX512-BF16 many that are neither. */
 static int takes_matrix(const Linear *layer, long m)
 {
-    int border = layer->tuning->matrix_rows;
+    const Tuning *tuning = layer->tuning;
+    int border = HAS_AMX ? tuning->matrix_rows : EXACT_ROWS + 1;
     for (int i = 0; i < layer->num_parts; i++) {
         if (layer->parts[i].format == FORMAT_F32) return 0;
-        if (layer->parts[i].format != FORMAT_BF16) border = layer->tuning->matrix_rows_quantized;
+        if (layer->parts[i].format == FORMAT_BF16) continue;
+        if (tuning->is_exact) return 0;
+        if (HAS_AMX) border = tuning->matrix_rows_quantized;
     }
-    return layer->tuning->is_invariant ? !layer->rounds_x : m >= border;
+    if (!HAS_AMX && (tuning->is_invariant || layer->rounds_x || !tuning->multiplies_bf16)) return 0;
+    return tuning->is_invariant ? !layer->rounds_x : m >= border;
 }
 
 static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
@@ -335,7 +340,7 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     long k = layer->k, panels = 0;
     for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
-#if HAS_AMX
+#if HAS_BF16
     if (takes_matrix(layer, m)) {
         Product product = {.layer = layer, .x = x, .residual = residual, .y = y, .m = m, .panels = panels};
         return multiply_by_matrix(pool, layer, &product);

@@ -1,11 +1,12 @@
-/* Attention of several new tokens a sequence on the matrix unit, from a cache of bfloat16.
+/* Attention of several new tokens a sequence on the matrix unit or by AVX512-BF16, from a cache of bfloat16.
  *
  * As in prefill.c a block of WIDTH rows lies along the vectors. Scores are keys times queries, [key][row], and sums are
  * values times weights, [d][row]: so keys are the unit's first factor as they lie in the cache, a softmax needs no sum
  * across lanes, and only values are turned round, once a chunk for all rows of a tile. */
+#include "dot.h"
 #include "prefill.h"
 
-#if HAS_AMX
+#if HAS_BF16
 
 #include <immintrin.h>
 
@@ -114,6 +115,7 @@ static void gather(const Prefill *p, const Room *room, long segment, long head, 
 INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest, long depth, float *sums,
                      const int is_more)
 {
+#if HAS_AMX
     const long line = WIDTH * sizeof(float);
     float *below = sums + TILE_ROWS * WIDTH;
     MEMORY_IS_USED();
@@ -150,6 +152,12 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
     _tile_stored(2, below, line);
     _tile_stored(3, below + TILE_ROWS, line);
     MEMORY_IS_USED();
+#else
+    for (int r = 0; r < 2 * TILE_ROWS; r += DOT_ROWS, a += DOT_ROWS * stride, sums += DOT_ROWS * WIDTH) {
+        dot_rows(a, stride, b, depth, sums, NULL, is_more);
+        if (rest) dot_rows(a, stride, rest, depth, sums, NULL, 1);
+    }
+#endif
 }
 
 /* The larger of each two; of a NaN and a number the second. */

@@ -79,7 +79,7 @@ class _Step(ctypes.Structure):
         *((name, _LONG) for name in ("n", "decodes", "width", "segments", "segment_width")),
         *((name, _LONG) for name in ("heads", "kv_heads", "d", "window")),
         *((name, _FLOAT) for name in ("scale", "eps")),
-        ("is_invariant", _INT),
+        ("tuning", _POINTER),
     ]
 
 
@@ -112,6 +112,7 @@ _SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "pool_new": ([_INT], _POINTER),
     "pool_free": ([_POINTER], None),
     "has_amx": ([], _INT),
+    "has_bf16": ([], _INT),
     "packed_bytes": ([_INT, _LONG, _LONG], _LONG),
     "pack": ([_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG], None),
     "gather": ([_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG], None),
@@ -161,7 +162,8 @@ class CpuOperators(Operators):
     """The kernels, with the shapes and dtypes of `ops.operators.Operators`.
 
     With `int8_activations`, what is multiplied with quantised weights is rounded to 8 bits: see int8.c. If
-    `is_invariant`, a row's results have the same bits whatever rows are computed together with it.
+    `is_invariant`, a row's results have the same bits whatever rows are computed together with it. If
+    `is_exact`, quantised weights are not rounded to bfloat16 for products with many rows.
     """
 
     activation_dtype = torch.float32
@@ -174,10 +176,12 @@ class CpuOperators(Operators):
         int8_activations: bool = False,
         tuning: Tuning = Tuning(),  # noqa: B008 (frozen)
         is_invariant: bool = False,
+        is_exact: bool = False,
     ) -> None:
         self.int8_activations, self.is_invariant = int8_activations, is_invariant
         self.kernels = Kernels(library, threads)
-        self.tuning = tuning.fields(is_invariant)
+        self.tuning = tuning.fields(is_exact, is_invariant)
+        self.multiplies_bf16 = bool(library.has_amx() or (library.has_bf16() and tuning.multiplies_bf16))
         self.memory = WeightMemory()
 
     def embedding(self, weight: Tensor) -> Operator:
@@ -334,10 +338,9 @@ class CpuLinear:
         self.address = ctypes.addressof(self._arguments)
         self._kernel, self._pool = operators.kernels.library.linear, operators.kernels.pool
         self._library = None
-        has_amx = operators.kernels.library.has_amx()
         # oneDNN adds up in an order that depends on the number of rows.
         may_round = weight.dtype == torch.bfloat16 and not operators.is_invariant and not by_kernels
-        if may_round and not has_amx and _has_fast_library():
+        if may_round and not operators.multiplies_bf16 and _has_fast_library():
             self._library = Linear(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -406,7 +409,7 @@ class CpuAttention(HeadMajorCache):
 
     def __init__(self, operators: CpuOperators, config: AttentionConfig) -> None:
         super().__init__(config, torch.float32)
-        self.kernels, self.is_invariant = operators.kernels, operators.is_invariant
+        self.kernels, self.tuning = operators.kernels, operators.tuning
         layers = (
             _Cache(
                 layer.data_ptr(),
@@ -438,7 +441,7 @@ class CpuStep:
             indices += [table.starts, table.blocks, table.context_lens]
         indices = [tensor.long().contiguous() for tensor in indices]
         # The kernels get addresses. Not the backend, which holds this step: only a collection would end both.
-        self._held = backend.cache, backend.qk_norms, rotary, indices, backend.kernels
+        self._held = backend.cache, backend.qk_norms, rotary, indices, backend.kernels, backend.tuning
         self.batch = batch
         addresses = [tensor.data_ptr() for tensor in indices]
         self.caches = backend.layers
@@ -458,7 +461,7 @@ class CpuStep:
             shape.window or 0,
             shape.scale,
             0.0 if backend.qk_norms is None else backend.qk_norms.eps,
-            backend.is_invariant,
+            ctypes.addressof(backend.tuning),
         )
         self.address = ctypes.addressof(self._step)
 

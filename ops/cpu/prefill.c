@@ -182,8 +182,8 @@ static void prefill_piece(const void *job, long piece)
     long begin = starts[segment] + (tile - first_tile(p, segment)) * p->tokens;
     long end = least(begin + p->tokens, starts[segment + 1]);
     if (begin >= end) return;
-#if HAS_AMX
-    if (p->cache->is_bf16) {
+#if HAS_BF16
+    if (p->is_matrix) {
         attend_tile_by_matrix(p, segment, piece / p->tiles, begin, end);
         return;
     }
@@ -195,13 +195,13 @@ int prefill_attention(Pool *pool, const Step *step, const Cache *cache, const fl
 {
     long d = step->d, group = step->heads / step->kv_heads, stride = (d + ROWS - 1) / ROWS * ROWS;
     long total = step->segment_starts[step->segments], threads = pool_threads(pool);
-    int is_matrix = HAS_AMX && cache->is_bf16;
+    int is_matrix = HAS_BF16 && cache->is_bf16 && step->tuning->multiplies_bf16;
     /* Some tiles for every thread, but none with less than a block of rows if there are more. */
     long largest = (is_matrix ? MATRIX_TILE : TILE) / group;
     long tokens = most(1, most(WIDTH / group, least(largest, total * step->kv_heads / (4 * threads))));
     long block = (d + stride + 2) * WIDTH, blocks = (tokens * group + WIDTH - 1) / WIDTH;
     long each = (CHUNK * WIDTH + (2 * CHUNK + ROWS) * stride + blocks * block + 31) / 32 * 32;
-#if HAS_AMX
+#if HAS_BF16
     if (is_matrix) {
         block = matrix_tile_block(d);
         each = matrix_tile_floats(d, blocks);
@@ -212,7 +212,7 @@ int prefill_attention(Pool *pool, const Step *step, const Cache *cache, const fl
     qkv += step->decodes * (step->heads + 2 * step->kv_heads) * d;
     out += step->decodes * step->heads * d;
     long window = step->window ? least(step->window, INT32_MAX) : INT32_MAX;
-    Prefill job = {step, cache, qkv, out, scratch, group, window, stride, tokens, 0, block, each};
+    Prefill job = {step, cache, qkv, out, scratch, group, window, stride, tokens, 0, block, each, is_matrix};
     job.tiles = first_tile(&job, step->segments);
     parallel(pool, prefill_piece, &job, job.tiles * step->kv_heads);
     return 0;

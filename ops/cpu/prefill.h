@@ -1,5 +1,5 @@
 /* What both ways of the attention of several new tokens a sequence share: prefill.c, and matrix_prefill.c, which
- * multiplies on the matrix unit. */
+ * multiplies in bfloat16. */
 #ifndef PREFILL_H
 #define PREFILL_H
 
@@ -22,6 +22,7 @@ typedef struct {
     long stride;         /* floats between two widened keys or values: d, in whole ROWS */
     long tokens, tiles;  /* of a tile, at most; of a KV head */
     long block, each;    /* floats of WIDTH rows of a tile; of a thread's scratch */
+    int is_matrix;       /* attend_tile_by_matrix */
 } Prefill;
 
 /* Tokens [begin, end) of the segments', all of one of them, in the query heads of one KV head: row i is head i % group

@@ -13,8 +13,8 @@ from microvllm.ops.cpu import build
 from microvllm.ops.cpu.isa import X86_64
 from microvllm.ops.cpu.tuning import Tuning
 
-# Nothing is left to the matrix unit, which rounds quantised weights, and many rows, to bfloat16.
-BY_VECTORS = Tuning(matrix_rows=1 << 30, matrix_rows_quantized=1 << 30)
+# Nothing is left to products in bfloat16, to which quantised weights and many rows are rounded.
+BY_VECTORS = Tuning(matrix_rows=1 << 30, matrix_rows_quantized=1 << 30, multiplies_bf16=False)
 
 
 def emulated_kernels(folder: Path) -> ctypes.CDLL:

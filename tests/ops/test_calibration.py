@@ -78,6 +78,15 @@ def test_rows_go_to_the_matrix_unit_from_where_it_is_faster(
     assert (found.matrix_rows, found.matrix_rows_quantized) == (border, quantized)
 
 
+@pytest.mark.parametrize(("seconds", "is_rounded"), [(0.5, True), (1.02, True), (2.0, False)])
+def test_many_rows_are_rounded_unless_that_is_slower(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_rounded: bool
+) -> None:
+    measure(monkeypatch, lambda tuning, rows: seconds if tuning.multiplies_bf16 else 1.0)
+    vectors = SimpleNamespace(has_amx=lambda: False, has_bf16=lambda: True)
+    assert calibration.calibrate(vectors).tuning.multiplies_bf16 is is_rounded  # type: ignore[arg-type]
+
+
 def turns(default: Iterable[float], other: Iterable[float]) -> calibration.Comparison:
     """The comparison of ways that take these seconds, the first of which do not count."""
     ways = [iter([1.0, *each]).__next__ for each in (default, other)]
@@ -215,7 +224,7 @@ def test_a_folder_that_is_full_is_no_error(
 
     measure(monkeypatch, lambda tuning, rows: 1.0)
     monkeypatch.setattr(calibration.tempfile, "NamedTemporaryFile", full)
-    assert calibrated(LIBRARY).tuning == Tuning(few_rows=4)
+    assert calibrated(LIBRARY).tuning == calibration.calibrate(LIBRARY).tuning
     assert "no space left" in caplog.text
 
 

@@ -23,8 +23,8 @@ from microvllm.runtime.errors import ConfigError
 ON_X86_64 = len(isa.levels()) > 1
 needs_x86_64 = pytest.mark.skipif(not ON_X86_64, reason="other architectures have one level")
 REGISTERS = {
-    **{"amx": "tmm", "avx512_vnni": "zmm", "avx512": "zmm", "avx2_vnni": "ymm", "avx2": "ymm"},
-    "portable": "xmm",
+    **{"amx": "tmm", "avx512_bf16": "zmm", "avx512_vnni": "zmm", "avx512": "zmm"},
+    **{"avx2_vnni": "ymm", "avx2": "ymm", "portable": "xmm"},
 }
 
 
@@ -47,7 +47,8 @@ def test_a_level_uses_its_registers_and_no_wider_ones(name: str) -> None:
     assert not any(f"%{register}" in code for register in beyond)
     # What avx2 and avx512 have and the portable level must not: instructions with three operands.
     assert (re.search(r"\svfmadd", code) is None) == (name == "portable")
-    assert (re.search(r"\svpdpbusd", code) is None) != (name in ("amx", "avx512_vnni", "avx2_vnni"))
+    assert (re.search(r"\svpdpbusd", code) is None) == (name in ("avx512", "avx2", "portable"))
+    assert (re.search(r"\svdpbf16ps", code) is None) == (name != "avx512_bf16")
 
 
 @pytest.mark.parametrize("level", isa.levels(), ids=lambda level: level.name)
@@ -158,7 +159,7 @@ def test_the_variable_caps_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_level_that_is_not_there_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "cpu_features", lambda: level_named("avx2").features)
     monkeypatch.setenv(isa.VARIABLE, "sse9")
-    levels = "amx, avx512_vnni, avx512, avx2_vnni, avx2, portable"
+    levels = "amx, avx512_bf16, avx512_vnni, avx512, avx2_vnni, avx2, portable"
     with pytest.raises(ConfigError, match=rf"^MICROVLLM_CPU_ISA=sse9: must be one of {levels}$"):
         EngineArgs(model="smollm2-135m-instruct", device="cpu").resolve()
     monkeypatch.setenv(isa.VARIABLE, "avx512")

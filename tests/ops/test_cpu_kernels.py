@@ -250,11 +250,11 @@ def test_building_happens_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def matrix_operators(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> CpuOperators:
-    """With the matrix unit: this processor's, and one in plain C."""
+    """With products in bfloat16: by this processor, and on a matrix unit in plain C."""
     if request.param == "here":
         library = load_kernels()
-        if not library.has_amx():
-            pytest.skip("this processor has no matrix unit")
+        if not library.has_bf16():
+            pytest.skip("this processor has no such products")
         return CpuOperators(library, 3)
     return CpuOperators(emulated_kernels(tmp_path_factory.mktemp("amx")), 3)
 
@@ -319,9 +319,14 @@ def test_what_is_infinite_on_the_matrix_unit(matrix_operators: CpuOperators, m: 
 def test_quantised_weights_on_the_matrix_unit(
     matrix_operators: CpuOperators, name: str, m: int, n: int, blocks: int, gated: bool, seed: int
 ) -> None:
-    """As exact as float32 once the weights are rounded to bfloat16, and x as above."""
+    """As exact as float32 once the weights are rounded to bfloat16, and x as above.
+
+    Without the unit, few rows are not rounded.
+    """
     parts = [random_blocks(name, n, blocks, seed + i) for i in range(1 + gated)]
-    weights = torch.cat([dequantized(name, raw) for raw in parts]).bfloat16().double()
+    weights = torch.cat([dequantized(name, raw) for raw in parts]).double()
+    if m > MAX_KERNEL_ROWS_BF16 or matrix_operators.kernels.library.has_amx():
+        weights = weights.bfloat16().double()
     x = random(m, weights.shape[1], seed=seed)
     exact = x.double() if m <= MAX_KERNEL_ROWS_BF16 else x.bfloat16().double()
     scale = exact.abs() @ weights.abs().t()
@@ -337,6 +342,22 @@ def test_quantised_weights_on_the_matrix_unit(
     exact = (normed if m <= MAX_KERNEL_ROWS_BF16 else normed.bfloat16()).double()
     gate, up = (exact @ weights.t()).chunk(2, -1)
     assert_close(operator(x), torch.nn.functional.silu(gate) * up, 1e-3)
+
+
+@pytest.mark.parametrize("m", [9, 40])
+@pytest.mark.parametrize("is_invariant", [False, True])
+def test_quantised_weights_that_are_not_to_be_rounded(
+    matrix_operators: CpuOperators, m: int, is_invariant: bool
+) -> None:
+    exact = CpuOperators(matrix_operators.kernels.library, 3, is_invariant=is_invariant, is_exact=True)
+    raw = random_blocks("Q4_1", 70, 9, 0)
+    weights = dequantized("Q4_1", raw).double()
+    x = random(m, weights.shape[1], seed=1)
+    assert_close(
+        exact.linear(quantized(("Q4_1", raw)))(x),
+        x.double() @ weights.t(),
+        scale=x.double().abs() @ weights.abs().t(),
+    )
 
 
 def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> None:

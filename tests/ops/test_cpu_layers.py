@@ -14,7 +14,7 @@ from quantized_case import dequantized, quantized
 
 from microvllm.ops.attention import AttentionBackend, AttentionShape, StepAttention
 from microvllm.ops.cpu.build import load_kernels
-from microvllm.ops.cpu.operators import CpuLayers, CpuOperators
+from microvllm.ops.cpu.operators import MAX_KERNEL_ROWS_BF16, CpuLayers, CpuOperators
 from microvllm.ops.operators import DecoderLayer, DecoderLayers, Operators, TorchOperators
 
 # The last: each matrix of a GGUF file in a format of its own.
@@ -78,7 +78,7 @@ class Decoder:
 
 @pytest.fixture(scope="module")
 def operators() -> CpuOperators:
-    return CpuOperators(load_kernels(), 3)
+    return CpuOperators(load_kernels(), 3, is_exact=True)
 
 
 @settings(max_examples=30 // ONE_IN)
@@ -115,9 +115,10 @@ def test_one_call_gives_what_the_operators_give(
     assert isinstance(ours.layers, CpuLayers)
     together, apart = ours.run(), ours.run(apart=True)
     assert torch.equal(together, apart)
-    if case.num_tokens <= ours.layers.max_rows:
-        expected = Decoder(case, TorchOperators(torch.float32), dtype, seed).run()
-        assert float((together - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    expected = Decoder(case, TorchOperators(torch.float32), dtype, seed).run()
+    rounds = dtype == torch.bfloat16 and case.num_tokens > MAX_KERNEL_ROWS_BF16
+    tolerance = 1e-2 if rounds else 1e-4
+    assert float((together - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
 def test_more_rows_than_the_kernels_take_go_operator_by_operator(
