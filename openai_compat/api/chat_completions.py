@@ -153,6 +153,10 @@ class ChatChunks(ObjectChunks):
             ]
         return events
 
+    @property
+    def stateless(self) -> bool:
+        return self._plain
+
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
         if self._plain and delta.finish_reason is None and not usage:
             return b'%s%d,"delta":{"content":%s%s' % (self._head, index, orjson.dumps(delta.text), _PLAIN_END)

@@ -191,6 +191,10 @@ class CompletionChunks(ObjectChunks):
         self._choices = completion.choices()
         self._plain = not self._with_ids and all(choice.plain for choice in self._choices)
 
+    @property
+    def stateless(self) -> bool:
+        return self._plain
+
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
         if self._plain and delta.finish_reason is None and not usage:
             return b'%s%d,"text":%s%s' % (self._head, index, orjson.dumps(delta.text), _PLAIN_END)

@@ -40,13 +40,16 @@ from microvllm.openai_compat.errors import (
     shape_error,
 )
 from microvllm.openai_compat.transport.middleware import CHUNK_SEND, SAFE_ID
+from microvllm.openai_compat.transport.protocol import CHUNK_WRITER
 from microvllm.runtime.errors import EngineError, InvalidRequestError, ModelNotFoundError, RequestError
+from microvllm.runtime.process.client import TokenStream
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.streams import Stream
     from microvllm.openai_compat.api.vectors.requests import VectorRequest
     from microvllm.openai_compat.state import ServerState
+    from microvllm.openai_compat.transport.protocol import ChunkWriter
     from microvllm.runtime.request import SamplingParams
     from microvllm.runtime.text.detokenizer import TextDelta
 
@@ -65,6 +68,11 @@ class Chunks(ABC):
     def opening(self) -> Sequence[bytes]:
         """Return the events that precede the first token."""
         return ()
+
+    @property
+    def stateless(self) -> bool:
+        """Whether the event of a delta in the middle follows from it alone, and there is always one."""
+        return False
 
     @abstractmethod
     def chunk(self, index: int, delta: TextDelta, usage: bytes) -> bytes:
@@ -217,8 +225,11 @@ class Generation(ABC, Generic[RequestT]):
         # Log probabilities can take a hundred times as much text as the output.
         return await self.state.client.run_blocking(self.answer, outcomes, spent, metrics)
 
-    async def events(self, chunks: Chunks) -> AsyncGenerator[bytes, None]:
-        """Yield every event of a stream, up to `end`. An error after the start becomes an event, too."""
+    async def events(self, chunks: Chunks, writer: ChunkWriter | None = None) -> AsyncGenerator[bytes, None]:
+        """Yield every event of a stream, up to `end`. An error after the start becomes an event, too.
+
+        Between two of them, plain ones may go to the writer instead, when their tokens arrive.
+        """
         streams = self.streams
         counts = [0] * len(streams)
         interval = max(self.body.stream_interval or 1, self.state.args.stream_interval)
@@ -246,6 +257,9 @@ class Generation(ABC, Generic[RequestT]):
                         event = chunks.chunk(index, delta, spent)
                     if event:
                         yield event
+                    if writer is not None and interval == 1:
+                        self._write_directly(chunks, writer, counts)
+                        writer = None
             for event in chunks.closing():
                 yield event
             if self.include_usage:
@@ -264,6 +278,23 @@ class Generation(ABC, Generic[RequestT]):
         finally:
             self.abort()
         yield self.end
+
+    def _write_directly(self, chunks: Chunks, writer: ChunkWriter, counts: list[int]) -> None:
+        """Let a lone stream write its plain events itself; `counts` are its tokens."""
+        stream = self.streams[0]
+        if len(self.streams) > 1 or not isinstance(stream, TokenStream):
+            return
+        if self.continuous_usage or not chunks.stateless:
+            return
+
+        def write(delta: TextDelta) -> bool:
+            if not writer.open:
+                return False
+            writer.write(chunks.chunk(0, delta, b""))
+            counts[0] += len(delta.token_ids)
+            return True
+
+        stream.direct = write
 
     def abort(self) -> None:
         """Free what the engine still holds for this request and log its end; may be called again."""
@@ -308,7 +339,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         state = generation.state
         self._generation = generation
-        self._events = generation.events(generation.chunks())
+        self._chunks = generation.chunks()
         self._lifecycle = state.lifecycle
         self._interval = state.args.sse_keep_alive_interval
         self._last = time.monotonic()
@@ -316,8 +347,12 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            # A comment counts the time since the last event, which a writer would not know of.
+            make_writer = None if self._interval else scope.get(CHUNK_WRITER)
+            writer = None if make_writer is None else make_writer()
+            events = self._generation.events(self._chunks, writer)
             await self._lifecycle.run_until_disconnect(
-                self._send_events(send, scope.get(CHUNK_SEND, send)), scope
+                self._send_events(events, send, scope.get(CHUNK_SEND, send)), scope
             )
         except ServerStoppingError as error:
             last = self._generation.failure(error) + self._generation.end
@@ -327,10 +362,10 @@ class EventStream(Response):
         finally:
             self._generation.abort()
 
-    async def _send_events(self, send: Send, send_chunk: Send) -> None:
+    async def _send_events(self, made: AsyncGenerator[bytes, None], send: Send, send_chunk: Send) -> None:
         comments = asyncio.ensure_future(self._send_comments(send_chunk)) if self._interval else None
         try:
-            async with aclosing(self._events) as events:
+            async with aclosing(made) as events:
                 async for event in events:
                     if comments is not None:
                         self._last = time.monotonic()

@@ -188,7 +188,8 @@ class ChunkSendMiddleware:
 
     The layers inside of it, among them Starlette's three error handlers, look at an answer's first message
     and at most at its last. Those two pass through them; the chunks between do not (see `EventStream`), which
-    saves 0.6 of 2.6 us per chunk. A layer that has to see every chunk belongs outside.
+    saves 0.6 of 2.6 us per chunk. A layer that has to see every chunk belongs outside, and takes
+    `CHUNK_WRITER` out of the scope, by which plain chunks are written as soon as their tokens arrive.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from microvllm.openai_compat.transport.lifecycle import ON_DISCONNECT
 
@@ -24,6 +24,7 @@ MAX_HEADERS = 128
 MAX_FRAMING_BYTES = 4 << 10  # of a body: sizes and extensions of its chunks, and its trailers
 CHUNK_FRAMING_BYTES = 16  # beside that for each chunk: its size and two line ends are at most 12
 HTTP_VERSIONS = ("1.0", "1.1")
+CHUNK_WRITER = "microvllm.chunk_writer"  # in the scope, see `ChunkSendMiddleware`
 HEAD_DEADLINE_S = 10.0  # for the request line and the headers
 WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
 
@@ -77,6 +78,26 @@ class Pipeline(list[Any]):
         self.insert(0, item)
 
 
+class ChunkWriter:
+    """Writes chunks of an answer that has begun, without a message through the layers."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def open(self) -> bool:
+        """Whether a chunk may be written: the client is there and reads."""
+        cycle = self._cycle
+        gone = cycle.disconnected or cycle.response_complete
+        return bool(cycle.chunked_encoding) and not gone and not cycle.flow.write_paused
+
+    def write(self, body: bytes) -> None:
+        """Write one chunk, which may not be empty; only while it is open."""
+        self._cycle.transport.write(b"%x\r\n%s\r\n" % (len(body), body))
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. A request beyond a limit is answered 400, 408, 431 or 505 and the connection closed.
 
@@ -105,6 +126,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """Have `callback` (None: nothing) called when the client leaves; False if it has left already."""
         self._on_disconnect = callback
         return not self.transport.is_closing()
+
+    def chunk_writer(self) -> ChunkWriter | None:
+        """Return what writes chunks of the answer in progress; None if requests wait behind it."""
+        return None if self.pipeline else ChunkWriter(self.cycle)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -141,7 +166,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        cast("dict[str, Any]", self.scope)[ON_DISCONNECT] = self.on_disconnect
+        scope = cast("dict[str, Any]", self.scope)
+        scope[ON_DISCONNECT], scope[CHUNK_WRITER] = self.on_disconnect, self.chunk_writer
         self._in_head = True
         self._head_bytes = 0
         self._start_head_timer()

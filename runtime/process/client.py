@@ -80,6 +80,8 @@ class TokenStream(TrackedSequence):
         self._ended = False
         self._queued = True  # until the first output
         self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while nothing is pending
+        # Takes a delta in the consumer's stead while it waits for one, if it can; never the last one.
+        self.direct: Callable[[TextDelta], bool] | None = None
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -124,6 +126,8 @@ class TokenStream(TrackedSequence):
         self.record_output(output, len(delta.token_ids), now, self._client.observer)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if delta.finish_reason is None and self._taken(delta):
+            return
         if len(self._pending) < MAX_BACKLOG:
             self._pending.append(delta)
         else:
@@ -135,6 +139,16 @@ class TokenStream(TrackedSequence):
                 self._client.forget_request(self.request_id)
             self._end(delta.finish_reason)
         self._wake()
+
+    def _taken(self, delta: TextDelta) -> bool:
+        if self.direct is None or self._waiter is None or self._waiter.done():
+            return False
+        try:
+            return self.direct(delta)
+        except Exception:  # the consumer will meet it, too: no other request is concerned
+            logger.exception("Writing request %d failed.", self.request_id)
+            self.direct = None
+            return False
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -150,6 +164,7 @@ class TokenStream(TrackedSequence):
 
     def _end(self, reason: str) -> None:
         self._ended = True
+        self.direct = None
         if self._queued:
             self._queued = False
             self._client.admission.leave(len(self.prompt_token_ids), started=False)
