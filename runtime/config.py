@@ -117,7 +117,7 @@ class EngineArgs:
     max_model_len: int | None = flag(
         None,
         MODEL,
-        "Context length; auto or -1: the model's, on a CPU no longer than what fits into memory.",
+        "Context length; auto or -1: the model's, no longer than what fits into memory.",
         metavar="TOKENS",
         low=1,
         read=context_length,
@@ -358,6 +358,7 @@ class EngineArgs:
             dtype=dtype,
             kv_dtype=kv_dtype,
             max_model_len=max_model_len,
+            may_shorten=self.max_model_len is None,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             block_size=block_size,
@@ -449,6 +450,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     attention_backend: str
     cpu_threads: int
+    may_shorten: bool = False  # the context, to what the KV cache of a GPU holds
     packed_weights: bool = False  # matrices stay as the model's files quantise them where operators take that
     int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
     batch_invariant: bool = False  # an answer does not depend on what is computed beside it

@@ -1,7 +1,7 @@
 """Sizes the pool of KV blocks before a model is loaded.
 
 On a GPU that holds only for a requested size; the default is measured beside the loaded model, in
-`worker/device.py`.
+`worker/gpu_memory.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def size_pool(
     """Return the number of KV blocks (0: to be measured), and the context length in tokens that they hold.
 
     `blocks` or `pool_bytes` are requested; else VLLM_CPU_KVCACHE_SPACE or the free memory decides. A pool too
-    small for one request of full length would make that request wait indefinitely (vLLM issue 35541): on a
-    CPU the length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for
-    too small a one.
+    small for one request of full length would make that request wait indefinitely (vLLM issue 35541): the
+    length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for too small
+    a one.
     """
     requested, option = blocks, "--num-gpu-blocks-override"
     if blocks is None:
@@ -45,8 +45,7 @@ def size_pool(
         return _cpu_pool(requested, option, block_bytes, block_size, max_model_len, may_shorten)
     if requested is None:
         return 0, max_model_len
-    check_pool(requested, block_size, max_model_len, option)
-    return requested, max_model_len
+    return requested, fit_context(requested, block_size, block_bytes, max_model_len, option, may_shorten)
 
 
 def _cpu_pool(
@@ -71,9 +70,26 @@ def _cpu_pool(
             f"{free / 2**30:.1f} GiB of memory are free",
             remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
         )
+    return num_blocks, fit_context(num_blocks, block_size, block_bytes, max_model_len, option, may_shorten)
+
+
+def fit_context(
+    num_blocks: int,
+    block_size: int,
+    block_bytes: int,
+    max_model_len: int,
+    option: str,
+    may_shorten: bool,
+) -> int:
+    """Return the context length in tokens that the pool holds, lowered with a warning if it `may_shorten`.
+
+    Otherwise a request of full length would wait forever: raises `ConfigError`. `option`: the flag that makes
+    the pool larger.
+    """
+    needed = math.ceil(max_model_len / block_size)
     if num_blocks >= needed:
-        return num_blocks, max_model_len
-    if not may_shorten or num_blocks == 0:
+        return max_model_len
+    if not may_shorten or num_blocks <= 0:
         raise ConfigError(
             f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
             f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
@@ -82,21 +98,9 @@ def _cpu_pool(
         )
     logger.warning(
         "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
-        "--kv-cache-memory-bytes makes it larger.",
+        "%s makes it larger.",
         num_blocks * block_size,
         max_model_len,
+        option,
     )
-    return num_blocks, num_blocks * block_size
-
-
-def check_pool(num_blocks: int, block_size: int, max_model_len: int, option: str) -> None:
-    """Raise `ConfigError` unless the pool holds one request of full length, which could never run.
-
-    `option`: the flag that makes the pool larger.
-    """
-    if num_blocks * block_size < max_model_len:
-        raise ConfigError(
-            f"the KV cache has room for {num_blocks * block_size} tokens, but one request of {max_model_len} "
-            "tokens does not fit",
-            remedy=f"lower --max-model-len or raise {option}",
-        )
+    return num_blocks * block_size

@@ -28,7 +28,10 @@ CORE_PATH = (
     *("runtime/request.py", "runtime/core/*.py", "runtime/worker/*.py", "adapters/spec.py"),
     *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
 )
-OFF_THE_PATH = {"bitmask.py", "step_times.py", "profiler.py", "thinking.py", "pooling.py", "loading.py"}
+OFF_THE_PATH = {
+    *("bitmask.py", "gpu_memory.py", "loading.py", "pooling.py", "profiler.py", "step_times.py"),
+    "thinking.py",
+}
 SILENT = {
     tokenize.COMMENT,
     tokenize.NL,

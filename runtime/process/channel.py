@@ -116,9 +116,10 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """The engine has started; `stats` holds its sizes."""
+    """The engine has started; `stats` holds its sizes. max_model_len: in tokens, perhaps lowered."""
 
     stats: EngineStats
+    max_model_len: int
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
+
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
 from microvllm.runtime.machine import usable_cores
@@ -224,6 +226,9 @@ class EngineClient:
             if isinstance(outcome, EngineProcess):
                 await outcome.end()
             raise
+        if process.max_model_len < config.max_model_len:  # the memory of a GPU holds no more
+            config = msgspec.structs.replace(config, max_model_len=process.max_model_len)
+            text[1].use(config)
         client = cls(config, *text)
         client._use(process)
         client._tasks = [

@@ -76,7 +76,7 @@ def main() -> None:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             channel.send_event(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
             return
-        channel.send_event(Ready(core.stats()))
+        channel.send_event(Ready(core.stats(), core.config.max_model_len))
         heartbeat.begin()
         _run_engine(core, channel, heartbeat)
 

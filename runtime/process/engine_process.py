@@ -40,6 +40,7 @@ class EngineProcess:
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.first_stats = EngineStats()
+        self.max_model_len = 0  # in tokens, once it is ready
         self._process = process
         self._reader, self._writer = reader, writer
         self._encoder = msgspec.msgpack.Encoder()
@@ -101,7 +102,7 @@ class EngineProcess:
                 raise ConfigError(event.message, remedy=event.remedy)
             if isinstance(event, Progress) and on_progress is not None:
                 on_progress(event.what, event.done, event.total, event.note)
-        self.first_stats = event.stats
+        self.first_stats, self.max_model_len = event.stats, event.max_model_len
 
     def kill(self) -> None:
         """Kill the process; `read_event` then raises."""

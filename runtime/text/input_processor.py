@@ -63,7 +63,6 @@ class InputProcessor:
     def __init__(
         self, config: EngineConfig, tokenizer: Tokenizer, template: ChatTemplate | None = None
     ) -> None:
-        self._config = config
         self._tokenizer = tokenizer
         sandbox = SandboxProcesses()
         self._compiled = functools.lru_cache(8)(
@@ -73,10 +72,16 @@ class InputProcessor:
         if template is None and tokenizer.chat_template is not None:
             template = self._compiled(tokenizer.chat_template)
         self.template = template
-        self.max_chars = config.max_model_len * max(map(len, tokenizer.backend.get_vocab()), default=1)
+        self.use(config)
         self._eos, self._further_ends = end_tokens(config, tokenizer)
         self._grammars = GrammarChecker(tokenizer, config.spec.vocab_size, self._eos is not None)
         self._ids = itertools.count()
+
+    def use(self, config: EngineConfig) -> None:
+        """Take over the engine's own configuration, once it has measured how long the context can be."""
+        self._config = config
+        longest = max(map(len, self._tokenizer.backend.get_vocab()), default=1)
+        self.max_chars = config.max_model_len * longest
 
     def default_params(self) -> dict[str, Any]:
         """Sampling defaults of the model's `generation_config.json`, under `SamplingParams`' names."""

@@ -18,7 +18,6 @@ from microvllm.ops.attention import AttentionBackend
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest, StepPlan
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.kv_memory import check_pool
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
 
 WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
-# The CUDA graphs' own memory beside their activations, and what allocation in pieces leaves unused.
-MARGIN_BYTES = 512 << 20
 
 T = TypeVar("T")
 ReadTokens = Callable[[], list[int]]  # waits for the device
@@ -159,28 +156,27 @@ class GpuDevice(Device):
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
         if not config.enforce_eager:
-            self._graphs, self._prompt_graphs = self._capture(on_progress)
+            self._prompt_graphs, self._graphs = self._capture(on_progress)
         self._warm_up(on_progress)
         super().__init__()  # the clock begins after the captures
         if config.log_step_times:
             self.device_clock = DeviceClock(self.clock)
 
-    def _capture(self, on_progress: OnProgress | None) -> tuple[DecodeGraphs, PromptGraphs]:
+    def _capture(self, on_progress: OnProgress | None) -> tuple[PromptGraphs, DecodeGraphs]:
         # Here, because a machine without a GPU need not have Triton.
-        from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
+        from microvllm.runtime.worker.graphs import make_graphs
 
-        pool = torch.cuda.graph_pool_handle()
         common = self._config, self._model, self._attention, self.inputs
-        graphs = DecodeGraphs(*common, self.sampler, self._readback, pool)
-        prompt_graphs = PromptGraphs(*common, graphs.tables, pool)
-        number = len(prompt_graphs.sizes) + len(graphs.sizes)
+        prompts, decodes = make_graphs(*common, self.sampler, self._readback)
+        number = len(prompts.sizes) + len(decodes.sizes)
         free, _ = torch.cuda.mem_get_info()
         capturing = Stage("Capturing CUDA graphs", number, on_progress)
-        prompt_graphs.capture(capturing)
-        graphs.capture(capturing)
+        for graphs in (prompts, decodes):
+            graphs.capture(capturing, number)
+        torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
         taken = free - torch.cuda.mem_get_info()[0]
         capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
-        return graphs, prompt_graphs
+        return prompts, decodes
 
     @torch.inference_mode()
     def _warm_up(self, on_progress: OnProgress | None) -> None:
@@ -252,32 +248,3 @@ class GpuDevice(Device):
 
     def read_later(self, tokens: Tensor) -> ReadTokens:
         return self._readback.begin(tokens)
-
-
-@torch.inference_mode()
-def measure_kv_blocks(config: EngineConfig, model: DecoderModel) -> int:
-    """KV blocks that fit into `gpu_memory_utilization` of the GPU beside weights and activations.
-
-    Runs the largest step that there can be, with attention left out, which keeps nothing but its output.
-    Raises `ConfigError` when not one request of full length fits.
-    """
-    spec = model.spec
-
-    def no_attention(layer: int, qkv: Tensor) -> Tensor:
-        return qkv[:, : spec.layers[layer].mixer.q_size].clone()
-
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    ids = torch.zeros(config.max_num_batched_tokens, dtype=torch.int64, device=config.device)
-    hidden = model.forward(ids, no_attention)
-    logits = model.logits(hidden[: config.max_num_seqs])
-    logits.softmax(-1)
-    activations = torch.cuda.max_memory_allocated() - before
-    del ids, hidden, logits
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    left = int(total * config.gpu_memory_utilization) - (total - free) - activations - MARGIN_BYTES
-    num_blocks = max(0, left // config.block_bytes)
-    check_pool(num_blocks, config.block_size, config.max_model_len, "--gpu-memory-utilization")
-    return num_blocks

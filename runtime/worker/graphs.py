@@ -57,6 +57,27 @@ def capture(
     return graph, made
 
 
+class _Borrowed:
+    """Memory of a tensor by its address, as NumPy's array interface describes it, without owning it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same values in memory that others may take: the next capture shall use it again.
+
+    A tensor that owns what a graph writes keeps it from the pool: 1 GB for the logits of all sizes.
+    """
+    memory = torch.as_tensor(_Borrowed(tensor), device=tensor.device)
+    return memory.view(tensor.dtype).view(tensor.shape)
+
+
 def batch_sizes(largest: int) -> list[int]:
     """1, 2, 4, 8, then multiples of 8 up to 256 and of 16 beyond, and the largest."""
     sizes = {1, 2, 4, *range(8, min(largest, 256) + 1, 8), *range(272, largest + 1, 16), largest}
@@ -114,16 +135,16 @@ class DecodeGraphs:
     # ---- capture -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, stage: Stage) -> None:
-        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took.
+    def capture(self, stage: Stage, number: int) -> None:
+        """Capture the `number` largest sizes, the largest first, so that others fit into its memory.
 
         Each is a part of the stage.
         """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        for size in reversed(self.sizes):
+        for size in self.sizes[: -number - 1 : -1]:
             self._inputs.stager.send_into(self._view(size), self._padding(size))
             graph, made = capture(partial(self._step, size), self._pool, stream)
-            self._captured[size] = _Captured(graph, *made)
+            self._captured[size] = _Captured(graph, *map(borrowed, made))
             stage.advance()
         torch.cuda.synchronize()
 
@@ -253,17 +274,18 @@ class PromptGraphs:
         self.padded_tokens = 0
 
     @torch.inference_mode()
-    def capture(self, stage: Stage) -> None:
-        """Capture all sizes, the largest first, so that the smaller ones fit into the memory it took.
+    def capture(self, stage: Stage, number: int) -> None:
+        """Capture the `number` largest sizes, the largest first, so that others fit into its memory.
 
         Each is a part of the stage.
         """
         nothing = np.zeros(0, dtype=np.int64)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        for size in sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True):
+        falling = sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True)
+        for size in falling[:number]:
             self.send(size, StepArrays(nothing, nothing, nothing, nothing, nothing, nothing, nothing, 0))
             graph, made = capture(partial(self._step, size), self._pool, stream)
-            self._captured[size] = _CapturedPrompts(graph, *made)
+            self._captured[size] = _CapturedPrompts(graph, *map(borrowed, made))
             stage.advance()
         torch.cuda.synchronize()
 
@@ -300,3 +322,17 @@ class PromptGraphs:
         segments = SegmentTable(starts, context[decodes:], blocks[decodes:], size.tokens)
         batch = AttentionBatch(positions, slots, decodes, blocks[:decodes], context[:decodes], segments)
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
+
+
+def make_graphs(
+    config: EngineConfig,
+    model: DecoderModel,
+    attention: AttentionBackend,
+    inputs: DeviceInputs,
+    sampler: GPUSampler,
+    readback: Readback,
+) -> tuple[PromptGraphs, DecodeGraphs]:
+    """Both kinds, in one pool of memory, in the order in which they are to be captured."""
+    common, pool = (config, model, attention, inputs), torch.cuda.graph_pool_handle()
+    graphs = DecodeGraphs(*common, sampler, readback, pool)
+    return PromptGraphs(*common, graphs.tables, pool), graphs

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.grammar.masks import GrammarMasks
-from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.worker.device import make_device, measure_kv_blocks
+from microvllm.runtime.worker.device import make_device
+from microvllm.runtime.worker.gpu_memory import load_beside_cache, memory_for
 from microvllm.runtime.worker.loading import load_model, make_attention
 from microvllm.runtime.worker.logits import (
     LogprobRequest,
@@ -67,17 +67,14 @@ class ModelGraphRunner:
         """Load the model. Raises `ConfigError` as `load_model` does."""
         torch.set_num_threads(config.cpu_threads)
         self._ranks = ranks
-        self._model = load_model(config, on_progress, ranks)
-        if config.num_blocks == 0:
-            measuring = Stage("Measuring memory", 1, on_progress)
-            num_blocks = measure_kv_blocks(config, self._model)
-            if ranks is not None:
-                num_blocks = ranks.smallest(num_blocks)
-            config = msgspec.structs.replace(config, num_blocks=num_blocks)
-            measuring.finish(f"KV cache of {config.kv_dtype}: room for {config.kv_tokens:,} tokens")
+        if config.device == "cpu":
+            self._model = load_model(config, on_progress, ranks)
+        else:
+            self._model, config = load_beside_cache(config, on_progress, ranks)
         self.config = config
-        attention = make_attention(config, self._model)
-        self._device = device = make_device(config, self._model, attention, on_progress)
+        with memory_for("the KV cache and the CUDA graphs"):
+            attention = make_attention(config, self._model)
+            self._device = device = make_device(config, self._model, attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
         self.masks = GrammarMasks(config, self._newest_tokens)
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())

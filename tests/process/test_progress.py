@@ -58,9 +58,9 @@ async def test_every_stage_comes_from_the_engine_process_to_whoever_shows_it() -
         encoder = msgspec.msgpack.Encoder()
         for each in told:
             theirs.sendall(frame(encoder, Progress(*each)))
-        theirs.sendall(frame(encoder, Ready(EngineStats(kv_blocks_total=7))))
+        theirs.sendall(frame(encoder, Ready(EngineStats(kv_blocks_total=7), 64)))
         await engine.wait_ready(lambda *each: seen.append(each))
-    assert seen == told and engine.first_stats.kv_blocks_total == 7
+    assert seen == told and engine.first_stats.kv_blocks_total == 7 and engine.max_model_len == 64
     engine._writer.close()
 
 

@@ -1,0 +1,183 @@
+"""Divides a GPU's memory: weights, activations and CUDA graphs take theirs, the KV cache gets the rest.
+
+The graphs hold the cache's address, so it has to exist before they are captured. What they take is measured
+on the largest and a few others, captured over a cache of `TRIAL_BLOCKS` and dropped again: all of them share
+one pool, whose size the largest decides, and each of the others adds what the driver keeps of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+
+from microvllm.adapters.decoder import DecoderModel
+from microvllm.ops.sharding import Ranks
+from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.kv_memory import fit_context
+from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.worker.loading import load_model, make_attention
+from microvllm.runtime.worker.sampler import GPUSampler
+from microvllm.runtime.worker.step_inputs import DeviceInputs, Readback
+
+TRIAL_BLOCKS = 16  # divisible by 16, as the real number mostly is: the kernels of both are the same
+TRIAL_GRAPHS = 4  # of each kind
+# More than a CUDA context, which cannot be told from the memory of other processes.
+CONTEXT_BYTES = 1 << 30
+# What allocation in pieces leaves unused, and what the first penalties and long log probabilities take.
+RESERVE_BYTES = 256 << 20
+NO_ROOM_REMEDY = (
+    "end other processes on the GPU, raise --gpu-memory-utilization, or lower --max-model-len, "
+    "--max-num-seqs or --max-num-batched-tokens"
+)
+
+
+def memory_in_use(device: str) -> int:
+    """Bytes in use on a GPU, by all processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Raise `ConfigError` where the GPU has too little memory for `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("CUDA.*out of memory", text):
+            raise
+        free, total = torch.cuda.mem_get_info()
+        tried = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        wanted = f": {tried[1]} more were wanted, and" if tried else ":"
+        raise ConfigError(
+            f"the GPU has too little memory for {what}{wanted} {free / 2**30:.2f} of its "
+            f"{total / 2**30:.2f} GiB are free",
+            remedy=NO_ROOM_REMEDY,
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of a GPU by their use.
+
+    rest: CUDA itself, and the reserve; budget: what may be used of `total`, all that there is.
+    """
+
+    weights: int
+    activations: int
+    graphs: int
+    cache: int
+    rest: int
+    budget: int
+    total: int
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "activations": self.activations,
+            "graphs": self.graphs,
+            "KV cache": self.cache,
+            "CUDA and reserve": self.rest,
+        }
+        summed = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+        return (
+            f"{summed} = {sum(parts.values()) / 2**30:.2f} GiB of {self.total / 2**30:.2f}, "
+            f"{self.budget / 2**30:.2f} allowed"
+        )
+
+
+def load_beside_cache(
+    config: EngineConfig, on_progress: OnProgress | None, ranks: Ranks | None = None
+) -> tuple[DecoderModel, EngineConfig]:
+    """Load the model, and size the KV cache that fits beside it and all that it needs.
+
+    Returns the configuration with the number of KV blocks, and a context that they hold. The blocks fill
+    `gpu_memory_utilization` of the GPU, unless their number was requested; what was in use before the model
+    was loaded, CUDA's context apart, is not ours and does not count. Raises `ConfigError` when not one
+    request of full length fits and the context may not be lowered, and for too large a request.
+    """
+    others = max(0, memory_in_use(config.device) - CONTEXT_BYTES)
+    with memory_for("the weights"):
+        model = load_model(config, on_progress, ranks)
+    measuring = Stage("Measuring memory", 1, on_progress)
+    weights = torch.cuda.memory_allocated()
+    with memory_for("a step of --max-num-batched-tokens and the CUDA graphs"):
+        activations = _activation_bytes(config, model)
+        graphs = 0 if config.enforce_eager else _graph_bytes(config, model)
+    free, total = torch.cuda.mem_get_info()
+    ours = total - free - others
+    budget = int(total * config.gpu_memory_utilization)
+    block_bytes = config.block_bytes
+    room = free if config.num_blocks else min(budget - ours, free)
+    room -= activations + graphs + RESERVE_BYTES
+    num_blocks = config.num_blocks or max(0, room // block_bytes)
+    if ranks is not None:
+        num_blocks = ranks.smallest(num_blocks)
+    cache, rest = num_blocks * block_bytes, ours - weights + RESERVE_BYTES
+    plan = MemoryPlan(weights, activations, graphs, cache, rest, budget, total)
+    if not num_blocks or cache > room:
+        raise ConfigError(f"the GPU has no room for the KV cache: {plan}", remedy=NO_ROOM_REMEDY)
+    sizes = num_blocks, config.block_size, block_bytes, config.max_model_len
+    length = fit_context(*sizes, "--gpu-memory-utilization", config.may_shorten)
+    config = msgspec.structs.replace(config, num_blocks=num_blocks, max_model_len=length)
+    measuring.finish(f"{plan}: the KV cache of {config.kv_dtype} has room for {config.kv_tokens:,} tokens")
+    return model, config
+
+
+@torch.inference_mode()
+def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
+    """Run the largest step that there can be, with attention left out, which keeps nothing but its output."""
+
+    def no_attention(layer: int, qkv: Tensor) -> Tensor:
+        return qkv[:, : model.spec.layers[layer].mixer.q_size].clone()
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.zeros(config.max_num_batched_tokens, dtype=torch.int64, device=config.device)
+    hidden = model.forward(ids, no_attention)
+    logits = model.logits(hidden[: config.max_num_seqs])
+    logits.softmax(-1)
+    taken = torch.cuda.max_memory_allocated() - before
+    del ids, hidden, logits
+    torch.cuda.empty_cache()
+    return taken
+
+
+def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
+    """Capture the largest graphs and a few others, and drop them -> bytes that all of them will take."""
+    # Here, because a machine without a GPU need not have Triton.
+    from microvllm.runtime.worker.graphs import make_graphs
+
+    small = msgspec.structs.replace(config, num_blocks=TRIAL_BLOCKS)
+    before = memory_in_use(config.device)
+    device, rows = torch.device(config.device), config.max_num_seqs + 1
+    made = make_graphs(
+        small,
+        model,
+        make_attention(small, model),
+        DeviceInputs(rows, config.block_size, device),
+        GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device),
+        Readback(config.max_num_seqs),
+    )
+    kinds, silent = [kind for kind in made if kind.sizes], Stage("", 1, None)
+    taken = []
+    for number in (1, 1 + TRIAL_GRAPHS):
+        for kind in kinds:
+            kind.capture(silent, number)
+        torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
+        taken.append(memory_in_use(config.device) - before)
+    number = sum(len(kind.sizes) for kind in kinds)
+    added = sum(min(TRIAL_GRAPHS, len(kind.sizes) - 1) for kind in kinds)
+    del made, kinds
+    gc.collect()
+    torch.cuda.empty_cache()
+    return max(0, taken[0]) + max(0, taken[1] - taken[0]) * number // max(1, added)
