@@ -1,11 +1,12 @@
-"""Draws under top-k, top-p and min-p, a program a row: few entries are candidates, only they are searched.
+"""Draws under top-k, top-p and min-p, a program a row.
 
-What stays after a filter are the entries from some rank on (see `ranks`). Bisection finds that rank: by the
-number of entries above for top-k, by their mass, the sum of 2 ** ((logit - top) * log2(e) / temperature), for
-top-p. A pass over a whole row is what takes long. So each row is first cut into groups of 32 entries whose
-largest are known. A value that k of these reach is one that k entries reach, and few more as long as the
-large ones are spread over the groups: those few are listed. Where a list does not hold the whole answer
-(a flat row's top-p, a large top-k), the search is over the row until what is undecided fits a list.
+What stays after a filter are the entries from some rank on (see `ranks`). Without top-k, rejection draws from
+them (`rejection`). With top-k, bisection finds that rank: by the number of entries above for top-k, by their
+mass, the sum of 2 ** ((logit - top) * log2(e) / temperature), for a top-p behind it. A pass over a whole row
+is what takes long. So each row is first cut into groups of 32 entries whose largest are known. A value that k
+of these reach is one that k entries reach, and few more as long as the large ones are spread over the groups:
+those few are listed. Where a list does not hold the whole answer (a large top-k), the search is over the row
+until what is undecided fits a list.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from microvllm.ops.gpu.gumbel import gumbel_block, gumbel_of
+from microvllm.ops.gpu.gumbel import gumbel_of
 from microvllm.ops.gpu.launch import follow
-from microvllm.ops.gpu.ranks import NOTHING, entry_of, key_of, rank_of, token_of, value_of
+from microvllm.ops.gpu.ranks import (
+    NOTHING,
+    entry_of,
+    first_rank,
+    from_rank,
+    key_of,
+    rank_of,
+    token_of,
+    value_of,
+)
+from microvllm.ops.gpu.rejection import best_of_block, draw_by_rejection
 
 GROUP = tl.constexpr(32)  # entries: 4 words of 8 neighbours, which one thread has loaded
 CAPACITY = 4096  # of a list
-FEW = 1024  # groups whose entries are tried for a top-p without top-k
 
 
 @triton.jit
@@ -88,13 +98,6 @@ def _cut(largest, few, floor, top, temperature):
 
 
 @triton.jit
-def _first_rank(value, UNUSED: tl.constexpr):
-    """The lowest rank of what is not below `value`."""
-    key = key_of(value, UNUSED)
-    return (key + (value_of(key, UNUSED) < value).to(tl.int32)).to(tl.int64) << 32
-
-
-@triton.jit
 def _fill(
     ranks,
     groups,
@@ -135,12 +138,6 @@ def _fill(
 
 
 @triton.jit
-def _from_rank(value, entry, edge, last):
-    """Whether the rank is at least that of value `edge` and entry `last`: in less work than ranks take."""
-    return (value > edge) | ((value == edge) & (entry <= last))
-
-
-@triton.jit
 def _weigh(
     ranks,
     size,
@@ -173,11 +170,85 @@ def _weigh(
         for start in tl.range(0, VOCAB, BLOCK, num_stages=4):
             entry = start + tl.arange(0, BLOCK)
             value = tl.load(logits + entry, entry < VOCAB, float("-inf")).to(tl.float32)
-            taken = _from_rank(value, entry, edge, last)
+            taken = from_rank(value, entry, edge, last)
             all_counts += taken.to(tl.int32)
             all_masses += tl.where(taken, tl.exp2((value - top) * scale), 0.0)
         count, mass = tl.sum(all_counts, 0), tl.sum(all_masses, 0)
     return count, mass
+
+
+@triton.jit
+def _draw_of_top_k(
+    ranks,
+    groups,
+    largest,
+    logits,
+    top_k,
+    top_p,
+    floor,
+    top,
+    temperature,
+    seed,
+    position,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    UNUSED: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Draw from the `top_k` best entries of a row that are not below `floor`, and of these from the top-p."""
+    end = rank_of(top, top_k * 0, UNUSED) + 1  # above all
+    cut = first_rank(_cut(largest, top_k, floor, top, temperature), UNUSED)
+    size = _fill(ranks, groups, largest, logits, cut, end, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
+    # The list has what is from `cut` on, and below what `above` and `mass_above` are number and mass of.
+    listed = size <= CAPACITY
+    above, mass_above = size * 0, top * 0.0
+    low, low_count = cut, size
+    # First by number, then by mass: each narrows what the one before it left.
+    for by_mass in range(2):
+        active = top_k < low_count
+        wanted_count, wanted_mass = top_k, top * 0.0
+        if by_mass == 1:
+            active = top_p < 1
+            if active:
+                low_count, total = _weigh(
+                    ranks, size, listed & (low >= cut), logits, low, top, temperature, VOCAB, LANE, UNUSED
+                )
+                wanted_count, wanted_mass = size * 0, top_p * total
+        # [low, high) holds the lowest rank that stays, until one entry is left of it.
+        high, high_count, high_mass = end, size * 0, top * 0.0
+        tries = 0
+        while active & (low_count > tl.maximum(wanted_count, high_count + 1)):
+            if (listed == 0) & (low_count - high_count <= CAPACITY):
+                size = _fill(ranks, groups, largest, logits, low, high, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
+                listed, cut, above, mass_above = size <= CAPACITY, low, high_count, high_mass
+            middle = _middle(low, high, top, temperature, tries, VOCAB, UNUSED)
+            middle = tl.where(listed & (low < cut), cut, middle)
+            count, mass = _weigh(ranks, size, listed, logits, middle, top, temperature, VOCAB, LANE, UNUSED)
+            if listed:
+                count, mass = count + above, mass + mass_above
+            if (count >= wanted_count) & (mass >= wanted_mass):
+                low, low_count = middle, count
+            else:
+                high, high_count, high_mass = middle, count, mass
+            listed = listed & (high > cut)
+            tries += 1
+        listed = listed & (above == 0)
+    best = tl.full((LANE,), NOTHING, tl.int64)
+    if listed & (low >= cut):  # and all that stay are in it
+        for start in tl.range(0, size, LANE, num_stages=1):
+            at = start + tl.arange(0, LANE)
+            rank = tl.load(ranks + at, at < size, NOTHING)
+            entry = entry_of(rank)
+            value = value_of((rank >> 32).to(tl.int32), UNUSED)
+            score = value / temperature + gumbel_of(seed, position, entry, LANE)
+            best = tl.maximum(best, tl.where(rank >= low, rank_of(score, entry), NOTHING))
+    else:
+        edge, last = value_of((low >> 32).to(tl.int32), UNUSED), entry_of(low)
+        for block in range(0, tl.cdiv(VOCAB, 4 * LANE)):
+            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB, LANE)
+            best = tl.maximum(best, scores)
+    return token_of(tl.max(best, 0))
 
 
 @triton.jit
@@ -189,6 +260,7 @@ def filter_kernel(
     lists,
     group_lists,
     group_largest,
+    block_best,
     logits,
     rows,
     temperatures,
@@ -201,17 +273,19 @@ def filter_kernel(
     LANE: tl.constexpr,
     UNUSED: tl.constexpr,
     CAPACITY: tl.constexpr,
-    FEW: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     GROUPS: tl.constexpr,
     DELIVERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: one row. Draws where the row has a filter; its token so far is the argmax.
+    """Program: one row. Draws where the row has a filter, and a token: it says that the logits are finite.
 
     newest, sent, places: see `deliver`, if DELIVERS, for rows with a filter.
     lists: [m, CAPACITY] int64 and group_lists: [m, NUM_GROUPS] int32 are scratch; group_largest:
-    [m, NUM_GROUPS] float32, see `store_largest`; GROUPS: the power of two that they fit.
+    [m, NUM_GROUPS] float32, see `store_largest`; block_best: [m, NUM_BLOCKS] int64, the rank of the best
+    score of every 4 * LANE entries, of rows without top-k. GROUPS, BLOCKS: the powers of two that they fit.
     """
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
@@ -224,79 +298,37 @@ def filter_kernel(
     filtered = is_filtered(temperature, top_k, top_p, min_p)
     if (token >= 0) & filtered:
         logits += i * VOCAB
-        ranks = lists + i * CAPACITY
-        groups = group_lists + i * NUM_GROUPS
         group = tl.arange(0, GROUPS)
         largest = tl.load(group_largest + i * NUM_GROUPS + group, group < NUM_GROUPS, float("-inf"))
-        top = tl.load(logits + token).to(tl.float32)
+        top = tl.max(largest, 0)
         # log(0) = -inf keeps all that is finite.
         floor = tl.maximum(top + temperature * tl.log(min_p), -3.4028234663852886e38)
-        bottom = _first_rank(floor, UNUSED)
-        end = rank_of(top, token * 0, UNUSED) + 1  # above all
-        few = tl.where(top_k > 0, top_k, tl.where(top_p < 1, FEW, VOCAB))
-        cut = _first_rank(_cut(largest, few, floor, top, temperature), UNUSED)
-        size = _fill(ranks, groups, largest, logits, cut, end, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
-        # The list has what is from `cut` on, and below what `above` and `mass_above` are number and mass of.
-        listed = size <= CAPACITY
-        above, mass_above = size * 0, top * 0.0
-        low, low_count = cut, size
-        # First by number, then by mass: each narrows what the one before it left.
-        for by_mass in range(2):
-            active = (top_k > 0) & (top_k < low_count)
-            wanted_count, wanted_mass = top_k, top * 0.0
-            if by_mass == 1:
-                active = top_p < 1
-                if active:
-                    low = tl.where(top_k > 0, low, bottom)
-                    low_count, total = _weigh(
-                        ranks, size, listed & (low >= cut), logits, low, top, temperature, VOCAB, LANE, UNUSED
-                    )
-                    wanted_count, wanted_mass = size * 0, top_p * total
-            # [low, high) holds the lowest rank that stays, until one entry is left of it.
-            high, high_count, high_mass = end, size * 0, top * 0.0
-            tries = 0
-            while active & (low_count > tl.maximum(wanted_count, high_count + 1)):
-                if (listed == 0) & (low_count - high_count <= CAPACITY):
-                    size = _fill(
-                        ranks, groups, largest, logits, low, high, VOCAB, LANE, UNUSED, CAPACITY, GROUPS
-                    )
-                    listed, cut, above, mass_above = size <= CAPACITY, low, high_count, high_mass
-                middle = _middle(low, high, top, temperature, tries, VOCAB, UNUSED)
-                middle = tl.where(listed & (low < cut), cut, middle)
-                count, mass = _weigh(
-                    ranks, size, listed, logits, middle, top, temperature, VOCAB, LANE, UNUSED
-                )
-                if listed:
-                    count, mass = count + above, mass + mass_above
-                if (count >= wanted_count) & (mass >= wanted_mass):
-                    low, low_count = middle, count
-                else:
-                    high, high_count, high_mass = middle, count, mass
-                listed = listed & (high > cut)
-                tries += 1
-            listed = listed & (above == 0)
-        listed = listed & (low >= cut)  # and all that stay are in it
         seed, position = tl.load(seeds + row), tl.load(positions + i)
-        best = tl.full((LANE,), NOTHING, tl.int64)
-        if listed:
-            for start in tl.range(0, size, LANE, num_stages=1):
-                at = start + tl.arange(0, LANE)
-                rank = tl.load(ranks + at, at < size, NOTHING)
-                entry = entry_of(rank)
-                value = value_of((rank >> 32).to(tl.int32), UNUSED)
-                score = value / temperature + gumbel_of(seed, position, entry, LANE)
-                best = tl.maximum(best, tl.where(rank >= low, rank_of(score, entry), NOTHING))
+        if top_k > 0:
+            token = _draw_of_top_k(
+                lists + i * CAPACITY,
+                group_lists + i * NUM_GROUPS,
+                largest,
+                logits,
+                top_k,
+                top_p,
+                floor,
+                top,
+                temperature,
+                seed,
+                position,
+                VOCAB,
+                LANE,
+                UNUSED,
+                CAPACITY,
+                GROUPS,
+            )
         else:
-            edge, last = value_of((low >> 32).to(tl.int32), UNUSED), entry_of(low)
-            for block in range(0, tl.cdiv(VOCAB, 4 * LANE)):
-                numbers = gumbel_block(seed, position, block, LANE)
-                for w in tl.static_range(4):
-                    entry = (block * 4 + w) * LANE + tl.arange(0, LANE)
-                    value = tl.load(logits + entry, entry < VOCAB, float("-inf")).to(tl.float32)
-                    stays = _from_rank(value, entry, edge, last)
-                    score = value / temperature + numbers[w]
-                    best = tl.maximum(best, tl.where(stays, rank_of(score, entry), NOTHING))
-        token = token_of(tl.max(best, 0))
+            block = tl.arange(0, BLOCKS)
+            best = tl.load(block_best + i * NUM_BLOCKS + block, block < NUM_BLOCKS, NOTHING)
+            token = draw_by_rejection(
+                best, logits, top_p, floor, top, temperature, seed, position, VOCAB, LANE, BLOCKS
+            )
         tl.store(tokens + i, token)
     if DELIVERS:  # noqa: SIM102 (known as the kernel is compiled)
         if filtered:

@@ -38,6 +38,19 @@ def entry_of(rank):
 
 
 @triton.jit
+def first_rank(value, UNUSED: tl.constexpr):
+    """The lowest rank of what is not below `value`."""
+    key = key_of(value, UNUSED)
+    return (key + (value_of(key, UNUSED) < value).to(tl.int32)).to(tl.int64) << 32
+
+
+@triton.jit
+def from_rank(value, entry, edge, last):
+    """Whether the rank is at least that of value `edge` and entry `last`: in less work than ranks take."""
+    return (value > edge) | ((value == edge) & (entry <= last))
+
+
+@triton.jit
 def token_of(rank):
     """The entry of a score's rank, int64; -1 if the score is not finite."""
     finite = tl.abs(value_of((rank >> 32).to(tl.int32), 0)) < float("inf")

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.gpu.filters import CAPACITY, FEW, GROUP, deliver, filter_kernel, is_filtered, store_largest
+from microvllm.ops.gpu.filters import CAPACITY, GROUP, deliver, filter_kernel, is_filtered, store_largest
 from microvllm.ops.gpu.gumbel import LANE, WORDS, gumbel_block
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.ranks import NOTHING, UNUSED_BITS, rank_of, token_of
 
 NO_TOKEN = -1
+MAX_REGISTERS = 96  # five programs a multiprocessor
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def _best_kernel(
     best,
     arrivals,
     group_largest,
+    block_best,
     logits,
     rows,
     temperatures,
@@ -57,10 +59,10 @@ def _best_kernel(
     DELIVERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: 4 * LANE entries of one row. Greedy and filtered rows: the argmax; others: a draw.
+    """Program: 4 * LANE entries of one row. Greedy rows and those with top-k: the argmax; others: a draw.
 
-    newest, sent, places: see `deliver`, if DELIVERS; group_largest: with FILTERS, where filtered rows leave
-    what `filter_kernel` begins with.
+    newest, sent, places: see `deliver`, if DELIVERS; group_largest, block_best: with FILTERS, where filtered
+    rows leave what `filter_kernel` begins with.
     """
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
@@ -71,7 +73,7 @@ def _best_kernel(
     if FILTERS:
         top_k, top_p, min_p = tl.load(top_ks + row), tl.load(top_ps + row), tl.load(min_ps + row)
         filtered = is_filtered(temperature, top_k, top_p, min_p)
-        draws = draws & (filtered == 0)
+        draws = draws & (top_k <= 0)
     entry = block * 4 * LANE + tl.arange(0, LANE)
     logits += i * VOCAB + entry
     # Entries past the end are below every finite score.
@@ -79,19 +81,21 @@ def _best_kernel(
     b = tl.load(logits + LANE, entry + LANE < VOCAB, float("-inf")).to(tl.float32)
     c = tl.load(logits + 2 * LANE, entry + 2 * LANE < VOCAB, float("-inf")).to(tl.float32)
     d = tl.load(logits + 3 * LANE, entry + 3 * LANE < VOCAB, float("-inf")).to(tl.float32)
+    if FILTERS and filtered:  # of rows with a NaN nothing is drawn
+        columns = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+        store_largest(group_largest + (i * tl.num_programs(1) + block) * (LANE // 8), columns, LANE)
     if draws:
         ga, gb, gc, gd = gumbel_block(tl.load(seeds + row), tl.load(positions + i), block, LANE)
         a, b = a / temperature + ga, b / temperature + gb
         c, d = c / temperature + gc, d / temperature + gd
     a, b, c, d = _no_nan(a), _no_nan(b), _no_nan(c), _no_nan(d)
-    columns = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-    if FILTERS and filtered:
-        store_largest(group_largest + (i * tl.num_programs(1) + block) * (LANE // 8), columns, LANE)
-    largest = tl.max(columns, 0)
+    largest = tl.max(tl.maximum(tl.maximum(a, b), tl.maximum(c, d)), 0)
     first = _first_of(largest, a, entry)
     first = tl.minimum(first, _first_of(largest, b, entry + LANE))
     first = tl.minimum(first, _first_of(largest, c, entry + 2 * LANE))
     first = tl.minimum(first, _first_of(largest, d, entry + 3 * LANE))
+    if FILTERS and filtered:
+        tl.store(block_best + i * tl.num_programs(1) + block, rank_of(largest, first))
     tl.atomic_max(best + i, rank_of(largest, first))
     if tl.atomic_add(arrivals + i, 1) == tl.num_programs(1) - 1:
         # The last one: nobody else touches this row any more, so it can be made ready for the next step.
@@ -162,6 +166,7 @@ class TokenSampler:
         blocks = triton.cdiv(vocab, WORDS * LANE)
         groups = blocks * WORDS * LANE // GROUP.value
         largest = torch.empty(m, groups, device=logits.device) if filters else None
+        block_best = torch.empty(m, blocks, dtype=torch.int64, device=logits.device) if filters else None
         given = (delivery.newest, delivery.sent, delivery.places) if delivery else (tokens, tokens, tokens)
         _best_kernel[(m, blocks)](
             tokens,
@@ -169,6 +174,7 @@ class TokenSampler:
             self._best,
             self._arrivals,
             largest,
+            block_best,
             logits,
             rows,
             temperature,
@@ -182,6 +188,7 @@ class TokenSampler:
             FILTERS=filters,
             DELIVERS=delivery is not None,
             num_warps=4,
+            maxnreg=MAX_REGISTERS,
             **self._options,
         )
         if filters:
@@ -191,6 +198,7 @@ class TokenSampler:
                 torch.empty(m, CAPACITY, dtype=torch.int64, device=logits.device),
                 torch.empty(m, groups, dtype=torch.int32, device=logits.device),
                 largest,
+                block_best,
                 logits,
                 rows,
                 temperature,
@@ -203,7 +211,8 @@ class TokenSampler:
                 LANE=LANE,
                 UNUSED=UNUSED_BITS[logits.dtype],
                 CAPACITY=CAPACITY,
-                FEW=FEW,
+                NUM_BLOCKS=blocks,
+                BLOCKS=triton.next_power_of_2(blocks),
                 NUM_GROUPS=groups,
                 GROUPS=triton.next_power_of_2(groups),
                 DELIVERS=delivery is not None,

@@ -292,10 +292,18 @@ def test_filters_of_more_than_a_list_holds(
     dtype: torch.dtype, ways: list[tuple[int, float, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampling, "CAPACITY", 64)
-    monkeypatch.setattr(sampling, "FEW", 8)
     logits = random(1, 1201, seed=7).repeat(len(ways), 1) * 3
     logits[1, 17] = -torch.inf
     check_draws(logits.to(dtype), 1.1, ways)
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.5])
+def test_a_top_p_without_top_k_over_several_blocks(spread: float) -> None:
+    """The less of the mass is inside, the more draws are rejected; of equal entries the lower ids stay."""
+    ways = [(0, top_p, min_p) for top_p in (0.9, 0.5, 0.1, 0.002) for min_p in (0.0, 0.6)] * 2
+    logits = random(len(ways), 9000, seed=3) * spread
+    logits[len(ways) // 2 :] = (logits[len(ways) // 2 :] * 4).round() / 4
+    check_draws(logits, 0.9, ways)
 
 
 def test_filters_of_rows_with_little_to_choose_from(monkeypatch: pytest.MonkeyPatch) -> None:
