@@ -4,12 +4,15 @@
     python scripts/bench_offline.py --model DIR --load-format dummy --requests 256 --input 100-1024
 
 Prints output tokens a second over the whole run and, for steps in which every request decodes, the time
-of a step and what part of it the host takes. The first run of a size compiles kernels: there is a warm-up.
+of a step and what part of it the host takes, and at the end the longest of all these steps, which a garbage
+collection would be in: as in the engine's own process, what exists after the start is exempt from those,
+unless --no-freeze. The first run of a size compiles kernels: there is a warm-up.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import statistics
 import time
@@ -20,6 +23,7 @@ from bench.options import span
 from microvllm.openai_compat.bench.workloads import Span
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
+from microvllm.runtime.machine import freeze_objects
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.model_runner import LaunchedStep
 from microvllm.runtime.worker.parallel.runner import start_runner
@@ -57,6 +61,33 @@ def run(core: EngineCore[LaunchedStep], requests: list[EngineRequest]) -> Run:
     return result
 
 
+class Collections:
+    """Counts the garbage collections of each generation, and the longest in seconds."""
+
+    def __init__(self) -> None:
+        self.counts, self.longest_s = [0, 0, 0], 0.0
+        self._started = 0.0
+        gc.callbacks.append(self._note)
+
+    def _note(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._started = time.perf_counter()
+        else:
+            self.counts[info["generation"]] += 1
+            self.longest_s = max(self.longest_s, time.perf_counter() - self._started)
+
+
+def summary(steps: list[float], collections: Collections) -> str:
+    ordered = sorted(steps)
+    median, rare = statistics.median(ordered), ordered[len(ordered) * 999 // 1000]
+    longest = ", ".join(f"{seconds * 1e3:.3f}" for seconds in ordered[:-4:-1])
+    return (
+        f"{len(ordered)} decode steps: median {median * 1e3:.3f} ms, 1 of 1000 above {rare * 1e3:.3f} ms, "
+        f"longest {longest} ms; collections of generations 0, 1, 2: "
+        f"{', '.join(map(str, collections.counts))}, the longest {collections.longest_s * 1e3:.3f} ms"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -68,6 +99,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--no-freeze", action="store_true", help="let collections walk what exists already")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="fields of EngineArgs")
     args = parser.parse_args()
     options = {}
@@ -86,7 +119,11 @@ def main() -> None:
     )
     draw = random.Random(0)
     params = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "ignore_eos": True}
-    next_id = 0
+    params["repetition_penalty"] = args.repetition_penalty
+    next_id, steps = 0, list[float]()
+    if not args.no_freeze:
+        freeze_objects()
+    collections = Collections()
     for repeat in range(args.repeat + 1):
         requests = []
         for _ in range(args.requests if repeat else min(args.requests, 4)):
@@ -100,11 +137,14 @@ def main() -> None:
         rate = result.tokens / result.seconds
         line = f"run {repeat}: {result.tokens} tokens in {result.seconds:.2f} s = {rate:,.0f} tok/s"
         line += f", all first tokens after {result.first_s * 1e3:.0f} ms"
+        steps += result.decode_s
         if result.decode_s:
             step, host = statistics.median(result.decode_s), statistics.median(result.host_s)
             line += f", decode step {step * 1e3:.3f} ms (host {host * 1e3:.3f} ms)"
-        print(line)
+        print(line, flush=True)
     core.scheduler.check()
+    if steps:
+        print(summary(steps, collections))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError
-from microvllm.runtime.machine import return_freed_memory
+from microvllm.runtime.machine import freeze_objects, return_freed_memory
 from microvllm.runtime.process.channel import (
     Abort,
     Add,
@@ -105,10 +105,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
 
 
 def _run_engine(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
-    # Freeze long-lived objects so the GC skips them.
-    gc.collect()
-    return_freed_memory()  # the weights as they were read: they lie packed elsewhere
-    gc.freeze()
+    freeze_objects()
     gc.enable()
     try:
         _serve(core, channel, heartbeat)
