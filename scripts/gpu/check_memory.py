@@ -37,9 +37,8 @@ def load(core: EngineCore[LaunchedStep], seed: int) -> int:
     draw, config = random.Random(seed), core.config
     for i in range(2 * config.max_num_seqs):
         longest = min(config.max_model_len - MAX_TOKENS, 2 * config.max_num_batched_tokens)
-        prompt = [draw.randrange(config.spec.vocab_size)] * draw.choice(
-            [20, 300, min(3000, longest), longest]
-        )
+        length = min(longest, draw.choice([20, 300, 3000, longest]))
+        prompt = [draw.randrange(config.spec.vocab_size)] * length
         params = SamplingParams(
             temperature=draw.choice([0.0, 1.0]),
             top_p=draw.choice([1.0, 0.9]),
