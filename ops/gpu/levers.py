@@ -7,7 +7,7 @@ of them gained.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
@@ -28,7 +28,7 @@ class Levers:
     step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
     and values by TMA; packed: matrices that a checkpoint quantises stay packed; w8a8: of those, products of
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
-    rows by `ops.gpu.peers`.
+    rows by `ops.gpu.peers`; rules: penalties and biases of a decode step by a graph of their own.
     """
 
     stream: bool = False
@@ -37,6 +37,7 @@ class Levers:
     packed: bool = True
     w8a8: bool = False
     peers: bool = False
+    rules: bool = False
 
     @staticmethod
     def of(device: torch.device) -> Levers:
@@ -48,15 +49,7 @@ class Levers:
         off = {name.strip() for name in os.environ.get(VARIABLE, "").split(",")} - {""}
         if unknown := sorted(off.difference(known)):
             raise LeverError(f"{VARIABLE}: there is no {unknown[0]}; there are {', '.join(known)}")
-        packed = "packed" not in off
+        levers = Levers(*(name not in off for name in known))
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-            return Levers(packed=packed)
-        gluon = triton.__version__.startswith(GLUON_VERSION)
-        return Levers(
-            "stream" not in off and gluon,
-            "early_reads" not in off,
-            "boxes" not in off,
-            packed,
-            "w8a8" not in off,
-            "peers" not in off,
-        )
+            return Levers(packed=levers.packed)
+        return levers if triton.__version__.startswith(GLUON_VERSION) else replace(levers, stream=False)

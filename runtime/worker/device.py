@@ -233,7 +233,7 @@ class GpuDevice(Device):
         size = graphs.send(items)
         self._begin_forward()
         ids, logits, _ = graphs.replay(size, len(items))
-        read = self._readback.written(len(items)) if graphs.chose_all(items) else None
+        read = self._readback.written(len(items)) if graphs.choose(size, items) else None
         return Replay(ids, logits, read)
 
     def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.sampling import Delivery
-from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
+from microvllm.ops.gpu.step_inputs import STAGED, DecodeInputs, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
@@ -143,12 +143,19 @@ class DecodeGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for size in self.sizes[: -number - 1 : -1]:
             self._inputs.stager.send_into(self._view(size), self._padding(size))
-            graph, made = capture(partial(self._step, size), self._pool, stream)
+            graph, (inputs, *made) = capture(partial(self._step, size), self._pool, stream)
+            common = partial(capture, pool=self._pool, stream=stream)
+            self._sampler.rules.capture(graph, common, partial(self._choose, inputs), made[1], inputs.rows)
             self._captured[size] = _Captured(graph, *map(borrowed, made))
             stage.advance()
         torch.cuda.synchronize()
 
-    def _step(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _choose(self, inputs: DecodeInputs, logits: Tensor) -> Tensor:
+        # A sequence's length is the index of its next token.
+        delivery = Delivery(self._inputs.newest, self._readback.memory, inputs.places)
+        return self._sampler.choose_plain(logits, inputs.rows, inputs.lens, delivery)
+
+    def _step(self, size: int) -> tuple[DecodeInputs, Tensor, Tensor, Tensor]:
         newest = self._inputs.newest
         inputs = prepare_decode(
             *(self._view(size), self.tables, newest, self._config.block_size),
@@ -157,10 +164,7 @@ class DecodeGraphs:
         batch = AttentionBatch(inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens)
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
-        # A sequence's length is the index of its next token.
-        delivery = Delivery(newest, self._readback.memory, inputs.places)
-        tokens = self._sampler.choose_plain(logits, inputs.rows, inputs.lens, delivery)
-        return inputs.ids, logits, tokens
+        return inputs, inputs.ids, logits, self._choose(inputs, logits)
 
     def _view(self, size: int) -> Tensor:
         return self._staged[: STAGED * size].view(STAGED, size)
@@ -188,14 +192,18 @@ class DecodeGraphs:
             at, values = self._inputs.stager.send(np.array(places), np.array(blocks))
             self.tables.view(-1).scatter_(0, at.long(), values)
 
-    def chose_all(self, items: Sequence[ScheduledRequest]) -> bool:
-        """Whether the graph's tokens stand: no request has rules, or asks for log probabilities.
+    def choose(self, size: int, items: Sequence[ScheduledRequest]) -> bool:
+        """Whether the graphs' tokens stand: no request has rules but those that a graph applies.
 
-        End tokens that may not come yet are such a rule.
+        End tokens that may not come yet are such a rule, and so are log probabilities.
         """
-        return self._sampler.plain([item.request.row for item in items]) and not any(
+        rows = [item.request.row for item in items]
+        if not self._sampler.plain(rows) or any(
             item.request.num_output < item.request.params.min_tokens for item in items
-        )
+        ):
+            return False
+        self._sampler.rules.replay(size, rows)
+        return True
 
     def send(self, items: Sequence[ScheduledRequest]) -> int:
         """Bring a step's inputs to the graph that has room for it -> the size of that graph."""

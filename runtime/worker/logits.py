@@ -75,7 +75,7 @@ class LogitRules:
         self._vocab_size = vocab_size
         self._device = device
         self._rules: dict[int, _Rules] = {}
-        self._penalties: _Penalties | None = None  # most servers never see one
+        self._penalties: Penalties | None = None  # most servers never see one
         self._budgets = ThinkingBudgets(device)
         self.mask: TokenMask | None = None
 
@@ -95,7 +95,7 @@ class LogitRules:
         self._rules[row] = shared or self._make(request)
         if params.penalised:
             if self._penalties is None:
-                self._penalties = _Penalties(self._num_rows, self._vocab_size, self._device)
+                self._penalties = Penalties(self._num_rows, self._vocab_size, self._device)
             self._penalties.set_row(row, request, tokens, prompt_len)
 
     def _make(self, request: EngineRequest) -> _Rules:
@@ -185,7 +185,7 @@ class LogitRules:
             self._penalties.count([rows[i] for i in counted], tokens[at])
 
 
-class _Penalties:
+class Penalties:
     """Token counts of every row, [num_rows, vocab]: memory that is only touched where rows are penalised."""
 
     def __init__(self, num_rows: int, vocab_size: int, device: Device) -> None:

@@ -281,8 +281,10 @@ class GPUSampler(Sampler):
         # Here, because a machine without a GPU need not have Triton.
         from microvllm.ops.gpu.launch import can_launch_early
         from microvllm.ops.gpu.sampling import TokenSampler
+        from microvllm.runtime.worker.gpu_rules import GpuRules
 
         super().__init__(num_rows, vocab_size, seed, logprobs_mode, device)
+        self._rules = self.rules = GpuRules(num_rows, vocab_size, device)
         # Captured graphs read these: they stay where they are.
         self._reals = torch.zeros(3, num_rows, dtype=torch.float32, device=device)
         self._integers = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
@@ -294,7 +296,7 @@ class GPUSampler(Sampler):
         self._changed = True
 
     def plain(self, rows: Sequence[int]) -> bool:
-        """Whether `choose_plain` is all that these rows need."""
+        """Whether `choose_plain` is all that these rows need, behind what `rules` change."""
         return not self._rules.concern(rows) and not self._asked(rows)
 
     def upload(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import triton
 from microvllm.ops.gpu.levers import VARIABLE, LeverError, Levers
 
 GPU = torch.device("cuda")
+ALL = Levers(*(True for _ in fields(Levers)))
 
 
 @pytest.fixture
@@ -26,13 +28,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_all_are_in_use_where_they_can_be(hopper: Any) -> None:
-    assert Levers.of(GPU) == Levers(stream=True, early_reads=True, boxes=True, packed=True, w8a8=True)
+    assert Levers.of(GPU) == ALL
     assert Levers.of(torch.device("cpu")) == Levers()
 
 
 def test_another_triton_has_no_streamed_products(hopper: Any) -> None:
     hopper.setattr(triton, "__version__", "3.8.0")
-    assert Levers.of(GPU) == Levers(early_reads=True, boxes=True, w8a8=True)
+    assert Levers.of(GPU) == replace(ALL, stream=False)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
@@ -42,8 +44,8 @@ def test_another_gpu_has_none(hopper: Any, capability: tuple[int, int]) -> None:
 
 
 def test_each_can_be_switched_off(hopper: Any) -> None:
-    hopper.setenv(VARIABLE, "stream, boxes")
-    assert Levers.of(GPU) == Levers(early_reads=True, w8a8=True)
+    hopper.setenv(VARIABLE, "stream, boxes,rules")
+    assert Levers.of(GPU) == replace(ALL, stream=False, boxes=False, rules=False)
 
 
 def test_an_unknown_one_is_refused(hopper: Any) -> None:

@@ -1,0 +1,101 @@
+"""Keeps penalties, token counts and biases in tables on the GPU, where captured graphs apply them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.cuda import CUDAGraph
+
+from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.levers import Levers
+from microvllm.ops.gpu.rules import RuleTables
+from microvllm.runtime.request import EngineRequest
+from microvllm.runtime.worker.logits import LogitRules, Penalties, on_device
+
+
+class TablePenalties(Penalties):
+    """The penalties of every row, for steps that are not captured."""
+
+    def __init__(self, tables: RuleTables, device: torch.device) -> None:
+        self._tables = tables
+        self._device = device
+
+    def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
+        params = request.params
+        penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+        self._tables.set_penalties(row, penalties, tokens[:prompt_len], tokens[prompt_len:])
+
+    def clear_row(self, row: int) -> None:
+        self._tables.clear_penalties(row)
+
+    def count(self, rows: Sequence[int], tokens: Tensor) -> None:
+        self._tables.count(on_device(rows, torch.int64, self._device), tokens)
+
+    def apply(self, logits: Tensor, at: Sequence[int], rows: Sequence[int]) -> None:
+        index, row = on_device([at, rows], torch.int64, self._device).unbind(0)
+        self._tables.penalise(logits, index, row)
+
+
+class GpuRules(LogitRules):
+    """The rules of every row, and a graph for each size of decode step that applies those in the tables."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        super().__init__(num_rows, vocab_size, device)
+        self._tables: RuleTables | None = None
+        if Levers.of(device).rules:
+            self._tables = RuleTables(num_rows, vocab_size, device, pdl=can_launch_early(device))
+            self._penalties = TablePenalties(self._tables, device)
+        self._others: set[int] = set()  # rows with rules that are not in the tables
+        self._graphs: dict[int, CUDAGraph] = {}
+
+    def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
+        super().set_row(row, request, tokens, prompt_len)
+        params = request.params
+        if params.allowed_token_ids is not None or request.bad_word_ids:
+            self._others.add(row)
+        if params.logit_bias and self._tables is not None:
+            self._tables.set_biases(row, params.logit_bias)
+
+    def clear_row(self, row: int) -> None:
+        if self._tables is not None and row in self._rules and len(self._rules[row].bias_ids):
+            self._tables.clear_biases(row)
+        self._others.discard(row)
+        super().clear_row(row)
+
+    def concern(self, rows: Sequence[int]) -> bool:
+        """Whether any of the rows has rules that no graph applies."""
+        if self._tables is None or (self.mask is not None and self.mask.concerns(rows)):
+            return super().concern(rows)
+        return self._budgets.concern(rows) or not self._others.isdisjoint(rows)
+
+    def capture(
+        self,
+        graph: CUDAGraph,
+        capture: Callable[[Callable[[], Tensor]], tuple[CUDAGraph, Any]],
+        choose: Callable[[Tensor], Tensor],
+        logits: Tensor,
+        rows: Tensor,
+    ) -> None:
+        """Capture the choice of tokens by the tables, behind a graph that makes logits: [size, vocab].
+
+        choose: how tokens are chosen from others; rows: [size]. Rows and logits exist after a replay.
+        """
+        tables = self._tables
+        if tables is None:
+            return
+
+        def step() -> Tensor:
+            tokens = choose(tables.change(logits, rows))
+            tables.count(rows, tokens)
+            return tokens
+
+        graph.replay()
+        self._graphs[len(rows)], _ = capture(step)
+
+    def replay(self, size: int, rows: Sequence[int]) -> None:
+        """Choose again behind the graph of this size, if any of the rows is in the tables."""
+        if self._graphs and self._rules and not self._rules.keys().isdisjoint(rows):
+            self._graphs[size].replay()
