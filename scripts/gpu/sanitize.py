@@ -28,6 +28,7 @@ from microvllm.ops.gpu.fixed_order import fixed_order_linear
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.rules import RuleTables
 from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
@@ -46,6 +47,7 @@ MODULES = (
         "gemv",
         "norm",
         "rope_cache",
+        "rules",
         "sampling",
         "scaled_gemv",
         "scaled_skinny",
@@ -156,6 +158,19 @@ def sampling() -> None:
                     raise SystemExit(f"sampling: {tokens.tolist()} are no tokens")
 
 
+def rules() -> None:
+    rows, vocab = 3, 5000
+    for pdl in {False, can_launch_early(DEVICE)}:
+        tables = RuleTables(rows + 1, vocab, DEVICE, pdl=pdl)
+        tables.set_penalties(3, (0.5, 0.1, 1.2), [0, 4999, 4999], [7, 7])
+        tables.set_biases(1, {0: 1.0, 4999: -2.0})
+        at = torch.tensor([3, 0, 1], device=DEVICE)
+        changed = tables.change(normal(rows, vocab), at)
+        tables.penalise(changed, at[1:] * 0 + 2, at[1:])
+        tables.count(at, torch.tensor([4999, 5, -1], device=DEVICE))
+        check("rules", changed)
+
+
 def step_inputs() -> None:
     staged = torch.zeros(STAGED, 4, dtype=torch.int32, device=DEVICE)
     staged[0], staged[2] = ints(2, 0, 1, 3), ints(0, 15, 16, 0)
@@ -251,7 +266,7 @@ def main() -> None:
     ).parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        for part in (operators, scaled, sampling, step_inputs, attention):
+        for part in (operators, scaled, sampling, rules, step_inputs, attention):
             part()
             print(part.__name__, "done", flush=True)
     sys.exit(bool(never_launched()))

@@ -182,6 +182,37 @@ def test_rules_and_log_probabilities_are_those_of_the_cpu() -> None:
                 assert a.token_ids == b.token_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
 
 
+@pytest.mark.parametrize("options", [{}, {"async_scheduling": False}, {"num_gpu_blocks_override": 24}])
+def test_penalties_and_biases_within_graphs_are_those_of_the_cpu(options: dict[str, Any]) -> None:
+    """Some rows have none; requests come and go while others run, and with few blocks are preempted."""
+    rules: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.3},
+        {"logit_bias": {5: 4.0, 9: -100.0, 17: 3.0}},
+        {},
+        {"repetition_penalty": 1.1, "max_tokens": 12},
+        {"frequency_penalty": 0.9, "logit_bias": {3: 2.0}, "min_tokens": 8, "stop_token_ids": [5, 6]},
+    ]
+    if options.get("num_gpu_blocks_override"):
+        options = {**options, "max_model_len": 128}
+    made = engine("llama-tied", dtype="float32", **options)
+    cpu = make_engine(variant_folder("llama-tied"), device="cpu", attention_backend="torch", max_num_seqs=16)
+    results = []
+    for each in (cpu, made):
+        requests = []
+        for i, rule in enumerate(rules * 2):
+            params = SamplingParams(**{"temperature": 0.0, "max_tokens": 40, "ignore_eos": True, **rule})
+            requests.append(each.processor.requests(PROMPTS[i], params)[0])
+        results.append(run(each, requests))
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        assert [o.token_ids for o in ours] == [o.token_ids for o in theirs]
+    device = runner_of(made)._device
+    assert isinstance(device, GpuDevice)
+    rules_of = device.sampler.rules
+    if rules_of._tables is not None:
+        assert rules_of._graphs.keys() == set(device._graphs.sizes if device._graphs else ())
+        assert not rules_of._rules, "all have ended"
+
+
 def test_seeded_draws_do_not_depend_on_company() -> None:
     made = engine("llama-tied", dtype="float32")
     wishes = [{"seed": 5}, {"seed": 6, "top_p": 0.8}, {"seed": 7, "top_k": 9}, {"seed": 8, "min_p": 0.1}]
