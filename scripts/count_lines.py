@@ -29,7 +29,6 @@ CORE_PATH = (
     *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
 )
 OFF_THE_PATH = {
-OFF_THE_PATH = {
     *("bitmask.py", "gpu_memory.py", "gpu_rules.py", "loading.py", "pooling.py", "profiler.py"),
     *("step_times.py", "thinking.py"),
 }

@@ -19,6 +19,8 @@ from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.triton_tiles import LOG2_E, cached_rows
 from microvllm.ops.gpu.launch import follow, launch_options
 
+SEGMENTS_AT_ONCE = 32  # that a program looks through for its own
+
 
 @triton.jit
 def _attend(
@@ -69,7 +71,26 @@ def _attend(
     return attended, highest, weight_sum
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
+def _find_tile(starts, num_segments, index, TOKENS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The segment of tile `index` and the tile's number in it; the segments' tiles lie one behind the other.
+
+    A segment of `num_segments` or more: there is no such tile.
+    """
+    segment, before, total = index * 0, index * 0, index * 0
+    for first in range(0, num_segments, SEGMENTS):
+        at = first + tl.arange(0, SEGMENTS)
+        inside = at < num_segments
+        num_new = tl.load(starts + at + 1, inside, 0) - tl.load(starts + at, inside, 0)
+        tiles = (num_new + TOKENS - 1) // TOKENS
+        earlier = inside & (total + tl.cumsum(tiles, 0) <= index)
+        segment += tl.sum(earlier.to(tl.int32), 0)
+        before += tl.sum(tl.where(earlier, tiles, 0), 0)
+        total += tl.sum(tiles, 0)
+    return segment, index - before
+
+
+@triton.jit(do_not_specialize=["num_segments", "table_stride"])
 def _prefill_kernel(
     out,
     q,
@@ -78,6 +99,7 @@ def _prefill_kernel(
     starts,
     context_lens,
     tables,
+    num_segments,
     table_stride,
     scale,
     v_scale,
@@ -90,17 +112,26 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     UNIFORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: up to ROWS // GROUP consecutive tokens of a segment and one KV head's group of query heads."""
+    """Program: up to ROWS // GROUP consecutive tokens of a segment and one KV head's group of query heads.
+
+    ONE_TILE: no segment has more tokens than that.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TOKENS: tl.constexpr = ROWS // GROUP
     follow(PDL)
     # The last queries see most keys: begin with them, so that no long program is left at the end.
-    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    segment = tl.program_id(2)
+    segment, chunk = index, index * 0
+    if not ONE_TILE:
+        segment, chunk = _find_tile(starts, num_segments, index, TOKENS, SEGMENTS)
+        if segment >= num_segments:
+            return
     start = tl.load(starts + segment)
     num_new = tl.load(starts + segment + 1) - start
     token = chunk * TOKENS
@@ -190,13 +221,16 @@ def prefill_attention(
     of its dtype or float8_e4m3fn, which `scales` are for; out: [n, heads * d], of which the segments' rows
     are written.
     uniform: a token's result has the same bits whatever is computed with it.
-    No host synchronisation; the grid depends on the number of segments and on `segments.longest` alone.
+    No host synchronisation; the grid depends on the number of tokens and of segments alone.
     """
     group = shape.num_heads // shape.num_kv_heads
-    tokens = tiling.rows // group
-    grid = (triton.cdiv(segments.longest, tokens), shape.num_kv_heads, segments.context_lens.shape[0])
-    if 0 in grid:
+    num_segments = segments.context_lens.shape[0]
+    if num_segments == 0 or len(q) == 0:
         return
+    tokens = tiling.rows // group
+    one_tile = segments.longest <= tokens
+    tiles = num_segments if one_tile else triton.cdiv(len(q), tokens) + num_segments - 1
+    grid = (tiles, shape.num_kv_heads)
     _prefill_kernel[grid](
         out,
         q,
@@ -205,6 +239,7 @@ def prefill_attention(
         segments.starts,
         segments.context_lens,
         segments.blocks,
+        num_segments,
         segments.blocks.stride(0),
         shape.scale * LOG2_E * scales.keys,
         scales.values,
@@ -217,6 +252,8 @@ def prefill_attention(
         TILE=tiling.tile,
         WINDOW=shape.window or 0,
         STAGES=tiling.stages,
+        SEGMENTS=SEGMENTS_AT_ONCE,
+        ONE_TILE=one_tile,
         UNIFORM=uniform,
         num_warps=tiling.warps,
         **launch_options(pdl),

@@ -13,6 +13,8 @@ import torch
 import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
+# Multiplications that an H200 computes in the 10 ms in which the host launches a step's kernels one by one.
+LAUNCHED_PRODUCTS = 4_200_000_000_000
 GLUON_VERSION = "3.6."  # of Triton: the language of `ops.gpu.stream` is not stable
 
 
@@ -28,7 +30,8 @@ class Levers:
     step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
     and values by TMA; packed: matrices that a checkpoint quantises stay packed; w8a8: of those, products of
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
-    rows by `ops.gpu.peers`; rules: penalties and biases of a decode step by a graph of their own.
+    rows by `ops.gpu.peers`; rules: penalties and biases of a decode step by a graph of their own;
+    long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models.
     """
 
     stream: bool = False
@@ -38,6 +41,14 @@ class Levers:
     w8a8: bool = False
     peers: bool = False
     rules: bool = False
+    long_prompts: bool = False
+
+    def prompt_tokens(self, num_products: int) -> int:
+        """Tokens up to which a step's kernels take the host longer to launch than the GPU to compute.
+
+        num_products: multiplications with weights that one token takes. 0 without `long_prompts`.
+        """
+        return LAUNCHED_PRODUCTS // num_products if self.long_prompts else 0
 
     @staticmethod
     def of(device: torch.device) -> Levers:

@@ -19,6 +19,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest, StepPlan
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.worker.gpu_memory import capture_graphs
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
 from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
@@ -156,27 +157,12 @@ class GpuDevice(Device):
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
         if not config.enforce_eager:
-            self._prompt_graphs, self._graphs = self._capture(on_progress)
+            made = config, model, attention, self.inputs, self.sampler, self._readback
+            self._prompt_graphs, self._graphs = capture_graphs(*made, on_progress=on_progress)
         self._warm_up(on_progress)
         super().__init__()  # the clock begins after the captures
         if config.log_step_times:
             self.device_clock = DeviceClock(self.clock)
-
-    def _capture(self, on_progress: OnProgress | None) -> tuple[PromptGraphs, DecodeGraphs]:
-        # Here, because a machine without a GPU need not have Triton.
-        from microvllm.runtime.worker.graphs import make_graphs
-
-        common = self._config, self._model, self._attention, self.inputs
-        prompts, decodes = make_graphs(*common, self.sampler, self._readback)
-        number = len(prompts.sizes) + len(decodes.sizes)
-        free, _ = torch.cuda.mem_get_info()
-        capturing = Stage("Capturing CUDA graphs", number, on_progress)
-        for graphs in (prompts, decodes):
-            graphs.capture(capturing, number)
-        torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
-        taken = free - torch.cuda.mem_get_info()[0]
-        capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
-        return prompts, decodes
 
     @torch.inference_mode()
     def _warm_up(self, on_progress: OnProgress | None) -> None:

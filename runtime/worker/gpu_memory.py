@@ -12,12 +12,14 @@ import gc
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
+from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
@@ -26,6 +28,9 @@ from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.worker.loading import load_model, make_attention
 from microvllm.runtime.worker.sampler import GPUSampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, Readback
+
+if TYPE_CHECKING:
+    from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
 
 TRIAL_BLOCKS = 16  # divisible by 16, as the real number mostly is: the kernels of both are the same
 TRIAL_GRAPHS = 4  # of each kind
@@ -130,6 +135,31 @@ def load_beside_cache(
     config = msgspec.structs.replace(config, num_blocks=num_blocks, max_model_len=length)
     measuring.finish(f"{plan}: the KV cache of {config.kv_dtype} has room for {config.kv_tokens:,} tokens")
     return model, config
+
+
+def capture_graphs(
+    config: EngineConfig,
+    model: DecoderModel,
+    attention: AttentionBackend,
+    inputs: DeviceInputs,
+    sampler: GPUSampler,
+    readback: Readback,
+    *,
+    on_progress: OnProgress | None,
+) -> tuple[PromptGraphs, DecodeGraphs]:
+    """Capture all graphs, and report how long that took and what they take."""
+    # Here, because a machine without a GPU need not have Triton.
+    from microvllm.runtime.worker.graphs import make_graphs
+
+    prompts, decodes = make_graphs(config, model, attention, inputs, sampler, readback)
+    number, before = len(prompts.sizes) + len(decodes.sizes), memory_in_use(config.device)
+    capturing = Stage("Capturing CUDA graphs", number, on_progress)
+    for graphs in (prompts, decodes):
+        graphs.capture(capturing, number)
+    torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
+    taken = memory_in_use(config.device) - before
+    capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
+    return prompts, decodes
 
 
 @torch.inference_mode()

@@ -2,8 +2,8 @@
 
 A decode step is one replay for the whole model, from staged inputs to chosen tokens. A small step with
 prompts in it is captured up to its last hidden states: launching a model's kernels one by one takes the host
-some 10 ms, and the GPU computes a short prompt in a tenth of that. Larger steps keep the GPU busier than the
-host.
+some 10 ms, and the GPU computes a short prompt, or any of a small model, in less. Larger steps keep the GPU
+busier than the host.
 
 Unused capacity is padded: rows and tokens that write no keys and that are never read, sequences of context
 length 0, segments without tokens.
@@ -25,6 +25,7 @@ from torch.cuda import CUDAGraph
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
 from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.sampling import Delivery
 from microvllm.ops.gpu.step_inputs import STAGED, DecodeInputs, prepare_decode
 from microvllm.runtime.config import EngineConfig
@@ -274,7 +275,8 @@ class PromptGraphs:
         self._tables = tables
         self._pool = pool
         self._padding_row = config.max_num_seqs
-        self.sizes = step_sizes(config.max_num_seqs, config.max_num_batched_tokens)
+        longest = Levers.of(tables.device).prompt_tokens(config.spec.num_products)
+        self.sizes = step_sizes(config.max_num_seqs, config.max_num_batched_tokens, longest)
         self._captured: dict[StepSize, _CapturedPrompts] = {}
         longest = max((size.fields()[-1].stop for size in self.sizes), default=0)
         self._staged = torch.zeros(longest, dtype=torch.int32, device=tables.device)

@@ -16,10 +16,11 @@ from microvllm.runtime.worker.logits import on_device
 
 UNKNOWN = -1  # a token whose value is still only on the device
 
-# Sizes of the captured steps with prompts in them.
-PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024)
+# Sizes of the captured steps with prompts in them; the longer ones are of small models alone.
+PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
+FEW_TOKENS = 1024
 DECODES = (0, 32)  # and as many as there can be
-SEGMENTS = 8
+SEGMENTS = 32
 ALIGNMENT = 4  # int32 numbers in 16 bytes: Triton compiles a kernel anew for pointers that are not multiples
 
 
@@ -273,11 +274,11 @@ class StepSize:
         return staged
 
 
-def step_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepSize]:
-    """The smaller before the larger."""
+def step_sizes(max_num_seqs: int, max_num_batched_tokens: int, longest: int = FEW_TOKENS) -> list[StepSize]:
+    """The smaller before the larger; of more than FEW_TOKENS up to `longest`, without or with all decodes."""
     decodes = sorted({min(count, max_num_seqs) for count in (*DECODES, max_num_seqs)})
-    tokens = [count for count in PROMPT_TOKENS if count <= max_num_batched_tokens]
-    return [StepSize(d, t) for d in decodes for t in tokens]
+    tokens = [n for n in PROMPT_TOKENS if n <= min(max(longest, FEW_TOKENS), max_num_batched_tokens)]
+    return [StepSize(d, n) for d in decodes for n in tokens if n <= FEW_TOKENS or d in (0, max_num_seqs)]
 
 
 # ---- small transfers between the host and a GPU, without waiting for them --------------------------

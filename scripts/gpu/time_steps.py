@@ -1,9 +1,10 @@
-"""Times whole decode steps under different sampling parameters, in turns, in one engine.
+"""Times whole decode steps under different sampling parameters, in turns, in one engine; then prompts alone.
 
-    python scripts/gpu/time_steps.py --model DIR --load-format dummy [--batch 1 35 256] [--context 600]
+    python scripts/gpu/time_steps.py --model DIR --load-format dummy [--batch 1 35 256] [--prompts 2000 8x250]
 
-Prints for each batch and each kind of request the milliseconds of a step: the least and the median of the
-passes. Random weights give flat distributions, which is the worst case for top-p alone.
+Prints for each batch and each kind of request the milliseconds of a step, and for prompts (number x length)
+those until all have their first token: the least and the median of the passes. Random weights give flat
+distributions, which is the worst case for top-p alone.
 """
 
 from __future__ import annotations
@@ -57,12 +58,31 @@ def time_pass(core: EngineCore[LaunchedStep], ids: range, context: int, steps: i
     return seconds / steps * 1e3
 
 
+def time_prompts(core: EngineCore[LaunchedStep], ids: range, length: int) -> float:
+    """Milliseconds until all of these prompts have their first token."""
+    draw, vocab = random.Random(ids.start), core.config.spec.vocab_size
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    requests = [EngineRequest(i, [draw.randrange(vocab) for _ in range(length)], params) for i in ids]
+    started = time.perf_counter()
+    for request in requests:
+        core.add(request)
+    while core.has_work():
+        core.step()
+    return (time.perf_counter() - started) * 1e3
+
+
+def prompts(text: str) -> tuple[int, int]:
+    count, _, length = text.rpartition("x")
+    return int(count or 1), int(length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 35, 256])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 35, 256])
     parser.add_argument("--context", type=int, default=600)
+    parser.add_argument("--prompts", type=prompts, nargs="*", default=[], metavar="NxLENGTH")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -70,8 +90,8 @@ def main() -> None:
     config = EngineArgs(
         model=args.model,
         load_format=args.load_format,
-        max_model_len=2048,
-        max_num_seqs=max(args.batch),
+        max_model_len=max([2048, *(length + 16 for _, length in args.prompts)]),
+        max_num_seqs=max(args.batch, default=256),
         enable_prefix_caching=False,
     ).resolve()
     runner = ModelGraphRunner(config)
@@ -86,6 +106,15 @@ def main() -> None:
                 times[kind].append(time_pass(core, ids, args.context, args.steps, kind))
         for kind, found in times.items():
             print(f"batch {batch:3} {min(found):8.3f} {statistics.median(found):8.3f} ms  {kind}", flush=True)
+    for count, length in args.prompts:
+        found = []
+        for _ in range(args.passes + 1):
+            ids, first = range(first, first + count), first + count
+            found.append(time_prompts(core, ids, length))
+        print(
+            f"{count:3} prompts of {length:5} {min(found[1:]):8.3f} {statistics.median(found[1:]):8.3f} ms",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

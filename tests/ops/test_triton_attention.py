@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from attention_case import Case, relative_error
 from triton_interpreter import DEVICE
 
-from microvllm.ops.attention import AttentionShape, triton_decode
+from microvllm.ops.attention import AttentionShape, triton_decode, triton_prefill
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
@@ -104,6 +105,23 @@ def test_more_sequences_than_a_program_looks_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_decode, "SEARCH", 4)
     case = Case(AttentionShape(1, 1, 1, 16), 16, [0, 3, 20, 1, 40, 0, 0, 2, 18, 5], [], torch.float32)
     check(case, TILES_OF_16)
+
+
+def test_more_segments_than_a_program_looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no, one and several tiles, and, as a captured step has them, with padding tokens behind the last."""
+    monkeypatch.setattr(triton_prefill, "SEGMENTS_AT_ONCE", 4)
+    segments = [(0, 0), (9, 9), (2, 30), (0, 5), (0, 0), (17, 21), (1, 4), (8, 8), (33, 40), (0, 0), (3, 3)]
+    case = Case(AttentionShape(1, 2, 1, 16), 16, [3], segments, torch.float32)
+    check(case, TILES_OF_16)
+    backend, batch = make_backend(case, TILES_OF_16), case.batch(DEVICE, int32=True)
+    padded = torch.cat((case.qkv, torch.full((50, case.qkv.shape[1]), torch.nan))).to(DEVICE)
+    batch = replace(
+        batch,
+        positions=torch.cat((batch.positions, batch.positions[-1:].repeat(50))),
+        slots=torch.cat((batch.slots, torch.full_like(batch.slots[:1], -1).repeat(50))),
+    )
+    out = backend.begin_step(batch)(0, padded)[: case.num_tokens]
+    assert relative_error(out, case.expected(0)[0]) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("seed", range(12 if DEVICE.type == "cuda" else 3))

@@ -73,6 +73,15 @@ def test_sizes_keep_within_the_engine_s_limits(
     assert sorted({size.decodes for size in sizes}) == (decodes if tokens else [])
 
 
+def test_a_small_model_has_larger_sizes_with_no_decodes_or_all() -> None:
+    sizes = step_sizes(256, 8192, 5000)
+    larger = [(size.decodes, size.tokens) for size in sizes if size.tokens > 1024]
+    assert {decodes for decodes, _ in larger} == {0, 256} and max(larger)[1] == 4096
+    assert [size for size in sizes if size.tokens <= 1024] == step_sizes(256, 8192)
+    assert max(size.tokens for size in step_sizes(256, 3000, 5000)) == 2560, "within the budget"
+    assert step_sizes(256, 8192, 0) == step_sizes(256, 8192)
+
+
 def test_more_segments_than_there_is_room_for_do_not_fit() -> None:
     count = SEGMENTS + 1
     twos = np.full(count, 2)
