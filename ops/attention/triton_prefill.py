@@ -140,11 +140,14 @@ def _prefill_kernel(
     context = tl.load(context_lens + segment)
     table = tables + segment.to(tl.int64) * table_stride
     rows = tl.arange(0, ROWS)
-    tokens = token + rows // GROUP
+    # rows // GROUP as a product: with a division that is no shift, ptxas 12.8 runs the tensor core's
+    # instructions of the loop one by one (C7515).
+    row_token = (rows * (65536 // GROUP + 1)) >> 16
+    tokens = token + row_token
     inside = (tokens < num_new) & (rows < TOKENS * GROUP)
     positions = context - num_new + tokens
     d = tl.arange(0, BLOCK_D)
-    place = ((start + tokens).to(tl.int64) * HEADS + head * GROUP + rows % GROUP) * D
+    place = ((start + tokens).to(tl.int64) * HEADS + head * GROUP + rows - row_token * GROUP) * D
     place = place[:, None] + d[None, :]
     inside = inside[:, None] & (d < D)[None, :]
     queries = tl.load(q + place, inside, 0.0)
