@@ -187,6 +187,9 @@ class FakeRunner:
 
     # ---- core.Runner ---------------------------------------------------------------------------
 
+    def finish(self, step: FakeStep) -> FakeStep:
+        return step
+
     def launch(self, plan: StepPlan) -> FakeStep:
         self.plans.append(plan)
         self._release(plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
@@ -25,6 +25,7 @@ class StepInFlight(Protocol):
     def plan(self) -> StepPlan: ...
 
 
+S = TypeVar("S", bound="StepPlan | StepInFlight")
 StepT = TypeVar("StepT", bound=StepInFlight)
 
 
@@ -33,6 +34,10 @@ class Runner(Measured, Protocol[StepT]):
 
     def launch(self, plan: StepPlan) -> StepT:
         """Start a step; must not wait for its tokens."""
+        ...
+
+    def finish(self, step: StepT) -> StepT:
+        """Start what is left of a step: what had to wait until the step before was collected."""
         ...
 
     @property
@@ -126,7 +131,9 @@ class EngineCore(Generic[StepT]):
         expired = self._queue_compiled() + self.scheduler.expire()
         plan = self.scheduler.schedule()
         self.clock.enter("prepare")
-        done, failed = self._launch(plan) if plan is not None else (None, [])
+        self._in_flight, failed = self._attempt(self._runner.finish, self._in_flight)
+        done, failures = self._attempt(self._runner.launch, plan)
+        failed += failures
         if self.config.async_scheduling and self._drafter is None:
             done, self._in_flight = self._in_flight, done
         if done is None:
@@ -183,13 +190,16 @@ class EngineCore(Generic[StepT]):
             self.report.add(scheduled, num_tokens)
         return outputs
 
-    def _launch(self, plan: StepPlan) -> tuple[StepT | None, list[StepOutput]]:
-        """The launched step, or the errors of all requests of a step that could not be launched.
+    def _attempt(self, start: Callable[[S], StepT], step: S | None) -> tuple[StepT | None, list[StepOutput]]:
+        """The started step, if there is one, or the errors of all requests of one that could not be started.
 
         Its blocks are not in the prefix cache yet, so nothing of it outlives them.
         """
+        if step is None:
+            return None, []
+        plan = step if isinstance(step, StepPlan) else step.plan
         try:
-            return self._runner.launch(plan), []
+            return start(step), []
         except EngineError:
             raise
         except Exception as error:

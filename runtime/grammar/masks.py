@@ -1,7 +1,7 @@
 """Follows the grammars of running requests, and computes which tokens may come next, in worker threads.
 
 A mask belongs to a length of the output: it is valid for the token behind exactly so many, and `bits`
-compares the two, so that no stale mask is applied. Where a token in flight decides, `bits` reads it while the
+compares the two, so that no stale mask is applied. Masks are computed as soon as a token is known, while the
 device runs the model on it: only the sampling of that step waits. A request whose masks take long is
 scheduled when its mask is known and not before (`ready`), so that it does not hold up the others.
 
@@ -10,13 +10,12 @@ Imports no torch; llguidance and the tokenizer are loaded with the first grammar
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
     from microvllm.runtime.core.plan import Request, ScheduledRequest
-    from microvllm.runtime.worker.logits import Output
+    from microvllm.runtime.worker.bitmask import Output
 
 logger = logging.getLogger("microvllm.grammar")
 
 MAX_THREADS = 16
+PARALLEL_FROM = 16  # tokens; fewer are consumed sooner than threads wake
 MAX_COMPILED = 64
 SLOW_S = 5e-3
 USUAL_S = 1e-4  # of a mask among others, at most
@@ -48,9 +48,9 @@ _COMPLETE = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
 
 
 class Row:
-    """One request's place in its grammar. A worker thread advances it, one job at a time.
+    """One request's place in its grammar. One thread at a time advances it.
 
-    `num_sent`: tokens of the output that jobs were given; `num_taken`: those that the mask follows.
+    `num_sent`: tokens of the output that were given to it; `num_taken`: those that the mask follows.
     `advance` is `take`, the mask if it is `due`, and `settle`, which a job of many rows calls by themselves.
     """
 
@@ -72,20 +72,47 @@ class Row:
         """Take the next tokens of the output and compute the mask behind them; in a worker thread."""
         start, words = time.thread_time(), None  # without the time in which the thread waits for a core
         self.take(tokens)
-        with self._failing_alone():
+        try:
             if self.due and self.matcher is not None:
                 words = np.empty_like(self.words)
                 self.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        except Exception as error:
+            self.fail(error)
         self.slow = time.thread_time() - start > SLOW_S * (1 + len(tokens))
         self.settle(words, len(tokens))
 
     def take(self, tokens: Sequence[int]) -> None:
         """Follow the next tokens of the output."""
-        with self._failing_alone():
+        try:
             self.matcher = matcher = self.matcher or self._make()
             for token in tokens:
-                if token >= 0 and self.problem is None:  # else the step in flight has chosen none
-                    self._take(token, matcher)
+                if self.consumes(token, matcher):
+                    self.consumed(matcher.consume_token(token), matcher)
+        except Exception as error:
+            self.fail(error)
+
+    def consumes(self, token: int, matcher: LLMatcher) -> bool:
+        """Follow a token as far as the form has not begun -> whether the matcher has to consume it."""
+        if token < 0 or self.problem is not None:  # the step has chosen none
+            return False
+        form, free = self.form, self._free
+        if free is not None:
+            free.append(token)
+            if self._opening and free != form.opens[: len(free)]:  # it began with the form instead
+                self._free, self._opening = None, False
+            elif self._opening:
+                self._opening = len(free) < len(form.opens)
+                return False
+            else:
+                self._free = None if free[-len(form.after) :] == form.after else free[-len(form.after) :]
+                return False
+        # Behind its end a grammar allows the end token, which `ignore_eos` repeats.
+        return not matcher.is_stopped()
+
+    def consumed(self, valid: bool, matcher: LLMatcher) -> None:
+        """The matcher has consumed a token. valid: what it returned."""
+        if not valid:
+            self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
 
     @property
     def due(self) -> bool:
@@ -96,7 +123,7 @@ class Row:
 
     def settle(self, words: np.ndarray | None, num_tokens: int) -> None:
         """Have the mask behind `num_tokens` more tokens: [ceil(vocab / 32)] uint32, None if not due."""
-        with self._failing_alone():
+        try:
             if words is not None and self.matcher is not None:
                 self.words = words
                 if self.matcher.is_error() or self.matcher.stop_reason() not in _COMPLETE:
@@ -106,17 +133,14 @@ class Row:
             if self._opening:
                 begins = self.form.opens[len(self._free or ())]
                 self.words[begins // 32] |= np.uint32(1 << begins % 32)
-            if self.problem is None and (words is not None or self._opening) and not self.words.any():
-                self.problem = "no token of the vocabulary continues it"
+        except Exception as error:
+            self.fail(error)
         self.num_taken += num_tokens
 
-    @contextlib.contextmanager
-    def _failing_alone(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a bug, here or in the library: it ends this request alone
-            logger.exception("A grammar failed.")
-            self.problem = f"it failed ({type(error).__name__})"
+    def fail(self, error: Exception) -> None:
+        """Note a bug, here or in the library; in its handler. It ends this request alone."""
+        logger.exception("A grammar failed.")
+        self.problem = f"it failed ({type(error).__name__})"
 
     def mask(self, length: int) -> np.ndarray | None:
         """The mask behind `length` tokens: [ceil(vocab / 32)] uint32; None where any token may come."""
@@ -126,48 +150,18 @@ class Row:
             return np.zeros_like(self.words)
         return self.words if self._free is None or self._opening else None
 
-    def _take(self, token: int, matcher: LLMatcher) -> None:
-        form, free = self.form, self._free
-        if free is not None:
-            free.append(token)
-            if self._opening and free != form.opens[: len(free)]:  # it began with the form instead
-                self._free, self._opening = None, False
-            elif self._opening:
-                self._opening = len(free) < len(form.opens)
-                return
-            else:
-                self._free = None if free[-len(form.after) :] == form.after else free[-len(form.after) :]
-                return
-        # Behind its end a grammar allows the end token, which `ignore_eos` repeats.
-        if matcher.is_stopped() or matcher.consume_token(token):
-            return
-        self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
-
-    def _compute(self, matcher: LLMatcher) -> None:
-        opens, begun = self.form.opens, len(self._free or ())
-        if not self._opening or begun == 0:
-            matcher.unsafe_compute_mask_ptr(self.words.ctypes.data, self.words.nbytes)
-        else:
-            self.words[:] = 0
-        if matcher.is_error() or matcher.stop_reason() not in _COMPLETE:
-            self.problem = matcher.get_error().partition("\n")[0] or matcher.stop_reason()
-        if self._opening:
-            self.words[opens[begun] // 32] |= np.uint32(1 << opens[begun] % 32)
-        if not self.words.any():
-            self.problem = "no token of the vocabulary continues it"
-
 
 class GrammarMasks:
     """The grammars of an engine's requests: a `TokenMask`, and what the engine core needs of it.
 
-    All methods are called by the engine's thread. newest: waits for the step in flight and returns its tokens
-    by row. Requests with a grammar are held until it is compiled; `held` says whether there are such,
-    `active` whether any row has a grammar.
+    All methods are called by the engine's thread. Requests with a grammar are held until it is compiled;
+    `held` says whether there are such, `active` whether any row has a grammar. on_ready: called when
+    the masks of a step are there.
     """
 
-    def __init__(self, config: EngineConfig, newest: Callable[[], Mapping[int, int]]) -> None:
+    def __init__(self, config: EngineConfig, on_ready: Callable[[], None]) -> None:
         self._config = config
-        self._newest = newest
+        self._on_ready = on_ready
         self._vocab_size = config.spec.vocab_size
         self._pool = ThreadPoolExecutor(
             min(MAX_THREADS, max(2, usable_cores())), thread_name_prefix="grammar"
@@ -236,7 +230,7 @@ class GrammarMasks:
         for item in scheduled:
             request = item.request
             row = self._rows.get(request.row) if item.samples and request.source.grammar else None
-            if row is not None and request.num_output > row.num_sent:
+            if row is not None and request.finish_reason is None:
                 work.append((row, request.token_ids[request.prompt_len + row.num_sent :]))
         self._submit(work)
 
@@ -245,6 +239,8 @@ class GrammarMasks:
         form = request.params.structured_outputs or StructuredOutput(kind="json_object")
         row = self._rows.get(request.row)
         reason = row.problem if row is not None else None
+        if reason is None and row is not None and not row.words.any():
+            reason = "no token of the vocabulary continues it"
         if reason is None:
             reason = "allowed_token_ids, bad_words and min_tokens leave no token that continues it"
         return f"{form.field}: the output cannot follow the grammar: {reason}", form.field
@@ -264,51 +260,73 @@ class GrammarMasks:
     def concerns(self, rows: Sequence[int]) -> bool:
         return bool(self._rows) and not self._rows.keys().isdisjoint(rows)
 
-    def bits(self, rows: Sequence[int], output: Callable[[int], Output]) -> tuple[list[int], np.ndarray]:
-        work, masked = [], []
-        newest: Mapping[int, int] | None = None
+    def bits(
+        self, rows: Sequence[int], output: Callable[[int], Output]
+    ) -> tuple[list[int], list[np.ndarray]]:
+        found = []
         for i, index in enumerate(rows):
             row = self._rows.get(index)
-            if row is None:
-                continue
-            known, in_flight = output(i)
-            length = len(known) + in_flight
-            if row.num_sent < length:
-                tokens = list(known[row.num_sent :])
-                if in_flight:
-                    newest = self._newest() if newest is None else newest
-                    tokens.append(newest[index])
-                work.append((row, tokens))
-            masked.append((i, row, length))
-        self._submit(work)
-        found = [(i, mask) for i, row, length in masked if (mask := self._mask(row, length)) is not None]
-        if not found:
-            return [], np.zeros((0, -(-self._vocab_size // 32)), dtype=np.int32)
-        return [i for i, _ in found], np.stack([mask for _, mask in found]).view(np.int32)
+            if row is not None:
+                known, in_flight = output(i)
+                found.append((i, row, len(known) + in_flight))
+        self._wait_for([row for _, row, _ in found])
+        self._on_ready()
+        masked, masks = [], []
+        for i, row, length in found:
+            mask = row.mask(length)
+            if mask is not None:
+                masked.append(i)
+                masks.append(mask.view(np.int32))
+        return masked, masks
 
-    def _mask(self, row: Row, length: int) -> np.ndarray | None:
-        if row.job is not None and not row.job.done():
-            done, _ = wait([row.job], MASK_DEADLINE_S)
-            if not done:
+    def _wait_for(self, rows: Sequence[Row]) -> None:
+        jobs = {row.job for row in rows if row.job is not None}
+        late = wait(jobs, MASK_DEADLINE_S).not_done
+        for row in rows if late else ():
+            if row.job in late:
                 row.problem = f"the mask of a token took more than {MASK_DEADLINE_S:g} s"
-        return row.mask(length)
 
     # ---- jobs ----------------------------------------------------------------------------------
 
     def _submit(self, work: Sequence[tuple[Row, Sequence[int]]]) -> None:
-        """Advance rows in worker threads: slow ones each alone, the others together."""
-        groups = [[(row, tokens)] for row, tokens in work if row.slow]
-        groups.append([(row, tokens) for row, tokens in work if not row.slow])
-        for group in filter(None, groups):
-            job = self._pool.submit(self._advance if len(group) > 1 else _advance_one, group)
-            for row, tokens in group:
-                row.job = job
-                row.num_sent += len(tokens)
+        """Advance rows: new and slow ones each in a thread of its own, the others together.
 
-    def _advance(self, group: Sequence[tuple[Row, Sequence[int]]]) -> None:
-        """Take tokens, then compute all masks in one call, which does not hold the interpreter's lock."""
-        for row, tokens in group:
-            row.take(tokens)
+        Those consume their tokens before this returns, in some 0.1 ms, and their masks are computed while the
+        engine goes on: a thread that did both would need the interpreter's lock in between.
+        """
+        together = []
+        for row, tokens in work:
+            row.num_sent += len(tokens)
+            if row.slow or row.matcher is None:
+                row.job = self._pool.submit(row.advance, tokens)
+            else:
+                together.append((row, row.matcher, tokens))
+        if together:
+            self._consume(together)
+            job = self._pool.submit(self._compute, [(row, len(tokens)) for row, _, tokens in together])
+            for row, _, _ in together:
+                row.job = job
+
+    def _consume(self, work: Sequence[tuple[Row, LLMatcher, Sequence[int]]]) -> None:
+        single = []
+        for row, matcher, tokens in work:
+            if len(tokens) != 1:
+                row.take(tokens)
+                continue
+            try:
+                if row.consumes(tokens[0], matcher):
+                    single.append((row, matcher, tokens[0]))
+            except Exception as error:
+                row.fail(error)
+        if len(single) < PARALLEL_FROM:
+            valid = [matcher.consume_token(token) for _, matcher, token in single]
+        else:
+            valid = self._executor.consume_token_par([(matcher, token) for _, matcher, token in single])
+        for (row, matcher, _), each in zip(single, valid, strict=True):
+            row.consumed(each, matcher)
+
+    def _compute(self, group: Sequence[tuple[Row, int]]) -> None:
+        """Compute the masks behind so many more tokens of each row, in one call without the lock."""
         due = [row for row, _ in group if row.due]
         # Of its own: a job may outlast its request, whose row then is another's.
         words = np.empty((len(due), -(-self._vocab_size // 32)), dtype=np.uint32)
@@ -318,9 +336,9 @@ class GrammarMasks:
             self._executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words[0].nbytes, len(due))
         slow = time.perf_counter() - start > SLOW_S + USUAL_S * len(due)
         masks = dict(zip(due, words, strict=True))
-        for row, tokens in group:
+        for row, num_tokens in group:
             row.slow = slow  # if one of them is: the next time each is alone
-            row.settle(masks.get(row), len(tokens))
+            row.settle(masks.get(row), num_tokens)
 
     @functools.cached_property
     def _executor(self) -> LLExecutor:
@@ -367,11 +385,6 @@ class GrammarMasks:
         if end is None:
             raise ValueError("the model has no end token")
         return model_tokenizer(tokenizer, self._vocab_size, [end])
-
-
-def _advance_one(group: Sequence[tuple[Row, Sequence[int]]]) -> None:
-    for row, tokens in group:
-        row.advance(tokens)
 
 
 def _refusal(request: EngineRequest, error: BaseException) -> StepOutput:

@@ -1,26 +1,64 @@
-"""Applies the bitmasks of a `TokenMask` to logits."""
+"""Which tokens may come next, as a `TokenMask` decides from outside, and their bits applied to logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.runtime.request import EngineRequest
 
-def take_out(logits: Tensor, masked: Sequence[int], bits: np.ndarray) -> None:
+# The known output of a request, and whether one more token is in flight, whose value only the device has.
+Output = tuple[Sequence[int], bool]
+
+
+class TokenMask(Protocol):
+    """Decides from outside which tokens may come next: a grammar, for example.
+
+    It follows what a request generates: a step is sampled when the tokens before it are known.
+    """
+
+    def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
+        """A request was admitted to the row. output: what it has generated before a preemption."""
+        ...
+
+    def clear_row(self, row: int) -> None: ...
+
+    def concerns(self, rows: Sequence[int]) -> bool:
+        """Whether any of the rows is masked."""
+        ...
+
+    def bits(
+        self, rows: Sequence[int], output: Callable[[int], Output]
+    ) -> tuple[Sequence[int], Sequence[np.ndarray]]:
+        """Which of the rows are masked, as indices into them, and the bits of each; waits for them.
+
+        output(i): what rows[i] has generated. Bits: [ceil(vocab / 32)] int32 of each; token t may come if bit
+        t % 32, from the least on, of word t // 32 is set.
+        """
+        ...
+
+
+def take_out(logits: Tensor, masked: Sequence[int], bits: Sequence[np.ndarray]) -> None:
     """Set logits[masked[i], token] to -inf where bit `token` of bits[i] is 0.
 
-    logits: [n, vocab] float32, changed in place; bits: [m, ceil(vocab / 32)] int32.
+    logits: [n, vocab] float32, changed in place; bits: m arrays, [ceil(vocab / 32)] int32.
     """
     if not masked:
         return
-    words, at = torch.from_numpy(bits), torch.tensor(masked)
+    words = torch.empty(len(bits), len(bits[0]), dtype=torch.int32, pin_memory=logits.is_cuda)
+    np.stack(bits, out=words.numpy())
+    at = torch.tensor(masked)
     if logits.is_cuda:  # a machine without a GPU need not have Triton
         from microvllm.ops.gpu.bitmask import apply_bitmask
 
-        words, at = (each.pin_memory().to(logits.device, non_blocking=True) for each in (words, at))
+        words, at = (
+            words.to(logits.device, non_blocking=True),
+            at.pin_memory().to(logits.device, non_blocking=True),
+        )
         apply_bitmask(logits, words, at)
         return
     shifts = torch.arange(32, dtype=torch.int32)

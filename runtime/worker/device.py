@@ -16,7 +16,7 @@ from torch import Tensor
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.plan import ScheduledRequest, StepPlan
+from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.worker.gpu_memory import capture_graphs
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 
+S = TypeVar("S")
 T = TypeVar("T")
 ReadTokens = Callable[[], list[int]]  # waits for the device
 
@@ -66,9 +67,9 @@ class Device(ABC):
     def padded_tokens(self) -> int:
         return 0
 
-    def run(self, launch: Callable[[StepPlan], T], plan: StepPlan) -> T:
-        """Launch a step. Raises `EngineError` for a fault after which the device is unusable."""
-        launched = launch(plan)
+    def run(self, launch: Callable[[S], T], step: S) -> T:
+        """Launch a step or a part of it. Raises `EngineError` if the device is unusable from here on."""
+        launched = launch(step)
         if self.device_clock is not None:
             self.device_clock.end()
         return launched
@@ -84,6 +85,11 @@ class Device(ABC):
     @abstractmethod
     def read_later(self, tokens: Tensor) -> ReadTokens:
         """Start to bring tokens: [m] int64 to the host."""
+
+    def begin_sampling(self) -> None:
+        """The masks that a step has waited for are there."""
+        if self.device_clock is not None:
+            self.device_clock.resume()
 
     def _begin_forward(self) -> None:
         self.clock.enter("forward")
@@ -200,10 +206,10 @@ class GpuDevice(Device):
     def padded_tokens(self) -> int:
         return sum(each.padded_tokens for each in (self._graphs, self._prompt_graphs) if each is not None)
 
-    def run(self, launch: Callable[[StepPlan], T], plan: StepPlan) -> T:
+    def run(self, launch: Callable[[S], T], step: S) -> T:
         try:
             with torch.inference_mode():
-                return super().run(launch, plan)
+                return super().run(launch, step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

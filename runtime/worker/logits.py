@@ -9,52 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
-from microvllm.runtime.worker.bitmask import take_out
+from microvllm.runtime.worker.bitmask import Output, TokenMask, take_out
 from microvllm.runtime.worker.thinking import ThinkingBudgets
 
 Device = str | torch.device
-
-# The known output of a request, and whether one more token is in flight, whose value only the device has.
-Output = tuple[Sequence[int], bool]
 
 
 def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: Device) -> Tensor:
     """Copy host values to a tensor on the device, without waiting for the transfer."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-class TokenMask(Protocol):
-    """Decides from outside which tokens may come next: a grammar, for example.
-
-    It follows what a request generates. With asynchronous scheduling the last token of it may be in flight:
-    the mask then waits for it, while the device computes the logits.
-    """
-
-    def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
-        """A request was admitted to the row. output: what it has generated before a preemption."""
-        ...
-
-    def clear_row(self, row: int) -> None: ...
-
-    def concerns(self, rows: Sequence[int]) -> bool:
-        """Whether any of the rows is masked."""
-        ...
-
-    def bits(self, rows: Sequence[int], output: Callable[[int], Output]) -> tuple[list[int], np.ndarray]:
-        """Which of the rows are masked, as indices into them, and the bits of each.
-
-        output(i): what rows[i] has generated. Bits: [masked, ceil(vocab / 32)] int32; token t may come if bit
-        t % 32, from the least on, of word t // 32 is set.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ from microvllm.runtime.errors import EngineError
 from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import TokenLogprobs
+from microvllm.runtime.worker.bitmask import Output
 from microvllm.runtime.worker.device import make_device
 from microvllm.runtime.worker.gpu_memory import load_beside_cache, memory_for
 from microvllm.runtime.worker.loading import load_model, make_attention
 from microvllm.runtime.worker.logits import (
     LogprobRequest,
     LogprobTensors,
-    Output,
     log_probabilities,
     on_device,
 )
@@ -43,15 +44,19 @@ PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 PromptLogprobs = dict[int, list[LogprobTensors]]  # by index in plan.scheduled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LaunchedStep:
-    """`read_tokens` waits for the device; `order` has the index in plan.scheduled of each sampled token."""
+    """`read_tokens` waits for the device; `order` has the index in plan.scheduled of each sampled token.
+
+    `sample`: there while the sampling waits for masks, which follow the tokens of the step before.
+    """
 
     plan: StepPlan
     order: Sequence[int] = ()
     read_tokens: Callable[[], list[int]] = list
     sampled: Sampled | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    sample: Callable[[LaunchedStep], LaunchedStep] | None = None
 
 
 class ModelGraphRunner:
@@ -76,9 +81,8 @@ class ModelGraphRunner:
             attention = make_attention(config, self._model)
             self._device = device = make_device(config, self._model, attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
-        self.masks = GrammarMasks(config, self._newest_tokens)
+        self.masks = GrammarMasks(config, device.begin_sampling)
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
-        self._launched: LaunchedStep | None = None  # the last one
         self.clock = device.clock
         self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
@@ -100,10 +104,14 @@ class ModelGraphRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Change the rows as the plan says, run the model once over all its tokens, and sample.
 
-        Raises `EngineError` for a fault of the GPU, after which the device is unusable.
+        The step before has to be finished. Raises `EngineError` for a fault of the GPU, after which the
+        device is unusable.
         """
-        self._launched = self._device.run(self._launch, plan)
-        return self._launched
+        return self._device.run(self._launch, plan)
+
+    def finish(self, step: LaunchedStep) -> LaunchedStep:
+        """Sample, if that was put off: masks follow the step before, which must be collected."""
+        return step if step.sample is None else self._device.run(step.sample, step)
 
     def _launch(self, plan: StepPlan) -> LaunchedStep:
         # The rows first, and without anything that may fail: a step that fails below leaves them whole.
@@ -122,11 +130,12 @@ class ModelGraphRunner:
         if replay is not None:  # of single tokens, so that `order` changes nothing
             if replay.read_tokens is not None:
                 return LaunchedStep(plan, order, replay.read_tokens)
-            return self._sampled(plan, order, self._sample(replay.logits.float(), items, replay.ids), {})
+            return self._sampled(LaunchedStep(plan, order), items, replay.logits, replay.ids)
         return self._choose(plan, order, *self._device.forward(items, self._block_tables))
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Waits for the device. There is no token of requests that did not sample."""
+        self.finish(step)
         tokens: list[Sequence[int]] = [()] * len(step.plan.scheduled)
         for index, token in zip(step.order, step.read_tokens(), strict=True):
             tokens[index] = (token,)
@@ -142,12 +151,6 @@ class ModelGraphRunner:
 
     # ---- its parts -----------------------------------------------------------------------------
 
-    def _newest_tokens(self) -> dict[int, int]:
-        """Waits for the step that was launched last; returns its tokens by row."""
-        step = self._launched or LaunchedStep(StepPlan((), (), ()))
-        rows = (step.plan.scheduled[index].request.row for index in step.order)
-        return dict(zip(rows, step.read_tokens(), strict=True))
-
     def _choose(self, plan: StepPlan, order: Sequence[int], ids: Tensor, hidden: Tensor) -> LaunchedStep:
         """Sample; `ids` and `hidden` are those of all tokens, of the plan's requests in this order."""
         items = [plan.scheduled[i] for i in order]
@@ -159,13 +162,16 @@ class ModelGraphRunner:
             ends = np.cumsum([item.num_new for item in items])[sampling] - 1
             last = on_device(ends, torch.int64, hidden.device)
             ids, hidden = ids[last], hidden[last]
-        sampled = self._sample(self._model.logits(hidden), [items[j] for j in sampling], ids)
-        return self._sampled(plan, [order[j] for j in sampling], sampled, prompt_logprobs)
+        step = LaunchedStep(plan, [order[j] for j in sampling], prompt_logprobs=prompt_logprobs)
+        return self._sampled(step, [items[j] for j in sampling], self._model.logits(hidden), ids)
 
     def _sampled(
-        self, plan: StepPlan, order: Sequence[int], sampled: Sampled, prompt_logprobs: PromptLogprobs
+        self, step: LaunchedStep, items: Sequence[ScheduledRequest], logits: Tensor, ids: Tensor
     ) -> LaunchedStep:
-        return LaunchedStep(plan, order, self._device.read_later(sampled.tokens), sampled, prompt_logprobs)
+        sample = partial(self._sample, logits, items, ids)
+        if self.config.async_scheduling and self.masks.concerns([item.request.row for item in items]):
+            step.sample = sample
+        return sample(step) if step.sample is None else step
 
     def _prompt_logprobs(
         self, hidden: Tensor, items: Sequence[ScheduledRequest], order: Sequence[int]
@@ -192,8 +198,10 @@ class ModelGraphRunner:
                 )
         return found
 
-    def _sample(self, logits: Tensor, items: Sequence[ScheduledRequest], ids: Tensor) -> Sampled:
-        """ids: [m], the token in front of the one to be chosen."""
+    def _sample(
+        self, logits: Tensor, items: Sequence[ScheduledRequest], ids: Tensor, step: LaunchedStep
+    ) -> LaunchedStep:
+        """logits: [m, vocab]; ids: [m], the token in front of the one to be chosen."""
         self.clock.enter("sample")
         rows = [item.request.row for item in items]
         positions = [item.start + item.num_new for item in items]
@@ -208,11 +216,13 @@ class ModelGraphRunner:
             known = request.token_ids[request.prompt_len :]
             return known, len(request.token_ids) < positions[i]
 
-        sampled = self._sampler.sample(logits, rows, positions, masked, output, ids)
+        sampled = self._sampler.sample(logits.float(), rows, positions, masked, output, ids)
         if self._ranks is not None:
             self._ranks.agree(sampled.tokens)
         self._inputs.set_newest(rows, sampled.tokens)
-        return sampled
+        step.sampled, step.sample = sampled, None
+        step.read_tokens = self._device.read_later(sampled.tokens)
+        return step
 
     def _acquire_row(self, request: Request) -> None:
         row = request.row

@@ -25,7 +25,7 @@ def make_runner(
     return kind(config, on_progress, ranks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PooledStep(LaunchedStep):
     """`read_vectors` waits for the device -> [len(order), hidden] float32."""
 

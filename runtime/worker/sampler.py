@@ -20,12 +20,11 @@ from torch import Tensor
 
 from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
+from microvllm.runtime.worker.bitmask import Output, TokenMask
 from microvllm.runtime.worker.logits import (
     LogitRules,
     LogprobRequest,
     LogprobTensors,
-    Output,
-    TokenMask,
     largest,
     log_probabilities,
     on_device,

@@ -110,19 +110,24 @@ def time_forward(model: DecoderModel, attention: AttentionBackend, clock: StepCl
 
 @dataclass(slots=True)
 class _Span:
-    """One step on the device. `rested`: there was nothing to do before it."""
+    """One step on the device. `rested`: there was nothing to do before it.
+
+    `pause`: the events around the time in which the rest of its work was not launched yet.
+    """
 
     begin: torch.cuda.Event
     rested: bool
     end: torch.cuda.Event | None = None
+    pause: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 
 class DeviceClock:
     """Seconds that the GPU was busy with steps, and idle between them although there was work.
 
     A step is busy from its first kernel to its tokens' way to the host, gaps between its kernels included.
-    The idle time before it runs from the end of the step before: what the GPU waited for the host. Time in
-    which the engine had no requests is neither. Steps must be reported in the order of their launch.
+    The idle time before it runs from the end of the step before: what the GPU waited for the host. So is the
+    time in which its sampling waited for masks. Time in which the engine had no requests is neither. Steps
+    must be reported in the order of their launch.
     """
 
     def __init__(self, clock: StepClock) -> None:
@@ -148,13 +153,23 @@ class DeviceClock:
         self._spans[-1].end = end = _event()
         end.record()
 
+    def resume(self) -> None:
+        """The rest of the newest step is launched next."""
+        span = self._spans[-1]
+        if span.end is not None:
+            resumed = _event()
+            resumed.record()
+            span.pause, span.end = (span.end, resumed), None
+
     def collect(self) -> None:
         """Count the oldest step; waits until the GPU has finished it."""
         span = self._spans.popleft()
         if span.end is None:
             raise RuntimeError("a step is collected whose end was not launched")
         span.end.synchronize()
-        self.busy_seconds += span.begin.elapsed_time(span.end) / 1e3
+        paused = span.pause[0].elapsed_time(span.pause[1]) / 1e3 if span.pause is not None else 0.0
+        self.busy_seconds += span.begin.elapsed_time(span.end) / 1e3 - paused
+        self.idle_seconds += paused
         if self._last_end is not None and not span.rested:
             self.idle_seconds += self._last_end.elapsed_time(span.begin) / 1e3
         self._last_end = span.end

@@ -263,18 +263,43 @@ def test_a_form_that_explodes_fails_alone(engine: InferenceEngine) -> None:
 def test_a_matcher_that_raises_fails_alone(
     engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    take = Row._take
+    consumes = Row.consumes
 
-    def broken(row: Row, token: int, matcher: Any) -> None:
+    def broken(row: Row, token: int, matcher: Any) -> bool:
         if row.form.kind == "regex" and row.num_taken == 3:
             raise ZeroDivisionError
-        take(row, token, matcher)
+        return consumes(row, token, matcher)
 
-    monkeypatch.setattr(Row, "_take", broken)
+    monkeypatch.setattr(Row, "consumes", broken)
     good, bad = generate(engine, [*requests(engine, PERSON), *requests(engine, LETTERS, prompt=[8])])
     check_person(good[0])
     assert bad[1].finish_reason is FinishReason.ERROR and "ZeroDivisionError" in str(bad[1].error)
     assert engine.core.kv.num_used == 0 and not engine.core.scheduler.num_running
+
+
+def test_a_step_whose_sampling_fails_takes_only_its_requests(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the sampling was put off until the masks were there."""
+    core = engine.core
+    sampler: Any = core._runner._sampler  # type: ignore[attr-defined]
+    sample, failed = sampler.sample, []
+
+    def broken(logits: Any, rows: Any, *args: Any) -> Any:
+        if len(rows) == 3 and not failed:
+            failed.append(rows)
+            raise MemoryError
+        return sample(logits, rows, *args)
+
+    monkeypatch.setattr(sampler, "sample", broken)
+    people = [*requests(engine, PERSON), *requests(engine, PERSON, prompt=[8])]
+    free = requests(engine, None, prompt=[9], ignore_eos=True, max_tokens=400)
+    for _, last in generate(engine, [*people, *free]):
+        assert last.finish_reason is FinishReason.ERROR and "the step failed (MemoryError)" in str(last.error)
+    assert len(failed) == 1 and core.kv.num_used == 0 and not core.scheduler.num_running
+    core.scheduler.check()
+    ((text, _),) = generate(engine, requests(engine, PERSON))
+    check_person(text)
 
 
 def test_a_dead_end_fails_alone(engine: InferenceEngine) -> None:

@@ -10,7 +10,8 @@ import torch
 from model_tools import BACKENDS, generate_ids, make_engine, make_request, run_requests, variant_folder
 
 from microvllm.runtime.request import EngineRequest
-from microvllm.runtime.worker.logits import LogitRules, Output
+from microvllm.runtime.worker.bitmask import Output
+from microvllm.runtime.worker.logits import LogitRules
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
 MODULUS = 5
@@ -35,7 +36,9 @@ class Residues:
     def concerns(self, rows: Sequence[int]) -> bool:
         return not self.rows.isdisjoint(rows)
 
-    def bits(self, rows: Sequence[int], output: Callable[[int], Output]) -> tuple[list[int], np.ndarray]:
+    def bits(
+        self, rows: Sequence[int], output: Callable[[int], Output]
+    ) -> tuple[list[int], list[np.ndarray]]:
         self.asked += 1
         masked = [i for i, row in enumerate(rows) if row in self.rows]
         tokens = np.arange(-(-self.vocab_size // 32) * 32)
@@ -44,7 +47,7 @@ class Residues:
             known, in_flight = output(i)
             assert not in_flight
             allowed.append(tokens % MODULUS == len(known) % MODULUS)
-        return masked, np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
+        return masked, list(np.packbits(allowed, axis=1, bitorder="little").view(np.int32))
 
 
 def request(request_id: int, masked: bool) -> EngineRequest:

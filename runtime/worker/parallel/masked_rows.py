@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from microvllm.runtime.request import EngineRequest
-from microvllm.runtime.worker.logits import Output
+from microvllm.runtime.worker.bitmask import Output
 
 
 class MaskedRows:
@@ -29,5 +29,7 @@ class MaskedRows:
     def concerns(self, rows: Sequence[int]) -> bool:
         return not self._rows.isdisjoint(rows)
 
-    def bits(self, rows: Sequence[int], output: Callable[[int], Output]) -> tuple[list[int], np.ndarray]:
-        return [], np.zeros((0, 0), dtype=np.int32)
+    def bits(
+        self, rows: Sequence[int], output: Callable[[int], Output]
+    ) -> tuple[Sequence[int], Sequence[np.ndarray]]:
+        return (), ()

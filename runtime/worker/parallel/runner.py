@@ -86,6 +86,13 @@ class ParallelRunner:
         except Exception as error:
             raise self._processes.error(f"rank 0 failed: {type(error).__name__}: {error}") from error
 
+    def finish(self, step: LaunchedStep) -> LaunchedStep:
+        """See `ModelGraphRunner`."""
+        try:
+            return self._own.finish(step)
+        except Exception as error:
+            raise self._processes.error(f"rank 0 failed: {type(error).__name__}: {error}") from error
+
     def collect(self, step: LaunchedStep) -> StepResult:
         """See `ModelGraphRunner`."""
         try:
