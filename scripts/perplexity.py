@@ -2,7 +2,8 @@
 """Measures the perplexity of a text for each way of multiplying with the weights of a .gguf file.
 
 Or for a folder and for others that are quantised from it: `--model PLAIN --beside FP8 GPTQ`. Or for types of
-the KV cache: `--kv-cache-dtype auto fp8`, on a CPU by the torch backend.
+the KV cache: `--kv-cache-dtype auto fp8`, on a CPU by the torch backend. Or for what loading quantises to:
+`--model PLAIN --quantization none fp8_per_channel`.
 
 The text is cut into windows; each is a prompt whose log probabilities the engine gives back. Prints Markdown:
 the last column is how much larger the perplexity is than that of the first row, and two standard errors of
@@ -48,10 +49,13 @@ def main() -> None:
     )
     parser.add_argument("--attention-backend", default="torch", help="with --kv-cache-dtype")
     parser.add_argument("--kv-cache-dtype", nargs="*", default=[], help="types to compare on --model")
+    parser.add_argument("--quantization", nargs="*", default=[], help="of the plain --model, on loading")
     args = parser.parse_args()
     rows = [(name, args.model, way) for name, way in WAYS.items()]
     if args.beside:
         rows = [(Path(model).name, model, {}) for model in (args.model, *args.beside)]
+    if args.quantization:
+        rows = [(name, args.model, {"quantization": name}) for name in args.quantization]
     if args.kv_cache_dtype:
         ways = [
             {"kv_cache_dtype": dtype, "attention_backend": args.attention_backend}

@@ -95,7 +95,7 @@ class ScaledProduct:
         if self._streamed is not None and x.dtype.itemsize == 2:
             tiling = scaled_stream_tiling(m, n, k, self._step, gated=gated)
             return self._streamed(x, tiling, self._bias, residual)
-        tiling = scaled_skinny_tiling(m, n, self._step, gated=gated)
+        tiling = scaled_skinny_tiling(m, n, self._step, x.dtype.itemsize, gated=gated)
         return scaled_skinny(
             x, self._weight, self._arrivals, self._bias, residual, tiling, gated=gated, pdl=pdl
         )

@@ -67,10 +67,14 @@ def scaled_gemv_tiling(m: int, n: int, k: int, *, gated: bool) -> Tiling:
     return Tiling(4 if n > 1024 else 2, 2048 if k > 1024 else 1024, 4)
 
 
-def scaled_skinny_tiling(m: int, n: int, step: int, *, gated: bool) -> Tiling:
-    """For more rows, on devices without `ops.gpu.stream`. step: columns of which all scales are one."""
+def scaled_skinny_tiling(m: int, n: int, step: int, itemsize: int, *, gated: bool) -> Tiling:
+    """For more rows, where there is no `ops.gpu.stream`. step: columns of which all scales are one.
+
+    itemsize: bytes of a number of x; three stages fit 99 KB of shared memory.
+    """
     tiles = -(-n // 64)
-    return Tiling(64, step, 4, 3, 1 if gated or tiles > 128 else 256 // tiles)
+    block_k = min(step, 32 if itemsize == 4 else 128 if m <= 32 else 64)
+    return Tiling(64, block_k, 4, 3, 1 if gated or tiles > 128 else 256 // tiles)
 
 
 def scaled_stream_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
