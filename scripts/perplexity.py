@@ -55,7 +55,8 @@ def main() -> None:
     if args.beside:
         rows = [(Path(model).name, model, {}) for model in (args.model, *args.beside)]
     if args.quantization:
-        rows = [(name, args.model, {"quantization": name}) for name in args.quantization]
+        names = {name: None if name == "none" else name for name in args.quantization}
+        rows = [(name, args.model, {"quantization": value}) for name, value in names.items()]
     if args.kv_cache_dtype:
         ways = [
             {"kv_cache_dtype": dtype, "attention_backend": args.attention_backend}

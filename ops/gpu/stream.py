@@ -220,15 +220,19 @@ def _stream_kernel(
         gl.store(y + at, total.to(DTYPE), inside_y)
 
 
-@lru_cache(maxsize=2)
-def _layout(bits: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+@lru_cache(maxsize=4)
+def _layout(row_bytes: int, bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=bits, rank=2)
 
 
 def _boxes(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What TMA needs to find boxes of [rows, columns] in a contiguous matrix."""
     return TensorDescriptor(
-        matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], _layout(8 * matrix.dtype.itemsize)
+        matrix,
+        list(matrix.shape),
+        list(matrix.stride()),
+        [rows, columns],
+        _layout(columns * matrix.dtype.itemsize, 8 * matrix.dtype.itemsize),
     )
 
 
