@@ -29,16 +29,19 @@ class Hopper:
         return 0
 
 
-def report(kernel: Any, *, gated: bool, stages: int) -> None:
+def report(kernel: Any, *, codes: bool, gated: bool, stages: int) -> None:
     before, _, after = kernel.asm["ptx"].partition("griddepcontrol.wait")
     print(
         json.dumps(
             {
+                "codes": codes,
                 "gated": gated,
                 "stages": stages,
                 "copies before the wait": before.count("cp.async.bulk.tensor"),
                 "copies after the wait": after.count("cp.async.bulk.tensor"),
                 "products": len(re.findall(r"wgmma\.mma_async\S*m64n8k16", after)),
+                # An instruction of a fourth of the rate of those by way of float32.
+                "slow conversions": after.count("cvt.rn.bf16.f16"),
                 "shared memory": kernel.metadata.shared,
             }
         )
@@ -49,6 +52,7 @@ def main() -> None:
     driver.set_active(Hopper())  # type: ignore[arg-type]
     from microvllm.ops.gpu.stream import StreamedWeight
     from microvllm.ops.gpu.tiling import Tiling
+    from microvllm.ops.scaled import ScaledTensor
 
     compiled: list[Any] = []
 
@@ -63,7 +67,18 @@ def main() -> None:
         residual = torch.zeros(5, 128 if gated else 256, dtype=torch.bfloat16)
         product = StreamedWeight(weight, torch.zeros(8, dtype=torch.int32), {}, gated=gated, pdl=True)
         product(torch.zeros(5, 512, dtype=torch.bfloat16), tiling, None, residual)
-        report(compiled[-1], gated=gated, stages=tiling.stages)
+        report(compiled[-1], codes=False, gated=gated, stages=tiling.stages)
+    for gated, block, tiling in (
+        (False, (1, 512), Tiling(64, 128, 4, 6)),
+        (True, (128, 128), Tiling(64, 128, 4, 4, splits=2)),
+        (False, (1, 64), Tiling(64, 64, 4, 6)),  # rows of codes that are shorter than TMA's longest
+    ):
+        shape = -(-256 // block[0]), -(-512 // block[1])
+        codes = torch.zeros(256, 512, dtype=torch.float8_e4m3fn)
+        scaled = ScaledTensor.of(codes, torch.zeros(shape), block)
+        product = StreamedWeight(scaled, torch.zeros(8, dtype=torch.int32), {}, gated=gated, pdl=True)
+        product(torch.zeros(5, 512, dtype=torch.bfloat16), tiling)
+        report(compiled[-1], codes=True, gated=gated, stages=tiling.stages)
 
 
 if __name__ == "__main__":
