@@ -49,6 +49,24 @@ class Rectangle(NamedTuple):
 Read = Callable[[str], Tensor]  # a tensor of the module, by the last part of its name
 
 
+class Codes(NamedTuple):
+    """A rectangle of a matrix whose values are (code - zero) * scale.
+
+    codes: [rows, columns] integers; zeros: [rows, groups] integers, or None where all are half the codes'
+    range; scales: [rows, groups] float32; group: [columns] int64, that of each column.
+    """
+
+    codes: Tensor
+    zeros: Tensor | None
+    scales: Tensor
+    group: Tensor
+
+    def values(self, bits: int) -> Tensor:
+        """[rows, columns] in float32."""
+        zeros = 1 << bits - 1 if self.zeros is None else self.zeros[:, self.group]
+        return (self.codes - zeros).float() * self.scales[:, self.group]
+
+
 class Layout(Protocol):
     """A way of storing a matrix: see the top of this file."""
 
@@ -99,7 +117,18 @@ class Scaled:
         return codes * scale[rows][:, columns].to(device)
 
 
-class Packed:
+class PackedLayout(Layout, Protocol):
+    """Several codes in 32 bits."""
+
+    def codes(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Codes:
+        """The codes and what belongs to them. ValueError as by `Layout.values`."""
+        ...
+
+    def values(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Tensor:
+        return self.codes(scheme, tensors, at, device).values(scheme.bits)
+
+
+class Packed(PackedLayout):
     """Of compressed-tensors: words along the columns."""
 
     def stored(self, scheme: Scheme, rows: int, columns: int) -> Mapping[str, Stored]:
@@ -116,23 +145,22 @@ class Packed:
             found["weight_g_idx"] = Stored(("I32",), ((columns,),))
         return found
 
-    def values(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Tensor:
+    def codes(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Codes:
         count = 32 // scheme.bits
         words, before = _words(at.columns, count)
         codes = unpack(_cut(tensors["weight_packed"], at.rows, words).to(device), scheme.bits)
         codes = codes[:, before : before + len(at.columns)]
         group = _group_of(tensors.get("weight_g_idx"), scheme, at.columns)
-        zeros: Tensor | int = 1 << scheme.bits - 1
+        zeros = None
         if not scheme.symmetric:
             words, before = _words(at.rows, count)
             packed = tensors["weight_zero_point"][words.start : words.stop].T
-            found = unpack(packed, scheme.bits).T[before : before + len(at.rows)]
-            zeros = found[:, group].to(device)
-        scale = tensors["weight_scale"][at.rows.start : at.rows.stop].float()
-        return (codes - zeros).float() * scale[:, group].to(device)
+            zeros = unpack(packed, scheme.bits).T[before : before + len(at.rows)].to(device)
+        scales = tensors["weight_scale"][at.rows.start : at.rows.stop].float()
+        return Codes(codes, zeros, scales.to(device), group.to(device))
 
 
-class GPTQ:
+class GPTQ(PackedLayout):
     """Words along the columns, transposed."""
 
     def stored(self, scheme: Scheme, rows: int, columns: int) -> Mapping[str, Stored]:
@@ -147,7 +175,7 @@ class GPTQ:
             "g_idx": Stored(("I32",), ((columns,),), needed=scheme.ordered),
         }
 
-    def values(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Tensor:
+    def codes(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Codes:
         count = 32 // scheme.bits
         words, before = _words(at.columns, count)
         packed = _cut(tensors["qweight"], words, at.rows).to(device)
@@ -161,11 +189,12 @@ class GPTQ:
         if scheme.symmetric and not (zeros == 1 << scheme.bits - 1).all():
             raise ValueError("qzeros has other zero points than a symmetric quantisation (sym) has")
         group = _group_of(tensors.get("g_idx"), scheme, at.columns)
-        scale = _cut(tensors["scales"], None, at.rows).float()
-        return (codes - zeros[group].T.to(device)).float() * scale[group].T.to(device)
+        scales = _cut(tensors["scales"], None, at.rows).float()
+        found = None if scheme.symmetric else zeros.T.to(device)
+        return Codes(codes, found, scales.T.to(device), group.to(device))
 
 
-class AWQ:
+class AWQ(PackedLayout):
     """Words along the rows, transposed, in an order of their own."""
 
     def stored(self, scheme: Scheme, rows: int, columns: int) -> Mapping[str, Stored]:
@@ -178,17 +207,18 @@ class AWQ:
             "scales": Stored(FLOATS, ((down, rows),)),
         }
 
-    def values(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Tensor:
+    def codes(self, scheme: Scheme, tensors: Mapping[str, Tensor], at: Rectangle, device: str) -> Codes:
         words, before = _words(at.rows, 8)
         run = slice(before, before + len(at.rows))
         codes = unpack(_cut(tensors["qweight"], at.columns, words).to(device), 4, AWQ_SHIFTS)[:, run]
         zeros = unpack(_cut(tensors["qzeros"], None, words), 4, AWQ_SHIFTS)[:, run].to(device)
         group = _group_of(None, scheme, at.columns)
-        scale = _cut(tensors["scales"], None, at.rows).float().to(device)
-        return ((codes - zeros[group]).float() * scale[group]).T
+        scales = _cut(tensors["scales"], None, at.rows).float().to(device)
+        return Codes(codes.T, zeros.T, scales.T, group.to(device))
 
 
-LAYOUTS: Mapping[str, Layout] = {"scaled": Scaled(), "packed": Packed(), "gptq": GPTQ(), "awq": AWQ()}
+PACKED_LAYOUTS: Mapping[str, PackedLayout] = {"packed": Packed(), "gptq": GPTQ(), "awq": AWQ()}
+LAYOUTS: Mapping[str, Layout] = {"scaled": Scaled(), **PACKED_LAYOUTS}
 
 
 def unpack(words: Tensor, bits: int, shifts: tuple[int, ...] = ()) -> Tensor:

@@ -22,10 +22,11 @@ from microvllm.adapters.checkpoints import (
     GGUFCheckpoint,
     stored_name,
 )
-from microvllm.adapters.dequantize import CHUNK_ELEMENTS, LAYOUTS, Rectangle, check
+from microvllm.adapters.dequantize import CHUNK_ELEMENTS, LAYOUTS, PACKED_LAYOUTS, Rectangle, check
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.quantization import KEY, Scheme
 from microvllm.adapters.tensors import WHOLE, Part, Slot
+from microvllm.ops.coded import pack
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.scaled import E4M3, ScaledTensor, quantize
 
@@ -140,18 +141,53 @@ class StoredMatrix:
 
     def copy(self, out: torch.Tensor) -> None:
         """Write the values of the part's rows and the slot's columns: [rows, columns] of any dtype."""
-        columns = range(*self._columns.runs[0])
-        step = max(32, CHUNK_ELEMENTS[out.device.type] // len(columns) // 32 * 32)
         filled = 0
         with self._checked() as tensors:
-            for first, last in self._part.rows.runs:
-                for start in range(first, last, step):
-                    rows = range(start, min(last, start + step))
-                    values = self._layout.values(
-                        self.scheme, tensors, Rectangle(rows, columns), str(out.device)
-                    )
-                    out[filled : filled + len(rows)].copy_(values)
-                    filled += len(rows)
+            for at in self._rectangles(out.device.type):
+                values = self._layout.values(self.scheme, tensors, at, str(out.device))
+                out[filled : filled + len(values)].copy_(values)
+                filled += len(values)
+
+    def order(self) -> torch.Tensor | None:
+        """The stored columns, group by group: [columns] int64; None if others than the last are not full."""
+        names = [name for name, (suffix, _) in self._wanted.items() if suffix.endswith("g_idx")]
+        if not all(map(self._checkpoint.find, names)):
+            return None
+        index = self._checkpoint.view(names[0]).long()
+        size = self.scheme.block[1] or len(index)
+        order = index.argsort(stable=True)
+        full = index[order].equal(torch.arange(len(index)) // size)
+        return order if full else None
+
+    def copy_words(
+        self, out: torch.Tensor, order: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of packed codes, write the words of a `CodedTensor` whose columns are in this order.
+
+        Returns each row's scales, [rows, groups] of the stored dtype, and its zero points, uint8 or None.
+        """
+        layout, device = PACKED_LAYOUTS[self.scheme.layout], str(out.device)
+        filled, scales, zeros = 0, [], []
+        with self._checked() as tensors:
+            dtype = next(tensors[name].dtype for name in ("scales", "weight_scale") if name in tensors)
+            for at in self._rectangles(out.device.type):
+                found = layout.codes(self.scheme, tensors, at, device)
+                codes = found.codes if order is None else found.codes[:, order.to(device)]
+                out[filled : filled + len(codes)].copy_(pack(codes.to(torch.uint8), self.scheme.bits))
+                filled += len(codes)
+                groups = slice(int(found.group.min()), int(found.group.max()) + 1)
+                scales.append(found.scales[:, groups].to(dtype))
+                if found.zeros is not None:
+                    zeros.append(found.zeros[:, groups].to(torch.uint8))
+        return torch.cat(scales), torch.cat(zeros) if zeros else None
+
+    def _rectangles(self, device: str) -> Iterator[Rectangle]:
+        """The part's rows, some at a time, and the slot's columns."""
+        columns = range(*self._columns.runs[0])
+        step = max(32, CHUNK_ELEMENTS[device] // len(columns) // 32 * 32)
+        for first, last in self._part.rows.runs:
+            for start in range(first, last, step):
+                yield Rectangle(range(start, min(last, start + step)), columns)
 
     def copy_codes(self, out: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Of a "scaled" matrix, write the codes of the part's rows and the slot's columns as they are.

@@ -25,6 +25,8 @@ from microvllm.adapters.checkpoints import (
     listed,
     scheme_of,
 )
+from microvllm.adapters.coded_formats import CODED, fits, has_blocks, round_to_groups
+from microvllm.adapters.dequantize import PACKED_LAYOUTS
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import shorten, warn_once
@@ -35,6 +37,7 @@ from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Cut, Shard, Slot
 from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate, round_matrix
+from microvllm.ops.coded import CodedTensor
 from microvllm.ops.scaled import ScaledTensor
 
 Progress = Callable[[int, int], None]
@@ -86,7 +89,7 @@ def load_weights(
             "(tie_word_embeddings): the stored lm_head is used"
         )
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
-    formats = [each for each in FORMATS if each.kind in (torch.Tensor, *packed)]
+    formats = [each for each in (*CODED, *FORMATS) if each.kind in (torch.Tensor, *packed)]
 
     def format_of(slot: Slot) -> WeightFormat:
         return next(each for each in formats if each.accepts(checkpoint, slot))
@@ -110,6 +113,13 @@ def load_weights(
             f"{model}: {what} {first} become {name} as they are loaded, {size / 1e9:.2f} GB of memory "
             f"({stored / 1e9:.2f} GB of files); activations are not quantised"
         )
+    if packed and isinstance(checkpoint, GGUFCheckpoint):
+        wide = [
+            slot for slot in filter(checkpoint.is_quantized, slots) if format_of(slot).kind is torch.Tensor
+        ]
+        if names := sorted({checkpoint.type_name(slot, part) for slot in wide for part in slot.parts}):
+            name = str(dtype).removeprefix("torch.")
+            warn_once(f"{model}: matrices in {', '.join(names)} become {name} as they are loaded")
     count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)
 
     def loaded() -> None:
@@ -167,6 +177,9 @@ def _quantized_dummies(
             made = round_matrix(slot, tensor, scheme)
             stays = ScaledTensor in packed and not slot.is_of_experts
             tensor = made if stays else made.dequantized(dtype)
+        elif scheme and scheme.layout in PACKED_LAYOUTS and CodedTensor in packed:
+            stays = fits(scheme) and has_blocks(slot)
+            tensor = round_to_groups(tensor, scheme) if stays else tensor
         yield name, tensor
 
 

@@ -155,12 +155,7 @@ def why_unpacked(model: str, load_format: str, backend: str) -> str | None:
     """Return why weights cannot stay packed as in the model's file; None if they can."""
     if load_format != "gguf":
         return f"{model} is not read from a GGUF file"
-    if backend != "cpu":
-        return (
-            "only the CPU kernels (--device cpu --attention-backend cpu) multiply packed weights, "
-            f"{backend} does not"
-        )
-    return None
+    return f"--attention-backend {backend} does not multiply packed weights" if backend == "torch" else None
 
 
 def compile_kernels(requested: str, on_progress: OnProgress | None) -> str:

@@ -95,8 +95,8 @@ class EngineArgs:
     gguf_weights: str = flag(
         "auto",
         MODEL,
-        "How the matrices of a .gguf file are kept: packed, multiplied exactly from its own blocks; "
-        "dequantized, rounded to --dtype; auto, packed with the backend cpu.",
+        "How the matrices of a .gguf file are kept: packed, multiplied exactly from its blocks, on a GPU "
+        "those in Q4_0 and Q8_0; dequantized, rounded to --dtype; auto, packed unless the backend is torch.",
         choices=("auto", "packed", "dequantized"),
     )
     cpu_activations: str = flag(
@@ -256,11 +256,16 @@ class EngineArgs:
         block_size = self.block_size or DEFAULT_BLOCK_SIZES[backend]
         max_model_len = self.max_model_len or spec.default_length
         unpacked = why_unpacked(self.model, load_format, backend)
-        float_only = unpacked or (
-            self.gguf_weights == "dequantized"
-            and "--gguf-weights dequantized leaves nothing to multiply in integers"
-        )
         batch_invariant = self.batch_invariant or vllm_environment.is_on("VLLM_BATCH_INVARIANT")
+        if batch_invariant and device == "cuda" and not unpacked:
+            unpacked = "products with packed weights are not batch-invariant on a GPU"
+        float_only = unpacked or (
+            (device == "cuda" and "a GPU multiplies packed weights exactly")
+            or (
+                self.gguf_weights == "dequantized"
+                and "--gguf-weights dequantized leaves nothing to multiply in integers"
+            )
+        )
         too_long = max_model_len > spec.max_position and (
             f"--max-model-len {max_model_len} exceeds the model's context of {spec.max_position} tokens"
         )

@@ -33,6 +33,7 @@ HEAVY = (
     "microvllm.adapters.checkpoints",
     "microvllm.adapters.decoder",
     "microvllm.adapters.dequantize",
+    "microvllm.adapters.coded_formats",
     "microvllm.adapters.kv_scales",
     "microvllm.adapters.rotary",
     "microvllm.adapters.weight_formats",

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from microvllm.ops.coded import CodedTensor
+from microvllm.ops.gpu.coded import CodedProduct
 from microvllm.ops.gpu.scaled import ScaledProduct
 from microvllm.ops.operators import LinearOperator
 from microvllm.ops.scaled import ScaledTensor
@@ -23,7 +25,10 @@ class Kind(NamedTuple):
     capability: tuple[int, int]
 
 
-KINDS: Mapping[type[Tensor], Kind] = {ScaledTensor: Kind(ScaledProduct, (8, 9))}
+KINDS: Mapping[type[Tensor], Kind] = {
+    ScaledTensor: Kind(ScaledProduct, (8, 9)),
+    CodedTensor: Kind(CodedProduct, (8, 0)),
+}
 
 
 def packed_kinds(device: torch.device) -> tuple[type[Tensor], ...]:

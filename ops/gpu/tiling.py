@@ -82,3 +82,14 @@ def scaled_stream_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> T
     tiles = -(-n // 64)
     splits = 1 if gated else max(1, min(396 // tiles, k // 1024))
     return Tiling(64, step, 4, 6 if m <= 32 and not gated else 4, splits)
+
+
+# ---- matrices of codes of 4 or 8 bits (`ops.gpu.coded`) -------------------------------------------------
+
+MAX_CODED_ROWS = 64
+
+
+def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
+    """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words."""
+    programs, stages = (500, 4) if m <= 8 else (264, 2)
+    return Tiling(64, step, 4, stages, max(1, min(-(-programs // -(-n // 64)), k // (2 * step))))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
@@ -102,7 +103,8 @@ def make_backend(
         weight = torch.ones(shape.head_dim, dtype=DTYPE, device=device)
         norms = QKNorms(((weight, weight),) * 1000, 1e-6)
     inv_freq = 1e6 ** -(torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
-    config = AttentionConfig(shape, 1, variant.block, inv_freq, MAX_POSITION, variant.cached, norms)
+    scales = (KVScales(),) * 1000
+    config = AttentionConfig(shape, 1, variant.block, inv_freq, MAX_POSITION, variant.cached, norms, scales)
     if variant.backend == "flash":
         flash = FlashAttention(config)
         if not variant.own_splits:

@@ -17,6 +17,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
+from microvllm.ops.coded import CodedTensor
 from microvllm.ops.scaled import ScaledTensor
 
 quantize_checkpoint = load_script("quantize_checkpoint")
@@ -401,3 +402,41 @@ def test_rows_that_are_no_whole_words(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelFileError, match=r"q_proj\.weight: \[90, 90\] is not in whole words of 8"):
         load(folder)
+
+
+# ---- codes that stay packed on a GPU ---------------------------------------------------------------------
+
+
+PACKED_FORMS = tuple(name for name in FORMS if name.startswith(("gptq", "awq", "w")))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 48])
+@pytest.mark.parametrize("form", PACKED_FORMS)
+def test_packed_codes_stand_for_the_same_values(tmp_path: Path, plain: Path, form: str, group: int) -> None:
+    """The columns are 144: no multiple of a group nor of a run of words. Groups of 48 do not fit a run."""
+    values = quantize(plain, tmp_path, form, group)
+    kept = load_weights(tmp_path, load_spec(tmp_path), "auto", torch.float32, packed=(CodedTensor,))
+    for name, matrix in expected(values, 1).items():
+        matrix_kept = kept[name]
+        # The exporter sorts the columns of each matrix by itself, so that parts of one differ.
+        alone = not form.endswith("order") or name.endswith((".o", ".down"))
+        assert isinstance(matrix_kept, CodedTensor) == (group != 48 and alone)
+        if isinstance(matrix_kept, CodedTensor):
+            assert (matrix_kept.order is not None) == form.endswith("order")
+            matrix_kept = matrix_kept.dequantized(torch.float32)
+        assert matrix_kept.equal(matrix), name
+
+
+@pytest.mark.parametrize("form", PACKED_FORMS)
+def test_a_shard_keeps_its_part_of_packed_codes(plain: Path, tmp_path: Path, form: str) -> None:
+    """Rows anywhere, and columns where no group is cut; in another order all columns are one shard's."""
+    quantize(plain, tmp_path, form, 32)
+    spec, whole = load_spec(tmp_path), load(tmp_path)
+    for rank in range(3):
+        shard = Shard(rank, 3)
+        dense = load(tmp_path, shard=shard)
+        kept = load_weights(tmp_path, spec, "auto", torch.float32, packed=(CodedTensor,), shard=shard)
+        for name, matrix in kept.items():
+            found = matrix.dequantized(torch.float32) if isinstance(matrix, CodedTensor) else matrix
+            assert found.equal(dense[name]), name
+    assert whole.keys() == kept.keys()

@@ -1,0 +1,385 @@
+"""Products of up to some 64 rows with codes of 4 or 8 bits (`ops.coded`), and the widening of these codes.
+
+The codes are the left operand of a tensor core, whose tile has 64 rows or more, and x the right one, so that
+few rows are not padded to many. Codes less their zero points are whole numbers below 256, which x's type has
+exactly: a group's products are added up before its scale is applied, in float32. Sums over k may be split
+among programs, as in `ops.gpu.skinny`.
+
+At the bandwidth of an H200 a multiprocessor has 38 codes of 4 bits to unpack in a clock. So two words are
+unpacked at once: a code becomes the low bits of a number of 16 bits whose exponent makes them ones (128 +
+code in bfloat16, 1024 + code in float16), and one instruction subtracts the rest from two. That is 1.5
+instructions a code. Method: Kim et al., 2022, "Who Says Elephants Can't Run", arXiv:2211.10017.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microvllm.ops.coded import BLOCK, PLANE, CodedTensor
+from microvllm.ops.gpu.launch import follow, launch_options
+from microvllm.ops.gpu.skinny import add_parts, finish
+from microvllm.ops.gpu.tiling import Tiling
+
+MIN_ROWS = 8  # of the right operand's tile
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def _unpacking(ones: str) -> str:
+    """Two words of eight codes -> pairs of `ones` + code of 16 bits, in the order of their places."""
+    lines = ["{ .reg .b32 low, high;", "prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
+    for place in range(8):
+        half = "low" if place < 4 else "high"
+        if place % 4:
+            lines.append(f"shr.u32 {half}, {half}, 4;")
+        lines.append(f"lop3.b32 ${place}, {half}, 0x000f000f, {ones}, 0xea;")  # (half & mask) | ones
+    return "\n".join([*lines, "}"])
+
+
+OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
+UNPACK_BF16 = tl.constexpr(_unpacking("0x43004300"))
+UNPACK_F16 = tl.constexpr(_unpacking("0x64006400"))
+
+
+@triton.jit
+def _place(words, place: tl.constexpr, BITS: tl.constexpr):
+    """2 ** 23 + the codes at one place of the words, in float32."""
+    # By bits: a conversion of integers has a fourth of an addition's rate.
+    bits = (words >> (BITS * place) & ((1 << BITS) - 1)) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unpacked(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile for each place of the words, and what its numbers are larger than its codes."""
+    if BITS == 8:
+        above = 8388608.0
+        tiles = (_place(words, 0, 8), _place(words, 1, 8), _place(words, 2, 8), _place(words, 3, 8))
+    elif INTERPRETED or DTYPE == tl.float32:  # noqa: SIM300
+        above = 8388608.0
+        tiles = (
+            _place(words, 0, 4), _place(words, 1, 4), _place(words, 2, 4), _place(words, 3, 4),
+            _place(words, 4, 4), _place(words, 5, 4), _place(words, 6, 4), _place(words, 7, 4),
+        )  # fmt: skip
+    elif DTYPE == tl.bfloat16:  # noqa: SIM300
+        above = 128.0
+        tiles = tl.inline_asm_elementwise(
+            UNPACK_BF16, OPERANDS, [words], is_pure=True, pack=2,
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                   tl.bfloat16),
+        )  # fmt: skip
+    else:
+        above = 1024.0
+        tiles = tl.inline_asm_elementwise(
+            UNPACK_F16, OPERANDS, [words], is_pure=True, pack=2,
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+                   tl.float16),
+        )  # fmt: skip
+    return tiles, above
+
+
+@triton.jit
+def _in_rows(words):
+    """Words as they are loaded, [4, blocks, 128], as rows: [blocks * 16, 32]; see `in_fragments`."""
+    blocks: tl.constexpr = words.shape[1]
+    words = tl.permute(tl.reshape(words, [4, blocks, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+    return tl.reshape(words, [blocks * 16, 32])
+
+
+@triton.jit
+def _rows_of_groups(
+    at, row, k, ROWS, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, THERE: tl.constexpr
+):
+    """What each of a step's groups has for these rows, at: [groups, ROWS]; a tuple, empty if not THERE."""
+    found = ()
+    last: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    for i in tl.static_range(GROUPS if THERE else 0):
+        group = tl.minimum(k // GROUP + i, last)
+        found += (tl.load(at + group * ROWS + row),)
+    return found
+
+
+@triton.jit
+def _beside(a, b):
+    """[n, k] and [n, k] -> [n, 2 * k]."""
+    return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
+def _columns(tiles, first: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles beside each other: 1, 2, 4 or 8."""
+    if COUNT == 1:
+        tile = tiles[first]
+    else:
+        half: tl.constexpr = COUNT // 2
+        tile = _beside(_columns(tiles, first, half), _columns(tiles, first + half, half))
+    return tile
+
+
+@triton.jit
+def _multiply(
+    sums, words, right, scale, zero, BITS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
+    ZEROS: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """sums + a step's products, of SPAN places at a time.
+
+    right: x of each; scale, zero: of each group; no scale if WHOLE.
+    """
+    tiles, above = _unpacked(words, BITS, DTYPE)
+    each: tl.constexpr = 32 // BITS // GROUPS // SPAN  # products of a group
+    for i in tl.static_range(32 // BITS // SPAN):
+        left = _columns(tiles, i * SPAN, SPAN)
+        if ZEROS:
+            left = left - (zero[i // each].to(tl.float32) + above).to(left.dtype)[:, None]
+        else:
+            left = left - (above + (1 << (BITS - 1)))
+        left = left.to(DTYPE)
+        if WHOLE:
+            sums = tl.dot(left, right[i], sums, input_precision="ieee")
+        elif i % each == 0:
+            part = tl.dot(left, right[i], input_precision="ieee")
+        else:
+            part = tl.dot(left, right[i], part, input_precision="ieee")
+        if not WHOLE and i % each == each - 1:
+            sums += part * scale[i // each].to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def _coded_skinny_kernel(
+    y,
+    x,
+    words,
+    scales,
+    zeros,
+    bias,
+    residual,
+    parts,
+    arrivals,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
+
+    That is as many rows of the weight and, if GATED, of its second half.
+    """
+    follow(PDL)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PLACES: tl.constexpr = 32 // BITS
+    STEP: tl.constexpr = PLACES * WIDTH
+    WORDS: tl.constexpr = (K + STEP - 1) // STEP * WIDTH
+    WHOLE: tl.constexpr = GROUP >= K
+    GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
+    ROWS: tl.constexpr = 2 * N if GATED else N
+    tile_id, split = tl.program_id(0), tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    n = tile_id * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Products of few rows wait for nothing, so that the tiles of x may be small; of more they take a group.
+    SPAN: tl.constexpr = 1 if BLOCK_M <= 8 else PLACES // GROUPS
+    column = tl.arange(0, SPAN * WIDTH)
+    # Rows of the result that there are not are computed from others, which takes no masks.
+    row = tl.minimum(n, N - 1)
+    block = tl.minimum(
+        tile_id * (BLOCK_N // ROW_BLOCK) + tl.arange(0, BLOCK_N // ROW_BLOCK), N // ROW_BLOCK - 1
+    )
+    # [4, blocks, 128]: a warp's threads have 16 bytes each of a block, four times.
+    quarter = tl.arange(0, 4)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
+    word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + quarter
+    x_at = x + tl.minimum(m, M - 1)[None, :] * K + column[:, None]
+    first = split * SPLIT_K
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_sums = sums
+    # Scales and zero points are loaded a step ahead, as tiles are.
+    scale = _rows_of_groups(scales, row, first, ROWS, K, GROUP, GROUPS, not WHOLE)
+    zero = _rows_of_groups(zeros, row, first, ROWS, K, GROUP, GROUPS, ZEROS)
+    up_scale = _rows_of_groups(scales, row + N, first, ROWS, K, GROUP, GROUPS, GATED and not WHOLE)
+    up_zero = _rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and ZEROS)
+    for k in tl.range(first, tl.minimum(first + SPLIT_K, K), STEP, num_stages=STAGES):
+        tile = _in_rows(tl.load(word_at + k // STEP * (ROW_BLOCK * WIDTH)))
+        if GATED:
+            up_tile = _in_rows(tl.load(word_at + N * WORDS + k // STEP * (ROW_BLOCK * WIDTH)))
+        right = ()
+        for i in tl.static_range(PLACES // SPAN):
+            at = k + i * (SPAN * WIDTH)
+            if K % STEP == 0:
+                right += (tl.load(x_at + at),)
+            else:
+                right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
+        next_scale = _rows_of_groups(scales, row, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
+        next_zero = _rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
+        sums = _multiply(sums, tile, right, scale, zero, BITS, GROUPS, SPAN, ZEROS, WHOLE, DTYPE)
+        scale = next_scale
+        zero = next_zero
+        if GATED:
+            next_scale = _rows_of_groups(scales, row + N, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
+            next_zero = _rows_of_groups(zeros, row + N, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
+            up_sums = _multiply(
+                up_sums, up_tile, right, up_scale, up_zero, BITS, GROUPS, SPAN, ZEROS, WHOLE, DTYPE
+            )
+            up_scale = next_scale
+            up_zero = next_zero
+    if WHOLE:
+        sums *= tl.load(scales + row).to(tl.float32)[:, None]
+        if GATED:
+            up_sums *= tl.load(scales + N + row).to(tl.float32)[:, None]
+    sums = tl.trans(sums)
+    up_sums = tl.trans(up_sums)
+    if SPLITS == 1:
+        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+    else:
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        halves: tl.constexpr = 2 if GATED else 1
+        stride = tl.num_programs(0) * size * halves
+        here = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        part_at = parts + tile_id * size * halves + here
+        tl.store(part_at + split * stride, sums)
+        if GATED:
+            tl.store(part_at + split * stride + size, up_sums)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrivals + tile_id, 1) == SPLITS - 1:
+            tl.atomic_xchg(arrivals + tile_id, 0)
+            sums = add_parts(part_at, stride, SPLITS)
+            if GATED:
+                up_sums = add_parts(part_at + size, stride, SPLITS)
+            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+
+
+def coded_skinny(
+    x: Tensor,
+    weight: CodedTensor,
+    arrivals: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    tiling: Tiling,
+    *,
+    gated: bool,
+    pdl: bool = False,
+) -> Tensor:
+    """act(x @ weight.T + bias) + residual: [m, n]; the arguments are `skinny.skinny_linear`'s.
+
+    x has the columns of the codes. block_k of the tiling is not used: a step is a run of words.
+    """
+    m, k = x.shape
+    n, step = weight.shape[0] // (2 if gated else 1), weight.step
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    block_m = max(MIN_ROWS, triton.next_power_of_2(m))
+    split_k = triton.cdiv(triton.cdiv(k, step), tiling.splits) * step
+    splits, tiles = triton.cdiv(k, split_k), triton.cdiv(n, tiling.block_n)
+    parts = None
+    if splits > 1:
+        shape = (splits, tiles, 2 if gated else 1, block_m, tiling.block_n)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _coded_skinny_kernel[(tiles, splits)](
+        y,
+        x,
+        weight.as_subclass(Tensor),
+        weight.scales,
+        weight.zeros,
+        bias,
+        residual,
+        parts,
+        arrivals,
+        m,
+        N=n,
+        K=k,
+        BITS=weight.bits,
+        GROUP=weight.group,
+        BLOCK_M=block_m,
+        BLOCK_N=tiling.block_n,
+        SPLIT_K=split_k,
+        SPLITS=splits,
+        STAGES=tiling.stages,
+        WIDTH=PLANE,
+        ROW_BLOCK=BLOCK,
+        ZEROS=weight.zeros is not None,
+        GATED=gated,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        num_warps=tiling.warps,
+        **launch_options(pdl),
+    )
+    return y
+
+
+@triton.jit
+def _widen_kernel(
+    out,
+    words,
+    scales,
+    zeros,
+    ROWS,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: BLOCK_N rows of the matrix, the columns of a run of words."""
+    follow(PDL)
+    PLACES: tl.constexpr = 32 // BITS
+    STEP: tl.constexpr = PLACES * WIDTH
+    WORDS: tl.constexpr = (K + STEP - 1) // STEP * WIDTH
+    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    step = tl.program_id(1)
+    column = tl.arange(0, WIDTH)
+    here = (n < ROWS)[:, None]
+    at = n.to(tl.int64)[:, None]
+    # The place of row and word in the block: see `ops.coded.in_fragments`.
+    of_row = n % 8 * 16 + n % ROW_BLOCK // 8 * 2
+    of_word = column // 8 * 128 + column % 8 // 2 * 4 + column % 2
+    block = (n // ROW_BLOCK).to(tl.int64) * (ROW_BLOCK * WORDS) + step * (ROW_BLOCK * WIDTH)
+    tile = tl.load(words + (block + of_row)[:, None] + of_word[None, :], here, 0)
+    for i in tl.static_range(PLACES):
+        k = step * STEP + i * WIDTH
+        group = tl.minimum(k // GROUP, LAST)
+        values = _place(tile, i, BITS)
+        if ZEROS:
+            zero = tl.load(zeros + group * ROWS + n, n < ROWS, 0).to(tl.float32)
+            values -= (zero + 8388608.0)[:, None]
+        else:
+            values -= 8388608.0 + (1 << (BITS - 1))
+        values *= tl.load(scales + group * ROWS + n, n < ROWS, 0.0).to(tl.float32)[:, None]
+        tl.store(out + at * K + k + column[None, :], values, here & (k + column < K)[None, :])
+
+
+def widened(weight: CodedTensor, out: Tensor, *, pdl: bool = False) -> Tensor:
+    """Write the values of the codes to out: [rows, columns], contiguous, each rounded once -> out."""
+    rows = weight.shape[0]
+    _widen_kernel[(triton.cdiv(rows, 32), triton.cdiv(weight.columns, weight.step))](
+        out,
+        weight.as_subclass(Tensor),
+        weight.scales,
+        weight.zeros,
+        rows,
+        K=weight.columns,
+        BITS=weight.bits,
+        GROUP=weight.group,
+        BLOCK_N=32,
+        WIDTH=PLANE,
+        ROW_BLOCK=BLOCK,
+        ZEROS=weight.zeros is not None,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+    return out

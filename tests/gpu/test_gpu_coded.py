@@ -1,0 +1,60 @@
+"""Checkpoints in 4 and 8 bits on a GPU: their matrices stay packed, and tokens are those of the values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_tools import generate_ids, load_script, make_engine, make_prompts
+from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
+
+from microvllm.ops.coded import CodedTensor
+from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.worker.model_runner import ModelGraphRunner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+quantize_checkpoint = load_script("quantize_checkpoint")
+PROMPTS = make_prompts(6, 300, seed=1, longest=90)
+SIZES = {"hidden_size": 288, "intermediate_size": 320, "num_hidden_layers": 2}
+
+
+def packed_matrices(engine: InferenceEngine) -> int:
+    """How many products of the decoder are of packed codes."""
+    runner = engine.core._runner
+    assert isinstance(runner, ModelGraphRunner)
+    layers = runner._model._layers._layers
+    weights = (getattr(product, "_weight", None) for layer in layers for product in layer)
+    return sum(isinstance(weight, CodedTensor) for weight in weights)
+
+
+def check(model: Path, prompts: list[list[int]]) -> None:
+    """In float32 every token; in bfloat16, whose tensor cores unpack by other instructions, nearly every."""
+    expected = generate_ids(make_engine(model, attention_backend="torch"), prompts, 24)
+    on_gpu = {"device": "cuda", "num_gpu_blocks_override": 512, "block_size": 16, "max_num_seqs": 16}
+    engine = make_engine(model, dtype="float32", **on_gpu)
+    assert packed_matrices(engine) == 8
+    assert generate_ids(engine, prompts, 24) == expected
+    assert [generate_ids(engine, [prompt], 24)[0] for prompt in prompts] == expected
+    same = 0
+    for dtype in ("bfloat16", "float16"):
+        tokens = generate_ids(make_engine(model, dtype=dtype, **on_gpu), prompts, 24)
+        same += sum(a[:4] == b[:4] for a, b in zip(tokens, expected, strict=True))
+    assert same >= len(prompts), "half of the beginnings"
+
+
+@pytest.mark.parametrize("form", ["gptq-4", "gptq-4-asymmetric", "gptq-8", "awq", "w4a16", "w8a16"])
+def test_folders(tmp_path: Path, form: str) -> None:
+    folder = make_hf_folder(tmp_path / "plain", "qwen2", **SIZES)
+    quantize_checkpoint.quantize_folder(folder, tmp_path / form, form, 32)
+    check(tmp_path / form, PROMPTS)
+
+
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0"])
+def test_gguf_files(tmp_path: Path, quantization: str) -> None:
+    folder = make_hf_folder(tmp_path / "plain", "qwen3", **SIZES)
+    file = write_gguf(tmp_path / "model.gguf", folder, quantization=quantization)
+    check(file, make_prompts(6, TOKENIZER_SIZE, longest=90))
