@@ -36,10 +36,7 @@ class Memory:
     """The resident memory of a server's API process and of its engine process over time."""
 
     def __init__(self, server: Server) -> None:
-        (engine,) = (
-            pid for pid in server.processes() if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        self._pids = {"api": server.pid, "engine": engine}
+        self._pids = {"api": server.pid, "engine": server.engine_pid}
         self.samples: dict[str, list[tuple[float, int]]] = {"api": [], "engine": []}
 
     def sample(self, at: float) -> None:

@@ -146,6 +146,13 @@ class Server:
                     found.append(int(entry.name))
         return found
 
+    @property
+    def engine_pid(self) -> int:
+        """Of microvllm the engine process."""
+        return next(
+            pid for pid in self.processes() if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+
     def cpu_seconds(self) -> float:
         """Processor time that its processes have taken so far."""
         ticks = 0
