@@ -26,6 +26,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.server import HttpServer
 from microvllm.openai_compat.transport.protocol import GuardedProtocol
 from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.errors import EngineBusyError
 from microvllm.runtime.process.channel import Add, EngineEnd, frame
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import SamplingParams
@@ -120,6 +121,31 @@ async def test_a_waiting_request_is_small(client: EngineClient) -> None:
             server.should_exit = True
             await serving
     assert each < LARGEST_WAITING, f"{each:.0f} bytes"
+
+
+async def test_large_lists_fill_the_queue_as_prompts_do() -> None:
+    args = EngineArgs(
+        model=str(long_folder()), dtype="float32", cpu_threads=1, max_num_seqs=1, max_num_queued_tokens=2000
+    )
+    client = await EngineClient.start(args.resolve())
+    streams = []
+    try:
+        endless = SamplingParams(max_tokens=7000, temperature=0.0, ignore_eos=True)
+        streams += client.submit([5], endless)
+        while not client.stats.num_running:
+            await asyncio.sleep(0.01)
+        allowed = msgspec.structs.replace(endless, allowed_token_ids=[3, 4, 5] * 300)
+        for _ in range(2):
+            streams += client.submit([5], allowed)
+        with pytest.raises(EngineBusyError):
+            client.submit([5], allowed)
+        streams[1].abort()
+        streams += client.submit([5], allowed)
+        for stream in streams[1:]:
+            stream.abort()
+        assert client.admission._num_tokens == 0
+    finally:
+        await client.close()
 
 
 class CountedParams(SamplingParams, frozen=True, kw_only=True):

@@ -6,10 +6,13 @@ import math
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineBusyError
-from microvllm.runtime.request import EngineStats
+from microvllm.runtime.request import EngineRequest, EngineStats
 
 RATE_MEMORY_S = 5.0  # how far back the measured rate looks
 LONGEST_RETRY_S = 300.0
+CHARS_PER_TOKEN = (
+    16  # a token takes 36 bytes in either process, a character of a form or grammar two to three
+)
 
 
 class QueueFullError(EngineBusyError):
@@ -18,6 +21,19 @@ class QueueFullError(EngineBusyError):
     def __init__(self, option: str, retry_after_s: float) -> None:
         super().__init__("The engine is currently busy and cannot accept new requests.", retry_after_s)
         self.option = option
+
+
+def shared_tokens(request: EngineRequest) -> int:
+    """Return what the sequences of a request count beside their prompts, which takes memory as tokens do.
+
+    Without that, 16,384 requests of one token could hold a vocabulary of allowed tokens each (2 MB in either
+    process).
+    """
+    params, form = request.params, request.params.structured_outputs
+    chars = len(request.grammar) + (len(form.spec) if form is not None else 0)
+    chars += sum(map(len, params.bad_words)) + sum(map(len, params.stop))
+    ids = len(params.allowed_token_ids or ()) + 2 * len(params.logit_bias) + len(request.stop_token_ids)
+    return ids + sum(map(len, request.bad_word_ids)) + chars // CHARS_PER_TOKEN
 
 
 class Admission:
@@ -32,7 +48,7 @@ class Admission:
         self._max_tokens = config.max_num_queued_tokens
         self._max_num_seqs = config.max_num_seqs
         self._max_wait_s = config.queue_timeout if config.admit_by_rate else math.inf
-        self._num_tokens = 0  # of prompts without an output yet
+        self._num_tokens = 0  # of prompts without an output yet, and `shared_tokens`
         self.restart()
 
     def restart(self) -> None:
@@ -48,7 +64,7 @@ class Admission:
         return self._requests / self._seconds if self._seconds else None
 
     def check(self, stats: EngineStats, count: int, tokens: int) -> None:
-        """Raise `QueueFullError` unless `count` sequences, `tokens` in their prompts, may join the queue."""
+        """Raise `QueueFullError` unless `count` sequences of `tokens` together may join the queue."""
         waiting = stats.num_waiting + count - (self._max_num_seqs - stats.num_running)
         if waiting <= 0:
             return
@@ -67,7 +83,7 @@ class Admission:
             raise QueueFullError("max_num_queued_reqs", max(wait_s, 0.0))
 
     def enter(self, tokens: int) -> None:
-        """Count a sequence whose prompt has so many tokens."""
+        """Count a sequence that takes so many tokens."""
         self._num_tokens += tokens
 
     def leave(self, tokens: int, *, started: bool) -> None:

@@ -20,7 +20,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
 from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
-from microvllm.runtime.process.admission import Admission, QueueFullError
+from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
 from microvllm.runtime.process.channel import (
     Abort,
     Add,
@@ -81,6 +81,7 @@ class TokenStream(TrackedSequence):
         self._error: EngineError | RequestError | None = None
         self._ended = False
         self._queued = True  # until the first output
+        self.queue_tokens = len(request.prompt_token_ids)  # what it counts in the queue
         self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while nothing is pending
         # Takes a delta in the consumer's stead while it waits for one, if it can; never the last one.
         self.direct: Callable[[TextDelta], bool] | None = None
@@ -110,9 +111,7 @@ class TokenStream(TrackedSequence):
         """Turn the output of a step into a delta and wake the consumer."""
         if self._queued:
             self._queued = False
-            self._client.admission.leave(
-                len(self.prompt_token_ids), started=bool(output.token_ids or output.pooled)
-            )
+            self._client.admission.leave(self.queue_tokens, started=bool(output.token_ids or output.pooled))
         try:
             if self._text is None:
                 self._text = OutputProcessor(self._client.tokenizer, self._request)
@@ -169,7 +168,7 @@ class TokenStream(TrackedSequence):
         self.direct = None
         if self._queued:
             self._queued = False
-            self._client.admission.leave(len(self.prompt_token_ids), started=False)
+            self._client.admission.leave(self.queue_tokens, started=False)
         self.record_end(reason, self._client.observer)
 
 
@@ -296,7 +295,7 @@ class EngineClient:
         return self._start(prepared, found)
 
     def check_room(self, count: int = 1, tokens: int = 1) -> None:
-        """Raise `EngineBusyError` unless `count` sequences, `tokens` in their prompts, may join the queue."""
+        """Raise `EngineBusyError` unless `count` sequences of `tokens` together may join the queue."""
         in_flight = self._submitted - self.stats.requests
         try:
             self.admission.check(self.stats, in_flight + count, tokens)
@@ -311,15 +310,18 @@ class EngineClient:
         if not self._ready:
             raise EngineDeadError(DEAD)
         count = sum(map(len, prompts))
-        self.check_room(count, sum(len(samples[0].prompt_token_ids) * len(samples) for samples in prompts))
+        shared = shared_tokens(prepared)
+        self.check_room(count, shared + sum(len(each[0].prompt_token_ids) * len(each) for each in prompts))
         self._submitted += count
         streams: list[TokenStream] = []
         for samples in prompts:
             group = SampleGroup(len(samples), len(samples))
             streams += [TokenStream(self, request, group) for request in samples]
+        if streams:
+            streams[0].queue_tokens += shared
         self._streams.update((stream.request_id, stream) for stream in streams)
         for stream in streams:
-            self.admission.enter(len(stream.prompt_token_ids))
+            self.admission.enter(stream.queue_tokens)
         self._send(Add.of(prepared, prompts))
         return streams
 

@@ -9,8 +9,14 @@ from fakes import Engine, make_config, make_request
 
 from microvllm.runtime.core import scheduler as scheduler_module
 from microvllm.runtime.core.plan import Request
-from microvllm.runtime.process.admission import Admission, QueueFullError
-from microvllm.runtime.request import EngineStats, FinishReason
+from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
+from microvllm.runtime.request import (
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    StructuredOutput,
+)
 
 BUSY = EngineStats(num_running=8, num_waiting=5)
 
@@ -48,6 +54,22 @@ def test_the_prompt_tokens_that_wait_are_bounded() -> None:
     assert caught.value.option == "max_num_queued_tokens"
     bounded.leave(60, started=False)
     bounded.check(BUSY, 1, 41)
+
+
+def test_what_is_beside_the_prompts_counts_as_tokens() -> None:
+    def counted(**options: Any) -> int:
+        grammar = options.pop("grammar", "")
+        words = options.pop("bad_word_ids", [])
+        params = SamplingParams(**options)
+        return shared_tokens(EngineRequest(-1, [], params, bad_word_ids=words, grammar=grammar))
+
+    assert counted() == 0
+    assert counted(allowed_token_ids=list(range(5000))) == 5000
+    assert counted(logit_bias=dict.fromkeys(range(100), 1.0)) == 200
+    form = StructuredOutput(kind="regex", spec="a" * 1600)
+    assert counted(structured_outputs=form, grammar="b" * 3200) == 300
+    assert counted(stop=["c" * 1600]) == 100
+    assert counted(bad_words=["d" * 160], bad_word_ids=[[1, 2], [3]]) == 13
 
 
 def steps(measured: Admission, count: int, per_step: int, seconds: float) -> None:
