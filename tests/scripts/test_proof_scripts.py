@@ -194,7 +194,7 @@ def test_the_table_of_faults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def invariance_table(script: ModuleType, prompts: int) -> Any:
     """A table of parts in which every prompt has the same answer in every way."""
     table = script.Table()
-    table.parts = list(script.parts_of(range(prompts)))
+    table.parts = list(script.parts_of(range(prompts), script.EVERY_WAY))
     for part in table.parts:
         digests = [(f"tokens {i}", f"bits {i}") for i in range(part.first, part.first + part.count)]
         part.modes[script.INVARIANT] = script.Mode(digests, 8, 0.5, hits=1, preemptions=1)
@@ -222,7 +222,7 @@ def test_shards_of_the_invariance_check_add_up(tmp_path: Path, capsys: pytest.Ca
 def test_the_invariance_check_sees_what_is_wrong(fault: str) -> None:
     script = load_script("check_invariance")
     table = invariance_table(script, 20)
-    assert table.print(20)
+    assert table.print(20, script.EVERY_WAY)
     part = next(part for part in table.parts if part.way == script.PREEMPTED)
     mode = part.modes[script.INVARIANT]
     if fault == "another bit":
@@ -232,7 +232,7 @@ def test_the_invariance_check_sees_what_is_wrong(fault: str) -> None:
     for each in table.parts:
         each.modes[script.INVARIANT].hits *= fault != "no hit"
         each.modes[script.INVARIANT].preemptions *= fault != "no preemption"
-    assert not table.print(20)
+    assert not table.print(20, script.EVERY_WAY)
 
 
 def test_every_script_has_a_line_in_the_readme() -> None:
