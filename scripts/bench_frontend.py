@@ -66,7 +66,8 @@ def run_engine(fd: int) -> None:
             raise TypeError(f"the first command must be Start, not {type(start).__name__}")
         tokens = Tokenizer.load(Path(start.config.tokenizer_path)).encode(TEXT, add_special_tokens=False)
         interval = 1.0 / float(os.environ["FAKE_STEPS_PER_SECOND"] or "inf")
-        channel.send_event(Ready(EngineStats(kv_blocks_total=start.config.num_blocks)))
+        stats = EngineStats(kv_blocks_total=start.config.num_blocks)
+        channel.send_event(Ready(stats, start.config.max_model_len))
         left: dict[int, int] = {}
         steps, due, arrived = 0, 0.0, 0
         while True:

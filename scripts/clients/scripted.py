@@ -198,7 +198,8 @@ def run_engine(fd: int, folder: str) -> None:
             raise TypeError(f"the first command must be Start, not {type(start).__name__}")
         tokenizer = Tokenizer.load(Path(start.config.tokenizer_path))
         end = start.config.spec.eos_token_ids[0]
-        channel.send_event(Ready(EngineStats(kv_blocks_total=start.config.num_blocks)))
+        stats = EngineStats(kv_blocks_total=start.config.num_blocks)
+        channel.send_event(Ready(stats, start.config.max_model_len))
         heartbeat = Heartbeat(channel)
         heartbeat.begin()
         left: dict[int, list[int]] = {}
