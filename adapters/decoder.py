@@ -35,9 +35,10 @@ class DecoderModel:
         embed = weights.pop("embed")
         head = weights.pop("lm_head", embed)
         norm = _Weights(spec, weights, operators, "").norm("norm")
-        lookup = operators.embedding(embed)
-        if ranks is not None:
-            lookup = ShardedEmbedding(lookup, spec.vocab_size, ranks)
+        if ranks is None:
+            lookup = operators.embedding(embed)
+        else:
+            lookup = ShardedEmbedding(operators, embed, spec.vocab_size, ranks)
         self.embed = _scaled(lookup, spec, embed)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = _head(spec, head, norm, operators, ranks)

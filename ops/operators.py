@@ -105,6 +105,17 @@ class Operators(ABC):
         """[vocab, d] -> the operator: [n] int64 token ids -> their rows of the weight, [n, d]."""
         return lambda token_ids: embedding(token_ids, weight).to(self.activation_dtype)
 
+    def embedding_part(self, weight: Tensor, first: int, stop: int) -> Operator:
+        """`embedding` of a weight that has the rows of the tokens [first, stop): zeros for all others."""
+        lookup = self.embedding(weight)
+
+        def rows(token_ids: Tensor) -> Tensor:
+            outside = (token_ids < first) | (token_ids >= stop)
+            found = lookup((token_ids - first).masked_fill(outside, 0))
+            return found.masked_fill_(outside[:, None], 0.0)
+
+        return rows
+
     def norm_linear(
         self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> Operator:

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn.functional import pad
 
-from microvllm.ops.operators import LinearOperator, Operator
+from microvllm.ops.operators import LinearOperator, Operator, Operators
 
 
 class Ranks(Protocol):
@@ -54,19 +54,16 @@ class SummedLinear:
 class ShardedEmbedding:
     """[n] token ids -> their rows, [n, d], of a table of `vocab_size` rows, of which each rank holds some.
 
-    `lookup` finds those of this rank. The row of a token is zero on all ranks but one.
+    `weight` has this rank's. The row of a token is zero on all ranks but one.
     """
 
-    def __init__(self, lookup: Operator, vocab_size: int, ranks: Ranks) -> None:
-        self._lookup, self._ranks = lookup, ranks
+    def __init__(self, operators: Operators, weight: Tensor, vocab_size: int, ranks: Ranks) -> None:
         each = -(-vocab_size // ranks.size)
-        self._first, self._end = ranks.rank * each, min((ranks.rank + 1) * each, vocab_size)
+        first, stop = ranks.rank * each, min((ranks.rank + 1) * each, vocab_size)
+        self._lookup, self._ranks = operators.embedding_part(weight, first, stop), ranks
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        local = token_ids - self._first
-        outside = (local < 0) | (token_ids >= self._end)
-        rows = self._lookup(local.masked_fill(outside, 0))
-        return self._ranks.sum(rows.masked_fill_(outside[:, None], 0.0))
+        return self._ranks.sum(self._lookup(token_ids))
 
 
 class ShardedHead:

@@ -55,6 +55,9 @@ class GpuOperators(Operators):
     def embedding(self, weight: Tensor) -> Operator:
         return partial(gather_rows, weight, pdl=self.pdl)
 
+    def embedding_part(self, weight: Tensor, first: int, stop: int) -> Operator:
+        return partial(gather_rows, weight, first=first, pdl=self.pdl)
+
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOperator:
         return self._product(weight, bias)
 

@@ -1,4 +1,4 @@
-"""Sums over the GPUs of one host by plain stores into each other's memory, for few rows: one kernel each.
+"""Sums and joins over the GPUs of one host by plain stores into each other's memory: one kernel each.
 
 Every rank stores its part into a box of each other rank, then adds up what arrives in its own. Data and the
 number of the call travel in one word of 64 bits, which is stored and read as a whole, so that no flag has to
@@ -21,7 +21,7 @@ from torch import Tensor
 from microvllm.ops.gpu.launch import follow, launch_options
 
 BLOCK = 512  # words of 32 bits that a program adds up
-WORD_BYTES = 8  # of a word with its number
+WORD_BYTES = 4
 
 
 @triton.jit
@@ -50,11 +50,32 @@ def _word(low, high, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _look(arrived, inside, sent, call, ended):
+def _send(own, call, others, at, inside, ROOM: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Store words into the boxes of all other ranks, each with the number of the call."""
+    sent = (own.to(tl.int64) & 0xFFFFFFFF) | (call.to(tl.int64) << 32)
+    for rank in tl.static_range(SIZE):
+        if rank != RANK:
+            other = tl.load(others + rank).to(tl.pointer_type(tl.int64))
+            place = other + ((call & 1) * SIZE + RANK) * ROOM + at
+            tl.store(place, sent, inside, cache_modifier=".wt")
+
+
+@triton.jit
+def _look(place, inside, call, ended):
     """The words as they are now, and whether there are some to wait for: the same for the whole program."""
-    got = tl.load(arrived, inside, sent, volatile=True)
+    got = tl.load(place, inside, call.to(tl.int64) << 32, volatile=True)
     waits = ((got >> 32).to(tl.int32) != call) & (tl.load(ended, volatile=True) == 0)
     return got, tl.max(waits.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _receive(box, rank, call, ended, at, inside, ROOM: tl.constexpr, SIZE: tl.constexpr):
+    """Wait for the words of a rank."""
+    place = box + ((call & 1) * SIZE + rank) * ROOM + at
+    got, waits = _look(place, inside, call, ended)
+    while waits:
+        got, waits = _look(place, inside, call, ended)
+    return got.to(tl.int32)
 
 
 @triton.jit
@@ -88,23 +109,13 @@ def _sum_kernel(
     inside = at < n
     call = tl.load(calls + program) + 1
     own = tl.load(part + at, inside, 0)
-    half = (call & 1) * (SIZE * ROOM)
-    sent = (own.to(tl.int64) & 0xFFFFFFFF) | (call.to(tl.int64) << 32)
-    for rank in tl.static_range(SIZE):
-        if rank != RANK:
-            other = tl.load(others + rank).to(tl.pointer_type(tl.int64))
-            tl.store(other + half + RANK * ROOM + at, sent, inside, cache_modifier=".wt")
+    _send(own, call, others, at, inside, ROOM, RANK, SIZE)
     low = tl.zeros([BLOCK], tl.float32)
     high = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(SIZE):
-        if rank == RANK:
-            word = own
-        else:
-            arrived = box + half + rank * ROOM + at
-            got, waits = _look(arrived, inside, sent, call, ended)
-            while waits:
-                got, waits = _look(arrived, inside, sent, call, ended)
-            word = got.to(tl.int32)
+        word = own
+        if rank != RANK:
+            word = _receive(box, rank, call, ended, at, inside, ROOM, SIZE)
         low += _low(word, TYPE)
         if tl.float32 != TYPE:
             high += _high(word, TYPE)
@@ -118,8 +129,44 @@ def _sum_kernel(
     tl.store(calls + program, call)
 
 
-class PeerSum:
-    """Sums tensors of up to `room` words of 32 bits over all ranks. `rank` is this process's.
+@triton.jit
+def _join_kernel(
+    out,
+    part,
+    box,
+    others,
+    calls,
+    ended,
+    n,
+    width,
+    ROOM: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: BLOCK words of all parts. part: [n / width, width]; out: [n / width, SIZE * width], int32.
+
+    The rest as in `_sum_kernel`.
+    """
+    follow(PDL)
+    program = tl.program_id(0)
+    at = program * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    call = tl.load(calls + program) + 1
+    own = tl.load(part + at, inside, 0)
+    _send(own, call, others, at, inside, ROOM, RANK, SIZE)
+    place = out + at // width * (SIZE * width) + at % width
+    for rank in tl.static_range(SIZE):
+        word = own
+        if rank != RANK:
+            word = _receive(box, rank, call, ended, at, inside, ROOM, SIZE)
+        tl.store(place + rank * width, word, inside)
+    tl.store(calls + program, call)
+
+
+class PeerExchange:
+    """Sums and joins tensors of up to `room` words of 32 bits over all ranks. `rank` is this process's.
 
     boxes: the addresses of the ranks' boxes, [2, size, room] int64 and zero at first, as this device reaches
     them; `box` is its own. All ranks call with the same shapes in the same order, on one stream.
@@ -135,15 +182,14 @@ class PeerSum:
         self._options = launch_options(pdl)
 
     def fits(self, part: Tensor) -> bool:
-        """Whether a part of this shape and dtype can be summed here."""
-        words, rest = divmod(part.numel() * part.element_size(), 4)
-        return words <= self.room and rest == 0
+        """Whether a part, [n, d], can be exchanged here: its rows have to be whole words."""
+        row_bytes = part.shape[1] * part.element_size()
+        return row_bytes % WORD_BYTES == 0 and part.shape[0] * row_bytes <= WORD_BYTES * self.room
 
-    def __call__(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
-        """part: contiguous, of 16 or 32 bits -> residual + the parts of all ranks, where either was."""
+    def sum(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
+        """part: [n, d], contiguous -> residual + the parts of all ranks, [n, d], where either was."""
         out = part if residual is None else residual
-        words = part.view(-1).view(torch.int32)
-        target = out.view(-1).view(torch.int32)
+        words, target = _words(part), _words(out)
         _sum_kernel[(triton.cdiv(words.numel(), BLOCK),)](
             target,
             words,
@@ -164,10 +210,37 @@ class PeerSum:
         )
         return out
 
+    def join(self, part: Tensor) -> Tensor:
+        """part: [m, w], contiguous -> the parts of all ranks beside each other, [m, size * w]."""
+        rows, width = part.shape
+        out = part.new_empty(rows, self._size * width)
+        words = _words(part)
+        _join_kernel[(triton.cdiv(words.numel(), BLOCK),)](
+            _words(out),
+            words,
+            self._box,
+            self._others,
+            self._calls,
+            self._ended,
+            words.numel(),
+            words.numel() // rows,
+            ROOM=self.room,
+            RANK=self._rank,
+            SIZE=self._size,
+            BLOCK=BLOCK,
+            num_warps=4,
+            **self._options,
+        )
+        return out
+
     def end(self) -> None:
         """Let kernels that wait for another rank end, from any thread; what they give is meaningless."""
         with torch.cuda.stream(torch.cuda.Stream(self._ended.device)):
             self._ended.fill_(1)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.int32)
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

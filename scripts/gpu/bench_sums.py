@@ -54,13 +54,13 @@ def run(rank: int, folder: str, width: int, rows: list[int]) -> None:
     own = None
     try:
         from microvllm.ops.gpu.launch import can_launch_early
-        from microvllm.ops.gpu.peers import PeerSum
+        from microvllm.ops.gpu.peers import PeerExchange
         from microvllm.runtime.worker.parallel.peer_memory import PeerMemory
 
         store = dist.FileStore(f"{folder}/peers", 2)
         memory = PeerMemory("bench", (2, 2, ROOM), torch.int64, rank, 2, store)
         device = torch.device("cuda", rank)
-        own = PeerSum(rank, memory.own, memory.addresses, pdl=can_launch_early(device))
+        own = PeerExchange(rank, memory.own, memory.addresses, pdl=can_launch_early(device))
     except Exception:
         traceback.print_exc()
     for dtype in (torch.bfloat16, torch.float32):
@@ -76,11 +76,11 @@ def run(rank: int, folder: str, width: int, rows: list[int]) -> None:
             if own is not None and own.fits(part):
                 alike = True
                 for _ in range(3):
-                    got = own(part.clone(), residual.clone())
+                    got = own.sum(part.clone(), residual.clone())
                     torch.cuda.synchronize()
                     alike = alike and bool(got.equal(want))
                 line += f"; own {'equal' if alike else f'OFF by {float((got - want).abs().max())}'}"
-                line += f", {timed(partial(own, part, residual), ranks):6.2f} us"
+                line += f", {timed(partial(own.sum, part, residual), ranks):6.2f} us"
             if rank == 0:
                 print(line, flush=True)
 

@@ -36,6 +36,7 @@ CACHE_BYTES = 150_000_000  # of copies that a timing rotates through: three time
 MODELS = {
     "Qwen3-0.6B": (1024, 16, 8, 128, 3072, 151936, False),
     "Qwen2-7B": (3584, 28, 4, 128, 18944, 152064, True),
+    "Qwen2-7B-of-2": (3584, 14, 2, 128, 9472, 76032, True),  # what one of two ranks computes
     "Qwen2.5-0.5B": (896, 14, 2, 64, 4864, 151936, True),
     "SmolLM2-135M": (576, 9, 3, 64, 1536, 49152, False),
     "Llama-3-8B": (4096, 32, 8, 128, 14336, 128256, False),

@@ -1,6 +1,6 @@
 """Finds the tilings of products of few rows (`ops.gpu.stream`) on one GPU, for `ops/gpu/tunings.py`.
 
-    python scripts/gpu/tune_stream.py [--models NAME…] [--rows N…] [--seconds N] [--out FILE.json]
+    python scripts/gpu/tune_stream.py [--models NAME…] [--rows N…] [--seconds N] [--known] [--out FILE.json]
 
 Each tiling is timed alone, as a CUDA graph over copies of the weight that together do not fit the L2 cache.
 A line shows a product and a number of rows: microseconds of `torch.mm`, of the kernel that is used without a
@@ -14,8 +14,9 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +28,25 @@ from torch import Tensor
 from microvllm.ops.gpu.operators import GpuProduct
 from microvllm.ops.gpu.stream import MIN_ROWS, StreamedWeight
 from microvllm.ops.gpu.tiling import Tiling
+from microvllm.ops.gpu.tunings import STREAM
 
 RINGS = (36 << 10, 54 << 10, 74 << 10, 110 << 10, 160 << 10)  # bytes of shared memory that stages may take
 SPLITS = (1, 2, 4, 6, 8)
 SHOWN = 3
-Kernel = tuple[int, bool, bool, int, int, int]  # rows, gated, residual, block_n, block_k, stages
+Kernel = tuple[int, bool, bool, int, int, int, int]  # rows, gated, residual, block_n, block_k, warps, stages
+
+
+def known(rows: int, product: Product) -> Iterator[Tiling]:
+    """Those in use for other products and about as many rows, split in other numbers, too."""
+    found = {
+        (tiling.block_n, tiling.block_k, tiling.warps, tiling.stages)
+        for (_, _, gated), tilings in STREAM.get(torch.cuda.get_device_name(), {}).items()
+        for most, tiling in tilings.items()
+        if tiling is not None and gated == product[2] and rows <= most <= 2 * rows
+    }
+    for (block_n, block_k, warps, stages), splits in itertools.product(sorted(found), SPLITS[:4]):
+        if splits == 1 or 2 * splits * block_k <= product[1]:
+            yield Tiling(block_n, block_k, warps, stages, splits)
 
 
 def candidates(rows: int, product: Product) -> Iterator[Tiling]:
@@ -51,17 +66,17 @@ def candidates(rows: int, product: Product) -> Iterator[Tiling]:
 
 def kernel_of(rows: int, product: Product, tiling: Tiling) -> Kernel:
     """Tilings with the same one share a kernel."""
-    return rows, product[2], product[4], tiling.block_n, tiling.block_k, tiling.stages
+    return rows, product[2], product[4], *tuple_of(tiling)[:4]
 
 
 def compile_one(kernel: Kernel) -> None:
     """In a process of its own; the result goes to Triton's cache on the disk."""
-    rows, gated, residual, block_n, block_k, stages = kernel
+    rows, gated, residual, *tiling = kernel
     weight = torch.zeros(512, 512, device=DEVICE, dtype=BF16)
     product = StreamedWeight(weight, arrivals(), {}, gated=gated, pdl=True)
     x = torch.zeros(rows, 512, device=DEVICE, dtype=BF16)
     added = torch.zeros(rows, 256 if gated else 512, device=DEVICE, dtype=BF16) if residual else None
-    product(x, Tiling(block_n, block_k, 4, stages), None, added)
+    product(x, Tiling(*tiling), None, added)
     torch.cuda.synchronize()
 
 
@@ -70,7 +85,7 @@ def arrivals() -> Tensor:
 
 
 def tune_product(
-    rows: int, product: Product, weights: list[Tensor]
+    rows: int, product: Product, weights: list[Tensor], tilings: Iterable[Tiling]
 ) -> tuple[float, float, list[tuple[float, Tiling]]]:
     """Microseconds of `torch.mm`, of the other kernels, and of each tiling, the fastest first."""
     n, k, gated, _, residual = product
@@ -85,7 +100,7 @@ def tune_product(
     other = microseconds([partial(call, x, added) for call in others])
     streamed = [StreamedWeight(weight, shared, {}, gated=gated, pdl=True) for weight in weights]
     times = []
-    for tiling in candidates(rows, product):
+    for tiling in tilings:
         calls = [partial(call, x, tiling, None, added) for call in streamed]
         times.append((microseconds(calls), tiling))
     return plain, other, sorted(times, key=lambda each: each[0])
@@ -98,6 +113,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["Qwen3-0.6B", "Qwen2-7B"], choices=MODELS)
     parser.add_argument("--rows", nargs="*", type=int, default=[8, 16, 32, 64])
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--known", action="store_true", help="only tilings that other products have")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begun, found = time.monotonic(), []
@@ -107,12 +123,11 @@ def main() -> None:
         for name, product in products(model).items()
         for rows in args.rows
     ]
+    choose = known if args.known else candidates
     kernels = {
-        kernel_of(rows, product, tiling)
-        for _, _, product, rows in jobs
-        for tiling in candidates(rows, product)
+        kernel_of(rows, product, tiling) for _, _, product, rows in jobs for tiling in choose(rows, product)
     }
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         pool.map(compile_one, sorted(kernels), chunksize=2)
     print(f"{len(kernels)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
     with torch.inference_mode():
@@ -123,7 +138,7 @@ def main() -> None:
             n, k, gated, _, _ = product
             weights = rotated(partial(normal, 2 * n if gated else n, k), 3 if n > 100_000 else 10)
             for *_, rows in group:
-                plain, other, times = tune_product(rows, product, weights)
+                plain, other, times = tune_product(rows, product, weights, choose(rows, product))
                 best = "  ".join(f"{us:.2f} {tuple_of(tiling)}" for us, tiling in times[:SHOWN])
                 print(
                     f"{model} {name:7} ({n}, {k}, {gated}) {rows:2} rows: mm {plain:.2f} us, now {other:.2f},"

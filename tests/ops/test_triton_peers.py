@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_interpreter
 
-from microvllm.ops.gpu.peers import BLOCK, PeerSum
+from microvllm.ops.gpu.peers import BLOCK, PeerExchange
 
 ROOM = 4 * BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ def test_parts_are_added_in_the_order_of_the_ranks(
     size: int, rank: int, dtype: torch.dtype, with_residual: bool
 ) -> None:
     boxes = [torch.zeros(2, size, ROOM, dtype=torch.int64) for _ in range(size)]
-    total = PeerSum(rank, boxes[rank], [box.data_ptr() for box in boxes])
+    total = PeerExchange(rank, boxes[rank], [box.data_ptr() for box in boxes])
     for call, rows in enumerate((3, 1, 5, 3)):
         parts = [torch.randn(rows, 300).to(dtype) for _ in range(size)]
         residual = torch.randn(rows, 300).to(dtype) if with_residual else None
@@ -50,7 +50,7 @@ def test_parts_are_added_in_the_order_of_the_ranks(
                     message[at] = words[at] | (counted[program] + 1 << 32)
                     half = counted[program] + 1 & 1
                     boxes[rank][half, other, at] = message[at]
-        got = total(own, residual)
+        got = total.sum(own, residual)
         # The interpreter cuts float32 off to bfloat16, a GPU rounds it.
         exact = dtype != torch.bfloat16 or triton_interpreter.DEVICE.type == "cuda"
         assert got.equal(want.to(dtype)) if exact else torch.allclose(got.float(), want, 2**-7, 1e-6), call
@@ -66,16 +66,27 @@ def test_parts_are_added_in_the_order_of_the_ranks(
 def test_a_kernel_that_waits_can_be_ended() -> None:
     """Of the other rank only a part has arrived, and what it sent two calls ago."""
     boxes = [torch.zeros(2, 2, ROOM, dtype=torch.int64) for _ in range(2)]
-    total = PeerSum(0, boxes[0], [box.data_ptr() for box in boxes])
+    total = PeerExchange(0, boxes[0], [box.data_ptr() for box in boxes])
     part = torch.ones(1, 64)
     send(boxes[0], 1, 1, part[:, :32])
     total._ended.fill_(1)
-    total(part)
+    total.sum(part)
     assert part[:, :32].eq(2).all() and part[:, 32:].eq(1).all()
 
 
 def test_what_does_not_fit() -> None:
-    total = PeerSum(0, torch.zeros(2, 2, ROOM, dtype=torch.int64), [0, 0])
-    assert total.fits(torch.zeros(ROOM)) and not total.fits(torch.zeros(ROOM + 1))
-    assert total.fits(torch.zeros(2 * ROOM, dtype=torch.bfloat16))
-    assert not total.fits(torch.zeros(3, dtype=torch.bfloat16))
+    total = PeerExchange(0, torch.zeros(2, 2, ROOM, dtype=torch.int64), [0, 0])
+    assert total.fits(torch.zeros(4, ROOM // 4)) and not total.fits(torch.zeros(5, ROOM // 4))
+    assert total.fits(torch.zeros(1, 2 * ROOM, dtype=torch.bfloat16))
+    assert not total.fits(torch.zeros(2, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_beside_each_other(dtype: torch.dtype) -> None:
+    for rank in (0, 1):
+        boxes = [torch.zeros(2, 2, ROOM, dtype=torch.int64) for _ in range(2)]
+        peers = PeerExchange(rank, boxes[rank], [box.data_ptr() for box in boxes])
+        for call in (1, 2, 3):
+            parts = [torch.randn(3, 250).to(dtype) for _ in range(2)]
+            send(boxes[rank], 1 - rank, call, parts[1 - rank])
+            assert peers.join(parts[rank]).equal(torch.cat(parts, 1))

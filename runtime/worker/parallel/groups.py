@@ -18,14 +18,14 @@ from torch._C._distributed_c10d import AllgatherOptions, FileStore, Store
 from microvllm.runtime.errors import EngineError
 
 if TYPE_CHECKING:
-    from microvllm.ops.gpu.peers import PeerSum
+    from microvllm.ops.gpu.peers import PeerExchange
 
 logger = logging.getLogger("microvllm.engine")
 
 CONNECT_TIMEOUT = timedelta(seconds=60)
 # For a rank to load its part of a model from a slow disk; one that is gone or hangs is noticed otherwise.
 WAIT_TIMEOUT = timedelta(hours=1)
-SUM_WORDS = 1 << 18  # of 32 bits: what the own kernel sums at most, 1 MB from each rank
+PEER_WORDS = 1 << 19  # of 32 bits: what the own kernels exchange at most, 2 MB from each rank
 # Addresses of this machine alone; and no NVLink multicast, which not every machine with NVLink allows.
 ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -50,7 +50,7 @@ class TorchRanks:
             store.set_timeout(CONNECT_TIMEOUT)
             self._group = self._connect(device, store)
             self.smallest(rank)  # NCCL connects with the first call
-            self._own_sum = None if device == "cpu" else self._connect_memory(store)
+            self._peers = None if device == "cpu" else self._connect_memory(store)
         except RuntimeError as error:
             reason = next(iter(str(error).splitlines()), "")
             raise EngineError(f"rank {rank} could not be connected with the others: {reason}") from error
@@ -64,33 +64,33 @@ class TorchRanks:
         options._timeout = WAIT_TIMEOUT
         return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
 
-    def _connect_memory(self, store: Store) -> PeerSum | None:
-        """What sums few rows without NCCL; None where it is off, or the GPUs do not reach each other."""
+    def _connect_memory(self, store: Store) -> PeerExchange | None:
+        """What exchanges few rows without NCCL; None where it is off, or the GPUs do not reach each other."""
         # Here, because a machine without a GPU need not have Triton.
         from microvllm.ops.gpu.launch import can_launch_early
         from microvllm.ops.gpu.levers import Levers
-        from microvllm.ops.gpu.peers import PeerSum
+        from microvllm.ops.gpu.peers import PeerExchange
         from microvllm.runtime.worker.parallel.peer_memory import PeerMemory
 
         device = torch.device("cuda", self.rank)
         if not self.smallest(Levers.of(device).peers):
             return None
-        shape = (2, self.size, SUM_WORDS)
+        shape = (2, self.size, PEER_WORDS)
         memory = None
         try:
-            memory = PeerMemory("sums", shape, torch.int64, self.rank, self.size, store)
+            memory = PeerMemory("peers", shape, torch.int64, self.rank, self.size, store)
         except RuntimeError as error:
-            logger.warning("The GPUs do not reach each other's memory, NCCL sums all: %s", error)
+            logger.warning("The GPUs do not reach each other's memory, all goes through NCCL: %s", error)
         if not self.smallest(memory is not None) or memory is None:
             return None
         self._memory = memory
-        return PeerSum(self.rank, memory.own, memory.addresses, pdl=can_launch_early(device))
+        return PeerExchange(self.rank, memory.own, memory.addresses, pdl=can_launch_early(device))
 
     def sum(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
         """See `ops.sharding.Ranks`."""
         part = part.contiguous()
-        if self._own_sum is not None and self._own_sum.fits(part):
-            return self._own_sum(part, residual)
+        if self._peers is not None and self._peers.fits(part):
+            return self._peers.sum(part, residual)
         options = dist.AllreduceOptions()
         options.asyncOp = False
         self._group.allreduce([part], options).wait()
@@ -98,11 +98,14 @@ class TorchRanks:
 
     def join(self, part: Tensor) -> Tensor:
         """See `ops.sharding.Ranks`."""
+        part = part.contiguous()
+        if self._peers is not None and self._peers.fits(part):
+            return self._peers.join(part)
         m, width = part.shape
         parts = part.new_empty(self.size * m, width)
         options = AllgatherOptions()
         options.asyncOp = False
-        self._group._allgather_base(parts, part.contiguous(), options).wait()
+        self._group._allgather_base(parts, part, options).wait()
         return parts.view(self.size, m, width).transpose(0, 1).reshape(m, self.size * width)
 
     def agree(self, tokens: Tensor) -> None:
@@ -121,6 +124,6 @@ class TorchRanks:
 
     def abort(self) -> None:
         """End what waits for another rank, from any thread; the group is unusable then."""
-        if self._own_sum is not None:
-            self._own_sum.end()
+        if self._peers is not None:
+            self._peers.end()
         self._group.abort()
