@@ -63,9 +63,11 @@ class ServerState:
 def _fingerprint(client: EngineClient, args: ServerArgs) -> str | None:
     """Return OpenAI's `system_fingerprint`: the same for the same engine configuration.
 
-    "full" adds the degrees of parallelism in vLLM; one device has none, so it is the same as "hash".
+    "full" adds the number of ranks if there are several, as in vLLM.
     """
     if args.fingerprint_mode in ("custom", "none"):
         return args.fingerprint_value
     digest = hashlib.sha256(msgspec.json.encode(client.config)).hexdigest()
-    return f"microvllm-{microvllm.__version__}-{digest[:8]}"
+    ranks = client.config.tensor_parallel_size
+    parallel = f"-tp{ranks}" if ranks > 1 and args.fingerprint_mode == "full" else ""
+    return f"microvllm-{microvllm.__version__}{parallel}-{digest[:8]}"

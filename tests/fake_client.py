@@ -63,6 +63,7 @@ class FakeConfig:
     dtype: str = "float32"
     kv_dtype: str = "float32"
     device: str = "cuda"
+    tensor_parallel_size: int = 1
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)
     max_logprobs: int = 20

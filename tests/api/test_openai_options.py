@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -343,3 +345,12 @@ async def test_each_of_many_stop_strings_stops() -> None:
     others = [f"never {i}" for i in range(9)]
     _, answer, _ = await ask(COMPLETIONS, args={"max_stop_strings": 10}, **options, stop=[*others, stop])
     assert answer["choices"][0]["stop_reason"] == stop
+
+
+@pytest.mark.parametrize(("ranks", "mode", "shown"), [(1, "full", ""), (2, "full", "-tp2"), (2, "hash", "")])
+async def test_the_fingerprint_has_the_number_of_ranks(ranks: int, mode: str, shown: str) -> None:
+    client = FakeClient()
+    client.config = dataclasses.replace(client.config, tensor_parallel_size=ranks)
+    status, body, _ = await ask(COMPLETIONS, client=client, args={"fingerprint_mode": mode}, max_tokens=1)
+    assert status == 200
+    assert re.fullmatch(rf"microvllm-[0-9.]+{shown}-[0-9a-f]{{8}}", body["system_fingerprint"])
