@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import CutError, ModelFileError
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
@@ -254,12 +254,13 @@ class GGUFCheckpoint:
         self._file.forget(name)
 
     def _block_bytes(self, name: str, columns: Cut) -> tuple[int, int]:
-        """Where the blocks of these columns lie in a row. `ModelFileError` for a cut through a block."""
+        """Where the blocks of these columns lie in a row. `CutError` for a cut through a block."""
         kind, block, block_bytes = TENSOR_TYPES[self._file.tensors[name].type_id]
         start, stop = columns.runs[0]
         if start % block or stop % block:
-            raise ModelFileError(
-                self.path, f"tensor {name} in blocks of {block} ({kind}) cannot be cut at column {start}"
+            column = start if start % block else stop
+            raise CutError(
+                self.path, f"tensor {name} in blocks of {block} ({kind}) cannot be cut at column {column}"
             )
         return start // block * block_bytes, stop // block * block_bytes
 

@@ -14,3 +14,7 @@ class ModelFileError(Exception):
 
 class OverrideError(ModelFileError):
     """A value given in place of one of config.json does not fit the model, whose files may be fine."""
+
+
+class CutError(ModelFileError):
+    """A shard would begin or end within a block of packed weights."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import CutError, ModelFileError
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionBackend
@@ -50,6 +50,9 @@ def load_model(
             packed=operators.packed if config.packed_weights else (),
             shard=shard,
         )
+    except CutError as error:
+        problem = f"--tensor-parallel-size {shard.size}: {error}"
+        raise ConfigError(problem, remedy="--gguf-weights dequantized can be cut anywhere") from error
     except ModelFileError as error:
         raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
