@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import random
 import statistics
 import time
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--requests", type=int, nargs="+", default=[256], help="at once, one after another")
     parser.add_argument("--input", type=span, default=Span(100, 1024))
     parser.add_argument("--output", type=span, default=Span(100, 1024))
     parser.add_argument("--repeat", type=int, default=2)
@@ -124,9 +125,9 @@ def main() -> None:
     if not args.no_freeze:
         freeze_objects()
     collections = Collections()
-    for repeat in range(args.repeat + 1):
+    for count, repeat in itertools.product(args.requests, range(args.repeat + 1)):
         requests = []
-        for _ in range(args.requests if repeat else min(args.requests, 4)):
+        for _ in range(count if repeat else min(count, 4)):
             prompt = [draw.randrange(config.spec.vocab_size) for _ in range(args.input.draw(draw))]
             output = args.output.draw(draw) if repeat else 8
             requests.append(EngineRequest(next_id, prompt, SamplingParams(max_tokens=output, **params)))
@@ -135,8 +136,8 @@ def main() -> None:
         if repeat == 0:
             continue
         rate = result.tokens / result.seconds
-        line = f"run {repeat}: {result.tokens} tokens in {result.seconds:.2f} s = {rate:,.0f} tok/s"
-        line += f", all first tokens after {result.first_s * 1e3:.0f} ms"
+        line = f"{count} requests, run {repeat}: {result.tokens} tokens in {result.seconds:.2f} s"
+        line += f" = {rate:,.0f} tok/s, all first tokens after {result.first_s * 1e3:.0f} ms"
         steps += result.decode_s
         if result.decode_s:
             step, host = statistics.median(result.decode_s), statistics.median(result.host_s)

@@ -50,12 +50,12 @@ def _word(low, high, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _send(own, call, others, at, inside, ROOM: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr):
+def _send(own, call, boxes, at, inside, ROOM: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr):
     """Store words into the boxes of all other ranks, each with the number of the call."""
     sent = (own.to(tl.int64) & 0xFFFFFFFF) | (call.to(tl.int64) << 32)
     for rank in tl.static_range(SIZE):
         if rank != RANK:
-            other = tl.load(others + rank).to(tl.pointer_type(tl.int64))
+            other = tl.multiple_of(tl.load(boxes + rank).to(tl.pointer_type(tl.int64)), 16)
             place = other + ((call & 1) * SIZE + RANK) * ROOM + at
             tl.store(place, sent, inside, cache_modifier=".wt")
 
@@ -71,6 +71,7 @@ def _look(place, inside, call, ended):
 @triton.jit
 def _receive(box, rank, call, ended, at, inside, ROOM: tl.constexpr, SIZE: tl.constexpr):
     """Wait for the words of a rank."""
+    box = tl.multiple_of(box.to(tl.pointer_type(tl.int64)), 16)
     place = box + ((call & 1) * SIZE + rank) * ROOM + at
     got, waits = _look(place, inside, call, ended)
     while waits:
@@ -84,7 +85,7 @@ def _sum_kernel(
     part,
     residual,
     box,
-    others,
+    boxes,
     calls,
     ended,
     n,
@@ -98,8 +99,8 @@ def _sum_kernel(
 ):
     """Program: BLOCK words of all parts, which it exchanges with the same program of the other ranks.
 
-    out, part, residual: [n] int32, two numbers each if TYPE has 16 bits; residual is read if ADDS. box: [2,
-    SIZE, ROOM] int64, in halves that calls use in turns; others: [SIZE] int64, addresses of the ranks' boxes.
+    out, part, residual: [n] int32, two numbers each if TYPE has 16 bits; residual is read if ADDS. box: the
+    address of [2, SIZE, ROOM] int64, in halves that calls use in turns; boxes: [SIZE] int64, of all ranks'.
     calls: [programs] int32, how often each program has run, the same on all ranks; ended: [1] int32, not 0
     once it is no use to wait.
     """
@@ -109,7 +110,7 @@ def _sum_kernel(
     inside = at < n
     call = tl.load(calls + program) + 1
     own = tl.load(part + at, inside, 0)
-    _send(own, call, others, at, inside, ROOM, RANK, SIZE)
+    _send(own, call, boxes, at, inside, ROOM, RANK, SIZE)
     low = tl.zeros([BLOCK], tl.float32)
     high = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(SIZE):
@@ -134,7 +135,7 @@ def _join_kernel(
     out,
     part,
     box,
-    others,
+    boxes,
     calls,
     ended,
     n,
@@ -155,7 +156,7 @@ def _join_kernel(
     inside = at < n
     call = tl.load(calls + program) + 1
     own = tl.load(part + at, inside, 0)
-    _send(own, call, others, at, inside, ROOM, RANK, SIZE)
+    _send(own, call, boxes, at, inside, ROOM, RANK, SIZE)
     place = out + at // width * (SIZE * width) + at % width
     for rank in tl.static_range(SIZE):
         word = own
@@ -165,20 +166,26 @@ def _join_kernel(
     tl.store(calls + program, call)
 
 
+def box_bytes(size: int, room: int) -> int:
+    """How large the box of each of `size` ranks is."""
+    return 2 * size * room * 8
+
+
 class PeerExchange:
     """Sums and joins tensors of up to `room` words of 32 bits over all ranks. `rank` is this process's.
 
-    boxes: the addresses of the ranks' boxes, [2, size, room] int64 and zero at first, as this device reaches
-    them; `box` is its own. All ranks call with the same shapes in the same order, on one stream.
+    boxes: the addresses of the ranks' boxes, zero at first, as this device reaches them. All ranks call with
+    the same shapes in the same order, on one stream.
     """
 
-    def __init__(self, rank: int, box: Tensor, boxes: Sequence[int], *, pdl: bool = False) -> None:
-        self._rank, self._size, self.room = rank, box.shape[1], box.shape[2]
-        self._box = box
-        self._others = torch.tensor(boxes, dtype=torch.int64, device=box.device)
-        programs = triton.cdiv(self.room, BLOCK)
-        self._calls = torch.zeros(programs, dtype=torch.int32, device=box.device)
-        self._ended = torch.zeros(1, dtype=torch.int32, device=box.device)
+    def __init__(
+        self, rank: int, boxes: Sequence[int], room: int, device: torch.device, *, pdl: bool = False
+    ) -> None:
+        self._rank, self._size, self.room = rank, len(boxes), room
+        self._box = boxes[rank]
+        self._boxes = torch.tensor(boxes, dtype=torch.int64, device=device)
+        self._calls = torch.zeros(triton.cdiv(room, BLOCK), dtype=torch.int32, device=device)
+        self._ended = torch.zeros(1, dtype=torch.int32, device=device)
         self._options = launch_options(pdl)
 
     def fits(self, part: Tensor) -> bool:
@@ -195,7 +202,7 @@ class PeerExchange:
             words,
             target,
             self._box,
-            self._others,
+            self._boxes,
             self._calls,
             self._ended,
             words.numel(),
@@ -219,7 +226,7 @@ class PeerExchange:
             _words(out),
             words,
             self._box,
-            self._others,
+            self._boxes,
             self._calls,
             self._ended,
             words.numel(),

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from microvllm.ops.gpu.levers import VARIABLE
 from microvllm.runtime.worker.parallel.groups import TorchRanks
@@ -54,17 +54,17 @@ def run(rank: int, folder: str, width: int, rows: list[int]) -> None:
     own = None
     try:
         from microvllm.ops.gpu.launch import can_launch_early
-        from microvllm.ops.gpu.peers import PeerExchange
+        from microvllm.ops.gpu.peers import PeerExchange, box_bytes
         from microvllm.runtime.worker.parallel.peer_memory import PeerMemory
 
-        store = dist.FileStore(f"{folder}/peers", 2)
-        memory = PeerMemory("bench", (2, 2, ROOM), torch.int64, rank, 2, store)
         device = torch.device("cuda", rank)
-        own = PeerExchange(rank, memory.own, memory.addresses, pdl=can_launch_early(device))
+        store = FileStore(f"{folder}/memory", 2)
+        memory = PeerMemory(rank, 2, box_bytes(2, ROOM), store)
+        own = PeerExchange(rank, memory.addresses, ROOM, device, pdl=can_launch_early(device))
     except Exception:
         traceback.print_exc()
-    for dtype in (torch.bfloat16, torch.float32):
-        for m in rows:
+    for dtype, counts in ((torch.bfloat16, rows), (torch.float32, rows[:1])):
+        for m in counts:
             parts = [torch.randn(m, width, generator=torch.Generator().manual_seed(r)) for r in range(3)]
             first, second, residual = (part.to("cuda", dtype) for part in parts)
             want = (first.float() + second.float() + residual.float()).to(dtype)

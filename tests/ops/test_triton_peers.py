@@ -12,6 +12,10 @@ ROOM = 4 * BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def exchange(rank: int, boxes: list[torch.Tensor]) -> PeerExchange:
+    return PeerExchange(rank, [box.data_ptr() for box in boxes], ROOM, triton_interpreter.DEVICE)
+
+
 def words_of(part: torch.Tensor) -> torch.Tensor:
     return part.reshape(-1).view(torch.int32).long() & 0xFFFFFFFF
 
@@ -29,7 +33,7 @@ def test_parts_are_added_in_the_order_of_the_ranks(
     size: int, rank: int, dtype: torch.dtype, with_residual: bool
 ) -> None:
     boxes = [torch.zeros(2, size, ROOM, dtype=torch.int64) for _ in range(size)]
-    total = PeerExchange(rank, boxes[rank], [box.data_ptr() for box in boxes])
+    total = exchange(rank, boxes)
     for call, rows in enumerate((3, 1, 5, 3)):
         parts = [torch.randn(rows, 300).to(dtype) for _ in range(size)]
         residual = torch.randn(rows, 300).to(dtype) if with_residual else None
@@ -66,7 +70,7 @@ def test_parts_are_added_in_the_order_of_the_ranks(
 def test_a_kernel_that_waits_can_be_ended() -> None:
     """Of the other rank only a part has arrived, and what it sent two calls ago."""
     boxes = [torch.zeros(2, 2, ROOM, dtype=torch.int64) for _ in range(2)]
-    total = PeerExchange(0, boxes[0], [box.data_ptr() for box in boxes])
+    total = exchange(0, boxes)
     part = torch.ones(1, 64)
     send(boxes[0], 1, 1, part[:, :32])
     total._ended.fill_(1)
@@ -75,7 +79,7 @@ def test_a_kernel_that_waits_can_be_ended() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    total = PeerExchange(0, torch.zeros(2, 2, ROOM, dtype=torch.int64), [0, 0])
+    total = PeerExchange(0, [0, 0], ROOM, triton_interpreter.DEVICE)
     assert total.fits(torch.zeros(4, ROOM // 4)) and not total.fits(torch.zeros(5, ROOM // 4))
     assert total.fits(torch.zeros(1, 2 * ROOM, dtype=torch.bfloat16))
     assert not total.fits(torch.zeros(2, 3, dtype=torch.bfloat16))
@@ -85,7 +89,7 @@ def test_what_does_not_fit() -> None:
 def test_parts_beside_each_other(dtype: torch.dtype) -> None:
     for rank in (0, 1):
         boxes = [torch.zeros(2, 2, ROOM, dtype=torch.int64) for _ in range(2)]
-        peers = PeerExchange(rank, boxes[rank], [box.data_ptr() for box in boxes])
+        peers = exchange(rank, boxes)
         for call in (1, 2, 3):
             parts = [torch.randn(3, 250).to(dtype) for _ in range(2)]
             send(boxes[rank], 1 - rank, call, parts[1 - rank])

@@ -69,22 +69,21 @@ class TorchRanks:
         # Here, because a machine without a GPU need not have Triton.
         from microvllm.ops.gpu.launch import can_launch_early
         from microvllm.ops.gpu.levers import Levers
-        from microvllm.ops.gpu.peers import PeerExchange
+        from microvllm.ops.gpu.peers import PeerExchange, box_bytes
         from microvllm.runtime.worker.parallel.peer_memory import PeerMemory
 
         device = torch.device("cuda", self.rank)
         if not self.smallest(Levers.of(device).peers):
             return None
-        shape = (2, self.size, PEER_WORDS)
         memory = None
         try:
-            memory = PeerMemory("peers", shape, torch.int64, self.rank, self.size, store)
+            memory = PeerMemory(self.rank, self.size, box_bytes(self.size, PEER_WORDS), store)
         except RuntimeError as error:
             logger.warning("The GPUs do not reach each other's memory, all goes through NCCL: %s", error)
         if not self.smallest(memory is not None) or memory is None:
             return None
         self._memory = memory
-        return PeerExchange(self.rank, memory.own, memory.addresses, pdl=can_launch_early(device))
+        return PeerExchange(self.rank, memory.addresses, PEER_WORDS, device, pdl=can_launch_early(device))
 
     def sum(self, part: Tensor, residual: Tensor | None = None) -> Tensor:
         """See `ops.sharding.Ranks`."""
@@ -93,7 +92,7 @@ class TorchRanks:
             return self._peers.sum(part, residual)
         options = dist.AllreduceOptions()
         options.asyncOp = False
-        self._group.allreduce([part], options).wait()
+        _finish(self._group.allreduce([part], options))
         return part if residual is None else residual.add_(part)
 
     def join(self, part: Tensor) -> Tensor:
@@ -105,21 +104,21 @@ class TorchRanks:
         parts = part.new_empty(self.size * m, width)
         options = AllgatherOptions()
         options.asyncOp = False
-        self._group._allgather_base(parts, part, options).wait()
+        _finish(self._group._allgather_base(parts, part, options))
         return parts.view(self.size, m, width).transpose(0, 1).reshape(m, self.size * width)
 
     def agree(self, tokens: Tensor) -> None:
         """See `ops.sharding.Ranks`."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.asyncOp = 0, 0, False
-        self._group.broadcast([tokens], options).wait()
+        _finish(self._group.broadcast([tokens], options))
 
     def smallest(self, number: int) -> int:
         """See `ops.sharding.Ranks`."""
         options = dist.AllreduceOptions()
         options.reduceOp, options.asyncOp = dist.ReduceOp(dist.ReduceOp.MIN), False
         value = torch.tensor([number], dtype=torch.int64, device=self._device)
-        self._group.allreduce([value], options).wait()
+        _finish(self._group.allreduce([value], options))
         return int(value)
 
     def abort(self) -> None:
@@ -127,3 +126,9 @@ class TorchRanks:
         if self._peers is not None:
             self._peers.end()
         self._group.abort()
+
+
+def _finish(work: Any) -> None:
+    """Wait for what has not been put on the current stream, where torch gives no work to wait for."""
+    if work is not None:
+        work.wait()

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+import microvllm
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import PrefixKeys
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan
@@ -92,7 +93,7 @@ def stamp_of(config: EngineConfig) -> str:
     for status, file in ((file.stat(), file) for file in files):
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     python = ".".join(map(str, sys.version_info[:3]))
-    versions = f"microvllm {version('microvllm')}, torch {version('torch')}, Python {python}"
+    versions = f"microvllm {microvllm.__version__}, torch {version('torch')}, Python {python}"
     return f"{versions}, checkpoint {digest.hexdigest()[:16]}"
 
 
