@@ -218,7 +218,7 @@ def test_ranks_end_with_their_engine(tmp_path: Path) -> None:
 
 def test_a_rank_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "stamp_of", lambda config: "another version")
-    with pytest.raises(ConfigError, match=r"rank 1 \(process \d+\) differs from rank 0: microvllm .* is not"):
+    with pytest.raises(ConfigError, match=r"rank 1 \(process \d+\) differs from rank 0: code in .* is not"):
         make_engine(folder_of(tmp_path, "qwen2"), tensor_parallel_size=2)
 
 

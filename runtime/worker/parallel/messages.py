@@ -16,7 +16,6 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-import microvllm
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import PrefixKeys
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan
@@ -86,15 +85,15 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
 
 
 def stamp_of(config: EngineConfig) -> str:
-    """What has to be the same for all ranks: versions, and names, sizes and times of the model's files."""
+    """What is the same for all ranks: code, versions, names, sizes and times of the model's files."""
     model = Path(config.model_path)
     files = sorted(model.iterdir()) if model.is_dir() else [model]
     digest = hashlib.sha256(msgspec.msgpack.encode(config))
     for status, file in ((file.stat(), file) for file in files):
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     python = ".".join(map(str, sys.version_info[:3]))
-    versions = f"microvllm {microvllm.__version__}, torch {version('torch')}, Python {python}"
-    return f"{versions}, checkpoint {digest.hexdigest()[:16]}"
+    code = Path(__file__).resolve().parents[3]
+    return f"code in {code}, torch {version('torch')}, Python {python}, checkpoint {digest.hexdigest()[:16]}"
 
 
 ToRank = StartRank | PlanMessage
