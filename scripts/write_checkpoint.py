@@ -21,10 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.experts import Experts
 from microvllm.adapters.registry import BY_NAME, load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import Part, Slot
@@ -72,7 +74,7 @@ def _slots(spec: ModelSpec) -> Iterator[Slot]:
 
 def hf_name(spec: ModelSpec, part: Part, layer: int) -> str:
     """The name of a tensor in a Hugging Face checkpoint."""
-    name = BY_NAME[spec.architecture].hf_tensors[part.role].format(i=layer)
+    name = BY_NAME[spec.architecture].hf_tensors[part.role].format(i=layer, e=part.expert)
     return f"{name}.{'bias' if part.bias else 'weight'}"
 
 
@@ -116,6 +118,8 @@ def write_random(config: Path, folder: Path, dtype: str, tokenizer: Path | None 
 def export(model: Path, folder: Path, dtype: str) -> None:
     """Write all files; `model` is a GGUF file, `dtype` the name of a torch dtype."""
     spec = load_spec(model)
+    if isinstance(spec.layers[0].mlp, Experts) and spec.architecture == "llama":  # GGUF's name of both
+        spec = msgspec.structs.replace(spec, architecture="mixtral")
     tokenizer = Tokenizer.load(model)
     tensors = _unfuse(spec, load_weights(model, spec, "gguf", getattr(torch, dtype)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,11 +183,16 @@ def _config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
         "torch_dtype": dtype,
     }
-    if family in ("llama", "qwen3"):
+    if isinstance(mlp, Experts):
+        count = "num_local_experts" if family == "mixtral" else "num_experts"
+        config |= {count: mlp.count, "num_experts_per_tok": mlp.routing.num_chosen}
+    if family == "qwen3_moe":
+        config |= {"moe_intermediate_size": mlp.size, "norm_topk_prob": True}
+    if family in ("llama", "qwen3", "qwen3_moe"):
         config["attention_bias"] = attention.qkv_bias
     if family == "llama":
         config["mlp_bias"] = mlp.bias
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         config["sliding_window"] = attention.window
     if family in ("qwen2", "qwen3") and attention.window is not None:
         config |= {"use_sliding_window": True, "sliding_window": attention.window, "max_window_layers": 0}

@@ -25,11 +25,13 @@ def export(*arguments: object) -> int:
     return status
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
 def test_exported_folder_computes_the_same(tmp_path: Path, family: str) -> None:
     from transformers import AutoTokenizer
 
-    source = make_hf_folder(tmp_path / "source", family, tie=family == "qwen3")
+    qwen = {"norm_topk_prob": True, "num_experts": 4, "num_experts_per_tok": 2}
+    options = qwen if family == "qwen3_moe" else {}
+    source = make_hf_folder(tmp_path / "source", family, tie=family == "qwen3", **options)
     file = write_gguf(tmp_path / "model.gguf", source)
     assert export(file, tmp_path / "out", "--dtype", "float32") == 0
     ids = torch.tensor([[5, 200, 33, 319, 71, 4]])
@@ -47,7 +49,7 @@ def test_exported_folder_computes_the_same(tmp_path: Path, family: str) -> None:
     assert tokenizers[0].eos_token == tokenizers[1].eos_token == "<|im_end|>"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
 def test_random_weights_of_a_configuration(tmp_path: Path, family: str) -> None:
     source = make_hf_folder(tmp_path / "source", family, tie=family == "qwen3")
     for file in source.glob("*.safetensors*"):
