@@ -243,7 +243,8 @@ class CpuOperators(Operators):
         if activation != "silu":
             return super().experts(norm, weights, routing, activation)
         kernel, pool = self.kernels.library.experts, self.kernels.pool
-        router = CpuLinear(self, weights.router, by_kernels=True)
+        # In float32, whose products are never rounded to bfloat16: the choice would depend on the batch.
+        router = CpuLinear(self, weights.router.float(), by_kernels=True)
         products = [
             (CpuLinear(self, gate_up, gated=True, by_kernels=True), CpuLinear(self, down, by_kernels=True))
             for gate_up, down in weights.split()

@@ -45,6 +45,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {"family": "gemma3_text", "tie": True, "sliding_window": 19, "layer_types": LAYERS},
     "phi3": {"family": "phi3", "sliding_window": 19},
+    "qwen2-moe": {
+        "family": "qwen2_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 64,
+    },
 }
 PROMPTS = make_prompts(10, 300, seed=1)
 TIGHT = {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 14, "max_model_len": 128}
