@@ -248,14 +248,14 @@ def _quantized(checkpoint: Checkpoint, slot: Slot, part: Part) -> StoredMatrix |
 class Scaled(Dequantized):
     """Matrices in e4m3 as they are stored: `ScaledTensor`.
 
-    Not those of which a part is plain or quantised otherwise, or whose blocks a shard cuts, nor experts, for
-    which no device has a product of codes: `Dequantized` is for them.
+    Not those of which a part is plain or quantised otherwise, or whose blocks a shard cuts: `Dequantized` is
+    for them.
     """
 
     kind: type[torch.Tensor] = ScaledTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None or slot.is_of_experts:
+        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None:
             return False
         first, *others = (checkpoint.scheme(part, slot.layer) for part in slot.parts)
         if first is None or first.layout != "scaled" or not first.is_float:
@@ -306,13 +306,13 @@ def _scaled(
 class RoundedPacked(Dense):
     """Plain matrices that are quantised as they are loaded, each part by itself: `ScaledTensor`.
 
-    A shard's scales are of its own part of a block. Not experts, as `Scaled`.
+    A shard's scales are of its own part of a block.
     """
 
     kind: type[torch.Tensor] = ScaledTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        return self._scheme(checkpoint, slot) is not None and not slot.is_of_experts
+        return self._scheme(checkpoint, slot) is not None
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
@@ -335,9 +335,6 @@ class Rounded(RoundedPacked):
     """The same as the values that the codes stand for."""
 
     kind: type[torch.Tensor] = torch.Tensor
-
-    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        return self._scheme(checkpoint, slot) is not None
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]

@@ -101,11 +101,12 @@ def load_weights(
     expected |= scales
     _check_names(checkpoint, spec, expected)
     slots = list(spec.slots(checkpoint.names, shard))
-    kept = [slot for slot in slots if format_of(slot).kind in packed]
-    widened = [slot for slot in slots if slot.is_of_experts] if kept else slots
+    plain = [slot for slot in slots if format_of(slot).kind is torch.Tensor]
+    # Embeddings and vectors are plain in every model.
+    widened = slots if len(plain) == len(slots) else [slot for slot in plain if slot.is_of_experts]
     if spec.quantization is not None and widened:
+        what = "weights" if widened is slots else "experts"
         method, name = spec.quantization.method, str(dtype).removeprefix("torch.")
-        what = "experts" if kept else "weights"
         size = sum(math.prod(slot.shape) for slot in widened) * dtype.itemsize
         stored = sum(path.stat().st_size for path in set(map(checkpoint.file_of, checkpoint.shapes())))
         first = f"are rounded to {method}, then" if spec.quantization.on_loading else f"in {method}"
@@ -175,8 +176,7 @@ def _quantized_dummies(
         scheme = slot.columns and scheme_of(quantization, names, slot.parts[0], slot.layer)
         if scheme and scheme.layout == "scaled" and scheme.is_float:
             made = round_matrix(slot, tensor, scheme)
-            stays = ScaledTensor in packed and not slot.is_of_experts
-            tensor = made if stays else made.dequantized(dtype)
+            tensor = made if ScaledTensor in packed else made.dequantized(dtype)
         elif scheme and scheme.layout in PACKED_LAYOUTS and CodedTensor in packed:
             stays = fits(scheme) and has_blocks(slot)
             tensor = round_to_groups(tensor, scheme) if stays else tensor

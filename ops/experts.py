@@ -48,21 +48,28 @@ class ExpertWeights(NamedTuple):
 
 
 def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits: [n, E] -> the weights of the chosen experts and their numbers, [n, k] float32 and int64."""
+    """logits: [n, E] -> the weights of the chosen experts and their numbers, [n, k] float32 and int64.
+
+    Of equal scores, which logits in 16 bits often give, the first is taken, by all devices' kernels too.
+    """
     logits = logits.float()
     scores = logits.sigmoid() if routing.sigmoid else logits.softmax(-1)
     ranked = scores if correction is None else scores + correction
     if routing.num_groups > 1:
         groups = ranked.view(len(ranked), routing.num_groups, -1)
         sums = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
-        best = sums.topk(routing.num_chosen_groups, -1).indices
+        best = _largest(sums, routing.num_chosen_groups)
         outside = torch.ones_like(sums, dtype=torch.bool).scatter_(-1, best, False)
         ranked = groups.masked_fill(outside[..., None], -torch.inf).flatten(-2)
-    chosen = ranked.topk(routing.num_chosen, -1).indices
+    chosen = _largest(ranked, routing.num_chosen)
     weights = scores.gather(-1, chosen)
     if routing.normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
     return weights * routing.scale, chosen
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 Product = Callable[[Tensor], Tensor]

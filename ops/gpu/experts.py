@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from microvllm.ops.activation import ACTIVATIONS, gate_and_mul
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.gpu.expert_gemv import expert_gemv
-from microvllm.ops.gpu.grouped import GroupedTiling, grouped_product, sum_choices
+from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.routing import choose, sort_choices
 from microvllm.ops.operators import Norm, Operator
@@ -22,17 +24,21 @@ TILINGS = {
     64: GroupedTiling(64, 128, 64, 4, 3),
     128: GroupedTiling(128, 128, 64, 8, 3),
 }
+# Codes are widened in registers, from where only a left operand is read.
+CODED = {
+    16: GroupedTiling(16, 64, 128, 4, 4, swapped=True, boxes=True),
+    32: GroupedTiling(32, 64, 128, 4, 4, swapped=True, boxes=True),
+    64: GroupedTiling(64, 128, 128, 8, 3, swapped=True, boxes=True),
+}
 FIXED_ORDER = GroupedTiling(64, 64, 64, 4, 4)
-
-
 MAX_GEMV_TOKENS = 4  # more have experts in common, whose weights are then read once
 
 
 class GpuExperts:
     """residual + the weighted sum of what a token's experts give to norm(x).
 
-    Sums are taken in float32 and rounded after each product. router: the norm and the product, [n, h] ->
-    [n, E].
+    Sums are taken in float32 and rounded after each product. routers: the products with the router's weight,
+    [n, h] -> [n, E], with the norm before them and without. boxes: whether the device has TMA.
 
     `fixed_order`: a row has the same bits whatever is computed with it: one tiling for any number of rows, so
     that sums over terms have one order; those over a token's experts always have.
@@ -41,47 +47,56 @@ class GpuExperts:
     def __init__(
         self,
         norm: Norm | None,
-        router: Operator,
+        routers: tuple[Operator, Operator],
         weights: ExpertWeights,
         routing: Routing,
         activation: str,
+        dtype: torch.dtype,
         *,
         fixed_order: bool,
+        boxes: bool,
         pdl: bool,
     ) -> None:
         self._norm: Tensor | None = None
         self._eps = 0.0
         if norm is not None:
             self._norm, self._eps = norm
-        self._router, self._routing, self._activation = router, routing, activation
-        self._gate_up, self._down = weights.gate_up.contiguous(), weights.down.contiguous()
+        self._normed_router, self._router = routers
+        self._routing, self._activation = routing, activation
         self._correction = weights.correction
-        self._count = len(weights.router)
+        (self._count, hidden), width, gated = (
+            weights.router.shape,
+            weights.down.shape[1],
+            activation == "silu",
+        )
+        self._gate_up = GroupedWeight(
+            weights.gate_up, width if gated else 2 * width, dtype, gated=gated, boxes=boxes
+        )
+        self._down = GroupedWeight(weights.down, hidden, dtype, boxes=boxes)
+        # The matrices for few tokens.
+        self._matrices: tuple[Tensor, Tensor] | None = None
+        if gated and not fixed_order and type(weights.gate_up) is type(weights.down) is Tensor:
+            self._matrices = weights.gate_up.contiguous(), weights.down.contiguous()
         self._fixed_order, self._pdl = fixed_order, pdl
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [n, h] -> [n, h]; the residual, which may be x, may be overwritten by the result."""
-        n, hidden = x.shape
+        n, pdl = x.shape[0], self._pdl
         if n == 0:
             return torch.empty_like(x)
-        k, pdl = self._routing.num_chosen, self._pdl
-        weights, chosen = choose(self._router(x), self._routing, self._correction, pdl=pdl)
-        if n <= MAX_GEMV_TOKENS and self._activation == "silu" and not self._fixed_order:
-            matrices = self._gate_up, self._down
-            return expert_gemv(x, *matrices, weights, chosen, residual, self._norm, self._eps, pdl=pdl)
-        if self._norm is not None:
+        norm = self._norm if n == 1 and self._matrices is not None else None
+        if norm is None and self._norm is not None:
             x = rms_norm(x, self._norm, self._eps, pdl=pdl)
-        tiling = self._tiling(n * k, x.dtype.itemsize)
+        logits = self._router(x) if norm is None else self._normed_router(x)
+        weights, chosen = choose(logits, self._routing, self._correction, pdl=pdl)
+        if n <= MAX_GEMV_TOKENS and self._matrices is not None:
+            return expert_gemv(x, *self._matrices, weights, chosen, residual, norm, self._eps, pdl=pdl)
+        k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
-        width = self._down.shape[1]
-        if self._activation == "silu":
-            inner = grouped_product(x, self._gate_up, choices, k, tiling, columns=width, gated=True, pdl=pdl)
-        else:
-            both = grouped_product(x, self._gate_up, choices, k, tiling, columns=2 * width, pdl=pdl)
-            inner = gate_and_mul(both, ACTIVATIONS[self._activation])
-        parts = grouped_product(
-            inner, self._down, choices, k, tiling, columns=hidden, scales=weights, pdl=pdl
-        )
+        inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
+        if self._activation != "silu":
+            inner = gate_and_mul(inner, ACTIVATIONS[self._activation])
+        parts = self._down(inner, choices, k, tiling, scales=weights, pdl=pdl)
         return sum_choices(parts, k, residual, pdl=pdl)
 
     def _tiling(self, num_choices: int, itemsize: int) -> GroupedTiling:
@@ -90,7 +105,9 @@ class GpuExperts:
             tiling = FIXED_ORDER
         else:
             rows = triton.next_power_of_2(triton.cdiv(2 * num_choices, self._count))
-            tiling = TILINGS[min(max(rows, 16), 128)]
-        if itemsize == 2:
-            return tiling
-        return GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
+            tilings = CODED if self._gate_up.is_coded else TILINGS
+            tiling = tilings[min(max(rows, 16), max(tilings))]
+        if itemsize == 4:
+            tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
+        steps = [weight.step for weight in (self._gate_up, self._down) if weight.step is not None]
+        return replace(tiling, block_k=min(tiling.block_k, *steps)) if steps else tiling

@@ -13,12 +13,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from microvllm.ops.gpu.activation import swiglu
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
+from microvllm.ops.scaled import ScaledTensor
 
 TILES_TOGETHER = 8  # that follow each other for each block of columns: those of one expert share its weights
+MIN_BLOCK_K = 16  # terms of a tensor core's step
 SUM_BLOCK = 1024  # elements of a row that one program adds up
 
 
@@ -26,7 +29,8 @@ SUM_BLOCK = 1024  # elements of a row that one program adds up
 class GroupedTiling:
     """A program takes `rows` choices of an expert by `columns` of the result, `block_k` terms at a time.
 
-    stages: how many such tiles are in flight.
+    stages: how many such tiles are in flight. swapped: the weight is the tensor core's left operand, whose
+    tile has 64 rows at least, so that few choices are not padded to many. boxes: its tiles are loaded by TMA.
     """
 
     rows: int
@@ -34,6 +38,33 @@ class GroupedTiling:
     block_k: int
     warps: int
     stages: int
+    swapped: bool = False
+    boxes: bool = False
+
+
+@triton.jit
+def _multiply(x, w, sums, SWAPPED: tl.constexpr):
+    """sums + x @ w.T, or its transpose."""
+    if SWAPPED:
+        sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
+    else:
+        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _multiply_codes(x, codes, sums, scale, SWAPPED: tl.constexpr):
+    """The same of codes in e4m3; scale: of each of their rows, for these terms."""
+    # By way of float32: the direct conversion to bfloat16 is an instruction of a fourth of the rate.
+    w = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(x.dtype)
+    # Scaled step by step, even by one scale for all: ptxas runs products one by one that go on from the sums
+    # while codes are widened (C7513).
+    part = _multiply(x, w, tl.zeros(sums.shape, tl.float32), SWAPPED)
+    if SWAPPED:
+        sums += part * scale[:, None]
+    else:
+        sums += part * scale[None, :]
+    return sums
 
 
 @triton.jit
@@ -41,6 +72,7 @@ def _grouped_kernel(
     y,
     x,
     weight,
+    code_scales,
     scales,
     order,
     experts,
@@ -57,9 +89,15 @@ def _grouped_kernel(
     TILES_TOGETHER: tl.constexpr,
     GATED: tl.constexpr,
     LAST: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    BOXES: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: a tile of choices by BLOCK_N columns.
+    """Program: a tile of choices by BLOCK_N columns; weight: a pointer, or the descriptor of its BOXES.
+
+    With SCALE_N > 0 the weight is of codes in e4m3, of which SCALE_N rows and SCALE_K columns share a scale.
 
     If not LAST, x has a row for each token, and y one for each choice in their sorted order. LAST: x has a
     row for each choice in sorted order, y one for each choice, times its scale.
@@ -73,27 +111,52 @@ def _grouped_kernel(
     tile = group * TILES_TOGETHER + inside_group % together
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
-        expert = tl.load(experts + tile).to(tl.int64)
+        expert = tl.load(experts + tile)
         place = start + tl.arange(0, BLOCK_M)
         rows = place < stop
         choice = tl.load(order + place, rows, 0)
-        n = inside_group // together * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_n = inside_group // together * BLOCK_N
+        n = first_n + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         columns = (n < N)[:, None]
         x_row = place if LAST else choice // CHOICES
         x_at = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
-        own = weight + expert * (2 * N * K if GATED else N * K)
-        weight_at = own + n[:, None] * K + k[None, :]
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        matrix = expert * (2 * N if GATED else N)  # its first row
+        if not BOXES:
+            weight_at = weight + matrix.to(tl.int64) * K + n[:, None] * K + k[None, :]
+        if SWAPPED:
+            sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        else:
+            sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up_sums = sums
+        if SCALE_N > 0:
+            across: tl.constexpr = (K + SCALE_K - 1) // SCALE_K
+            scale_at = code_scales + (matrix + n) // SCALE_N * across
+            up_scale_at = code_scales + (matrix + N + n) // SCALE_N * across
         for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             terms = (first + k < K)[None, :]
             x_tile = tl.load(x_at + first, rows[:, None] & terms, 0.0)
-            w_tile = tl.load(weight_at + first, columns & terms, 0.0)
-            sums = tl.dot(x_tile, tl.trans(w_tile), sums, input_precision="ieee")
+            if BOXES:
+                w_tile = weight.load([matrix + first_n, first])
+            else:
+                w_tile = tl.load(weight_at + first, columns & terms, 0)
+            if SCALE_N > 0:
+                scale = tl.load(scale_at + first // SCALE_K, n < N, 0.0)
+                sums = _multiply_codes(x_tile, w_tile, sums, scale, SWAPPED)
+            else:
+                sums = _multiply(x_tile, w_tile, sums, SWAPPED)
             if GATED:
-                w_tile = tl.load(weight_at + (N * K + first), columns & terms, 0.0)
-                up_sums = tl.dot(x_tile, tl.trans(w_tile), up_sums, input_precision="ieee")
+                if BOXES:
+                    w_tile = weight.load([matrix + N + first_n, first])
+                else:
+                    w_tile = tl.load(weight_at + (N * K + first), columns & terms, 0)
+                if SCALE_N > 0:
+                    scale = tl.load(up_scale_at + first // SCALE_K, n < N, 0.0)
+                    up_sums = _multiply_codes(x_tile, w_tile, up_sums, scale, SWAPPED)
+                else:
+                    up_sums = _multiply(x_tile, w_tile, up_sums, SWAPPED)
+        if SWAPPED:
+            sums, up_sums = tl.trans(sums), tl.trans(up_sums)
         if GATED:
             sums = swiglu(sums, up_sums)
         y_row = place
@@ -104,52 +167,86 @@ def _grouped_kernel(
         tl.store(y_at, sums, rows[:, None] & (n < N)[None, :])
 
 
-def grouped_product(
-    x: Tensor,
-    weight: Tensor,
-    choices: SortedChoices,
-    num_chosen: int,
-    tiling: GroupedTiling,
-    *,
-    columns: int,
-    gated: bool = False,
-    scales: Tensor | None = None,
-    pdl: bool = False,
-) -> Tensor:
-    """Each choice's row times its expert's weight -> [n * k, columns], rounded once.
+class GroupedWeight:
+    """The matrices of all experts, and the products of each choice's row with its expert's.
 
-    x: [n, in], of each choice its token's row, and the result is in sorted order; or with `scales` [n, k]
-    float32, x: [n * k, in] in sorted order, and the result is scaled and in the order of the choices.
-    weight: [E * columns, in], or [E * 2 * columns, in] if `gated`, gate before up, for SwiGLU. `choices` were
-    sorted for `tiling.rows`.
+    weight: [E * columns, in], or [E * 2 * columns, in] if `gated`, gate before up, for SwiGLU; a plain tensor
+    of the activations' `dtype`, or a `ScaledTensor`. boxes: whether the device has TMA.
     """
-    count, k = choices.order.shape[0], x.shape[1]
-    y = torch.empty(count, columns, dtype=x.dtype, device=x.device)
-    tiles = choices.experts.shape[0]
-    _grouped_kernel[(tiles * triton.cdiv(columns, tiling.columns),)](
-        y,
-        x,
-        weight,
-        scales,
-        choices.order,
-        choices.experts,
-        choices.starts,
-        choices.stops,
-        tiles,
-        N=columns,
-        K=k,
-        CHOICES=num_chosen,
-        BLOCK_M=tiling.rows,
-        BLOCK_N=tiling.columns,
-        BLOCK_K=tiling.block_k,
-        STAGES=tiling.stages,
-        TILES_TOGETHER=TILES_TOGETHER,
-        GATED=gated,
-        LAST=scales is not None,
-        num_warps=tiling.warps,
-        **launch_options(pdl),
-    )
-    return y
+
+    def __init__(
+        self, weight: Tensor, columns: int, dtype: torch.dtype, *, gated: bool = False, boxes: bool = False
+    ) -> None:
+        self._scales, self._block = None, (0, 0)
+        self.step: int | None = None  # `block_k` of a tiling has to divide it: so many terms share a scale
+        if isinstance(weight, ScaledTensor):
+            height, width = weight.block
+            self.step = width & -width if width < weight.shape[1] else None
+            if self.step is not None and self.step < MIN_BLOCK_K:
+                weight, self.step = weight.dequantized(dtype), None
+            else:
+                self._scales, self._block = weight.scales, (height, width)
+                weight = weight.as_subclass(Tensor).view(torch.uint8)
+        self.is_coded = self._scales is not None
+        self._weight = weight.contiguous()
+        self._columns, self._gated = columns, gated
+        self._boxes = boxes and weight.shape[1] * weight.dtype.itemsize % 16 == 0
+        self._descriptors: dict[tuple[int, int], TensorDescriptor] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        choices: SortedChoices,
+        num_chosen: int,
+        tiling: GroupedTiling,
+        *,
+        scales: Tensor | None = None,
+        pdl: bool = False,
+    ) -> Tensor:
+        """Each choice's row times its expert's matrix -> [n * k, columns], rounded once.
+
+        x: [n, in], of each choice its token's row, and the result is in sorted order; or with `scales` [n, k]
+        float32, x: [n * k, in] in sorted order, and the result is scaled and in the order of the choices.
+        `choices` were sorted for `tiling.rows`.
+        """
+        count, k = choices.order.shape[0], x.shape[1]
+        y = torch.empty(count, self._columns, dtype=x.dtype, device=x.device)
+        tiles, boxes = choices.experts.shape[0], tiling.boxes and self._boxes
+        _grouped_kernel[(tiles * triton.cdiv(self._columns, tiling.columns),)](
+            y,
+            x,
+            self._descriptor(tiling.columns, tiling.block_k) if boxes else self._weight,
+            self._scales,
+            scales,
+            choices.order,
+            choices.experts,
+            choices.starts,
+            choices.stops,
+            tiles,
+            N=self._columns,
+            K=k,
+            CHOICES=num_chosen,
+            BLOCK_M=tiling.rows,
+            BLOCK_N=tiling.columns,
+            BLOCK_K=tiling.block_k,
+            STAGES=tiling.stages,
+            TILES_TOGETHER=TILES_TOGETHER,
+            GATED=self._gated,
+            LAST=scales is not None,
+            SWAPPED=tiling.swapped,
+            BOXES=boxes,
+            SCALE_N=self._block[0],
+            SCALE_K=self._block[1],
+            num_warps=tiling.warps,
+            **launch_options(pdl),
+        )
+        return y
+
+    def _descriptor(self, rows: int, columns: int) -> TensorDescriptor:
+        box = rows, columns
+        if box not in self._descriptors:
+            self._descriptors[box] = TensorDescriptor.from_tensor(self._weight, list(box))
+        return self._descriptors[box]
 
 
 @triton.jit

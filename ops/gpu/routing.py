@@ -13,7 +13,7 @@ from microvllm.ops.experts import SMALLEST_SUM, route
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.routing import Routing
 
-SORT_BLOCK = 1024  # choices that a program looks at together
+SORT_BLOCK = 4096  # choices that a program looks at together
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def sort_choices(chosen: Tensor, num_experts: int, rows: int, *, pdl: bool = Fal
         ROWS=rows,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK=min(SORT_BLOCK, triton.next_power_of_2(count)),
-        num_warps=4,
+        num_warps=4 if count <= 2048 else 8,
         **launch_options(pdl),
     )
     return SortedChoices(order, experts, starts, stops)

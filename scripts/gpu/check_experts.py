@@ -1,6 +1,6 @@
 """Times the experts of one layer against the bytes of those that the tokens choose, and finds their tilings.
 
-    python scripts/gpu/check_experts.py [--tune] [--models NAME ...] [--rows N ...] [--out FOLDER]
+    python scripts/gpu/check_experts.py [--tune] [--codes] [--models NAME ...] [--rows N ...] [--out FOLDER]
 
 Everything is timed inside CUDA graphs, over random tokens that choose other experts in every call; the median
 of the replays is shown. For correctness see tests/ops/test_triton_experts.py, which runs on a GPU, too.
@@ -23,15 +23,17 @@ from pathlib import Path
 import torch
 from check_ops import BF16, DEVICE, graph_ms, normal
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.experts import MAX_GEMV_TOKENS
-from microvllm.ops.gpu.grouped import GroupedTiling, grouped_product, sum_choices
+from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.routing import choose, sort_choices
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.routing import Routing
+from microvllm.ops.scaled import E4M3, ScaledTensor
 
 READ_BYTES_S = 4.594e12  # of an H200, measured
 # name: (hidden, width of an expert, experts, chosen)
@@ -40,10 +42,16 @@ CALLS = 8  # with other tokens each
 Call = Callable[[], object]
 
 
+def in_blocks(weight: Tensor) -> ScaledTensor:
+    """In e4m3, a scale for each block of 128 x 128."""
+    scales = torch.full((weight.shape[0] // 128, weight.shape[1] // 128), 1e-3, device=DEVICE)
+    return ScaledTensor.of((weight * 1e3).to(E4M3), scales, (128, 128))
+
+
 class Layer:
     """Random weights of one layer, and tokens with what they choose."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, codes: bool = False) -> None:
         self.hidden, self.width, self.count, self.chosen = MODELS[model]
         self.routing = Routing(num_chosen=self.chosen)
         # Logits of a deviation of 1, as dummy weights give: nearly every expert as often.
@@ -54,7 +62,12 @@ class Layer:
         )
         for matrix in self.weights[1:3]:
             matrix.normal_(0, 0.02)
+        if codes:
+            in_codes = {name: in_blocks(getattr(self.weights, name)) for name in ("gate_up", "down")}
+            self.weights = self.weights._replace(**in_codes)
         self.norm = normal(self.hidden) + 1, 1e-6
+        self.gate_up = GroupedWeight(self.weights.gate_up, self.width, BF16, gated=True, boxes=True)
+        self.down = GroupedWeight(self.weights.down, self.hidden, BF16, boxes=True)
         _, self.experts = GpuOperators(BF16, DEVICE, "triton").experts(
             self.norm, self.weights, self.routing, "silu"
         )
@@ -68,7 +81,7 @@ class Layer:
     def bytes_of(self, xs: list[Tensor]) -> float:
         """Of the matrices of all chosen experts, on average."""
         distinct = sum(self.choices(x)[1].unique().numel() for x in xs) / len(xs)
-        return distinct * 3 * self.hidden * self.width * BF16.itemsize
+        return distinct * 3 * self.hidden * self.width * self.weights.down.dtype.itemsize
 
 
 def time_layer(layer: Layer, rows: int) -> None:
@@ -87,37 +100,42 @@ def time_layer(layer: Layer, rows: int) -> None:
 # ---- tuning ---------------------------------------------------------------------------------------
 
 
-def candidates(rows: int) -> list[GroupedTiling]:
-    """What is in flight is stages * (columns, twice if gated, + rows) * block_k * 2 bytes."""
+def candidates(rows: int, *, gated: bool) -> list[GroupedTiling]:
+    """Tilings that fill the shared memory of a multiprocessor by one program, by two, or by three."""
     if rows <= 32:
-        shapes = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5))
+        ways = ((False, False), (False, True), (True, True))
+        shapes = itertools.product(ways, ((64, 4), (128, 4)), (64, 128))
     else:
-        shapes = itertools.product((64, 128, 256), (64,), (4, 8), (3, 4))
-    found = []
-    for columns, block_k, warps, stages in shapes:
-        size = stages * (2 * columns + rows) * block_k * BF16.itemsize
-        if size <= 220_000 and columns * rows * 2 <= warps * 32 * 192:
-            found.append(GroupedTiling(rows, columns, block_k, warps, stages))
-    return found
+        ways = ((False, False), (False, True))
+        shapes = itertools.product(ways, ((64, 4), (128, 4), (128, 8), (256, 8)), (64,))
+    found = {}
+    for (swapped, boxes), (columns, warps), block_k in shapes:
+        step = ((2 if gated else 1) * columns + rows) * block_k * BF16.itemsize
+        sums = (2 if gated else 1) * columns * rows / (32 * warps)
+        for budget in (225_000, 112_000, 74_000):
+            stages = min(budget // step, 8)
+            if stages >= 2 and sums <= 128:
+                found[GroupedTiling(rows, columns, block_k, warps, stages, swapped, boxes)] = None
+    return list(found)
 
 
-GEMV = [Tiling(n, k, warps) for n, k, warps in itertools.product((2, 4, 8), (256, 512, 1024), (4, 8))]
+GEMV = [
+    Tiling(n, k, warps)
+    for n, k, warps in itertools.product((2, 4, 8), (256, 512, 1024), (4, 8))
+    if 4 <= n * k / (32 * warps) <= 32
+]
 
 
 def gated_call(layer: Layer, x: Tensor, tiling: GroupedTiling) -> Call:
     _, chosen = layer.choices(x)
     sort = sort_choices(chosen, layer.count, tiling.rows)
-    return lambda: grouped_product(
-        x, layer.weights.gate_up, sort, layer.chosen, tiling, columns=layer.width, gated=True, pdl=True
-    )
+    return lambda: layer.gate_up(x, sort, layer.chosen, tiling, pdl=True)
 
 
 def down_call(layer: Layer, x: Tensor, tiling: GroupedTiling) -> Call:
     weights, chosen = layer.choices(x)
     sort, inner = sort_choices(chosen, layer.count, tiling.rows), normal(chosen.numel(), layer.width)
-    return lambda: grouped_product(
-        inner, layer.weights.down, sort, layer.chosen, tiling, columns=layer.hidden, scales=weights, pdl=True
-    )
+    return lambda: layer.down(inner, sort, layer.chosen, tiling, scales=weights, pdl=True)
 
 
 def gemv_call(layer: Layer, x: Tensor, inner: Tiling, outer: Tiling) -> Call:
@@ -128,45 +146,78 @@ def gemv_call(layer: Layer, x: Tensor, inner: Tiling, outer: Tiling) -> Call:
     )
 
 
-def compile_one(job: tuple[str, GroupedTiling]) -> bool:
+Job = tuple[str, bool, GroupedTiling]  # model, gated, tiling
+
+
+def compile_one(job: Job) -> bool:
     """In a process of its own, on a layer of few experts; the result goes to Triton's cache on the disk."""
-    model, tiling = job
+    model, gated, tiling = job
     hidden, width, count, chosen = MODELS[model]
-    x = normal(1, hidden)
     picked = torch.arange(chosen, dtype=torch.int32, device=DEVICE)[None]
     sort = sort_choices(picked, count, tiling.rows)
-    gate_up, down = normal(chosen * 2 * width, hidden), normal(chosen * hidden, width)
+    scales = torch.ones(1, chosen, device=DEVICE)
     try:
-        inner = grouped_product(x, gate_up, sort, chosen, tiling, columns=width, gated=True, pdl=True)
-        scales = torch.ones(1, chosen, device=DEVICE)
-        grouped_product(inner, down, sort, chosen, tiling, columns=hidden, scales=scales, pdl=True)
+        if gated:
+            x, weight = normal(1, hidden), normal(chosen * 2 * width, hidden)
+            GroupedWeight(weight, width, BF16, gated=True, boxes=True)(x, sort, chosen, tiling, pdl=True)
+        else:
+            x, weight = normal(chosen, width), normal(chosen * hidden, width)
+            GroupedWeight(weight, hidden, BF16, boxes=True)(x, sort, chosen, tiling, scales=scales, pdl=True)
         torch.cuda.synchronize()
     except Exception as error:  # too much shared memory, ...: this tiling is none
-        print(f"no {job}: {error}"[:160], flush=True)
+        print(f"no {job}: {error}"[:200], flush=True)
         return False
     return True
 
 
+def compile_gemv(job: tuple[str, Tiling]) -> None:
+    """As `compile_one`."""
+    model, tiling = job
+    hidden, width, _, chosen = MODELS[model]
+    matrices = normal(chosen * 2 * width, hidden), normal(chosen * hidden, width)
+    picked = torch.arange(chosen, dtype=torch.int32, device=DEVICE)[None]
+    x, norm, scales = normal(1, hidden), normal(hidden), torch.ones(1, chosen, device=DEVICE)
+    expert_gemv(x, *matrices, scales, picked, x, norm, 1e-6, inner=tiling, outer=tiling, pdl=True)
+    torch.cuda.synchronize()
+
+
 def tune(model: str, rows: list[int], tiles: list[int], out: Path, seconds: float, processes: int) -> None:
     begin = time.monotonic()
-    jobs = [(model, tiling) for size in tiles for tiling in candidates(size)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        good = {job for job, ok in zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True) if ok}
-    print(f"{len(good)} of {len(jobs)} tilings compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    jobs: list[Job] = [
+        (model, gated, tiling)
+        for gated in (True, False)
+        for size in tiles
+        for tiling in candidates(size, gated=gated)
+    ]
+    if processes:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            compiled = pool.map(compile_one, jobs, chunksize=2)
+            if min(rows) <= MAX_GEMV_TOKENS:
+                pool.map(compile_gemv, [(model, tiling) for tiling in GEMV], chunksize=2)
+        jobs = [job for job, ok in zip(jobs, compiled, strict=True) if ok]
+        print(f"{len(jobs)} tilings compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if time.monotonic() - begin > seconds:
+        return
     layer, results = Layer(model), []
     for count in rows:
         xs = layer.tokens(count)
         read = layer.bytes_of(xs)
-        for name, make, share in (("gate_up", gated_call, 2 / 3), ("down", down_call, 1 / 3)):
+        for gated in (True, False):
+            make, share = (gated_call, 2 / 3) if gated else (down_call, 1 / 3)
             times = []
-            for tiling in (tiling for size in tiles for tiling in candidates(size)):
-                if (model, tiling) in good and time.monotonic() - begin < seconds:
+            for _, _, tiling in (job for job in jobs if job[1] == gated):
+                if time.monotonic() - begin > seconds:
+                    break
+                try:
                     us = graph_ms([make(layer, x, tiling) for x in xs], 5) / CALLS * 1e3
-                    times.append((us, astuple(tiling)))
+                except OutOfResources:
+                    continue
+                times.append((us, astuple(tiling)))
             times.sort()
+            name = "gate_up" if gated else "down"
             results.append((count, name, times))
+            best = "  ".join(f"{us:.1f}: {tiling}" for us, tiling in times[:6])
             floor = share * read / READ_BYTES_S * 1e6
-            best = "  ".join(f"{us:.1f}: {tiling}" for us, tiling in times[:5])
             print(f"{count:5} tokens {name:8} floor {floor:.1f} us  {best}", flush=True)
         if count <= MAX_GEMV_TOKENS:
             for which in ("inner", "outer"):
@@ -177,7 +228,7 @@ def tune(model: str, rows: list[int], tiles: list[int], out: Path, seconds: floa
                     times.append((us, astuple(tiling)))
                 times.sort()
                 results.append((count, which, times))
-                best = "  ".join(f"{us:.1f}: {tiling}" for us, tiling in times[:5])
+                best = "  ".join(f"{us:.1f}: {tiling}" for us, tiling in times[:6])
                 print(f"{count:5} tokens {which:8} both {best}", flush=True)
         (out / "tune_experts.json").write_text(json.dumps(results))
 
@@ -200,11 +251,12 @@ def time_others(layer: Layer, rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--codes", action="store_true", help="matrices in FP8, unless --tune")
     parser.add_argument("--models", nargs="*", default=["Qwen3-30B-A3B"], choices=MODELS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 35, 64, 128, 256, 1024, 8192])
     parser.add_argument("--tiles", nargs="*", type=int, default=[16], help="rows of a tile, for --tune")
-    parser.add_argument("--seconds", type=float, default=100, help="for --tune")
-    parser.add_argument("--processes", type=int, default=4, help="that compile, for --tune")
+    parser.add_argument("--seconds", type=float, default=100, help="for --tune; 0 only compiles")
+    parser.add_argument("--processes", type=int, default=4, help="that compile, for --tune; 0: none")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     with torch.inference_mode():
@@ -213,7 +265,7 @@ def main() -> None:
             if args.tune:
                 tune(model, args.rows, args.tiles, args.out, args.seconds, args.processes)
                 continue
-            layer = Layer(model)
+            layer = Layer(model, codes=args.codes)
             for rows in args.rows:
                 time_layer(layer, rows)
             for rows in args.rows:

@@ -239,13 +239,13 @@ def test_quantised_experts_are_dequantised_as_they_are_loaded(tmp_path: Path, na
     assert all(generate_ids(make_engine(tmp_path / "quantised"), PROMPTS, 4))
 
 
-def test_experts_are_plain_where_other_matrices_stay_packed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = family(tmp_path / "hf", "qwen3_moe")
-    load_script("quantize_checkpoint").quantize_folder(folder, tmp_path / "fp8", "fp8", 32)
+@pytest.mark.parametrize("form", ["fp8", "fp8-block"])
+def test_experts_in_fp8_stay_packed_where_the_device_multiplies_codes(tmp_path: Path, form: str) -> None:
+    folder = family(tmp_path / "hf", "qwen3_moe", moe_intermediate_size=128, hidden_size=256)
+    values = load_script("quantize_checkpoint").quantize_folder(folder, tmp_path / "fp8", form, 32)
     spec = load_spec(tmp_path / "fp8")
     weights = load_weights(tmp_path / "fp8", spec, "auto", torch.bfloat16, packed=(ScaledTensor,))
-    assert isinstance(weights["layers.1.qkv"], ScaledTensor)
-    assert weights["layers.1.experts_down"].dtype == torch.bfloat16
-    assert "experts in fp8 become bfloat16 as they are loaded, 0.00 GB of memory" in caplog.text
+    down = weights["layers.1.experts_down"]
+    assert isinstance(down, ScaledTensor) and weights["layers.1.router"].dtype == torch.bfloat16
+    parts = [values[f"{EXPERT}.{e}.down_proj.weight"] for e in range(4)]
+    assert down.dequantized(torch.float32).equal(torch.cat(parts))

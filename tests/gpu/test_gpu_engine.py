@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,11 +14,13 @@ from model_tools import (
     VARIANTS,
     drain,
     generate_ids,
+    load_script,
     make_engine,
     make_prompts,
     relative_error,
     variant_folder,
 )
+from tiny_models import make_hf_folder
 
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.request import EngineRequest, SamplingParams
@@ -109,6 +112,18 @@ def test_tokens_with_a_cache_of_e4m3_are_those_of_the_torch_backend(model: str) 
 )
 def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
     assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8-block"])
+def test_experts_in_fp8_give_the_tokens_of_the_dequantised_ones(tmp_path: Path, form: str) -> None:
+    """On the GPU the matrices stay in codes; in float32 nothing else is rounded."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 7, "num_experts_per_tok": 3}
+    folder = make_hf_folder(tmp_path / "hf", "qwen3_moe", **sizes)
+    load_script("quantize_checkpoint").quantize_folder(folder, tmp_path / "fp8", form, 128)
+    options = {"dtype": "float32", "max_num_seqs": 16, "num_gpu_blocks_override": 512, "block_size": 16}
+    made = make_engine(tmp_path / "fp8", device="cuda", **options)
+    cpu = make_engine(tmp_path / "fp8", device="cpu", attention_backend="torch", **options)
+    assert generate_ids(made, PROMPTS, 40) == generate_ids(cpu, PROMPTS, 40)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -8,15 +8,18 @@ import pytest
 import torch
 from attention_case import relative_error
 from torch import Tensor
+from torch.nn.functional import silu
 
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
 from microvllm.ops.experts import ExpertWeights, route
 from microvllm.ops.gpu.experts import GpuExperts
+from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.routing import choose, sort_choices
 from microvllm.ops.operators import TorchOperators
 from microvllm.ops.routing import Routing
+from microvllm.ops.scaled import ScaledTensor, quantize
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if ON_GPU else [torch.float32, torch.float16]
@@ -108,6 +111,62 @@ def test_experts(tokens: int, fixed_order: bool, dtype: torch.dtype) -> None:
     total = last(first(onto_itself), onto_itself).float().cpu()
     assert relative_error(total, expected + x.float().cpu()) < TOLERANCE[dtype]
     assert last(x[:0]).shape == (0, HIDDEN)
+
+
+def coded(weight: Tensor, block: tuple[int, int]) -> ScaledTensor:
+    codes, scales = quantize(weight.float(), block)
+    return ScaledTensor.of(codes, scales, (block[0], block[1] or weight.shape[1]))
+
+
+@pytest.mark.parametrize("block", [None, (1, 0), (8, 32), (1, 32)], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("boxes", [False, True])
+def test_ways_of_a_product(boxes: bool, swapped: bool, block: tuple[int, int] | None) -> None:
+    """Columns and terms that do not fill the tiles; a box reaches into the next expert's rows."""
+    tiling = GroupedTiling(16, 64 if swapped else 32, 32, 4, 2, swapped, boxes)
+    tokens, k, dtype, hidden = (
+        9,
+        3,
+        torch.float16,
+        80,
+    )  # rows of codes that are multiples of 16 bytes, for TMA
+    gate_up = random(COUNT * 2 * WIDTH, hidden, seed=2, dtype=dtype) * hidden**-0.5
+    down = random(COUNT * hidden, 48, seed=3, dtype=dtype) * WIDTH**-0.5
+    x = random(tokens, hidden, seed=5, dtype=dtype)
+    scales, chosen = choose(random(tokens, COUNT, seed=6), Routing(num_chosen=k))
+    choices = sort_choices(chosen, COUNT, tiling.rows)
+    first: Tensor = gate_up if block is None else coded(gate_up, block)
+    last: Tensor = down if block is None else coded(down, block)
+    gate_up, down = (
+        each.dequantized(torch.float32) if isinstance(each, ScaledTensor) else each.float()
+        for each in (first, last)
+    )
+    inner = GroupedWeight(first, WIDTH, dtype, gated=True, boxes=True)(x, choices, k, tiling)
+    rows = x.float()[(choices.order // k).long()]
+    experts = chosen.flatten()[choices.order.long()].long()
+    gate, up = gate_up.view(COUNT, 2, WIDTH, hidden)[experts].unbind(1)
+    expected = silu(torch.einsum("nd,nid->ni", rows, gate)) * torch.einsum("nd,nid->ni", rows, up)
+    assert relative_error(inner, expected) < TOLERANCE[dtype]
+    inner = random(tokens * k, 48, seed=7, dtype=dtype)
+    parts = GroupedWeight(last, hidden, dtype, boxes=True)(inner, choices, k, tiling, scales=scales)
+    down = down.view(COUNT, hidden, 48)[experts]
+    expected = (
+        torch.einsum("ni,ndi->nd", inner.float(), down) * scales.flatten()[choices.order.long()][:, None]
+    )
+    assert relative_error(parts[choices.order.long()], expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("block", [(1, 0), (8, 32), (8, 24)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_experts_in_codes(tokens: int, block: tuple[int, int]) -> None:
+    """Also in blocks that no tensor core's step divides."""
+    weights, routing, dtype = weights_of(COUNT, torch.float32), ROUTINGS["softmax"], torch.float32
+    packed = weights._replace(gate_up=coded(weights.gate_up, block), down=coded(weights.down, block))
+    plain = weights._replace(gate_up=packed.gate_up.dequantized(dtype), down=packed.down.dequantized(dtype))
+    x = random(tokens, HIDDEN, seed=5)
+    _, ours = GpuOperators(dtype, DEVICE, "triton").experts(None, packed, routing, "silu")
+    _, theirs = TorchOperators(dtype).experts(None, plain, routing, "silu")
+    assert relative_error(ours(x), theirs(x)) < 1e-5
 
 
 def test_another_activation() -> None:
