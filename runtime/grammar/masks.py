@@ -39,6 +39,8 @@ logger = logging.getLogger("microvllm.grammar")
 MAX_THREADS = 16
 PARALLEL_FROM = 16  # tokens; fewer are consumed sooner than threads wake
 MAX_COMPILED = 64
+LEXERS = 4  # of a grammar that is compiled in QUICK_S; each of them finds the states of its lexer anew
+QUICK_S = 0.02
 SLOW_S = 5e-3
 USUAL_S = 1e-4  # of a mask among others, at most
 WAIT_S = 0.05  # of a step without anything to compute: commands are read between two steps
@@ -52,10 +54,13 @@ class Row:
 
     `num_sent`: tokens of the output that were given to it; `num_taken`: those that the mask follows.
     `advance` is `take`, the mask if it is `due`, and `settle`, which a job of many rows calls by themselves.
+    `lexer`: rows of which it differs do not wait for each other.
     """
 
-    def __init__(self, form: StructuredOutput, matcher: Callable[[], LLMatcher], vocab_size: int) -> None:
-        self.form = form
+    def __init__(
+        self, form: StructuredOutput, matcher: Callable[[], LLMatcher], vocab_size: int, lexer: int = 0
+    ) -> None:
+        self.form, self.lexer = form, lexer
         self.words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         self.matcher: LLMatcher | None = None
         self.num_sent = self.num_taken = 0
@@ -151,6 +156,29 @@ class Row:
         return self.words if self._free is None or self._opening else None
 
 
+class Start:
+    """The start of a grammar, of which the matchers of requests are copies.
+
+    Copies of one matcher share the states of its lexer, and a lock with them: what advances at the same time
+    should be of several. Raises `ValueError` for a grammar that cannot be compiled.
+    """
+
+    def __init__(self, make: Callable[[], LLMatcher]) -> None:
+        start = time.thread_time()
+        self._matchers = [make()]
+        self._make = make
+        quick = time.thread_time() - start < QUICK_S
+        self._number = min(LEXERS, usable_cores()) if quick else 1
+        self._making = threading.Lock()
+
+    def copy(self, lexer: int) -> LLMatcher:
+        """lexer: any number; rows of which it is the same modulo `LEXERS` may wait for each other."""
+        with self._making:
+            while len(self._matchers) <= lexer % self._number:
+                self._matchers.append(self._make())
+        return self._matchers[lexer % self._number].deep_copy()
+
+
 class GrammarMasks:
     """The grammars of an engine's requests: a `TokenMask`, and what the engine core needs of it.
 
@@ -166,9 +194,9 @@ class GrammarMasks:
         self._pool = ThreadPoolExecutor(
             min(MAX_THREADS, max(2, usable_cores())), thread_name_prefix="grammar"
         )  # starts its threads with the first job
-        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[str, Future[Start]] = OrderedDict()
         self._loading = threading.Lock()
-        self._held: list[tuple[Future[LLMatcher], list[EngineRequest]]] = []
+        self._held: list[tuple[Future[Start], list[EngineRequest]]] = []
         self._rows: dict[int, Row] = {}
 
     # ---- before a request is queued ------------------------------------------------------------
@@ -250,8 +278,9 @@ class GrammarMasks:
     def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
         """A request was admitted to the row. output: what it has generated before a preemption."""
         if request.grammar and request.params.structured_outputs is not None:
-            matcher = functools.partial(self._copy, request.grammar)
-            self._rows[row] = made = Row(request.params.structured_outputs, matcher, self._vocab_size)
+            matcher = functools.partial(self._copy, request.grammar, row)
+            made = Row(request.params.structured_outputs, matcher, self._vocab_size, row % LEXERS)
+            self._rows[row] = made
             self._submit([(made, output)])
 
     def clear_row(self, row: int) -> None:
@@ -295,7 +324,8 @@ class GrammarMasks:
         engine goes on: a thread that did both would need the interpreter's lock in between.
         """
         together = []
-        for row, tokens in work:
+        # Threads get rows that stand together: those of one lexer.
+        for row, tokens in sorted(work, key=_lexer_of):
             row.num_sent += len(tokens)
             if row.slow or row.matcher is None:
                 row.job = self._pool.submit(row.advance, tokens)
@@ -346,21 +376,21 @@ class GrammarMasks:
 
         return LLExecutor(min(MAX_THREADS, usable_cores()))
 
-    def _compile(self, grammar: str) -> Future[LLMatcher]:
+    def _compile(self, grammar: str) -> Future[Start]:
         future = self._compiled.get(grammar)
         if future is None or (future.done() and future.exception() is not None):
-            future = self._compiled[grammar] = self._pool.submit(self._make, grammar)
+            make = functools.partial(self._make, grammar)
+            future = self._compiled[grammar] = self._pool.submit(Start, make)
             while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
         return future
 
-    def _copy(self, grammar: str) -> LLMatcher:
+    def _copy(self, grammar: str, row: int) -> LLMatcher:
         """In a worker thread: a matcher at the start of a grammar."""
         future = self._compiled.get(grammar)
         # One that was dropped is compiled here: to wait for another thread could be to wait for ever.
-        whole = future.result() if future is not None and future.done() else self._make(grammar)
-        return whole.deep_copy()
+        return future.result().copy(row) if future is not None and future.done() else self._make(grammar)
 
     def _make(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
@@ -385,6 +415,10 @@ class GrammarMasks:
         if end is None:
             raise ValueError("the model has no end token")
         return model_tokenizer(tokenizer, self._vocab_size, [end])
+
+
+def _lexer_of(work: tuple[Row, Sequence[int]]) -> int:
+    return work[0].lexer
 
 
 def _refusal(request: EngineRequest, error: BaseException) -> StepOutput:

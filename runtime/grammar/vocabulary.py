@@ -10,6 +10,15 @@ if TYPE_CHECKING:
 
     from microvllm.runtime.text.tokenizer import Tokenizer
 
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'  # of a JSON string, as it is written
+# Sets of tokens that a mask takes whole where a string may go on so long. Of a bounded string the longer
+# tokens are looked at one by one: with llguidance's own 10 and 30 that takes 0.2 to 1.2 ms.
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_CHARACTER}{{1,{length}}}" for length in (3, 5, 7, 10, 14, 20, 30)),
+    f"{_CHARACTER}+",
+]
+
 
 class _Wrapper:
     """The attributes that `LLTokenizer` reads. It never calls the tokenizer: no token is forced."""
@@ -49,4 +58,4 @@ def model_tokenizer(tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int
         raise ValueError("the texts of this tokenizer are no concatenation of its tokens' bytes")
     tokens = [*table.all[:vocab_size], *[b""] * (vocab_size - len(table.all))]
     special = sorted({*tokenizer.special_ids, *end_ids})
-    return make_tokenizer(tokens, [index for index in special if index < vocab_size], end_ids)
+    return make_tokenizer(tokens, [index for index in special if index < vocab_size], end_ids, SLICES)
