@@ -40,13 +40,17 @@ INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
     memcpy(x + i, pairs + i, (d - i) * sizeof(float));
 }
 
-/* Keys between those that are used and those that are asked for. */
-#define AHEAD 32
+/* Where some tokens' keys are, so many bytes in front of their values, and as many keys that come next. While keys are
+ * used, the values are asked for, and while values are, the next keys: memory is never idle. */
+typedef struct {
+    const char *const *keys, *const *next;
+    long to_values;
+} Tokens;
 
 /* acc[t][g] = q[g] . key t in as many parts as there are lanes, for G queries and K keys from `first` on, up to where d
  * is no whole PAIR any more. */
-INLINE void multiply_keys(const float *q, const void *const *keys, const void *const *values, long first, long d,
-                          vec acc[KEYS][GROUP], const int is_bf16, const int G, const int K)
+INLINE void multiply_keys(const float *q, const Tokens *at, long first, long d, vec acc[KEYS][GROUP], const int is_bf16,
+                          const int G, const int K)
 {
     long size = is_bf16 ? sizeof(bf16) : sizeof(float);
     for (int t = 0; t < K; t++)
@@ -56,9 +60,8 @@ INLINE void multiply_keys(const float *q, const void *const *keys, const void *c
         for (int g = 0; g < G; g++)
             for (int half = 0; half < 2; half++) query[g][half] = load_f32(q + g * d + i + half * LANES);
         for (int t = 0; t < K; t++) {
-            __builtin_prefetch((const char *)keys[first + t + AHEAD] + i * size);
-            __builtin_prefetch((const char *)values[first + t] + i * size); /* for add_values */
-            load_pair(keys[first + t], i, is_bf16, &low, &high);
+            __builtin_prefetch(at->keys[first + t] + at->to_values + i * size);
+            load_pair(at->keys[first + t], i, is_bf16, &low, &high);
             for (int g = 0; g < G; g++) acc[t][g] += low * query[g][0];
             for (int g = 0; g < G; g++) acc[t][g] += high * query[g][1];
         }
@@ -66,7 +69,7 @@ INLINE void multiply_keys(const float *q, const void *const *keys, const void *c
 }
 
 /* What multiply_keys leaves out, for `count` keys. */
-INLINE void add_rest(const float *q, const void *const *keys, long first, long count, long d, float scale, Scores score,
+INLINE void add_rest(const float *q, const char *const *keys, long first, long count, long d, float scale, Scores score,
                      const int is_bf16, const int G)
 {
     for (long i = d / PAIR * PAIR; i < d; i++)
@@ -75,51 +78,55 @@ INLINE void add_rest(const float *q, const void *const *keys, long first, long c
 }
 
 /* score[g][t] = scale * q[g] . key t, for G queries and `count` keys. Parts are added up for LANES keys at a time. */
-INLINE void score_keys(const float *q, const void *const *keys, const void *const *values, long count, long d,
-                       float scale, Scores score, const int is_bf16, const int G)
+INLINE void score_keys(const float *q, const Tokens *at, long count, long d, float scale, Scores score,
+                       const int is_bf16, const int G)
 {
     vec acc[KEYS][GROUP];
     long t = 0;
     for (; t + LANES <= count; t += LANES) {
         vec part[LANES / KEYS][GROUP];
         UNROLL for (int i = 0; i < LANES / KEYS; i++) {
-            multiply_keys(q, keys, values, t + i * KEYS, d, acc, is_bf16, G, KEYS);
+            multiply_keys(q, at, t + i * KEYS, d, acc, is_bf16, G, KEYS);
             for (int g = 0; g < G; g++)
                 part[i][g] = add_runs(add_runs(acc[0][g], acc[1][g], 1), add_runs(acc[2][g], acc[3][g], 1), 2);
         }
         for (int g = 0; g < G; g++) {
-            for (int step = KEYS, left = LANES / KEYS / 2; left > 0; step *= 2, left /= 2)
-                for (int i = 0; i < left; i++) part[i][g] = add_runs(part[2 * i][g], part[2 * i + 1][g], step);
+            /* What steps are has to be known when this is compiled: else their shuffles are built each time. */
+            if (LANES > KEYS)
+                for (int i = 0; i < LANES / KEYS / 2; i++)
+                    part[i][g] = add_runs(part[2 * i][g], part[2 * i + 1][g], KEYS);
+            if (LANES > 2 * KEYS) part[0][g] = add_runs(part[0][g], part[1][g], 2 * KEYS);
             store(score[g] + t, part[0][g] * scale);
         }
-        add_rest(q, keys, t, LANES, d, scale, score, is_bf16, G);
+        add_rest(q, at->keys, t, LANES, d, scale, score, is_bf16, G);
     }
     for (; t < count; t++) {
-        multiply_keys(q, keys, values, t, d, acc, is_bf16, G, 1);
+        multiply_keys(q, at, t, d, acc, is_bf16, G, 1);
         for (int g = 0; g < G; g++) score[g][t] = scale * sum(acc[0][g]);
-        add_rest(q, keys, t, 1, d, scale, score, is_bf16, G);
+        add_rest(q, at->keys, t, 1, d, scale, score, is_bf16, G);
     }
 }
 
-/* out[g] = sum over t of weight[g][t] * v[t], for one pair of vectors of it, from element i on. U partial sums keep
+/* out[g] = sum over t of weight[g][t] * value t, for one pair of vectors of it, from element i on. U partial sums keep
  * the additions from waiting for each other. */
-INLINE void add_pair(Scores weight, const void *const *values, long count, long i, float *out, long d,
-                     const int is_bf16, const int G, const int U)
+INLINE void add_pair(Scores weight, const Tokens *at, long count, long i, float *out, long d, const int is_bf16,
+                     const int G, const int U)
 {
     vec acc[4][GROUP][2], low, high;
-    long t = 0;
+    long t = 0, size = is_bf16 ? sizeof(bf16) : sizeof(float);
     for (int u = 0; u < U; u++)
         for (int g = 0; g < G; g++) acc[u][g][0] = acc[u][g][1] = (vec){};
     for (; t + U <= count; t += U)
         for (int u = 0; u < U; u++) {
-            load_pair(values[t + u], i, is_bf16, &low, &high);
+            __builtin_prefetch(at->next[t + u] + i * size);
+            load_pair(at->keys[t + u] + at->to_values, i, is_bf16, &low, &high);
             for (int g = 0; g < G; g++) {
                 acc[u][g][0] += weight[g][t + u] * low;
                 acc[u][g][1] += weight[g][t + u] * high;
             }
         }
     for (; t < count; t++) {
-        load_pair(values[t], i, is_bf16, &low, &high);
+        load_pair(at->keys[t] + at->to_values, i, is_bf16, &low, &high);
         for (int g = 0; g < G; g++) {
             acc[0][g][0] += weight[g][t] * low;
             acc[0][g][1] += weight[g][t] * high;
@@ -132,29 +139,27 @@ INLINE void add_pair(Scores weight, const void *const *values, long count, long 
         }
 }
 
-INLINE void add_values(Scores weight, const void *const *values, long count, long d, float *out, const int is_bf16,
-                       const int G)
+INLINE void add_values(Scores weight, const Tokens *at, long count, long d, float *out, const int is_bf16, const int G)
 {
     long i = 0;
-    for (; i + PAIR <= d; i += PAIR)
-        add_pair(weight, values, count, i, out, d, is_bf16, G, G == 1 ? 4 : G <= 3 ? 2 : 1);
+    for (; i + PAIR <= d; i += PAIR) add_pair(weight, at, count, i, out, d, is_bf16, G, G == 1 ? 4 : G <= 3 ? 2 : 1);
     for (; i < d; i++)
         for (int g = 0; g < G; g++) {
             float total = 0;
-            for (long t = 0; t < count; t++) total += weight[g][t] * element(values[t], i, is_bf16);
+            for (long t = 0; t < count; t++) total += weight[g][t] * element(at->keys[t] + at->to_values, i, is_bf16);
             out[g * d + i] = total;
         }
 }
 
 /* G query heads of one KV head against `count` tokens. Their parts, `stride` floats apart: d floats of the sum of
  * weights * v, not normalised, the maximum score, the sum of the weights. */
-INLINE void attend(const float *queries, const void *const *keys, const void *const *values, long count, long d,
-                   float scale, float *part, long stride, const int is_bf16, const int G)
+INLINE void attend(const float *queries, const Tokens *at, long count, long d, float scale, float *part, long stride,
+                   const int is_bf16, const int G)
 {
     Scores score;
     float q[G * d], sums[G * d];
     for (int g = 0; g < G; g++) to_pairs(queries + g * d, q + g * d, d, is_bf16);
-    score_keys(q, keys, values, count, d, scale, score, is_bf16, G);
+    score_keys(q, at, count, d, scale, score, is_bf16, G);
     for (int g = 0; g < G; g++) {
         long t;
         for (t = count; t < count + LANES; t++) score[g][t] = -INFINITY;
@@ -170,18 +175,18 @@ INLINE void attend(const float *queries, const void *const *keys, const void *co
         part[g * stride + d] = best;
         part[g * stride + d + 1] = sum(total);
     }
-    add_values(score, values, count, d, sums, is_bf16, G);
+    add_values(score, at, count, d, sums, is_bf16, G);
     for (int g = 0; g < G; g++) from_pairs(sums + g * d, part + g * stride, d, is_bf16);
 }
 
 /* `heads` of them: at most GROUP. */
-static void attend_heads(const float *q, const void *const *keys, const void *const *values, long count, long d,
-                         float scale, float *part, long stride, int is_bf16, long heads)
+static void attend_heads(const float *q, const Tokens *at, long count, long d, float scale, float *part, long stride,
+                         int is_bf16, long heads)
 {
-#define HEADS_ARE(G)                                                               \
-    case G:                                                                        \
-        if (is_bf16) attend(q, keys, values, count, d, scale, part, stride, 1, G); \
-        else attend(q, keys, values, count, d, scale, part, stride, 0, G);         \
+#define HEADS_ARE(G)                                                     \
+    case G:                                                              \
+        if (is_bf16) attend(q, at, count, d, scale, part, stride, 1, G); \
+        else attend(q, at, count, d, scale, part, stride, 0, G);         \
         break
     switch (heads) {
         HEADS_ARE(1);
@@ -214,7 +219,7 @@ INLINE long end_of(const Decode *j, long row, long chunk) { return least((chunk 
 
 /* Addresses of the keys of tokens [from, to) of the sequence with these blocks, in one KV head. */
 static void find_keys(const Cache *cache, const int64_t *blocks, long head, long bytes, long from, long to,
-                      const void **keys)
+                      const char **keys)
 {
     long size = cache->block_size;
     for (long t = from, end; t < to; t = end) {
@@ -223,6 +228,22 @@ static void find_keys(const Cache *cache, const int64_t *blocks, long head, long
         end = least(to, (t / size + 1) * size);
         for (long i = t; i < end; i++, key += bytes) *keys++ = key;
     }
+}
+
+/* Addresses of `count` keys that come behind the last chunk of a row in one KV head: of the same row in the next head,
+ * or of the next row. There are some in front of them, which are repeated where there are too few. */
+static void find_next(const Decode *j, long row, long head, long bytes, const char **keys, long count)
+{
+    const Step *a = j->step;
+    head++;
+    if (head == a->kv_heads) {
+        head = 0;
+        row = least(row + j->together, j->rows - 1);
+    }
+    long length = length_of(j, row), from = most(0, a->window ? length - a->window : 0);
+    long found = least(count, length - from);
+    find_keys(j->cache, j->blocks + (j->lens ? row * a->width : 0), head, bytes, from, from + found, keys);
+    for (long t = most(found, 0); t < count; t++) keys[t] = keys[-1];
 }
 
 /* One KV head of some rows of one sequence, CHUNK of its tokens. */
@@ -238,15 +259,11 @@ static void decode_piece(const void *job, long piece)
     const int64_t *blocks = j->blocks + (j->lens ? row * a->width : 0);
     long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)),
          to_values = a->kv_heads * cache->num_slots * bytes;
-    long end = end_of(j, last, chunk), length = length_of(j, last), seen = least(end + AHEAD, length);
-    const void *keys[CHUNK + AHEAD], *values[CHUNK];
+    long end = end_of(j, last, chunk), seen = least(end + CHUNK, length_of(j, last));
+    const char *keys[2 * CHUNK], **next = keys + end - first;
     if (first < end) {
         find_keys(cache, blocks, head, bytes, first, seen, keys);
-        for (long t = 0; t < end - first; t++) values[t] = (const char *)keys[t] + to_values;
-        /* Where the sequence ends, this thread goes on with its beginning in the next head. */
-        long left = end + AHEAD - seen, found = least(left, length), next = least(head + 1, a->kv_heads - 1);
-        find_keys(cache, blocks, next, bytes, 0, found, keys + seen - first);
-        for (long t = found; t < left; t++) keys[seen - first + t] = keys[0];
+        if (seen < end + CHUNK) find_next(j, row, head, bytes, keys + seen - first, end + CHUNK - seen);
     }
     for (; row <= last; row++) {
         long begin = begin_of(j, row, chunk), count = end_of(j, row, chunk) - begin, skipped = begin - first;
@@ -254,13 +271,15 @@ static void decode_piece(const void *job, long piece)
             const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
             float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
             long heads = least((head + 1) * group - h, GROUP);
-            if (count > 0)
-                attend_heads(queries, keys + skipped, values + skipped, count, d, a->scale, at, stride, cache->is_bf16,
-                             heads);
+            const Tokens tokens = {keys + skipped, next, to_values};
+            if (count > 0) attend_heads(queries, &tokens, count, d, a->scale, at, stride, cache->is_bf16, heads);
             else
                 for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
         }
     }
+    /* The next chunk may be longer than this one. */
+    for (long t = end - first; first < end && t < CHUNK; t++)
+        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(next[t] + i);
 }
 
 /* The parts of one query head, by their maxima, into its output. */
