@@ -68,7 +68,7 @@ class InferenceEngine:
         self.processor = InputProcessor(self.config, self.tokenizer)
         runner = start_runner(self.config, on_progress)
         self.config = runner.config
-        self.processor.use(self.config)
+        self.processor.use_config(self.config)
         self.core = EngineCore(self.config, runner)
         self.metrics = EngineMetrics(self.config.max_model_len, self.core.stats())
         self._core_thread = CoreThread(self.core, self.metrics)

@@ -227,7 +227,7 @@ class EngineClient:
             raise
         if process.max_model_len < config.max_model_len:  # the memory of a GPU holds no more
             config = msgspec.structs.replace(config, max_model_len=process.max_model_len)
-            text[1].use(config)
+            text[1].use_config(config)
         client = cls(config, *text)
         client._use(process)
         client._tasks = [

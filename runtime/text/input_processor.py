@@ -72,12 +72,12 @@ class InputProcessor:
         if template is None and tokenizer.chat_template is not None:
             template = self._compiled(tokenizer.chat_template)
         self.template = template
-        self.use(config)
+        self.use_config(config)
         self._eos, self._further_ends = end_tokens(config, tokenizer)
         self._grammars = GrammarChecker(tokenizer, config.spec.vocab_size, self._eos is not None)
         self._ids = itertools.count()
 
-    def use(self, config: EngineConfig) -> None:
+    def use_config(self, config: EngineConfig) -> None:
         """Take over the engine's own configuration, once it has measured how long the context can be."""
         self._config = config
         longest = max(map(len, self._tokenizer.backend.get_vocab()), default=1)

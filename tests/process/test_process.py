@@ -24,6 +24,7 @@ from process_tools import PATIENCE_S, alive, own_engines, stopped, wait_until, w
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import (
     ConfigError,
+    ContextLengthError,
     EngineBusyError,
     EngineDeadError,
     EngineError,
@@ -31,6 +32,7 @@ from microvllm.runtime.errors import (
 )
 from microvllm.runtime.process.channel import Ready, Start, Step, frame
 from microvllm.runtime.process.client import MAX_BACKLOG, EngineClient, TokenStream
+from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.request import EngineStats, SamplingParams
 from microvllm.runtime.text.detokenizer import TextDelta
@@ -96,6 +98,28 @@ def engine_pid(client: EngineClient) -> int:
 
 
 # ---- start ----------------------------------------------------------------------------------------
+
+
+async def test_a_context_that_the_engine_lowers_is_the_client_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does whose memory holds no more than that."""
+    wait_ready = EngineProcess.wait_ready
+
+    async def lowered(self: EngineProcess, on_progress: Any) -> None:
+        await wait_ready(self, on_progress)
+        assert self.max_model_len == LONG
+        self.max_model_len = 48
+
+    monkeypatch.setattr(EngineProcess, "wait_ready", lowered)
+    client = await EngineClient.start(make_config())
+    try:
+        assert client.config.max_model_len == 48
+        with pytest.raises(ContextLengthError, match="context .*48 tokens"):
+            client.submit([7] * 49, params(1))
+        with pytest.raises(ContextLengthError, match="context .*48 tokens"):
+            client.processor.tokenize_prompt("a" * 10_000)
+        assert len((await collect(client.submit([7] * 40, params(8))[0])).token_ids) == 8
+    finally:
+        await client.close()
 
 
 async def test_start_reports_progress_and_is_ready_until_it_is_closed() -> None:
