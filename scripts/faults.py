@@ -132,15 +132,18 @@ def stall(args: argparse.Namespace) -> Iterator[Figure]:
 
 
 async def _longest_callback(model: str) -> tuple[float, str]:
-    """Processor time of the event loop's longest callback while the largest bodies come, and its path."""
+    """Processor time of the event loop's longest callback while the largest bodies come, and its path.
+
+    Each body comes twice and its lesser time counts: memory that is fresh from the system costs time, too.
+    """
     client = await EngineClient.start(EngineArgs(model=model).resolve())
-    times: list[tuple[float, str]] = []
-    run, path = asyncio.Handle._run, ""
+    times: list[float] = []
+    run = asyncio.Handle._run
 
     def timed(handle: asyncio.Handle) -> None:
         began = time.thread_time()
         run(handle)
-        times.append((time.thread_time() - began, path))
+        times.append(time.thread_time() - began)
 
     many = {"prompt": [[i % 90 + 3, 5] for i in range(1024)], "n": 4, "max_tokens": 1, "temperature": 1.0}
     sealed = "mv1." + base64.urlsafe_b64encode(b"x" * (10 * MIB)).decode()
@@ -171,16 +174,19 @@ async def _longest_callback(model: str) -> tuple[float, str]:
                 await http.post(
                     path, json={"prompt": "a", "input": "a", "messages": [user], "logprobs": None}
                 )
-            for path, body in bodies:
+            longest: list[tuple[float, str]] = []
+            for path, body in [each for each in bodies for _ in range(2)]:
                 content = json.dumps({limits.get(path, "max_tokens"): 1, **body})
+                times.clear()
                 asyncio.Handle._run = timed  # type: ignore[method-assign]
                 answer = await http.post(path, content=content, headers=JSON)
                 asyncio.Handle._run = run  # type: ignore[method-assign]
                 if answer.status_code not in (200, 400):
                     answer.raise_for_status()
+                longest.append((max(times), path))
     finally:
         await client.close()
-    return max(times)
+    return max(map(min, longest[::2], longest[1::2]))
 
 
 async def _engine_stall(model: str) -> tuple[float, float]:
@@ -371,6 +377,22 @@ def trailers(args: argparse.Namespace) -> Iterator[Figure]:
     yield health("trailers", seconds)
 
 
+def pipelined(args: argparse.Namespace) -> Iterator[Figure]:
+    """Requests of 30 bytes one behind the other, whose answers nobody reads."""
+    with serving(args.model, *args.flags) as server, watching(server) as seconds, ExitStack() as stack:
+        before = memory_of(server.pid)
+        for _ in range(20):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+            sock.settimeout(1)
+            with suppress(OSError):
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 30_000)
+        time.sleep(1)
+        grown = memory_of(server.pid) - before
+        figure = "memory for 20 x 30,000 requests one behind the other"
+        yield Figure(figure, "10 MB", f"{grown / MIB:.1f} MB", grown < 10 * MIB)
+    yield health("requests one behind the other", seconds)
+
+
 def unfinished_bodies(args: argparse.Namespace) -> Iterator[Figure]:
     """Bodies that stop before their end, from many connections at once."""
     head = HEAD.format(framing=f"Content-Length: {BODY_BYTES + 1}").encode()
@@ -466,7 +488,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
     for row in (
         *(callback, stall, burst, refusal, memory, overload),
         *(frozen, false_alarm),
-        *(trailers, unfinished_bodies, template_bombs),
+        *(trailers, pipelined, unfinished_bodies, template_bombs),
     )
 }
 

@@ -1,9 +1,9 @@
 """HTTP/1.1 with the limits that uvicorn's own parser does not have.
 
 uvicorn with httptools takes a header of 50 MB, any number of headers and of trailers behind a chunked body,
-and waits indefinitely for the second half of a request line or for a client that has stopped reading. This
-protocol bounds all of them. Trailers are dropped: a key or a content type counts only in the head (RFC 9110,
-6.5.1).
+all requests of 30 bytes that fit into 256 KB at once, and waits indefinitely for the second half of a request
+line or for a client that has stopped reading. This protocol bounds all of them. Trailers are dropped: a key
+or a content type counts only in the head (RFC 9110, 6.5.1).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
 MAX_FRAMING_BYTES = 4 << 10  # of a body: sizes and extensions of its chunks, and its trailers
 CHUNK_FRAMING_BYTES = 16  # beside that for each chunk: its size and two line ends are at most 12
+MAX_PIPELINED = 64  # requests of a connection that wait for the answer to the one before them
 HTTP_VERSIONS = ("1.0", "1.1")
 CHUNK_WRITER = "microvllm.chunk_writer"  # in the scope, see `ChunkSendMiddleware`
 HEAD_DEADLINE_S = 10.0  # for the request line and the headers
@@ -195,6 +196,8 @@ class GuardedProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._refuse(431)
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse(400)
         hosts = sum(name == b"host" for name, _ in self.headers)
         if self.parser.get_http_version() == "1.1" and hosts != 1:
             self._refuse(400)
@@ -208,6 +211,10 @@ class GuardedProtocol(HttpToolsProtocol):
         raise ValueError("refused")  # ends the parse; `data_received` then calls `send_400_response`
 
     def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+            self.transport.close()  # an answer in progress must not have another in its middle
+            return
         status = http.HTTPStatus(self._refusal)
         error = {"message": status.phrase, "type": "Bad Request", "param": None, "code": status.value}
         body = orjson.dumps({"error": error})

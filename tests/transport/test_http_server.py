@@ -17,6 +17,7 @@ import openai
 import pytest
 from fake_client import FakeClient, fresh
 from http_tools import events, eventually, raw_exchange, real_server
+from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api import prompts
 from microvllm.openai_compat.transport import protocol
@@ -141,6 +142,47 @@ def test_many_requests_on_one_connection(port: int) -> None:
     once = b"GET /version HTTP/1.1\r\nHost: a\r\n"
     answer = raw_exchange(port, (once + b"\r\n") * 50 + once + b"Connection: close\r\n\r\n")
     assert answer.count(b"HTTP/1.1 200") == 51
+
+
+def test_requests_behind_one_another_are_bounded() -> None:
+    """256 KB hold 9,000 of them, which take 30 MB, and half a second of everybody's time to be read."""
+    client = FakeClient()
+    client.stall_after = 1
+    with real_server(client) as port:
+        once = b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n"
+        for count, closed in (
+            (protocol.MAX_PIPELINED, False),
+            (protocol.MAX_PIPELINED + 1, True),
+            (5000, True),
+        ):
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as sock:
+                sock.sendall(request("/v1/completions", COMPLETION) + once * count)
+                eventually(lambda: bool(client.submitted) or client.aborted > 0)
+                sock.settimeout(PATIENCE_S if closed else 0.5)
+                try:
+                    assert sock.recv(1000) == b"" and closed
+                except ConnectionResetError:
+                    assert closed
+                except TimeoutError:
+                    assert not closed
+            eventually(lambda: not client.running)
+
+
+def test_an_answer_has_no_refusal_in_its_middle() -> None:
+    client = FakeClient()
+    client.stall_after = 3
+    with (
+        real_server(client) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as sock,
+    ):
+        sock.sendall(request("/v1/completions", {**COMPLETION, "stream": True}))
+        received = sock.recv(65536)
+        sock.sendall(b"no request\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := sock.recv(65536):
+                received += chunk
+        assert received.startswith(b"HTTP/1.1 200") and received.count(b"HTTP/1.1") == 1
+        eventually(lambda: not client.running)
 
 
 def test_half_a_head_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
