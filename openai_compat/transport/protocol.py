@@ -26,7 +26,9 @@ CHUNK_FRAMING_BYTES = 16  # beside that for each chunk: its size and two line en
 MAX_PIPELINED = 64  # requests of a connection that wait for the answer to the one before them
 HTTP_VERSIONS = ("1.0", "1.1")
 CHUNK_WRITER = "microvllm.chunk_writer"  # in the scope, see `ChunkSendMiddleware`
-HEAD_DEADLINE_S = 10.0  # for the request line and the headers
+# For the request line and the headers. A client that opens 10,000 connections at once on a busy machine
+# writes its requests many seconds after that.
+HEAD_DEADLINE_S = 30.0
 WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
 
 

@@ -113,9 +113,9 @@ async def test_a_context_that_the_engine_lowers_is_the_client_s(monkeypatch: pyt
     client = await EngineClient.start(make_config())
     try:
         assert client.config.max_model_len == 48
-        with pytest.raises(ContextLengthError, match="context .*48 tokens"):
+        with pytest.raises(ContextLengthError, match=r"context .*48 tokens"):
             client.submit([7] * 49, params(1))
-        with pytest.raises(ContextLengthError, match="context .*48 tokens"):
+        with pytest.raises(ContextLengthError, match=r"context .*48 tokens"):
             client.processor.tokenize_prompt("a" * 10_000)
         assert len((await collect(client.submit([7] * 40, params(8))[0])).token_ids) == 8
     finally:
