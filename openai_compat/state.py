@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class ServerState:
     """The state of one server. `model_names` are the accepted names, the first of which is echoed.
 
-    `metrics` is None with --disable-log-stats, `exposition` until the metrics are first read.
+    `metrics` is None with --disable-log-stats, `exposition` until the metrics are first read, `openapi` until
+    the document is.
     """
 
     client: EngineClient
@@ -41,6 +42,7 @@ class ServerState:
     exposition: Exposition | None = None
     num_generations: int = 0  # requests in progress that generate
     fingerprint: str | None = None
+    openapi: bytes | None = None
     bodies: BodyReader = field(init=False)
     responses: ResponseStore = field(init=False)
     background: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # by the id of the response

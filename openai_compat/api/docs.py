@@ -23,9 +23,11 @@ POLICY = (
 
 async def openapi(request: Request, state: ServerState) -> Response:
     """Serve the OpenAPI document."""
-    pooling = state.client.config.spec.pooling is not None
-    document = build_document(request.app.state.endpoints, state.args, pooling=pooling)
-    return Response(orjson.dumps(document), media_type="application/json")
+    if state.openapi is None:  # making it takes 20 ms, and nobody needs a key to read it
+        pooling = state.client.config.spec.pooling is not None
+        document = build_document(request.app.state.endpoints, state.args, pooling=pooling)
+        state.openapi = orjson.dumps(document)
+    return Response(state.openapi, media_type="application/json")
 
 
 async def docs(request: Request, state: ServerState) -> Response:

@@ -14,6 +14,7 @@ from fake_client import FakeClient
 from http_tools import events, in_process
 
 from microvllm.adapters.pooling_spec import Pooling
+from microvllm.openai_compat.api import docs
 from microvllm.openai_compat.api.absent import NOT_IMPLEMENTED
 from microvllm.openai_compat.api.openapi import build_document, request_schema
 from microvllm.openai_compat.api.page import FILES
@@ -280,3 +281,17 @@ class TestPage:
         async with in_process(FakeClient(), disable_fastapi_docs=True) as http:
             for path in ("/docs", "/redoc", "/openapi.json"):
                 assert (await http.get(path)).status_code == 404
+
+
+async def test_the_document_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 20 ms of the event loop, and nobody needs a key."""
+    made = []
+
+    def build(*args: Any, **options: Any) -> dict[str, Any]:
+        made.append(1)
+        return build_document(*args, **options)
+
+    monkeypatch.setattr(docs, "build_document", build)
+    async with in_process(FakeClient()) as http:
+        first, second = [await http.get("/openapi.json") for _ in range(2)]
+    assert first.content == second.content and len(made) == 1
