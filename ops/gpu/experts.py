@@ -10,12 +10,14 @@ from torch import Tensor
 
 from microvllm.ops.activation import ACTIVATIONS, gate_and_mul
 from microvllm.ops.experts import ExpertWeights
+from microvllm.ops.gpu.coded_expert_gemv import coded_expert_gemv
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.routing import choose, sort_choices
 from microvllm.ops.operators import Norm, Operator
 from microvllm.ops.routing import Routing
+from microvllm.ops.scaled import ScaledTensor
 
 # By the number of rows of a tile; of float32 with half the terms at a time.
 TILINGS = {
@@ -73,10 +75,10 @@ class GpuExperts:
             weights.gate_up, width if gated else 2 * width, dtype, gated=gated, boxes=boxes
         )
         self._down = GroupedWeight(weights.down, hidden, dtype, boxes=boxes)
-        # The matrices for few tokens.
-        self._matrices: tuple[Tensor, Tensor] | None = None
-        if gated and not fixed_order and type(weights.gate_up) is type(weights.down) is Tensor:
-            self._matrices = weights.gate_up.contiguous(), weights.down.contiguous()
+        kinds = {isinstance(each.matrix, ScaledTensor) for each in (self._gate_up, self._down)}
+        self._is_coded = True in kinds
+        # The largest number of tokens that are multiplied without sorting.
+        self._few = MAX_GEMV_TOKENS if gated and not fixed_order and len(kinds) == 1 else 0
         self._fixed_order, self._pdl = fixed_order, pdl
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -84,13 +86,16 @@ class GpuExperts:
         n, pdl = x.shape[0], self._pdl
         if n == 0:
             return torch.empty_like(x)
-        norm = self._norm if n == 1 and self._matrices is not None else None
+        norm = self._norm if n == 1 <= self._few and not self._is_coded else None
         if norm is None and self._norm is not None:
             x = rms_norm(x, self._norm, self._eps, pdl=pdl)
         logits = self._router(x) if norm is None else self._normed_router(x)
         weights, chosen = choose(logits, self._routing, self._correction, pdl=pdl)
-        if n <= MAX_GEMV_TOKENS and self._matrices is not None:
-            return expert_gemv(x, *self._matrices, weights, chosen, residual, norm, self._eps, pdl=pdl)
+        if n <= self._few:
+            gate_up, down = self._gate_up.matrix, self._down.matrix
+            if isinstance(gate_up, ScaledTensor) and isinstance(down, ScaledTensor):
+                return coded_expert_gemv(x, gate_up, down, weights, chosen, residual, pdl=pdl)
+            return expert_gemv(x, gate_up, down, weights, chosen, residual, norm, self._eps, pdl=pdl)
         k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
@@ -105,7 +110,7 @@ class GpuExperts:
             tiling = FIXED_ORDER
         else:
             rows = triton.next_power_of_2(triton.cdiv(2 * num_choices, self._count))
-            tilings = CODED if self._gate_up.is_coded else TILINGS
+            tilings = CODED if self._is_coded else TILINGS
             tiling = tilings[min(max(rows, 16), max(tilings))]
         if itemsize == 4:
             tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
