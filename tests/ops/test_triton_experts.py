@@ -59,7 +59,7 @@ def test_of_equal_scores_the_first_experts_are_taken_and_none_twice() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 12, 3), (50, 12, 3), (700, 5, 2), (9, 128, 8)])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 12, 3), (50, 12, 3), (300, 5, 2), (9, 40, 8)])
 def test_choices_are_sorted_by_expert(tokens: int, experts: int, k: int, rows: int) -> None:
     """Some experts have none; each tile is a run of one expert's, and all runs together are all choices."""
     generator = torch.Generator().manual_seed(tokens)
@@ -88,7 +88,7 @@ def weights_of(count: int, dtype: torch.dtype, **options: Any) -> ExpertWeights:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fixed_order", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3, 17, 150])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_experts(tokens: int, fixed_order: bool, dtype: torch.dtype) -> None:
     weights, routing = weights_of(COUNT, dtype), ROUTINGS["softmax"]
     norm = random(HIDDEN, seed=4, dtype=dtype), 1e-5
