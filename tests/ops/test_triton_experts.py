@@ -16,7 +16,8 @@ from microvllm.ops.experts import ExpertWeights, route
 from microvllm.ops.gpu.experts import GpuExperts
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight
 from microvllm.ops.gpu.operators import GpuOperators
-from microvllm.ops.gpu.routing import choose, sort_choices
+from microvllm.ops.gpu.routing import choose, route_few, sort_choices
+from microvllm.ops.norm import rms_norm
 from microvllm.ops.operators import TorchOperators
 from microvllm.ops.routing import Routing
 from microvllm.ops.scaled import ScaledTensor, quantize
@@ -48,6 +49,19 @@ def test_the_choice_of_experts(name: str, corrected: bool) -> None:
     weights, chosen = choose(logits, routing, correction)
     expected, numbers = route(logits, routing, correction)
     assert torch.equal(chosen.long(), numbers) and relative_error(weights, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, routing in ROUTINGS.items() if routing.num_groups == 1])
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_choice_of_few_tokens(name: str, normed: bool) -> None:
+    x, router, routing = random(3, HIDDEN, seed=1), random(COUNT, HIDDEN, seed=2), ROUTINGS[name]
+    norm = random(HIDDEN, seed=3) + 1 if normed else None
+    correction, arrivals = random(COUNT, seed=4), torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    weights, chosen = route_few(x, router, routing, correction, norm, 1e-3, arrivals)
+    logits = (x if norm is None else rms_norm(x, norm, 1e-3)) @ router.t()
+    expected, numbers = route(logits, routing, correction)
+    assert torch.equal(chosen.long(), numbers) and relative_error(weights, expected) < 1e-5
+    assert not arrivals.any()
 
 
 def test_of_equal_scores_the_first_experts_are_taken_and_none_twice() -> None:
