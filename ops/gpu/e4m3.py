@@ -24,6 +24,7 @@ def _round_rows_kernel(
     fixed,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
     NORM: tl.constexpr,
     FIXED: tl.constexpr,
     PDL: tl.constexpr,
@@ -37,18 +38,27 @@ def _round_rows_kernel(
     if NORM:
         wide *= tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
         wide *= tl.load(norm + d, d < D, 0.0).to(tl.float32)
-    scale = fixed
-    if not FIXED:
-        scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
-    rounded = tl.minimum(tl.maximum(wide / scale, -448.0), 448.0)
+    if GROUP:
+        groups = tl.reshape(wide, (BLOCK // GROUP, GROUP))
+        scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-12) / 448.0
+        rounded = tl.reshape(groups / scale[:, None], (BLOCK,))
+        group = tl.arange(0, BLOCK // GROUP)
+        tl.store(scales + group * tl.num_programs(0) + index, scale, group * GROUP < D)
+    else:
+        scale = fixed
+        if not FIXED:
+            scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
+        rounded = wide / scale
+        tl.store(scales + index, scale)
+    rounded = tl.minimum(tl.maximum(rounded, -448.0), 448.0)
     tl.store(codes + row + d, rounded.to(tl.float8e4nv), d < D)
-    tl.store(scales + index, scale)
 
 
 def round_rows(
     x: Tensor,
     scale: float | None = None,
     *,
+    group: int = 0,
     norm: Tensor | None = None,
     eps: float = 0.0,
     pdl: bool = False,
@@ -56,13 +66,14 @@ def round_rows(
     """x: [m, d] contiguous -> codes [m, d] e4m3 of norm(x), and the scale of each row, [m, 1] float32.
 
     scale: one for all rows, beyond whose range values become the largest code; else each row's largest value
-    becomes that. norm: [d], the weight of an RMSNorm.
+    becomes that. group: a power of two, of columns that have a scale each: [m, groups], those of a group next
+    to each other in memory. norm: [d], the weight of an RMSNorm.
     """
     m, d = x.shape
     codes = torch.empty(m, d, dtype=E4M3, device=x.device)
-    scales = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    scales = torch.empty(triton.cdiv(d, group or d), m, dtype=torch.float32, device=x.device).t()
     if m:
-        block = triton.next_power_of_2(d)
+        block = max(triton.next_power_of_2(d), group)
         _round_rows_kernel[(m,)](
             codes,
             scales,
@@ -72,6 +83,7 @@ def round_rows(
             scale or 1.0,
             D=d,
             BLOCK=block,
+            GROUP=group,
             NORM=norm is not None,
             FIXED=scale is not None,
             num_warps=min(max(block // 1024, 1), 16),

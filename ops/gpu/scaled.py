@@ -1,9 +1,10 @@
 """Products with matrices that stay in 8-bit codes on the GPU (`ops.scaled.ScaledTensor`).
 
 Few rows are multiplied with what the codes stand for, exactly, up to the order of float32 sums: bound by the
-bytes of the codes, half of those in 16 bits. Many rows are rounded to codes as well, where the checkpoint
-wants that, and multiplied in e4m3 by torch's `_scaled_mm` at twice the rate of 16 bits; otherwise the matrix
-is widened for each product. `levers.w8a8` switches the rounding off.
+bytes of the codes, half of those in 16 bits. To widen codes takes time that more rows have none of; where the
+checkpoint wants that, these are rounded to codes as well: by `ops.gpu.stream`, then by torch's `_scaled_mm`,
+at twice the rate of 16 bits. Otherwise the matrix is widened for each product of many rows. `levers.w8a8`
+switches the rounding off.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.scaled_gemv import scaled_gemv
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.tiling import (
+    MAX_EXACT_ROWS,
     MAX_GEMV_ROWS,
     MAX_STREAMED_ROWS,
+    rounded_stream_tiling,
     scaled_gemv_tiling,
     scaled_skinny_tiling,
     scaled_stream_tiling,
@@ -28,6 +31,7 @@ from microvllm.ops.gpu.tiling import (
 from microvllm.ops.scaled import ScaledTensor
 
 MIN_BLOCK_K = 32  # columns that share a scale, for a step of a tensor core's product
+GROUP = 128  # columns of a token that share a scale, of weights in blocks of as many
 
 
 class ScaledProduct:
@@ -52,10 +56,12 @@ class ScaledProduct:
         whole_rows = weight.block[1] >= k
         # The largest power of two that divides the columns of a block.
         self._step = 128 if whole_rows else min(weight.block[1] & -weight.block[1], 128)
-        self._rounds = (
-            levers.w8a8 and whole_rows and weight.activations != "none" and rows % 16 == k % 16 == 0
-        )
-        self._few = MAX_STREAMED_ROWS if self._step >= MIN_BLOCK_K else 0
+        self._group = 0 if whole_rows else GROUP
+        kinds = ("token", "tensor") if whole_rows else ("token",) if weight.block[1] == GROUP else ()
+        self._rounds = levers.w8a8 and weight.activations in kinds and rows % 16 == k % 16 == 0
+        # With two sums of blocks and of all rows, more do not fit the registers.
+        most = MAX_STREAMED_ROWS // 2 if gated and not whole_rows else MAX_STREAMED_ROWS
+        self._few = most if self._step >= MIN_BLOCK_K else 0
         self._streamed = None
         if levers.stream and k % 16 == 0 and self._step >= 64:
             from microvllm.ops.gpu.stream import StreamedWeight
@@ -67,7 +73,7 @@ class ScaledProduct:
         m = x.shape[0]
         if 0 < m <= self._few:
             return self._product_of_few(x, residual)
-        if self._rounds and x.dtype == torch.bfloat16:
+        if self._rounds and not self._group and x.dtype == torch.bfloat16:
             y = self._rounded_product(x)
             if residual is not None:
                 y = residual.add_(y)
@@ -91,20 +97,28 @@ class ScaledProduct:
             return scaled_gemv(
                 x, self._weight, self._bias, norm, self._eps, residual, tiling, gated=gated, pdl=pdl
             )
-        x = self._normed(x)
         if self._streamed is not None and x.dtype.itemsize == 2:
+            if self._rounds and m > MAX_EXACT_ROWS:
+                codes, scales = self._rounded(x)
+                tiling = rounded_stream_tiling(m, n, k, gated=gated, whole_rows=not self._group)
+                return self._streamed(codes, tiling, self._bias, residual, scales, x.dtype)
             tiling = scaled_stream_tiling(m, n, k, self._step, gated=gated)
-            return self._streamed(x, tiling, self._bias, residual)
+            return self._streamed(self._normed(x), tiling, self._bias, residual)
+        x = self._normed(x)
         tiling = scaled_skinny_tiling(m, n, self._step, x.dtype.itemsize, gated=gated)
         return scaled_skinny(
             x, self._weight, self._arrivals, self._bias, residual, tiling, gated=gated, pdl=pdl
         )
 
+    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of norm(x), and the scale of each row, [m, 1], or of each of its groups."""
+        scale = self._weight.input_scale if self._weight.activations == "tensor" else None
+        return round_rows(x, scale, group=self._group, norm=self._norm, eps=self._eps, pdl=self._pdl)
+
     def _rounded_product(self, x: Tensor) -> Tensor:
         """norm(x) @ weight.T + bias, of codes on both sides."""
         weight = self._weight
-        scale = weight.input_scale if weight.activations == "tensor" else None
-        codes, scales = round_rows(x, scale, norm=self._norm, eps=self._eps, pdl=self._pdl)
+        codes, scales = self._rounded(x)
         return torch._scaled_mm(
             codes,
             weight.as_subclass(Tensor).t(),

@@ -22,6 +22,12 @@ RUN = 16  # codes that are added up first: what a thread loads at once
 
 
 @triton.jit
+def _codes(codes_at, inside):
+    """A tile of codes, past the L1 cache, which x stays in."""
+    return tl.load(codes_at, inside, 0, cache_modifier=".cg")
+
+
+@triton.jit
 def _scale_of(scales, n, block, N, K: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr):
     """The scales of rows n, in the blocks of columns `block`: [len(n), len(block)]."""
     across: tl.constexpr = (K + SCALE_K - 1) // SCALE_K
@@ -44,6 +50,7 @@ def _scaled_gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     RUN: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
@@ -61,22 +68,30 @@ def _scaled_gemv_kernel(
     in_blocks: tl.constexpr = SCALE_K < K
     here = (n < N)[:, None]
     tile_at = codes + n.to(tl.int64)[:, None] * K + k[None, :]
-    # The tiles of codes are loaded one ahead of their use, the first one even before x is known.
-    tile = tl.load(tile_at, here & (k < K)[None, :], 0)
-    if GATED:
-        up_tile = tl.load(tile_at + N * K, here & (k < K)[None, :], 0)
+    # AHEAD tiles of codes are under way before they are used, the first ones even before x is known.
+    tiles = ()
+    up_tiles = ()
+    for step in tl.static_range(AHEAD):
+        inside = here & (step * BLOCK_K + k < K)[None, :]
+        tiles = tiles + (_codes(tile_at + step * BLOCK_K, inside),)  # noqa: RUF005 (Triton knows no *)
+        if GATED:
+            up_tiles = up_tiles + (_codes(tile_at + N * K + step * BLOCK_K, inside),)  # noqa: RUF005
     follow(PDL)
     sums = (tl.zeros((BLOCK_N, BLOCK_K // RUN), tl.float32),) * M
     up_sums = sums if GATED else ()
     squares = (tl.zeros((BLOCK_K,), tl.float32),) * M if NORM else ()
     # Unrolled: codes that a loop carries are taken apart and put together again, byte by byte.
-    for start in tl.static_range(0, K, BLOCK_K):
-        wide = tile.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        ahead = start + BLOCK_K
-        tile = tl.load(tile_at + ahead, here & (ahead + k < K)[None, :], 0)
+    for step in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        start = step * BLOCK_K
+        ahead = start + AHEAD * BLOCK_K
+        wide = tiles[step].to(tl.float8e4nv, bitcast=True).to(tl.float32)  # type: ignore[var-annotated]
         if GATED:
-            up_wide = up_tile.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-            up_tile = tl.load(tile_at + N * K + ahead, here & (ahead + k < K)[None, :], 0)
+            up_wide = up_tiles[step].to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        if (step + AHEAD) * BLOCK_K < K:
+            inside = here & (ahead + k < K)[None, :]
+            tiles = tiles + (_codes(tile_at + ahead, inside),)  # noqa: RUF005 (Triton knows no *)
+            if GATED:
+                up_tiles = up_tiles + (_codes(tile_at + N * K + ahead, inside),)  # noqa: RUF005
         if in_blocks:
             scale = _scale_of(scales, n, (start + runs) // SCALE_K, N, K, SCALE_N, SCALE_K)
             if GATED:
@@ -153,6 +168,7 @@ def scaled_gemv(
         K=k,
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
+        AHEAD=min(tiling.stages, triton.cdiv(k, tiling.block_k)),
         RUN=RUN,
         SCALE_N=weight.block[0],
         SCALE_K=weight.block[1],

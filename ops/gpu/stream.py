@@ -56,10 +56,13 @@ def _load_weight(weight, tiles, arrived, slot, n, k, inside, N, GATED: gl.conste
 
 
 @gluon.jit
-def _widened(tile, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """A tile of codes in shared memory as the left operand of a product, which loses nothing."""
-    # By way of float32: the direct conversion to bfloat16 is an instruction of a fourth of the rate.
-    return tile.load(LAYOUT).to(gl.float32).to(DTYPE)
+def _left(tile, LAYOUT: gl.constexpr, DTYPE: gl.constexpr, WIDENS: gl.constexpr):
+    """A tile in shared memory as the left operand of a product, or its codes widened in registers."""
+    if WIDENS:
+        # By way of float32: the direct conversion to bfloat16 is an instruction of a fourth of the rate.
+        return tile.load(LAYOUT).to(gl.float32).to(DTYPE)
+    else:  # Triton compiles what follows a return, too
+        return tile
 
 
 @gluon.jit
@@ -76,6 +79,7 @@ def _add_parts(part, stride, splits):
 def _stream_kernel(
     y,
     x,
+    x_scales,
     weight,
     scales,
     bias,
@@ -100,15 +104,18 @@ def _stream_kernel(
     """Program: BLOCK_N columns of y, and `chunk` of the steps over k that their sums take.
 
     x, weight: descriptors of boxes [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; what lies outside is zero.
+    Codes have scales, and are widened if x has none.
     """
     DTYPE: gl.constexpr = x.dtype
     CODES: gl.constexpr = SCALE_N > 0
+    WIDENS: gl.constexpr = CODES and x.dtype != weight.dtype
+    X_BYTES: gl.constexpr = 2 if WIDENS or not CODES else 1
     IN_BLOCKS: gl.constexpr = SCALE_K > 0
     HALVES: gl.constexpr = 2 if GATED else 1
     SIZE: gl.constexpr = BLOCK_N * BLOCK_M
-    BYTES: gl.constexpr = (HALVES * BLOCK_N * (1 if CODES else 2) + BLOCK_M * 2) * BLOCK_K
+    BYTES: gl.constexpr = (HALVES * BLOCK_N * (1 if CODES else 2) + BLOCK_M * X_BYTES) * BLOCK_K
     WARPS: gl.constexpr = gl.num_warps()
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 32 // X_BYTES])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)  # codes are widened in registers
     # As they are stored: a thread has neighbouring columns of y.
     WIDE: gl.constexpr = 8 if SIZE >= 256 * WARPS else 4
@@ -143,35 +150,38 @@ def _stream_kernel(
         across = (K + SCALE_K - 1) // SCALE_K
     if CODES:
         own = n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
+        own_row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
         scale_at = scales + gl.minimum(own, N - 1) // SCALE_N * across
         up_scale_at = scales + gl.minimum(N + own, 2 * N - 1) // SCALE_N * across
     for step in range(steps):
         if IN_BLOCKS:
             block = (begin + step) * BLOCK_K // SCALE_K
-            scale = gl.load(scale_at + block)
+            scale = gl.load(scale_at + block)[:, None]
             if GATED:
-                up_scale = gl.load(up_scale_at + block)
+                up_scale = gl.load(up_scale_at + block)[:, None]
+            if not WIDENS:
+                of_group = gl.load(x_scales + block * M + own_row, own_row < M, 0.0)[None, :]
+                scale = scale * of_group
+                if GATED:
+                    up_scale = up_scale * of_group
         mbarrier.wait(arrived.index(slot), phase)
         right = x_tiles.index(slot).permute((1, 0))
-        if CODES:
-            left = _widened(tiles.index(HALVES * slot), LEFT, DTYPE)
-            started = warpgroup_mma(left, right, sums, use_acc=not IN_BLOCKS, is_async=True)
-            if GATED:
-                up_left = _widened(tiles.index(2 * slot + 1), LEFT, DTYPE)
-                up_started = warpgroup_mma(up_left, right, up_sums, use_acc=not IN_BLOCKS, is_async=True)
-                # The registers of the left operands are in use until the wait.
+        # Sums of one block of columns are scaled before they join the others.
+        left = _left(tiles.index(HALVES * slot), LEFT, DTYPE, WIDENS)
+        started = warpgroup_mma(left, right, sums, use_acc=not IN_BLOCKS, is_async=True)
+        if GATED:
+            up_left = _left(tiles.index(2 * slot + 1), LEFT, DTYPE, WIDENS)
+            up_started = warpgroup_mma(up_left, right, up_sums, use_acc=not IN_BLOCKS, is_async=True)
+            if WIDENS:  # their registers are in use until the wait
                 part, up_part, left, up_left = warpgroup_mma_wait(0, [started, up_started, left, up_left])
-                up_sums = up_sums + up_part * up_scale[:, None] if IN_BLOCKS else up_part
             else:
-                part, left = warpgroup_mma_wait(0, [started, left])
-            sums = sums + part * scale[:, None] if IN_BLOCKS else part
-        elif GATED:
-            started = warpgroup_mma(tiles.index(2 * slot), right, sums, is_async=True)
-            up_started = warpgroup_mma(tiles.index(2 * slot + 1), right, up_sums, is_async=True)
-            sums, up_sums = warpgroup_mma_wait(0, [started, up_started])
+                part, up_part = warpgroup_mma_wait(0, [started, up_started])
+            up_sums = up_sums + up_part * up_scale if IN_BLOCKS else up_part
+        elif WIDENS:
+            part, left = warpgroup_mma_wait(0, [started, left])
         else:
-            started = warpgroup_mma(tiles.index(slot), right, sums, is_async=True)
-            sums = warpgroup_mma_wait(0, [started])
+            part = warpgroup_mma_wait(0, [started])
+        sums = sums + part * scale if IN_BLOCKS else part
         gl.thread_barrier()  # all warps have read the slot
         inside = step + STAGES < steps
         k = first_k + (step + STAGES) * BLOCK_K
@@ -207,6 +217,11 @@ def _stream_kernel(
     if complete:
         columns += n
         known = columns < N
+        if CODES and not WIDENS and not IN_BLOCKS:
+            of_rows = gl.load(x_scales + rows, rows < M, 0.0)[None, :]
+            total *= of_rows
+            if GATED:
+                up_total *= of_rows
         if BIAS:
             total += gl.load(bias + columns, known, 0.0).to(gl.float32)[:, None]
         if GATED:
@@ -217,7 +232,7 @@ def _stream_kernel(
         inside_y = (rows < M)[None, :] & known[:, None]
         if RESIDUAL:
             total += gl.load(residual + at, inside_y, 0.0).to(gl.float32)
-        gl.store(y + at, total.to(DTYPE), inside_y)
+        gl.store(y + at, total.to(y.dtype.element_ty), inside_y)
 
 
 @lru_cache(maxsize=4)
@@ -267,13 +282,21 @@ class StreamedWeight:
         return next((tiling for most, tiling in self._tilings if 0 < rows <= most), None)
 
     def __call__(
-        self, x: Tensor, tiling: Tiling, bias: Tensor | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        tiling: Tiling,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        x_scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """act(x @ weight.T + bias) + residual, with float32 sums and one rounding at the end.
 
-        x: [m, k] contiguous, of the weight's dtype; bias: one number a row of the weight; residual: [m, n];
-        act is SwiGLU if gated. -> [m, n]. Raises `ValueError` where more tiles have split sums than there are
-        arrivals.
+        x: [m, k] contiguous, of the weight's dtype; with a weight in codes, of 16 bits, or codes as well,
+        which are added up with 14 bits or so, and x_scales: [m] float32, or [blocks, m] if the weight has a
+        scale for each block of columns. bias: one number a row of the weight; residual: [m, n]; act is SwiGLU
+        if gated. -> [m, n] of `dtype`, by default x's. Raises `ValueError` where more tiles have split sums
+        than there are arrivals.
         """
         m, k = x.shape
         n = self._weight.shape[0] // (2 if self._gated else 1)
@@ -288,10 +311,11 @@ class StreamedWeight:
             raise ValueError(f"{tiles} tiles of split sums, room for the arrivals of {len(self._arrivals)}")
         halves = 2 if self._gated else 1
         shape = (splits if splits > 1 else 0, tiles, halves, block_m, tiling.block_n)
-        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        y = torch.empty(m, n, dtype=dtype or x.dtype, device=x.device)
         _stream_kernel[(tiles, splits)](
             y,
             _boxes(x, block_m, tiling.block_k),
+            x_scales,
             self._weight_boxes[place],
             self._scales,
             bias,

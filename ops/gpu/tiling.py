@@ -57,13 +57,14 @@ MAX_SKINNY_ROWS = 16
 # ---- matrices of 8-bit codes (`ops.gpu.scaled`) -----------------------------------------------------------
 
 MAX_GEMV_ROWS = 2
+MAX_EXACT_ROWS = 8  # of more, activations are rounded to codes where the checkpoint wants that
 MAX_STREAMED_ROWS = 128
 
 
 def scaled_gemv_tiling(m: int, n: int, k: int, *, gated: bool) -> Tiling:
-    """For one or two rows of x."""
-    if gated:
-        return Tiling(2, 2048, 4)
+    """For one or two rows of x; `stages`: tiles that are loaded ahead."""
+    if gated and 2048 < k <= 4096:
+        return Tiling(4, 4096, 8)
     return Tiling(4 if n > 1024 else 2, 2048 if k > 1024 else 1024, 4)
 
 
@@ -78,10 +79,21 @@ def scaled_skinny_tiling(m: int, n: int, step: int, itemsize: int, *, gated: boo
 
 
 def scaled_stream_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
-    """For `ops.gpu.stream`. step: columns of which all scales are one, 64 or more."""
+    """For `ops.gpu.stream` with 16-bit x. step: columns of which all scales are one, 64 or more."""
+    if gated:
+        return Tiling(64, step, 4, 3)
+    splits = max(1, min(-(-288 // -(-n // 64)), k // 512))
+    return Tiling(64, step, 4, 6 if m <= 32 else 4, splits)
+
+
+def rounded_stream_tiling(m: int, n: int, k: int, *, gated: bool, whole_rows: bool) -> Tiling:
+    """For `ops.gpu.stream` with codes on both sides. whole_rows: a row of codes has one scale."""
     tiles = -(-n // 64)
-    splits = 1 if gated else max(1, min(396 // tiles, k // 1024))
-    return Tiling(64, step, 4, 6 if m <= 32 and not gated else 4, splits)
+    if not gated and k >= 8192:
+        return Tiling(64, 128, 4, 6, max(1, min(224 // tiles, k // 1024)))
+    if whole_rows and m <= 64:
+        return Tiling(64, 256, 4, 4 if m > 32 or not gated else 3)
+    return Tiling(64, 128, 4, 4)
 
 
 # ---- matrices of codes of 4 or 8 bits (`ops.gpu.coded`) -------------------------------------------------

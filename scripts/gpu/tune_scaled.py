@@ -26,26 +26,35 @@ from microvllm.ops.gpu.e4m3 import round_rows, widen
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.scaled_gemv import scaled_gemv
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
+from microvllm.ops.gpu.stream import StreamedWeight
 from microvllm.ops.gpu.tiling import MAX_GEMV_ROWS, MAX_STREAMED_ROWS, Tiling
 from microvllm.ops.scaled import ScaledTensor, quantize
 
-GEMV = ((1, 2048, 4), (2, 2048, 4), (4, 2048, 4), (4, 2048, 8), (8, 2048, 8), (2, 4096, 8), (4, 4096, 8))
-STREAM = ((64, 128, 4, 4), (64, 128, 4, 6), (64, 128, 4, 9), (128, 128, 4, 4), (128, 128, 8, 4))
+# block_n, block_k, warps, stages
+GEMV = ((2, 2048, 4, 1), (4, 2048, 4, 1), (4, 2048, 4, 2), (4, 4096, 8, 1), (8, 2048, 8, 1), (16, 512, 4, 2))
+GATED_GEMV = ((2, 2048, 4, 1), (4, 2048, 4, 1), (4, 4096, 8, 1), (8, 512, 4, 2))
+STREAM = (
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (64, 256, 4, 3),
+    (64, 256, 4, 4),
+    (128, 128, 8, 4),
+)
 SPLITS = (1, 2, 3, 4, 6, 8)
 SKINNY = Tiling(64, 128, 4, 4)
-Job = tuple[int, Product, Tiling, str]
+Job = tuple[int, Product, Tiling, str, bool]
 
 
-def candidates(rows: int, product: Product) -> Iterator[Tiling]:
+def candidates(rows: int, product: Product, rounds: bool) -> Iterator[Tiling]:
     n, k, gated, _, _ = product
     if rows <= MAX_GEMV_ROWS:
-        for block_n, block_k, warps in GEMV:
-            if block_n * (1 + gated) <= 8 and block_k < 2 * k:
-                yield Tiling(block_n, block_k, warps)
+        yield from itertools.starmap(Tiling, GATED_GEMV if gated else GEMV)
         return
+    size = 1 if rounds else 2
     for block_n, block_k, warps, stages in STREAM:
         tiles = -(-n // block_n)
-        ring = stages * block_k * (block_n * (1 + gated) + 2 * max(8, 1 << (rows - 1).bit_length()))
+        ring = stages * block_k * (block_n * (1 + gated) + size * max(8, 1 << (rows - 1).bit_length()))
         if ring > 220_000 or (gated and block_n > 64):
             continue
         for splits in SPLITS if tiles < 400 else (1,):
@@ -60,7 +69,7 @@ def codes(n: int, k: int, kind: str) -> ScaledTensor:
 
 
 def call(
-    rows: int, product: Product, tiling: Tiling, weight: ScaledTensor, arrivals: Tensor
+    rows: int, product: Product, tiling: Tiling, weight: ScaledTensor, arrivals: Tensor, rounds: bool
 ) -> Callable[[], Tensor]:
     n, k, gated, norm, residual = product
     x, gamma, added = normal(rows, k), normal(k), normal(rows, n) if residual else None
@@ -69,9 +78,11 @@ def call(
         return lambda: scaled_gemv(x, weight, None, gamma, 1e-6, added, tiling, gated=gated, pdl=True)
     if tiling == SKINNY:
         return lambda: scaled_skinny(x, weight, arrivals, None, added, tiling, gated=gated, pdl=True)
-    from microvllm.ops.gpu.stream import StreamedWeight
-
-    return partial(StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True), x, tiling, None, added)
+    streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
+    if rounds:
+        rounded, scales = round_rows(x)
+        return partial(streamed, rounded, tiling, None, added, scales, BF16)
+    return partial(streamed, x, tiling, None, added)
 
 
 def room() -> Tensor:
@@ -80,16 +91,16 @@ def room() -> Tensor:
 
 def compile_one(job: Job) -> None:
     """In a process of its own; the result goes to Triton's cache on the disk."""
-    rows, product, tiling, kind = job
+    rows, product, tiling, kind, rounds = job
     n, k, gated, _, _ = product
     try:
-        call(rows, product, tiling, codes(n * (1 + gated), k, kind), room())()
+        call(rows, product, tiling, codes(n * (1 + gated), k, kind), room(), rounds)()
         torch.cuda.synchronize()
     except Exception as error:  # too much shared memory, ...
         print(f"no {job}: {error}"[:200], flush=True)
 
 
-def jobs(models: list[str], rows: list[int], kind: str) -> Iterator[Job]:
+def jobs(models: list[str], rows: list[int], kind: str, rounds: bool) -> Iterator[Job]:
     """One for each kernel: streamed ones are the same for all shapes."""
     seen = set()
     for model, m in itertools.product(models, rows):
@@ -97,7 +108,7 @@ def jobs(models: list[str], rows: list[int], kind: str) -> Iterator[Job]:
             if name == "head" or m > MAX_STREAMED_ROWS:
                 continue
             _, _, gated, norm, residual = product
-            for tiling in candidates(m, product):
+            for tiling in candidates(m, product, rounds):
                 key: tuple[object, ...] = (m, product, tiling)
                 small = product
                 if m > MAX_GEMV_ROWS:
@@ -106,10 +117,15 @@ def jobs(models: list[str], rows: list[int], kind: str) -> Iterator[Job]:
                     small = (512, 1024, gated, norm, residual)
                 if key not in seen:
                     seen.add(key)
-                    yield m, small, tiling, kind
+                    yield m, small, tiling, kind, rounds
 
 
-def time_few(model: str, rows: int, kind: str, floor: float) -> None:
+def fastest_ms(calls: list[Callable[[], object]]) -> float:
+    """Milliseconds of the fastest of many passes over the calls, which others on the GPU disturb least."""
+    return graph_ms(calls, 12, min)
+
+
+def time_few(model: str, rows: int, kind: str, floor: float, rounds: bool, beside: bool) -> None:
     arrivals, plain_ops, total = room(), GpuOperators(BF16, DEVICE, "triton"), [0.0, 0.0]
     for name, product in products(model).items():
         if name == "head":
@@ -118,24 +134,28 @@ def time_few(model: str, rows: int, kind: str, floor: float) -> None:
         weights = [
             codes(n * (1 + gated), k, kind) for _ in range(max(2, 160_000_000 // (n * (1 + gated) * k)))
         ]
-        weights = (weights * 12)[: max(12, len(weights))]
+        weights = (weights * 8)[: max(8, len(weights))]
 
         def microseconds(calls: list[Callable[[], object]]) -> float:
-            return graph_ms(calls, 5) / len(calls) * 1e3
+            return fastest_ms(calls) / len(calls) * 1e3
 
         times = []
-        for tiling in candidates(rows, product):
+        for tiling in candidates(rows, product, rounds):
             try:
-                calls = [call(rows, product, tiling, weight, arrivals) for weight in weights]
+                calls = [call(rows, product, tiling, weight, arrivals, rounds) for weight in weights]
                 times.append((microseconds(calls), tiling))
             except Exception as error:
                 print(f"no {name} {tiling}: {error}"[:160], flush=True)
         times.sort(key=lambda each: each[0])
         megabytes = weights[0].nbytes / 1e6
         line = f"{model} {kind} {name:7} {rows:3} rows, {megabytes:.0f} MB ({megabytes / floor:.1f} us):"
-        for us, t in times[:4]:
+        for us, t in times[:6]:
             line += f"  {us:.2f} {(t.block_n, t.block_k, t.warps, t.stages, t.splits)}"
         line += f"; {megabytes / times[0][0]:.2f} TB/s"
+        total[0] += times[0][0]
+        if not beside:
+            print(line, flush=True)
+            continue
         x, added = normal(rows, k), normal(rows, n) if residual else None
         plain = rotated(partial(normal, n * (1 + gated), k), 12)
         gamma = normal(k)
@@ -149,7 +169,6 @@ def time_few(model: str, rows: int, kind: str, floor: float) -> None:
         ]
         bf16 = microseconds([partial(each, x, added) if residual else partial(each, x) for each in made])
         print(f"{line}; bf16 {bf16:.2f}", flush=True)
-        total[0] += times[0][0]
         total[1] += bf16
     print(f"{model} {kind} {rows} rows, a layer: {total[0]:.1f} us, bf16 {total[1]:.1f}", flush=True)
 
@@ -206,13 +225,15 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 8, 35, 64, 128, 8192])
     parser.add_argument("--kind", default="channel", choices=("channel", "block"))
     parser.add_argument("--floor", type=float, default=4.594)
+    parser.add_argument("--rounds", action="store_true", help="of x in codes, too")
+    parser.add_argument("--no-bf16", action="store_true", help="leave the kernels for bf16 out")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=120)
     args = parser.parse_args()
     begun = time.monotonic()
     with torch.inference_mode():
         if args.compile:
-            todo = list(jobs(args.models, args.rows, args.kind))
+            todo = list(jobs(args.models, args.rows, args.kind, args.rounds))
             with multiprocessing.get_context("spawn").Pool(min(6, len(os.sched_getaffinity(0)))) as pool:
                 pool.map(compile_one, todo, chunksize=2)
             print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
@@ -224,7 +245,7 @@ def main() -> None:
             if rows > MAX_STREAMED_ROWS:
                 time_many(model, rows)
             else:
-                time_few(model, rows, args.kind, args.floor)
+                time_few(model, rows, args.kind, args.floor, args.rounds, not args.no_bf16)
             torch.cuda.empty_cache()
 
 

@@ -73,8 +73,58 @@ def test_a_streamed_product(rows: int, kind: str, gated: bool, fused: bool) -> N
         assert not arrivals.any()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [8, 35, 100])
+def test_a_streamed_product_of_codes(rows: int, gated: bool) -> None:
+    """On both sides: the product of what they stand for, added up with fewer bits."""
+    from microvllm.ops.gpu.stream import StreamedWeight
+
+    for n, k, tiling in (
+        (200, 1040, Tiling(64, 128, 4, 3, splits=3)),
+        (72, 2048, Tiling(64, 256, 4, 3)),
+    ):
+        x, weight = (
+            random(rows, k, seed=1, dtype=torch.float32),
+            scaled(2 * n if gated else n, k, "channel", 2),
+        )
+        codes, scales = quantize(x, (1, 0))
+        bias, residual = random(len(weight), seed=3), random(rows, n, seed=4)
+        expected = linear(codes.float() * scales, weight.dequantized(torch.float32), bias.float())
+        expected = (silu_and_mul(expected) if gated else expected) + residual.float()
+        arrivals = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
+        product = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
+        first, *others = (product(codes, tiling, bias, residual, scales, torch.bfloat16) for _ in range(3))
+        assert first.dtype == torch.bfloat16
+        assert relative_error(first, expected) < 6e-3
+        assert all(torch.equal(first, other) for other in others)
+        assert not arrivals.any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [9, 35, 100])
+def test_a_streamed_product_of_codes_in_blocks(rows: int, gated: bool) -> None:
+    """Each group of 128 columns of a row has a scale, each block of the weight another."""
+    from microvllm.ops.gpu.e4m3 import round_rows
+    from microvllm.ops.gpu.stream import StreamedWeight
+
+    for n, k, splits in ((200, 1040, 3), (136, 2048, 1)):
+        x, weight = random(rows, k, seed=1), scaled(2 * n if gated else n, k, "block", 2)
+        codes, scales = round_rows(x, group=128)
+        bias, residual = random(len(weight), seed=3), random(rows, n, seed=4)
+        rounded = codes.float() * scales.repeat_interleave(128, 1)[:, :k]
+        assert relative_error(rounded, x) < 0.03
+        expected = linear(rounded, weight.dequantized(torch.float32), bias.float())
+        expected = (silu_and_mul(expected) if gated else expected) + residual.float()
+        arrivals = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
+        product = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
+        tiling = Tiling(64, 128, 4, 3, splits=splits)
+        y = product(codes, tiling, bias, residual, scales, torch.bfloat16)
+        assert relative_error(y, expected) < 6e-3
+        assert not arrivals.any()
+
+
 @pytest.mark.parametrize("activations", ["none", "token", "tensor"])
-@pytest.mark.parametrize("rows", [129, 1000])
+@pytest.mark.parametrize("rows", [20, 129, 1000])
 def test_a_product_of_many_rows(rows: int, activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded activations cost about what rounded weights cost; without them it is the exact product."""
     n, k = 272, 1040
