@@ -140,6 +140,7 @@ int experts(Pool *pool, const Experts *a, const float *x, const float *residual,
     float *logits = inner + n * a->width, *ranked = logits + n * a->count, *weights = ranked + n * a->count;
     float *own = weights + n * k;
     int32_t *chosen = (int32_t *)(own + n), *rows = chosen + n * k;
+    if (!n) return 0;
     if (a->norm) rms_norm(pool, x, a->norm, normed, n, d, a->eps);
     else memcpy(normed, x, size);
     if (linear(pool, a->router, normed, NULL, logits, n)) return -1;

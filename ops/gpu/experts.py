@@ -10,12 +10,14 @@ from torch import Tensor
 
 from microvllm.ops.activation import ACTIVATIONS, gate_and_mul
 from microvllm.ops.experts import ExpertWeights
+from microvllm.ops.gpu.coded_expert_gemv import coded_expert_gemv
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.norm import rms_norm
-from microvllm.ops.gpu.routing import choose, sort_choices
+from microvllm.ops.gpu.routing import choose, route_few, sort_choices
 from microvllm.ops.operators import Norm, Operator
 from microvllm.ops.routing import Routing
+from microvllm.ops.scaled import ScaledTensor
 
 # By the number of rows of a tile; of float32 with half the terms at a time.
 TILINGS = {
@@ -37,8 +39,8 @@ MAX_GEMV_TOKENS = 4  # more have experts in common, whose weights are then read 
 class GpuExperts:
     """residual + the weighted sum of what a token's experts give to norm(x).
 
-    Sums are taken in float32 and rounded after each product. routers: the products with the router's weight,
-    [n, h] -> [n, E], with the norm before them and without. boxes: whether the device has TMA.
+    Sums are taken in float32 and rounded after each product. router: the product with its weight, [n, h] ->
+    [n, E]; arrivals: see `routing.route_few`; boxes: whether the device has TMA.
 
     `fixed_order`: a row has the same bits whatever is computed with it: one tiling for any number of rows, so
     that sums over terms have one order; those over a token's experts always have.
@@ -47,11 +49,11 @@ class GpuExperts:
     def __init__(
         self,
         norm: Norm | None,
-        routers: tuple[Operator, Operator],
+        router: Operator,
         weights: ExpertWeights,
         routing: Routing,
         activation: str,
-        dtype: torch.dtype,
+        arrivals: Tensor,
         *,
         fixed_order: bool,
         boxes: bool,
@@ -61,22 +63,19 @@ class GpuExperts:
         self._eps = 0.0
         if norm is not None:
             self._norm, self._eps = norm
-        self._normed_router, self._router = routers
-        self._routing, self._activation = routing, activation
+        self._router, self._routing, self._activation = router, routing, activation
+        self._router_weight, self._arrivals = weights.router.contiguous(), arrivals
         self._correction = weights.correction
-        (self._count, hidden), width, gated = (
-            weights.router.shape,
-            weights.down.shape[1],
-            activation == "silu",
-        )
-        self._gate_up = GroupedWeight(
-            weights.gate_up, width if gated else 2 * width, dtype, gated=gated, boxes=boxes
-        )
+        (self._count, hidden), dtype = weights.router.shape, weights.router.dtype
+        gated = activation == "silu"
+        columns = weights.down.shape[1] * (1 if gated else 2)
+        self._gate_up = GroupedWeight(weights.gate_up, columns, dtype, gated=gated, boxes=boxes)
         self._down = GroupedWeight(weights.down, hidden, dtype, boxes=boxes)
-        # The matrices for few tokens.
-        self._matrices: tuple[Tensor, Tensor] | None = None
-        if gated and not fixed_order and type(weights.gate_up) is type(weights.down) is Tensor:
-            self._matrices = weights.gate_up.contiguous(), weights.down.contiguous()
+        kinds = {isinstance(each.matrix, ScaledTensor) for each in (self._gate_up, self._down)}
+        self._is_coded = True in kinds
+        # The largest number of tokens that are multiplied without sorting.
+        fits = gated and routing.num_groups == 1 and len(kinds) == 1
+        self._few = MAX_GEMV_TOKENS if fits and not fixed_order else 0
         self._fixed_order, self._pdl = fixed_order, pdl
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -84,13 +83,10 @@ class GpuExperts:
         n, pdl = x.shape[0], self._pdl
         if n == 0:
             return torch.empty_like(x)
-        norm = self._norm if n == 1 and self._matrices is not None else None
-        if norm is None and self._norm is not None:
-            x = rms_norm(x, self._norm, self._eps, pdl=pdl)
-        logits = self._router(x) if norm is None else self._normed_router(x)
-        weights, chosen = choose(logits, self._routing, self._correction, pdl=pdl)
-        if n <= MAX_GEMV_TOKENS and self._matrices is not None:
-            return expert_gemv(x, *self._matrices, weights, chosen, residual, norm, self._eps, pdl=pdl)
+        if n <= self._few:
+            return self._compute_few(x, residual)
+        x = self._normed(x)
+        weights, chosen = choose(self._router(x), self._routing, self._correction, pdl=pdl)
         k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
@@ -99,13 +95,29 @@ class GpuExperts:
         parts = self._down(inner, choices, k, tiling, scales=weights, pdl=pdl)
         return sum_choices(parts, k, residual, pdl=pdl)
 
+    def _compute_few(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Without sorting; one token's norm is a part of each kernel that reads it."""
+        norm, eps, pdl = self._norm, self._eps, self._pdl
+        if x.shape[0] > 1 or self._is_coded:
+            x, norm = self._normed(x), None
+        weights, chosen = route_few(
+            x, self._router_weight, self._routing, self._correction, norm, eps, self._arrivals, pdl=pdl
+        )
+        gate_up, down = self._gate_up.matrix, self._down.matrix
+        if isinstance(gate_up, ScaledTensor) and isinstance(down, ScaledTensor):
+            return coded_expert_gemv(x, gate_up, down, weights, chosen, residual, pdl=pdl)
+        return expert_gemv(x, gate_up, down, weights, chosen, residual, norm, eps, pdl=pdl)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x if self._norm is None else rms_norm(x, self._norm, self._eps, pdl=self._pdl)
+
     def _tiling(self, num_choices: int, itemsize: int) -> GroupedTiling:
         """Room for twice the choices that an expert has on average."""
         if self._fixed_order:
             tiling = FIXED_ORDER
         else:
             rows = triton.next_power_of_2(triton.cdiv(2 * num_choices, self._count))
-            tilings = CODED if self._gate_up.is_coded else TILINGS
+            tilings = CODED if self._is_coded else TILINGS
             tiling = tilings[min(max(rows, 16), max(tilings))]
         if itemsize == 4:
             tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)

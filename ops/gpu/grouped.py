@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from microvllm.ops.gpu.activation import swiglu
+from microvllm.ops.gpu.coded_expert_gemv import step_of
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 from microvllm.ops.scaled import ScaledTensor
@@ -171,23 +172,21 @@ class GroupedWeight:
     """The matrices of all experts, and the products of each choice's row with its expert's.
 
     weight: [E * columns, in], or [E * 2 * columns, in] if `gated`, gate before up, for SwiGLU; a plain tensor
-    of the activations' `dtype`, or a `ScaledTensor`. boxes: whether the device has TMA.
+    of the activations' `dtype`, or a `ScaledTensor`, which `matrix` is too if a tensor core's step fits its
+    blocks. boxes: whether the device has TMA.
     """
 
     def __init__(
         self, weight: Tensor, columns: int, dtype: torch.dtype, *, gated: bool = False, boxes: bool = False
     ) -> None:
         self._scales, self._block = None, (0, 0)
-        self.step: int | None = None  # `block_k` of a tiling has to divide it: so many terms share a scale
+        self.step: int | None = None  # `block_k` of a tiling is at most that: so many terms share a scale
+        if isinstance(weight, ScaledTensor) and step_of(weight) < MIN_BLOCK_K:
+            weight = weight.dequantized(dtype)
+        self.matrix = weight if isinstance(weight, ScaledTensor) else weight.contiguous()
         if isinstance(weight, ScaledTensor):
-            height, width = weight.block
-            self.step = width & -width if width < weight.shape[1] else None
-            if self.step is not None and self.step < MIN_BLOCK_K:
-                weight, self.step = weight.dequantized(dtype), None
-            else:
-                self._scales, self._block = weight.scales, (height, width)
-                weight = weight.as_subclass(Tensor).view(torch.uint8)
-        self.is_coded = self._scales is not None
+            self.step, self._scales, self._block = step_of(weight), weight.scales, weight.block
+            weight = weight.as_subclass(Tensor).view(torch.uint8)
         self._weight = weight.contiguous()
         self._columns, self._gated = columns, gated
         self._boxes = boxes and weight.shape[1] * weight.dtype.itemsize % 16 == 0

@@ -94,9 +94,9 @@ class GpuOperators(Operators):
     ) -> tuple[Operator, LinearOperator]:
         # The shared expert has the norm in common with the others, which else is a part of their kernels.
         outside, inside = (None, norm) if weights.shared is None else (norm, None)
-        routers = self.product(weights.router, norm=inside), self.product(weights.router)
         ways = {"fixed_order": self._batch_invariant, "boxes": self.levers.boxes, "pdl": self.pdl}
-        chosen = GpuExperts(inside, routers, weights, routing, activation, self.activation_dtype, **ways)
+        router = self.linear(weights.router)
+        chosen = GpuExperts(inside, router, weights, routing, activation, self._arrivals, **ways)
         return self.norm(outside), with_shared(self, chosen, weights.shared, activation)
 
     def mlp_input(

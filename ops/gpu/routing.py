@@ -13,32 +13,19 @@ from microvllm.ops.experts import SMALLEST_SUM, route
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.routing import Routing
 
+ROUTER_ROWS = 2  # of the router's weight that a program multiplies
 SORT_BLOCK = 4096  # choices that a program looks at together
 
 
 @triton.jit
-def _route_kernel(
-    weights,
-    chosen,
-    logits,
-    correction,
-    scale,
-    smallest,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program: one token. Of equal scores the first is taken; what is not a number is taken last."""
+def _choose(
+    weights, chosen, row, logit, correction, scale, smallest, E: tl.constexpr, K: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZED: tl.constexpr,
+    CORRECTION: tl.constexpr
+):  # fmt: skip
+    """Store what a row's logits choose: of equal scores the first, and last what is no number."""
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
-    follow(PDL)
-    row = tl.program_id(0)
-    logit = tl.load(logits + row.to(tl.int64) * E + e, e < E, float("-inf")).to(tl.float32)
     if SIGMOID:
         scores = tl.where(e < E, 1.0 / (1.0 + tl.exp(-logit)), 0.0)
     else:
@@ -61,6 +48,134 @@ def _route_kernel(
     tl.store(chosen + row * K + k, numbers, k < K)
 
 
+@triton.jit
+def _choose_kernel(
+    weights,
+    chosen,
+    logits,
+    correction,
+    scale,
+    smallest,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: one token."""
+    follow(PDL)
+    row, e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    logit = tl.load(logits + row.to(tl.int64) * E + e, e < E, float("-inf")).to(tl.float32)
+    _choose(
+        weights, chosen, row, logit, correction, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID, NORMALIZED,
+        CORRECTION
+    )  # fmt: skip
+
+
+@triton.jit
+def _route_kernel(
+    weights,
+    chosen,
+    logits,
+    x,
+    router,
+    norm,
+    correction,
+    arrivals,
+    eps,
+    scale,
+    smallest,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: the logits of ROWS experts for one token; the token's last program makes the choice."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    tile = tl.load(router + n[:, None] * D + d[None, :], (n < E)[:, None] & (d < D)[None, :], 0.0)
+    if NORM:
+        gain = tl.load(norm + d, d < D, 0.0).to(tl.float32)
+    follow(PDL)
+    wide = tl.load(x + row * D + d, d < D, 0.0).to(tl.float32)
+    factor = 1.0
+    if NORM:
+        factor = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
+        wide *= gain
+    tl.store(logits + row * E + n, tl.sum(tile.to(tl.float32) * wide[None, :], 1) * factor, n < E)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(arrivals + row, 1) == tl.num_programs(0) - 1:
+        tl.atomic_xchg(arrivals + row, 0)
+        e = tl.arange(0, BLOCK_E)
+        # Past the L1 cache, which other multiprocessors do not write through.
+        logit = tl.load(logits + row * E + e, e < E, float("-inf"), cache_modifier=".cg").to(tl.float32)
+        _choose(
+            weights, chosen, row, logit, correction, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID,
+            NORMALIZED, CORRECTION
+        )  # fmt: skip
+
+
+def route_few(
+    x: Tensor,
+    router: Tensor,
+    routing: Routing,
+    correction: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    arrivals: Tensor,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`choose` for the logits norm(x) @ router.T of a few tokens, in the kernel that computes them.
+
+    x: [n, h]; router: [E, h] of x's dtype; norm: [h], the weight of an RMSNorm, or None; arrivals: at least n
+    int32 zeros, and zeros again afterwards, for one call at a time. `routing` is without groups.
+    """
+    (n, hidden), count, k = x.shape, len(router), routing.num_chosen
+    logits = torch.empty(n, count, dtype=x.dtype, device=x.device)
+    weights = torch.empty(n, k, dtype=torch.float32, device=x.device)
+    chosen = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    _route_kernel[(triton.cdiv(count, ROUTER_ROWS), n)](
+        weights,
+        chosen,
+        logits,
+        x,
+        router,
+        norm,
+        correction,
+        arrivals,
+        eps,
+        routing.scale,
+        SMALLEST_SUM,
+        D=hidden,
+        E=count,
+        K=k,
+        ROWS=ROUTER_ROWS,
+        BLOCK_D=triton.next_power_of_2(hidden),
+        BLOCK_E=triton.next_power_of_2(count),
+        BLOCK_K=triton.next_power_of_2(k),
+        NORM=norm is not None,
+        SIGMOID=routing.sigmoid,
+        NORMALIZED=routing.normalized,
+        CORRECTION=correction is not None,
+        num_warps=4,
+        **launch_options(pdl),
+    )
+    return weights, chosen
+
+
 def choose(
     logits: Tensor, routing: Routing, correction: Tensor | None = None, *, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +186,7 @@ def choose(
         return weights, chosen.int()
     weights = torch.empty(n, routing.num_chosen, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(n, routing.num_chosen, dtype=torch.int32, device=logits.device)
-    _route_kernel[(n,)](
+    _choose_kernel[(n,)](
         weights,
         chosen,
         logits,

@@ -101,9 +101,9 @@ def time_layer(layer: Layer, rows: int) -> None:
 
 
 def candidates(rows: int, *, gated: bool) -> list[GroupedTiling]:
-    """Tilings that fill the shared memory of a multiprocessor by one program, by two, or by three."""
+    """Tilings that fill the shared memory of a multiprocessor by one program, or by two."""
     if rows <= 32:
-        ways = ((False, False), (False, True), (True, True))
+        ways = ((False, False), (True, True))
         shapes = itertools.product(ways, ((64, 4), (128, 4)), (64, 128))
     else:
         ways = ((False, False), (False, True))
@@ -112,7 +112,7 @@ def candidates(rows: int, *, gated: bool) -> list[GroupedTiling]:
     for (swapped, boxes), (columns, warps), block_k in shapes:
         step = ((2 if gated else 1) * columns + rows) * block_k * BF16.itemsize
         sums = (2 if gated else 1) * columns * rows / (32 * warps)
-        for budget in (225_000, 112_000, 74_000):
+        for budget in (225_000, 112_000):
             stages = min(budget // step, 8)
             if stages >= 2 and sums <= 128:
                 found[GroupedTiling(rows, columns, block_k, warps, stages, swapped, boxes)] = None

@@ -374,7 +374,7 @@ def test_no_undefined_behaviour_and_no_access_out_of_bounds(tmp_path: Path) -> N
         f'#!/bin/sh\nexec {compiler} "$@" -O1 -fsanitize=address,undefined -fno-sanitize-recover=all\n'
     )
     wrapper.chmod(0o755)
-    names = ("cpu_attention", "cpu_layers", "int8", "quantized")
+    names = ("cpu_attention", "cpu_experts", "cpu_layers", "int8", "quantized")
     others = (Path(__file__).with_name(f"test_{name}.py") for name in names)
     files = [__file__, *map(str, others)]
     unwanted = ("building", "out_of_bounds", "tokens", "kept", "option", "vectors", "portable")
