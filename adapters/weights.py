@@ -177,9 +177,9 @@ def _quantized_dummies(
         if scheme and scheme.layout == "scaled" and scheme.is_float:
             made = round_matrix(slot, tensor, scheme)
             tensor = made if ScaledTensor in packed else made.dequantized(dtype)
-        elif scheme and scheme.layout in PACKED_LAYOUTS and CodedTensor in packed:
-            stays = fits(scheme) and has_blocks(slot)
-            tensor = round_to_groups(tensor, scheme) if stays else tensor
+        elif scheme and scheme.layout in PACKED_LAYOUTS and fits(scheme) and has_blocks(slot):
+            coded = round_to_groups(tensor, scheme)
+            tensor = coded if CodedTensor in packed else coded.dequantized(dtype)
         yield name, tensor
 
 

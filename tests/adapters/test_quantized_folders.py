@@ -440,3 +440,18 @@ def test_a_shard_keeps_its_part_of_packed_codes(plain: Path, tmp_path: Path, for
             found = matrix.dequantized(torch.float32) if isinstance(matrix, CodedTensor) else matrix
             assert found.equal(dense[name]), name
     assert whole.keys() == kept.keys()
+
+
+def test_random_weights_are_coded_as_the_configuration_says(plain: Path, tmp_path: Path) -> None:
+    """For the speed of a format without a checkpoint; packed or not, the values are equal."""
+    quantize(plain, tmp_path, "awq", 32)
+    spec, options = load_spec(tmp_path), {"load_format": "dummy", "dtype": torch.float32}
+    wide = load_weights(tmp_path, spec, **options)
+    kept = load_weights(tmp_path, spec, **options, packed=(CodedTensor,))
+    before = load_weights(plain, load_spec(plain), **options)
+    for name in FUSED:
+        matrix = kept[f"layers.1.{name}"]
+        assert isinstance(matrix, CodedTensor)
+        assert matrix.dequantized(torch.float32).equal(wide[f"layers.1.{name}"])
+        error = wide[f"layers.1.{name}"] - before[f"layers.1.{name}"]
+        assert 0.05 < error.norm() / before[f"layers.1.{name}"].norm() < 0.15

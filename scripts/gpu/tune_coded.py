@@ -1,0 +1,144 @@
+"""Times products with codes of 4 bits (`ops.gpu.coded`) on one GPU, for the rules in `ops/gpu/tiling.py`.
+
+    python scripts/gpu/tune_coded.py [--models NAME…] [--rows N…] [--compile] [--seconds N]
+
+A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of codes
+and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the tiling in use.
+Everything is a CUDA graph over copies that together do not fit the L2 cache. --compile only fills Triton's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from check_ops import DEVICE, MODELS, Product, graph_ms, normal, products
+from torch import Tensor
+
+from microvllm.ops.coded import CodedTensor, pack
+from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
+from microvllm.ops.gpu.tiling import Tiling, coded_tiling
+
+GROUP, STEP = 128, 256
+FEW = ((64, 4, 3, 400), (64, 4, 3, 800), (64, 4, 4, 500), (64, 4, 5, 500), (32, 2, 4, 1000), (128, 8, 3, 300))
+MANY = ((64, 4, 2, 264), (64, 4, 3, 264), (64, 4, 2, 528), (128, 8, 2, 264), (128, 4, 2, 264))
+COPIES_MB = 150
+Job = tuple[int, Product, Tiling]
+
+
+def candidates(rows: int, product: Product) -> Iterator[Tiling]:
+    n, k, gated, _, _ = product
+    yield coded_tiling(rows, n, k, STEP, gated=gated)
+    for block_n, warps, stages, programs in FEW if rows <= 8 else MANY:
+        splits = max(1, min(-(-programs // -(-n // block_n)), k // (2 * STEP)))
+        if not gated or rows <= 8 or warps * 16 == block_n:
+            yield Tiling(block_n, STEP, warps, stages, splits)
+
+
+def random_codes(product: Product) -> CodedTensor:
+    n, k, gated, _, _ = product
+    rows = n * (1 + gated)
+    words = pack(torch.randint(0, 16, (rows, k), dtype=torch.uint8, device=DEVICE), 4)
+    scales = (torch.rand(-(-k // GROUP), rows, device=DEVICE) * 0.01).half()
+    return CodedTensor.of(words, 4, k, GROUP, scales)
+
+
+def call(
+    rows: int, product: Product, tiling: Tiling, weight: CodedTensor, arrivals: Tensor
+) -> Callable[[], Tensor]:
+    n, k, gated, _, residual = product
+    x, added = normal(rows, k), normal(rows, n) if residual else None
+    return lambda: coded_skinny(x, weight, arrivals, None, added, tiling, gated=gated, pdl=True)
+
+
+def room() -> Tensor:
+    return torch.zeros(1 << 12, dtype=torch.int32, device=DEVICE)
+
+
+def compile_one(job: Job) -> None:
+    """In a process of its own; the result goes to Triton's cache on the disk."""
+    rows, product, tiling = job
+    try:
+        call(rows, product, tiling, random_codes(product), room())()
+        torch.cuda.synchronize()
+    except Exception as error:  # too much shared memory, ...
+        print(f"no {job}: {error}"[:200], flush=True)
+
+
+def time_product(name: str, rows: int, product: Product, floor: float) -> float:
+    """Microseconds of the tiling in use."""
+    n, k, gated, _, _ = product
+    megabytes = n * (1 + gated) * k * (4 + 16 / GROUP) / 8 / 1e6
+    weights = [random_codes(product) for _ in range(max(2, int(COPIES_MB // megabytes) + 1))]
+    weights = (weights * 12)[: max(12, len(weights))]
+    arrivals, times = room(), dict[Tiling, float]()
+    for tiling in dict.fromkeys(candidates(rows, product)):
+        try:
+            calls = [call(rows, product, tiling, weight, arrivals) for weight in weights]
+            times[tiling] = graph_ms(calls, 5) / len(calls) * 1e3
+        except Exception as error:
+            print(f"no {name} {tiling}: {error}"[:160], flush=True)
+    order = sorted(times, key=times.__getitem__)
+    shown = "  ".join(
+        f"{times[t]:.1f} {(t.block_n, t.warps, t.stages, t.splits)}" for t in order if t in times
+    )
+    used = times[next(candidates(rows, product))]
+    rate = megabytes / times[order[0]]
+    print(
+        f"{name} {rows} rows, {megabytes:.1f} MB ({megabytes / floor:.1f} us): {shown}; {rate:.2f} TB/s; "
+        f"in use {used:.1f}",
+        flush=True,
+    )
+    return used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", default=["Qwen2-7B"], choices=MODELS)
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 35, 64])
+    parser.add_argument("--floor", type=float, default=4.594)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60)
+    args = parser.parse_args()
+    begun = time.monotonic()
+    with torch.inference_mode():
+        if args.compile:
+            todo = {
+                (rows, product, tiling): None
+                for model in args.models
+                for rows in sorted({8 if rows <= 8 else 64 for rows in args.rows})
+                for name, product in products(model).items()
+                if name != "head"
+                for tiling in candidates(rows, product)
+            }
+            with multiprocessing.get_context("spawn").Pool(min(4, len(os.sched_getaffinity(0)))) as pool:
+                pool.map(compile_one, todo, chunksize=1)
+            print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
+            return
+        for model in args.models:
+            for rows in args.rows:
+                total = 0.0
+                for name, product in products(model).items():
+                    if name == "head":
+                        continue
+                    if time.monotonic() - begun > args.seconds:
+                        print("no time left", flush=True)
+                        return
+                    total += time_product(name, rows, product, args.floor)
+                print(f"{model} {rows} rows, a layer: {total:.1f} us", flush=True)
+            widest = products(model)["gate_up"]
+            weight = random_codes(widest)
+            out = torch.empty(weight.shape[0], weight.columns, dtype=torch.bfloat16, device=DEVICE)
+            widening = graph_ms([partial(widened, weight, out, pdl=True)] * 4, 5) / 4 * 1e3
+            print(f"{model} gate_up widened: {widening:.1f} us", flush=True)
+
+
+if __name__ == "__main__":
+    main()
