@@ -2,9 +2,10 @@
 
     python scripts/gpu/tune_coded.py [--models NAME…] [--rows N…] [--compile] [--seconds N]
 
-A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of codes
-and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the tiling in use.
-Everything is a CUDA graph over copies that together do not fit the L2 cache. --compile only fills Triton's cache.
+A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of
+codes and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the tiling
+in use. Everything is a CUDA graph over copies that together do not fit the L2 cache. --compile only fills
+Triton's cache.
 """
 
 from __future__ import annotations
