@@ -189,12 +189,16 @@ def _prefill_kernel(
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiling:
-    """How the work is cut: rows (token and head) and keys a tile, tiles in flight, warps a program."""
+    """How the work is cut: rows (token and head) and keys a tile, tiles in flight, warps a program.
+
+    registers: at most so many a thread.
+    """
 
     rows: int
     tile: int
     stages: int
     warps: int
+    registers: int | None = None
 
     @staticmethod
     def measured(dim: int, dtype: torch.dtype, group: int) -> PrefillTiling:
@@ -259,5 +263,6 @@ def prefill_attention(
         ONE_TILE=one_tile,
         UNIFORM=uniform,
         num_warps=tiling.warps,
+        maxnreg=tiling.registers,
         **launch_options(pdl),
     )
