@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from model_tools import load_script
+from model_tools import generate_ids, load_script, make_engine
 from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
+from microvllm.ops.attention.torch_backend import TorchAttention
+from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
 quantize_checkpoint = load_script("quantize_checkpoint")
 SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
@@ -115,3 +117,24 @@ def test_what_is_wrong_is_named(
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with pytest.raises(ModelFileError, match=problem):
         with_scales(quantised, tmp_path / "m", keys, kept)
+
+
+def test_attention_divides_by_the_checkpoint_s_scales(quantised: Path, tmp_path: Path) -> None:
+    """Such a checkpoint has such a cache without a flag; other scales, other numbers in it."""
+    with_scales(quantised, tmp_path / "m", {"kv_cache_scheme": SCHEME}, named(LLM_COMPRESSOR))
+    engine = make_engine(tmp_path / "m", attention_backend="torch")
+    assert engine.config.kv_dtype == "float8_e4m3fn"
+    runner = engine.core._runner
+    assert isinstance(runner, ModelGraphRunner)
+    backend = runner._device._attention
+    assert isinstance(backend, TorchAttention)
+    assert [list(scales) for scales in backend.scales] == SCALES
+    generate_ids(engine, [[5, 6, 7]], 2)
+    ones = make_engine(quantised, attention_backend="torch", kv_cache_dtype="fp8")
+    plain = ones.core._runner
+    assert isinstance(plain, ModelGraphRunner) and isinstance(plain._device._attention, TorchAttention)
+    generate_ids(ones, [[5, 6, 7]], 2)
+    kv_heads = backend.shape.num_kv_heads
+    keys, of_ones = (each.cache[0, :kv_heads, :1].float() for each in (backend, plain._device._attention))
+    assert of_ones.any()
+    torch.testing.assert_close(keys, of_ones / SCALES[0][0], rtol=0.07, atol=1e-2)
