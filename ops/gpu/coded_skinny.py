@@ -23,7 +23,7 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.skinny import add_parts, finish
 from microvllm.ops.gpu.tiling import Tiling
 
-MIN_ROWS = 8  # of the right operand's tile
+MIN_ROWS, MOST_ROWS = 8, 64  # of the right operand's tile
 PREFETCHED = tl.constexpr(4)  # steps whose words are requested before the kernel ahead has ended
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -193,7 +193,7 @@ def _coded_skinny_kernel(
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
+    """Program: BLOCK_M rows and BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
 
     That is as many rows of the weight and, if GATED, of its second half.
     """
@@ -204,8 +204,9 @@ def _coded_skinny_kernel(
     WHOLE: tl.constexpr = GROUP >= K
     GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
     ROWS: tl.constexpr = 2 * N if GATED else N
-    tile_id, split = tl.program_id(0), tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
+    # Programs that read the same codes follow each other.
+    tile_id, split = tl.program_id(1), tl.program_id(2)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_id * BLOCK_N + tl.arange(0, BLOCK_N)
     # Products of few rows wait for nothing, so that the tiles of x may be small; of more they take a group.
     SPAN: tl.constexpr = 1 if BLOCK_M <= 8 else PLACES // GROUPS
@@ -270,15 +271,16 @@ def _coded_skinny_kernel(
     else:
         size: tl.constexpr = BLOCK_M * BLOCK_N
         halves: tl.constexpr = 2 if GATED else 1
-        stride = tl.num_programs(0) * size * halves
-        here = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        part_at = parts + tile_id * size * halves + here
+        place = tile_id * tl.num_programs(0) + tl.program_id(0)
+        stride = tl.num_programs(0) * tl.num_programs(1) * size * halves
+        here = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        part_at = parts + place * size * halves + here
         tl.store(part_at + split * stride, sums)
         if GATED:
             tl.store(part_at + split * stride + size, up_sums)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(arrivals + tile_id, 1) == SPLITS - 1:
-            tl.atomic_xchg(arrivals + tile_id, 0)
+        if tl.atomic_add(arrivals + place, 1) == SPLITS - 1:
+            tl.atomic_xchg(arrivals + place, 0)
             sums = add_parts(part_at, stride, SPLITS)
             if GATED:
                 up_sums = add_parts(part_at + size, stride, SPLITS)
@@ -303,14 +305,17 @@ def coded_skinny(
     m, k = x.shape
     n, step = weight.shape[0] // (2 if gated else 1), weight.step
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    block_m = max(MIN_ROWS, triton.next_power_of_2(m))
+    block_m = min(MOST_ROWS, max(MIN_ROWS, triton.next_power_of_2(m)))
+    tiles_m, tiles = triton.cdiv(m, block_m), triton.cdiv(n, tiling.block_n)
     split_k = triton.cdiv(triton.cdiv(k, step), tiling.splits) * step
-    splits, tiles = triton.cdiv(k, split_k), triton.cdiv(n, tiling.block_n)
+    if tiles_m * tiles > len(arrivals):
+        split_k = triton.cdiv(k, step) * step
+    splits = triton.cdiv(k, split_k)
     parts = None
     if splits > 1:
-        shape = (splits, tiles, 2 if gated else 1, block_m, tiling.block_n)
+        shape = (splits, tiles_m * tiles, 2 if gated else 1, block_m, tiling.block_n)
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _coded_skinny_kernel[(tiles, splits)](
+    _coded_skinny_kernel[(tiles_m, tiles, splits)](
         y,
         x,
         weight.as_subclass(Tensor),

@@ -98,10 +98,11 @@ def rounded_stream_tiling(m: int, n: int, k: int, *, gated: bool, whole_rows: bo
 
 # ---- matrices of codes of 4 or 8 bits (`ops.gpu.coded`) -------------------------------------------------
 
-MAX_CODED_ROWS = 64
+MAX_CODED_ROWS = 256
 
 
 def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
     """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words."""
     programs, stages = (500, 4) if m <= 8 else (264, 2)
-    return Tiling(64, step, 4, stages, max(1, min(-(-programs // -(-n // 64)), k // (2 * step))))
+    tiles = -(-n // 64) * -(-m // 64)
+    return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))

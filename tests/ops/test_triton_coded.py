@@ -84,7 +84,7 @@ def test_values_are_those_of_the_definition() -> None:
     [(4, 128, False), (4, 32, True), (4, 1000, True), (8, 64, False), (8, 1000, True)],
 )
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (5, 2), (33, 1)])
+@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (5, 2), (33, 1), (70, 2)])
 def test_a_product(
     rows: int, splits: int, gated: bool, bits: int, group: int, zeros: bool, dtype: torch.dtype
 ) -> None:
