@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +13,6 @@ from microvllm.adapters.quantization import Scheme
 from microvllm.adapters.tensors import Slot
 from microvllm.adapters.weight_formats import Dense, Dequantized, StoredMatrix, allocate
 from microvllm.ops.coded import BLOCK, PLANE, CodedTensor, pack
-
-BITS_OF_TYPES = {"Q4_0": 4, "Q8_0": 8}  # of ggml: a float16 and PLANE codes
-HALF = 2  # bytes of a float16
 
 
 class Coded(Dequantized):
@@ -114,8 +112,63 @@ def round_to_groups(weight: torch.Tensor, scheme: Scheme) -> CodedTensor:
     return CodedTensor.of(words, scheme.bits, columns, group, scales.T.contiguous(), zeros)
 
 
+class Blocks(NamedTuple):
+    """The codes of rows in one of ggml's types.
+
+    codes: [rows, columns] uint8; scales: [rows, groups of PLANE]; offsets: the same, where values are code *
+    scale + offset, or None where the zero point is half of the codes' range.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None = None
+
+
+def _halves(raw: torch.Tensor, start: int, count: int = 1) -> torch.Tensor:
+    """[rows, blocks, bytes] -> float16 numbers from byte `start` on: [rows, blocks, count]."""
+    return raw[:, :, start : start + 2 * count].contiguous().view(torch.float16)
+
+
+def _nibbles(raw: torch.Tensor) -> torch.Tensor:
+    """[..., bytes] -> [..., 2 * bytes]: all lower halves, then all upper ones."""
+    return torch.cat((raw & 15, raw >> 4), -1)
+
+
+def _q8_0(raw: torch.Tensor) -> Blocks:
+    return Blocks((raw[:, :, 2:] ^ 0x80).flatten(1), _halves(raw, 0).flatten(1))
+
+
+def _q4_0(raw: torch.Tensor) -> Blocks:
+    return Blocks(_nibbles(raw[:, :, 2:]).flatten(1), _halves(raw, 0).flatten(1))
+
+
+def _q4_1(raw: torch.Tensor) -> Blocks:
+    return Blocks(_nibbles(raw[:, :, 4:]).flatten(1), _halves(raw, 0).flatten(1), _halves(raw, 2).flatten(1))
+
+
+def _q4_k(raw: torch.Tensor) -> Blocks:
+    """Eight groups of PLANE columns, whose 6-bit scales and minima share two factors."""
+    factors, packed = _halves(raw, 0, 2).float(), raw[:, :, 4:16]
+    first, second, third = packed.split(4, 2)
+    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), 2)
+    minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), 2)
+    codes = _nibbles(raw[:, :, 16:].unflatten(2, (4, PLANE)))
+    return Blocks(
+        codes.flatten(1), (factors[:, :, :1] * scales).flatten(1), (-factors[:, :, 1:] * minima).flatten(1)
+    )
+
+
+# By ggml's names: the bytes of a block, the bits of a code, and how they are read.
+TYPES: Mapping[str, tuple[int, int, Callable[[torch.Tensor], Blocks]]] = {
+    "Q8_0": (34, 8, _q8_0),
+    "Q4_0": (18, 4, _q4_0),
+    "Q4_1": (20, 4, _q4_1),
+    "Q4_K": (144, 4, _q4_k),
+}
+
+
 class CodedBlocks(Dense):
-    """Matrices of a GGUF file in Q4_0 or Q8_0, exactly."""
+    """Matrices of a GGUF file in one of `TYPES`, exactly."""
 
     kind: type[torch.Tensor] = CodedTensor
 
@@ -124,39 +177,35 @@ class CodedBlocks(Dense):
             return False
         if slot.columns is None or not has_blocks(slot) or not checkpoint.is_quantized(slot):
             return False
-        if any(place % PLANE for place in slot.columns.runs[0]):
-            return False
         names = {checkpoint.type_name(slot, part) for part in slot.parts}
-        return len(names) == 1 and names <= BITS_OF_TYPES.keys()
+        if len(names) > 1 or not names <= TYPES.keys():
+            return False
+        size = 256 if names == {"Q4_K"} else PLANE
+        return not any(place % size for place in slot.columns.runs[0])
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
     ) -> torch.Tensor:
         if slot.columns is None or not isinstance(checkpoint, GGUFCheckpoint):
             return super().load(checkpoint, slot, dtype, device, loaded)
-        bits = BITS_OF_TYPES[checkpoint.type_name(slot, slot.parts[0])]
+        block, bits, read = TYPES[checkpoint.type_name(slot, slot.parts[0])]
         rows, columns = slot.shape
         words = allocate(checkpoint.path, slot.name, (rows, num_words(columns, bits)), torch.int32, device)
-        scales = []
-        for part, piece in zip(
-            slot.parts, torch.split(words, [p.rows.size for p in slot.parts]), strict=True
-        ):
+        found, pieces = [], torch.split(words, [part.rows.size for part in slot.parts])
+        for part, piece in zip(slot.parts, pieces, strict=True):
             name = stored_name(checkpoint, part, slot.layer)
             size = checkpoint.quantized_rows(name, part, slot.columns).row_bytes
             raw = allocate(checkpoint.path, slot.name, (part.rows.size, size), torch.uint8, "cpu")
             checkpoint.copy_quantized(name, part, slot.columns, raw.view(-1))
-            blocks = raw.to(device).view(part.rows.size, columns // PLANE, -1)
-            scales.append(blocks[:, :, :HALF].contiguous().view(torch.float16).squeeze(2))
-            piece.copy_(pack(_codes(blocks[:, :, HALF:], bits).view(part.rows.size, columns), bits))
+            blocks = read(raw.to(device).view(part.rows.size, -1, block))
+            piece.copy_(pack(blocks.codes, bits))
+            found.append(blocks)
             loaded()
-        return CodedTensor.of(words, bits, columns, PLANE, torch.cat(scales).T.contiguous())
-
-
-def _codes(stored: torch.Tensor, bits: int) -> torch.Tensor:
-    """[rows, blocks, bytes] uint8 -> [rows, blocks, PLANE] uint8, whose zero point is half of their range."""
-    if bits == 8:
-        return stored ^ 0x80  # int8
-    return torch.cat((stored & 15, stored >> 4), 2)
+        scales = torch.cat([each.scales for each in found]).T.contiguous()
+        offsets = [each.offsets for each in found if each.offsets is not None]
+        return CodedTensor.of(
+            words, bits, columns, PLANE, scales, torch.cat(offsets).T.contiguous() if offsets else None
+        )
 
 
 # Before those of `weight_formats`.

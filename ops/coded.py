@@ -10,7 +10,7 @@ BLOCK = 16  # rows whose words lie together
 
 
 class CodedTensor(Tensor):
-    """A matrix [rows, columns] of values (code - zero) * scale.
+    """A matrix [rows, columns] of values (code - zero) * scale, or code * scale + offset.
 
     As a tensor it is its words, [rows, words] int32. A run of PLANE words of a row holds the next 32 / bits
     runs of PLANE columns, the first run in the lowest bits: a kernel that shifts and masks a tile of words
@@ -19,8 +19,9 @@ class CodedTensor(Tensor):
     a tensor core's product (`in_fragments`), so that each loads 16 bytes that follow each other.
 
     bits: 4 or 8; group: columns that share a scale. scales: [groups, rows] of a floating-point dtype; zeros:
-    [groups, rows] uint8, or None where all are half the codes' range. order: [columns] int64, the column of x
-    that each column of codes is multiplied with, or None: act-order quantises columns in another order.
+    [groups, rows], zero points in uint8, or offsets in a floating-point dtype, or None where the zero points
+    are half the codes' range. order: [columns] int64, the column of x that each column of codes is multiplied
+    with, or None: act-order quantises columns in another order.
     """
 
     bits: int
@@ -54,6 +55,11 @@ class CodedTensor(Tensor):
         """Columns of a run of PLANE words."""
         return PLANE * 32 // self.bits
 
+    @property
+    def has_offsets(self) -> bool:
+        """Whether `zeros` are offsets."""
+        return self.zeros is not None and self.zeros.is_floating_point()
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix that it stands for, each value rounded once to `dtype`: [rows, columns]."""
         words, per = _in_rows(self.as_subclass(Tensor)), 32 // self.bits
@@ -61,10 +67,13 @@ class CodedTensor(Tensor):
         runs = words.view(words.shape[0], -1, 1, PLANE) >> shifts.view(-1, 1) & (1 << self.bits) - 1
         codes = runs.view(words.shape[0], -1)[:, : self.columns]
         of_column = torch.arange(self.columns, device=words.device) // self.group
-        zeros: Tensor | int = 1 << self.bits - 1
-        if self.zeros is not None:
-            zeros = self.zeros.int().T[:, of_column]
-        values = (codes - zeros).float() * self.scales.float().T[:, of_column]
+        scales = self.scales.float().T[:, of_column]
+        if self.zeros is None:
+            values = (codes - (1 << self.bits - 1)).float() * scales
+        elif self.has_offsets:
+            values = codes.float() * scales + self.zeros.float().T[:, of_column]
+        else:
+            values = (codes - self.zeros.int().T[:, of_column]).float() * scales
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(1, self.order, values)
         return values.to(dtype)

@@ -96,7 +96,8 @@ class EngineArgs:
         "auto",
         MODEL,
         "How the matrices of a .gguf file are kept: packed, multiplied exactly from its blocks, on a GPU "
-        "those in Q4_0 and Q8_0; dequantized, rounded to --dtype; auto, packed unless the backend is torch.",
+        "those in Q4_0, Q4_1, Q4_K and Q8_0; dequantized, rounded to --dtype; auto, packed unless the "
+        "backend is torch.",
         choices=("auto", "packed", "dequantized"),
     )
     cpu_activations: str = flag(

@@ -138,7 +138,7 @@ def _columns(tiles, first: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def _multiply(
     sums, words, right, scale, zero, BITS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
-    ZEROS: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr
+    ZEROS: tl.constexpr, OFFSETS: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """sums + a step's products, of SPAN places at a time.
 
@@ -148,11 +148,16 @@ def _multiply(
     each: tl.constexpr = 32 // BITS // GROUPS // SPAN  # products of a group
     for i in tl.static_range(32 // BITS // SPAN):
         left = _columns(tiles, i * SPAN, SPAN)
-        if ZEROS:
+        if OFFSETS:
+            left = left - above
+        elif ZEROS:
             left = left - (zero[i // each].to(tl.float32) + above).to(left.dtype)[:, None]
         else:
             left = left - (above + (1 << (BITS - 1)))
         left = left.to(DTYPE)
+        if OFFSETS:  # times the sums of x, which every row of a matrix of ones gives
+            added = tl.dot(tl.full(left.shape, 1.0, DTYPE), right[i], input_precision="ieee")
+            sums += added * zero[i // each].to(tl.float32)[:, None]
         if WHOLE:
             sums = tl.dot(left, right[i], sums, input_precision="ieee")
         elif i % each == 0:
@@ -188,6 +193,7 @@ def _coded_skinny_kernel(
     WIDTH: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ZEROS: tl.constexpr,
+    OFFSETS: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -201,7 +207,7 @@ def _coded_skinny_kernel(
     PLACES: tl.constexpr = 32 // BITS
     STEP: tl.constexpr = PLACES * WIDTH
     WORDS: tl.constexpr = (K + STEP - 1) // STEP * WIDTH
-    WHOLE: tl.constexpr = GROUP >= K
+    WHOLE: tl.constexpr = GROUP >= K and not OFFSETS
     GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
     ROWS: tl.constexpr = 2 * N if GATED else N
     # Programs that read the same codes follow each other.
@@ -249,14 +255,14 @@ def _coded_skinny_kernel(
                 right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
         next_scale = _rows_of_groups(scales, row, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
         next_zero = _rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
-        sums = _multiply(sums, tile, right, scale, zero, BITS, GROUPS, SPAN, ZEROS, WHOLE, DTYPE)
+        sums = _multiply(sums, tile, right, scale, zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE)
         scale = next_scale
         zero = next_zero
         if GATED:
             next_scale = _rows_of_groups(scales, row + N, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
             next_zero = _rows_of_groups(zeros, row + N, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
             up_sums = _multiply(
-                up_sums, up_tile, right, up_scale, up_zero, BITS, GROUPS, SPAN, ZEROS, WHOLE, DTYPE
+                up_sums, up_tile, right, up_scale, up_zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE
             )
             up_scale = next_scale
             up_zero = next_zero
@@ -338,6 +344,7 @@ def coded_skinny(
         WIDTH=PLANE,
         ROW_BLOCK=BLOCK,
         ZEROS=weight.zeros is not None,
+        OFFSETS=weight.has_offsets,
         GATED=gated,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
@@ -361,6 +368,7 @@ def _widen_kernel(
     WIDTH: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ZEROS: tl.constexpr,
+    OFFSETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N rows of the matrix, the columns of a run of words."""
@@ -383,12 +391,16 @@ def _widen_kernel(
         k = step * STEP + i * WIDTH
         group = tl.minimum(k // GROUP, LAST)
         values = _place(tile, i, BITS)
-        if ZEROS:
+        if OFFSETS:
+            values -= 8388608.0
+        elif ZEROS:
             zero = tl.load(zeros + group * ROWS + n, n < ROWS, 0).to(tl.float32)
             values -= (zero + 8388608.0)[:, None]
         else:
             values -= 8388608.0 + (1 << (BITS - 1))
         values *= tl.load(scales + group * ROWS + n, n < ROWS, 0.0).to(tl.float32)[:, None]
+        if OFFSETS:
+            values += tl.load(zeros + group * ROWS + n, n < ROWS, 0.0).to(tl.float32)[:, None]
         tl.store(out + at * K + k + column[None, :], values, here & (k + column < K)[None, :])
 
 
@@ -408,6 +420,7 @@ def widened(weight: CodedTensor, out: Tensor, *, pdl: bool = False) -> Tensor:
         WIDTH=PLANE,
         ROW_BLOCK=BLOCK,
         ZEROS=weight.zeros is not None,
+        OFFSETS=weight.has_offsets,
         num_warps=4,
         **launch_options(pdl),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from quantized_case import random_blocks
 from tiny_models import make_hf_folder, write_gguf
 
 from microvllm.adapters.registry import load_spec
@@ -14,7 +16,7 @@ from microvllm.adapters.weights import load_weights
 from microvllm.ops.coded import CodedTensor
 
 
-@pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0", "Q5_0"])
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0", "Q5_0"])
 @pytest.mark.parametrize("rank", [None, 1])
 def test_blocks_as_codes_are_the_same_values(
     tmp_path: Path, quantization: str, rank: int | None, caplog: pytest.LogCaptureFixture
@@ -36,3 +38,27 @@ def test_blocks_as_codes_are_the_same_values(
         assert not coded and "matrices in Q5_0 become float32 as they are loaded" in caplog.text
     else:
         assert coded - {"lm_head"} == layers
+
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_blocks_of_256_are_the_same_values(tmp_path: Path) -> None:
+    """Q4_K, with any bits in its scales; a matrix of several types is not kept."""
+    folder = make_hf_folder(tmp_path / "hf", "qwen2", **SIZES)
+
+    def blocks(name: str, values: Any) -> tuple[str, Any] | None:
+        if values.ndim == 1 or "token_embd" in name:
+            return None
+        kind = "Q6_K" if "attn_v" in name else "Q4_K"
+        return kind, random_blocks(kind, values.shape[0], values.shape[1] // 256, seed=len(name))
+
+    file = write_gguf(tmp_path / "model.gguf", folder, blocks=blocks)
+    spec = load_spec(file)
+    plain = load_weights(file, spec, "auto", torch.float32)
+    kept = load_weights(file, spec, "auto", torch.float32, packed=(CodedTensor,))
+    coded = {name.rpartition(".")[2] for name, tensor in kept.items() if isinstance(tensor, CodedTensor)}
+    assert coded - {"lm_head"} == {"o", "gate_up", "down"}
+    for name, tensor in kept.items():
+        found = tensor.dequantized(torch.float32) if isinstance(tensor, CodedTensor) else tensor
+        assert found.equal(plain[name]), name

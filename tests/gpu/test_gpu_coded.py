@@ -53,7 +53,7 @@ def test_folders(tmp_path: Path, form: str) -> None:
     check(tmp_path / form, PROMPTS)
 
 
-@pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
 def test_gguf_files(tmp_path: Path, quantization: str) -> None:
     folder = make_hf_folder(tmp_path / "plain", "qwen3", **SIZES)
     file = write_gguf(tmp_path / "model.gguf", folder, quantization=quantization)

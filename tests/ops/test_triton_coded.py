@@ -39,10 +39,12 @@ def codes_of(rows: int, columns: int, bits: int, seed: int) -> Tensor:
     return torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
 
 
-def coded(rows: int, columns: int, bits: int, group: int, *, zeros: bool, seed: int) -> CodedTensor:
-    """Groups of very different scales, so that a wrong one is seen."""
+def coded(rows: int, columns: int, bits: int, group: int, *, zeros: bool | str, seed: int) -> CodedTensor:
+    """Groups of very different scales, so that a wrong one is seen; zeros: or "offsets"."""
     groups = -(-columns // group)
     points = codes_of(groups, rows, bits, seed + 2).to(DEVICE) if zeros else None
+    if zeros == "offsets":
+        points = random(groups, rows, seed=seed + 3) * 0.05
     scales = (random(groups, rows, seed=seed + 1).exp() * (0.1 / (1 << bits))).half()
     words = pack(codes_of(rows, columns, bits, seed).to(DEVICE), bits)
     return CodedTensor.of(words, bits, columns, group, scales, points)
@@ -81,12 +83,20 @@ def test_values_are_those_of_the_definition() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("bits", "group", "zeros"),
-    [(4, 128, False), (4, 32, True), (4, 1000, True), (8, 64, False), (8, 1000, True)],
+    [
+        (4, 128, False),
+        (4, 32, True),
+        (4, 1000, True),
+        (8, 64, False),
+        (8, 1000, True),
+        (4, 32, "offsets"),
+        (4, 1000, "offsets"),
+    ],
 )
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("rows", "splits"), [(1, 1), (5, 2), (33, 1), (70, 2)])
 def test_a_product(
-    rows: int, splits: int, gated: bool, bits: int, group: int, zeros: bool, dtype: torch.dtype
+    rows: int, splits: int, gated: bool, bits: int, group: int, zeros: bool | str, dtype: torch.dtype
 ) -> None:
     """Sizes that are no multiple of a tile's, of a step's or of a group's."""
     n, k = 48, 350
@@ -104,9 +114,11 @@ def test_a_product(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("bits", "group", "zeros"), [(4, 64, True), (4, 512, False), (8, 32, False)])
+@pytest.mark.parametrize(
+    ("bits", "group", "zeros"), [(4, 64, True), (4, 512, False), (8, 32, False), (4, 32, "offsets")]
+)
 def test_the_values_of_the_codes_are_written_as_they_are(
-    bits: int, group: int, zeros: bool, dtype: torch.dtype
+    bits: int, group: int, zeros: bool | str, dtype: torch.dtype
 ) -> None:
     weight = coded(80, 300, bits, group, zeros=zeros, seed=5)
     out = torch.full((80, 300), torch.nan, dtype=dtype, device=DEVICE)
