@@ -149,10 +149,10 @@ def _q4_1(raw: torch.Tensor) -> Blocks:
 def _q4_k(raw: torch.Tensor) -> Blocks:
     """Eight groups of PLANE columns, whose 6-bit scales and minima share two factors."""
     factors, packed = _halves(raw, 0, 2).float(), raw[:, :, 4:16]
-    first, second, third = packed.split(4, 2)
+    first, second, third = torch.split(packed, 4, 2)
     scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), 2)
     minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), 2)
-    codes = _nibbles(raw[:, :, 16:].unflatten(2, (4, PLANE)))
+    codes = _nibbles(raw[:, :, 16:].reshape(*raw.shape[:2], 4, PLANE))
     return Blocks(
         codes.flatten(1), (factors[:, :, :1] * scales).flatten(1), (-factors[:, :, 1:] * minima).flatten(1)
     )

@@ -70,9 +70,7 @@ class TritonAttention:
             self._many = DecodeTiling.by_boxes(shape, dtype, block_size) or self._few
         self.early_reads = levers.early_reads
         group = shape.num_heads // shape.num_kv_heads
-        # Products are of 16 bits beside a cache of 8, too.
-        wide = torch.float16 if dtype.itemsize == 1 else dtype
-        self.prefill_tiling = prefill_tiling or PrefillTiling.measured(shape.head_dim, wide, group)
+        self.prefill_tiling = prefill_tiling or PrefillTiling.measured(shape.head_dim, dtype, group)
         sms = INTERPRETED_SMS
         if device.type == "cuda":
             sms = torch.cuda.get_device_properties(device).multi_processor_count

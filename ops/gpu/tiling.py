@@ -103,6 +103,6 @@ MAX_CODED_ROWS = 256
 
 def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
     """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words."""
-    programs, stages = (500, 4) if m <= 8 else (264, 2)
     tiles = -(-n // 64) * -(-m // 64)
-    return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
+    splits = max(1, min(-(-(400 if m <= 8 else 264) // tiles), k // (2 * step)))
+    return Tiling(64, step, 4, 3, splits)
