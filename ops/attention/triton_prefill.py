@@ -205,7 +205,8 @@ class PrefillTiling:
         """What was fastest on an H100 for heads of 128 in bf16; smaller tiles where a row is wider.
 
         dtype: of the cache. Beside e4m3 products are of 16 bits, and three programs find room on a
-        multiprocessor: on an H200 a fifth faster than two for 8 prompts of 1,024, an eleventh for one of 8,192.
+        multiprocessor: on an H200 a fifth faster than two for 8 prompts of 1,024, an eleventh for one of
+        8,192.
         """
         row = triton.next_power_of_2(dim) * max(2, dtype.itemsize)
         if row > 256:
