@@ -21,6 +21,8 @@ from microvllm.runtime import rank_checks
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, EngineError
+from microvllm.runtime.offline.llm import LLM
+from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
 from microvllm.runtime.request import SamplingParams, StructuredOutput
 from microvllm.runtime.vectors import POOLING_PARAMS
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
@@ -178,6 +180,19 @@ def test_a_grammar_is_followed_by_two_processes(pair: tuple[InferenceEngine, Inf
         texts[-1] += [str(tokens[request.request_id]) for request in free]
     assert texts[0] == texts[1]
     assert all(len(text) == 12 and set(text) <= set("abcdef") for text in texts[1][:4])
+
+
+def test_vllms_class_with_two_processes(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "qwen3")
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 64}
+    texts = []
+    for more in ({}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}):
+        llm = LLM(str(folder), **options, **more)
+        greedy = UserParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        texts.append(
+            [result.outputs[0].text for result in llm.generate(["abc", "The"], greedy, use_tqdm=False)]
+        )
+    assert texts[0] == texts[1]
 
 
 # ---- faults --------------------------------------------------------------------------------------
