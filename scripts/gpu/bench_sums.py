@@ -71,7 +71,8 @@ def run(rank: int, folder: str, width: int, rows: list[int]) -> None:
             part = (first, second)[rank]
             got = ranks.sum(part.clone(), residual.clone())
             line = f"{str(dtype)[6:]} {m:4d} rows: NCCL off by {float((got - want).abs().max()):.4f}"
-            nccl = timed(partial(ranks.sum, part, residual), ranks)
+            # NCCL sums in place, again and again.
+            nccl = timed(partial(ranks.sum, part.clone(), residual.clone()), ranks)
             line += f", {nccl:6.2f} us"
             if own is not None and own.fits(part):
                 alike = True
@@ -80,7 +81,7 @@ def run(rank: int, folder: str, width: int, rows: list[int]) -> None:
                     torch.cuda.synchronize()
                     alike = alike and bool(got.equal(want))
                 line += f"; own {'equal' if alike else f'OFF by {float((got - want).abs().max())}'}"
-                line += f", {timed(partial(own.sum, part, residual), ranks):6.2f} us"
+                line += f", {timed(partial(own.sum, part, residual.clone()), ranks):6.2f} us"
             if rank == 0:
                 print(line, flush=True)
 

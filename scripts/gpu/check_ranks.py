@@ -25,7 +25,7 @@ from typing import Any
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
-from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.errors import EngineDeadError, EngineError
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.parallel.runner import start_runner
@@ -71,6 +71,8 @@ def compare(args: EngineArgs) -> bool:
         )
         core.scheduler.check()
         stats = core.stats()
+        if ranks > 1:
+            kill_one(core, vocab)
         print(
             f"{ranks} ranks: ready in {ready - started:.1f} s, tokens in {time.perf_counter() - ready:.1f} s,"
             f" {stats.graph_replays} of {stats.steps} steps as graphs, {stats.preemptions} preemptions",
@@ -85,6 +87,22 @@ def compare(args: EngineArgs) -> bool:
     return alike
 
 
+def kill_one(core: EngineCore[Any], vocab: int) -> None:
+    """Kill a rank under load, and print what comes of it."""
+    for request in requests(vocab, 4, 400, temperature=0.0):
+        core.add(request)
+    for _ in range(20):
+        core.step()
+    rank = rank_process()
+    started = time.monotonic()
+    os.kill(rank, signal.SIGKILL)
+    try:
+        while core.has_work():
+            core.step()
+    except EngineError as error:
+        print(f"after {time.monotonic() - started:.2f} s: {error}; on the GPUs: {on_gpus()}", flush=True)
+
+
 def on_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
@@ -93,15 +111,18 @@ def on_gpus() -> list[str]:
 
 
 def rank_process() -> int:
-    """The process of rank 1, which the engine process has started, which this one has started."""
+    """The process of rank 1, which this one has started, or its engine process."""
 
     def parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            ours = folder.name.isdigit() and parent(parent(int(folder.name))) == os.getpid()
-            if ours and b"parallel.rank_main" in (folder / "cmdline").read_bytes():
+            above = parent(int(folder.name)) if folder.name.isdigit() else 0
+            if (
+                os.getpid() in (above, parent(above))
+                and b"parallel.rank_main" in (folder / "cmdline").read_bytes()
+            ):
                 return int(folder.name)
     raise SystemExit("there is no other rank")
 
