@@ -72,7 +72,7 @@ def compare(args: EngineArgs) -> bool:
         core.scheduler.check()
         stats = core.stats()
         if ranks > 1:
-            kill_one(core, vocab)
+            kill_one(core, vocab, rank_process())
         print(
             f"{ranks} ranks: ready in {ready - started:.1f} s, tokens in {time.perf_counter() - ready:.1f} s,"
             f" {stats.graph_replays} of {stats.steps} steps as graphs, {stats.preemptions} preemptions",
@@ -87,13 +87,12 @@ def compare(args: EngineArgs) -> bool:
     return alike
 
 
-def kill_one(core: EngineCore[Any], vocab: int) -> None:
-    """Kill a rank under load, and print what comes of it."""
-    for request in requests(vocab, 4, 400, temperature=0.0):
+def kill_one(core: EngineCore[Any], vocab: int, rank: int) -> None:
+    """Kill the process of a rank under load, and print what comes of it."""
+    for request in requests(vocab, 4, core.config.max_model_len - 64, temperature=0.0):
         core.add(request)
     for _ in range(20):
         core.step()
-    rank = rank_process()
     started = time.monotonic()
     os.kill(rank, signal.SIGKILL)
     try:
