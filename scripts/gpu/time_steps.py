@@ -21,6 +21,7 @@ from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.machine import freeze_objects
 from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.worker.gpu_memory import memory_in_use
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,11 @@ def time_pass(core: EngineCore[LaunchedStep], ids: range, context: int, steps: i
     while core.has_work():
         core.step()
     return seconds / steps * 1e3
+
+
+def print_notes(what: str, done: int, total: int, note: str = "", /) -> None:
+    if note:
+        print(f"{what}: {note}", flush=True)
 
 
 def time_prompts(core: EngineCore[LaunchedStep], ids: range, length: int) -> float:
@@ -94,9 +100,10 @@ def main() -> None:
         max_num_seqs=max(args.batch, default=256),
         enable_prefix_caching=False,
     ).resolve()
-    runner = ModelGraphRunner(config)
+    runner = ModelGraphRunner(config, print_notes)
     core = EngineCore(runner.config, runner)
     freeze_objects()
+    print(f"in use after the start: {memory_in_use('cuda') / 2**30:.2f} GiB", flush=True)
     first = 0
     for batch in args.batch:
         times: dict[str, list[float]] = {kind: [] for kind in args.kinds}
@@ -115,6 +122,7 @@ def main() -> None:
             f"{count:3} prompts of {length:5} {min(found[1:]):8.3f} {statistics.median(found[1:]):8.3f} ms",
             flush=True,
         )
+    print(f"in use at the end: {memory_in_use('cuda') / 2**30:.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":
