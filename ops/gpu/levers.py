@@ -1,25 +1,36 @@
 """Selects the optional GPU kernel optimizations; each can be switched off.
 
 `MICROVLLM_GPU_OFF=stream,early_reads` disables those that it names. `docs/benchmarks.md` says what each
-of them gained.
+of them gained. Those of `OPT_IN` are in use only where `MICROVLLM_GPU_ON` names them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
+OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
+OPT_IN = {"peers"}  # not in use unless that variable names them
 # Multiplications that an H200 computes in the 10 ms in which the host launches a step's kernels one by one.
 LAUNCHED_PRODUCTS = 4_200_000_000_000
 GLUON_VERSION = "3.6."  # of Triton: the language of `ops.gpu.stream` is not stable
 
 
 class LeverError(ValueError):
-    """`MICROVLLM_GPU_OFF` names an unknown optimization."""
+    """One of the two variables names an unknown optimization."""
+
+
+def _named(variable: str, known: Collection[str]) -> set[str]:
+    """The optimizations that a variable names. Raises `LeverError` for an unknown one."""
+    names = {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
+    if unknown := sorted(names.difference(known)):
+        raise LeverError(f"{variable}: there is no {unknown[0]}; there are {', '.join(known)}")
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +68,8 @@ class Levers:
         Raises `LeverError` for an unknown name.
         """
         known = [field.name for field in fields(Levers)]
-        off = {name.strip() for name in os.environ.get(VARIABLE, "").split(",")} - {""}
-        if unknown := sorted(off.difference(known)):
-            raise LeverError(f"{VARIABLE}: there is no {unknown[0]}; there are {', '.join(known)}")
+        off = _named(VARIABLE, known)
+        off |= OPT_IN - _named(OPT_IN_VARIABLE, known)
         levers = Levers(*(name not in off for name in known))
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
             return Levers(packed=levers.packed)

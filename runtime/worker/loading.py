@@ -37,7 +37,7 @@ def load_model(
             config.int8_activations,
             config.batch_invariant,
         )
-    except ValueError as error:  # MICROVLLM_GPU_OFF
+    except ValueError as error:  # MICROVLLM_GPU_OFF or _ON
         raise ConfigError(str(error)) from error
     try:
         weights = load_weights(
