@@ -20,10 +20,13 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
+from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.flash_backend import FlashAttention
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.coded import CodedTensor, pack
 from microvllm.ops.gpu.bitmask import apply_bitmask
+from microvllm.ops.gpu.coded_skinny import coded_skinny
 from microvllm.ops.gpu.fixed_order import fixed_order_linear
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
@@ -33,7 +36,7 @@ from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
-from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, MAX_STREAMED_ROWS, Tiling
+from microvllm.ops.gpu.tiling import MAX_CODED_ROWS, MAX_SKINNY_ROWS, MAX_STREAMED_ROWS, Tiling
 from microvllm.ops.scaled import ScaledTensor, quantize
 
 DEVICE = torch.device("cuda")
@@ -41,6 +44,7 @@ MODULES = (
     *(
         "activation",
         "bitmask",
+        "coded_skinny",
         "e4m3",
         "embedding",
         "fixed_order",
@@ -131,6 +135,28 @@ def scaled() -> None:
         check(
             "scaled product", scaled_skinny(normal(7, hidden), up, arrivals, None, None, tiling, gated=True)
         )
+
+
+def coded() -> None:
+    """Products with codes of 4 and 8 bits, for row counts that each way takes, and sums that are shared."""
+    hidden, width = 1120, 48
+    ops = GpuOperators(DTYPE, DEVICE, "triton")
+    arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    for bits, group, points in ((4, 32, False), (8, hidden, True)):
+        codes = torch.randint(0, 1 << bits, (2 * width, hidden), dtype=torch.uint8, device=DEVICE)
+        scales = normal(-(-hidden // group), 2 * width)
+        zeros = torch.ones_like(scales).byte() if points else None
+        weight = CodedTensor.of(pack(codes, bits), bits, hidden, group, scales, zeros)
+        for rows in (1, 13, 70, MAX_CODED_ROWS + 1):
+            check(
+                f"coded products of {rows} rows",
+                ops.norm_gate_up(normal(hidden), 1e-5, weight)(normal(rows, hidden)),
+                ops.linear(weight, normal(2 * width))(normal(rows, hidden), normal(rows, 2 * width)),
+            )
+        for pdl in {False, can_launch_early(DEVICE)}:
+            x, tiling = normal(70, hidden), Tiling(64, 0, 4, 2, splits=2)
+            y = coded_skinny(x, weight, arrivals, None, None, tiling, gated=True, pdl=pdl)
+            check("coded product", y, arrivals)
 
 
 def sampling() -> None:
@@ -235,6 +261,11 @@ def attention() -> None:
                 fixed = TritonAttention(config, pdl=pdl, fixed_order=True)
                 fixed.cache.copy_(own.cache)
                 check("attention in fixed order", fixed.begin_step(batch)(0, qkv), fixed.cache)
+                if torch.cuda.get_device_capability(DEVICE) >= (8, 9):
+                    small = replace(config, dtype=torch.float8_e4m3fn, scales=(KVScales(0.1, 0.2),))
+                    cached = TritonAttention(small, pdl=pdl, levers=Levers.of(DEVICE), decode_tiling=tiling)
+                    step = cached.begin_step(batch)
+                    check("attention to e4m3", step(0, qkv), step(0, qkv), cached.cache.float())
         if importlib.util.find_spec("flash_attn"):
             # flash-attn 2.8.3 joins splits 8 rows (sequence and head) at a time and writes the log-sums of up
             # to 7 rows that are not there. Torch gives memory out in 512 bytes, where they find room; the
@@ -266,7 +297,7 @@ def main() -> None:
     ).parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        for part in (operators, scaled, sampling, rules, step_inputs, attention):
+        for part in (operators, scaled, coded, sampling, rules, step_inputs, attention):
             part()
             print(part.__name__, "done", flush=True)
     sys.exit(bool(never_launched()))
