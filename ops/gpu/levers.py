@@ -15,7 +15,7 @@ import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
 OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
-OPT_IN = {"peers"}  # not in use unless that variable names them
+OPT_IN = {"peers", "rules", "long_prompts"}  # not in use unless that variable names them
 # Multiplications that an H200 computes in the 10 ms in which the host launches a step's kernels one by one.
 LAUNCHED_PRODUCTS = 4_200_000_000_000
 GLUON_VERSION = "3.6."  # of Triton: the language of `ops.gpu.stream` is not stable
