@@ -75,18 +75,27 @@ void narrow_rows(Pool *pool, const float *x, const float *norm, float eps, const
     parallel(pool, narrow_piece, &narrowing, whole_rows(to->m));
 }
 
+/* Numbers of the one in the lower halves of words, of the other in the upper. */
+INLINE __m512i interleave(vec even, vec odd)
+{
+    static const uint16_t places[2 * LANES] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(places), (__m512i)both);
+}
+
 void widen_to_matrix(int format, const void *panel, long k, bf16 *out, int once)
 {
     float weights[PART][WIDTH];
-    for (long begin = 0; begin < k; begin += PART) {
-        long count = least(PART, k - begin);
+    /* A little at a time where blocks are small, which stays in the first-level cache. */
+    long step = has_small_blocks(format) ? 2 * GROUP : PART;
+    for (long begin = 0; begin < k; begin += step) {
+        long count = least(step, k - begin);
         widen_quantized(format, panel, begin, count, weights[0], once);
         for (long i = 0; i < count; i += 2, out += 2 * WIDTH)
-            for (int half = 0; half < 2; half++) {
-                uvec even = narrow_vector(load_f32(weights[i] + half * LANES));
-                uvec odd = narrow_vector(load_f32(weights[i + 1] + half * LANES));
-                uvec words = even | odd << 16;
-                memcpy(out + 2 * half * LANES, &words, sizeof words);
+            for (int half = 0; half < WIDTH; half += LANES) {
+                __m512i words = interleave(load_f32(weights[i] + half), load_f32(weights[i + 1] + half));
+                memcpy(out + 2 * half, &words, sizeof words);
             }
     }
 }

@@ -176,27 +176,18 @@ INLINE const void *panel_at(const Part *part, long panel, long k)
 INLINE void finish(const Product *p, const Place *at, const float *sums, const float *up, long row)
 {
     const Linear *a = p->layer;
-    long first = at->column + at->panel * WIDTH, count = least(WIDTH, at->part->n - at->panel * WIDTH);
-    float *y = p->y + row * a->n + first;
-    float value[WIDTH];
-    memcpy(value, sums, sizeof value);
-    if (a->bias)
-        for (long j = 0; j < count; j++) value[j] += a->bias[first + j];
-    if (a->is_gated) {
-        float other[WIDTH];
-        memcpy(other, up, sizeof other);
-        if (a->bias)
-            for (long j = 0; j < count; j++) other[j] += a->bias[a->n + first + j];
-        for (int j = 0; j < WIDTH; j += LANES) {
-            vec gate = load_f32(value + j);
-            store(value + j, gate / (1.0f + vexp(-gate)) * load_f32(other + j));
+    for (int half = 0; half < WIDTH; half += LANES) {
+        long of_part = at->panel * WIDTH + half, column = at->column + of_part, count = at->part->n - of_part;
+        vec value = load_f32(sums + half);
+        if (a->bias) value += load_part(a->bias + column, count);
+        if (a->is_gated) {
+            vec other = load_f32(up + half);
+            if (a->bias) other += load_part(a->bias + a->n + column, count);
+            value = value / (1.0f + vexp(-value)) * other;
         }
+        if (p->residual) value += load_part(p->residual + row * a->n + column, count);
+        store_part(p->y + row * a->n + column, value, count);
     }
-    if (p->residual)
-        for (long j = 0; j < count; j++) value[j] += p->residual[row * a->n + first + j];
-    if (count == WIDTH) memcpy(y, value, sizeof value);
-    else
-        for (long j = 0; j < count; j++) y[j] = value[j];
 }
 
 /* sums = x . panel^T for a block of rows and a panel of float32 or bfloat16, tile by tile. The first waits for memory;

@@ -233,15 +233,6 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
 INLINE float *row_at(const Prefill *p, float *rows, long heads, long begin, long head, long row)
 { return rows + ((begin + row / p->group) * heads + head * p->group + row % p->group) * p->step->d; }
 
-/* The first LANES values of x, or `count`, and zeros. */
-INLINE vec load_part(const float *x, long count)
-{
-    vec v = {};
-    if (count >= LANES) return load_f32(x);
-    if (count > 0) memcpy(&v, x, count * sizeof(float));
-    return v;
-}
-
 /* Queries of `count` rows, at most LANES, times the scale, into a block; behind them what rounding takes away. */
 static void put_queries(const Prefill *p, long begin, long head, long row, long count, bf16 *to)
 {

@@ -47,6 +47,20 @@ INLINE vec load_f32(const float *p)
 }
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
+/* The first LANES numbers of p, or `count`, and zeros; and back. */
+INLINE vec load_part(const float *p, long count)
+{
+    vec v = {};
+    if (count >= LANES) return load_f32(p);
+    if (count > 0) memcpy(&v, p, count * sizeof(float));
+    return v;
+}
+INLINE void store_part(float *p, vec v, long count)
+{
+    if (count >= LANES) store(p, v);
+    else if (count > 0) memcpy(p, &v, count * sizeof(float));
+}
+
 INLINE vec load_bf16(const bf16 *p)
 {
     hvec h;

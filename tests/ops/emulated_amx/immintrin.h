@@ -27,6 +27,25 @@ static inline __m256bh _mm512_cvtneps_pbh(__m512 x)
     return y;
 }
 
+typedef __m512i __m512bh;
+static inline __m512bh _mm512_cvtne2ps_pbh(__m512 upper, __m512 lower)
+{
+    __m256bh halves[2] = {_mm512_cvtneps_pbh(lower), _mm512_cvtneps_pbh(upper)};
+    __m512bh y;
+    memcpy(&y, halves, sizeof y);
+    return y;
+}
+static inline __m512i _mm512_permutexvar_epi16(__m512i places, __m512i x)
+{
+    uint16_t at[32], from[32], to[32];
+    memcpy(at, &places, 64);
+    memcpy(from, &x, 64);
+    for (int i = 0; i < 32; i++) to[i] = from[at[i] & 31];
+    __m512i y;
+    memcpy(&y, to, 64);
+    return y;
+}
+
 static inline __m512 _mm512_max_ps(__m512 a, __m512 b)
 {
     for (int i = 0; i < 16; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
