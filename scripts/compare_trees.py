@@ -48,8 +48,8 @@ Case = tuple[str, str, int]  # what, weights, number
 class Tree:
     """Measures the checkout that is imported as `microvllm`; uses only what every commit has."""
 
-    def __init__(self, model: str, threads: int) -> None:
-        self.model, self.threads = model, threads
+    def __init__(self, model: str, threads: int, clock: Callable[[], float]) -> None:
+        self.model, self.threads, self.clock = model, threads, clock
         self.engines: dict[str, Any] = {}
         self.products: dict[str, Callable[[int], float]] = {}
 
@@ -103,12 +103,12 @@ class Tree:
 
         def seconds(rows: int) -> float:
             x = {columns: torch.randn(rows, columns) for columns in (HIDDEN, INNER)}
-            times, end = [], time.perf_counter() + MIN_S
-            while len(times) < 3 or time.perf_counter() < end:
-                begin = time.perf_counter()
+            times, end = [], self.clock() + MIN_S
+            while len(times) < 3 or self.clock() < end:
+                begin = self.clock()
                 for product, columns in layers:
                     product(x[columns])
-                times.append(time.perf_counter() - begin)
+                times.append(self.clock() - begin)
             return 1e3 * min(times[1:])
 
         return seconds
@@ -134,16 +134,16 @@ class Tree:
         engine = self.engines[weights]
         draw = random.Random(0)
         params = engine.sampling_params(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
-        begin = time.perf_counter()
+        begin = self.clock()
         for _ in range(requests):
             ids = [draw.randrange(1000, 40000) for _ in range(prompt)]
             engine.core.add(engine.processor.requests(ids, params)[0])
         waiting, first, times = requests, 0.0, []
         seen: set[int] = set()
         while engine.core.has_work():
-            before = time.perf_counter()
+            before = self.clock()
             outputs = engine.core.step()
-            now = time.perf_counter()
+            now = self.clock()
             if not waiting:
                 times.append(now - before)
                 continue
@@ -153,11 +153,11 @@ class Tree:
         return 1e3 * first, 1e3 * median(times[:-1])
 
 
-def work(model: str, threads: int) -> None:
+def work(model: str, threads: int, clock: Callable[[], float]) -> None:
     """Measure each case of standard input, and answer it in one line."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    tree = Tree(model, threads)
+    tree = Tree(model, threads, clock)
     for line in sys.stdin:
         print(json.dumps(tree.run(tuple(json.loads(line)))), file=answers, flush=True)
 
@@ -165,13 +165,13 @@ def work(model: str, threads: int) -> None:
 class Worker:
     """A process that measures one checkout."""
 
-    def __init__(self, name: str, tree: Path, model: str, threads: int, folder: Path) -> None:
+    def __init__(self, name: str, tree: Path, folder: Path, arguments: list[str]) -> None:
         self.name = name
         site = folder / name
         site.mkdir()
         (site / "microvllm").symlink_to(tree.resolve())
         path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, __file__, "--worker", "--model", model, "--threads", str(threads)]
+        command = [sys.executable, __file__, "--worker", *arguments]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -289,6 +289,9 @@ def main() -> None:
     parser.add_argument("new", type=checkout, nargs="?")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a .gguf file or the demo model")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--processor-time", action="store_true", help="not the clock's: for a busy machine, with --threads 1"
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="after which no measurement begins")
     parser.add_argument("--only", default="", help="of the cases, those that contain this text")
     parser.add_argument("--llama-bench", type=Path, metavar="FILE", help="llama-batched-bench")
@@ -297,7 +300,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.model, args.threads)
+        work(args.model, args.threads, time.process_time if args.processor_time else time.perf_counter)
         return
     if args.new is None:
         parser.error("two checkouts are needed")
@@ -306,10 +309,12 @@ def main() -> None:
 
     model = find_model(args.model)
     chosen = [case for case in cases() if args.only in " ".join(map(str, case))]
+    arguments = ["--model", str(model), "--threads", str(args.threads)]
+    arguments += ["--processor-time"] * args.processor_time
     times: Times = {}
     with tempfile.TemporaryDirectory() as folder:
         members: list[Worker | Llama] = [
-            Worker(name, tree, str(model), args.threads, Path(folder))
+            Worker(name, tree, Path(folder), arguments)
             for name, tree in (("old", args.old), ("new", args.new))
         ]
         if args.llama_bench is not None:
@@ -333,7 +338,8 @@ def main() -> None:
         for member in members:
             member.close()
     add_context_costs(times)
-    print(f"\n{processor_name()}, {args.threads} threads, {rounds} whole rounds\n")
+    clock = ", processor time" if args.processor_time else ""
+    print(f"\n{processor_name()}, {args.threads} threads{clock}, {rounds} whole rounds\n")
     print(table({row: found for row, found in times.items() if found}, [member.name for member in members]))
 
 

@@ -28,6 +28,11 @@ INLINE long matrix_depth(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TI
  * than float32 so: it takes no fewer rows than these. */
 #define EXACT_ROWS 32
 
+#if HAS_BF16
+/* Asks for a line that will be written, which another thread may have had last. */
+INLINE void fetch_to_write(float *at) { __asm__ volatile("prefetchw %0" ::"m"(*at)); }
+#endif
+
 /* Between memory accesses and the unit's: its loads are none to GCC, which could do a store behind them. */
 #define MEMORY_IS_USED() __asm__ volatile("" ::: "memory")
 

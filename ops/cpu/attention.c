@@ -40,10 +40,13 @@ INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
     memcpy(x + i, pairs + i, (d - i) * sizeof(float));
 }
 
-/* Where some tokens' keys are, so many bytes in front of their values, and as many keys that come next. While keys are
- * used, the values are asked for, and while values are, the next keys: memory is never idle. */
+#define AHEAD 32      /* keys between those that are used and those that are asked for, if they are asked for then */
+
+/* Where some tokens' keys are, so many bytes in front of their values. While keys are used, their values are asked for,
+ * and as many keys of `ahead`; while values are, as many keys of `next`. One of the two is `keys`, which costs nothing:
+ * see fetches_next of tuning.h. */
 typedef struct {
-    const char *const *keys, *const *next;
+    const char *const *keys, *const *ahead, *const *next;
     long to_values;
 } Tokens;
 
@@ -60,6 +63,7 @@ INLINE void multiply_keys(const float *q, const Tokens *at, long first, long d, 
         for (int g = 0; g < G; g++)
             for (int half = 0; half < 2; half++) query[g][half] = load_f32(q + g * d + i + half * LANES);
         for (int t = 0; t < K; t++) {
+            __builtin_prefetch(at->ahead[first + t] + i * size);
             __builtin_prefetch(at->keys[first + t] + at->to_values + i * size);
             load_pair(at->keys[first + t], i, is_bf16, &low, &high);
             for (int g = 0; g < G; g++) acc[t][g] += low * query[g][0];
@@ -203,8 +207,8 @@ typedef struct {
     const float *qkv;
     float *out, *parts;
     const int64_t *blocks, *lens; /* of the decodes, as the step's; of the one sequence, and null */
-    long rows, len;               /* len: where lens is null, what the first row sees; each of the others one more */
-    long together, chunks;        /* neighbouring rows of a piece; CHUNKs of a row, at most */
+    long rows, len; /* len: where lens is null, what the first row sees; each of the others one more */
+    long together, chunks; /* neighbouring rows of a piece; CHUNKs of a row, at most */
 } Decode;
 
 INLINE long length_of(const Decode *j, long row) { return j->lens ? j->lens[row] : j->len + row; }
@@ -260,6 +264,7 @@ static void decode_piece(const void *job, long piece)
     long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)),
          to_values = a->kv_heads * cache->num_slots * bytes;
     long end = end_of(j, last, chunk), seen = least(end + CHUNK, length_of(j, last));
+    int fetches_next = a->tuning->fetches_next;
     const char *keys[2 * CHUNK], **next = keys + end - first;
     if (first < end) {
         find_keys(cache, blocks, head, bytes, first, seen, keys);
@@ -271,14 +276,16 @@ static void decode_piece(const void *job, long piece)
             const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
             float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
             long heads = least((head + 1) * group - h, GROUP);
-            const Tokens tokens = {keys + skipped, next, to_values};
+            const char *const *own = keys + skipped;
+            const Tokens tokens = {own, fetches_next ? own : own + AHEAD, fetches_next ? next : own, to_values};
             if (count > 0) attend_heads(queries, &tokens, count, d, a->scale, at, stride, cache->is_bf16, heads);
             else
                 for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
         }
     }
-    /* The next chunk may be longer than this one. */
-    for (long t = end - first; first < end && t < CHUNK; t++)
+    /* What was not reached because this chunk is short. */
+    long from = fetches_next ? end - first : 0, to = fetches_next ? CHUNK : AHEAD - (end - first);
+    for (long t = from; first < end && t < to; t++)
         for (long i = 0; i < bytes; i += 64) __builtin_prefetch(next[t] + i);
 }
 

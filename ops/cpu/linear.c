@@ -268,6 +268,9 @@ static void matrix_piece(const void *job, long piece)
     begin_matrix();
     for (long row = 0; row < at.rows; row += MATRIX_ROWS) {
         long count = least(MATRIX_ROWS, at.rows - row);
+        float *y = p->y + (at.begin + row) * a->n + at.column + at.panel * WIDTH;
+        for (long r = 0; r < count; r++, y += a->n)
+            for (int i = 0; i < WIDTH; i += LANES) fetch_to_write(y + i);
         for (int half = 0; half <= a->is_gated; half++) {
             /* The first rows fetch the next panel, which follows this one. */
             const bf16 *ahead = row || at.part[half].format != FORMAT_BF16 ? NULL : panels[half] + size;
