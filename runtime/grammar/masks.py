@@ -43,6 +43,7 @@ LEXERS = 4  # of a grammar that is compiled in QUICK_S; each of them finds the s
 QUICK_S = 0.02
 SLOW_S = 5e-3
 USUAL_S = 1e-4  # of a mask among others, at most
+BEGIN_S = 2e-4  # for a thread to begin
 WAIT_S = 0.05  # of a step without anything to compute: commands are read between two steps
 MASK_DEADLINE_S = 2.0
 # Why a matcher stops at the end of its grammar; any other reason is a fault.
@@ -292,21 +293,21 @@ class GrammarMasks:
     def bits(
         self, rows: Sequence[int], output: Callable[[int], Output]
     ) -> tuple[list[int], list[np.ndarray]]:
-        found = []
-        for i, index in enumerate(rows):
-            row = self._rows.get(index)
-            if row is not None:
-                known, in_flight = output(i)
-                found.append((i, row, len(known) + in_flight))
-        self._wait_for([row for _, row, _ in found])
+        outputs = [output(i) if row in self._rows else ((), False) for i, row in enumerate(rows)]
+        return self._bits(rows, [len(known) + in_flight for known, in_flight in outputs])
+
+    def bits_of(self, scheduled: Sequence[ScheduledRequest]) -> tuple[list[int], list[np.ndarray]]:
+        """`bits` of the requests of a step."""
+        requests = [item.request for item in scheduled]
+        lengths = [item.start + item.num_new - item.request.prompt_len for item in scheduled]
+        return self._bits([request.row for request in requests], lengths)
+
+    def _bits(self, rows: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], list[np.ndarray]]:
+        found = [(i, row) for i, index in enumerate(rows) if (row := self._rows.get(index)) is not None]
+        self._wait_for([row for _, row in found])
         self._on_ready()
-        masked, masks = [], []
-        for i, row, length in found:
-            mask = row.mask(length)
-            if mask is not None:
-                masked.append(i)
-                masks.append(mask.view(np.int32))
-        return masked, masks
+        masks = [(i, mask) for i, row in found if (mask := row.mask(lengths[i])) is not None]
+        return [i for i, _ in masks], [mask.view(np.int32) for _, mask in masks]
 
     def _wait_for(self, rows: Sequence[Row]) -> None:
         jobs = {row.job for row in rows if row.job is not None}
@@ -333,9 +334,14 @@ class GrammarMasks:
                 together.append((row, row.matcher, tokens))
         if together:
             self._consume(together)
-            job = self._pool.submit(self._compute, [(row, len(tokens)) for row, _, tokens in together])
-            for row, _, _ in together:
+            begun = threading.Event()
+            group = [(row, len(tokens)) for row, _, tokens in together]
+            job = self._pool.submit(self._compute, group, begun)
+            for row, _ in group:
                 row.job = job
+            if len(group) >= PARALLEL_FROM:
+                # Else it would not get the interpreter's lock before this thread has to wait for something.
+                begun.wait(BEGIN_S)
 
     def _consume(self, work: Sequence[tuple[Row, LLMatcher, Sequence[int]]]) -> None:
         single = []
@@ -355,14 +361,15 @@ class GrammarMasks:
         for (row, matcher, _), each in zip(single, valid, strict=True):
             row.consumed(each, matcher)
 
-    def _compute(self, group: Sequence[tuple[Row, int]]) -> None:
+    def _compute(self, group: Sequence[tuple[Row, int]], begun: threading.Event) -> None:
         """Compute the masks behind so many more tokens of each row, in one call without the lock."""
         due = [row for row, _ in group if row.due]
         # Of its own: a job may outlast its request, whose row then is another's.
         words = np.empty((len(due), -(-self._vocab_size // 32)), dtype=np.uint32)
+        places = [(row.matcher, place) for place, row in enumerate(due) if row.matcher is not None]
+        begun.set()
         start = time.perf_counter()
-        if due:
-            places = [(row.matcher, place) for place, row in enumerate(due) if row.matcher is not None]
+        if places:
             self._executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words[0].nbytes, len(due))
         slow = time.perf_counter() - start > SLOW_S + USUAL_S * len(due)
         masks = dict(zip(due, words, strict=True))

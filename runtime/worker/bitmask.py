@@ -9,10 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.request import EngineRequest
 
 # The known output of a request, and whether one more token is in flight, whose value only the device has.
 Output = tuple[Sequence[int], bool]
+ReadTokens = Callable[[], list[int]]  # waits for the device
+# Chooses tokens by masks, as `take_out` has them.
+ChooseMasked = Callable[[Sequence[int], Sequence[np.ndarray]], ReadTokens]
+Choice = tuple[ReadTokens | None, ChooseMasked | None]
+
+
+def known_output(items: Sequence[ScheduledRequest], i: int) -> Output:
+    """What request i of a step has generated before the token that the step chooses."""
+    request, end = items[i].request, items[i].start + items[i].num_new
+    return request.token_ids[request.prompt_len :], len(request.token_ids) < end
 
 
 class TokenMask(Protocol):

@@ -19,6 +19,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.worker.bitmask import ChooseMasked, ReadTokens
 from microvllm.runtime.worker.gpu_memory import capture_graphs
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
@@ -31,19 +32,19 @@ WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 
 S = TypeVar("S")
 T = TypeVar("T")
-ReadTokens = Callable[[], list[int]]  # waits for the device
 
 
 class Replay(NamedTuple):
     """A step of single tokens by a captured graph, whose memory the next replay overwrites.
 
     ids: [m], what went in; logits: [m, vocab]. read_tokens: there if the graph's own choice of tokens stands,
-    which no sampler has to make any more.
+    which no sampler has to make any more. choose: there if masks alone are left to apply.
     """
 
     ids: Tensor
     logits: Tensor
     read_tokens: ReadTokens | None
+    choose: ChooseMasked | None
 
 
 class Device(ABC):
@@ -225,8 +226,7 @@ class GpuDevice(Device):
         size = graphs.send(items)
         self._begin_forward()
         ids, logits, _ = graphs.replay(size, len(items))
-        read = self._readback.written(len(items)) if graphs.choose(size, items) else None
-        return Replay(ids, logits, read)
+        return Replay(ids, logits, *graphs.choose(size, items))
 
     def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
         arrays, graphs = StepArrays.of(items, block_tables, self._config.block_size), self._prompt_graphs

@@ -1,14 +1,16 @@
-"""Keeps penalties, token counts and biases in tables on the GPU, where captured graphs apply them."""
+"""Keeps penalties, token counts, biases and masks in tables on the GPU, where captured graphs apply them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.cuda import CUDAGraph
 
+from microvllm.ops.gpu.bitmask import apply_bitmask
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.rules import RuleTables
@@ -40,7 +42,10 @@ class TablePenalties(Penalties):
 
 
 class GpuRules(LogitRules):
-    """The rules of every row, and a graph for each size of decode step that applies those in the tables."""
+    """The rules of every row, and two graphs for each size of decode step: one applies those in the tables.
+
+    The other applies masks. These come when the logits are computed: its launch is all that is left then.
+    """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         super().__init__(num_rows, vocab_size, device)
@@ -50,6 +55,11 @@ class GpuRules(LogitRules):
             self._penalties = TablePenalties(self._tables, device)
         self._others: set[int] = set()  # rows with rules that are not in the tables
         self._graphs: dict[int, CUDAGraph] = {}
+        self._masked: dict[int, CUDAGraph] = {}
+        shape = num_rows, -(-vocab_size // 32)
+        self._bits = torch.full(shape, -1, dtype=torch.int32, device=device)  # by the place in the batch
+        self._places = torch.arange(num_rows, device=device)
+        self._sent_bits = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
         super().set_row(row, request, tokens, prompt_len)
@@ -79,11 +89,11 @@ class GpuRules(LogitRules):
         logits: Tensor,
         rows: Tensor,
     ) -> None:
-        """Capture the choice of tokens by the tables, behind a graph that makes logits: [size, vocab].
+        """Capture the choices of tokens by tables and masks, behind a graph that makes logits: [size, vocab].
 
         choose: how tokens are chosen from others; rows: [size]. Rows and logits exist after a replay.
         """
-        tables = self._tables
+        tables, size = self._tables, len(rows)
         if tables is None:
             return
 
@@ -92,10 +102,34 @@ class GpuRules(LogitRules):
             tables.count(rows, tokens)
             return tokens
 
+        def masked() -> Tensor:
+            apply_bitmask(logits, self._bits[:size], self._places[:size])
+            return choose(logits)
+
         graph.replay()
-        self._graphs[len(rows)], _ = capture(step)
+        self._graphs[size], _ = capture(step)
+        self._masked[size], _ = capture(masked)
 
     def replay(self, size: int, rows: Sequence[int]) -> None:
         """Choose again behind the graph of this size, if any of the rows is in the tables."""
         if self._graphs and self._rules and not self._rules.keys().isdisjoint(rows):
             self._graphs[size].replay()
+
+    def only_masked(self, rows: Sequence[int]) -> bool:
+        """Whether masks are all the rules of these rows."""
+        return bool(self._masked) and self._rules.keys().isdisjoint(rows) and not self._budgets.concern(rows)
+
+    def replay_masked(self, size: int, count: int, at: Sequence[int], bits: Sequence[np.ndarray]) -> None:
+        """Choose again behind the graph of this size; of `count` rows those at `at` have a mask.
+
+        bits: as in `take_out`. The step before has been read, so that its masks may be overwritten.
+        """
+        sent = self._sent_bits[:count].numpy()
+        if len(at) == count:
+            np.stack(bits, out=sent)
+        else:
+            sent.fill(-1)
+            for i, mask in zip(at, bits, strict=True):
+                sent[i] = mask
+        self._bits[:count].copy_(self._sent_bits[:count], non_blocking=True)
+        self._masked[size].replay()

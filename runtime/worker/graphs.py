@@ -31,6 +31,7 @@ from microvllm.ops.gpu.step_inputs import STAGED, DecodeInputs, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
+from microvllm.runtime.worker.bitmask import Choice, ReadTokens
 from microvllm.runtime.worker.sampler import GPUSampler
 from microvllm.runtime.worker.step_inputs import (
     UNKNOWN,
@@ -193,18 +194,26 @@ class DecodeGraphs:
             at, values = self._inputs.stager.send(np.array(places), np.array(blocks))
             self.tables.view(-1).scatter_(0, at.long(), values)
 
-    def choose(self, size: int, items: Sequence[ScheduledRequest]) -> bool:
-        """Whether the graphs' tokens stand: no request has rules but those that a graph applies.
+    def choose(self, size: int, items: Sequence[ScheduledRequest]) -> Choice:
+        """What reads the graphs' tokens, if no request has rules but those that a graph applies.
 
-        End tokens that may not come yet are such a rule, and so are log probabilities.
+        End tokens that may not come yet are such a rule, and so are log probabilities. Masks are applied by a
+        graph, too, but come later: what then chooses the tokens is the second.
         """
         rows = [item.request.row for item in items]
-        if not self._sampler.plain(rows) or any(
-            item.request.num_output < item.request.params.min_tokens for item in items
-        ):
-            return False
-        self._sampler.rules.replay(size, rows)
-        return True
+        if any(item.request.num_output < item.request.params.min_tokens for item in items):
+            return None, None
+        if self._sampler.plain(rows):
+            self._sampler.rules.replay(size, rows)
+            return self._readback.written(len(rows)), None
+        if not self._sampler.masked(rows):
+            return None, None
+
+        def masked(at: Sequence[int], bits: Sequence[np.ndarray]) -> ReadTokens:
+            self._sampler.rules.replay_masked(size, len(rows), at, bits)
+            return self._readback.written(len(rows))
+
+        return None, masked
 
     def send(self, items: Sequence[ScheduledRequest]) -> int:
         """Bring a step's inputs to the graph that has room for it -> the size of that graph."""

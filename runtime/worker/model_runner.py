@@ -26,7 +26,7 @@ from microvllm.runtime.errors import EngineError
 from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import TokenLogprobs
-from microvllm.runtime.worker.bitmask import Output
+from microvllm.runtime.worker.bitmask import ChooseMasked, known_output
 from microvllm.runtime.worker.device import make_device
 from microvllm.runtime.worker.gpu_memory import load_beside_cache, memory_for
 from microvllm.runtime.worker.loading import load_model, make_attention
@@ -42,6 +42,8 @@ from microvllm.runtime.worker.step_times import DeviceClock
 
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 PromptLogprobs = dict[int, list[LogprobTensors]]  # by index in plan.scheduled
+Items = Sequence[ScheduledRequest]
+Sample = Callable[["LaunchedStep"], "LaunchedStep"]
 
 
 @dataclass(slots=True)
@@ -56,7 +58,7 @@ class LaunchedStep:
     read_tokens: Callable[[], list[int]] = list
     sampled: Sampled | None = None
     prompt_logprobs: PromptLogprobs | None = None
-    sample: Callable[[LaunchedStep], LaunchedStep] | None = None
+    sample: Sample | None = None
 
 
 class ModelGraphRunner:
@@ -130,7 +132,10 @@ class ModelGraphRunner:
         if replay is not None:  # of single tokens, so that `order` changes nothing
             if replay.read_tokens is not None:
                 return LaunchedStep(plan, order, replay.read_tokens)
-            return self._sampled(LaunchedStep(plan, order), items, replay.logits, replay.ids)
+            step = LaunchedStep(plan, order)
+            if replay.choose is not None and self._ranks is None:
+                return self._sampled(step, items, partial(self._sample_masked, replay.choose, items))
+            return self._sampled(step, items, partial(self._sample, replay.logits, items, replay.ids))
         return self._choose(plan, order, *self._device.forward(items, self._block_tables))
 
     def collect(self, step: LaunchedStep) -> StepResult:
@@ -163,19 +168,15 @@ class ModelGraphRunner:
             last = on_device(ends, torch.int64, hidden.device)
             ids, hidden = ids[last], hidden[last]
         step = LaunchedStep(plan, [order[j] for j in sampling], prompt_logprobs=prompt_logprobs)
-        return self._sampled(step, [items[j] for j in sampling], self._model.logits(hidden), ids)
+        items = [items[j] for j in sampling]
+        return self._sampled(step, items, partial(self._sample, self._model.logits(hidden), items, ids))
 
-    def _sampled(
-        self, step: LaunchedStep, items: Sequence[ScheduledRequest], logits: Tensor, ids: Tensor
-    ) -> LaunchedStep:
-        sample = partial(self._sample, logits, items, ids)
+    def _sampled(self, step: LaunchedStep, items: Items, sample: Sample) -> LaunchedStep:
         if self.config.async_scheduling and self.masks.concerns([item.request.row for item in items]):
             step.sample = sample
         return sample(step) if step.sample is None else step
 
-    def _prompt_logprobs(
-        self, hidden: Tensor, items: Sequence[ScheduledRequest], order: Sequence[int]
-    ) -> PromptLogprobs:
+    def _prompt_logprobs(self, hidden: Tensor, items: Items, order: Sequence[int]) -> PromptLogprobs:
         """For prompts that ask: hidden state i of a prompt gives the log probabilities of its token i + 1."""
         found: PromptLogprobs = {}
         first = 0
@@ -198,9 +199,7 @@ class ModelGraphRunner:
                 )
         return found
 
-    def _sample(
-        self, logits: Tensor, items: Sequence[ScheduledRequest], ids: Tensor, step: LaunchedStep
-    ) -> LaunchedStep:
+    def _sample(self, logits: Tensor, items: Items, ids: Tensor, step: LaunchedStep) -> LaunchedStep:
         """logits: [m, vocab]; ids: [m], the token in front of the one to be chosen."""
         self.clock.enter("sample")
         rows = [item.request.row for item in items]
@@ -210,18 +209,18 @@ class ModelGraphRunner:
             for i, item in enumerate(items)
             if item.start + item.num_new - item.request.prompt_len < item.request.params.min_tokens
         ]
-
-        def output(i: int) -> Output:
-            request = items[i].request
-            known = request.token_ids[request.prompt_len :]
-            return known, len(request.token_ids) < positions[i]
-
+        output = partial(known_output, items)
         sampled = self._sampler.sample(logits.float(), rows, positions, masked, output, ids)
         if self._ranks is not None:
             self._ranks.agree(sampled.tokens)
         self._inputs.set_newest(rows, sampled.tokens)
         step.sampled, step.sample = sampled, None
         step.read_tokens = self._device.read_later(sampled.tokens)
+        return step
+
+    def _sample_masked(self, choose: ChooseMasked, items: Items, step: LaunchedStep) -> LaunchedStep:
+        self.clock.enter("sample")
+        step.read_tokens, step.sample = choose(*self.masks.bits_of(items)), None
         return step
 
     def _acquire_row(self, request: Request) -> None:

@@ -298,6 +298,10 @@ class GPUSampler(Sampler):
         """Whether `choose_plain` is all that these rows need, behind what `rules` change."""
         return not self._rules.concern(rows) and not self._asked(rows)
 
+    def masked(self, rows: Sequence[int]) -> bool:
+        """Whether `rules.replay_masked` is all that these rows need."""
+        return self.rules.only_masked(rows) and not self._asked(rows)
+
     def upload(self) -> None:
         """Send parameters that have changed. A cleared row's may stay: it is set before it is used again."""
         if not self._changed:

@@ -66,10 +66,22 @@ def on_the_cpu() -> list[str]:
     [{}, {"async_scheduling": False}, {"enforce_eager": True}],
     ids=["graphs", "sync", "eager"],
 )
-def test_constrained_and_free_requests_give_the_tokens_of_the_cpu(options: dict[str, Any]) -> None:
+def test_constrained_and_free_requests_give_the_tokens_of_the_cpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from microvllm.runtime.worker.gpu_rules import GpuRules
+
+    replay, calls = GpuRules.replay_masked, list[Any]()
+
+    def counted(*args: Any) -> None:
+        calls.append(args)
+        replay(*args)
+
+    monkeypatch.setattr(GpuRules, "replay_masked", counted)
     made = texts(device="cuda", num_gpu_blocks_override=512, block_size=16, **options)
     assert made == on_the_cpu()
     for i, text in enumerate(made):
         if i % 3 and text.endswith("}"):
             assert set(json.loads(text)) == {"name", "n", "tags"}
+    assert bool(calls) != bool(options.get("enforce_eager"))
     assert sum(text.endswith("}") for i, text in enumerate(made) if i % 3) > 0

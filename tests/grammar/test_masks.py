@@ -25,6 +25,8 @@ from microvllm.runtime.request import (
     StructuredOutput,
     ThinkingBudget,
 )
+from microvllm.runtime.worker.bitmask import take_out
+from microvllm.runtime.worker.device import Replay
 
 SCHEMA = {
     "type": "object",
@@ -121,6 +123,46 @@ def test_asynchronous_scheduling_changes_no_token(checker: GrammarChecker) -> No
         ]
         texts.append([text for text, _ in generate(engine, wanted)])
     assert texts[0] == texts[1]
+
+
+def test_tokens_that_a_device_chooses_by_masks_alone(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does in a graph, which takes the masks when the logits are there."""
+
+    def texts() -> list[str]:
+        wanted = [
+            request
+            for i in range(6)
+            for request in requests(
+                engine, PERSON if i % 3 else None, prompt=[5, i], temperature=0.0, ignore_eos=not i % 3
+            )
+        ]
+        return [text for text, _ in generate(engine, wanted)]
+
+    expected = texts()
+    runner: Any = engine.core._runner
+    device, replays = runner._device, list[int]()
+
+    def replay(items: Sequence[Any]) -> Replay | None:
+        rows = [item.request.row for item in items]
+        if any(item.num_new > 1 for item in items) or not runner.masks.concerns(rows):
+            return None
+        ids, hidden = device.forward(items, runner._block_tables)
+        logits = runner._model.logits(hidden)
+
+        def choose(at: Sequence[int], bits: Sequence[np.ndarray]) -> Any:
+            replays.append(len(at))
+            take_out(logits, at, bits)
+            tokens = logits.argmax(-1)
+            device.inputs.set_newest(rows, tokens)
+            return tokens.tolist
+
+        return Replay(ids, logits, None, choose)
+
+    monkeypatch.setattr(device, "replay", replay)
+    assert texts() == expected
+    assert max(replays) == 4
 
 
 def test_after_a_preemption_and_with_hits_of_the_prefix_cache(checker: GrammarChecker) -> None:

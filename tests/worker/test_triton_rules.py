@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -115,6 +116,51 @@ def test_other_rules_are_no_graph_s(pair: tuple[GpuRules, LogitRules]) -> None:
     assert ours.concern([0, 2]) and not ours.concern([0, 3])
     ours.clear_row(2)
     assert not ours.concern([0, 2])
+
+
+class Graph:
+    """Stands for a captured graph: runs its step again."""
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        self.replay = step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("at", [[0, 1, 2], [0, 2], []], ids=str)
+def test_masks_are_applied_behind_the_logits(
+    pair: tuple[GpuRules, LogitRules], at: list[int], dtype: torch.dtype
+) -> None:
+    """Of a batch of 3 in a graph of 4; the rows without a mask keep all their tokens."""
+    ours, made = pair[0], logits_of(7, 4).to(dtype)
+    static, chosen = made.clone().to(DEVICE), list[Tensor]()
+
+    def choose(logits: Tensor) -> Tensor:
+        chosen.append(logits.float().cpu())
+        return logits.argmax(-1)
+
+    def replay() -> None:
+        static.copy_(made)
+
+    graph: Any = Graph(replay)  # type: ignore[arg-type]
+    capture: Any = lambda step: (Graph(step), step())  # noqa: E731
+    ours.capture(graph, capture, choose, static, torch.arange(4, device=DEVICE))
+    for seed in (1, 2):  # the masks of the step before are gone
+        graph.replay()
+        draw = np.random.default_rng(seed)
+        allowed = draw.random((len(at), -(-VOCAB // 32) * 32)) < 0.3
+        ours.replay_masked(4, 3, at, list(np.packbits(allowed, axis=1, bitorder="little").view(np.int32)))
+        expected = made.float()
+        for i, row in zip(at, allowed, strict=True):
+            expected[i].masked_fill_(~torch.from_numpy(row[:VOCAB]), -torch.inf)
+        assert torch.equal(chosen[-1][:3], expected[:3])
+
+
+def test_masks_with_other_rules_are_no_graph_s(pair: tuple[GpuRules, LogitRules]) -> None:
+    admit(pair, 1, {"presence_penalty": 1.0})
+    ours = pair[0]
+    assert not ours.only_masked([0]), "nothing is captured"
+    ours._masked[4] = Graph(lambda: torch.zeros(1))  # type: ignore[assignment]
+    assert ours.only_masked([0, 2]) and not ours.only_masked([0, 1])
 
 
 def test_counts_stop_at_what_a_word_holds(pair: tuple[GpuRules, LogitRules]) -> None:
