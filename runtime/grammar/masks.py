@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microvllm.grammar")
 
 MAX_THREADS = 16
-PARALLEL_FROM = 16  # tokens; fewer are consumed sooner than threads wake
+MANY = 16  # rows whose masks are worth a wait until a thread computes them
 MAX_COMPILED = 64
 LEXERS = 4  # of a grammar that is compiled in QUICK_S; each of them finds the states of its lexer anew
 QUICK_S = 0.02
@@ -92,15 +92,12 @@ class Row:
         try:
             self.matcher = matcher = self.matcher or self._make()
             for token in tokens:
-                if self.consumes(token, matcher):
-                    self.consumed(matcher.consume_token(token), matcher)
+                if token >= 0 and self.problem is None:  # else the step has chosen none
+                    self._take(token, matcher)
         except Exception as error:
             self.fail(error)
 
-    def consumes(self, token: int, matcher: LLMatcher) -> bool:
-        """Follow a token as far as the form has not begun -> whether the matcher has to consume it."""
-        if token < 0 or self.problem is not None:  # the step has chosen none
-            return False
+    def _take(self, token: int, matcher: LLMatcher) -> None:
         form, free = self.form, self._free
         if free is not None:
             free.append(token)
@@ -108,17 +105,14 @@ class Row:
                 self._free, self._opening = None, False
             elif self._opening:
                 self._opening = len(free) < len(form.opens)
-                return False
+                return
             else:
                 self._free = None if free[-len(form.after) :] == form.after else free[-len(form.after) :]
-                return False
+                return
         # Behind its end a grammar allows the end token, which `ignore_eos` repeats.
-        return not matcher.is_stopped()
-
-    def consumed(self, valid: bool, matcher: LLMatcher) -> None:
-        """The matcher has consumed a token. valid: what it returned."""
-        if not valid:
-            self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
+        if matcher.is_stopped() or matcher.consume_token(token):
+            return
+        self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
 
     @property
     def due(self) -> bool:
@@ -321,8 +315,8 @@ class GrammarMasks:
     def _submit(self, work: Sequence[tuple[Row, Sequence[int]]]) -> None:
         """Advance rows: new and slow ones each in a thread of its own, the others together.
 
-        Those consume their tokens before this returns, in some 0.1 ms, and their masks are computed while the
-        engine goes on: a thread that did both would need the interpreter's lock in between.
+        Those take their tokens before this returns (4 us each; on several threads it takes longer), and their
+        masks are computed while the engine goes on.
         """
         together = []
         # Threads get rows that stand together: those of one lexer.
@@ -331,35 +325,16 @@ class GrammarMasks:
             if row.slow or row.matcher is None:
                 row.job = self._pool.submit(row.advance, tokens)
             else:
-                together.append((row, row.matcher, tokens))
+                row.take(tokens)
+                together.append((row, len(tokens)))
         if together:
-            self._consume(together)
             begun = threading.Event()
-            group = [(row, len(tokens)) for row, _, tokens in together]
-            job = self._pool.submit(self._compute, group, begun)
-            for row, _ in group:
+            job = self._pool.submit(self._compute, together, begun)
+            for row, _ in together:
                 row.job = job
-            if len(group) >= PARALLEL_FROM:
+            if len(together) >= MANY:
                 # Else it would not get the interpreter's lock before this thread has to wait for something.
                 begun.wait(BEGIN_S)
-
-    def _consume(self, work: Sequence[tuple[Row, LLMatcher, Sequence[int]]]) -> None:
-        single = []
-        for row, matcher, tokens in work:
-            if len(tokens) != 1:
-                row.take(tokens)
-                continue
-            try:
-                if row.consumes(tokens[0], matcher):
-                    single.append((row, matcher, tokens[0]))
-            except Exception as error:
-                row.fail(error)
-        if len(single) < PARALLEL_FROM:
-            valid = [matcher.consume_token(token) for _, matcher, token in single]
-        else:
-            valid = self._executor.consume_token_par([(matcher, token) for _, matcher, token in single])
-        for (row, matcher, _), each in zip(single, valid, strict=True):
-            row.consumed(each, matcher)
 
     def _compute(self, group: Sequence[tuple[Row, int]], begun: threading.Event) -> None:
         """Compute the masks behind so many more tokens of each row, in one call without the lock."""

@@ -305,14 +305,14 @@ def test_a_form_that_explodes_fails_alone(engine: InferenceEngine) -> None:
 def test_a_matcher_that_raises_fails_alone(
     engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    consumes = Row.consumes
+    take = Row._take
 
-    def broken(row: Row, token: int, matcher: Any) -> bool:
+    def broken(row: Row, token: int, matcher: Any) -> None:
         if row.form.kind == "regex" and row.num_taken == 3:
             raise ZeroDivisionError
-        return consumes(row, token, matcher)
+        take(row, token, matcher)
 
-    monkeypatch.setattr(Row, "consumes", broken)
+    monkeypatch.setattr(Row, "_take", broken)
     good, bad = generate(engine, [*requests(engine, PERSON), *requests(engine, LETTERS, prompt=[8])])
     check_person(good[0])
     assert bad[1].finish_reason is FinishReason.ERROR and "ZeroDivisionError" in str(bad[1].error)
