@@ -843,6 +843,29 @@ async def test_what_a_response_repeats_is_bounded(field: str, value: Any) -> Non
     assert len(answer["error"]["message"]) < 300
 
 
+async def test_the_input_of_unfinished_responses_is_bounded() -> None:
+    client = FakeClient()
+    client.stall_after = 1
+    item = {"role": "user", "content": "hi", "unknown": "x" * 10_000}
+    async with in_process(client, max_response_store_bytes=1 << 14) as http:
+
+        async def send(**more: Any) -> Any:
+            return await http.post("/v1/responses", json={**ASK, "input": [item], "background": True, **more})
+
+        first = await send()
+        assert first.status_code == 200
+        refused = await send()
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        small = await send(input="hi")
+        assert small.status_code == 200, "what fits is served"
+        for name in (first.json()["id"], small.json()["id"]):
+            assert (await http.post(f"/v1/responses/{name}/cancel")).status_code == 200
+        again = await send()
+        assert again.status_code == 200
+        assert (await http.post(f"/v1/responses/{again.json()['id']}/cancel")).status_code == 200
+    assert not client.running
+
+
 def call_with(arguments: str) -> dict[str, Any]:
     return {"type": "function_call", "call_id": "a", "name": "get_weather", "arguments": arguments}
 

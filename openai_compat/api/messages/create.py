@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 async def create_message(request: Request, state: ServerState, body: MessagesRequest) -> Response:
     """Answers a conversation as Anthropic's API does, whole or as a stream of events."""
     chat = await state.client.run_blocking(chat_request, body, state)
+    del body  # it would be held until the answer ends, with all messages
     try:
         return await Messages(request, state, chat).respond()
     except InvalidRequestError as error:

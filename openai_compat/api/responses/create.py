@@ -90,6 +90,7 @@ class ModelResponse(Chat):
         self.asked = asked
         self.stores = stores(asked, state.responses)
         self._input = read.items
+        self._held = 0  # bytes of it that are counted
         asked.input = ""
         self.writer = OutputWriter(suffix, read.tools, sealed=ENCRYPTED in asked.include)
         self._logprobs: ChatLogprobs | None = None
@@ -111,6 +112,23 @@ class ModelResponse(Chat):
                 raise
         self.body.messages = await self.state.client.run_rendering(shortened, self.state, self.body)
         return await super().read_prompts()
+
+    async def submit(self, prompts: Sequence[list[int]]) -> None:
+        self.state.responses.hold(len(self._input))
+        self._held = len(self._input)
+        try:
+            await super().submit(prompts)
+        except BaseException:
+            self._release()
+            raise
+
+    def abort(self) -> None:
+        super().abort()
+        self._release()
+
+    def _release(self) -> None:
+        self.state.responses.release(self._held)
+        self._held = 0
 
     # ---- whole, as a stream, in the background ------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
-from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.errors import BodyMemoryError, clip
 from microvllm.runtime.errors import InvalidRequestError, RequestError
 
 ID_PREFIX = "resp_"
@@ -72,6 +72,22 @@ class ResponseStore:
         self.num_bytes = 0
         self._lock = threading.Lock()
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._held = 0  # bytes of input of responses that are not finished
+
+    def hold(self, num_bytes: int) -> None:
+        """Count what an unfinished response will store, until `release`; up to `max_bytes` of all together.
+
+        Members of items that nobody reads make an input as large as a body. Raises `BodyMemoryError`.
+        """
+        with self._lock:
+            if self._held and self._held + num_bytes > self.max_bytes:
+                raise BodyMemoryError
+            self._held += num_bytes
+
+    def release(self, num_bytes: int) -> None:
+        """Take back what `hold` has counted."""
+        with self._lock:
+            self._held -= num_bytes
 
     def __len__(self) -> int:
         return len(self._responses)
