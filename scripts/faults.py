@@ -171,9 +171,8 @@ async def _longest_callback(model: str) -> tuple[float, str]:
             transport=transport, base_url="http://server", timeout=PATIENCE_S
         ) as http:
             for path in dict(bodies):  # what is imported at first use
-                await http.post(
-                    path, json={"prompt": "a", "input": "a", "messages": [user], "logprobs": None}
-                )
+                first = {"prompt": "a", "input": "a", "messages": [user], limits.get(path, "max_tokens"): 1}
+                await http.post(path, json=first)
             longest: list[tuple[float, str]] = []
             for path, body in [each for each in bodies for _ in range(2)]:
                 content = json.dumps({limits.get(path, "max_tokens"): 1, **body})
