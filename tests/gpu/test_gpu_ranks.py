@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
 from model_tools import generate_ids, make_engine, make_prompts, make_request, run_requests
 from tiny_models import make_hf_folder
 
+from microvllm.ops.gpu.levers import OPT_IN_VARIABLE
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.worker.parallel.runner import ParallelRunner
@@ -62,16 +66,21 @@ def nothing_is_left() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["nccl", "own"])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("qwen2", {}),
-        ("one-kv-head", {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 24, "max_model_len": 128}),
+        ("one-kv-head", {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 14, "max_model_len": 128}),
         ("one-kv-head", {"enforce_eager": True, "async_scheduling": False}),
     ],
     ids=["graphs", "chunked-preempted", "eager"],
 )
-def test_tokens_in_float32_are_those_of_one_gpu(name: str, options: dict[str, Any]) -> None:
+def test_tokens_in_float32_are_those_of_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], own: bool
+) -> None:
+    """With sums by NCCL, and by the own kernel."""
+    monkeypatch.setenv(OPT_IN_VARIABLE, "peers" if own else "")
     one, two = (engine(name, ranks, dtype="float32", **options) for ranks in (1, 2))
     assert isinstance(two.core._runner, ParallelRunner)
     assert generate_ids(two, PROMPTS, 40) == generate_ids(one, PROMPTS, 40)
