@@ -47,9 +47,9 @@ class InferenceEngine:
 
     May be used from several threads, whose requests then share steps, and several streams may be open and
     taken from in turns. KeyboardInterrupt ends the requests of the call that it comes to, and only these; the
-    engine stays usable. The garbage collector is the caller's: `gc.freeze()` behind the start keeps collections
-    of what lives long, 0.2 s each, out of steps. Raises `ConfigError` for a model that cannot be loaded and `InvalidRequestError`,
-    naming the field, for a wrong request.
+    engine stays usable. The garbage collector is the caller's: `gc.freeze()` behind the start keeps
+    collections of what lives long, 0.2 s each, out of steps. Raises `ConfigError` for a model that cannot be
+    loaded and `InvalidRequestError`, naming the field, for a wrong request.
     """
 
     def __init__(
