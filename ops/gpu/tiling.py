@@ -99,10 +99,14 @@ def rounded_stream_tiling(m: int, n: int, k: int, *, gated: bool, whole_rows: bo
 # ---- matrices of codes of 4 or 8 bits (`ops.gpu.coded`) -------------------------------------------------
 
 MAX_CODED_ROWS = 256
+MAX_WIDE_CODED_ROWS = 8  # in float32
 
 
 def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
-    """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words."""
+    """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words.
+
+    More stages of many rows would take more than the 99 KB of shared memory that compute capability 8.6 has.
+    """
     tiles = -(-n // 64) * -(-m // 64)
-    splits = max(1, min(-(-(400 if m <= 8 else 264) // tiles), k // (2 * step)))
-    return Tiling(64, step, 4, 3, splits)
+    programs, stages = (400, 3) if m <= MAX_WIDE_CODED_ROWS else (264, 2)
+    return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
