@@ -38,6 +38,7 @@ HIDDEN, INNER, LAYERS = 576, 1536, 30
 ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 256, 1024)
 TURNS = 5
 MAX_ERROR = 1e-5
+MAX_ERROR_IN_TWO_PARTS = 3e-5  # activations as two numbers of bfloat16, on the matrix unit
 WEIGHTS = {"bfloat16": {"dtype": "bfloat16", "gguf_weights": "dequantized"}, "as in the file": {}}
 THRESHOLD = operators.MAX_KERNEL_ROWS_BF16
 
@@ -274,7 +275,8 @@ def main() -> int:
         library = build.build_kernels(level)
         error = largest_error(CpuOperators(loaded(library), args.threads)) if level in usable else None
         text = "does not run here" if error is None else f"{error:.1e}"
-        wrong |= error is not None and not error < MAX_ERROR
+        limit = MAX_ERROR_IN_TWO_PARTS if level.name == "amx" else MAX_ERROR
+        wrong |= error is not None and not error < limit
         print(f"| {level.name} | {registers(library)} | {text} |")
 
     library = load_kernels()
@@ -295,8 +297,10 @@ def main() -> int:
         Products(CpuOperators(loaded(build.build_kernels(level)), args.threads, tuning=kept.tuning))
         for level in usable
     ]
-    # Kernels that use the matrix unit leave nothing to the library.
-    by_library = next(one for one, level in zip(kernels, usable, strict=True) if level.name != "amx")
+    # Kernels that multiply bfloat16 by themselves leave nothing to the library.
+    by_library = next(
+        one for one, level in zip(kernels, usable, strict=True) if "avx512_bf16" not in level.features
+    )
     for m in ROWS:
         operators.MAX_KERNEL_ROWS_BF16 = 1 << 30
         times = [products.seconds(m) for products in kernels]
