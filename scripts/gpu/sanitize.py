@@ -127,7 +127,7 @@ def scaled() -> None:
             ScaledTensor.of(*quantize(normal(*shape), block), (block[0], block[1] or shape[1]), "token")
             for shape in ((2 * width, hidden), (hidden, width))
         )
-        for rows in (1, 2, 7, MAX_STREAMED_ROWS + 1):
+        for rows in (1, 2, 7, 20, MAX_STREAMED_ROWS + 1):
             x = normal(rows, hidden)
             act = ops.norm_gate_up(normal(hidden), 1e-5, up)(x)
             check(f"scaled products of {rows} rows", act, ops.linear(down, normal(hidden))(act, x))
