@@ -1,10 +1,11 @@
 """Measures at the first start which of two ways this processor is faster.
 
-Fetched past the second-level cache, an AMD Zen reads weights as fast as any other way, a Sapphire Rapids Xeon
-half as fast; how many rows are few, and when keys are best fetched, differs too. Processor time of one thread is compared, which
-other processes disturb least, and in turns: the way that is not the default is chosen only if it is faster by
-5 % or more in three quarters of the turns. The result is kept beside the compiled kernels, for this processor
-and library. What was measured while other processes were busy is measured again at the next starts.
+Fetched past the second-level cache, an AMD Zen reads weights as fast as any other way, a Sapphire Rapids
+Xeon half as fast; how many rows are few, and when keys are best fetched, differs too. Processor time of one
+thread is compared, which other processes disturb least, and in turns: the way that is not the default is
+chosen only if it is faster by 5 % or more in three quarters of the turns. The result is kept beside the
+compiled kernels, for this processor and library. What was measured while other processes were busy is
+measured again at the next starts.
 """
 
 from __future__ import annotations
