@@ -278,3 +278,14 @@ def test_too_few_or_different_gpus(
     spec = EngineArgs(model=str(folder_of(tmp_path, "qwen2")), device="cpu").resolve().spec
     with pytest.raises(ConfigError, match=problem):
         rank_checks.check_ranks(2, spec, "cuda", batch_invariant=False)
+
+
+def test_gpus_come_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rank_checks, "gpu_names", lambda: ["NVIDIA H200"] * 2)
+    spec = EngineArgs(model=str(folder_of(tmp_path, "qwen2")), device="cpu").resolve().spec
+    for device, warned in (("cpu", False), ("cuda", True)):
+        caplog.clear()
+        assert rank_checks.check_ranks(2, spec, device, batch_invariant=False) == spec.sharded(2)
+        assert ("not on GPUs yet" in caplog.text) == warned
