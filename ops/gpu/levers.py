@@ -41,7 +41,7 @@ class Levers:
     step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
     and values by TMA; packed: matrices that a checkpoint quantises stay packed; w8a8: of those, products of
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
-    rows by `ops.gpu.peers`; rules: penalties and biases of a decode step by a graph of their own;
+    rows by `ops.gpu.peers`; rules: penalties, biases and masks of a decode step by graphs of their own;
     long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models.
     """
 
