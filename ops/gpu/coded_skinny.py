@@ -24,7 +24,6 @@ from microvllm.ops.gpu.skinny import add_parts, finish
 from microvllm.ops.gpu.tiling import Tiling
 
 MIN_ROWS, MOST_ROWS = 8, 64  # of the right operand's tile
-PREFETCHED = tl.constexpr(4)  # steps whose words are requested before the kernel ahead has ended
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -79,22 +78,6 @@ def _unpacked(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
                    tl.float16),
         )  # fmt: skip
     return tiles, above
-
-
-@triton.jit
-def _prefetch(begins, COUNT: tl.constexpr):
-    """Bring COUNT words from each of these places to the second-level cache."""
-    # All threads of a warp name one place: the instruction takes those that differ one after another.
-    at = (begins[:, None] + tl.zeros([1, 32], tl.int32)).to(tl.int64)
-    size = tl.full(at.shape, 4 * COUNT, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [at, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -225,13 +208,6 @@ def _coded_skinny_kernel(
     # [4, blocks, 128]: a warp's threads have 16 bytes each of a block, four times.
     quarter = tl.arange(0, 4)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
     word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + quarter
-    if PDL:
-        ahead: tl.constexpr = min(SPLIT_K // STEP, PREFETCHED)
-        step = tl.minimum(split * (SPLIT_K // STEP), WORDS // WIDTH - ahead)
-        begins = words + block.to(tl.int64) * (ROW_BLOCK * WORDS) + step * (ROW_BLOCK * WIDTH)
-        _prefetch(begins, ahead * ROW_BLOCK * WIDTH)
-        if GATED:
-            _prefetch(begins + N * WORDS, ahead * ROW_BLOCK * WIDTH)
     follow(PDL)
     x_at = x + tl.minimum(m, M - 1)[None, :] * K + column[:, None]
     first = split * SPLIT_K
