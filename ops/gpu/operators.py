@@ -112,7 +112,7 @@ class GpuOperators(Operators):
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:
             raise ValueError(f"--attention-backend {self._attention} does not cap attention scores")
-        if config.dtype == torch.float8_e4m3fn:
+        if config.dtype == torch.float8_e4m3fn and config.inv_freq.device.type == "cuda":
             capability = torch.cuda.get_device_capability(config.inv_freq.device)
             if capability < (8, 9):
                 version = ".".join(map(str, capability))

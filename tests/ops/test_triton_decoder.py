@@ -1,0 +1,75 @@
+"""A whole decoder of the GPU's operators with a cache of e4m3 and packed codes; interpreted without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_tools import load_script
+from tiny_models import make_hf_folder
+from torch import Tensor
+
+from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
+
+from attention_case import segment_table
+
+from microvllm.adapters.decoder import DecoderModel
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.weights import load_weights
+from microvllm.ops.attention import AttentionBatch
+from microvllm.ops.coded import CodedTensor
+from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.operators import Operators, TorchOperators
+
+BLOCK, BLOCKS = 16, 8
+
+
+def logits(model: DecoderModel, device: torch.device, cache: torch.dtype) -> Tensor:
+    """Of a prompt of 21 tokens in two chunks, then of two decodes."""
+    attention = model.attention(BLOCKS, BLOCK, 64, cache, device)
+    table, found, done = [5, 2], [], 0
+    ids = torch.arange(3, 26)
+    for count in (13, 8, 1, 1):
+        at = torch.arange(done, done + count)
+        done += count
+        slots = torch.tensor(table)[at // BLOCK] * BLOCK + at % BLOCK
+        decodes = int(count == 1)
+        blocks = torch.tensor([table] * decodes, dtype=torch.int64).view(decodes, 2)
+        segments = segment_table([(count, done, table)] * (1 - decodes), device)
+        batch = AttentionBatch(
+            at.to(device),
+            slots.to(device),
+            decodes,
+            blocks.to(device),
+            torch.full((decodes,), done, device=device),
+            None if decodes else segments,
+        )
+        hidden = model.forward(ids[at].to(device), attention.begin_step(batch))
+        found.append(model.logits(hidden).cpu())
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("form", [None, "awq", "gptq-8"])
+def test_logits_are_those_of_the_torch_operators(tmp_path: Path, form: str | None) -> None:
+    plain = make_hf_folder(
+        tmp_path / "plain", "qwen3", hidden_size=96, intermediate_size=64, num_hidden_layers=2, head_dim=32
+    )
+    folder = plain
+    if form is not None:
+        folder = tmp_path / form
+        load_script("quantize_checkpoint").quantize_folder(plain, folder, form, 32)
+    spec = load_spec(folder)
+
+    def model(operators: Operators, device: str) -> DecoderModel:
+        weights = load_weights(folder, spec, "auto", torch.float32, device=device, packed=operators.packed)
+        coded = sum(isinstance(weight, CodedTensor) for weight in weights.values())
+        assert coded == (8 if form is not None and operators.packed else 0)
+        return DecoderModel(spec, weights, operators)
+
+    expected = logits(model(TorchOperators(torch.float32), "cpu"), torch.device("cpu"), torch.float8_e4m3fn)
+    gpu = GpuOperators(torch.float32, DEVICE, "triton")
+    found = logits(model(gpu, DEVICE.type), DEVICE, torch.float8_e4m3fn)
+    # A key between two numbers of e4m3 may be rounded to either.
+    assert (found - expected).norm() / expected.norm() < 5e-3
+    assert found.argmax(1).equal(expected.argmax(1))
