@@ -40,7 +40,8 @@ class GpuExperts:
     """residual + the weighted sum of what a token's experts give to norm(x).
 
     Sums are taken in float32 and rounded after each product. router: the product with its weight, [n, h] ->
-    [n, E]; arrivals: see `routing.route_few`; boxes: whether the device has TMA.
+    [n, E]; arrivals: see `routing.route_few`; boxes: whether the device has TMA; shared_memory: of a
+    multiprocessor, in bytes.
 
     `fixed_order`: a row has the same bits whatever is computed with it: one tiling for any number of rows, so
     that sums over terms have one order; those over a token's experts always have.
@@ -57,6 +58,7 @@ class GpuExperts:
         *,
         fixed_order: bool,
         boxes: bool,
+        shared_memory: int,
         pdl: bool,
     ) -> None:
         self._norm: Tensor | None = None
@@ -76,7 +78,7 @@ class GpuExperts:
         # The largest number of tokens that are multiplied without sorting.
         fits = gated and routing.num_groups == 1 and len(kinds) == 1
         self._few = MAX_GEMV_TOKENS if fits and not fixed_order else 0
-        self._fixed_order, self._pdl = fixed_order, pdl
+        self._fixed_order, self._shared_memory, self._pdl = fixed_order, shared_memory, pdl
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [n, h] -> [n, h]; the residual, which may be x, may be overwritten by the result."""
@@ -122,4 +124,5 @@ class GpuExperts:
         if itemsize == 4:
             tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
         steps = [weight.step for weight in (self._gate_up, self._down) if weight.step is not None]
-        return replace(tiling, block_k=min(tiling.block_k, *steps)) if steps else tiling
+        tiling = replace(tiling, block_k=min([tiling.block_k, *steps]))
+        return tiling.within(self._shared_memory, itemsize, 1 if self._is_coded else itemsize)

@@ -7,7 +7,7 @@ expert the weights' bytes are what takes the time: those of each chosen expert a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -41,6 +41,14 @@ class GroupedTiling:
     stages: int
     swapped: bool = False
     boxes: bool = False
+
+    def within(self, shared_memory: int, x_bytes: int, weight_bytes: int) -> GroupedTiling:
+        """The same with as many stages, but at least two, as so many bytes hold of a gated product's tiles.
+
+        x_bytes, weight_bytes: of one number.
+        """
+        step = (2 * self.columns * weight_bytes + self.rows * x_bytes) * self.block_k
+        return replace(self, stages=max(2, min(self.stages, shared_memory // step)))
 
 
 @triton.jit

@@ -38,3 +38,12 @@ def launch_options(pdl: bool) -> dict[str, Any]:
     """The keyword arguments of a kernel's launch that go with its `PDL`."""
     # Triton's interpreter and older cards know no `launch_pdl`.
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that one program may have; in Triton's interpreter as on compute capability 9.0."""
+    if device.type != "cuda":
+        return 227 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    size: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return size

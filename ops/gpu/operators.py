@@ -19,7 +19,7 @@ from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.experts import GpuExperts
 from microvllm.ops.gpu.fixed_order import FixedOrderProduct
-from microvllm.ops.gpu.launch import can_launch_early
+from microvllm.ops.gpu.launch import can_launch_early, shared_memory
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.packed import KINDS, packed_kinds
@@ -94,9 +94,18 @@ class GpuOperators(Operators):
     ) -> tuple[Operator, LinearOperator]:
         # The shared expert has the norm in common with the others, which else is a part of their kernels.
         outside, inside = (None, norm) if weights.shared is None else (norm, None)
-        ways = {"fixed_order": self._batch_invariant, "boxes": self.levers.boxes, "pdl": self.pdl}
-        router = self.linear(weights.router)
-        chosen = GpuExperts(inside, router, weights, routing, activation, self._arrivals, **ways)
+        chosen = GpuExperts(
+            inside,
+            self.linear(weights.router),
+            weights,
+            routing,
+            activation,
+            self._arrivals,
+            fixed_order=self._batch_invariant,
+            boxes=self.levers.boxes,
+            shared_memory=shared_memory(self._arrivals.device),
+            pdl=self.pdl,
+        )
         return self.norm(outside), with_shared(self, chosen, weights.shared, activation)
 
     def mlp_input(
