@@ -1,8 +1,8 @@
 """Divides a GPU's memory: weights, activations and CUDA graphs take theirs, the KV cache gets the rest.
 
 The graphs hold the cache's address, so it has to exist before they are captured. What they take is measured
-on the largest and a few others, captured over a cache of `TRIAL_BLOCKS` and dropped again: all of them share
-one pool, whose size the largest decides, and each of the others adds what the driver keeps of it.
+on the largest of each kind, captured over a cache of `TRIAL_BLOCKS` and dropped again: all of them share one
+pool, whose size the largest decides. Only what this process takes is counted, as others may start meanwhile.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
 
 TRIAL_BLOCKS = 16  # divisible by 16, as the real number mostly is: the kernels of both are the same
-TRIAL_GRAPHS = 4  # of each kind
-# More than a CUDA context, which cannot be told from the memory of other processes.
+# More than the driver keeps of a graph, and than CUDA's context takes: what the GPU reports of these cannot
+# be told from what other processes do meanwhile.
+DRIVER_BYTES = 4 << 20
 CONTEXT_BYTES = 1 << 30
 # What allocation in pieces leaves unused, and what the first penalties and long log probabilities take.
 RESERVE_BYTES = 256 << 20
@@ -105,11 +106,10 @@ def load_beside_cache(
     """Load the model, and size the KV cache that fits beside it and all that it needs.
 
     Returns the configuration with the number of KV blocks, and a context that they hold. The blocks fill
-    `gpu_memory_utilization` of the GPU, unless their number was requested; what was in use before the model
-    was loaded, CUDA's context apart, is not ours and does not count. Raises `ConfigError` when not one
-    request of full length fits and the context may not be lowered, and for too large a request.
+    `gpu_memory_utilization` of the GPU, as far as it is free, unless their number was requested. Raises
+    `ConfigError` when not one request of full length fits and the context may not be lowered, and for too
+    large a request.
     """
-    others = max(0, memory_in_use(config.device) - CONTEXT_BYTES)
     with memory_for("the weights"):
         model = load_model(config, on_progress, ranks)
     measuring = Stage("Measuring memory", 1, on_progress)
@@ -118,7 +118,7 @@ def load_beside_cache(
         activations = _activation_bytes(config, model)
         graphs = 0 if config.enforce_eager else _graph_bytes(config, model)
     free, total = torch.cuda.mem_get_info()
-    ours = total - free - others
+    ours = torch.cuda.memory_reserved() + CONTEXT_BYTES
     budget = int(total * config.gpu_memory_utilization)
     block_bytes = config.block_bytes
     room = free if config.num_blocks else min(budget - ours, free)
@@ -183,12 +183,12 @@ def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
 
 
 def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
-    """Capture the largest graphs and a few others, and drop them -> bytes that all of them will take."""
+    """Capture the largest graphs, and drop them -> bytes that all of them will take."""
     # Here, because a machine without a GPU need not have Triton.
     from microvllm.runtime.worker.graphs import make_graphs
 
     small = msgspec.structs.replace(config, num_blocks=TRIAL_BLOCKS)
-    before = memory_in_use(config.device)
+    before = torch.cuda.memory_reserved()
     device, rows = torch.device(config.device), config.max_num_seqs + 1
     made = make_graphs(
         small,
@@ -198,16 +198,13 @@ def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
         GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device),
         Readback(config.max_num_seqs),
     )
-    kinds, silent = [kind for kind in made if kind.sizes], Stage("", 1, None)
-    taken = []
-    for number in (1, 1 + TRIAL_GRAPHS):
-        for kind in kinds:
-            kind.capture(silent, number)
-        torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
-        taken.append(memory_in_use(config.device) - before)
-    number = sum(len(kind.sizes) for kind in kinds)
-    added = sum(min(TRIAL_GRAPHS, len(kind.sizes) - 1) for kind in kinds)
-    del made, kinds
+    silent, number = Stage("", 1, None), 0
+    for graphs in made:
+        graphs.capture(silent, 1)
+        number += len(graphs.sizes)
+    torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
+    taken = torch.cuda.memory_reserved() - before
+    del made, graphs
     gc.collect()
     torch.cuda.empty_cache()
-    return max(0, taken[0]) + max(0, taken[1] - taken[0]) * number // max(1, added)
+    return taken + number * DRIVER_BYTES
