@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,10 +35,16 @@ def ranks_of(engine: int) -> list[int]:
     return found
 
 
+def folders() -> list[Path]:
+    """Those in which ranks find each other."""
+    return [file.parent for file in Path(tempfile.gettempdir()).glob("microvllm-*/ranks")]
+
+
 @pytest.mark.asyncio
 async def test_an_engine_whose_rank_dies_is_started_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = folders()
     folder = make_hf_folder(tmp_path, "qwen2", **SIZES, max_position_embeddings=8192)
     config = EngineArgs(
         model=str(folder), device="cpu", dtype="float32", tensor_parallel_size=2, num_gpu_blocks_override=512
@@ -73,3 +80,4 @@ async def test_an_engine_whose_rank_dies_is_started_again(
     finally:
         await client.close()
     wait_until(lambda: not alive(rank), "the rank ends with the server")
+    assert not [folder for folder in folders() if folder not in before]

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -75,6 +76,7 @@ class _Follower:
         self._link = link
         self._sending = threading.Lock()
         self._steps = 0
+        self._folder: str | None = None
         threading.Thread(target=self._beat_until_hangup, name="heartbeat", daemon=True).start()
 
     def send(self, message: RankHello | RankReady | RankFailed | RankBeat) -> None:
@@ -89,7 +91,7 @@ class _Follower:
         start = self._link.receive()
         if not isinstance(start, StartRank):
             raise TypeError(f"the first message must be StartRank, not {type(start).__name__}")
-        config = start.config
+        config, self._folder = start.config, start.folder
         self.send(RankHello(stamp_of(config)))
         ranks = TorchRanks(start.rank, config.tensor_parallel_size, config.device, start.folder)
         runner = make_runner(msgspec.structs.replace(config, log_step_times=False), None, ranks)
@@ -112,4 +114,6 @@ class _Follower:
         while not hangup.poll(BEAT_S * 1000):
             with contextlib.suppress(OSError):  # the other side is gone, which the next poll reports
                 self.send(RankBeat(self._steps))
+        if self._folder is not None:  # rank 0 may have been killed
+            shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(0)
