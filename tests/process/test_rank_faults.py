@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,17 +34,14 @@ def ranks_of(engine: int) -> list[int]:
     return found
 
 
-def folders() -> list[Path]:
-    """Those in which ranks find each other."""
-    return [file.parent for file in Path(tempfile.gettempdir()).glob("microvllm-*/ranks")]
-
-
 @pytest.mark.asyncio
 async def test_an_engine_whose_rank_dies_is_started_again(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = folders()
-    folder = make_hf_folder(tmp_path, "qwen2", **SIZES, max_position_embeddings=8192)
+    meeting = tmp_path / "meeting"  # where the ranks find each other, in a folder for each engine
+    meeting.mkdir()
+    monkeypatch.setenv("TMPDIR", str(meeting))
+    folder = make_hf_folder(tmp_path / "model", "qwen2", **SIZES, max_position_embeddings=8192)
     config = EngineArgs(
         model=str(folder), device="cpu", dtype="float32", tensor_parallel_size=2, num_gpu_blocks_override=512
     ).resolve()
@@ -80,4 +76,4 @@ async def test_an_engine_whose_rank_dies_is_started_again(
     finally:
         await client.close()
     wait_until(lambda: not alive(rank), "the rank ends with the server")
-    assert not [folder for folder in folders() if folder not in before]
+    assert not list(meeting.iterdir())
