@@ -1,4 +1,4 @@
-"""A whole decoder of the GPU's operators with a cache of e4m3 and packed codes; interpreted without a GPU."""
+"""Whole decoders of the GPU's operators: a cache of e4m3, packed codes, experts; interpreted without one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.coded import CodedTensor
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.operators import Operators, TorchOperators
+from microvllm.ops.scaled import ScaledTensor
 
 BLOCK, BLOCKS = 16, 8
 
@@ -72,4 +73,41 @@ def test_logits_are_those_of_the_torch_operators(tmp_path: Path, form: str | Non
     found = logits(model(gpu, DEVICE.type), DEVICE, torch.float8_e4m3fn)
     # A key between two numbers of e4m3 may be rounded to either.
     assert (found - expected).norm() / expected.norm() < 5e-3
+    assert found.argmax(1).equal(expected.argmax(1))
+
+
+SPARSE = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "qwen3_moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("form", [None, "fp8"])
+@pytest.mark.parametrize("family", SPARSE)
+def test_logits_of_mixtures_of_experts(tmp_path: Path, family: str, form: str | None) -> None:
+    """With a cache of float32 nothing is rounded. Of codes every matrix but routers stays packed."""
+    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    plain = make_hf_folder(tmp_path / "plain", family, **sizes, **SPARSE[family])
+    folder = plain
+    if form is not None:
+        folder = tmp_path / form
+        load_script("quantize_checkpoint").quantize_folder(plain, folder, form, 32)
+    spec = load_spec(folder)
+
+    def model(operators: Operators, device: str) -> DecoderModel:
+        weights = load_weights(folder, spec, "auto", torch.float32, device=device, packed=operators.packed)
+        kept = isinstance(weights["layers.1.experts_down"], ScaledTensor)
+        assert kept == (form is not None and ScaledTensor in operators.packed)
+        return DecoderModel(spec, weights, operators)
+
+    expected = logits(model(TorchOperators(torch.float32), "cpu"), torch.device("cpu"), torch.float32)
+    gpu = GpuOperators(torch.float32, DEVICE, "triton")
+    found = logits(model(gpu, DEVICE.type), DEVICE, torch.float32)
+    assert (found - expected).norm() / expected.norm() < 1e-4
     assert found.argmax(1).equal(expected.argmax(1))
