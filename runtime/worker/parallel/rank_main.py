@@ -37,12 +37,15 @@ from microvllm.runtime.worker.parallel.messages import (
     stamp_of,
 )
 
+CONNECT_S = 60  # until the rank is connected with the others, or is ended by the system
+
 
 def main() -> None:
     """Run a rank on the socket whose descriptor is the first argument."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # they were blocked until here
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     print_stacks_on_signal()
     logging.disable(logging.WARNING)  # rank 0 logs them
     link: Link[ToRank] = Link(socket.socket(fileno=int(sys.argv[1])), ToRank)
@@ -93,7 +96,10 @@ class _Follower:
             raise TypeError(f"the first message must be StartRank, not {type(start).__name__}")
         config, self._folder = start.config, start.folder
         self.send(RankHello(stamp_of(config)))
+        # Torch holds the interpreter's lock while it waits: no thread would see that the others are gone.
+        signal.alarm(CONNECT_S)
         ranks = TorchRanks(start.rank, config.tensor_parallel_size, config.device, start.folder)
+        signal.alarm(0)
         runner = make_runner(msgspec.structs.replace(config, log_step_times=False), None, ranks)
         self.send(RankReady())
         gc.collect()
