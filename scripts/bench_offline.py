@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import json
 import random
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.options import span
 
@@ -104,12 +106,13 @@ def main() -> None:
     parser.add_argument("--no-freeze", action="store_true", help="let collections walk what exists already")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="fields of EngineArgs")
     args = parser.parse_args()
-    options = {}
+    options: dict[str, Any] = {}
     for each in args.set:
         name, _, value = each.partition("=")
-        options[name] = (
-            int(value) if value.lstrip("-").isdigit() else {"true": True, "false": False}.get(value, value)
-        )
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
     started = time.perf_counter()
     config = EngineArgs(model=args.model, load_format=args.load_format, **options).resolve()
     runner = start_runner(config)

@@ -11,6 +11,9 @@ from model_tools import make_engine, variant_folder
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.worker import gpu_memory
+
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
 from microvllm.runtime.worker.graphs import borrowed, capture
 
 pytestmark = [
