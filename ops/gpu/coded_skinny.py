@@ -20,7 +20,7 @@ from torch import Tensor
 
 from microvllm.ops.coded import BLOCK, PLANE, CodedTensor
 from microvllm.ops.gpu.launch import follow, launch_options
-from microvllm.ops.gpu.skinny import add_parts, finish
+from microvllm.ops.gpu.skinny import finish_split
 from microvllm.ops.gpu.tiling import Tiling
 
 MIN_ROWS, MOST_ROWS = 8, 64  # of the right operand's tile
@@ -248,25 +248,11 @@ def _coded_skinny_kernel(
             up_sums *= tl.load(scales + N + row).to(tl.float32)[:, None]
     sums = tl.trans(sums)
     up_sums = tl.trans(up_sums)
-    if SPLITS == 1:
-        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
-    else:
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        halves: tl.constexpr = 2 if GATED else 1
-        place = tile_id * tl.num_programs(0) + tl.program_id(0)
-        stride = tl.num_programs(0) * tl.num_programs(1) * size * halves
-        here = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        part_at = parts + place * size * halves + here
-        tl.store(part_at + split * stride, sums)
-        if GATED:
-            tl.store(part_at + split * stride + size, up_sums)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(arrivals + place, 1) == SPLITS - 1:
-            tl.atomic_xchg(arrivals + place, 0)
-            sums = add_parts(part_at, stride, SPLITS)
-            if GATED:
-                up_sums = add_parts(part_at + size, stride, SPLITS)
-            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+    place, places = tile_id * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
+    finish_split(
+        y, sums, up_sums, m, n, bias, residual, parts, arrivals, place, places, split, M, N,
+        BLOCK_M, BLOCK_N, SPLITS, GATED, BIAS, RESIDUAL
+    )  # fmt: skip
 
 
 def coded_skinny(

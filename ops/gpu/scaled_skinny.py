@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.gpu.launch import follow, launch_options
-from microvllm.ops.gpu.skinny import add_parts, finish
+from microvllm.ops.gpu.skinny import finish_split
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.scaled import ScaledTensor
 
@@ -96,27 +96,10 @@ def _scaled_skinny_kernel(
             up_sums *= tl.load(up_scale_at, n < N, 0.0)[:, None]
     sums = tl.trans(sums)
     up_sums = tl.trans(up_sums)
-    if SPLITS == 1:
-        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
-    else:
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        stride = tl.num_programs(0) * size * (2 if GATED else 1)
-        part_at = (
-            parts
-            + tile_id * size * (2 if GATED else 1)
-            + m[:, None] * BLOCK_N
-            + tl.arange(0, BLOCK_N)[None, :]
-        )
-        tl.store(part_at + split * stride, sums)
-        if GATED:
-            tl.store(part_at + split * stride + size, up_sums)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(arrivals + tile_id, 1) == SPLITS - 1:
-            tl.atomic_xchg(arrivals + tile_id, 0)
-            sums = add_parts(part_at, stride, SPLITS)
-            if GATED:
-                up_sums = add_parts(part_at + size, stride, SPLITS)
-            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+    finish_split(
+        y, sums, up_sums, m, n, bias, residual, parts, arrivals, tile_id, tl.num_programs(0), split, M, N,
+        BLOCK_M, BLOCK_N, SPLITS, GATED, BIAS, RESIDUAL
+    )  # fmt: skip
 
 
 def scaled_skinny(

@@ -50,6 +50,37 @@ def finish(
     tl.store(y + at, sums, inside)
 
 
+@triton.jit
+def finish_split(
+    y, sums, up_sums, m, n, bias, residual, parts, arrivals, place, places, split, M, N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """y[m, n] from the sums of one split of SPLITS: the last to arrive adds all, in the order of the splits.
+
+    place: number of the tile of y, of `places`; parts: float32 [SPLITS, places, 1 or 2, BLOCK_M, BLOCK_N];
+    arrivals: [places], zeros before and after.
+    """
+    if SPLITS == 1:
+        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+    else:
+        size: tl.constexpr = BLOCK_M * BLOCK_N
+        halves: tl.constexpr = 2 if GATED else 1
+        stride = places * size * halves
+        inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        part = parts + place * size * halves + inside
+        tl.store(part + split * stride, sums)
+        if GATED:
+            tl.store(part + split * stride + size, up_sums)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrivals + place, 1) == SPLITS - 1:
+            tl.atomic_xchg(arrivals + place, 0)
+            sums = add_parts(part, stride, SPLITS)
+            if GATED:
+                up_sums = add_parts(part + size, stride, SPLITS)
+            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
     y,
@@ -103,27 +134,10 @@ def _skinny_kernel(
         if GATED:
             up_tile = tl.load(tile_at + N * K + start, inside, 0.0)
             up_sums = tl.dot(x_tile, up_tile, up_sums, input_precision="ieee")
-    if SPLITS == 1:
-        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
-    else:
-        size: tl.constexpr = BLOCK_M * BLOCK_N
-        stride = tl.num_programs(0) * size * (2 if GATED else 1)
-        part = (
-            parts
-            + tile_id * size * (2 if GATED else 1)
-            + m[:, None] * BLOCK_N
-            + tl.arange(0, BLOCK_N)[None, :]
-        )
-        tl.store(part + split * stride, sums)
-        if GATED:
-            tl.store(part + split * stride + size, up_sums)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(arrivals + tile_id, 1) == SPLITS - 1:
-            tl.atomic_xchg(arrivals + tile_id, 0)
-            sums = add_parts(part, stride, SPLITS)
-            if GATED:
-                up_sums = add_parts(part + size, stride, SPLITS)
-            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+    finish_split(
+        y, sums, up_sums, m, n, bias, residual, parts, arrivals, tile_id, tl.num_programs(0), split, M, N,
+        BLOCK_M, BLOCK_N, SPLITS, GATED, BIAS, RESIDUAL
+    )  # fmt: skip
 
 
 def skinny_linear(
