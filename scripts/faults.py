@@ -377,7 +377,7 @@ def trailers(args: argparse.Namespace) -> Iterator[Figure]:
 
 
 def pipelined(args: argparse.Namespace) -> Iterator[Figure]:
-    """Requests of 30 bytes one behind the other, whose answers nobody reads."""
+    """Requests of 30 bytes one behind the other, whose answers are not read."""
     with serving(args.model, *args.flags) as server, watching(server) as seconds, ExitStack() as stack:
         before = memory_of(server.pid)
         for _ in range(20):

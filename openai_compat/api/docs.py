@@ -23,7 +23,7 @@ POLICY = (
 
 async def openapi(request: Request, state: ServerState) -> Response:
     """Serve the OpenAPI document."""
-    if state.openapi is None:  # making it takes 20 ms, and nobody needs a key to read it
+    if state.openapi is None:  # making it takes 20 ms, and no key is needed to read it
         pooling = state.client.config.spec.pooling is not None
         document = build_document(request.app.state.endpoints, state.args, pooling=pooling)
         state.openapi = orjson.dumps(document)

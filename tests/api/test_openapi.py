@@ -284,7 +284,7 @@ class TestPage:
 
 
 async def test_the_document_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes 20 ms of the event loop, and nobody needs a key."""
+    """It takes 20 ms of the event loop, and no key is needed."""
     made = []
 
     def build(*args: Any, **options: Any) -> dict[str, Any]:

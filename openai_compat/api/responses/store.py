@@ -77,7 +77,7 @@ class ResponseStore:
     def hold(self, num_bytes: int) -> None:
         """Count what an unfinished response will store, until `release`; up to `max_bytes` of all together.
 
-        Members of items that nobody reads make an input as large as a body. Raises `BodyMemoryError`.
+        Members of items that are not read make an input as large as a body. Raises `BodyMemoryError`.
         """
         with self._lock:
             if self._held and self._held + num_bytes > self.max_bytes:
