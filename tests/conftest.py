@@ -14,7 +14,9 @@ sys.path[:0] = [str(folder) for folder in (HERE, *HERE.iterdir()) if folder.is_d
 with suppress(ImportError):  # the tests for a GPU do without it
     from hypothesis import settings
 
-    settings.register_profile("patient", deadline=None)  # a busy machine must not fail a test
+    # A busy machine must not fail a test, nor the luck of a draw. `--hypothesis-profile explore` draws anew.
+    settings.register_profile("patient", deadline=None, derandomize=True)
+    settings.register_profile("explore", deadline=None)
     settings.load_profile("patient")
 
 # The servers of the tests are on this machine: no proxy that the shell names is to be asked for them.
