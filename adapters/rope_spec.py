@@ -1,4 +1,4 @@
-"""Reads the rotary scaling of a model, from `config.json` or from GGUF metadata, into a `RopeSpec`.
+"""Describes the rotary embedding of a model, and reads it from `config.json` or from GGUF metadata.
 
 Defaults and precedence are those of transformers' `modeling_rope_utils` and of llama.cpp. Imports no torch.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import MAX_ROPE_FACTOR, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.spec import RopeSpec
 
 COMMON_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 ORIGINAL = "original_max_position_embeddings"
@@ -31,6 +31,47 @@ LLAMA3_TENSOR = "rope_freqs.weight"
 SHORT_TENSOR, LONG_TENSOR = "rope_factors_short.weight", "rope_factors_long.weight"
 # Of every release with rotary factors (Llama 3.1, 3.2, 3.3); only `factor` differs between them.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
+
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding (Su et al., 2021, arXiv:2104.09864) and its context extension.
+
+    `scaling` is "none", "linear", "llama3", "yarn", "dynamic" or "longrope": `adapters.rotary` has the
+    formulas. cos and sin are multiplied by `attention_factor`.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    original_max_position: int = 8192
+    attention_factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of the head_dim / 2 frequencies
+    long_factors: tuple[float, ...] = ()
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether texts beyond the original length are rotated differently from shorter ones."""
+        return self.scaling in ("dynamic", "longrope")
+
+    def at_length(self, length: int, head_dim: int) -> RopeSpec:
+        """The rotation for texts of `length` tokens, which then holds for texts of every length.
+
+        Keys stay in the cache while a text grows, and texts share them, so that the authors' change of all
+        keys at some length is fixed at the longest text, as in vLLM. "dynamic" has a base that grows with
+        the length ("NTK-aware"), "longrope" divisors of its own beyond the original length.
+        """
+        if not self.depends_on_length or length <= self.original_max_position:
+            return self
+        if self.scaling == "longrope":
+            return msgspec.structs.replace(self, short_factors=self.long_factors)
+        growth = self.factor * length / self.original_max_position - (self.factor - 1)
+        theta = self.theta * growth ** (head_dim / (head_dim - 2))
+        return msgspec.structs.replace(self, scaling="none", theta=theta)
 
 
 class Rotary(NamedTuple):

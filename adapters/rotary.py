@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from microvllm.adapters.spec import RopeSpec
+from microvllm.adapters.rope_spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

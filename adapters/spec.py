@@ -13,51 +13,11 @@ import msgspec
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
+from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
-
-
-class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding (Su et al., 2021, arXiv:2104.09864) and its context extension.
-
-    `scaling` is "none", "linear", "llama3", "yarn", "dynamic" or "longrope": `adapters.rotary` has the
-    formulas. cos and sin are multiplied by `attention_factor`.
-    """
-
-    theta: float = 10000.0
-    scaling: str = "none"
-    factor: float = 1.0
-    original_max_position: int = 8192
-    attention_factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0
-    truncate: bool = True
-    short_factors: tuple[float, ...] = ()  # longrope: divisors of the head_dim / 2 frequencies
-    long_factors: tuple[float, ...] = ()
-
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether texts beyond the original length are rotated differently from shorter ones."""
-        return self.scaling in ("dynamic", "longrope")
-
-    def at_length(self, length: int, head_dim: int) -> RopeSpec:
-        """The rotation for texts of `length` tokens, which then holds for texts of every length.
-
-        Keys stay in the cache while a text grows, and texts share them, so that the authors' change of all
-        keys at some length is fixed at the longest text, as in vLLM. "dynamic" has a base that grows with
-        the length ("NTK-aware"), "longrope" divisors of its own beyond the original length.
-        """
-        if not self.depends_on_length or length <= self.original_max_position:
-            return self
-        if self.scaling == "longrope":
-            return msgspec.structs.replace(self, short_factors=self.long_factors)
-        growth = self.factor * length / self.original_max_position - (self.factor - 1)
-        theta = self.theta * growth ** (head_dim / (head_dim - 2))
-        return msgspec.structs.replace(self, scaling="none", theta=theta)
 
 
 class Attention(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
-from microvllm.adapters.spec import RopeSpec
+from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import SamplingParams

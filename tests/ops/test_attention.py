@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from model_tools import BACKENDS
 from torch import Tensor
 
+from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.torch_backend import TorchAttention

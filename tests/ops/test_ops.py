@@ -10,8 +10,8 @@ import torch
 from model_tools import BACKENDS
 from torch import Tensor
 
+from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import RopeSpec
 from microvllm.ops.backends import make_operators
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import rms_norm
