@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.experts import Experts
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.mixed import MixedAttention

@@ -12,8 +12,9 @@ from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_tokens import special_tokens
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import rope_from_gguf
-from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing
 
 # Quantised weights came from bfloat16 training as a rule; float16 could overflow in their activations.

@@ -13,9 +13,10 @@ from typing import Any
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.regular_files import check_regular
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
-from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing
 
 MAX_JSON_BYTES = 64 << 20

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec
-from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import Drafter, EngineCore, StepInFlight
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult

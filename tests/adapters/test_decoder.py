@@ -15,9 +15,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.family import HF_TENSORS
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import MLP, Attention, LayerSpec, ModelSpec
+from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, matrix_slots
 from microvllm.ops.activation import ACTIVATIONS
 from microvllm.ops.attention import AttentionBatch, SegmentTable

@@ -14,8 +14,8 @@ from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.registry import load_spec
-from microvllm.adapters.spec import MLP
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.scaled import ScaledTensor
