@@ -150,4 +150,6 @@ def _head(
     head, cap = operators.product(weight, norm=norm), spec.logits_softcap
     if ranks is not None:
         head = ShardedHead(head, spec.vocab_size, ranks)
-    return head if cap is None else lambda hidden: (head(hidden) / cap).tanh() * cap
+    if cap is not None:
+        return lambda hidden: (head(hidden) * (spec.logits_scale / cap)).tanh() * cap
+    return head if spec.logits_scale == 1.0 else lambda hidden: head(hidden) * spec.logits_scale

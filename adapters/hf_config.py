@@ -200,8 +200,6 @@ def refuse_unsupported(config: Fields, *, has_experts: bool = False) -> None:
             raise config.error(key, "is set: experts of that kind are not supported")
     if not config.flag("is_causal", True):
         raise config.error("is_causal", "is false: attention in both directions is not supported")
-    if config.number("partial_rotary_factor", 1.0) != 1.0:
-        raise config.error("partial_rotary_factor", "other than 1 is not supported")
 
 
 def stored_dtype(config: Fields) -> str:

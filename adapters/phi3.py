@@ -1,12 +1,18 @@
-"""Phi-3 and 3.5, mini and medium (arXiv:2404.14219): Llama, but with fused tensors in the checkpoint."""
+"""Phi-3, Phi-3.5 and Phi-4-mini (arXiv:2404.14219, 2503.01743): Llama with fused tensors in the checkpoint.
+
+Phi-4-mini rotates a part of each head.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import msgspec
 
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
 TENSORS = {
@@ -18,8 +24,11 @@ TENSORS = {
 
 def from_hf(config: Fields) -> ModelSpec:
     """Describe a Phi-3 model from the `config.json` of its folder."""
-    spec = hf_spec(config, "phi3", default_max_position=4096, windows=_windows)
+    spec = hf_spec(config, "phi3", default_max_position=4096, windows=_windows, rotary=_rotary)
     return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+_rotary = partial(rope_from_hf, partial=1.0)
 
 
 def _windows(config: Fields, num_layers: int) -> list[int | None]:

@@ -14,6 +14,8 @@ import msgspec
 from microvllm.adapters import (
     gemma2,
     gemma3,
+    glm4,
+    granite,
     llama,
     mistral,
     mixtral,
@@ -22,6 +24,8 @@ from microvllm.adapters import (
     qwen2,
     qwen3,
     qwen_moe,
+    seed_oss,
+    smollm3,
 )
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.family import Family
@@ -46,6 +50,10 @@ FAMILIES = (
     gemma2.FAMILY,
     gemma3.FAMILY,
     phi3.FAMILY,
+    smollm3.FAMILY,
+    granite.FAMILY,
+    seed_oss.FAMILY,
+    glm4.FAMILY,
     mixtral.FAMILY,
     qwen_moe.QWEN2,
     qwen_moe.QWEN3,

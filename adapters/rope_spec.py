@@ -37,7 +37,9 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary embedding (Su et al., 2021, arXiv:2104.09864) and its context extension.
 
     `scaling` is "none", "linear", "llama3", "yarn", "dynamic" or "longrope": `adapters.rotary` has the
-    formulas. cos and sin are multiplied by `attention_factor`.
+    formulas. cos and sin are multiplied by `attention_factor`. Only the first `rotary_dim` elements of a head
+    are rotated (None: all of them; 0: none); `interleaved`: neighbours against each other in the checkpoint,
+    not the two halves.
     """
 
     theta: float = 10000.0
@@ -52,6 +54,8 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool = True
     short_factors: tuple[float, ...] = ()  # longrope: divisors of the head_dim / 2 frequencies
     long_factors: tuple[float, ...] = ()
+    rotary_dim: int | None = None
+    interleaved: bool = False
 
     @property
     def depends_on_length(self) -> bool:
@@ -70,8 +74,28 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
         if self.scaling == "longrope":
             return msgspec.structs.replace(self, short_factors=self.long_factors)
         growth = self.factor * length / self.original_max_position - (self.factor - 1)
-        theta = self.theta * growth ** (head_dim / (head_dim - 2))
+        dim = self.rotary_dim or head_dim
+        theta = self.theta * growth ** (dim / (dim - 2))
         return msgspec.structs.replace(self, scaling="none", theta=theta)
+
+    def order(self, head_dim: int) -> list[tuple[int, int]]:
+        """The stored elements of a head, as runs [start, stop), so that j is rotated with j + head_dim / 2.
+
+        Elements that are not rotated fill the rest of both halves; scores do not depend on the order.
+        """
+        dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        if self.interleaved:
+            halves = [[(j, j + 1) for j in range(first, dim, 2)] for first in (0, 1)]
+        else:
+            halves = [[(0, dim // 2)], [(dim // 2, dim)]]
+        middle = (dim + head_dim) // 2
+        runs: list[tuple[int, int]] = []
+        for start, stop in (*halves[0], (dim, middle), *halves[1], (middle, head_dim)):
+            if runs and runs[-1][1] == start:
+                runs[-1] = runs[-1][0], stop
+            elif start < stop:
+                runs.append((start, stop))
+        return runs
 
 
 class Rotary(NamedTuple):
@@ -81,20 +105,54 @@ class Rotary(NamedTuple):
     max_position: int
 
 
-def rope_from_hf(config: Fields, head_dim: int, default_max_position: int) -> Rotary:
-    """Read either spelling: `rope_scaling` beside `rope_theta`, or `rope_parameters`."""
+def rope_from_hf(
+    config: Fields,
+    head_dim: int,
+    default_max_position: int,
+    *,
+    theta: float = 10000.0,
+    partial: float | None = None,
+    interleaved: bool = False,
+) -> Rotary:
+    """Read either spelling: `rope_scaling` beside `rope_theta`, or `rope_parameters`; see `scaled_rope`."""
     scaling = config.part("rope_scaling") or config.part("rope_parameters")
-    theta = config.number("rope_theta", 10000.0)
-    return scaled_rope(config, scaling, theta, head_dim, default_max_position)
+    theta = config.number("rope_theta", theta)
+    sizes = head_dim, default_max_position
+    return scaled_rope(config, scaling, theta, *sizes, partial=partial, interleaved=interleaved)
 
 
 def scaled_rope(
-    config: Fields, scaling: Fields | None, theta: float, head_dim: int, default_max_position: int
+    config: Fields,
+    scaling: Fields | None,
+    theta: float,
+    head_dim: int,
+    default_max_position: int,
+    *,
+    partial: float | None = None,
+    interleaved: bool = False,
 ) -> Rotary:
     """The rotation with the base `theta`, changed as `scaling`, an object of the config, says.
 
+    partial: the default of `partial_rotary_factor`, for families that rotate a part of each head.
     Raises `ModelFileError` for an unknown kind, a key that the kind does not have, and a bad value.
     """
+    key = "partial_rotary_factor"
+    at = config if scaling is None or key not in scaling else scaling
+    factor = at.number(key, 1.0 if partial is None else partial, at_most=1.0)
+    if partial is None and (factor != 1.0 or config.number(key, 1.0) != 1.0):
+        raise at.error(key, "other than 1 is not supported")
+    dim = int(head_dim * factor)
+    if dim % 2 or not dim:
+        raise at.error(key, f"{factor:g} of a head of {head_dim} is not an even number of elements")
+    rope, max_position = _scaled_rope(config, scaling, theta, dim, default_max_position)
+    rotary_dim = None if dim == head_dim else dim
+    return Rotary(msgspec.structs.replace(rope, rotary_dim=rotary_dim, interleaved=interleaved), max_position)
+
+
+def _scaled_rope(
+    config: Fields, scaling: Fields | None, theta: float, dim: int, default_max_position: int
+) -> Rotary:
+    """dim: the elements of a head that are rotated."""
     trained = config.size("max_position_embeddings", default_max_position)
     if scaling is None:
         return Rotary(RopeSpec(theta=theta), trained)
@@ -110,8 +168,6 @@ def scaled_rope(
             )
         if key not in COMMON_KEYS | KINDS[kind]:
             raise scaling.error(key, f"is not a key of rotary scaling {kind!r}")
-    if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-        raise scaling.error("partial_rotary_factor", "other than 1 is not supported")
     theta = scaling.number("rope_theta", theta)
     if kind == "default":
         if scaling.number("factor", 1.0) != 1.0:
@@ -126,8 +182,8 @@ def scaled_rope(
     if kind == "linear":
         return Rotary(RopeSpec(**common), int(trained * factor))
     if kind == "dynamic":
-        if head_dim < 4:
-            raise scaling.error("rope_type", f"dynamic needs heads of at least 4, not of {head_dim}")
+        if dim < 4:
+            raise scaling.error("rope_type", f"dynamic needs heads of at least 4, not of {dim}")
         return Rotary(RopeSpec(**common, original_max_position=trained), int(trained * factor))
     common["original_max_position"] = original
     if kind == "llama3":
@@ -140,8 +196,8 @@ def scaled_rope(
         spec = RopeSpec(
             **common,
             attention_factor=scaling.number("attention_factor", attention),
-            short_factors=_divisors(scaling, "short_factor", head_dim),
-            long_factors=_divisors(scaling, "long_factor", head_dim),
+            short_factors=_divisors(scaling, "short_factor", dim),
+            long_factors=_divisors(scaling, "long_factor", dim),
         )
         return Rotary(spec, trained)
     return Rotary(_yarn(scaling, common), int(original * factor))
@@ -173,16 +229,17 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _divisors(scaling: Fields, key: str, head_dim: int) -> tuple[float, ...]:
+def _divisors(scaling: Fields, key: str, dim: int) -> tuple[float, ...]:
     """One divisor for each pair of a head's dimensions."""
     values = scaling.get(key)
     if values is None:
         raise scaling.error(key, "is missing")
     listed = values if isinstance(values, list) else []
     good = [type(value) in (int, float) and 0 < value <= MAX_ROPE_FACTOR for value in listed]
-    if len(listed) != head_dim // 2 or not all(good):
+    if len(listed) != dim // 2 or not all(good):
         raise scaling.error(
-            key, f"must list {head_dim // 2} numbers above 0, one a pair of a head's dimensions"
+            key,
+            f"must list {dim // 2} numbers above 0, one for each pair of a head's elements that is rotated",
         )
     return tuple(float(value) for value in listed)
 

@@ -67,16 +67,18 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
-        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]."""
+        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]; q and k in `rope.order`."""
+        order = self.head_dim, self.rope.order(self.head_dim)
         kv = shard.share_units(self.num_kv_heads, self.head_dim)
-        rows = {"q": shard.share(self.q_size), "k": kv, "v": kv}
+        rows = {"q": shard.share(self.q_size).reordered(*order), "k": kv.reordered(*order), "v": kv}
         hidden = WHOLE.share(hidden_size)
         yield from matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias)
         # Shards add up what `o` gives, its bias once.
         bias = self.o_bias and shard.rank == 0
         yield from matrix_slots("o", {"o": hidden}, shard.share(self.q_size), bias=bias)
         if self.qk_norm:
-            yield from (vector_slot(name, self.head_dim) for name in ("q_norm", "k_norm"))
+            one_head = WHOLE.share(self.head_dim).reordered(*order)
+            yield from (vector_slot(name, one_head) for name in ("q_norm", "k_norm"))
 
     def build(
         self, weights: LayerWeights, norm: Norm | None, operators: Operators
@@ -114,8 +116,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder-only transformer. Sizes in elements; `dtype` is the checkpoint's own.
 
     Token embeddings are multiplied by `embedding_scale`; `norm_offset` is added to the weights of all norms;
-    logits are capped as cap * tanh(logit / cap) if there is a `logits_softcap`. With a `pooling` there is no
-    head: the output is a vector for each text.
+    logits are multiplied by `logits_scale`, then capped as cap * tanh(logit / cap) if there is a
+    `logits_softcap`. With a `pooling` there is no head: the output is a vector for each text.
     """
 
     architecture: str
@@ -126,6 +128,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     rms_norm_eps: float
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
+    logits_scale: float = 1.0
     logits_softcap: float | None = None
     tie_embeddings: bool = False
     dtype: str = "float32"

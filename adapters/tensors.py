@@ -70,6 +70,13 @@ class Cut(NamedTuple):
         first = index * self.stored
         return Cut(count * self.stored, tuple((first + start, first + stop) for start, stop in self.runs))
 
+    def reordered(self, length: int, order: Sequence[tuple[int, int]]) -> Cut:
+        """The same entries, but those of each unit of this length in another order of runs."""
+        if len(order) == 1:
+            return self
+        starts = (first for start, stop in self.runs for first in range(start, stop, length))
+        return Cut(self.stored, tuple((first + run[0], first + run[1]) for first in starts for run in order))
+
 
 class Part(NamedTuple):
     """One tensor of the checkpoint: its role in `Family.hf_tensors`, whether it is a bias, and its rows.
@@ -107,9 +114,10 @@ class Slot(NamedTuple):
         return (part.stacked, shape[0] // part.stacked, *shape[1:]) if part.stacked else shape
 
 
-def vector_slot(name: str, length: int) -> Slot:
-    """Return the slot of a vector of one role, cut by this shard."""
-    return Slot(name, (Part(name, False, WHOLE.share(length)),), None)
+def vector_slot(name: str, rows: int | Cut) -> Slot:
+    """Return the slot of a vector of one role: all of so many elements, or a cut of them."""
+    cut = WHOLE.share(rows) if isinstance(rows, int) else rows
+    return Slot(name, (Part(name, False, cut),), None)
 
 
 def matrix_slots(name: str, parts: Mapping[str, Cut], columns: Cut, *, bias: bool = False) -> Iterator[Slot]:

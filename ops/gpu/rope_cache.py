@@ -20,6 +20,7 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionShape, QKNorms
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.gpu.launch import follow, launch_options
+from microvllm.ops.rotary import pair_scales
 
 E4M3_MAX = tl.constexpr(448.0)
 F16_MAX = tl.constexpr(65504.0)
@@ -34,10 +35,11 @@ class RotaryAngles:
 
     @staticmethod
     def up_to(max_position: int, inv_freq: Tensor, scale: float) -> RotaryAngles:
-        """inv_freq: [d / 2] float32 angles a position; cos and sin are multiplied by `scale`."""
+        """inv_freq: [d / 2] float32 angles a position; scale: see `ops.rotary.pair_scales`."""
         positions = torch.arange(max_position, dtype=torch.float32, device=inv_freq.device)
         angles = torch.outer(positions, inv_freq)
-        return RotaryAngles(angles.cos() * scale, angles.sin() * scale)
+        scales = pair_scales(inv_freq, scale)
+        return RotaryAngles(angles.cos() * scales, angles.sin() * scales)
 
 
 @triton.jit

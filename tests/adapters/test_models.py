@@ -123,6 +123,7 @@ EQUIVALENCE = (
     ("mistral-window", "cpu"),
     ("qwen3-untied", "cpu"),
     ("qwen3-moe", "cpu"),
+    ("glm4", "cpu"),
 )
 
 

@@ -17,6 +17,8 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.errors import ConfigError
 
 HEAD_DIM, TRAINED, ORIGINAL = 32, 256, 64
 ORIGINAL_KEY = "original_max_position_embeddings"
@@ -134,10 +136,52 @@ TEXTS = [
 def test_logits_are_those_of_transformers(
     tmp_path: Path, name: str, context: int | None, length: int, backend: str
 ) -> None:
-    model = make_hf_folder(
+    folder = make_hf_folder(
         tmp_path, "llama", max_position_embeddings=trained(name), rope_parameters=parameters(name)
     )
-    engine = make_engine(
+    compare_logits(folder, context, length, backend)
+
+
+# Three quarters of each head are rotated, and half of each with its neighbours: Phi-4-mini, GLM-4.
+PARTS = {"phi3": (0.75, "longrope with a factor"), "glm4": (0.5, "yarn")}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("family", PARTS)
+def test_a_scaled_rotation_of_a_part_of_each_head(tmp_path: Path, family: str, backend: str) -> None:
+    """Elements that are not rotated are not multiplied by the attention factor either."""
+    part, name = PARTS[family]
+    scaling = {**parameters(name), "partial_rotary_factor": part}
+    for key in ("short_factor", "long_factor"):
+        if key in scaling:
+            scaling[key] = scaling[key][: int(HEAD_DIM * part) // 2]
+    sizes = {"hidden_size": 9 * HEAD_DIM, "max_position_embeddings": TRAINED}
+    model = make_hf_folder(tmp_path, family, rope_parameters=scaling, **sizes)
+    for context, length in ((ORIGINAL, 60), (TRAINED, 200)):
+        compare_logits(model, context, length, backend)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_yarn_as_the_makers_of_qwen_ask_for_it(tmp_path: Path, family: str) -> None:
+    """By overrides of a folder that was saved without it, as Qwen's model cards say."""
+    model = make_hf_folder(tmp_path, family, max_position_embeddings=ORIGINAL)
+    scaling = {"rope_type": "yarn", "factor": 4.0, ORIGINAL_KEY: ORIGINAL}
+    overrides = {"rope_parameters": {"rope_theta": 10000.0, **scaling}}
+    with pytest.raises(ConfigError, match=r"max_model_len|max-model-len"):
+        make_engine(model, max_model_len=TRAINED)
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    for each in ({**overrides, "max_position_embeddings": TRAINED}, {"rope_scaling": scaling}):
+        (model / "config.json").write_text(json.dumps(config), "utf-8")
+        engine = make_engine(model, max_model_len=TRAINED, hf_overrides=each)
+        (model / "config.json").write_text(json.dumps({**config, **each}), "utf-8")
+        compare_logits(model, TRAINED, 200, "cpu", engine)
+
+
+def compare_logits(
+    model: Path, context: int | None, length: int, backend: str, engine: InferenceEngine | None = None
+) -> None:
+    """Those of a text of this length, its last tokens generated, with those of transformers."""
+    engine = engine or make_engine(
         model, max_model_len=context, attention_backend=backend, max_num_batched_tokens=48, max_num_seqs=4
     )
     prompt = torch.randint(0, TOKENIZER_SIZE, (length - 6,), generator=torch.Generator().manual_seed(0))

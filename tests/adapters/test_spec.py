@@ -330,9 +330,8 @@ def test_phi_3(tmp_path: Path) -> None:
     assert (spec.architecture, spec.rms_norm_eps, spec.layers[0].mixer.window) == ("phi3", 1e-5, None)
     spec = load_spec(folder(tmp_path, MISTRAL_7B_V03, **config, sliding_window=2047))
     assert spec.layers[0].mixer.window == 2047
-    assert "partial_rotary_factor" in problem(
-        folder(tmp_path, MISTRAL_7B_V03, **config, partial_rotary_factor=0.75)
-    )
+    spec = load_spec(folder(tmp_path, MISTRAL_7B_V03, **config, partial_rotary_factor=0.75))
+    assert spec.layers[0].mixer.rope == RopeSpec(theta=1e6, rotary_dim=96)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

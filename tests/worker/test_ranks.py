@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {"family": "gemma3_text", "tie": True, "sliding_window": 19, "layer_types": LAYERS},
     "phi3": {"family": "phi3", "sliding_window": 19},
+    "glm4": {"family": "glm4"},
     "qwen2-moe": {
         "family": "qwen2_moe",
         "num_experts": 5,

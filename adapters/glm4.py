@@ -1,0 +1,41 @@
+"""GLM-4 and GLM-Z1 (0414): four norms per layer, and neighbours rotated in the first half of each head."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.spec import ModelSpec
+
+TENSORS = {
+    **HF_TENSORS,
+    "gate_up": "model.layers.{i}.mlp.gate_up_proj",
+    "mixer_post_norm": "model.layers.{i}.post_self_attn_layernorm",
+    "mlp_post_norm": "model.layers.{i}.post_mlp_layernorm",
+}
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a GLM-4 model from the `config.json` of its folder."""
+    spec = hf_spec(
+        config,
+        "glm4",
+        default_max_position=131072,
+        default_kv_heads=2,
+        default_head_dim=128,
+        rotary=partial(rope_from_hf, partial=0.5, interleaved=True),
+        qkv_bias=config.flag("attention_bias", True),
+    )
+    return msgspec.structs.replace(
+        spec,
+        layers=tuple(msgspec.structs.replace(layer, post_norms=True) for layer in spec.layers),
+        rms_norm_eps=config.number("rms_norm_eps", 1.5625e-07),
+    )
+
+
+FAMILY = Family("glm4", "Glm4ForCausalLM", from_hf, hf_tensors=TENSORS)

@@ -1,0 +1,50 @@
+"""Granite 3 and 4, dense: Llama with multipliers of embeddings, scores, residual branches and logits."""
+
+from __future__ import annotations
+
+import msgspec
+
+from microvllm.adapters.family import Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.spec import ModelSpec
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Granite model from the `config.json` of its folder."""
+    bias = config.flag("attention_bias")
+    spec = hf_spec(
+        config,
+        "granite",
+        default_max_position=2048,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=config.flag("mlp_bias"),
+    )
+    return multiplied(
+        spec,
+        embeddings=config.number("embedding_multiplier", 1.0),
+        scores=config.number("attention_multiplier", 1.0),
+        branches=config.number("residual_multiplier", 1.0),
+        logits=1.0 / config.number("logits_scaling", 1.0),
+    )
+
+
+def multiplied(
+    spec: ModelSpec, *, embeddings: float, scores: float, branches: float, logits: float
+) -> ModelSpec:
+    """The model with these multipliers.
+
+    Hidden states are kept divided by that of the branches, which are then added as they are: the norms, all
+    that reads the states, undo it where their epsilon is divided by its square.
+    """
+    return msgspec.structs.replace(
+        spec,
+        layers=tuple(layer.with_mixer(scale=scores) for layer in spec.layers),
+        embedding_scale=embeddings / branches,
+        rms_norm_eps=spec.rms_norm_eps / branches**2,
+        logits_scale=logits,
+    )
+
+
+FAMILY = Family("granite", "GraniteForCausalLM", from_hf)

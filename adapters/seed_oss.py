@@ -1,0 +1,25 @@
+"""Seed-OSS 36B (ByteDance): Llama with biases on q, k and v."""
+
+from __future__ import annotations
+
+from microvllm.adapters.family import Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.spec import ModelSpec
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a Seed-OSS model from the `config.json` of its folder."""
+    return hf_spec(
+        config,
+        "seed_oss",
+        default_max_position=524288,
+        default_kv_heads=8,
+        default_head_dim=128,
+        qkv_bias=config.flag("attention_bias", True),
+        o_bias=config.flag("attention_out_bias"),
+        mlp_bias=config.flag("mlp_bias"),
+    )
+
+
+FAMILY = Family("seed_oss", "SeedOssForCausalLM", from_hf)

@@ -1,0 +1,58 @@
+"""SmolLM3: Llama with layers that do not rotate (NoPE; Yang et al., 2025, arXiv:2501.18795)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from microvllm.adapters.family import Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec, layer_windows
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.spec import ModelSpec
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a SmolLM3 model from the `config.json` of its folder."""
+    bias = config.flag("attention_bias")
+    spec = hf_spec(
+        config,
+        "smollm3",
+        default_max_position=32768,
+        default_kv_heads=4,
+        default_tie=True,
+        windows=_windows,
+        rotary=partial(rope_from_hf, theta=2e6),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=config.flag("mlp_bias"),
+    )
+    layers = (
+        layer if rotated else layer.with_mixer(rope=msgspec.structs.replace(layer.mixer.rope, rotary_dim=0))
+        for layer, rotated in zip(spec.layers, _rotated(config, spec.num_layers), strict=True)
+    )
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+def _rotated(config: Fields, num_layers: int) -> list[bool]:
+    """Which layers rotate: by `no_rope_layers`, or all but every `no_rope_layer_interval`-th."""
+    if "no_rope_layers" not in config:
+        interval = config.size("no_rope_layer_interval", 4)
+        return [(index + 1) % interval != 0 for index in range(num_layers)]
+    listed = config.get("no_rope_layers")
+    good = isinstance(listed, list) and len(listed) == num_layers
+    if not good or any(type(each) is not int or each not in (0, 1) for each in listed):
+        raise config.error("no_rope_layers", f"must list 0 or 1 for each of the {num_layers} layers")
+    return [each == 1 for each in listed]
+
+
+def _windows(config: Fields, num_layers: int) -> list[int | None]:
+    """Those of layers that do not rotate, if any are used."""
+    slides = [not rotated for rotated in _rotated(config, num_layers)]
+    windows = layer_windows(config, num_layers, config.size("sliding_window", 4096), slides)
+    used = config.flag("use_sliding_window") and "sliding_window" in config
+    return windows if used else [None] * num_layers
+
+
+FAMILY = Family("smollm3", "SmolLM3ForCausalLM", from_hf)

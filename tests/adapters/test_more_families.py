@@ -1,0 +1,152 @@
+"""`load_spec` of families that are Llama but for a few keys: real configurations, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.rope_spec import RopeSpec
+from microvllm.adapters.spec import ModelSpec
+
+COMMON = {
+    "hidden_size": 4096,
+    "intermediate_size": 12800,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49159,
+}
+# Of the makers' files, what is not in `COMMON` and changes the model.
+SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "num_hidden_layers": 36,
+    "rope_theta": 5e6,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+GRANITE = {
+    "architectures": ["GraniteForCausalLM"],
+    "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 16.0,
+    "max_position_embeddings": 131072,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1e7,
+    "tie_word_embeddings": True,
+}
+SEED_OSS = {
+    "architectures": ["SeedOssForCausalLM"],
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "head_dim": 128,
+    "max_position_embeddings": 524288,
+    "num_attention_heads": 80,
+    "residual_dropout": 0.1,
+    "rope_scaling": {"rope_type": "default"},
+    "rope_theta": 1e7,
+}
+GLM4 = {
+    "architectures": ["Glm4ForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": [49151, 49155, 49158],
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+}
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+    "sliding_window": 262144,
+}
+
+
+def folder(path: Path, config: dict[str, Any], **changes: Any) -> Path:
+    (path / "config.json").write_text(json.dumps({**COMMON, **config, **changes}), "utf-8")
+    return path
+
+
+def spec_of(path: Path, config: dict[str, Any], **changes: Any) -> ModelSpec:
+    return load_spec(folder(path, config, **changes))
+
+
+def test_smollm3(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, SMOLLM3)
+    assert [layer.mixer.rope.rotary_dim for layer in spec.layers] == [None, None, None, 0] * 9
+    assert {mixer.rope.theta for mixer in spec.mixers} == {5e6} and spec.tie_embeddings
+    implied = spec_of(tmp_path, {**SMOLLM3, "no_rope_layers": None})
+    assert implied == spec
+    windows = {"use_sliding_window": True, "sliding_window": 100, "layer_types": None}
+    spec = spec_of(tmp_path, {**SMOLLM3, **windows})
+    assert [layer.mixer.window for layer in spec.layers] == [None, None, None, 100] * 9
+
+
+def test_granite(tmp_path: Path) -> None:
+    """Hidden states are kept divided by the residual multiplier: so are the embeddings, and the epsilon."""
+    spec = spec_of(tmp_path, GRANITE)
+    assert spec.embedding_scale == pytest.approx(12 / 0.22)
+    assert spec.rms_norm_eps == pytest.approx(1e-5 / 0.22**2)
+    assert (spec.logits_scale, spec.layers[0].mixer.scale) == (1 / 16, 1 / 128)
+
+
+def test_seed_oss(tmp_path: Path) -> None:
+    mixer = spec_of(tmp_path, SEED_OSS).layers[0].mixer
+    assert (mixer.qkv_bias, mixer.o_bias, mixer.head_dim, mixer.q_size) == (True, False, 128, 10240)
+
+
+def test_glm_4(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, GLM4)
+    mixer, layer = spec.layers[0].mixer, spec.layers[0]
+    assert mixer.rope == RopeSpec(theta=10000.0, rotary_dim=64, interleaved=True)
+    assert (layer.pre_norms, layer.post_norms, mixer.qkv_bias, mixer.o_bias) == (True, True, False, False)
+    order = [j for start, stop in mixer.rope.order(128) for j in range(start, stop)]
+    assert sorted(order) == list(range(128))
+    # What is rotated against each other lies half a head apart.
+    assert [(order[j], order[j + 64]) for j in range(32)] == [(2 * j, 2 * j + 1) for j in range(32)]
+
+
+def test_phi_4_mini(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, PHI4_MINI)
+    rope = spec.layers[0].mixer.rope
+    assert (rope.rotary_dim, rope.scaling, spec.default_length) == (96, "longrope", 4096)
+    assert rope.attention_factor == pytest.approx(1.1902380714238083)  # of 32 times the context
+
+
+BAD = [
+    (SMOLLM3, "no_rope_layers", [1, 0], "must list 0 or 1 for each of the 36 layers"),
+    (SMOLLM3, "no_rope_layers", [2] * 36, "must list 0 or 1 for each of the 36 layers"),
+    (SMOLLM3, "layer_types", ["linear_attention"] * 36, "names 'linear_attention'"),
+    (GRANITE, "residual_multiplier", 0, "must be a finite number above 0"),
+    (GRANITE, "logits_scaling", "16", "must be a finite number above 0"),
+    (GRANITE, "partial_rotary_factor", 0.5, "other than 1 is not supported"),
+    (SEED_OSS, "attention_out_bias", 1, "must be true or false"),
+    (GLM4, "partial_rotary_factor", 1.5, "must be a finite number"),
+    (GLM4, "partial_rotary_factor", 0.01, "of a head of 128 is not an even number of elements"),
+    (GLM4, "rope_parameters", {"mrope_section": [8, 12, 12]}, "is not a key of rotary scaling"),
+    (GLM4, "num_experts", 8, "has no experts here"),
+    (PHI4_MINI, "partial_rotary_factor", 0.5, "must list 32 numbers above 0"),
+]
+
+
+@pytest.mark.parametrize(("config", "key", "value", "said"), BAD)
+def test_a_bad_key_is_named(tmp_path: Path, config: dict[str, Any], key: str, value: Any, said: str) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        spec_of(tmp_path, config, **{key: value})
+    message = str(caught.value)
+    assert said in message and "\n" not in message
+    assert key in message or "rope_scaling.short_factor" in message
