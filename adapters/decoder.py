@@ -12,6 +12,7 @@ from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.mixed import MixedAttention
+from microvllm.ops.attention.temperature import TemperedAttention
 from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, NormedLinear, Operator, Operators
 from microvllm.ops.sharding import Ranks, ShardedEmbedding, ShardedHead, SummedLinear
 
@@ -87,7 +88,10 @@ class DecoderModel:
             qk_norms = QKNorms(tuple(norms), self.spec.rms_norm_eps) if norms else None
             cache = num_blocks, block_size, inv_freq, max_position, dtype
             scales = tuple(KVScales(*self._kv_scales[index]) for index in indices)
-            return self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales))
+            made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales))
+            if mixer.temperature is None:
+                return made
+            return TemperedAttention(made, mixer.q_size, *mixer.temperature, max_position, device)
 
         kinds: dict[Attention, list[int]] = {}
         for index, layer in enumerate(self.spec.layers):

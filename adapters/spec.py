@@ -26,7 +26,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
 
     window: the positions that a query sees, its own included; None for all. Scores are multiplied by `scale`
     (None: head_dim ** -0.5), then capped as cap * tanh(score / cap) if there is a `softcap`. `qk_norm`: an
-    RMSNorm over each head of q and of k before the rotation.
+    RMSNorm over each head of q and of k before the rotation; `whole_qk_norm`: one over all of q, and of k.
+    With a `temperature`, (beta, length), queries are multiplied by 1 + beta * log(1 + position // length).
     """
 
     num_heads: int
@@ -39,6 +40,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    whole_qk_norm: bool = False
+    temperature: tuple[float, int] | None = None
 
     @property
     def q_size(self) -> int:
@@ -58,6 +61,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         Raises ValueError if its heads do not divide evenly.
         """
         kv_heads = self.num_kv_heads
+        if self.whole_qk_norm and size > 1:
+            raise ValueError("norms over all heads of q and of k do not divide into shards")
         if self.num_heads % size:
             raise ValueError(f"{self.num_heads} heads do not divide into {size} shards")
         if kv_heads % size and size % kv_heads:
@@ -79,12 +84,17 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         if self.qk_norm:
             one_head = WHOLE.share(self.head_dim).reordered(*order)
             yield from (vector_slot(name, one_head) for name in ("q_norm", "k_norm"))
+        if self.whole_qk_norm:
+            yield from (vector_slot(f"{part}_norm", rows[part]) for part in ("q", "k"))
 
     def build(
         self, weights: LayerWeights, norm: Norm | None, operators: Operators
     ) -> tuple[Operator, LinearOperator]:
         """The products before and behind what the attention backend does."""
-        return operators.product(*weights.matrix("qkv"), norm=norm), operators.linear(*weights.matrix("o"))
+        qkv = operators.product(*weights.matrix("qkv"), norm=norm)
+        if self.whole_qk_norm:
+            qkv = operators.normed_parts(qkv, weights.norm("q_norm"), weights.norm("k_norm"))
+        return qkv, operators.linear(*weights.matrix("o"))
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def norm_parts(
+    x: Tensor, norms: Sequence[tuple[Tensor, float]], norm: Callable[[Tensor, Tensor, float], Tensor]
+) -> Tensor:
+    """Normalise the first columns of x in place, each norm as many as its weight has, one beside another.
+
+    x: [n, d] -> x; norm: `rms_norm`. OLMo 2 (arXiv:2501.00656) normalises q and k so, each over all heads.
+    """
+    start = 0
+    for weight, eps in norms:
+        part = x[:, start : (start := start + len(weight))]
+        part.copy_(norm(part.contiguous(), weight, eps))
+    return x

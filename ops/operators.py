@@ -21,7 +21,7 @@ from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAtten
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.experts import ExpertWeights, composed
 from microvllm.ops.linear import Linear
-from microvllm.ops.norm import rms_norm
+from microvllm.ops.norm import norm_parts, rms_norm
 from microvllm.ops.routing import Routing
 
 Operator = Callable[[Tensor], Tensor]
@@ -92,6 +92,15 @@ class Operators(ABC):
     def norm(self, norm: Norm | None) -> Operator:
         """`rms_norm` by this weight; without one x as it is."""
         return (lambda x: x) if norm is None else partial(self.rms_norm, weight=norm[0], eps=norm[1])
+
+    def normed_parts(self, product: Operator, *norms: Norm | None) -> Operator:
+        """The product, and then `norm_parts` of what it gives."""
+        given = [norm for norm in norms if norm is not None]
+        return lambda x: self.norm_parts(product(x), given)
+
+    def norm_parts(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
+        """See `ops.norm.norm_parts`."""
+        return norm_parts(x, norms, self.rms_norm)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """See `ops.activation.silu_and_mul`."""

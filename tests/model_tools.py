@@ -112,6 +112,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
     },
     "seed-oss": {"family": "seed_oss", "attention_out_bias": True, "mlp_bias": True, "head_dim": 24},
+    "olmo3": {
+        "family": "olmo3",
+        "num_hidden_layers": 4,
+        "sliding_window": 19,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.2,
+            },
+        },
+    },
+    "ministral3": {
+        "family": "ministral3",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 32.0,
+            "original_max_position_embeddings": 16,
+            "max_position_embeddings": 512,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.4,
+        },
+    },
     "glm4": {"family": "glm4", "head_dim": 24, "rms_norm_eps": 1e-3},
     "qwen3-moe": {
         "family": "qwen3_moe",

@@ -31,3 +31,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Ten
         warps = min(max(block // 512, 1), 16)
         _rms_norm_kernel[(n,)](y, x, weight, eps, D=d, BLOCK=block, num_warps=warps, **launch_options(pdl))
     return y
+
+
+@triton.jit
+def _norm_parts_kernel(
+    x,
+    first,
+    second,
+    eps,
+    ROW: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program: one row's first D0 columns, or the D1 behind them."""
+    d = tl.arange(0, BLOCK)
+    is_second = tl.program_id(1) > 0
+    size = tl.where(is_second, D1, D0)
+    inside = d < size
+    if is_second:
+        w = tl.load(second + d, inside, 0.0).to(tl.float32)
+    else:
+        w = tl.load(first + d, inside, 0.0).to(tl.float32)
+    follow(PDL)
+    at = x + tl.program_id(0).to(tl.int64) * ROW + tl.program_id(1) * D0 + d
+    wide = tl.load(at, inside, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    tl.store(at, wide * scale * w, inside)
+
+
+def norm_two_parts(x: Tensor, first: Tensor, second: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
+    """`ops.norm.norm_parts` of two norms of one epsilon. x: [n, d] contiguous -> x."""
+    n, row = x.shape
+    d0, d1 = len(first), len(second)
+    if n:
+        block = triton.next_power_of_2(max(d0, d1))
+        warps = min(max(block // 512, 1), 16)
+        _norm_parts_kernel[(n, 2)](
+            x, first, second, eps, ROW=row, D0=d0, D1=d1, BLOCK=block, num_warps=warps, **launch_options(pdl)
+        )
+    return x

@@ -6,6 +6,7 @@ step of them can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from microvllm.ops.gpu.experts import GpuExperts
 from microvllm.ops.gpu.fixed_order import FixedOrderProduct
 from microvllm.ops.gpu.launch import can_launch_early, shared_memory
 from microvllm.ops.gpu.levers import Levers
-from microvllm.ops.gpu.norm import rms_norm
+from microvllm.ops.gpu.norm import norm_two_parts, rms_norm
 from microvllm.ops.gpu.packed import KINDS, packed_kinds
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
@@ -117,6 +118,12 @@ class GpuOperators(Operators):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps, pdl=self.pdl)
+
+    def norm_parts(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
+        (first, eps), (second, other) = norms
+        if eps != other:
+            return super().norm_parts(x, norms)
+        return norm_two_parts(x, first, second, eps, pdl=self.pdl)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:

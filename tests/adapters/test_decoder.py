@@ -114,6 +114,23 @@ def test_layers_of_every_make(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_grow_with_their_position(backend: str) -> None:
+    """The same as other products of q, as long as all positions are in one period of the temperature."""
+    layer = LayerSpec(mixer=ATTENTION, mlp=MLP(size=48))
+    weights = random_weights(model_spec(layer))
+    ids = torch.arange(TOKENS)
+
+    def tempered(length: int) -> Tensor:
+        return forward(model_spec(layer.with_mixer(temperature=(0.7, length))), weights, ids, backend)
+
+    plain = forward(model_spec(layer), weights, ids, backend)
+    assert relative_error(tempered(TOKENS), plain) < 1e-6
+    late = tempered(6)
+    assert relative_error(late[:6], plain[:6]) < 1e-6
+    assert relative_error(late[6:], plain[6:]) > 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_scales_and_caps_of_a_model(backend: str) -> None:
     spec = model_spec(LayerSpec(mixer=ATTENTION, mlp=MLP(size=48)))
     weights = random_weights(spec)

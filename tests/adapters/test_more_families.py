@@ -13,7 +13,7 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.spec import ModelSpec
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 12800,
     "num_attention_heads": 32,
@@ -65,6 +65,40 @@ GLM4 = {
     "num_key_value_heads": 2,
     "partial_rotary_factor": 0.5,
     "rope_theta": 10000.0,
+}
+OLMO3 = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 10,
+    "max_position_embeddings": 65536,
+    "num_key_value_heads": 32,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+}
+MINISTRAL3: dict[str, Any] = {
+    "architectures": ["Ministral3ForCausalLM"],
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None,
 }
 PHI4_MINI = {
     "architectures": ["Phi3ForCausalLM"],
@@ -120,6 +154,31 @@ def test_glm_4(tmp_path: Path) -> None:
     assert [(order[j], order[j + 64]) for j in range(32)] == [(2 * j, 2 * j + 1) for j in range(32)]
 
 
+def test_olmo_3(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, OLMO3)
+    local, full = spec.mixers
+    assert [layer.mixer for layer in spec.layers] == [local, local, local, full] * 10
+    assert (local.window, full.window, spec.max_position, spec.rms_norm_eps) == (4096, None, 65536, 1e-5)
+    assert local.rope == RopeSpec(theta=5e5)
+    assert (full.rope.scaling, full.rope.attention_factor) == ("yarn", 1.2079441541679836)
+    assert local.whole_qk_norm and full.whole_qk_norm
+    assert {(layer.pre_norms, layer.post_norms) for layer in spec.layers} == {(False, True)}
+    assert spec_of(tmp_path, OLMO3, layer_types=None) == spec
+    with pytest.raises(ValueError, match="norms over all heads of q and of k do not divide"):
+        spec.sharded(2)
+
+
+def test_ministral_3(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, MINISTRAL3)
+    (mixer,) = spec.mixers
+    assert (mixer.temperature, mixer.rope.scaling, spec.max_position) == ((0.1, 16384), "yarn", 262144)
+    assert mixer.rope.attention_factor == 1.0
+    (implied,) = spec_of(tmp_path, MINISTRAL3, rope_parameters=None).mixers
+    assert implied == mixer
+    cold = {**MINISTRAL3["rope_parameters"], "llama_4_scaling_beta": 0}
+    assert spec_of(tmp_path, MINISTRAL3, rope_parameters=cold).mixers[0].temperature is None
+
+
 def test_phi_4_mini(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, PHI4_MINI)
     rope = spec.layers[0].mixer.rope
@@ -139,6 +198,10 @@ BAD = [
     (GLM4, "partial_rotary_factor", 0.01, "of a head of 128 is not an even number of elements"),
     (GLM4, "rope_parameters", {"mrope_section": [8, 12, 12]}, "is not a key of rotary scaling"),
     (GLM4, "num_experts", 8, "has no experts here"),
+    (OLMO3, "rope_parameters", {"rope_type": "default"}, "rope_type must be one of full_attention"),
+    (OLMO3, "sliding_window", 0, "must be a positive integer"),
+    (MINISTRAL3, "layer_types", ["full_attention"] * 40, "is not supported"),
+    (MINISTRAL3, "rope_parameters", {"llama_4_scaling_beta": -1}, "must be a finite number above 0"),
     (PHI4_MINI, "partial_rotary_factor", 0.5, "must list 32 numbers above 0"),
 ]
 

@@ -76,6 +76,33 @@ def test_logits_are_those_of_the_torch_operators(tmp_path: Path, form: str | Non
     assert found.argmax(1).equal(expected.argmax(1))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+DENSE = {
+    # Neighbours, and a part of each head.
+    "glm4": {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 5.0},
+    "olmo3": {"sliding_window": 7, "num_key_value_heads": 9},
+    "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}},
+}
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_logits_of_dense_families(tmp_path: Path, family: str) -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    folder = make_hf_folder(tmp_path, family, **sizes, **DENSE[family])
+    spec = load_spec(folder)
+
+    def model(operators: Operators, device: str) -> DecoderModel:
+        return DecoderModel(spec, load_weights(folder, spec, "auto", torch.float32, device=device), operators)
+
+    expected = logits(model(TorchOperators(torch.float32), "cpu"), torch.device("cpu"), torch.float32)
+    gpu = GpuOperators(torch.float32, DEVICE, "triton")
+    found = logits(model(gpu, DEVICE.type), DEVICE, torch.float32)
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    assert found.argmax(1).equal(expected.argmax(1))
+
+
 SPARSE = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen2_moe": {

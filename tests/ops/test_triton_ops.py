@@ -22,7 +22,7 @@ from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling, prefers_gemv
-from microvllm.ops.norm import rms_norm
+from microvllm.ops.norm import norm_parts, rms_norm
 
 # Relative error of a result that is rounded once, after sums in float32. (The interpreter's product of
 # matrices takes bfloat16 for integers.)
@@ -74,6 +74,18 @@ def test_a_skinny_product(rows: int, fused: bool, gated: bool, dtype: torch.dtyp
     assert not arrivals.any()
     assert y.dtype == dtype and y.shape == (rows, n)
     assert relative_error(y, reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("eps", [(1e-2, 1e-2), (1e-2, 1e-5)])
+def test_norms_of_parts_of_rows(ops: GpuOperators, eps: tuple[float, float]) -> None:
+    dtype = ops.activation_dtype
+    x = random(3, 100, seed=1, dtype=dtype)
+    weights = random(48, seed=2, dtype=dtype), random(20, seed=3, dtype=dtype)
+    expected = x.float().clone()
+    norm_parts(expected, [(w.float(), e) for w, e in zip(weights, eps, strict=True)], rms_norm)
+    found = ops.norm_parts(x.clone(), list(zip(weights, eps, strict=True)))
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+    assert torch.equal(found[:, 68:], x[:, 68:])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6, MAX_SKINNY_ROWS + 1])

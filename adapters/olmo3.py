@@ -1,0 +1,74 @@
+"""Olmo 3: norms behind attention and MLP, and over all of q and of k (OLMo 2, arXiv:2501.00656).
+
+Three of four layers have a window, and are rotated without the scaling of the others.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec, layer_windows
+from microvllm.adapters.rope_spec import Rotary, scaled_rope
+from microvllm.adapters.spec import ModelSpec
+
+KINDS = ("full_attention", "sliding_attention")
+DEFAULT_MAX_POSITION = 2048
+TENSORS = {
+    **HF_TENSORS,
+    "mixer_post_norm": "model.layers.{i}.post_attention_layernorm",
+    "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe an OLMo 3 model from the `config.json` of its folder."""
+    bias = config.flag("attention_bias")
+    spec = hf_spec(
+        config,
+        "olmo3",
+        default_max_position=DEFAULT_MAX_POSITION,
+        windows=_windows,
+        rotary=lambda *sizes: _rotary("full_attention", *sizes),
+        qkv_bias=bias,
+        o_bias=bias,
+    )
+    sizes = spec.layers[0].mixer.head_dim, DEFAULT_MAX_POSITION
+    local = _rotary("sliding_attention", config, *sizes).spec
+    layers = (
+        layer.with_mixer(whole_qk_norm=True, rope=local if slides else layer.mixer.rope)
+        for layer, slides in zip(spec.layers, _slides(config, spec.num_layers), strict=True)
+    )
+    return msgspec.structs.replace(
+        spec,
+        layers=tuple(msgspec.structs.replace(layer, pre_norms=False, post_norms=True) for layer in layers),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-5),
+    )
+
+
+def _slides(config: Fields, num_layers: int) -> list[bool]:
+    """Whether each layer has a window, which it may be too short a text to see."""
+    default = [(index + 1) % 4 != 0 for index in range(num_layers)]
+    return [window is not None for window in layer_windows(config, num_layers, 1, default)]
+
+
+def _windows(config: Fields, num_layers: int) -> list[int | None]:
+    window = None if config.is_null("sliding_window") else config.size("sliding_window", 4096)
+    return [window if slides else None for slides in _slides(config, num_layers)]
+
+
+def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int) -> Rotary:
+    """Older configurations have one scaling, which only layers without a window use."""
+    parts = config.part("rope_parameters")
+    if parts is not None:
+        for other in parts:
+            if other not in KINDS:
+                raise parts.error(other, f"must be one of {', '.join(KINDS)}")
+        scaling = parts.part(kind)
+    else:
+        scaling = config.part("rope_scaling") if kind == "full_attention" else None
+    return scaled_rope(config, scaling, config.number("rope_theta", 5e5), head_dim, default_max_position)
+
+
+FAMILY = Family("olmo3", "Olmo3ForCausalLM", from_hf, hf_tensors=TENSORS)
