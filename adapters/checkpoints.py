@@ -62,7 +62,8 @@ class Checkpoint(Protocol):
 
 def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
     """Return the name under which the checkpoint stores a part of a layer."""
-    return checkpoint.names[part.role].format(i=layer, e=part.expert) + (".bias" if part.bias else ".weight")
+    name = checkpoint.names[part.role].format(i=layer, e=part.expert)
+    return name.removesuffix("$") if name.endswith("$") else name + (".bias" if part.bias else ".weight")
 
 
 def scheme_of(quantization: Quantization, names: Mapping[str, str], part: Part, layer: int) -> Scheme | None:
@@ -144,6 +145,8 @@ class FolderCheckpoint:
 
     def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
         stored = self.view(name)
+        if part.stacked:
+            stored = stored.flatten(0, 1)
         for rows, piece in zip(part.rows.runs, torch.split(out, part.rows.lengths), strict=True):
             run = stored[slice(*rows)]
             piece.copy_(run if columns is None else run[:, slice(*columns.runs[0])])

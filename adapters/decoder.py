@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,11 @@ from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.mixed import MixedAttention
+from microvllm.ops.attention.shared import sharing
 from microvllm.ops.attention.temperature import TemperedAttention
+from microvllm.ops.embedding import token_rows
 from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, NormedLinear, Operator, Operators
-from microvllm.ops.sharding import Ranks, ShardedEmbedding, ShardedHead, SummedLinear
+from microvllm.ops.sharding import Ranks, ShardedHead, SummedLinear
 
 
 class DecoderModel:
@@ -37,17 +41,16 @@ class DecoderModel:
         embed = weights.pop("embed")
         head = weights.pop("lm_head", embed)
         norm = _Weights(spec, weights, operators, "").norm("norm")
-        if ranks is None:
-            lookup = operators.embedding(embed)
-        else:
-            lookup = ShardedEmbedding(operators, embed, spec.vocab_size, ranks)
-        self.embed = _scaled(lookup, spec, embed)
+        rows = partial(token_rows, operators, spec.vocab_size, ranks)
+        self.embed = rows(embed, spec.embedding_scale)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = _head(spec, head, norm, operators, ranks)
         layers = [_Weights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
-        self._layers = operators.layers(
-            [_build_layer(*each, operators, ranks) for each in zip(spec.layers, layers, strict=True)]
-        )
+        built = [_build_layer(*each, operators, ranks) for each in zip(spec.layers, layers, strict=True)]
+        if spec.tails is not None:
+            own = _Weights(spec, weights, operators, "")
+            self.embed, built = spec.tails.build(self.embed, built, own, layers, operators, rows)
+        self._layers = operators.layers(built)
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
         self._kv_scales = weights.pop("kv_scales", torch.ones(spec.num_layers, 2)).tolist()
 
@@ -95,9 +98,11 @@ class DecoderModel:
 
         kinds: dict[Attention, list[int]] = {}
         for index, layer in enumerate(self.spec.layers):
-            kinds.setdefault(layer.mixer, []).append(index)
+            if layer.mixer.source is None:
+                kinds.setdefault(layer.mixer, []).append(index)
         backends = [(backend(mixer, indices), indices) for mixer, indices in kinds.items()]
-        return backends[0][0] if len(backends) == 1 else MixedAttention(backends)
+        own = backends[0][0] if len(backends) == 1 else MixedAttention(backends)
+        return sharing(own, [layer.mixer.source for layer in self.spec.layers])
 
 
 class _Weights:
@@ -135,15 +140,6 @@ def _build_layer(
         return first, NormedLinear(last, operators.norm(post_norm))
 
     return DecoderLayer(*branch("mixer", layer.mixer), *branch("mlp", layer.mlp))
-
-
-def _scaled(embed: Operator, spec: ModelSpec, weight: Tensor) -> Operator:
-    if spec.embedding_scale == 1.0:
-        return embed
-    # Rounded as the authors round it, if the weights are not quantised.
-    kind = weight.dtype if weight.is_floating_point() else torch.float32
-    scale = float(torch.tensor(spec.embedding_scale, dtype=kind))
-    return lambda ids: embed(ids) * scale
 
 
 def _head(

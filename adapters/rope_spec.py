@@ -36,10 +36,10 @@ LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotary embedding (Su et al., 2021, arXiv:2104.09864) and its context extension.
 
-    `scaling` is "none", "linear", "llama3", "yarn", "dynamic" or "longrope": `adapters.rotary` has the
-    formulas. cos and sin are multiplied by `attention_factor`. Only the first `rotary_dim` elements of a head
-    are rotated (None: all of them; 0: none); `interleaved`: neighbours against each other in the checkpoint,
-    not the two halves.
+    `scaling` is "none", "linear", "llama3", "yarn", "dynamic", "longrope" or "proportional":
+    `adapters.rotary` has the formulas. cos and sin are multiplied by `attention_factor`. Only the first
+    `rotary_dim` elements of a head are rotated (None: all of them; 0: none); `interleaved`: neighbours
+    against each other in the checkpoint, not the two halves.
     """
 
     theta: float = 10000.0
@@ -54,6 +54,7 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     truncate: bool = True
     short_factors: tuple[float, ...] = ()  # longrope: divisors of the head_dim / 2 frequencies
     long_factors: tuple[float, ...] = ()
+    proportion: float = 1.0  # proportional: of a head's pairs that turn, those of the highest frequencies
     rotary_dim: int | None = None
     interleaved: bool = False
 

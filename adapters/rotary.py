@@ -17,7 +17,8 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     "linear" is position interpolation (Chen et al., 2023, arXiv:2306.15595); "llama3" is the scheme of
     Llama 3.1's reference code: wavelengths shorter than original / high_freq_factor are kept, those
     longer than original / low_freq_factor are divided by `factor`, those between are blended; "yarn" is
-    Peng et al., 2023 (arXiv:2309.00071), "longrope" Ding et al., 2024 (arXiv:2402.13753).
+    Peng et al., 2023 (arXiv:2309.00071), "longrope" Ding et al., 2024 (arXiv:2402.13753); "proportional" is
+    Gemma 4's, which turns a part of the pairs, at the frequencies that they have in a whole head.
     "dynamic" and "longrope" are taken as for a text of the original length, unless `RopeSpec.at_length` was.
     """
     dim = head_dim if rope.rotary_dim is None else rope.rotary_dim
@@ -27,6 +28,9 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
 def _frequencies(rope: RopeSpec, dim: int) -> Tensor:
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inv_freq = 1.0 / rope.theta**exponents
+    if rope.scaling == "proportional":
+        inv_freq[int(rope.proportion * dim // 2) :] = 0.0
+        return inv_freq / rope.factor
     if rope.scaling == "linear":
         return inv_freq / rope.factor
     if rope.scaling == "longrope":

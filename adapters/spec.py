@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from microvllm.adapters.experts import Experts
+from microvllm.adapters.head_norms import head_norms
+from microvllm.adapters.layer_tails import LayerTails
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
@@ -26,7 +28,9 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
 
     window: the positions that a query sees, its own included; None for all. Scores are multiplied by `scale`
     (None: head_dim ** -0.5), then capped as cap * tanh(score / cap) if there is a `softcap`. `qk_norm`: an
-    RMSNorm over each head of q and of k before the rotation; `whole_qk_norm`: one over all of q, and of k.
+    RMSNorm over each head of q and of k before the rotation; `whole_qk_norm`: one over all of q, and of k;
+    `v_norm`: beside `qk_norm`, one without weights over each head of v. `keys_as_values`: v is what k is
+    before its norm. `source`: the layer whose keys and values are attended to; there are none of its own.
     With a `temperature`, (beta, length), queries are multiplied by 1 + beta * log(1 + position // length).
     """
 
@@ -41,6 +45,9 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     o_bias: bool = False
     qk_norm: bool = False
     whole_qk_norm: bool = False
+    v_norm: bool = False
+    keys_as_values: bool = False
+    source: int | None = None
     temperature: tuple[float, int] | None = None
 
     @property
@@ -49,7 +56,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
+        return 0 if self.source is not None else self.num_kv_heads * self.head_dim
 
     def num_products(self, hidden_size: int) -> int:
         """Multiplications with weights that one token takes."""
@@ -72,18 +79,25 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
-        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]; q and k in `rope.order`."""
+        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]; q and k in `rope.order`.
+
+        With a `source` there is nothing of k and v.
+        """
         order = self.head_dim, self.rope.order(self.head_dim)
-        kv = shard.share_units(self.num_kv_heads, self.head_dim)
-        rows = {"q": shard.share(self.q_size).reordered(*order), "k": kv.reordered(*order), "v": kv}
-        hidden = WHOLE.share(hidden_size)
-        yield from matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias)
+        kv, hidden = shard.share_units(self.num_kv_heads, self.head_dim), WHOLE.share(hidden_size)
+        own = {} if self.source is not None else {"k": kv.reordered(*order), "v": kv}
+        rows = {"q": shard.share(self.q_size).reordered(*order), **own}
+        for slot in matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias):
+            parts = slot.parts
+            if own and self.keys_as_values:
+                parts = *parts[:2], parts[2]._replace(role="k")
+            yield slot._replace(parts=parts)
         # Shards add up what `o` gives, its bias once.
         bias = self.o_bias and shard.rank == 0
         yield from matrix_slots("o", {"o": hidden}, shard.share(self.q_size), bias=bias)
         if self.qk_norm:
             one_head = WHOLE.share(self.head_dim).reordered(*order)
-            yield from (vector_slot(name, one_head) for name in ("q_norm", "k_norm"))
+            yield from (vector_slot(f"{part}_norm", one_head) for part in ("q", *own)[:2])
         if self.whole_qk_norm:
             yield from (vector_slot(f"{part}_norm", rows[part]) for part in ("q", "k"))
 
@@ -94,6 +108,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         qkv = operators.product(*weights.matrix("qkv"), norm=norm)
         if self.whole_qk_norm:
             qkv = operators.normed_parts(qkv, weights.norm("q_norm"), weights.norm("k_norm"))
+        if self.v_norm:
+            qkv = head_norms(qkv, self.num_heads, self.num_kv_heads, weights, operators)
         return qkv, operators.linear(*weights.matrix("o"))
 
 
@@ -128,6 +144,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     Token embeddings are multiplied by `embedding_scale`; `norm_offset` is added to the weights of all norms;
     logits are multiplied by `logits_scale`, then capped as cap * tanh(logit / cap) if there is a
     `logits_softcap`. With a `pooling` there is no head: the output is a vector for each text.
+    `tails`: what all layers do behind their MLP.
     """
 
     architecture: str
@@ -140,6 +157,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float | None = None
+    tails: LayerTails | None = None
     tie_embeddings: bool = False
     dtype: str = "float32"
     bos_token_id: int | None = None
@@ -172,7 +190,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         parts = (
             part.num_products(self.hidden_size) for layer in self.layers for part in (layer.mixer, layer.mlp)
         )
-        return self.vocab_size * self.hidden_size + sum(parts)
+        tails = self.num_layers * self.tails.num_products(self.hidden_size) if self.tails else 0
+        return self.vocab_size * self.hidden_size + sum(parts) + tails
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of keys and values that one token holds over all layers."""
@@ -206,6 +225,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         for index, layer in enumerate(self.layers):
             for slot in layer.slots(self.hidden_size, names, shard):
                 yield slot._replace(name=f"layers.{index}.{slot.name}", layer=index)
+        if self.tails is not None:
+            yield from self.tails.slots(self.vocab_size, self.hidden_size, self.num_layers, shard)
         yield vector_slot("norm", self.hidden_size)
         if not self.tie_embeddings:
             yield from matrix_slots("lm_head", {"lm_head": vocabulary}, hidden)

@@ -24,6 +24,7 @@ from microvllm.adapters.checkpoints import (
     GGUFCheckpoint,
     listed,
     scheme_of,
+    stored_name,
 )
 from microvllm.adapters.coded_formats import CODED, fits, has_blocks, round_to_groups
 from microvllm.adapters.dequantize import PACKED_LAYOUTS
@@ -156,6 +157,13 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tu
     if spec.tie_embeddings:
         # Some checkpoints store the tied matrix a second time.
         unused.discard(head)
+    if any(layer.mixer.source is not None for layer in spec.layers):
+        # And keys and values of layers that read those of others.
+        own = msgspec.structs.replace(
+            spec, layers=tuple(each.with_mixer(source=None) for each in spec.layers)
+        )
+        for slot in own.slots(checkpoint.names):
+            unused -= {stored_name(checkpoint, part, slot.layer) for part in slot.parts}
     if unused:
         raise ModelFileError(
             checkpoint.path,
@@ -208,7 +216,7 @@ def _dummy_weights(
     device: str,
     norm: float,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Small random values, the same on every call; all weights of norms are `norm`.
+    """Small random values, the same on every call; all weights of norms are `norm`, all scales 1.
 
     Values are dealt from a pool that is drawn once: drawing billions of them would take minutes. The whole
     model's `slots` are dealt, of which the result has what a shard's `own` hold.
@@ -219,8 +227,8 @@ def _dummy_weights(
     offset, shares = 0, {slot.name: slot for slot in own}
     for done, slot in enumerate(slots, 1):
         tensor = allocate(model, slot.name, slot.shape, dtype, device)
-        if slot.name.endswith("norm"):
-            tensor.fill_(norm)
+        if slot.name.endswith(("norm", "_scale")) and slot.columns is None:
+            tensor.fill_(norm if slot.name.endswith("norm") else 1.0)
         else:
             flat, filled = tensor.view(-1), 0
             while filled < flat.numel():

@@ -31,3 +31,13 @@ def norm_parts(
         part = x[:, start : (start := start + len(weight))]
         part.copy_(norm(part.contiguous(), weight, eps))
     return x
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of each head with weights of its own, rounded once, at the end.
+
+    x: [n, heads * d]; weight: [heads, d] -> [n, heads * d].
+    """
+    wide = x.float().view(-1, *weight.shape)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return (wide * scale * weight).to(x.dtype).view_as(x)

@@ -21,7 +21,7 @@ from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAtten
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.experts import ExpertWeights, composed
 from microvllm.ops.linear import Linear
-from microvllm.ops.norm import norm_parts, rms_norm
+from microvllm.ops.norm import norm_heads, norm_parts, rms_norm
 from microvllm.ops.routing import Routing
 
 Operator = Callable[[Tensor], Tensor]
@@ -105,6 +105,10 @@ class Operators(ABC):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """See `ops.activation.silu_and_mul`."""
         return silu_and_mul(gate_up)
+
+    def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `ops.norm.norm_heads`."""
+        return norm_heads(x, weight, eps)
 
     @abstractmethod
     def attention(self, config: AttentionConfig) -> AttentionBackend:
