@@ -20,6 +20,8 @@ from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing
 
 MAX_JSON_BYTES = 64 << 20
+TIE = "tie_word_embeddings"
+INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", TIE)
 DTYPES = ("float32", "bfloat16", "float16")
 SILU = {"silu": "silu", "swish": "silu"}
 COUNT_KEYS = ("num_experts", "num_local_experts")  # of experts, under transformers' older or newer name
@@ -138,6 +140,19 @@ def hf_spec(
         bos_token_id=config.token_id("bos_token_id", vocab_size),
         eos_token_ids=config.token_ids("eos_token_id", vocab_size),
     )
+
+
+def text_part(config: Fields) -> Fields:
+    """The language model of a configuration of several parts.
+
+    What it leaves out of `INHERITED` stands beside it, and whether its embeddings are tied always does.
+    """
+    text = config.part("text_config")
+    if text is None:
+        raise config.error("text_config", "is missing")
+    own = {key: text.get(key) for key in text}
+    beside = {key: config.get(key) for key in INHERITED if key in config}
+    return Fields(config.path, beside | own | {TIE: beside.get(TIE, own.get(TIE))}, text.where)
 
 
 def layer_windows(

@@ -14,6 +14,7 @@ import msgspec
 from microvllm.adapters import (
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     granite,
     llama,
@@ -51,6 +52,7 @@ FAMILIES = (
     qwen3.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    *gemma4.FAMILIES,
     phi3.FAMILY,
     smollm3.FAMILY,
     granite.FAMILY,

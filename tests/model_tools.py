@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import make_hf_folder
+from tiny_models import TOKENIZER_SIZE, make_hf_folder
 
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.engine import InferenceEngine
@@ -77,6 +77,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
+    },
+    "gemma4": {  # full layers of other heads, whose keys are their values
+        "family": "gemma4_text",
+        "tie": True,
+        "num_hidden_layers": 4,
+        "sliding_window": 19,
+        "global_head_dim": 48,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "final_logit_softcapping": 8.0,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4-shared": {  # inputs of each layer, and two layers that read the keys and values of others
+        "family": "gemma4_text",
+        "tie": True,
+        "num_hidden_layers": 5,
+        "sliding_window": 19,
+        "global_head_dim": 48,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 24,
+        "vocab_size_per_layer_input": TOKENIZER_SIZE,
+        "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
+        "seed": 4,
     },
     "phi3-window": {"family": "phi3", "sliding_window": 19},
     "phi4-mini": {

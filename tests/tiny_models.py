@@ -100,7 +100,7 @@ def make_hf_folder(
     config = transformers.AutoConfig.for_model(family, **sizes)
     with torch.random.fork_rng(devices=[]):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    _randomize(model, seed)
+    randomize(model, seed)
     model.to(getattr(torch, dtype))
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, max_shard_size="500KB" if sharded else "5GB")
@@ -109,21 +109,24 @@ def make_hf_folder(
     return path
 
 
-def _randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        scalars = [each for each in model.named_buffers() if each[0].endswith("layer_scalar")]
+        for name, parameter in sorted([*model.named_parameters(), *scalars]):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith("layer_scalar"):
+                values = 0.9 + 0.1 * noise
+            elif parameter.ndim == 1 and not name.endswith(".bias"):  # norms, and scales
                 values = 1.0 + 0.2 * noise
             elif name.endswith(".bias"):
                 values = 0.3 * noise
             elif "embed_tokens" in name:
                 values = 0.2 * noise
             else:
-                values = noise * (1.5 / math.sqrt(parameter.shape[1]))
+                values = noise * (1.5 / math.sqrt(parameter.shape[-1]))
             parameter.copy_(values)
 
 

@@ -124,6 +124,7 @@ EQUIVALENCE = (
     ("qwen3-untied", "cpu"),
     ("qwen3-moe", "cpu"),
     ("glm4", "cpu"),
+    ("gemma4-shared", "cpu"),
 )
 
 
@@ -240,7 +241,17 @@ BFLOAT16_TOLERANCE = 0.08
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "name", ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3-window"]
+    "name",
+    [
+        "llama-tied",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "gemma4-shared",
+        "phi3-window",
+    ],
 )
 def test_bfloat16_is_near_float32(name: str, backend: str) -> None:
     folder = variant_folder(name)
