@@ -43,6 +43,7 @@ from microvllm.runtime.flag import (
     queue_length,
     required_flag,
 )
+from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
 from microvllm.runtime.kv_memory import KV_BYTES, size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS, choose_runner, configure_pooling
@@ -153,6 +154,11 @@ class EngineArgs:
         None, SCHEDULING, "KV block count, overriding the memory-based size.", low=1
     )
     enable_prefix_caching: bool = flag(True, SCHEDULING, "Reuse the KV blocks of equal prompt beginnings.")
+    kv_events_config: dict[str, Any] | None = flag(
+        None,
+        SCHEDULING,
+        "Publish what the prefix cache stores and evicts: enable_kv_cache_events, endpoint...",
+    )
     max_num_seqs: int | None = flag(
         None,
         SCHEDULING,
@@ -351,6 +357,7 @@ class EngineArgs:
             ),
         )
         queued = self.max_num_queued_reqs
+        caching = self.enable_prefix_caching and not (pooling and pooling.needs_all)
         return EngineConfig(
             model=self.model,
             model_path=str(path),
@@ -369,7 +376,8 @@ class EngineArgs:
             max_num_batched_tokens=budget,
             block_size=block_size,
             num_blocks=num_blocks,
-            enable_prefix_caching=self.enable_prefix_caching and not (pooling and pooling.needs_all),
+            enable_prefix_caching=caching,
+            kv_events=read_kv_events(self.kv_events_config, caching),
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
@@ -471,6 +479,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     admit_by_rate: bool = False  # only what is predicted to leave the queue within `queue_timeout`
     queue_timeout: float = 0.0  # seconds from arrival until the request is begun; 0: no limit
     request_timeout: float = 0.0  # seconds from arrival to the end; 0: no limit
+    kv_events: KVEventsConfig | None = None
+    data_parallel_rank: int = 0
     log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
 
     @property

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.kv_events.publishing_core import make_core
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.observer import SampleGroup
 from microvllm.runtime.offline.core_thread import CoreThread, OfflineSequence, Run
@@ -70,7 +70,7 @@ class InferenceEngine:
         runner = start_runner(self.config, on_progress)
         self.config = runner.config
         self.processor.use_config(self.config)
-        self.core = EngineCore(self.config, runner)
+        self.core = make_core(self.config, runner)
         self.metrics = EngineMetrics(self.config.max_model_len, self.core.stats())
         self._core_thread = CoreThread(self.core, self.metrics)
 

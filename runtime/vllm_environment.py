@@ -19,13 +19,13 @@ PREFIX = "VLLM_"
 VARIABLES = dict(read_table("vllm_environment.tsv"))  # name -> honoured, harmless or ignored
 
 
-def is_on(name: str) -> bool:
+def is_on(name: str, *, default: bool = False) -> bool:
     """Return whether a variable is 1 or true. Raises `ConfigError` for a value that is neither on nor off."""
     value = os.environ.get(name, "").strip().lower()
     if value in ("1", "true"):
         return True
     if value in ("", "0", "false"):
-        return False
+        return default and not value
     raise ConfigError(f"{name} in the environment must be 0 or 1, got {value!r}")
 
 

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.grammar.checker import GrammarChecker
+from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.observer import EngineObserver, RequestTiming
 from microvllm.runtime.request import (
     EngineRequest,
@@ -250,6 +251,7 @@ class FakeClient:
         self.aborted = 0
         self.tokens_made = 0
         self.resets = 0
+        self.event_sources: dict[int, KVEventsConfig] = {}
         self.submitted: list[tuple[list[int], SamplingParams, int, str]] = []
         self.recorded: list[str] = []  # outputs to play in turn, in place of hashes
         self._played = itertools.count()
@@ -262,6 +264,9 @@ class FakeClient:
 
     def reset_prefix_cache(self) -> None:
         self.resets += 1
+
+    def kv_event_sources(self) -> dict[int, KVEventsConfig]:
+        return self.event_sources
 
     async def run_blocking(self, fn: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(None, fn, *args)

@@ -55,7 +55,8 @@ def test_version(setup_cfg: configparser.ConfigParser) -> None:
 def test_every_import_is_a_declared_dependency(setup_cfg: configparser.ConfigParser) -> None:
     options = setup_cfg["options"]
     declared = {canonicalize_name(r.name) for r in requirements(options["install_requires"])}
-    optional = {canonicalize_name(r.name) for r in requirements(setup_cfg["options.extras_require"]["gpu"])}
+    extras = setup_cfg["options.extras_require"]
+    optional = {canonicalize_name(r.name) for r in requirements(extras["gpu"] + extras["kv-events"])}
     for file in (file for file in package_files() if file.suffix == ".py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
             names = []
@@ -64,7 +65,7 @@ def test_every_import_is_a_declared_dependency(setup_cfg: configparser.ConfigPar
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             for name in {name.split(".")[0] for name in names} - {"microvllm", "__future__"}:
-                name = {"yaml": "pyyaml"}.get(name, name)
+                name = {"yaml": "pyyaml", "zmq": "pyzmq"}.get(name, name)
                 known = name in sys.stdlib_module_names or canonicalize_name(name) in declared | optional
                 assert known, f"{file}:{node.lineno} imports {name}"
 

@@ -259,7 +259,10 @@ SCHEMAS: Mapping[str, Any] = {
         loads=_list(_object(dp_rank=INTEGER, num_running_reqs=INTEGER, num_waiting_reqs=INTEGER)),
         aggregate=_object(total_running_reqs=INTEGER, total_waiting_reqs=INTEGER, total_reqs=INTEGER),
     ),
-    "KVEventSources": {"type": "object"},
+    "KVEventSources": {
+        "type": "object",
+        "additionalProperties": _object(endpoint=STRING, replay_endpoint=TEXT_OR_NULL, topic=STRING),
+    },
     "ServerInfo": _object(
         version=STRING, served_model_name=STRING, context_length=INTEGER, max_running_requests=INTEGER
     ),

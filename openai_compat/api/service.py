@@ -101,8 +101,9 @@ async def get_load(request: Request, state: ServerState) -> Response:
 
 
 async def kv_event_sources(request: Request, state: ServerState) -> Response:
-    """`{}`: this server publishes no events of its KV cache."""
-    return Response(b"{}", media_type="application/json")
+    """Where each engine publishes the events of its KV cache, by its rank; `{}` where none does."""
+    sources = state.client.kv_event_sources()
+    return Response(msgspec.json.encode(sources), media_type="application/json")
 
 
 async def server_info(request: Request, state: ServerState) -> Response:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
 from microvllm.runtime.worker.profiler import ProfilerConfig
 
@@ -116,10 +117,14 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
-    """The engine has started; `stats` holds its sizes. max_model_len: in tokens, perhaps lowered."""
+    """The engine has started; `stats` holds its sizes. max_model_len: in tokens, perhaps lowered.
+
+    kv_events: with the addresses where its events are published.
+    """
 
     stats: EngineStats
     max_model_len: int
+    kv_events: KVEventsConfig | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

@@ -18,6 +18,7 @@ import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
@@ -239,6 +240,11 @@ class EngineClient:
     def healthy(self) -> bool:
         """Return whether requests are being served: the engine is loaded, alive, not frozen and not hung."""
         return self._ready and self._watch.problem is None
+
+    def kv_event_sources(self) -> dict[int, KVEventsConfig]:
+        """Return where each engine publishes the events of its KV cache, by its rank."""
+        found = None if self._process is None else self._process.kv_events
+        return {} if found is None else {0: found}
 
     async def wait_given_up(self) -> None:
         """Wait until the engine cannot be started again: raises `EngineError` then."""

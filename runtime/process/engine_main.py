@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError
+from microvllm.runtime.kv_events.publishing_core import event_source, make_core
 from microvllm.runtime.machine import freeze_objects, return_freed_memory
 from microvllm.runtime.process.channel import (
     Abort,
@@ -76,7 +77,7 @@ def main() -> None:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             channel.send_event(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
             return
-        channel.send_event(Ready(core.stats(), core.config.max_model_len))
+        channel.send_event(Ready(core.stats(), core.config.max_model_len, event_source(core)))
         heartbeat.begin()
         _run_engine(core, channel, heartbeat)
 
@@ -101,7 +102,7 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
         os._exit(1)
 
     runner = start_runner(config, progress, on_failure)
-    return EngineCore(runner.config, runner)
+    return make_core(runner.config, runner)
 
 
 def _run_engine(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:

@@ -10,6 +10,7 @@ import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
+from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.process.channel import (
     HEADER_BYTES,
     Command,
@@ -41,6 +42,7 @@ class EngineProcess:
     ) -> None:
         self.first_stats = EngineStats()
         self.max_model_len = 0  # in tokens, once it is ready
+        self.kv_events: KVEventsConfig | None = None
         self._process = process
         self._reader, self._writer = reader, writer
         self._encoder = msgspec.msgpack.Encoder()
@@ -103,6 +105,7 @@ class EngineProcess:
             if isinstance(event, Progress) and on_progress is not None:
                 on_progress(event.what, event.done, event.total, event.note)
         self.first_stats, self.max_model_len = event.stats, event.max_model_len
+        self.kv_events = event.kv_events
 
     def kill(self) -> None:
         """Kill the process; `read_event` then raises."""

@@ -273,6 +273,7 @@ NOT_DEFAULT = {
     "runner": "pooling", "convert": "embed", "pooler_config": '{"pooling_type": "MEAN"}',
     "ssl_cert_reqs": "2", "gpu_memory_utilization": "0.5",
     "reasoning_effort_map": '{"high": "max"}',
+    "kv_events_config": '{"enable_kv_cache_events": true}',
     "hf_overrides": '{"rope_theta": 7}', "rope_scaling": '{"rope_type": "linear", "factor": 2}',
     "override_generation_config": '{"top_k": 7}', "logprobs_mode": "raw_logits", "root_path": "/llm",
     "default_chat_template_kwargs": '{"enable_thinking": false}', "allowed_origins": '["https://a.example"]',
