@@ -24,7 +24,7 @@ from microvllm.adapters.quantization import Quantization, Scheme
 from microvllm.adapters.registry import BY_GGUF_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from microvllm.adapters.safetensors_file import StoredTensor, open_folder
-from microvllm.adapters.tensors import Cut, Part, Slot
+from microvllm.adapters.tensors import BARE, Cut, Part, Slot
 from microvllm.ops.quantized import QuantizedRows
 
 CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, small enough to stay in cache
@@ -62,13 +62,19 @@ class Checkpoint(Protocol):
 
 def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
     """Return the name under which the checkpoint stores a part of a layer."""
-    name = checkpoint.names[part.role].format(i=layer, e=part.expert)
-    return name.removesuffix("$") if name.endswith("$") else name + (".bias" if part.bias else ".weight")
+    is_bare = checkpoint.names[part.role].endswith(BARE)
+    suffix = "" if is_bare else (".weight", ".bias")[part.bias]
+    return module_name(checkpoint.names, part, layer) + suffix
+
+
+def module_name(names: Mapping[str, str], part: Part, layer: int) -> str:
+    """Return the name of the module that a part of a layer belongs to."""
+    return names[part.role].format(i=layer, e=part.expert, bare="")
 
 
 def scheme_of(quantization: Quantization, names: Mapping[str, str], part: Part, layer: int) -> Scheme | None:
     """How the matrix of a part is quantised; None for a bias and for what stays plain."""
-    module = names[part.role].format(i=layer, e=part.expert)
+    module = module_name(names, part, layer)
     return None if part.bias else quantization.scheme_of(part.role, module)
 
 
@@ -78,13 +84,17 @@ class FolderCheckpoint:
     # Older checkpoints carry the rotary frequencies, which follow from the configuration.
     _IGNORED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
-    def __init__(self, folder: Path, family: Family, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self, folder: Path, family: Family, quantization: Quantization | None = None, num_layers: int = 0
+    ) -> None:
         self.path = folder
         on_loading = quantization is not None and quantization.on_loading
         self.quantization = None if on_loading else quantization
         self._on_loading = quantization if on_loading else None
         self._files = open_folder(folder)
-        self.names, self._wrapper = _as_stored(family.hf_tensors, self._files)
+        self._unused = tuple(start.format(n=num_layers) for start in family.hf_unused)
+        used = [name for name in self._files if not name.startswith(self._unused)]
+        self.names, self._wrapper = _as_stored(family.hf_tensors, used)
         outside = [name for name in self._files if self._is_outside(name)]
         if outside:
             warn_once(
@@ -97,7 +107,10 @@ class FolderCheckpoint:
 
     def may_be_unused(self, name: str) -> bool:
         return (
-            self._is_outside(name) or self._IGNORED.fullmatch(name) is not None or self._is_empty_bias(name)
+            self._is_outside(name)
+            or name.startswith(self._unused)
+            or self._IGNORED.fullmatch(name) is not None
+            or self._is_empty_bias(name)
         )
 
     def has_own_head(self) -> bool:

@@ -12,9 +12,9 @@ from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.spec import ModelSpec
 
-# Role of a tensor -> its name without ".weight" or ".bias", or the whole name and "$"; "{i}" is the layer,
-# "{e}" the expert. These are Llama's, which most families share. One that stores q, k and v as one tensor has
-# the role "qkv" in their place, and one that stores gate and up as one the role "gate_up".
+# Role of a tensor -> its name without ".weight" or ".bias", or the whole name and `tensors.BARE`; "{i}" is the
+# layer, "{e}" the expert. These are Llama's, which most families share. One that stores q, k and v as one
+# tensor has the role "qkv" in their place, and one that stores gate and up as one the role "gate_up".
 HF_TENSORS: Mapping[str, str] = {
     "embed": "model.embed_tokens",
     "lm_head": "lm_head",
@@ -57,7 +57,8 @@ class Family(NamedTuple):
     """How the files of one model family are read.
 
     `name` is the `model_type` of config.json and becomes `ModelSpec.architecture`; `hf_class` is the class in
-    `architectures`. A family without `from_gguf` has no GGUF files; `gguf_name` is their
+    `architectures`. `hf_unused`: beginnings of names that are left out on purpose ("{n}": the number of
+    layers). A family without `from_gguf` has no GGUF files; `gguf_name` is their
     `general.architecture`. `gguf_interleaved`: these files store the rows of q and k with the two halves of
     each head interleaved, so that neighbours rotate together.
     """
@@ -66,6 +67,7 @@ class Family(NamedTuple):
     hf_class: str
     from_hf: Callable[[Fields], ModelSpec]
     hf_tensors: Mapping[str, str] = HF_TENSORS
+    hf_unused: tuple[str, ...] = ()
     from_gguf: Callable[[GGUFFile], ModelSpec] | None = None
     gguf_name: str = ""
     gguf_tensors: Mapping[str, str] = GGUF_TENSORS

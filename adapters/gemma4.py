@@ -20,6 +20,7 @@ from microvllm.adapters.hf_config import hf_spec, layer_windows, text_part
 from microvllm.adapters.layer_tails import LayerTails
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
+from microvllm.adapters.tensors import BARE
 
 TENSORS = {
     **GEMMA_TENSORS,
@@ -29,7 +30,7 @@ TENSORS = {
     "input_gate": "model.layers.{i}.per_layer_input_gate",
     "input_projection": "model.layers.{i}.per_layer_projection",
     "input_post_norm": "model.layers.{i}.post_per_layer_input_norm",
-    "layer_scale": "model.layers.{i}.layer_scalar$",
+    "layer_scale": f"model.layers.{{i}}.layer_scalar{BARE}",
 }
 PERIOD = 6  # of layers, the last of which is full
 FULL, SLIDING = "full_attention", "sliding_attention"

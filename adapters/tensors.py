@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from microvllm.ops.operators import Norm
 
 
+BARE = "{bare}"  # ends the name of a tensor that is no module's weight: there is no ".weight" behind it
+
+
 class Shard(NamedTuple):
     """One of `size` workers that hold a model together: Shoeybi et al., 2019, arXiv:1909.08053.
 
@@ -99,6 +102,7 @@ class Slot(NamedTuple):
     parts: tuple[Part, ...]
     columns: Cut | None  # None for a vector
     layer: int = 0
+    is_wide: bool = False  # a vector that is kept in float32, as no rounding of it was trained
 
     @property
     def is_of_experts(self) -> bool:

@@ -80,7 +80,7 @@ def load_weights(
     if load_format not in ("auto", actual):
         raise ModelFileError(model, f"cannot be loaded as {shorten(load_format)}: it is {actual}")
     checkpoint: Checkpoint = (
-        FolderCheckpoint(model, family, spec.quantization)
+        FolderCheckpoint(model, family, spec.quantization, spec.num_layers)
         if model.is_dir()
         else GGUFCheckpoint(model, spec.layers[0].mixer.head_dim)
     )
@@ -128,7 +128,11 @@ def load_weights(
         if progress is not None:
             progress(next(count), total)
 
-    weights = {slot.name: format_of(slot).load(checkpoint, slot, dtype, device, loaded) for slot in slots}
+    def load(slot: Slot) -> torch.Tensor:
+        kind = torch.float32 if slot.is_wide else dtype
+        return format_of(slot).load(checkpoint, slot, kind, device, loaded)
+
+    weights = {slot.name: load(slot) for slot in slots}
     if scales and isinstance(checkpoint, FolderCheckpoint):
         weights["kv_scales"] = load_scales(checkpoint, list(scales))
     return weights
