@@ -37,6 +37,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
     routing: Routing
     activation: str = "silu"
     correction: bool = False
+    correction_in_row: bool = False  # stored as [1, E]
     shared_size: int = 0
     shared_gate: bool = False
 
@@ -60,7 +61,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         inner, hidden = shard.share(self.size), WHOLE.share(hidden_size)
         yield from matrix_slots("router", {"router": WHOLE.share(self.count)}, hidden)
         if self.correction:
-            yield vector_slot("correction", self.count)
+            yield from self._correction()
         gate_up = self._parts({"expert_gate": inner, "expert_up": inner}, names)
         yield Slot("experts_gate_up", gate_up, hidden)
         yield Slot("experts_down", self._parts({"expert_down": hidden}, names), inner)
@@ -71,6 +72,13 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
             yield from matrix_slots("shared_down", {"shared_down": hidden}, width)
             if self.shared_gate:
                 yield from matrix_slots("shared_scale", {"shared_scale": WHOLE.share(1)}, hidden)
+
+    def _correction(self) -> Iterator[Slot]:
+        row = {"correction": WHOLE.share(1)}
+        slots = [vector_slot("correction", self.count)]
+        if self.correction_in_row:
+            slots = list(matrix_slots("correction", row, WHOLE.share(self.count)))
+        yield from (slot._replace(is_wide=True) for slot in slots)
 
     def _parts(self, rows: Mapping[str, Cut], names: Mapping[str, str]) -> tuple[Part, ...]:
         """These rows of every expert. A name without an expert's number is of one tensor with all of them."""
@@ -95,7 +103,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         if self.shared_size:
             gate = matrix("shared_scale") if self.shared_gate else None
             shared = SharedExpert(matrix("shared_gate_up"), matrix("shared_down"), gate)
-        correction = matrix("correction").float() if self.correction else None
+        correction = matrix("correction").float().flatten() if self.correction else None
         matrices = matrix("router"), matrix("experts_gate_up"), matrix("experts_down")
         return operators.experts(
             norm, ExpertWeights(*matrices, correction, shared), self.routing, self.activation

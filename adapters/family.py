@@ -12,8 +12,8 @@ from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.spec import ModelSpec
 
-# Role of a tensor -> its name without ".weight" or ".bias", or the whole name and `tensors.BARE`; "{i}" is the
-# layer, "{e}" the expert. These are Llama's, which most families share. One that stores q, k and v as one
+# Role of a tensor -> its name without ".weight" or ".bias", or the whole name and `tensors.BARE`; "{i}" is
+# the layer, "{e}" the expert. These are Llama's, which most families share. One that stores q, k and v as one
 # tensor has the role "qkv" in their place, and one that stores gate and up as one the role "gate_up".
 HF_TENSORS: Mapping[str, str] = {
     "embed": "model.embed_tokens",

@@ -6,7 +6,7 @@ Imports no torch. Defaults of absent keys are those of transformers' configurati
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,18 @@ def hf_spec(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     has_experts: bool = False,
+    expert_keys: Collection[str] = (),
 ) -> ModelSpec:
     """Build the spec from what every family has in its config, and from what its own file passes.
 
     `activations`: spelling in config.json -> name in `ops.activation`; the first is the default. `windows`
     returns the window of each of so many layers. `rotary` reads the rotation from the config, the head size
-    and the default length. With `has_experts` the caller reads the experts: `read_experts`.
+    and the default length. With `has_experts` the caller reads the experts: `read_experts`; `expert_keys` are
+    those of `MOE_KEYS` that it reads, too.
     Raises `ModelFileError` naming the key for anything that this engine would compute differently from
     the model's authors: other activations, experts, unknown rotary scaling, ...
     """
-    refuse_unsupported(config, has_experts=has_experts)
+    refuse_unsupported(config, has_experts=has_experts, expert_keys=expert_keys)
     vocab_size = config.size("vocab_size")
     hidden_size = config.size("hidden_size")
     num_layers = config.size("num_hidden_layers", at_most=MAX_LAYERS)
@@ -205,13 +207,15 @@ def read_experts(
     )
 
 
-def refuse_unsupported(config: Fields, *, has_experts: bool = False) -> None:
+def refuse_unsupported(
+    config: Fields, *, has_experts: bool = False, expert_keys: Collection[str] = ()
+) -> None:
     """Raise `ModelFileError` for what no family here computes."""
     for key in () if has_experts else COUNT_KEYS:
-        if config.get(key) not in (None, 0):
+        if key not in expert_keys and config.get(key) not in (None, 0):
             raise config.error(key, "is set, but this family has no experts here")
     for key, unchanged in MOE_KEYS.items():
-        if config.get(key) not in unchanged:
+        if key not in expert_keys and config.get(key) not in unchanged:
             raise config.error(key, "is set: experts of that kind are not supported")
     if not config.flag("is_causal", True):
         raise config.error("is_causal", "is false: attention in both directions is not supported")

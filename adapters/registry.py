@@ -12,16 +12,20 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters import (
+    ernie4_5_moe,
     gemma2,
     gemma3,
     gemma4,
     glm4,
+    glm4_moe,
     granite,
     llama,
+    minimax_m2,
     ministral3,
     mistral,
     mixtral,
     olmo3,
+    olmoe,
     phi3,
     qwen,
     qwen2,
@@ -63,6 +67,10 @@ FAMILIES = (
     mixtral.FAMILY,
     qwen_moe.QWEN2,
     qwen_moe.QWEN3,
+    glm4_moe.FAMILY,
+    minimax_m2.FAMILY,
+    ernie4_5_moe.FAMILY,
+    olmoe.FAMILY,
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.

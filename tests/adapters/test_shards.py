@@ -32,6 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-kv-head": {"family": "llama", "num_key_value_heads": 1},
     "odd-vocabulary": {"family": "qwen3", "vocab_size": TOKENIZER_SIZE + 1},
     "phi3": {"family": "phi3"},
+    "glm4-moe": {
+        "family": "glm4_moe",
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "use_qk_norm": True,
+    },
     "qwen3-moe": {
         "family": "qwen3_moe",
         "num_experts": 5,

@@ -1,0 +1,74 @@
+"""ERNIE 4.5 with experts, text only: neighbours rotated, softmax routing with a correction."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from microvllm.adapters.experts import Experts
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.routed_experts import LAYER
+from microvllm.adapters.routed_experts import TENSORS as ROUTED_TENSORS
+from microvllm.adapters.spec import ModelSpec
+from microvllm.adapters.tensors import BARE
+from microvllm.ops.routing import Routing
+
+TENSORS = {
+    **HF_TENSORS,
+    **ROUTED_TENSORS,
+    "correction": f"{LAYER}.moe_statics.e_score_correction_bias{BARE}",
+}
+MAX_NORM_MIN = 1e-9  # sums of scores below it, which are not told apart here, do not occur
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe an ERNIE 4.5 MoE model from the `config.json` of its folder."""
+    if config.flag("use_bias"):
+        raise config.error("use_bias", "is not supported")
+    config.number("moe_norm_min", 1e-12, at_most=MAX_NORM_MIN)
+    spec = hf_spec(
+        config,
+        "ernie4_5_moe",
+        default_max_position=131072,
+        default_kv_heads=4,
+        default_tie=True,
+        rotary=partial(rope_from_hf, theta=5e5, interleaved=True),
+        expert_keys=("moe_num_experts",),
+    )
+    count, num_chosen = config.size("moe_num_experts", 64), config.size("moe_k", 6)
+    if num_chosen > count:
+        raise config.error("moe_k", f"is {num_chosen}, but there are {count} experts")
+    size = config.size("moe_intermediate_size", 1536)
+    key = "moe_num_shared_experts"
+    experts = Experts(
+        count=count,
+        size=size,
+        routing=Routing(num_chosen=num_chosen),
+        correction=True,
+        correction_in_row=True,
+        shared_size=size * (0 if config.get(key) == 0 else config.size(key, 2)),
+    )
+    first, last = _index(config, "moe_layer_start_index", 1), _index(config, "moe_layer_end_index", -1)
+    interval = config.size("moe_layer_interval", 1)
+    layers = (
+        msgspec.structs.replace(layer, mlp=experts)
+        if first <= index and (last == -1 or index <= last) and (index + 1) % interval == 0
+        else layer
+        for index, layer in enumerate(spec.layers)
+    )
+    eps = config.number("rms_norm_eps", 1e-5)
+    return msgspec.structs.replace(spec, layers=tuple(layers), rms_norm_eps=eps)
+
+
+def _index(config: Fields, key: str, default: int) -> int:
+    index = config.get(key, default)
+    if type(index) is not int or index < min(default, 0):
+        raise config.error(key, f"must be the number of a layer, got {shorten(index)}")
+    return index
+
+
+FAMILY = Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", from_hf, hf_tensors=TENSORS)

@@ -1,0 +1,39 @@
+"""GLM-4.5, 4.6 and 4.7 (arXiv:2508.06471): DeepSeek-V3's experts, half of each head rotated."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
+from microvllm.adapters.spec import ModelSpec
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a GLM-4 MoE model from the `config.json` of its folder."""
+    spec = hf_spec(
+        config,
+        "glm4_moe",
+        default_max_position=131072,
+        default_kv_heads=8,
+        rotary=partial(rope_from_hf, partial=0.5),
+        qkv_bias=config.flag("attention_bias"),
+        qk_norm=config.flag("use_qk_norm"),
+        expert_keys=KEYS,
+    )
+    spec = with_experts(spec, config, Defaults(count=128, num_chosen=8, size=1408))
+    return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+FAMILY = Family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    from_hf,
+    hf_tensors={**HF_TENSORS, **TENSORS},
+    hf_unused=MTP_TENSORS,
+)

@@ -1,0 +1,71 @@
+"""MiniMax-M2: a part of each head rotated, norms over all of q and of k, sigmoid routing."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from microvllm.adapters.experts import Experts
+from microvllm.adapters.family import Family
+from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.mixtral import EXPERTS
+from microvllm.adapters.mixtral import TENSORS as MIXTRAL_TENSORS
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.spec import ModelSpec
+from microvllm.adapters.tensors import BARE
+
+TENSORS = {**MIXTRAL_TENSORS, "correction": f"{EXPERTS}.e_score_correction_bias{BARE}"}
+# What else a configuration may say, and where that changes nothing here.
+SAME = {
+    "qk_norm_type": (None, "per_layer"),
+    "scoring_func": (None, "sigmoid"),
+    "use_qk_norm": (None, True),
+    "use_routing_bias": (None, True),
+    "shared_intermediate_size": (None, 0),
+}
+
+
+def from_hf(config: Fields) -> ModelSpec:
+    """Describe a MiniMax-M2 model from the `config.json` of its folder."""
+    for key, unchanged in SAME.items():
+        if config.get(key) not in unchanged:
+            raise config.error(key, f"must be {unchanged[1]}, got {shorten(config.get(key))}")
+    kinds = config.get("attn_type_list", [])
+    if not isinstance(kinds, list) or any(kind != 1 for kind in kinds):
+        raise config.error("attn_type_list", "may only list 1: linear attention is not supported")
+    spec = hf_spec(
+        config,
+        "minimax_m2",
+        default_max_position=196608,
+        default_kv_heads=8,
+        default_head_dim=128,
+        rotary=partial(rope_from_hf, theta=5e6, partial=_rotated_part(config)),
+        expert_keys=("scoring_func",),
+        has_experts=True,
+    )
+    experts = read_experts(
+        config, count=256, num_chosen=8, size=config.size("intermediate_size"), normalized=True
+    )
+    layers = (
+        msgspec.structs.replace(layer.with_mixer(whole_qk_norm=True), mlp=_corrected(experts))
+        for layer in spec.layers
+    )
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+def _corrected(experts: Experts) -> Experts:
+    """With scores that are sigmoids, and a correction for the choice."""
+    routing = msgspec.structs.replace(experts.routing, sigmoid=True)
+    return msgspec.structs.replace(experts, routing=routing, correction=True)
+
+
+def _rotated_part(config: Fields) -> float:
+    """The files say `rotary_dim` for what transformers calls `partial_rotary_factor`."""
+    if "rotary_dim" not in config:
+        return 1.0
+    return config.size("rotary_dim") / config.size("head_dim", 128)
+
+
+FAMILY = Family("minimax_m2", "MiniMaxM2ForCausalLM", from_hf, hf_tensors=TENSORS)
