@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,20 +55,22 @@ class Row:
     """One request's place in its grammar. One thread at a time advances it.
 
     `num_sent`: tokens of the output that were given to it; `num_taken`: those that the mask follows.
-    `advance` is `take`, the mask if it is `due`, and `settle`, which a job of many rows calls by themselves.
-    `lexer`: rows of which it differs do not wait for each other.
+    `advance` is `take`, the mask if it is `due`, and `settle`, which a job of many rows leaves to the
+    engine's thread. `place`: the engine's row; those of which it differs modulo `LEXERS` do not wait for each
+    other.
     """
 
     def __init__(
-        self, form: StructuredOutput, matcher: Callable[[], LLMatcher], vocab_size: int, lexer: int = 0
+        self, form: StructuredOutput, matcher: Callable[[], LLMatcher], vocab_size: int, place: int = 0
     ) -> None:
-        self.form, self.lexer = form, lexer
-        self.words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        self.form, self.place = form, place
+        self.words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
         self.matcher: LLMatcher | None = None
         self.num_sent = self.num_taken = 0
         self.problem: str | None = None
         self.slow = False
         self.job: Future[None] | None = None
+        self.group: Group | None = None  # that the job computes
         # None: the form has begun. Else the tokens that may become `opens`, or of which the last may end
         # the reasoning.
         self._free: list[int] | None = [] if form.after else None
@@ -122,33 +125,69 @@ class Row:
         return self._free is None or (self._opening and not self._free)
 
     def settle(self, words: np.ndarray | None, num_tokens: int) -> None:
-        """Have the mask behind `num_tokens` more tokens: [ceil(vocab / 32)] uint32, None if not due."""
+        """Have the mask behind `num_tokens` more tokens: [ceil(vocab / 32)] int32, None if not due."""
         try:
             if words is not None and self.matcher is not None:
                 self.words = words
-                if self.matcher.is_error() or self.matcher.stop_reason() not in _COMPLETE:
+                if self.matcher.is_stopped() and self.matcher.stop_reason() not in _COMPLETE:
                     self.problem = self.matcher.get_error().partition("\n")[0] or self.matcher.stop_reason()
             elif self._opening:
                 self.words = np.zeros_like(self.words)
             if self._opening:
                 begins = self.form.opens[len(self._free or ())]
-                self.words[begins // 32] |= np.uint32(1 << begins % 32)
+                self.words.view(np.uint32)[begins // 32] |= np.uint32(1 << begins % 32)
         except Exception as error:
             self.fail(error)
         self.num_taken += num_tokens
 
-    def fail(self, error: Exception) -> None:
-        """Note a bug, here or in the library; in its handler. It ends this request alone."""
-        logger.exception("A grammar failed.")
+    def fail(self, error: BaseException) -> None:
+        """Note a bug, here or in the library. It ends this request alone."""
+        logger.error("A grammar failed.", exc_info=error)
         self.problem = f"it failed ({type(error).__name__})"
 
     def mask(self, length: int) -> np.ndarray | None:
-        """The mask behind `length` tokens: [ceil(vocab / 32)] uint32; None where any token may come."""
+        """The mask behind `length` tokens: [ceil(vocab / 32)] int32; None where any token may come."""
         if self.problem is None and self.num_taken != length:
             self.problem = f"its mask is for {self.num_taken} tokens, not for {length}"
         if self.problem is not None:
             return np.zeros_like(self.words)
         return self.words if self._free is None or self._opening else None
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Rows whose masks one job computes, each with its number of new tokens, and whether it is due.
+
+    table: [rows, ceil(vocab / 32)] int32, where the masks go, by `Row.place`.
+    """
+
+    rows: Sequence[tuple[Row, int, bool]]
+    table: np.ndarray
+    slow: bool = False
+    settled: bool = False
+
+    def compute(self, executor: LLExecutor, begun: threading.Event) -> None:
+        """Compute the masks, in a worker thread and in one call without the interpreter's lock."""
+        due = [(row.matcher, row.place) for row, _, due in self.rows if due and row.matcher is not None]
+        table = self.table
+        begun.set()
+        wall, processor = time.perf_counter(), time.process_time()
+        if due:
+            executor.unsafe_compute_mask_ptr(due, table.ctypes.data, table[0].nbytes, len(table))
+        # Several threads take longer in sum, and other work on the machine takes their cores.
+        seconds = min(time.perf_counter() - wall, time.process_time() - processor)
+        self.slow = seconds > SLOW_S + USUAL_S * len(due)
+
+    def settle(self, error: BaseException | None) -> None:
+        """Have the masks; in the engine's thread, for which a worker would wait to do the same."""
+        if self.settled:
+            return
+        self.settled = True
+        for row, num_tokens, due in self.rows:
+            row.slow = self.slow  # if one of them is: the next time each is alone
+            if error is not None:
+                row.fail(error)
+            row.settle(self.table[row.place] if due else None, num_tokens)
 
 
 class Start:
@@ -193,6 +232,7 @@ class GrammarMasks:
         self._loading = threading.Lock()
         self._held: list[tuple[Future[Start], list[EngineRequest]]] = []
         self._rows: dict[int, Row] = {}
+        self._table: np.ndarray | None = None  # of groups' masks, by the row: [rows, words] int32
 
     # ---- before a request is queued ------------------------------------------------------------
 
@@ -274,12 +314,14 @@ class GrammarMasks:
         """A request was admitted to the row. output: what it has generated before a preemption."""
         if request.grammar and request.params.structured_outputs is not None:
             matcher = functools.partial(self._copy, request.grammar, row)
-            made = Row(request.params.structured_outputs, matcher, self._vocab_size, row % LEXERS)
+            made = Row(request.params.structured_outputs, matcher, self._vocab_size, row)
             self._rows[row] = made
             self._submit([(made, output)])
 
     def clear_row(self, row: int) -> None:
-        self._rows.pop(row, None)
+        cleared = self._rows.pop(row, None)
+        if cleared is not None and cleared.job is not None and not cleared.job.done():
+            self._table = None  # the job outlasts its request, whose place another's mask may need before
 
     def concerns(self, rows: Sequence[int]) -> bool:
         return bool(self._rows) and not self._rows.keys().isdisjoint(rows)
@@ -301,11 +343,19 @@ class GrammarMasks:
         self._wait_for([row for _, row in found])
         self._on_ready()
         masks = [(i, mask) for i, row in found if (mask := row.mask(lengths[i])) is not None]
-        return [i for i, _ in masks], [mask.view(np.int32) for _, mask in masks]
+        return [i for i, _ in masks], [mask for _, mask in masks]
 
     def _wait_for(self, rows: Sequence[Row]) -> None:
-        jobs = {row.job for row in rows if row.job is not None}
-        late = wait(jobs, MASK_DEADLINE_S).not_done
+        jobs = {row.job: row.group for row in rows if row.job is not None}
+        deadline, late = time.monotonic() + MASK_DEADLINE_S, set()
+        for job, group in jobs.items():
+            try:
+                error = job.exception(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                late.add(job)
+            else:
+                if group is not None:
+                    group.settle(error)
         for row in rows if late else ():
             if row.job in late:
                 row.problem = f"the mask of a token took more than {MASK_DEADLINE_S:g} s"
@@ -323,34 +373,24 @@ class GrammarMasks:
         for row, tokens in sorted(work, key=_lexer_of):
             row.num_sent += len(tokens)
             if row.slow or row.matcher is None:
-                row.job = self._pool.submit(row.advance, tokens)
+                row.group, row.job = None, self._pool.submit(row.advance, tokens)
             else:
                 row.take(tokens)
-                together.append((row, len(tokens)))
+                together.append((row, len(tokens), row.due))
         if together:
-            begun = threading.Event()
-            job = self._pool.submit(self._compute, together, begun)
-            for row, _ in together:
-                row.job = job
+            group, begun = Group(together, self._masks_table()), threading.Event()
+            job = self._pool.submit(group.compute, self._executor, begun)
+            for row, _, _ in together:
+                row.group, row.job = group, job
             if len(together) >= MANY:
                 # Else it would not get the interpreter's lock before this thread has to wait for something.
                 begun.wait(BEGIN_S)
 
-    def _compute(self, group: Sequence[tuple[Row, int]], begun: threading.Event) -> None:
-        """Compute the masks behind so many more tokens of each row, in one call without the lock."""
-        due = [row for row, _ in group if row.due]
-        # Of its own: a job may outlast its request, whose row then is another's.
-        words = np.empty((len(due), -(-self._vocab_size // 32)), dtype=np.uint32)
-        places = [(row.matcher, place) for place, row in enumerate(due) if row.matcher is not None]
-        begun.set()
-        start = time.perf_counter()
-        if places:
-            self._executor.unsafe_compute_mask_ptr(places, words.ctypes.data, words[0].nbytes, len(due))
-        slow = time.perf_counter() - start > SLOW_S + USUAL_S * len(due)
-        masks = dict(zip(due, words, strict=True))
-        for row, num_tokens in group:
-            row.slow = slow  # if one of them is: the next time each is alone
-            row.settle(masks.get(row), num_tokens)
+    def _masks_table(self) -> np.ndarray:
+        if self._table is None:
+            shape = self._config.max_num_seqs, -(-self._vocab_size // 32)
+            self._table = np.zeros(shape, dtype=np.int32)
+        return self._table
 
     @functools.cached_property
     def _executor(self) -> LLExecutor:
@@ -400,7 +440,7 @@ class GrammarMasks:
 
 
 def _lexer_of(work: tuple[Row, Sequence[int]]) -> int:
-    return work[0].lexer
+    return work[0].place % LEXERS
 
 
 def _refusal(request: EngineRequest, error: BaseException) -> StepOutput:

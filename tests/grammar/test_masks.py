@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from random_outputs import faults
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.grammar.checker import GrammarChecker
-from microvllm.runtime.grammar.masks import GrammarMasks, Row
+from microvllm.runtime.grammar.masks import GrammarMasks, Group, Row
 from microvllm.runtime.request import (
     EngineRequest,
     FinishReason,
@@ -381,6 +383,56 @@ def test_a_stale_mask_is_never_applied() -> None:
     row.advance([1, 2])
     mask = row.mask(1)
     assert mask is not None and not mask.any() and "for 2 tokens, not for 1" in str(row.problem)
+
+
+def test_many_rows_are_computed_in_one_job_on_any_number_of_threads(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some begin and end in the middle of the others' forms."""
+    texts = []
+    for many, lexers in ((1000, 1), (4, 4)):
+        monkeypatch.setattr("microvllm.runtime.grammar.masks.MANY", many)
+        monkeypatch.setattr("microvllm.runtime.grammar.masks.LEXERS", lexers)
+        engine = engine_with(checker, async_scheduling=True)
+        wanted = [r for i in range(12) for r in requests(engine, PERSON, prompt=[5, i], seed=i)]
+        texts.append([text for text, _ in generate(engine, wanted)])
+        for text in texts[-1]:
+            check_person(text)
+    assert texts[0] == texts[1]
+
+
+def test_a_job_that_outlasts_its_request_writes_no_mask_of_another() -> None:
+    masks = GrammarMasks(make_engine(variant_folder("llama-tied")).config, lambda: None)
+    row = Row(LETTERS, lambda: _Matcher(), 64)
+    masks._rows[0] = row
+    table = masks._masks_table()
+    masks.clear_row(0)
+    assert masks._masks_table() is table
+    masks._rows[0], row.job = row, Future()
+    masks.clear_row(0)
+    assert masks._masks_table() is not table
+
+
+def test_a_group_is_slow_only_if_it_computed_that_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither other work on the machine nor several threads make it so: its rows would leave the batch."""
+
+    class Executor:
+        def __init__(self, work: float, wait: float) -> None:
+            self.work, self.wait = work, wait
+
+        def unsafe_compute_mask_ptr(self, *args: Any) -> None:
+            end = time.process_time() + self.work
+            while time.process_time() < end:
+                pass
+            time.sleep(self.wait)
+
+    row = Row(LETTERS, lambda: _Matcher(), 64)
+    row.advance([])
+    for work, wait, slow in ((0.0, 0.02, False), (0.02, 0.0, True)):
+        group = Group([(row, 1, True)], np.zeros((1, 2), np.int32))
+        group.compute(Executor(work, wait), threading.Event())  # type: ignore[arg-type]
+        group.settle(None)
+        assert row.slow == slow
 
 
 def test_requests_with_slow_masks_do_not_hold_up_others(
