@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -22,6 +23,26 @@ class SharedExpert(NamedTuple):
     gate: Tensor | None
 
 
+class ExpertBiases(NamedTuple):
+    """What is added to the products: router [E], gate_up [E * 2 * I], down [E * h]; None adds nothing."""
+
+    router: Tensor | None = None
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
+
+
+NO_BIASES = ExpertBiases()
+
+
+class Expert(NamedTuple):
+    """The matrices of one expert, gate_up [2 * I, h] and down [h, I], with their biases or None."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
 class ExpertWeights(NamedTuple):
     """What the experts of a layer are made of, for E experts of inner width I.
 
@@ -34,17 +55,21 @@ class ExpertWeights(NamedTuple):
     down: Tensor
     correction: Tensor | None = None
     shared: SharedExpert | None = None
+    biases: ExpertBiases = NO_BIASES
 
-    def split(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """gate_up [2 * I, h] and down [h, I] of each expert."""
+    def split(self) -> Iterator[Expert]:
+        """The experts one by one."""
         count = len(self.router)
 
-        def of_each(weight: Tensor) -> Sequence[Tensor]:
+        def of_each(weight: Tensor | None) -> Sequence[Tensor | None]:
+            if weight is None:
+                return [None] * count
             if isinstance(weight, QuantizedTensor):
                 return weight.split_parts(len(weight.parts) // count)
             return weight.chunk(count)
 
-        return zip(of_each(self.gate_up), of_each(self.down), strict=True)
+        tensors = self.gate_up, self.down, self.biases.gate_up, self.biases.down
+        return itertools.starmap(Expert, zip(*map(of_each, tensors), strict=True))
 
 
 def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -95,10 +120,14 @@ def composed(
 ) -> ResidualProduct:
     """The experts of a layer from the products of a device."""
     products = [
-        (operators.mlp_input(None, gate_up, None, activation, True), operators.linear(down))
-        for gate_up, down in weights.split()
+        (
+            operators.mlp_input(None, expert.gate_up, expert.gate_up_bias, activation, True),
+            operators.linear(expert.down, expert.down_bias),
+        )
+        for expert in weights.split()
     ]
-    chosen = ComposedExperts(operators.linear(weights.router), products, routing, weights.correction)
+    router = operators.linear(weights.router, weights.biases.router)
+    chosen = ComposedExperts(router, products, routing, weights.correction)
     return with_shared(operators, chosen, weights.shared, activation)
 
 

@@ -55,6 +55,7 @@ class Case:
         dtype: torch.dtype,
         *,
         with_norms: bool = False,
+        with_sinks: bool = False,
         scales: tuple[KVScales, ...] = (),
         cache_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -82,6 +83,9 @@ class Case:
         self.max_position = max(s.context for s in sequences) + 1
         weights = [(rounded(dim) * 0.2 + 1, rounded(dim) * 0.2 + 1) for _ in range(shape.num_layers)]
         self.norms = QKNorms(tuple(weights), 1e-3) if with_norms else None
+        # From those that take nothing to those that take nearly all.
+        sinks = (torch.randn(shape.num_heads, generator=random) * 4 for _ in range(shape.num_layers))
+        self.sinks = tuple(sinks) if with_sinks else ()
 
     def norms_on(self, device: str | torch.device, dtype: torch.dtype) -> QKNorms | None:
         if self.norms is None:
@@ -102,6 +106,7 @@ class Case:
             self.cache_dtype,
             self.norms_on(device, norms_dtype or self.dtype),
             self.scales,
+            tuple(sink.to(device) for sink in self.sinks),
         )
 
     def batch(self, device: str | torch.device, *, int32: bool = False) -> AttentionBatch:

@@ -52,7 +52,8 @@ class AttentionConfig:
 
     num_blocks, block_size: of the cache, which is of `dtype` on the device of `inv_freq`: [d / 2], the angle
     per position of each pair of a head's elements. max_position: no position is larger. scales: of each
-    layer, for a cache of float8_e4m3fn; all 1 if there are none.
+    layer, for a cache of float8_e4m3fn; all 1 if there are none. sinks: of each layer, [heads] float32, the
+    score of a key of each head that has no value (gpt-oss, arXiv:2508.10925); none if empty.
     """
 
     shape: AttentionShape
@@ -63,6 +64,7 @@ class AttentionConfig:
     dtype: torch.dtype
     qk_norms: QKNorms | None = None
     scales: tuple[KVScales, ...] = ()
+    sinks: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Paged attention by FlashAttention 2 (Dao, 2023, arXiv:2307.08691), from the package `flash-attn`.
 
 It wants blocks of a multiple of 256, bfloat16 or float16, and head sizes that are multiples of 8 up to 256.
+It has no attention sinks.
 """
 
 from __future__ import annotations

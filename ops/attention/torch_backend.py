@@ -44,6 +44,7 @@ class HeadMajorCache:
         )
         self.cache = _zeros(sizes, dtype, inv_freq.device)
         self.scales = config.scales or (KVScales(),) * shape.num_layers
+        self.sinks = config.sinks
 
 
 class TorchAttention(HeadMajorCache):
@@ -150,7 +151,10 @@ class TorchStep:
         else:
             scores = capped(torch.bmm(grouped, keys.transpose(1, 2)) * shape.scale, shape.softcap)
             scores += self._decode_mask
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        sinks = None
+        if self._backend.sinks:
+            sinks = self._backend.sinks[layer].view(kv_heads, 1, group, 1).expand(-1, b, -1, -1).flatten(0, 1)
+        weights = softmax(scores, sinks).to(q.dtype)
         out = torch.bmm(weights, values).view(kv_heads, b, group * dim)
         return out.transpose(0, 1).reshape(b, -1)
 
@@ -159,12 +163,13 @@ class TorchStep:
         gathered = self._gather(layer, segment.blocks, q.dtype)[:, :, : segment.context_len]
         keys, values = gathered.unsqueeze(1)
         shape, queries = self._backend.shape, q.transpose(0, 1).unsqueeze(0)
-        if shape.softcap is None:
+        if shape.softcap is None and not self._backend.sinks:
             out = scaled_dot_product_attention(
                 queries, keys, values, mask, is_causal=mask is None, scale=shape.scale, enable_gqa=True
             )
         else:
-            out = capped_attention(queries, keys, values, mask, shape)
+            sinks = self._backend.sinks[layer].view(-1, 1, 1) if self._backend.sinks else None
+            out = explicit_attention(queries, keys, values, mask, shape, sinks)
         return out.squeeze(0).transpose(0, 1).reshape(q.shape[0], -1)
 
     @cached_property
@@ -202,14 +207,32 @@ def capped(scores: Tensor, cap: float) -> Tensor:
     return (scores / cap).tanh_() * cap
 
 
-def capped_attention(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, shape: AttentionShape
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """[..., rows, keys] -> weights in float32, which leave a part to a sink, [..., rows or 1, 1]."""
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    sinks = sinks.expand(*scores.shape[:-1], 1)
+    return torch.cat((scores.float(), sinks), -1).softmax(-1)[..., :-1]
+
+
+def explicit_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    shape: AttentionShape,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """As `scaled_dot_product_attention`, which cannot cap scores. mask: None is causal from the start."""
+    """As `scaled_dot_product_attention`, which has neither caps nor sinks, [heads, 1, 1].
+
+    mask: None is causal from the start.
+    """
     groups = shape.num_heads // shape.num_kv_heads
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    scores = capped(q @ keys.transpose(-1, -2) * shape.scale, shape.softcap or 1.0)
+    scores = q @ keys.transpose(-1, -2) * shape.scale
+    if shape.softcap is not None:
+        scores = capped(scores, shape.softcap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    weights = softmax(scores.masked_fill(~mask, -torch.inf), sinks)
     return weights.to(values.dtype) @ values

@@ -15,6 +15,7 @@ from microvllm.ops.attention.triton_decode import (
     plan_decode,
 )
 from microvllm.ops.attention.triton_prefill import PrefillTiling, prefill_attention
+from microvllm.ops.attention.triton_tiles import LOG2_E
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.rope_cache import RotaryAngles, rope_and_cache
 
@@ -52,6 +53,10 @@ class TritonAttention:
         self.shape = shape
         self.norms = config.qk_norms
         self.scales = config.scales or (KVScales(),) * shape.num_layers
+        # In powers of two, as the kernels have scores.
+        self.sinks: list[Tensor | None] = [None] * shape.num_layers
+        if config.sinks:
+            self.sinks = [sink * LOG2_E for sink in config.sinks]
         self.pdl = pdl
         self.fixed_order = fixed_order
         self.angles = RotaryAngles.up_to(config.max_position, config.inv_freq, shape.rotary_scale)
@@ -135,6 +140,7 @@ class TritonStep:
                 layer,
                 self._tiling,
                 backend.workspace,
+                sinks=backend.sinks[layer],
                 pdl=backend.pdl,
                 early=self._early,
             )
@@ -150,6 +156,7 @@ class TritonStep:
                 batch.segment_table,
                 shape,
                 backend.prefill_tiling,
+                sinks=backend.sinks[layer],
                 pdl=backend.pdl,
             )
         return out
@@ -187,6 +194,7 @@ class FixedOrderStep:
                 table,
                 shape,
                 backend.prefill_tiling,
+                sinks=backend.sinks[layer],
                 uniform=True,
                 pdl=backend.pdl,
             )

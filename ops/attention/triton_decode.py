@@ -147,6 +147,7 @@ def _decode_kernel(
     k_scale,
     v_scale,
     eps,
+    sinks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -163,6 +164,7 @@ def _decode_kernel(
     SEARCH: tl.constexpr,
     BOXES: tl.constexpr,
     FP8: tl.constexpr,
+    SINKS: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -267,7 +269,15 @@ def _decode_kernel(
         scores = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
         highest = tl.where(takes_new, scores, -float("inf"))
         weight_sum = tl.where(takes_new, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
-        attended = halves(tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32), FP8)
+        attended = tl.zeros([ROWS, BLOCK_D], tl.float32) + new_v.to(tl.float32)
+        if SINKS:  # a key without a value, which is taken beside the new one
+            sink = tl.load(sinks + head * GROUP + rows, rows < GROUP, 0.0)
+            higher = tl.maximum(scores, sink)
+            kept = tl.exp2(scores - higher)
+            weight_sum = tl.where(takes_new, kept + tl.exp2(sink - higher), 0.0)
+            highest = tl.where(takes_new, higher, highest)
+            attended *= kept[:, None]
+        attended = halves(attended, FP8)
         factors = halves(q, FP8)
         begin_tile, end_tile = tile - unit_begin, tl.minimum(stop - unit_begin, cached_tiles)
         if BOXES:
@@ -413,6 +423,7 @@ def decode_attention(
     tiling: DecodeTiling,
     workspace: DecodeWorkspace,
     *,
+    sinks: Tensor | None = None,
     pdl: bool = False,
     early: bool = False,
 ) -> None:
@@ -421,6 +432,7 @@ def decode_attention(
     qkv: [b, (heads + 2 * kv_heads) * d], not rotated; keys, values: [blocks, kv_heads, block, d], of its
     dtype or float8_e4m3fn, which `scales` are for; slots, lens: [b]; tables: [b, width], rows of blocks;
     tile_ends: of `plan_decode`; out: [b, heads * d]. A slot of -1 is not written; a length of 0 gives zeros.
+    sinks: [heads] float32, in powers of two, or None.
     early: lens, slots, tables and tile_ends are read before the kernel ahead has ended, which is right behind
     one that waited before it let others start, as this one does without `early`.
     No host synchronisation, a grid that depends on no value: may be captured in a CUDA graph.
@@ -458,6 +470,7 @@ def decode_attention(
         shape.scale * LOG2_E * scales.keys,
         *scales,
         norms.eps if norms else 0.0,
+        sinks,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         D=dim,
@@ -474,6 +487,7 @@ def decode_attention(
         SEARCH=SEARCH,
         BOXES=by_boxes,
         FP8=fp8,
+        SINKS=sinks is not None,
         EARLY=pdl and early,
         num_warps=tiling.warps,
         maxnreg=tiling.max_registers,

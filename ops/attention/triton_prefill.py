@@ -103,6 +103,7 @@ def _prefill_kernel(
     table_stride,
     scale,
     v_scale,
+    sinks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -115,6 +116,7 @@ def _prefill_kernel(
     SEGMENTS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     UNIFORM: tl.constexpr,
+    SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: up to ROWS // GROUP consecutive tokens of a segment and one KV head's group of query heads.
@@ -168,6 +170,9 @@ def _prefill_kernel(
         full_end = begin
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     weight_sum = tl.zeros([ROWS], tl.float32)
+    if SINKS:  # a key that all see, with a value of zeros
+        highest = tl.load(sinks + head * GROUP + rows - row_token * GROUP)
+        weight_sum += 1.0
     attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if WINDOW > 0 and not UNIFORM:
         attended, highest, weight_sum = _attend(
@@ -225,6 +230,7 @@ def prefill_attention(
     shape: AttentionShape,
     tiling: PrefillTiling,
     *,
+    sinks: Tensor | None = None,
     uniform: bool = False,
     pdl: bool = False,
 ) -> None:
@@ -232,7 +238,7 @@ def prefill_attention(
 
     q: [n, heads, d], rotated, the step's tokens from its first; keys, values: [blocks, kv_heads, block, d],
     of its dtype or float8_e4m3fn, which `scales` are for; out: [n, heads * d], of which the segments' rows
-    are written.
+    are written. sinks: [heads] float32, in powers of two, or None.
     uniform: a token's result has the same bits whatever is computed with it.
     No host synchronisation; the grid depends on the number of tokens and of segments alone.
     """
@@ -256,6 +262,7 @@ def prefill_attention(
         segments.blocks.stride(0),
         shape.scale * LOG2_E * scales.keys,
         scales.values,
+        sinks,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
         D=shape.head_dim,
@@ -268,6 +275,7 @@ def prefill_attention(
         SEGMENTS=SEGMENTS_AT_ONCE,
         ONE_TILE=one_tile,
         UNIFORM=uniform,
+        SINKS=sinks is not None,
         num_warps=tiling.warps,
         maxnreg=tiling.registers,
         **launch_options(pdl),

@@ -289,18 +289,21 @@ static void decode_piece(const void *job, long piece)
         for (long i = 0; i < bytes; i += 64) __builtin_prefetch(next[t] + i);
 }
 
-/* The parts of one query head, by their maxima, into its output. */
+/* The parts of one query head, by their maxima, into its output; a sink is a part without a value. */
 static void merge_piece(const void *job, long query)
 {
     const Decode *j = job;
     long d = j->step->d, part = d + 2;
     const float *parts = j->parts + query * j->chunks * part;
-    float *result = j->out + query * d, best = -INFINITY, total = 0;
+    const float *sinks = j->cache->sinks;
+    const float sink = sinks ? sinks[query % j->step->heads] : -INFINITY;
+    float *result = j->out + query * d, best = sink, total = 0;
     for (long c = 0; c < j->chunks; c++) {
         float top = parts[c * part + d];
         best = top > best || top != top ? top : best;
     }
     memset(result, 0, d * sizeof(float));
+    if (sinks) total = expf(sink - best);
     for (long c = 0; c < j->chunks; c++) {
         const float *p = parts + c * part;
         if (p[d] == -INFINITY) continue;

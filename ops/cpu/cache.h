@@ -5,12 +5,12 @@
 #include "tuning.h"
 
 /* The paged cache of one layer: [2 * kv_heads, blocks * block_size, d], keys of all heads before values; and the
- * norms of its queries and keys: [d], or null. */
+ * norms of its queries and keys: [d], or null; and of each query head the score of a key without a value, or null. */
 typedef struct {
     void *data;
     long num_slots, block_size;
     int is_bf16;
-    const float *q_norm, *k_norm;
+    const float *q_norm, *k_norm, *sinks;
 } Cache;
 
 /* The sequences of one step: `decodes` tokens of one sequence each, then `segments`, each the last tokens of one. */

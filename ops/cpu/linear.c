@@ -38,7 +38,7 @@ struct Linear {
     const Tuning *tuning;
     float eps;
     long n, k;
-    int num_parts, is_gated;
+    int num_parts, is_gated, is_clamped; /* is_clamped: see clamped_swiglu */
     int rounds_x;             /* to 8 bits, for products in integers with parts of QUANTIZED_FORMATS */
 };
 
@@ -172,6 +172,15 @@ INLINE Place place_of(const Product *p, long piece)
 INLINE const void *panel_at(const Part *part, long panel, long k)
 { return (const char *)part->panels + panel * panel_bytes(part->format, k); }
 
+/* See ops/activation.py. NaN stays NaN. */
+INLINE vec clamped_swiglu(vec gate, vec up)
+{
+    const vec alpha = (vec){} + 1.702f, limit = (vec){} + 7.0f;
+    gate = choose(gate > limit, limit, gate);
+    up = choose(up > limit, limit, choose(up < -limit, -limit, up));
+    return gate / (1.0f + vexp(-alpha * gate)) * (up + 1.0f);
+}
+
 /* The columns of a place in one row of y, from the sums of a tile. */
 INLINE void finish(const Product *p, const Place *at, const float *sums, const float *up, long row)
 {
@@ -183,7 +192,7 @@ INLINE void finish(const Product *p, const Place *at, const float *sums, const f
         if (a->is_gated) {
             vec other = load_f32(up + half);
             if (a->bias) other += load_part(a->bias + a->n + column, count);
-            value = value / (1.0f + vexp(-value)) * other;
+            value = a->is_clamped ? clamped_swiglu(value, other) : value / (1.0f + vexp(-value)) * other;
         }
         if (p->residual) value += load_part(p->residual + row * a->n + column, count);
         store_part(p->y + row * a->n + column, value, count);

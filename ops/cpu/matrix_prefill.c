@@ -290,7 +290,7 @@ void attend_tile_by_matrix(const Prefill *p, long segment, long head, long begin
     for (long first = 0; first < rows; first += WIDTH) {
         Block b = block_of(p, &room, first);
         memset(b.query, 0, p->block * sizeof(float));
-        for (long r = 0; r < WIDTH; r++) b.highest[r] = LOWEST;
+        begin_softmax(p, head, first, rows, b.highest, b.total);
         for (long row = first; row < least(first + WIDTH, rows); row += LANES)
             put_queries(p, begin, head, row, least(LANES, rows - row), b.query + 2 * (row - first));
     }

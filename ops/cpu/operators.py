@@ -10,11 +10,13 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from microvllm.ops.activation import CLAMPED
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
 from microvllm.ops.cpu.experts import CpuExperts
@@ -55,7 +57,7 @@ class _Linear(ctypes.Structure):
         *((name, _POINTER) for name in ("parts", "norm", "bias", "tuning")),
         ("eps", _FLOAT),
         *((name, _LONG) for name in ("n", "k")),
-        *((name, _INT) for name in ("num_parts", "is_gated", "rounds_x")),
+        *((name, _INT) for name in ("num_parts", "is_gated", "is_clamped", "rounds_x")),
     ]
 
 
@@ -66,7 +68,7 @@ class _Cache(ctypes.Structure):
         ("data", _POINTER),
         *((name, _LONG) for name in ("num_slots", "block_size")),
         ("is_bf16", _INT),
-        *((name, _POINTER) for name in ("q_norm", "k_norm")),
+        *((name, _POINTER) for name in ("q_norm", "k_norm", "sinks")),
     ]
 
 
@@ -240,20 +242,24 @@ class CpuOperators(Operators):
     def experts(
         self, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
     ) -> tuple[Operator, LinearOperator]:
-        if activation != "silu":
+        if activation not in ("silu", CLAMPED):
             return super().experts(norm, weights, routing, activation)
         kernel, pool = self.kernels.library.experts, self.kernels.pool
         # In float32, whose products are never rounded to bfloat16: the choice would depend on the batch.
-        router = CpuLinear(self, weights.router.float(), by_kernels=True)
+        router = CpuLinear(self, weights.router.float(), weights.biases.router, by_kernels=True)
+        inner = partial(CpuLinear, self, gated=True, clamped=activation == CLAMPED, by_kernels=True)
         products = [
-            (CpuLinear(self, gate_up, gated=True, by_kernels=True), CpuLinear(self, down, by_kernels=True))
-            for gate_up, down in weights.split()
+            (
+                inner(expert.gate_up, expert.gate_up_bias),
+                CpuLinear(self, expert.down, expert.down_bias, by_kernels=True),
+            )
+            for expert in weights.split()
         ]
         shared = None
         if weights.shared is not None:
             gate_up, down, gate = weights.shared
             shared = (
-                CpuLinear(self, gate_up, gated=True, by_kernels=True),
+                inner(gate_up),
                 CpuLinear(self, down, by_kernels=True),
                 None if gate is None else CpuLinear(self, gate, by_kernels=True),
             )
@@ -294,11 +300,12 @@ def _has_fast_library() -> bool:
 
 
 class CpuLinear:
-    """RMS norm, x @ weight.T + bias, then SwiGLU or + residual: all in one call.
+    """RMS norm, x @ weight.T + bias, then SwiGLU, maybe `clamped`, or + residual: all in one call.
 
     x: [n, in] float32; weight: [out, in] ([2 * out, in] if `gated`, gate before up) float32, bfloat16 or
     quantised (in two parts if `gated`), packed here; residual: [n, out], where the result may be put ->
-    [n, out]. `by_kernels`: oneDNN, which would take a copy of the weight, multiplies nothing.
+    [n, out]. `by_kernels`: oneDNN, which would take a copy of the weight, multiplies nothing; so it has to be
+    if `clamped`.
     """
 
     def __init__(
@@ -310,6 +317,7 @@ class CpuLinear:
         eps: float = 0.0,
         gated: bool = False,
         by_kernels: bool = False,
+        clamped: bool = False,
     ) -> None:
         self._operators = operators
         rounds_x = operators.int8_activations and isinstance(weight, QuantizedTensor)
@@ -334,6 +342,7 @@ class CpuLinear:
             self.k,
             len(packed),
             gated,
+            clamped,
             rounds_x,
         )
         self.address = ctypes.addressof(self._arguments)
@@ -418,6 +427,7 @@ class CpuAttention(HeadMajorCache):
                 config.block_size,
                 config.dtype == torch.bfloat16,
                 *((None, None) if self.qk_norms is None else map(_pointer, self.qk_norms.weights[index])),
+                _pointer(self.sinks[index]) if self.sinks else None,
             )
             for index, layer in enumerate(self.cache)
         )
@@ -442,7 +452,10 @@ class CpuStep:
             indices += [table.starts, table.blocks, table.context_lens]
         indices = [tensor.long().contiguous() for tensor in indices]
         # The kernels get addresses. Not the backend, which holds this step: only a collection would end both.
-        self._held = backend.cache, backend.qk_norms, rotary, indices, backend.kernels, backend.tuning
+        self._held = (
+            *(backend.cache, backend.qk_norms, backend.sinks, rotary, indices),
+            *(backend.kernels, backend.tuning),
+        )
         self.batch = batch
         addresses = [tensor.data_ptr() for tensor in indices]
         self.caches = backend.layers

@@ -135,7 +135,7 @@ void attend_tile(const Prefill *p, long segment, long head, long begin, long end
     for (long first = 0; first < rows; first += WIDTH) {
         Block b = block_of(p, blocks, first);
         memset(b.query, 0, p->block * sizeof(float));
-        for (long r = 0; r < WIDTH; r++) b.highest[r] = LOWEST;
+        begin_softmax(p, head, first, rows, b.highest, b.total);
         for (long row = first; row < least(first + WIDTH, rows); row++) {
             const float *query = p->qkv + ((begin + row / group) * heads + head * group + row % group) * d;
             for (long i = 0; i < d; i++) b.query[i * WIDTH + row % WIDTH] = query[i] * a->scale * LOG2_E;

@@ -11,8 +11,6 @@
 #define LOG2_E 1.44269504f
 #define LOWEST -1e30f /* what a maximum starts from: -inf minus this is -inf, not NaN */
 
-INLINE vec choose(ivec condition, vec a, vec b) { return (vec)(((ivec)a & condition) | ((ivec)b & ~condition)); }
-
 typedef struct {
     const Step *step;
     const Cache *cache;
@@ -24,6 +22,18 @@ typedef struct {
     long block, each;    /* floats of WIDTH rows of a tile; of a thread's scratch */
     int is_matrix;       /* attend_tile_by_matrix */
 } Prefill;
+
+/* What the softmax of rows [first, first + WIDTH) of a tile starts from: nothing, or the sinks of their heads. Sums of
+ * weights are zeros before. */
+INLINE void begin_softmax(const Prefill *p, long head, long first, long rows, float *highest, float *total)
+{
+    const float *sinks = p->cache->sinks;
+    for (long r = 0; r < WIDTH; r++) {
+        int has_sink = sinks && first + r < rows;
+        highest[r] = has_sink ? sinks[head * p->group + (first + r) % p->group] * LOG2_E : LOWEST;
+        total[r] = has_sink;
+    }
+}
 
 /* Tokens [begin, end) of the segments', all of one of them, in the query heads of one KV head: row i is head i % group
  * of token i / group. */

@@ -91,6 +91,8 @@ INLINE vec larger(vec a, vec b)
     return (vec)(((ivec)a & first) | ((ivec)b & ~first));
 }
 
+INLINE vec choose(ivec condition, vec a, vec b) { return (vec)(((ivec)a & condition) | ((ivec)b & ~condition)); }
+
 INLINE float widen(bf16 h)
 {
     uint32_t bits = (uint32_t)h << 16;

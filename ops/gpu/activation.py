@@ -1,4 +1,4 @@
-"""SwiGLU of many rows; the reference is `ops.activation.silu_and_mul`."""
+"""SwiGLU, of many rows or as a part of kernels; the reference is `ops.activation`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from microvllm.ops.activation import CLAMP_ALPHA, CLAMP_LIMIT
 from microvllm.ops.gpu.launch import follow, launch_options
 
 BLOCK = 1024  # elements of a row that one program takes
+ALPHA, LIMIT = tl.constexpr(CLAMP_ALPHA), tl.constexpr(CLAMP_LIMIT)
 
 
 @triton.jit
 def swiglu(gate, up):
     """silu(gate) * up of float32 tensors."""
     return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def clamped_swiglu(gate, up):
+    """`ops.activation.clamped_swiglu` of float32 tensors; NaN stays NaN."""
+    gate = tl.where(gate > LIMIT, LIMIT, gate)
+    up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
+
+
+@triton.jit
+def gated_unit(gate, up, CLAMPED: tl.constexpr):
+    """`clamped_swiglu`, or `swiglu`."""
+    return clamped_swiglu(gate, up) if CLAMPED else swiglu(gate, up)
 
 
 @triton.jit

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.gpu.activation import swiglu
+from microvllm.ops.experts import NO_BIASES, ExpertBiases
+from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.scaled import ScaledTensor
 
@@ -42,6 +43,7 @@ def _inner_kernel(
     x,
     codes,
     scales,
+    bias,
     chosen,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -50,6 +52,8 @@ def _inner_kernel(
     SCALE_K: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+    CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: ROWS columns of one choice: as many rows of its expert's gate and up."""
@@ -60,7 +64,10 @@ def _inner_kernel(
     row = x + choice // CHOICES * K
     gate = _rows_of(codes, scales, row, first, n, n < N, K, SCALE_N, SCALE_K, ROWS, STEP)
     up = _rows_of(codes, scales, row, first + N, n, n < N, K, SCALE_N, SCALE_K, ROWS, STEP)
-    tl.store(y + choice * N + n, swiglu(gate, up), n < N)
+    if BIAS:
+        gate += tl.load(bias + first + n, n < N, 0.0).to(tl.float32)
+        up += tl.load(bias + first + N + n, n < N, 0.0).to(tl.float32)
+    tl.store(y + choice * N + n, gated_unit(gate, up, CLAMPED), n < N)
 
 
 @triton.jit
@@ -69,6 +76,7 @@ def _outer_kernel(
     x,
     codes,
     scales,
+    bias,
     weights,
     chosen,
     residual,
@@ -80,6 +88,7 @@ def _outer_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: ROWS columns of one token: as many rows of the matrices of all its experts."""
@@ -91,6 +100,8 @@ def _outer_kernel(
         choice = token * CHOICES + place
         first = tl.load(chosen + choice) * N
         one = _rows_of(codes, scales, x + choice * K, first, n, n < N, K, SCALE_N, SCALE_K, ROWS, STEP)
+        if BIAS:
+            one += tl.load(bias + first + n, n < N, 0.0).to(tl.float32)
         total += one * tl.load(weights + choice)
     if RESIDUAL:
         total += tl.load(residual + token * N + n, n < N, 0.0).to(tl.float32)
@@ -104,7 +115,9 @@ def coded_expert_gemv(
     weights: Tensor,
     chosen: Tensor,
     residual: Tensor | None,
+    biases: ExpertBiases = NO_BIASES,
     *,
+    clamped: bool = False,
     pdl: bool = False,
 ) -> Tensor:
     """x through its experts + residual; the arguments are `expert_gemv.expert_gemv`'s -> [n, h].
@@ -118,6 +131,7 @@ def coded_expert_gemv(
         x,
         gate_up.as_subclass(Tensor).view(torch.uint8),
         gate_up.scales,
+        biases.gate_up,
         chosen,
         N=width,
         K=hidden,
@@ -126,6 +140,8 @@ def coded_expert_gemv(
         SCALE_K=gate_up.block[1],
         ROWS=ROWS,
         STEP=step_of(gate_up),
+        BIAS=biases.gate_up is not None,
+        CLAMPED=clamped,
         num_warps=4,
         **launch_options(pdl),
     )
@@ -135,6 +151,7 @@ def coded_expert_gemv(
         between,
         down.as_subclass(Tensor).view(torch.uint8),
         down.scales,
+        biases.down,
         weights,
         chosen,
         residual,
@@ -146,6 +163,7 @@ def coded_expert_gemv(
         ROWS=ROWS,
         STEP=step_of(down),
         RESIDUAL=residual is not None,
+        BIAS=biases.down is not None,
         num_warps=4,
         **launch_options(pdl),
     )

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.gpu.activation import swiglu
+from microvllm.ops.experts import NO_BIASES, ExpertBiases
+from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tiling import Tiling
 
@@ -24,6 +25,7 @@ def _inner_kernel(
     y,
     x,
     weight,
+    bias,
     norm,
     chosen,
     eps,
@@ -33,6 +35,8 @@ def _inner_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of one choice: as many rows of its expert's gate and up."""
@@ -64,8 +68,11 @@ def _inner_kernel(
     scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
-    value = swiglu(tl.sum(gate_sums, 1) * scale, tl.sum(up_sums, 1) * scale)
-    tl.store(y + choice * N + n, value, n < N)
+    gates, ups = tl.sum(gate_sums, 1) * scale, tl.sum(up_sums, 1) * scale
+    if BIAS:
+        gates += tl.load(bias + expert * (2 * N) + n, n < N, 0.0).to(tl.float32)
+        ups += tl.load(bias + expert * (2 * N) + N + n, n < N, 0.0).to(tl.float32)
+    tl.store(y + choice * N + n, gated_unit(gates, ups, CLAMPED), n < N)
 
 
 @triton.jit
@@ -73,6 +80,7 @@ def _outer_kernel(
     y,
     x,
     weight,
+    bias,
     scales,
     chosen,
     residual,
@@ -82,6 +90,7 @@ def _outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of one token: as many rows of the matrices of all its experts."""
@@ -100,7 +109,10 @@ def _outer_kernel(
             tile = tl.load(tile_at + start, here & (start + k < K)[None, :], 0.0).to(tl.float32)
             row = tl.load(x + choice * K + start + k, start + k < K, 0.0).to(tl.float32)
             sums += tile * row[None, :]
-        total += tl.sum(sums, 1) * tl.load(scales + choice)
+        one = tl.sum(sums, 1)
+        if BIAS:
+            one += tl.load(bias + expert * N + n, n < N, 0.0).to(tl.float32)
+        total += one * tl.load(scales + choice)
     if RESIDUAL:
         total += tl.load(residual + token * N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + token * N + n, total, n < N)
@@ -115,7 +127,9 @@ def expert_gemv(
     residual: Tensor | None,
     norm: Tensor | None,
     eps: float,
+    biases: ExpertBiases = NO_BIASES,
     *,
+    clamped: bool = False,
     inner: Tiling = INNER,
     outer: Tiling = OUTER,
     pdl: bool = False,
@@ -124,6 +138,7 @@ def expert_gemv(
 
     x: [n, h]; gate_up: [E * 2 * i, h]; down: [E * h, i]; weights, chosen: [n, k] float32 and int32;
     residual: [n, h], or None; norm: [h], the weight of an RMSNorm, or None. All contiguous -> [n, h].
+    clamped: `clamped_swiglu` takes SwiGLU's place.
     """
     (n, hidden), width, k = x.shape, down.shape[1], chosen.shape[1]
     between = torch.empty(n * k, width, dtype=x.dtype, device=x.device)
@@ -131,6 +146,7 @@ def expert_gemv(
         between,
         x,
         gate_up,
+        biases.gate_up,
         norm,
         chosen,
         eps,
@@ -140,6 +156,8 @@ def expert_gemv(
         BLOCK_N=inner.block_n,
         BLOCK_K=inner.block_k,
         NORM=norm is not None,
+        BIAS=biases.gate_up is not None,
+        CLAMPED=clamped,
         num_warps=inner.warps,
         **launch_options(pdl),
     )
@@ -148,6 +166,7 @@ def expert_gemv(
         y,
         between,
         down,
+        biases.down,
         weights,
         chosen,
         residual,
@@ -157,6 +176,7 @@ def expert_gemv(
         BLOCK_N=outer.block_n,
         BLOCK_K=outer.block_k,
         RESIDUAL=residual is not None,
+        BIAS=biases.down is not None,
         num_warps=outer.warps,
         **launch_options(pdl),
     )

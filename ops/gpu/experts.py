@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from microvllm.ops.activation import ACTIVATIONS, gate_and_mul
+from microvllm.ops.activation import CLAMPED, gated_unit
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.gpu.coded_expert_gemv import coded_expert_gemv
 from microvllm.ops.gpu.expert_gemv import expert_gemv
@@ -69,10 +69,19 @@ class GpuExperts:
         self._router_weight, self._arrivals = weights.router.contiguous(), arrivals
         self._correction = weights.correction
         (self._count, hidden), dtype = weights.router.shape, weights.router.dtype
-        gated = activation == "silu"
+        self._biases, self._clamped = weights.biases, activation == CLAMPED
+        gated = self._fuses = activation in ("silu", CLAMPED)
         columns = weights.down.shape[1] * (1 if gated else 2)
-        self._gate_up = GroupedWeight(weights.gate_up, columns, dtype, gated=gated, boxes=boxes)
-        self._down = GroupedWeight(weights.down, hidden, dtype, boxes=boxes)
+        self._gate_up = GroupedWeight(
+            weights.gate_up,
+            columns,
+            dtype,
+            weights.biases.gate_up,
+            gated=gated,
+            clamped=self._clamped,
+            boxes=boxes,
+        )
+        self._down = GroupedWeight(weights.down, hidden, dtype, weights.biases.down, boxes=boxes)
         kinds = {isinstance(each.matrix, ScaledTensor) for each in (self._gate_up, self._down)}
         self._is_coded = True in kinds
         # The largest number of tokens that are multiplied without sorting.
@@ -92,8 +101,8 @@ class GpuExperts:
         k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
-        if self._activation != "silu":
-            inner = gate_and_mul(inner, ACTIVATIONS[self._activation])
+        if not self._fuses:
+            inner = gated_unit(inner, self._activation)
         parts = self._down(inner, choices, k, tiling, scales=weights, pdl=pdl)
         return sum_choices(parts, k, residual, pdl=pdl)
 
@@ -103,12 +112,26 @@ class GpuExperts:
         if x.shape[0] > 1 or self._is_coded:
             x, norm = self._normed(x), None
         weights, chosen = route_few(
-            x, self._router_weight, self._routing, self._correction, norm, eps, self._arrivals, pdl=pdl
+            x,
+            self._router_weight,
+            self._routing,
+            self._correction,
+            norm,
+            eps,
+            self._arrivals,
+            self._biases.router,
+            pdl=pdl,
         )
         gate_up, down = self._gate_up.matrix, self._down.matrix
         if isinstance(gate_up, ScaledTensor) and isinstance(down, ScaledTensor):
-            return coded_expert_gemv(x, gate_up, down, weights, chosen, residual, pdl=pdl)
-        return expert_gemv(x, gate_up, down, weights, chosen, residual, norm, eps, pdl=pdl)
+            return coded_expert_gemv(
+                x, gate_up, down, weights, chosen, residual, self._biases, clamped=self._clamped, pdl=pdl
+            )
+        return expert_gemv(
+            *(x, gate_up, down, weights, chosen, residual, norm, eps, self._biases),
+            clamped=self._clamped,
+            pdl=pdl,
+        )
 
     def _normed(self, x: Tensor) -> Tensor:
         return x if self._norm is None else rms_norm(x, self._norm, self._eps, pdl=self._pdl)

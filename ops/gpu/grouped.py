@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from microvllm.ops.gpu.activation import swiglu
+from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.coded_expert_gemv import step_of
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
@@ -82,6 +82,7 @@ def _grouped_kernel(
     x,
     weight,
     code_scales,
+    bias,
     scales,
     order,
     experts,
@@ -102,6 +103,8 @@ def _grouped_kernel(
     BOXES: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
+    BIAS: tl.constexpr,
+    CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: a tile of choices by BLOCK_N columns; weight: a pointer, or the descriptor of its BOXES.
@@ -166,8 +169,12 @@ def _grouped_kernel(
                     up_sums = _multiply(x_tile, w_tile, up_sums, SWAPPED)
         if SWAPPED:
             sums, up_sums = tl.trans(sums), tl.trans(up_sums)
+        if BIAS:
+            sums += tl.load(bias + matrix + n, n < N, 0.0).to(tl.float32)[None, :]
+            if GATED:
+                up_sums += tl.load(bias + matrix + N + n, n < N, 0.0).to(tl.float32)[None, :]
         if GATED:
-            sums = swiglu(sums, up_sums)
+            sums = gated_unit(sums, up_sums, CLAMPED)
         y_row = place
         if LAST:
             sums *= tl.load(scales + choice, rows, 0.0)[:, None]
@@ -179,13 +186,22 @@ def _grouped_kernel(
 class GroupedWeight:
     """The matrices of all experts, and the products of each choice's row with its expert's.
 
-    weight: [E * columns, in], or [E * 2 * columns, in] if `gated`, gate before up, for SwiGLU; a plain tensor
-    of the activations' `dtype`, or a `ScaledTensor`, which `matrix` is too if a tensor core's step fits its
-    blocks. boxes: whether the device has TMA.
+    weight: [E * columns, in], or [E * 2 * columns, in] if `gated`, gate before up, for SwiGLU or, if
+    `clamped`, for `clamped_swiglu`; a plain tensor of the activations' `dtype`, or a `ScaledTensor`, which
+    `matrix` is too if a tensor core's step fits its blocks. bias: of each row of the weight, or None. boxes:
+    whether the device has TMA.
     """
 
     def __init__(
-        self, weight: Tensor, columns: int, dtype: torch.dtype, *, gated: bool = False, boxes: bool = False
+        self,
+        weight: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        *,
+        gated: bool = False,
+        clamped: bool = False,
+        boxes: bool = False,
     ) -> None:
         self._scales, self._block = None, (0, 0)
         self.step: int | None = None  # `block_k` of a tiling is at most that: so many terms share a scale
@@ -196,6 +212,7 @@ class GroupedWeight:
             self.step, self._scales, self._block = step_of(weight), weight.scales, weight.block
             weight = weight.as_subclass(Tensor).view(torch.uint8)
         self._weight = weight.contiguous()
+        self._bias, self._clamped = bias, clamped
         self._columns, self._gated = columns, gated
         self._boxes = boxes and weight.shape[1] * weight.dtype.itemsize % 16 == 0
         self._descriptors: dict[tuple[int, int], TensorDescriptor] = {}
@@ -224,6 +241,7 @@ class GroupedWeight:
             x,
             self._descriptor(tiling.columns, tiling.block_k) if boxes else self._weight,
             self._scales,
+            self._bias,
             scales,
             choices.order,
             choices.experts,
@@ -244,6 +262,8 @@ class GroupedWeight:
             BOXES=boxes,
             SCALE_N=self._block[0],
             SCALE_K=self._block[1],
+            BIAS=self._bias is not None,
+            CLAMPED=self._clamped,
             num_warps=tiling.warps,
             **launch_options(pdl),
         )

@@ -97,7 +97,7 @@ class GpuOperators(Operators):
         outside, inside = (None, norm) if weights.shared is None else (norm, None)
         chosen = GpuExperts(
             inside,
-            self.linear(weights.router),
+            self.linear(weights.router, weights.biases.router),
             weights,
             routing,
             activation,
@@ -128,6 +128,8 @@ class GpuOperators(Operators):
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:
             raise ValueError(f"--attention-backend {self._attention} does not cap attention scores")
+        if config.sinks and self._attention == "flash_attn":
+            raise ValueError("--attention-backend flash_attn does not compute attention sinks: triton does")
         if config.dtype == torch.float8_e4m3fn and config.inv_freq.device.type == "cuda":
             capability = torch.cuda.get_device_capability(config.inv_freq.device)
             if capability < (8, 9):

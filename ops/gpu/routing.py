@@ -82,6 +82,7 @@ def _route_kernel(
     logits,
     x,
     router,
+    bias,
     norm,
     correction,
     arrivals,
@@ -96,6 +97,7 @@ def _route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORM: tl.constexpr,
+    BIAS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
     CORRECTION: tl.constexpr,
@@ -114,7 +116,10 @@ def _route_kernel(
     if NORM:
         factor = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
         wide *= gain
-    tl.store(logits + row * E + n, tl.sum(tile.to(tl.float32) * wide[None, :], 1) * factor, n < E)
+    found = tl.sum(tile.to(tl.float32) * wide[None, :], 1) * factor
+    if BIAS:
+        found += tl.load(bias + n, n < E, 0.0).to(tl.float32)
+    tl.store(logits + row * E + n, found, n < E)
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(arrivals + row, 1) == tl.num_programs(0) - 1:
         tl.atomic_xchg(arrivals + row, 0)
@@ -135,10 +140,11 @@ def route_few(
     norm: Tensor | None,
     eps: float,
     arrivals: Tensor,
+    bias: Tensor | None = None,
     *,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`choose` for the logits norm(x) @ router.T of a few tokens, in the kernel that computes them.
+    """`choose` for the logits norm(x) @ router.T + bias of a few tokens, in the kernel that computes them.
 
     x: [n, h]; router: [E, h] of x's dtype; norm: [h], the weight of an RMSNorm, or None; arrivals: at least n
     int32 zeros, and zeros again afterwards, for one call at a time. `routing` is without groups.
@@ -153,6 +159,7 @@ def route_few(
         logits,
         x,
         router,
+        bias,
         norm,
         correction,
         arrivals,
@@ -167,6 +174,7 @@ def route_few(
         BLOCK_E=triton.next_power_of_2(count),
         BLOCK_K=triton.next_power_of_2(k),
         NORM=norm is not None,
+        BIAS=bias is not None,
         SIGMOID=routing.sigmoid,
         NORMALIZED=routing.normalized,
         CORRECTION=correction is not None,

@@ -26,13 +26,18 @@ MAX_POSITION = 640
 
 
 def make_backend(
-    name: str, shape: AttentionShape, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
+    name: str,
+    shape: AttentionShape,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    sinks: tuple[Tensor, ...] = (),
 ) -> tuple[TorchAttention | CpuAttention, torch.dtype]:
     """A backend with random rubbish in its cache, and the dtype of its activations."""
     operators = make_operators(name, dtype, 2)
     inv_freq = INV_FREQ[shape.head_dim]
     backend = operators.attention(
-        AttentionConfig(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype)
+        AttentionConfig(shape, num_blocks, block_size, inv_freq, MAX_POSITION, dtype, sinks=sinks)
     )
     assert isinstance(backend, TorchAttention | CpuAttention)
     # What earlier requests left in the blocks must not be seen.
@@ -58,7 +63,13 @@ def rotate(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def dense(sequence: Sequence, shape: AttentionShape, query: int, scales: KVScales | None = None) -> Tensor:
+def dense(
+    sequence: Sequence,
+    shape: AttentionShape,
+    query: int,
+    scales: KVScales | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The output at one position, in float64: [heads * d]. With scales, keys and values are of e4m3."""
     inv_freq, heads = INV_FREQ[shape.head_dim], shape.num_heads
     first = 0 if shape.window is None else max(0, query - shape.window + 1)
@@ -74,7 +85,8 @@ def dense(sequence: Sequence, shape: AttentionShape, query: int, scales: KVScale
     for head in range(heads):
         shared = head * shape.num_kv_heads // heads
         scores = keys[:, shared] @ q[head] / math.sqrt(shape.head_dim)
-        outputs.append(scores.softmax(0) @ values[:, shared])
+        total = scores.exp().sum() + (0 if sinks is None else sinks[head].double().exp())
+        outputs.append(scores.exp() / total @ values[:, shared])
     return torch.cat(outputs)
 
 
@@ -119,6 +131,7 @@ def make_batch(
     block_size=st.sampled_from([1, 2, 3, 8, 16]),
     window=st.none() | st.integers(1, 20),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_any_mixture_of_chunks_is_dense_attention(
@@ -130,13 +143,16 @@ def test_any_mixture_of_chunks_is_dense_attention(
     block_size: int,
     window: int | None,
     lengths: list[int],
+    with_sinks: bool,
     seed: int,
 ) -> None:
     """Sequences grow by arbitrary chunks in arbitrary company, in blocks that lie anywhere in the pool."""
     random = torch.Generator().manual_seed(seed)
     shape = AttentionShape(2, kv_heads * group, kv_heads, head_dim, window)
     needed = sum(-(-length // block_size) for length in lengths)
-    backend, _ = make_backend(name, shape, needed + 2, block_size)
+    drawn = 4 * torch.randn(2, shape.num_heads, generator=random)
+    sinks = tuple(drawn) if with_sinks else ()
+    backend, _ = make_backend(name, shape, needed + 2, block_size, sinks=sinks)
     free = torch.randperm(needed + 2, generator=random).tolist()
     padding_block = free.pop()
     sequences = [
@@ -159,7 +175,10 @@ def test_any_mixture_of_chunks_is_dense_attention(
         first_layer, second_layer = step(0, qkv.clone()), step(1, qkv.flip(0))
         del second_layer  # writes elsewhere: must not be seen in the first layer
         order = sorted(work, key=lambda item: item[2] - item[1] > 1)
-        expected = torch.stack([dense(s, shape, p) for s, at, end in order for p in range(at, end)])
+        of_layer = sinks[0] if with_sinks else None
+        expected = torch.stack(
+            [dense(s, shape, p, sinks=of_layer) for s, at, end in order for p in range(at, end)]
+        )
         torch.testing.assert_close(first_layer.double(), expected, rtol=1e-4, atol=1e-5)
         done = ends
 

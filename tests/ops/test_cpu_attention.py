@@ -78,6 +78,7 @@ def check(operators: CpuOperators, case: Case, *, int32: bool = False) -> None:
     st.sampled_from([1, 7, 16, 256]),
     st.sampled_from([None, 1, 50, 300, 2**40]),
     st.booleans(),
+    st.booleans(),
     st.sampled_from(DTYPES),
     seeds,
 )
@@ -90,6 +91,7 @@ def test_a_mixed_step(
     block_size: int,
     window: int | None,
     with_norms: bool,
+    with_sinks: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -97,7 +99,8 @@ def test_a_mixed_step(
     segments = [(new, new + before) for new, before in chunks]
     if decodes or segments:
         shape = AttentionShape(2, *heads, dim, window)
-        check(operators, Case(shape, block_size, decodes, segments, dtype, with_norms=with_norms, seed=seed))
+        options = {"with_norms": with_norms, "with_sinks": with_sinks}
+        check(operators, Case(shape, block_size, decodes, segments, dtype, **options, seed=seed))
 
 
 @pytest.mark.parametrize("segments", [[], [(0, 0)], [(0, 0), (5, 5), (0, 0), (0, 0), (40, 90), (0, 0)]])

@@ -14,10 +14,11 @@ from model_tools import relative_error
 from quantized_case import dequantized, quantized
 from torch import Tensor
 
+from microvllm.ops.activation import CLAMPED
 from microvllm.ops.cpu.build import load_kernels
 from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.operators import CpuOperators
-from microvllm.ops.experts import ComposedExperts, ExpertWeights, SharedExpert, route
+from microvllm.ops.experts import ComposedExperts, ExpertBiases, ExpertWeights, SharedExpert, route
 from microvllm.ops.operators import TorchOperators
 from microvllm.ops.routing import Routing
 
@@ -96,6 +97,34 @@ def test_experts_are_those_of_plain_torch(
     itself = x.clone()
     assert ours(first(itself), itself) is itself
     assert relative_error(itself, expected + x) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "Q4_0"])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_biases_and_the_clamped_unit(operators: CpuOperators, tokens: int, kind: str) -> None:
+    """Of numbers on both sides of where it is cut off."""
+    weights, exact = both(kind, False, 1)
+    sizes = COUNT, COUNT * 2 * WIDTH, COUNT * HIDDEN
+    biases = ExpertBiases(*(3 * random(size, seed=7 + i) for i, size in enumerate(sizes)))
+    x = 5 * random(tokens, HIDDEN, seed=5)
+    _, ours = operators.experts(None, weights._replace(biases=biases), ROUTINGS[0], CLAMPED)
+    assert isinstance(ours, CpuExperts)
+    gate_up = torch.stack([one.gate_up for one in exact.split()])
+    inner = torch.einsum("nh,eih->nei", x, gate_up) + biases.gate_up.view(COUNT, -1)
+    gate, up = inner.chunk(2, -1)
+    assert (gate > 7).any() and (up > 7).any() and (up < -7).any()
+    inner = gate.clamp(max=7) * (1.702 * gate.clamp(max=7)).sigmoid() * (up.clamp(-7, 7) + 1)
+    down = torch.stack([one.down for one in exact.split()])
+    outer = torch.einsum("nei,ehi->neh", inner, down) + biases.down.view(COUNT, HIDDEN)
+    logits = x @ exact.router.t() + biases.router
+    scores, chosen = logits.topk(3)
+    scores = scores.softmax(-1)
+    expected = (outer.gather(1, chosen[..., None].expand(-1, -1, HIDDEN)) * scores[..., None]).sum(1)
+    assert relative_error(ours(x), expected) < (2e-5 if kind == "float32" else 1e-2)
+    _, theirs = TorchOperators(torch.float32).experts(
+        None, exact._replace(biases=biases), ROUTINGS[0], CLAMPED
+    )
+    assert relative_error(theirs(x), expected) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "Q4_0"])

@@ -16,6 +16,7 @@ from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
 from microvllm.ops.attention.triton_prefill import PrefillTiling
+from microvllm.ops.gpu.operators import GpuOperators
 
 # What relative error is allowed on inputs that are exact in the dtype. (The interpreter has no bfloat16.)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -74,6 +75,45 @@ def test_a_mixed_step(shape: str, with_norms: bool, dtype: torch.dtype) -> None:
     """Short and long sequences, padding, empty and continued segments, several tiles and blocks each."""
     decodes, segments = [50, 1, 0, 17, 2], [(3, 40), (0, 20), (0, 0), (7, 21), (2, 2)]
     check(Case(SHAPES[shape], 16, decodes, segments, dtype, with_norms=with_norms), TILES_OF_16, layer=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("plain", torch.float32),
+        ("odd group, window", torch.float32),
+        ("odd head size", torch.float16),
+        ("window of one", torch.float32),
+        *((shape, torch.bfloat16) for shape in SHAPES if DEVICE.type == "cuda"),
+    ],
+)
+@pytest.mark.parametrize("way", ["", "fixed order", "boxes", "e4m3"])
+def test_sinks(shape: str, dtype: torch.dtype, way: str) -> None:
+    """In every kernel, in sequences of one program and of several, which count a sink once."""
+    decodes, segments = [50, 1, 0, 17, 2, 16 * 13 + 1], [(3, 40), (0, 20), (0, 0), (7, 21), (2, 2)]
+    options = {"scales": SCALES, "cache_dtype": E4M3} if way == "e4m3" else {}
+    case = Case(SHAPES[shape], 16, decodes, segments, dtype, with_sinks=True, **options)
+    without = replace(case.config(DEVICE), sinks=())
+    tilings = {
+        "decode_tiling": replace(TILES_OF_16, boxes=way == "boxes" and shape != "odd head size"),
+        "prefill_tiling": PrefillTiling(16, 16, 2, 4),
+    }
+    found = []
+    for config in (case.config(DEVICE), without):
+        backend = TritonAttention(config, **tilings, fixed_order=way == "fixed order")
+        backend.cache.copy_(case.cache)
+        found.append(backend.begin_step(case.batch(DEVICE, int32=True))(1, case.qkv.to(DEVICE)))
+        assert not backend.workspace.arrivals.any()
+    real = [bool(s.context) for s in case.decodes] + [True] * sum(s.new for s in case.segments)
+    expected = case.expected(1)[0]
+    assert relative_error(found[0][real], expected[real]) < TOLERANCE[dtype]
+    assert relative_error(found[1][real], expected[real]) > 0.1
+
+
+def test_flash_attention_is_refused_for_sinks() -> None:
+    case = Case(AttentionShape(1, 4, 2, 16), 256, [5], [], torch.float16, with_sinks=True)
+    with pytest.raises(ValueError, match="flash_attn does not compute attention sinks"):
+        GpuOperators(torch.float16, DEVICE, "flash_attn").attention(case.config(DEVICE))
 
 
 @pytest.mark.parametrize(("tile", "block_size"), [(16, 64), (32, 16)])

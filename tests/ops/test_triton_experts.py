@@ -12,7 +12,8 @@ from torch.nn.functional import silu
 
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
-from microvllm.ops.experts import ExpertWeights, route
+from microvllm.ops.activation import CLAMPED
+from microvllm.ops.experts import ExpertBiases, ExpertWeights, route
 from microvllm.ops.gpu.experts import FIXED_ORDER, TILINGS, GpuExperts
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight
 from microvllm.ops.gpu.operators import GpuOperators
@@ -190,6 +191,35 @@ def test_experts_in_codes(tokens: int, block: tuple[int, int]) -> None:
     _, ours = GpuOperators(dtype, DEVICE, "triton").experts(None, packed, routing, "silu")
     _, theirs = TorchOperators(dtype).experts(None, plain, routing, "silu")
     assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+def biases_of(rank: int = 0) -> ExpertBiases:
+    gate_up, down = 3 * random(COUNT * 2 * WIDTH, seed=8), 3 * random(COUNT * HIDDEN, seed=9)
+    return ExpertBiases(random(COUNT, seed=7), gate_up, None if rank else down)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("block", [None, (8, 32)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_biases_and_the_clamped_unit(tokens: int, block: tuple[int, int] | None, rank: int) -> None:
+    """Of numbers on both sides of where it is cut off; only a first shard adds the last bias."""
+    weights, dtype = weights_of(COUNT, torch.float32, biases=biases_of(rank)), torch.float32
+    exact = weights
+    if block is not None:
+        weights = weights._replace(gate_up=coded(weights.gate_up, block), down=coded(weights.down, block))
+        exact = weights._replace(
+            gate_up=weights.gate_up.dequantized(dtype), down=weights.down.dequantized(dtype)
+        )
+    norm = random(HIDDEN, seed=4) * 5, 1e-5
+    x, residual = random(tokens, HIDDEN, seed=5), random(tokens, HIDDEN, seed=6)
+    first, last = GpuOperators(dtype, DEVICE, "triton").experts(norm, weights, ROUTINGS["softmax"], CLAMPED)
+    normed, reference = TorchOperators(dtype).experts(norm, exact, ROUTINGS["softmax"], CLAMPED)
+    expected = reference(normed(x), residual.clone())
+    assert relative_error(last(first(x), residual.clone()), expected) < 1e-5
+    if block is None:
+        operators = GpuOperators(dtype, DEVICE, "triton", True)
+        first, last = operators.experts(norm, weights, ROUTINGS["softmax"], CLAMPED)
+        assert relative_error(last(first(x), residual.clone()), expected) < 1e-5
 
 
 def test_another_activation() -> None:
