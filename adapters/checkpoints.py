@@ -24,7 +24,7 @@ from microvllm.adapters.quantization import Quantization, Scheme
 from microvllm.adapters.registry import BY_GGUF_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from microvllm.adapters.safetensors_file import StoredTensor, open_folder
-from microvllm.adapters.tensors import BARE, Cut, Part, Slot
+from microvllm.adapters.tensors import BARE, PAIRS, Cut, Part, Slot
 from microvllm.ops.quantized import QuantizedRows
 
 CHUNK_ELEMENTS = 1 << 17  # dequantised at a time: large enough to be fast, small enough to stay in cache
@@ -33,6 +33,7 @@ TORCH_DTYPES = {
     **PLAIN_DTYPES,
     "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
+    "U8": torch.uint8,
     "I32": torch.int32,
     "I64": torch.int64,
 }
@@ -63,13 +64,13 @@ class Checkpoint(Protocol):
 def stored_name(checkpoint: Checkpoint, part: Part, layer: int) -> str:
     """Return the name under which the checkpoint stores a part of a layer."""
     is_bare = checkpoint.names[part.role].endswith(BARE)
-    suffix = "" if is_bare else (".weight", ".bias")[part.bias]
+    suffix = ("", "_bias")[part.bias] if is_bare else (".weight", ".bias")[part.bias]
     return module_name(checkpoint.names, part, layer) + suffix
 
 
 def module_name(names: Mapping[str, str], part: Part, layer: int) -> str:
     """Return the name of the module that a part of a layer belongs to."""
-    return names[part.role].format(i=layer, e=part.expert, bare="")
+    return names[part.role].format(i=layer, e=part.expert, bare="", transposed="")
 
 
 def scheme_of(quantization: Quantization, names: Mapping[str, str], part: Part, layer: int) -> Scheme | None:
@@ -157,12 +158,14 @@ class FolderCheckpoint:
         )
 
     def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
-        stored = self.view(name)
-        if part.stacked:
-            stored = stored.flatten(0, 1)
-        for rows, piece in zip(part.rows.runs, torch.split(out, part.rows.lengths), strict=True):
+        stored, cut = self.view(name), part.rows
+        if part.stacked and part.expert is not None:
+            stored, cut = stored[part.expert], part.own_rows
+            stored = stored.T if part.transposed else stored
+        for rows, piece in zip(cut.runs, torch.split(out, cut.lengths), strict=True):
             run = stored[slice(*rows)]
-            piece.copy_(run if columns is None else run[:, slice(*columns.runs[0])])
+            run = run if columns is None else run[:, slice(*columns.runs[0])]
+            piece.copy_(torch.cat((run[::2], run[1::2])) if part.role == PAIRS else run)
         self.forget(name)
 
     def view(self, name: str) -> torch.Tensor:
@@ -281,6 +284,10 @@ class GGUFCheckpoint:
         return start // block * block_bytes, stop // block * block_bytes
 
     def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
+        if part.stacked and columns is None:  # the biases of all experts
+            entries = torch.from_numpy(self._file.tensor(name).ravel().copy())
+            out.copy_(torch.cat([entries[slice(*run)] for run in part.rows.runs]))
+            return
         width = columns.stored if columns else 1
         step = max(1, CHUNK_ELEMENTS // width)
         if turned := self._is_turned(part):

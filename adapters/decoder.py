@@ -52,6 +52,7 @@ class DecoderModel:
             self.embed, built = spec.tails.build(self.embed, built, own, layers, operators, rows)
         self._layers = operators.layers(built)
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
+        self._sinks = [weights.pop(f"layers.{i}.sinks", None) for i in range(spec.num_layers)]
         self._kv_scales = weights.pop("kv_scales", torch.ones(spec.num_layers, 2)).tolist()
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
@@ -91,7 +92,8 @@ class DecoderModel:
             qk_norms = QKNorms(tuple(norms), self.spec.rms_norm_eps) if norms else None
             cache = num_blocks, block_size, inv_freq, max_position, dtype
             scales = tuple(KVScales(*self._kv_scales[index]) for index in indices)
-            made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales))
+            sinks = tuple(s.float() for s in (self._sinks[index] for index in indices) if s is not None)
+            made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks))
             if mixer.temperature is None:
                 return made
             return TemperedAttention(made, mixer.q_size, *mixer.temperature, max_position, device)

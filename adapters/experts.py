@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microvllm.adapters.tensors import (
+    PAIRS,
+    TRANSPOSED,
     WHOLE,
     Cut,
     LayerWeights,
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
+MATRICES = "router", "experts_gate_up", "experts_down"
+
+
 class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
     """A weighted sum of some of `count` gated MLPs of inner width `size`, which a router chooses by token.
 
     Of `shared_size` > 0 there is one more, which every token goes to; with `shared_gate` it is multiplied by
-    a sigmoid of the token. `correction`: see `Routing`.
+    a sigmoid of the token. `correction`: see `Routing`. `bias`: the router and both products have one.
     """
 
     count: int
@@ -40,6 +45,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
     correction_in_row: bool = False  # stored as [1, E]
     shared_size: int = 0
     shared_gate: bool = False
+    bias: bool = False
 
     def num_products(self, hidden_size: int) -> int:
         """Multiplications with weights that one token takes."""
@@ -56,15 +62,22 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
         """`router` [E, h], `experts_gate_up` [E 2 I, h], `experts_down` [E h, I]: one expert after another.
 
-        And `correction` [E], `shared_gate_up` [2 S, h], `shared_down` [h, S], `shared_scale` [1, h].
+        And `correction` [E], `shared_gate_up` [2 S, h], `shared_down` [h, S], `shared_scale` [1, h], and the
+        biases of the first three, one dimension less.
         """
         inner, hidden = shard.share(self.size), WHOLE.share(hidden_size)
-        yield from matrix_slots("router", {"router": WHOLE.share(self.count)}, hidden)
+        yield from matrix_slots("router", {"router": WHOLE.share(self.count)}, hidden, bias=self.bias)
         if self.correction:
             yield from self._correction()
-        gate_up = self._parts({"expert_gate": inner, "expert_up": inner}, names)
-        yield Slot("experts_gate_up", gate_up, hidden)
+        rows = {"expert_gate": inner, "expert_up": inner}
+        if PAIRS in names:
+            rows = {PAIRS: inner.of_runs(2)}
+        yield Slot("experts_gate_up", self._parts(rows, names), hidden)
         yield Slot("experts_down", self._parts({"expert_down": hidden}, names), inner)
+        if self.bias:
+            yield Slot("experts_gate_up_bias", self._parts(rows, names, bias=True), None)
+            if shard.rank == 0:  # as that of Attention's `o`
+                yield Slot("experts_down_bias", self._parts({"expert_down": hidden}, names, bias=True), None)
         if self.shared_size:
             width = shard.share(self.shared_size)
             both = {"shared_gate": width, "shared_up": width}
@@ -80,21 +93,24 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
             slots = list(matrix_slots("correction", row, WHOLE.share(self.count)))
         yield from (slot._replace(is_wide=True) for slot in slots)
 
-    def _parts(self, rows: Mapping[str, Cut], names: Mapping[str, str]) -> tuple[Part, ...]:
+    def _parts(
+        self, rows: Mapping[str, Cut], names: Mapping[str, str], *, bias: bool = False
+    ) -> tuple[Part, ...]:
         """These rows of every expert. A name without an expert's number is of one tensor with all of them."""
-        return tuple(
-            Part(role, False, cut, expert)
-            if "{e}" in names[role]
-            else Part(role, False, cut.in_stack(expert, self.count), expert, self.count)
-            for expert in range(self.count)
-            for role, cut in rows.items()
-        )
+
+        def part(role: str, cut: Cut, expert: int) -> Part:
+            if "{e}" in names[role]:
+                return Part(role, bias, cut, expert)
+            transposed = TRANSPOSED in names[role] and not bias
+            return Part(role, bias, cut.in_stack(expert, self.count), expert, self.count, transposed)
+
+        return tuple(part(role, cut, expert) for expert in range(self.count) for role, cut in rows.items())
 
     def build(
         self, weights: LayerWeights, norm: Norm | None, operators: Operators
     ) -> tuple[Operator, LinearOperator]:
         """The norm, then everything else."""
-        from microvllm.ops.experts import ExpertWeights, SharedExpert
+        from microvllm.ops.experts import ExpertBiases, ExpertWeights, SharedExpert
 
         def matrix(name: str) -> Tensor:
             return weights.matrix(name)[0]
@@ -104,7 +120,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
             gate = matrix("shared_scale") if self.shared_gate else None
             shared = SharedExpert(matrix("shared_gate_up"), matrix("shared_down"), gate)
         correction = matrix("correction").float().flatten() if self.correction else None
-        matrices = matrix("router"), matrix("experts_gate_up"), matrix("experts_down")
-        return operators.experts(
-            norm, ExpertWeights(*matrices, correction, shared), self.routing, self.activation
-        )
+        router, gate_up, down = (weights.matrix(name) for name in MATRICES)
+        biases = ExpertBiases(router[1], gate_up[1], down[1])
+        layer = ExpertWeights(router[0], gate_up[0], down[0], correction, shared, biases)
+        return operators.experts(norm, layer, self.routing, self.activation)

@@ -14,7 +14,8 @@ from microvllm.adapters.spec import ModelSpec
 
 # Role of a tensor -> its name without ".weight" or ".bias", or the whole name and `tensors.BARE`; "{i}" is
 # the layer, "{e}" the expert. These are Llama's, which most families share. One that stores q, k and v as one
-# tensor has the role "qkv" in their place, and one that stores gate and up as one the role "gate_up".
+# tensor has the role "qkv" in their place, one that stores gate and up as one the role "gate_up", and one
+# whose experts' rows of gate and up alternate `tensors.PAIRS`.
 HF_TENSORS: Mapping[str, str] = {
     "embed": "model.embed_tokens",
     "lm_head": "lm_head",
@@ -39,6 +40,7 @@ GGUF_TENSORS: Mapping[str, str] = {
     "k": "blk.{i}.attn_k",
     "v": "blk.{i}.attn_v",
     "o": "blk.{i}.attn_output",
+    "sinks": "blk.{i}.attn_sinks",
     "q_norm": "blk.{i}.attn_q_norm",
     "k_norm": "blk.{i}.attn_k_norm",
     "gate": "blk.{i}.ffn_gate",

@@ -81,7 +81,7 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
     )
 
 
-WITH_EXPERTS = ("llama", "qwen3moe")
+WITH_EXPERTS = ("llama", "qwen3moe", "gpt-oss")
 # Keys of experts that are not computed here, and what they say where they change nothing.
 EXPERT_KEYS: Mapping[str, tuple[object, ...]] = {
     "expert_gating_func": (None, 0, 1),  # softmax
@@ -94,7 +94,7 @@ EXPERT_KEYS: Mapping[str, tuple[object, ...]] = {
 def _experts(keys: Fields) -> Experts:
     """Those of every layer, as llama.cpp computes them for the architectures `WITH_EXPERTS`."""
     if keys.where.removesuffix(".") not in WITH_EXPERTS:
-        raise keys.error("expert_count", f"is set, which only {' and '.join(WITH_EXPERTS)} models may have")
+        raise keys.error("expert_count", f"is set, which only {', '.join(WITH_EXPERTS)} models may have")
     count, num_chosen = keys.size("expert_count"), keys.size("expert_used_count")
     if num_chosen > count:
         raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")

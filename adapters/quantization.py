@@ -1,7 +1,7 @@
 """Reads how the matrices of a Hugging Face folder are quantised: `quantization_config` of config.json.
 
 The keys are those that transformers and vLLM read, of the methods fp8 (DeepSeek's and Qwen's blocks too),
-compressed-tensors, ModelOpt, GPTQ and AWQ. Imports no torch.
+compressed-tensors, ModelOpt, GPTQ, AWQ and gpt-oss's MXFP4. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ LINEAR = "Linear"  # the class of torch that stands for all matrices but the emb
 class Scheme(msgspec.Struct, frozen=True, kw_only=True):
     """How a matrix [out, in] is stored: codes of `bits` bits and scales that they are multiplied by.
 
-    `layout`: "scaled" (a code for each weight), "packed", "gptq" or "awq" (several codes in 32 bits); see
-    `adapters.dequantize`. `block`: rows and columns that share a scale, 0 for all. Codes are floating-point
-    numbers (e4m3) or integers, from which a zero point is subtracted: half of their range if `symmetric`. Of
+    `layout`: "scaled" (a code for each weight), "packed", "gptq" or "awq" (several codes in 32 bits), see
+    `adapters.dequantize`; or "mxfp4", see `adapters.mxfp4`. `block`: rows and columns that share a scale, 0
+    for all. Codes are floating-point numbers (e4m3; of "mxfp4" e2m1) or integers, from which a zero point is
+    subtracted: half of their range if `symmetric`. Of
     GPTQ's first format the stored zero points are too small by `zero_offset`. `ordered`: which scales belong
     to a column is stored too, as its group may be anywhere ("act-order"). `activations`: how the checkpoint
     wants them rounded to e4m3: "none", "token" (by each token's largest) or "tensor" (by a stored scale).
@@ -269,12 +270,22 @@ def _awq(config: Fields) -> Quantization:
     return Quantization(method="awq", groups=(((LINEAR,), scheme),), ignored=ignored)
 
 
+def _mxfp4(config: Fields) -> Quantization:
+    """The experts alone, whatever other modules `modules_to_not_convert` names; see `adapters.mxfp4`."""
+    ignored = _names(config, "modules_to_not_convert")
+    # Of modules that hold the experts' tensors a pattern without them is enough.
+    inner = tuple(f"{name}.*" for name in ignored if "*" in name and not name.startswith("re:"))
+    scheme = Scheme(layout="mxfp4", bits=4, block=(1, 32), is_float=True)
+    return Quantization(method="mxfp4", groups=((("experts",), scheme),), ignored=ignored + inner)
+
+
 METHODS: Mapping[str, Callable[[Fields], Quantization]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed,
     "modelopt": _modelopt,
     "gptq": _gptq,
     "awq": _awq,
+    "mxfp4": _mxfp4,
 }
 
 

@@ -18,6 +18,7 @@ from microvllm.adapters import (
     gemma4,
     glm4,
     glm4_moe,
+    gpt_oss,
     granite,
     llama,
     minimax_m2,
@@ -71,6 +72,7 @@ FAMILIES = (
     minimax_m2.FAMILY,
     ernie4_5_moe.FAMILY,
     olmoe.FAMILY,
+    gpt_oss.FAMILY,
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.
@@ -165,7 +167,7 @@ def _family(config: Fields) -> tuple[Family, bool]:
     model_type = config.text("model_type", "")
     if classes is None or classes == []:
         if not model_type:
-            raise config.error("architectures", f"is missing; supported are {', '.join(BY_CLASS)}")
+            raise config.error("architectures", f"is missing; supported are those of {', '.join(BY_NAME)}")
         if model_type not in BY_NAME:
             raise config.error("model_type", f"is {shorten(model_type)}; supported are {', '.join(BY_NAME)}")
         return BY_NAME[model_type], False
@@ -174,7 +176,7 @@ def _family(config: Fields) -> tuple[Family, bool]:
     family = BY_CLASS.get(classes[0]) or BY_HEADLESS_CLASS.get(classes[0])
     if family is None:
         raise config.error(
-            "architectures", f"names {shorten(classes[0])}; supported are {', '.join(BY_CLASS)}"
+            "architectures", f"names {shorten(classes[0])}; supported are those of {', '.join(BY_NAME)}"
         )
     if model_type in BY_NAME and model_type != family.name:
         raise config.error("model_type", f"is {shorten(model_type)}, but architectures names {classes[0]}")

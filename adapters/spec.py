@@ -32,6 +32,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     `v_norm`: beside `qk_norm`, one without weights over each head of v. `keys_as_values`: v is what k is
     before its norm. `source`: the layer whose keys and values are attended to; there are none of its own.
     With a `temperature`, (beta, length), queries are multiplied by 1 + beta * log(1 + position // length).
+    `sinks`: see `ops.attention.AttentionConfig`.
     """
 
     num_heads: int
@@ -49,6 +50,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     keys_as_values: bool = False
     source: int | None = None
     temperature: tuple[float, int] | None = None
+    sinks: bool = False
 
     @property
     def q_size(self) -> int:
@@ -79,9 +81,9 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
-        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D]; q and k in `rope.order`.
+        """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D], `sinks` [H].
 
-        With a `source` there is nothing of k and v.
+        q and k are in `rope.order`. With a `source` there is nothing of k and v.
         """
         order = self.head_dim, self.rope.order(self.head_dim)
         kv, hidden = shard.share_units(self.num_kv_heads, self.head_dim), WHOLE.share(hidden_size)
@@ -100,6 +102,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
             yield from (vector_slot(f"{part}_norm", one_head) for part in ("q", *own)[:2])
         if self.whole_qk_norm:
             yield from (vector_slot(f"{part}_norm", rows[part]) for part in ("q", "k"))
+        if self.sinks:
+            yield vector_slot("sinks", shard.share(self.num_heads))
 
     def build(
         self, weights: LayerWeights, norm: Norm | None, operators: Operators

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from microvllm.ops.operators import Norm
 
 
-BARE = "{bare}"  # ends the name of a tensor that is no module's weight: there is no ".weight" behind it
+# Ends the name of a tensor that is no module's weight: behind it is no ".weight", and "_bias" for ".bias".
+BARE = "{bare}"
+TRANSPOSED = "{transposed}"  # in front of it, where matrices are stored as [in, out]
 
 
 class Shard(NamedTuple):
@@ -68,6 +70,11 @@ class Cut(NamedTuple):
         )
         return Cut(sum(cut.stored for cut in cuts), tuple(runs))
 
+    def of_runs(self, length: int) -> Cut:
+        """Of a dimension that has a run of so many entries in the place of each."""
+        runs = tuple((start * length, stop * length) for start, stop in self.runs)
+        return Cut(self.stored * length, runs)
+
     def in_stack(self, index: int, count: int) -> Cut:
         """Of a tensor that has `count` such ones below each other: those of the one with this index."""
         first = index * self.stored
@@ -81,11 +88,16 @@ class Cut(NamedTuple):
         return Cut(self.stored, tuple((first + run[0], first + run[1]) for first in starts for run in order))
 
 
+PAIRS = "expert_pairs"
+
+
 class Part(NamedTuple):
     """One tensor of the checkpoint: its role in `Family.hf_tensors`, whether it is a bias, and its rows.
 
     expert: the number of the expert that it belongs to, if any. Of a tensor that holds the matrices of all
-    experts `stacked` says how many these are, and `rows` counts the rows of all of them.
+    experts `stacked` says how many these are, and `rows` counts the rows of all of them. Of the role `PAIRS`
+    neighbouring rows are one of gate and one of up, which come out apart: gate before up. `transposed`: the
+    matrix is stored as [in, out].
     """
 
     role: str
@@ -93,6 +105,15 @@ class Part(NamedTuple):
     rows: Cut
     expert: int | None = None
     stacked: int = 0
+    transposed: bool = False
+
+    @property
+    def own_rows(self) -> Cut:
+        """Its rows of its expert's matrix alone, if these are stacked."""
+        each, expert = self.rows.stored // max(1, self.stacked), self.expert or 0
+        return Cut(
+            each, tuple((start - expert * each, stop - expert * each) for start, stop in self.rows.runs)
+        )
 
 
 class Slot(NamedTuple):
@@ -115,7 +136,10 @@ class Slot(NamedTuple):
 
     def stored_shape(self, part: Part) -> tuple[int, ...]:
         shape = (part.rows.stored,) if self.columns is None else (part.rows.stored, self.columns.stored)
-        return (part.stacked, shape[0] // part.stacked, *shape[1:]) if part.stacked else shape
+        if not part.stacked:
+            return shape
+        own = shape[0] // part.stacked, *shape[1:]
+        return part.stacked, *(reversed(own) if part.transposed else own)
 
 
 def vector_slot(name: str, rows: int | Cut) -> Slot:

@@ -239,6 +239,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "seed": 7,
     },
+    "gpt-oss": {
+        "family": "gpt_oss",
+        "num_hidden_layers": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "sliding_window": 19,
+        "seed": 4,
+    },
     "qwen3-untied": {"family": "qwen3", "hidden_size": 126, "head_dim": 16},
 }
 

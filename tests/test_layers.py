@@ -35,6 +35,7 @@ HEAVY = (
     "microvllm.adapters.dequantize",
     "microvllm.adapters.coded_formats",
     "microvllm.adapters.kv_scales",
+    "microvllm.adapters.mxfp4",
     "microvllm.adapters.rotary",
     "microvllm.adapters.weight_formats",
     "microvllm.adapters.weights",

@@ -32,7 +32,12 @@ CORPUS = (
     "full. Naïve café, straße, привет, 世界. 0 1 2 3 4 5 6 7 8 9 10 100 1000. The the and and in in on on."
 )
 
-GGUF_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen3_moe": "qwen3moe"}
+GGUF_ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+}
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -41,12 +46,14 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.sinks": "attn_sinks",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
     "mlp.gate_proj_exps": "ffn_gate_exps",
     "mlp.up_proj_exps": "ffn_up_exps",
     "mlp.down_proj_exps": "ffn_down_exps",
@@ -124,8 +131,8 @@ def randomize(model: Any, seed: int) -> None:
                 values = 0.9 + 0.1 * noise
             elif parameter.ndim == 1 and not name.endswith(".bias"):  # norms, and scales
                 values = 1.0 + 0.2 * noise
-            elif name.endswith(".bias"):
-                values = 0.3 * noise
+            elif name.endswith(("bias", "sinks")):
+                values = (3.0 if "sinks" in name else 0.3) * noise
             elif "embed_tokens" in name:
                 values = 0.2 * noise
             else:
@@ -227,21 +234,27 @@ def write_gguf(
     weights: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights.update(load_file(file))
+    if architecture == "gpt-oss":
+        weights = _gpt_oss_names(weights)
     for name, values in _stacked(weights).items():
         if architecture == "llama":
             values = _interleave(name, values, config)
-        instead = None if blocks is None else blocks(_gguf_name(name), values)
+        gguf_name = _gguf_name(name)
+        if architecture == "gpt-oss":
+            gguf_name = gguf_name.replace(".ffn_norm.", ".post_attention_norm.")
+        instead = None if blocks is None else blocks(gguf_name, values)
         if instead is not None:
             stored = gguf.GGMLQuantizationType[instead[0]]
-            writer.add_tensor(_gguf_name(name), instead[1], raw_dtype=stored)
+            writer.add_tensor(gguf_name, instead[1], raw_dtype=stored)
             continue
         fits = (
             values.ndim > 1
-            and "gate_inp" not in _gguf_name(name)
+            and "gate_inp" not in gguf_name
+            and not name.endswith(".bias")
             and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         )
         stored = kind if fits else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name, gguf.quants.quantize(values, stored), raw_dtype=stored)
     for name, values in (extra_tensors or {}).items():
         writer.add_tensor(name, np.asarray(values, dtype=np.float32))
     writer.write_header_to_file()
@@ -249,6 +262,29 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _gpt_oss_names(weights: dict[str, Any]) -> dict[str, Any]:
+    """As llama.cpp's converter has them: gate and up apart, rows of all experts [E, out, in]."""
+    import numpy as np
+
+    found = {}
+    for name, values in weights.items():
+        before, is_of_experts, role = name.partition(".experts.")
+        suffix = "bias" if role.endswith("_bias") else "weight"
+        role = role.removesuffix("_bias")
+        if name.endswith(".sinks"):
+            found[f"{name}.weight"] = values
+        elif not is_of_experts:
+            found[name] = values
+        else:
+            rows = values.swapaxes(1, 2) if suffix == "weight" else values
+            parts = {"down_proj": rows}
+            if role == "gate_up_proj":
+                parts = {"gate_proj": rows[:, ::2], "up_proj": rows[:, 1::2]}
+            for part, of_part in parts.items():
+                found[f"{before}.{part}_exps.{suffix}"] = np.ascontiguousarray(of_part)
+    return found
 
 
 def _stacked(weights: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +321,17 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if "moe_intermediate_size" in config:
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "yarn":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if config["model_type"] == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
 
 
 def _add_tokenizer(writer: Any, vocab_size: int) -> None:

@@ -211,7 +211,7 @@ def test_a_gguf_file_of_other_experts_than_it_says(qwen3: Path, tmp_path: Path) 
 def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     folder = make_hf_folder(tmp_path / "hf", "qwen3")
     file = write_gguf(tmp_path / "m.gguf", folder, extra_metadata={"qwen3.expert_count": 4})
-    with pytest.raises(ModelFileError, match=r"qwen3\.expert_count is set, which only llama and qwen3moe"):
+    with pytest.raises(ModelFileError, match=r"qwen3\.expert_count is set, which only llama, qwen3moe"):
         load_spec(file)
 
 

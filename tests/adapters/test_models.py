@@ -125,6 +125,7 @@ EQUIVALENCE = (
     ("qwen3-moe", "cpu"),
     ("glm4", "cpu"),
     ("gemma4-shared", "cpu"),
+    ("gpt-oss", "cpu"),
 )
 
 

@@ -39,7 +39,7 @@ UNREAD = [
         {"quant_method": "bitsandbytes"},
         "quant_method 'bitsandbytes' is not supported: fp8, compressed-",
     ),
-    ("fp8", {"quant_method": "mxfp4"}, "quant_method 'mxfp4' is not supported"),
+    ("fp8", {"quant_method": "quark"}, "quant_method 'quark' is not supported"),
     ("fp8", {"quant_method": None}, "quant_method is missing"),
     ("fp8", {"fmt": "e5m2"}, "fmt 'e5m2' is not supported"),
     ("fp8", {"activation_scheme": "none"}, "activation_scheme 'none' is not supported"),

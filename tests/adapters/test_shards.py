@@ -52,6 +52,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 48,
     },
+    "gpt-oss": {
+        "family": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 48,
+        "sliding_window": 7,
+    },
     "gemma3": {
         "family": "gemma3_text",
         "tie": True,

@@ -1,0 +1,113 @@
+"""Experts in MXFP4, as gpt-oss's folders store them: the values that they stand for.
+
+Beside a name such as `experts.gate_up_proj` are `_blocks` [E, rows, columns / 32, 16] and `_scales` [E, rows,
+columns / 32], both uint8; see `ops.mxfp4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, stored_name
+from microvllm.adapters.dequantize import CHUNK_ELEMENTS
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.quantization import KEY
+from microvllm.adapters.tensors import PAIRS, Part, Slot
+from microvllm.adapters.weight_formats import Dense
+from microvllm.ops.mxfp4 import BIAS, BLOCK, LARGEST, NAN_SCALE, values
+
+
+class Mxfp4(Dense):
+    """Values of one dtype."""
+
+    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
+        if not isinstance(checkpoint, FolderCheckpoint) or slot.columns is None:
+            return False
+        scheme = checkpoint.scheme(slot.parts[0], slot.layer)
+        return scheme is not None and scheme.layout == "mxfp4"
+
+    def stored_shapes(self, checkpoint: Checkpoint, slot: Slot) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        columns = slot.columns.stored if slot.columns else 0
+        for part in slot.parts:
+            plain = stored_name(checkpoint, part, slot.layer)
+            if plain in found:
+                continue
+            if not part.stacked:
+                raise ModelFileError(
+                    checkpoint.path, f"{plain}: experts in MXFP4 are one tensor, as in gpt-oss, not one each"
+                )
+            if columns % BLOCK:
+                raise ModelFileError(
+                    checkpoint.path, f"{plain}: rows of {columns} weights are not whole blocks of {BLOCK}"
+                )
+            if isinstance(checkpoint, FolderCheckpoint) and checkpoint.find(plain):
+                raise ModelFileError(
+                    checkpoint.file_of(plain),
+                    f"tensor {plain} is there, although {KEY} quantises this module",
+                )
+            shape = part.stacked, part.rows.stored // part.stacked, columns // BLOCK
+            found |= {f"{plain}_blocks": (*shape, BLOCK // 2), f"{plain}_scales": shape}
+        for name in found:
+            _check_bytes(checkpoint, name)
+        return found
+
+    def _copy(self, checkpoint: Checkpoint, slot: Slot, part: Part, out: torch.Tensor) -> None:
+        if slot.columns is None or not isinstance(checkpoint, FolderCheckpoint):
+            return
+        start, stop = slot.columns.runs[0]
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        filled = 0
+        for codes, scales in stored_rows(checkpoint, slot, part, range(first, last), out.dtype):
+            device = out.device
+            found = values(codes.to(device), scales.to(device), out.dtype)
+            found = found[:, start - first * BLOCK : stop - first * BLOCK]
+            out[filled : filled + len(found)].copy_(found)
+            filled += len(found)
+
+
+def stored_rows(
+    checkpoint: FolderCheckpoint, slot: Slot, part: Part, blocks: range, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The codes and scales of the part's rows, some at a time, in these blocks of columns.
+
+    Rows of gate and up come apart. Raises `ModelFileError` for a scale that gives no number of `dtype`.
+    """
+    name = stored_name(checkpoint, part, slot.layer)
+    codes, scales = (checkpoint.view(f"{name}_{kind}")[part.expert or 0] for kind in ("blocks", "scales"))
+    step = max(2, CHUNK_ELEMENTS["cpu"] // (len(blocks) * BLOCK))
+    for run in part.own_rows.runs:
+        for rows in _in_order(range(*run), part.role == PAIRS, step):
+            places = slice(rows.start, rows.stop, rows.step), slice(blocks.start, blocks.stop)
+            found = scales[places]
+            largest = int(found.max()) if found.numel() else 0
+            if largest == NAN_SCALE or LARGEST * 2.0 ** (largest - BIAS) > torch.finfo(dtype).max:
+                problem = "that is no number" if largest == NAN_SCALE else f"of 2 ** {largest - BIAS}"
+                full = f"{name}_scales"
+                raise ModelFileError(
+                    checkpoint.file_of(full),
+                    f"tensor {full} has a scale {problem}"
+                    + (
+                        "" if largest == NAN_SCALE else f", too large for {str(dtype).removeprefix('torch.')}"
+                    ),
+                )
+            yield codes[places].flatten(1), found
+    for kind in ("blocks", "scales"):
+        checkpoint.forget(f"{name}_{kind}")
+
+
+def _in_order(rows: range, has_pairs: bool, step: int) -> Iterator[range]:
+    """Runs of at most `step` rows; of pairs all of gate, then all of up."""
+    for whole in (rows[::2], rows[1::2]) if has_pairs else (rows,):
+        for start in range(0, len(whole), step):
+            yield whole[start : start + step]
+
+
+def _check_bytes(checkpoint: Checkpoint, name: str) -> None:
+    tensor = checkpoint.find(name) if isinstance(checkpoint, FolderCheckpoint) else None
+    if tensor is not None and tensor.dtype != "U8":
+        raise ModelFileError(
+            checkpoint.file_of(name), f"tensor {name} is stored as {tensor.dtype}, but {KEY} asks for U8"
+        )
