@@ -245,9 +245,9 @@ class GGUFCheckpoint:
     def check_plain(self, name: str) -> None:
         """Every type that a file may have is read."""
 
-    def type_name(self, slot: Slot, part: Part) -> str:
-        """ggml's name of a part's type, such as Q4_0."""
-        return TENSOR_TYPES[self._file.tensors[stored_name(self, part, slot.layer)].type_id][0]
+    def type_of(self, slot: Slot, part: Part) -> tuple[str, int, int]:
+        """A part's type: ggml's name, such as Q4_0, and the elements and the bytes of a block."""
+        return TENSOR_TYPES[self._file.tensors[stored_name(self, part, slot.layer)].type_id]
 
     def is_quantized(self, slot: Slot) -> bool:
         """Whether all stored tensors of a matrix are in ggml's block formats."""

@@ -94,9 +94,9 @@ def fits(scheme: Scheme) -> bool:
     return group == 0 or (group % PLANE == 0 and (step % group == 0 or group % step == 0))
 
 
-def num_words(columns: int, bits: int) -> int:
+def num_words(columns: int, bits: int, plane: int = PLANE) -> int:
     """Of a row of so many codes."""
-    return -(-columns * bits // (PLANE * 32)) * PLANE
+    return -(-columns * bits // (plane * 32)) * plane
 
 
 def round_to_groups(weight: torch.Tensor, scheme: Scheme) -> CodedTensor:
@@ -115,13 +115,14 @@ def round_to_groups(weight: torch.Tensor, scheme: Scheme) -> CodedTensor:
 class Blocks(NamedTuple):
     """The codes of rows in one of ggml's types.
 
-    codes: [rows, columns] uint8; scales: [rows, groups of PLANE]; offsets: the same, where values are code *
-    scale + offset, or None where the zero point is half of the codes' range.
+    codes: [rows, columns] uint8; scales: [rows, groups]; values are (codes - zero) * scale, or code * scale +
+    offset with offsets: [rows, groups].
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     offsets: torch.Tensor | None = None
+    zero: int = 0
 
 
 def _halves(raw: torch.Tensor, start: int, count: int = 1) -> torch.Tensor:
@@ -129,46 +130,114 @@ def _halves(raw: torch.Tensor, start: int, count: int = 1) -> torch.Tensor:
     return raw[:, :, start : start + 2 * count].contiguous().view(torch.float16)
 
 
-def _nibbles(raw: torch.Tensor) -> torch.Tensor:
-    """[..., bytes] -> [..., 2 * bytes]: all lower halves, then all upper ones."""
-    return torch.cat((raw & 15, raw >> 4), -1)
+def _fields(raw: torch.Tensor, bits: int) -> torch.Tensor:
+    """[..., bytes] -> [..., 8 / bits * bytes]: the lowest bits of all, then the next of all."""
+    return torch.cat([raw >> place & (1 << bits) - 1 for place in range(0, 8, bits)], -1)
+
+
+def _fifth_bits(raw: torch.Tensor, start: int) -> torch.Tensor:
+    """The 32 bits from byte `start` on, as 16 or 0: [rows, blocks, 32]."""
+    places = torch.arange(8, dtype=torch.uint8, device=raw.device)
+    return (raw[:, :, start : start + 4, None] >> places & 1).flatten(2) << 4
 
 
 def _q8_0(raw: torch.Tensor) -> Blocks:
-    return Blocks((raw[:, :, 2:] ^ 0x80).flatten(1), _halves(raw, 0).flatten(1))
+    return Blocks((raw[:, :, 2:] ^ 0x80).flatten(1), _halves(raw, 0).flatten(1), zero=128)
 
 
 def _q4_0(raw: torch.Tensor) -> Blocks:
-    return Blocks(_nibbles(raw[:, :, 2:]).flatten(1), _halves(raw, 0).flatten(1))
+    return Blocks(_fields(raw[:, :, 2:], 4).flatten(1), _halves(raw, 0).flatten(1), zero=8)
 
 
 def _q4_1(raw: torch.Tensor) -> Blocks:
-    return Blocks(_nibbles(raw[:, :, 4:]).flatten(1), _halves(raw, 0).flatten(1), _halves(raw, 2).flatten(1))
+    codes = _fields(raw[:, :, 4:], 4)
+    return Blocks(codes.flatten(1), _halves(raw, 0).flatten(1), _halves(raw, 2).flatten(1))
 
 
-def _q4_k(raw: torch.Tensor) -> Blocks:
-    """Eight groups of PLANE columns, whose 6-bit scales and minima share two factors."""
+def _q5_0(raw: torch.Tensor) -> Blocks:
+    codes = _fields(raw[:, :, 6:], 4) | _fifth_bits(raw, 2)
+    return Blocks(codes.flatten(1), _halves(raw, 0).flatten(1), zero=16)
+
+
+def _q5_1(raw: torch.Tensor) -> Blocks:
+    codes = _fields(raw[:, :, 8:], 4) | _fifth_bits(raw, 4)
+    return Blocks(codes.flatten(1), _halves(raw, 0).flatten(1), _halves(raw, 2).flatten(1))
+
+
+def _scales_and_minima(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of Q4_K and Q5_K, whose 8 groups share two factors of 6-bit scales and minima: scales and offsets."""
     factors, packed = _halves(raw, 0, 2).float(), raw[:, :, 4:16]
     first, second, third = torch.split(packed, 4, 2)
     scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), 2)
     minima = torch.cat((second & 63, third >> 4 | second >> 6 << 4), 2)
-    codes = _nibbles(raw[:, :, 16:].reshape(*raw.shape[:2], 4, PLANE))
-    return Blocks(
-        codes.flatten(1), (factors[:, :, :1] * scales).flatten(1), (-factors[:, :, 1:] * minima).flatten(1)
-    )
+    return (factors[:, :, :1] * scales).flatten(1), (-factors[:, :, 1:] * minima).flatten(1)
 
 
-# By ggml's names: the bytes of a block, the bits of a code, and how they are read.
-TYPES: Mapping[str, tuple[int, int, Callable[[torch.Tensor], Blocks]]] = {
-    "Q8_0": (34, 8, _q8_0),
-    "Q4_0": (18, 4, _q4_0),
-    "Q4_1": (20, 4, _q4_1),
-    "Q4_K": (144, 4, _q4_k),
+def _q4_k(raw: torch.Tensor) -> Blocks:
+    codes = _fields(raw[:, :, 16:].reshape(*raw.shape[:2], 4, 32), 4)
+    return Blocks(codes.flatten(1), *_scales_and_minima(raw))
+
+
+def _q5_k(raw: torch.Tensor) -> Blocks:
+    low = _fields(raw[:, :, 48:].reshape(*raw.shape[:2], 4, 32), 4).flatten(2)
+    return Blocks((low | _fields(raw[:, :, 16:48], 1) << 4).flatten(1), *_scales_and_minima(raw))
+
+
+def _q6_k(raw: torch.Tensor) -> Blocks:
+    """Two halves of 128 codes, whose lower four bits and upper two lie apart; 16 scales."""
+    low = _fields(raw[:, :, :128].reshape(*raw.shape[:2], 2, 64), 4)
+    high = _fields(raw[:, :, 128:192].reshape(*raw.shape[:2], 2, 32), 2)
+    scales = raw[:, :, 192:208].view(torch.int8) * _halves(raw, 208).float()
+    return Blocks((low | high << 4).flatten(1), scales.flatten(1), zero=32)
+
+
+def _q3_k(raw: torch.Tensor) -> Blocks:
+    """As Q6_K, of two bits and one; the 16 scales have four bits and two apart, too."""
+    low = _fields(raw[:, :, 32:96].reshape(*raw.shape[:2], 2, 32), 2).flatten(2)
+    packed = raw[:, :, 96:108]
+    scales = (_fields(packed[:, :, :8], 4) | _fields(packed[:, :, 8:], 2) << 4).to(torch.int8) - 32
+    codes = low | _fields(raw[:, :, :32], 1) << 2
+    return Blocks(codes.flatten(1), (scales * _halves(raw, 108).float()).flatten(1), zero=4)
+
+
+def _q2_k(raw: torch.Tensor) -> Blocks:
+    packed, factors = raw[:, :, :16], _halves(raw, 80, 2).float()
+    codes = _fields(raw[:, :, 16:80].reshape(*raw.shape[:2], 2, 32), 2)
+    scales, minima = factors[:, :, :1] * (packed & 15), -factors[:, :, 1:] * (packed >> 4)
+    return Blocks(codes.flatten(1), scales.flatten(1), minima.flatten(1))
+
+
+class BlockType(NamedTuple):
+    """The bits in which a type's codes are kept here, the columns that share a scale, and how it is read.
+
+    read: [rows, blocks, bytes of a block] uint8.
+    """
+
+    bits: int
+    group: int
+    has_offsets: bool
+    read: Callable[[torch.Tensor], Blocks]
+
+
+TYPES: Mapping[str, BlockType] = {  # by ggml's names
+    "Q8_0": BlockType(8, 32, False, _q8_0),
+    "Q4_0": BlockType(4, 32, False, _q4_0),
+    "Q4_1": BlockType(4, 32, True, _q4_1),
+    "Q5_0": BlockType(8, 32, False, _q5_0),
+    "Q5_1": BlockType(8, 32, True, _q5_1),
+    "Q2_K": BlockType(4, 16, True, _q2_k),
+    "Q3_K": BlockType(4, 16, False, _q3_k),
+    "Q4_K": BlockType(4, 32, True, _q4_k),
+    "Q5_K": BlockType(8, 32, True, _q5_k),
+    "Q6_K": BlockType(8, 16, False, _q6_k),
 }
 
 
 class CodedBlocks(Dense):
-    """Matrices of a GGUF file in one of `TYPES`, exactly."""
+    """Matrices of a GGUF file in some of `TYPES`, exactly.
+
+    Parts of different types, as a Q4_K_M file has them, get the bits and the groups that hold each of them.
+    """
 
     kind: type[torch.Tensor] = CodedTensor
 
@@ -177,10 +246,10 @@ class CodedBlocks(Dense):
             return False
         if slot.columns is None or not has_blocks(slot) or not checkpoint.is_quantized(slot):
             return False
-        names = {checkpoint.type_name(slot, part) for part in slot.parts}
-        if len(names) > 1 or not names <= TYPES.keys():
+        types = [checkpoint.type_of(slot, part) for part in slot.parts]
+        if any(name not in TYPES for name, _, _ in types):
             return False
-        size = 256 if names == {"Q4_K"} else PLANE
+        size = max(length for _, length, _ in types)
         return not any(place % size for place in slot.columns.runs[0])
 
     def load(
@@ -188,23 +257,35 @@ class CodedBlocks(Dense):
     ) -> torch.Tensor:
         if slot.columns is None or not isinstance(checkpoint, GGUFCheckpoint):
             return super().load(checkpoint, slot, dtype, device, loaded)
-        block, bits, read = TYPES[checkpoint.type_name(slot, slot.parts[0])]
+        types = [checkpoint.type_of(slot, part) for part in slot.parts]
+        kinds = [TYPES[name] for name, _, _ in types]
+        bits, group = max(kind.bits for kind in kinds), min(kind.group for kind in kinds)
+        has_offsets, plane = any(kind.has_offsets for kind in kinds), min(group, PLANE)
         rows, columns = slot.shape
-        words = allocate(checkpoint.path, slot.name, (rows, num_words(columns, bits)), torch.int32, device)
-        found, pieces = [], torch.split(words, [part.rows.size for part in slot.parts])
-        for part, piece in zip(slot.parts, pieces, strict=True):
+        count = num_words(columns, bits, plane)
+        words = allocate(checkpoint.path, slot.name, (rows, count), torch.int32, device)
+        scales, offsets, pieces = [], [], torch.split(words, [part.rows.size for part in slot.parts])
+        for part, piece, (_, _, block), kind in zip(slot.parts, pieces, types, kinds, strict=True):
             name = stored_name(checkpoint, part, slot.layer)
             size = checkpoint.quantized_rows(name, part, slot.columns).row_bytes
             raw = allocate(checkpoint.path, slot.name, (part.rows.size, size), torch.uint8, "cpu")
             checkpoint.copy_quantized(name, part, slot.columns, raw.view(-1))
-            blocks = read(raw.to(device).view(part.rows.size, -1, block))
-            piece.copy_(pack(blocks.codes, bits))
-            found.append(blocks)
+            blocks = kind.read(raw.to(device).view(part.rows.size, -1, block))
+            codes = blocks.codes if has_offsets else blocks.codes + ((1 << bits - 1) - blocks.zero)
+            piece.copy_(pack(codes, bits, plane))
+            scales.append(blocks.scales.repeat_interleave(kind.group // group, 1))
+            if has_offsets:
+                found = -blocks.zero * blocks.scales if blocks.offsets is None else blocks.offsets
+                offsets.append(found.repeat_interleave(kind.group // group, 1))
             loaded()
-        scales = torch.cat([each.scales for each in found]).T.contiguous()
-        offsets = [each.offsets for each in found if each.offsets is not None]
         return CodedTensor.of(
-            words, bits, columns, PLANE, scales, torch.cat(offsets).T.contiguous() if offsets else None
+            words,
+            bits,
+            columns,
+            group,
+            torch.cat(scales).T.contiguous(),
+            torch.cat(offsets).T.contiguous() if offsets else None,
+            plane=plane,
         )
 
 

@@ -120,7 +120,7 @@ def load_weights(
         wide = [
             slot for slot in filter(checkpoint.is_quantized, slots) if format_of(slot).kind is torch.Tensor
         ]
-        if names := sorted({checkpoint.type_name(slot, part) for slot in wide for part in slot.parts}):
+        if names := sorted({checkpoint.type_of(slot, part)[0] for slot in wide for part in slot.parts}):
             name = str(dtype).removeprefix("torch.")
             warn_once(f"{model}: matrices in {', '.join(names)} become {name} as they are loaded")
     count, total = itertools.count(1), sum(len(slot.parts) for slot in slots)

@@ -34,14 +34,18 @@ formats = st.sampled_from(sorted(FACTORS))
 seeds = st.integers(0, 2**32 - 1)
 
 
-def random_blocks(name: str, rows: int, blocks: int, seed: int, *, any_factor: bool = False) -> Bytes:
+def random_blocks(
+    name: str, rows: int, blocks: int, seed: int, *, any_factor: bool = False, largest: float = 2.0
+) -> Bytes:
     """[rows, bytes of a row]: random bytes; factors up to 2, or any there are, infinities and NaNs too."""
     kind = gguf.GGMLQuantizationType[name]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows * blocks, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
     if not any_factor:
         for at in FACTORS[name]:
-            raw[:, at : at + 2] = rng.uniform(-2, 2, len(raw)).astype("<f2")[:, None].view(np.uint8)
+            raw[:, at : at + 2] = (
+                rng.uniform(-largest, largest, len(raw)).astype("<f2")[:, None].view(np.uint8)
+            )
     return raw.reshape(rows, -1)
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.coded import BLOCK, PLANE, CodedTensor
+from microvllm.ops.coded import BLOCK, CodedTensor
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.skinny import finish_split
 from microvllm.ops.gpu.tiling import Tiling
@@ -82,10 +82,11 @@ def _unpacked(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _in_rows(words):
-    """Words as they are loaded, [4, blocks, 128], as rows: [blocks * 16, 32]; see `in_fragments`."""
+    """Words as loaded, [plane / 8, blocks, 128] -> rows: [blocks * 16, plane]; see `in_fragments`."""
+    eighths: tl.constexpr = words.shape[0]
     blocks: tl.constexpr = words.shape[1]
-    words = tl.permute(tl.reshape(words, [4, blocks, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
-    return tl.reshape(words, [blocks * 16, 32])
+    words = tl.permute(tl.reshape(words, [eighths, blocks, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+    return tl.reshape(words, [blocks * 16, eighths * 8])
 
 
 @triton.jit
@@ -205,9 +206,9 @@ def _coded_skinny_kernel(
     block = tl.minimum(
         tile_id * (BLOCK_N // ROW_BLOCK) + tl.arange(0, BLOCK_N // ROW_BLOCK), N // ROW_BLOCK - 1
     )
-    # [4, blocks, 128]: a warp's threads have 16 bytes each of a block, four times.
-    quarter = tl.arange(0, 4)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
-    word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + quarter
+    # [WIDTH / 8, blocks, 128]: a warp's threads have 16 bytes each of a block, so many times.
+    eighth = tl.arange(0, WIDTH // 8)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
+    word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + eighth
     follow(PDL)
     x_at = x + tl.minimum(m, M - 1)[None, :] * K + column[:, None]
     first = split * SPLIT_K
@@ -303,7 +304,7 @@ def coded_skinny(
         SPLIT_K=split_k,
         SPLITS=splits,
         STAGES=tiling.stages,
-        WIDTH=PLANE,
+        WIDTH=weight.plane,
         ROW_BLOCK=BLOCK,
         ZEROS=weight.zeros is not None,
         OFFSETS=weight.has_offsets,
@@ -379,7 +380,7 @@ def widened(weight: CodedTensor, out: Tensor, *, pdl: bool = False) -> Tensor:
         BITS=weight.bits,
         GROUP=weight.group,
         BLOCK_N=32,
-        WIDTH=PLANE,
+        WIDTH=weight.plane,
         ROW_BLOCK=BLOCK,
         ZEROS=weight.zeros is not None,
         OFFSETS=weight.has_offsets,

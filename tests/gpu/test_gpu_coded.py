@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from model_tools import generate_ids, load_script, make_engine, make_prompts
+from quantized_case import random_blocks
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.ops.coded import CodedTensor
@@ -53,8 +55,27 @@ def test_folders(tmp_path: Path, form: str) -> None:
     check(tmp_path / form, PROMPTS)
 
 
-@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_gguf_files(tmp_path: Path, quantization: str) -> None:
     folder = make_hf_folder(tmp_path / "plain", "qwen3", **SIZES)
     file = write_gguf(tmp_path / "model.gguf", folder, quantization=quantization)
+    check(file, make_prompts(6, TOKENIZER_SIZE, longest=90))
+
+
+@pytest.mark.parametrize(
+    ("most", "value"),
+    [("Q2_K", "Q2_K"), ("Q3_K", "Q3_K"), ("Q4_K", "Q6_K"), ("Q5_K", "Q6_K"), ("Q6_K", "Q6_K")],
+)
+def test_gguf_files_of_large_blocks(tmp_path: Path, most: str, value: str) -> None:
+    """Also with two types in one product, as files of Q4_K_M have them."""
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
+    folder = make_hf_folder(tmp_path / "plain", "qwen3", **sizes)
+
+    def blocks(name: str, values: Any) -> tuple[str, Any] | None:
+        if values.ndim == 1 or "token_embd" in name:
+            return None
+        kind = value if "attn_v" in name else most
+        return kind, random_blocks(kind, len(values), values.shape[1] // 256, len(name), largest=1e-3)
+
+    file = write_gguf(tmp_path / "model.gguf", folder, blocks=blocks)
     check(file, make_prompts(6, TOKENIZER_SIZE, longest=90))

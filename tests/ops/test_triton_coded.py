@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
 from microvllm.ops.activation import silu_and_mul
-from microvllm.ops.coded import CodedTensor, pack
+from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor, pack
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES
@@ -46,25 +46,27 @@ def coded(rows: int, columns: int, bits: int, group: int, *, zeros: bool | str, 
     if zeros == "offsets":
         points = random(groups, rows, seed=seed + 3) * 0.05
     scales = (random(groups, rows, seed=seed + 1).exp() * (0.1 / (1 << bits))).half()
-    words = pack(codes_of(rows, columns, bits, seed).to(DEVICE), bits)
-    return CodedTensor.of(words, bits, columns, group, scales, points)
+    plane = NARROW_PLANE if group % PLANE and group < columns else PLANE
+    words = pack(codes_of(rows, columns, bits, seed).to(DEVICE), bits, plane)
+    return CodedTensor.of(words, bits, columns, group, scales, points, plane=plane)
 
 
+@pytest.mark.parametrize("plane", [PLANE, NARROW_PLANE])
 @pytest.mark.parametrize(("bits", "columns"), [(4, 7), (4, 256), (4, 300), (8, 128), (8, 129), (8, 31)])
-def test_codes_are_where_they_are_said_to_be(bits: int, columns: int) -> None:
+def test_codes_are_where_they_are_said_to_be(bits: int, columns: int, plane: int) -> None:
     """A thread of a warp has four words of a block together: of two rows 8 apart, two neighbours each."""
     codes, places = codes_of(32, columns, bits, 1), 32 // bits
-    words = pack(codes, bits)
-    runs = -(-columns // (32 * places))
-    assert words.shape == (32, runs * 32) and words.dtype == torch.int32
-    fragments = words.view(2, runs, 4, 32, 4)
+    words = pack(codes, bits, plane)
+    runs = -(-columns // (plane * places))
+    assert words.shape == (32, runs * plane) and words.dtype == torch.int32
+    fragments = words.view(2, runs, plane // 8, 32, 4)
     for row in (0, 7, 8, 21, 31):
         for column in range(columns):
-            run, word = divmod(column, 32 * places)[0], column % 32
+            run, word = column // (plane * places), column % plane
             thread = row % 8 * 4 + word % 8 // 2
             found = fragments[row // 16, run, word // 8, thread, row % 16 // 8 * 2 + word % 2].long()
-            assert found >> bits * (column // 32 % places) & (1 << bits) - 1 == codes[row, column]
-    plain = CodedTensor.of(words, bits, columns, columns, torch.ones(1, 32))
+            assert found >> bits * (column // plane % places) & (1 << bits) - 1 == codes[row, column]
+    plain = CodedTensor.of(words, bits, columns, columns, torch.ones(1, 32), plane=plane)
     assert plain.dequantized(torch.float32).equal(codes.float() - (1 << bits - 1))
 
 
@@ -91,6 +93,8 @@ def test_values_are_those_of_the_definition() -> None:
         (8, 1000, True),
         (4, 32, "offsets"),
         (4, 1000, "offsets"),
+        (8, 16, False),
+        (4, 16, "offsets"),
     ],
 )
 @pytest.mark.parametrize("gated", [False, True])
@@ -115,7 +119,8 @@ def test_a_product(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("bits", "group", "zeros"), [(4, 64, True), (4, 512, False), (8, 32, False), (4, 32, "offsets")]
+    ("bits", "group", "zeros"),
+    [(4, 64, True), (4, 512, False), (8, 32, False), (4, 32, "offsets"), (8, 16, "offsets"), (4, 16, False)],
 )
 def test_the_values_of_the_codes_are_written_as_they_are(
     bits: int, group: int, zeros: bool | str, dtype: torch.dtype
