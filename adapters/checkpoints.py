@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -95,8 +95,10 @@ class FolderCheckpoint:
         self._files = open_folder(folder)
         self._unused = tuple(start.format(n=num_layers) for start in family.hf_unused)
         used = [name for name in self._files if not name.startswith(self._unused)]
-        self.names, self._wrapper = _as_stored(family.hf_tensors, used)
-        outside = [name for name in self._files if self._is_outside(name)]
+        self.names, self._wrapper = _as_stored(_stacked(family, used), used)
+        if left_out := [name for name in self._files if name.startswith(self._unused)]:
+            warn_once(f"{folder}: {listed(left_out)} left out on purpose: this engine does not use them")
+        outside = [name for name in used if self._is_outside(name)]
         if outside:
             warn_once(
                 f"{folder}: {listed(outside)} outside of {self._wrapper}* and not used: the language model "
@@ -191,6 +193,13 @@ class FolderCheckpoint:
         """Whether a tensor belongs to another part of the model that the language model was wrapped in."""
         head = f"{self.names['lm_head']}.weight"
         return self._wrapper is not None and not name.startswith(self._wrapper) and name != head
+
+
+def _stacked(family: Family, stored: Collection[str]) -> Mapping[str, str]:
+    """The names of the roles, of experts in one tensor where there are such tensors."""
+    endings = [name.removesuffix(BARE).rpartition("}.")[2] for name in family.hf_stacked.values()]
+    are_stacked = endings and all(any(name.endswith(ending) for name in stored) for ending in endings)
+    return {**family.hf_tensors, **family.hf_stacked} if are_stacked else family.hf_tensors
 
 
 def _as_stored(names: Mapping[str, str], stored: Iterable[str]) -> tuple[Mapping[str, str], str | None]:

@@ -7,12 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
+from microvllm.ops.attention.gated import GatedAttention
 from microvllm.ops.attention.mixed import MixedAttention
 from microvllm.ops.attention.shared import sharing
 from microvllm.ops.attention.temperature import TemperedAttention
@@ -51,6 +53,11 @@ class DecoderModel:
             own = _Weights(spec, weights, operators, "")
             self.embed, built = spec.tails.build(self.embed, built, own, layers, operators, rows)
         self._layers = operators.layers(built)
+        self._kept = {
+            index: layer.mixer.kept(each)
+            for index, (layer, each) in enumerate(zip(spec.layers, layers, strict=True))
+            if not isinstance(layer.mixer, Attention)
+        }
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
         self._sinks = [weights.pop(f"layers.{i}.sinks", None) for i in range(spec.num_layers)]
         self._kv_scales = weights.pop("kv_scales", torch.ones(spec.num_layers, 2)).tolist()
@@ -72,11 +79,23 @@ class DecoderModel:
         return logits if logits.dtype == torch.float32 else logits.float()
 
     def attention(
-        self, num_blocks: int, block_size: int, max_position: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_position: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int = 0,
     ) -> AttentionBackend:
-        """The attention of all layers, with a KV cache of `dtype`: one backend for each kind of layer."""
+        """The attention of all layers, with a KV cache of `dtype`: one backend for each kind of layer.
 
-        def backend(mixer: Attention, indices: list[int]) -> AttentionBackend:
+        Layers with a state keep those of so many rows.
+        """
+
+        def backend(mixer: Attention | GatedDeltaNet, indices: list[int]) -> AttentionBackend:
+            if not isinstance(mixer, Attention):
+                kept = [self._kept[index] for index in indices]
+                return mixer.backend(kept, rows, self.spec.rms_norm_eps, self._operators)
             shape = AttentionShape(
                 len(indices),
                 mixer.num_heads,
@@ -94,11 +113,13 @@ class DecoderModel:
             scales = tuple(KVScales(*self._kv_scales[index]) for index in indices)
             sinks = tuple(s.float() for s in (self._sinks[index] for index in indices) if s is not None)
             made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks))
+            if mixer.gated:
+                return GatedAttention(made, mixer.q_size + 2 * mixer.kv_size)
             if mixer.temperature is None:
                 return made
             return TemperedAttention(made, mixer.q_size, *mixer.temperature, max_position, device)
 
-        kinds: dict[Attention, list[int]] = {}
+        kinds: dict[Attention | GatedDeltaNet, list[int]] = {}
         for index, layer in enumerate(self.spec.layers):
             if layer.mixer.source is None:
                 kinds.setdefault(layer.mixer, []).append(index)
@@ -132,7 +153,7 @@ class _Weights:
 def _build_layer(
     layer: LayerSpec, weights: _Weights, operators: Operators, ranks: Ranks | None
 ) -> DecoderLayer:
-    def branch(kind: str, part: Attention | MLP | Experts) -> tuple[Operator, LinearOperator]:
+    def branch(kind: str, part: Attention | GatedDeltaNet | MLP | Experts) -> tuple[Operator, LinearOperator]:
         first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
         if ranks is not None:
             last = SummedLinear(last, ranks)

@@ -16,6 +16,7 @@ from microvllm.adapters.tensors import (
     Part,
     Shard,
     Slot,
+    fused,
     matrix_slots,
     vector_slot,
 )
@@ -72,6 +73,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         rows = {"expert_gate": inner, "expert_up": inner}
         if PAIRS in names:
             rows = {PAIRS: inner.of_runs(2)}
+        rows = dict(fused(rows, names, "expert_gate_up"))
         yield Slot("experts_gate_up", self._parts(rows, names), hidden)
         yield Slot("experts_down", self._parts({"expert_down": hidden}, names), inner)
         if self.bias:

@@ -59,16 +59,18 @@ class Family(NamedTuple):
     """How the files of one model family are read.
 
     `name` is the `model_type` of config.json and becomes `ModelSpec.architecture`; `hf_class` is the class in
-    `architectures`. `hf_unused`: beginnings of names that are left out on purpose ("{n}": the number of
-    layers). A family without `from_gguf` has no GGUF files; `gguf_name` is their
-    `general.architecture`. `gguf_interleaved`: these files store the rows of q and k with the two halves of
-    each head interleaved, so that neighbours rotate together.
+    `architectures`. `hf_stacked`: names that take the place of others in folders that have the experts of a
+    layer in one tensor; `hf_unused`: beginnings of names that are left out on purpose ("{n}": the number of
+    layers). A family without `from_gguf` has no GGUF files; `gguf_name` is their `general.architecture`.
+    `gguf_interleaved`: these files store the rows of q and k with the two halves of each head interleaved, so
+    that neighbours rotate together.
     """
 
     name: str
     hf_class: str
     from_hf: Callable[[Fields], ModelSpec]
     hf_tensors: Mapping[str, str] = HF_TENSORS
+    hf_stacked: Mapping[str, str] = {}
     hf_unused: tuple[str, ...] = ()
     from_gguf: Callable[[GGUFFile], ModelSpec] | None = None
     gguf_name: str = ""

@@ -43,6 +43,17 @@ class Fields:
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All that are not null."""
+        return self._values
+
+    def with_value(self, key: str, value: Any) -> Fields:
+        """The same mapping, in which a key has this value; what is read of it counts as read of this."""
+        changed = Fields(self.path, {**self._values, key: value}, self.where)
+        changed.read = self.read
+        return changed
+
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is, or the default."""
         self.read.add(key)

@@ -27,7 +27,7 @@ def from_hf(config: Fields) -> ModelSpec:
         qk_norm=True,
         rotary=lambda *sizes: _rotary("full_attention", *sizes),
     )
-    local = _rotary("sliding_attention", config, spec.layers[0].mixer.head_dim, DEFAULT_MAX_POSITION).spec
+    local = _rotary("sliding_attention", config, spec.mixers[0].head_dim, DEFAULT_MAX_POSITION).spec
     layers = (
         layer.with_mixer(rope=local) if slides else layer
         for layer, slides in zip(spec.layers, sliding_layers(config, spec.num_layers, period), strict=True)

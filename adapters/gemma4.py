@@ -104,13 +104,14 @@ def _layers(
     layers: list[LayerSpec] = []
     for index, (layer, (head_dim, kv_heads)) in enumerate(zip(spec.layers, sizes, strict=True)):
         kind = SLIDING if slides[index] else FULL
-        if head_dim % 2 or layer.mixer.num_heads % kv_heads:
+        heads = layer.attention.num_heads
+        if head_dim % 2 or heads % kv_heads:
             raise config.error(
                 "per_layer_config" if "per_layer_config" in config else "global_head_dim",
-                f"gives layer {index} {kv_heads} heads of {head_dim} for {layer.mixer.num_heads} of queries",
+                f"gives layer {index} {kv_heads} heads of {head_dim} for {heads} of queries",
             )
         mixer = msgspec.structs.replace(
-            layer.mixer,
+            layer.attention,
             head_dim=head_dim,
             num_kv_heads=kv_heads,
             rope=_rotary(kind, config, head_dim, defaults["max_position_embeddings"]).spec,
@@ -141,7 +142,7 @@ def _sharing(
 
 def _sizes(config: Fields, spec: ModelSpec, slides: list[bool]) -> list[tuple[int, int]]:
     """Head size, and heads of keys and values, of each layer."""
-    usual = spec.layers[0].mixer.head_dim, spec.layers[0].mixer.num_kv_heads
+    usual = spec.mixers[0].head_dim, spec.mixers[0].num_kv_heads
     if "per_layer_config" in config:
         parts = config.part("per_layer_config")
         return _listed_sizes(parts, usual, spec.num_layers) if parts else [usual] * spec.num_layers

@@ -34,10 +34,10 @@ def from_hf(config: Fields) -> ModelSpec:
         qkv_bias=bias,
         o_bias=bias,
     )
-    sizes = spec.layers[0].mixer.head_dim, DEFAULT_MAX_POSITION
+    sizes = spec.mixers[0].head_dim, DEFAULT_MAX_POSITION
     local = _rotary("sliding_attention", config, *sizes).spec
     layers = (
-        layer.with_mixer(whole_qk_norm=True, rope=local if slides else layer.mixer.rope)
+        layer.with_mixer(whole_qk_norm=True, rope=local if slides else layer.attention.rope)
         for layer, slides in zip(spec.layers, _slides(config, spec.num_layers), strict=True)
     )
     return msgspec.structs.replace(

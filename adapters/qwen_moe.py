@@ -51,7 +51,7 @@ def qwen3_from_hf(config: Fields) -> ModelSpec:
         size=config.size("moe_intermediate_size", 768),
         normalized=config.flag("norm_topk_prob"),
     )
-    return _sparse(spec, config, experts)
+    return sparse(spec, config, experts)
 
 
 def qwen2_from_hf(config: Fields) -> ModelSpec:
@@ -73,7 +73,7 @@ def qwen2_from_hf(config: Fields) -> ModelSpec:
         normalized=config.flag("norm_topk_prob"),
         shared_size=config.size("shared_expert_intermediate_size", 5632),
     )
-    return _sparse(spec, config, experts)
+    return sparse(spec, config, experts)
 
 
 def qwen3_from_gguf(file: GGUFFile) -> ModelSpec:
@@ -81,7 +81,7 @@ def qwen3_from_gguf(file: GGUFFile) -> ModelSpec:
     return msgspec.structs.replace(gguf_spec(file), architecture="qwen3_moe")
 
 
-def _sparse(spec: ModelSpec, config: Fields, experts: Experts) -> ModelSpec:
+def sparse(spec: ModelSpec, config: Fields, experts: Experts) -> ModelSpec:
     """Experts in every `decoder_sparse_step`-th layer, but not in `mlp_only_layers`, counted from 0."""
     step = config.size("decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers", [])

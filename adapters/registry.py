@@ -32,6 +32,7 @@ from microvllm.adapters import (
     qwen2,
     qwen3,
     qwen_moe,
+    qwen_next,
     seed_oss,
     smollm3,
 )
@@ -73,6 +74,7 @@ FAMILIES = (
     ernie4_5_moe.FAMILY,
     olmoe.FAMILY,
     gpt_oss.FAMILY,
+    *qwen_next.FAMILIES,
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.

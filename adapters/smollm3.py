@@ -28,8 +28,9 @@ def from_hf(config: Fields) -> ModelSpec:
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias"),
     )
+    unrotated = msgspec.structs.replace(spec.mixers[0].rope, rotary_dim=0)
     layers = (
-        layer if rotated else layer.with_mixer(rope=msgspec.structs.replace(layer.mixer.rope, rotary_dim=0))
+        layer if rotated else layer.with_mixer(rope=unrotated)
         for layer, rotated in zip(spec.layers, _rotated(config, spec.num_layers), strict=True)
     )
     return msgspec.structs.replace(spec, layers=tuple(layers))

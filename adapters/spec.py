@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head_norms import head_norms
 from microvllm.adapters.layer_tails import LayerTails
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
-class Attention(msgspec.Struct, frozen=True, kw_only=True):
+class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
     """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245) over rotated queries and keys.
 
     window: the positions that a query sees, its own included; None for all. Scores are multiplied by `scale`
@@ -32,7 +33,8 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     `v_norm`: beside `qk_norm`, one without weights over each head of v. `keys_as_values`: v is what k is
     before its norm. `source`: the layer whose keys and values are attended to; there are none of its own.
     With a `temperature`, (beta, length), queries are multiplied by 1 + beta * log(1 + position // length).
-    `sinks`: see `ops.attention.AttentionConfig`.
+    `sinks`: see `ops.attention.AttentionConfig`. If `gated`, the output is multiplied by a sigmoid of as many
+    more outputs of q's matrix, which has those of a head behind its queries.
     """
 
     num_heads: int
@@ -51,6 +53,12 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     source: int | None = None
     temperature: tuple[float, int] | None = None
     sinks: bool = False
+    gated: bool = False
+
+    @property
+    def out_size(self) -> int:
+        """The width of what is between the two products."""
+        return self.q_size
 
     @property
     def q_size(self) -> int:
@@ -59,6 +67,10 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def kv_size(self) -> int:
         return 0 if self.source is not None else self.num_kv_heads * self.head_dim
+
+    def at_length(self, length: int) -> Attention:
+        """The same for texts of at most `length` tokens: see `RopeSpec.at_length`."""
+        return msgspec.structs.replace(self, rope=self.rope.at_length(length, self.head_dim))
 
     def num_products(self, hidden_size: int) -> int:
         """Multiplications with weights that one token takes."""
@@ -83,12 +95,17 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
         """`qkv` [(H + 2 Hkv) D, h], `o` [h, H D], `q_norm`, `k_norm` [D], `sinks` [H].
 
-        q and k are in `rope.order`. With a `source` there is nothing of k and v.
+        q and k are in `rope.order`. With a `source` there is nothing of k and v. Gates are behind the others:
+        [H D, h] more of `qkv`.
         """
         order = self.head_dim, self.rope.order(self.head_dim)
         kv, hidden = shard.share_units(self.num_kv_heads, self.head_dim), WHOLE.share(hidden_size)
         own = {} if self.source is not None else {"k": kv.reordered(*order), "v": kv}
         rows = {"q": shard.share(self.q_size).reordered(*order), **own}
+        if self.gated:
+            both, pair = shard.share(2 * self.q_size), 2 * self.head_dim
+            gates = both.reordered(pair, [(self.head_dim, pair)])
+            rows |= {"q": both.reordered(pair, order[1]), "gate_of_q": gates}
         for slot in matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias):
             parts = slot.parts
             if own and self.keys_as_values:
@@ -123,10 +140,17 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `pre_norms`: each of the two has an RMSNorm in front of it; `post_norms`: one behind it, before the sum.
     """
 
-    mixer: Attention
+    mixer: Attention | GatedDeltaNet
     mlp: MLP | Experts
     pre_norms: bool = True
     post_norms: bool = False
+
+    @property
+    def attention(self) -> Attention:
+        """The mixer of a layer that is known to have attention. Raises TypeError for another."""
+        if not isinstance(self.mixer, Attention):
+            raise TypeError("the layer has no attention")
+        return self.mixer
 
     def with_mixer(self, **changes: Any) -> LayerSpec:
         """The same layer, but with these fields of its mixer."""
@@ -175,8 +199,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def mixers(self) -> tuple[Attention, ...]:
-        """Each kind of mixer once."""
-        return tuple(dict.fromkeys(layer.mixer for layer in self.layers))
+        """Each kind of attention once."""
+        kinds = dict.fromkeys(layer.mixer for layer in self.layers)
+        return tuple(kind for kind in kinds if isinstance(kind, Attention))
 
     @property
     def default_length(self) -> int:
@@ -201,11 +226,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of keys and values that one token holds over all layers."""
         return 2 * sum(layer.mixer.kv_size for layer in self.layers) * dtype_bytes
 
+    def state_bytes(self, dtype_bytes: int) -> int:
+        """Bytes that a request holds over all layers whatever its length; `dtype_bytes` of an activation."""
+        mixers = (layer.mixer for layer in self.layers)
+        return sum(m.state_bytes(dtype_bytes) for m in mixers if not isinstance(m, Attention))
+
     def at_length(self, length: int) -> ModelSpec:
         """The model for texts of at most `length` tokens: see `RopeSpec.at_length`."""
         layers = (
-            layer.with_mixer(rope=layer.mixer.rope.at_length(length, layer.mixer.head_dim))
-            for layer in self.layers
+            msgspec.structs.replace(layer, mixer=layer.mixer.at_length(length)) for layer in self.layers
         )
         return msgspec.structs.replace(self, layers=tuple(layers))
 

@@ -19,6 +19,7 @@ from torch.nn.functional import embedding
 from microvllm.ops.activation import activated, silu_and_mul
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
+from microvllm.ops.delta_rule import DeltaConfig, TorchDeltaRule
 from microvllm.ops.experts import ExpertWeights, composed
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import norm_heads, norm_parts, rms_norm
@@ -113,6 +114,10 @@ class Operators(ABC):
     @abstractmethod
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         """An attention backend with a KV cache of its own."""
+
+    def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
+        """What layers of a gated delta rule compute between their products, with the states of all rows."""
+        return TorchDeltaRule(config, self.activation_dtype)
 
     def embedding(self, weight: Tensor) -> Operator:
         """[vocab, d] -> the operator: [n] int64 token ids -> their rows of the weight, [n, d]."""

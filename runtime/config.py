@@ -15,7 +15,7 @@ import msgspec
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.quantization import QUANTIZATIONS, quantize_on_loading, why_not_quantized
 from microvllm.adapters.spec import ModelSpec
-from microvllm.runtime import vllm_environment
+from microvllm.runtime import start_checks, vllm_environment
 from microvllm.runtime.backends import (
     DEFAULT_BLOCK_SIZES,
     DTYPE_ALIASES,
@@ -44,7 +44,7 @@ from microvllm.runtime.flag import (
     required_flag,
 )
 from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
-from microvllm.runtime.kv_memory import KV_BYTES, size_pool
+from microvllm.runtime.kv_memory import KV_BYTES, fit_states, size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS, choose_runner, configure_pooling
 from microvllm.runtime.progress import OnProgress
@@ -293,6 +293,7 @@ class EngineArgs:
                 batch_invariant and backend not in ("cpu", "triton"),
                 "--batch-invariant (VLLM_BATCH_INVARIANT=1): --attention-backend must be cpu or triton",
             ),
+            (batch_invariant and spec.state_bytes(1), start_checks.VARIANT_STATES),
             (
                 device == "cpu" and dtype == "float16",
                 "--dtype float16 is not available on a CPU",
@@ -314,19 +315,9 @@ class EngineArgs:
         )
         if too_long:
             logger.warning("%s: answers beyond it may make no sense", too_long)
-        if device == "cpu" and (self.enforce_eager or self.gpu_memory_utilization != GPU_MEMORY_UTILIZATION):
-            logger.warning(
-                "--gpu-memory-utilization and --enforce-eager have no effect on a CPU; "
-                "--kv-cache-memory-bytes sets the size of the KV cache there"
-            )
-        for rope in dict.fromkeys(mixer.rope for mixer in spec.mixers):
-            if rope.depends_on_length and max_model_len > rope.original_max_position:
-                logger.warning(
-                    "Rotary scaling %s: short texts are rotated as texts of %d tokens are. "
-                    "--max-model-len %d, the length that the model was first trained on, keeps them as they "
-                    "were.",
-                    *(rope.scaling, max_model_len, rope.original_max_position),
-                )
+        if self.enforce_eager or self.gpu_memory_utilization != GPU_MEMORY_UTILIZATION:
+            start_checks.warn_of_gpu_options(device)
+        start_checks.warn_of_rotation(spec, max_model_len)
         spec, pooling = spec.at_length(max_model_len), spec.pooling
         num_ranks = self.tensor_parallel_size
         shard = check_ranks(num_ranks, spec, device, batch_invariant=batch_invariant)
@@ -344,7 +335,9 @@ class EngineArgs:
         budget = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[device]
         if not self.enable_chunked_prefill and self.max_num_batched_tokens is None:
             budget = max(budget, max_model_len)
+        row_bytes = shard.state_bytes(KV_BYTES["float32" if backend == "cpu" else dtype]) * sharing
         max_num_seqs = self.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, budget)
+        max_num_seqs = fit_states(device, row_bytes, max_num_seqs, self.max_num_seqs is not None)
         _refuse(
             (
                 not self.enable_chunked_prefill and budget < max_model_len,
@@ -357,7 +350,7 @@ class EngineArgs:
             ),
         )
         queued = self.max_num_queued_reqs
-        caching = self.enable_prefix_caching and not (pooling and pooling.needs_all)
+        caching = start_checks.caches_prefixes(self.enable_prefix_caching, spec)
         return EngineConfig(
             model=self.model,
             model_path=str(path),
@@ -488,6 +481,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of a KV block over all layers, on one rank."""
         spec = self.spec.sharded(self.tensor_parallel_size)
         return spec.kv_bytes_per_token(KV_BYTES[self.kv_dtype]) * self.block_size
+
+    @property
+    def states_bytes(self) -> int:
+        """Bytes of the states of all rows, the padding row included, on one rank of a GPU."""
+        row = self.spec.sharded(self.tensor_parallel_size).state_bytes(KV_BYTES[self.dtype])
+        return row * (self.max_num_seqs + 1)
 
     @property
     def kv_tokens(self) -> int:

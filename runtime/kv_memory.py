@@ -73,6 +73,29 @@ def _cpu_pool(
     return num_blocks, fit_context(num_blocks, block_size, block_bytes, max_model_len, option, may_shorten)
 
 
+def fit_states(device: str, row_bytes: int, max_num_seqs: int, is_requested: bool) -> int:
+    """Return how many requests may run at once, lowered with a warning where their states take too much.
+
+    `row_bytes`: of a request's state, which on a CPU takes memory once the request is there. A GPU's memory
+    is divided beside the loaded model. Raises `ConfigError` for too many requested ones.
+    """
+    if device != "cpu" or not row_bytes:
+        return max_num_seqs
+    free = available_memory()
+    share = 1.0 if is_requested else CPU_KV_SHARE / 2
+    fitting = int(free * share) // row_bytes
+    if fitting >= max_num_seqs:
+        return max_num_seqs
+    sizes = f"of {row_bytes / 2**20:.1f} MiB each, and {free / 2**30:.1f} GiB of memory are free"
+    if is_requested or not fitting:
+        raise ConfigError(
+            f"--max-num-seqs {max_num_seqs}: each request holds a state {sizes}",
+            remedy=f"lower --max-num-seqs to {fitting}" if fitting else None,
+        )
+    logger.warning("%d requests run at once instead of %d: states are %s", fitting, max_num_seqs, sizes)
+    return fitting
+
+
 def fit_context(
     num_blocks: int,
     block_size: int,

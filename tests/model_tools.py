@@ -27,6 +27,13 @@ LONG = 32768  # tokens; many seconds of work even for a small model: however lat
 
 # Every family with what is odd about it: 9 query heads over 3 KV heads everywhere, head sizes that are not
 # hidden / heads, biases, tied and untied embeddings, a window shorter than the texts, both rope scalings.
+DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama-tied": {"family": "llama", "tie": True},
     "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
@@ -246,6 +253,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "sliding_window": 19,
         "seed": 4,
+    },
+    "qwen3.5": {"family": "qwen3_5_text", **DELTA, "seed": 6},
+    "qwen3.5-moe": {
+        "family": "qwen3_5_moe_text",
+        **DELTA,
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+        "attention_bias": True,
+        "seed": 9,
+    },
+    "qwen3-next": {
+        "family": "qwen3_next",
+        **DELTA,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [1],
+        "seed": 6,
     },
     "qwen3-untied": {"family": "qwen3", "hidden_size": 126, "head_dim": 16},
 }

@@ -129,6 +129,8 @@ def randomize(model: Any, seed: int) -> None:
                 values = 0.1 * noise
             elif name.endswith("layer_scalar"):
                 values = 0.9 + 0.1 * noise
+            elif name.endswith(("A_log", "dt_bias")):
+                values = 0.5 * noise
             elif parameter.ndim == 1 and not name.endswith(".bias"):  # norms, and scales
                 values = 1.0 + 0.2 * noise
             elif name.endswith(("bias", "sinks")):

@@ -42,7 +42,7 @@ class HeadMajorCache:
             config.block_size,
             shape.head_dim,
         )
-        self.cache = _zeros(sizes, dtype, inv_freq.device)
+        self.cache = lazy_zeros(sizes, dtype, inv_freq.device)
         self.scales = config.scales or (KVScales(),) * shape.num_layers
         self.sinks = config.sinks
 
@@ -54,7 +54,7 @@ class TorchAttention(HeadMajorCache):
         return TorchStep(self, batch)
 
 
-def _zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def lazy_zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.zeros`, but on a CPU without writing them: memory is taken when something is first stored."""
     if device.type != "cpu":
         return torch.zeros(sizes, dtype=dtype, device=device)

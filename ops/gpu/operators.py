@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBackend, AttentionConfig
+from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights, with_shared
 from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.cublas import cublas_linear
@@ -124,6 +125,9 @@ class GpuOperators(Operators):
         if eps != other:
             return super().norm_parts(x, norms)
         return norm_two_parts(x, first, second, eps, pdl=self.pdl)
+
+    def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
+        raise ValueError("--device cuda: there is no kernel for layers of a gated delta rule yet")
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:

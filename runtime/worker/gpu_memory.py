@@ -74,12 +74,14 @@ def memory_for(what: str) -> Iterator[None]:
 class MemoryPlan:
     """Bytes of a GPU by their use.
 
-    rest: CUDA itself, and the reserve; budget: what may be used of `total`, all that there is.
+    states: those of all rows, of models that keep one; rest: CUDA itself, and the reserve; budget: what may
+    be used of `total`, all that there is.
     """
 
     weights: int
     activations: int
     graphs: int
+    states: int
     cache: int
     rest: int
     budget: int
@@ -90,6 +92,7 @@ class MemoryPlan:
             "weights": self.weights,
             "activations": self.activations,
             "graphs": self.graphs,
+            **({"states": self.states} if self.states else {}),
             "KV cache": self.cache,
             "CUDA and reserve": self.rest,
         }
@@ -122,12 +125,13 @@ def load_beside_cache(
     budget = int(total * config.gpu_memory_utilization)
     block_bytes = config.block_bytes
     room = free if config.num_blocks else min(budget - ours, free)
-    room -= activations + graphs + RESERVE_BYTES
+    states = config.states_bytes
+    room -= activations + graphs + states + RESERVE_BYTES
     num_blocks = config.num_blocks or max(0, room // block_bytes)
     if ranks is not None:
         num_blocks = ranks.smallest(num_blocks)
     cache, rest = num_blocks * block_bytes, ours - weights + RESERVE_BYTES
-    plan = MemoryPlan(weights, activations, graphs, cache, rest, budget, total)
+    plan = MemoryPlan(weights, activations, graphs, states, cache, rest, budget, total)
     if not num_blocks or cache > room:
         raise ConfigError(f"the GPU has no room for the KV cache: {plan}", remedy=NO_ROOM_REMEDY)
     sizes = num_blocks, config.block_size, block_bytes, config.max_model_len
@@ -167,7 +171,7 @@ def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
     """Run the largest step that there can be, with attention left out, which keeps nothing but its output."""
 
     def no_attention(layer: int, qkv: Tensor) -> Tensor:
-        return qkv[:, : model.spec.layers[layer].mixer.q_size].clone()
+        return qkv[:, : model.spec.layers[layer].mixer.out_size].clone()
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -207,4 +211,4 @@ def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
     del made, graphs
     gc.collect()
     torch.cuda.empty_cache()
-    return taken + number * DRIVER_BYTES
+    return taken - config.states_bytes + number * DRIVER_BYTES

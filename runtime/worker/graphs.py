@@ -163,7 +163,8 @@ class DecodeGraphs:
             *(self._view(size), self.tables, newest, self._config.block_size),
             pdl=can_launch_early(newest.device),
         )
-        batch = AttentionBatch(inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens)
+        decoding = inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens
+        batch = AttentionBatch(*decoding, rows=inputs.rows)
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
         return inputs, inputs.ids, logits, self._choose(inputs, logits)
@@ -339,7 +340,8 @@ class PromptGraphs:
         blocks = self._tables.index_select(0, request_rows)
         decodes = size.decodes
         segments = SegmentTable(starts, context[decodes:], blocks[decodes:], size.tokens)
-        batch = AttentionBatch(positions, slots, decodes, blocks[:decodes], context[:decodes], segments)
+        decoding = decodes, blocks[:decodes], context[:decodes]
+        batch = AttentionBatch(positions, slots, *decoding, segments, request_rows)
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
 
 

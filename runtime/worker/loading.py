@@ -64,6 +64,8 @@ def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBacken
     """Raises `ConfigError` for attention that the backend cannot compute."""
     sizes = config.num_blocks, config.block_size, config.max_model_len
     try:
-        return model.attention(*sizes, getattr(torch, config.kv_dtype), torch.device(config.device))
+        dtype, device = getattr(torch, config.kv_dtype), torch.device(config.device)
+        # The last row is that of padding.
+        return model.attention(*sizes, dtype, device, config.max_num_seqs + 1)
     except ValueError as error:
         raise ConfigError(str(error)) from error

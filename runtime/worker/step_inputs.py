@@ -140,6 +140,7 @@ class HostInputs:
             decode_blocks=torch.from_numpy(block_tables[arrays.request_rows[:decodes], :widest]),
             decode_lens=torch.from_numpy(arrays.context[:decodes]),
             segment_table=table,
+            rows=torch.from_numpy(arrays.request_rows),
         )
         self._arrays = arrays if table is None else None
         self._slots = arrays.slots.tolist() if table is None else []
@@ -195,7 +196,7 @@ class DeviceInputs:
         decode_width = int(widths[:decodes].max()) if decodes else 1
         segment_width = int(widths[decodes:].max()) if decodes < len(widths) else 1
         starts = np.concatenate(([0], np.cumsum(arrays.lengths[decodes:])))
-        ids, rows, positions, slots, context, decode_blocks, seg_starts, seg_blocks = self.stager.send(
+        ids, rows, positions, slots, context, decode_blocks, seg_starts, seg_blocks, own = self.stager.send(
             arrays.ids,
             arrays.rows,
             arrays.positions,
@@ -204,11 +205,12 @@ class DeviceInputs:
             block_tables[arrays.request_rows[:decodes], :decode_width],
             starts,
             block_tables[arrays.request_rows[decodes:], :segment_width],
+            arrays.request_rows,
         )
         table = SegmentTable(
             seg_starts, context[decodes:], seg_blocks, int(arrays.lengths[decodes:].max(initial=0))
         )
-        batch = AttentionBatch(positions, slots, decodes, decode_blocks, context[:decodes], table)
+        batch = AttentionBatch(positions, slots, decodes, decode_blocks, context[:decodes], table, own)
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[rows], ids)
         return ids, batch

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_tools import relative_error
+from model_tools import DELTA, relative_error
 from rank_threads import Threads
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
@@ -26,6 +26,16 @@ from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen3.5": {"family": "qwen3_5_text", **DELTA, "linear_num_key_heads": 2, "seed": 1},
+    "qwen3-next": {
+        "family": "qwen3_next",
+        **DELTA,
+        "linear_num_key_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 16,
+    },
     "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"family": "qwen2", "tie": True},
     "qwen3": {"family": "qwen3"},
@@ -78,7 +88,7 @@ def logits(
     weights = load_weights(model, spec, "auto", torch.float32, packed=packed, shard=shard)
     decoder = DecoderModel(spec.sharded(shard.size), weights, operators, ranks)
     assert not weights
-    attention = decoder.attention(8, BLOCK, 32, torch.float32, torch.device("cpu"))
+    attention = decoder.attention(8, BLOCK, 32, torch.float32, torch.device("cpu"), 2)
     tables = np.arange(8).reshape(2, 4)
     inputs = HostInputs(2, BLOCK)
     found = []

@@ -31,6 +31,8 @@ class Config(msgspec.Struct, frozen=True):
     enforce_eager: bool = False
     gpu_memory_utilization: float = 0.75
 
+    states_bytes: int = 0
+
     @property
     def kv_tokens(self) -> int:
         return self.num_blocks * self.block_size
@@ -71,6 +73,16 @@ def test_the_cache_gets_what_is_left_of_the_share(monkeypatch: pytest.MonkeyPatc
     assert sum(map(float, parts)) == pytest.approx(60, abs=0.03) and "= 60.00 GiB of 80.00" in gpu.notes[-1]
     assert gpu.notes[-1].startswith("weights 14.00 + activations 2.00 + graphs 1.00 + KV cache ")
     assert f"room for {config.num_blocks * 16:,} tokens" in gpu.notes[-1]
+
+
+def test_states_are_a_part_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, 0)
+    less = gpu.load(states_bytes=5 * GIB).num_blocks
+    assert " + states 5.00 + KV cache " in gpu.notes[-1] and "= 60.00 GiB of 80.00" in gpu.notes[-1]
+    assert Gpu(monkeypatch, 0).load().num_blocks - less == 5 * GIB // BLOCK_BYTES
+    with pytest.raises(ConfigError, match=r"no room for the KV cache: .* \+ states 70\.00 \+ ") as raised:
+        Gpu(monkeypatch, 0).load(states_bytes=70 * GIB)
+    assert raised.value.remedy is not None and "--max-num-seqs" in raised.value.remedy
 
 
 def test_never_more_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

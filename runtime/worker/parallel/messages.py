@@ -19,6 +19,7 @@ import msgspec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.kv_cache import PrefixKeys
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan
+from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.process.channel import HEADER_BYTES, frame_bytes
 from microvllm.runtime.request import EngineRequest
 

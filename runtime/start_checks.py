@@ -1,0 +1,42 @@
+"""Logs at the start what is otherwise than the options or the model's files ask for. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+
+from microvllm.adapters.spec import ModelSpec
+
+logger = logging.getLogger("microvllm.config")
+
+VARIANT_STATES = "--batch-invariant (VLLM_BATCH_INVARIANT=1): a state is computed in chunks of prompts"
+
+
+def warn_of_gpu_options(device: str) -> None:
+    """Log that two options were given for nothing, on a CPU."""
+    if device == "cpu":
+        logger.warning(
+            "--gpu-memory-utilization and --enforce-eager have no effect on a CPU; "
+            "--kv-cache-memory-bytes sets the size of the KV cache there"
+        )
+
+
+def warn_of_rotation(spec: ModelSpec, max_model_len: int) -> None:
+    """Log that short texts are rotated as long ones are, where the length decides."""
+    for rope in dict.fromkeys(mixer.rope for mixer in spec.mixers):
+        if rope.depends_on_length and max_model_len > rope.original_max_position:
+            logger.warning(
+                "Rotary scaling %s: short texts are rotated as texts of %d tokens are. "
+                "--max-model-len %d, the length that the model was first trained on, keeps them as they "
+                "were.",
+                *(rope.scaling, max_model_len, rope.original_max_position),
+            )
+
+
+def caches_prefixes(requested: bool, spec: ModelSpec) -> bool:
+    """Return whether equal beginnings of prompts are computed once; log why not, where that was asked for."""
+    if not requested or (spec.pooling and spec.pooling.needs_all):
+        return False
+    if spec.state_bytes(1):
+        logger.warning("Prefix caching is off: layers of this model keep a state, which is not cached")
+        return False
+    return True

@@ -1,0 +1,228 @@
+"""Models whose layers keep a state: their files, their keys, and what a row's state must never do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_tools import (
+    DELTA,
+    generate_ids,
+    make_engine,
+    make_prompts,
+    make_request,
+    run_requests,
+    variant_folder,
+)
+from safetensors.torch import load_file, save_file
+from tiny_models import TOKENIZER_SIZE, make_hf_folder
+
+from microvllm.adapters.delta_net import GatedDeltaNet
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.experts import Experts
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.spec import Attention
+from microvllm.runtime import kv_memory
+from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.errors import ConfigError
+
+PROMPTS = make_prompts(4, TOKENIZER_SIZE, longest=80)
+
+
+def rewritten(source: Path, path: Path, change: Any, **keys: Any) -> Path:
+    """The same folder, with its tensors changed, by name, and with other values in config.json."""
+    path.mkdir()
+    save_file(change(load_file(source / "model.safetensors")), path / "model.safetensors")
+    config = {**json.loads((source / "config.json").read_text()), **keys}
+    (path / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((source / name).read_bytes())
+    return path
+
+
+def same_tokens(first: Path, second: Path) -> None:
+    assert generate_ids(make_engine(first), PROMPTS, 8) == generate_ids(make_engine(second), PROMPTS, 8)
+
+
+# ---- folders as they lie on the hub ----------------------------------------------------------------
+
+
+def as_vision_model(source: Path, path: Path, hf_class: str, **text: Any) -> Path:
+    """The text model inside of one that reads images, beside a vision tower and a head of further tokens."""
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        wrapped = {
+            name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()
+        }
+        return {
+            **wrapped,
+            "model.visual.blocks.0.mlp.weight": torch.zeros(3, 5),
+            "mtp.layers.0.mlp.down_proj.weight": torch.zeros(2),
+        }
+
+    inner = {**json.loads((source / "config.json").read_text()), **text}
+    family = inner["model_type"].removesuffix("_text")
+    config = {
+        "text_config": {key: value for key, value in inner.items() if key not in ("architectures", "dtype")},
+        "vision_config": {"depth": 1, "model_type": family},
+        "image_token_id": 300,
+    }
+    folder = rewritten(source, path, wrap, model_type=family, architectures=[hf_class])
+    kept = {"model_type": family, "architectures": [hf_class], "dtype": inner["dtype"]}
+    (folder / "config.json").write_text(json.dumps({**kept, **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "hf_class"),
+    [("qwen3.5", "Qwen3_5ForConditionalGeneration"), ("qwen3.5-moe", "Qwen3_5MoeForConditionalGeneration")],
+)
+def test_the_text_of_a_model_that_reads_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, hf_class: str
+) -> None:
+    source = variant_folder(name)
+    rope = json.loads((source / "config.json").read_text())["rope_parameters"]
+    rope |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    folder = as_vision_model(source, tmp_path / "vision", hf_class, rope_parameters=rope)
+    same_tokens(source, folder)
+    assert load_spec(folder).layers == load_spec(source).layers
+    assert "visual.blocks.0.mlp.weight is outside of model.language_model.*" in caplog.text
+    assert "mtp.layers.0.mlp.down_proj.weight is left out on purpose" in caplog.text
+
+
+def test_the_head_of_further_tokens_is_left_out_by_name(tmp_path: Path) -> None:
+    source = variant_folder("qwen3-next")
+
+    def with_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**tensors, "mtp.norm.weight": torch.zeros(4), "mtp.embed_tokens.weight": torch.zeros(2, 2)}
+
+    same_tokens(source, rewritten(source, tmp_path / "mtp", with_head))
+
+    def with_other(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**tensors, "model.layers.0.linear_attn.in_proj_c.weight": torch.zeros(4)}
+
+    with pytest.raises(ConfigError, match=r"in_proj_c\.weight is there, but not used by qwen3_next"):
+        make_engine(rewritten(source, tmp_path / "other", with_other))
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-moe", "qwen3-next"])
+def test_experts_in_one_tensor(tmp_path: Path, name: str) -> None:
+    source = variant_folder(name)
+    spec = load_spec(source)
+
+    def stack(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for index, layer in enumerate(spec.layers):
+            if not isinstance(layer.mlp, Experts):
+                continue
+            stem = f"model.layers.{index}.mlp.experts"
+            matrices = [
+                [tensors.pop(f"{stem}.{e}.{part}_proj.weight") for e in range(layer.mlp.count)]
+                for part in ("gate", "up", "down")
+            ]
+            gate, up, down = map(torch.stack, matrices)
+            tensors |= {f"{stem}.gate_up_proj": torch.cat((gate, up), 1), f"{stem}.down_proj": down}
+        return tensors
+
+    folder = rewritten(source, tmp_path / "stacked", stack)
+    same_tokens(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts": 5}))
+    with pytest.raises(ConfigError, match=r"has shape .* but the configuration asks for"):
+        make_engine(folder)
+
+
+# ---- config.json -----------------------------------------------------------------------------------
+
+
+def test_the_kinds_of_layers(tmp_path: Path) -> None:
+    folder = make_hf_folder(tmp_path, "qwen3_5_text", **DELTA, tokenizer=False)
+    spec = load_spec(folder)
+    assert [isinstance(layer.mixer, GatedDeltaNet) for layer in spec.layers] == [True, True, True, False]
+    (attention,) = spec.mixers
+    assert attention.gated and attention.qk_norm and attention.rope.rotary_dim == 8
+    assert spec.norm_offset == 1.0 and spec.kv_bytes_per_token(2) == 2 * 3 * 32 * 2
+    # Three layers of 6 heads of 12 x 8 in float32, and 3 tokens of 2 * 3 * 8 + 6 * 12 channels in 16 bits.
+    assert spec.state_bytes(2) == 3 * (6 * 12 * 8 * 4 + 3 * 120 * 2)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["layer_types"]
+    path.write_text(json.dumps({**config, "full_attention_interval": 2}))
+    assert [isinstance(layer.mixer, Attention) for layer in load_spec(folder).layers] == [False, True] * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("layer_types", ["linear_attention"] * 4, "has no full_attention"),
+        ("layer_types", ["linear_attention"], "must list one kind for each of the 4 layers"),
+        ("layer_types", ["mamba", "full_attention"] * 2, "names 'mamba', which is not supported"),
+        ("linear_num_value_heads", 7, "7 is not a multiple of linear_num_key_heads 3"),
+        ("linear_conv_kernel_dim", 1, "must be at least 2"),
+        ("attn_output_gate", False, "is false"),
+        ("hidden_act", "gelu", "must be silu"),
+        ("rope_parameters", {"rope_type": "default", "mrope": 1}, "mrope is not a key of rotary scaling"),
+        ("linear_key_head_dim", 16, "has shape"),
+    ],
+)
+def test_a_bad_key_is_named(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    source = variant_folder("qwen3.5")
+    folder = rewritten(source, tmp_path / "bad", lambda tensors: tensors, **{key: value})
+    with pytest.raises((ModelFileError, ConfigError), match=said) as caught:
+        make_engine(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vision_model_without_a_language_model(tmp_path: Path) -> None:
+    config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match="text_config is missing"):
+        load_spec(tmp_path)
+
+
+# ---- states ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_row_begins_from_nothing(backend: str) -> None:
+    """Whatever is in a row when a request gets it, with a prompt of one token, a decode, or a longer one."""
+    folder = variant_folder("qwen3.5")
+    engine = make_engine(folder, attention_backend=backend, max_num_seqs=3)
+    requests = [make_request(i, prompt, 6) for i, prompt in enumerate(([5], [7, 8], list(range(40))))]
+    expected = run_requests(engine, requests)
+    attention = engine.core._runner._device._attention  # type: ignore[attr-defined]
+    states, *_ = (each for each in attention._backends if hasattr(each, "delta"))
+    states.delta.fill_(torch.nan)
+    states.conv.fill_(torch.nan)
+    assert run_requests(engine, requests) == expected
+
+
+def test_prefix_caching_is_off_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    args = {"model": str(variant_folder("qwen3.5")), "device": "cpu"}
+    assert not EngineArgs(**args).resolve().enable_prefix_caching
+    assert "Prefix caching is off: layers of this model keep a state" in caplog.text
+    caplog.clear()
+    assert not EngineArgs(**args, enable_prefix_caching=False).resolve().enable_prefix_caching
+    assert not caplog.text
+
+
+def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    args: dict[str, Any] = {"model": str(variant_folder("qwen3.5")), "device": "cpu"}
+    args |= {"attention_backend": "torch", "dtype": "float32", "num_gpu_blocks_override": 64}
+    row = load_spec(Path(args["model"])).state_bytes(4)
+    monkeypatch.setattr(kv_memory, "available_memory", lambda: 100 * row)
+    monkeypatch.setattr(kv_memory, "size_pool", lambda *_, **__: (64, 512))
+    monkeypatch.setattr("microvllm.runtime.config.size_pool", lambda *_, **__: (64, 512))
+    assert EngineArgs(**args).resolve().max_num_seqs == 20
+    assert "20 requests run at once instead of 256" in caplog.text
+    assert EngineArgs(**args, max_num_seqs=100).resolve().max_num_seqs == 100
+    with pytest.raises(ConfigError, match="--max-num-seqs 101: each request holds a state of") as caught:
+        EngineArgs(**args, max_num_seqs=101).resolve()
+    assert caught.value.remedy == "lower --max-num-seqs to 100"
+
+
+def test_batch_invariance_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"--batch-invariant .*a state is computed in chunks"):
+        make_engine(variant_folder("qwen3.5"), attention_backend="cpu", batch_invariant=True)
