@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from microvllm.runtime.core.kv_cache import PrefixKeys
+from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 
 NO_TOKEN = -1  # what a step reports for a request whose logits were not finite

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 from test_state_machine import MACHINES
 
-from microvllm.runtime.core.kv_cache import BrokenPoolError, KVCacheManager, PrefixKeys
+from microvllm.runtime.core.kv_cache import BrokenPoolError, KVCacheManager
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.request import FinishReason, StepOutput
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.kv_cache import PrefixKeys
+from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan
 from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.process.channel import HEADER_BYTES, frame_bytes
