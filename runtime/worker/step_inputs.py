@@ -16,13 +16,6 @@ from microvllm.runtime.worker.logits import on_device
 
 UNKNOWN = -1  # a token whose value is still only on the device
 
-# Sizes of the captured steps with prompts in them; the longer ones are of small models alone.
-PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
-FEW_TOKENS = 1024
-DECODES = (0, 32)  # and as many as there can be
-SEGMENTS = 32
-ALIGNMENT = 4  # int32 numbers in 16 bytes: Triton compiles a kernel anew for pointers that are not multiples
-
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
@@ -220,67 +213,6 @@ class DeviceInputs:
 
     def clear_row(self, row: int) -> None:
         self.newest[row].zero_()
-
-
-# ---- the sizes of captured steps with prompts in them ----------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StepSize:
-    """How many decodes, and tokens of prompts, a captured step has room for."""
-
-    decodes: int
-    tokens: int
-
-    def fits(self, arrays: StepArrays) -> bool:
-        decodes = arrays.num_decodes
-        return (
-            decodes <= self.decodes
-            and len(arrays.ids) - decodes <= self.tokens
-            and len(arrays.lengths) - decodes <= SEGMENTS
-        )
-
-    def fields(self) -> list[slice]:
-        """Return where each field lies in the staged inputs.
-
-        In this order: ids, rows, positions and slots of the tokens; context lengths and rows of the
-        requests; starts of the segments.
-        """
-        tokens, requests = self.decodes + self.tokens, self.decodes + SEGMENTS
-        found, start = [], 0
-        for length in (tokens, tokens, tokens, tokens, requests, requests, SEGMENTS + 1):
-            found.append(slice(start, start + length))
-            start += -(-length // ALIGNMENT) * ALIGNMENT
-        return found
-
-    def staged(self, arrays: StepArrays, padding_row: int) -> np.ndarray:
-        """The inputs of a step that fits, padded with tokens of the padding row: int32, as `fields` says."""
-        fields = self.fields()
-        staged = np.zeros(fields[-1].stop, dtype=np.int32)
-        ids, rows, positions, slots, context, request_rows, starts = (staged[field] for field in fields)
-        slots[:], rows[:], request_rows[:] = -1, padding_row, padding_row
-        decodes = arrays.num_decodes
-        for padded, values in (
-            (ids, arrays.ids),
-            (rows, arrays.rows),
-            (positions, arrays.positions),
-            (slots, arrays.slots),
-            (context, arrays.context),
-            (request_rows, arrays.request_rows),
-        ):
-            padded[:decodes] = values[:decodes]
-            padded[self.decodes : self.decodes + len(values) - decodes] = values[decodes:]
-        ends = np.cumsum(arrays.lengths[decodes:])
-        starts[1 : len(ends) + 1] = ends
-        starts[len(ends) + 1 :] = starts[len(ends)]
-        return staged
-
-
-def step_sizes(max_num_seqs: int, max_num_batched_tokens: int, longest: int = FEW_TOKENS) -> list[StepSize]:
-    """The smaller before the larger; of more than FEW_TOKENS up to `longest`, without or with all decodes."""
-    decodes = sorted({min(count, max_num_seqs) for count in (*DECODES, max_num_seqs)})
-    tokens = [n for n in PROMPT_TOKENS if n <= min(max(longest, FEW_TOKENS), max_num_batched_tokens)]
-    return [StepSize(d, n) for d in decodes for n in tokens if n <= FEW_TOKENS or d in (0, max_num_seqs)]
 
 
 # ---- small transfers between the host and a GPU, without waiting for them --------------------------

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microvllm.runtime.worker.step_inputs import SEGMENTS, StepArrays, StepSize, step_sizes
+from microvllm.runtime.worker.step_inputs import StepArrays
+from microvllm.runtime.worker.step_sizes import SEGMENTS, StepSize, step_sizes
 
 NOBODY = 99
 
