@@ -17,7 +17,6 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan
 from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.process.channel import HEADER_BYTES, frame_bytes
