@@ -164,6 +164,8 @@ class FolderCheckpoint:
         if part.stacked and part.expert is not None:
             stored, cut = stored[part.expert], part.own_rows
             stored = stored.T if part.transposed else stored
+        elif part.stacked:  # a matrix with a dimension of 1 in its middle
+            stored = stored.flatten(0, 1)
         for rows, piece in zip(cut.runs, torch.split(out, cut.lengths), strict=True):
             run = stored[slice(*rows)]
             run = run if columns is None else run[:, slice(*columns.runs[0])]

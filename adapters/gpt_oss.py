@@ -73,8 +73,8 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     spec = gguf_spec(file)
     layers = tuple(
         layer.with_mixer(
-            window=None if index % 2 else layer.mixer.window,
-            rope=msgspec.structs.replace(layer.mixer.rope, truncate=False),
+            window=None if index % 2 else layer.attention.window,
+            rope=msgspec.structs.replace(layer.attention.rope, truncate=False),
         )
         for index, layer in enumerate(spec.layers)
     )
