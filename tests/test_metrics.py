@@ -28,8 +28,10 @@ from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
 from microvllm.runtime.process import client as client_module
+from microvllm.runtime.process import token_stream as stream_module
 from microvllm.runtime.process.channel import Abort, Profiled, Step
-from microvllm.runtime.process.client import EngineClient, TokenStream
+from microvllm.runtime.process.client import EngineClient
+from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
@@ -199,7 +201,8 @@ async def script(
     config: EngineConfig, text: tuple[Tokenizer, InputProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Script]:
     clock = Clock()
-    monkeypatch.setattr(client_module, "time", clock)
+    for module in (client_module, stream_module):
+        monkeypatch.setattr(module, "time", clock)
     client = EngineClient(config, *text, str(long_folder()))
     client._use(ScriptedProcess())  # type: ignore[arg-type]
     metrics = EngineMetrics(config.max_model_len, client.stats)

@@ -42,7 +42,7 @@ from microvllm.openai_compat.errors import (
 from microvllm.openai_compat.transport.middleware import CHUNK_SEND, SAFE_ID
 from microvllm.openai_compat.transport.protocol import CHUNK_WRITER
 from microvllm.runtime.errors import EngineError, InvalidRequestError, ModelNotFoundError, RequestError
-from microvllm.runtime.process.client import TokenStream
+from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import INT64_MAX, INT64_MIN
 
 if TYPE_CHECKING:

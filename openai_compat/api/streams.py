@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.beam import BeamStream
-    from microvllm.runtime.process.client import TokenStream
+    from microvllm.runtime.process.token_stream import TokenStream
     from microvllm.runtime.request import TokenLogprobs
     from microvllm.runtime.text.detokenizer import TextDelta
 

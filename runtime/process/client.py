@@ -17,10 +17,10 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError, RequestError
+from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.machine import usable_cores
-from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.observer import EngineObserver, SampleGroup
 from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
 from microvllm.runtime.process.channel import (
     Abort,
@@ -37,9 +37,9 @@ from microvllm.runtime.process.channel import (
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
 from microvllm.runtime.process.spawn import SpawnedEngine
+from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams, StepOutput, TokenLogprobs
-from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
+from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams
 from microvllm.runtime.text.input_processor import InputProcessor, load_text
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.profiler import ProfilerConfig
@@ -55,122 +55,8 @@ MAX_NAMED = 100  # ids in one line of the log
 RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 # For tokenising and templating. 250 prompts of 600 tokens that come at once are a second's work for one.
 WORKER_THREADS = max(2, min(8, usable_cores() // 2))
-
-# Deltas that wait for their consumer one by one: more than a busy event loop is ever behind a fast engine.
-MAX_BACKLOG = 64
 INLINE_IDS = 10_000  # longer lists are checked in a worker thread
 PROMPTS_AT_ONCE = 16
-
-
-class TokenStream(TrackedSequence):
-    """The output of one sequence: an async iterator of `TextDelta`, one per step of the engine.
-
-    Beyond `MAX_BACKLOG` waiting deltas, new ones are merged into the last, so that a client that has stopped
-    reading costs bounded memory and never holds up the engine.
-    """
-
-    def __init__(self, client: EngineClient, request: EngineRequest, group: SampleGroup) -> None:
-        super().__init__(request, group, time.monotonic())
-        # One entry per prompt token from the second on, if requested; set when the first delta is.
-        self.prompt_logprobs: list[TokenLogprobs] | None = None
-        self._client = client
-        self.request_id = request.request_id
-        self._request = request
-        self._text: OutputProcessor | None = None  # made for the first output: a queued request has none
-        # A deque would take 0.7 KB in every waiting request.
-        self._pending: list[TextDelta] = []
-        self._error: EngineError | RequestError | None = None
-        self._ended = False
-        self._queued = True  # until the first output
-        self.queue_tokens = len(request.prompt_token_ids)  # what it counts in the queue
-        self._waiter: asyncio.Future[None] | None = None  # of the one consumer, while nothing is pending
-        # Takes a delta in the consumer's stead while it waits for one, if it can; never the last one.
-        self.direct: Callable[[TextDelta], bool] | None = None
-
-    def __aiter__(self) -> TokenStream:
-        return self
-
-    async def __anext__(self) -> TextDelta:
-        """Return the next delta. Raises `EngineError` or `RequestError` when the request failed."""
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._pending.pop(0)
-
-    def abort(self) -> None:
-        """End the request now; its blocks are free within one step. May be called at any time."""
-        if not self._ended:
-            self._client.abort_request(self.request_id)
-            self._end("abort")
-        self._wake()
-
-    def on_output(self, output: StepOutput, now: float) -> None:
-        """Turn the output of a step into a delta and wake the consumer."""
-        if self._queued:
-            self._queued = False
-            self._client.admission.leave(self.queue_tokens, started=bool(output.token_ids or output.pooled))
-        try:
-            if self._text is None:
-                self._text = OutputProcessor(self._client.tokenizer, self._request)
-            delta = self._text.process(output)
-        except (EngineError, RequestError) as error:
-            self.fail(error)
-            return
-        except Exception as error:  # this request's text logic failed: no other request is concerned
-            logger.exception("Detokenising request %d failed.", self.request_id)
-            self._client.abort_request(self.request_id)
-            self.fail(EngineError(f"the output could not be turned into text ({type(error).__name__})"))
-            return
-        self.record_output(output, len(delta.token_ids), now, self._client.observer)
-        if output.prompt_logprobs is not None:
-            self.prompt_logprobs = output.prompt_logprobs
-        if delta.finish_reason is None and self._taken(delta):
-            return
-        if len(self._pending) < MAX_BACKLOG:
-            self._pending.append(delta)
-        else:
-            self._pending[-1].merge(delta)
-        if delta.finish_reason is not None:
-            if output.finish_reason is None:  # a stop string: the engine does not know yet
-                self._client.abort_request(self.request_id)
-            else:
-                self._client.forget_request(self.request_id)
-            self._end(delta.finish_reason)
-        self._wake()
-
-    def _taken(self, delta: TextDelta) -> bool:
-        if self.direct is None or self._waiter is None or self._waiter.done():
-            return False
-        try:
-            return self.direct(delta)
-        except Exception:  # the consumer will meet it, too: no other request is concerned
-            logger.exception("Writing request %d failed.", self.request_id)
-            self.direct = None
-            return False
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():  # done: its consumer was cancelled
-            waiter.set_result(None)
-
-    def fail(self, error: EngineError | RequestError) -> None:
-        """End the request with an error, which its consumer gets after the deltas before it."""
-        self._client.forget_request(self.request_id)
-        self._error = error
-        self._end(error.reason)
-        self._wake()
-
-    def _end(self, reason: str) -> None:
-        self._ended = True
-        self.direct = None
-        if self._queued:
-            self._queued = False
-            self._client.admission.leave(self.queue_tokens, started=False)
-        self.record_end(reason, self._client.observer)
 
 
 class EngineClient:

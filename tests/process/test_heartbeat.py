@@ -22,8 +22,9 @@ from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineDeadError
 from microvllm.runtime.process import heartbeat, spawn
 from microvllm.runtime.process.channel import Start, frame
-from microvllm.runtime.process.client import EngineClient, TokenStream
+from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.heartbeat import FROZEN_S, Watch, threads_of
+from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import SamplingParams
 
 pytestmark = [

@@ -31,9 +31,10 @@ from microvllm.runtime.errors import (
     InvalidRequestError,
 )
 from microvllm.runtime.process.channel import Ready, Start, Step, frame
-from microvllm.runtime.process.client import MAX_BACKLOG, EngineClient, TokenStream
+from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.spawn import SpawnedEngine
+from microvllm.runtime.process.token_stream import MAX_BACKLOG, TokenStream
 from microvllm.runtime.request import EngineStats, SamplingParams
 from microvllm.runtime.text.detokenizer import TextDelta
 

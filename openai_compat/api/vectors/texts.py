@@ -19,7 +19,8 @@ from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.vectors import POOLING_PARAMS, VectorForm
 
 if TYPE_CHECKING:
-    from microvllm.runtime.process.client import EngineClient, TokenStream
+    from microvllm.runtime.process.client import EngineClient
+    from microvllm.runtime.process.token_stream import TokenStream
 
 MAX_INPUTS = 2048  # as many as OpenAI takes
 
