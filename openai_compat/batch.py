@@ -161,7 +161,8 @@ async def _answer_all(
             metrics = asyncio.ensure_future(_serve_metrics(app.state.server, metrics_sock))
         try:
             # A few more than run at once, so that the next is there when one ends.
-            concurrency = max_inflight or config.max_num_seqs + max(8, config.max_num_seqs // 4)
+            rows = config.max_num_seqs * config.data_parallel_size
+            concurrency = max_inflight or rows + max(8, rows // 4)
             await in_order(requests, batch.answer, answers.write, concurrency)
         finally:
             if metrics is not None:

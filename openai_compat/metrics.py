@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from microvllm.runtime.metrics import EngineMetrics, Histogram
@@ -80,7 +80,7 @@ class Exposition:
     """
 
     def __init__(
-        self, http_metrics: HttpMetrics, metrics: EngineMetrics | None, model: str, config: EngineConfig
+        self, http_metrics: HttpMetrics, metrics: Sequence[EngineMetrics], model: str, config: EngineConfig
     ) -> None:
         import prometheus_client as library
 
@@ -91,7 +91,7 @@ class Exposition:
         library.PlatformCollector(registry=self._registry)
         library.GCCollector(registry=self._registry)
         self._registry.register(http_metrics)
-        if metrics is not None:
+        if metrics:
             self._registry.register(EngineCollector(metrics, model, config))
 
     def text(self, names: Collection[str] = ()) -> tuple[bytes, str]:
@@ -116,7 +116,9 @@ class _Chosen:
                 yield family
 
 
-def stats_line(before: EngineStats, now: EngineStats, seconds: float, device: str = "cuda") -> str:
+def stats_line(
+    before: EngineStats, now: EngineStats, seconds: float, device: str = "cuda", engine: int = 0
+) -> str:
     """Return the line of statistics, worded as vLLM words it so that the same scripts read it.
 
     Rates are over the `seconds` between two snapshots, gauges of the later one; `device` is cuda or cpu.
@@ -127,7 +129,7 @@ def stats_line(before: EngineStats, now: EngineStats, seconds: float, device: st
     )
     preempted = f"Preemptions: {preemptions} reqs, " if preemptions else ""
     return (
-        f"Engine 000: Avg prompt throughput: {prompt / seconds:.1f} tokens/s, "
+        f"Engine {engine:03d}: Avg prompt throughput: {prompt / seconds:.1f} tokens/s, "
         f"Avg generation throughput: {generated / seconds:.1f} tokens/s, "
         f"Running: {now.num_running} reqs, Waiting: {now.num_waiting} reqs, {preempted}"
         f"{'GPU ' if device == 'cuda' else ''}KV cache usage: {now.kv_usage * 100:.1f}%, "
@@ -135,8 +137,8 @@ def stats_line(before: EngineStats, now: EngineStats, seconds: float, device: st
     )
 
 
-async def log_stats(metrics: EngineMetrics, interval: float, device: str) -> None:
-    """Log a line every `interval` seconds with traffic, and one more when it has come to rest."""
+async def log_stats(metrics: EngineMetrics, interval: float, device: str, engine: int = 0) -> None:
+    """Log an engine's line every `interval` seconds with traffic, and one more when it has come to rest."""
     before, then, busy = metrics.totals, time.monotonic(), False
     while True:
         await asyncio.sleep(interval)
@@ -145,5 +147,5 @@ async def log_stats(metrics: EngineMetrics, interval: float, device: str) -> Non
             (now.prompt_tokens, now.generation_tokens) != (before.prompt_tokens, before.generation_tokens)
         )
         if active or busy:
-            logger.info(stats_line(before, now, moment - then, device))
+            logger.info(stats_line(before, now, moment - then, device, engine))
         before, then, busy = now, moment, active

@@ -152,10 +152,9 @@ async def _serve(
         server = HttpServer(http, on_ready)
         serving = asyncio.ensure_future(server.serve(sockets=[sock]))
         helpers = []
-        if state.metrics is not None:
-            helpers.append(
-                asyncio.ensure_future(log_stats(state.metrics, args.stats_interval, client.config.device))
-            )
+        for number, metrics in enumerate(state.metrics):
+            logged = log_stats(metrics, args.stats_interval, client.config.device, number)
+            helpers.append(asyncio.ensure_future(logged))
         if tls is not None and args.enable_ssl_refresh:
             helpers.append(asyncio.ensure_future(refresh_certificate(tls, args)))
         stopped = asyncio.ensure_future(signals.wait(1))

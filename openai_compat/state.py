@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class ServerState:
     """The state of one server. `model_names` are the accepted names, the first of which is echoed.
 
-    `metrics` is None with --disable-log-stats, `exposition` until the metrics are first read, `openapi` until
-    the document is.
+    `metrics` has those of each engine, none with --disable-log-stats. `exposition` is None until the metrics
+    are first read, `openapi` until the document is.
     """
 
     client: EngineClient
@@ -38,7 +38,7 @@ class ServerState:
     created: int = field(default_factory=lambda: int(time.time()))
     model_names: tuple[str, ...] = ()
     http_metrics: HttpMetrics = field(default_factory=HttpMetrics)
-    metrics: EngineMetrics | None = None
+    metrics: list[EngineMetrics] = field(default_factory=list)
     exposition: Exposition | None = None
     num_generations: int = 0  # requests in progress that generate
     fingerprint: str | None = None
@@ -51,8 +51,10 @@ class ServerState:
         self.bodies = BodyReader(self.args.max_body_bytes, self.client.run_blocking)
         self.responses = ResponseStore(self.args.max_response_store_bytes, self.args.max_body_bytes)
         if not self.args.disable_log_stats:
-            self.metrics = EngineMetrics(self.client.config.max_model_len, self.client.stats)
-            self.client.observer = self.metrics
+            longest = self.client.config.max_model_len
+            self.metrics = [EngineMetrics(longest, replica.stats) for replica in self.client.replicas]
+            for replica, metrics in zip(self.client.replicas, self.metrics, strict=True):
+                replica.observer = metrics
         self.model_names = self.args.served_model_names or (self.client.config.model,)
         self.fingerprint = _fingerprint(self.client, self.args)
 
@@ -65,11 +67,12 @@ class ServerState:
 def _fingerprint(client: EngineClient, args: ServerArgs) -> str | None:
     """Return OpenAI's `system_fingerprint`: the same for the same engine configuration.
 
-    "full" adds the number of ranks if there are several, as in vLLM.
+    "full" adds the numbers of ranks and of engines where there are several, as in vLLM.
     """
     if args.fingerprint_mode in ("custom", "none"):
         return args.fingerprint_value
     digest = hashlib.sha256(msgspec.json.encode(client.config)).hexdigest()
-    ranks = client.config.tensor_parallel_size
-    parallel = f"-tp{ranks}" if ranks > 1 and args.fingerprint_mode == "full" else ""
+    sizes = {"tp": client.config.tensor_parallel_size, "dp": client.config.data_parallel_size}
+    several = [f"-{name}{size}" for name, size in sizes.items() if size > 1]
+    parallel = "".join(several) if args.fingerprint_mode == "full" else ""
     return f"microvllm-{microvllm.__version__}{parallel}-{digest[:8]}"

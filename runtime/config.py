@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.quantization import QUANTIZATIONS, quantize_on_loading, why_not_quantized
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime import start_checks, vllm_environment
@@ -26,7 +24,7 @@ from microvllm.runtime.backends import (
     compile_kernels,
     why_unpacked,
 )
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
+from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo
 from microvllm.runtime.flag import (
     ANSWERS,
@@ -46,9 +44,10 @@ from microvllm.runtime.flag import (
 from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
 from microvllm.runtime.kv_memory import KV_BYTES, fit_states, size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
-from microvllm.runtime.pooler_config import CONVERTS, RUNNERS, choose_runner, configure_pooling
+from microvllm.runtime.pooler_config import CONVERTS, RUNNERS
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.rank_checks import check_ranks
+from microvllm.runtime.rank_checks import check_engines, check_ranks
+from microvllm.runtime.read_spec import read_spec
 
 logger = logging.getLogger("microvllm.config")
 
@@ -219,6 +218,12 @@ class EngineArgs:
     tensor_parallel_size: int = flag(
         1, MACHINE, "GPUs that hold the model together, or processes on a CPU.", metavar="N", low=1
     )
+    data_parallel_size: int = flag(
+        1, MACHINE, "Engines behind one port, each with the whole model.", metavar="N", low=1
+    )
+    data_parallel_size_local: int | None = flag(
+        None, MACHINE, "Those of this machine, which is all of them.", metavar="N", low=1
+    )
     distributed_executor_backend: str | None = flag(
         None, MACHINE, "mp: a process for each of them.", choices=("mp",)
     )
@@ -243,9 +248,8 @@ class EngineArgs:
 
         Nothing is compiled or loaded. Raises `ConfigError` with one line that names the option or the file.
         """
-        from microvllm.runtime.generation_config import (
-            generation_defaults,
-        )  # imports numpy, which --help does without
+        # Here, as it imports numpy, which --help does without.
+        from microvllm.runtime.generation_config import generation_defaults
 
         try:
             msgspec.convert(vars(self), type(self))
@@ -253,7 +257,14 @@ class EngineArgs:
             raise ConfigError(f"an engine option has the wrong type: {error}") from None
         check_flags(self)
         path = find_model(self.model)
-        spec = self._spec(path)
+        spec = read_spec(
+            path,
+            self.hf_overrides or {},
+            {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta},
+            runner=self.runner,
+            convert=self.convert,
+            pooler_config=self.pooler_config,
+        )
         load_format = choose_format(self.load_format, path)
         device = choose_device(self.device)
         backend = choose_backend(self.attention_backend, device)
@@ -319,10 +330,11 @@ class EngineArgs:
             start_checks.warn_of_gpu_options(device)
         start_checks.warn_of_rotation(spec, max_model_len)
         spec, pooling = spec.at_length(max_model_len), spec.pooling
-        num_ranks = self.tensor_parallel_size
+        num_ranks, num_engines = self.tensor_parallel_size, self.data_parallel_size
+        check_engines(num_engines, self.data_parallel_size_local, num_ranks, device)
         shard = check_ranks(num_ranks, spec, device, batch_invariant=batch_invariant)
-        # On a CPU all ranks take of the same memory.
-        sharing = num_ranks if device == "cpu" else 1
+        # On a CPU all processes take of the same memory.
+        sharing = num_ranks * num_engines if device == "cpu" else 1
         num_blocks, max_model_len = size_pool(
             device,
             block_size,
@@ -370,7 +382,7 @@ class EngineArgs:
             block_size=block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=caching,
-            kv_events=read_kv_events(self.kv_events_config, caching),
+            kv_events=read_kv_events(self.kv_events_config, caching, num_engines),
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
@@ -384,11 +396,12 @@ class EngineArgs:
             seed=self.seed,
             device=device,
             tensor_parallel_size=num_ranks,
+            data_parallel_size=num_engines,
             gpu_memory_utilization=self.gpu_memory_utilization,
             # Graphs choose tokens, which a model without a head has none of.
             enforce_eager=self.enforce_eager or pooling is not None,
             attention_backend=backend,
-            cpu_threads=max(1, (self.cpu_threads or default_threads()) // num_ranks),
+            cpu_threads=max(1, (self.cpu_threads or default_threads()) // (num_ranks * num_engines)),
             generation_defaults=generation_defaults(
                 self.generation_config,
                 path,
@@ -409,21 +422,6 @@ class EngineArgs:
             if backend != "cpu":
                 return replace(self, attention_backend=backend).resolve()
         return config
-
-    def _spec(self, path: Path) -> ModelSpec:
-        from microvllm.adapters.registry import load_spec
-
-        # The two rotary options are the older way to override config.json.
-        rotary = {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta}
-        given = {key: value for key, value in rotary.items() if value is not None}
-        runner = choose_runner(self.runner, self.convert, self.pooler_config)
-        try:
-            spec = load_spec(path, {**(self.hf_overrides or {}), **given}, runner)
-        except OverrideError as error:
-            raise ConfigError(str(error)) from error  # the flag that it names has the remedy
-        except ModelFileError as error:
-            raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
-        return configure_pooling(spec, self.convert, self.pooler_config)
 
 
 def _refuse(*rows: tuple[Any, ...]) -> None:
@@ -463,6 +461,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_invariant: bool = False  # an answer does not depend on what is computed beside it
     device: str = "cpu"
     tensor_parallel_size: int = 1  # processes, each with a device, that hold the model together
+    data_parallel_size: int = 1  # engines of the server, ...
+    data_parallel_rank: int = 0  # ... and the number of this one
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     enforce_eager: bool = False
     generation_defaults: dict[str, Any] = {}
@@ -473,7 +473,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout: float = 0.0  # seconds from arrival until the request is begun; 0: no limit
     request_timeout: float = 0.0  # seconds from arrival to the end; 0: no limit
     kv_events: KVEventsConfig | None = None
-    data_parallel_rank: int = 0
     log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.errors import InvalidRequestError
+from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.kv_events.publishing_core import make_core
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.observer import SampleGroup
@@ -61,6 +61,11 @@ class InferenceEngine:
         **options: Any,
     ) -> None:
         args = EngineArgs(model=model_path, **{"max_num_seqs": max_batch_size, **options})
+        if args.data_parallel_size != 1:
+            raise ConfigError(
+                f"data_parallel_size {args.data_parallel_size}: one engine runs in this process",
+                remedy="start `microvllm serve --data-parallel-size N`, or one process for each engine",
+            )
         # A caller's own list of prompts is no overload: offline, the queue has no bound.
         self.config = msgspec.structs.replace(
             args.prepare(on_progress), max_num_queued_reqs=None, max_num_queued_tokens=None

@@ -135,6 +135,14 @@ def gpu_names() -> list[str]:
     return names
 
 
+def device_environment(first: int, count: int) -> dict[str, str]:
+    """Return environment variables by which a process sees `count` GPUs of this one's, from `first` on."""
+    variable = "CUDA_VISIBLE_DEVICES"  # numbers, or names such as GPU-0d3c
+    seen = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+    seen = seen or [str(number) for number in range(first + count)]
+    return {variable: ",".join(seen[first : first + count])}
+
+
 def _why_no_cuda() -> str | None:
     """Return what is missing of an NVIDIA GPU, a torch built for it, and Triton; None if nothing is."""
     try:

@@ -21,14 +21,16 @@ from microvllm.runtime.metrics import FAMILIES, EngineMetrics
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineConfig
 
-ENGINE = "0"  # there is one; vLLM numbers those of a data-parallel server
 NUMBERS = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 
 
 class EngineCollector(Collector):
-    """The families of `metrics.tsv`, labelled with the model's name, and the KV cache's configuration."""
+    """The families of `metrics.tsv`, labelled with the model's name, and the KV cache's configuration.
 
-    def __init__(self, metrics: EngineMetrics, model: str, config: EngineConfig) -> None:
+    `metrics` has those of each engine, whose label is its number.
+    """
+
+    def __init__(self, metrics: Sequence[EngineMetrics], model: str, config: EngineConfig) -> None:
         self._metrics = metrics
         self._model = model
         self._config = config
@@ -37,35 +39,40 @@ class EngineCollector(Collector):
         """Called by the registry at every scrape."""
         yield self._cache_config()
         for name, kind, label, value, text in FAMILIES:
-            labels, shared = ["model_name", "engine"], [self._model, ENGINE]
-            if name == "vllm:admission_rejections":  # counted where no engine is chosen yet
-                labels, shared = labels[:1], shared[:1]
+            labels = ["model_name", "engine"]
+            parts = [([self._model, str(number)], each) for number, each in enumerate(self._metrics)]
+            if name == "vllm:admission_rejections":  # counted where no engine is chosen yet, by the first
+                labels, parts = labels[:1], [([self._model], self._metrics[0])]
             if kind == "histogram":
-                histogram = self._metrics.histograms[name.removeprefix("vllm:")]
-                yield histogram_family(name, text, labels, [(shared, histogram)])
+                key = name.removeprefix("vllm:")
+                histograms = [(shared, each.histograms[key]) for shared, each in parts]
+                yield histogram_family(name, text, labels, histograms)
                 continue
-            found = attrgetter(value)(self._metrics)
-            values = (
-                [([*shared, key], number) for key, number in found.items()] if label else [(shared, found)]
-            )
+            values: list[tuple[list[str], float]] = []
+            for shared, each in parts:
+                found = attrgetter(value)(each)
+                by_label = {(key,): number for key, number in found.items()} if label else {(): found}
+                values += [([*shared, *key], number) for key, number in by_label.items()]
             if values:
                 yield number_family(kind, name, text, [*labels, label] if label else labels, values)
 
     def _cache_config(self) -> Family:
         config = self._config
-        # Not the configuration's number: on a GPU that is measured by the engine.
-        num_blocks = self._metrics.totals.kv_blocks_total
-        slots = num_blocks * config.block_size
-        labels = {
-            "block_size": config.block_size,
-            "num_gpu_blocks": num_blocks,
-            "cache_dtype": config.kv_dtype,
-            "enable_prefix_caching": config.enable_prefix_caching,
-            "kv_cache_size_tokens": slots,
-            "kv_cache_max_concurrency": slots / config.max_model_len,
-            "engine": ENGINE,
-        }
-        values = [(list(map(str, labels.values())), 1)]
+        values = []
+        for number, each in enumerate(self._metrics):
+            # Not the configuration's number: on a GPU that is measured by the engine.
+            num_blocks = each.totals.kv_blocks_total
+            slots = num_blocks * config.block_size
+            labels = {
+                "block_size": config.block_size,
+                "num_gpu_blocks": num_blocks,
+                "cache_dtype": config.kv_dtype,
+                "enable_prefix_caching": config.enable_prefix_caching,
+                "kv_cache_size_tokens": slots,
+                "kv_cache_max_concurrency": slots / config.max_model_len,
+                "engine": number,
+            }
+            values.append((list(map(str, labels.values())), 1))
         return number_family("gauge", "vllm:cache_config_info", "The KV cache.", list(labels), values)
 
 

@@ -1,4 +1,4 @@
-"""Checks what `--tensor-parallel-size` asks for, before any rank is started. Imports no torch."""
+"""Checks `--tensor-parallel-size` and `--data-parallel-size` before a process starts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.machine import gpu_names
+from microvllm.runtime.machine import gpu_names, usable_cores
 
 logger = logging.getLogger("microvllm.config")
 
 OPTION = "--tensor-parallel-size"
+ENGINES_OPTION = "--data-parallel-size"
 
 
 def check_ranks(size: int, spec: ModelSpec, device: str, *, batch_invariant: bool) -> ModelSpec:
@@ -40,3 +41,26 @@ def check_ranks(size: int, spec: ModelSpec, device: str, *, batch_invariant: boo
             *(OPTION, size),
         )
     return shard
+
+
+def check_engines(number: int, local: int | None, size: int, device: str) -> None:
+    """Raise `ConfigError`, naming the flag, if the machine cannot run so many engines of `size` ranks each.
+
+    `local`: how many of them are to be of this machine.
+    """
+    given = f"{ENGINES_OPTION} {number}"
+    if local not in (None, number):
+        raise ConfigError(f"{ENGINES_OPTION}-local {local}: all engines of {given} are of this machine")
+    if number == 1:
+        return
+    if device == "cpu":
+        if number > (cores := usable_cores()):
+            raise ConfigError(f"{given}: there are {cores} processor cores")
+        return
+    names = gpu_names()
+    if size * number > len(names):
+        each = f" of {OPTION} {size} each" if size > 1 else ""
+        there = f"there are {len(names)} GPUs" if len(names) > 1 else "there is one GPU"
+        raise ConfigError(f"{given}{each}: {there}")
+    if len(different := sorted(set(names[: size * number]))) > 1:
+        raise ConfigError(f"{given}: the GPUs are of different kinds: {', '.join(different)}")

@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class FakeConfig:
     kv_dtype: str = "float32"
     device: str = "cuda"
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     enable_prefix_caching: bool = True
     spec: FakeSpec = field(default_factory=FakeSpec)
     max_logprobs: int = 20
@@ -238,6 +239,7 @@ class FakeClient:
         self.tokenizer = FakeTokenizer()
         self.tokenizer_root = "/models/fake-model"
         self.processor = FakeProcessor(self.config, self.tokenizer, defaults=defaults)
+        self.replicas = [self]  # more are given by `with_engines`
         self.stats = EngineStats()
         self.observer = EngineObserver()
         self.alive = True
@@ -253,11 +255,15 @@ class FakeClient:
         self.resets = 0
         self.event_sources: dict[int, KVEventsConfig] = {}
         self.submitted: list[tuple[list[int], SamplingParams, int, str]] = []
+        self.ranks: list[int | None] = []  # of what was submitted
         self.recorded: list[str] = []  # outputs to play in turn, in place of hashes
         self._played = itertools.count()
 
     def healthy(self) -> bool:
         return self.alive
+
+    def start_again(self, stream: FakeStream) -> None:
+        """Nothing is computed twice."""
 
     async def wait_given_up(self) -> None:
         await asyncio.Event().wait()
@@ -286,8 +292,15 @@ class FakeClient:
         return self._start(prompt_ids, params, **options)
 
     def _start(
-        self, prompt_ids: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        rank: int | None = None,
     ) -> list[FakeStream]:
+        self.ranks.append(rank)
         if not self.alive:
             raise EngineDeadError("The engine is being started again.")
         self.check_room()
@@ -440,6 +453,14 @@ def score(context: Sequence[int], token: int, count: int, ids: Sequence[int] | N
     return TokenLogprobs(shown, [logprobs[i] for i in shown], rank)
 
 
+def with_engines(count: int) -> FakeClient:
+    """A client of several engines; the first stands for all of them."""
+    client = FakeClient()
+    client.config = replace(client.config, data_parallel_size=count)
+    client.replicas += [FakeClient() for _ in range(count - 1)]
+    return client
+
+
 def fresh(**changes: Any) -> FakeClient:
     """A client with attributes set: `fresh(delay=0.01, stall_after=2)`."""
     client = FakeClient()
@@ -450,4 +471,15 @@ def fresh(**changes: Any) -> FakeClient:
     return client
 
 
-__all__ = ["BOS", "EOS", "IMPOSSIBLE", "VOCAB_SIZE", "FakeClient", "TextDelta", "fresh", "score", "vector_of"]
+__all__ = [
+    "BOS",
+    "EOS",
+    "IMPOSSIBLE",
+    "VOCAB_SIZE",
+    "FakeClient",
+    "TextDelta",
+    "fresh",
+    "score",
+    "vector_of",
+    "with_engines",
+]

@@ -27,7 +27,7 @@ from microvllm.openai_compat.metrics import stats_line
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
 from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
-from microvllm.runtime.process import client as client_module
+from microvllm.runtime.process import replica as replica_module
 from microvllm.runtime.process import token_stream as stream_module
 from microvllm.runtime.process.channel import Abort, Profiled, Step
 from microvllm.runtime.process.client import EngineClient
@@ -163,6 +163,7 @@ class Script:
 
     def __init__(self, client: EngineClient, clock: Clock, metrics: EngineMetrics) -> None:
         self.client, self.clock, self.metrics = client, clock, metrics
+        (self.replica,) = client.replicas
         self.stats = EngineStats()
 
     def submit(self, prompt: list[int], **params: Any) -> list[TokenStream]:
@@ -173,7 +174,7 @@ class Script:
         self.clock.now = 1000.0 + at
         values = {name: getattr(self.stats, name) for name in EngineStats.__struct_fields__}
         self.stats = EngineStats(**{**values, "steps": self.stats.steps + 1, **stats})
-        self.client._handle(Step(list(outputs), self.stats))
+        self.replica.handle(Step(list(outputs), self.stats))
 
     def buckets(self, name: str) -> list[int]:
         return self.metrics.histograms[name].cumulative()
@@ -201,12 +202,12 @@ async def script(
     config: EngineConfig, text: tuple[Tokenizer, InputProcessor], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Script]:
     clock = Clock()
-    for module in (client_module, stream_module):
+    for module in (replica_module, stream_module):
         monkeypatch.setattr(module, "time", clock)
     client = EngineClient(config, *text, str(long_folder()))
-    client._use(ScriptedProcess())  # type: ignore[arg-type]
+    client.replicas[0].use(ScriptedProcess())  # type: ignore[arg-type]
     metrics = EngineMetrics(config.max_model_len, client.stats)
-    client.observer = metrics
+    client.replicas[0].observer = metrics
     yield Script(client, clock, metrics)
     client._workers.shutdown()
 
@@ -296,7 +297,7 @@ async def test_every_end_is_counted_once_and_only_whole_requests_are_measured(sc
         "abort": 1,
     }
     assert script.seen("e2e_request_latency_seconds")[0] == 4
-    assert not script.client._streams
+    assert not script.replica.streams
 
 
 async def test_a_bug_in_the_text_logic_is_one_error(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +307,7 @@ async def test_a_bug_in_the_text_logic_is_one_error(script: Script, monkeypatch:
     ended = script.metrics.finished_requests
     assert (ended["error"], ended["abort"]) == (1, 0)
     await asyncio.sleep(0)  # aborts are sent together
-    process = script.client._process
+    process = script.replica.process
     assert isinstance(process, ScriptedProcess) and isinstance(process.sent[-1], Abort)
 
 
@@ -343,19 +344,19 @@ async def test_an_event_that_cannot_be_handled_is_the_end_of_its_engine(
     async def restart() -> ScriptedProcess:
         return second
 
-    monkeypatch.setattr(script.client._process, "read_event", answer_without_a_question)
-    monkeypatch.setattr(script.client, "_restart", restart)
-    serving = asyncio.ensure_future(script.client._serve())
+    monkeypatch.setattr(script.replica.process, "read_event", answer_without_a_question)
+    monkeypatch.setattr(script.replica, "restart", restart)
+    serving = asyncio.ensure_future(script.replica.serve())
     await wait_until_async(lambda: script.metrics.engine_deaths == 1, "the death is known")
     await wait_until_async(script.client.healthy, "there is an engine again")
-    assert "could not be handled" in caplog.text and script.client._process is second  # type: ignore[comparison-overlap]
+    assert "could not be handled" in caplog.text and script.replica.process is second  # type: ignore[comparison-overlap]
     serving.cancel()
 
 
 async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = script.client._process, ScriptedProcess()
+    first, second = script.replica.process, ScriptedProcess()
     assert isinstance(first, ScriptedProcess)
     restarting = asyncio.Event()
 
@@ -363,12 +364,12 @@ async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
         await restarting.wait()
         return second
 
-    monkeypatch.setattr(script.client, "_restart", restart)
+    monkeypatch.setattr(script.replica, "restart", restart)
     counted = {"prompt_tokens": 8, "generation_tokens": 2, "prefix_queries": 8, "preemptions": 3}
     (stream,) = script.submit([5] * 8, max_tokens=9)
     now = {"num_running": 1, "kv_blocks_used": 4, "kv_blocks_total": 8, "kv_unused_slots": 7}
     script.step(0.1, {**counted, **now}, token(stream, scheduled_at=1000.0))
-    serving = asyncio.ensure_future(script.client._serve())
+    serving = asyncio.ensure_future(script.replica.serve())
     first.died.set()
     metrics = script.metrics
     await wait_until_async(lambda: metrics.engine_deaths == 1, "the death is known")
@@ -626,11 +627,11 @@ async def test_samples_can_be_chosen_by_name() -> None:
 
 async def test_without_log_stats_only_the_engines_numbers_are_off() -> None:
     client = FakeClient()
-    before = client.observer
+    before = client.replicas[0].observer
     async with in_process(client, disable_log_stats=True) as http:
         await http.post(GENERATE, json=wish("hi", 3, model=None))
         now = await scrape(http)
-    assert client.observer is before
+    assert client.replicas[0].observer is before
     assert not [name for name in now.names if name.startswith(("vllm:", "microvllm:"))]
     assert now("http_requests_total") == 1
     assert "process_resident_memory_bytes" in now.names

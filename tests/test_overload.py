@@ -162,7 +162,7 @@ async def test_parameters_are_checked_once_and_travel_once(
     client: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Any] = []
-    monkeypatch.setattr(client, "_send", sent.append)
+    monkeypatch.setattr(client.replicas[0], "send", sent.append)
     COUNTED.clear()
     params = CountedParams(n=8, temperature=1.0, seed=3, allowed_token_ids=[3, 4] * 1000, max_tokens=9)
     streams = await client.submit_all([[5, 6] * 50, [7] * 20], params)

@@ -134,6 +134,7 @@ class Generation(ABC, Generic[RequestT]):
         self.created = int(time.time())
         self.model = state.model_names[0]
         self.priority = request_priority(request, body)
+        self.rank = request_rank(request, state)
         options = body.stream_options or StreamOptions()
         forced = state.args.enable_force_include_usage
         self.include_usage = forced or options.include_usage
@@ -197,6 +198,8 @@ class Generation(ABC, Generic[RequestT]):
         if self.state.args.enable_log_requests:
             log_start(self.id, prompts, self.params)
         options: dict[str, Any] = {"priority": self.priority, "cache_salt": self.body.cache_salt}
+        if self.rank is not None:
+            options["rank"] = self.rank
         client = self.state.client
         if self.body.use_beam_search:
             penalty = self.body.length_penalty
@@ -209,7 +212,7 @@ class Generation(ABC, Generic[RequestT]):
         self.body.drop_prompt()
 
     async def _whole_answer(self) -> bytes:
-        outcomes = await collect(self.streams)
+        outcomes = await collect(self.streams, self.state.client.start_again)
         short = sum(len(outcome.text) for outcome in outcomes) <= INLINE_CHARS
         if short:
             self.read_outcomes(outcomes)
@@ -438,3 +441,16 @@ def request_priority(request: Request, body: GenerationRequest | VectorRequest) 
     if not INT64_MIN <= value <= INT64_MAX:
         raise InvalidRequestError("The header X-Vllm-Priority must be a 64-bit integer.", "priority")
     return value
+
+
+def request_rank(request: Request, state: ServerState) -> int | None:
+    """Return the number of the engine that the header X-data-parallel-rank asks for, None without it."""
+    header = request.headers.get("x-data-parallel-rank")
+    if header is None:
+        return None
+    last = state.client.config.data_parallel_size - 1
+    if not (header.isascii() and header.isdigit() and int(header[:20]) <= last):
+        raise InvalidRequestError(
+            f"The header X-data-parallel-rank must be an integer in [0, {last}].", "data_parallel_rank"
+        )
+    return int(header)

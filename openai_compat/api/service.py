@@ -30,6 +30,7 @@ from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
 from microvllm.openai_compat.metrics import Exposition
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.request import EngineStats
 
 logger = logging.getLogger("microvllm.server")
 
@@ -38,9 +39,21 @@ PACKAGES = ("microvllm", "torch", "transformers", "tokenizers", "starlette", "uv
 
 
 async def health(request: Request, state: ServerState) -> Response:
-    """200 or 503, without a body; 503 while the engine is down and while the server drains."""
+    """200 or 503: 503 while no engine serves and while the server drains.
+
+    Without a body, unless there are several engines: then it says of each whether it serves.
+    """
     fine = state.client.healthy() and not state.lifecycle.draining
-    return Response() if fine else Response(status_code=503, headers={"retry-after": str(RETRY_AFTER_S)})
+    response = Response() if len(state.client.replicas) == 1 else _json(_engines(state))
+    if not fine:
+        response.status_code = 503
+        response.headers["retry-after"] = str(RETRY_AFTER_S)
+    return response
+
+
+def _engines(state: ServerState) -> dict[str, dict[str, str]]:
+    states = ("serving" if replica.healthy() else "starting" for replica in state.client.replicas)
+    return {"engines": {str(number): each for number, each in enumerate(states)}}
 
 
 async def version(request: Request, state: ServerState) -> Response:
@@ -68,10 +81,30 @@ async def load(request: Request, state: ServerState) -> Response:
 
 async def loads(request: Request, state: ServerState) -> Response:
     """Requests and tokens in the engine, as SGLang reports them: routers balance by it."""
-    stats, config = state.client.stats, state.client.config
+    replicas = state.client.replicas
+    stats = state.client.stats
     running, waiting = stats.num_running, stats.num_waiting
-    rank = {
-        "dp_rank": 0,
+    total = {
+        "total_running_reqs": running,
+        "total_waiting_reqs": waiting,
+        "total_reqs": running + waiting,
+        "avg_token_usage": sum(replica.stats.kv_usage for replica in replicas) / len(replicas),
+    }
+    answer = {
+        "version": microvllm.__version__,
+        "dp_rank_count": len(replicas),
+        "loads": [_load_of(replica.stats, state, number) for number, replica in enumerate(replicas)],
+        "aggregate": total,
+    }
+    timestamp = datetime.now(timezone.utc).isoformat()
+    return Response(orjson.dumps({"timestamp": timestamp, **answer}), media_type="application/json")
+
+
+def _load_of(stats: EngineStats, state: ServerState, rank: int) -> dict[str, float]:
+    config = state.client.config
+    running, waiting = stats.num_running, stats.num_waiting
+    return {
+        "dp_rank": rank,
         "num_running_reqs": running,
         "num_waiting_reqs": waiting,
         "num_total_reqs": running + waiting,
@@ -81,15 +114,6 @@ async def loads(request: Request, state: ServerState) -> Response:
         "token_usage": stats.kv_usage,
         "cache_hit_rate": stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
     }
-    total = {
-        "total_running_reqs": running,
-        "total_waiting_reqs": waiting,
-        "total_reqs": running + waiting,
-        "avg_token_usage": stats.kv_usage,
-    }
-    answer = {"version": microvllm.__version__, "dp_rank_count": 1, "loads": [rank], "aggregate": total}
-    timestamp = datetime.now(timezone.utc).isoformat()
-    return Response(orjson.dumps({"timestamp": timestamp, **answer}), media_type="application/json")
 
 
 async def get_load(request: Request, state: ServerState) -> Response:
@@ -117,12 +141,12 @@ async def server_info(request: Request, state: ServerState) -> Response:
         "version": microvllm.__version__,
         "served_model_name": state.model_names[0],
         "context_length": config.max_model_len,
-        "max_running_requests": config.max_num_seqs,
+        "max_running_requests": config.max_num_seqs * config.data_parallel_size,
         "max_total_num_tokens": state.client.stats.kv_blocks_total * config.block_size,
         "page_size": config.block_size,
         "dtype": config.dtype,
-        "tp_size": 1,
-        "dp_size": 1,
+        "tp_size": config.tensor_parallel_size,
+        "dp_size": config.data_parallel_size,
     }
     form = request.query_params.get("config_format", "text")
     if form not in ("text", "json"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.process.token_stream import TokenStream
+
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.beam import BeamStream
-    from microvllm.runtime.process.token_stream import TokenStream
     from microvllm.runtime.request import TokenLogprobs
     from microvllm.runtime.text.detokenizer import TextDelta
 
@@ -30,25 +32,44 @@ class Outcome:
     stop_reason: int | str | None = None
 
 
-async def collect(streams: Sequence[Stream]) -> list[Outcome]:
-    """Return every choice, whole. Raises `EngineError` if the engine fails; the caller aborts."""
-    outcomes, taken = [], 0
+async def collect(
+    streams: list[Stream], start_again: Callable[[TokenStream], TokenStream | None]
+) -> list[Outcome]:
+    """Return every choice, whole. Raises `EngineError` if the engine fails; the caller aborts.
+
+    A choice whose engine died is computed again where `start_again` gives a stream, which takes the place of
+    the first in `streams`.
+    """
+    outcomes = []
     # One after the other takes no longer: the other streams fill up meanwhile.
-    for stream in streams:
-        outcome, parts = Outcome(), []
-        async for delta in stream:
-            taken += 1
-            if taken % DELTAS_AT_ONCE == 0:  # thousands of deltas may be ready at once
-                await asyncio.sleep(0)
-            parts.append(delta.text)
-            outcome.token_ids += delta.token_ids
-            outcome.logprobs += delta.logprobs or []
-            if delta.finish_reason is not None:
-                outcome.finish_reason = delta.finish_reason
-                outcome.stop_reason = delta.stop_reason
-        outcome.text = "".join(parts)
-        outcomes.append(outcome)
+    for number, stream in enumerate(streams):
+        if number % DELTAS_AT_ONCE == DELTAS_AT_ONCE - 1:  # thousands may be ready at once, of one delta each
+            await asyncio.sleep(0)
+        try:
+            outcomes.append(await _whole(stream))
+        except EngineDeadError:
+            again = start_again(stream) if isinstance(stream, TokenStream) else None
+            if again is None:
+                raise
+            streams[number] = again
+            outcomes.append(await _whole(again))
     return outcomes
+
+
+async def _whole(stream: Stream) -> Outcome:
+    outcome, parts, taken = Outcome(), [], 0
+    async for delta in stream:
+        taken += 1
+        if taken % DELTAS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        parts.append(delta.text)
+        outcome.token_ids += delta.token_ids
+        outcome.logprobs += delta.logprobs or []
+        if delta.finish_reason is not None:
+            outcome.finish_reason = delta.finish_reason
+            outcome.stop_reason = delta.stop_reason
+    outcome.text = "".join(parts)
+    return outcome
 
 
 @asynccontextmanager

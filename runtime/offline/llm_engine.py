@@ -74,7 +74,7 @@ class LLMEngine:
     def get_metrics(self) -> list[Metric]:
         """Return the metrics since the start, under the names of /metrics."""
         engine = self.engine
-        collector = EngineCollector(engine.metrics, engine.config.model, engine.config)
+        collector = EngineCollector([engine.metrics], engine.config.model, engine.config)
         return engine.call(lambda: read_metrics(collector.collect()))
 
     def reset_prefix_cache(self) -> bool:

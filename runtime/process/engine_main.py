@@ -68,6 +68,8 @@ def main() -> None:
         (start,) = channel.receive_commands(wait=True)
         if not isinstance(start, Start):
             raise TypeError(f"the first command must be Start, not {type(start).__name__}")
+        if start.config.data_parallel_size > 1:
+            logging.basicConfig(format=f"engine {start.config.data_parallel_rank}: %(message)s")
         try:
             core = _load(start.config, channel)
         except ConfigError as error:

@@ -11,6 +11,7 @@ import msgspec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
 from microvllm.runtime.kv_events.config import KVEventsConfig
+from microvllm.runtime.machine import device_environment
 from microvllm.runtime.process.channel import (
     HEADER_BYTES,
     Command,
@@ -57,9 +58,12 @@ class EngineProcess:
     ) -> EngineProcess:
         """Load the model in `spawned`, or in a new process, and return once it is ready.
 
-        Raises `ConfigError` with the engine's own line if it cannot load, `EngineError` if it dies.
+        Of several engines each gets the next GPUs; a spawned process is the first's. Raises `ConfigError`
+        with the engine's own line if it cannot load, `EngineError` if it dies.
         """
-        process, sock = (spawned or SpawnedEngine(config.cpu_threads)).detach()
+        rank, size = config.data_parallel_rank, config.tensor_parallel_size
+        devices = device_environment(rank * size, size) if config.device == "cuda" and rank else {}
+        process, sock = (spawned or SpawnedEngine(config.cpu_threads, devices)).detach()
         try:
             # From here on only the loop may close the socket: it would go on watching the number, and
             # miss the events of the next socket that gets it.
@@ -74,7 +78,13 @@ class EngineProcess:
             await engine.wait_ready(on_progress)
         except EngineDeadError:
             ending = await engine.end()
-            raise EngineError(f"the engine process died while it was loading the model{ending}") from None
+            name = "the engine process" if config.data_parallel_size == 1 else f"engine {rank}"
+            raise EngineError(f"{name} died while it was loading the model{ending}") from None
+        except ConfigError as error:
+            await engine.end()
+            if config.data_parallel_size == 1:
+                raise
+            raise ConfigError(f"engine {rank}: {error}", remedy=error.remedy) from None
         except BaseException:
             await engine.end()
             raise

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 from microvllm.runtime.machine import default_threads, thread_environment
@@ -38,8 +38,11 @@ class SpawnedEngine:
     (SIGINT a `KeyboardInterrupt`), so a signal that comes early leaves no process behind.
     """
 
-    def __init__(self, cpu_threads: int | None = None) -> None:
-        """`cpu_threads`: compute threads; by default as many as the processor has cores."""
+    def __init__(self, cpu_threads: int | None = None, environment: Mapping[str, str] | None = None) -> None:
+        """`cpu_threads`: compute threads; by default as many as the processor has cores.
+
+        `environment`: further variables of the process.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         try:
@@ -49,7 +52,11 @@ class SpawnedEngine:
                     [sys.executable, "-c", CODE, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, **thread_environment(cpu_threads or default_threads())},
+                    env={
+                        **os.environ,
+                        **thread_environment(cpu_threads or default_threads()),
+                        **(environment or {}),
+                    },
                 )
         except BaseException:
             ours.close()

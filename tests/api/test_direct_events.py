@@ -87,7 +87,7 @@ def make_stream() -> TokenStream:
     nothing = lambda *args, **kwargs: None  # noqa: E731
     client: Any = SimpleNamespace(
         observer=EngineObserver(),
-        admission=SimpleNamespace(leave=nothing),
+        leave_queue=nothing,
         abort_request=nothing,
         forget_request=nothing,
     )

@@ -118,8 +118,9 @@ async def test_a_profile_that_cannot_be_written_harms_no_request(
 async def test_an_engine_that_dies_takes_the_profile_with_it(client: EngineClient, tmp_path: Path) -> None:
     config = ProfilerConfig(profiler="torch", torch_profiler_dir=str(tmp_path))
     await client.start_profile(config)
-    assert client._process is not None
-    client._process.kill()
+    (replica,) = client.replicas
+    assert replica.process is not None
+    replica.process.kill()
     with pytest.raises(EngineDeadError):
         await client.stop_profile()
     await wait_until_async(client.healthy, "the engine serves again")

@@ -95,7 +95,7 @@ async def test_a_server_says_where_it_publishes_and_a_mirror_follows() -> None:
         client.reset_prefix_cache()
         await wait_until_async(lambda: not subscriber.follow(), "the reset is published")
         subscriber.close()
-        os.kill(client._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(client.replicas[0].process.pid, signal.SIGKILL)  # type: ignore[union-attr]
         await wait_until_async(lambda: not client.healthy(), "the engine is gone")
         await wait_until_async(client.healthy, "the engine is back")
         await generate(client, 0)

@@ -52,7 +52,7 @@ def test_the_prompt_tokens_that_wait_are_bounded() -> None:
     with pytest.raises(QueueFullError) as caught:
         bounded.check(BUSY, 1, 41)
     assert caught.value.option == "max_num_queued_tokens"
-    bounded.leave(60, started=False)
+    bounded.leave(60)
     bounded.check(BUSY, 1, 41)
 
 
@@ -76,8 +76,9 @@ def steps(measured: Admission, count: int, per_step: int, seconds: float) -> Non
     for i in range(count):
         for _ in range(per_step):
             measured.enter(1)
-            measured.leave(1, started=True)
-        measured.measure(BUSY, 100 + i * seconds)
+            measured.leave(1)
+            measured.rates[0].began += 1
+        measured.rates[0].measure(BUSY, 100 + i * seconds)
 
 
 def test_retry_after_comes_from_the_measured_rate() -> None:
@@ -95,9 +96,9 @@ def test_retry_after_comes_from_the_measured_rate() -> None:
 def test_the_rate_counts_only_time_with_a_queue() -> None:
     measured = admission()
     steps(measured, 50, 1, 0.5)
-    measured.measure(EngineStats(num_running=1), 200.0)
+    measured.rates[0].measure(EngineStats(num_running=1), 200.0)
     rate = measured.rate
-    measured.measure(EngineStats(num_running=1), 900.0)
+    measured.rates[0].measure(EngineStats(num_running=1), 900.0)
     assert measured.rate == rate
 
 

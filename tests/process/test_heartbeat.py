@@ -82,8 +82,9 @@ def submit(client: EngineClient, max_tokens: int | None = None) -> TokenStream:
 
 
 def engine_pid(client: EngineClient) -> int:
-    assert client._process is not None
-    return client._process.pid
+    (replica,) = client.replicas
+    assert replica.process is not None
+    return replica.process.pid
 
 
 # ---- through a real engine process -----------------------------------------------------------------
@@ -120,7 +121,7 @@ async def test_a_step_that_hangs_leaves_its_stacks(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async with started(monkeypatch, "import time; time.sleep(3600)") as client:
-        client._watch.longest_step_s = 3.0
+        client.replicas[0].watch.longest_step_s = 3.0
         stream = submit(client)
         pid = engine_pid(client)
         with pytest.raises(EngineDeadError):
@@ -157,7 +158,7 @@ async def _read(stream: TokenStream) -> int:
 
 async def test_an_idle_engine_stays_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     async with started(monkeypatch) as client:
-        client._watch.longest_step_s = 4.0
+        client.replicas[0].watch.longest_step_s = 4.0
         pid = engine_pid(client)
         for _ in range(int(2 * FROZEN_S)):
             await asyncio.sleep(1)

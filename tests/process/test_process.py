@@ -89,13 +89,14 @@ async def at_rest(client: EngineClient) -> AsyncIterator[None]:
     await wait_until_async(client.healthy, "the engine serves")
     yield
     await wait_until_async(client.healthy, "the engine serves again")
-    assert not client._streams
+    assert not client.replicas[0].streams
     await wait_until_async(lambda: client.stats.kv_blocks_used == 0, "all blocks are free")
 
 
 def engine_pid(client: EngineClient) -> int:
-    assert client._process is not None
-    return client._process.pid
+    (replica,) = client.replicas
+    assert replica.process is not None
+    return replica.process.pid
 
 
 # ---- start ----------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ async def test_a_wrong_request_never_leaves(
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         client.submit(prompt, params(20, **options))
-    assert caught.value.param == field and not client._streams
+    assert caught.value.param == field and not client.replicas[0].streams
 
 
 async def test_a_slow_consumer_gets_one_piece_beyond_the_backlog(client: EngineClient) -> None:
@@ -303,7 +304,7 @@ async def test_an_abort_frees_the_blocks_within_one_step(
 ) -> None:
     """The engine is stopped meanwhile, so that it is known at which step the abort reaches it."""
     told: list[EngineStats] = []
-    monkeypatch.setattr(client.observer, "on_step", told.append)
+    monkeypatch.setattr(client.replicas[0].observer, "on_step", told.append)
     (stream,) = client.submit(PROMPT, params(None))  # type: ignore[arg-type]
     for _ in range(3):
         await anext(stream)
@@ -427,7 +428,7 @@ async def test_the_queue_is_counted_while_requests_are_on_their_way(narrow: Engi
     await anext(running)
     earlier = narrow.stats
     waiting = [narrow.submit(PROMPT, params(5))[0] for _ in range(2)]
-    narrow._handle(Step([], earlier))
+    narrow.replicas[0].handle(Step([], earlier))
     with pytest.raises(EngineBusyError):
         narrow.submit(PROMPT, params(5))
     running.abort()
@@ -457,7 +458,7 @@ from microvllm.runtime.config import EngineConfig
 async def main():
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineConfig)
     client = await EngineClient.start(config)
-    print(client._process.pid, flush=True)
+    print(client.replicas[0].process.pid, flush=True)
     if sys.argv[2] == "exit":
         sys.exit(0)
     if sys.argv[2] == "crash":

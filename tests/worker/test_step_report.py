@@ -456,7 +456,7 @@ async def test_an_engine_process_tells_at_its_end(capfd: pytest.CaptureFixture[s
 def exposed(stats: EngineStats) -> dict[tuple[str, ...], float]:
     """{(name, value of the last label): number} of our own metrics."""
     config = EngineArgs(model=str(variant_folder("llama-tied")), attention_backend="torch").resolve()
-    families = EngineCollector(EngineMetrics(100, stats), "m", config).collect()
+    families = EngineCollector([EngineMetrics(100, stats)], "m", config).collect()
     return {
         (sample.name, *list(sample.labels.values())[2:]): sample.value
         for family in families

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from starlette.requests import Request
 
-from microvllm.openai_compat.api.generation import check_model, id_suffix, request_priority
+from microvllm.openai_compat.api.generation import check_model, id_suffix, request_priority, request_rank
 from microvllm.openai_compat.api.prompts import MAX_PROMPT_TOKENS, Truncation
 from microvllm.openai_compat.api.request_log import log_end, log_start
 from microvllm.openai_compat.api.usage import usage
@@ -47,6 +47,8 @@ async def make_vectors(
     client.check_room()
     name = f"{prefix}-{id_suffix(request, body)}"
     options: dict[str, Any] = {"priority": request_priority(request, body), "cache_salt": body.cache_salt}
+    if (rank := request_rank(request, state)) is not None:
+        options["rank"] = rank
     prompts = await (client.run_rendering if renders else client.run_blocking)(read)
     if state.args.enable_log_requests:
         log_start(name, prompts, POOLING_PARAMS)
