@@ -9,18 +9,21 @@ from torch import Tensor
 
 from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.experts import Experts
+from microvllm.adapters.head import make_head
+from microvllm.adapters.latent import LatentAttention
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
+from microvllm.adapters.spec import LayerSpec, Mixer, ModelSpec
+from microvllm.adapters.taken_weights import TakenWeights
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.gated import GatedAttention
 from microvllm.ops.attention.mixed import MixedAttention
 from microvllm.ops.attention.shared import sharing
-from microvllm.ops.attention.temperature import TemperedAttention
+from microvllm.ops.attention.temperature import tempered
 from microvllm.ops.embedding import token_rows
-from microvllm.ops.operators import DecoderLayer, LinearOperator, Norm, NormedLinear, Operator, Operators
-from microvllm.ops.sharding import Ranks, ShardedHead, SummedLinear
+from microvllm.ops.operators import DecoderLayer, LinearOperator, NormedLinear, Operator, Operators
+from microvllm.ops.sharding import Ranks, SummedLinear
 
 
 class DecoderModel:
@@ -42,21 +45,21 @@ class DecoderModel:
         self._operators = operators
         embed = weights.pop("embed")
         head = weights.pop("lm_head", embed)
-        norm = _Weights(spec, weights, operators, "").norm("norm")
+        norm = TakenWeights(spec, weights, operators, "").norm("norm")
         rows = partial(token_rows, operators, spec.vocab_size, ranks)
         self.embed = rows(embed, spec.embedding_scale)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
-        self.head = _head(spec, head, norm, operators, ranks)
-        layers = [_Weights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
+        self.head = make_head(spec, head, norm, operators, ranks)
+        layers = [TakenWeights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
         built = [_build_layer(*each, operators, ranks) for each in zip(spec.layers, layers, strict=True)]
         if spec.tails is not None:
-            own = _Weights(spec, weights, operators, "")
+            own = TakenWeights(spec, weights, operators, "")
             self.embed, built = spec.tails.build(self.embed, built, own, layers, operators, rows)
         self._layers = operators.layers(built)
         self._kept = {
             index: layer.mixer.kept(each)
             for index, (layer, each) in enumerate(zip(spec.layers, layers, strict=True))
-            if not isinstance(layer.mixer, Attention)
+            if isinstance(layer.mixer, GatedDeltaNet)
         }
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
         self._sinks = [weights.pop(f"layers.{i}.sinks", None) for i in range(spec.num_layers)]
@@ -92,10 +95,13 @@ class DecoderModel:
         Layers with a state keep those of so many rows.
         """
 
-        def backend(mixer: Attention | GatedDeltaNet, indices: list[int]) -> AttentionBackend:
-            if not isinstance(mixer, Attention):
+        def backend(mixer: Mixer, indices: list[int]) -> AttentionBackend:
+            if isinstance(mixer, GatedDeltaNet):
                 kept = [self._kept[index] for index in indices]
                 return mixer.backend(kept, rows, self.spec.rms_norm_eps, self._operators)
+            if isinstance(mixer, LatentAttention):
+                sizes = num_blocks, block_size, max_position, dtype, device
+                return mixer.backend(len(indices), *sizes, self._operators)
             shape = AttentionShape(
                 len(indices),
                 mixer.num_heads,
@@ -115,11 +121,9 @@ class DecoderModel:
             made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks))
             if mixer.gated:
                 return GatedAttention(made, mixer.q_size + 2 * mixer.kv_size)
-            if mixer.temperature is None:
-                return made
-            return TemperedAttention(made, mixer.q_size, *mixer.temperature, max_position, device)
+            return tempered(made, mixer.q_size, mixer.temperature, max_position, device)
 
-        kinds: dict[Attention | GatedDeltaNet, list[int]] = {}
+        kinds: dict[Mixer, list[int]] = {}
         for index, layer in enumerate(self.spec.layers):
             if layer.mixer.source is None:
                 kinds.setdefault(layer.mixer, []).append(index)
@@ -128,32 +132,10 @@ class DecoderModel:
         return sharing(own, [layer.mixer.source for layer in self.spec.layers])
 
 
-class _Weights:
-    """Takes the tensors of one layer out of the dictionary: `tensors.LayerWeights`."""
-
-    def __init__(
-        self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators, prefix: str
-    ) -> None:
-        self._spec, self._weights, self._dtype = spec, weights, operators.activation_dtype
-        self._prefix = prefix
-
-    def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self._weights.pop(self._prefix + name), self._weights.pop(f"{self._prefix}{name}_bias", None)
-
-    def norm(self, name: str) -> Norm | None:
-        weight = self._weights.pop(self._prefix + name, None)
-        if weight is None:
-            return None
-        if self._spec.norm_offset:
-            # In float32: near 1, bfloat16 would keep only the first digits of what was trained.
-            return weight.float() + self._spec.norm_offset, self._spec.rms_norm_eps
-        return weight.to(self._dtype), self._spec.rms_norm_eps
-
-
 def _build_layer(
-    layer: LayerSpec, weights: _Weights, operators: Operators, ranks: Ranks | None
+    layer: LayerSpec, weights: TakenWeights, operators: Operators, ranks: Ranks | None
 ) -> DecoderLayer:
-    def branch(kind: str, part: Attention | GatedDeltaNet | MLP | Experts) -> tuple[Operator, LinearOperator]:
+    def branch(kind: str, part: Mixer | MLP | Experts) -> tuple[Operator, LinearOperator]:
         first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
         if ranks is not None:
             last = SummedLinear(last, ranks)
@@ -163,16 +145,3 @@ def _build_layer(
         return first, NormedLinear(last, operators.norm(post_norm))
 
     return DecoderLayer(*branch("mixer", layer.mixer), *branch("mlp", layer.mlp))
-
-
-def _head(
-    spec: ModelSpec, weight: Tensor, norm: Norm | None, operators: Operators, ranks: Ranks | None
-) -> Operator:
-    if spec.pooling is not None and norm is not None:
-        return operators.norm(norm)
-    head, cap = operators.product(weight, norm=norm), spec.logits_softcap
-    if ranks is not None:
-        head = ShardedHead(head, spec.vocab_size, ranks)
-    if cap is not None:
-        return lambda hidden: (head(hidden) * (spec.logits_scale / cap)).tanh() * cap
-    return head if spec.logits_scale == 1.0 else lambda hidden: head(hidden) * spec.logits_scale

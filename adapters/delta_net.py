@@ -48,8 +48,8 @@ class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag="gated_delta_
         return
 
     @property
-    def kv_size(self) -> int:
-        """Keys or values that a token takes in the paged cache."""
+    def cache_size(self) -> int:
+        """Elements that the paged cache has for one token."""
         return 0
 
     @property

@@ -30,3 +30,9 @@ def head_norms(
         rows += [keys, torch.ones_like(keys)]
     stacked = torch.cat(rows)
     return lambda x: operators.norm_heads(product(x), stacked, eps)
+
+
+def whole_norms(qkv: Operator, weights: LayerWeights, operators: Operators) -> Operator:
+    """The product, then norms in its output: over all heads of queries, and over all heads of keys."""
+    norms = [norm for norm in (weights.norm("q_norm"), weights.norm("k_norm")) if norm is not None]
+    return lambda x: operators.norm_parts(qkv(x), norms)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters import (
+    deepseek_v3,
     ernie4_5_moe,
     gemma2,
     gemma3,
@@ -75,6 +76,8 @@ FAMILIES = (
     olmoe.FAMILY,
     gpt_oss.FAMILY,
     *qwen_next.FAMILIES,
+    deepseek_v3.DEEPSEEK_V3,
+    deepseek_v3.GLM4_MOE_LITE,
 )
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 # The class in `architectures` decides; `model_type` if there is none.

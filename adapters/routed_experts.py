@@ -86,16 +86,27 @@ def with_experts(spec: ModelSpec, config: Fields, defaults: Defaults) -> ModelSp
         correction=True,
         shared_size=shared * size,
     )
-    dense = config.get("first_k_dense_replace", defaults.num_dense)
-    if type(dense) is not int or not 0 <= dense <= spec.num_layers:
-        raise config.error(
-            "first_k_dense_replace", f"must be from 0 to {spec.num_layers}, got {shorten(dense)}"
-        )
     layers = (
-        layer if index < dense else msgspec.structs.replace(layer, mlp=experts)
-        for index, layer in enumerate(spec.layers)
+        msgspec.structs.replace(layer, mlp=experts) if sparse else layer
+        for layer, sparse in zip(
+            spec.layers, _are_sparse(config, spec.num_layers, defaults.num_dense), strict=True
+        )
     )
     return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+def _are_sparse(config: Fields, num_layers: int, default: int) -> list[bool]:
+    """Whether each layer has experts: by `mlp_layer_types`, or all but the first few."""
+    kinds = config.get("mlp_layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != num_layers or {*kinds} - {"dense", "sparse"}:
+            problem = f"must list dense or sparse for each of the {num_layers} layers"
+            raise config.error("mlp_layer_types", problem)
+        return [kind == "sparse" for kind in kinds]
+    dense = config.get("first_k_dense_replace", default)
+    if type(dense) is not int or not 0 <= dense <= num_layers:
+        raise config.error("first_k_dense_replace", f"must be from 0 to {num_layers}, got {shorten(dense)}")
+    return [index >= dense for index in range(num_layers)]
 
 
 def _count(config: Fields, default: int) -> int:

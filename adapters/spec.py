@@ -6,13 +6,14 @@ Imports no torch: the API process reads it too, for the context length and the v
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.head_norms import head_norms
+from microvllm.adapters.head_norms import head_norms, whole_norms
+from microvllm.adapters.latent import LatentAttention
 from microvllm.adapters.layer_tails import LayerTails
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.pooling_spec import Pooling
@@ -59,6 +60,11 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
     def out_size(self) -> int:
         """The width of what is between the two products."""
         return self.q_size
+
+    @property
+    def cache_size(self) -> int:
+        """Elements that a layer's cache has for one token."""
+        return 2 * self.kv_size
 
     @property
     def q_size(self) -> int:
@@ -128,10 +134,13 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         """The products before and behind what the attention backend does."""
         qkv = operators.product(*weights.matrix("qkv"), norm=norm)
         if self.whole_qk_norm:
-            qkv = operators.normed_parts(qkv, weights.norm("q_norm"), weights.norm("k_norm"))
+            qkv = whole_norms(qkv, weights, operators)
         if self.v_norm:
             qkv = head_norms(qkv, self.num_heads, self.num_kv_heads, weights, operators)
         return qkv, operators.linear(*weights.matrix("o"))
+
+
+Mixer: TypeAlias = Attention | LatentAttention | GatedDeltaNet
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,7 +149,7 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     `pre_norms`: each of the two has an RMSNorm in front of it; `post_norms`: one behind it, before the sum.
     """
 
-    mixer: Attention | GatedDeltaNet
+    mixer: Mixer
     mlp: MLP | Experts
     pre_norms: bool = True
     post_norms: bool = False
@@ -204,13 +213,18 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(kind for kind in kinds if isinstance(kind, Attention))
 
     @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """Each kind of rotation once."""
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(dict.fromkeys(m.rope for m in mixers if not isinstance(m, GatedDeltaNet)))
+
+    @property
     def default_length(self) -> int:
         """Context length in tokens if none is requested.
 
         Of "longrope" the original one, as in vLLM: a longer one changes the output for short texts.
         """
-        ropes = [mixer.rope for mixer in self.mixers]
-        originals = [rope.original_max_position for rope in ropes if rope.scaling == "longrope"]
+        originals = [rope.original_max_position for rope in self.ropes if rope.scaling == "longrope"]
         return min([self.max_position, *originals])
 
     @property
@@ -224,12 +238,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of keys and values that one token holds over all layers."""
-        return 2 * sum(layer.mixer.kv_size for layer in self.layers) * dtype_bytes
+        return sum(layer.mixer.cache_size for layer in self.layers) * dtype_bytes
 
     def state_bytes(self, dtype_bytes: int) -> int:
         """Bytes that a request holds over all layers whatever its length; `dtype_bytes` of an activation."""
         mixers = (layer.mixer for layer in self.layers)
-        return sum(m.state_bytes(dtype_bytes) for m in mixers if not isinstance(m, Attention))
+        return sum(m.state_bytes(dtype_bytes) for m in mixers if isinstance(m, GatedDeltaNet))
 
     def at_length(self, length: int) -> ModelSpec:
         """The model for texts of at most `length` tokens: see `RopeSpec.at_length`."""

@@ -18,6 +18,7 @@ from torch.nn.functional import embedding
 
 from microvllm.ops.activation import activated, silu_and_mul
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAttention
+from microvllm.ops.attention.latent import LatentConfig, TorchLatentAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
 from microvllm.ops.delta_rule import DeltaConfig, TorchDeltaRule
 from microvllm.ops.experts import ExpertWeights, composed
@@ -94,11 +95,6 @@ class Operators(ABC):
         """`rms_norm` by this weight; without one x as it is."""
         return (lambda x: x) if norm is None else partial(self.rms_norm, weight=norm[0], eps=norm[1])
 
-    def normed_parts(self, product: Operator, *norms: Norm | None) -> Operator:
-        """The product, and then `norm_parts` of what it gives."""
-        given = [norm for norm in norms if norm is not None]
-        return lambda x: self.norm_parts(product(x), given)
-
     def norm_parts(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
         """See `ops.norm.norm_parts`."""
         return norm_parts(x, norms, self.rms_norm)
@@ -118,6 +114,10 @@ class Operators(ABC):
     def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
         """What layers of a gated delta rule compute between their products, with the states of all rows."""
         return TorchDeltaRule(config, self.activation_dtype)
+
+    def latent_attention(self, config: LatentConfig) -> AttentionBackend:
+        """Attention over latent keys and values. Raises ValueError for what it does not compute."""
+        return TorchLatentAttention(config, self.activation_dtype)
 
     def embedding(self, weight: Tensor) -> Operator:
         """[vocab, d] -> the operator: [n] int64 token ids -> their rows of the weight, [n, d]."""

@@ -22,7 +22,7 @@ def warn_of_gpu_options(device: str) -> None:
 
 def warn_of_rotation(spec: ModelSpec, max_model_len: int) -> None:
     """Log that short texts are rotated as long ones are, where the length decides."""
-    for rope in dict.fromkeys(mixer.rope for mixer in spec.mixers):
+    for rope in spec.ropes:
         if rope.depends_on_length and max_model_len > rope.original_max_position:
             logger.warning(
                 "Rotary scaling %s: short texts are rotated as texts of %d tokens are. "

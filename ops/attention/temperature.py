@@ -8,6 +8,19 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, StepAttention
 
 
+def tempered(
+    backend: AttentionBackend,
+    q_size: int,
+    temperature: tuple[float, int] | None,
+    max_position: int,
+    device: torch.device,
+) -> AttentionBackend:
+    """The backend with this temperature; itself without one."""
+    if temperature is None:
+        return backend
+    return TemperedAttention(backend, q_size, *temperature, max_position, device)
+
+
 class TemperedAttention:
     """Multiplies the queries at position p by 1 + beta * log(1 + p // length), then attends as `backend`.
 

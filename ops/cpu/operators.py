@@ -18,6 +18,7 @@ from torch import Tensor
 
 from microvllm.ops.activation import CLAMPED
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
+from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
 from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.isa import has_bf16
@@ -272,6 +273,11 @@ class CpuOperators(Operators):
                 raise ValueError("--batch-invariant: there is no kernel for attention with a soft cap")
             return TorchAttention(config, torch.float32)
         return CpuAttention(self, config)
+
+    def latent_attention(self, config: LatentConfig) -> AttentionBackend:
+        if self.is_invariant:
+            raise ValueError("--batch-invariant: there is no kernel for latent keys and values")
+        return super().latent_attention(config)
 
 
 class CpuEmbedding:

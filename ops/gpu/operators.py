@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBackend, AttentionConfig
+from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights, with_shared
 from microvllm.ops.gpu.activation import silu_and_mul
@@ -147,6 +148,9 @@ class GpuOperators(Operators):
 
         fixed = self._batch_invariant
         return TritonAttention(config, pdl=self.pdl, levers=self.levers, fixed_order=fixed)
+
+    def latent_attention(self, config: LatentConfig) -> AttentionBackend:
+        raise ValueError(f"--attention-backend {self._attention} does not attend to latent keys and values")
 
 
 class GpuProduct:

@@ -124,6 +124,7 @@ EQUIVALENCE = (
     ("qwen3-untied", "cpu"),
     ("qwen3-moe", "cpu"),
     ("glm4", "cpu"),
+    ("deepseek-v3", "cpu"),
     ("gemma4-shared", "cpu"),
     ("gpt-oss", "cpu"),
     ("qwen3.5", "cpu"),
