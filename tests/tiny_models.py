@@ -373,3 +373,43 @@ def _interleave(name: str, values: Any, config: dict[str, Any]) -> Any:
             paired = values.reshape(config[key], 2, values.shape[0] // config[key] // 2, -1)
             return paired.swapaxes(1, 2).reshape(values.shape)
     return values
+
+
+HARMONY_TOKENS = (
+    *("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>"),
+    *("<|return|>", "<|call|>", "<|refusal|>"),
+)
+# What there is of gpt-oss's own: a system message, tools as a developer's, calls and results as messages.
+HARMONY_TEMPLATE = (
+    "<|start|>system<|message|>Valid channels: analysis, commentary, final.<|end|>"
+    "{% if tools %}<|start|>developer<|message|>{% for tool in tools %}{{ tool.function.name }}\n{% endfor %}"
+    "<|end|>{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.tool_calls %}<|start|>assistant<|channel|>commentary to=functions."
+    "{{ message.tool_calls[0].function.name }} <|constrain|>json<|message|>"
+    "{{ message.tool_calls[0].function.arguments | tojson }}<|call|>"
+    "{% elif message.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>"
+    "{{ message.content }}<|end|>"
+    "{% else %}<|start|>{{ message.role }}<|message|>{{ message.content }}<|end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def write_harmony_tokenizer(path: Path) -> None:
+    """Write a tokenizer with gpt-oss's special tokens, a template, and the tokens that end a generation."""
+    from tokenizers import AddedToken, Tokenizer
+
+    write_tokenizer(path)
+    backend = Tokenizer.from_str(_backend_json())
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in HARMONY_TOKENS]
+    )
+    (path / "tokenizer.json").write_text(str(backend.to_str(pretty=False)), "utf-8")
+    settings = json.loads((path / "tokenizer_config.json").read_text("utf-8"))
+    settings |= {"eos_token": "<|return|>", "chat_template": HARMONY_TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    ends = [backend.token_to_id(token) for token in ("<|return|>", "<|endoftext|>", "<|call|>")]
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), "utf-8")
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    (path / "config.json").write_text(json.dumps({**config, "eos_token_id": ends[0]}), "utf-8")

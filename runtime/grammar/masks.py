@@ -433,10 +433,11 @@ class GrammarMasks:
         from microvllm.runtime.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(Path(self._config.tokenizer_path))
-        end, _ = end_tokens(self._config, tokenizer)
+        end, others = end_tokens(self._config, tokenizer)
         if end is None:
             raise ValueError("the model has no end token")
-        return model_tokenizer(tokenizer, self._vocab_size, [end])
+        ends = [end, *(token for token in others if token < self._vocab_size)]
+        return model_tokenizer(tokenizer, self._vocab_size, ends)
 
 
 def _lexer_of(work: tuple[Row, Sequence[int]]) -> int:
