@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from fake_client import BOS, FakeClient
 from http_tools import in_process
+from model_tools import ROOT
 
+from microvllm.openai_compat.app import ENDPOINTS
+from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.request import EngineStats, SamplingParams
 
 HI = [{"role": "user", "content": "hi"}]
@@ -129,3 +133,35 @@ async def test_a_wrong_request_is_not_rendered(
 async def test_a_prompt_that_cannot_run_is_not_rendered(prompt: Any) -> None:
     got, answer = await render(COMPLETIONS, prompt=prompt)
     assert got == 400 and "error" in answer
+
+
+TABLE = (ROOT / "docs" / "routers.md").read_text("utf-8").partition("## What routers read")[2]
+ROWS = [line.split("|")[1:-1] for line in TABLE.splitlines() if line.startswith("| ")][1:8]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0].strip() for row in ROWS])
+async def test_what_a_router_reads_is_there(row: list[str]) -> None:
+    """The table of docs/routers.md: paths are served, metrics have values, and what is absent is an error."""
+    _, paths, metrics, absent = row
+    async with in_process(FakeClient()) as http:
+        exposition = (await http.get("/metrics")).text
+        for metric in re.findall(r"`(vllm:\w+)`", metrics):
+            assert re.search(rf"^{metric}\{{.*\}} [0-9.e+]+$", exposition, re.MULTILINE), metric
+        for path in re.findall(r"`(/[^`]*)`", paths):
+            route = next(endpoint for endpoint in ENDPOINTS if endpoint.path == path)
+            if "GET" in route.methods and route.switch is None:
+                assert (await http.get(path)).status_code == 200, path
+        for path in re.findall(r"`(/[^`]*)`", absent):
+            answer = await http.get(path)
+            assert answer.status_code in (400, 404, 405) and "error" in answer.json(), path
+
+
+async def test_where_events_are_published() -> None:
+    client = FakeClient()
+    client.event_sources = {
+        1: KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", topic="t").at_rank(1)
+    }
+    async with in_process(client) as http:
+        sources = (await http.get("/kv_event_sources")).json()
+    assert sources["1"]["endpoint"] == "tcp://*:5558" and sources["1"]["replay_endpoint"] is None
+    assert (sources["1"]["buffer_steps"], sources["1"]["hwm"]) == (10_000, 100_000)
