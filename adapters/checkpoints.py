@@ -132,8 +132,10 @@ class FolderCheckpoint:
         return self._files[name].path
 
     def scheme(self, part: Part, layer: int) -> Scheme | None:
-        """How the matrix of a part is quantised; None if it is plain."""
-        return None if self.quantization is None else scheme_of(self.quantization, self.names, part, layer)
+        """How the matrix of a part is quantised; None if it is plain, as what is no module always is."""
+        if self.quantization is None or self.names[part.role].endswith(BARE):
+            return None
+        return scheme_of(self.quantization, self.names, part, layer)
 
     def scheme_on_loading(self, part: Part, layer: int) -> Scheme | None:
         """How the plain matrix of a part is to be quantised; None if it stays as it is."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.delta_net import GatedDeltaNet
+from microvllm.adapters.dense_and_experts import DenseAndExperts, norm_behind
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head import make_head
 from microvllm.adapters.latent import LatentAttention
@@ -135,13 +136,13 @@ class DecoderModel:
 def _build_layer(
     layer: LayerSpec, weights: TakenWeights, operators: Operators, ranks: Ranks | None
 ) -> DecoderLayer:
-    def branch(kind: str, part: Mixer | MLP | Experts) -> tuple[Operator, LinearOperator]:
+    def branch(kind: str, part: Mixer | MLP | Experts | DenseAndExperts) -> tuple[Operator, LinearOperator]:
         first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
         if ranks is not None:
             last = SummedLinear(last, ranks)
         post_norm = weights.norm(f"{kind}_post_norm")
         if post_norm is None:
             return first, last
-        return first, NormedLinear(last, operators.norm(post_norm))
+        return first, NormedLinear(last, norm_behind(part, post_norm, weights, operators))
 
     return DecoderLayer(*branch("mixer", layer.mixer), *branch("mlp", layer.mlp))

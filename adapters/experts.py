@@ -25,6 +25,7 @@ from microvllm.ops.routing import Routing
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from microvllm.ops.experts import ExpertWeights
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
@@ -70,7 +71,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         yield from matrix_slots("router", {"router": WHOLE.share(self.count)}, hidden, bias=self.bias)
         if self.correction:
             yield from self._correction()
-        rows = {"expert_gate": inner, "expert_up": inner}
+        rows = fused({"expert_gate": inner, "expert_up": inner}, names, "expert_gate_up")
         if PAIRS in names:
             rows = {PAIRS: inner.of_runs(2)}
         rows = dict(fused(rows, names, "expert_gate_up"))
@@ -112,6 +113,10 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         self, weights: LayerWeights, norm: Norm | None, operators: Operators
     ) -> tuple[Operator, LinearOperator]:
         """The norm, then everything else."""
+        return operators.experts(norm, self.loaded(weights), self.routing, self.activation)
+
+    def loaded(self, weights: LayerWeights) -> ExpertWeights:
+        """What `slots` names, as the operators take it."""
         from microvllm.ops.experts import ExpertBiases, ExpertWeights, SharedExpert
 
         def matrix(name: str) -> Tensor:
@@ -124,5 +129,4 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         correction = matrix("correction").float().flatten() if self.correction else None
         router, gate_up, down = (weights.matrix(name) for name in MATRICES)
         biases = ExpertBiases(router[1], gate_up[1], down[1])
-        layer = ExpertWeights(router[0], gate_up[0], down[0], correction, shared, biases)
-        return operators.experts(norm, layer, self.routing, self.activation)
+        return ExpertWeights(router[0], gate_up[0], down[0], correction, shared, biases)

@@ -12,18 +12,31 @@ from typing import Any
 
 import msgspec
 
+from microvllm.adapters.dense_and_experts import DenseAndExperts
+from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import MAX_ROPE_FACTOR, MAX_SIZE, Fields
 from microvllm.adapters.gemma2 import GELU
 from microvllm.adapters.gemma2 import TENSORS as GEMMA_TENSORS
 from microvllm.adapters.hf_config import hf_spec, layer_windows, text_part
 from microvllm.adapters.layer_tails import LayerTails
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
+from microvllm.ops.routing import Routing
 
 TENSORS = {
     **GEMMA_TENSORS,
+    "k_as_v": GEMMA_TENSORS["k"],
+    "router": "model.layers.{i}.router.proj",
+    "router_scale": f"model.layers.{{i}}.router.scale{BARE}",
+    "expert_scale": f"model.layers.{{i}}.router.per_expert_scale{BARE}",
+    "expert_gate_up": f"model.layers.{{i}}.experts.gate_up_proj{BARE}",
+    "expert_down": f"model.layers.{{i}}.experts.down_proj{BARE}",
+    "dense_post_norm": "model.layers.{i}.post_feedforward_layernorm_1",
+    "experts_norm": "model.layers.{i}.pre_feedforward_layernorm_2",
+    "experts_post_norm": "model.layers.{i}.post_feedforward_layernorm_2",
     "inputs_embed": "model.embed_tokens_per_layer",
     "inputs_projection": "model.per_layer_model_projection",
     "inputs_norm": "model.per_layer_projection_norm",
@@ -47,8 +60,6 @@ def from_hf(config: Fields, defaults: Mapping[str, int] = PLAIN) -> ModelSpec:
     """Describe a Gemma 4 model from the `config.json` of its folder."""
     if config.get("use_bidirectional_attention") not in (None, "vision"):  # "vision": of images alone
         raise config.error("use_bidirectional_attention", "other than vision is not supported")
-    if config.flag("enable_moe_block"):
-        raise config.error("enable_moe_block", "is set: the experts of Gemma 4 are not supported")
     slides: list[bool] = []
 
     def windows(config: Fields, num_layers: int) -> list[int | None]:
@@ -83,7 +94,7 @@ def from_hf(config: Fields, defaults: Mapping[str, int] = PLAIN) -> ModelSpec:
         raise config.error(
             "vocab_size_per_layer_input", f"other than vocab_size {spec.vocab_size} is not supported"
         )
-    activation = layers[0].mlp.activation
+    activation = _activation(config)
     return msgspec.structs.replace(
         spec,
         layers=tuple(layers),
@@ -101,6 +112,7 @@ def _layers(
     shared = _count(config, "num_kv_shared_layers", 0, at_most=spec.num_layers - 1)
     first, wide = spec.num_layers - shared, config.flag("use_double_wide_mlp")
     keys_as_values = config.flag("attention_k_eq_v")
+    experts = _experts(config) if config.flag("enable_moe_block") else None
     layers: list[LayerSpec] = []
     for index, (layer, (head_dim, kv_heads)) in enumerate(zip(spec.layers, sizes, strict=True)):
         kind = SLIDING if slides[index] else FULL
@@ -119,13 +131,28 @@ def _layers(
             v_norm=True,
             keys_as_values=keys_as_values and kind == FULL,
         )
-        mlp = layer.mlp
-        if index >= first:
+        shares = index >= first
+        if shares:
             mixer = _sharing(config, mixer, kind, layers[:first], slides)
-            if wide:
-                mlp = msgspec.structs.replace(mlp, size=2 * mlp.size)
+        size = config.size("intermediate_size") * (2 if shares and wide else 1)
+        dense = MLP(size=size, activation=_activation(config))
+        mlp = dense if experts is None else DenseAndExperts(dense=dense, experts=experts)
         layers.append(msgspec.structs.replace(layer, mixer=mixer, mlp=mlp, post_norms=True))
     return layers
+
+
+def _activation(config: Fields) -> str:
+    return GELU[config.text("hidden_activation", next(iter(GELU)))]
+
+
+def _experts(config: Fields) -> Experts:
+    """Those beside the MLP of every layer."""
+    count, num_chosen = config.size("num_experts"), config.size("top_k_experts")
+    if num_chosen > count:
+        raise config.error("top_k_experts", f"is {num_chosen}, but there are {count} experts")
+    size = config.size("moe_intermediate_size")
+    routing = Routing(num_chosen=num_chosen)
+    return Experts(count=count, size=size, routing=routing, activation=_activation(config))
 
 
 def _sharing(

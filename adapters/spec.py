@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from microvllm.adapters.delta_net import GatedDeltaNet
+from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head_norms import head_norms, whole_norms
 from microvllm.adapters.latent import LatentAttention
@@ -106,17 +107,14 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         """
         order = self.head_dim, self.rope.order(self.head_dim)
         kv, hidden = shard.share_units(self.num_kv_heads, self.head_dim), WHOLE.share(hidden_size)
-        own = {} if self.source is not None else {"k": kv.reordered(*order), "v": kv}
+        v = "k_as_v" if self.keys_as_values else "v"
+        own = {} if self.source is not None else {"k": kv.reordered(*order), v: kv}
         rows = {"q": shard.share(self.q_size).reordered(*order), **own}
         if self.gated:
             both, pair = shard.share(2 * self.q_size), 2 * self.head_dim
             gates = both.reordered(pair, [(self.head_dim, pair)])
             rows |= {"q": both.reordered(pair, order[1]), "gate_of_q": gates}
-        for slot in matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias):
-            parts = slot.parts
-            if own and self.keys_as_values:
-                parts = *parts[:2], parts[2]._replace(role="k")
-            yield slot._replace(parts=parts)
+        yield from matrix_slots("qkv", fused(rows, names, "qkv"), hidden, bias=self.qkv_bias)
         # Shards add up what `o` gives, its bias once.
         bias = self.o_bias and shard.rank == 0
         yield from matrix_slots("o", {"o": hidden}, shard.share(self.q_size), bias=bias)
@@ -150,7 +148,7 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     mixer: Mixer
-    mlp: MLP | Experts
+    mlp: MLP | Experts | DenseAndExperts
     pre_norms: bool = True
     post_norms: bool = False
 

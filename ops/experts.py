@@ -47,7 +47,9 @@ class ExpertWeights(NamedTuple):
     """What the experts of a layer are made of, for E experts of inner width I.
 
     router: [E, h]; gate_up: [E * 2 * I, h], of each expert gate before up; down: [E * h, I]; correction: [E]
-    float32, or None. The matrices are of any kind that the device's products take.
+    float32, or None. The matrices are of any kind that the device's products take. router_norm: [h], the
+    weight of a norm for the router in place of that of the experts; scales: [E] float32, by which the weights
+    of chosen experts are multiplied; or None.
     """
 
     router: Tensor
@@ -56,6 +58,8 @@ class ExpertWeights(NamedTuple):
     correction: Tensor | None = None
     shared: SharedExpert | None = None
     biases: ExpertBiases = NO_BIASES
+    router_norm: Tensor | None = None
+    scales: Tensor | None = None
 
     def split(self) -> Iterator[Expert]:
         """The experts one by one."""
@@ -72,7 +76,9 @@ class ExpertWeights(NamedTuple):
         return itertools.starmap(Expert, zip(*map(of_each, tensors), strict=True))
 
 
-def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, routing: Routing, correction: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """logits: [n, E] -> the weights of the chosen experts and their numbers, [n, k] float32 and int64.
 
     Of equal scores, which logits in 16 bits often give, the first is taken, by all devices' kernels too.
@@ -90,7 +96,8 @@ def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) ->
     weights = scores.gather(-1, chosen)
     if routing.normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
-    return weights * routing.scale, chosen
+    weights = weights * routing.scale
+    return weights if scales is None else weights * scales[chosen], chosen
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
@@ -98,6 +105,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 
 Product = Callable[[Tensor], Tensor]
+Norm = tuple[Tensor, float]  # as in `ops.operators`
 
 
 class ResidualProduct(Protocol):
@@ -107,8 +115,10 @@ class ResidualProduct(Protocol):
 
 
 class Products(Protocol):
-    """What `ops.operators.Operators` has for the matrices of each expert."""
+    """What `ops.operators.Operators` has for the matrices of each expert, and for norms."""
 
+    def norm(self, norm: Norm | None) -> Product: ...
+    def product(self, weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None) -> Product: ...
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> ResidualProduct: ...
     def mlp_input(
         self, norm: None, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
@@ -116,9 +126,9 @@ class Products(Protocol):
 
 
 def composed(
-    operators: Products, weights: ExpertWeights, routing: Routing, activation: str
-) -> ResidualProduct:
-    """The experts of a layer from the products of a device."""
+    operators: Products, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
+) -> tuple[Product, ResidualProduct]:
+    """The norm and the experts of a layer from the products of a device; with `router_norm` both in one."""
     products = [
         (
             operators.mlp_input(None, expert.gate_up, expert.gate_up_bias, activation, True),
@@ -126,9 +136,12 @@ def composed(
         )
         for expert in weights.split()
     ]
-    router = operators.linear(weights.router, weights.biases.router)
-    chosen = ComposedExperts(router, products, routing, weights.correction)
-    return with_shared(operators, chosen, weights.shared, activation)
+    outside, inside, own = norm, None, None
+    if norm is not None and weights.router_norm is not None:
+        outside, inside, own = None, norm, (weights.router_norm, norm[1])
+    router = operators.product(weights.router, weights.biases.router, norm=own)
+    chosen = ComposedExperts(router, operators.norm(inside), products, routing, weights)
+    return operators.norm(outside), with_shared(operators, chosen, weights.shared, activation)
 
 
 def with_shared(
@@ -145,22 +158,25 @@ def with_shared(
 class ComposedExperts:
     """residual + the weighted sum of what a token's experts give, one expert after another.
 
-    router: [n, h] -> [n, E]; experts: of each the product up to its activation, and the one with `down`.
+    router: [n, h] -> [n, E]; norm: what is in front of the experts alone; experts: of each the product up to
+    its activation, and the one with `down`.
     """
 
     def __init__(
         self,
         router: Product,
+        norm: Product,
         experts: Sequence[tuple[Product, Product]],
         routing: Routing,
-        correction: Tensor | None,
+        weights: ExpertWeights,
     ) -> None:
-        self._router, self._experts = router, experts
-        self._routing, self._correction = routing, correction
+        self._router, self._norm, self._experts, self._routing = router, norm, experts, routing
+        self._correction, self._scales = weights.correction, weights.scales
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: [n, h], normalised -> [n, h], summed up in float32."""
-        weights, chosen = route(self._router(x), self._routing, self._correction)
+        """x: [n, h] -> [n, h], summed up in float32."""
+        weights, chosen = route(self._router(x), self._routing, self._correction, self._scales)
+        x = self._norm(x)
         total = torch.zeros_like(x, dtype=torch.float32)
         for number in sorted(set(chosen.flatten().tolist())):
             rows, places = (chosen == number).nonzero(as_tuple=True)

@@ -34,7 +34,7 @@ def norm_parts(
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` of each head with weights of its own, rounded once, at the end.
+    """`rms_norm` of each head with weights of its own, rounded once, at the end; perhaps in place.
 
     x: [n, heads * d]; weight: [heads, d] -> [n, heads * d].
     """

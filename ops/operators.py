@@ -167,7 +167,7 @@ class Operators(ABC):
 
         The second adds it to a residual, which may be what the first was given; the norm may be in either.
         """
-        return self.norm(norm), composed(self, weights, routing, activation)
+        return composed(self, norm, weights, routing, activation)
 
     def layers(self, layers: Sequence[DecoderLayer]) -> DecoderLayers:
         """The layers whose operators were made here, to be run in this order."""

@@ -282,7 +282,12 @@ FORMS: dict[str, Form] = {
 
 
 # Of experts, which no method's own writer quantises, whatever the configuration says of them.
-ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".shared_expert_gate.weight")
+ROUTERS = (
+    ".mlp.gate.weight",
+    ".block_sparse_moe.gate.weight",
+    ".shared_expert_gate.weight",
+    ".router.proj.weight",
+)
 
 
 def quantize_folder(source: Path, target: Path, form: str, group_size: int) -> dict[str, Tensor]:

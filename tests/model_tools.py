@@ -87,7 +87,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {  # full layers of other heads, whose keys are their values
         "family": "gemma4_text",
-        "tie": True,
         "num_hidden_layers": 4,
         "sliding_window": 19,
         "global_head_dim": 48,
@@ -99,7 +98,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "gemma4-shared": {  # inputs of each layer, and two layers that read the keys and values of others
         "family": "gemma4_text",
-        "tie": True,
         "num_hidden_layers": 5,
         "sliding_window": 19,
         "global_head_dim": 48,
@@ -109,6 +107,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": TOKENIZER_SIZE,
         "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
         "seed": 4,
+    },
+    "gemma4-moe": {
+        "family": "gemma4_text",
+        "num_hidden_layers": 3,
+        "sliding_window": 19,
+        "global_head_dim": 40,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 56,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "seed": 6,
     },
     "phi3-window": {"family": "phi3", "sliding_window": 19},
     "phi4-mini": {

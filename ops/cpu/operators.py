@@ -243,7 +243,9 @@ class CpuOperators(Operators):
     def experts(
         self, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
     ) -> tuple[Operator, LinearOperator]:
-        if activation not in ("silu", CLAMPED):
+        composes = weights.router_norm is not None or weights.scales is not None
+        if composes or activation not in ("silu", CLAMPED):
+            weights = weights._replace(router=weights.router.float())  # as below
             return super().experts(norm, weights, routing, activation)
         kernel, pool = self.kernels.library.experts, self.kernels.pool
         # In float32, whose products are never rounded to bfloat16: the choice would depend on the batch.

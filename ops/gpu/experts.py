@@ -67,7 +67,8 @@ class GpuExperts:
             self._norm, self._eps = norm
         self._router, self._routing, self._activation = router, routing, activation
         self._router_weight, self._arrivals = weights.router.contiguous(), arrivals
-        self._correction = weights.correction
+        self._correction, self._scales = weights.correction, weights.scales
+        self._router_norm = weights.router_norm
         (self._count, hidden), dtype = weights.router.shape, weights.router.dtype
         self._biases, self._clamped = weights.biases, activation == CLAMPED
         gated = self._fuses = activation in ("silu", CLAMPED)
@@ -85,7 +86,7 @@ class GpuExperts:
         kinds = {isinstance(each.matrix, ScaledTensor) for each in (self._gate_up, self._down)}
         self._is_coded = True in kinds
         # The largest number of tokens that are multiplied without sorting.
-        fits = gated and routing.num_groups == 1 and len(kinds) == 1
+        fits = gated and routing.num_groups == 1 and len(kinds) == 1 and weights.router_norm is None
         self._few = MAX_GEMV_TOKENS if fits and not fixed_order else 0
         self._fixed_order, self._shared_memory, self._pdl = fixed_order, shared_memory, pdl
 
@@ -96,8 +97,10 @@ class GpuExperts:
             return torch.empty_like(x)
         if n <= self._few:
             return self._compute_few(x, residual)
-        x = self._normed(x)
-        weights, chosen = choose(self._router(x), self._routing, self._correction, pdl=pdl)
+        routed = None if self._router_norm is None else self._normed(x, self._router_norm)
+        x = self._normed(x, self._norm)
+        logits = self._router(x if routed is None else routed)
+        weights, chosen = choose(logits, self._routing, self._correction, scales=self._scales, pdl=pdl)
         k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
@@ -110,7 +113,7 @@ class GpuExperts:
         """Without sorting; one token's norm is a part of each kernel that reads it."""
         norm, eps, pdl = self._norm, self._eps, self._pdl
         if x.shape[0] > 1 or self._is_coded:
-            x, norm = self._normed(x), None
+            x, norm = self._normed(x, norm), None
         weights, chosen = route_few(
             x,
             self._router_weight,
@@ -120,6 +123,7 @@ class GpuExperts:
             eps,
             self._arrivals,
             self._biases.router,
+            scales=self._scales,
             pdl=pdl,
         )
         gate_up, down = self._gate_up.matrix, self._down.matrix
@@ -133,8 +137,8 @@ class GpuExperts:
             pdl=pdl,
         )
 
-    def _normed(self, x: Tensor) -> Tensor:
-        return x if self._norm is None else rms_norm(x, self._norm, self._eps, pdl=self._pdl)
+    def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        return x if norm is None else rms_norm(x, norm, self._eps, pdl=self._pdl)
 
     def _tiling(self, num_choices: int, itemsize: int) -> GroupedTiling:
         """Room for twice the choices that an expert has on average."""

@@ -72,3 +72,29 @@ def norm_two_parts(x: Tensor, first: Tensor, second: Tensor, eps: float, *, pdl:
             x, first, second, eps, ROW=row, D0=d0, D1=d1, BLOCK=block, num_warps=warps, **launch_options(pdl)
         )
     return x
+
+
+@triton.jit
+def _norm_heads_kernel(
+    x, weight, eps, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """Program: one head of one row."""
+    d = tl.arange(0, BLOCK)
+    w = tl.load(weight + tl.program_id(0) % HEADS * D + d, d < D, 0.0).to(tl.float32)
+    follow(PDL)
+    at = x + tl.program_id(0).to(tl.int64) * D + d
+    wide = tl.load(at, d < D, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
+    tl.store(at, wide * scale * w, d < D)
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
+    """`ops.norm.norm_heads` in place. x: [n, heads * d] contiguous; weight: [heads, d] contiguous -> x."""
+    heads, d = weight.shape
+    if x.shape[0]:
+        block = triton.next_power_of_2(d)
+        grid, warps = (x.shape[0] * heads,), max(block // 256, 1)
+        _norm_heads_kernel[grid](
+            x, weight, eps, HEADS=heads, D=d, BLOCK=block, num_warps=warps, **launch_options(pdl)
+        )
+    return x

@@ -24,7 +24,7 @@ from microvllm.ops.gpu.experts import GpuExperts
 from microvllm.ops.gpu.fixed_order import FixedOrderProduct
 from microvllm.ops.gpu.launch import can_launch_early, shared_memory
 from microvllm.ops.gpu.levers import Levers
-from microvllm.ops.gpu.norm import norm_two_parts, rms_norm
+from microvllm.ops.gpu.norm import norm_heads, norm_two_parts, rms_norm
 from microvllm.ops.gpu.packed import KINDS, packed_kinds
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
@@ -126,6 +126,9 @@ class GpuOperators(Operators):
         if eps != other:
             return super().norm_parts(x, norms)
         return norm_two_parts(x, first, second, eps, pdl=self.pdl)
+
+    def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm_heads(x, weight, eps, pdl=self.pdl)
 
     def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
         raise ValueError("--device cuda: there is no kernel for layers of a gated delta rule yet")

@@ -19,9 +19,9 @@ SORT_BLOCK = 4096  # choices that a program looks at together
 
 @triton.jit
 def _choose(
-    weights, chosen, row, logit, correction, scale, smallest, E: tl.constexpr, K: tl.constexpr,
+    weights, chosen, row, logit, correction, scales, scale, smallest, E: tl.constexpr, K: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZED: tl.constexpr,
-    CORRECTION: tl.constexpr
+    CORRECTION: tl.constexpr, SCALES: tl.constexpr
 ):  # fmt: skip
     """Store what a row's logits choose: of equal scores the first, and last what is no number."""
     e = tl.arange(0, BLOCK_E)
@@ -44,6 +44,8 @@ def _choose(
         ranked = tl.where(e == best, float("-inf"), ranked)
     if NORMALIZED:
         values = values / (tl.sum(values, 0) + smallest)
+    if SCALES:
+        values *= tl.load(scales + numbers, k < K, 0.0)
     tl.store(weights + row * K + k, values * scale, k < K)
     tl.store(chosen + row * K + k, numbers, k < K)
 
@@ -54,6 +56,7 @@ def _choose_kernel(
     chosen,
     logits,
     correction,
+    scales,
     scale,
     smallest,
     E: tl.constexpr,
@@ -63,6 +66,7 @@ def _choose_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
     CORRECTION: tl.constexpr,
+    SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: one token."""
@@ -70,8 +74,8 @@ def _choose_kernel(
     row, e = tl.program_id(0), tl.arange(0, BLOCK_E)
     logit = tl.load(logits + row.to(tl.int64) * E + e, e < E, float("-inf")).to(tl.float32)
     _choose(
-        weights, chosen, row, logit, correction, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID, NORMALIZED,
-        CORRECTION
+        weights, chosen, row, logit, correction, scales, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID,
+        NORMALIZED, CORRECTION, SCALES
     )  # fmt: skip
 
 
@@ -85,6 +89,7 @@ def _route_kernel(
     bias,
     norm,
     correction,
+    scales,
     arrivals,
     eps,
     scale,
@@ -101,6 +106,7 @@ def _route_kernel(
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
     CORRECTION: tl.constexpr,
+    SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: the logits of ROWS experts for one token; the token's last program makes the choice."""
@@ -127,8 +133,8 @@ def _route_kernel(
         # Past the L1 cache, which other multiprocessors do not write through.
         logit = tl.load(logits + row * E + e, e < E, float("-inf"), cache_modifier=".cg").to(tl.float32)
         _choose(
-            weights, chosen, row, logit, correction, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID,
-            NORMALIZED, CORRECTION
+            weights, chosen, row, logit, correction, scales, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID,
+            NORMALIZED, CORRECTION, SCALES
         )  # fmt: skip
 
 
@@ -142,12 +148,14 @@ def route_few(
     arrivals: Tensor,
     bias: Tensor | None = None,
     *,
+    scales: Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`choose` for the logits norm(x) @ router.T + bias of a few tokens, in the kernel that computes them.
 
     x: [n, h]; router: [E, h] of x's dtype; norm: [h], the weight of an RMSNorm, or None; arrivals: at least n
-    int32 zeros, and zeros again afterwards, for one call at a time. `routing` is without groups.
+    int32 zeros, and zeros again afterwards, for one call at a time; scales: [E] float32, by which the chosen
+    experts' weights are multiplied. `routing` is without groups.
     """
     (n, hidden), count, k = x.shape, len(router), routing.num_chosen
     logits = torch.empty(n, count, dtype=x.dtype, device=x.device)
@@ -162,6 +170,7 @@ def route_few(
         bias,
         norm,
         correction,
+        scales,
         arrivals,
         eps,
         routing.scale,
@@ -178,6 +187,7 @@ def route_few(
         SIGMOID=routing.sigmoid,
         NORMALIZED=routing.normalized,
         CORRECTION=correction is not None,
+        SCALES=scales is not None,
         num_warps=4,
         **launch_options(pdl),
     )
@@ -185,12 +195,17 @@ def route_few(
 
 
 def choose(
-    logits: Tensor, routing: Routing, correction: Tensor | None = None, *, pdl: bool = False
+    logits: Tensor,
+    routing: Routing,
+    correction: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """logits: [n, E] contiguous; correction: [E] float32 -> weights [n, k] float32, experts [n, k] int32."""
+    """logits: [n, E] contiguous; correction, scales: [E] float32 -> weights [n, k] float32, experts int32."""
     n, count = logits.shape
     if routing.num_groups > 1:
-        weights, chosen = route(logits, routing, correction)
+        weights, chosen = route(logits, routing, correction, scales)
         return weights, chosen.int()
     weights = torch.empty(n, routing.num_chosen, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(n, routing.num_chosen, dtype=torch.int32, device=logits.device)
@@ -199,6 +214,7 @@ def choose(
         chosen,
         logits,
         correction,
+        scales,
         routing.scale,
         SMALLEST_SUM,
         E=count,
@@ -208,6 +224,7 @@ def choose(
         SIGMOID=routing.sigmoid,
         NORMALIZED=routing.normalized,
         CORRECTION=correction is not None,
+        SCALES=scales is not None,
         num_warps=1 if count <= 256 else 4,
         **launch_options(pdl),
     )

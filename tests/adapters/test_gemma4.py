@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_tools import VARIANTS, generate_ids, make_engine, make_prompts, variant_folder
+from model_tools import VARIANTS, generate_ids, load_script, make_engine, make_prompts, variant_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, randomize, reference, write_tokenizer
 
@@ -18,6 +18,7 @@ from microvllm.adapters.registry import load_spec
 from microvllm.runtime.errors import ConfigError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
 PROMPTS = make_prompts(6, TOKENIZER_SIZE, longest=70)
 # As published, beside the parts for images and audio.
 E2B = {
@@ -96,11 +97,7 @@ def test_keys_and_values_that_shared_layers_do_not_need_may_be_stored(tmp_path: 
     for part in ("k_proj", "v_proj", "k_norm"):
         name = f"model.layers.{{}}.self_attn.{part}.weight"
         tensors[name.format(4)] = torch.full_like(tensors[name.format(1)], torch.nan)
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in folder.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    save_file(tensors, other / "model.safetensors")
+    other = make_copy(folder, tmp_path / "other", tensors)
     assert generate_ids(make_engine(other), PROMPTS, 8) == generate_ids(make_engine(folder), PROMPTS, 8)
     save_file({**tensors, "model.layers.4.self_attn.x.weight": torch.ones(1)}, other / "model.safetensors")
     with pytest.raises(ConfigError, match=r"self_attn\.x\.weight is there, but not used"):
@@ -113,6 +110,36 @@ def test_shared_layers_have_no_cache() -> None:
     assert [mixer.source for mixer in mixers] == [None, None, None, 1, 2]
     sizes = [2 * mixer.num_kv_heads * mixer.head_dim * 4 for mixer in mixers[:3]]
     assert engine.config.spec.kv_bytes_per_token(4) == sum(sizes)
+
+
+@pytest.mark.parametrize("form", ["fp8", "awq"])
+def test_a_quantised_folder_keeps_stacked_experts_as_they_are(tmp_path: Path, form: str) -> None:
+    """A matrix that is no module's weight is quantised by no writer."""
+    script, plain = load_script("quantize_checkpoint"), variant_folder("gemma4-moe")
+    values = script.quantize_folder(plain, tmp_path / "quantised", form, 8)
+    assert not [name for name in values if "expert" in name or "router" in name]
+    tensors = load_file(plain / "model.safetensors")
+    make_copy(plain, tmp_path / "same", {**tensors, **values})
+    expected = generate_ids(make_engine(tmp_path / "same"), PROMPTS, 8)
+    assert generate_ids(make_engine(tmp_path / "quantised"), PROMPTS, 8) == expected
+    assert expected != generate_ids(make_engine(plain), PROMPTS, 8)
+    stored = {**load_file(tmp_path / "quantised" / "model.safetensors")}
+    name = "model.layers.1.experts.down_proj"
+    stored[name] = stored[name].to(torch.float8_e4m3fn)
+    make_copy(tmp_path / "quantised", tmp_path / "other", stored)
+    with pytest.raises(
+        ConfigError, match=r"experts\.down_proj is stored as F8_E4M3, although quantization_config"
+    ):
+        make_engine(tmp_path / "other")
+
+
+def make_copy(folder: Path, path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The same model with these tensors."""
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, path / "model.safetensors")
+    return path
 
 
 def write_config(path: Path, **changes: Any) -> Path:
@@ -178,7 +205,9 @@ def test_a_published_configuration(tmp_path: Path) -> None:
             "has nothing about sliding_attention",
         ),
         ({"sliding_window": 0}, "text_config.sliding_window must be a positive integer"),
-        ({"enable_moe_block": True}, "text_config.enable_moe_block"),
+        ({"enable_moe_block": True}, "text_config.num_experts is missing"),
+        ({**EXPERTS, "top_k_experts": 9}, "text_config.top_k_experts is 9, but there are 8 experts"),
+        ({**EXPERTS, "moe_intermediate_size": None}, "text_config.moe_intermediate_size is missing"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -196,7 +225,7 @@ def test_a_configuration_without_its_text_part(tmp_path: Path) -> None:
 
 def test_the_variants_differ_from_models_without_their_parts() -> None:
     """Scales, inputs and windows change the text of the variants, so that comparing it tests them."""
-    assert {"gemma4", "gemma4-shared"} <= VARIANTS.keys()
+    assert {"gemma4", "gemma4-shared", "gemma4-moe"} <= VARIANTS.keys()
     folder = variant_folder("gemma4-shared")
     model, prompt = reference(folder), torch.tensor([PROMPTS[-1]])
     with torch.inference_mode():

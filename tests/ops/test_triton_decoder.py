@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tools import load_script
-from tiny_models import make_hf_folder
+from tiny_models import TOKENIZER_SIZE, make_hf_folder
 from torch import Tensor
 
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
@@ -83,6 +83,28 @@ DENSE = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 5.0},
     "olmo3": {"sliding_window": 7, "num_key_value_heads": 9},
+    "gemma4": {
+        "family": "gemma4_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 7,
+        "global_head_dim": 48,
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 24,
+        "vocab_size_per_layer_input": TOKENIZER_SIZE,
+    },
+    "gemma4-moe": {
+        "family": "gemma4_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 48,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}},
 }
 
@@ -90,7 +112,7 @@ DENSE = {
 @pytest.mark.parametrize("family", DENSE)
 def test_logits_of_dense_families(tmp_path: Path, family: str) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
-    folder = make_hf_folder(tmp_path, family, **sizes, **DENSE[family])
+    folder = make_hf_folder(tmp_path, **{"family": family, **sizes, **DENSE[family]})
     spec = load_spec(folder)
 
     def model(operators: Operators, device: str) -> DecoderModel:

@@ -45,10 +45,11 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_choice_of_experts(name: str, corrected: bool) -> None:
+    """Corrected by what is added to scores, and by what weights are multiplied by."""
     logits, routing = random(33, COUNT, seed=1), ROUTINGS[name]
-    correction = random(COUNT, seed=2) if corrected else None
-    weights, chosen = choose(logits, routing, correction)
-    expected, numbers = route(logits, routing, correction)
+    correction, scales = (random(COUNT, seed=seed) if corrected else None for seed in (2, 3))
+    weights, chosen = choose(logits, routing, correction, scales=scales)
+    expected, numbers = route(logits, routing, correction, scales)
     assert torch.equal(chosen.long(), numbers) and relative_error(weights, expected) < 1e-5
 
 
@@ -58,9 +59,10 @@ def test_the_choice_of_few_tokens(name: str, normed: bool) -> None:
     x, router, routing = random(3, HIDDEN, seed=1), random(COUNT, HIDDEN, seed=2), ROUTINGS[name]
     norm = random(HIDDEN, seed=3) + 1 if normed else None
     correction, arrivals = random(COUNT, seed=4), torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    weights, chosen = route_few(x, router, routing, correction, norm, 1e-3, arrivals)
+    scales = random(COUNT, seed=5) if normed else None
+    weights, chosen = route_few(x, router, routing, correction, norm, 1e-3, arrivals, scales=scales)
     logits = (x if norm is None else rms_norm(x, norm, 1e-3)) @ router.t()
-    expected, numbers = route(logits, routing, correction)
+    expected, numbers = route(logits, routing, correction, scales)
     assert torch.equal(chosen.long(), numbers) and relative_error(weights, expected) < 1e-5
     assert not arrivals.any()
 

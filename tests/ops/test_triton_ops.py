@@ -22,7 +22,7 @@ from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS, Tiling, prefers_gemv
-from microvllm.ops.norm import norm_parts, rms_norm
+from microvllm.ops.norm import norm_heads, norm_parts, rms_norm
 
 # Relative error of a result that is rounded once, after sums in float32. (The interpreter's product of
 # matrices takes bfloat16 for integers.)
@@ -86,6 +86,12 @@ def test_norms_of_parts_of_rows(ops: GpuOperators, eps: tuple[float, float]) -> 
     found = ops.norm_parts(x.clone(), list(zip(weights, eps, strict=True)))
     assert relative_error(found, expected) < TOLERANCE[dtype]
     assert torch.equal(found[:, 68:], x[:, 68:])
+
+
+def test_norms_of_single_heads(ops: GpuOperators) -> None:
+    x, weight = random(3, 120, seed=1, dtype=ops.activation_dtype), random(5, 24, seed=2)
+    expected = norm_heads(x.float(), weight, 1e-3)
+    assert relative_error(ops.norm_heads(x.clone(), weight, 1e-3), expected) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6, MAX_SKINNY_ROWS + 1])
