@@ -20,7 +20,7 @@ from microvllm.adapters.family import Family
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
 from microvllm.adapters.quantization import KEY as QUANTIZATION_KEY
-from microvllm.adapters.quantization import Quantization, Scheme
+from microvllm.adapters.quantization import LINEAR, Quantization, Scheme
 from microvllm.adapters.registry import BY_GGUF_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from microvllm.adapters.safetensors_file import StoredTensor, open_folder
@@ -139,7 +139,43 @@ class FolderCheckpoint:
 
     def scheme_on_loading(self, part: Part, layer: int) -> Scheme | None:
         """How the plain matrix of a part is to be quantised; None if it stays as it is."""
-        return None if self._on_loading is None else scheme_of(self._on_loading, self.names, part, layer)
+        if self._on_loading is None or part.bias:
+            return None
+        if part.expert is None:
+            return scheme_of(self._on_loading, self.names, part, layer)
+        return self._on_loading.scheme_of_experts(self.quantized_module(part, layer))
+
+    def quantized_module(self, part: Part, layer: int) -> str:
+        """The module by whose name loading quantises the matrix of a part: of experts what holds them all."""
+        module = module_name(self.names, part, layer)
+        head, experts, _ = module.partition(".experts")
+        return head + experts if part.expert is not None else module
+
+    def check_on_loading(self, slots: Iterable[Slot]) -> None:
+        """Raise `ModelFileError` where targets name no matrix, or a product's matrices differ in theirs."""
+        if self._on_loading is None:
+            return
+        unused = {target for names, _ in self._on_loading.groups for target in names} - {LINEAR}
+        count = 0
+        for slot in slots:
+            parts = [part for part in slot.parts if slot.columns is not None and not part.bias]
+            schemes = {self.scheme_on_loading(part, slot.layer) for part in parts}
+            modules = list(dict.fromkeys(self.quantized_module(part, slot.layer) for part in parts))
+            count += schemes != {None} and bool(schemes)
+            if len(schemes) > 1:
+                problem = "are one product, which has one format: --quantization-config gives them several"
+                raise ModelFileError(self.path, f"{', '.join(modules)} {problem}")
+            for module in modules:
+                found = self._on_loading.targets_of(module)
+                unused.difference_update(found)
+                if len(found) > 1:
+                    problem = f"is named by several targets of --quantization-config: {', '.join(found)}"
+                    raise ModelFileError(self.path, f"{module} {problem}")
+        if unused:
+            problem = f"targets of --quantization-config name no matrix: {', '.join(sorted(unused))}"
+            raise ModelFileError(self.path, problem)
+        if not count:
+            raise ModelFileError(self.path, "no matrix is left that --quantization-config quantises")
 
     def find(self, name: str) -> StoredTensor | None:
         """The entry of a tensor in the header of its file; None if there is no such tensor."""

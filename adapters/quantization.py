@@ -43,17 +43,23 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
     activations: str = "none"
 
 
+# Targets and their scheme.
+Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
+
+
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     """Which modules of a checkpoint are quantised, and how.
 
     `groups`: targets and their scheme. Targets and `ignored` are `LINEAR`, "re:" and a regular expression,
     a pattern of the shell, or a part of a module's name between dots. `with_head`: the head is a target too.
     `fp8_cache`: keys and values are to be cached in e4m3, by scales that are stored.
-    `on_loading`: the files have plain weights, which are quantised as they are loaded.
+    `on_loading`: the files have plain weights, which are quantised as they are loaded. Then experts have
+    groups of their own, `expert_groups`, whose targets name the module that holds all of a layer's experts.
     """
 
     method: str
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    groups: Groups
+    expert_groups: Groups = ()
     ignored: tuple[str, ...] = ()
     with_head: bool = False
     fp8_cache: bool = False
@@ -65,15 +71,24 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return self.scheme(module)
 
-    def scheme(self, module: str) -> Scheme | None:
+    def scheme(self, module: str, groups: Groups | None = None) -> Scheme | None:
         """The scheme of a linear module by its name; None if it is not quantised."""
         if any(_matches(pattern, module) for pattern in self.ignored):
             return None
         for wanted in (lambda target: _matches(target, module), LINEAR.__eq__):
-            for targets, scheme in self.groups:
+            for targets, scheme in self.groups if groups is None else groups:
                 if any(wanted(target) for target in targets):
                     return scheme
         return None
+
+    def scheme_of_experts(self, module: str) -> Scheme | None:
+        """The scheme that experts get on loading; module: the name of what holds those of a layer."""
+        return self.scheme(module, self.expert_groups)
+
+    def targets_of(self, module: str) -> list[str]:
+        """The targets that name a module, or experts."""
+        targets = (target for names, _ in (*self.groups, *self.expert_groups) for target in names)
+        return [target for target in dict.fromkeys(targets) if _matches(target, module)]
 
 
 def read_quantization(config: Fields) -> Quantization | None:
@@ -297,13 +312,12 @@ ON_LOADING: Mapping[str, tuple[int, int]] = {
     "fp8_per_block": (128, 128),
 }
 # Values of `--quantization`. Those in _marlin name vLLM's kernels for the same checkpoints.
-QUANTIZATIONS = tuple(dict.fromkeys((*METHODS, *ON_LOADING, "gptq_marlin", "awq_marlin", "gguf")))
+QUANTIZATIONS = tuple(dict.fromkeys((*METHODS, *ON_LOADING, "online", "gptq_marlin", "awq_marlin", "gguf")))
 
 
-def quantize_on_loading(requested: str) -> Quantization:
-    """Of all matrices of a plain checkpoint but embeddings and head; `requested`: see `ON_LOADING`."""
-    scheme = Scheme(layout="scaled", is_float=True, block=ON_LOADING[requested], activations="token")
-    return Quantization(method=requested, groups=(((LINEAR,), scheme),), on_loading=True)
+def scheme_on_loading(requested: str) -> Scheme:
+    """Of matrices of a plain checkpoint; `requested`: see `ON_LOADING`."""
+    return Scheme(layout="scaled", is_float=True, block=ON_LOADING[requested], activations="token")
 
 
 def _choice(config: Fields, key: str, default: str | None, choices: tuple[str, ...]) -> str:

@@ -91,6 +91,8 @@ def load_weights(
             "(tie_word_embeddings): the stored lm_head is used"
         )
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
+    if isinstance(checkpoint, FolderCheckpoint):
+        checkpoint.check_on_loading(spec.slots(checkpoint.names))
     formats = [each for each in (Mxfp4(), *CODED, *FORMATS) if each.kind in (torch.Tensor, *packed)]
 
     def format_of(slot: Slot) -> WeightFormat:

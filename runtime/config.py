@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters.quantization import QUANTIZATIONS, quantize_on_loading, why_not_quantized
+from microvllm.adapters.quantization import QUANTIZATIONS
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime import start_checks, vllm_environment
 from microvllm.runtime.backends import (
@@ -46,6 +46,7 @@ from microvllm.runtime.kv_memory import KV_BYTES, fit_states, size_pool
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS
 from microvllm.runtime.progress import OnProgress
+from microvllm.runtime.quantization import quantize
 from microvllm.runtime.rank_checks import check_engines, check_ranks
 from microvllm.runtime.read_spec import read_spec
 
@@ -92,11 +93,14 @@ class EngineArgs:
         choices=QUANTIZATIONS,
         read=optional_text,
     )
+    quantization_config: dict[str, Any] | None = flag(
+        None, MODEL, "What of plain weights loading quantises: linear, moe, ignore, or targets by module."
+    )
     gguf_weights: str = flag(
         "auto",
         MODEL,
         "How the matrices of a .gguf file are kept: packed, multiplied exactly from its blocks, on a GPU "
-        "those in Q4_0, Q4_1, Q4_K and Q8_0; dequantized, rounded to --dtype; auto, packed unless the "
+        "all types but IQ4; dequantized, rounded to --dtype; auto, packed unless the "
         "backend is torch.",
         choices=("auto", "packed", "dequantized"),
     )
@@ -289,11 +293,8 @@ class EngineArgs:
         )
         plain_or_method = spec.quantization.method if spec.quantization else None
         stored = "gguf" if path.is_file() else plain_or_method
-        other_method = self.quantization and why_not_quantized(self.quantization, stored, self.model)
-        if self.quantization and stored is None and not other_method:
-            spec = msgspec.structs.replace(spec, quantization=quantize_on_loading(self.quantization))
+        spec = quantize(spec, self.quantization, self.quantization_config, stored, self.model)
         _refuse(
-            (other_method, other_method),
             (
                 self.max_num_queued_reqs == AUTO_QUEUE and not self.queue_timeout,
                 "--max-num-queued-reqs auto needs --queue-timeout",

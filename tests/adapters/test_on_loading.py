@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,3 +110,114 @@ def test_what_is_quantised_already_is_not_quantised_again(plain: Path, tmp_path:
             EngineArgs(model=str(tmp_path), quantization=requested, device="cpu").resolve()
     with pytest.raises(ConfigError, match=r"--quantization gptq: .* quantises to fp8, fp8_per_tensor"):
         EngineArgs(model=str(plain), quantization="gptq", device="cpu").resolve()
+
+
+# ---- --quantization-config -------------------------------------------------------------------------
+
+
+def load_by(
+    folder: Path, config: dict[str, Any] | None, requested: str | None = None
+) -> dict[str, torch.Tensor]:
+    args = EngineArgs(model=str(folder), quantization=requested, quantization_config=config, device="cpu")
+    return load_weights(folder, args.resolve().spec, "auto", torch.float32, packed=(ScaledTensor,))
+
+
+def quantised(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """The block of each quantised matrix."""
+    return {name: tensor.block for name, tensor in weights.items() if isinstance(tensor, ScaledTensor)}
+
+
+@pytest.mark.parametrize(
+    ("config", "requested", "same_as"),
+    [
+        ({"linear": "fp8_per_channel"}, None, "fp8_per_channel"),
+        ({"linear": {"weight": "fp8_per_block_static", "activation": None}}, "online", "fp8_per_block"),
+        ({"linear": "fp8_per_tensor_static", "moe": None}, "fp8_per_channel", "fp8_per_tensor"),
+        ({"moe": "fp8_per_channel"}, "fp8_per_tensor", "fp8_per_tensor"),
+        ({"ignore": ["model.layers", "lm_head", "re:visual"]}, "fp8", "fp8"),  # names are whole ones
+        ({"targets": {"re:.*": "fp8_per_channel"}}, "online", "fp8_per_channel"),
+    ],
+)
+def test_all_matrices_by_a_configuration(
+    plain: Path, config: dict[str, Any], requested: str | None, same_as: str
+) -> None:
+    expected, found = load(plain, same_as, (ScaledTensor,)), load_by(plain, config, requested)
+    assert quantised(found) == quantised(expected) != {}
+    for name, tensor in expected.items():
+        if isinstance(tensor, ScaledTensor):
+            other = found[name]
+            assert isinstance(other, ScaledTensor)
+            assert other.dequantized(torch.float32).equal(tensor.dequantized(torch.float32))
+
+
+def test_some_matrices_by_a_configuration(plain: Path) -> None:
+    """Patterns are vLLM's: a name, an expression, or one of the shell."""
+    ignore = ["model.layers.0.self_attn.o_proj", "re:.*mlp", "*.q_proj", "*.[kv]_proj"]
+    found = quantised(load_by(plain, {"linear": "fp8_per_tensor", "ignore": ignore}))
+    assert set(found) == {"layers.1.o"}
+    targets = {"re:.*down_proj$": "fp8_per_channel", "model.layers.1.self_attn.o_proj": "fp8_per_block"}
+    found = quantised(load_by(plain, {"targets": targets}))
+    assert set(found) == {"layers.0.down", "layers.1.down", "layers.1.o"}
+    assert found["layers.1.o"] != found["layers.1.down"]
+
+
+def test_experts_by_a_configuration(tmp_path: Path) -> None:
+    """Their format is that of `moe`, or of a target that names the module of them all."""
+    folder = make_hf_folder(tmp_path / "moe", "qwen3_moe", num_hidden_layers=2)
+    found = quantised(load_by(folder, {"moe": "fp8_per_channel"}))
+    assert found and all("expert" in name for name in found)
+    experts = set(found)
+    assert not experts & set(quantised(load_by(folder, {"linear": "fp8_per_channel"})))
+    targets = {"*.0.mlp.experts": "fp8_per_channel", "re:.*self_attn": "fp8_per_tensor"}
+    found = quantised(load_by(folder, {"targets": targets}))
+    assert {name for name in found if "expert" in name} == {n for n in experts if n.startswith("layers.0.")}
+    ignored = load_by(folder, {"ignore": ["model.layers.1.mlp.experts"]}, "fp8")
+    assert {name for name in quantised(ignored) if "expert" in name} == {
+        name for name in experts if name.startswith("layers.0.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "requested", "fault"),
+    [
+        ({}, None, "needs linear, moe or targets"),
+        ({"ignore": ["a"]}, None, "needs linear, moe or targets"),
+        (None, "online", "--quantization online needs --quantization-config"),
+        ({"kv": "fp8"}, None, "kv is unknown"),
+        ({"linear": "mxfp8"}, None, "linear 'mxfp8' is not implemented"),
+        ({"linear": "int8_per_channel_weight_only"}, None, "linear 'int8_per_channel_weight_only'"),
+        ({"moe": {"weight": "nvfp4_per_token"}}, None, "moe.weight 'nvfp4_per_token' is not implemented"),
+        ({"linear": 8}, None, "linear 8 is not implemented"),
+        ({"linear": {"weights": "fp8"}}, None, "linear.weights is unknown"),
+        ({"linear": {"weight": "fp8_per_tensor_static", "activation": "mxfp4"}}, None, "linear.activation"),
+        ({"linear": "fp8_per_tensor", "ignore": "lm_head"}, None, "ignore must be a list of names"),
+        ({"linear": "fp8_per_tensor", "ignore": ["re:("]}, None, "'re:(' is no expression"),
+        ({"linear": "fp8_per_tensor", "targets": {"a": "fp8_per_tensor"}}, None, "targets does not go"),
+        ({"targets": {"a": "fp8_per_tensor"}}, "fp8", "targets does not go together with --quantization fp8"),
+        ({"targets": {"a": "fp8_per_tensor"}, "ignore": ["b"]}, None, "ignore has no meaning"),
+        ({"targets": {"a": "mxfp4"}}, None, "targets[a] 'mxfp4' is not implemented"),
+        ({"targets": []}, None, "targets must be an object"),
+        ({"targets": {"re:.*_proj": "fp8_per_tensor"}}, "awq", "does not fit --quantization awq"),
+    ],
+)
+def test_what_a_configuration_cannot_say(
+    plain: Path, config: dict[str, Any] | None, requested: str | None, fault: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_by(plain, config, requested)
+    assert fault in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"targets": {"re:.*q_proj": "fp8_per_tensor"}}, "are one product, which has one format"),
+        ({"targets": {"re:.*o_proj": "fp8_per_tensor", "*.0.*": "fp8_per_tensor"}}, "by several targets"),
+        ({"targets": {"re:.*o_proj": "fp8_per_tensor", "o_proj": "fp8_per_tensor"}}, "name no matrix"),
+        ({"linear": "fp8_per_tensor", "ignore": ["*"]}, "no matrix is left"),
+        ({"moe": "fp8_per_tensor"}, "no matrix is left"),
+    ],
+)
+def test_what_fits_no_matrix_of_a_model(plain: Path, config: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ModelFileError, match=fault):
+        load_by(plain, config)

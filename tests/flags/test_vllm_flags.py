@@ -230,7 +230,7 @@ def test_spellings_that_vllm_knows(argv: str, words: str) -> None:
         ("--enable-lora.rank 8", "unknown flag --enable-lora.rank"),
         ("--kv-cache-dtype-skip-layers 0 1", "--kv-cache-dtype-skip-layers 0 1 (it would keep keys and"),
         ("--calculate-kv-scales", "--calculate-kv-scales (it would measure the scales"),
-        ("-q awq --quantization-config.a b", "--quantization-config a=b (it would quantise the weights"),
+        ("-q awq --kv-transfer-config.a b", "--kv-transfer-config a=b (it would"),
         ("-sc.method ngram", "--speculative-config method=ngram"),
         ("--structured-outputs-config.reasoning_parser qwen3", "_parser qwen3 (it would separate"),
         ('--structured-outputs-config {"reasoning_parser":"qwen3"}', "_parser qwen3 (it would separate"),
