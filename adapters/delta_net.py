@@ -58,6 +58,12 @@ class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag="gated_delta_
         return self.num_value_heads * self.value_dim
 
     @property
+    def scratch_size(self) -> int:
+        """Numbers of an activation that a GPU needs for a prompt's token between the products."""
+        keys, chunk = self.num_value_heads * self.key_dim, 34 * self.num_value_heads
+        return self.channels + keys + self.out_size + chunk
+
+    @property
     def channels(self) -> int:
         """The width of q, k and v together."""
         return 2 * self.num_key_heads * self.key_dim + self.out_size

@@ -131,7 +131,9 @@ class GpuOperators(Operators):
         return norm_heads(x, weight, eps, pdl=self.pdl)
 
     def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
-        raise ValueError("--device cuda: there is no kernel for layers of a gated delta rule yet")
+        from microvllm.ops.gpu.delta_rule import GpuDeltaRule
+
+        return GpuDeltaRule(config, self.activation_dtype, pdl=self.pdl)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:

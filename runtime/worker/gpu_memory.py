@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
+from microvllm.adapters.spec import Attention
 from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
@@ -168,10 +169,17 @@ def capture_graphs(
 
 @torch.inference_mode()
 def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
-    """Run the largest step that there can be, with attention left out, which keeps nothing but its output."""
+    """Run the largest step that there can be, with attention left out, which keeps nothing but its output.
+
+    What states are computed with is taken as well.
+    """
 
     def no_attention(layer: int, qkv: Tensor) -> Tensor:
-        return qkv[:, : model.spec.layers[layer].mixer.out_size].clone()
+        mixer = model.spec.layers[layer].mixer
+        out = qkv[:, : mixer.out_size].clone()
+        if not isinstance(mixer, Attention):
+            qkv.new_empty(len(qkv), mixer.scratch_size)
+        return out
 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

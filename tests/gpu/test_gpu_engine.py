@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-MODELS = ("llama-tied", "qwen2", "qwen3", "qwen3-moe")
+MODELS = ("llama-tied", "qwen2", "qwen3", "qwen3-moe", "qwen3.5")
 VOCAB = 300
 
 

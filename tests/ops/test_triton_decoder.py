@@ -28,7 +28,7 @@ BLOCK, BLOCKS = 16, 8
 
 def logits(model: DecoderModel, device: torch.device, cache: torch.dtype) -> Tensor:
     """Of a prompt of 21 tokens in two chunks, then of two decodes."""
-    attention = model.attention(BLOCKS, BLOCK, 64, cache, device)
+    attention = model.attention(BLOCKS, BLOCK, 64, cache, device, 2)
     table, found, done = [5, 2], [], 0
     ids = torch.arange(3, 26)
     for count in (13, 8, 1, 1):
@@ -45,6 +45,7 @@ def logits(model: DecoderModel, device: torch.device, cache: torch.dtype) -> Ten
             blocks.to(device),
             torch.full((decodes,), done, device=device),
             None if decodes else segments,
+            torch.ones(1, dtype=torch.int64, device=device),
         )
         hidden = model.forward(ids[at].to(device), attention.begin_step(batch))
         found.append(model.logits(hidden).cpu())
@@ -106,6 +107,13 @@ DENSE = {
         "moe_intermediate_size": 32,
     },
     "ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+    },
 }
 
 
