@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.adapters.spec import Attention
+from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
@@ -177,7 +177,7 @@ def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
     def no_attention(layer: int, qkv: Tensor) -> Tensor:
         mixer = model.spec.layers[layer].mixer
         out = qkv[:, : mixer.out_size].clone()
-        if not isinstance(mixer, Attention):
+        if isinstance(mixer, GatedDeltaNet):
             qkv.new_empty(len(qkv), mixer.scratch_size)
         return out
 
