@@ -155,7 +155,15 @@ class GpuOperators(Operators):
         return TritonAttention(config, pdl=self.pdl, levers=self.levers, fixed_order=fixed)
 
     def latent_attention(self, config: LatentConfig) -> AttentionBackend:
-        raise ValueError(f"--attention-backend {self._attention} does not attend to latent keys and values")
+        if self._attention != "triton":
+            raise ValueError(
+                f"--attention-backend {self._attention} does not attend to latent keys and values"
+            )
+        if self._batch_invariant:
+            raise ValueError("--batch-invariant: there is no such kernel for latent keys and values")
+        from microvllm.ops.attention.triton_latent import TritonLatentAttention
+
+        return TritonLatentAttention(config, pdl=self.pdl)
 
 
 class GpuProduct:

@@ -47,6 +47,11 @@ def runner_of(made: InferenceEngine) -> ModelGraphRunner:
     return runner
 
 
+# Their layers are those of the models above but for rotations, norms, temperatures, routings and latents.
+MORE_MODELS = (
+    *("phi4-mini", "smollm3", "granite", "seed-oss", "glm4", "olmo3", "ministral3"),
+    *("glm4-moe", "minimax-m2", "ernie-moe", "olmoe", "deepseek-v3", "glm4-moe-lite"),
+)
 PROMPTS = make_prompts(12, VOCAB, seed=1)
 
 
@@ -57,6 +62,13 @@ def on_the_cpu(model: str) -> list[list[int]]:
         PROMPTS,
         40,
     )
+
+
+@pytest.mark.parametrize("model", MORE_MODELS)
+def test_greedy_tokens_of_more_families_are_those_of_the_cpu(model: str) -> None:
+    made = engine(model, dtype="float32", max_num_batched_tokens=40)
+    for _ in range(2):  # the second time with what is in the prefix cache
+        assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model)
 
 
 @pytest.mark.parametrize("model", MODELS)

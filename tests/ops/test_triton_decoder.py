@@ -142,6 +142,30 @@ SPARSE = {
         "shared_expert_intermediate_size": 48,
     },
     "qwen3_moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+    "glm4_moe": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "use_qk_norm": True,
+    },
+    "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 16},
+    "deepseek_v3": {
+        "num_key_value_heads": 9,
+        "head_dim": 12,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 12,
+        "qk_nope_head_dim": 20,
+        "v_head_dim": 16,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
 }
 
 
@@ -150,7 +174,7 @@ SPARSE = {
 def test_logits_of_mixtures_of_experts(tmp_path: Path, family: str, form: str | None) -> None:
     """With a cache of float32 nothing is rounded. Of codes every matrix but routers stays packed."""
     sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
-    plain = make_hf_folder(tmp_path / "plain", family, **sizes, **SPARSE[family])
+    plain = make_hf_folder(tmp_path / "plain", family, **{**sizes, **SPARSE[family]})
     folder = plain
     if form is not None:
         folder = tmp_path / form
