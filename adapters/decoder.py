@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -84,7 +85,7 @@ class DecoderModel:
 
     def attention(
         self,
-        num_blocks: int,
+        pools: Sequence[int],
         block_size: int,
         max_position: int,
         dtype: torch.dtype,
@@ -93,26 +94,21 @@ class DecoderModel:
     ) -> AttentionBackend:
         """The attention of all layers, with a KV cache of `dtype`: one backend for each kind of layer.
 
-        Layers with a state keep those of so many rows.
+        pools: the blocks for each of `spec.windows`. Layers with a state keep those of so many rows.
         """
+        pool_of = self.spec.pool_of
 
         def backend(mixer: Mixer, indices: list[int]) -> AttentionBackend:
             if isinstance(mixer, GatedDeltaNet):
                 kept = [self._kept[index] for index in indices]
                 return mixer.backend(kept, rows, self.spec.rms_norm_eps, self._operators)
+            num_blocks = pools[pool_of(mixer)]
             if isinstance(mixer, LatentAttention):
                 sizes = num_blocks, block_size, max_position, dtype, device
                 return mixer.backend(len(indices), *sizes, self._operators)
-            shape = AttentionShape(
-                len(indices),
-                mixer.num_heads,
-                mixer.num_kv_heads,
-                mixer.head_dim,
-                mixer.window,
-                mixer.rope.attention_factor,
-                mixer.scale,
-                mixer.softcap,
-            )
+            heads = len(indices), mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
+            rotary_scale = mixer.rope.attention_factor
+            shape = AttentionShape(*heads, mixer.window, rotary_scale, mixer.scale, mixer.softcap)
             inv_freq = inverse_frequencies(mixer.rope, mixer.head_dim).to(device)
             norms = [(q[0], k[0]) for q, k in (self._qk_norms[index] for index in indices) if q and k]
             qk_norms = QKNorms(tuple(norms), self.spec.rms_norm_eps) if norms else None
@@ -128,9 +124,9 @@ class DecoderModel:
         for index, layer in enumerate(self.spec.layers):
             if layer.mixer.source is None:
                 kinds.setdefault(layer.mixer, []).append(index)
-        backends = [(backend(mixer, indices), indices) for mixer, indices in kinds.items()]
-        own = backends[0][0] if len(backends) == 1 else MixedAttention(backends)
-        return sharing(own, [layer.mixer.source for layer in self.spec.layers])
+        backends = [(backend(kind, own), own, pool_of(kind)) for kind, own in kinds.items()]
+        made = backends[0][0] if len(backends) == 1 else MixedAttention(backends)
+        return sharing(made, [layer.mixer.source for layer in self.spec.layers])
 
 
 def _build_layer(

@@ -48,6 +48,10 @@ class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag="gated_delta_
         return
 
     @property
+    def window(self) -> None:
+        """All positions change the state."""
+
+    @property
     def cache_size(self) -> int:
         """Elements that the paged cache has for one token."""
         return 0

@@ -42,7 +42,7 @@ from microvllm.runtime.flag import (
     required_flag,
 )
 from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
-from microvllm.runtime.kv_memory import KV_BYTES, fit_states, size_pool
+from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_pools
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS
 from microvllm.runtime.progress import OnProgress
@@ -334,23 +334,26 @@ class EngineArgs:
         num_ranks, num_engines = self.tensor_parallel_size, self.data_parallel_size
         check_engines(num_engines, self.data_parallel_size_local, num_ranks, device)
         shard = check_ranks(num_ranks, spec, device, batch_invariant=batch_invariant)
+        budget = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[device]
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens is None:
+            budget = max(budget, max_model_len)
         # On a CPU all processes take of the same memory.
         sharing = num_ranks * num_engines if device == "cpu" else 1
-        num_blocks, max_model_len = size_pool(
+        row_bytes = shard.state_bytes(KV_BYTES["float32" if backend == "cpu" else dtype]) * sharing
+        max_num_seqs = self.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, budget)
+        max_num_seqs = fit_states(device, row_bytes, max_num_seqs, self.max_num_seqs is not None)
+        # Off on a CPU: scheduling would compete with the model for the same cores.
+        is_async = device == "cuda" if self.async_scheduling is None else self.async_scheduling
+        step_tokens = budget * (1 + is_async)
+        layout = CacheLayout.of(shard, kv_dtype, block_size, step_tokens, max_num_seqs, sharing)
+        pools, max_model_len = size_pools(
             device,
-            block_size,
-            shard.kv_bytes_per_token(KV_BYTES[kv_dtype]) * block_size * sharing,
+            layout,
             max_model_len,
             blocks=self.num_gpu_blocks_override,
             pool_bytes=self.kv_cache_memory_bytes,
             may_shorten=self.max_model_len is None,
         )
-        budget = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[device]
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens is None:
-            budget = max(budget, max_model_len)
-        row_bytes = shard.state_bytes(KV_BYTES["float32" if backend == "cpu" else dtype]) * sharing
-        max_num_seqs = self.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, budget)
-        max_num_seqs = fit_states(device, row_bytes, max_num_seqs, self.max_num_seqs is not None)
         _refuse(
             (
                 not self.enable_chunked_prefill and budget < max_model_len,
@@ -381,14 +384,14 @@ class EngineArgs:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             block_size=block_size,
-            num_blocks=num_blocks,
+            num_blocks=pools[0],
+            window_blocks=pools[1:],
             enable_prefix_caching=caching,
             kv_events=read_kv_events(self.kv_events_config, caching, num_engines),
             enable_chunked_prefill=self.enable_chunked_prefill,
             long_prefill_token_threshold=self.long_prefill_token_threshold,
             scheduling_policy=self.scheduling_policy,
-            # Off on a CPU: scheduling would compete with the model for the same cores.
-            async_scheduling=device == "cuda" if self.async_scheduling is None else self.async_scheduling,
+            async_scheduling=is_async,
             max_num_queued_reqs=queued if isinstance(queued, int) else DEFAULT_MAX_NUM_QUEUED_REQS,
             max_num_queued_tokens=self.max_num_queued_tokens or DEFAULT_MAX_NUM_QUEUED_TOKENS,
             admit_by_rate=queued == AUTO_QUEUE,
@@ -446,7 +449,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    num_blocks: int
+    num_blocks: int  # of the KV pool for the first of `spec.windows`, which is the largest or None
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
     long_prefill_token_threshold: int
@@ -456,6 +459,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     attention_backend: str
     cpu_threads: int
+    window_blocks: tuple[int, ...] = ()  # of the pools for the others
     may_shorten: bool = False  # the context, to what the KV cache of a GPU holds
     packed_weights: bool = False  # matrices stay as the model's files quantise them where operators take that
     int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
@@ -477,11 +481,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of a KV block over all layers, on one rank."""
-        spec = self.spec.sharded(self.tensor_parallel_size)
-        return spec.kv_bytes_per_token(KV_BYTES[self.kv_dtype]) * self.block_size
-
     @property
     def states_bytes(self) -> int:
         """Bytes of the states of all rows, the padding row included, on one rank of a GPU."""
@@ -489,9 +488,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return row * (self.max_num_seqs + 1)
 
     @property
-    def kv_tokens(self) -> int:
-        """Tokens that the KV cache has room for."""
-        return self.num_blocks * self.block_size
+    def pools(self) -> tuple[int, ...]:
+        """Blocks of the KV pool for each of `spec.windows`."""
+        return self.num_blocks, *self.window_blocks
 
     @property
     def max_blocks(self) -> int:

@@ -1,14 +1,17 @@
-"""Sizes the pool of KV blocks before a model is loaded.
+"""Sizes the pools of KV blocks, one for each window of the model's layers.
 
-On a GPU that holds only for a requested size; the default is measured beside the loaded model, in
-`worker/gpu_memory.py`.
+On a CPU that is done before the model is loaded. On a GPU it is for a requested size; the default is measured
+beside the loaded model, in `worker/gpu_memory.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.machine import available_memory
 from microvllm.runtime.vllm_environment import whole_number
@@ -16,61 +19,143 @@ from microvllm.runtime.vllm_environment import whole_number
 logger = logging.getLogger("microvllm.config")
 
 KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # of one number
-CPU_KV_BYTES = 256 << 20  # default pool on a CPU, if one full-length sequence fits into it
+CPU_KV_BYTES = 256 << 20  # default size on a CPU, if one full-length sequence fits into it
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
 
-def size_pool(
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """What the sizes of the pools follow from.
+
+    windows: one of each pool, see `ModelSpec.windows`; block_bytes: of a block of each pool, over its layers.
+    step_tokens: computed by the steps that are in flight together, at most.
+    """
+
+    windows: Sequence[int | None]
+    block_bytes: Sequence[int]
+    block_size: int
+    step_tokens: int
+    max_num_seqs: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        kv_dtype: str,
+        block_size: int,
+        step_tokens: int,
+        max_num_seqs: int,
+        copies: int = 1,
+    ) -> CacheLayout:
+        """Return the layout for a model, of which there are `copies` in the same memory."""
+        sizes = [number * block_size * copies for number in spec.kv_bytes_per_token(KV_BYTES[kv_dtype])]
+        return cls(spec.windows, sizes, block_size, step_tokens, max_num_seqs)
+
+    def most_held(self, pool: int, length: int) -> int:
+        """Blocks of a pool that a sequence of `length` tokens holds at a time, at most.
+
+        With a window these are the blocks that the first token of the oldest step in flight sees, those of
+        the steps, and one that is about to be given back.
+        """
+        blocks, window = -(-length // self.block_size), self.windows[pool]
+        if window is None:
+            return blocks
+        return min(blocks, self._blocks(window - 1) + self._blocks(self.step_tokens) + 1)
+
+    def shapes(self, blocks: Sequence[int], length: int) -> list[tuple[int, int, int | None, int]]:
+        """Return what each `BlockPool` is made of, for sequences of up to `length` tokens."""
+        return [
+            (number, self.block_size, window, self.most_held(pool, length))
+            for pool, (number, window) in enumerate(zip(blocks, self.windows, strict=True))
+        ]
+
+    def bytes_for(self, length: int) -> int:
+        """Bytes that a sequence of `length` tokens holds at a time, at most."""
+        return sum(self.most_held(i, length) * size for i, size in enumerate(self.block_bytes))
+
+    def longest(self, num_bytes: int, length: int) -> int:
+        """Tokens of the longest sequence that there is room for, in whole blocks, up to those of `length`."""
+        lengths = range(self.block_size, length + self.block_size, self.block_size)
+        return self.block_size * bisect_right(lengths, num_bytes, key=self.bytes_for)
+
+    def divide(self, num_bytes: int, length: int) -> tuple[int, ...]:
+        """Blocks of each pool, of sequences of up to `length` tokens.
+
+        Each pool gets what one of them holds. Of the rest, n being the tokens that it has room for if windows
+        are ignored, and w the windows' share of a token's bytes, each window's pool gets n / (1 + w) tokens,
+        and the first pool what is left. Whatever the lengths of the sequences are, at least 1 / (1 + w) as
+        many then find room as in pools that were divided for these lengths. A window's pool gets no more
+        than it can use, though: see `_useful`.
+        """
+        rest = max(0, num_bytes - self.bytes_for(length))
+        even = rest // (sum(self.block_bytes) + sum(self.block_bytes[1:]))
+        others = [
+            min(self._useful(pool, length), self.most_held(pool, length) + even)
+            for pool in range(1, len(self.windows))
+        ]
+        taken = sum(blocks * size for blocks, size in zip(others, self.block_bytes[1:], strict=True))
+        return max(0, num_bytes - taken) // self.block_bytes[0], *others
+
+    def beside(self, blocks: int, length: int) -> tuple[int, ...]:
+        """`blocks` of the first pool, and of the others as many as can be used beside them."""
+        return blocks, *(min(blocks, self._useful(pool, length)) for pool in range(1, len(self.windows)))
+
+    def size(self, blocks: Sequence[int]) -> int:
+        """Bytes of so many blocks of each pool."""
+        return sum(number * size for number, size in zip(blocks, self.block_bytes, strict=True))
+
+    def room(self, blocks: Sequence[int]) -> str:
+        """Describe for how many tokens so many blocks of each pool have room."""
+        parts = (
+            f"{number * self.block_size:,} tokens" + (f" in windows of {window:,}" if window else "")
+            for number, window in zip(blocks, self.windows, strict=True)
+        )
+        return " and ".join(parts)
+
+    def _useful(self, pool: int, length: int) -> int:
+        """Twice what `max_num_seqs` sequences hold: as much again for prefixes that are kept."""
+        window = self.windows[pool] or length
+        each = min(self._blocks(length), self._blocks(window - 1) + 2)
+        return 2 * (self.max_num_seqs * each + self._blocks(self.step_tokens))
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+def size_pools(
     device: str,
-    block_size: int,
-    block_bytes: int,
+    layout: CacheLayout,
     max_model_len: int,
     *,
     blocks: int | None = None,
     pool_bytes: int | None = None,
     may_shorten: bool = False,
-) -> tuple[int, int]:
-    """Return the number of KV blocks (0: to be measured), and the context length in tokens that they hold.
+) -> tuple[tuple[int, ...], int]:
+    """Return the blocks of each pool (0: to be measured), and the context length in tokens that they hold.
 
-    `blocks` or `pool_bytes` are requested; else VLLM_CPU_KVCACHE_SPACE or the free memory decides. A pool too
-    small for one request of full length would make that request wait indefinitely (vLLM issue 35541): the
-    length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a pool, and for too small
-    a one.
+    `blocks`, of the first pool, or `pool_bytes`, of all, are requested; else VLLM_CPU_KVCACHE_SPACE or the
+    free memory decides. Pools too small for one request of full length would make that request wait
+    indefinitely (vLLM issue 35541): the length is lowered to fit if it `may_shorten`. Raises `ConfigError`
+    for too large pools, and for too small ones.
     """
-    requested, option = blocks, "--num-gpu-blocks-override"
-    if blocks is None:
-        option = "--kv-cache-memory-bytes"
-        requested = None if pool_bytes is None else pool_bytes // block_bytes
-    if device == "cpu":
-        return _cpu_pool(requested, option, block_bytes, block_size, max_model_len, may_shorten)
-    if requested is None:
-        return 0, max_model_len
-    return requested, fit_context(requested, block_size, block_bytes, max_model_len, option, may_shorten)
-
-
-def _cpu_pool(
-    requested: int | None,
-    option: str,
-    block_bytes: int,
-    block_size: int,
-    max_model_len: int,
-    may_shorten: bool,
-) -> tuple[int, int]:
-    free = available_memory()
-    needed = math.ceil(max_model_len / block_size)
-    if requested is not None:
-        num_blocks = requested
-    elif space := whole_number("VLLM_CPU_KVCACHE_SPACE"):
-        num_blocks = (space << 30) // block_bytes
-    else:
-        num_blocks = min(max(CPU_KV_BYTES, needed * block_bytes), int(free * CPU_KV_SHARE)) // block_bytes
-    if num_blocks * block_bytes > free:
+    option = "--kv-cache-memory-bytes" if blocks is None else "--num-gpu-blocks-override"
+    if device != "cpu" and blocks is None and pool_bytes is None:
+        return (0,) * len(layout.windows), max_model_len
+    free = available_memory() if device == "cpu" else 0
+    if pool_bytes is None:
+        if space := whole_number("VLLM_CPU_KVCACHE_SPACE"):
+            pool_bytes = space << 30
+        else:
+            pool_bytes = min(max(CPU_KV_BYTES, layout.bytes_for(max_model_len)), int(free * CPU_KV_SHARE))
+    pools, length = fit_pools(layout, pool_bytes, max_model_len, option, may_shorten, blocks=blocks)
+    taken = layout.size(pools)
+    if device == "cpu" and taken > free:
         raise ConfigError(
-            f"a KV cache of {num_blocks} blocks takes {num_blocks * block_bytes / 2**30:.1f} GiB, and "
+            f"a KV cache of {pools[0]} blocks takes {taken / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} GiB of memory are free",
             remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
         )
-    return num_blocks, fit_context(num_blocks, block_size, block_bytes, max_model_len, option, may_shorten)
+    return pools, length
 
 
 def fit_states(device: str, row_bytes: int, max_num_seqs: int, is_requested: bool) -> int:
@@ -96,34 +181,42 @@ def fit_states(device: str, row_bytes: int, max_num_seqs: int, is_requested: boo
     return fitting
 
 
-def fit_context(
-    num_blocks: int,
-    block_size: int,
-    block_bytes: int,
+def fit_pools(
+    layout: CacheLayout,
+    num_bytes: int,
     max_model_len: int,
     option: str,
     may_shorten: bool,
-) -> int:
-    """Return the context length in tokens that the pool holds, lowered with a warning if it `may_shorten`.
+    *,
+    blocks: int | None = None,
+) -> tuple[tuple[int, ...], int]:
+    """Return the blocks of each pool, and the context length in tokens that they hold.
 
-    Otherwise a request of full length would wait forever: raises `ConfigError`. `option`: the flag that makes
-    the pool larger.
+    `num_bytes` are divided, unless the first pool's `blocks` are given. A length for which there is no room
+    is lowered with a warning if it `may_shorten`; otherwise a request of full length would wait forever:
+    raises `ConfigError`. `option`: the flag that makes the pools larger.
     """
-    needed = math.ceil(max_model_len / block_size)
-    if num_blocks >= needed:
-        return max_model_len
-    if not may_shorten or num_blocks <= 0:
+
+    def pools_for(length: int) -> tuple[int, ...]:
+        return layout.divide(num_bytes, length) if blocks is None else layout.beside(blocks, length)
+
+    pools, needed = pools_for(max_model_len), layout.most_held(0, max_model_len)
+    if pools[0] >= needed:
+        return pools, max_model_len
+    size = layout.block_size
+    length = layout.longest(num_bytes, max_model_len) if blocks is None else blocks * size
+    if not may_shorten or length <= 0:
         raise ConfigError(
-            f"the KV cache has room for {num_blocks * block_size} tokens ({num_blocks} blocks, "
-            f"{num_blocks * block_bytes / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
-            f"needs {needed} blocks ({needed * block_bytes / 2**20:.0f} MiB)",
+            f"the KV cache has room for {length} tokens ({length // size} blocks, "
+            f"{layout.bytes_for(length) / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
+            f"needs {needed} blocks ({layout.bytes_for(max_model_len) / 2**20:.0f} MiB)",
             remedy=f"lower --max-model-len or raise {option}",
         )
     logger.warning(
         "The context is %d tokens instead of the model's %d: the KV cache has room for no more. "
         "%s makes it larger.",
-        num_blocks * block_size,
+        length,
         max_model_len,
         option,
     )
-    return num_blocks * block_size
+    return pools_for(length), length

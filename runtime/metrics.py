@@ -19,7 +19,9 @@ from microvllm.runtime.request import EngineStats, FinishReason
 from microvllm.runtime.tables import read_table
 from microvllm.runtime.worker.step_times import ALL_PARTS, FORWARD_PARTS, GPU_BUSY, GPU_IDLE, PARTS
 
-GAUGES = frozenset({"num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots"})
+GAUGES = frozenset(
+    ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots", "kv_window_usage")
+)
 COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES | {"step_seconds"})
 REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 # Only requests that ended by themselves count towards latencies.

@@ -29,8 +29,8 @@ CORE_PATH = (
     *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
 )
 OFF_THE_PATH = {
-    *("bitmask.py", "gpu_memory.py", "gpu_rules.py", "loading.py", "pooling.py", "prefix_keys.py"),
-    *("profiler.py", "step_sizes.py", "step_times.py", "thinking.py"),
+    *("bitmask.py", "gpu_memory.py", "gpu_rules.py", "loading.py", "pool_audit.py", "pooling.py"),
+    *("prefix_keys.py", "profiler.py", "step_sizes.py", "step_times.py", "thinking.py"),
 }
 SILENT = {
     tokenize.COMMENT,

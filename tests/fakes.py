@@ -19,6 +19,7 @@ from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import Drafter, EngineCore, StepInFlight
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.worker.step_times import StepClock
 
@@ -67,13 +68,19 @@ def run_alone(request: EngineRequest) -> Answer:
 
 
 def make_config(**overrides: Any) -> EngineConfig:
-    """A small engine: pool of 64 blocks of 4 tokens, 8 rows, 32 tokens a step, context of 64."""
+    """A small engine: pool of 64 blocks of 4 tokens, 8 rows, 32 tokens a step, context of 64.
+
+    windows: of a layer each; there are as many blocks for each, or so many as one sequence holds and
+    `spare_blocks`: of the first pool, and of each other.
+    """
+    spare = overrides.pop("spare_blocks", None)
     attention = Attention(num_heads=1, num_kv_heads=1, head_dim=8, rope=RopeSpec())
+    layer = LayerSpec(mixer=attention, mlp=MLP(size=8))
     spec = ModelSpec(
         architecture="fake",
         vocab_size=VOCAB,
         hidden_size=8,
-        layers=(LayerSpec(mixer=attention, mlp=MLP(size=8)),),
+        layers=tuple(layer.with_mixer(window=window) for window in overrides.pop("windows", (None,))),
         max_position=1024,
         rms_norm_eps=1e-5,
     )
@@ -101,9 +108,14 @@ def make_config(**overrides: Any) -> EngineConfig:
         cpu_threads=1,
     )
     config = msgspec.structs.replace(config, **overrides)
+    layout, needed = rank_layout(config), config.max_model_len
+    pools = [config.num_blocks] * len(layout.windows)
+    if spare is not None:
+        pools = [layout.most_held(pool, needed) + spare[pool > 0] for pool in range(len(pools))]
+    config = msgspec.structs.replace(config, num_blocks=pools[0], window_blocks=tuple(pools[1:]))
     # What `EngineArgs.resolve` guarantees, without which a request could wait for ever.
-    if config.num_blocks * config.block_size < config.max_model_len:
-        raise ValueError("the pool does not hold one request of full length")
+    if any(blocks < layout.most_held(pool, needed) for pool, blocks in enumerate(config.pools)):
+        raise ValueError("the pools do not hold one request of full length")
     if config.max_num_seqs > config.max_num_batched_tokens:
         raise ValueError("more rows than tokens a step")
     if not config.enable_chunked_prefill and config.max_num_batched_tokens < config.max_model_len:
@@ -127,11 +139,16 @@ def make_request(
 
 
 class Cell(NamedTuple):
-    """The keys and values of one token: what they depend on, and on whose behalf they were computed."""
+    """The keys and values of one token: what they depend on, and on whose behalf they were computed.
+
+    `before`: a hash of all tokens in front of it, whether a window shows them or not: a layer sees them
+    through the layers below it.
+    """
 
     token: int
     position: int
     salt: str
+    before: int
 
 
 @dataclass
@@ -140,11 +157,9 @@ class _Row:
 
     in_use: bool = False
     request_id: int = 0
-    table: list[int] = field(default_factory=list)
-    prefill: list[int] = field(default_factory=list)  # the tokens known at admission
-    num_tokens: int = 0  # those, and every token sampled since
+    tables: list[list[int]] = field(default_factory=list)  # of each pool
+    tokens: list[int] = field(default_factory=list)  # those known at admission, and every token sampled since
     num_computed: int = 0
-    last_token: int = 0
     salt: str = ""
     prompt_len: int = 0
     min_tokens: int = 0
@@ -161,8 +176,9 @@ class FakeStep:
 class FakeRunner:
     """`core.Runner` over simulated KV memory.
 
-    The host's token lists are read once, at admission. Every later token comes from the row's own
-    `last_token`, as on a GPU, so a step that runs ahead of its predecessor's results is really tested.
+    The host's token lists are read once, at admission. Every later token is the row's own, as on a GPU, so a
+    step that runs ahead of its predecessor's results is really tested. There is a memory for each window of
+    the model; every step reads in each of them all that its tokens see.
     """
 
     graph_replays = padded_tokens = 0
@@ -172,7 +188,8 @@ class FakeRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.clock = StepClock()
-        self.memory: list[Cell | None] = [None] * (config.num_blocks * config.block_size)
+        self.windows = config.spec.windows
+        self.memory: list[list[Cell | None]] = [[None] * (n * config.block_size) for n in config.pools]
         self.rows = [_Row() for _ in range(config.max_num_seqs)]
         self.in_flight: deque[FakeStep] = deque()
         self.plans: list[StepPlan] = []
@@ -182,10 +199,10 @@ class FakeRunner:
     def rows_in_use(self) -> set[int]:
         return {index for index, row in enumerate(self.rows) if row.in_use}
 
-    def block_content(self, block: int) -> tuple[Cell | None, ...]:
+    def block_content(self, pool: int, block: int) -> tuple[Cell | None, ...]:
         """What every slot of a block holds; None where nothing was ever written."""
         size = self.config.block_size
-        return tuple(self.memory[block * size : (block + 1) * size])
+        return tuple(self.memory[pool][block * size : (block + 1) * size])
 
     # ---- core.Runner ---------------------------------------------------------------------------
 
@@ -202,9 +219,8 @@ class FakeRunner:
             self.rows[request.row] = _Row(
                 in_use=True,
                 request_id=request.id,
-                table=[NO_BLOCK] * width,
-                prefill=list(request.token_ids),
-                num_tokens=len(request.token_ids),
+                tables=[[NO_BLOCK] * width for _ in self.windows],
+                tokens=list(request.token_ids),
                 num_computed=next(item.start for item in plan.scheduled if item.request is request),
                 salt=request.source.cache_salt,
                 prompt_len=request.prompt_len,
@@ -216,8 +232,12 @@ class FakeRunner:
         budget = self.config.max_num_batched_tokens
         _require(sum(item.num_new for item in plan.scheduled) <= budget, "more tokens than the budget")
         for item in plan.scheduled:  # the tables first: then a block in two of them is seen from both
-            row = self._row(item)
-            row.table[item.first_block : item.first_block + len(item.new_blocks)] = item.new_blocks
+            row, count = self._row(item), len(item.new_blocks) // len(self.windows)
+            for pool, table in enumerate(row.tables):
+                new = item.new_blocks[pool * count : (pool + 1) * count]
+                table[item.first_block : item.first_block + count] = new
+        for item in plan.scheduled:  # all of them before one is read: then a block of two is seen, too
+            self._write(item)
         tokens = [self._compute(item) for item in plan.scheduled]
         step = FakeStep(plan, frozenset(rows), tokens)
         self.in_flight.append(step)
@@ -244,56 +264,80 @@ class FakeRunner:
         _require(row.in_use and row.request_id == item.request.id, "a row belongs to another request")
         return row
 
-    def _compute(self, item: ScheduledRequest) -> list[int]:
-        row = self._row(item)
+    def _write(self, item: ScheduledRequest) -> None:
+        row, end = self._row(item), item.start + item.num_new
         drafts = list(item.request.drafts[: item.num_draft_tokens])
-        end = item.start + item.num_new - len(drafts)
+        known = end - len(drafts)
         _require(item.num_new > 0, "a request is scheduled without tokens")
         _require(item.start == row.num_computed, "tokens are skipped or computed twice")
-        _require(end <= row.num_tokens, "a token is computed before it exists")
-        _require(item.samples == (end == row.num_tokens), "a token is sampled at the wrong place")
-        for position in range(item.start, item.start + item.num_new):
-            token = row.prefill[position] if position < len(row.prefill) else row.last_token
-            if position >= end:
-                token = drafts[position - end]
-            slot = self._slot(row, position)
-            self._require_sole_owner(row, slot // self.config.block_size)
-            self.memory[slot] = Cell(token, position, row.salt)
-        row.num_computed = end
+        _require(known <= len(row.tokens), "a token is computed before it exists")
+        _require(item.samples == (known == len(row.tokens)), "a token is sampled at the wrong place")
+        context = [*row.tokens[:known], *drafts]
+        for pool, memory in enumerate(self.memory):
+            for position in range(item.start, end):
+                slot = self._slot(row, pool, position)
+                self._require_sole_owner(row, pool, slot // self.config.block_size)
+                memory[slot] = _cell(context, position, row.salt)
+
+    def _compute(self, item: ScheduledRequest) -> list[int]:
+        """Read all that the step's tokens see, and sample."""
+        row = self._row(item)
+        drafts = list(item.request.drafts[: item.num_draft_tokens])
+        row.num_computed = item.start + item.num_new - len(drafts)
+        context = self._read(row, item.start, row.num_computed, row.tokens)
         if not item.samples:
+            self._leave_windows(row)
             return [NO_TOKEN]  # of no meaning: the scheduler must not look at it
         tokens: list[int] = []
         for draft in (*drafts, None):
-            context = [self._read(row, position) for position in range(row.num_computed)]
             held_back = row.num_computed - row.prompt_len < row.min_tokens
             tokens.append(next_token(context, row.end_ids if held_back else ()))
             if tokens[-1] != draft:
                 break
+            context.append(draft)
             row.num_computed += 1
-        row.num_tokens += len(tokens)
-        row.last_token = tokens[-1]
+            context = self._read(row, row.num_computed - 1, row.num_computed, context)
+        row.tokens += tokens
         kept = -(-row.num_computed // self.config.block_size)
-        row.table[kept:] = [NO_BLOCK] * (len(row.table) - kept)  # what was there held drafts at most
+        for table in row.tables:
+            table[kept:] = [NO_BLOCK] * (len(table) - kept)  # what was there held drafts at most
+        self._leave_windows(row)
         if row.request_id in self.no_logits:
             self.no_logits.discard(row.request_id)
             return [*tokens[:-1], NO_TOKEN]
         return tokens
 
-    def _slot(self, row: _Row, position: int) -> int:
+    def _leave_windows(self, row: _Row) -> None:
+        """Forget the blocks that no later token of the row sees: a later step may write them for another."""
+        for table, window in zip(row.tables, self.windows, strict=True):
+            first = 0 if window is None else max(0, row.num_computed - window + 1)
+            passed = first // self.config.block_size
+            table[:passed] = [NO_BLOCK] * passed
+
+    def _slot(self, row: _Row, pool: int, position: int) -> int:
         size = self.config.block_size
-        block = row.table[position // size]
-        _require(0 <= block < self.config.num_blocks, f"position {position} is in no block")
+        block = row.tables[pool][position // size]
+        _require(0 <= block < self.config.pools[pool], f"position {position} is in no block of pool {pool}")
         return block * size + position % size
 
-    def _read(self, row: _Row, position: int) -> int:
-        cell = self.memory[self._slot(row, position)]
-        if cell is None or cell.position != position or cell.salt != row.salt:
-            raise Misuse(f"position {position} (salt {row.salt!r}) is read from a slot that holds {cell}")
-        return cell.token
+    def _read(self, row: _Row, start: int, end: int, context: list[int]) -> list[int]:
+        """What tokens [start, end) see in every memory; the tokens in front of `end` as they are read."""
+        read = context[:end]
+        for pool, (memory, window) in enumerate(zip(self.memory, self.windows, strict=True)):
+            for position in range(0 if window is None else max(0, start - window + 1), end):
+                cell, seen = memory[self._slot(row, pool, position)], _cell(context, position, row.salt)
+                if cell is None or cell[1:] != seen[1:]:
+                    raise Misuse(f"pool {pool} has {cell} for position {position}, where {seen} is wanted")
+                read[position] = cell.token
+        return read
 
-    def _require_sole_owner(self, row: _Row, block: int) -> None:
-        shared = any(block in other.table for other in self.rows if other is not row)
+    def _require_sole_owner(self, row: _Row, pool: int, block: int) -> None:
+        shared = any(block in other.tables[pool] for other in self.rows if other is not row and other.in_use)
         _require(not shared, f"block {block} is written while another row holds it")
+
+
+def _cell(context: Sequence[int], position: int, salt: str) -> Cell:
+    return Cell(context[position], position, salt, hash(tuple(context[:position])))
 
 
 def _require(holds: bool, problem: str) -> None:
@@ -355,7 +399,8 @@ class Engine:
         """At rest no block is referenced, no row is held, and no request is remembered."""
         core, scheduler = self.core, self.core.scheduler
         core.kv.check()
-        assert core.kv.num_used == 0 and core.kv.num_available == core.kv.num_blocks
+        assert core.kv.num_used == 0
+        assert [pool.num_available for pool in core.kv.pools] == list(self.config.pools)
         assert core.kv.num_unused_slots == 0
         assert not scheduler._requests and not scheduler._running and not scheduler._waiting
         assert sorted(scheduler._free_rows) == list(range(self.config.max_num_seqs))

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from tiny_models import TOKENIZER_SIZE, make_hf_folder
 
+from microvllm.ops.attention.e4m3 import storable
+from microvllm.ops.attention.mixed import MixedAttention
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
@@ -440,6 +442,25 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
         yield logits
     finally:
         device.forward, model.forward = launch, forward  # type: ignore[method-assign]
+
+
+@contextmanager
+def poisoned(engine: InferenceEngine, value: float = torch.nan) -> Iterator[None]:
+    """Overwrite every free block behind each step: nobody may read it before it is written again."""
+    attention: Any = engine.core._runner._device._attention  # type: ignore[attr-defined]
+    kinds = attention._kinds if isinstance(attention, MixedAttention) else [(attention, 0)]
+    launch = engine.core._runner.launch
+
+    def poison(plan: Any) -> Any:
+        launched = launch(plan)
+        for backend, pool in kinds:
+            free = engine.core.kv.pools[pool].free
+            storable(backend.cache)[:, :, free] = storable(torch.tensor(value).to(backend.cache.dtype))
+        return launched
+
+    engine.core._runner.launch = poison  # type: ignore[method-assign]
+    yield
+    engine.core._runner.launch = launch  # type: ignore[method-assign]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

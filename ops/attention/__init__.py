@@ -92,7 +92,9 @@ class AttentionBatch:
     int64, context length including the new token. From one step to the next the values of positions, slots
     and decode_lens may change in place. segment_table: needed if there are more tokens than decodes.
 
-    rows: [num_decodes + segments], the row of each sequence, at which layers with a state keep it.
+    rows: [num_decodes + segments], the row of each sequence, at which layers with a state keep it. others:
+    the same tokens in the blocks of further pools, where layers differ in their windows. Table entries of
+    blocks that lie wholly behind the window are never read.
 
     On a GPU all of these may be int32 as well, a slot of -1 is not written, and a decode_len of 0 marks a row
     that only pads a captured batch (its output is finite).
@@ -105,6 +107,7 @@ class AttentionBatch:
     decode_lens: Tensor
     segment_table: SegmentTable | None = None
     rows: Tensor | None = None
+    others: tuple[AttentionBatch, ...] = ()
 
 
 class StepAttention(Protocol):

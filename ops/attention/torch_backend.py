@@ -66,7 +66,10 @@ def lazy_zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 class _Segment(NamedTuple):
-    """Tokens [first, first + num_new) of the step are the last ones of a sequence of `context_len`."""
+    """Tokens [first, first + num_new) of the step are the last ones of a sequence of `context_len`.
+
+    It begins with the first block that one of them sees.
+    """
 
     first: int
     num_new: int
@@ -74,16 +77,25 @@ class _Segment(NamedTuple):
     blocks: Tensor
 
     @staticmethod
-    def all_of(table: SegmentTable | None, first: int, block_size: int) -> list[_Segment]:
+    def all_of(table: SegmentTable | None, first: int, block_size: int, window: int | None) -> list[_Segment]:
         """Those that have tokens; first: the step's first token that is no decode."""
         if table is None:
             return []
+        found = []
         starts, contexts = table.starts.tolist(), table.context_lens.tolist()
-        return [
-            _Segment(first + start, end - start, context, blocks[: -(-context // block_size)])
-            for (start, end), context, blocks in zip(pairwise(starts), contexts, table.blocks, strict=True)
-            if start < end
-        ]
+        for (start, end), context, blocks in zip(pairwise(starts), contexts, table.blocks, strict=True):
+            if start < end:
+                seen = 0 if window is None else max(0, context - (end - start) - window + 1) // block_size
+                blocks = blocks[seen : -(-context // block_size)]
+                found.append(_Segment(first + start, end - start, context - seen * block_size, blocks))
+        return found
+
+
+class _DecodeKeys(NamedTuple):
+    """blocks: [b, m]; mask: [kv_heads * b, 1, m * block_size], 0 where a key is seen and -inf where not."""
+
+    blocks: Tensor
+    mask: Tensor
 
 
 class TorchStep:
@@ -92,7 +104,8 @@ class TorchStep:
     def __init__(self, backend: TorchAttention, batch: AttentionBatch) -> None:
         self._backend = backend
         self._batch = batch
-        self._segments = _Segment.all_of(batch.segment_table, batch.num_decodes, backend.block_size)
+        sizes = backend.block_size, backend.shape.window
+        self._segments = _Segment.all_of(batch.segment_table, batch.num_decodes, *sizes)
         self._segment_masks = [self._make_segment_mask(segment) for segment in self._segments]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
@@ -139,18 +152,19 @@ class TorchStep:
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         """One query a sequence, all sequences at once. q: [b, heads, d] -> [b, heads * d]."""
-        shape, batch = self._backend.shape, self._batch
+        shape = self._backend.shape
         b, kv_heads, dim = q.shape[0], shape.num_kv_heads, shape.head_dim
         group = shape.num_heads // kv_heads
-        gathered = self._gather(layer, batch.decode_blocks.view(-1), q.dtype)
+        gathered = self._gather(layer, self._decode_keys.blocks.view(-1), q.dtype)
         keys, values = gathered.view(2, kv_heads * b, -1, dim)
         # Query heads that share a KV head are the rows of one small matrix product.
         grouped = q.reshape(b, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads * b, group, dim)
         if shape.softcap is None:
-            scores = torch.baddbmm(self._decode_mask, grouped, keys.transpose(1, 2), alpha=shape.scale)
+            mask = self._decode_keys.mask
+            scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=shape.scale)
         else:
             scores = capped(torch.bmm(grouped, keys.transpose(1, 2)) * shape.scale, shape.softcap)
-            scores += self._decode_mask
+            scores += self._decode_keys.mask
         sinks = None
         if self._backend.sinks:
             sinks = self._backend.sinks[layer].view(kv_heads, 1, group, 1).expand(-1, b, -1, -1).flatten(0, 1)
@@ -177,16 +191,22 @@ class TorchStep:
         return self._backend.rotary.at(self._batch.positions)
 
     @cached_property
-    def _decode_mask(self) -> Tensor:
-        """0 where a key is visible and -inf where not: [kv_heads * b, 1, width * block_size]."""
-        batch, shape = self._batch, self._backend.shape
-        at = torch.arange(batch.decode_blocks.shape[1] * self._backend.block_size, device=batch.slots.device)
-        hidden = at >= batch.decode_lens[:, None]
+    def _decode_keys(self) -> _DecodeKeys:
+        """All blocks; with a window those that it reaches into, from the first on that is seen."""
+        batch, shape, size = self._batch, self._backend.shape, self._backend.block_size
+        blocks, lens = batch.decode_blocks, batch.decode_lens[:, None]
+        at = torch.arange(blocks.shape[1] * size, device=batch.slots.device)
+        hidden = at >= lens
         if shape.window is not None:
-            hidden |= at < batch.decode_lens[:, None] - shape.window
+            begin = (lens - shape.window).clamp_(min=0)
+            columns = torch.arange(min(blocks.shape[1], (shape.window - 2) // size + 2), device=at.device)
+            columns = columns + begin // size
+            blocks = blocks.gather(1, columns.clamp(max=blocks.shape[1] - 1))
+            at = (columns[:, :, None] * size + at[:size]).flatten(1)
+            hidden = (at >= lens) | (at < begin)
         mask = torch.zeros(hidden.shape, dtype=self._backend.activation_dtype, device=hidden.device)
         mask.masked_fill_(hidden, -torch.inf)
-        return mask.repeat(shape.num_kv_heads, 1).unsqueeze(1)
+        return _DecodeKeys(blocks, mask.repeat(shape.num_kv_heads, 1).unsqueeze(1))
 
     def _make_segment_mask(self, segment: _Segment) -> Tensor | None:
         """True where query i sees key j: [num_new, context_len]; None for plain causal from the start."""

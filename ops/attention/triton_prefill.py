@@ -32,6 +32,7 @@ def _attend(
     values,
     table,
     positions,
+    oldest,
     begin,
     end,
     head,
@@ -45,13 +46,18 @@ def _attend(
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Take the keys [begin, end) into the running softmax. Without MASKED every query sees all of them."""
+    """Take the keys [begin, end) into the running softmax. Without MASKED every query sees all of them.
+
+    Keys before `oldest`, which is for a WINDOW, are seen by no query, and their blocks may be others'.
+    """
     d = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         at = start + tl.arange(0, TILE)
         place = cached_rows(table, start, end, head, KV_HEADS, PAGE, D, TILE)
         place = place[:, None] + d[None, :]
         inside = (at < end)[:, None] & (d < D)[None, :]
+        if MASKED and WINDOW > 0:
+            inside &= (at >= oldest)[:, None]
         k = tl.load(keys + place, inside, 0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if MASKED:
@@ -157,11 +163,13 @@ def _prefill_kernel(
     # Keys from `begin` on are seen by some query, those of [full_begin, full_end) by all of them.
     first = context - num_new + token
     end = tl.minimum(context, first + TOKENS)
-    begin = first * 0
+    oldest = first * 0
+    begin = oldest
     full_begin = begin
     full_end = (first + 1) // TILE * TILE
     if WINDOW > 0:
-        begin = tl.maximum(first - WINDOW + 1, 0) // TILE * TILE
+        oldest = tl.maximum(first - WINDOW + 1, 0)
+        begin = oldest // TILE * TILE
         full_begin = (tl.maximum(end - WINDOW, 0) + TILE - 1) // TILE * TILE
         full_begin = tl.minimum(full_begin, end)
         full_end = tl.maximum(full_end, full_begin)
@@ -176,17 +184,17 @@ def _prefill_kernel(
     attended = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if WINDOW > 0 and not UNIFORM:
         attended, highest, weight_sum = _attend(
-            attended, highest, weight_sum, queries, keys, values, table, positions, begin, full_begin,
-            head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
+            attended, highest, weight_sum, queries, keys, values, table, positions, oldest,
+            begin, full_begin, head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
         )  # fmt: skip
     if not UNIFORM:
         attended, highest, weight_sum = _attend(
-            attended, highest, weight_sum, queries, keys, values, table, positions, full_begin, full_end,
-            head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
+            attended, highest, weight_sum, queries, keys, values, table, positions, oldest,
+            full_begin, full_end, head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
         )  # fmt: skip
     attended, highest, weight_sum = _attend(
-        attended, highest, weight_sum, queries, keys, values, table, positions, full_end, end,
-        head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
+        attended, highest, weight_sum, queries, keys, values, table, positions, oldest,
+        full_end, end, head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
     )  # fmt: skip
     weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
     tl.store(out + place, attended / weight_sum[:, None] * v_scale, inside)

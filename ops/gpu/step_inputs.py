@@ -15,9 +15,9 @@ from torch import Tensor
 
 from microvllm.ops.gpu.launch import follow, launch_options
 
-# row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), new block,
-# where the next token goes in the host's memory (-1: nowhere)
-STAGED = 7
+# row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), where the
+# next token goes in the host's memory (-1: nowhere); behind these the new block of each pool
+STAGED = 6
 CHUNK = 1024
 
 
@@ -25,8 +25,8 @@ CHUNK = 1024
 class DecodeInputs:
     """The inputs of a decode step on the device.
 
-    rows, ids, positions, slots, lens, places: [batch] int32, slot -1 for padding; blocks: [batch, width]
-    int32.
+    rows, ids, positions, lens, places: [batch] int32; slots: [pools, batch] int32, -1 for padding; blocks:
+    [pools, batch, width] int32.
     """
 
     rows: Tensor
@@ -43,23 +43,24 @@ def prepare_decode(
 ) -> DecodeInputs:
     """Return the inputs of a decode step, and add the new blocks to the block tables.
 
-    staged: [7, batch] int32, see `STAGED`; tables: [rows, width] int32, updated with the new blocks;
-    newest: [rows] int64, the newest token of every row.
+    staged: [STAGED + pools, batch] int32, see `STAGED`; tables: [pools, rows, width] int32, updated with the
+    new blocks; newest: [rows] int64, the newest token of every row.
 
     Padding names a row that no request has. Only the blocks that a sequence reads are written.
     """
-    batch, width = staged.shape[1], tables.shape[1]
-    made = torch.empty(4, batch, dtype=torch.int32, device=staged.device)
-    blocks = torch.empty(batch, width, dtype=torch.int32, device=staged.device)
-    _prepare_kernel[(batch,)](
-        *(staged, tables, newest, made, blocks, batch, width),
+    batch, (pools, rows, width) = staged.shape[1], tables.shape
+    made = torch.empty(3 + pools, batch, dtype=torch.int32, device=staged.device)
+    blocks = torch.empty(pools, batch, width, dtype=torch.int32, device=staged.device)
+    _prepare_kernel[(batch, pools)](
+        *(staged, tables, newest, made, blocks, batch, rows, width),
+        STAGED=STAGED,
         PAGE=block_size,
         CHUNK=CHUNK,
         num_warps=4,
         **launch_options(pdl),
     )
-    ids, positions, slots, lens = made.unbind(0)
-    return DecodeInputs(staged[0], ids, positions, slots, lens, blocks, staged[6])
+    ids, positions, lens = made[:3].unbind(0)
+    return DecodeInputs(staged[0], ids, positions, made[3:], lens, blocks, staged[5])
 
 
 @triton.jit
@@ -70,21 +71,25 @@ def _prepare_kernel(
     made,
     blocks,
     batch,
+    rows,
     width,
+    STAGED: tl.constexpr,
     PAGE: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: one sequence."""
+    """Program: one sequence in one pool."""
     follow(PDL)
     i = tl.program_id(0)
+    pool = tl.program_id(1)
     row = tl.load(staged + i).to(tl.int64)
     token = tl.load(staged + batch + i)
     position = tl.load(staged + 2 * batch + i)
     length = tl.load(staged + 3 * batch + i)
     column = tl.load(staged + 4 * batch + i)
-    block = tl.load(staged + 5 * batch + i)
-    tables += row * width
+    block = tl.load(staged + (STAGED + pool) * batch + i)
+    tables += (pool * rows + row) * width
+    blocks += (pool * batch + i).to(tl.int64) * width
     tl.store(tables + column, block, mask=column >= 0)
     token = tl.where(token < 0, tl.load(newest + row).to(tl.int32), token)
     here = position // PAGE
@@ -92,12 +97,12 @@ def _prepare_kernel(
     slot = tl.where(length > 0, own * PAGE + position % PAGE, -1)
     tl.store(made + i, token)
     tl.store(made + batch + i, position)
-    tl.store(made + 2 * batch + i, slot)
-    tl.store(made + 3 * batch + i, length)
+    tl.store(made + 2 * batch + i, length)
+    tl.store(made + (3 + pool) * batch + i, slot)
     used = (length + PAGE - 1) // PAGE
     for first in range(0, used, CHUNK):
         at = first + tl.arange(0, CHUNK)
         inside = at < used
         # The new block was stored above by one thread: others need not see it yet.
         values = tl.where(at == column, block, tl.load(tables + at, inside, 0))
-        tl.store(blocks + i.to(tl.int64) * width + at, values, inside)
+        tl.store(blocks + at, values, inside)

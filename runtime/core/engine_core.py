@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.kv_cache import KVCacheManager
+from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
 from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.grammar.masks import GrammarMasks
+from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.request import EngineRequest, EngineStats, FinishReason, StepOutput
 from microvllm.runtime.worker.step_times import Measured, StepReport
 
@@ -71,7 +72,8 @@ class EngineCore(Generic[StepT]):
 
     def __init__(self, config: EngineConfig, runner: Runner[StepT], drafter: Drafter | None = None) -> None:
         self.config = config
-        self.kv = KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        pools = rank_layout(config).shapes(config.pools, config.max_model_len)
+        self.kv = KVCacheManager([BlockPool(*pool) for pool in pools], config.enable_prefix_caching)
         self.scheduler = Scheduler(config, self.kv)
         self.clock = runner.clock
         self.report = StepReport(runner) if config.log_step_times else None
@@ -211,8 +213,9 @@ class EngineCore(Generic[StepT]):
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            kv_blocks_used=self.kv.num_used,
-            kv_blocks_total=self.kv.num_blocks,
+            kv_blocks_used=self.kv.pools[0].num_used,
+            kv_blocks_total=self.kv.pools[0].num_blocks,
+            kv_window_usage=self.kv.window_usage,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             prefix_queries=scheduler.prefix_queries,

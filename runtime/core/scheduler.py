@@ -288,8 +288,8 @@ class Scheduler:
             if leader is not None:
                 leader.followers.append(heapq.heappop(self._waiting))
                 continue
-            prefix = [] if whole else self.kv.match_prefix(request.keys, request.num_tokens)
-            num_cached = len(prefix) * self.kv.block_size
+            prefix = self.kv.match_prefix(request.keys, 0 if whole else request.num_tokens)
+            num_cached = len(prefix[0]) * self.kv.block_size
             missing = request.num_tokens - num_cached
             num_new = self._chunk(missing, budget)
             if not self._config.enable_chunked_prefill and num_new < missing:
@@ -322,7 +322,7 @@ class Scheduler:
         start = request.num_computed
         if first_block is None:
             first_block = -(-start // self.kv.block_size)
-        blocks = tuple(self.kv.block_table(request.seq_id)[first_block:])
+        blocks = self.kv.blocks_from(request.seq_id, first_block)
         request.num_computed += num_new
         request.steps_in_flight += 1
         num_drafts = len(request.drafts)

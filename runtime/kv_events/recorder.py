@@ -17,7 +17,7 @@ from microvllm.runtime.kv_events.events import (
 )
 
 HASH_BYTES = 8
-FULL_ATTENTION = "full_attention"  # vLLM's name of a group of layers
+FULL_ATTENTION, WINDOW = "full_attention", "sliding_window"  # vLLM's names of a group of layers
 
 
 class Change(NamedTuple):
@@ -56,14 +56,19 @@ class _Content(NamedTuple):
 
 
 class CacheRecorder:
-    """Records the changes of one cache, from its first block on. `int_hashes`: the form of block hashes."""
+    """Records the changes of a cache's first pool, from its first block on.
+
+    int_hashes: the form of block hashes.
+    """
 
     def __init__(self, kv: KVCacheManager, *, int_hashes: bool = True) -> None:
         self._block_size = kv.block_size
         self._int_hashes = int_hashes
         self._changes: list[Change] = []
         self._contents: dict[bytes, _Content] = {}  # of blocks stored since the last `take_events`
-        kv._block_of = RecordedIndex(self._changes)
+        self._window = kv.pools[0].window
+        # A hit that the other pools do not agree to is shorter than a reader of the events expects.
+        kv.pools[0].block_of = RecordedIndex(self._changes)
 
     def describe(self, scheduled: Sequence[ScheduledRequest]) -> None:
         """Note what the blocks hold that the commit of a step has stored; to be called behind it."""
@@ -124,7 +129,8 @@ class CacheRecorder:
             lora_name=None,
             extra_keys=[],
             group_idx=0,
-            kv_cache_spec_kind=FULL_ATTENTION,
+            kv_cache_spec_kind=WINDOW if self._window else FULL_ATTENTION,
+            kv_cache_spec_sliding_window=self._window,
         )
 
     def _hash(self, key: bytes) -> BlockHash:

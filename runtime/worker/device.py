@@ -178,7 +178,8 @@ class GpuDevice(Device):
         They write no keys and values: their slots are -1.
         """
         config = self._config
-        block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
+        pools = len(config.pools)
+        block_tables = np.zeros((pools, config.max_num_seqs, config.max_blocks), dtype=np.int64)
         warming = Stage("Warming up", len(WARM_UP_TOKENS), on_progress)
         for longest in WARM_UP_TOKENS:
             for decodes in (0, 1, 16):
@@ -190,7 +191,8 @@ class GpuDevice(Device):
                 positions = np.concatenate([np.arange(length) for length in lengths])
                 nothing = np.zeros(total, dtype=np.int64)
                 rows = np.zeros(len(lengths), dtype=np.int64)
-                arrays = StepArrays(nothing, nothing, positions, nothing - 1, rows, lengths, lengths, decodes)
+                slots = np.full((pools, total), -1)
+                arrays = StepArrays(nothing, nothing, positions, slots, rows, lengths, lengths, decodes)
                 ids, batch = self.inputs.make(arrays, block_tables)
                 hidden = self._model.forward(ids, self._attention.begin_step(batch))
                 if config.spec.pooling is None:

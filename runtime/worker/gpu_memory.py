@@ -24,8 +24,9 @@ from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.kv_memory import fit_context
+from microvllm.runtime.kv_memory import fit_pools
 from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.worker.loading import load_model, make_attention
 from microvllm.runtime.worker.sampler import GPUSampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, Readback
@@ -124,21 +125,22 @@ def load_beside_cache(
     free, total = torch.cuda.mem_get_info()
     ours = torch.cuda.memory_reserved() + CONTEXT_BYTES
     budget = int(total * config.gpu_memory_utilization)
-    block_bytes = config.block_bytes
+    layout, pools, length = rank_layout(config), config.pools, config.max_model_len
     room = free if config.num_blocks else min(budget - ours, free)
     states = config.states_bytes
     room -= activations + graphs + states + RESERVE_BYTES
-    num_blocks = config.num_blocks or max(0, room // block_bytes)
     if ranks is not None:
-        num_blocks = ranks.smallest(num_blocks)
-    cache, rest = num_blocks * block_bytes, ours - weights + RESERVE_BYTES
+        room = ranks.smallest(room)
+    if not config.num_blocks and room >= sum(layout.block_bytes):
+        pools, length = fit_pools(layout, room, length, "--gpu-memory-utilization", config.may_shorten)
+    cache, rest = layout.size(pools), ours - weights + RESERVE_BYTES
     plan = MemoryPlan(weights, activations, graphs, states, cache, rest, budget, total)
-    if not num_blocks or cache > room:
+    if not pools[0] or cache > room:
         raise ConfigError(f"the GPU has no room for the KV cache: {plan}", remedy=NO_ROOM_REMEDY)
-    sizes = num_blocks, config.block_size, block_bytes, config.max_model_len
-    length = fit_context(*sizes, "--gpu-memory-utilization", config.may_shorten)
-    config = msgspec.structs.replace(config, num_blocks=num_blocks, max_model_len=length)
-    measuring.finish(f"{plan}: the KV cache of {config.kv_dtype} has room for {config.kv_tokens:,} tokens")
+    config = msgspec.structs.replace(
+        config, num_blocks=pools[0], window_blocks=pools[1:], max_model_len=length
+    )
+    measuring.finish(f"{plan}: the KV cache of {config.kv_dtype} has room for {layout.room(pools)}")
     return model, config
 
 
@@ -199,7 +201,8 @@ def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
     # Here, because a machine without a GPU need not have Triton.
     from microvllm.runtime.worker.graphs import make_graphs
 
-    small = msgspec.structs.replace(config, num_blocks=TRIAL_BLOCKS)
+    few = (TRIAL_BLOCKS,) * len(config.pools)
+    small = msgspec.structs.replace(config, num_blocks=few[0], window_blocks=few[1:])
     before = torch.cuda.memory_reserved()
     device, rows = torch.device(config.device), config.max_num_seqs + 1
     made = make_graphs(

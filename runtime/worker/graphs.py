@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.cuda import CUDAGraph
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTable
+from microvllm.ops.attention import AttentionBackend, SegmentTable
+from microvllm.ops.attention.mixed import batch_of_pools
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.sampling import Delivery
@@ -94,7 +95,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Owns the graphs, and `tables`, the block tables on the device, [rows, width] int32.
+    """Owns the graphs, and `tables`, the block tables on the device, [pools, rows, width] int32.
 
     Of a row's table only the blocks below its context length are read, so it need not be zeroed.
     `pool`: the memory that the graphs share with others.
@@ -121,10 +122,11 @@ class DecodeGraphs:
         self.sizes = batch_sizes(config.max_num_seqs)
         self._captured: dict[int, _Captured] = {}
         device = inputs.newest.device
-        self._staged = torch.zeros(STAGED * config.max_num_seqs, dtype=torch.int32, device=device)
-        self.tables = torch.zeros(
-            config.max_num_seqs + 1, config.max_blocks, dtype=torch.int32, device=device
-        )
+        self._pools = len(config.pools)
+        self._height = STAGED + self._pools
+        self._staged = torch.zeros(self._height * config.max_num_seqs, dtype=torch.int32, device=device)
+        sizes = self._pools, config.max_num_seqs + 1, config.max_blocks
+        self.tables = torch.zeros(sizes, dtype=torch.int32, device=device)
         self.replays = 0
         self.padded_tokens = 0
 
@@ -157,18 +159,18 @@ class DecodeGraphs:
             *(self._view(size), self.tables, newest, self._config.block_size),
             pdl=can_launch_early(newest.device),
         )
-        decoding = inputs.positions, inputs.slots, size, inputs.blocks, inputs.lens
-        batch = AttentionBatch(*decoding, rows=inputs.rows)
+        decoding = inputs.positions, inputs.slots, inputs.blocks, inputs.lens
+        batch = batch_of_pools(*decoding, rows=inputs.rows)
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
         return inputs, inputs.ids, logits, self._choose(inputs, logits)
 
     def _view(self, size: int) -> Tensor:
-        return self._staged[: STAGED * size].view(STAGED, size)
+        return self._staged[: self._height * size].view(self._height, size)
 
     def _padding(self, size: int) -> np.ndarray:
-        staged = np.zeros((STAGED, size), dtype=np.int32)
-        staged[0], staged[4], staged[6] = self._padding_row, -1, -1
+        staged = np.zeros((self._height, size), dtype=np.int32)
+        staged[0], staged[4], staged[5] = self._padding_row, -1, -1
         return staged
 
     # ---- a step --------------------------------------------------------------------------------
@@ -181,9 +183,11 @@ class DecodeGraphs:
         """Take over the new blocks of a step that is not replayed."""
         places: list[int] = []
         blocks: list[int] = []
+        _, rows, width = self.tables.shape
         for item in items:
-            first = item.request.row * self._config.max_blocks + item.first_block
-            places += range(first, first + len(item.new_blocks))
+            for pool in range(self._pools):
+                first = (pool * rows + item.request.row) * width + item.first_block
+                places += range(first, first + len(item.new_blocks) // self._pools)
             blocks += item.new_blocks
         if places:
             at, values = self._inputs.stager.send(np.array(places), np.array(blocks))
@@ -215,19 +219,19 @@ class DecodeGraphs:
         count = len(items)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
         # A request that was just admitted may bring a whole table.
-        self.note_blocks([item for item in items if len(item.new_blocks) > 1])
+        self.note_blocks([item for item in items if len(item.new_blocks) > self._pools])
         staged = self._padding(size)
         staged[0, :count] = [item.request.row for item in items]
         staged[1, :count] = [
             item.request.token_ids[item.start] if item.start < len(item.request.token_ids) else UNKNOWN
             for item in items
         ]
-        staged[6, :count] = np.arange(self._readback.start, self._readback.start + count)
+        staged[5, :count] = np.arange(self._readback.start, self._readback.start + count)
         starts = np.array([item.start for item in items])
         staged[2, :count], staged[3, :count] = starts, starts + 1
         for i, item in enumerate(items):
-            if len(item.new_blocks) == 1:
-                staged[4, i], staged[5, i] = item.first_block, item.new_blocks[0]
+            if len(item.new_blocks) == self._pools:
+                staged[4, i], staged[STAGED:, i] = item.first_block, item.new_blocks
         self._sampler.upload()
         self._inputs.stager.send_into(self._view(size), staged)
         return size
@@ -260,7 +264,7 @@ class _CapturedPrompts:
 class PromptGraphs:
     """Captures steps with prompts, for some numbers of tokens each, and replays them.
 
-    `tables`: the block tables of all rows on the device, [rows, width] int32; the last is the padding row.
+    `tables`: the block tables on the device, [pools, rows, width] int32; the last row is the padding row.
     `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
     """
 
@@ -280,7 +284,8 @@ class PromptGraphs:
         self._pool = pool
         self._padding_row = config.max_num_seqs
         longest = Levers.of(tables.device).prompt_tokens(config.spec.num_products)
-        self.sizes = step_sizes(config.max_num_seqs, config.max_num_batched_tokens, longest)
+        limits = config.max_num_seqs, config.max_num_batched_tokens
+        self.sizes = step_sizes(*limits, longest, len(config.pools))
         self._captured: dict[StepSize, _CapturedPrompts] = {}
         longest = max((size.fields()[-1].stop for size in self.sizes), default=0)
         self._staged = torch.zeros(longest, dtype=torch.int32, device=tables.device)
@@ -297,7 +302,8 @@ class PromptGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         falling = sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True)
         for size in falling[:number]:
-            self.send(size, StepArrays(nothing, nothing, nothing, nothing, nothing, nothing, nothing, 0))
+            slots = np.zeros((size.pools, 0), dtype=np.int64)
+            self.send(size, StepArrays(nothing, nothing, nothing, slots, nothing, nothing, nothing, 0))
             graph, made = capture(partial(self._step, size), self._pool, stream)
             self._captured[size] = _CapturedPrompts(graph, *map(borrowed, made))
             stage.advance()
@@ -327,15 +333,15 @@ class PromptGraphs:
         return without_padding(captured.ids), without_padding(captured.hidden)
 
     def _step(self, size: StepSize) -> tuple[Tensor, Tensor]:
-        ids, rows, positions, slots, context, request_rows, starts = (
+        ids, rows, positions, context, request_rows, starts, *slots = (
             self._staged[field] for field in size.fields()
         )
         ids = torch.where(ids == UNKNOWN, self._inputs.newest[rows], ids)
-        blocks = self._tables.index_select(0, request_rows)
+        blocks = self._tables.index_select(1, request_rows)
         decodes = size.decodes
-        segments = SegmentTable(starts, context[decodes:], blocks[decodes:], size.tokens)
-        decoding = decodes, blocks[:decodes], context[:decodes]
-        batch = AttentionBatch(positions, slots, *decoding, segments, request_rows)
+        segments = [SegmentTable(starts, context[decodes:], each[decodes:], size.tokens) for each in blocks]
+        decoding = blocks[:, :decodes], context[:decodes]
+        batch = batch_of_pools(positions, slots, *decoding, segments, request_rows)
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
 
 

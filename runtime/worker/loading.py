@@ -62,7 +62,7 @@ def load_model(
 
 def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBackend:
     """Raises `ConfigError` for attention that the backend cannot compute."""
-    sizes = config.num_blocks, config.block_size, config.max_model_len
+    sizes = config.pools, config.block_size, config.max_model_len
     try:
         dtype, device = getattr(torch, config.kv_dtype), torch.device(config.device)
         # The last row is that of padding.

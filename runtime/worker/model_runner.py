@@ -86,7 +86,8 @@ class ModelGraphRunner:
         self.masks = GrammarMasks(config, device.begin_sampling)
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
         self.clock = device.clock
-        self._block_tables = np.zeros((config.max_num_seqs, config.max_blocks), dtype=np.int64)
+        tables = len(config.pools), config.max_num_seqs, config.max_blocks
+        self._block_tables = np.zeros(tables, dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
 
     @property
@@ -123,8 +124,9 @@ class ModelGraphRunner:
             self._acquire_row(request)
         for item in plan.scheduled:
             if item.new_blocks:
-                end = item.first_block + len(item.new_blocks)
-                self._block_tables[item.request.row, item.first_block : end] = item.new_blocks
+                blocks = np.reshape(item.new_blocks, (len(self._block_tables), -1))
+                end = item.first_block + blocks.shape[1]
+                self._block_tables[:, item.request.row, item.first_block : end] = blocks
         # Single tokens first: the attention backend takes all of them at once.
         order = sorted(range(len(plan.scheduled)), key=lambda i: plan.scheduled[i].num_new > 1)
         items = [plan.scheduled[i] for i in order]
@@ -227,14 +229,14 @@ class ModelGraphRunner:
         row = request.row
         # A row that kept anything of its former owner would change this request's output without a
         # trace (CVE-2026-114049): better to stop.
-        if self._occupied[row] or self._block_tables[row].any() or not self._inputs.is_clean(row):
+        if self._occupied[row] or self._block_tables[:, row].any() or not self._inputs.is_clean(row):
             raise EngineError(f"row {row} was not clean when it was acquired")
         self._occupied[row] = True
         self._sampler.set_row(row, request.source, request.token_ids, request.prompt_len)
 
     def _release_row(self, row: int) -> None:
         self._occupied[row] = False
-        self._block_tables[row] = 0
+        self._block_tables[:, row] = 0
         self._inputs.clear_row(row)
         self._sampler.clear_row(row)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, SegmentTable
+from microvllm.ops.attention.mixed import batch_of_pools
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.worker.logits import on_device
 
@@ -21,7 +22,8 @@ UNKNOWN = -1  # a token whose value is still only on the device
 class StepArrays:
     """One step on the host; single tokens come first, because the attention takes all of them at once.
 
-    ids, rows, positions, slots: [n], of every token; request_rows, lengths, context: [number of requests].
+    ids, rows, positions: [n], of every token; slots: [pools, n]; request_rows, lengths, context: [number of
+    requests].
     """
 
     ids: np.ndarray
@@ -35,7 +37,7 @@ class StepArrays:
 
     @classmethod
     def of(cls, items: Sequence[ScheduledRequest], block_tables: np.ndarray, block_size: int) -> StepArrays:
-        """block_tables: [rows, width], the blocks of every row."""
+        """block_tables: [pools, rows, width], the blocks of every row."""
         request_rows = np.array([item.request.row for item in items])
         starts = np.array([item.start for item in items])
         lengths = np.array([item.num_new for item in items])
@@ -44,12 +46,12 @@ class StepArrays:
             firsts = np.cumsum(lengths) - lengths
             rows = np.repeat(request_rows, lengths)
             positions = np.repeat(starts - firsts, lengths) + np.arange(total)
-        blocks = block_tables[rows, positions // block_size]
+        blocks = block_tables[:, rows, positions // block_size]
         return cls(
             np.array(_known_ids(items)),
             rows,
             positions,
-            blocks * block_size + positions % block_size,
+            np.ascontiguousarray(blocks * block_size + positions % block_size),
             request_rows,
             lengths,
             starts + lengths,
@@ -69,6 +71,11 @@ def _known_ids(items: Sequence[ScheduledRequest]) -> list[int]:
     return ids
 
 
+def _rows_of(block_tables: np.ndarray, rows: np.ndarray, width: int) -> Tensor:
+    # By rows NumPy puts pools side by side, which kernels would have to copy apart.
+    return torch.from_numpy(np.ascontiguousarray(block_tables[:, rows, :width]))
+
+
 class StepInputs(Protocol):
     """Makes a step's tensors on one device; owns the newest token of every row there."""
 
@@ -81,7 +88,7 @@ class StepInputs(Protocol):
         ...
 
     def make(self, arrays: StepArrays, block_tables: np.ndarray) -> tuple[Tensor, AttentionBatch]:
-        """-> token ids [n], and where their keys and values go and lie."""
+        """-> token ids [n], where their keys and values go and lie. block_tables: [pools, rows, width]."""
         ...
 
     def is_clean(self, row: int) -> bool:
@@ -105,7 +112,7 @@ class HostInputs:
         self._arrays: StepArrays | None = None  # of single tokens, behind `_made`
         self._made: tuple[Tensor, AttentionBatch] | None = None
         self._places: list[tuple[int, int, int]] = []  # where the next step's tokens would be
-        self._slots: list[int] = []
+        self._slots: list[list[int]] = []  # of each pool
 
     def set_newest(self, rows: Sequence[int], tokens: Tensor) -> None:
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -116,27 +123,25 @@ class HostInputs:
             arrays.ids[i] = self._newest[arrays.rows[i]]
         decodes = arrays.num_decodes
         widest = -(-int(arrays.context[:decodes].max(initial=0)) // self._block_size)
-        table = None
+        segments = []
         if decodes < len(arrays.lengths):
             lengths, context = arrays.lengths[decodes:], arrays.context[decodes:]
             width = -(-int(context.max()) // self._block_size)
-            table = SegmentTable(
-                torch.from_numpy(np.concatenate(([0], np.cumsum(lengths)))),
-                torch.from_numpy(context),
-                torch.from_numpy(block_tables[arrays.request_rows[decodes:], :width]),
-                int(lengths.max()),
-            )
-        batch = AttentionBatch(
-            positions=torch.from_numpy(arrays.positions),
-            slots=torch.from_numpy(arrays.slots),
-            num_decodes=decodes,
-            decode_blocks=torch.from_numpy(block_tables[arrays.request_rows[:decodes], :widest]),
-            decode_lens=torch.from_numpy(arrays.context[:decodes]),
-            segment_table=table,
-            rows=torch.from_numpy(arrays.request_rows),
+            starts = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+            segments = [
+                SegmentTable(starts, torch.from_numpy(context), blocks, int(lengths.max()))
+                for blocks in _rows_of(block_tables, arrays.request_rows[decodes:], width)
+            ]
+        batch = batch_of_pools(
+            torch.from_numpy(arrays.positions),
+            torch.from_numpy(arrays.slots),
+            _rows_of(block_tables, arrays.request_rows[:decodes], widest),
+            torch.from_numpy(arrays.context[:decodes]),
+            segments,
+            torch.from_numpy(arrays.request_rows),
         )
-        self._arrays = arrays if table is None else None
-        self._slots = arrays.slots.tolist() if table is None else []
+        self._arrays = None if segments else arrays
+        self._slots = [] if segments else arrays.slots.tolist()
         self._made = torch.from_numpy(arrays.ids), batch
         return self._made
 
@@ -151,13 +156,13 @@ class HostInputs:
             or any(start % self._block_size == 0 for _, start, _ in places)
         ):
             return None
-        self._slots = [slot + 1 for slot in self._slots]
+        self._slots = [[slot + 1 for slot in slots] for slots in self._slots]
         # One by one: with cold caches this is faster than NumPy's operators on whole arrays.
-        for i, ((row, start, _), token, slot) in enumerate(
-            zip(places, _known_ids(items), self._slots, strict=True)
-        ):
+        for i, ((row, start, _), token) in enumerate(zip(places, _known_ids(items), strict=True)):
             arrays.ids[i] = self._newest[row] if token == UNKNOWN else token
-            arrays.positions[i], arrays.context[i], arrays.slots[i] = start, start + 1, slot
+            arrays.positions[i], arrays.context[i] = start, start + 1
+            for pool, slots in enumerate(self._slots):
+                arrays.slots[pool, i] = slots[i]
         return self._made
 
     def is_clean(self, row: int) -> bool:
@@ -188,22 +193,21 @@ class DeviceInputs:
         widths = -(-arrays.context // self._block_size)
         decode_width = int(widths[:decodes].max()) if decodes else 1
         segment_width = int(widths[decodes:].max()) if decodes < len(widths) else 1
-        starts = np.concatenate(([0], np.cumsum(arrays.lengths[decodes:])))
-        ids, rows, positions, slots, context, decode_blocks, seg_starts, seg_blocks, own = self.stager.send(
+        ids, rows, positions, context, starts, own, *others = self.stager.send(
             arrays.ids,
             arrays.rows,
             arrays.positions,
-            arrays.slots,
             arrays.context,
-            block_tables[arrays.request_rows[:decodes], :decode_width],
-            starts,
-            block_tables[arrays.request_rows[decodes:], :segment_width],
+            np.concatenate(([0], np.cumsum(arrays.lengths[decodes:]))),
             arrays.request_rows,
+            *arrays.slots,
+            *block_tables[:, arrays.request_rows[:decodes], :decode_width],
+            *block_tables[:, arrays.request_rows[decodes:], :segment_width],
         )
-        table = SegmentTable(
-            seg_starts, context[decodes:], seg_blocks, int(arrays.lengths[decodes:].max(initial=0))
-        )
-        batch = AttentionBatch(positions, slots, decodes, decode_blocks, context[:decodes], table, own)
+        pools, longest = len(block_tables), int(arrays.lengths[decodes:].max(initial=0))
+        tables = [SegmentTable(starts, context[decodes:], blocks, longest) for blocks in others[2 * pools :]]
+        blocks = others[pools : 2 * pools]
+        batch = batch_of_pools(positions, others[:pools], blocks, context[:decodes], tables, own)
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[rows], ids)
         return ids, batch

@@ -18,10 +18,11 @@ ALIGNMENT = 4  # int32 numbers in 16 bytes: Triton compiles a kernel anew for po
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """How many decodes, and tokens of prompts, a captured step has room for."""
+    """How many decodes, and tokens of prompts, a captured step has room for. `pools`: of KV blocks."""
 
     decodes: int
     tokens: int
+    pools: int = 1
 
     def fits(self, arrays: StepArrays) -> bool:
         decodes = arrays.num_decodes
@@ -34,12 +35,12 @@ class StepSize:
     def fields(self) -> list[slice]:
         """Return where each field lies in the staged inputs.
 
-        In this order: ids, rows, positions and slots of the tokens; context lengths and rows of the
-        requests; starts of the segments.
+        In this order: ids, rows and positions of the tokens; context lengths and rows of the requests;
+        starts of the segments; slots of the tokens in each pool.
         """
         tokens, requests = self.decodes + self.tokens, self.decodes + SEGMENTS
         found, start = [], 0
-        for length in (tokens, tokens, tokens, tokens, requests, requests, SEGMENTS + 1):
+        for length in (tokens, tokens, tokens, requests, requests, SEGMENTS + 1, *[tokens] * self.pools):
             found.append(slice(start, start + length))
             start += -(-length // ALIGNMENT) * ALIGNMENT
         return found
@@ -48,16 +49,16 @@ class StepSize:
         """The inputs of a step that fits, padded with tokens of the padding row: int32, as `fields` says."""
         fields = self.fields()
         staged = np.zeros(fields[-1].stop, dtype=np.int32)
-        ids, rows, positions, slots, context, request_rows, starts = (staged[field] for field in fields)
-        slots[:], rows[:], request_rows[:] = -1, padding_row, padding_row
+        ids, rows, positions, context, request_rows, starts, *slots = (staged[field] for field in fields)
+        rows[:], request_rows[:], staged[fields[6].start :] = padding_row, padding_row, -1
         decodes = arrays.num_decodes
         for padded, values in (
             (ids, arrays.ids),
             (rows, arrays.rows),
             (positions, arrays.positions),
-            (slots, arrays.slots),
             (context, arrays.context),
             (request_rows, arrays.request_rows),
+            *zip(slots, arrays.slots, strict=True),
         ):
             padded[:decodes] = values[:decodes]
             padded[self.decodes : self.decodes + len(values) - decodes] = values[decodes:]
@@ -67,8 +68,12 @@ class StepSize:
         return staged
 
 
-def step_sizes(max_num_seqs: int, max_num_batched_tokens: int, longest: int = FEW_TOKENS) -> list[StepSize]:
+def step_sizes(
+    max_num_seqs: int, max_num_batched_tokens: int, longest: int = FEW_TOKENS, pools: int = 1
+) -> list[StepSize]:
     """The smaller before the larger; of more than FEW_TOKENS up to `longest`, without or with all decodes."""
     decodes = sorted({min(count, max_num_seqs) for count in (*DECODES, max_num_seqs)})
     tokens = [n for n in PROMPT_TOKENS if n <= min(max(longest, FEW_TOKENS), max_num_batched_tokens)]
-    return [StepSize(d, n) for d in decodes for n in tokens if n <= FEW_TOKENS or d in (0, max_num_seqs)]
+    return [
+        StepSize(d, n, pools) for d in decodes for n in tokens if n <= FEW_TOKENS or d in (0, max_num_seqs)
+    ]

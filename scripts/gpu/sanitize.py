@@ -198,11 +198,11 @@ def rules() -> None:
 
 
 def step_inputs() -> None:
-    staged = torch.zeros(STAGED, 4, dtype=torch.int32, device=DEVICE)
+    staged = torch.zeros(STAGED + 2, 4, dtype=torch.int32, device=DEVICE)
     staged[0], staged[2] = ints(2, 0, 1, 3), ints(0, 15, 16, 0)
     staged[3], staged[4] = ints(1, 16, 17, 0), ints(0, -1, 1, -1)  # the last one is padding
-    staged[1, 1:3], staged[5, 0] = -1, 5
-    tables = torch.zeros(4, 9, dtype=torch.int32, device=DEVICE)
+    staged[1, 1:3], staged[5], staged[STAGED:, 0] = -1, -1, 5
+    tables = torch.zeros(2, 4, 9, dtype=torch.int32, device=DEVICE)
     made = prepare_decode(staged, tables, torch.arange(4, device=DEVICE), 16)
     check("step inputs", made.ids, made.slots, made.lens)
 

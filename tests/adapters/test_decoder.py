@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -94,10 +95,12 @@ def attention(mixer: Attention, own: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def forward(spec: ModelSpec, weights: dict[str, Tensor], ids: Tensor, backend: str) -> Tensor:
     model = DecoderModel(spec, dict(weights), make_operators(backend, torch.float32, 1))
-    backend_attention = model.attention(4, 4, 64, torch.float32, torch.device("cpu"))
+    pools = len(spec.windows)
+    backend_attention = model.attention([4] * pools, 4, 64, torch.float32, torch.device("cpu"))
     at, n = torch.arange(len(ids)), len(ids)
     table = SegmentTable(torch.tensor([0, n]), torch.tensor([n]), torch.arange(4)[None], n)
     batch = AttentionBatch(at, at, 0, torch.zeros(0, 0, dtype=torch.int64), at[:0], table)
+    batch = replace(batch, others=(batch,) * (pools - 1))
     return model.logits(model.forward(ids, backend_attention.begin_step(batch)))
 
 

@@ -109,7 +109,7 @@ def test_shared_layers_have_no_cache() -> None:
     mixers = [layer.mixer for layer in engine.config.spec.layers]
     assert [mixer.source for mixer in mixers] == [None, None, None, 1, 2]
     sizes = [2 * mixer.num_kv_heads * mixer.head_dim * 4 for mixer in mixers[:3]]
-    assert engine.config.spec.kv_bytes_per_token(4) == sum(sizes)
+    assert sum(engine.config.spec.kv_bytes_per_token(4)) == sum(sizes)
 
 
 @pytest.mark.parametrize("form", ["fp8", "awq"])
@@ -170,7 +170,7 @@ def test_a_published_configuration(tmp_path: Path) -> None:
     assert {layer.mixer.source for layer in spec.layers[15:]} == {13, 14}
     assert [spec.layers[index].mlp.size for index in (14, 15)] == [6144, 12288]
     # Of 15 layers with keys and values of their own 3 are full.
-    assert spec.kv_bytes_per_token(2) == 2 * 2 * (12 * 256 + 3 * 512)
+    assert sum(spec.kv_bytes_per_token(2)) == 2 * 2 * (12 * 256 + 3 * 512)
     defaults = load_spec(write_config(tmp_path, rope_parameters="absent", global_head_dim="absent"))
     assert defaults.layers == spec.layers
 

@@ -143,7 +143,7 @@ def test_the_kinds_of_layers(tmp_path: Path) -> None:
     assert [isinstance(layer.mixer, GatedDeltaNet) for layer in spec.layers] == [True, True, True, False]
     (attention,) = spec.mixers
     assert attention.gated and attention.qk_norm and attention.rope.rotary_dim == 8
-    assert spec.norm_offset == 1.0 and spec.kv_bytes_per_token(2) == 2 * 3 * 32 * 2
+    assert spec.norm_offset == 1.0 and sum(spec.kv_bytes_per_token(2)) == 2 * 3 * 32 * 2
     # Three layers of 6 heads of 12 x 8 in float32, and 3 tokens of 2 * 3 * 8 + 6 * 12 channels in 16 bits.
     assert spec.state_bytes(2) == 3 * (6 * 12 * 8 * 4 + 3 * 120 * 2)
     path = folder / "config.json"
@@ -193,7 +193,7 @@ def test_a_row_begins_from_nothing(backend: str) -> None:
     requests = [make_request(i, prompt, 6) for i, prompt in enumerate(([5], [7, 8], list(range(40))))]
     expected = run_requests(engine, requests)
     attention = engine.core._runner._device._attention  # type: ignore[attr-defined]
-    states, *_ = (each for each in attention._backends if hasattr(each, "delta"))
+    states, *_ = (each for each, _ in attention._kinds if hasattr(each, "delta"))
     states.delta.fill_(torch.nan)
     states.conv.fill_(torch.nan)
     assert run_requests(engine, requests) == expected
@@ -213,8 +213,7 @@ def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     args |= {"attention_backend": "torch", "dtype": "float32", "num_gpu_blocks_override": 64}
     row = load_spec(Path(args["model"])).state_bytes(4)
     monkeypatch.setattr(kv_memory, "available_memory", lambda: 100 * row)
-    monkeypatch.setattr(kv_memory, "size_pool", lambda *_, **__: (64, 512))
-    monkeypatch.setattr("microvllm.runtime.config.size_pool", lambda *_, **__: (64, 512))
+    monkeypatch.setattr("microvllm.runtime.config.size_pools", lambda *_, **__: ((64,), 512))
     assert EngineArgs(**args).resolve().max_num_seqs == 20
     assert "20 requests run at once instead of 256" in caplog.text
     assert EngineArgs(**args, max_num_seqs=100).resolve().max_num_seqs == 100

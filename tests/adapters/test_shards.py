@@ -105,15 +105,16 @@ def logits(
     weights = load_weights(model, spec, "auto", torch.float32, packed=packed, shard=shard)
     decoder = DecoderModel(spec.sharded(shard.size), weights, operators, ranks)
     assert not weights
-    attention = decoder.attention(8, BLOCK, 32, torch.float32, torch.device("cpu"), 2)
-    tables = np.arange(8).reshape(2, 4)
+    pools = len(spec.windows)
+    attention = decoder.attention([8] * pools, BLOCK, 32, torch.float32, torch.device("cpu"), 2)
+    tables = np.arange(8).reshape(1, 2, 4).repeat(pools, 0)
     inputs = HostInputs(2, BLOCK)
     found = []
     for starts, lengths in (((0, 0), LENGTHS), (LENGTHS, (1, 1))):
         rows = np.repeat(np.arange(2), lengths)
         positions = np.concatenate([start + np.arange(n) for start, n in zip(starts, lengths, strict=True)])
         ids = (positions * 37 + rows * 11) % TOKENIZER_SIZE
-        slots = tables[rows, positions // BLOCK] * BLOCK + positions % BLOCK
+        slots = tables[:, rows, positions // BLOCK] * BLOCK + positions % BLOCK
         context = np.array(starts) + np.array(lengths)
         decodes = sum(n == 1 for n in lengths)
         arrays = StepArrays(ids, rows, positions, slots, np.arange(2), np.array(lengths), context, decodes)

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 from test_state_machine import MACHINES
 
-from microvllm.runtime.core.kv_cache import BrokenPoolError, KVCacheManager
+from microvllm.runtime.core.kv_cache import NO_BLOCK, BlockPool, KVCacheManager
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.core.pool_audit import BrokenPoolError
 from microvllm.runtime.core.prefix_keys import PrefixKeys
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.request import FinishReason, StepOutput
@@ -59,7 +60,7 @@ def skip_one_decref(patch: pytest.MonkeyPatch) -> None:
     free = KVCacheManager.free
 
     def mutant(self: KVCacheManager, seq_id: int) -> None:
-        self._tables[seq_id].blocks.pop()
+        self._tables[seq_id].blocks[0].pop()
         free(self, seq_id)
 
     patch.setattr(KVCacheManager, "free", mutant)
@@ -105,9 +106,9 @@ def match_the_whole_prompt(patch: pytest.MonkeyPatch) -> None:
 def evict_a_referenced_block(patch: pytest.MonkeyPatch) -> None:
     alloc = KVCacheManager.alloc
 
-    def mutant(self: KVCacheManager, seq_id: int, num_tokens: int, prefix: list[int]) -> bool:
+    def mutant(self: KVCacheManager, seq_id: int, num_tokens: int, prefix: list[list[int]]) -> bool:
         done = alloc(self, seq_id, num_tokens, prefix)
-        self._cached.update(dict.fromkeys(prefix))
+        self.pools[0].cached.update(dict.fromkeys(block for block in prefix[0] if block != NO_BLOCK))
         return done
 
     patch.setattr(KVCacheManager, "alloc", mutant)
@@ -116,22 +117,22 @@ def evict_a_referenced_block(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("sync")
 def evict_a_block_and_keep_its_key(patch: pytest.MonkeyPatch) -> None:
-    take = KVCacheManager._take
+    take = BlockPool.take
 
-    def mutant(self: KVCacheManager) -> int:
-        keys = dict(self._block_of)
+    def mutant(self: BlockPool) -> int:
+        keys = dict(self.block_of)
         block = take(self)
-        self._block_of.update(keys)
+        self.block_of.update(keys)
         return block
 
-    patch.setattr(KVCacheManager, "_take", mutant)
+    patch.setattr(BlockPool, "take", mutant)
     patch.setattr(KVCacheManager, "check", lambda self: None)
 
 
 @mutation("sync")
 def count_an_idle_prefix_as_available(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: KVCacheManager, num_tokens: int, prefix: list[int]) -> bool:
-        return self._blocks_for(num_tokens) - len(prefix) <= self.num_available
+    def mutant(self: KVCacheManager, num_tokens: int, prefix: list[list[int]]) -> bool:
+        return self._blocks_for(num_tokens) - len(prefix[0]) <= self.num_available
 
     patch.setattr(KVCacheManager, "can_hold", mutant)
 
@@ -143,12 +144,116 @@ def one_block_too_few(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("sync")
 def reset_loses_the_cached_blocks(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: KVCacheManager) -> None:
-        self._key_of = [None] * self.num_blocks
-        self._block_of.clear()
-        self._cached.clear()
+    def mutant(self: BlockPool) -> None:
+        self.key_of = [None] * self.num_blocks
+        self.block_of.clear()
+        self.cached.clear()
 
-    patch.setattr(KVCacheManager, "reset_prefix_cache", mutant)
+    patch.setattr(BlockPool, "forget", mutant)
+
+
+# ---- windows ---------------------------------------------------------------------------------------
+
+
+@mutation("windows")
+def a_window_is_one_token_short(patch: pytest.MonkeyPatch) -> None:
+    seen = BlockPool.first_seen
+    patch.setattr(BlockPool, "first_seen", lambda self, position: seen(self, position + 1))
+
+
+@mutation("async")
+def a_block_goes_back_a_step_too_early(patch: pytest.MonkeyPatch) -> None:
+    """By what is scheduled, not by what is committed: the step in flight still reads it."""
+    advance = Scheduler._advance
+
+    def mutant(self: Scheduler, request: Request, num_new: int, first_block: int | None = None) -> Any:
+        item = advance(self, request, num_new, first_block)
+        for pool, blocks in zip(self.kv.pools, self.kv._tables[request.seq_id].blocks, strict=True):
+            first = pool.first_seen(request.num_computed)
+            pool.release(block for block in blocks[:first] if block != NO_BLOCK)
+            blocks[:first] = [NO_BLOCK] * first
+        return item
+
+    patch.setattr(Scheduler, "_advance", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
+
+
+@mutation("windows")
+def blocks_behind_a_window_are_kept(patch: pytest.MonkeyPatch) -> None:
+    cache = KVCacheManager.cache_blocks
+
+    def mutant(self: KVCacheManager, seq_id: int, keys: PrefixKeys, num_computed: int) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(BlockPool, "first_seen", lambda self, position: 0)
+            cache(self, seq_id, keys, num_computed)
+
+    patch.setattr(KVCacheManager, "cache_blocks", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
+
+
+@mutation("windows")
+def the_first_pool_alone_decides_a_hit(patch: pytest.MonkeyPatch) -> None:
+    def mutant(self: KVCacheManager, keys: PrefixKeys, num_tokens: int) -> list[list[int]]:
+        found = keys.upto((num_tokens - 1) // self.block_size) if self.enable_prefix_caching else []
+        found = found[: self.pools[0].longest_hit(found)]
+        first = self.pools[0].hit(found)
+        return [first, *([0] * len(first) for _ in self.pools[1:])]
+
+    patch.setattr(KVCacheManager, "match_prefix", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
+
+
+@mutation("windows")
+def a_hit_covers_a_token_less_than_the_window(patch: pytest.MonkeyPatch) -> None:
+    longest, hit, seen = BlockPool.longest_hit, BlockPool.hit, BlockPool.first_seen
+
+    def narrow(find: Callable[..., Any]) -> Callable[..., Any]:
+        def mutant(self: BlockPool, keys: list[bytes]) -> Any:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(BlockPool, "first_seen", lambda self, at: seen(self, at + 1))
+                return find(self, keys)
+
+        return mutant
+
+    patch.setattr(BlockPool, "longest_hit", narrow(longest))
+    patch.setattr(BlockPool, "hit", narrow(hit))
+    patch.setattr(KVCacheManager, "check", lambda self: None)
+
+
+@mutation("windows")
+def one_pool_runs_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
+    available = BlockPool.num_available.fget
+    assert available is not None
+    patch.setattr(KVCacheManager, "num_available", property(lambda self: available(self.pools[0])))
+
+
+@mutation("windows")
+def a_sequence_is_admitted_for_its_window_alone(patch: pytest.MonkeyPatch) -> None:
+    """Without room for the step: it would run out of blocks half way."""
+    init = BlockPool.__init__
+
+    def mutant(self: BlockPool, *args: Any) -> None:
+        init(self, *args)
+        if self.window is not None:
+            self.most_held = -(-self.window // self.block_size)
+
+    patch.setattr(BlockPool, "__init__", mutant)
+
+
+@mutation("drafts")
+def windows_follow_drafts_that_are_rejected(patch: pytest.MonkeyPatch) -> None:
+    cache = KVCacheManager.cache_blocks
+
+    def mutant(self: KVCacheManager, seq_id: int, keys: PrefixKeys, num_computed: int) -> None:
+        cache(self, seq_id, keys, num_computed)
+        table = self._tables[seq_id]
+        for pool, blocks in zip(self.pools, table.blocks, strict=True):
+            first = pool.first_seen(table.num_tokens)
+            pool.release(block for block in blocks[:first] if block != NO_BLOCK)
+            blocks[:first] = [NO_BLOCK] * first
+
+    patch.setattr(KVCacheManager, "cache_blocks", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
 
 
 # ---- the scheduler ---------------------------------------------------------------------------------

@@ -39,8 +39,13 @@ PROMPTS = st.builds(
 )
 
 
+# Of a layer each.
+ANY_WINDOWS = [(None,), (None,), (None,), (3,), (None, 1), (5, None), (None, 2, 6), (4, 9)]
+SEVERAL_WINDOWS = [(None, 6), (6, None), (None, 9), (None, 2, 5), (8, 3)]
+
+
 @st.composite
-def shapes(draw: st.DrawFn) -> dict[str, object]:
+def shapes(draw: st.DrawFn, windows: list[tuple[int | None, ...]] = ANY_WINDOWS) -> dict[str, object]:
     """Small engines: pools of hardly more than one request, budgets of a few tokens."""
     block_size = draw(st.sampled_from([1, 2, 4]))
     chunked = draw(st.booleans())
@@ -48,7 +53,8 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
     return {
         "max_model_len": CONTEXT,
         "block_size": block_size,
-        "num_blocks": CONTEXT // block_size + draw(st.sampled_from([0, 0, 1, 3])),
+        "spare_blocks": draw(st.sampled_from([(0, 0), (0, 0), (1, 1), (3, 3), (CONTEXT, 0)])),
+        "windows": draw(st.sampled_from(windows)),
         "max_num_batched_tokens": budget,
         "max_num_seqs": draw(st.sampled_from([3, 2, 1])),
         "enable_chunked_prefill": chunked,
@@ -214,7 +220,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def reset_prefix_cache(self) -> None:
         self.engine.core.reset_prefix_cache()
-        assert not self.engine.core.kv._block_of
+        assert not any(pool.block_of for pool in self.engine.core.kv.pools)
         self.contents.clear()
 
     @rule()
@@ -264,8 +270,10 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def refcount_is_the_number_of_tables(self) -> None:
         kv = self.engine.core.kv
-        tables = [table.blocks for table in kv._tables.values()]
-        assert kv._refcount == [sum(block in table for table in tables) for block in range(kv.num_blocks)]
+        for index, pool in enumerate(kv.pools):
+            tables = [table.blocks[index] for table in kv._tables.values()]
+            blocks = range(pool.num_blocks)
+            assert pool.refcount == [sum(block in table for table in tables) for block in blocks]
         holders = [r for r in [*self.live.values(), *self.ended] if r.row >= 0]
         assert sorted(kv._tables) == sorted(r.seq_id for r in holders), "tables without a running request"
 
@@ -274,20 +282,21 @@ class EngineMachine(RuleBasedStateMachine):
         kv, size = self.engine.core.kv, self.engine.config.block_size
         for request in self.live.values():
             if request.row >= 0:
-                assert len(kv.block_table(request.seq_id)) == -(-request.num_computed // size)
+                blocks = -(-request.num_computed // size)
+                assert len(kv.blocks_from(request.seq_id, 0)) == blocks * len(kv.pools)
 
     @invariant()
     def a_key_names_what_it_named_before(self) -> None:
         """The tokens behind a prefix key never change while the key is offered, and fill its block."""
         kv, size = self.engine.core.kv, self.engine.config.block_size
-        for key, block in kv._block_of.items():
-            content = self.engine.runner.block_content(block)
+        named = [(index, *item) for index, pool in enumerate(kv.pools) for item in pool.block_of.items()]
+        for index, key, block in named:
+            content = self.engine.runner.block_content(index, block)
             positions = [cell.position for cell in content if cell is not None]
             assert len(positions) == size and positions[0] % size == 0
             assert positions == list(range(positions[0], positions[0] + size))
             assert self.contents.setdefault(key, content) == content
-        if not kv.enable_prefix_caching:
-            assert not kv._block_of
+        assert kv.enable_prefix_caching or not named
         for request in self.live.values():
             assert (len(request.keys._keys) - 1) * size <= len(request.token_ids), (
                 "an unknown token is hashed"
@@ -341,7 +350,20 @@ class DraftingEngineMachine(EngineMachine):
     drafter = FakeDrafter()
 
 
-MACHINES = {"sync": EngineMachine, "async": AsyncEngineMachine, "drafts": DraftingEngineMachine}
+class WindowEngineMachine(EngineMachine):
+    """Layers of several windows; in a third of the engines the windows' pools run out first."""
+
+    @initialize(shape=shapes(SEVERAL_WINDOWS), few=st.sampled_from([True, False, False]))
+    def start(self, shape: dict[str, object], few: bool) -> None:
+        super().start(shape | ({"spare_blocks": (CONTEXT, 0)} if few else {}))
+
+
+MACHINES = {
+    "sync": EngineMachine,
+    "async": AsyncEngineMachine,
+    "drafts": DraftingEngineMachine,
+    "windows": WindowEngineMachine,
+}
 SETTINGS = settings(
     max_examples=100,
     stateful_step_count=40,
@@ -354,5 +376,5 @@ SETTINGS = settings(
 def test_any_life_of_the_engine(mode: str) -> None:
     machine = MACHINES[mode]
     machine.steps = 0
-    while machine.steps < STEPS // 2:
+    while machine.steps < STEPS // 3:
         run_state_machine_as_test(machine, settings=SETTINGS)

@@ -17,6 +17,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime import vllm_environment
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.vllm_environment import VARIABLES, ignored_variables
 
 HONOURED, HARMLESS, WITHOUT_EFFECT = (
@@ -131,7 +132,7 @@ def test_the_size_of_the_cache_on_a_cpu(folder: Path, monkeypatch: pytest.Monkey
     default = args.resolve()
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     config = args.resolve()
-    block_bytes = config.spec.kv_bytes_per_token(4 if config.dtype == "float32" else 2) * config.block_size
+    (block_bytes,) = rank_layout(config).block_bytes
     assert config.num_blocks == (2 << 30) // block_bytes != default.num_blocks
     for wrong in ("-1", "1.5", "x"):
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", wrong)

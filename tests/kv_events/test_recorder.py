@@ -56,17 +56,19 @@ class Observed(Engine):
             self.kinds.update(map(type, events))
             self.mirror.apply_structs(events)
         self.published.batches.clear()
-        index = {int.from_bytes(key[-8:], "big"): block for key, block in self.core.kv._block_of.items()}
+        index = {
+            int.from_bytes(key[-8:], "big"): block for key, block in self.core.kv.pools[0].block_of.items()
+        }
         assert self.mirror.blocks.keys() == index.keys()
         for number, block in index.items():
-            cells = [cell for cell in self.runner.block_content(block) if cell is not None]
+            cells = [cell for cell in self.runner.block_content(0, block) if cell is not None]
             known = self.mirror.blocks[number]
             assert known.tokens == tuple(cell.token for cell in cells)
             assert (known.parent is None) == (cells[0].position == 0)
             salt = (cells[0].salt,) if cells[0].salt and known.parent is None else None
             assert known.extra == salt
             if known.parent in index:
-                before = self.runner.block_content(index[known.parent])
+                before = self.runner.block_content(0, index[known.parent])
                 assert before[-1] is not None and before[-1].position + 1 == cells[0].position
 
 
@@ -127,7 +129,9 @@ def test_hashes_may_be_whole_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Observed()
     engine.run(make_request(0, range(3, 13), 1))
     (event,) = engine.published.batches[-1]
-    assert isinstance(event, BlockStored) and set(event.block_hashes) == engine.core.kv._block_of.keys()
+    assert (
+        isinstance(event, BlockStored) and set(event.block_hashes) == engine.core.kv.pools[0].block_of.keys()
+    )
 
 
 def test_the_publisher_is_closed_with_the_core() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ BLOCK, BLOCKS = 16, 8
 
 def logits(model: DecoderModel, device: torch.device, cache: torch.dtype) -> Tensor:
     """Of a prompt of 21 tokens in two chunks, then of two decodes."""
-    attention = model.attention(BLOCKS, BLOCK, 64, cache, device, 2)
+    pools = len(model.spec.windows)
+    attention = model.attention([BLOCKS] * pools, BLOCK, 64, cache, device, 2)
     table, found, done = [5, 2], [], 0
     ids = torch.arange(3, 26)
     for count in (13, 8, 1, 1):
@@ -47,6 +49,7 @@ def logits(model: DecoderModel, device: torch.device, cache: torch.dtype) -> Ten
             None if decodes else segments,
             torch.ones(1, dtype=torch.int64, device=device),
         )
+        batch = replace(batch, others=(batch,) * (pools - 1))
         hidden = model.forward(ids[at].to(device), attention.begin_step(batch))
         found.append(model.logits(hidden).cpu())
     return torch.cat(found)

@@ -12,6 +12,7 @@ import torch
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.kv_memory import CacheLayout
 from microvllm.runtime.worker import gpu_memory
 from microvllm.runtime.worker.gpu_memory import CONTEXT_BYTES, RESERVE_BYTES, load_beside_cache, memory_for
 
@@ -24,8 +25,10 @@ class Config(msgspec.Struct, frozen=True):
     device: str = "cuda"
     kv_dtype: str = "bfloat16"
     block_size: int = 16
-    block_bytes: int = BLOCK_BYTES
     num_blocks: int = 0
+    window_blocks: tuple[int, ...] = ()
+    windows: tuple[int | None, ...] = (None,)
+    block_bytes: tuple[int, ...] = (BLOCK_BYTES,)
     max_model_len: int = 32_768
     may_shorten: bool = False
     enforce_eager: bool = False
@@ -34,8 +37,8 @@ class Config(msgspec.Struct, frozen=True):
     states_bytes: int = 0
 
     @property
-    def kv_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+    def pools(self) -> tuple[int, ...]:
+        return self.num_blocks, *self.window_blocks
 
 
 class Gpu:
@@ -58,7 +61,11 @@ class Gpu:
             self.notes.append(note)
 
         config: Any = Config(**options)
-        with mock.patch.object(gpu_memory, "load_model", load_model):
+        layout = CacheLayout(config.windows, config.block_bytes, config.block_size, 8192, 16)
+        with (
+            mock.patch.object(gpu_memory, "rank_layout", lambda _: layout),
+            mock.patch.object(gpu_memory, "load_model", load_model),
+        ):
             return load_beside_cache(config, note)[1]
 
 

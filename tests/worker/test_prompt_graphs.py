@@ -15,36 +15,37 @@ NOBODY = 99
 
 @st.composite
 def steps(draw: st.DrawFn) -> StepArrays:
+    pools = draw(st.integers(1, 3))
     decodes = draw(st.integers(0, 40))
     lengths = [1] * decodes + draw(st.lists(st.integers(2, 300), max_size=SEGMENTS))
     total = sum(lengths)
     values = np.arange(1, total + 1)
     requests = np.arange(len(lengths))
     context = np.array(lengths, dtype=np.int64) + draw(st.integers(0, 50))
-    return StepArrays(
-        values, values % 7, values + 1000, values + 5000, requests, np.array(lengths), context, decodes
-    )
+    slots = values + 5000 * np.arange(1, pools + 1)[:, None]
+    return StepArrays(values, values % 7, values + 1000, slots, requests, np.array(lengths), context, decodes)
 
 
 @given(steps())
 def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
-    size = next((size for size in step_sizes(40, 4096) if size.fits(arrays)), None)
+    sizes = step_sizes(40, 4096, pools=len(arrays.slots))
+    size = next((size for size in sizes if size.fits(arrays)), None)
     decodes, total = arrays.num_decodes, len(arrays.ids)
     if size is None:
         assert total - decodes > 1024
         return
     staged = size.staged(arrays, NOBODY)
-    ids, rows, positions, slots, context, request_rows, starts = (staged[field] for field in size.fields())
+    ids, rows, positions, context, request_rows, starts, *slots = (staged[field] for field in size.fields())
     real = np.r_[0:decodes, size.decodes : size.decodes + total - decodes]
     padding = np.setdiff1d(np.arange(len(ids)), real)
     for padded, values in (
         (ids, arrays.ids),
         (rows, arrays.rows),
         (positions, arrays.positions),
-        (slots, arrays.slots),
+        *zip(slots, arrays.slots, strict=True),
     ):
         assert (padded[real] == values).all()
-    assert (slots[padding] == -1).all() and (rows[padding] == NOBODY).all()
+    assert all((each[padding] == -1).all() for each in slots) and (rows[padding] == NOBODY).all()
 
     segments = len(arrays.lengths) - decodes
     real = np.r_[0:decodes, size.decodes : size.decodes + segments]
@@ -55,7 +56,7 @@ def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
 
 
 def test_fields_are_aligned_and_apart() -> None:
-    for size in step_sizes(5, 100):
+    for size in step_sizes(5, 100, pools=3):
         end = 0
         for field in size.fields():
             assert field.start >= end and field.start % 4 == 0
@@ -87,5 +88,5 @@ def test_more_segments_than_there_is_room_for_do_not_fit() -> None:
     count = SEGMENTS + 1
     twos = np.full(count, 2)
     values = np.arange(2 * count)
-    arrays = StepArrays(values, values, values, values, np.arange(count), twos, twos, 0)
+    arrays = StepArrays(values, values, values, values[None], np.arange(count), twos, twos, 0)
     assert not StepSize(0, 1024).fits(arrays)

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from model_tools import make_request
 
 from microvllm.ops.attention import AttentionBatch
-from microvllm.runtime.core.kv_cache import KVCacheManager
+from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest
 from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
 
-ROWS, BLOCK, WIDTH = 4, 3, 40
+POOLS, ROWS, BLOCK, WIDTH = 2, 4, 3, 40
 
 
 def new_request(row: int, prompt: int) -> Request:
     tokens = list(range(100 * row, 100 * row + prompt))
-    keys = KVCacheManager(1, BLOCK, enable_prefix_caching=False).prefix_keys(tokens)
+    keys = KVCacheManager([BlockPool(1, BLOCK)], enable_prefix_caching=False).prefix_keys(tokens)
     request = Request(make_request(row, tokens, 1000), (0, row), keys, tokens)
     request.row = row
     return request
@@ -31,7 +31,8 @@ def values(made: tuple[torch.Tensor, AttentionBatch]) -> list[Any]:
     table = batch.segment_table
     parts = [ids, batch.positions, batch.slots, batch.decode_blocks, batch.decode_lens]
     parts += [] if table is None else [table.starts, table.context_lens, table.blocks]
-    return [batch.num_decodes, *(part.tolist() for part in parts)]
+    others = [values((ids, other)) for other in batch.others]
+    return [batch.num_decodes, *(part.tolist() for part in parts), *others]
 
 
 @settings(max_examples=80)
@@ -39,7 +40,7 @@ def values(made: tuple[torch.Tensor, AttentionBatch]) -> list[Any]:
 def test_inputs_that_stay_are_those_made_anew(in_flight: bool, data: st.DataObject) -> None:
     """Requests come, go, pause, and compute one or more tokens; `in_flight`: each is known a step late."""
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    tables = np.zeros((ROWS, WIDTH), dtype=np.int64)
+    tables = np.zeros((POOLS, ROWS, WIDTH), dtype=np.int64)
     inputs, running, newest = HostInputs(ROWS, BLOCK), dict[int, Request](), [0] * ROWS
     pending: dict[int, int] = {}
     for _ in range(data.draw(st.integers(1, 20))):
@@ -49,7 +50,7 @@ def test_inputs_that_stay_are_those_made_anew(in_flight: bool, data: st.DataObje
                 newest[row] = 0
                 pending.pop(row, None)
                 running[row] = new_request(row, data.draw(st.integers(1, 7)))
-                tables[row] = random.permutation(1000)[:WIDTH]
+                tables[:, row] = random.permutation(1000)[: POOLS * WIDTH].reshape(POOLS, WIDTH)
         items = []
         for row, request in running.items():
             missing = len(request.token_ids) + (row in pending) - request.num_computed
@@ -77,7 +78,7 @@ def test_inputs_that_stay_are_those_made_anew(in_flight: bool, data: st.DataObje
 
 
 def test_single_tokens_stay_within_their_blocks_until_a_row_is_released() -> None:
-    inputs, tables = HostInputs(ROWS, BLOCK), np.arange(ROWS * WIDTH).reshape(ROWS, WIDTH)
+    inputs, tables = HostInputs(ROWS, BLOCK), np.arange(ROWS * WIDTH).reshape(1, ROWS, WIDTH)
     requests = [new_request(0, 4), new_request(2, 3)]
 
     def stays(*chosen: Request) -> bool:
