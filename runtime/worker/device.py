@@ -22,8 +22,9 @@ from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.worker.bitmask import ChooseMasked, ReadTokens
 from microvllm.runtime.worker.gpu_memory import capture_graphs
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
-from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, Readback, StepArrays, StepInputs
+from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
 from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
+from microvllm.runtime.worker.transfers import Readback
 
 if TYPE_CHECKING:
     from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs

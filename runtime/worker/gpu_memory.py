@@ -29,7 +29,8 @@ from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.worker.loading import load_model, make_attention
 from microvllm.runtime.worker.sampler import GPUSampler
-from microvllm.runtime.worker.step_inputs import DeviceInputs, Readback
+from microvllm.runtime.worker.step_inputs import DeviceInputs
+from microvllm.runtime.worker.transfers import Readback
 
 if TYPE_CHECKING:
     from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs

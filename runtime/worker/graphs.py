@@ -34,8 +34,9 @@ from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
 from microvllm.runtime.worker.bitmask import Choice, ReadTokens
 from microvllm.runtime.worker.sampler import GPUSampler
-from microvllm.runtime.worker.step_inputs import UNKNOWN, DeviceInputs, Readback, StepArrays
+from microvllm.runtime.worker.step_inputs import UNKNOWN, DeviceInputs, StepArrays
 from microvllm.runtime.worker.step_sizes import StepSize, step_sizes
+from microvllm.runtime.worker.transfers import Readback
 
 T = TypeVar("T")
 

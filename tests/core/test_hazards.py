@@ -20,7 +20,7 @@ from fakes import Answer, Engine, make_request, run_alone
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.logits import LogitRules
 from microvllm.runtime.worker.sampler import Sampler
-from microvllm.runtime.worker.step_inputs import Readback, Stager
+from microvllm.runtime.worker.transfers import Readback, Stager
 
 # The tests that fail without the guard, as file::test; of a planted bug, the function that plants it.
 HAZARDS: dict[str, list[str]] = {
