@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
@@ -21,14 +23,19 @@ from microvllm.ops.routing import Routing
 DTYPES = {"F32": "float32", "F16": "float16"}
 
 
-def gguf_spec(file: GGUFFile) -> ModelSpec:
-    """Build the spec of a dense model; `ModelFileError` names the metadata key or tensor at fault."""
+def gguf_keys(file: GGUFFile) -> Fields:
+    """The metadata of the model, whose keys begin with its architecture."""
     prefix = f"{file.architecture}."
-    keys = Fields(
-        file.path,
-        {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)},
-        prefix,
-    )
+    found = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
+    return Fields(file.path, found, prefix)
+
+
+def gguf_spec(file: GGUFFile, *, rotates_parts: bool = False, interleaved: bool = False) -> ModelSpec:
+    """Build the spec of a dense model; `ModelFileError` names the metadata key or tensor at fault.
+
+    rotates_parts: a part of each head may be rotated; interleaved: see `RopeSpec`.
+    """
+    keys = gguf_keys(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFileError(file.path, "tensor token_embd.weight is missing or not a matrix")
@@ -45,14 +52,18 @@ def gguf_spec(file: GGUFFile) -> ModelSpec:
             "embedding_length", f"{hidden_size} is not a multiple of attention.head_count {num_heads}"
         )
     head_dim = keys.size("attention.key_length", max(1, hidden_size // num_heads))
+    rotary_dim = keys.size("rope.dimension_count", head_dim)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.size(key, head_dim) != head_dim:
+        fits = rotates_parts and key.startswith("rope") and rotary_dim % 2 == 0 and rotary_dim < head_dim
+        if keys.size(key, head_dim) != head_dim and not fits:
             raise keys.error(
                 key, f"{keys.size(key)} differs from the head size {head_dim}, which is not supported"
             )
     if head_dim % 2:
         raise keys.error("attention.key_length", f"must be even for rotary embeddings, got {head_dim}")
-    rope, max_position = rope_from_gguf(file, keys, head_dim)
+    rope, max_position = rope_from_gguf(file, keys, rotary_dim)
+    part = rotary_dim if rotary_dim != head_dim else None
+    rope = msgspec.structs.replace(rope, rotary_dim=part, interleaved=interleaved)
     window = keys.size("attention.sliding_window", max_position)
     attention = Attention(
         num_heads=num_heads,
@@ -106,7 +117,7 @@ def _experts(keys: Fields) -> Experts:
 
 
 def _matrix_type(file: GGUFFile) -> str:
-    matrix = file.tensors.get("blk.0.attn_q.weight")
+    matrix = file.tensors.get("blk.0.attn_q.weight") or file.tensors.get("blk.0.attn_qkv.weight")
     return matrix.type if matrix else ""
 
 

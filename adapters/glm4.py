@@ -6,8 +6,10 @@ from functools import partial
 
 import msgspec
 
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
@@ -31,11 +33,34 @@ def from_hf(config: Fields) -> ModelSpec:
         rotary=partial(rope_from_hf, partial=0.5, interleaved=True),
         qkv_bias=config.flag("attention_bias", True),
     )
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(msgspec.structs.replace(layer, post_norms=True) for layer in spec.layers),
-        rms_norm_eps=config.number("rms_norm_eps", 1.5625e-07),
-    )
+    eps = config.number("rms_norm_eps", 1.5625e-07)
+    return _normed(msgspec.structs.replace(spec, rms_norm_eps=eps))
 
 
-FAMILY = Family("glm4", "Glm4ForCausalLM", from_hf, hf_tensors=TENSORS)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a GLM-4 model from a GGUF file; those of models that read images rotate otherwise."""
+    keys = gguf_keys(file)
+    if "rope.dimension_sections" in keys:
+        raise keys.error("rope.dimension_sections", "is not supported")
+    return _normed(gguf_spec(file, rotates_parts=True, interleaved=True))
+
+
+def _normed(spec: ModelSpec) -> ModelSpec:
+    layers = (msgspec.structs.replace(layer, post_norms=True) for layer in spec.layers)
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+FAMILY = Family(
+    "glm4",
+    "Glm4ForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="glm4",
+    gguf_tensors={
+        **GGUF_TENSORS,
+        "gate_up": "blk.{i}.ffn_up",
+        "mixer_post_norm": "blk.{i}.post_attention_norm",
+        "mlp_post_norm": "blk.{i}.post_ffw_norm",
+    },
+)

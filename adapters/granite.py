@@ -6,6 +6,8 @@ import msgspec
 
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
 
@@ -30,6 +32,22 @@ def from_hf(config: Fields) -> ModelSpec:
     )
 
 
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a Granite model from a GGUF file, in which a multiplier of 0 is none."""
+    spec, keys = gguf_spec(file), gguf_keys(file)
+
+    def scale(key: str, default: float = 1.0) -> float:
+        return keys.number(key, default) if keys.get(key) else default
+
+    return multiplied(
+        spec,
+        embeddings=scale("embedding_scale"),
+        scores=scale("attention.scale", spec.mixers[0].head_dim ** -0.5),
+        branches=scale("residual_scale"),
+        logits=1.0 / scale("logit_scale"),
+    )
+
+
 def multiplied(
     spec: ModelSpec, *, embeddings: float, scores: float, branches: float, logits: float
 ) -> ModelSpec:
@@ -47,4 +65,11 @@ def multiplied(
     )
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", from_hf)
+FAMILY = Family(
+    "granite",
+    "GraniteForCausalLM",
+    from_hf,
+    from_gguf=from_gguf,
+    gguf_name="granite",
+    gguf_interleaved=True,
+)

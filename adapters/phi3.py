@@ -9,8 +9,10 @@ from functools import partial
 
 import msgspec
 
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
@@ -28,6 +30,11 @@ def from_hf(config: Fields) -> ModelSpec:
     return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
 
 
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a Phi-3 model from a GGUF file."""
+    return gguf_spec(file, rotates_parts=True)
+
+
 _rotary = partial(rope_from_hf, partial=1.0)
 
 
@@ -35,4 +42,12 @@ def _windows(config: Fields, num_layers: int) -> list[int | None]:
     return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
 
 
-FAMILY = Family("phi3", "Phi3ForCausalLM", from_hf, hf_tensors=TENSORS)
+FAMILY = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="phi3",
+    gguf_tensors={**GGUF_TENSORS, "qkv": "blk.{i}.attn_qkv", "gate_up": "blk.{i}.ffn_up"},
+)

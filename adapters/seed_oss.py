@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from microvllm.adapters.family import Family
+from microvllm.adapters.family import GGUF_TENSORS, Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_spec import gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
 
@@ -22,4 +23,11 @@ def from_hf(config: Fields) -> ModelSpec:
     )
 
 
-FAMILY = Family("seed_oss", "SeedOssForCausalLM", from_hf)
+FAMILY = Family(
+    "seed_oss",
+    "SeedOssForCausalLM",
+    from_hf,
+    from_gguf=gguf_spec,
+    gguf_name="seed_oss",
+    gguf_tensors={**GGUF_TENSORS, "mlp_norm": "blk.{i}.post_attention_norm"},
+)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
 
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_spec
 from microvllm.adapters.hf_config import hf_spec, layer_windows
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
+
+INTERVAL = 4  # of the layers that do not rotate
 
 
 def from_hf(config: Fields) -> ModelSpec:
@@ -28,10 +33,20 @@ def from_hf(config: Fields) -> ModelSpec:
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias"),
     )
+    return _rotating(spec, _rotated(config, spec.num_layers))
+
+
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a SmolLM3 model from a GGUF file, which does not say which layers rotate."""
+    spec = gguf_spec(file)
+    return _rotating(spec, [(index + 1) % INTERVAL != 0 for index in range(spec.num_layers)])
+
+
+def _rotating(spec: ModelSpec, rotated: Sequence[bool]) -> ModelSpec:
     unrotated = msgspec.structs.replace(spec.mixers[0].rope, rotary_dim=0)
     layers = (
-        layer if rotated else layer.with_mixer(rope=unrotated)
-        for layer, rotated in zip(spec.layers, _rotated(config, spec.num_layers), strict=True)
+        layer if rotates else layer.with_mixer(rope=unrotated)
+        for layer, rotates in zip(spec.layers, rotated, strict=True)
     )
     return msgspec.structs.replace(spec, layers=tuple(layers))
 
@@ -39,7 +54,7 @@ def from_hf(config: Fields) -> ModelSpec:
 def _rotated(config: Fields, num_layers: int) -> list[bool]:
     """Which layers rotate: by `no_rope_layers`, or all but every `no_rope_layer_interval`-th."""
     if "no_rope_layers" not in config:
-        interval = config.size("no_rope_layer_interval", 4)
+        interval = config.size("no_rope_layer_interval", INTERVAL)
         return [(index + 1) % interval != 0 for index in range(num_layers)]
     listed = config.get("no_rope_layers")
     good = isinstance(listed, list) and len(listed) == num_layers
@@ -56,4 +71,11 @@ def _windows(config: Fields, num_layers: int) -> list[int | None]:
     return windows if used else [None] * num_layers
 
 
-FAMILY = Family("smollm3", "SmolLM3ForCausalLM", from_hf)
+FAMILY = Family(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    from_hf,
+    from_gguf=from_gguf,
+    gguf_name="smollm3",
+    gguf_interleaved=True,
+)

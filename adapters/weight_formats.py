@@ -386,6 +386,8 @@ class Packed(Dense):
         for (name, part), piece in zip(stored, torch.split(data, sizes), strict=True):
             checkpoint.copy_quantized(name, part, slot.columns, piece)
             loaded()
+        if len(rows) == 1 and slot.name.endswith(".gate_up"):  # both in one stored tensor
+            rows = (rows[0]._replace(rows=rows[0].rows // 2),) * 2
         return QuantizedTensor.of(data, slot.columns.size, rows)
 
 

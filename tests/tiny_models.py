@@ -63,7 +63,13 @@ GGUF_NAMES = {
     "block_sparse_moe.w2_exps": "ffn_down_exps",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
 }
+# Whose q and k llama.cpp stores with neighbours that turn together.
+GGUF_INTERLEAVED = ("llama", "granite", "smollm3")
 
 
 def make_hf_folder(
@@ -239,10 +245,10 @@ def write_gguf(
     if architecture == "gpt-oss":
         weights = _gpt_oss_names(weights)
     for name, values in _stacked(weights).items():
-        if architecture == "llama":
+        if architecture in GGUF_INTERLEAVED:
             values = _interleave(name, values, config)
         gguf_name = _gguf_name(name)
-        if architecture == "gpt-oss":
+        if architecture in ("gpt-oss", "seed_oss"):
             gguf_name = gguf_name.replace(".ffn_norm.", ".post_attention_norm.")
         instead = None if blocks is None else blocks(gguf_name, values)
         if instead is not None:
@@ -315,7 +321,8 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    rope = config["rope_parameters"]
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     count = config.get("num_experts", config.get("num_local_experts"))
     if count:
@@ -323,7 +330,6 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if "moe_intermediate_size" in config:
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    rope = config["rope_parameters"]
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":
         import gguf
@@ -331,6 +337,11 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if config["model_type"] == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     if config["model_type"] == "gpt_oss":
         writer.add_sliding_window(config["sliding_window"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])

@@ -116,6 +116,33 @@ def test_a_gguf_file_gives_the_tokens_of_its_folder(tmp_path: Path, family: str)
     assert generate_ids(make_engine(file), prompts) == generate_ids(make_engine(folder), prompts)
 
 
+GGUF_SIZES = {**QUANTIZABLE, "num_hidden_layers": 4}
+MORE_GGUF: dict[str, dict[str, Any]] = {
+    "smollm3": {"tie": True},
+    "granite": {key: value for key, value in VARIANTS["granite"].items() if key != "family"},
+    "seed_oss": {"attention_bias": True},
+    "glm4": {"head_dim": 24, "attention_bias": True},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+}
+
+
+@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
+@pytest.mark.parametrize("family", MORE_GGUF)
+def test_gguf_files_of_more_families(tmp_path: Path, family: str, quantization: str) -> None:
+    """The tokens of the folder; in blocks, those of the values that these stand for."""
+    folder = make_hf_folder(tmp_path / "hf", family, **{**GGUF_SIZES, **MORE_GGUF[family]})
+    file = write_gguf(tmp_path / "model.gguf", folder, quantization=quantization)
+    prompts = make_prompts(6, TOKENIZER_SIZE)
+    if quantization == "F32":
+        assert generate_ids(make_engine(file), prompts) == generate_ids(make_engine(folder), prompts)
+        return
+    kept, widened = (
+        make_engine(file, gguf_weights=weights, attention_backend="cpu")
+        for weights in ("auto", "dequantized")
+    )
+    assert generate_ids(kept, prompts) == generate_ids(widened, prompts)
+
+
 # ---- the ways of computing: none of them changes a token ------------------------------------------
 
 EQUIVALENCE = (

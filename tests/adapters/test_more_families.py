@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
@@ -213,3 +214,31 @@ def test_a_bad_key_is_named(tmp_path: Path, config: dict[str, Any], key: str, va
     message = str(caught.value)
     assert said in message and "\n" not in message
     assert key in message or "rope_scaling.short_factor" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "said"),
+    [
+        ("glm4", {"glm4.rope.dimension_sections": 3}, "glm4.rope.dimension_sections is not supported"),
+        ("glm4", {"glm4.rope.dimension_count": 33}, "differs from the head size 32"),
+        ("glm4", {"glm4.rope.dimension_count": 15}, "differs from the head size 32"),
+        ("seed_oss", {"seed_oss.rope.dimension_count": 16}, "differs from the head size 32"),
+        ("granite", {"granite.residual_scale": -1.0}, "granite.residual_scale must be a finite number"),
+    ],
+)
+def test_a_bad_key_of_a_gguf_file_is_named(
+    tmp_path: Path, family: str, metadata: dict[str, Any], said: str
+) -> None:
+    source = make_hf_folder(tmp_path / "hf", family, num_hidden_layers=1)
+    with pytest.raises(ModelFileError) as caught:
+        load_spec(write_gguf(tmp_path / "model.gguf", source, extra_metadata=metadata))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_multipliers_of_a_gguf_file_that_are_0_are_none(tmp_path: Path) -> None:
+    source = make_hf_folder(tmp_path / "hf", "granite", num_hidden_layers=1)
+    keys = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+    nothing = {f"granite.{key}": 0.0 for key in keys}
+    spec = load_spec(write_gguf(tmp_path / "model.gguf", source, extra_metadata=nothing))
+    assert (spec.embedding_scale, spec.logits_scale) == (1.0, 1.0)
+    assert spec.layers[0].attention.scale == 32**-0.5
