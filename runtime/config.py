@@ -305,7 +305,7 @@ class EngineArgs:
                 batch_invariant and backend not in ("cpu", "triton"),
                 "--batch-invariant (VLLM_BATCH_INVARIANT=1): --attention-backend must be cpu or triton",
             ),
-            (batch_invariant and spec.state_bytes(1), start_checks.VARIANT_STATES),
+            (batch_invariant and device == "cuda" and spec.state_bytes(1), start_checks.VARIANT_STATES),
             (
                 device == "cpu" and dtype == "float16",
                 "--dtype float16 is not available on a CPU",

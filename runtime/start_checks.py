@@ -8,7 +8,7 @@ from microvllm.adapters.spec import ModelSpec
 
 logger = logging.getLogger("microvllm.config")
 
-VARIANT_STATES = "--batch-invariant (VLLM_BATCH_INVARIANT=1): a state is computed in chunks of prompts"
+VARIANT_STATES = "--batch-invariant (VLLM_BATCH_INVARIANT=1): a GPU computes states in chunks of prompts"
 
 
 def warn_of_gpu_options(device: str) -> None:

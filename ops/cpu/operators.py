@@ -20,10 +20,12 @@ from microvllm.ops.activation import CLAMPED
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
 from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
+from microvllm.ops.cpu.delta_rule import CpuDeltaRule
 from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.cpu.tuning import Tuning
+from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.linear import Linear
 from microvllm.ops.operators import (
@@ -148,8 +150,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-# ggml's numbers of the formats that are not quantised.
-_FORMATS = {torch.float32: 0, torch.bfloat16: 30}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 30}  # ggml's numbers of those that are not quantised
 
 
 class Packed(NamedTuple):
@@ -268,6 +269,9 @@ class CpuOperators(Operators):
             )
         experts = CpuExperts(kernel, pool, norm, router, products, shared, routing, weights.correction)
         return self.norm(None), experts
+
+    def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
+        return CpuDeltaRule(config, self.kernels)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:  # for which there is no kernel

@@ -222,6 +222,8 @@ def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert caught.value.remedy == "lower --max-num-seqs to 100"
 
 
-def test_batch_invariance_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"--batch-invariant .*a state is computed in chunks"):
-        make_engine(variant_folder("qwen3.5"), attention_backend="cpu", batch_invariant=True)
+def test_batch_invariance_is_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microvllm.runtime.config.choose_device", lambda _: "cuda")
+    args = EngineArgs(model=str(variant_folder("qwen3.5")), attention_backend="triton", batch_invariant=True)
+    with pytest.raises(ConfigError, match=r"--batch-invariant .*a GPU computes states in chunks"):
+        args.resolve()

@@ -21,7 +21,18 @@ SIZES = {"hidden_size": 288, "intermediate_size": 320}
 
 @pytest.fixture(
     scope="module",
-    params=["float32", "bfloat16", "float16 stored", "window", "gemma3", "experts", "Q4_1", "Q8_0", "int8"],
+    params=[
+        "float32",
+        "bfloat16",
+        "float16 stored",
+        "window",
+        "gemma3",
+        "experts",
+        "states",
+        "Q4_1",
+        "Q8_0",
+        "int8",
+    ],
 )
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -32,6 +43,8 @@ def model(
         return variant_folder("mistral-window"), {"dtype": "bfloat16"}
     if request.param == "experts":
         return variant_folder("qwen2-moe"), {"dtype": "bfloat16"}
+    if request.param == "states":
+        return variant_folder("qwen3.5"), {"dtype": "bfloat16"}
     if request.param == "gemma3":  # whose activation and norms around branches are torch's
         return variant_folder("gemma3"), {"dtype": "bfloat16"}
     if request.param == "float16 stored":
