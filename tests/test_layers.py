@@ -20,6 +20,7 @@ MAX_LINES = 500
 CORE_PATH_LINES, CORE_PATH_FILES = 2750, 16
 # What may import torch in runtime/, even within a function: what computes.
 TORCH_ROOMS = ("microvllm.runtime.worker.", "microvllm.runtime.engine")
+NEEDS_RAY = "microvllm.openai_compat.ray_serve"  # which the tests do not install
 REPORTS_TORCH = "microvllm.runtime.collect_env"  # `collect-env` prints torch's own report
 # What may import torch or transformers when it is imported: what computes, or runs an engine in the caller's
 # process.
@@ -188,7 +189,7 @@ def test_no_torch_on_import(module: str) -> None:
 
 def test_no_torch_in_the_api_process() -> None:
     """The same for what other packages import: all these modules together, in a fresh interpreter."""
-    names = sorted(name for name in light_modules() if layer_of(name) is not None)
+    names = sorted(name for name in light_modules() if layer_of(name) is not None and name != NEEDS_RAY)
     code = (
         f"import sys, importlib\nfor name in {names!r}: importlib.import_module(name)\n"
         "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"

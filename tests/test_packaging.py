@@ -56,7 +56,9 @@ def test_every_import_is_a_declared_dependency(setup_cfg: configparser.ConfigPar
     options = setup_cfg["options"]
     declared = {canonicalize_name(r.name) for r in requirements(options["install_requires"])}
     extras = setup_cfg["options.extras_require"]
-    optional = {canonicalize_name(r.name) for r in requirements(extras["gpu"] + extras["kv-events"])}
+    optional = {
+        canonicalize_name(r.name) for r in requirements(extras["gpu"] + extras["kv-events"] + extras["ray"])
+    }
     for file in (file for file in package_files() if file.suffix == ".py"):
         for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
             names = []
@@ -122,7 +124,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     assert result.stdout == f"microvllm {microvllm.__version__}\n"
 
 
-SCRIPTS = ["scripts/serve", "scripts/test", "scripts/check", "scripts/check_page", ".ci/run"]
+SCRIPTS = [
+    "scripts/serve",
+    "scripts/test",
+    "scripts/check",
+    "scripts/check_page",
+    "scripts/check_ray",
+    ".ci/run",
+]
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "scripts/lib.sh"])

@@ -76,7 +76,7 @@ def _from_file(path: str, given: _Given, own: Mapping[str, str], spellings: Mapp
             if f"--{name}" == CONFIG_FLAG:
                 raise UsageError("a file cannot name another one")
             takes_several = "list" in (own.get(f"--{name}"), vllm_flags.KINDS.get(name))
-            entry = _read(_option_words(name, value, takes_several), own, spellings)
+            entry = _read(option_words(name, value, takes_several), own, spellings)
         except ConfigError as error:
             raise UsageError(f"{CONFIG_FLAG} {path}: {key}: {error}") from error
         found.words.extend(word for word in entry.words if _option(word) not in overridden)
@@ -328,7 +328,7 @@ def _read_config(path: str) -> dict[str, Any]:
     return content
 
 
-def _option_words(name: str, value: Any, takes_several: bool) -> list[str]:
+def option_words(name: str, value: Any, takes_several: bool) -> list[str]:
     """Return one entry as words of the command line. Raises `ConfigError` for an entry without a value.
 
     True and false are a switch and its `no-` form. A list becomes several values where the flag takes them,
