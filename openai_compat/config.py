@@ -266,6 +266,9 @@ class ServerArgs(AnswerArgs):
     enable_force_include_usage: bool = flag(False, ANSWERS, "End every stream with its usage.")
     enable_request_id_headers: bool = flag(False, LOGS, "Answer with X-Request-Id.")
     enable_server_load_tracking: bool = flag(False, SERVER, "Count requests in progress at /load.")
+    enable_sleep_mode: bool = flag(
+        False, SERVER, "Serve /sleep and /wake_up, with VLLM_SERVER_DEV_MODE=1 in the environment."
+    )
     enable_tokenizer_info_endpoint: bool = flag(False, SERVER, "Serve /tokenizer_info.")
     profiler: ProfilerConfig | None = flag(
         None,

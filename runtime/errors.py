@@ -10,7 +10,8 @@ MicroVLLMError
 │   └── RequestDeadlineError     504  it took longer than --request-timeout
 ├── ConfigError                  an option, a model folder or a file is wrong; the message is one line
 └── EngineError                  the engine itself failed
-    └── EngineDeadError          503  the engine process is gone; it is being started again
+    ├── EngineDeadError          503  the engine process is gone; it is being started again
+    └── EngineAsleepError        503  the engine gave its memory back, until it is woken
 """
 
 from __future__ import annotations
@@ -122,3 +123,13 @@ class EngineDeadError(EngineError):
 
     status = 503
     kind = "ServiceUnavailableError"
+
+
+class EngineAsleepError(EngineError):
+    """The engine was put to sleep: it computes nothing until it is woken up."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+    def __init__(self) -> None:
+        super().__init__("The engine is asleep: POST /wake_up wakes it up.")

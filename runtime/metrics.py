@@ -23,6 +23,7 @@ GAUGES = frozenset(
     ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots", "kv_window_usage")
 )
 COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES | {"step_seconds"})
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level
 REJECTIONS = ("max_num_queued_reqs", "max_num_queued_tokens")
 # Only requests that ended by themselves count towards latencies.
 COMPLETE = frozenset(map(str, (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)))
@@ -113,6 +114,7 @@ class EngineMetrics(EngineObserver):
         self.finished_requests = {str(reason): 0 for reason in FinishReason if reason not in time_outs}
         self.rejections = dict.fromkeys(REJECTIONS, 0)
         self.engine_deaths = 0
+        self._sleep_level = 0
         self._stats = stats  # of the engine process that runs now
         self._past = EngineStats()  # what those before it have counted
         self._gaps: dict[float, int] = {}  # seconds between tokens of this step: how many waited so long
@@ -142,6 +144,11 @@ class EngineMetrics(EngineObserver):
     @property
     def cached_tokens_by_source(self) -> dict[str, int]:
         return {"device": self.totals.prefix_hits}
+
+    @property
+    def sleep_states(self) -> dict[str, int]:
+        """1 for what the engine is: at level 1 its weights are in the host's memory, at level 2 nowhere."""
+        return {name: int(self._sleep_level == level) for level, name in enumerate(SLEEP_STATES)}
 
     @property
     def steps_by_kind(self) -> dict[str, int]:
@@ -228,3 +235,8 @@ class EngineMetrics(EngineObserver):
     def on_engine_death(self) -> None:
         self.engine_deaths += 1
         self._past, self._stats = self.totals, EngineStats()
+
+    def on_sleep(self, level: int) -> None:
+        if self._sleep_level != level:
+            self._sleep_level = level
+            self._past, self._stats = self.totals, EngineStats()

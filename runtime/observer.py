@@ -95,3 +95,6 @@ class EngineObserver:
 
     def on_engine_death(self) -> None:
         """The engine process has died: the next one counts from zero."""
+
+    def on_sleep(self, level: int) -> None:
+        """The engine is asleep at a level, or (0) awake again, and counts from zero."""

@@ -30,7 +30,15 @@ CORE_PATH = (
 )
 OFF_THE_PATH = {
     *("bitmask.py", "gpu_memory.py", "gpu_rules.py", "loading.py", "pool_audit.py", "pooling.py"),
-    *("prefix_keys.py", "profiler.py", "step_sizes.py", "step_times.py", "thinking.py", "transfers.py"),
+    *(
+        "prefix_keys.py",
+        "profiler.py",
+        "sleep.py",
+        "step_sizes.py",
+        "step_times.py",
+        "thinking.py",
+        "transfers.py",
+    ),
 }
 SILENT = {
     tokenize.COMMENT,

@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from microvllm.adapters.pooling_spec import Pooling
-from microvllm.runtime.errors import EngineBusyError, EngineDeadError, EngineError
+from microvllm.runtime.errors import EngineAsleepError, EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.grammar.checker import GrammarChecker
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.observer import EngineObserver, RequestTiming
@@ -253,6 +253,8 @@ class FakeClient:
         self.aborted = 0
         self.tokens_made = 0
         self.resets = 0
+        self.sleep_level = 0
+        self.slept: list[Any] = []  # (level, wait), or the tags that were woken
         self.event_sources: dict[int, KVEventsConfig] = {}
         self.submitted: list[tuple[list[int], SamplingParams, int, str]] = []
         self.ranks: list[int | None] = []  # of what was submitted
@@ -274,6 +276,14 @@ class FakeClient:
     def kv_event_sources(self) -> dict[int, KVEventsConfig]:
         return self.event_sources
 
+    async def sleep(self, level: int, *, wait: bool = False) -> None:
+        self.sleep_level = level
+        self.slept.append((level, wait))
+
+    async def wake_up(self, tags: Sequence[str]) -> None:
+        self.sleep_level = 0
+        self.slept.append(list(tags))
+
     async def run_blocking(self, fn: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(None, fn, *args)
 
@@ -284,6 +294,8 @@ class FakeClient:
             stream.abort()
 
     def check_room(self) -> None:
+        if self.sleep_level:
+            raise EngineAsleepError
         if self.busy:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
 

@@ -25,7 +25,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[str, ...]] = {
         *("/inference/v1/generate", "/inference/v1/abort_requests", "/abort_requests"),
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
         *("/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc"),
-        *("/sleep", "/wake_up", "/release_kv_cache_memory", "/pause", "/resume"),
+        *("/release_kv_cache_memory", "/pause", "/resume"),
         *("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine", "/start_weight_update"),
         *("/start_draft_weight_update", "/update_weights", "/finish_weight_update"),
         *("/update_weight_version", "/weight_checker"),

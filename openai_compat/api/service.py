@@ -26,10 +26,11 @@ import microvllm
 from microvllm.openai_compat.api.endpoint import Endpoint, Switch, read_body
 from microvllm.openai_compat.api.reading import read_value
 from microvllm.openai_compat.api.requests import ProfileRequest
-from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, shape_error
+from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, clip, shape_error
 from microvllm.openai_compat.metrics import Exposition
 from microvllm.openai_compat.state import ServerState
-from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.errors import EngineDeadError, InvalidRequestError
+from microvllm.runtime.process.client import SLEEP_TAGS
 from microvllm.runtime.request import EngineStats
 
 logger = logging.getLogger("microvllm.server")
@@ -190,8 +191,35 @@ async def reset_prefix_cache(request: Request, state: ServerState) -> Response:
 
 
 async def is_sleeping(request: Request, state: ServerState) -> Response:
-    """`{"is_sleeping": false}`: the engine keeps its memory as long as the server runs."""
-    return _json({"is_sleeping": False})
+    """`{"is_sleeping"}`: whether the engines have given memory back."""
+    return _json({"is_sleeping": state.client.sleep_level > 0})
+
+
+async def sleep(request: Request, state: ServerState) -> Response:
+    """Has the engines give their memory back, once running requests were ended or have come to their end."""
+    level, mode = request.query_params.get("level", "1"), request.query_params.get("mode", "abort")
+    if level not in ("1", "2"):
+        raise InvalidRequestError("level must be 1 or 2.", "level")
+    if mode not in ("abort", "wait"):
+        raise InvalidRequestError("mode must be abort or wait.", "mode")
+    ranks = state.client.config.tensor_parallel_size
+    if level == "1" and ranks > 1:
+        raise InvalidRequestError(
+            f"level 1 is not available with --tensor-parallel-size {ranks}; level 2 is.", "level"
+        )
+    await state.client.sleep(int(level), wait=mode == "wait")
+    logger.info("The engine is asleep at level %s.", level)
+    return Response()
+
+
+async def wake_up(request: Request, state: ServerState) -> Response:
+    """Has the engines take the memory of the given `tags` again, or all of it."""
+    tags = request.query_params.getlist("tags")
+    if unknown := sorted(set(tags) - set(SLEEP_TAGS)):
+        raise InvalidRequestError(f"tags must be of {', '.join(SLEEP_TAGS)}, got {clip(unknown[0])}.", "tags")
+    await state.client.wake_up(tags or SLEEP_TAGS)
+    logger.info("The engine has taken memory again: %s.", ", ".join(tags or SLEEP_TAGS))
+    return Response()
 
 
 async def tokenizer_info(request: Request, state: ServerState) -> Response:
@@ -251,6 +279,15 @@ _PROFILER = Switch(
     lambda args: args.profiler is not None,
     '--profiler-config \'{"profiler": "torch", "torch_profiler_dir": "FOLDER"}\'',
 )
+_SLEEP = Switch(
+    lambda args: args.dev_mode and args.enable_sleep_mode,
+    "--enable-sleep-mode and VLLM_SERVER_DEV_MODE=1 in the environment",
+)
+_LEVELS = {
+    "level": {"enum": ["1", "2"], "default": "1"},
+    "mode": {"enum": ["abort", "wait"], "default": "abort"},
+}
+_TAGS = {"tags": {"type": "array", "items": {"enum": list(SLEEP_TAGS)}}}
 _DEV_MODE = Switch(lambda args: args.dev_mode, "VLLM_SERVER_DEV_MODE=1 in the environment")
 
 ENDPOINTS = (
@@ -286,5 +323,7 @@ ENDPOINTS = (
         answer="Success",
         switch=_DEV_MODE,
     ),
+    Endpoint(path="/sleep", methods=("POST",), handler=sleep, query=_LEVELS, switch=_SLEEP),
+    Endpoint(path="/wake_up", methods=("POST",), handler=wake_up, query=_TAGS, switch=_SLEEP),
     Endpoint(path="/is_sleeping", handler=is_sleeping, answer="Sleep", switch=_DEV_MODE),
 )

@@ -85,6 +85,30 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, array_like=True, tag="reset"
     """A command: forget the cached prefixes."""
 
 
+class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
+    """A command: give memory back once all requests have ended, at vLLM's level 1 or 2."""
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, frozen=True, array_like=True, tag="wake_up"):
+    """A command: take the memory of these tags again."""
+
+    tags: list[str]
+
+
+class SleepChanged(msgspec.Struct, frozen=True, array_like=True, tag="sleep_changed"):
+    """The answer to each of the two commands before it.
+
+    `problem`: why nothing has changed, in one line. `stats` and `kv_events` are those of `Ready`, when the
+    engine is awake again; its counters begin at zero.
+    """
+
+    problem: str | None = None
+    stats: EngineStats | None = None
+    kv_events: KVEventsConfig | None = None
+
+
 class StartProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
     """A command: start a profile; `prefix` begins the name of its file."""
 
@@ -147,8 +171,8 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
     resting: bool
 
 
-Command = Start | Add | Abort | ResetPrefixCache | StartProfile | StopProfile
-Event = Progress | Ready | Failed | Step | Profiled | Beat
+Command = Start | Add | Abort | ResetPrefixCache | Sleep | WakeUp | StartProfile | StopProfile
+Event = Progress | Ready | Failed | Step | SleepChanged | Profiled | Beat
 
 
 def frame(encoder: msgspec.msgpack.Encoder, message: Command | Event) -> bytes:

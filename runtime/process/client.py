@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
@@ -16,14 +16,14 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.errors import EngineAsleepError, EngineDeadError, InvalidRequestError
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.observer import SampleGroup
 from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
 from microvllm.runtime.process.channel import Add, ResetPrefixCache, StartProfile, StopProfile
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
-from microvllm.runtime.process.replica import Replica
+from microvllm.runtime.process.replica import WAIT_S, Replica
 from microvllm.runtime.process.routing import Router, prompt_keys
 from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.process.token_stream import TokenStream
@@ -40,6 +40,7 @@ T = TypeVar("T")
 WORKER_THREADS = max(2, min(8, usable_cores() // 2))
 INLINE_IDS = 10_000  # longer lists are checked in a worker thread
 PROMPTS_AT_ONCE = 16
+SLEEP_TAGS = ("weights", "kv_cache")
 
 
 class EngineClient:
@@ -59,6 +60,9 @@ class EngineClient:
         self._chat_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="chat")
         self._grammar_workers = ThreadPoolExecutor(WORKER_THREADS, thread_name_prefix="grammar")
         self.admission = Admission(config)
+        self.sleep_level = 0  # of all engines; 0: awake
+        self.asleep: frozenset[str] = frozenset()  # tags whose memory was given back
+        self._changing = asyncio.Lock()
         self._router = Router(config.max_num_seqs, self.admission.max_wait_s)
         self.replicas = [
             Replica(each, tokenizer, self.admission, self._take_over, self._any_serves)
@@ -178,7 +182,12 @@ class EngineClient:
         return self._start(prepared, found, rank)
 
     def check_room(self, count: int = 1, tokens: int = 1) -> None:
-        """Raise `EngineBusyError` unless `count` sequences of `tokens` together may join the queue."""
+        """Raise `EngineBusyError` unless `count` sequences of `tokens` together may join the queue.
+
+        `EngineAsleepError` while the engines sleep.
+        """
+        if self.sleep_level:
+            raise EngineAsleepError
         serving = self._serving() or self.replicas
         in_flight = sum(replica.in_flight for replica in serving)
         stats = total_stats([replica.stats for replica in serving])
@@ -195,7 +204,7 @@ class EngineClient:
         serving = self._serving()
         if rank is not None:
             serving = [replica for replica in serving if replica.index == rank]
-        if not serving:
+        if not serving and not self.sleep_level:
             raise EngineDeadError(DEAD)
         count = sum(map(len, prompts))
         shared = shared_tokens(prepared)
@@ -273,6 +282,42 @@ class EngineClient:
 
     # ---- for all engines -----------------------------------------------------------------------
 
+    async def sleep(self, level: int, *, wait: bool = False) -> None:
+        """Have all engines give their memory back: vLLM's level 1 or 2.
+
+        New requests are refused from now on. Open ones end with an `EngineAsleepError`, or are waited for.
+        """
+        async with self._changing:
+            if self.sleep_level == level:
+                return
+            if self.sleep_level:
+                raise InvalidRequestError(f"The engine is asleep at level {self.sleep_level}.", "level")
+            self.sleep_level = level
+            try:
+                while wait and any(replica.streams for replica in self.replicas):
+                    await asyncio.sleep(WAIT_S)
+            except BaseException:
+                self.sleep_level = 0
+                raise
+            for replica in self.replicas:
+                replica.end_requests(EngineAsleepError())
+            self.asleep = frozenset(SLEEP_TAGS)
+            await asyncio.gather(*(replica.sleep(level) for replica in self.replicas))
+
+    async def wake_up(self, tags: Collection[str] = SLEEP_TAGS) -> None:
+        """Have all engines take the memory of these tags again; with the last of them they serve.
+
+        Raises `EngineError` with the reason why one cannot; it may be tried again.
+        """
+        async with self._changing:
+            if not self.sleep_level:
+                return
+            last = self.asleep <= set(tags)
+            await asyncio.gather(*(replica.wake_up(tags, last=last) for replica in self.replicas))
+            self.asleep -= set(tags)
+            if last:
+                self.sleep_level = 0
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         for replica in self.replicas:
@@ -303,7 +348,7 @@ class EngineClient:
         """Wait up to `drain_s` seconds for open streams, then end the engine processes."""
         deadline = time.monotonic() + drain_s
         while any(replica.streams for replica in self.replicas) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(WAIT_S)
         for replica in self.replicas:  # of all, before one of them could take over what another has
             replica.ready = False
         error = EngineDeadError("The server is shutting down.")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore
-from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError
-from microvllm.runtime.kv_events.publishing_core import event_source, make_core
+from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError, MicroVLLMError
+from microvllm.runtime.kv_events.publishing_core import event_source
 from microvllm.runtime.machine import freeze_objects, return_freed_memory
 from microvllm.runtime.process.channel import (
     Abort,
@@ -32,10 +32,13 @@ from microvllm.runtime.process.channel import (
     Progress,
     Ready,
     ResetPrefixCache,
+    Sleep,
+    SleepChanged,
     Start,
     StartProfile,
     Step,
     StopProfile,
+    WakeUp,
 )
 from microvllm.runtime.process.heartbeat import Heartbeat, print_stacks_on_signal
 from microvllm.runtime.process.spawn import STOP_SIGNALS
@@ -43,8 +46,11 @@ from microvllm.runtime.request import StepOutput
 from microvllm.runtime.worker.profiler import Profiler, ProfilerStateError
 
 if TYPE_CHECKING:
-    from microvllm.runtime.worker.model_runner import LaunchedStep
+    from microvllm.adapters.decoder import DecoderModel
+    from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
     from microvllm.runtime.worker.parallel.messages import RankFailed
+    from microvllm.runtime.worker.parallel.runner import ParallelRunner
+    from microvllm.runtime.worker.sleep import SleepingCore
 
 logger = logging.getLogger("microvllm.engine")
 
@@ -71,7 +77,7 @@ def main() -> None:
         if start.config.data_parallel_size > 1:
             logging.basicConfig(format=f"engine {start.config.data_parallel_rank}: %(message)s")
         try:
-            core = _load(start.config, channel)
+            engine = _load(start.config, channel)
         except ConfigError as error:
             channel.send_event(Failed(str(error), error.remedy))
             return
@@ -79,15 +85,18 @@ def main() -> None:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             channel.send_event(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
             return
-        channel.send_event(Ready(core.stats(), core.config.max_model_len, event_source(core)))
+        if engine.core is not None:  # as it always is here
+            stats, length = engine.core.stats(), engine.core.config.max_model_len
+            channel.send_event(Ready(stats, length, event_source(engine.core)))
         heartbeat.begin()
-        _run_engine(core, channel, heartbeat)
+        _run_engine(engine, channel, heartbeat)
 
 
-def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
+def _load(config: EngineConfig, channel: EngineEnd) -> SleepingCore:
     from microvllm.runtime.worker.parallel.runner import start_runner
+    from microvllm.runtime.worker.sleep import SleepingCore
 
-    sent, runner = 0.0, None
+    sent, loaded = 0.0, False
 
     def progress(what: str, done: int, total: int, note: str = "", /) -> None:
         nonlocal sent
@@ -97,29 +106,69 @@ def _load(config: EngineConfig, channel: EngineEnd) -> EngineCore[LaunchedStep]:
 
     def on_failure(failure: RankFailed) -> None:
         # The main thread may wait for the rank that is gone, and nothing ends that.
-        if runner is None:
+        if not loaded:
             channel.send_event(Failed(failure.message, failure.remedy))
         else:
             logger.error("%s: the engine ends", failure.message)
         os._exit(1)
 
-    runner = start_runner(config, progress, on_failure)
-    return make_core(runner.config, runner)
+    def start(config: EngineConfig, model: DecoderModel | None) -> ModelGraphRunner | ParallelRunner:
+        return start_runner(config, None if loaded else progress, on_failure, model)
+
+    engine = SleepingCore(config, start)
+    loaded = True
+    return engine
 
 
-def _run_engine(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
+def _run_engine(engine: SleepingCore, channel: EngineEnd, heartbeat: Heartbeat) -> None:
     freeze_objects()
     gc.enable()
-    try:
-        _serve(core, channel, heartbeat)
-    finally:
-        if core.report is not None:
-            core.report.write_last()
-
-
-def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat) -> None:
     profiler = Profiler()
-    while True:
+    try:
+        while True:
+            if engine.core is None:
+                _wait_asleep(engine, channel, heartbeat)
+            else:
+                level = _serve(engine.core, channel, heartbeat, profiler)
+                engine.sleep(level)
+                channel.send_event(SleepChanged())
+    finally:
+        if engine.core is not None and engine.core.report is not None:
+            engine.core.report.write_last()
+
+
+def _wait_asleep(engine: SleepingCore, channel: EngineEnd, heartbeat: Heartbeat) -> None:
+    heartbeat.resting = True
+    commands = channel.receive_commands(wait=True)
+    heartbeat.resting = False
+    for command in commands:
+        if isinstance(command, WakeUp):
+            channel.send_event(_wake_up(engine, command))
+        elif isinstance(command, Sleep):
+            channel.send_event(SleepChanged())
+        elif isinstance(command, StartProfile | StopProfile):
+            channel.send_event(Profiled(problem="The engine is asleep.", refused=True))
+
+
+def _wake_up(engine: SleepingCore, command: WakeUp) -> SleepChanged:
+    try:
+        engine.wake_up(command.tags)
+    except MicroVLLMError as error:
+        return SleepChanged(str(error))
+    except Exception as error:  # no memory: there may be some later
+        logger.exception("Waking up failed.")
+        return SleepChanged(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    if engine.core is None:
+        return SleepChanged()
+    return SleepChanged(None, engine.core.stats(), event_source(engine.core))
+
+
+def _serve(
+    core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartbeat, profiler: Profiler
+) -> int:
+    """Step the core until it is at rest after a `Sleep` command; returns the level."""
+    level = 0
+    while not level or core.has_work():
         outputs: list[StepOutput] = []
         resting = not core.has_work()
         if core.report is not None:
@@ -132,6 +181,8 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartb
         for command in commands:
             if isinstance(command, StartProfile | StopProfile):
                 channel.send_event(_profile(profiler, command))
+            elif isinstance(command, Sleep):
+                level = command.level
             else:
                 outputs += _handle(core, command)
         worked = core.has_work()
@@ -143,6 +194,7 @@ def _serve(core: EngineCore[LaunchedStep], channel: EngineEnd, heartbeat: Heartb
             core.scheduler.check()
             if core.config.device == "cpu":
                 return_freed_memory()  # the activations of long prompts
+    return level
 
 
 def _handle(core: EngineCore[LaunchedStep], command: Command) -> list[StepOutput]:

@@ -7,6 +7,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError
@@ -18,9 +22,12 @@ from microvllm.runtime.process.channel import (
     Command,
     Event,
     Profiled,
+    Sleep,
+    SleepChanged,
     StartProfile,
     Step,
     StopProfile,
+    WakeUp,
 )
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
@@ -32,6 +39,7 @@ from microvllm.runtime.text.tokenizer import Tokenizer
 logger = logging.getLogger("microvllm.engine")
 
 WATCH_INTERVAL_S = 1.0
+WAIT_S = 0.02  # between two looks at an engine that starts
 EXIT_S = 3.0  # time for the engine process to leave after its socket was closed
 MAX_NAMED = 100  # ids in one line of the log
 RESTART_DELAYS_S = (0.0, 1.0, 5.0, 15.0, 30.0)
@@ -71,6 +79,9 @@ class Replica:
         self._others_serve = others_serve
         self._aborted: list[int] = []  # not sent yet
         self._profiling: deque[asyncio.Future[Profiled]] = deque()  # pending answers
+        self._changing: deque[asyncio.Future[SleepChanged]] = deque()  # pending answers
+        self._awake = asyncio.Event()  # unset while no process is to be started in place of one that died
+        self._awake.set()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -147,7 +158,8 @@ class Replica:
 
     def _send_aborted(self) -> None:
         aborted, self._aborted = self._aborted, []
-        self.send(Abort(aborted))
+        if aborted:
+            self.send(Abort(aborted))
 
     def forget_request(self, request_id: int) -> None:
         """Drop a stream whose request the engine has ended."""
@@ -174,6 +186,57 @@ class Replica:
             raise InvalidRequestError(found.problem) if found.refused else EngineError(found.problem)
         return found.file
 
+    # ---- sleep ---------------------------------------------------------------------------------
+
+    def end_requests(self, error: EngineError) -> None:
+        """End all streams with an error, and their requests."""
+        for stream in list(self.streams.values()):
+            self.abort_request(stream.request_id)
+            stream.fail(error)
+
+    async def sleep(self, level: int) -> None:
+        """Have the process give its memory back; no stream may be open, nor is any until it is awake again.
+
+        A process that is gone has none; it is started again by `wake_up`.
+        """
+        self._awake.clear()
+        self._send_aborted()  # first of all: the process sleeps once it has no request
+        with suppress(EngineDeadError):
+            await self._change(Sleep(level))
+        self.stats = msgspec.structs.replace(self.stats, kv_blocks_used=0, num_running=0, num_waiting=0)
+        self.observer.on_sleep(level)
+
+    async def wake_up(self, tags: Collection[str], *, last: bool) -> None:
+        """Have the process take the memory of these tags, the `last` ones or not.
+
+        Raises `EngineError` with the reason why it cannot.
+        """
+        found = SleepChanged()
+        if self.ready:
+            with suppress(EngineDeadError):
+                found = await self._change(WakeUp(sorted(tags)))
+        if found.problem is not None:
+            raise EngineError(f"The engine cannot wake up: {found.problem}")
+        if not last:
+            return
+        self._awake.set()
+        if found.stats is not None and self.process is not None:
+            self.process.kv_events, self.stats, self.submitted = found.kv_events, found.stats, 0
+            self.rate.restart()
+            self.prefixes.clear()
+        while not self.ready:
+            await asyncio.sleep(WAIT_S)
+        self.observer.on_sleep(0)
+        self.observer.on_step(self.stats)  # the size of the cache
+
+    async def _change(self, command: Sleep | WakeUp) -> SleepChanged:
+        if not self.ready:
+            raise EngineDeadError(DEAD)
+        answer: asyncio.Future[SleepChanged] = asyncio.get_running_loop().create_future()
+        self._changing.append(answer)
+        self.send(command)
+        return await answer
+
     def send(self, command: Command) -> None:
         """Send a command; one to a process that is gone is lost."""
         if self.process is not None:
@@ -196,7 +259,9 @@ class Replica:
             self.observer.on_engine_death()
             ending = await self.process.end()
             more = f" {moved} requests without an output go to others." if moved else ""
-            logger.error("%s died; it is being started again.%s%s", self.name, ending, more)
+            when = "being started" if self._awake.is_set() else "to be started"
+            logger.error("%s died; it is %s again.%s%s", self.name, when, ending, more)
+            await self._awake.wait()
             self.use(await self.restart())
 
     async def _watch_engine(self) -> None:
@@ -205,8 +270,8 @@ class Replica:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if not self.ready or self.process is None:
                 continue
-            if self._profiling:
-                self.watch.on_step()  # writing a profile may take longer than any step
+            if self._profiling or self._changing:
+                self.watch.on_step()  # writing a profile, or loading, may take longer than any step
             problem = self.watch.tick(bool(self.streams), WATCH_INTERVAL_S)
             if problem is not None:
                 self.ready = False
@@ -220,6 +285,10 @@ class Replica:
             answer = self._profiling.popleft()
             if not answer.done():  # done: its client has left
                 answer.set_result(event)
+        elif isinstance(event, SleepChanged):
+            changed = self._changing.popleft()
+            if not changed.done():  # done: its client has left
+                changed.set_result(event)
         elif isinstance(event, Beat):
             self.watch.on_beat(event.resting)
         if not isinstance(event, Step):
@@ -242,10 +311,12 @@ class Replica:
                 self.forget_request(stream.request_id)
             else:
                 stream.fail(error)
-        while self._profiling:
-            answer = self._profiling.popleft()
-            if not answer.done():
-                answer.set_exception(error)
+        waiting: tuple[deque[Any], ...] = (self._profiling, self._changing)
+        for pending in waiting:
+            while pending:
+                answer = pending.popleft()
+                if not answer.done():
+                    answer.set_exception(error)
         return moved
 
     async def restart(self) -> EngineProcess:

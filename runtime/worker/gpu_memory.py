@@ -109,13 +109,15 @@ class MemoryPlan:
 def load_beside_cache(
     config: EngineConfig, on_progress: OnProgress | None, ranks: Ranks | None = None
 ) -> tuple[DecoderModel, EngineConfig]:
-    """Load the model, and size the KV cache that fits beside it and all that it needs.
+    """Load the model, and size the KV cache that fits beside it and all that it needs; on a CPU it is sized.
 
     Returns the configuration with the number of KV blocks, and a context that they hold. The blocks fill
     `gpu_memory_utilization` of the GPU, as far as it is free, unless their number was requested. Raises
     `ConfigError` when not one request of full length fits and the context may not be lowered, and for too
     large a request.
     """
+    if config.device == "cpu":
+        return load_model(config, on_progress, ranks), config
     with memory_for("the weights"):
         model = load_model(config, on_progress, ranks)
     measuring = Stage("Measuring memory", 1, on_progress)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
@@ -29,7 +30,7 @@ from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.worker.bitmask import ChooseMasked, known_output
 from microvllm.runtime.worker.device import make_device
 from microvllm.runtime.worker.gpu_memory import load_beside_cache, memory_for
-from microvllm.runtime.worker.loading import load_model, make_attention
+from microvllm.runtime.worker.loading import make_attention
 from microvllm.runtime.worker.logits import (
     LogprobRequest,
     LogprobTensors,
@@ -69,19 +70,21 @@ class ModelGraphRunner:
     """
 
     def __init__(
-        self, config: EngineConfig, on_progress: OnProgress | None = None, ranks: Ranks | None = None
+        self,
+        config: EngineConfig,
+        on_progress: OnProgress | None = None,
+        ranks: Ranks | None = None,
+        model: DecoderModel | None = None,
     ) -> None:
-        """Load the model. Raises `ConfigError` as `load_model` does."""
+        """Load the model, unless it is given. Raises `ConfigError` as `load_model` does."""
         torch.set_num_threads(config.cpu_threads)
         self._ranks = ranks
-        if config.device == "cpu":
-            self._model = load_model(config, on_progress, ranks)
-        else:
-            self._model, config = load_beside_cache(config, on_progress, ranks)
-        self.config = config
+        if model is None:
+            model, config = load_beside_cache(config, on_progress, ranks)
+        self.model, self.config = model, config
         with memory_for("the KV cache and the CUDA graphs"):
-            attention = make_attention(config, self._model)
-            self._device = device = make_device(config, self._model, attention, on_progress)
+            attention = make_attention(config, self.model)
+            self._device = device = make_device(config, self.model, attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
         self.masks = GrammarMasks(config, device.begin_sampling)
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
@@ -171,7 +174,7 @@ class ModelGraphRunner:
             ids, hidden = ids[last], hidden[last]
         step = LaunchedStep(plan, [order[j] for j in sampling], prompt_logprobs=prompt_logprobs)
         items = [items[j] for j in sampling]
-        return self._sampled(step, items, partial(self._sample, self._model.logits(hidden), items, ids))
+        return self._sampled(step, items, partial(self._sample, self.model.logits(hidden), items, ids))
 
     def _sampled(self, step: LaunchedStep, items: Items, sample: Sample) -> LaunchedStep:
         if self.config.async_scheduling and self.masks.concerns([item.request.row for item in items]):
@@ -193,7 +196,7 @@ class ModelGraphRunner:
             for low in range(start, end, PROMPT_SLICE):
                 high = min(low + PROMPT_SLICE, end)
                 tokens = on_device(request.token_ids[low + 1 : high + 1], torch.int64, hidden.device)
-                logits = self._model.logits(hidden[at + low : at + high])
+                logits = self.model.logits(hidden[at + low : at + high])
                 requested = [LogprobRequest(count)] * (high - low)
                 normalise = self.config.logprobs_mode.endswith("logprobs")
                 found.setdefault(index, []).append(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
@@ -18,11 +19,17 @@ from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 
 
 def make_runner(
-    config: EngineConfig, on_progress: OnProgress | None = None, ranks: Ranks | None = None
+    config: EngineConfig,
+    on_progress: OnProgress | None = None,
+    ranks: Ranks | None = None,
+    model: DecoderModel | None = None,
 ) -> ModelGraphRunner:
-    """The runner that the model needs on one device. Raises `ConfigError` as `load_model` does."""
+    """The runner that the model needs on one device; it is loaded unless it is given.
+
+    Raises `ConfigError` as `load_model` does.
+    """
     kind = ModelGraphRunner if config.spec.pooling is None else PoolingRunner
-    return kind(config, on_progress, ranks)
+    return kind(config, on_progress, ranks, model)
 
 
 @dataclass(slots=True)
@@ -40,9 +47,13 @@ class PoolingRunner(ModelGraphRunner):
     """
 
     def __init__(
-        self, config: EngineConfig, on_progress: OnProgress | None = None, ranks: Ranks | None = None
+        self,
+        config: EngineConfig,
+        on_progress: OnProgress | None = None,
+        ranks: Ranks | None = None,
+        model: DecoderModel | None = None,
     ) -> None:
-        super().__init__(config, on_progress, ranks)
+        super().__init__(config, on_progress, ranks, model)
         pooling, rows = config.spec.pooling, config.max_num_seqs
         self._method = "last" if pooling is None else pooling.method
         kept = (rows, config.spec.hidden_size) if self._method != "last" else (0, 0)
@@ -72,9 +83,9 @@ class PoolingRunner(ModelGraphRunner):
         if self._method == "last":
             vectors = None
             if ending:
-                vectors = self._model.logits(hidden[on_device(ends[ending] - 1, torch.int64, hidden.device)])
+                vectors = self.model.logits(hidden[on_device(ends[ending] - 1, torch.int64, hidden.device)])
         else:
-            pooled = self._pool(items, ends, self._model.logits(hidden))
+            pooled = self._pool(items, ends, self.model.logits(hidden))
             vectors = torch.stack(pooled) if pooled else None
         if vectors is None:
             return LaunchedStep(plan)

@@ -11,6 +11,8 @@ Imports no torch before a GPU is measured: the API process reads the names of th
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +80,7 @@ class StepClock:
     def timed(self, part: ForwardPart, function: Callable[P, T]) -> Callable[P, T]:
         """The function, its time added to `inside`; for what has done its work when it returns."""
 
+        @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             start = perf_counter()
             result = function(*args, **kwargs)
@@ -100,8 +103,9 @@ class TimedAttention:
 
 def time_forward(model: DecoderModel, attention: AttentionBackend, clock: StepClock) -> AttentionBackend:
     """Let the clock time the model's embedding and head (the last norm and the logits) -> timed attention."""
-    model.embed = clock.timed("embedding", model.embed)
-    model.head = clock.timed("head", model.head)
+    # A model that has slept may have those of the clock before.
+    model.embed = clock.timed("embedding", inspect.unwrap(model.embed))
+    model.head = clock.timed("head", inspect.unwrap(model.head))
     return TimedAttention(attention, clock)
 
 

@@ -46,6 +46,7 @@ SUBJECTS |= RENDER
 KINDS = list(BODIES.values())
 EVERYTHING: dict[str, Any] = {
     "dev_mode": True,
+    "enable_sleep_mode": True,
     "enable_tokenizer_info_endpoint": True,
     "profiler": ProfilerConfig(profiler="torch", torch_profiler_dir="traces"),
 }

@@ -28,7 +28,7 @@ def packed_matrices(engine: InferenceEngine) -> int:
     """How many products of the decoder are of packed codes."""
     runner = engine.core._runner
     assert isinstance(runner, ModelGraphRunner)
-    layers = runner._model._layers._layers
+    layers = runner.model._layers._layers
     weights = (getattr(product, "_weight", None) for layer in layers for product in layer)
     return sum(isinstance(weight, CodedTensor) for weight in weights)
 

@@ -151,7 +151,7 @@ def test_tokens_that_a_device_chooses_by_masks_alone(
         if any(item.num_new > 1 for item in items) or not runner.masks.concerns(rows):
             return None
         ids, hidden = device.forward(items, runner._block_tables)
-        logits = runner._model.logits(hidden)
+        logits = runner.model.logits(hidden)
 
         def choose(at: Sequence[int], bits: Sequence[np.ndarray]) -> Any:
             replays.append(len(at))

@@ -137,7 +137,7 @@ def test_a_vector_that_is_not_finite_ends_its_request_alone(
     folder: Path, states: list[torch.Tensor], method: str
 ) -> None:
     engine = pooling_engine(folder, method)
-    model = engine.core._runner._model  # type: ignore[attr-defined]
+    model = engine.core._runner.model  # type: ignore[attr-defined]
     head = model.head
 
     def broken(hidden: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def test_no_weight_asks_for_gradients() -> None:
     engine = make_engine(variant_folder("llama-tied"), attention_backend="torch")
     run_decodes(engine, 1)
     seen = []
-    model = engine.core._runner._model  # type: ignore[attr-defined]
+    model = engine.core._runner.model  # type: ignore[attr-defined]
     head = model.head
     model.head = lambda hidden: seen.append(head(hidden)) or seen[-1]
     engine.core.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from microvllm.adapters.decoder import DecoderModel
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import StepPlan, StepResult
 from microvllm.runtime.errors import EngineError, MicroVLLMError
@@ -16,11 +17,17 @@ from microvllm.runtime.worker.step_times import DeviceClock, StepClock
 
 
 def start_runner(
-    config: EngineConfig, on_progress: OnProgress | None = None, on_failure: OnFailure | None = None
+    config: EngineConfig,
+    on_progress: OnProgress | None = None,
+    on_failure: OnFailure | None = None,
+    model: DecoderModel | None = None,
 ) -> ModelGraphRunner | ParallelRunner:
-    """The runner that the model and the number of its ranks need. Raises as these do."""
+    """The runner that the model and the number of its ranks need; one rank may be given its model.
+
+    Raises as these do.
+    """
     if config.tensor_parallel_size == 1:
-        return make_runner(config, on_progress)
+        return make_runner(config, on_progress, model=model)
     return ParallelRunner(config, on_progress, on_failure)
 
 
@@ -77,6 +84,10 @@ class ParallelRunner:
     @property
     def padded_tokens(self) -> int:
         return self._own.padded_tokens
+
+    def close(self) -> None:
+        """End the other ranks; no step can be launched then."""
+        self._processes.end()
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """See `ModelGraphRunner`."""
