@@ -132,10 +132,13 @@ class FolderCheckpoint:
         return self._files[name].path
 
     def scheme(self, part: Part, layer: int) -> Scheme | None:
-        """How the matrix of a part is quantised; None if it is plain, as what is no module always is."""
-        if self.quantization is None or self.names[part.role].endswith(BARE):
+        """How the matrix of a part is quantised; None if it is plain."""
+        if self.quantization is None:
             return None
-        return scheme_of(self.quantization, self.names, part, layer)
+        scheme = scheme_of(self.quantization, self.names, part, layer)
+        # What is no module's weight is quantised in MXFP4 alone.
+        is_bare = self.names[part.role].endswith(BARE)
+        return None if is_bare and scheme is not None and scheme.layout != "mxfp4" else scheme
 
     def scheme_on_loading(self, part: Part, layer: int) -> Scheme | None:
         """How the plain matrix of a part is to be quantised; None if it stays as it is."""
