@@ -1,4 +1,4 @@
-"""Experts in MXFP4, as gpt-oss's folders store them: the values that they stand for.
+"""Experts in MXFP4, as gpt-oss's folders store them: packed, or the values that they stand for.
 
 Beside a name such as `experts.gate_up_proj` are `_blocks` [E, rows, columns / 32, 16] and `_scales` [E, rows,
 columns / 32], both uint8; see `ops.mxfp4`.
@@ -6,17 +6,29 @@ columns / 32], both uint8; see `ops.mxfp4`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, stored_name
+from microvllm.adapters.coded_formats import num_words
 from microvllm.adapters.dequantize import CHUNK_ELEMENTS
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.quantization import KEY
 from microvllm.adapters.tensors import PAIRS, Part, Slot
-from microvllm.adapters.weight_formats import Dense
-from microvllm.ops.mxfp4 import BIAS, BLOCK, LARGEST, NAN_SCALE, values
+from microvllm.adapters.weight_formats import Dense, allocate
+from microvllm.ops.coded import BLOCK as ROW_BLOCK
+from microvllm.ops.mxfp4 import (
+    BIAS,
+    BLOCK,
+    LARGEST,
+    MAX_SCALE,
+    NAN_SCALE,
+    Mxfp4Tensor,
+    quantize,
+    values,
+    words_of,
+)
 
 
 class Mxfp4(Dense):
@@ -68,6 +80,55 @@ class Mxfp4(Dense):
             filled += len(found)
 
 
+class Mxfp4Packed(Mxfp4):
+    """The codes and scales themselves, for the products of a GPU.
+
+    Not where rows are no whole blocks of 16 or a shard cuts through a scale's columns.
+    """
+
+    kind: type[torch.Tensor] = Mxfp4Tensor
+
+    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
+        return super().accepts(checkpoint, slot) and fits_mxfp4(slot)
+
+    def load(
+        self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
+    ) -> torch.Tensor:
+        if slot.columns is None or not isinstance(checkpoint, FolderCheckpoint):
+            return super().load(checkpoint, slot, dtype, device, loaded)
+        (start, stop), (rows, columns) = slot.columns.runs[0], slot.shape
+        groups = columns // BLOCK
+        words = allocate(checkpoint.path, slot.name, (rows, num_words(columns, 4)), torch.int32, device)
+        scales = allocate(checkpoint.path, slot.name, (groups, rows), torch.uint8, device)
+        filled = 0
+        for part in slot.parts:
+            blocks = range(start // BLOCK, stop // BLOCK)
+            for codes, found in stored_rows(checkpoint, slot, part, blocks, dtype):
+                run = slice(filled, filled + len(codes))
+                words[run].copy_(words_of(codes.to(device)))
+                scales[:, run].copy_(found.T)
+                filled = run.stop
+            loaded()
+        made = Mxfp4Tensor.of(words, columns, scales)
+        # No weights of a model are that large; what they are worth is right all the same.
+        return made.dequantized(dtype) if int(scales.max()) > MAX_SCALE else made
+
+
+def fits_mxfp4(slot: Slot) -> bool:
+    """Whether the rows and columns of a slot's experts are whole blocks of an `Mxfp4Tensor`."""
+    step = 2 * ROW_BLOCK if slot.parts[0].role == PAIRS else ROW_BLOCK
+    places = [place for part in slot.parts for run in part.own_rows.runs for place in run]
+    columns = slot.columns.runs[0] if slot.columns else (1,)
+    return not any(place % step for place in places) and not any(place % BLOCK for place in columns)
+
+
+def round_to_mxfp4(weight: torch.Tensor) -> Mxfp4Tensor:
+    """[rows, columns] of experts that fit."""
+    made = [quantize(some) for some in torch.split(weight, 1 << 14)]
+    words = torch.cat([words_of(codes) for codes, _ in made])
+    return Mxfp4Tensor.of(words, weight.shape[1], torch.cat([found.T for _, found in made], 1).contiguous())
+
+
 def stored_rows(
     checkpoint: FolderCheckpoint, slot: Slot, part: Part, blocks: range, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -77,7 +138,7 @@ def stored_rows(
     """
     name = stored_name(checkpoint, part, slot.layer)
     codes, scales = (checkpoint.view(f"{name}_{kind}")[part.expert or 0] for kind in ("blocks", "scales"))
-    step = max(2, CHUNK_ELEMENTS["cpu"] // (len(blocks) * BLOCK))
+    step = max(1, CHUNK_ELEMENTS["cpu"] // (len(blocks) * BLOCK) // ROW_BLOCK) * ROW_BLOCK
     for run in part.own_rows.runs:
         for rows in _in_order(range(*run), part.role == PAIRS, step):
             places = slice(rows.start, rows.stop, rows.step), slice(blocks.start, blocks.stop)

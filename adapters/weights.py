@@ -33,13 +33,14 @@ from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.hf_config import COUNT_KEYS
 from microvllm.adapters.kv_scales import load_scales, scale_tensors
-from microvllm.adapters.mxfp4 import Mxfp4
+from microvllm.adapters.mxfp4 import Mxfp4, Mxfp4Packed, fits_mxfp4, round_to_mxfp4
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Cut, Shard, Slot
 from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate, round_matrix
 from microvllm.ops.coded import CodedTensor
+from microvllm.ops.mxfp4 import Mxfp4Tensor
 from microvllm.ops.scaled import ScaledTensor
 
 Progress = Callable[[int, int], None]
@@ -93,7 +94,9 @@ def load_weights(
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
     if isinstance(checkpoint, FolderCheckpoint):
         checkpoint.check_on_loading(spec.slots(checkpoint.names))
-    formats = [each for each in (Mxfp4(), *CODED, *FORMATS) if each.kind in (torch.Tensor, *packed)]
+    formats = [
+        each for each in (Mxfp4Packed(), Mxfp4(), *CODED, *FORMATS) if each.kind in (torch.Tensor, *packed)
+    ]
 
     def format_of(slot: Slot) -> WeightFormat:
         return next(each for each in formats if each.accepts(checkpoint, slot))
@@ -186,7 +189,7 @@ def _quantized_dummies(
     dtype: torch.dtype,
     packed: Collection[type[torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of matrices in e4m3, what they would be with these values; others stay plain."""
+    """What matrices in e4m3, 4 bits and MXFP4 would be with these values; others stay plain."""
     for slot, (name, tensor) in zip(slots, dense, strict=True):
         scheme = slot.columns and scheme_of(quantization, names, slot.parts[0], slot.layer)
         if scheme and scheme.layout == "scaled" and scheme.is_float:
@@ -195,6 +198,9 @@ def _quantized_dummies(
         elif scheme and scheme.layout in PACKED_LAYOUTS and fits(scheme) and has_blocks(slot):
             coded = round_to_groups(tensor, scheme)
             tensor = coded if CodedTensor in packed else coded.dequantized(dtype)
+        elif scheme and scheme.layout == "mxfp4" and fits_mxfp4(slot):
+            packed_experts = round_to_mxfp4(tensor)
+            tensor = packed_experts if Mxfp4Tensor in packed else packed_experts.dequantized(dtype)
         yield name, tensor
 
 

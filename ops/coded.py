@@ -65,7 +65,7 @@ class CodedTensor(Tensor):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix that it stands for, each value rounded once to `dtype`: [rows, columns]."""
-        words, per = _in_rows(self.as_subclass(Tensor), self.plane), 32 // self.bits
+        words, per = in_rows(self.as_subclass(Tensor), self.plane), 32 // self.bits
         shifts = torch.arange(per, dtype=torch.int32, device=words.device) * self.bits
         runs = words.view(words.shape[0], -1, 1, self.plane) >> shifts.view(-1, 1) & (1 << self.bits) - 1
         codes = runs.view(words.shape[0], -1)[:, : self.columns]
@@ -106,7 +106,7 @@ def in_fragments(words: Tensor, plane: int = PLANE) -> Tensor:
     return parts.permute(0, 3, 4, 2, 5, 1, 6).reshape(rows, count)
 
 
-def _in_rows(words: Tensor, plane: int) -> Tensor:
+def in_rows(words: Tensor, plane: int) -> Tensor:
     """The reverse of `in_fragments`."""
     rows, count = words.shape
     parts = words.view(rows // BLOCK, count // plane, plane // 8, 8, 4, 2, 2)

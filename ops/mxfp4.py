@@ -10,11 +10,48 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from microvllm.ops.coded import PLANE, in_rows, pack
+
 BLOCK = 32  # columns that share a scale
 NAN_SCALE = 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; those of 8 to 15 are negative
 LARGEST = MAGNITUDES[-1]
 BIAS = 127
+MAX_SCALE = BIAS + 1  # of an `Mxfp4Tensor`: 2, so that kernels build a factor from the exponent's bits
+
+
+class Mxfp4Tensor(Tensor):
+    """A matrix [rows, columns] in MXFP4, as a GPU's products of experts take it.
+
+    As a tensor it is its words, [rows, words] int32: those of a `CodedTensor` of 4 bits, with codes of e2m1.
+    scales: [columns / 32, rows] uint8, none above `MAX_SCALE`. Rows are a multiple of 16.
+    """
+
+    columns: int
+    scales: Tensor
+
+    # Codes have no arithmetic; what is made of them is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(words: Tensor, columns: int, scales: Tensor) -> Mxfp4Tensor:
+        """words: as `words_of` makes them; the rest as above."""
+        tensor: Mxfp4Tensor = Tensor._make_subclass(Mxfp4Tensor, words)
+        tensor.columns, tensor.scales = columns, scales
+        return tensor
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The matrix that it stands for: [rows, columns]."""
+        words = in_rows(self.as_subclass(Tensor), PLANE)
+        shifts = torch.arange(8, dtype=torch.int32, device=words.device) * 4
+        runs = words.view(len(words), -1, 1, PLANE) >> shifts.view(-1, 1) & 15
+        pairs = runs.view(len(words), -1)[:, : self.columns].to(torch.uint8).view(len(words), -1, 2)
+        return values(pairs[:, :, 0] | pairs[:, :, 1] << 4, self.scales.T, dtype)
+
+
+def words_of(codes: Tensor) -> Tensor:
+    """codes: see `values`, rows a multiple of 16 -> the words of an `Mxfp4Tensor`."""
+    return pack(torch.stack((codes & 15, codes >> 4), -1).flatten(1), 4)
 
 
 def values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,7 @@ def _unpacked(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _in_rows(words):
+def in_rows(words):
     """Words as loaded, [plane / 8, blocks, 128] -> rows: [blocks * 16, plane]; see `in_fragments`."""
     eighths: tl.constexpr = words.shape[0]
     blocks: tl.constexpr = words.shape[1]
@@ -220,9 +220,9 @@ def _coded_skinny_kernel(
     up_scale = _rows_of_groups(scales, row + N, first, ROWS, K, GROUP, GROUPS, GATED and not WHOLE)
     up_zero = _rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and ZEROS)
     for k in tl.range(first, tl.minimum(first + SPLIT_K, K), STEP, num_stages=STAGES):
-        tile = _in_rows(tl.load(word_at + k // STEP * (ROW_BLOCK * WIDTH)))
+        tile = in_rows(tl.load(word_at + k // STEP * (ROW_BLOCK * WIDTH)))
         if GATED:
-            up_tile = _in_rows(tl.load(word_at + N * WORDS + k // STEP * (ROW_BLOCK * WIDTH)))
+            up_tile = in_rows(tl.load(word_at + N * WORDS + k // STEP * (ROW_BLOCK * WIDTH)))
         right = ()
         for i in tl.static_range(PLACES // SPAN):
             at = k + i * (SPAN * WIDTH)

@@ -13,8 +13,10 @@ from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.gpu.coded_expert_gemv import coded_expert_gemv
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
+from microvllm.ops.gpu.mxfp4 import Mxfp4Weight
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.routing import choose, route_few, sort_choices
+from microvllm.ops.mxfp4 import Mxfp4Tensor
 from microvllm.ops.operators import Norm, Operator
 from microvllm.ops.routing import Routing
 from microvllm.ops.scaled import ScaledTensor
@@ -32,6 +34,8 @@ CODED = {
     32: GroupedTiling(32, 64, 128, 4, 4, swapped=True, boxes=True),
     64: GroupedTiling(64, 128, 128, 8, 3, swapped=True, boxes=True),
 }
+# Of MXFP4, whose tile has 64 rows: more would be widened by the same threads.
+IN_MXFP4 = {rows: GroupedTiling(rows, 64, 256, 4, 3, swapped=True) for rows in (8, 16, 32, 64)}
 FIXED_ORDER = GroupedTiling(64, 64, 64, 4, 4)
 MAX_GEMV_TOKENS = 4  # more have experts in common, whose weights are then read once
 
@@ -72,21 +76,23 @@ class GpuExperts:
         (self._count, hidden), dtype = weights.router.shape, weights.router.dtype
         self._biases, self._clamped = weights.biases, activation == CLAMPED
         gated = self._fuses = activation in ("silu", CLAMPED)
-        columns = weights.down.shape[1] * (1 if gated else 2)
-        self._gate_up = GroupedWeight(
-            weights.gate_up,
-            columns,
-            dtype,
-            weights.biases.gate_up,
-            gated=gated,
-            clamped=self._clamped,
-            boxes=boxes,
-        )
-        self._down = GroupedWeight(weights.down, hidden, dtype, weights.biases.down, boxes=boxes)
-        kinds = {isinstance(each.matrix, ScaledTensor) for each in (self._gate_up, self._down)}
-        self._is_coded = True in kinds
+        width = weights.down.columns if isinstance(weights.down, Mxfp4Tensor) else weights.down.shape[1]
+        columns, biases = width * (1 if gated else 2), weights.biases
+
+        def grouped(
+            weight: Tensor, columns: int, bias: Tensor | None, **gate: bool
+        ) -> GroupedWeight | Mxfp4Weight:
+            if isinstance(weight, Mxfp4Tensor):
+                return Mxfp4Weight(weight, columns, bias, **gate)
+            return GroupedWeight(weight, columns, dtype, bias, boxes=boxes, **gate)
+
+        self._gate_up = grouped(weights.gate_up, columns, biases.gate_up, gated=gated, clamped=self._clamped)
+        self._down = grouped(weights.down, hidden, biases.down)
+        kinds = {type(each.matrix) for each in (self._gate_up, self._down)}
+        self._is_coded, self._is_mxfp4 = ScaledTensor in kinds, Mxfp4Tensor in kinds
         # The largest number of tokens that are multiplied without sorting.
         fits = gated and routing.num_groups == 1 and len(kinds) == 1 and weights.router_norm is None
+        fits = fits and not self._is_mxfp4
         self._few = MAX_GEMV_TOKENS if fits and not fixed_order else 0
         self._fixed_order, self._shared_memory, self._pdl = fixed_order, shared_memory, pdl
 
@@ -146,10 +152,12 @@ class GpuExperts:
             tiling = FIXED_ORDER
         else:
             rows = triton.next_power_of_2(triton.cdiv(2 * num_choices, self._count))
-            tilings = CODED if self._is_coded else TILINGS
-            tiling = tilings[min(max(rows, 16), max(tilings))]
+            tilings = IN_MXFP4 if self._is_mxfp4 else CODED if self._is_coded else TILINGS
+            tiling = tilings[min(max(rows, min(tilings)), max(tilings))]
         if itemsize == 4:
             tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
         steps = [weight.step for weight in (self._gate_up, self._down) if weight.step is not None]
         tiling = replace(tiling, block_k=min([tiling.block_k, *steps]))
-        return tiling.within(self._shared_memory, itemsize, 1 if self._is_coded else itemsize)
+        return tiling.within(
+            self._shared_memory, itemsize, 1 if self._is_coded or self._is_mxfp4 else itemsize
+        )

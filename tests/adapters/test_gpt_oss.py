@@ -19,8 +19,9 @@ from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
+from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
-from microvllm.ops.mxfp4 import BLOCK, quantize, values
+from microvllm.ops.mxfp4 import BLOCK, Mxfp4Tensor, quantize, values
 
 SIZES = {
     "hidden_size": 96,
@@ -153,6 +154,50 @@ def test_experts_in_mxfp4_are_the_values_of_transformers(folder: Path, dtype: to
         if role == "gate_up_proj":
             rows = torch.cat((rows[:, ::2], rows[:, 1::2]), 1)
         assert torch.equal(weights[f"layers.1.{slot}"], rows.flatten(0, 1).to(dtype))
+
+
+@pytest.mark.parametrize("shard", [WHOLE, Shard(1, 2)])
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 288, "num_local_experts": 2}])
+def test_packed_experts_stand_for_the_same_values(
+    tmp_path: Path, sizes: dict[str, int], shard: Shard
+) -> None:
+    """Rows that end within a run of words, and rows and columns of a shard."""
+    folder = make_hf_folder(tmp_path, "gpt_oss", **{**SIZES, **sizes, "num_attention_heads": 4})
+    to_mxfp4(folder)
+    spec = load_spec(folder)
+    packed = load_weights(folder, spec, "auto", torch.bfloat16, packed=(Mxfp4Tensor,), shard=shard)
+    plain = load_weights(folder, spec, "auto", torch.bfloat16, shard=shard)
+    for name, weight in packed.items():
+        if "experts" in name and "bias" not in name:
+            assert isinstance(weight, Mxfp4Tensor)
+            assert weight.dequantized(torch.bfloat16).equal(plain[name])
+        else:
+            assert weight.equal(plain[name])
+    made = load_weights(folder, spec, "dummy", torch.bfloat16, packed=(Mxfp4Tensor,), shard=shard)
+    dense = load_weights(folder, spec, "dummy", torch.bfloat16, shard=shard)
+    weight = made["layers.1.experts_down"]
+    assert isinstance(weight, Mxfp4Tensor)
+    assert weight.dequantized(torch.bfloat16).equal(dense["layers.1.experts_down"])
+
+
+def test_what_is_not_packed(packed: Path, tmp_path: Path) -> None:
+    """A scale above 2, rows that are no whole blocks, and a shard that cuts a block's columns."""
+    path = packed / "model.safetensors"
+    scales = load_file(path)[f"{EXPERTS}.down_proj_scales"]
+    scales[0, 3, 1] = 129
+    edit_tensors(packed, **{f"{EXPERTS}.down_proj_scales": scales})
+
+    def kinds(folder: Path, shard: Shard = WHOLE) -> list[bool]:
+        weights = load_weights(
+            folder, load_spec(folder), "auto", torch.float32, packed=(Mxfp4Tensor,), shard=shard
+        )
+        names = (f"layers.{i}.experts_{role}" for i in range(2) for role in ("gate_up", "down"))
+        return [isinstance(weights[name], Mxfp4Tensor) for name in names]
+
+    assert kinds(packed) == [True, True, True, False]
+    odd = make_hf_folder(tmp_path / "odd", "gpt_oss", **{**SIZES, "intermediate_size": 96})
+    to_mxfp4(odd)
+    assert kinds(odd, Shard(0, 2)) == [True, False] * 2
 
 
 @pytest.mark.parametrize("plain_layers", [(), (1,)])

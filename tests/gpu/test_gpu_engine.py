@@ -17,9 +17,11 @@ from model_tools import (
     load_script,
     make_engine,
     make_prompts,
+    recorded_logits,
     relative_error,
     variant_folder,
 )
+from mxfp4_folder import to_mxfp4
 from tiny_models import make_hf_folder
 
 from microvllm.runtime.engine import InferenceEngine
@@ -120,7 +122,7 @@ def test_tokens_with_a_cache_of_e4m3_are_those_of_the_torch_backend(model: str) 
 
 @pytest.mark.parametrize(
     "model",
-    ["gemma3", "phi3-window", "qwen3-mixed-windows", "mixtral", "qwen2-moe", "qwen3-moe-mixed"],
+    ["gemma3", "phi3-window", "qwen3-mixed-windows", "mixtral", "qwen2-moe", "qwen3-moe-mixed", "gpt-oss"],
 )
 def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
     assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)
@@ -136,6 +138,32 @@ def test_experts_in_fp8_give_the_tokens_of_the_dequantised_ones(tmp_path: Path, 
     made = make_engine(tmp_path / "fp8", device="cuda", **options)
     cpu = make_engine(tmp_path / "fp8", device="cpu", attention_backend="torch", **options)
     assert generate_ids(made, PROMPTS, 40) == generate_ids(cpu, PROMPTS, 40)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_in_mxfp4_give_the_tokens_of_the_dequantised_ones(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In graphs and without; in float32 those of the CPU, and in bfloat16 logits near those of the values."""
+    sizes = {"hidden_size": 320, "intermediate_size": 160, "num_local_experts": 5, "num_experts_per_tok": 3}
+    folder = make_hf_folder(tmp_path, "gpt_oss", **sizes, sliding_window=19, num_attention_heads=8)
+    to_mxfp4(folder)
+    options = {"dtype": dtype, "max_num_seqs": 16, "num_gpu_blocks_override": 512, "block_size": 16}
+    graphs = make_engine(folder, device="cuda", **options)
+    eager = make_engine(folder, device="cuda", enforce_eager=True, **options)
+    tokens = generate_ids(graphs, PROMPTS, 40)
+    if dtype == "float32":
+        cpu = make_engine(folder, device="cpu", attention_backend="torch", **options)
+        assert tokens == generate_ids(eager, PROMPTS, 40) == generate_ids(cpu, PROMPTS, 40)
+        return
+    monkeypatch.setenv("MICROVLLM_GPU_OFF", "packed")
+    values = make_engine(folder, device="cuda", enforce_eager=True, **options)
+    found = []
+    for made in (eager, values):
+        with recorded_logits(made, every_position=True) as logits:
+            generate_ids(made, PROMPTS[-1:], 1)
+        found.append(torch.stack([logits[position] for position in sorted(logits)]))
+    assert 0 < relative_error(*found) < 0.03
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_tools import load_script
+from mxfp4_folder import to_mxfp4
 from tiny_models import TOKENIZER_SIZE, make_hf_folder
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.coded import CodedTensor
 from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.mxfp4 import Mxfp4Tensor
 from microvllm.ops.operators import Operators, TorchOperators
 from microvllm.ops.scaled import ScaledTensor
 
@@ -194,4 +196,34 @@ def test_logits_of_mixtures_of_experts(tmp_path: Path, family: str, form: str | 
     gpu = GpuOperators(torch.float32, DEVICE, "triton")
     found = logits(model(gpu, DEVICE.type), DEVICE, torch.float32)
     assert (found - expected).norm() / expected.norm() < 1e-4
+    assert found.argmax(1).equal(expected.argmax(1))
+
+
+@pytest.mark.parametrize(("packed", "cache"), [(True, torch.float32), (False, torch.float8_e4m3fn)], ids=str)
+def test_logits_of_gpt_oss(tmp_path: Path, packed: bool, cache: torch.dtype) -> None:
+    """Sinks, a window shorter than the prompt, biases, and experts in MXFP4, packed or not."""
+    folder = make_hf_folder(
+        tmp_path,
+        "gpt_oss",
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        head_dim=32,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=7,
+    )
+    to_mxfp4(folder)
+    spec = load_spec(folder)
+
+    def model(operators: Operators, device: str) -> DecoderModel:
+        kinds = operators.packed if packed else ()
+        weights = load_weights(folder, spec, "auto", torch.float32, device=device, packed=kinds)
+        found = sum(isinstance(weight, Mxfp4Tensor) for weight in weights.values())
+        assert found == (4 if kinds else 0)
+        return DecoderModel(spec, weights, operators)
+
+    expected = logits(model(TorchOperators(torch.float32), "cpu"), torch.device("cpu"), cache)
+    found = logits(model(GpuOperators(torch.float32, DEVICE, "triton"), DEVICE.type), DEVICE, cache)
+    assert (found - expected).norm() / expected.norm() < (1e-4 if cache == torch.float32 else 2e-2)
     assert found.argmax(1).equal(expected.argmax(1))

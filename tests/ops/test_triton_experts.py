@@ -13,11 +13,14 @@ from torch.nn.functional import silu
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
 from microvllm.ops.activation import CLAMPED
-from microvllm.ops.experts import ExpertBiases, ExpertWeights, route
+from microvllm.ops.experts import NO_BIASES, ExpertBiases, ExpertWeights, route
 from microvllm.ops.gpu.experts import FIXED_ORDER, TILINGS, GpuExperts
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight
+from microvllm.ops.gpu.mxfp4 import UNPACK
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.routing import choose, route_few, sort_choices
+from microvllm.ops.mxfp4 import MAGNITUDES, MAX_SCALE, Mxfp4Tensor, powers, words_of
+from microvllm.ops.mxfp4 import quantize as quantize_mxfp4
 from microvllm.ops.norm import rms_norm
 from microvllm.ops.operators import TorchOperators
 from microvllm.ops.routing import Routing
@@ -222,6 +225,68 @@ def test_biases_and_the_clamped_unit(tokens: int, block: tuple[int, int] | None,
         operators = GpuOperators(dtype, DEVICE, "triton", True)
         first, last = operators.experts(norm, weights, ROUTINGS["softmax"], CLAMPED)
         assert relative_error(last(first(x), residual.clone()), expected) < 1e-5
+
+
+def in_mxfp4(weight: Tensor) -> Mxfp4Tensor:
+    codes, scales = quantize_mxfp4(weight.float())
+    return Mxfp4Tensor.of(words_of(codes), weight.shape[1], scales.T.contiguous())
+
+
+def test_the_instructions_that_widen_mxfp4_to_bfloat16() -> None:
+    """Computed here, as the interpreter has none: every code at every place, and every scale."""
+    words = torch.tensor([0x76543210, -0x01234568], dtype=torch.int32)
+    values = {"$8": int(words[0]) & 0xFFFFFFFF, "$9": int(words[1]) & 0xFFFFFFFF}
+    for line in str(UNPACK.value).splitlines():
+        name, *operands = (part.strip(",;") for part in line.split()[:6])
+        if name not in ("prmt.b32", "shl.b32", "shr.b32", "and.b32", "or.b32"):
+            assert name in ("{", "}")
+            continue
+        out, first, second = operands[0], values[operands[1]], operands[2]
+        other = values[second] if second in values else int(second, 0)
+        if name == "prmt.b32":
+            both, picks = first | other << 32, int(operands[3], 16)
+            found = sum((both >> 8 * (picks >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+        else:
+            operation = {"shl": "__lshift__", "shr": "__rshift__", "and": "__and__", "or": "__or__"}
+            found = getattr(first, operation[name.removesuffix(".b32")])(other)
+        values[out] = found & 0xFFFFFFFF
+    pairs = torch.tensor([values[f"${place}"] for place in range(8)], dtype=torch.int64)
+    halves = torch.stack((pairs & 0xFFFF, pairs >> 16)).to(torch.uint16).view(torch.bfloat16)
+    scales = torch.arange(MAX_SCALE + 1)
+    exponents = (scales + 126 << 7).to(torch.int16).view(torch.bfloat16)
+    found = (halves.flatten() * exponents[:, None]).float()
+    magnitudes = torch.tensor(MAGNITUDES)
+    numbers = torch.cat((magnitudes, -magnitudes))
+    codes = [int(word) >> 4 * place & 15 for word in words for place in range(8)]
+    expected = numbers[codes] * powers(scales)[:, None]
+    assert found.equal(expected.bfloat16().float()) and len(set(codes)) == 16
+
+
+@pytest.mark.parametrize("activation", ["silu", CLAMPED, "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_experts_in_mxfp4(tokens: int, dtype: torch.dtype, activation: str) -> None:
+    """Rows that end within a run of words, and tiles that reach beyond the rows of an expert."""
+    hidden, width, count = 160, 96, 5
+    gate_up = random(count * 2 * width, hidden, seed=2) * hidden**-0.5
+    gate_up[7] *= 2.0**-30
+    gate_up[9] *= 40
+    first, last = in_mxfp4(gate_up), in_mxfp4(random(count * hidden, width, seed=3) * width**-0.5)
+    exact = first.dequantized(torch.float32), last.dequantized(torch.float32)
+    assert relative_error(exact[0], gate_up) < 0.15
+    biases = ExpertBiases(*(random(size, seed=7) for size in (count, count * 2 * width, count * hidden)))
+    biases = ExpertBiases(*(bias.to(dtype) for bias in biases)) if activation == CLAMPED else NO_BIASES
+    router = random(count, hidden, seed=1, dtype=dtype) * hidden**-0.5
+    x, residual = random(tokens, hidden, seed=5, dtype=dtype), random(tokens, hidden, seed=6, dtype=dtype)
+    _, ours = GpuOperators(dtype, DEVICE, "triton").experts(
+        None, ExpertWeights(router, first, last, biases=biases), ROUTINGS["softmax"], activation
+    )
+    plain = ExpertBiases(*(None if bias is None else bias.float() for bias in biases))
+    _, theirs = TorchOperators(torch.float32).experts(
+        None, ExpertWeights(router.float(), *exact, biases=plain), ROUTINGS["softmax"], activation
+    )
+    expected = theirs(x.float(), residual.clone().float())
+    assert relative_error(ours(x, residual.clone()), expected) < TOLERANCE[dtype]
 
 
 def test_another_activation() -> None:
