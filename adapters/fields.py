@@ -45,12 +45,12 @@ class Fields:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """All that are not null."""
-        return self._values
+        """All of them; a null may differ from leaving the key out: see `is_null`."""
+        return {**self._values, **dict.fromkeys(self._nulls)}
 
     def with_value(self, key: str, value: Any) -> Fields:
         """The same mapping, in which a key has this value; what is read of it counts as read of this."""
-        changed = Fields(self.path, {**self._values, key: value}, self.where)
+        changed = Fields(self.path, {**self.values, key: value}, self.where)
         changed.read = self.read
         return changed
 

@@ -152,9 +152,10 @@ def text_part(config: Fields) -> Fields:
     text = config.part("text_config")
     if text is None:
         raise config.error("text_config", "is missing")
-    own = {key: text.get(key) for key in text}
+    own = text.values  # with its nulls, which may differ from leaving a key out
     beside = {key: config.get(key) for key in INHERITED if key in config}
-    return Fields(config.path, beside | own | {TIE: beside.get(TIE, own.get(TIE))}, text.where)
+    given = {key: value for key, value in own.items() if value is not None or key not in beside}
+    return Fields(config.path, beside | given | {TIE: beside.get(TIE, own.get(TIE))}, text.where)
 
 
 def layer_windows(

@@ -95,7 +95,7 @@ def _text_part(read: Reader, architecture: str, config: Fields) -> ModelSpec:
     if part is None:
         raise config.error("text_config", "is missing")
     outer = {key: config.get(key) for key in OUTER_KEYS if key in config and key not in part}
-    return read(Fields(config.path, {**outer, **part.values}, part.where), architecture)
+    return read(Fields(config.path, {**part.values, **outer}, part.where), architecture)
 
 
 def _hybrid(

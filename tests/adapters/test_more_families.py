@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import make_hf_folder, write_gguf
+import torch
+from model_tools import VARIANTS, generate_ids, make_engine, make_prompts
+from safetensors.torch import load_file, save_file
+from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
@@ -242,3 +245,46 @@ def test_multipliers_of_a_gguf_file_that_are_0_are_none(tmp_path: Path) -> None:
     spec = load_spec(write_gguf(tmp_path / "model.gguf", source, extra_metadata=nothing))
     assert (spec.embedding_scale, spec.logits_scale) == (1.0, 1.0)
     assert spec.layers[0].attention.scale == 32**-0.5
+
+
+def test_ministral_3_as_it_is_published(tmp_path: Path) -> None:
+    """Its tensors and its configuration lie inside of a model that also reads images, which are left out."""
+    options = {key: value for key, value in VARIANTS["ministral3"].items() if key != "family"}
+    plain = make_hf_folder(tmp_path / "plain", "ministral3", **options)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for file in plain.iterdir():
+        (whole / file.name).write_bytes(file.read_bytes())
+    stored = load_file(plain / "model.safetensors")
+    tensors = {f"language_model.{name}": each for name, each in stored.items()}
+    tensors["vision_tower.patch_conv.weight"] = torch.ones(2)
+    save_file(tensors, whole / "model.safetensors")
+    text = json.loads((plain / "config.json").read_text("utf-8"))
+    config: dict[str, Any] = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": {**text, "architectures": None},
+        "vision_config": {"model_type": "pixtral"},
+    }
+    (whole / "config.json").write_text(json.dumps(config), "utf-8")
+    assert load_spec(whole).layers == load_spec(plain).layers
+    prompts = make_prompts(4, TOKENIZER_SIZE)
+    assert generate_ids(make_engine(whole), prompts) == generate_ids(make_engine(plain), prompts)
+    config["text_config"]["model_type"] = "llama"
+    (whole / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ModelFileError, match=r"text_config\.model_type must be one of mistral, ministral3"):
+        load_spec(whole)
+
+
+def test_mistral_small_3_1(tmp_path: Path) -> None:
+    text = {**COMMON, "model_type": "mistral", "head_dim": 128, "sliding_window": None, "rope_theta": 1e9}
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    spec = load_spec(tmp_path)
+    (mixer,) = spec.mixers
+    assert (spec.architecture, mixer.window, mixer.temperature, mixer.rope.theta) == (
+        "mistral3",
+        None,
+        None,
+        1e9,
+    )
