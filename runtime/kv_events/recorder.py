@@ -21,30 +21,31 @@ FULL_ATTENTION, WINDOW = "full_attention", "sliding_window"  # vLLM's names of a
 
 
 class Change(NamedTuple):
-    """A key that came into the index or went; None: all went."""
+    """A key that came into the index of a pool or went; None: all went."""
 
+    pool: int
     key: bytes | None
     stored: bool = False
 
 
 class RecordedIndex(dict[bytes, int]):
-    """The cached blocks by key; appends each change of its keys to `changes`."""
+    """The cached blocks of a pool by key; appends each change of its keys to `changes`."""
 
-    def __init__(self, changes: list[Change]) -> None:
+    def __init__(self, pool: int, changes: list[Change]) -> None:
         super().__init__()
-        self._changes = changes
+        self._pool, self._changes = pool, changes
 
     def __setitem__(self, key: bytes, block: int) -> None:
         super().__setitem__(key, block)
-        self._changes.append(Change(key, stored=True))
+        self._changes.append(Change(self._pool, key, stored=True))
 
     def __delitem__(self, key: bytes) -> None:
         super().__delitem__(key)
-        self._changes.append(Change(key))
+        self._changes.append(Change(self._pool, key))
 
     def clear(self) -> None:
         super().clear()
-        self._changes.append(Change(None))
+        self._changes.append(Change(self._pool, None))
 
 
 class _Content(NamedTuple):
@@ -56,9 +57,10 @@ class _Content(NamedTuple):
 
 
 class CacheRecorder:
-    """Records the changes of a cache's first pool, from its first block on.
+    """Records the changes of a cache, from its first block on.
 
-    int_hashes: the form of block hashes.
+    A pool is a group of vLLM's: a hit is as long as all of them have what they need of it. int_hashes: the
+    form of block hashes.
     """
 
     def __init__(self, kv: KVCacheManager, *, int_hashes: bool = True) -> None:
@@ -66,9 +68,9 @@ class CacheRecorder:
         self._int_hashes = int_hashes
         self._changes: list[Change] = []
         self._contents: dict[bytes, _Content] = {}  # of blocks stored since the last `take_events`
-        self._window = kv.pools[0].window
-        # A hit that the other pools do not agree to is shorter than a reader of the events expects.
-        kv.pools[0].block_of = RecordedIndex(self._changes)
+        self._windows = [pool.window for pool in kv.pools]
+        for index, pool in enumerate(kv.pools):
+            pool.block_of = RecordedIndex(index, self._changes)
 
     def describe(self, scheduled: Sequence[ScheduledRequest]) -> None:
         """Note what the blocks hold that the commit of a step has stored; to be called behind it."""
@@ -87,20 +89,21 @@ class CacheRecorder:
         """Return the events since the last call, in their order; neighbours of one kind are one event."""
         events: list[KVEvent] = []
         last: bytes | None = None  # the key of the last event's last block
-        for key, stored in self._changes:
+        for pool, key, stored in self._changes:
             event = events[-1] if events else None
             if key is None:
                 if not isinstance(event, AllBlocksCleared):
                     events.append(AllBlocksCleared())
             elif not stored:
-                if not isinstance(event, BlockRemoved):
-                    event = BlockRemoved([], MEDIUM, group_idx=0)
+                if not isinstance(event, BlockRemoved) or event.group_idx != pool:
+                    event = BlockRemoved([], MEDIUM, group_idx=pool)
                     events.append(event)
                 event.block_hashes.append(self._hash(key))
             else:
                 content = self._contents[key]
-                if not isinstance(event, BlockStored) or content.parent is None or content.parent != last:
-                    event = self._stored(content.parent)
+                follows = content.parent is not None and content.parent == last
+                if not isinstance(event, BlockStored) or event.group_idx != pool or not follows:
+                    event = self._stored(pool, content.parent)
                     events.append(event)
                 event.block_hashes.append(self._hash(key))
                 event.token_ids += content.token_ids
@@ -118,7 +121,7 @@ class CacheRecorder:
             return _Content(keys[column - 1], token_ids, "")
         return _Content(None, token_ids, request.source.cache_salt)
 
-    def _stored(self, parent: bytes | None) -> BlockStored:
+    def _stored(self, pool: int, parent: bytes | None) -> BlockStored:
         return BlockStored(
             block_hashes=[],
             parent_block_hash=None if parent is None else self._hash(parent),
@@ -128,9 +131,9 @@ class CacheRecorder:
             medium=MEDIUM,
             lora_name=None,
             extra_keys=[],
-            group_idx=0,
-            kv_cache_spec_kind=WINDOW if self._window else FULL_ATTENTION,
-            kv_cache_spec_sliding_window=self._window,
+            group_idx=pool,
+            kv_cache_spec_kind=FULL_ATTENTION if self._windows[pool] is None else WINDOW,
+            kv_cache_spec_sliding_window=self._windows[pool],
         )
 
     def _hash(self, key: bytes) -> BlockHash:

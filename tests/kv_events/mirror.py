@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,8 +19,14 @@ class Block(NamedTuple):
 class Mirror:
     """Follows events; raises `AssertionError` for those that contradict what came before."""
 
-    def __init__(self) -> None:
-        self.blocks: dict[Any, Block] = {}
+    def __init__(self, windows: Sequence[int | None] = (None,)) -> None:
+        self.groups: list[dict[Any, Block]] = [{} for _ in windows]
+        self._windows = windows
+
+    @property
+    def blocks(self) -> dict[Any, Block]:
+        """Those of the first group."""
+        return self.groups[0]
 
     def apply(self, events: Iterable[Any]) -> None:
         """Follow decoded msgpack: a map each, as vLLM 0.33 sends it."""
@@ -31,25 +37,28 @@ class Mirror:
                 self._remove(event)
             else:
                 assert event == {"type": "AllBlocksCleared"}
-                self.blocks.clear()
+                for group in self.groups:
+                    group.clear()
 
     def apply_structs(self, events: Iterable[Any]) -> None:
         self.apply(msgspec.msgpack.decode(msgspec.msgpack.encode(list(events))))
 
     def _remove(self, event: dict[str, Any]) -> None:
         assert event.keys() == {"type", "block_hashes", "medium", "group_idx"}
-        assert (event["medium"], event["group_idx"]) == ("GPU", 0) and event["block_hashes"]
+        assert event["medium"] == "GPU" and event["block_hashes"]
         for number in event["block_hashes"]:
-            del self.blocks[number]
+            del self.groups[event["group_idx"]][number]
 
     def _store(self, event: dict[str, Any]) -> None:
         assert event["medium"] == "GPU" and event["lora_id"] is event["lora_name"] is None
-        assert (event["group_idx"], event["kv_cache_spec_kind"]) == (0, "full_attention")
+        blocks, window = self.groups[event["group_idx"]], self._windows[event["group_idx"]]
+        assert event["kv_cache_spec_kind"] == ("full_attention" if window is None else "sliding_window")
+        assert event.get("kv_cache_spec_sliding_window") == window
         size, hashes, tokens = event["block_size"], event["block_hashes"], event["token_ids"]
         assert hashes and len(tokens) == size * len(hashes) and len(event["extra_keys"]) == len(hashes)
         parent = event["parent_block_hash"]
         for index, (number, extra) in enumerate(zip(hashes, event["extra_keys"], strict=True)):
-            assert number not in self.blocks, "stored twice"
+            assert number not in blocks, "stored twice"
             own = tuple(tokens[index * size : (index + 1) * size])
-            self.blocks[number] = Block(parent, own, None if extra is None else tuple(extra))
+            blocks[number] = Block(parent, own, None if extra is None else tuple(extra))
             parent = number

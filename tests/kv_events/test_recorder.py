@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fakes import VOCAB, Engine, FakeDrafter, FakeStep, make_request
-from mirror import Mirror
+from mirror import Block, Mirror
 
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
@@ -17,6 +17,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sync": {},
     "async": {"async_scheduling": True},
     "drafts": {"drafter": FakeDrafter()},
+    "windows": {"windows": (None, 8, 12), "async_scheduling": True},
     "chunked": {"max_num_batched_tokens": 5, "max_num_seqs": 4, "async_scheduling": True},
 }
 
@@ -47,7 +48,7 @@ class Observed(Engine):
         super().__init__(**options)
         self.published = Collected()
         self.core = PublishingCore(self.config, self.runner, self.published, options.get("drafter"))
-        self.mirror = Mirror()
+        self.mirror = Mirror(self.config.spec.windows)
         self.kinds: set[type] = set()
 
     def compare(self) -> None:
@@ -56,19 +57,23 @@ class Observed(Engine):
             self.kinds.update(map(type, events))
             self.mirror.apply_structs(events)
         self.published.batches.clear()
+        for pool, blocks in enumerate(self.mirror.groups):
+            self._compare(pool, blocks)
+
+    def _compare(self, pool: int, blocks: dict[Any, Block]) -> None:
         index = {
-            int.from_bytes(key[-8:], "big"): block for key, block in self.core.kv.pools[0].block_of.items()
+            int.from_bytes(key[-8:], "big"): block for key, block in self.core.kv.pools[pool].block_of.items()
         }
-        assert self.mirror.blocks.keys() == index.keys()
+        assert blocks.keys() == index.keys()
         for number, block in index.items():
-            cells = [cell for cell in self.runner.block_content(0, block) if cell is not None]
-            known = self.mirror.blocks[number]
+            cells = [cell for cell in self.runner.block_content(pool, block) if cell is not None]
+            known = blocks[number]
             assert known.tokens == tuple(cell.token for cell in cells)
             assert (known.parent is None) == (cells[0].position == 0)
             salt = (cells[0].salt,) if cells[0].salt and known.parent is None else None
             assert known.extra == salt
             if known.parent in index:
-                before = self.runner.block_content(0, index[known.parent])
+                before = self.runner.block_content(pool, index[known.parent])
                 assert before[-1] is not None and before[-1].position + 1 == cells[0].position
 
 
@@ -91,12 +96,12 @@ def test_a_mirror_equals_the_cache_after_every_step(mode: str, seed: int) -> Non
         if rng.random() < 0.02:
             engine.core.reset_prefix_cache()
             engine.compare()
-            assert not engine.mirror.blocks
+            assert not any(engine.mirror.groups)
         engine.step()
         engine.compare()
     engine.drain()
     engine.compare()
-    assert engine.kinds == {BlockStored, BlockRemoved, AllBlocksCleared} and engine.mirror.blocks
+    assert engine.kinds == {BlockStored, BlockRemoved, AllBlocksCleared} and all(engine.mirror.groups)
     assert engine.core.scheduler.prefix_hits
 
 
