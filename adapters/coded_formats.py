@@ -242,7 +242,7 @@ class CodedBlocks(Dense):
     kind: type[torch.Tensor] = CodedTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        if not isinstance(checkpoint, GGUFCheckpoint) or slot.name == "embed":
+        if not isinstance(checkpoint, GGUFCheckpoint) or slot.name in ("embed", "inputs_embed"):
             return False
         if slot.columns is None or not has_blocks(slot) or not checkpoint.is_quantized(slot):
             return False

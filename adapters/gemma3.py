@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.family import Family
+from microvllm.adapters.family import GGUF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.gemma2 import TENSORS, gemma_spec, sliding_layers
-from microvllm.adapters.rope_spec import Rotary, scaled_rope
-from microvllm.adapters.spec import ModelSpec
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.mlp import MLP
+from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
+from microvllm.adapters.spec import LayerSpec, ModelSpec
 
 # By kind of layer: where older configurations have its base, and the default of that.
 BASES = {"full_attention": ("rope_theta", 1e6), "sliding_attention": ("rope_local_base_freq", 1e4)}
@@ -51,4 +54,59 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
     return Rotary(rope, config.size("max_position_embeddings", default_max_position))
 
 
-FAMILY = Family("gemma3_text", "Gemma3ForCausalLM", from_hf, hf_tensors=TENSORS)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a Gemma 3 model from a GGUF file, whose norms have the 1 that is added to their weights."""
+    spec, keys = gguf_spec(file), gguf_keys(file)
+    slides = sliding_pattern(keys, spec.num_layers)
+    local = RopeSpec(theta=keys.number("rope.freq_base_swa", BASES["sliding_attention"][1]))
+
+    mlp = MLP(size=keys.size("feed_forward_length"), activation="gelu_tanh")
+
+    def layer(sliding: bool, layer: LayerSpec) -> LayerSpec:
+        mixer = layer.attention
+        # Of the largest model alone, as in llama.cpp: the files do not say it.
+        size = spec.hidden_size // mixer.num_heads if spec.num_layers == 62 else mixer.head_dim
+        rope, window = (local, mixer.window) if sliding else (mixer.rope, None)
+        mixer = msgspec.structs.replace(mixer, rope=rope, window=window, scale=size**-0.5)
+        return msgspec.structs.replace(layer, mixer=mixer, mlp=mlp, post_norms=True)
+
+    return msgspec.structs.replace(
+        spec,
+        architecture="gemma3_text",
+        layers=tuple(map(layer, slides, spec.layers)),
+        embedding_scale=spec.hidden_size**0.5,
+        logits_softcap=softcap(keys),
+    )
+
+
+def sliding_pattern(keys: Fields, num_layers: int) -> list[bool]:
+    """Which layers have a window: as a list says, or all but the last of each period of layers."""
+    key = "attention.sliding_window_pattern"
+    pattern = keys.get(key)
+    if not isinstance(pattern, list):
+        period = keys.size(key, 6)
+        return [(index + 1) % period != 0 for index in range(num_layers)]
+    if len(pattern) != num_layers:
+        raise keys.error(key, f"must list each of the {num_layers} layers")
+    return [bool(each) for each in pattern]
+
+
+def softcap(keys: Fields) -> float | None:
+    """The cap of the logits; 0 is none."""
+    return keys.number("final_logit_softcapping") if keys.get("final_logit_softcapping") else None
+
+
+GGUF_NAMES = {
+    **GGUF_TENSORS,
+    "mixer_post_norm": "blk.{i}.post_attention_norm",
+    "mlp_post_norm": "blk.{i}.post_ffw_norm",
+}
+FAMILY = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    from_hf,
+    TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="gemma3",
+    gguf_tensors=GGUF_NAMES,
+)

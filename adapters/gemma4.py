@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from microvllm.adapters import gemma4_gguf
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import Family
@@ -226,7 +227,15 @@ def _count(config: Fields, key: str, default: int, at_most: int = MAX_SIZE) -> i
 
 
 unified = partial(from_hf, defaults=UNIFIED)
-FAMILY = Family("gemma4_text", "Gemma4ForCausalLM", from_hf, hf_tensors=TENSORS)
+FAMILY = Family(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=gemma4_gguf.from_gguf,
+    gguf_name="gemma4",
+    gguf_tensors=gemma4_gguf.TENSORS,
+)
 # Those below have the same text part in a configuration of several, and its tensors under another prefix.
 FAMILIES = (
     FAMILY,

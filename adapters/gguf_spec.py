@@ -15,7 +15,7 @@ from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_tokens import special_tokens
 from microvllm.adapters.mlp import MLP
-from microvllm.adapters.rope_spec import rope_from_gguf
+from microvllm.adapters.rope_spec import Rotary, rope_from_gguf
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing
 
@@ -30,12 +30,20 @@ def gguf_keys(file: GGUFFile) -> Fields:
     return Fields(file.path, found, prefix)
 
 
-def gguf_spec(file: GGUFFile, *, rotates_parts: bool = False, interleaved: bool = False) -> ModelSpec:
+def gguf_spec(
+    file: GGUFFile,
+    *,
+    keys: Fields | None = None,
+    rotary: Rotary | None = None,
+    rotates_parts: bool = False,
+    interleaved: bool = False,
+) -> ModelSpec:
     """Build the spec of a dense model; `ModelFileError` names the metadata key or tensor at fault.
 
-    rotates_parts: a part of each head may be rotated; interleaved: see `RopeSpec`.
+    keys, rotary: in place of the file's; rotates_parts: a part of each head may be rotated; interleaved: see
+    `RopeSpec`.
     """
-    keys = gguf_keys(file)
+    keys = keys or gguf_keys(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFileError(file.path, "tensor token_embd.weight is missing or not a matrix")
@@ -61,7 +69,7 @@ def gguf_spec(file: GGUFFile, *, rotates_parts: bool = False, interleaved: bool 
             )
     if head_dim % 2:
         raise keys.error("attention.key_length", f"must be even for rotary embeddings, got {head_dim}")
-    rope, max_position = rope_from_gguf(file, keys, rotary_dim)
+    rope, max_position = rotary or rope_from_gguf(file, keys, rotary_dim)
     part = rotary_dim if rotary_dim != head_dim else None
     rope = msgspec.structs.replace(rope, rotary_dim=part, interleaved=interleaved)
     window = keys.size("attention.sliding_window", max_position)

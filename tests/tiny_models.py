@@ -231,7 +231,7 @@ def write_gguf(
         path, architecture, split_max_tensors=tensors_a_part, small_first_shard=no_tensors_first
     )
     _add_hyperparameters(writer, config)
-    _add_tokenizer(writer, config["vocab_size"])
+    add_tokenizer(writer, config["vocab_size"])
     for key, value in (extra_metadata or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
         if any(key in part for part in writer.kv_data):
@@ -347,7 +347,7 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_feed_forward_length(config["intermediate_size"])
 
 
-def _add_tokenizer(writer: Any, vocab_size: int) -> None:
+def add_tokenizer(writer: Any, vocab_size: int) -> None:
     import gguf
 
     model = json.loads(_backend_json())["model"]

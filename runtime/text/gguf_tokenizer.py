@@ -1,7 +1,8 @@
 """Builds a `tokenizers.Tokenizer` from the `tokenizer.ggml.*` metadata of a GGUF file.
 
-Two kinds exist for the models served here: "gpt2" (byte-level BPE with a list of merges and a named
-pre-tokenizer) and "llama" (SentencePiece BPE with scores and byte fallback). The key names are those of
+Three kinds exist for the models served here: "gpt2" (byte-level BPE with a list of merges and a named
+pre-tokenizer), "llama" (SentencePiece BPE with scores and byte fallback) and "gemma4" (the same with a list
+of merges). The key names are those of
 the GGUF specification; where a file leaves something out, llama.cpp's default is used, because that is
 what the file was made for. Torch-free.
 """
@@ -115,8 +116,11 @@ class _Builder:
             backend, add_bos = self._byte_level()
         elif kind == "llama":
             backend, add_bos = self._sentencepiece()
+        elif kind == "gemma4":
+            backend, add_bos = self._sentencepiece(self._listed_merges())
+            backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
         else:
-            raise self._error("model", f"is {kind!r}; 'gpt2' and 'llama' are supported")
+            raise self._error("model", f"is {kind!r}; 'gpt2', 'llama' and 'gemma4' are supported")
         self._add_tokens(backend)
         named = {
             name: self.tokens[self.named_ids[key]]
@@ -132,12 +136,7 @@ class _Builder:
         pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
         if pre is None:
             raise self._error("pre", f"is {name!r}; supported are {', '.join(sorted(PRE_TOKENIZERS))}")
-        merges = []
-        for merge in self._array("merges"):
-            # A token may itself hold a space only as U+0120, so the first space is the separator.
-            left, _, right = str(merge).partition(" ")
-            merges.append((left, right))
-        backend = self._bpe(merges, ignore_merges=pre.ignore_merges)
+        backend = self._bpe(self._listed_merges(), ignore_merges=pre.ignore_merges)
         if pre.nfc:
             backend.normalizer = normalizers.NFC()
         splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
@@ -146,13 +145,22 @@ class _Builder:
         backend.decoder = decoders.ByteLevel()
         return backend, pre.add_bos
 
-    def _sentencepiece(self) -> tuple[Tokenizer, bool]:
-        scores = [float(score) for score in self._array("scores")]
-        if len(scores) < len(self.tokens):
+    def _listed_merges(self) -> list[tuple[str, str]]:
+        merges = []
+        for merge in self._array("merges"):
+            # A token holds a space only as U+0120 or U+2581, so the first space is the separator.
+            left, _, right = str(merge).partition(" ")
+            merges.append((left, right))
+        return merges
+
+    def _sentencepiece(self, merges: list[tuple[str, str]] | None = None) -> tuple[Tokenizer, bool]:
+        """merges: those of the scores if there are none."""
+        scores = [float(score) for score in self._array("scores", None if merges is None else [])]
+        if merges is None and len(scores) < len(self.tokens):
             raise self._error("scores", f"has {len(scores)} entries for {len(self.tokens)} tokens")
         unknown = self.named_ids.get("unknown_token_id")
         backend = self._bpe(
-            self._merges_from_scores(scores),
+            self._merges_from_scores(scores) if merges is None else merges,
             unk_token=None if unknown is None else self.tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
