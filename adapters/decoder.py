@@ -52,7 +52,9 @@ class DecoderModel:
         self.embed = rows(embed, spec.embedding_scale)
         # [m, hidden] -> [m, vocab] in the activations' dtype, for a sampler that reads that.
         self.head = make_head(spec, head, norm, operators, ranks)
-        layers = [TakenWeights(spec, weights, operators, f"layers.{i}.") for i in range(spec.num_layers)]
+        layers = [
+            TakenWeights(spec, weights, operators, f"layers.{i}.", ranks) for i in range(spec.num_layers)
+        ]
         built = [_build_layer(*each, operators, ranks) for each in zip(spec.layers, layers, strict=True)]
         if spec.tails is not None:
             own = TakenWeights(spec, weights, operators, "")

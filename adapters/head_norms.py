@@ -33,6 +33,14 @@ def head_norms(
 
 
 def whole_norms(qkv: Operator, weights: LayerWeights, operators: Operators) -> Operator:
-    """The product, then norms in its output: over all heads of queries, and over all heads of keys."""
+    """The product, then norms in its output: over all heads of queries, and over all heads of keys.
+
+    Heads may be held by several ranks.
+    """
     norms = [norm for norm in (weights.norm("q_norm"), weights.norm("k_norm")) if norm is not None]
-    return lambda x: operators.norm_parts(qkv(x), norms)
+    if weights.ranks is None:
+        return lambda x: operators.norm_parts(qkv(x), norms)
+    from microvllm.ops.sharding import SummedNorms
+
+    summed = SummedNorms(norms, weights.ranks)
+    return lambda x: summed(qkv(x))

@@ -90,8 +90,6 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         Raises ValueError if its heads do not divide evenly.
         """
         kv_heads = self.num_kv_heads
-        if self.whole_qk_norm and size > 1:
-            raise ValueError("norms over all heads of q and of k do not divide into shards")
         if self.num_heads % size:
             raise ValueError(f"{self.num_heads} heads do not divide into {size} shards")
         if kv_heads % size and size % kv_heads:

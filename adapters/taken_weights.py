@@ -6,6 +6,7 @@ from torch import Tensor
 
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.operators import Norm, Operators
+from microvllm.ops.sharding import Ranks
 
 
 class TakenWeights:
@@ -15,8 +16,14 @@ class TakenWeights:
     """
 
     def __init__(
-        self, spec: ModelSpec, weights: dict[str, Tensor], operators: Operators, prefix: str
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        operators: Operators,
+        prefix: str,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self._spec, self._weights, self._dtype = spec, weights, operators.activation_dtype
         self._prefix = prefix
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from microvllm.ops.operators import Norm
+    from microvllm.ops.sharding import Ranks
 
 
 # Ends the name of a tensor that is no module's weight: behind it is no ".weight", and "_bias" for ".bias".
@@ -161,7 +162,13 @@ def fused(cuts: Mapping[str, Cut], names: Mapping[str, str], role: str) -> Mappi
 
 
 class LayerWeights(Protocol):
-    """Hands out the weights of one layer, each once, by their names without the layer."""
+    """Hands out the weights of one layer, each once, by their names without the layer.
+
+    ranks: those that hold the other parts of these weights; None if there are none.
+    """
+
+    @property
+    def ranks(self) -> Ranks | None: ...
 
     def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A weight and its bias."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from microvllm.ops.operators import LinearOperator, Operator, Operators
+from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
 class Ranks(Protocol):
@@ -49,6 +52,27 @@ class SummedLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self._ranks.sum(self._product(x), residual)
+
+
+class SummedNorms:
+    """`ops.norm.norm_parts` where each rank holds a part of what every norm is over, all of the same size.
+
+    What several ranks hold counts as often on all of them, and so changes no mean.
+    """
+
+    def __init__(self, norms: Sequence[Norm], ranks: Ranks) -> None:
+        self._norms, self._ranks = norms, ranks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [n, d], whose first columns are normalised in place -> x."""
+        ends = list(accumulate(len(weight) for weight, _ in self._norms))
+        parts = [x[:, start:end] for start, end in pairwise([0, *ends])]
+        squares = torch.stack([part.float().square().mean(-1) for part in parts], 1)
+        means = self._ranks.sum(squares) / self._ranks.size
+        for part, mean, (weight, eps) in zip(parts, means.unbind(1), self._norms, strict=True):
+            scale = torch.rsqrt(mean + eps).unsqueeze(1)
+            part.copy_((part.float() * scale).to(x.dtype) * weight)
+        return x
 
 
 class ShardedEmbedding:

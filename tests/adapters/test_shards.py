@@ -59,6 +59,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "attention_bias": True,
     },
+    "whole-norms": {
+        "family": "minimax_m2",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rotary_dim": 16,
+        "intermediate_size": 48,
+    },
     "glm4-moe": {
         "family": "glm4_moe",
         "n_routed_experts": 6,

@@ -84,6 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"family": "phi3", "sliding_window": 19},
     "glm4": {"family": "glm4"},
+    "olmo3-one-kv-head": {"family": "olmo3", "num_key_value_heads": 1, "sliding_window": 19},
     "qwen2-moe": {
         "family": "qwen2_moe",
         "num_experts": 5,
