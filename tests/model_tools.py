@@ -419,7 +419,7 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
     """
     runner = engine.core._runner
     assert isinstance(runner, ModelGraphRunner)
-    model, device, launch = runner._model, runner._device, runner._device.forward
+    model, device, launch = runner.model, runner._device, runner._device.forward
     forward = model.forward
     logits: dict[int, torch.Tensor] = {}
     items: list[ScheduledRequest] = []

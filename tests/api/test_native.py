@@ -316,7 +316,7 @@ async def test_a_real_engine_answers(server: httpx.AsyncClient) -> None:
 def scripted() -> Iterator[Callable[[str], InferenceEngine]]:
     """An engine whose model says what it is told to, a token a step; everything behind the logits is real."""
     engine = make_engine(variant_folder("llama-tied"), async_scheduling=False)
-    model: Any = engine.core._runner._model  # type: ignore[attr-defined]
+    model: Any = engine.core._runner.model  # type: ignore[attr-defined]
     logits = model.logits
 
     def speak(text: str) -> InferenceEngine:

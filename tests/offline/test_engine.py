@@ -257,7 +257,7 @@ def test_without_a_seed_the_engine_seed_decides() -> None:
 def test_a_broken_request_ends_alone(engine: InferenceEngine) -> None:
     """Logits that are NaN for one request are that request's error, whatever it samples with."""
     runner: Any = engine.core._runner
-    model, logits = runner._model, runner._model.logits
+    model, logits = runner.model, runner.model.logits
     prompts = make_prompts(3, TOKENIZER_SIZE)
     expected = generate_ids(engine, prompts, 12)
     calls = 0
