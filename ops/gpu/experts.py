@@ -10,6 +10,7 @@ from torch import Tensor
 
 from microvllm.ops.activation import CLAMPED, gated_unit
 from microvllm.ops.experts import ExpertWeights
+from microvllm.ops.gpu.activation import gelu_and_mul
 from microvllm.ops.gpu.coded_expert_gemv import coded_expert_gemv
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
@@ -111,7 +112,8 @@ class GpuExperts:
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
         if not self._fuses:
-            inner = gated_unit(inner, self._activation)
+            gelu = self._activation == "gelu_tanh"
+            inner = gelu_and_mul(inner, pdl=pdl) if gelu else gated_unit(inner, self._activation)
         parts = self._down(inner, choices, k, tiling, scales=weights, pdl=pdl)
         return sum_choices(parts, k, residual, pdl=pdl)
 

@@ -17,7 +17,7 @@ from microvllm.ops.attention import AttentionBackend, AttentionConfig
 from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights, with_shared
-from microvllm.ops.gpu.activation import silu_and_mul
+from microvllm.ops.gpu.activation import gelu_and_mul, silu_and_mul
 from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.experts import GpuExperts
@@ -116,6 +116,9 @@ class GpuOperators(Operators):
     ) -> Operator:
         if norm is None and gated and activation == "silu":
             return self._product(weight, bias, gated=True)
+        if gated and activation == "gelu_tanh":
+            product = self.product(weight, bias, norm=norm)
+            return lambda x: gelu_and_mul(product(x), pdl=self.pdl)
         return super().mlp_input(norm, weight, bias, activation, gated)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

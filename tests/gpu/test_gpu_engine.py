@@ -122,7 +122,10 @@ def test_tokens_with_a_cache_of_e4m3_are_those_of_the_torch_backend(model: str) 
 
 @pytest.mark.parametrize(
     "model",
-    ["gemma3", "phi3-window", "qwen3-mixed-windows", "mixtral", "qwen2-moe", "qwen3-moe-mixed", "gpt-oss"],
+    [
+        *("gemma3", "gemma4", "gemma4-shared", "gemma4-moe", "phi3-window", "qwen3-mixed-windows"),
+        *("mixtral", "qwen2-moe", "qwen3-moe-mixed", "gpt-oss"),
+    ],
 )
 def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
     assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)

@@ -14,7 +14,7 @@ from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how 
 import triton
 import triton.language as tl
 
-from microvllm.ops.activation import silu_and_mul
+from microvllm.ops.activation import gated_unit, silu_and_mul
 from microvllm.ops.gpu import sampling
 from microvllm.ops.gpu.bitmask import apply_bitmask
 from microvllm.ops.gpu.gumbel import gumbel_block
@@ -86,6 +86,14 @@ def test_norms_of_parts_of_rows(ops: GpuOperators, eps: tuple[float, float]) -> 
     found = ops.norm_parts(x.clone(), list(zip(weights, eps, strict=True)))
     assert relative_error(found, expected) < TOLERANCE[dtype]
     assert torch.equal(found[:, 68:], x[:, 68:])
+
+
+def test_gelu_of_one_half_times_the_other(ops: GpuOperators) -> None:
+    """Of gates large enough for either end, behind a product with the identity."""
+    x = random(3, 60, seed=1, dtype=ops.activation_dtype) * 20
+    inner = ops.mlp_input(None, torch.eye(60, dtype=x.dtype, device=DEVICE), None, "gelu_tanh", True)
+    expected = gated_unit(x.float(), "gelu_tanh")
+    assert relative_error(inner(x), expected) < TOLERANCE[x.dtype]
 
 
 def test_norms_of_single_heads(ops: GpuOperators) -> None:
