@@ -58,8 +58,8 @@ class LatentInput:
         heads, nope, rank = self._keys.shape
         q = q.reshape(len(q), heads, nope + self._rope_dim)
         out = torch.empty(len(q), heads + 1, rank + self._rope_dim, dtype=q.dtype, device=q.device)
-        over_latents = torch.bmm(q[..., :nope].transpose(0, 1), self._keys)
-        out[:, :heads, :rank] = over_latents.transpose(0, 1)
+        # Head by head, each product where it belongs.
+        torch.bmm(q[..., :nope].transpose(0, 1), self._keys, out=out[:, :heads, :rank].transpose(0, 1))
         out[:, :heads, rank:] = q[..., nope:]
         out[:, heads, :rank] = self._norms.rms_norm(latent[:, :rank].contiguous(), *self._norm)
         out[:, heads, rank:] = latent[:, rank:]
@@ -78,5 +78,6 @@ class LatentOutput:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [n, H R]."""
         heads, rank, _ = self._values.shape
-        values = torch.bmm(x.view(len(x), heads, rank).transpose(0, 1), self._values)
-        return self._product(values.transpose(0, 1).flatten(1), residual)
+        out = torch.empty(len(x), heads, self._values.shape[2], dtype=x.dtype, device=x.device)
+        torch.bmm(x.view(len(x), heads, rank).transpose(0, 1), self._values, out=out.transpose(0, 1))
+        return self._product(out.flatten(1), residual)
