@@ -136,6 +136,15 @@ class Case:
             segment_table([(s.new, s.context, s.blocks) for s in self.segments], device, int32=int32),
         )
 
+    def behind_windows(self) -> list[int]:
+        """Blocks of the tables that no token of the step sees."""
+        window = self.shape.window or self.max_position
+        found = []
+        for sequence in self.decodes + self.segments:
+            first = max(0, sequence.context - sequence.new - window + 1) // self.block_size
+            found += sequence.blocks[:first]
+        return found
+
     def expected(self, layer: int) -> tuple[Tensor, Tensor]:
         """The torch backend's output in float32, zeros for padding, [n, heads * d]; and its cache."""
         shape = self.shape

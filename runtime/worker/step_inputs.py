@@ -72,11 +72,6 @@ def _known_ids(items: Sequence[ScheduledRequest]) -> list[int]:
     return ids
 
 
-def _rows_of(block_tables: np.ndarray, rows: np.ndarray, width: int) -> Tensor:
-    # By rows NumPy puts pools side by side, which kernels would have to copy apart.
-    return torch.from_numpy(np.ascontiguousarray(block_tables[:, rows, :width]))
-
-
 class StepInputs(Protocol):
     """Makes a step's tensors on one device; owns the newest token of every row there."""
 
@@ -113,7 +108,7 @@ class HostInputs:
         self._arrays: StepArrays | None = None  # of single tokens, behind `_made`
         self._made: tuple[Tensor, AttentionBatch] | None = None
         self._places: list[tuple[int, int, int]] = []  # where the next step's tokens would be
-        self._slots: list[list[int]] = []  # of each pool
+        self._slots: list[np.ndarray] = []  # of each pool, in `_arrays`
 
     def set_newest(self, rows: Sequence[int], tokens: Tensor) -> None:
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -124,25 +119,23 @@ class HostInputs:
             arrays.ids[i] = self._newest[arrays.rows[i]]
         decodes = arrays.num_decodes
         widest = -(-int(arrays.context[:decodes].max(initial=0)) // self._block_size)
-        segments = []
+        rows, segments, self._slots = arrays.request_rows, [], list(arrays.slots)
         if decodes < len(arrays.lengths):
             lengths, context = arrays.lengths[decodes:], arrays.context[decodes:]
             width = -(-int(context.max()) // self._block_size)
             starts = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
-            segments = [
-                SegmentTable(starts, torch.from_numpy(context), blocks, int(lengths.max()))
-                for blocks in _rows_of(block_tables, arrays.request_rows[decodes:], width)
-            ]
+            tables = (torch.from_numpy(table[rows[decodes:], :width]) for table in block_tables)
+            common, longest = torch.from_numpy(context), int(lengths.max())
+            segments = [SegmentTable(starts, common, blocks, longest) for blocks in tables]
         batch = batch_of_pools(
             torch.from_numpy(arrays.positions),
-            torch.from_numpy(arrays.slots),
-            _rows_of(block_tables, arrays.request_rows[:decodes], widest),
+            [torch.from_numpy(slots) for slots in self._slots],
+            [torch.from_numpy(table[rows[:decodes], :widest]) for table in block_tables],
             torch.from_numpy(arrays.context[:decodes]),
             segments,
-            torch.from_numpy(arrays.request_rows),
+            torch.from_numpy(rows),
         )
         self._arrays = None if segments else arrays
-        self._slots = [] if segments else arrays.slots.tolist()
         self._made = torch.from_numpy(arrays.ids), batch
         return self._made
 
@@ -157,13 +150,12 @@ class HostInputs:
             or any(start % self._block_size == 0 for _, start, _ in places)
         ):
             return None
-        self._slots = [[slot + 1 for slot in slots] for slots in self._slots]
         # One by one: with cold caches this is faster than NumPy's operators on whole arrays.
         for i, ((row, start, _), token) in enumerate(zip(places, _known_ids(items), strict=True)):
             arrays.ids[i] = self._newest[row] if token == UNKNOWN else token
             arrays.positions[i], arrays.context[i] = start, start + 1
-            for pool, slots in enumerate(self._slots):
-                arrays.slots[pool, i] = slots[i]
+            for slots in self._slots:
+                slots[i] += 1
         return self._made
 
     def is_clean(self, row: int) -> bool:

@@ -136,6 +136,30 @@ def test_tiles_by_the_copy_engine(tile: int, block_size: int) -> None:
     assert relative_error(out, case.expected(1)[0]) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize(("tile", "block_size", "window"), [(16, 16, 1), (16, 64, 24), (64, 16, 24)])
+@pytest.mark.parametrize("fixed_order", [False, True])
+def test_what_lies_behind_a_window_is_not_looked_at(
+    tile: int, block_size: int, fixed_order: bool, window: int
+) -> None:
+    """Its blocks may be another request's, which may have no finite numbers."""
+    decodes, segments = [100, 41, 0, 17], [(3, 110), (20, 150), (2, 2)]
+    case = Case(AttentionShape(1, 6, 2, 16, window), block_size, decodes, segments, torch.float32)
+    backend = TritonAttention(
+        case.config(DEVICE),
+        decode_tiling=DecodeTiling(tile, 2, 4, 2),
+        prefill_tiling=PrefillTiling(16, tile, 2, 4),
+        fixed_order=fixed_order,
+    )
+    backend.cache.copy_(case.cache)
+    behind = case.behind_windows()
+    assert len(behind) > 2
+    backend.cache[:, :, behind] = torch.nan
+    expected = case.expected(0)[0]
+    real = [bool(s.context) for s in case.decodes] + [True] * sum(s.new for s in case.segments)
+    out = backend.begin_step(case.batch(DEVICE, int32=True))(0, case.qkv.to(DEVICE))
+    assert relative_error(out[real], expected[real]) < TOLERANCE[case.dtype]
+
+
 def test_one_long_sequence_is_split_among_all_programs() -> None:
     case = Case(AttentionShape(1, 2, 1, 16), 16, [16 * 13 + 1], [], torch.float32)
     check(case, TILES_OF_16)
