@@ -17,7 +17,8 @@ from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
-from microvllm.runtime.progress import OnProgress
+from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.rank_layout import rank_layout
 
 
 def load_model(
@@ -57,6 +58,9 @@ def load_model(
         raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
         raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
+    if config.device == "cpu" and any(config.spec.windows):  # a GPU's is measured beside the model
+        room = rank_layout(config).room(config.pools)
+        Stage("Dividing memory", 1, on_progress).finish(f"The KV cache has room for {room}")
     return DecoderModel(config.spec.sharded(shard.size), weights, operators, ranks)
 
 
