@@ -11,7 +11,7 @@ import pytest
 import torch
 from model_tools import VARIANTS, generate_ids, load_script, make_engine, make_prompts, variant_folder
 from safetensors.torch import load_file, save_file
-from tiny_models import TOKENIZER_SIZE, randomize, reference, write_tokenizer
+from tiny_models import TOKENIZER_SIZE, make_hf_folder, randomize, reference, write_tokenizer
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
@@ -87,6 +87,28 @@ def test_the_text_part_of_a_model_of_several(tmp_path: Path, model_type: str, va
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + found])).logits[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == found
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("variant", ["gemma4", "gemma4-shared", "gemma4-moe"])
+def test_other_sizes_in_chunks_preempted_and_on_prefix_hits(tmp_path: Path, variant: str, seed: int) -> None:
+    """Prompts longer than a window and than a chunk, against transformers; the second time from the cache."""
+    sizes = {"hidden_size": 92, "intermediate_size": 70, "num_attention_heads": 5, "num_key_value_heads": 1}
+    options = {**VARIANTS[variant], **sizes, "head_dim": 22, "global_head_dim": 30, "seed": seed}
+    folder = make_hf_folder(tmp_path / "hf", **options)
+    pool = {"num_gpu_blocks_override": 18, "block_size": 8, "max_model_len": 104, "max_num_seqs": 6}
+    engine = make_engine(folder, max_num_batched_tokens=13, **pool)
+    prompts = make_prompts(8, TOKENIZER_SIZE, seed=seed, longest=80)
+    tokens = generate_ids(engine, prompts, 20)
+    assert generate_ids(engine, prompts[-1:], 20) == generate_ids(engine, prompts[-1:], 20) == tokens[-1:]
+    stats = engine.core.stats()
+    assert stats.preemptions > 0 and stats.prefix_hits > 0
+    model = reference(folder)
+    for prompt, found in zip(prompts, tokens, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + found])).logits[0, len(prompt) - 1 : -1]
+        margins = logits.max(-1).values - logits.gather(1, torch.tensor(found)[:, None])[:, 0]
+        assert float(margins.max()) < 1e-3
 
 
 def test_keys_and_values_that_shared_layers_do_not_need_may_be_stored(tmp_path: Path) -> None:
