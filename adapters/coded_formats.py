@@ -10,7 +10,7 @@ import torch
 from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, GGUFCheckpoint, stored_name
 from microvllm.adapters.dequantize import PACKED_LAYOUTS
 from microvllm.adapters.quantization import Scheme
-from microvllm.adapters.tensors import Slot
+from microvllm.adapters.tensors import PAIRS, Slot
 from microvllm.adapters.weight_formats import Dense, Dequantized, StoredMatrix, allocate
 from microvllm.ops.coded import BLOCK, PLANE, CodedTensor, pack
 
@@ -19,8 +19,8 @@ class Coded(Dequantized):
     """Matrices of GPTQ, AWQ and compressed-tensors' packed format.
 
     Not those of which a part is plain or quantised otherwise, whose groups a shard or a run of words cuts,
-    whose rows are not in whole blocks, or whose parts have different orders of columns: `Dequantized` is for
-    them.
+    whose rows are not in whole blocks, or whose parts have different orders of columns, as experts may:
+    `Dequantized` is for them.
     """
 
     kind: type[torch.Tensor] = CodedTensor
@@ -36,6 +36,8 @@ class Coded(Dequantized):
             return False
         if not scheme.ordered:
             return True
+        if slot.is_of_experts:  # whose rows of x are gathered, in the order of none of them
+            return False
         first, *others = (matrix.order() for matrix in matrices)
         if first is None or stop - start != slot.columns.stored:
             return False
@@ -83,9 +85,10 @@ class Coded(Dequantized):
 
 
 def has_blocks(slot: Slot) -> bool:
-    """Whether it is one matrix whose rows, in whole blocks, are multiplied together."""
+    """Whether its matrices have rows in whole blocks, as they lie in the file."""
     lengths = [length for part in slot.parts for length in part.rows.lengths]
-    return not slot.is_of_experts and not any(length % BLOCK for length in lengths)
+    moved = any(part.transposed or part.role == PAIRS for part in slot.parts)
+    return not moved and not any(length % BLOCK for length in lengths)
 
 
 def fits(scheme: Scheme) -> bool:

@@ -90,7 +90,7 @@ def in_rows(words):
 
 
 @triton.jit
-def _rows_of_groups(
+def rows_of_groups(
     at, row, k, ROWS, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, THERE: tl.constexpr
 ):
     """What each of a step's groups has for these rows, at: [groups, ROWS]; a tuple, empty if not THERE."""
@@ -120,7 +120,7 @@ def _columns(tiles, first: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
+def multiply_codes(
     sums, words, right, scale, zero, BITS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
     ZEROS: tl.constexpr, OFFSETS: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
@@ -215,10 +215,10 @@ def _coded_skinny_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = sums
     # Scales and zero points are loaded a step ahead, as tiles are.
-    scale = _rows_of_groups(scales, row, first, ROWS, K, GROUP, GROUPS, not WHOLE)
-    zero = _rows_of_groups(zeros, row, first, ROWS, K, GROUP, GROUPS, ZEROS)
-    up_scale = _rows_of_groups(scales, row + N, first, ROWS, K, GROUP, GROUPS, GATED and not WHOLE)
-    up_zero = _rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and ZEROS)
+    scale = rows_of_groups(scales, row, first, ROWS, K, GROUP, GROUPS, not WHOLE)
+    zero = rows_of_groups(zeros, row, first, ROWS, K, GROUP, GROUPS, ZEROS)
+    up_scale = rows_of_groups(scales, row + N, first, ROWS, K, GROUP, GROUPS, GATED and not WHOLE)
+    up_zero = rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and ZEROS)
     for k in tl.range(first, tl.minimum(first + SPLIT_K, K), STEP, num_stages=STAGES):
         tile = in_rows(tl.load(word_at + k // STEP * (ROW_BLOCK * WIDTH)))
         if GATED:
@@ -230,15 +230,17 @@ def _coded_skinny_kernel(
                 right += (tl.load(x_at + at),)
             else:
                 right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
-        next_scale = _rows_of_groups(scales, row, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
-        next_zero = _rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
-        sums = _multiply(sums, tile, right, scale, zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE)
+        next_scale = rows_of_groups(scales, row, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
+        next_zero = rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
+        sums = multiply_codes(
+            sums, tile, right, scale, zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE
+        )
         scale = next_scale
         zero = next_zero
         if GATED:
-            next_scale = _rows_of_groups(scales, row + N, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
-            next_zero = _rows_of_groups(zeros, row + N, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
-            up_sums = _multiply(
+            next_scale = rows_of_groups(scales, row + N, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
+            next_zero = rows_of_groups(zeros, row + N, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
+            up_sums = multiply_codes(
                 up_sums, up_tile, right, up_scale, up_zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE
             )
             up_scale = next_scale

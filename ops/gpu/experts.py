@@ -9,9 +9,11 @@ import triton
 from torch import Tensor
 
 from microvllm.ops.activation import CLAMPED, gated_unit
+from microvllm.ops.coded import CodedTensor
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.gpu.activation import gelu_and_mul
 from microvllm.ops.gpu.coded_expert_gemv import coded_expert_gemv
+from microvllm.ops.gpu.coded_grouped import CodedGroupedWeight
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.mxfp4 import Mxfp4Weight
@@ -77,23 +79,25 @@ class GpuExperts:
         (self._count, hidden), dtype = weights.router.shape, weights.router.dtype
         self._biases, self._clamped = weights.biases, activation == CLAMPED
         gated = self._fuses = activation in ("silu", CLAMPED)
-        width = weights.down.columns if isinstance(weights.down, Mxfp4Tensor) else weights.down.shape[1]
-        columns, biases = width * (1 if gated else 2), weights.biases
+        columns, biases = weights.gate_up.shape[0] // self._count // (2 if gated else 1), weights.biases
 
         def grouped(
             weight: Tensor, columns: int, bias: Tensor | None, **gate: bool
-        ) -> GroupedWeight | Mxfp4Weight:
+        ) -> GroupedWeight | CodedGroupedWeight | Mxfp4Weight:
             if isinstance(weight, Mxfp4Tensor):
                 return Mxfp4Weight(weight, columns, bias, **gate)
+            if isinstance(weight, CodedTensor):
+                return CodedGroupedWeight(weight, columns, bias, **gate)
             return GroupedWeight(weight, columns, dtype, bias, boxes=boxes, **gate)
 
         self._gate_up = grouped(weights.gate_up, columns, biases.gate_up, gated=gated, clamped=self._clamped)
         self._down = grouped(weights.down, hidden, biases.down)
         kinds = {type(each.matrix) for each in (self._gate_up, self._down)}
-        self._is_coded, self._is_mxfp4 = ScaledTensor in kinds, Mxfp4Tensor in kinds
+        self._is_coded = not kinds.isdisjoint((ScaledTensor, CodedTensor))
+        self._is_mxfp4 = Mxfp4Tensor in kinds
         # The largest number of tokens that are multiplied without sorting.
         fits = gated and routing.num_groups == 1 and len(kinds) == 1 and weights.router_norm is None
-        fits = fits and not self._is_mxfp4
+        fits = fits and kinds.isdisjoint((Mxfp4Tensor, CodedTensor))
         self._few = MAX_GEMV_TOKENS if fits and not fixed_order else 0
         self._fixed_order, self._shared_memory, self._pdl = fixed_order, shared_memory, pdl
 
@@ -155,7 +159,8 @@ class GpuExperts:
         else:
             rows = triton.next_power_of_2(triton.cdiv(2 * num_choices, self._count))
             tilings = IN_MXFP4 if self._is_mxfp4 else CODED if self._is_coded else TILINGS
-            tiling = tilings[min(max(rows, min(tilings)), max(tilings))]
+            most = min(max(tilings), self._gate_up.max_rows)
+            tiling = tilings[min(max(rows, min(tilings)), most)]
         if itemsize == 4:
             tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
         steps = [weight.step for weight in (self._gate_up, self._down) if weight.step is not None]

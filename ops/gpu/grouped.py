@@ -204,6 +204,7 @@ class GroupedWeight:
         boxes: bool = False,
     ) -> None:
         self._scales, self._block = None, (0, 0)
+        self.max_rows = 128  # of a tiling
         self.step: int | None = None  # `block_k` of a tiling is at most that: so many terms share a scale
         if isinstance(weight, ScaledTensor) and step_of(weight) < MIN_BLOCK_K:
             weight = weight.dequantized(dtype)

@@ -207,6 +207,7 @@ class Mxfp4Weight:
     ) -> None:
         self.matrix = weight
         self.step: int | None = None
+        self.max_rows = 64
         self._columns, self._bias = columns, bias
         self._gated, self._clamped = gated, clamped
 

@@ -89,3 +89,38 @@ def test_blocks_of_any_types_are_the_same_values(tmp_path: Path, most: str, valu
         # An offset is added to a product that was rounded, whichever of the two formulas the type has.
         bound = 2e-7 * plain[name].abs().max() if tensor.has_offsets else 0.0
         assert (found - plain[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize(("most", "last"), [("Q4_0", "Q4_0"), ("Q4_K", "Q6_K"), ("Q4_K", "IQ4_XS")])
+def test_experts_in_blocks_are_the_same_values(tmp_path: Path, most: str, last: str) -> None:
+    """Those of a layer are two tensors of the model; of a type that is not kept, one of the two is plain."""
+    sizes = {
+        **SIZES,
+        "num_hidden_layers": 2,
+        "moe_intermediate_size": 256,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+    }
+    folder = make_hf_folder(tmp_path / "hf", "qwen3_moe", **sizes)
+
+    def blocks(name: str, values: Any) -> tuple[str, Any] | None:
+        if "_exps" not in name:
+            return None
+        kind = last if "down" in name else most
+        width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+        raw = random_blocks(kind, values.shape[0] * values.shape[1], values.shape[2] // width, len(name))
+        return kind, raw.reshape(*values.shape[:2], -1)
+
+    file = write_gguf(tmp_path / "model.gguf", folder, blocks=blocks)
+    spec = load_spec(file)
+    plain = load_weights(file, spec, "auto", torch.float32)
+    kept = load_weights(file, spec, "auto", torch.float32, packed=(CodedTensor,))
+    for layer in range(2):
+        assert isinstance(kept[f"layers.{layer}.experts_gate_up"], CodedTensor)
+        assert isinstance(kept[f"layers.{layer}.experts_down"], CodedTensor) == (last != "IQ4_XS")
+    for name, tensor in kept.items():
+        if not isinstance(tensor, CodedTensor):
+            assert tensor.equal(plain[name]), name
+            continue
+        bound = 2e-7 * plain[name].abs().max() if tensor.has_offsets else 0.0
+        assert (tensor.dequantized(torch.float32) - plain[name]).abs().max() <= bound, name

@@ -163,7 +163,9 @@ def test_some_matrices_by_a_configuration(plain: Path) -> None:
 
 def test_experts_by_a_configuration(tmp_path: Path) -> None:
     """Their format is that of `moe`, or of a target that names the module of them all."""
-    folder = make_hf_folder(tmp_path / "moe", "qwen3_moe", num_hidden_layers=2)
+    folder = make_hf_folder(
+        tmp_path / "moe", "qwen3_moe", num_hidden_layers=2, num_experts=3, num_experts_per_tok=2
+    )
     found = quantised(load_by(folder, {"moe": "fp8_per_channel"}))
     assert found and all("expert" in name for name in found)
     experts = set(found)

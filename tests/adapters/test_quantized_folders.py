@@ -442,6 +442,31 @@ def test_a_shard_keeps_its_part_of_packed_codes(plain: Path, tmp_path: Path, for
     assert whole.keys() == kept.keys()
 
 
+@pytest.mark.parametrize("form", [form for form in PACKED_FORMS if "8" not in form])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_experts_that_stay_packed(tmp_path: Path, form: str, rank: int | None) -> None:
+    """Each expert's matrices in its place of the slot; not those whose columns have an order of their own."""
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 96,
+        "moe_intermediate_size": 64,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+    }
+    folder = make_hf_folder(tmp_path / "plain", "qwen3_moe", **sizes)
+    quantize(folder, tmp_path / form, form, 32)
+    shard = WHOLE if rank is None else Shard(rank, 2)
+    spec, dense = load_spec(tmp_path / form), load(tmp_path / form, shard=shard)
+    kept = load_weights(tmp_path / form, spec, "auto", torch.float32, packed=(CodedTensor,), shard=shard)
+    for name, matrix in dense.items():
+        found = kept[name]
+        if "experts" in name:
+            assert isinstance(found, CodedTensor) == (not form.endswith("order"))
+        if isinstance(found, CodedTensor):
+            found = found.dequantized(torch.float32)
+        assert found.equal(matrix), name
+
+
 def test_random_weights_are_coded_as_the_configuration_says(plain: Path, tmp_path: Path) -> None:
     """For the speed of a format without a checkpoint; packed or not, the values are equal."""
     quantize(plain, tmp_path, "awq", 32)

@@ -79,3 +79,33 @@ def test_gguf_files_of_large_blocks(tmp_path: Path, most: str, value: str) -> No
 
     file = write_gguf(tmp_path / "model.gguf", folder, blocks=blocks)
     check(file, make_prompts(6, TOKENIZER_SIZE, longest=90))
+
+
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "hidden_size": 96,
+}
+
+
+@pytest.mark.parametrize("form", ["gptq-4", "gptq-8", "awq", "w4a16", "Q4_0", "Q8_0"])
+def test_experts(tmp_path: Path, form: str) -> None:
+    """In codes; in float32 every token is that of a CPU, alone and in a batch."""
+    model = make_hf_folder(tmp_path / "plain", "qwen3_moe", **EXPERTS)
+    if form.startswith("Q"):
+        model = write_gguf(tmp_path / "model.gguf", model, quantization=form)
+    else:
+        quantize_checkpoint.quantize_folder(model, tmp_path / form, form, 32)
+        model = tmp_path / form
+    prompts = make_prompts(6, TOKENIZER_SIZE, seed=1, longest=90)
+    expected = generate_ids(make_engine(model, attention_backend="torch"), prompts, 24)
+    on_gpu = {"device": "cuda", "num_gpu_blocks_override": 512, "block_size": 16, "max_num_seqs": 16}
+    engine = make_engine(model, dtype="float32", **on_gpu)
+    runner = engine.core._runner
+    assert isinstance(runner, ModelGraphRunner)
+    found = [part for layer in runner._model._layers._layers for part in layer if hasattr(part, "_gate_up")]
+    assert found and all(isinstance(part._gate_up.matrix, CodedTensor) for part in found)
+    assert generate_ids(engine, prompts, 24) == expected
+    assert [generate_ids(engine, [prompt], 24)[0] for prompt in prompts] == expected

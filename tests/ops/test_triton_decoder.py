@@ -174,8 +174,10 @@ SPARSE = {
 }
 
 
-@pytest.mark.parametrize("form", [None, "fp8"])
-@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [*((family, form) for family in SPARSE for form in (None, "fp8")), ("qwen2_moe", "awq")],
+)
 def test_logits_of_mixtures_of_experts(tmp_path: Path, family: str, form: str | None) -> None:
     """With a cache of float32 nothing is rounded. Of codes every matrix but routers stays packed."""
     sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
@@ -188,7 +190,7 @@ def test_logits_of_mixtures_of_experts(tmp_path: Path, family: str, form: str | 
 
     def model(operators: Operators, device: str) -> DecoderModel:
         weights = load_weights(folder, spec, "auto", torch.float32, device=device, packed=operators.packed)
-        kept = isinstance(weights["layers.1.experts_down"], ScaledTensor)
+        kept = isinstance(weights["layers.1.experts_down"], (ScaledTensor, CodedTensor))
         assert kept == (form is not None and ScaledTensor in operators.packed)
         return DecoderModel(spec, weights, operators)
 

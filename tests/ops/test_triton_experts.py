@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from attention_case import relative_error
+from test_triton_coded import coded as codes
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
@@ -195,6 +196,46 @@ def test_experts_in_codes(tokens: int, block: tuple[int, int]) -> None:
     x = random(tokens, HIDDEN, seed=5)
     _, ours = GpuOperators(dtype, DEVICE, "triton").experts(None, packed, routing, "silu")
     _, theirs = TorchOperators(dtype).experts(None, plain, routing, "silu")
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gated", "bits", "group", "zeros"),
+    [
+        (1, "silu", 4, 32, True),
+        (9, "gelu", 4, 1000, False),
+        (3, "silu", 8, 32, False),
+        (20, "silu", 4, 32, "offsets"),
+        (3, "gelu", 8, 16, "offsets"),
+    ],
+)
+def test_experts_in_words(tokens: int, gated: str, bits: int, group: int, zeros: bool | str) -> None:
+    """Of 4 or 8 bits, with zero points, offsets or neither; columns that fill neither steps nor tiles."""
+    hidden, width, dtype, routing = 80, 48, torch.float16, ROUTINGS["softmax"]
+    gate_up = codes(COUNT * 2 * width, hidden, bits, group, zeros=zeros, seed=1)
+    down = codes(COUNT * hidden, width, bits, group, zeros=zeros, seed=2)
+    router = random(COUNT, hidden, seed=3) * hidden**-0.5
+    packed = ExpertWeights(router, gate_up, down)
+    plain = ExpertWeights(router, gate_up.dequantized(torch.float32), down.dequantized(torch.float32))
+    x = random(tokens, hidden, seed=5, dtype=dtype)
+    _, ours = GpuOperators(dtype, DEVICE, "triton").experts(
+        None, packed._replace(router=router.to(dtype)), routing, gated
+    )
+    _, theirs = TorchOperators(torch.float32).experts(None, plain, routing, gated)
+    theirs._router = lambda _: linear(x, router.to(dtype)).float()  # type: ignore[attr-defined]
+    assert relative_error(ours(x), theirs(x.float())) < TOLERANCE[dtype]
+
+
+def test_experts_whose_matrices_are_of_two_kinds() -> None:
+    hidden, width, dtype, routing = 80, 48, torch.float32, ROUTINGS["softmax"]
+    gate_up = random(COUNT * 2 * width, hidden, seed=1) * hidden**-0.5
+    down = codes(COUNT * hidden, width, 4, 32, zeros=True, seed=2)
+    packed = ExpertWeights(random(COUNT, hidden, seed=3), gate_up, down)
+    x = random(3, hidden, seed=5)
+    _, ours = GpuOperators(dtype, DEVICE, "triton").experts(None, packed, routing, "silu")
+    _, theirs = TorchOperators(dtype).experts(
+        None, packed._replace(down=down.dequantized(dtype)), routing, "silu"
+    )
     assert relative_error(ours(x), theirs(x)) < 1e-5
 
 

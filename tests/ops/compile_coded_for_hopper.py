@@ -1,0 +1,72 @@
+"""Compiles the kernels of codes of 4 and 8 bits for compute capability 9.0, which takes no GPU.
+
+Prints one JSON object a kernel. Run by test_coded_compiles.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from compile_for_hopper import Hopper
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "gpu"))
+
+
+def main() -> None:
+    driver.set_active(Hopper())  # type: ignore[arg-type]
+    from coded_registers import resources
+
+    from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor
+    from microvllm.ops.gpu.coded_grouped import CodedGroupedWeight
+    from microvllm.ops.gpu.coded_skinny import coded_skinny
+    from microvllm.ops.gpu.grouped import GroupedTiling
+    from microvllm.ops.gpu.routing import SortedChoices
+    from microvllm.ops.gpu.tiling import coded_tiling
+
+    compiled: list[Any] = []
+
+    def compile_only(self: Any, grid: Any) -> Any:
+        return lambda *args, **options: compiled.append(
+            JITFunction.run(self, *args, grid=grid, warmup=True, **options)
+        )
+
+    JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
+
+    def weight(rows: int, bits: int, group: int, offsets: bool) -> CodedTensor:
+        plane = NARROW_PLANE if group == 16 else PLANE
+        words = torch.zeros(rows, 1024 * bits // 32, dtype=torch.int32)
+        scales = torch.zeros(1024 // group, rows, dtype=torch.float32 if offsets else torch.float16)
+        return CodedTensor.of(words, bits, 1024, group, scales, scales if offsets else None, plane=plane)
+
+    def report(name: str, rows: int) -> None:
+        kernel, used = compiled[-1], resources(compiled[-1])
+        shown = {
+            "name": name,
+            "rows": rows,
+            "registers": used["REG"],
+            "spills": max(used["STACK"], used["LOCAL"]),
+        }
+        print(json.dumps({**shown, "shared memory": kernel.metadata.shared}))
+
+    kinds = {"Q4_K": (4, 32, True), "Q2_K": (4, 16, True), "Q6_K": (8, 16, False), "AWQ": (4, 128, False)}
+    arrivals, count = torch.zeros(1024, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    for name, kind in kinds.items():
+        made = weight(512, *kind)
+        x = torch.zeros(35, 1024, dtype=torch.bfloat16)
+        tiling = coded_tiling(35, 512, 1024, made.step, gated=False)
+        coded_skinny(x, made, arrivals, None, None, tiling, gated=False)
+        report(f"product {name}", 35)
+        grouped = CodedGroupedWeight(weight(4 * 512, *kind), 256, gated=True)
+        choices, rows = SortedChoices(count, count, count, count), grouped.max_rows
+        grouped(x, choices, 1, GroupedTiling(rows, 64, 64, 4, 2))
+        report(f"experts {name}", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Products with codes of 4 and 8 bits as they are compiled for compute capability 9.0, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
+
+def test_kernels_of_codes_compile_and_spill_nothing(tmp_path: Path) -> None:
+    """Of groups of 16, too, whose runs are as short as a tensor core allows."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    script = Path(__file__).with_name("compile_coded_for_hopper.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        assert kernel["spills"] == 0, kernel  # it would go to memory at every step
+        assert kernel["shared memory"] <= 99 << 10, kernel
