@@ -91,6 +91,11 @@ class RowStates:
         heads = config.num_value_heads, config.value_dim, config.key_dim
         self.delta = lazy_zeros((layers, config.rows, *heads), torch.float32, device)
 
+    def copy_row(self, source: int, target: int) -> None:
+        """Give a row the states of another, in all layers."""
+        self.conv[:, target] = self.conv[:, source]
+        self.delta[:, target] = self.delta[:, source]
+
 
 class TorchDeltaRule(RowStates):
     """An `AttentionBackend` of layers with the gated delta rule: what is between their two products."""

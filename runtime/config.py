@@ -42,7 +42,7 @@ from microvllm.runtime.flag import (
     required_flag,
 )
 from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
-from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_pools
+from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_pools, state_rows
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS
 from microvllm.runtime.progress import OnProgress
@@ -325,8 +325,7 @@ class EngineArgs:
                 "lower it, or leave it out: --max-model-len auto takes the model's",
             ),
         )
-        if too_long:
-            logger.warning("%s: answers beyond it may make no sense", too_long)
+        start_checks.warn_of_length(too_long)
         if self.enforce_eager or self.gpu_memory_utilization != GPU_MEMORY_UTILIZATION:
             start_checks.warn_of_gpu_options(device)
         start_checks.warn_of_rotation(spec, max_model_len)
@@ -339,9 +338,10 @@ class EngineArgs:
             budget = max(budget, max_model_len)
         # On a CPU all processes take of the same memory.
         sharing = num_ranks * num_engines if device == "cpu" else 1
+        caching = start_checks.caches_prefixes(self.enable_prefix_caching, spec)
         row_bytes = shard.state_bytes(KV_BYTES["float32" if backend == "cpu" else dtype]) * sharing
         max_num_seqs = self.max_num_seqs or min(DEFAULT_MAX_NUM_SEQS, budget)
-        max_num_seqs = fit_states(device, row_bytes, max_num_seqs, self.max_num_seqs is not None)
+        max_num_seqs = fit_states(device, row_bytes, max_num_seqs, caching, self.max_num_seqs is not None)
         # Off on a CPU: scheduling would compete with the model for the same cores.
         is_async = device == "cuda" if self.async_scheduling is None else self.async_scheduling
         step_tokens = budget * (1 + is_async)
@@ -366,7 +366,6 @@ class EngineArgs:
             ),
         )
         queued = self.max_num_queued_reqs
-        caching = start_checks.caches_prefixes(self.enable_prefix_caching, spec)
         return EngineConfig(
             model=self.model,
             model_path=str(path),
@@ -481,11 +480,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_step_times: bool = False  # measure the parts of steps more finely, and write tables of them
 
     @property
-    @property
-    def states_bytes(self) -> int:
-        """Bytes of the states of all rows, the padding row included, on one rank of a GPU."""
-        row = self.spec.sharded(self.tensor_parallel_size).state_bytes(KV_BYTES[self.dtype])
-        return row * (self.max_num_seqs + 1)
+    def state_rows(self) -> int:
+        """Rows that layers with a state keep: see `kv_memory.state_rows`."""
+        return state_rows(self.spec, self.max_num_seqs, caches=self.enable_prefix_caching)
 
     @property
     def pools(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ logger = logging.getLogger("microvllm.config")
 
 KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}  # of one number
 CPU_KV_BYTES = 256 << 20  # default size on a CPU, if one full-length sequence fits into it
+MIN_CHECKPOINTS = 16  # of states, for the prefix cache
 CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
 
@@ -158,7 +159,18 @@ def size_pools(
     return pools, length
 
 
-def fit_states(device: str, row_bytes: int, max_num_seqs: int, is_requested: bool) -> int:
+def num_checkpoints(max_num_seqs: int) -> int:
+    """How many states are kept for the prefix cache, for so many requests that run at once."""
+    return max(MIN_CHECKPOINTS, max_num_seqs // 4)
+
+
+def state_rows(spec: ModelSpec, max_num_seqs: int, *, caches: bool) -> int:
+    """Rows that layers with a state keep: of requests, one of padding, and, if it `caches`, checkpoints."""
+    has_checkpoints = caches and spec.state_bytes(1) > 0
+    return max_num_seqs + 1 + (num_checkpoints(max_num_seqs) if has_checkpoints else 0)
+
+
+def fit_states(device: str, row_bytes: int, max_num_seqs: int, caches: bool, is_requested: bool) -> int:
     """Return how many requests may run at once, lowered with a warning where their states take too much.
 
     `row_bytes`: of a request's state, which on a CPU takes memory once the request is there. A GPU's memory
@@ -167,15 +179,20 @@ def fit_states(device: str, row_bytes: int, max_num_seqs: int, is_requested: boo
     if device != "cpu" or not row_bytes:
         return max_num_seqs
     free = available_memory()
-    share = 1.0 if is_requested else CPU_KV_SHARE / 2
-    fitting = int(free * share) // row_bytes
-    if fitting >= max_num_seqs:
+    rows = int(free * (1.0 if is_requested else CPU_KV_SHARE / 2)) // row_bytes
+
+    def fits(number: int) -> bool:
+        return number + caches * num_checkpoints(number) <= rows
+
+    fitting = next(filter(fits, range(max_num_seqs, 0, -1)), 0)
+    if fitting == max_num_seqs:
         return max_num_seqs
     sizes = f"of {row_bytes / 2**20:.1f} MiB each, and {free / 2**30:.1f} GiB of memory are free"
     if is_requested or not fitting:
+        kept = " and so does its share of checkpoints for the prefix cache" if caches else ""
         raise ConfigError(
-            f"--max-num-seqs {max_num_seqs}: each request holds a state {sizes}",
-            remedy=f"lower --max-num-seqs to {fitting}" if fitting else None,
+            f"--max-num-seqs {max_num_seqs}: each request holds a state{kept}, {sizes}",
+            remedy=f"lower --max-num-seqs to {fitting}" if fitting else "set --no-enable-prefix-caching",
         )
     logger.warning("%d requests run at once instead of %d: states are %s", fitting, max_num_seqs, sizes)
     return fitting

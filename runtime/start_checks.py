@@ -20,6 +20,12 @@ def warn_of_gpu_options(device: str) -> None:
         )
 
 
+def warn_of_length(too_long: str | bool) -> None:
+    """Log that the context is longer than the model's, if it is, as the sentence says."""
+    if too_long:
+        logger.warning("%s: answers beyond it may make no sense", too_long)
+
+
 def warn_of_rotation(spec: ModelSpec, max_model_len: int) -> None:
     """Log that short texts are rotated as long ones are, where the length decides."""
     for rope in spec.ropes:
@@ -37,6 +43,5 @@ def caches_prefixes(requested: bool, spec: ModelSpec) -> bool:
     if not requested or (spec.pooling and spec.pooling.needs_all):
         return False
     if spec.state_bytes(1):
-        logger.warning("Prefix caching is off: layers of this model keep a state, which is not cached")
-        return False
+        logger.info("Prefixes are reused up to the end of a prompt or a turn alone: layers keep states")
     return True

@@ -26,6 +26,11 @@ class MixedAttention:
             for place, layer in enumerate(layers)
         }
 
+    @property
+    def backends(self) -> list[AttentionBackend]:
+        """One for each kind."""
+        return [backend for backend, _ in self._kinds]
+
     def begin_step(self, batch: AttentionBatch) -> StepAttention:
         batches = (batch, *batch.others)
         steps = [backend.begin_step(batches[pool]) for backend, pool in self._kinds]

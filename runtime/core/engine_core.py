@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core.checkpoints import StateCheckpoints
 from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
 from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
@@ -74,6 +75,7 @@ class EngineCore(Generic[StepT]):
         self.config = config
         pools = rank_layout(config).shapes(config.pools, config.max_model_len)
         self.kv = KVCacheManager([BlockPool(*pool) for pool in pools], config.enable_prefix_caching)
+        self.kv.states = StateCheckpoints.of(config)
         self.scheduler = Scheduler(config, self.kv)
         self.clock = runner.clock
         self.report = StepReport(runner) if config.log_step_times else None

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 
+from microvllm.runtime.core.checkpoints import StateCheckpoints
 from microvllm.runtime.core.pool_audit import audit
 from microvllm.runtime.core.prefix_keys import PrefixKeys
 
@@ -134,7 +135,7 @@ class _Table:
 
 
 class KVCacheManager:
-    """Hands out the blocks of all pools, the same number of each.
+    """Hands out the blocks of all pools, the same number of each; `states`: where sequences may go on.
 
     A step's methods are O(blocks touched). `check` and `reset_prefix_cache` are O(blocks of the pools),
     `num_unused_slots` is O(sequences).
@@ -142,6 +143,7 @@ class KVCacheManager:
 
     def __init__(self, pools: Sequence[BlockPool], enable_prefix_caching: bool = True) -> None:
         self.pools = pools
+        self.states = StateCheckpoints(range(0), pools[0].block_size)
         self.block_size = pools[0].block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._root = os.urandom(32)
@@ -199,12 +201,13 @@ class KVCacheManager:
         At least one token is always left to compute, since its logits are what is wanted.
         """
         found = keys.upto((num_tokens - 1) // self.block_size) if self.enable_prefix_caching else []
+        kinds: list[BlockPool | StateCheckpoints] = [*self.pools, self.states]
         agreed = 0
-        for pool in cycle(self.pools):
-            length = pool.longest_hit(found)
+        for kind in cycle(kinds):
+            length = kind.longest_hit(found)
             agreed = agreed + 1 if length == len(found) else 1
             found = found[:length]
-            if agreed >= len(self.pools):
+            if agreed >= len(kinds):
                 break
         return [pool.hit(found) for pool in self.pools]
 
@@ -233,6 +236,7 @@ class KVCacheManager:
         """Forget every cached prefix; running sequences keep their blocks."""
         for pool in self.pools:
             pool.forget()
+        self.states.forget()
 
     # ---- alloc, append, free -------------------------------------------------------------------
 
@@ -300,3 +304,4 @@ class KVCacheManager:
         for index, pool in enumerate(self.pools):
             tables = [(t.blocks[index], t.num_tokens, t.num_full) for t in self._tables.values()]
             audit(pool, tables, shares=self.enable_prefix_caching)
+        self.states.check()

@@ -105,11 +105,16 @@ class ScheduledRequest(msgspec.Struct, frozen=True):  # one a request a step: a 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: what to compute, in this order of row changes: release, admit, compute."""
+    """One step: what to compute, in this order of row changes: release, admit, restore, compute, keep.
+
+    restored, kept: which row of layers' states is copied to which, see `checkpoints`.
+    """
 
     released_rows: tuple[int, ...]
     admitted: tuple[Request, ...]
     scheduled: tuple[ScheduledRequest, ...]
+    restored: tuple[tuple[int, int], ...] = ()
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,22 +42,23 @@ def audit(pool: AuditedPool, tables: Sequence[tuple[Sequence[int], int, int]], *
     held = Counter(b for (blocks, _, _), first in zip(tables, passed, strict=True) for b in blocks[first:])
     all_blocks = list(range(pool.num_blocks))
     parts = [*pool.free, *pool.cached, *held]
-    _require(pool.refcount == [held[block] for block in all_blocks], "a refcount is wrong")
-    _require(sorted(parts) == all_blocks, "free, cached and referenced do not partition")
+    require(pool.refcount == [held[block] for block in all_blocks], "a refcount is wrong")
+    require(sorted(parts) == all_blocks, "free, cached and referenced do not partition")
     for (blocks, num_tokens, num_full), first in zip(tables, passed, strict=True):
         kept = blocks[first:]
         own = blocks[max(first, num_full if shares else 0) :]
-        _require(all(held[b] == 1 for b in own), "a block that a sequence writes is shared")
-        _require(len(set(kept)) == len(kept), "a sequence holds a block twice")
-        _require(max(blocks[:first], default=-1) < 0, "a sequence holds a block behind its window")
-        _require(len(blocks) == -(-num_tokens // pool.block_size), "the table of a sequence is off")
-        _require(len(kept) <= pool.most_held, "a sequence holds too many blocks")
+        require(all(held[b] == 1 for b in own), "a block that a sequence writes is shared")
+        require(len(set(kept)) == len(kept), "a sequence holds a block twice")
+        require(max(blocks[:first], default=-1) < 0, "a sequence holds a block behind its window")
+        require(len(blocks) == -(-num_tokens // pool.block_size), "the table of a sequence is off")
+        require(len(kept) <= pool.most_held, "a sequence holds too many blocks")
     keys = pool.block_of.items()
-    _require(all(pool.key_of[b] == key for key, b in keys), "a key names a wrong block")
-    _require(all(pool.key_of[b] is not None for b in pool.cached), "a cached block has no key")
-    _require(all(pool.key_of[b] is None for b in pool.free), "a free block has a key")
+    require(all(pool.key_of[b] == key for key, b in keys), "a key names a wrong block")
+    require(all(pool.key_of[b] is not None for b in pool.cached), "a cached block has no key")
+    require(all(pool.key_of[b] is None for b in pool.free), "a free block has a key")
 
 
-def _require(holds: bool, problem: str) -> None:
+def require(holds: bool, problem: str) -> None:
+    """Raise `BrokenPoolError` unless an invariant holds."""
     if not holds:
         raise BrokenPoolError(problem)

@@ -170,7 +170,8 @@ class Scheduler:
             missing = request.num_missing
             if missing <= 0 or (request.source.grammar and not self._mask_ready(request)):
                 continue
-            num_new = 1 if missing == 1 else self._chunk(missing, budget - (len(eligible) - index - 1))
+            room = budget - (len(eligible) - index - 1)
+            num_new = 1 if missing == 1 else self._chunk(request.num_computed, missing, room)
             if request.drafts:
                 num_new += self._trim_drafts(request, budget - (len(eligible) - index))
             room, preempted = self._make_room(request, num_new)
@@ -183,7 +184,7 @@ class Scheduler:
         if not scheduled:
             return None
         released, self._released_rows = tuple(self._released_rows), []
-        return StepPlan(released, tuple(admitted), tuple(scheduled))
+        return StepPlan(released, tuple(admitted), tuple(scheduled), *self.kv.states.copies())
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
         """Add a step's tokens to its requests. Plans are committed in the order of `schedule`."""
@@ -192,6 +193,9 @@ class Scheduler:
             request = item.request
             request.steps_in_flight -= 1
             request.num_in_flight -= item.samples
+            if self.kv.states.rows:
+                is_known = request.finish_reason is None and NO_TOKEN not in tokens
+                self.kv.states.settle(item, is_known=is_known)
             if request.finish_reason is not None:  # ended while this step was in flight: its token is void
                 if request.steps_in_flight == 0:
                     self._release(request)
@@ -220,6 +224,7 @@ class Scheduler:
             request = item.request
             request.steps_in_flight -= 1
             request.num_in_flight -= item.samples
+            self.kv.states.settle(item, is_known=False)
             if request.finish_reason is None:
                 self._finish(request, FinishReason.ERROR)
                 outputs.append(StepOutput(request.id, [], FinishReason.ERROR, error=message))
@@ -236,12 +241,13 @@ class Scheduler:
     def _mask_ready(self, request: Request) -> bool:
         return self.masks is None or self.masks.ready(request.row, request.num_in_flight)
 
-    def _chunk(self, missing: int, budget: int) -> int:
-        """How many of a request's missing tokens one step computes."""
+    def _chunk(self, start: int, missing: int, budget: int) -> int:
+        """How many of a request's missing tokens, from `start` on, one step computes."""
         limit = self._config.long_prefill_token_threshold
         if limit and self._config.enable_chunked_prefill:  # else a longer prompt would never be scheduled
             budget = min(budget, limit)
-        return min(missing, budget)
+        num_new = min(missing, budget)
+        return self.kv.states.cut(start, missing, num_new) if self._config.enable_chunked_prefill else num_new
 
     def _trim_drafts(self, request: Request, spare: int) -> int:
         """Keep the drafts that take no block or token from other requests and may still be an output.
@@ -291,7 +297,7 @@ class Scheduler:
             prefix = self.kv.match_prefix(request.keys, 0 if whole else request.num_tokens)
             num_cached = len(prefix[0]) * self.kv.block_size
             missing = request.num_tokens - num_cached
-            num_new = self._chunk(missing, budget)
+            num_new = self._chunk(num_cached, missing, budget)
             if not self._config.enable_chunked_prefill and num_new < missing:
                 break
             # Room for all of its known tokens, not only for this chunk: otherwise several long prompts
@@ -303,6 +309,7 @@ class Scheduler:
             self._left_queue()
             request.row = self._free_rows.pop()
             request.num_computed = num_cached
+            self.kv.states.restore(request)
             if request.num_cached is None:  # a preempted request hits its own blocks: not a reuse to count
                 request.num_cached = num_cached
                 request.scheduled_at = time.monotonic()
@@ -328,6 +335,8 @@ class Scheduler:
         num_drafts = len(request.drafts)
         samples = request.num_computed == len(request.token_ids) + request.num_in_flight + num_drafts
         request.num_in_flight += samples
+        if self.kv.states.rows:
+            self.kv.states.keep(request)
         return ScheduledRequest(request, start, num_new, samples, first_block, blocks, num_drafts)
 
     def _take_tokens(self, request: Request, index: int, result: StepResult) -> StepOutput:
@@ -439,6 +448,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Give blocks and row back; the runner zeroes the row with the next plan."""
         self.kv.free(request.seq_id)
+        self.kv.states.leave(request.seq_id)
         del self._running[bisect_left(self._running, request)]
         self._free_rows.append(request.row)
         self._released_rows.append(request.row)

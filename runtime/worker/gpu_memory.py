@@ -24,7 +24,7 @@ from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.kv_memory import fit_pools
+from microvllm.runtime.kv_memory import KV_BYTES, fit_pools
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.worker.loading import load_model, make_attention
@@ -130,7 +130,7 @@ def load_beside_cache(
     budget = int(total * config.gpu_memory_utilization)
     layout, pools, length = rank_layout(config), config.pools, config.max_model_len
     room = free if config.num_blocks else min(budget - ours, free)
-    states = config.states_bytes
+    states = _states_bytes(config)
     room -= activations + graphs + states + RESERVE_BYTES
     if ranks is not None:
         room = ranks.smallest(room)
@@ -170,6 +170,12 @@ def capture_graphs(
     taken = memory_in_use(config.device) - before
     capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
     return prompts, decodes
+
+
+def _states_bytes(config: EngineConfig) -> int:
+    """Of the states of all rows, on one rank."""
+    shard = config.spec.sharded(config.tensor_parallel_size)
+    return shard.state_bytes(KV_BYTES[config.dtype]) * config.state_rows
 
 
 @torch.inference_mode()
@@ -225,4 +231,4 @@ def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
     del made, graphs
     gc.collect()
     torch.cuda.empty_cache()
-    return taken - config.states_bytes + number * DRIVER_BYTES
+    return taken - _states_bytes(config) + number * DRIVER_BYTES

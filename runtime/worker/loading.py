@@ -69,7 +69,6 @@ def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBacken
     sizes = config.pools, config.block_size, config.max_model_len
     try:
         dtype, device = getattr(torch, config.kv_dtype), torch.device(config.device)
-        # The last row is that of padding.
-        return model.attention(*sizes, dtype, device, config.max_num_seqs + 1)
+        return model.attention(*sizes, dtype, device, config.state_rows)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -39,6 +39,7 @@ from microvllm.runtime.worker.logits import (
 )
 from microvllm.runtime.worker.parallel.masked_rows import MaskedRows
 from microvllm.runtime.worker.sampler import Sampled
+from microvllm.runtime.worker.states import copy_states
 from microvllm.runtime.worker.step_times import DeviceClock
 
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
@@ -83,8 +84,8 @@ class ModelGraphRunner:
             model, config = load_beside_cache(config, on_progress, ranks)
         self.model, self.config = model, config
         with memory_for("the KV cache and the CUDA graphs"):
-            attention = make_attention(config, self.model)
-            self._device = device = make_device(config, self.model, attention, on_progress)
+            self._attention = make_attention(config, self.model)
+            self._device = device = make_device(config, self.model, self._attention, on_progress)
         self._inputs, self._sampler = device.inputs, device.sampler
         self.masks = GrammarMasks(config, device.begin_sampling)
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
@@ -130,6 +131,12 @@ class ModelGraphRunner:
                 blocks = np.reshape(item.new_blocks, (len(self._block_tables), -1))
                 end = item.first_block + blocks.shape[1]
                 self._block_tables[:, item.request.row, item.first_block : end] = blocks
+        copy_states(self._attention, plan.restored)
+        step = self._compute(plan)
+        copy_states(self._attention, plan.kept)
+        return step
+
+    def _compute(self, plan: StepPlan) -> LaunchedStep:
         # Single tokens first: the attention backend takes all of them at once.
         order = sorted(range(len(plan.scheduled)), key=lambda i: plan.scheduled[i].num_new > 1)
         items = [plan.scheduled[i] for i in order]

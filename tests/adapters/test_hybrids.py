@@ -193,19 +193,64 @@ def test_a_row_begins_from_nothing(backend: str) -> None:
     requests = [make_request(i, prompt, 6) for i, prompt in enumerate(([5], [7, 8], list(range(40))))]
     expected = run_requests(engine, requests)
     attention = engine.core._runner._device._attention  # type: ignore[attr-defined]
-    states, *_ = (each for each, _ in attention._kinds if hasattr(each, "delta"))
+    states, *_ = (each for each in attention.backends if hasattr(each, "delta"))
     states.delta.fill_(torch.nan)
     states.conv.fill_(torch.nan)
+    engine.core.reset_prefix_cache()
     assert run_requests(engine, requests) == expected
 
 
-def test_prefix_caching_is_off_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
-    args = {"model": str(variant_folder("qwen3.5")), "device": "cpu"}
-    assert not EngineArgs(**args).resolve().enable_prefix_caching
-    assert "Prefix caching is off: layers of this model keep a state" in caplog.text
-    caplog.clear()
-    assert not EngineArgs(**args, enable_prefix_caching=False).resolve().enable_prefix_caching
-    assert not caplog.text
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_second_turn_of_a_chat_goes_on_from_the_end_of_the_first(
+    backend: str, asynchronous: bool
+) -> None:
+    """Four chats at once: all blocks but the last of each prompt and answer, which is computed again."""
+    options: dict[str, Any] = {"attention_backend": backend, "async_scheduling": asynchronous}
+    folder = variant_folder("qwen3.5")
+    engine = make_engine(folder, **options)
+    plain = make_engine(folder, attention_backend=backend, enable_prefix_caching=False)
+    prompts = make_prompts(4, TOKENIZER_SIZE, seed=5, longest=70)
+    answers = generate_ids(engine, prompts, 37)
+    assert answers == generate_ids(plain, prompts, 37) and not engine.core.stats().prefix_hits
+    turns = [prompt + answer + [7, 8, 9] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert generate_ids(engine, turns, 20) == generate_ids(plain, turns, 20)
+    hits = engine.core.stats().prefix_hits
+    ends = [(len(prompt) + 36) // 16 * 16 for prompt in prompts]
+    # With a step in flight the last of a text may be void, and with it what it kept.
+    assert sum(ends) - (64 if asynchronous else 0) <= hits <= sum(ends) and hits > 0
+    # The same prompts once more: up to their own ends.
+    assert generate_ids(engine, prompts, 5) == [answer[:5] for answer in answers]
+    again = engine.core.stats().prefix_hits - hits
+    assert again == sum((len(prompt) - 1) // 16 * 16 for prompt in prompts)
+
+
+def test_checkpoints_that_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few of them for many prompts, some preempted: never a wrong token, and none is lost."""
+    monkeypatch.setattr(kv_memory, "num_checkpoints", lambda _: 3)
+    folder = variant_folder("qwen3.5")
+    prompts = make_prompts(10, TOKENIZER_SIZE, seed=6, longest=60)
+    expected = generate_ids(make_engine(folder, enable_prefix_caching=False), prompts, 30)
+    tight = {"max_model_len": 104, "num_gpu_blocks_override": 20, "max_num_batched_tokens": 24}
+    for asynchronous in (False, True):
+        engine = make_engine(folder, max_num_seqs=6, async_scheduling=asynchronous, **tight)
+        assert len(engine.core.kv.states.rows) == 3
+        for _ in range(2):
+            assert generate_ids(engine, prompts, 30) == expected
+        assert engine.core.stats().preemptions > 0
+        engine.core.reset_prefix_cache()
+        engine.core.kv.check()
+        assert generate_ids(engine, prompts[:2], 30) == expected[:2]
+
+
+def test_samples_of_one_prompt_share_its_state() -> None:
+    engine = make_engine(variant_folder("qwen3.5"))
+    prompt = make_prompts(1, TOKENIZER_SIZE, longest=1)[0] * 50
+    (expected,) = generate_ids(engine, [prompt], 8)
+    engine.core.reset_prefix_cache()
+    requests = [make_request(i, prompt, 8) for i in range(3)]
+    assert run_requests(engine, requests) == [expected] * 3
+    assert engine.core.stats().prefix_hits == 2 * 48
 
 
 def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,12 +259,18 @@ def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     row = load_spec(Path(args["model"])).state_bytes(4)
     monkeypatch.setattr(kv_memory, "available_memory", lambda: 100 * row)
     monkeypatch.setattr("microvllm.runtime.config.size_pools", lambda *_, **__: ((64,), 512))
-    assert EngineArgs(**args).resolve().max_num_seqs == 20
+    plain = {**args, "enable_prefix_caching": False}
+    assert EngineArgs(**plain).resolve().max_num_seqs == 20
     assert "20 requests run at once instead of 256" in caplog.text
-    assert EngineArgs(**args, max_num_seqs=100).resolve().max_num_seqs == 100
-    with pytest.raises(ConfigError, match="--max-num-seqs 101: each request holds a state of") as caught:
-        EngineArgs(**args, max_num_seqs=101).resolve()
+    assert EngineArgs(**plain, max_num_seqs=100).resolve().max_num_seqs == 100
+    with pytest.raises(ConfigError, match="--max-num-seqs 101: each request holds a state, of") as caught:
+        EngineArgs(**plain, max_num_seqs=101).resolve()
     assert caught.value.remedy == "lower --max-num-seqs to 100"
+    # With a checkpoint for each four of them, and 16 at least.
+    assert EngineArgs(**args).resolve().max_num_seqs == 4
+    assert EngineArgs(**args, max_num_seqs=80).resolve().max_num_seqs == 80
+    with pytest.raises(ConfigError, match=r"--max-num-seqs 81: .* checkpoints for the prefix cache"):
+        EngineArgs(**args, max_num_seqs=81).resolve()
 
 
 def test_batch_invariance_is_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (self.free, 80 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: WEIGHTS)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: WEIGHTS)
+        monkeypatch.setattr(gpu_memory, "_states_bytes", lambda config: config.states_bytes)
         monkeypatch.setattr(gpu_memory, "_activation_bytes", lambda *_: ACTIVATIONS)
         monkeypatch.setattr(gpu_memory, "_graph_bytes", lambda *_: GRAPHS)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_tools import drain, generate_ids, make_engine, make_prompts, make_request, run_requests
+from model_tools import DELTA, drain, generate_ids, make_engine, make_prompts, make_request, run_requests
 from process_tools import alive, wait_until
 from rank_threads import ThreadedRunner
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
@@ -85,6 +85,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"family": "phi3", "sliding_window": 19},
     "glm4": {"family": "glm4"},
     "olmo3-one-kv-head": {"family": "olmo3", "num_key_value_heads": 1, "sliding_window": 19},
+    "qwen3.5": {"family": "qwen3_5_text", **DELTA, "linear_num_key_heads": 2},
     "qwen2-moe": {
         "family": "qwen2_moe",
         "num_experts": 5,

@@ -59,6 +59,8 @@ class PlanMessage(msgspec.Struct, frozen=True, array_like=True, tag="plan"):
     released_rows: tuple[int, ...]
     admitted: list[AdmittedRow]
     scheduled: list[ScheduledRow]
+    restored: tuple[tuple[int, int], ...] = ()
+    kept: tuple[tuple[int, int], ...] = ()
 
 
 class RankHello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
@@ -153,7 +155,8 @@ class PlanWriter:
             source = msgspec.structs.replace(request.source, prompt_token_ids=[])
             admitted.append(AdmittedRow(request.row, source, request.token_ids, request.prompt_len))
             self._sent[request.row] = len(request.token_ids)
-        return PlanMessage(plan.released_rows, admitted, [self._entry(item) for item in plan.scheduled])
+        scheduled = [self._entry(item) for item in plan.scheduled]
+        return PlanMessage(plan.released_rows, admitted, scheduled, plan.restored, plan.kept)
 
     def _entry(self, item: ScheduledRequest) -> ScheduledRow:
         request, row = item.request, item.request.row
@@ -186,7 +189,7 @@ class PlanReader:
             self._requests[each.row] = request
             admitted.append(request)
         scheduled = tuple(self._item(entry) for entry in message.scheduled)
-        return StepPlan(message.released_rows, tuple(admitted), scheduled)
+        return StepPlan(message.released_rows, tuple(admitted), scheduled, message.restored, message.kept)
 
     def _item(self, entry: ScheduledRow) -> ScheduledRequest:
         request = self._requests[entry.row]
