@@ -145,6 +145,7 @@ async def server_info(request: Request, state: ServerState) -> Response:
         "max_running_requests": config.max_num_seqs * config.data_parallel_size,
         "max_total_num_tokens": state.client.stats.kv_blocks_total * config.block_size,
         "page_size": config.block_size,
+        "block_size": config.block_size,
         "dtype": config.dtype,
         "tp_size": config.tensor_parallel_size,
         "dp_size": config.data_parallel_size,

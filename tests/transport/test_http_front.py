@@ -243,6 +243,7 @@ class TestAdmin:
             "max_running_requests": 32,
             "max_total_num_tokens": 1024,
             "page_size": 16,
+            "block_size": 16,
             "dtype": "float32",
             "tp_size": 1,
             "dp_size": 1,
