@@ -16,7 +16,12 @@ from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import rms_norm
-from microvllm.ops.gpu.tiling import MAX_CODED_ROWS, MAX_WIDE_CODED_ROWS, coded_tiling
+from microvllm.ops.gpu.tiling import (
+    MAX_CODED_ROWS,
+    MAX_GATED_CODED_ROWS,
+    MAX_WIDE_CODED_ROWS,
+    coded_tiling,
+)
 
 
 class CodedProduct:
@@ -47,8 +52,10 @@ class CodedProduct:
             x = x.index_select(1, weight.order)
         m, rows = x.shape[0], weight.shape[0]
         if 0 < m <= (MAX_CODED_ROWS if x.dtype.itemsize == 2 else MAX_WIDE_CODED_ROWS):
-            tiling = coded_tiling(m, rows // (1 + gated), weight.columns, weight.step, gated=gated)
-            return coded_skinny(x, weight, self._arrivals, self._bias, residual, tiling, gated=gated, pdl=pdl)
+            fused = gated and m <= MAX_GATED_CODED_ROWS
+            tiling = coded_tiling(m, rows // (1 + fused), weight.columns, weight.step, gated=fused)
+            y = coded_skinny(x, weight, self._arrivals, self._bias, residual, tiling, gated=fused, pdl=pdl)
+            return silu_and_mul(y, pdl=pdl) if gated and not fused else y
         wide = torch.empty(rows, weight.columns, dtype=x.dtype, device=x.device)
         y = cublas_linear(x, widened(weight, wide, pdl=pdl), self._bias, residual)
         return silu_and_mul(y, pdl=pdl) if gated else y

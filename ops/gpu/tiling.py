@@ -100,13 +100,18 @@ def rounded_stream_tiling(m: int, n: int, k: int, *, gated: bool, whole_rows: bo
 
 MAX_CODED_ROWS = 256
 MAX_WIDE_CODED_ROWS = 8  # in float32
+# Of more, SwiGLU is a kernel of its own: both halves' sums of 64 rows take all registers of 4 warps, and of 8
+# a multiprocessor then holds one program. By what ptxas says (`scripts/gpu/coded_registers.py`), not timed.
+MAX_GATED_CODED_ROWS = 32
 
 
 def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
     """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words.
 
     More stages of many rows would take more than the 99 KB of shared memory that compute capability 8.6 has.
+    With 8 warps a multiprocessor holds 16 of more than 16 rows by their registers, with 4 warps 8 or 12.
     """
     tiles = -(-n // 64) * -(-m // 64)
     programs, stages = (400, 3) if m <= MAX_WIDE_CODED_ROWS else (264, 2)
-    return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
+    warps = 4 if m <= 16 else 8
+    return Tiling(64, step, warps, stages, max(1, min(-(-programs // tiles), k // (2 * step))))

@@ -4,7 +4,7 @@
 
 A line a tiling of gate_up, gated and as a plain product of twice the columns (of which SwiGLU is a kernel of
 its own): registers of a thread, bytes of its stack, where it spills, and of shared memory, and how many warps
-a multiprocessor holds by them (of 64).
+a multiprocessor holds by them (of 64). `tune_coded.py` times both ways on a GPU.
 """
 
 from __future__ import annotations

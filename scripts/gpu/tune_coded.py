@@ -3,9 +3,10 @@
     python scripts/gpu/tune_coded.py [--models NAME…] [--rows N…] [--compile] [--seconds N]
 
 A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of
-codes and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the tiling
-in use. Everything is a CUDA graph over copies that together do not fit the L2 cache. --compile only fills
-Triton's cache.
+codes and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the way in
+use. "plain" multiplies gate and up as one product, and leaves SwiGLU to a kernel of its own; of more rows
+than 8 both ways are timed. `coded_registers.py` shows what their kernels take. Everything is a CUDA graph
+over copies that together do not fit the L2 cache. --compile only fills Triton's cache.
 """
 
 from __future__ import annotations
@@ -16,29 +17,52 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from check_ops import DEVICE, MODELS, Product, graph_ms, normal, products
 from torch import Tensor
 
 from microvllm.ops.coded import CodedTensor, pack
+from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
-from microvllm.ops.gpu.tiling import Tiling, coded_tiling
+from microvllm.ops.gpu.tiling import MAX_GATED_CODED_ROWS, Tiling, coded_tiling
 
 GROUP, STEP = 128, 256
 FEW = ((64, 4, 3, 400), (64, 4, 3, 800), (64, 4, 4, 500), (64, 4, 5, 500), (32, 2, 4, 1000), (128, 8, 3, 300))
-MANY = ((64, 4, 2, 264), (64, 4, 3, 264), (64, 4, 2, 528), (128, 8, 2, 264), (128, 4, 2, 264))
+MANY = (
+    (64, 4, 2, 264),
+    (64, 8, 2, 264),
+    (64, 4, 3, 264),
+    (64, 8, 3, 264),
+    (64, 8, 2, 528),
+    (128, 8, 2, 264),
+    (128, 8, 3, 264),
+)
 COPIES_MB = 150
-Job = tuple[int, Product, Tiling]
 
 
-def candidates(rows: int, product: Product) -> Iterator[Tiling]:
+class Way(NamedTuple):
+    """tiling: of the product; plain: gate and up are one product without SwiGLU."""
+
+    tiling: Tiling
+    plain: bool = False
+
+
+Job = tuple[int, Product, Way]
+
+
+def candidates(rows: int, product: Product) -> Iterator[Way]:
+    """The way in use first."""
     n, k, gated, _, _ = product
-    yield coded_tiling(rows, n, k, STEP, gated=gated)
-    for block_n, warps, stages, programs in FEW if rows <= 8 else MANY:
-        splits = max(1, min(-(-programs // -(-n // block_n)), k // (2 * STEP)))
-        if not gated or rows <= 8 or warps * 16 == block_n:
-            yield Tiling(block_n, STEP, warps, stages, splits)
+    plain = gated and rows > MAX_GATED_CODED_ROWS
+    yield Way(coded_tiling(rows, n * (1 + plain), k, STEP, gated=gated and not plain), plain)
+    for plain in (False, True) if gated and rows > 8 else (False,):
+        columns = n * (1 + plain)
+        for block_n, warps, stages, programs in FEW if rows <= 8 else MANY:
+            splits = max(1, min(-(-programs // -(-columns // block_n)), k // (2 * STEP)))
+            if not gated or plain or rows <= 8 or block_n == 64:  # others spill
+                yield Way(Tiling(block_n, STEP, warps, stages, splits), plain)
 
 
 def random_codes(product: Product) -> CodedTensor:
@@ -50,11 +74,17 @@ def random_codes(product: Product) -> CodedTensor:
 
 
 def call(
-    rows: int, product: Product, tiling: Tiling, weight: CodedTensor, arrivals: Tensor
+    rows: int, product: Product, way: Way, weight: CodedTensor, arrivals: Tensor
 ) -> Callable[[], Tensor]:
     n, k, gated, _, residual = product
     x, added = normal(rows, k), normal(rows, n) if residual else None
-    return lambda: coded_skinny(x, weight, arrivals, None, added, tiling, gated=gated, pdl=True)
+
+    def multiply() -> Tensor:
+        fused = gated and not way.plain
+        y = coded_skinny(x, weight, arrivals, None, added, way.tiling, gated=fused, pdl=True)
+        return silu_and_mul(y, pdl=True) if way.plain else y
+
+    return multiply
 
 
 def room() -> Tensor:
@@ -63,9 +93,9 @@ def room() -> Tensor:
 
 def compile_one(job: Job) -> None:
     """In a process of its own; the result goes to Triton's cache on the disk."""
-    rows, product, tiling = job
+    rows, product, way = job
     try:
-        call(rows, product, tiling, random_codes(product), room())()
+        call(rows, product, way, random_codes(product), room())()
         torch.cuda.synchronize()
     except Exception as error:  # too much shared memory, ...
         print(f"no {job}: {error}"[:200], flush=True)
@@ -77,16 +107,18 @@ def time_product(name: str, rows: int, product: Product, floor: float) -> float:
     megabytes = n * (1 + gated) * k * (4 + 16 / GROUP) / 8 / 1e6
     weights = [random_codes(product) for _ in range(max(2, int(COPIES_MB // megabytes) + 1))]
     weights = (weights * 12)[: max(12, len(weights))]
-    arrivals, times = room(), dict[Tiling, float]()
-    for tiling in dict.fromkeys(candidates(rows, product)):
+    arrivals, times = room(), dict[Way, float]()
+    for way in dict.fromkeys(candidates(rows, product)):
         try:
-            calls = [call(rows, product, tiling, weight, arrivals) for weight in weights]
-            times[tiling] = graph_ms(calls, 5) / len(calls) * 1e3
+            calls = [call(rows, product, way, weight, arrivals) for weight in weights]
+            times[way] = graph_ms(calls, 5) / len(calls) * 1e3
         except Exception as error:
-            print(f"no {name} {tiling}: {error}"[:160], flush=True)
+            print(f"no {name} {way}: {error}"[:160], flush=True)
     order = sorted(times, key=times.__getitem__)
     shown = "  ".join(
-        f"{times[t]:.1f} {(t.block_n, t.warps, t.stages, t.splits)}" for t in order if t in times
+        f"{times[way]:.1f} {'plain ' * way.plain}{(t.block_n, t.warps, t.stages, t.splits)}"
+        for way in order
+        for t in [way.tiling]
     )
     used = times[next(candidates(rows, product))]
     rate = megabytes / times[order[0]]
@@ -103,7 +135,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="*", default=["Qwen2-7B"], choices=MODELS)
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 35, 64])
+    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 20, 35, 64])
     parser.add_argument("--floor", type=float, default=4.594)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=60)
@@ -112,12 +144,12 @@ def main() -> None:
     with torch.inference_mode():
         if args.compile:
             todo = {
-                (rows, product, tiling): None
+                (rows, product, way): None
                 for model in args.models
-                for rows in sorted({8 if rows <= 8 else 64 for rows in args.rows})
+                for rows in sorted({8 if rows <= 8 else 32 if rows <= 32 else 64 for rows in args.rows})
                 for name, product in products(model).items()
                 if name != "head"
-                for tiling in candidates(rows, product)
+                for way in candidates(rows, product)
             }
             with multiprocessing.get_context("spawn").Pool(min(4, len(os.sched_getaffinity(0)))) as pool:
                 pool.map(compile_one, todo, chunksize=1)

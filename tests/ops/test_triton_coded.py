@@ -16,7 +16,7 @@ from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor, pack
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES
-from microvllm.ops.gpu.tiling import MAX_CODED_ROWS, Tiling
+from microvllm.ops.gpu.tiling import MAX_CODED_ROWS, MAX_GATED_CODED_ROWS, Tiling
 from microvllm.ops.norm import rms_norm
 
 # As in test_triton_scaled.py.
@@ -131,10 +131,10 @@ def test_the_values_of_the_codes_are_written_as_they_are(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, MAX_CODED_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, 20, MAX_GATED_CODED_ROWS + 1, MAX_CODED_ROWS + 1])
 def test_what_a_decoder_calls(rows: int, ordered: bool) -> None:
     """Whichever way a number of rows goes, with the tilings that are chosen for it."""
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16 if rows > 8 else torch.float32
     ops, hidden, width = GpuOperators(dtype, DEVICE, "triton"), 96, 64
     assert CodedTensor in ops.packed
     x, norm = random(rows, hidden, seed=1, dtype=dtype), random(hidden, seed=2, dtype=dtype)
