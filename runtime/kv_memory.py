@@ -49,7 +49,9 @@ class CacheLayout:
         copies: int = 1,
     ) -> CacheLayout:
         """Return the layout for a model, of which there are `copies` in the same memory."""
-        sizes = [number * block_size * copies for number in spec.kv_bytes_per_token(KV_BYTES[kv_dtype])]
+        sizes = [
+            max(1, number * block_size * copies) for number in spec.kv_bytes_per_token(KV_BYTES[kv_dtype])
+        ]
         return cls(spec.windows, sizes, block_size, step_tokens, max_num_seqs)
 
     def most_held(self, pool: int, length: int) -> int:
@@ -83,13 +85,19 @@ class CacheLayout:
         """Blocks of each pool, of sequences of up to `length` tokens.
 
         Each pool gets what one of them holds. Of the rest, n being the tokens that it has room for if windows
-        are ignored, and w the windows' share of a token's bytes, each window's pool gets n / (1 + w) tokens,
-        and the first pool what is left. Whatever the lengths of the sequences are, at least 1 / (1 + w) as
-        many then find room as in pools that were divided for these lengths. A window's pool gets no more
-        than it can use, though: see `_useful`.
+        are ignored, each window's pool gets n / (w + f) tokens, and the first pool what is left: w is the
+        windows' share of the bytes of a short sequence, and f the first pool's share of those of a sequence
+        of `length`. Whatever their lengths are, at least 1 / (w + f) as many sequences then find room as in
+        pools that were divided for these lengths, and no other division guarantees more. A window's pool
+        gets no more than it can use, though: see `_useful`.
         """
         rest = max(0, num_bytes - self.bytes_for(length))
-        even = rest // (sum(self.block_bytes) + sum(self.block_bytes[1:]))
+        kept = [
+            min(window or length, length) * size
+            for window, size in zip(self.windows, self.block_bytes, strict=True)
+        ]
+        first = sum(self.block_bytes) * kept[0] / sum(kept)
+        even = int(rest / (sum(self.block_bytes[1:]) + first))
         others = [
             min(self._useful(pool, length), self.most_held(pool, length) + even)
             for pool in range(1, len(self.windows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,9 +47,25 @@ def test_tokens_that_fit_rise_several_times() -> None:
     pools, length = fit_pools(GEMMA3, memory, 131_072, "--x", False)
     before = memory // (6 * MIB)
     assert length == 131_072 and GEMMA3.size(pools) <= memory < GEMMA3.size(pools) + MIB
-    rest = memory - GEMMA3.bytes_for(131_072)
-    assert pools[0] > 3 * before and before > pools[1] == 273 + rest // (11 * MIB) > before / 2
+    assert pools[0] > 3 * before and before > pools[1] > before / 2
     assert GEMMA3.room((10, 2)) == "640 tokens and 128 tokens in windows of 1,024"
+
+
+@pytest.mark.parametrize("length", [512, 1024, 1500, 4096, 32_768, 131_072])
+def test_no_length_fares_much_worse_than_in_pools_made_for_it(length: int) -> None:
+    """In requests per memory; at both ends, short ones and those of full length, equally."""
+    layout, memory = replace(GEMMA3, step_tokens=64, max_num_seqs=10**9), 10**9 * MIB
+    pools, _ = fit_pools(layout, memory, length, "--x", False)
+
+    def share(tokens: int) -> float:
+        in_window = min(tokens, 1024)
+        found = min(pools[0] / tokens, pools[1] / in_window)
+        return found / (memory / (tokens + 5 * in_window) / MIB)
+
+    shares = [share(tokens) for tokens in range(16, length + 1, 16)]
+    of_longest = length / (length + 5 * min(length, 1024))
+    assert min(shares) == pytest.approx(1 / (5 / 6 + of_longest), rel=0.01)
+    assert share(16) == pytest.approx(share(length), rel=0.01)
 
 
 def test_a_window_gets_no_more_than_it_can_use() -> None:
