@@ -68,8 +68,13 @@ def counter(server: Server, name: str) -> float:
 
 
 def throughput(args: argparse.Namespace) -> Iterator[Figure]:
-    """Tokens a second of 64 requests at once."""
+    """Tokens a second, as many requests at once for each engine. On GPUs both servers need room.
+
+    Where others use the processor, too, what counts is the processor time of a token: on free cores two
+    engines give twice the tokens of one if it is the same.
+    """
     rates: dict[int, list[float]] = {1: [], 2: []}
+    costs: dict[int, list[float]] = {1: [], 2: []}
     flags = args.flags
     with (
         serving(args.model, "--cpu-threads", "1", *flags) as one,
@@ -77,26 +82,32 @@ def throughput(args: argparse.Namespace) -> Iterator[Figure]:
     ):
         for _ in range(args.rounds):
             for engines, server in ((1, one), (2, two)):
-                rates[engines].append(asyncio.run(_rate(server)))
-    gains = [second / first for first, second in zip(rates[1], rates[2], strict=True)]
-    gain = statistics.median(gains)
-    medians = " and ".join(f"{statistics.median(rates[engines]):.0f}" for engines in (1, 2))
-    measured = f"{gain:.2f} x, {min(gains):.2f} to {max(gains):.2f} ({medians} tokens/s)"
-    yield Figure("two engines beside one", "1.9 x", measured, gain >= 1.9)
+                rate, cost = asyncio.run(_rate(server, engines * args.requests))
+                rates[engines].append(rate)
+                costs[engines].append(cost)
+    for name, gains in (
+        ("by the clock", [second / first for first, second in zip(rates[1], rates[2], strict=True)]),
+        ("by processor time", [2 * first / second for first, second in zip(costs[1], costs[2], strict=True)]),
+    ):
+        gain = statistics.median(gains)
+        measured = f"{gain:.2f} x, {min(gains):.2f} to {max(gains):.2f}"
+        yield Figure(f"two engines beside one, {name}", "1.9 x", measured, gain >= 1.9)
 
 
-async def _rate(server: Server, count: int = 64, tokens: int = 48) -> float:
+async def _rate(server: Server, count: int, tokens: int = 48) -> tuple[float, float]:
+    """Returns tokens a second, and seconds of the server's processor time a token."""
     draw = random.Random(1)
     bodies = [
         {"prompt": text(draw, 30), "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
         for _ in range(count)
     ]
     async with asking(server) as http:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), server.cpu_seconds()
         answers = await asyncio.gather(*(http.post("/v1/completions", json=body) for body in bodies))
+        used, seconds = server.cpu_seconds() - used, time.perf_counter() - start
     for answer in answers:
         answer.raise_for_status()
-    return count * tokens / (time.perf_counter() - start)
+    return count * tokens / seconds, used / (count * tokens)
 
 
 # ---- prefixes ---------------------------------------------------------------------------------------
@@ -115,9 +126,9 @@ def hits(args: argparse.Namespace) -> Iterator[Figure]:
         with serving(args.model, *flags, *room, *args.flags) as server:
             found[name] = asyncio.run(_talk(server, turns))
     for name, (rate, ttft) in found.items():
-        best = found["one engine"][0] - 0.02
-        met = rate >= best if "prefix" in name else True
-        target = "within 2 points of one" if "prefix" in name else ""
+        chosen = "prefix" in name
+        met = not chosen or rate >= found["two, each in its turn"][0] + 0.05
+        target = "5 points above in turn" if chosen else ""
         yield Figure(f"hit rate, {name}", target, f"{rate:.1%}, first token after {ttft:.2f} s", met)
 
 
@@ -229,6 +240,7 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; all if none is given")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=5, help="of throughput")
+    parser.add_argument("--requests", type=int, default=64, help="of throughput, at once for each engine")
     given, flags = sys.argv[1:], list[str]()
     if "--" in given:
         flags = given[given.index("--") + 1 :]

@@ -93,14 +93,15 @@ class Watch:
     def on_step(self) -> None:
         self._silent_s, self._step_s, self._used = 0.0, 0.0, None
 
-    def tick(self, busy: bool, interval_s: float) -> str | None:
+    def tick(self, busy: bool, interval_s: float, *, unbounded: bool = False) -> str | None:
         """Take note of the time that has passed -> the problem, if there is one.
 
-        `busy`: requests are open. To be called about every `interval_s` seconds.
+        `busy`: requests are open. `unbounded`: what it does may take longer than any step. To be called about
+        every `interval_s` seconds.
         """
         now = time.monotonic()
         elapsed, self._ticked = min(now - self._ticked, 2 * interval_s), now
-        self._step_s = self._step_s + elapsed if busy or not self._resting else 0.0
+        self._step_s = self._step_s + elapsed if (busy or not self._resting) and not unbounded else 0.0
         self._silent_s += elapsed
         if self._silent_s > BEAT_S + interval_s and self._shows_life():
             self._silent_s = 0.0

@@ -82,6 +82,7 @@ class Replica:
         self._changing: deque[asyncio.Future[SleepChanged]] = deque()  # pending answers
         self._awake = asyncio.Event()  # unset while no process is to be started in place of one that died
         self._awake.set()
+        self._sleep_level = 0  # the last one
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -200,6 +201,7 @@ class Replica:
         A process that is gone has none; it is started again by `wake_up`.
         """
         self._awake.clear()
+        self._sleep_level = level
         self._send_aborted()  # first of all: the process sleeps once it has no request
         with suppress(EngineDeadError):
             await self._change(Sleep(level))
@@ -232,10 +234,13 @@ class Replica:
     async def _change(self, command: Sleep | WakeUp) -> SleepChanged:
         if not self.ready:
             raise EngineDeadError(DEAD)
+        return await self._send_change(command)
+
+    def _send_change(self, command: Sleep | WakeUp) -> asyncio.Future[SleepChanged]:
         answer: asyncio.Future[SleepChanged] = asyncio.get_running_loop().create_future()
         self._changing.append(answer)
         self.send(command)
-        return await answer
+        return answer
 
     def send(self, command: Command) -> None:
         """Send a command; one to a process that is gone is lost."""
@@ -263,6 +268,8 @@ class Replica:
             logger.error("%s died; it is %s again.%s%s", self.name, when, ending, more)
             await self._awake.wait()
             self.use(await self.restart())
+            if not self._awake.is_set():  # put to sleep while it started
+                self._send_change(Sleep(self._sleep_level))
 
     async def _watch_engine(self) -> None:
         """Kill an engine that is frozen or hangs; it is then started again like one that died."""
@@ -270,9 +277,8 @@ class Replica:
             await asyncio.sleep(WATCH_INTERVAL_S)
             if not self.ready or self.process is None:
                 continue
-            if self._profiling or self._changing:
-                self.watch.on_step()  # writing a profile, or loading, may take longer than any step
-            problem = self.watch.tick(bool(self.streams), WATCH_INTERVAL_S)
+            unbounded = bool(self._profiling or self._changing)  # writing a profile, or loading
+            problem = self.watch.tick(bool(self.streams), WATCH_INTERVAL_S, unbounded=unbounded)
             if problem is not None:
                 self.ready = False
                 named = _named(self.streams.values())

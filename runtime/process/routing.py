@@ -13,8 +13,12 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 MIN_CHUNK = 32  # tokens for each key of a prompt
-# What an open sequence counts beside tokens to prefill: a thousand cached tokens outweigh some 15 sequences.
-OPEN_TOKENS = 64
+# What counts beside a token to prefill. A cached token counts twice: to compute it once more takes time from
+# the others, and room in the cache. An open sequence has some tokens to go, which all compute together.
+CACHED_WEIGHT = 2
+OPEN_TOKENS = 16
+# An engine with more open sequences than this, beyond twice those of another, is passed over.
+MAX_MORE_OPEN = 32
 
 
 class PrefixIndex:
@@ -95,10 +99,12 @@ class Router:
     def choose(self, engines: Sequence[EngineT], keys: Sequence[int]) -> EngineT:
         """Return the engine with the least work before the first token of a prompt with these keys.
 
-        That is what it has to prefill, and its open sequences. Of those without a free row none is chosen
-        while another has one, nor one that is predicted to begin too late while another is not.
+        That is what it has to prefill, and its open sequences. One without a free row, or with many more open
+        sequences than another, is passed over while another is there, and so is one that is predicted to
+        begin too late.
         """
-        fit = [engine for engine in engines if engine.num_open < self._rows]
+        most = min(self._rows - 1, 2 * min(engine.num_open for engine in engines) + MAX_MORE_OPEN)
+        fit = [engine for engine in engines if engine.num_open <= most]
         fit = fit or [engine for engine in engines if engine.predicted_wait <= self._max_wait_s]
         fit = fit or list(engines)
         self._turn += 1
@@ -107,4 +113,5 @@ class Router:
 
     @staticmethod
     def _work(engine: Load, keys: Sequence[int]) -> int:
-        return engine.waiting_tokens + OPEN_TOKENS * engine.num_open - engine.prefixes.matched(keys)
+        cached = engine.prefixes.matched(keys)
+        return engine.waiting_tokens + OPEN_TOKENS * engine.num_open - CACHED_WEIGHT * cached

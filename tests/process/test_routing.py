@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from microvllm.runtime.process.routing import OPEN_TOKENS, PrefixIndex, Router, prompt_keys
+from microvllm.runtime.process.routing import (
+    CACHED_WEIGHT,
+    MAX_MORE_OPEN,
+    OPEN_TOKENS,
+    PrefixIndex,
+    Router,
+    prompt_keys,
+)
 
 CHUNK = 32
 PROMPT = list(range(1000, 1000 + 10 * CHUNK))
@@ -55,13 +62,23 @@ def test_the_longest_cached_part_decides_between_equals() -> None:
 
 
 def test_a_much_busier_engine_is_not_chosen() -> None:
-    holder, idle = Engine(num_open=4), Engine()
+    holder, idle = Engine(num_open=MAX_MORE_OPEN), Engine()
     holder.note(PROMPT)
-    assert len(PROMPT) > 4 * OPEN_TOKENS and chosen([holder, idle]) == 0
-    holder.num_open = 6
+    assert CACHED_WEIGHT * len(PROMPT) > MAX_MORE_OPEN * OPEN_TOKENS and chosen([holder, idle]) == 0
+    holder.num_open += 1
     assert chosen([holder, idle]) == 1
-    holder.num_open, holder.waiting_tokens = 0, 2 * len(PROMPT)
+    idle.num_open = 1
+    assert chosen([holder, idle]) == 0
+    holder.num_open, holder.waiting_tokens = 0, CACHED_WEIGHT * len(PROMPT) + 2 * OPEN_TOKENS
     assert chosen([holder, idle]) == 1
+    holder.note(PROMPT[: 2 * CHUNK])
+    assert chosen([holder, idle], PROMPT[: 2 * CHUNK]) == 1
+
+
+def test_of_a_short_cached_part_open_sequences_outweigh() -> None:
+    holder, idle = Engine(num_open=5), Engine()
+    holder.note(PROMPT[:CHUNK])
+    assert CACHED_WEIGHT * CHUNK < 5 * OPEN_TOKENS and chosen([holder, idle], PROMPT[:CHUNK]) == 1
 
 
 def test_a_free_row_comes_before_a_cached_prefix() -> None:

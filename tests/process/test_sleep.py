@@ -16,6 +16,7 @@ from process_tools import alive, own_engines, wait_until_async
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineAsleepError, InvalidRequestError
 from microvllm.runtime.metrics import EngineMetrics
+from microvllm.runtime.process.channel import Sleep
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import EngineStats, SamplingParams
@@ -68,7 +69,8 @@ async def test_the_cache_is_given_back_and_the_answers_stay(client: EngineClient
     filling = await client.submit_all([[7 + i] * 3000 for i in range(2)], params(1))
     for stream in filling:
         await tokens_of(stream)
-    held, before = 6000 * client.config.block_bytes // client.config.block_size, resident(engine_pid(client))
+    held = 6000 * sum(client.config.spec.kv_bytes_per_token(4))
+    before = resident(engine_pid(client))
     assert held > 8 << 20
     await client.sleep(level)
     assert before - resident(engine_pid(client)) > 0.8 * held
@@ -129,6 +131,24 @@ async def test_an_engine_that_dies_asleep_is_started_when_it_is_woken(client: En
     assert own_engines() == []
     await client.wake_up()
     assert await tokens_of(client.submit(PROMPT, params())[0]) == expected
+
+
+async def test_an_engine_that_is_starting_is_put_to_sleep(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (replica,) = client.replicas
+    sent: list[object] = []
+    pid, send = engine_pid(client), replica.send
+    monkeypatch.setattr(replica, "send", lambda command: (sent.append(command), send(command)))
+    os.kill(pid, signal.SIGKILL)
+    await wait_until_async(lambda: own_engines() not in ([], [pid]), "another one is starting")
+    await client.sleep(2)
+    await wait_until_async(lambda: engine_pid(client) != pid, "it has started")
+    await wait_until_async(lambda: Sleep(2) in sent and not replica._changing, "it is asleep")
+    with pytest.raises(EngineAsleepError):
+        client.submit(PROMPT, params())
+    await client.wake_up()
+    assert len(await tokens_of(client.submit(PROMPT, params())[0])) == 12
 
 
 async def test_counters_go_on_and_the_state_is_reported(client: EngineClient) -> None:
