@@ -11,6 +11,7 @@ import torch
 from model_tools import (
     DELTA,
     generate_ids,
+    load_script,
     make_engine,
     make_prompts,
     make_request,
@@ -132,6 +133,23 @@ def test_experts_in_one_tensor(tmp_path: Path, name: str) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": 5}))
     with pytest.raises(ConfigError, match=r"has shape .* but the configuration asks for"):
         make_engine(folder)
+
+
+@pytest.mark.parametrize("form", ["fp8-block", "gptq-8", "awq"])
+def test_quantised_projections(tmp_path: Path, form: str) -> None:
+    """The tokens of the values that the codes stand for: q beside gates, and what a state is made of."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 8}
+    dims = {"head_dim": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    kinds = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    plain = make_hf_folder(tmp_path / "plain", "qwen3_5_text", **sizes, **heads, **dims, **kinds)
+    values = load_script("quantize_checkpoint").quantize_folder(plain, tmp_path / form, form, 32)
+    assert sum("linear_attn" in name for name in values) == 5
+
+    def with_values(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**tensors, **{name: value.contiguous() for name, value in values.items()}}
+
+    same_tokens(tmp_path / form, rewritten(plain, tmp_path / "values", with_values))
 
 
 # ---- config.json -----------------------------------------------------------------------------------
