@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
@@ -281,6 +282,10 @@ class GGUFCheckpoint:
         self._head_dim = head_dim
         family = BY_GGUF_NAME[self._file.architecture]
         self.names, self._interleaved = family.gguf_tensors, family.gguf_interleaved
+        # The gate of a shared expert, a matrix of one row, is stored as a vector.
+        for name, tensor in self._file.tensors.items():
+            if name.endswith("ffn_gate_inp_shexp.weight") and len(tensor.shape) == 1:
+                self._file.tensors[name] = msgspec.structs.replace(tensor, shape=(1, *tensor.shape))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._file.tensors.items()}

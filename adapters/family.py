@@ -50,6 +50,10 @@ GGUF_TENSORS: Mapping[str, str] = {
     "expert_gate": "blk.{i}.ffn_gate_exps",
     "expert_up": "blk.{i}.ffn_up_exps",
     "expert_down": "blk.{i}.ffn_down_exps",
+    "shared_gate": "blk.{i}.ffn_gate_shexp",
+    "shared_up": "blk.{i}.ffn_up_shexp",
+    "shared_down": "blk.{i}.ffn_down_shexp",
+    "shared_scale": "blk.{i}.ffn_gate_inp_shexp",
     "mixer_norm": "blk.{i}.attn_norm",
     "mlp_norm": "blk.{i}.ffn_norm",
 }

@@ -100,7 +100,7 @@ def gguf_spec(
     )
 
 
-WITH_EXPERTS = ("llama", "qwen3moe", "gpt-oss")
+WITH_EXPERTS = ("llama", "qwen2moe", "qwen3moe", "gpt-oss")
 # Keys of experts that are not computed here, and what they say where they change nothing.
 EXPERT_KEYS: Mapping[str, tuple[object, ...]] = {
     "expert_gating_func": (None, 0, 1),  # softmax

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields, shorten
@@ -81,6 +82,25 @@ def qwen3_from_gguf(file: GGUFFile) -> ModelSpec:
     return msgspec.structs.replace(gguf_spec(file), architecture="qwen3_moe")
 
 
+def qwen2_from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a Qwen2-MoE model from a GGUF file; llama.cpp does not normalise the weights of any of them."""
+    spec, prefix = gguf_spec(file), f"{file.architecture}."
+    experts = spec.layers[0].mlp
+    if not isinstance(experts, Experts):
+        raise ModelFileError(file.path, f"{prefix}expert_count is missing")
+    keys = Fields(file.path, {k.removeprefix(prefix): value for k, value in file.metadata.items()}, prefix)
+    if keys.get("expert_weights_norm"):
+        raise keys.error("expert_weights_norm", "is true, which this architecture does not have")
+    experts = msgspec.structs.replace(
+        experts,
+        routing=msgspec.structs.replace(experts.routing, normalized=False),
+        shared_size=keys.size("expert_shared_feed_forward_length", keys.size("feed_forward_length")),
+        shared_gate=True,
+    )
+    layers = (msgspec.structs.replace(layer, mlp=experts) for layer in spec.layers)
+    return msgspec.structs.replace(spec, architecture="qwen2_moe", layers=tuple(layers))
+
+
 def sparse(spec: ModelSpec, config: Fields, experts: Experts) -> ModelSpec:
     """Experts in every `decoder_sparse_step`-th layer, but not in `mlp_only_layers`, counted from 0."""
     step = config.size("decoder_sparse_step", 1)
@@ -112,7 +132,14 @@ def _windows(config: Fields, num_layers: int, slides: Sequence[bool]) -> Sequenc
     return layer_windows(config, num_layers, config.size("sliding_window", 4096), slides)
 
 
-QWEN2 = Family("qwen2_moe", "Qwen2MoeForCausalLM", qwen2_from_hf, hf_tensors=TENSORS)
+QWEN2 = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    qwen2_from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=qwen2_from_gguf,
+    gguf_name="qwen2moe",
+)
 QWEN3 = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",

@@ -35,6 +35,7 @@ CORPUS = (
 GGUF_ARCHITECTURES = {
     "mistral": "llama",
     "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
 }
@@ -54,6 +55,10 @@ GGUF_NAMES = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
     "mlp.router": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.gate_proj_exps": "ffn_gate_exps",
     "mlp.up_proj_exps": "ffn_up_exps",
     "mlp.down_proj_exps": "ffn_down_exps",
@@ -248,6 +253,8 @@ def write_gguf(
         if architecture in GGUF_INTERLEAVED:
             values = _interleave(name, values, config)
         gguf_name = _gguf_name(name)
+        if name.endswith("shared_expert_gate.weight"):  # llama.cpp's converter squeezes
+            values = values[0]
         if architecture in ("gpt-oss", "seed_oss"):
             gguf_name = gguf_name.replace(".ffn_norm.", ".post_attention_norm.")
         instead = None if blocks is None else blocks(gguf_name, values)
@@ -330,6 +337,8 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if "moe_intermediate_size" in config:
             writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if "shared_expert_intermediate_size" in config:
+            writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":
         import gguf

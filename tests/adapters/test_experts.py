@@ -160,22 +160,28 @@ def test_the_experts_of_a_layer_lie_one_after_another(tmp_path: Path) -> None:
 # ---- GGUF -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "mixtral"])
 def test_a_gguf_file_gives_the_tokens_of_its_folder(tmp_path: Path, name: str) -> None:
-    folder = family(tmp_path / "hf", name)
+    options = {"norm_topk_prob": False, "shared_expert_intermediate_size": 96} if name == "qwen2_moe" else {}
+    folder = family(tmp_path / "hf", name, **options)
     file = write_gguf(tmp_path / "model.gguf", folder)
     assert load_spec(file).layers[0].mlp == load_spec(folder).layers[0].mlp
     assert generate_ids(make_engine(file), PROMPTS) == generate_ids(make_engine(folder), PROMPTS)
 
 
-@pytest.mark.parametrize("quantization", ["Q8_0", "Q4_0"])
-def test_packed_experts_are_those_of_the_dequantised_file(tmp_path: Path, quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("qwen3_moe", "Q8_0"), ("qwen3_moe", "Q4_0"), ("qwen2_moe", "Q8_0")]
+)
+def test_packed_experts_are_those_of_the_dequantised_file(
+    tmp_path: Path, name: str, quantization: str
+) -> None:
     """The experts stay in their blocks, and the router in float32."""
-    folder = family(tmp_path / "hf", "qwen3_moe")
+    options = {"shared_expert_intermediate_size": 96} if name == "qwen2_moe" else {}
+    folder = family(tmp_path / "hf", name, **options)
     file = write_gguf(tmp_path / "model.gguf", folder, quantization=quantization)
     weights = load_weights(file, load_spec(file), "auto", torch.bfloat16, packed=(QuantizedTensor,))
     kept = weights["layers.1.experts_gate_up"]
-    assert isinstance(kept, QuantizedTensor) and len(kept.parts) == 8
+    assert isinstance(kept, QuantizedTensor) and len(kept.parts) == 2 * len(weights["layers.1.router"])
     assert weights["layers.1.router"].dtype == torch.float32
     packed = generate_ids(make_engine(file, attention_backend="cpu"), PROMPTS)
     plain = make_engine(file, attention_backend="torch", gguf_weights="dequantized")
