@@ -29,6 +29,9 @@ from microvllm.ops.mxfp4 import (
     values,
     words_of,
 )
+from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
+
+GGML_TYPE = 39  # ggml's number of it
 
 
 class Mxfp4(Dense):
@@ -114,6 +117,43 @@ class Mxfp4Packed(Mxfp4):
         return made.dequantized(dtype) if int(scales.max()) > MAX_SCALE else made
 
 
+class Mxfp4Blocks(Mxfp4):
+    """ggml's blocks of the same numbers, for the kernels of a CPU.
+
+    Not where a shard cuts through a block's columns.
+    """
+
+    kind: type[torch.Tensor] = QuantizedTensor
+
+    def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
+        columns = slot.columns.runs[0] if slot.columns else (1,)
+        return super().accepts(checkpoint, slot) and not any(place % BLOCK for place in columns)
+
+    def load(
+        self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]
+    ) -> torch.Tensor:
+        if slot.columns is None or not isinstance(checkpoint, FolderCheckpoint):
+            return super().load(checkpoint, slot, dtype, device, loaded)
+        start, stop = slot.columns.runs[0]
+        blocks = range(start // BLOCK, stop // BLOCK)
+        shape = slot.shape[0], len(blocks), 1 + BLOCK // 2
+        out, parts = allocate(checkpoint.path, slot.name, shape, torch.uint8, "cpu"), []
+        filled = 0
+        for part in slot.parts:
+            for codes, scales in stored_rows(checkpoint, slot, part, blocks, torch.float32):
+                rows = out[filled : filled + len(codes)]
+                filled += len(codes)
+                pairs = codes.view(*rows.shape[:2], BLOCK // 2)
+                # There neighbours are in a byte, and here the first half of the block and the second.
+                numbers = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+                rows[:, :, 0] = scales
+                rows[:, :, 1:] = numbers[:, :, : BLOCK // 2] | numbers[:, :, BLOCK // 2 :] << 4
+            count = 2 if part.role == PAIRS else 1  # gate and up
+            parts += [QuantizedRows(GGML_TYPE, part.rows.size // count, out[0].numel())] * count
+            loaded()
+        return QuantizedTensor.of(out.view(-1), slot.columns.size, tuple(parts))
+
+
 def fits_mxfp4(slot: Slot) -> bool:
     """Whether the rows and columns of a slot's experts are whole blocks of an `Mxfp4Tensor`."""
     step = 2 * ROW_BLOCK if slot.parts[0].role == PAIRS else ROW_BLOCK
@@ -172,3 +212,7 @@ def _check_bytes(checkpoint: Checkpoint, name: str) -> None:
         raise ModelFileError(
             checkpoint.file_of(name), f"tensor {name} is stored as {tensor.dtype}, but {KEY} asks for U8"
         )
+
+
+# Before all others.
+MXFP4 = (Mxfp4Packed(), Mxfp4Blocks(), Mxfp4())

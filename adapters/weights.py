@@ -33,7 +33,7 @@ from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.hf_config import COUNT_KEYS
 from microvllm.adapters.kv_scales import load_scales, scale_tensors
-from microvllm.adapters.mxfp4 import Mxfp4, Mxfp4Packed, fits_mxfp4, round_to_mxfp4
+from microvllm.adapters.mxfp4 import MXFP4, fits_mxfp4, round_to_mxfp4
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
@@ -94,9 +94,7 @@ def load_weights(
         spec = msgspec.structs.replace(spec, tie_embeddings=False)
     if isinstance(checkpoint, FolderCheckpoint):
         checkpoint.check_on_loading(spec.slots(checkpoint.names))
-    formats = [
-        each for each in (Mxfp4Packed(), Mxfp4(), *CODED, *FORMATS) if each.kind in (torch.Tensor, *packed)
-    ]
+    formats = [each for each in (*MXFP4, *CODED, *FORMATS) if each.kind in (torch.Tensor, *packed)]
 
     def format_of(slot: Slot) -> WeightFormat:
         return next(each for each in formats if each.accepts(checkpoint, slot))

@@ -29,6 +29,7 @@ FACTORS = {
     "Q6_K": (208,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
+    "MXFP4": (),
 }
 formats = st.sampled_from(sorted(FACTORS))
 seeds = st.integers(0, 2**32 - 1)
@@ -46,6 +47,9 @@ def random_blocks(
             raw[:, at : at + 2] = (
                 rng.uniform(-largest, largest, len(raw)).astype("<f2")[:, None].view(np.uint8)
             )
+    if name == "MXFP4":  # powers of two; sums of products with the largest would be no numbers
+        least, most = (0, 200) if any_factor else (119, int(np.log2(largest)) + 126)
+        raw[:, 0] = rng.integers(least, most, len(raw))
     return raw.reshape(rows, -1)
 
 

@@ -157,7 +157,7 @@ INLINE void tile(const Int8Group *x, long stride, const uint8_t *panel, long k, 
                  const Format f)
 {
     /* Quants of SIGNED_BITS are made signed. Of others, that of a weight of 0 is subtracted, times the sum of x. */
-    const int bits = f.low + f.high, is_signed = bits == SIGNED_BITS;
+    const int bits = f.is_e2m1 ? 5 : f.low + f.high, is_signed = bits == SIGNED_BITS;
     const uint32_t signs = is_signed ? 0x80808080u : 0;
     memset(out, 0, rows * sizeof *out);
     for (; k > 0; k -= f.groups * GROUP, panel += block_bytes(f))

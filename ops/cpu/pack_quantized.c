@@ -164,6 +164,13 @@ static void unpack_iq4_xs(const uint8_t *p, Block *b)
     }
 }
 
+/* The scale is half of 2^(e - 127), as quants are twice the numbers. */
+static void unpack_mxfp4(const uint8_t *p, Block *b)
+{
+    b->d = p[0] < 2 ? 32 << p[0] : (p[0] - 1) << 7;
+    unpack_halves(p + 1, b->quads[0]);
+}
+
 /* Puts `bits` bits of each quant, from bit `from` on, into a plane; words of one row lie WORDS bytes apart. */
 INLINE void pack_bits(const uint32_t quads[8], int from, const int bits, uint8_t *plane)
 {

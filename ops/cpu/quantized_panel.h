@@ -45,9 +45,22 @@ INLINE uvec load_bits(const uint8_t *plane, int q, const int bits)
     return bits == 8 ? words : words >> (q % quads * bits) & 0x01010101u * ((1u << bits) - 1);
 }
 
+/* Of codes of e2m1 in the bytes of a word: 12 more than twice their numbers, which are 0, 1, 2, 3, 4, 6, 8, 12 and
+ * their opposites. */
+INLINE uvec e2m1_quants(uvec code)
+{
+    const uint32_t ones = 0x01010101u;
+    uvec middle = code >> 1 & ones, high = code >> 2 & ones, sign = code >> 3 & ones, both = middle & high;
+    uvec size = (code & ones) | (middle | high) << 1;
+    size += size & ((high << 8) - high); /* all bits of a byte that is 1 */
+    size += size & ((both << 8) - both);
+    return size + ones * 12 - (size & ((sign << 8) - sign)) * 2;
+}
+
 INLINE uvec load_quad(const uint8_t *group, int q, const Format f)
 {
     uvec quad = load_bits(group, q, f.low);
+    if (f.is_e2m1) return e2m1_quants(quad);
     return f.high ? quad | load_bits(group + f.low * WORDS, q, f.high) << f.low : quad;
 }
 
@@ -73,7 +86,8 @@ INLINE Scale load_scale(const uint8_t *block, int at, int half, const Format f)
     const uint8_t *words = block + (f.sign ? 2 : 1) * HALVES + half * WORDS / 2;
     int index = at / f.span;
     Scale s;
-    s.scale = load_f16(block + half * HALVES / 2);
+    const uint8_t *d = block + half * HALVES / 2;
+    s.scale = f.is_e2m1 ? load_bf16((const bf16 *)d) : load_f16(d);
     if (f.groups > 1) s.scale *= load_byte(words + index / 4 * WORDS, index % 4);
     if (!f.sign) {
         s.offset = s.scale * (float)-f.zero;

@@ -194,6 +194,14 @@ def iq4_xs(raw: npt.NDArray[np.uint8]) -> list[float]:
     return values
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def mxfp4(raw: npt.NDArray[np.uint8]) -> list[float]:
+    codes = [int(byte) & 15 for byte in raw[1:]] + [int(byte) >> 4 for byte in raw[1:]]
+    return [2.0 ** (int(raw[0]) - 127) * E2M1[code & 7] * (-1 if code & 8 else 1) for code in codes]
+
+
 Decoder = Callable[[npt.NDArray[np.uint8]], list[float]]
 DECODERS: dict[str, tuple[Decoder, tuple[int, ...]]] = {  # and where the float16 scales lie in a block
     "Q4_0": (q4_0, (0,)),
@@ -208,6 +216,7 @@ DECODERS: dict[str, tuple[Decoder, tuple[int, ...]]] = {  # and where the float1
     "Q6_K": (q6_k, (208,)),
     "IQ4_NL": (iq4_nl, (0,)),
     "IQ4_XS": (iq4_xs, (0,)),
+    "MXFP4": (mxfp4, ()),
 }
 
 

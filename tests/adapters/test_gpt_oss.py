@@ -22,6 +22,7 @@ from microvllm.adapters.registry import load_spec
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.mxfp4 import BLOCK, Mxfp4Tensor, quantize, values
+from microvllm.ops.quantized import QuantizedTensor
 
 SIZES = {
     "hidden_size": 96,
@@ -276,6 +277,35 @@ def test_a_gguf_file_gives_the_tokens_of_its_folder(folder: Path, tmp_path: Path
     expected = generate_ids(make_engine(folder), PROMPTS)
     for backend in ("torch", "cpu"):
         assert generate_ids(make_engine(file, attention_backend=backend), PROMPTS) == expected
+
+
+def test_a_gguf_file_in_mxfp4_gives_the_tokens_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    """Experts in the file's blocks by the CPU's kernels, and dequantised."""
+
+    def blocks(name: str, weights: Any) -> tuple[str, Any] | None:
+        if not name.endswith("_exps.weight"):
+            return None
+        return "MXFP4", gguf.quants.quantize(weights, gguf.GGMLQuantizationType.MXFP4)
+
+    file = write_gguf(tmp_path / "model.gguf", folder, blocks=blocks)
+    to_mxfp4(folder)
+    expected = generate_ids(make_engine(folder, attention_backend="torch"), PROMPTS)
+    for options in ({"attention_backend": "torch"}, {"gguf_weights": "dequantized"}, {}):
+        assert generate_ids(make_engine(file, **options), PROMPTS) == expected
+    weights = load_weights(file, load_spec(file), "auto", torch.float32, packed=(QuantizedTensor,))
+    assert isinstance(weights["layers.1.experts_down"], QuantizedTensor)
+
+
+def test_a_cpu_keeps_the_blocks(packed: Path) -> None:
+    """The bytes that ggml has for the same numbers, gate before up."""
+    weights = load_weights(packed, load_spec(packed), "auto", torch.bfloat16, packed=(QuantizedTensor,))
+    plain = load_weights(packed, load_spec(packed), "auto", torch.float32)
+    for role, parts in (("gate_up", 6), ("down", 3)):
+        kept = weights[f"layers.1.experts_{role}"]
+        assert isinstance(kept, QuantizedTensor) and len(kept.parts) == parts
+        raw = kept.as_subclass(torch.Tensor).numpy().reshape(-1, kept.columns // 32 * 17)
+        found = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.MXFP4)
+        assert torch.from_numpy(found).equal(plain[f"layers.1.experts_{role}"])
 
 
 def test_random_weights_have_sinks_and_biases(folder: Path) -> None:
