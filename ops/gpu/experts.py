@@ -37,8 +37,9 @@ CODED = {
     32: GroupedTiling(32, 64, 128, 4, 4, swapped=True, boxes=True),
     64: GroupedTiling(64, 128, 128, 8, 3, swapped=True, boxes=True),
 }
-# Of MXFP4, whose tile has 64 rows: more would be widened by the same threads.
-IN_MXFP4 = {rows: GroupedTiling(rows, 64, 256, 4, 3, swapped=True) for rows in (8, 16, 32, 64)}
+# Of MXFP4, whose tile has 64 rows: more would be widened by the same threads. The terms are those of a plain
+# matrix beside it, where a shard cuts the blocks of one of the two.
+IN_MXFP4 = {rows: GroupedTiling(rows, 64, 64, 4, 3, swapped=True) for rows in (8, 16, 32, 64)}
 FIXED_ORDER = GroupedTiling(64, 64, 64, 4, 4)
 MAX_GEMV_TOKENS = 4  # more have experts in common, whose weights are then read once
 
@@ -165,6 +166,7 @@ class GpuExperts:
             tiling = GroupedTiling(min(tiling.rows, 64), 64, 32, 4, 2)
         steps = [weight.step for weight in (self._gate_up, self._down) if weight.step is not None]
         tiling = replace(tiling, block_k=min([tiling.block_k, *steps]))
-        return tiling.within(
-            self._shared_memory, itemsize, 1 if self._is_coded or self._is_mxfp4 else itemsize
-        )
+        if self._is_mxfp4:  # whose steps have as many terms as eight places of the words
+            stages = replace(tiling, block_k=256).within(self._shared_memory, itemsize, 1).stages
+            return replace(tiling, stages=stages)
+        return tiling.within(self._shared_memory, itemsize, 1 if self._is_coded else itemsize)

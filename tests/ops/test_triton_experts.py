@@ -303,6 +303,22 @@ def test_the_instructions_that_widen_mxfp4_to_bfloat16() -> None:
     assert found.equal(expected.bfloat16().float()) and len(set(codes)) == 16
 
 
+@pytest.mark.parametrize("first_packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_mxfp4_beside_a_plain_matrix(tokens: int, first_packed: bool) -> None:
+    """As where a shard cuts the blocks of one of the two."""
+    hidden, width, count = 96, 64, 5
+    router = random(count, hidden, seed=1) * hidden**-0.5
+    plain = random(count * 2 * width, hidden, seed=2) * 0.1, random(count * hidden, width, seed=3) * 0.1
+    packed = [in_mxfp4(each) if i == 1 - first_packed else each for i, each in enumerate(plain)]
+    exact = [each.dequantized(torch.float32) if isinstance(each, Mxfp4Tensor) else each for each in packed]
+    x = random(tokens, hidden, seed=5)
+    gpu, reference = GpuOperators(torch.float32, DEVICE, "triton"), TorchOperators(torch.float32)
+    _, ours = gpu.experts(None, ExpertWeights(router, *packed), ROUTINGS["softmax"], CLAMPED)
+    _, theirs = reference.experts(None, ExpertWeights(router, *exact), ROUTINGS["softmax"], CLAMPED)
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
 @pytest.mark.parametrize("activation", ["silu", CLAMPED, "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
