@@ -64,6 +64,7 @@ FAMILIES = (
     phi3.FAMILY,
     smollm3.FAMILY,
     granite.FAMILY,
+    granite.DENSE_HYBRID,
     seed_oss.FAMILY,
     glm4.FAMILY,
     olmo3.FAMILY,

@@ -49,6 +49,14 @@ GRANITE = {
     "rope_theta": 1e7,
     "tie_word_embeddings": True,
 }
+GRANITE_4 = {
+    **GRANITE,
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "layer_types": ["attention"] * 40,
+    "num_local_experts": 0,
+    "position_embedding_type": "rope",
+    "shared_intermediate_size": 8192,
+}
 SEED_OSS = {
     "architectures": ["SeedOssForCausalLM"],
     "attention_bias": True,
@@ -142,6 +150,14 @@ def test_granite(tmp_path: Path) -> None:
     assert (spec.logits_scale, spec.layers[0].mixer.scale) == (1 / 16, 1 / 128)
 
 
+def test_dense_granite_4(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, GRANITE_4)
+    assert {layer.mlp.size for layer in spec.layers} == {8192}
+    assert spec.mixers == spec_of(tmp_path, GRANITE).mixers
+    (mixer,) = spec_of(tmp_path, GRANITE_4, position_embedding_type="nope").mixers
+    assert mixer.rope.rotary_dim == 0
+
+
 def test_seed_oss(tmp_path: Path) -> None:
     mixer = spec_of(tmp_path, SEED_OSS).layers[0].mixer
     assert (mixer.qkv_bias, mixer.o_bias, mixer.head_dim, mixer.q_size) == (True, False, 128, 10240)
@@ -195,6 +211,12 @@ BAD = [
     (GRANITE, "residual_multiplier", 0, "must be a finite number above 0"),
     (GRANITE, "logits_scaling", "16", "must be a finite number above 0"),
     (GRANITE, "partial_rotary_factor", 0.5, "other than 1 is not supported"),
+    (GRANITE_4, "layer_types", ["mamba"] + ["attention"] * 39, "Mamba is not supported"),
+    (GRANITE_4, "layer_types", None, "Mamba is not supported"),
+    (GRANITE_4, "layer_types", ["attention"], "must list one kind for each of the 40 layers"),
+    (GRANITE_4, "num_local_experts", None, "must be 0"),
+    (GRANITE_4, "num_local_experts", 64, "must be 0"),
+    (GRANITE_4, "position_embedding_type", "alibi", "must be rope or nope"),
     (SEED_OSS, "attention_out_bias", 1, "must be true or false"),
     (GLM4, "partial_rotary_factor", 1.5, "must be a finite number"),
     (GLM4, "partial_rotary_factor", 0.01, "of a head of 128 is not an even number of elements"),

@@ -51,7 +51,7 @@ def runner_of(made: InferenceEngine) -> ModelGraphRunner:
 
 # Their layers are those of the models above but for rotations, norms, temperatures, routings and latents.
 MORE_MODELS = (
-    *("phi4-mini", "smollm3", "granite", "seed-oss", "glm4", "olmo3", "ministral3"),
+    *("phi4-mini", "smollm3", "granite", "granite4", "seed-oss", "glm4", "olmo3", "ministral3"),
     *("glm4-moe", "minimax-m2", "ernie-moe", "olmoe", "deepseek-v3", "glm4-moe-lite"),
 )
 PROMPTS = make_prompts(12, VOCAB, seed=1)
