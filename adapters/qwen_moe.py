@@ -83,7 +83,7 @@ def qwen3_from_gguf(file: GGUFFile) -> ModelSpec:
 
 
 def qwen2_from_gguf(file: GGUFFile) -> ModelSpec:
-    """Describe a Qwen2-MoE model from a GGUF file; llama.cpp does not normalise the weights of any of them."""
+    """Describe a Qwen2-MoE model from a GGUF file; llama.cpp normalises the weights of none of them."""
     spec, prefix = gguf_spec(file), f"{file.architecture}."
     experts = spec.layers[0].mlp
     if not isinstance(experts, Experts):

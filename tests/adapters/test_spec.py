@@ -612,7 +612,7 @@ BAD_METADATA: list[tuple[str, Any]] = [
     ("llama.expert_count", "8"),
     ("llama.embedding_length", "144"),
     ("tokenizer.ggml.eos_token_id", "2"),
-    ("general.architecture", "gemma3"),
+    ("general.architecture", "rwkv7"),
 ]
 
 
