@@ -210,16 +210,18 @@ def test_no_way_of_batching_changes_a_token(alone: Alone, way: str) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_preemption_changes_no_token(alone: Alone, asynchronous: bool) -> None:
     model, prompts, expected = alone
+    # With a window in all layers requests stop growing after a few blocks.
+    blocks, fewest = (26, 1) if model["model"] == variant_folder("mistral-window") else (40, 5)
     engine = make_engine(
         **model,
         max_model_len=104,
         block_size=4,
-        num_gpu_blocks_override=40,
+        num_gpu_blocks_override=blocks,
         async_scheduling=asynchronous,
         enable_prefix_caching=False,
     )
     assert generate_ids(engine, prompts, 40) == expected
-    assert engine.core.stats().preemptions >= 5
+    assert engine.core.stats().preemptions >= fewest
 
 
 def test_a_prefix_hit_changes_no_token(alone: Alone) -> None:
