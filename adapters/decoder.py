@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.dense_and_experts import DenseAndExperts, norm_behind
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head import make_head
@@ -16,6 +16,7 @@ from microvllm.adapters.latent import LatentAttention
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import LayerSpec, Mixer, ModelSpec
+from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.taken_weights import TakenWeights
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
 from microvllm.ops.attention.e4m3 import KVScales
@@ -60,10 +61,10 @@ class DecoderModel:
             own = TakenWeights(spec, weights, operators, "")
             self.embed, built = spec.tails.build(self.embed, built, own, layers, operators, rows)
         self._layers = operators.layers(built)
-        self._kept = {
+        self._kept: dict[int, Any] = {  # of the kind that the layer's mixer takes
             index: layer.mixer.kept(each)
             for index, (layer, each) in enumerate(zip(spec.layers, layers, strict=True))
-            if isinstance(layer.mixer, GatedDeltaNet)
+            if isinstance(layer.mixer, StatefulMixer)
         }
         self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
         self._sinks = [weights.pop(f"layers.{i}.sinks", None) for i in range(spec.num_layers)]
@@ -101,7 +102,7 @@ class DecoderModel:
         pool_of = self.spec.pool_of
 
         def backend(mixer: Mixer, indices: list[int]) -> AttentionBackend:
-            if isinstance(mixer, GatedDeltaNet):
+            if isinstance(mixer, StatefulMixer):
                 kept = [self._kept[index] for index in indices]
                 return mixer.backend(kept, rows, self.spec.rms_norm_eps, self._operators)
             num_blocks = pools[pool_of(mixer)]

@@ -17,7 +17,7 @@ from microvllm.adapters.fields import Fields, shorten
 
 KEY = "quantization_config"
 # Matrices that no method quantises, whatever its part of config.json says of them.
-PLAIN_ROLES = ("embed", "inputs_embed", "router", "shared_scale", "delta_conv")
+PLAIN_ROLES = ("embed", "inputs_embed", "router", "shared_scale", "delta_conv", "conv")
 LINEAR = "Linear"  # the class of torch that stands for all matrices but the embeddings
 
 

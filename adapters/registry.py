@@ -21,6 +21,7 @@ from microvllm.adapters import (
     glm4_moe,
     gpt_oss,
     granite,
+    lfm2,
     llama,
     minimax_m2,
     ministral3,
@@ -79,6 +80,7 @@ FAMILIES = (
     olmoe.FAMILY,
     gpt_oss.FAMILY,
     *qwen_next.FAMILIES,
+    *lfm2.FAMILIES,
     deepseek_v3.DEEPSEEK_V3,
     deepseek_v3.GLM4_MOE_LITE,
 )

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
-from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head_norms import head_norms, whole_norms
@@ -21,6 +20,7 @@ from microvllm.adapters.mlp import MLP
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.rope_spec import RopeSpec
+from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         return qkv, operators.linear(*weights.matrix("o"))
 
 
-Mixer: TypeAlias = Attention | LatentAttention | GatedDeltaNet
+Mixer: TypeAlias = Attention | LatentAttention | StatefulMixer
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +213,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Each kind of rotation once."""
         mixers = (layer.mixer for layer in self.layers)
-        return tuple(dict.fromkeys(m.rope for m in mixers if not isinstance(m, GatedDeltaNet)))
+        return tuple(dict.fromkeys(m.rope for m in mixers if not isinstance(m, StatefulMixer)))
 
     @property
     def default_length(self) -> int:
@@ -253,7 +253,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def state_bytes(self, dtype_bytes: int) -> int:
         """Bytes that a request holds over all layers whatever its length; `dtype_bytes` of an activation."""
         mixers = (layer.mixer for layer in self.layers)
-        return sum(m.state_bytes(dtype_bytes) for m in mixers if isinstance(m, GatedDeltaNet))
+        return sum(m.state_bytes(dtype_bytes) for m in mixers if isinstance(m, StatefulMixer))
 
     def at_length(self, length: int) -> ModelSpec:
         """The model for texts of at most `length` tokens: see `RopeSpec.at_length`."""

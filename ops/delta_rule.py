@@ -25,6 +25,7 @@ from torch.nn.functional import silu, softplus
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.attention.torch_backend import lazy_zeros
 from microvllm.ops.norm import rms_norm
+from microvllm.ops.row_states import StatesByRow
 
 CHUNK = 64  # tokens that are solved for together
 L2_EPS = 1e-6
@@ -72,11 +73,11 @@ class DeltaConfig:
         return self.num_value_heads * self.value_dim
 
 
-class RowStates:
+class RowStates(StatesByRow):
     """What the layers keep of each row: the tokens that a convolution still sees, and the heads' matrices.
 
     conv: [layers, rows, size - 1, channels] of the activations' dtype, the newest last; delta: [layers, rows,
-    Hv, Dv, Dk] float32. A row's contents count for nothing until its request has computed position 0.
+    Hv, Dv, Dk] float32.
     """
 
     def __init__(self, config: DeltaConfig, dtype: torch.dtype) -> None:
@@ -90,11 +91,7 @@ class RowStates:
         self.conv = lazy_zeros(sizes, dtype, device)
         heads = config.num_value_heads, config.value_dim, config.key_dim
         self.delta = lazy_zeros((layers, config.rows, *heads), torch.float32, device)
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Give a row the states of another, in all layers."""
-        self.conv[:, target] = self.conv[:, source]
-        self.delta[:, target] = self.delta[:, source]
+        super().__init__((self.conv, self.delta))
 
 
 class TorchDeltaRule(RowStates):

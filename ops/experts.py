@@ -12,8 +12,6 @@ from torch import Tensor
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.routing import Routing
 
-SMALLEST_SUM = 1e-20  # of weights that are normalised: sigmoids may all be 0
-
 
 class SharedExpert(NamedTuple):
     """The expert that every token goes to: gate_up [2 * S, h], down [h, S]; gate: [1, h], or None."""
@@ -95,7 +93,7 @@ def route(
     chosen = _largest(ranked, routing.num_chosen)
     weights = scores.gather(-1, chosen)
     if routing.normalized:
-        weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
+        weights = weights / (weights.sum(-1, keepdim=True) + routing.smallest_sum)
     weights = weights * routing.scale
     return weights if scales is None else weights * scales[chosen], chosen
 

@@ -285,6 +285,7 @@ FORMS: dict[str, Form] = {
 ROUTERS = (
     ".mlp.gate.weight",
     ".block_sparse_moe.gate.weight",
+    ".feed_forward.gate.weight",
     ".shared_expert_gate.weight",
     ".router.proj.weight",
 )

@@ -17,7 +17,7 @@ from typing import Any
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZER_SIZE = 320
-CORRECTION = "e_score_correction_bias"
+CORRECTION = ("e_score_correction_bias", "expert_bias")
 QUANTIZABLE = {"hidden_size": 288, "intermediate_size": 320}  # rows of all matrices in whole blocks of 32
 
 CHAT_TEMPLATE = (
@@ -133,7 +133,7 @@ def randomize(model: Any, seed: int) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        buffers = [each for each in model.named_buffers() if each[0].endswith(("layer_scalar", CORRECTION))]
+        buffers = [each for each in model.named_buffers() if each[0].endswith(("layer_scalar", *CORRECTION))]
         for name, parameter in sorted([*model.named_parameters(), *buffers]):
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith(CORRECTION):

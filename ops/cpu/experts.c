@@ -8,7 +8,6 @@
 
 #define ROWS 16    /* rows that a thread takes at a time */
 #define FEW 4      /* rows that are not worth other threads */
-#define SMALLEST 1e-20f
 
 typedef struct {
     const Experts *layer;
@@ -79,7 +78,7 @@ static void route_piece(const void *job, long piece)
             total += scores[best];
         }
         for (long i = 0; i < a->chosen; i++) {
-            if (a->is_normalized) weights[i] /= total + SMALLEST;
+            if (a->is_normalized) weights[i] /= total + a->smallest_sum;
             weights[i] *= a->scale;
         }
     }

@@ -10,7 +10,7 @@ typedef struct {
     const Linear *const *gate_up, *const *down; /* of each expert */
     const Linear *shared_gate_up, *shared_down; /* of the expert that every token goes to, or null */
     const Linear *shared_gate;                  /* to one number, whose sigmoid it is multiplied by, or null */
-    float eps, scale;
+    float eps, smallest_sum, scale;
     long count, chosen, hidden, width, groups, chosen_groups; /* width: the largest of all experts' */
     int is_sigmoid, is_normalized;
 } Experts;

@@ -21,7 +21,7 @@ class _Experts(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("norm", "correction", "router", "gate_up", "down")),
         *((name, _POINTER) for name in ("shared_gate_up", "shared_down", "shared_gate")),
-        *((name, _FLOAT) for name in ("eps", "scale")),
+        *((name, _FLOAT) for name in ("eps", "smallest_sum", "scale")),
         *((name, _LONG) for name in ("count", "chosen", "hidden", "width", "groups", "chosen_groups")),
         *((name, _INT) for name in ("is_sigmoid", "is_normalized")),
     ]
@@ -76,6 +76,7 @@ class CpuExperts:
             ctypes.addressof(last),
             *(one.address if one else None for one in shared or (None, None, None)),
             eps,
+            routing.smallest_sum,
             routing.scale,
             count,
             routing.num_chosen,

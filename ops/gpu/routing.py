@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.experts import SMALLEST_SUM, route
+from microvllm.ops.experts import route
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.routing import Routing
 
@@ -174,7 +174,7 @@ def route_few(
         arrivals,
         eps,
         routing.scale,
-        SMALLEST_SUM,
+        routing.smallest_sum,
         D=hidden,
         E=count,
         K=k,
@@ -216,7 +216,7 @@ def choose(
         correction,
         scales,
         routing.scale,
-        SMALLEST_SUM,
+        routing.smallest_sum,
         E=count,
         K=routing.num_chosen,
         BLOCK_E=triton.next_power_of_2(count),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.adapters.delta_net import GatedDeltaNet
+from microvllm.adapters.stateful import StatefulMixer
 from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
@@ -188,7 +188,7 @@ def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
     def no_attention(layer: int, qkv: Tensor) -> Tensor:
         mixer = model.spec.layers[layer].mixer
         out = qkv[:, : mixer.out_size].clone()
-        if isinstance(mixer, GatedDeltaNet):
+        if isinstance(mixer, StatefulMixer):
             qkv.new_empty(len(qkv), mixer.scratch_size)
         return out
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.attention.mixed import MixedAttention
-from microvllm.ops.delta_rule import RowStates
+from microvllm.ops.row_states import StatesByRow
 
 
 def copy_states(attention: AttentionBackend, copies: Sequence[tuple[int, int]]) -> None:
@@ -14,6 +14,6 @@ def copy_states(attention: AttentionBackend, copies: Sequence[tuple[int, int]]) 
     if not copies or not isinstance(attention, MixedAttention):
         return
     for backend in attention.backends:
-        if isinstance(backend, RowStates):
+        if isinstance(backend, StatesByRow):
             for source, target in copies:
                 backend.copy_row(source, target)

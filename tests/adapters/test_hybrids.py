@@ -26,6 +26,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import Attention
+from microvllm.ops.row_states import StatesByRow
 from microvllm.runtime import kv_memory
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
@@ -203,29 +204,30 @@ def test_a_vision_model_without_a_language_model(tmp_path: Path) -> None:
 # ---- states ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_a_row_begins_from_nothing(backend: str) -> None:
+def test_a_row_begins_from_nothing(backend: str, name: str) -> None:
     """Whatever is in a row when a request gets it, with a prompt of one token, a decode, or a longer one."""
-    folder = variant_folder("qwen3.5")
+    folder = variant_folder(name)
     engine = make_engine(folder, attention_backend=backend, max_num_seqs=3)
     requests = [make_request(i, prompt, 6) for i, prompt in enumerate(([5], [7, 8], list(range(40))))]
     expected = run_requests(engine, requests)
     attention = engine.core._runner._device._attention  # type: ignore[attr-defined]
-    states, *_ = (each for each in attention.backends if hasattr(each, "delta"))
-    states.delta.fill_(torch.nan)
-    states.conv.fill_(torch.nan)
+    (states,) = (each for each in attention.backends if isinstance(each, StatesByRow))
+    for state in states.states:
+        state.fill_(torch.nan)
     engine.core.reset_prefix_cache()
     assert run_requests(engine, requests) == expected
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("name", "backend"), [("qwen3.5", "cpu"), ("qwen3.5", "torch"), ("lfm2-moe", "cpu")])
 def test_the_second_turn_of_a_chat_goes_on_from_the_end_of_the_first(
-    backend: str, asynchronous: bool
+    name: str, backend: str, asynchronous: bool
 ) -> None:
     """Four chats at once: all blocks but the last of each prompt and answer, which is computed again."""
     options: dict[str, Any] = {"attention_backend": backend, "async_scheduling": asynchronous}
-    folder = variant_folder("qwen3.5")
+    folder = variant_folder(name)
     engine = make_engine(folder, **options)
     plain = make_engine(folder, attention_backend=backend, enable_prefix_caching=False)
     prompts = make_prompts(4, TOKENIZER_SIZE, seed=5, longest=70)

@@ -156,6 +156,7 @@ EQUIVALENCE = (
     ("gpt-oss", "cpu"),
     ("qwen3.5", "cpu"),
     ("qwen3-next", "torch"),
+    ("lfm2", "cpu"),
 )
 
 

@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 16,
     },
+    "lfm2": {"family": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True},
     "llama-biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"family": "qwen2", "tie": True},
     "qwen3": {"family": "qwen3"},

@@ -28,6 +28,7 @@ ROUTINGS = (
     Routing(num_chosen=3),
     Routing(num_chosen=1, normalized=False),
     Routing(num_chosen=4, sigmoid=True, scale=2.5),
+    Routing(num_chosen=3, sigmoid=True, smallest_sum=0.5),
     Routing(num_chosen=3, sigmoid=True, num_groups=4, num_chosen_groups=2),
     Routing(num_chosen=5, num_groups=2, num_chosen_groups=1),
     Routing(num_chosen=2, num_groups=12, num_chosen_groups=5),

@@ -119,6 +119,7 @@ DENSE = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 12,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True, "conv_L_cache": 4},
 }
 
 
@@ -154,6 +155,13 @@ SPARSE = {
         "topk_group": 2,
         "moe_intermediate_size": 32,
         "use_qk_norm": True,
+    },
+    "lfm2_moe": {
+        "layer_types": ["full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
     },
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "rotary_dim": 16},
     "deepseek_v3": {

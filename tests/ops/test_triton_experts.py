@@ -36,6 +36,7 @@ ROUTINGS = {
     "softmax": Routing(num_chosen=3),
     "not normalised": Routing(num_chosen=2, normalized=False),
     "sigmoid": Routing(num_chosen=4, sigmoid=True, scale=2.5),
+    "added to the sum": Routing(num_chosen=3, sigmoid=True, smallest_sum=0.5),
     "groups": Routing(num_chosen=3, sigmoid=True, num_groups=4, num_chosen_groups=2),
     "all": Routing(num_chosen=12),
 }

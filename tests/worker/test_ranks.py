@@ -86,6 +86,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"family": "glm4"},
     "olmo3-one-kv-head": {"family": "olmo3", "num_key_value_heads": 1, "sliding_window": 19},
     "qwen3.5": {"family": "qwen3_5_text", **DELTA, "linear_num_key_heads": 2},
+    "lfm2": {"family": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True},
     "qwen2-moe": {
         "family": "qwen2_moe",
         "num_experts": 5,

@@ -1,0 +1,171 @@
+"""LFM2 and LFM2.5, dense and of experts (arXiv:2511.23404): gated short convolutions beside attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import msgspec
+
+from microvllm.adapters.experts import Experts
+from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.mlp import MLP
+from microvllm.adapters.rope_spec import rope_from_hf
+from microvllm.adapters.short_conv import ShortConv
+from microvllm.adapters.spec import LayerSpec, ModelSpec
+from microvllm.adapters.tensors import BARE
+
+LAYER = "model.layers.{i}"
+TENSORS = {
+    **HF_TENSORS,
+    "norm": "model.embedding_norm",
+    "o": f"{LAYER}.self_attn.out_proj",
+    "q_norm": f"{LAYER}.self_attn.q_layernorm",
+    "k_norm": f"{LAYER}.self_attn.k_layernorm",
+    "conv_in": f"{LAYER}.conv.in_proj",
+    "conv": f"{LAYER}.conv.conv",
+    "conv_out": f"{LAYER}.conv.out_proj",
+    "mixer_norm": f"{LAYER}.operator_norm",
+    "mlp_norm": f"{LAYER}.ffn_norm",
+    "gate": f"{LAYER}.feed_forward.w1",
+    "up": f"{LAYER}.feed_forward.w3",
+    "down": f"{LAYER}.feed_forward.w2",
+}
+MOE_TENSORS = {
+    **TENSORS,
+    "router": f"{LAYER}.feed_forward.gate",
+    "correction": f"{LAYER}.feed_forward.expert_bias{BARE}",
+    "expert_gate": f"{LAYER}.feed_forward.experts.{{e}}.w1",
+    "expert_up": f"{LAYER}.feed_forward.experts.{{e}}.w3",
+    "expert_down": f"{LAYER}.feed_forward.experts.{{e}}.w2",
+}
+KINDS = ("conv", "full_attention")
+SMALLEST_SUM = 1e-6  # is added to the sum by which the weights of the chosen experts are divided
+
+
+def dense_from_hf(config: Fields) -> ModelSpec:
+    """Describe a dense LFM2 model from the `config.json` of its folder."""
+    if "block_ff_dim" in config:
+        config = config.with_value("intermediate_size", config.size("block_ff_dim"))
+    kinds = None
+    if "layer_types" not in config:
+        kinds = _kinds_of_indices(config)
+    spec = _hybrid(config, "lfm2", kinds)
+    mlp = MLP(size=_inner_size(config))
+    layers = (msgspec.structs.replace(layer, mlp=mlp) for layer in spec.layers)
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+def sparse_from_hf(config: Fields) -> ModelSpec:
+    """Describe an LFM2 model of experts from the `config.json` of its folder."""
+    spec = _hybrid(config, "lfm2_moe", expert_keys=("routed_scaling_factor",))
+    experts = _experts(config)
+    dense = config.get("num_dense_layers", 2)
+    if type(dense) is not int or dense < 0:
+        raise config.error("num_dense_layers", f"must be an integer of at least 0, got {shorten(dense)}")
+    layers = (
+        layer if index < dense else msgspec.structs.replace(layer, mlp=experts)
+        for index, layer in enumerate(spec.layers)
+    )
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+def _hybrid(
+    config: Fields, architecture: str, kinds: Sequence[str] | None = None, expert_keys: Collection[str] = ()
+) -> ModelSpec:
+    """Build the spec with plain MLPs of `intermediate_size`; `kinds` stand in for absent `layer_types`."""
+    for key in ("block_use_swiglu", "use_pos_enc"):
+        if not config.flag(key, True):
+            raise config.error(key, "is false, which is not supported")
+    hidden_size = config.size("hidden_size")
+    for key in ("block_dim", "conv_dim", "conv_dim_out"):
+        if config.size(key, hidden_size) != hidden_size:
+            raise config.error(key, f"is {config.get(key)}, but hidden_size is {hidden_size}")
+    spec = hf_spec(
+        config,
+        architecture,
+        default_max_position=128_000,
+        default_kv_heads=8,
+        rotary=partial(rope_from_hf, theta=1e6),
+        qk_norm=True,
+        has_experts=bool(expert_keys),
+        expert_keys=expert_keys,
+    )
+    conv = ShortConv(
+        channels=hidden_size, conv_size=config.size("conv_L_cache", 3), bias=config.flag("conv_bias")
+    )
+    if conv.conv_size < 2:
+        raise config.error("conv_L_cache", "must be at least 2, got 1")
+    layers = (
+        LayerSpec(mixer=conv, mlp=layer.mlp) if kind == "conv" else layer
+        for layer, kind in zip(spec.layers, kinds or _kinds(config, spec.num_layers), strict=True)
+    )
+    tied = config.flag("tie_embedding", config.flag("tie_word_embeddings", True))
+    eps = config.number("norm_eps", 1e-5)
+    return msgspec.structs.replace(spec, layers=tuple(layers), tie_embeddings=tied, rms_norm_eps=eps)
+
+
+def _kinds(config: Fields, num_layers: int) -> Sequence[str]:
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise config.error("layer_types", f"must list one kind for each of the {num_layers} layers")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise config.error("layer_types", f"names {shorten(kind)}, which is not supported")
+    if "full_attention" not in kinds:
+        raise config.error("layer_types", "has no full_attention, without which models are not supported")
+    return kinds
+
+
+def _kinds_of_indices(config: Fields) -> Sequence[str]:
+    """Older files list the layers with attention; without a list all have it."""
+    num_layers = config.size("num_hidden_layers")
+    indices = config.get("full_attn_idxs", list(range(num_layers)))
+    if not isinstance(indices, list) or not indices:
+        raise config.error(
+            "full_attn_idxs", "must list the layers with attention, of which there must be one"
+        )
+    for index in indices:
+        if type(index) is not int or not 0 <= index < num_layers:
+            raise config.error("full_attn_idxs", f"names {shorten(index)}: there are {num_layers} layers")
+    return [KINDS[index in indices] for index in range(num_layers)]
+
+
+def _inner_size(config: Fields) -> int:
+    """The width of an MLP: unless it is not to be adjusted, two thirds, a factor of that, and rounded up."""
+    size = config.size("intermediate_size")
+    if not config.flag("block_auto_adjust_ff_dim", True):
+        return size
+    size = 2 * size // 3
+    if config.is_null("block_ffn_dim_multiplier"):
+        return size
+    size = int(config.number("block_ffn_dim_multiplier", 1.0) * size)
+    multiple = config.size("block_multiple_of", 256)
+    return -(-size // multiple) * multiple
+
+
+def _experts(config: Fields) -> Experts:
+    """With scores that are sigmoids, and, as `use_expert_bias` says, a correction for the choice."""
+    experts = read_experts(
+        config,
+        count=32,
+        num_chosen=4,
+        size=config.size("moe_intermediate_size", 1792),
+        normalized=config.flag("norm_topk_prob", True),
+    )
+    routing = msgspec.structs.replace(
+        experts.routing,
+        sigmoid=True,
+        smallest_sum=SMALLEST_SUM,
+        scale=config.number("routed_scaling_factor", 1.0),
+    )
+    corrected = config.flag("use_expert_bias", True)
+    return msgspec.structs.replace(experts, routing=routing, correction=corrected)
+
+
+FAMILIES = (
+    Family("lfm2", "Lfm2ForCausalLM", dense_from_hf, hf_tensors=TENSORS),
+    Family("lfm2_moe", "Lfm2MoeForCausalLM", sparse_from_hf, hf_tensors=MOE_TENSORS),
+)
