@@ -40,6 +40,12 @@ def from_hf(config: Fields) -> ModelSpec:
         expert_keys=("moe_num_experts",),
     )
     count, num_chosen = config.size("moe_num_experts", 64), config.size("moe_k", 6)
+    for key, newer, value in (
+        ("moe_num_experts", "num_experts", count),
+        ("moe_k", "num_experts_per_tok", num_chosen),
+    ):
+        if config.get(newer, value) != value:
+            raise config.error(newer, f"is {shorten(config.get(newer))}, but {key} is {value}")
     if num_chosen > count:
         raise config.error("moe_k", f"is {num_chosen}, but there are {count} experts")
     size = config.size("moe_intermediate_size", 1536)

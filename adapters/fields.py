@@ -90,7 +90,8 @@ class Fields:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.get(key, default)
+        """True or false; a null, which other readers take for false, is not taken for a default of true."""
+        value = None if default and self.is_null(key) else self.get(key, default)
         if type(value) is not bool:
             raise self.error(key, f"must be true or false, got {shorten(value)}")
         return value

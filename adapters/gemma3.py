@@ -20,6 +20,8 @@ DEFAULT_MAX_POSITION = 131072
 
 def from_hf(config: Fields) -> ModelSpec:
     """Describe a Gemma 3 model from the `config.json` of its folder."""
+    if "attn_logit_softcapping" in config:  # which transformers' Gemma 3 does not apply
+        raise config.error("attn_logit_softcapping", "is set, which is Gemma 2's")
     period = config.size("sliding_window_pattern", 6)
     spec = gemma_spec(
         config,
@@ -46,6 +48,8 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
         for other in parts:
             if other not in BASES:
                 raise parts.error(other, f"must be one of {', '.join(BASES)}")
+        if "rope_scaling" in config:
+            raise config.error("rope_scaling", "is not supported beside rope_parameters")
         scaling = parts.part(kind)
     else:
         scaling = config.part("rope_scaling") if kind == "full_attention" else None

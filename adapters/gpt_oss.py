@@ -99,6 +99,8 @@ def _windows(config: Fields, num_layers: int) -> Sequence[int | None]:
 
 
 def _rotary(config: Fields, head_dim: int, default_max_position: int) -> Rotary:
+    if config.get("rope_parameters") == {}:  # others take it for no scaling, not for the family's own
+        raise config.error("rope_parameters", "is empty")
     scaling = config.part("rope_scaling") or config.part("rope_parameters")
     scaling = scaling or Fields(config.path, ROTARY, "rope_scaling.")
     rope, _ = scaled_rope(

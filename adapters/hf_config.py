@@ -155,7 +155,11 @@ def text_part(config: Fields) -> Fields:
     own = text.values  # with its nulls, which may differ from leaving a key out
     beside = {key: config.get(key) for key in INHERITED if key in config}
     given = {key: value for key, value in own.items() if value is not None or key not in beside}
-    return Fields(config.path, beside | given | {TIE: beside.get(TIE, own.get(TIE))}, text.where)
+    merged = beside | given
+    merged[TIE] = beside.get(TIE, own.get(TIE))
+    if merged[TIE] is None:
+        del merged[TIE]
+    return Fields(config.path, merged, text.where)
 
 
 def layer_windows(

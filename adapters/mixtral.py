@@ -5,11 +5,14 @@ GGUF has no such architecture: Mixtral's files name themselves llama.
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
 EXPERTS = "model.layers.{i}.block_sparse_moe"
@@ -30,6 +33,7 @@ def from_hf(config: Fields) -> ModelSpec:
         default_max_position=131072,
         default_kv_heads=8,
         windows=_windows,
+        rotary=partial(rope_from_hf, theta=1e6),
         has_experts=True,
     )
     experts = read_experts(

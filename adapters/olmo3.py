@@ -65,6 +65,8 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
         for other in parts:
             if other not in KINDS:
                 raise parts.error(other, f"must be one of {', '.join(KINDS)}")
+        if "rope_scaling" in config:
+            raise config.error("rope_scaling", "is not supported beside rope_parameters")
         scaling = parts.part(kind)
     else:
         scaling = config.part("rope_scaling") if kind == "full_attention" else None

@@ -212,6 +212,8 @@ def _yarn(scaling: Fields, common: dict[str, Any]) -> RopeSpec:
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):  # 0 asks for none, as in transformers
         over, under = scaling.number("mscale"), scaling.number("mscale_all_dim")
         attention = yarn_attention_factor(factor, over) / yarn_attention_factor(factor, under)
+    if common["theta"] <= 1.0:
+        raise scaling.error("rope_theta", f"must be above 1 for yarn, got {common['theta']:g}")
     fast, slow = scaling.number("beta_fast", 32.0), scaling.number("beta_slow", 1.0)
     if fast < slow:
         raise scaling.error("beta_fast", f"must not be below beta_slow {slow:g}, got {fast:g}")
@@ -290,6 +292,8 @@ def rope_from_gguf(file: GGUFFile, keys: Fields, head_dim: int) -> Rotary:
         )
     if kind == "linear":
         return Rotary(RopeSpec(**common, scaling="linear", factor=factor), int(trained * factor))
+    if theta <= 1.0:
+        raise keys.error("rope.freq_base", f"must be above 1 for yarn, got {theta:g}")
     attention *= yarn_attention_factor(factor)
     if keys.get("rope.scaling.yarn_log_multiplier"):
         attention /= yarn_attention_factor(factor, keys.number("rope.scaling.yarn_log_multiplier"))

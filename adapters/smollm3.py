@@ -68,6 +68,8 @@ def _windows(config: Fields, num_layers: int) -> list[int | None]:
     slides = [not rotated for rotated in _rotated(config, num_layers)]
     windows = layer_windows(config, num_layers, config.size("sliding_window", 4096), slides)
     used = config.flag("use_sliding_window") and "sliding_window" in config
+    if not used and "sliding_window" in config and "layer_types" in config and any(windows):
+        raise config.error("use_sliding_window", "is false, but layer_types names sliding_attention")
     return windows if used else [None] * num_layers
 
 

@@ -57,6 +57,12 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
+def test_mixtral_has_a_base_of_its_own(tmp_path: Path) -> None:
+    path = family(tmp_path / "hf", "mixtral")
+    edit_config(path, rope_parameters={})
+    assert load_spec(path).mixers[0].rope.theta == 1e6
+
+
 # ---- config.json ----------------------------------------------------------------------------------
 
 BAD_KEYS: list[tuple[str, Any, str]] = [
@@ -217,7 +223,7 @@ def test_a_gguf_file_of_other_experts_than_it_says(qwen3: Path, tmp_path: Path) 
 def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     folder = make_hf_folder(tmp_path / "hf", "qwen3")
     file = write_gguf(tmp_path / "m.gguf", folder, extra_metadata={"qwen3.expert_count": 4})
-    with pytest.raises(ModelFileError, match=r"qwen3\.expert_count is set, which only llama, qwen3moe"):
+    with pytest.raises(ModelFileError, match=r"qwen3\.expert_count is set, which only llama, qwen2moe"):
         load_spec(file)
 
 

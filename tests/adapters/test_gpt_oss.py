@@ -71,6 +71,8 @@ BAD_KEYS: list[tuple[str, Any, str]] = [
     ("sliding_window", 0, "must be a positive integer"),
     ("num_experts_per_tok", 4, "is 4, but there are 3 experts"),
     ("attention_bias", 1, "must be true or false"),
+    ("attention_bias", None, "must be true or false, got None"),
+    ("rope_parameters", {}, "is empty"),
     ("hidden_act", "gelu", "must be silu"),
     ("layer_types", ["full_attention"], "must list one kind for each of the 2 layers"),
     ("quantization_config", {"quant_method": "mxfp8"}, "is not supported: .*mxfp4"),

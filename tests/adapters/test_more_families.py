@@ -204,6 +204,12 @@ def test_phi_4_mini(tmp_path: Path) -> None:
     assert rope.attention_factor == pytest.approx(1.1902380714238083)  # of 32 times the context
 
 
+YARN_OF_BASE_1 = {
+    "granite.rope.scaling.type": "yarn",
+    "granite.rope.scaling.factor": 4.0,
+    "granite.rope.freq_base": 1.0,
+}
+SLIDING_SMOLLM3 = {**SMOLLM3, "sliding_window": 512, "layer_types": ["sliding_attention"] * 36}
 BAD = [
     (SMOLLM3, "no_rope_layers", [1, 0], "must list 0 or 1 for each of the 36 layers"),
     (SMOLLM3, "no_rope_layers", [2] * 36, "must list 0 or 1 for each of the 36 layers"),
@@ -218,11 +224,13 @@ BAD = [
     (GRANITE_4, "num_local_experts", 64, "must be 0"),
     (GRANITE_4, "position_embedding_type", "alibi", "must be rope or nope"),
     (SEED_OSS, "attention_out_bias", 1, "must be true or false"),
+    (SLIDING_SMOLLM3, "use_sliding_window", False, "is false, but layer_types names sliding_attention"),
     (GLM4, "partial_rotary_factor", 1.5, "must be a finite number"),
     (GLM4, "partial_rotary_factor", 0.01, "of a head of 128 is not an even number of elements"),
     (GLM4, "rope_parameters", {"mrope_section": [8, 12, 12]}, "is not a key of rotary scaling"),
     (GLM4, "num_experts", 8, "has no experts here"),
     (OLMO3, "rope_parameters", {"rope_type": "default"}, "rope_type must be one of full_attention"),
+    (OLMO3, "rope_parameters", {"full_attention": {}}, "is not supported beside rope_parameters"),
     (OLMO3, "sliding_window", 0, "must be a positive integer"),
     (MINISTRAL3, "layer_types", ["full_attention"] * 40, "is not supported"),
     (MINISTRAL3, "rope_parameters", {"llama_4_scaling_beta": -1}, "must be a finite number above 0"),
@@ -246,6 +254,7 @@ def test_a_bad_key_is_named(tmp_path: Path, config: dict[str, Any], key: str, va
         ("glm4", {"glm4.rope.dimension_count": 33}, "differs from the head size 32"),
         ("glm4", {"glm4.rope.dimension_count": 15}, "differs from the head size 32"),
         ("seed_oss", {"seed_oss.rope.dimension_count": 16}, "differs from the head size 32"),
+        ("granite", YARN_OF_BASE_1, "granite.rope.freq_base must be above 1 for yarn"),
         ("granite", {"granite.residual_scale": -1.0}, "granite.residual_scale must be a finite number"),
     ],
 )

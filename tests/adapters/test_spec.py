@@ -313,6 +313,7 @@ def test_gemma_2(tmp_path: Path) -> None:
     ("key", "value", "said"),
     [
         ("hidden_activation", "silu", "hidden_activation must be gelu_pytorch_tanh"),
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping is set"),
         ("use_bidirectional_attention", True, "use_bidirectional_attention is not supported"),
         ("rope_parameters", {"rope_theta": 1e4}, "rope_parameters.rope_theta must be one of full_attention"),
         ("layer_types", ["full_attention"], "layer_types must list one kind for each of the 26 layers"),
@@ -392,6 +393,8 @@ BAD_ROPE = [
     ({**LLAMA3, "factor": float("nan")}, "rope_scaling.factor"),
     ({**LLAMA3, "low_freq_factor": 4.0}, "rope_scaling.high_freq_factor"),
     ({**LLAMA3, "original_max_position_embeddings": 8192.5}, "rope_scaling.original_max_position_embeddings"),
+    ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}, "rope_scaling.rope_theta"),
+    ({"rope_type": "yarn", "factor": 4.0, "truncate": None}, "rope_scaling.truncate"),
     ({"full_attention": {"rope_type": "default"}}, "rope_scaling.full_attention"),
     ([4.0], "rope_scaling"),
     ("linear", "rope_scaling"),
