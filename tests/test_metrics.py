@@ -521,7 +521,7 @@ async def test_an_existing_dashboard_finds_its_names_and_labels(engine: EngineCl
     for sample in now.samples:
         if sample.name.startswith(("vllm:", "microvllm:")) and sample.name != "vllm:cache_config_info":
             assert sample.labels["model_name"] == "tiny"  # the first name, whatever a request says
-            further = {"le", "source", "finished_reason", "reason", "part", "kind"}
+            further = {"le", "source", "finished_reason", "reason", "part", "kind", "sleep_state"}
             expected = set() if sample.name == "vllm:admission_rejections_total" else {"engine"}
             assert set(sample.labels) - further == {"model_name"} | expected, sample
             assert sample.labels.get("engine", "0") == "0"
