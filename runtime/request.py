@@ -313,6 +313,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     generation_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    prefix_state_misses: int = 0  # tokens that were cached, but computed again for lack of a state
     preemptions: int = 0
     steps: int = 0
     decode_steps: int = 0  # of them: those that computed one token of every request in them

@@ -43,5 +43,8 @@ def caches_prefixes(requested: bool, spec: ModelSpec) -> bool:
     if not requested or (spec.pooling and spec.pooling.needs_all):
         return False
     if spec.state_bytes(1):
-        logger.info("Prefixes are reused up to the end of a prompt or a turn alone: layers keep states")
+        logger.info(
+            "Prefixes are reused only up to where states are kept: the ends of prompts and turns, and where "
+            "prompts part"
+        )
     return True

@@ -366,6 +366,7 @@ async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
 
     monkeypatch.setattr(script.replica, "restart", restart)
     counted = {"prompt_tokens": 8, "generation_tokens": 2, "prefix_queries": 8, "preemptions": 3}
+    counted["prefix_state_misses"] = 5
     (stream,) = script.submit([5] * 8, max_tokens=9)
     now = {"num_running": 1, "kv_blocks_used": 4, "kv_blocks_total": 8, "kv_unused_slots": 7}
     script.step(0.1, {**counted, **now}, token(stream, scheduled_at=1000.0))
@@ -385,7 +386,7 @@ async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
     totals = metrics.totals
     assert (totals.num_running, totals.kv_usage, totals.kv_unused_slots) == (1, 0.5, 7)
     assert (totals.prompt_tokens, totals.generation_tokens, totals.steps) == (16, 4, 2)
-    assert (totals.prefix_queries, totals.preemptions) == (16, 6)
+    assert (totals.prefix_queries, totals.prefix_state_misses, totals.preemptions) == (16, 10, 6)
     assert script.seen("iteration_tokens_total") == (2, 20)
     assert "Avg prompt throughput: 1.6 tokens/s" in stats_line(EngineStats(), totals, 10.0)
     serving.cancel()

@@ -75,7 +75,7 @@ class EngineCore(Generic[StepT]):
         self.config = config
         pools = rank_layout(config).shapes(config.pools, config.max_model_len)
         self.kv = KVCacheManager([BlockPool(*pool) for pool in pools], config.enable_prefix_caching)
-        self.kv.states = StateCheckpoints.of(config)
+        self.kv.states = StateCheckpoints.of(config, self.kv.pools[0].longest_hit)
         self.scheduler = Scheduler(config, self.kv)
         self.clock = runner.clock
         self.report = StepReport(runner) if config.log_step_times else None
@@ -222,6 +222,7 @@ class EngineCore(Generic[StepT]):
             generation_tokens=self._generation_tokens,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
+            prefix_state_misses=self.kv.states.missed_tokens,
             preemptions=scheduler.num_preemptions,
             steps=self._num_steps,
             decode_steps=self._num_decode_steps,

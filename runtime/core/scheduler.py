@@ -171,7 +171,7 @@ class Scheduler:
             if missing <= 0 or (request.source.grammar and not self._mask_ready(request)):
                 continue
             room = budget - (len(eligible) - index - 1)
-            num_new = 1 if missing == 1 else self._chunk(request.num_computed, missing, room)
+            num_new = 1 if missing == 1 else self._chunk(request, request.num_computed, missing, room)
             if request.drafts:
                 num_new += self._trim_drafts(request, budget - (len(eligible) - index))
             room, preempted = self._make_room(request, num_new)
@@ -241,13 +241,13 @@ class Scheduler:
     def _mask_ready(self, request: Request) -> bool:
         return self.masks is None or self.masks.ready(request.row, request.num_in_flight)
 
-    def _chunk(self, start: int, missing: int, budget: int) -> int:
+    def _chunk(self, request: Request, start: int, missing: int, budget: int) -> int:
         """How many of a request's missing tokens, from `start` on, one step computes."""
         limit = self._config.long_prefill_token_threshold
         if limit and self._config.enable_chunked_prefill:  # else a longer prompt would never be scheduled
             budget = min(budget, limit)
         num_new = min(missing, budget)
-        return self.kv.states.cut(start, missing, num_new) if self._config.enable_chunked_prefill else num_new
+        return self.kv.states.cut(request, start, num_new) if self._config.enable_chunked_prefill else num_new
 
     def _trim_drafts(self, request: Request, spare: int) -> int:
         """Keep the drafts that take no block or token from other requests and may still be an output.
@@ -297,7 +297,7 @@ class Scheduler:
             prefix = self.kv.match_prefix(request.keys, 0 if whole else request.num_tokens)
             num_cached = len(prefix[0]) * self.kv.block_size
             missing = request.num_tokens - num_cached
-            num_new = self._chunk(num_cached, missing, budget)
+            num_new = self._chunk(request, num_cached, missing, budget)
             if not self._config.enable_chunked_prefill and num_new < missing:
                 break
             # Room for all of its known tokens, not only for this chunk: otherwise several long prompts

@@ -263,6 +263,36 @@ def test_checkpoints_that_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
         assert generate_ids(engine, prompts[:2], 30) == expected[:2]
 
 
+@pytest.mark.parametrize("budget", [2048, 40])
+def test_prompts_that_part_share_their_beginning_from_the_third_on(
+    budget: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first leaves blocks, the second finds no state behind them and keeps one; blocks are of 16."""
+    caplog.set_level("INFO", "microvllm.engine")
+    folder = variant_folder("qwen3.5")
+    engine = make_engine(folder, max_num_batched_tokens=budget)
+    head, *ends = ([3 + i * seed % 250 for i in range(1, 101)] for seed in (1, 3, 5, 7, 9))
+    prompts = [head[:70] + end[:length] for end, length in zip(ends, (60, 45, 33, 70), strict=True)]
+    expected = generate_ids(make_engine(folder, enable_prefix_caching=False), prompts, 6)
+    seen = []
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert generate_ids(engine, [prompt], 6) == [answer]
+        stats = engine.core.stats()
+        seen.append((stats.prefix_hits, stats.prefix_state_misses))
+    # Chunks of 40 tokens end at no block but the prompt's last.
+    assert seen == [(0, 0), (0, 64), (64, 64), (128, 64)]
+    (line,) = [record.message for record in caplog.records if "no state was kept" in record.message]
+    assert line.startswith("64 tokens of a prompt are in the prefix cache, but computed again")
+    # All at once, and after the states, not the blocks, were forgotten.
+    engine.core.kv.states.forget()
+    assert generate_ids(engine, prompts, 6) == expected
+    assert engine.core.stats().prefix_state_misses > 64
+    engine.core.reset_prefix_cache()
+    before = engine.core.stats().prefix_state_misses
+    assert generate_ids(engine, prompts[:1], 6) == expected[:1]
+    assert engine.core.stats().prefix_state_misses == before
+
+
 def test_samples_of_one_prompt_share_its_state() -> None:
     engine = make_engine(variant_folder("qwen3.5"))
     prompt = make_prompts(1, TOKENIZER_SIZE, longest=1)[0] * 50

@@ -262,16 +262,16 @@ def windows_follow_drafts_that_are_rejected(patch: pytest.MonkeyPatch) -> None:
 @mutation("sync")
 def drop_the_budget(patch: pytest.MonkeyPatch) -> None:
     chunk = Scheduler._chunk
-    patch.setattr(Scheduler, "_chunk", lambda self, start, missing, budget: chunk(self, start, missing, 1000))
+    patch.setattr(Scheduler, "_chunk", lambda self, *args: chunk(self, *args[:-1], 1000))
 
 
 @mutation("sync")
 def split_what_may_not_be_split(patch: pytest.MonkeyPatch) -> None:
     chunk = Scheduler._chunk
 
-    def mutant(self: Scheduler, start: int, missing: int, budget: int) -> int:
+    def mutant(self: Scheduler, request: Request, start: int, missing: int, budget: int) -> int:
         limit = self._config.long_prefill_token_threshold or budget
-        return min(chunk(self, start, missing, budget), limit)
+        return min(chunk(self, request, start, missing, budget), limit)
 
     patch.setattr(Scheduler, "_chunk", mutant)
 
