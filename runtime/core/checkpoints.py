@@ -121,6 +121,11 @@ class StateCheckpoints:
         if end > request.prompt_len:
             self._newest[request.seq_id] = key
 
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Forget the states behind these blocks."""
+        rows = (self._row_of.pop(key, None) for key in keys)
+        self._free.extend(row for row in rows if row is not None)
+
     def leave(self, seq_id: int) -> None:
         """The newest state of a sequence that has ended moves on no more."""
         self._newest.pop(seq_id, None)

@@ -30,6 +30,7 @@ from bisect import bisect_left, insort
 from collections import deque
 
 from microvllm.runtime.config import EngineConfig
+from microvllm.runtime.core.corrupt_prefix import withdraw_prefix
 from microvllm.runtime.core.kv_cache import KVCacheManager
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.core.policies import POLICIES
@@ -349,6 +350,8 @@ class Scheduler:
                 param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
             if request.source.grammar and self.masks is not None:
                 message, param = self.masks.problem(request)
+            if param is None:  # not what the request asks for: its prefix may be corrupt
+                withdraw_prefix(self.kv, request)
             self._finish(request, FinishReason.ERROR)
             return StepOutput(request.id, [], FinishReason.ERROR, error=message, param=param)
         is_first = request.num_output == 0

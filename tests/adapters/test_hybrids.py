@@ -10,6 +10,7 @@ import pytest
 import torch
 from model_tools import (
     DELTA,
+    drain,
     generate_ids,
     load_script,
     make_engine,
@@ -291,6 +292,25 @@ def test_prompts_that_part_share_their_beginning_from_the_third_on(
     before = engine.core.stats().prefix_state_misses
     assert generate_ids(engine, prompts[:1], 6) == expected[:1]
     assert engine.core.stats().prefix_state_misses == before
+
+
+def test_a_state_that_became_nan_is_not_gone_on_from() -> None:
+    """It comes to light at the end of the prompt; the same prompt is then computed from its beginning."""
+    engine = make_engine(variant_folder("qwen3.5"), max_num_batched_tokens=16, max_num_seqs=2)
+    prompt = make_prompts(1, TOKENIZER_SIZE, longest=1)[0] * 70
+    (expected,) = generate_ids(engine, [prompt], 4)
+    engine.core.reset_prefix_cache()
+    attention = engine.core._runner._device._attention  # type: ignore[attr-defined]
+    states, *_ = (each for each in attention.backends if hasattr(each, "delta"))
+    engine.core.add(make_request(0, prompt, 4))
+    engine.core.step()
+    states.delta[:, :2] = torch.nan  # of the rows of requests
+    outputs = list(drain(engine))
+    assert [output.error for output in outputs] == ["the model gave no finite logits for this request"]
+    kept = states.delta[:, list(engine.core.kv.states.rows)]
+    assert kept.isnan().any()  # some were kept while nobody could know
+    for number in (1, 2):
+        assert run_requests(engine, [make_request(number, prompt, 4)]) == [expected]
 
 
 def test_samples_of_one_prompt_share_its_state() -> None:

@@ -327,9 +327,10 @@ def test_no_logits_ends_that_request_and_no_other(async_scheduling: bool) -> Non
 
 
 @both_modes
-def test_what_gave_no_logits_is_not_reused(async_scheduling: bool) -> None:
-    """Keys and values that led to no finite logits may themselves be broken."""
-    engine = Engine(async_scheduling=async_scheduling)
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_what_gave_no_logits_is_not_reused(async_scheduling: bool, chunk: int) -> None:
+    """Keys and values that led to no finite logits may themselves be broken, those of earlier chunks too."""
+    engine = Engine(async_scheduling=async_scheduling, long_prefill_token_threshold=chunk)
     engine.runner.no_logits.add(1)
     engine.run(make_request(1, [4] * 9, 8))
     again = make_request(2, [4] * 9, 8)
