@@ -313,7 +313,10 @@ class EngineClient:
             if not self.sleep_level:
                 return
             last = self.asleep <= set(tags)
-            await asyncio.gather(*(replica.wake_up(tags, last=last) for replica in self.replicas))
+            waking = [replica.wake_up(tags, last=last) for replica in self.replicas]
+            for failure in await asyncio.gather(*waking, return_exceptions=True):  # all have come to an end
+                if failure is not None:
+                    raise failure
             self.asleep -= set(tags)
             if last:
                 self.sleep_level = 0

@@ -158,9 +158,11 @@ def _wake_up(engine: SleepingCore, command: WakeUp) -> SleepChanged:
     except Exception as error:  # no memory: there may be some later
         logger.exception("Waking up failed.")
         return SleepChanged(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-    if engine.core is None:
-        return SleepChanged()
-    return SleepChanged(None, engine.core.stats(), event_source(engine.core))
+    return SleepChanged() if engine.core is None else _awake(engine.core)
+
+
+def _awake(core: EngineCore[LaunchedStep]) -> SleepChanged:
+    return SleepChanged(None, core.stats(), event_source(core))
 
 
 def _serve(
@@ -183,6 +185,12 @@ def _serve(
                 channel.send_event(_profile(profiler, command))
             elif isinstance(command, Sleep):
                 level = command.level
+            elif isinstance(command, WakeUp):
+                if level:  # it comes before the engine was at rest: there is nothing to wake
+                    channel.send_event(SleepChanged())
+                    level = 0
+                    core.reset_prefix_cache()
+                channel.send_event(_awake(core))
             else:
                 outputs += _handle(core, command)
         worked = core.has_work()

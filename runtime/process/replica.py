@@ -211,7 +211,8 @@ class Replica:
     async def wake_up(self, tags: Collection[str], *, last: bool) -> None:
         """Have the process take the memory of these tags, the `last` ones or not.
 
-        Raises `EngineError` with the reason why it cannot.
+        One that died asleep is started by the last ones, and waited for unless another replica serves. Raises
+        `EngineError` with the reason why it cannot.
         """
         found = SleepChanged()
         if self.ready:
@@ -223,10 +224,13 @@ class Replica:
             return
         self._awake.set()
         if found.stats is not None and self.process is not None:
-            self.process.kv_events, self.stats, self.submitted = found.kv_events, found.stats, 0
+            self.process.kv_events, self.stats = found.kv_events, found.stats
+            self.submitted = found.stats.requests  # 0, unless it was awake already
             self.rate.restart()
             self.prefixes.clear()
-        while not self.ready:
+        while not (self.ready or self._others_serve()):
+            if self._tasks[0].done():
+                raise EngineError("The engine cannot wake up: it could not be started again.")
             await asyncio.sleep(WAIT_S)
         self.observer.on_sleep(0)
         self.observer.on_step(self.stats)  # the size of the cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -17,11 +18,19 @@ from process_tools import own_engines, stopped, wait_until_async
 from microvllm import LLM
 from microvllm.runtime import rank_checks
 from microvllm.runtime.config import EngineArgs, EngineConfig
-from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError
+from microvllm.runtime.errors import (
+    ConfigError,
+    EngineAsleepError,
+    EngineBusyError,
+    EngineDeadError,
+    EngineError,
+)
 from microvllm.runtime.machine import device_environment, usable_cores
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.process import heartbeat
+from microvllm.runtime.process.channel import Sleep, SleepChanged, WakeUp
 from microvllm.runtime.process.client import EngineClient, total_stats
+from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.replica import Replica
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import EngineStats, SamplingParams
@@ -95,6 +104,47 @@ async def test_both_engines_give_the_same_tokens_and_share_the_work(client: Engi
     assert [len(await tokens_of(stream)) for stream in streams] == [12] * 4
     await wait_until_async(lambda: client.stats.generation_tokens == 72, "all steps have arrived")
     assert client.stats.kv_blocks_total == 2 * LONG // 16
+
+
+async def test_a_wake_up_that_fails_on_one_engine_may_be_tried_again(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica, problems = client.replicas[1], ["no memory"]
+    change = replica._change
+
+    async def failing(command: Sleep | WakeUp) -> SleepChanged:
+        answer = await change(command)
+        failed = isinstance(command, WakeUp) and problems
+        return SleepChanged(problems.pop()) if failed else answer
+
+    monkeypatch.setattr(replica, "_change", failing)
+    await client.sleep(1)
+    with pytest.raises(EngineError, match="cannot wake up: no memory"):
+        await client.wake_up()
+    with pytest.raises(EngineAsleepError):
+        client.submit(SHARED, params())
+    await asyncio.wait_for(client.wake_up(), 10)
+    for rank in (0, 1):
+        assert len(await tokens_of(client.submit(SHARED, params(), rank=rank)[0])) == 12
+    assert [replica.in_flight for replica in client.replicas] == [0, 0]
+
+
+async def test_a_wake_up_does_not_wait_for_an_engine_that_cannot_start(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, begin = asyncio.Event(), client.replicas[1].restart
+    await client.sleep(1)
+
+    async def restart() -> EngineProcess:
+        await started.wait()
+        return await begin()
+
+    monkeypatch.setattr(client.replicas[1], "restart", restart)
+    os.kill(pid_of(client.replicas[1]), signal.SIGKILL)
+    await wait_until_async(lambda: not client.replicas[1].ready, "its death is known")
+    await asyncio.wait_for(client.wake_up(), 10)
+    assert len(await tokens_of(client.submit(SHARED, params())[0])) == 12
+    started.set()
 
 
 async def test_a_conversation_stays_where_its_beginning_is(client: EngineClient) -> None:

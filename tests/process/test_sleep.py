@@ -16,7 +16,7 @@ from process_tools import alive, own_engines, wait_until_async
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineAsleepError, InvalidRequestError
 from microvllm.runtime.metrics import EngineMetrics
-from microvllm.runtime.process.channel import Sleep
+from microvllm.runtime.process.channel import Sleep, SleepChanged, WakeUp
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import EngineStats, SamplingParams
@@ -149,6 +149,26 @@ async def test_an_engine_that_is_starting_is_put_to_sleep(
         client.submit(PROMPT, params())
     await client.wake_up()
     assert len(await tokens_of(client.submit(PROMPT, params())[0])) == 12
+
+
+async def test_an_engine_that_is_awake_answers_a_wake_up(client: EngineClient) -> None:
+    """As one of several does whose server tries again, because another could not wake up."""
+    (replica,) = client.replicas
+    await tokens_of(client.submit(PROMPT, params())[0])
+    await asyncio.wait_for(replica.wake_up(["kv_cache", "weights"], last=True), 10)
+    assert replica.in_flight == 0
+
+
+async def test_a_wake_up_behind_a_sleep_that_has_not_begun_is_answered(client: EngineClient) -> None:
+    (replica,) = client.replicas
+    (stream,) = client.submit(PROMPT, params(20_000))
+    await anext(stream)
+    answers = [replica._send_change(command) for command in (Sleep(1), WakeUp(["kv_cache", "weights"]))]
+    stream.abort()
+    asleep, awake = await asyncio.wait_for(asyncio.gather(*answers), 10)
+    assert asleep == SleepChanged() and awake.stats is not None
+    (stream,) = client.submit(PROMPT, params())
+    assert len(await tokens_of(stream)) == 12 and stream.num_cached_tokens == 0
 
 
 async def test_counters_go_on_and_the_state_is_reported(client: EngineClient) -> None:
