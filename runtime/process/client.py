@@ -285,12 +285,11 @@ class EngineClient:
     async def sleep(self, level: int, *, wait: bool = False) -> None:
         """Have all engines give their memory back: vLLM's level 1 or 2.
 
-        New requests are refused from now on. Open ones end with an `EngineAsleepError`, or are waited for.
+        New requests are refused from now on. Open ones end with an `EngineAsleepError`, or are waited for. Of
+        engines that are asleep, what a wake-up has taken meanwhile is given back.
         """
         async with self._changing:
-            if self.sleep_level == level:
-                return
-            if self.sleep_level:
+            if self.sleep_level not in (0, level):
                 raise InvalidRequestError(f"The engine is asleep at level {self.sleep_level}.", "level")
             self.sleep_level = level
             try:

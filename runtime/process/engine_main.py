@@ -145,6 +145,7 @@ def _wait_asleep(engine: SleepingCore, channel: EngineEnd, heartbeat: Heartbeat)
         if isinstance(command, WakeUp):
             channel.send_event(_wake_up(engine, command))
         elif isinstance(command, Sleep):
+            engine.sleep(command.level)
             channel.send_event(SleepChanged())
         elif isinstance(command, StartProfile | StopProfile):
             channel.send_event(Profiled(problem="The engine is asleep.", refused=True))

@@ -47,21 +47,24 @@ class SleepingCore:
         self.core: EngineCore[LaunchedStep] | None = make_core(self._config, self._runner)
 
     def sleep(self, level: int) -> None:
-        """Drop the core, which must be at rest, with the KV cache; level 2 drops the weights, too."""
+        """Drop the core, which must be at rest, with the KV cache; level 2 drops the weights, too.
+
+        Asleep, what some tags of a `wake_up` have taken is given back.
+        """
         runner = self._runner
-        if self.core is None or runner is None:
-            return
-        if self.core.report is not None:
+        if self.core is not None and self.core.report is not None:
             self.core.report.write_last()
         if isinstance(runner, ParallelRunner):
             runner.close()
-        elif level == 1:
+        elif runner is not None:
             self._model = runner.model
         self.asleep.update(TAGS)
         self.core = self._runner = runner = None
+        if level == LEVELS[-1]:
+            self._model = self._offloaded = None
         gc.unfreeze()  # what is frozen is never collected
         _return_memory()
-        if self._model is not None and self._config.device != "cpu":
+        if self._model is not None and self._offloaded is None and self._config.device != "cpu":
             self._offloaded = OffloadedWeights(self._model)
             _return_memory()
 

@@ -123,6 +123,8 @@ async def test_a_wake_up_that_fails_on_one_engine_may_be_tried_again(
         await client.wake_up()
     with pytest.raises(EngineAsleepError):
         client.submit(SHARED, params())
+    await client.sleep(1)  # the one that has woken, too
+    assert [await replica._change(WakeUp([])) for replica in client.replicas] == [SleepChanged()] * 2
     await asyncio.wait_for(client.wake_up(), 10)
     for rank in (0, 1):
         assert len(await tokens_of(client.submit(SHARED, params(), rank=rank)[0])) == 12

@@ -92,6 +92,19 @@ def test_tags_may_come_in_any_order_and_twice() -> None:
     assert engine.core is core and generated(engine, 1) == (expected, 0)
 
 
+def test_weights_that_were_taken_are_given_back_by_another_sleep() -> None:
+    engine = make_core()
+    expected, _ = generated(engine, 0)
+    engine.sleep(2)
+    engine.wake_up(["weights"])
+    model = weakref.ref(engine._model)
+    assert model() is not None
+    engine.sleep(2)
+    assert model() is None and engine.asleep == set(TAGS)
+    engine.wake_up(TAGS)
+    assert generated(engine, 1) == (expected, 0)
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_an_engine_that_cannot_wake_up_may_try_again(level: int) -> None:
     problems: list[Exception] = []
