@@ -282,10 +282,14 @@ class GGUFCheckpoint:
         self._head_dim = head_dim
         family = BY_GGUF_NAME[self._file.architecture]
         self.names, self._interleaved = family.gguf_tensors, family.gguf_interleaved
-        # The gate of a shared expert, a matrix of one row, is stored as a vector.
+        # The gate of a shared expert, a matrix of one row, is stored as a vector, and the convolution of each
+        # channel without the dimension of its one input.
         for name, tensor in self._file.tensors.items():
-            if name.endswith("ffn_gate_inp_shexp.weight") and len(tensor.shape) == 1:
-                self._file.tensors[name] = msgspec.structs.replace(tensor, shape=(1, *tensor.shape))
+            shape = tensor.shape
+            if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1:
+                self._file.tensors[name] = msgspec.structs.replace(tensor, shape=(1, *shape))
+            if name.endswith("shortconv.conv.weight") and len(shape) == 2:
+                self._file.tensors[name] = msgspec.structs.replace(tensor, shape=(shape[0], 1, shape[1]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._file.tensors.items()}

@@ -125,8 +125,8 @@ def _experts(keys: Fields) -> Experts:
 
 
 def _matrix_type(file: GGUFFile) -> str:
-    matrix = file.tensors.get("blk.0.attn_q.weight") or file.tensors.get("blk.0.attn_qkv.weight")
-    return matrix.type if matrix else ""
+    names = (".attn_q.weight", ".attn_qkv.weight")
+    return next((tensor.type for name, tensor in file.tensors.items() if name.endswith(names)), "")
 
 
 def _kv_heads(keys: Fields, num_heads: int) -> int:

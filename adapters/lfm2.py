@@ -8,8 +8,10 @@ from functools import partial
 import msgspec
 
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, read_experts
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import rope_from_hf
@@ -165,7 +167,43 @@ def _experts(config: Fields) -> Experts:
     return msgspec.structs.replace(experts, routing=routing, correction=corrected)
 
 
+def dense_from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a dense LFM2 model from a GGUF file, whose convolutions are layers without heads of keys."""
+    keys, heads_key = gguf_keys(file), "attention.head_count_kv"
+    count, heads = keys.size("block_count"), keys.get(heads_key)
+    if not isinstance(heads, list) or len(heads) != count:
+        raise keys.error(heads_key, f"must list a number for each of the {count} layers")
+    numbers = set(heads) - {0}
+    if len(numbers) != 1:
+        raise keys.error(heads_key, "must name one number of heads, and 0 where there is no attention")
+    if not keys.flag("attention.causal", True):
+        raise keys.error("attention.causal", "is false: attention in both directions is not supported")
+    spec = gguf_spec(file, keys=keys.with_value(heads_key, numbers.pop()))
+    conv = ShortConv(channels=spec.hidden_size, conv_size=keys.size("shortconv.l_cache"))
+    if conv.conv_size < 2:
+        raise keys.error("shortconv.l_cache", "must be at least 2, got 1")
+    layers = (
+        layer.with_mixer(qk_norm=True) if number else LayerSpec(mixer=conv, mlp=layer.mlp)
+        for layer, number in zip(spec.layers, heads, strict=True)
+    )
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
 FAMILIES = (
-    Family("lfm2", "Lfm2ForCausalLM", dense_from_hf, hf_tensors=TENSORS),
+    Family(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        dense_from_hf,
+        hf_tensors=TENSORS,
+        from_gguf=dense_from_gguf,
+        gguf_name="lfm2",
+        gguf_tensors={
+            **GGUF_TENSORS,
+            "norm": "token_embd_norm",  # which llama.cpp's converter calls the last norm of this architecture
+            "conv_in": "blk.{i}.shortconv.in_proj",
+            "conv": "blk.{i}.shortconv.conv",
+            "conv_out": "blk.{i}.shortconv.out_proj",
+        },
+    ),
     Family("lfm2_moe", "Lfm2MoeForCausalLM", sparse_from_hf, hf_tensors=MOE_TENSORS),
 )

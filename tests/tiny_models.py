@@ -66,6 +66,18 @@ GGUF_NAMES = {
     "block_sparse_moe.w1_exps": "ffn_gate_exps",
     "block_sparse_moe.w3_exps": "ffn_up_exps",
     "block_sparse_moe.w2_exps": "ffn_down_exps",
+    "model.embedding_norm": "token_embd_norm",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.conv": "shortconv.conv",
+    "conv.out_proj": "shortconv.out_proj",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.qkv_proj": "attn_qkv",
@@ -255,6 +267,8 @@ def write_gguf(
         gguf_name = _gguf_name(name)
         if name.endswith("shared_expert_gate.weight"):  # llama.cpp's converter squeezes
             values = values[0]
+        if name.endswith("conv.conv.weight"):
+            values = values[:, 0]
         if architecture in ("gpt-oss", "seed_oss"):
             gguf_name = gguf_name.replace(".ffn_norm.", ".post_attention_norm.")
         instead = None if blocks is None else blocks(gguf_name, values)
@@ -265,6 +279,7 @@ def write_gguf(
         fits = (
             values.ndim > 1
             and "gate_inp" not in gguf_name
+            and "shortconv.conv" not in gguf_name
             and not name.endswith(".bias")
             and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
         )
@@ -325,12 +340,16 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    heads = config["num_key_value_heads"]
+    if config["model_type"] == "lfm2":
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+        heads = [heads * (kind != "conv") for kind in config["layer_types"]]
+    writer.add_head_count_kv(heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     rope = config["rope_parameters"]
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     count = config.get("num_experts", config.get("num_local_experts"))
     if count:
         writer.add_expert_count(count)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model_tools import generate_ids, make_engine, make_prompts, variant_folder
-from tiny_models import TOKENIZER_SIZE, make_hf_folder, reference
+from tiny_models import TOKENIZER_SIZE, make_hf_folder, reference, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.mlp import MLP
@@ -105,6 +105,22 @@ def test_a_bad_key_is_named(tmp_path: Path, name: str, key: str, value: Any, sai
     with pytest.raises((ModelFileError, ConfigError), match=said) as caught:
         make_engine(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("attention.head_count_kv", 3, "must list a number for each of the 2 layers"),
+        ("shortconv.l_cache", 1, "must be at least 2"),
+        ("shortconv.l_cache", 5, "has shape"),
+    ],
+)
+def test_a_bad_key_of_a_gguf_file_is_named(tmp_path: Path, key: str, value: int, said: str) -> None:
+    kinds = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    folder = make_hf_folder(tmp_path / "hf", "lfm2", **kinds, block_auto_adjust_ff_dim=False)
+    file = write_gguf(tmp_path / "model.gguf", folder, extra_metadata={f"lfm2.{key}": value})
+    with pytest.raises((ModelFileError, ConfigError), match=said):
+        make_engine(file)
 
 
 @pytest.mark.parametrize("indices", [[], [4], ["0"], 3])

@@ -123,6 +123,7 @@ MORE_GGUF: dict[str, dict[str, Any]] = {
     "seed_oss": {"attention_bias": True},
     "glm4": {"head_dim": 24, "attention_bias": True},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
 }
 
 
