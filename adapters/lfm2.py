@@ -18,6 +18,7 @@ from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.short_conv import ShortConv
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
+from microvllm.ops.routing import Routing
 
 LAYER = "model.layers.{i}"
 TENSORS = {
@@ -43,6 +44,15 @@ MOE_TENSORS = {
     "expert_up": f"{LAYER}.feed_forward.experts.{{e}}.w3",
     "expert_down": f"{LAYER}.feed_forward.experts.{{e}}.w2",
 }
+GGUF_NAMES = {
+    **GGUF_TENSORS,
+    "norm": "token_embd_norm",  # which llama.cpp's converter calls the last norm of this architecture
+    "conv_in": "blk.{i}.shortconv.in_proj",
+    "conv": "blk.{i}.shortconv.conv",
+    "conv_out": "blk.{i}.shortconv.out_proj",
+    "correction": f"blk.{{i}}.exp_probs_b.bias{BARE}",
+}
+GGUF_SIGMOID = 2  # llama.cpp's number for scores that are sigmoids
 KINDS = ("conv", "full_attention")
 SMALLEST_SUM = 1e-6  # is added to the sum by which the weights of the chosen experts are divided
 
@@ -63,15 +73,7 @@ def dense_from_hf(config: Fields) -> ModelSpec:
 def sparse_from_hf(config: Fields) -> ModelSpec:
     """Describe an LFM2 model of experts from the `config.json` of its folder."""
     spec = _hybrid(config, "lfm2_moe", expert_keys=("routed_scaling_factor",))
-    experts = _experts(config)
-    dense = config.get("num_dense_layers", 2)
-    if type(dense) is not int or dense < 0:
-        raise config.error("num_dense_layers", f"must be an integer of at least 0, got {shorten(dense)}")
-    layers = (
-        layer if index < dense else msgspec.structs.replace(layer, mlp=experts)
-        for index, layer in enumerate(spec.layers)
-    )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return _with_experts(spec, _experts(config), _num_dense(config, "num_dense_layers", 2))
 
 
 def _hybrid(
@@ -148,6 +150,22 @@ def _inner_size(config: Fields) -> int:
     return -(-size // multiple) * multiple
 
 
+def _num_dense(fields: Fields, key: str, default: int) -> int:
+    number = fields.get(key, default)
+    if type(number) is not int or number < 0:
+        raise fields.error(key, f"must be an integer of at least 0, got {shorten(number)}")
+    return number
+
+
+def _with_experts(spec: ModelSpec, experts: Experts, num_dense: int) -> ModelSpec:
+    """The model with these experts in all but the first layers."""
+    layers = (
+        layer if index < num_dense else msgspec.structs.replace(layer, mlp=experts)
+        for index, layer in enumerate(spec.layers)
+    )
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
 def _experts(config: Fields) -> Experts:
     """With scores that are sigmoids, and, as `use_expert_bias` says, a correction for the choice."""
     experts = read_experts(
@@ -168,8 +186,34 @@ def _experts(config: Fields) -> Experts:
 
 
 def dense_from_gguf(file: GGUFFile) -> ModelSpec:
-    """Describe a dense LFM2 model from a GGUF file, whose convolutions are layers without heads of keys."""
-    keys, heads_key = gguf_keys(file), "attention.head_count_kv"
+    """Describe a dense LFM2 model from a GGUF file."""
+    keys = gguf_keys(file)
+    if keys.get("expert_count"):
+        raise keys.error("expert_count", "is set, which only lfm2moe models may have")
+    return _hybrid_from_gguf(file, keys)
+
+
+def sparse_from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe an LFM2 model of experts from a GGUF file."""
+    keys = gguf_keys(file)
+    spec = msgspec.structs.replace(_hybrid_from_gguf(file, keys), architecture="lfm2_moe")
+    if keys.get("expert_gating_func") != GGUF_SIGMOID:
+        raise keys.error("expert_gating_func", f"must be {GGUF_SIGMOID}, for sigmoids")
+    if not keys.flag("expert_weights_norm", True):
+        raise keys.error("expert_weights_norm", "is false, which this architecture does not have")
+    count, num_chosen = keys.size("expert_count"), keys.size("expert_used_count")
+    if num_chosen > count:
+        raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")
+    scale = keys.number("expert_weights_scale", 1.0)
+    routing = Routing(num_chosen=num_chosen, sigmoid=True, smallest_sum=SMALLEST_SUM, scale=scale)
+    size = keys.size("expert_feed_forward_length")
+    experts = Experts(count=count, size=size, routing=routing, correction=True)
+    return _with_experts(spec, experts, _num_dense(keys, "leading_dense_block_count", 0))
+
+
+def _hybrid_from_gguf(file: GGUFFile, keys: Fields) -> ModelSpec:
+    """Build the spec with plain MLPs; layers without heads of keys are convolutions."""
+    heads_key = "attention.head_count_kv"
     count, heads = keys.size("block_count"), keys.get(heads_key)
     if not isinstance(heads, list) or len(heads) != count:
         raise keys.error(heads_key, f"must list a number for each of the {count} layers")
@@ -178,7 +222,8 @@ def dense_from_gguf(file: GGUFFile) -> ModelSpec:
         raise keys.error(heads_key, "must name one number of heads, and 0 where there is no attention")
     if not keys.flag("attention.causal", True):
         raise keys.error("attention.causal", "is false: attention in both directions is not supported")
-    spec = gguf_spec(file, keys=keys.with_value(heads_key, numbers.pop()))
+    # Of experts the caller reads what there is.
+    spec = gguf_spec(file, keys=keys.with_value(heads_key, numbers.pop()).with_value("expert_count", None))
     conv = ShortConv(channels=spec.hidden_size, conv_size=keys.size("shortconv.l_cache"))
     if conv.conv_size < 2:
         raise keys.error("shortconv.l_cache", "must be at least 2, got 1")
@@ -197,13 +242,15 @@ FAMILIES = (
         hf_tensors=TENSORS,
         from_gguf=dense_from_gguf,
         gguf_name="lfm2",
-        gguf_tensors={
-            **GGUF_TENSORS,
-            "norm": "token_embd_norm",  # which llama.cpp's converter calls the last norm of this architecture
-            "conv_in": "blk.{i}.shortconv.in_proj",
-            "conv": "blk.{i}.shortconv.conv",
-            "conv_out": "blk.{i}.shortconv.out_proj",
-        },
+        gguf_tensors=GGUF_NAMES,
     ),
-    Family("lfm2_moe", "Lfm2MoeForCausalLM", sparse_from_hf, hf_tensors=MOE_TENSORS),
+    Family(
+        "lfm2_moe",
+        "Lfm2MoeForCausalLM",
+        sparse_from_hf,
+        hf_tensors=MOE_TENSORS,
+        from_gguf=sparse_from_gguf,
+        gguf_name="lfm2moe",
+        gguf_tensors=GGUF_NAMES,
+    ),
 )

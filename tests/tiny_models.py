@@ -38,6 +38,7 @@ GGUF_ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
+    "lfm2_moe": "lfm2moe",
 }
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -75,6 +76,10 @@ GGUF_NAMES = {
     "self_attn.k_layernorm": "attn_k_norm",
     "operator_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
+    "feed_forward.gate": "ffn_gate_inp",
+    "feed_forward.w1_exps": "ffn_gate_exps",
+    "feed_forward.w2_exps": "ffn_down_exps",
+    "feed_forward.w3_exps": "ffn_up_exps",
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
@@ -264,9 +269,11 @@ def write_gguf(
     for name, values in _stacked(weights).items():
         if architecture in GGUF_INTERLEAVED:
             values = _interleave(name, values, config)
-        gguf_name = _gguf_name(name)
+        gguf_name = "" if name.endswith(".expert_bias") else _gguf_name(name)
         if name.endswith("shared_expert_gate.weight"):  # llama.cpp's converter squeezes
             values = values[0]
+        if name.endswith(".expert_bias"):
+            gguf_name = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
         if name.endswith("conv.conv.weight"):
             values = values[:, 0]
         if architecture in ("gpt-oss", "seed_oss"):
@@ -341,7 +348,7 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     heads = config["num_key_value_heads"]
-    if config["model_type"] == "lfm2":
+    if "conv_L_cache" in config:
         writer.add_shortconv_l_cache(config["conv_L_cache"])
         heads = [heads * (kind != "conv") for kind in config["layer_types"]]
     writer.add_head_count_kv(heads)
@@ -370,6 +377,12 @@ def _add_hyperparameters(writer: Any, config: dict[str, Any]) -> None:
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
+    if config["model_type"] == "lfm2_moe":
+        import gguf
+
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
     if config["model_type"] == "gpt_oss":
         writer.add_sliding_window(config["sliding_window"])
         writer.add_expert_feed_forward_length(config["intermediate_size"])

@@ -108,17 +108,32 @@ def test_a_bad_key_is_named(tmp_path: Path, name: str, key: str, value: Any, sai
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("family", "key", "value", "said"),
     [
-        ("attention.head_count_kv", 3, "must list a number for each of the 2 layers"),
-        ("shortconv.l_cache", 1, "must be at least 2"),
-        ("shortconv.l_cache", 5, "has shape"),
+        ("lfm2", "attention.head_count_kv", 3, "must list a number for each of the 2 layers"),
+        ("lfm2", "shortconv.l_cache", 1, "must be at least 2"),
+        ("lfm2", "shortconv.l_cache", 5, "has shape"),
+        ("lfm2", "expert_count", 4, "which only lfm2moe models may have"),
+        ("lfm2moe", "expert_gating_func", 1, "must be 2, for sigmoids"),
+        ("lfm2moe", "expert_used_count", 6, "is 6, but there are 5 experts"),
+        ("lfm2moe", "leading_dense_block_count", 2, "blk.1.ffn_gate.weight"),
     ],
 )
-def test_a_bad_key_of_a_gguf_file_is_named(tmp_path: Path, key: str, value: int, said: str) -> None:
-    kinds = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
-    folder = make_hf_folder(tmp_path / "hf", "lfm2", **kinds, block_auto_adjust_ff_dim=False)
-    file = write_gguf(tmp_path / "model.gguf", folder, extra_metadata={f"lfm2.{key}": value})
+def test_a_bad_key_of_a_gguf_file_is_named(
+    tmp_path: Path, family: str, key: str, value: int, said: str
+) -> None:
+    keys: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    if family == "lfm2":
+        folder = make_hf_folder(tmp_path / "hf", family, **keys, block_auto_adjust_ff_dim=False)
+    else:
+        keys |= {
+            "num_dense_layers": 1,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        }
+        folder = make_hf_folder(tmp_path / "hf", "lfm2_moe", **keys)
+    file = write_gguf(tmp_path / "model.gguf", folder, extra_metadata={f"{family}.{key}": value})
     with pytest.raises((ModelFileError, ConfigError), match=said):
         make_engine(file)
 

@@ -124,6 +124,14 @@ MORE_GGUF: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 24, "attention_bias": True},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"] * 2,
+        "num_dense_layers": 1,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "routed_scaling_factor": 1.7,
+    },
 }
 
 
