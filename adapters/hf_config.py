@@ -25,9 +25,10 @@ INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", TIE)
 DTYPES = ("float32", "bfloat16", "float16")
 SILU = {"silu": "silu", "swish": "silu"}
 COUNT_KEYS = ("num_experts", "num_local_experts")  # of experts, under transformers' older or newer name
+OTHER_COUNT_KEYS = ("n_routed_experts", "moe_num_experts")  # of single families
 # Of experts that no family here has, and what they say where they change nothing.
 MOE_KEYS: Mapping[str, tuple[object, ...]] = {
-    **dict.fromkeys(("n_routed_experts", "moe_num_experts", "n_shared_experts"), (None, 0)),
+    **dict.fromkeys((*OTHER_COUNT_KEYS, "n_shared_experts"), (None, 0)),
     "n_group": (None, 1),
     "routed_scaling_factor": (None, 1),
     "scoring_func": (None, "softmax"),

@@ -31,7 +31,7 @@ from microvllm.adapters.dequantize import PACKED_LAYOUTS
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import shorten, warn_once
-from microvllm.adapters.hf_config import COUNT_KEYS
+from microvllm.adapters.hf_config import COUNT_KEYS, OTHER_COUNT_KEYS
 from microvllm.adapters.kv_scales import load_scales, scale_tensors
 from microvllm.adapters.mxfp4 import MXFP4, fits_mxfp4, round_to_mxfp4
 from microvllm.adapters.quantization import Quantization
@@ -208,12 +208,13 @@ def _check_experts(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     if r"\{e\}" not in name:
         return
     pattern = re.compile(name.replace(r"\{e\}", r"(\d+)") + r"\..*")
+    keys = (*COUNT_KEYS, *OTHER_COUNT_KEYS)
     numbers = [int(match[1]) for match in map(pattern.fullmatch, checkpoint.shapes()) if match]
     for mlp in {layer.mlp for layer in spec.layers}:
         if isinstance(mlp, Experts) and numbers and max(numbers) != mlp.count - 1:
             raise ModelFileError(
                 checkpoint.path,
-                f"the configuration asks for {mlp.count} experts ({' or '.join(COUNT_KEYS)}), but the "
+                f"the configuration asks for {mlp.count} experts ({' or '.join(keys)}), but the "
                 f"checkpoint has experts 0 to {max(numbers)}",
             )
 
