@@ -288,6 +288,8 @@ class EngineClient:
         New requests are refused from now on. Open ones end with an `EngineAsleepError`, or are waited for. Of
         engines that are asleep, what a wake-up has taken meanwhile is given back.
         """
+        if not wait and self.sleep_level == level:  # perhaps another call waits for them
+            self._end_requests()
         async with self._changing:
             if self.sleep_level not in (0, level):
                 raise InvalidRequestError(f"The engine is asleep at level {self.sleep_level}.", "level")
@@ -298,10 +300,13 @@ class EngineClient:
             except BaseException:
                 self.sleep_level = 0
                 raise
-            for replica in self.replicas:
-                replica.end_requests(EngineAsleepError())
+            self._end_requests()
             self.asleep = frozenset(SLEEP_TAGS)
             await asyncio.gather(*(replica.sleep(level) for replica in self.replicas))
+
+    def _end_requests(self) -> None:
+        for replica in self.replicas:
+            replica.end_requests(EngineAsleepError())
 
     async def wake_up(self, tags: Collection[str] = SLEEP_TAGS) -> None:
         """Have all engines take the memory of these tags again; with the last of them they serve.

@@ -105,6 +105,16 @@ async def test_running_requests_may_be_waited_for(client: EngineClient) -> None:
     await sleeping
 
 
+async def test_a_wait_is_cut_short_by_a_sleep_that_does_not_wait(client: EngineClient) -> None:
+    (stream,) = client.submit(PROMPT, params(20_000))
+    waiting = asyncio.ensure_future(client.sleep(1, wait=True))
+    await anext(stream)
+    await client.sleep(1)
+    await waiting
+    with pytest.raises(EngineAsleepError):
+        await tokens_of(stream)
+
+
 async def test_a_wait_that_is_given_up_leaves_the_engine_awake(client: EngineClient) -> None:
     (stream,) = client.submit(PROMPT, params(20_000))
     sleeping = asyncio.ensure_future(client.sleep(1, wait=True))
