@@ -36,12 +36,7 @@ from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, Ste
 from microvllm.runtime.core.policies import POLICIES
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
 from microvllm.runtime.grammar.masks import GrammarMasks
-from microvllm.runtime.request import (
-    EngineRequest,
-    FinishReason,
-    RepetitionDetection,
-    StepOutput,
-)
+from microvllm.runtime.request import EngineRequest, FinishReason, RepetitionDetection, StepOutput
 
 
 class Scheduler:
