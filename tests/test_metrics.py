@@ -461,6 +461,7 @@ async def test_exact_counts_of_requests_one_after_another(engine: EngineClient) 
     for name in GAUGES:
         assert read(name) == 0
     assert now("microvllm:kv_unused_slots") == 0
+    assert now("microvllm:prefix_state_misses_total") == 0  # the model keeps no states
 
 
 @on_the_engines_loop
