@@ -189,10 +189,10 @@ def fit_states(device: str, row_bytes: int, max_num_seqs: int, caches: bool, is_
     free = available_memory()
     rows = int(free * (1.0 if is_requested else CPU_KV_SHARE / 2)) // row_bytes
 
-    def fits(number: int) -> bool:
-        return number + caches * num_checkpoints(number) <= rows
+    def needed(number: int) -> int:
+        return number + caches * num_checkpoints(number)
 
-    fitting = next(filter(fits, range(max_num_seqs, 0, -1)), 0)
+    fitting = bisect_right(range(1, min(max_num_seqs, rows) + 1), rows, key=needed)
     if fitting == max_num_seqs:
         return max_num_seqs
     sizes = f"of {row_bytes / 2**20:.1f} MiB each, and {free / 2**30:.1f} GiB of memory are free"

@@ -341,6 +341,9 @@ def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     assert EngineArgs(**args, max_num_seqs=80).resolve().max_num_seqs == 80
     with pytest.raises(ConfigError, match=r"--max-num-seqs 81: .* checkpoints for the prefix cache"):
         EngineArgs(**args, max_num_seqs=81).resolve()
+    with pytest.raises(ConfigError, match=r"--max-num-seqs 1000000000000: ") as caught:  # at once
+        EngineArgs(**args, max_num_seqs=10**12).resolve()
+    assert caught.value.remedy == "lower --max-num-seqs to 80"
 
 
 def test_batch_invariance_is_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
