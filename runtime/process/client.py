@@ -262,7 +262,7 @@ class EngineClient:
         For those of whose output nothing was used.
         """
         serving = self._serving()
-        if not serving or stream.stays:
+        if not serving or stream.stays or self.asleep:  # one that sleeps ignores requests
             return None
         again = TokenStream(serving[0], stream.request, SampleGroup(1, 1))
         again.name = stream.name

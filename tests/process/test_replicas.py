@@ -267,6 +267,19 @@ async def test_a_request_that_ends_engines_ends_two_at_most(client: EngineClient
         each.abort()
 
 
+async def test_what_an_engine_that_died_had_begun_goes_to_none_that_sleeps(client: EngineClient) -> None:
+    (stream,) = client.submit([6], params(LONG - 8))
+    await anext(stream)
+    os.kill(pid_of(client.replicas[owner(stream)]), signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        await tokens_of(stream)
+    await client.sleep(1)
+    assert client.start_again(stream) is None
+    await client.wake_up()
+    (again,) = filter(None, [client.start_again(stream)])
+    again.abort()
+
+
 # ---- without an engine ------------------------------------------------------------------------------
 
 
