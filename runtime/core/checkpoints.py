@@ -63,7 +63,7 @@ class StateCheckpoints:
             return num_new
         keys = self._keys(request)
         cached = self._end_of_cached(keys, start)
-        if cached and keys[cached // self._block_size - 1] in self._row_of:
+        if cached > start and keys[cached // self._block_size - 1] in self._row_of:
             cached = 0
         ends = (cached, len(keys) * self._block_size, start + num_new)
         return min(end for end in ends if end > start) - start
