@@ -70,6 +70,7 @@ def read_kv_events(values: dict[str, Any] | None, caching: bool, ranks: int = 1)
         _check(name, getattr(config, name), ranks)
     if config.replay_endpoint == config.endpoint and _port(config.endpoint) not in CHOSEN_BY_SYSTEM:
         raise ConfigError(f"{OPTION}: endpoint and replay_endpoint are both {config.endpoint}")
+    _check_overlap(config, ranks)
     if not caching:
         raise ConfigError(f"{OPTION}: without prefix caching there are no events", remedy="leave it out")
     if importlib.util.find_spec("zmq") is None:
@@ -86,6 +87,18 @@ def _check(name: str, endpoint: str | None, ranks: int) -> None:
         raise ConfigError(f"{OPTION}: {name} must be tcp://HOST:PORT or ipc://PATH, got {endpoint!r:.100}")
     if port not in CHOSEN_BY_SYSTEM and int(port) + ranks - 1 > LAST_PORT:
         raise ConfigError(f"{OPTION}: {name} {endpoint}: a port, also a rank's, is at most {LAST_PORT}")
+
+
+def _check_overlap(config: KVEventsConfig, ranks: int) -> None:
+    """Raise `ConfigError` if one rank's endpoint would have the port of another's replay endpoint."""
+    ports = [_port(config.endpoint), _port(config.replay_endpoint or "")]
+    first, replay = [int(port) if port and port not in CHOSEN_BY_SYSTEM else None for port in ports]
+    bound = "*" in config.endpoint or "::" in config.endpoint
+    if bound and first is not None and replay is not None and abs(first - replay) < ranks:
+        raise ConfigError(
+            f"{OPTION}: the ports of endpoint and replay_endpoint, {first} and {replay}, must be {ranks} "
+            "apart or more: each data-parallel rank takes the next"
+        )
 
 
 def _port(endpoint: str) -> str | None:

@@ -263,6 +263,7 @@ def test_each_rank_has_its_own_addresses() -> None:
         ({"endpoint": "tcp://*:65535"}, "endpoint tcp://*:65535: a port, also a rank's, is at most 65535"),
         ({"replay_endpoint": "5558"}, "replay_endpoint must be"),
         ({"replay_endpoint": "tcp://*:5557"}, "endpoint and replay_endpoint are both tcp://*:5557"),
+        ({"replay_endpoint": "tcp://*:5558"}, "replay_endpoint, 5557 and 5558, must be 2 apart or more"),
         ({"publisher": "kafka"}, "Invalid enum value 'kafka' - at `$.publisher`"),
         ({"buffer_steps": 0}, "`$.buffer_steps`"),
         ({"hwm": "many"}, "`$.hwm`"),
