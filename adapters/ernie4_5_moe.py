@@ -8,7 +8,7 @@ import msgspec
 
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.routed_experts import LAYER
@@ -39,7 +39,7 @@ def from_hf(config: Fields) -> ModelSpec:
         rotary=partial(rope_from_hf, theta=5e5, interleaved=True),
         expert_keys=("moe_num_experts",),
     )
-    count, num_chosen = config.size("moe_num_experts", 64), config.size("moe_k", 6)
+    count, num_chosen = config.size("moe_num_experts", 64, at_most=MAX_EXPERTS), config.size("moe_k", 6)
     for key, newer, value in (
         ("moe_num_experts", "num_experts", count),
         ("moe_k", "num_experts_per_tok", num_chosen),

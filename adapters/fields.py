@@ -18,6 +18,7 @@ logger = logging.getLogger("microvllm.model")
 
 MAX_SIZE = (1 << 31) - 1  # no dimension of a dense model is near this; larger values are damage
 MAX_LAYERS = 1 << 12
+MAX_EXPERTS = 1 << 14  # each of a layer is a part of its own, of which a list is made before any is read
 MAX_NUMBER = 1e12
 MAX_ROPE_FACTOR = 1e4
 

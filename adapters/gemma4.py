@@ -16,7 +16,7 @@ from microvllm.adapters import gemma4_gguf
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import MAX_ROPE_FACTOR, MAX_SIZE, Fields
+from microvllm.adapters.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, MAX_SIZE, Fields
 from microvllm.adapters.gemma2 import GELU
 from microvllm.adapters.gemma2 import TENSORS as GEMMA_TENSORS
 from microvllm.adapters.hf_config import hf_spec, layer_windows, text_part
@@ -148,7 +148,7 @@ def _activation(config: Fields) -> str:
 
 def _experts(config: Fields) -> Experts:
     """Those beside the MLP of every layer."""
-    count, num_chosen = config.size("num_experts"), config.size("top_k_experts")
+    count, num_chosen = config.size("num_experts", at_most=MAX_EXPERTS), config.size("top_k_experts")
     if num_chosen > count:
         raise config.error("top_k_experts", f"is {num_chosen}, but there are {count} experts")
     size = config.size("moe_intermediate_size")

@@ -7,7 +7,7 @@ import msgspec
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.fields import Fields
+from microvllm.adapters.fields import MAX_EXPERTS, Fields
 from microvllm.adapters.gemma3 import GGUF_NAMES, sliding_pattern, softcap
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
@@ -152,7 +152,7 @@ def _experts(keys: Fields) -> Experts | None:
     """Those beside the MLP of every layer, if there are any."""
     if not keys.get("expert_count"):
         return None
-    count, num_chosen = keys.size("expert_count"), keys.size("expert_used_count")
+    count, num_chosen = keys.size("expert_count", at_most=MAX_EXPERTS), keys.size("expert_used_count")
     if num_chosen > count:
         raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")
     size, routing = keys.size("expert_feed_forward_length"), Routing(num_chosen=num_chosen)

@@ -11,7 +11,7 @@ import msgspec
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
+from microvllm.adapters.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_tokens import special_tokens
 from microvllm.adapters.mlp import MLP
@@ -114,7 +114,7 @@ def _experts(keys: Fields) -> Experts:
     """Those of every layer, as llama.cpp computes them for the architectures `WITH_EXPERTS`."""
     if keys.where.removesuffix(".") not in WITH_EXPERTS:
         raise keys.error("expert_count", f"is set, which only {', '.join(WITH_EXPERTS)} models may have")
-    count, num_chosen = keys.size("expert_count"), keys.size("expert_used_count")
+    count, num_chosen = keys.size("expert_count", at_most=MAX_EXPERTS), keys.size("expert_used_count")
     if num_chosen > count:
         raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")
     for key, unchanged in EXPERT_KEYS.items():

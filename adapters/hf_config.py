@@ -12,7 +12,7 @@ from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.fields import MAX_LAYERS, Fields, shorten
+from microvllm.adapters.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.regular_files import check_regular
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
@@ -193,7 +193,7 @@ def read_experts(
     config: Fields, *, count: int, num_chosen: int, size: int, normalized: bool, shared_size: int = 0
 ) -> Experts:
     """The experts of a layer; `count` and `num_chosen` are the defaults of absent keys."""
-    found = {key: config.size(key) for key in COUNT_KEYS if key in config}
+    found = {key: config.size(key, at_most=MAX_EXPERTS) for key in COUNT_KEYS if key in config}
     if len(set(found.values())) > 1:
         raise config.error(
             COUNT_KEYS[1], f"is {found[COUNT_KEYS[1]]}, but {COUNT_KEYS[0]} is {found[COUNT_KEYS[0]]}"

@@ -9,7 +9,7 @@ import msgspec
 
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, read_experts
@@ -201,7 +201,7 @@ def sparse_from_gguf(file: GGUFFile) -> ModelSpec:
         raise keys.error("expert_gating_func", f"must be {GGUF_SIGMOID}, for sigmoids")
     if not keys.flag("expert_weights_norm", True):
         raise keys.error("expert_weights_norm", "is false, which this architecture does not have")
-    count, num_chosen = keys.size("expert_count"), keys.size("expert_used_count")
+    count, num_chosen = keys.size("expert_count", at_most=MAX_EXPERTS), keys.size("expert_used_count")
     if num_chosen > count:
         raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")
     scale = keys.number("expert_weights_scale", 1.0)

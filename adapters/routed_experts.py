@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE
 from microvllm.ops.routing import Routing
@@ -112,7 +112,7 @@ def _are_sparse(config: Fields, num_layers: int, default: int) -> list[bool]:
 def _count(config: Fields, default: int) -> int:
     """transformers may write either of two names."""
     other = "num_local_experts"
-    count = config.size("n_routed_experts", config.size(other, default))
+    count = config.size("n_routed_experts", config.size(other, default), at_most=MAX_EXPERTS)
     if config.size(other, count) != count:
         raise config.error(other, f"is {config.get(other)}, but n_routed_experts is {count}")
     return count

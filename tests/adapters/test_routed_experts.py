@@ -149,6 +149,8 @@ def test_olmoe(tmp_path: Path) -> None:
 
 BAD = [
     (GLM_45_AIR, "n_group", 3, "n_group 3 does not divide the 128 experts"),
+    (GLM_45_AIR, "n_routed_experts", 1 << 20, "n_routed_experts must be a positive integer of at most 16384"),
+    (ERNIE_21B, "moe_num_experts", 1 << 20, "moe_num_experts must be a positive integer of at most 16384"),
     (GLM_45_AIR, "topk_group", 2, "topk_group is 2, but there are 1 groups"),
     (GLM_45_AIR, "num_experts_per_tok", 129, "num_experts_per_tok is 129, but there are 128 experts"),
     (GLM_45_AIR, "scoring_func", "softmax", "scoring_func must be sigmoid"),
