@@ -83,6 +83,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "mxfp4": True,
     },
+    "lfm2": {
+        "family": "lfm2",
+        "tie": True,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "head_dim": 16,
+    },
     "gemma3": {"family": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 19, "head_dim": 32},
 }
 VOCABULARY = 49152
