@@ -210,7 +210,7 @@ async def test_a_request_that_leaves_itself_no_token_is_refused(
         async for _ in stream:
             pass
     assert (failed.value.code, failed.value.param) == ("400", "allowed_token_ids")
-    assert await tokens(sdk) == plain and not engine._streams
+    assert await tokens(sdk) == plain and not engine.replicas[0].streams
 
 
 async def test_wrong_wishes_leave_the_engine_well(sdk: openai.AsyncOpenAI, engine: EngineClient) -> None:
@@ -228,7 +228,7 @@ async def test_wrong_wishes_leave_the_engine_well(sdk: openai.AsyncOpenAI, engin
     for options, stream in itertools.product(wrong, (False, True)):
         with pytest.raises(openai.BadRequestError):
             await complete(sdk, stream=stream, **options)
-    assert await tokens(sdk) == plain and not engine._streams
+    assert await tokens(sdk) == plain and not engine.replicas[0].streams
 
 
 @pytest.mark.parametrize("beyond", [0, 40])

@@ -27,15 +27,15 @@ LOST_S = 5.0
 FRAGILE = """
 import sys
 from microvllm import cli
-from microvllm.runtime.process import client
-client.RESTART_DELAYS_S = (0, 0, 0)
-start, starts = client.EngineProcess.start, []
+from microvllm.runtime.process import replica
+replica.RESTART_DELAYS_S = (0, 0, 0)
+start, starts = replica.EngineProcess.start, []
 async def fail_later(config, *rest):
     starts.append(1)
     if len(starts) > 1:
-        raise client.EngineError("no memory")
+        raise replica.EngineError("no memory")
     return await start(config, *rest)
-client.EngineProcess.start = fail_later
+replica.EngineProcess.start = fail_later
 cli.main()
 """
 
@@ -164,7 +164,7 @@ def test_an_engine_that_cannot_load_again_ends_the_server() -> None:
         os.kill(engine, signal.SIGKILL)
         output = process.communicate(timeout=PATIENCE_S)[0].decode()
         assert process.returncode == 1
-        assert output.count("The engine could not be started again: no memory") == 3
+        assert output.count("could not be started again: no memory") == 3, output
         last = [line for line in output.splitlines() if "error: " in line][-1]
         assert last == "microvllm: error: the engine could not be started again in 3 attempts: no memory"
         assert "Traceback" not in output, output
