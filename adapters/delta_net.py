@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.tensors import (
     WHOLE,
     Cut,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 STATE_BYTES = 4  # of a number of a head's matrix, whatever the activations are
 
 
-class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag="gated_delta_net"):
+class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_net"):
     """Linear attention by the gated delta rule (arXiv:2412.06464): see `ops.delta_rule`.
 
     Each of `num_key_heads` queries and keys of `key_dim` is shared by as many neighbouring heads of values of
@@ -41,20 +42,6 @@ class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag="gated_delta_
     key_dim: int
     value_dim: int
     conv_size: int
-
-    @property
-    def source(self) -> None:
-        """No other layer's keys and values are attended to."""
-        return
-
-    @property
-    def window(self) -> None:
-        """All positions change the state."""
-
-    @property
-    def cache_size(self) -> int:
-        """Elements that the paged cache has for one token."""
-        return 0
 
     @property
     def out_size(self) -> int:
@@ -80,10 +67,6 @@ class GatedDeltaNet(msgspec.Struct, frozen=True, kw_only=True, tag="gated_delta_
         """Bytes of a row's state; `dtype_bytes` of an activation."""
         matrices = self.num_value_heads * self.value_dim * self.key_dim
         return matrices * STATE_BYTES + (self.conv_size - 1) * self.channels * dtype_bytes
-
-    def at_length(self, length: int) -> GatedDeltaNet:
-        """The same: nothing depends on the length of a text."""
-        return self
 
     def sharded(self, size: int) -> GatedDeltaNet:
         """What one of `size` shards computes of it: some heads. Raises ValueError if they do not divide."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Part, Shard, Slot, matrix_slots
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from microvllm.ops.short_conv import ConvWeights
 
 
-class ShortConv(msgspec.Struct, frozen=True, kw_only=True, tag="short_conv"):
+class ShortConv(StatefulMixer, frozen=True, kw_only=True, tag="short_conv"):
     """A causal convolution between two gates (LFM2, arXiv:2511.23404): see `ops.short_conv`.
 
     `conv_size`: the tokens that the convolution over each of the `channels` sees. `bias`: both products and
@@ -28,20 +29,6 @@ class ShortConv(msgspec.Struct, frozen=True, kw_only=True, tag="short_conv"):
     channels: int
     conv_size: int
     bias: bool = False
-
-    @property
-    def source(self) -> None:
-        """No other layer's keys and values are attended to."""
-        return
-
-    @property
-    def window(self) -> None:
-        """The state has no blocks that could go back."""
-
-    @property
-    def cache_size(self) -> int:
-        """Elements that the paged cache has for one token."""
-        return 0
 
     @property
     def out_size(self) -> int:
@@ -60,10 +47,6 @@ class ShortConv(msgspec.Struct, frozen=True, kw_only=True, tag="short_conv"):
     def state_bytes(self, dtype_bytes: int) -> int:
         """Bytes of a row's state; `dtype_bytes` of an activation."""
         return (self.conv_size - 1) * self.channels * dtype_bytes
-
-    def at_length(self, length: int) -> ShortConv:
-        """The same: nothing depends on the length of a text."""
-        return self
 
     def sharded(self, size: int) -> ShortConv:
         """What one of `size` shards computes: some channels. Raises ValueError if they do not divide."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
+from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head_norms import head_norms, whole_norms
@@ -20,6 +21,7 @@ from microvllm.adapters.mlp import MLP
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.rope_spec import RopeSpec
+from microvllm.adapters.short_conv import ShortConv
 from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
@@ -137,7 +139,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         return qkv, operators.linear(*weights.matrix("o"))
 
 
-Mixer: TypeAlias = Attention | LatentAttention | StatefulMixer
+Mixer: TypeAlias = Attention | LatentAttention | GatedDeltaNet | ShortConv
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
