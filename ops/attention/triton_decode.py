@@ -439,9 +439,11 @@ def decode_attention(
     """
     dim = shape.head_dim
     group = shape.num_heads // shape.num_kv_heads
-    block_group, block_dim = triton.next_power_of_2(group), triton.next_power_of_2(dim)
-    q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
     fp8 = keys.dtype == torch.float8_e4m3fn
+    # Half of the columns are a factor beside e4m3, which the tensor core takes from 16 on.
+    block_dim = max(32 if fp8 else 16, triton.next_power_of_2(dim))
+    block_group = triton.next_power_of_2(group)
+    q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
     if fp8:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
     boxes, by_boxes = [keys, values], tiling.boxes and shape.window is None

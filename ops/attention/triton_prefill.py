@@ -88,7 +88,7 @@ def _find_tile(starts, num_segments, index, TOKENS: tl.constexpr, SEGMENTS: tl.c
         at = first + tl.arange(0, SEGMENTS)
         inside = at < num_segments
         num_new = tl.load(starts + at + 1, inside, 0) - tl.load(starts + at, inside, 0)
-        tiles = (num_new + TOKENS - 1) // TOKENS
+        tiles = ((num_new + TOKENS - 1) // TOKENS).to(tl.int32)
         earlier = inside & (total + tl.cumsum(tiles, 0) <= index)
         segment += tl.sum(earlier.to(tl.int32), 0)
         before += tl.sum(tl.where(earlier, tiles, 0), 0)

@@ -247,7 +247,7 @@ def test_a_cache_of_e4m3(shape: str, dtype: torch.dtype, layer: int) -> None:
 @pytest.mark.parametrize("boxes", [False, True])
 def test_e4m3_of_other_requests_is_not_looked_at(boxes: bool) -> None:
     """Among it NaN, which these bytes may be before a block is first written."""
-    case = e4m3_case(AttentionShape(2, 6, 2, 16), 64, torch.float16)
+    case = e4m3_case(AttentionShape(2, 6, 2, 32), 64, torch.float16)
     backend = make_backend(case, DecodeTiling(16, 2, 4, 2, boxes=boxes))
     for sequence in case.decodes:
         if begun := sequence.context % 64:
