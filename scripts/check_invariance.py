@@ -7,8 +7,8 @@
 Greedy requests for prompts cut from a text run alone, then in other ways, with the option and without it in
 turns. The work is cut into parts of a way and at most 64 prompts; each runs in an engine of its own, `--jobs`
 of them side by side, one thread each. `--shard 2/3` takes the second of three shares of the prompts; `--out`
-appends each part to a file as it ends, and `--add-up` prints the table of such files, so that a proof can be
-made on several machines of one kind, or in several hours.
+appends each part to a file as it ends, and runs no part again that is in it: an interrupted proof goes on.
+`--add-up` prints the table of such files, so that it can be made on several machines of one kind, too.
 
 Prints Markdown: how many answers have the tokens of the prompt alone, and of those with the option, how many
 have the same bits of log probabilities, too; and tokens a second: on a CPU for each second of processor
@@ -74,15 +74,16 @@ class Mode:
 
 @dataclass
 class Part:
-    """One way of running the prompts from number `first` on, and what came of it."""
+    """One way of running the prompts from number `first` on, and what came of it; `of`: the options."""
 
     way: str
     first: int
     count: int
     modes: dict[str, Mode] = field(default_factory=dict)
+    of: str = ""
 
     @classmethod
-    def of(cls, line: str) -> Part:
+    def read(cls, line: str) -> Part:
         stored = json.loads(line)
         modes = {name: Mode(**mode) for name, mode in stored.pop("modes").items()}
         return cls(**stored, modes=modes)
@@ -253,15 +254,32 @@ def shard_of(text: str, prompts: int) -> range:
     return range(first, min(last, prompts))
 
 
-def prove(args: argparse.Namespace, prompts: range, ways: Sequence[str]) -> Table:
-    """Run every part of the prompts."""
+def stored_parts(paths: Sequence[Path], of: str | None = None) -> list[Part]:
+    """The parts in files of `--out`; `of`: what they must be of, beside one another. Raises `ValueError`."""
+    parts = [Part.read(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+    for part in parts:
+        if part.of != (parts[0].of if of is None else of):
+            raise ValueError(f"there are parts of other options: {part.of}")
+    return parts
+
+
+def prove(args: argparse.Namespace, prompts: range, ways: Sequence[str], stored: Sequence[Part]) -> Table:
+    """Run every part of the prompts that is not among those that are stored."""
     table, begin = Table(), time.monotonic()
     parts = list(parts_of(prompts, ways))
+    wanted = {(part.way, part.first, part.count) for part in parts}
+    known = {key: part for part in stored if (key := (part.way, part.first, part.count)) in wanted}
+    table.parts += known.values()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        running = [pool.submit(measure, args, part, number) for number, part in enumerate(parts)]
+        running = [
+            pool.submit(measure, args, part, number)
+            for number, part in enumerate(parts)
+            if (part.way, part.first, part.count) not in known
+        ]
         for done in as_completed(running):
             part = done.result()
+            part.of = options_of(args)
             table.parts.append(part)
             if args.out is not None:
                 with args.out.open("a") as file:
@@ -274,6 +292,13 @@ def prove(args: argparse.Namespace, prompts: range, ways: Sequence[str]) -> Tabl
                 flush=True,
             )
     return table
+
+
+def options_of(args: argparse.Namespace) -> str:
+    """What parts must have in common to be added up."""
+    modes = INVARIANT if args.without_fast else f"{FAST} and {INVARIANT}"
+    model = f"{args.model} ({args.load_format}, {args.dtype}, {args.cpu_activations})"
+    return f"{model}, {args.max_tokens} tokens, {modes}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,22 +315,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cpu-activations", default="float32")
     parser.add_argument("--way", action="append", choices=EVERY_WAY[1:], help="beside alone; all by default")
-    parser.add_argument("--out", type=Path, help="file to append each part to")
+    parser.add_argument("--out", type=Path, help="file to append each part to, unless it is there")
     parser.add_argument("--add-up", type=Path, nargs="+", help="files of --out: print their table only")
     args = parser.parse_args(argv)
     ways = [way for way in EVERY_WAY if way == ALONE or not args.way or way in args.way]
-    if args.add_up:
-        table = Table()
-        table.parts = [Part.of(line) for path in args.add_up for line in path.read_text().splitlines()]
-        return int(not table.print(args.prompts, ways))
+    table = Table()
     try:
+        if args.add_up:
+            table.parts = stored_parts(args.add_up)
+            return int(not table.print(args.prompts, ways))
         prompts = shard_of(args.shard, args.prompts)
-    except argparse.ArgumentTypeError as error:
+        stored = stored_parts([args.out] if args.out is not None else [], options_of(args))
+    except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # the text is longer than the context, and is cut
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    return int(not prove(args, prompts, ways).print(len(prompts), ways))
+    return int(not prove(args, prompts, ways, stored).print(len(prompts), ways))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -216,6 +217,35 @@ def test_shards_of_the_invariance_check_add_up(tmp_path: Path, capsys: pytest.Ca
     assert script.main(["--prompts", "128", "--add-up", *map(str, files)]) == 0
     assert "| alone |  | 128 of 128 |  | 16 |  |" in capsys.readouterr().out
     assert script.main(["--prompts", "128", "--add-up", str(files[0])]) == 1, "half of the prompts is missing"
+    files[1].write_text(files[1].read_text().replace('"of": ""', '"of": "another model"'))
+    with pytest.raises(SystemExit):
+        script.main(["--prompts", "128", "--add-up", *map(str, files)])
+    assert "parts of other options: another model" in capsys.readouterr().err
+
+
+def test_an_invariance_check_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("check_invariance")
+    table, out, ran = invariance_table(script, 128), tmp_path / "parts.jsonl", []
+    found = {(part.way, part.first): part for part in table.parts}
+
+    def measure(args: argparse.Namespace, part: Any, number: int) -> Any:
+        ran.append((part.way, part.first))
+        return found[part.way, part.first]
+
+    monkeypatch.setattr(script, "measure", measure)
+    monkeypatch.setattr(script, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    command = ["--prompts", "128", "--without-fast", "--out", str(out)]
+    assert script.main(command) == 0 and sorted(ran) == sorted(found)
+    kept = out.read_text().splitlines(keepends=True)[::2]
+    out.write_text("".join(kept))
+    ran.clear()
+    assert script.main(command) == 0, "what was kept counts"
+    assert len(ran) == len(found) - len(kept) and len(out.read_text().splitlines()) == len(found)
+    with pytest.raises(SystemExit):
+        script.main([*command, "--max-tokens", "7"])
+    assert "parts of other options: smollm2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["another bit", "a way without prompts", "no hit", "no preemption"])
