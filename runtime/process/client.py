@@ -236,9 +236,13 @@ class EngineClient:
         return bool(self._serving())
 
     def _choose(self, serving: Sequence[Replica], request: EngineRequest) -> tuple[Replica, Sequence[int]]:
-        """Return the engine for a prompt, and the prompt's keys; a lone engine needs none."""
+        """Return the engine for a prompt, and the prompt's keys; a lone engine needs none.
+
+        One that misses beats gets no prompt while another beats: it may be frozen.
+        """
         if len(self.replicas) == 1:
             return serving[0], ()
+        serving = [replica for replica in serving if not replica.watch.missed] or serving
         keys: Sequence[int] = ()
         if self.config.enable_prefix_caching:
             keys = prompt_keys(request.prompt_token_ids, serving[0].prefixes.chunk, request.cache_salt)

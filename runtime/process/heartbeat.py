@@ -79,6 +79,7 @@ class Watch:
 
     def __init__(self, pid: int, longest_step_s: float) -> None:
         self.problem: str | None = None  # one line, while the engine is frozen or hangs
+        self.missed = False  # beats, without another sign of life at the last tick: no proof of anything yet
         self.longest_step_s = longest_step_s
         self._pid = pid
         self._silent_s = 0.0  # without a beat, a step, or processor time
@@ -88,10 +89,10 @@ class Watch:
         self._ticked = time.monotonic()
 
     def on_beat(self, resting: bool) -> None:
-        self._resting, self._silent_s, self._used = resting, 0.0, None
+        self._resting, self._silent_s, self._used, self.missed = resting, 0.0, None, False
 
     def on_step(self) -> None:
-        self._silent_s, self._step_s, self._used = 0.0, 0.0, None
+        self._silent_s, self._step_s, self._used, self.missed = 0.0, 0.0, None, False
 
     def tick(self, busy: bool, interval_s: float, *, unbounded: bool = False) -> str | None:
         """Take note of the time that has passed -> the problem, if there is one.
@@ -103,7 +104,8 @@ class Watch:
         elapsed, self._ticked = min(now - self._ticked, 2 * interval_s), now
         self._step_s = self._step_s + elapsed if (busy or not self._resting) and not unbounded else 0.0
         self._silent_s += elapsed
-        if self._silent_s > BEAT_S + interval_s and self._shows_life():
+        self.missed = self._silent_s > BEAT_S + interval_s and not self._shows_life()
+        if self._silent_s > BEAT_S + interval_s and not self.missed:
             self._silent_s = 0.0
         if self._silent_s > FROZEN_S:
             self.problem = f"gave no sign of life and took no processor time for {self._silent_s:.0f} s"

@@ -238,6 +238,22 @@ async def test_silence_counts_only_without_processor_time() -> None:
 
 
 @pytest.mark.usefixtures("hasty")
+async def test_beats_are_missed_before_an_engine_is_frozen() -> None:
+    with process("import time; time.sleep(3600)") as pid:
+        watch = Watch(pid, 60.0)
+        wait_until(lambda: threads_of(pid)[0] == "S", "it sleeps")
+        assert problem_within(watch, 0.5) is None and watch.missed
+        watch.on_beat(resting=True)
+        assert not watch.missed
+        assert problem_within(watch, 0.5) is None and watch.missed
+        watch.on_step()
+        assert not watch.missed
+    with process("while True: pass") as pid:
+        watch = Watch(pid, 60.0)
+        assert problem_within(watch, 0.5) is None and not watch.missed, "it works and has no time to beat"
+
+
+@pytest.mark.usefixtures("hasty")
 async def test_a_step_is_bounded_and_rest_is_not() -> None:
     with process("import time; time.sleep(3600)") as pid:
         assert problem_within(Watch(pid, 0.5), 2, resting=True) is None

@@ -249,6 +249,20 @@ async def test_an_engine_that_is_stopped_is_replaced_and_loses_nothing(
     assert "Engine 0 gave no sign of life" in caplog.text and "Engine 0 died" in caplog.text
 
 
+async def test_an_engine_that_misses_beats_gets_no_prompt_while_another_beats(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.replicas[0].watch, "missed", True)  # until the next beat
+    streams = [client.submit([5 + i] * 8, params())[0] for i in range(4)]
+    assert {owner(stream) for stream in streams} == {1}
+    streams += client.submit([5] * 8, params(), rank=0)
+    assert owner(streams[-1]) == 0, "chosen by number"
+    monkeypatch.setattr(client.replicas[1].watch, "missed", True)
+    streams += [client.submit([9 + i] * 8, params())[0] for i in range(4)]
+    assert {owner(stream) for stream in streams[5:]} == {0, 1}, "neither is passed over then"
+    assert [len(await tokens_of(stream)) for stream in streams] == [12] * 9
+
+
 async def test_a_request_that_ends_engines_ends_two_at_most(client: EngineClient) -> None:
     begun = [client.submit([6], params(LONG - 8))[0] for _ in range(4)]
     for stream in begun:
