@@ -56,7 +56,8 @@ def pytest(name: str, *paths: str) -> Check:
 
 def sanitizer(tool: str) -> Check:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-    command += ["--target-processes", "application-only", *SANITIZE]
+    # cuBLAS's kernels for Hopper hand buffers over in ways that racecheck does not follow.
+    command += ["--kernel-regex-exclude", "kns=nvjet", "--target-processes", "application-only", *SANITIZE]
     return Check(tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 

@@ -12,13 +12,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from microvllm.adapters.decoder import DecoderModel
+from microvllm.adapters.registry import load_spec
+from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.flash_backend import FlashAttention
@@ -31,6 +38,7 @@ from microvllm.ops.gpu.fixed_order import fixed_order_linear
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.peers import PeerExchange, box_bytes
 from microvllm.ops.gpu.rules import RuleTables
 from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
@@ -44,22 +52,94 @@ MODULES = (
     *(
         "activation",
         "bitmask",
+        "coded_expert_gemv",
+        "coded_grouped",
         "coded_skinny",
+        "delta_decode",
+        "delta_prefill",
         "e4m3",
         "embedding",
+        "expert_gemv",
         "fixed_order",
         "gemv",
+        "grouped",
+        "mxfp4",
         "norm",
+        "peers",
         "rope_cache",
+        "routing",
         "rules",
         "sampling",
         "scaled_gemv",
         "scaled_skinny",
         "skinny",
     ),
-    *("step_inputs", "triton_decode", "triton_prefill"),
+    *("step_inputs", "triton_decode", "triton_latent", "triton_prefill"),
 )
 DTYPE = torch.bfloat16
+# What every model has, and what makes the layers of one different.
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+CODES = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}}
+MODELS: dict[str, dict[str, Any]] = {
+    "experts": {"model_type": "qwen3_moe", **EXPERTS},
+    "experts in FP8": {"model_type": "qwen3_moe", **EXPERTS, **FP8},
+    "experts in codes": {
+        "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 64,
+        **EXPERTS,
+        **CODES,
+    },
+    "experts in MXFP4": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_bias": True,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    },
+    "states": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+    },
+    "latents": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+    },
+}
 
 
 def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -85,6 +165,11 @@ def operators() -> None:
     for rows in (1, 2, 3, 7, MAX_SKINNY_ROWS + 1):
         x = normal(rows, hidden)
         act = ops.norm_gate_up(norm, 1e-5, up)(x)
+        check(
+            f"norms of {rows} rows",
+            ops.norm_parts(normal(rows, hidden), ((norm[:40], 1e-5), (norm[40:], 1e-5))),
+            ops.norm_heads(normal(rows, 3, hidden), normal(3, hidden), 1e-5),
+        )
         check(
             f"products of {rows} rows",
             act,
@@ -278,6 +363,41 @@ def attention() -> None:
             check("flash_attn attention", flash.begin_step(batch)(0, qkv), flash.cache)
 
 
+def models() -> None:
+    """Whole decoders of random weights: experts, states and latents, in a mixed step and in one of decodes."""
+    ops, block = GpuOperators(DTYPE, DEVICE, "triton"), 16
+    for name, config in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps({**SIZES, **config}))
+            spec = load_spec(Path(folder))
+            weights = load_weights(Path(folder), spec, "dummy", DTYPE, device=DEVICE.type, packed=ops.packed)
+        model, pools = DecoderModel(spec, weights, ops), len(spec.windows)
+        mixed, blocks = mixed_step(block)
+        rows = torch.arange(mixed.num_decodes + 3, device=DEVICE)
+        attention = model.attention([blocks] * pools, block, 512, DTYPE, DEVICE, len(rows))
+        count = mixed.num_decodes
+        alone = replace(
+            mixed, positions=mixed.positions[:count], slots=mixed.slots[:count], segment_table=None
+        )
+        for batch, sequences in ((mixed, rows), (alone, rows[:count])):
+            pool = replace(batch, rows=sequences)
+            step = attention.begin_step(replace(pool, others=(pool,) * (pools - 1)))
+            tokens = torch.arange(len(batch.positions), device=DEVICE)
+            check(name, model.logits(model.forward(tokens, step)))
+
+
+def peers() -> None:
+    """A rank that need not wait for the other one."""
+    room = 4096
+    boxes = [torch.zeros(box_bytes(2, room) // 8, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    for pdl in {False, can_launch_early(DEVICE)}:
+        exchange = PeerExchange(0, [box.data_ptr() for box in boxes], room, DEVICE, pdl=pdl)
+        exchange._ended.fill_(1)
+        for residual in (None, normal(3, 300)):
+            check("sum over ranks", exchange.sum(normal(3, 300), residual))
+        check("parts of ranks", exchange.join(normal(3, 250)))
+
+
 def never_launched() -> list[str]:
     """Kernels of ours that have no compiled form by now; by name, what others call is no kernel."""
     missed = []
@@ -297,7 +417,7 @@ def main() -> None:
     ).parse_args()
     torch.manual_seed(0)
     with torch.inference_mode():
-        for part in (operators, scaled, coded, sampling, rules, step_inputs, attention):
+        for part in (operators, scaled, coded, sampling, rules, step_inputs, attention, models, peers):
             part()
             print(part.__name__, "done", flush=True)
     sys.exit(bool(never_launched()))
