@@ -364,7 +364,7 @@ def attention() -> None:
 
 
 def models() -> None:
-    """Whole decoders of random weights: experts, states and latents, in a mixed step and in one of decodes."""
+    """Decoders of random weights, of experts, states and latents: a mixed step, and one of decodes."""
     ops, block = GpuOperators(DTYPE, DEVICE, "triton"), 16
     for name, config in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
