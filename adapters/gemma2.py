@@ -8,7 +8,7 @@ import msgspec
 
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import hf_spec, layer_windows
+from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
@@ -36,13 +36,13 @@ def gemma_spec(
     qk_norm: bool = False,
     rotary: Callable[[Fields, int, int], Rotary] = rope_from_hf,
 ) -> ModelSpec:
-    """What Gemma 2 and 3 share. caps: of scores and of logits; `period` is that of `sliding_layers`."""
+    """What Gemma 2 and 3 share. caps: of scores and of logits; Every `period`-th layer has no window."""
     if config.flag("use_bidirectional_attention"):
         raise config.error("use_bidirectional_attention", "is not supported")
 
     def windows(config: Fields, num_layers: int) -> list[int | None]:
         window = None if config.is_null("sliding_window") else config.size("sliding_window", 4096)
-        return [window if slides else None for slides in sliding_layers(config, num_layers, period)]
+        return layer_windows(config, num_layers, window, all_but_every(period, num_layers))
 
     def cap(key: str, default: float | None) -> float | None:
         if config.is_null(key) or (key not in config and default is None):
@@ -75,12 +75,6 @@ def gemma_spec(
         embedding_scale=spec.hidden_size**0.5,
         logits_softcap=cap("final_logit_softcapping", caps[1]),
     )
-
-
-def sliding_layers(config: Fields, num_layers: int, period: int) -> list[bool]:
-    """Which layers have a window: those that `layer_types` names, or all but every `period`-th."""
-    default = [(index + 1) % period != 0 for index in range(num_layers)]
-    return [window is not None for window in layer_windows(config, num_layers, 1, default)]
 
 
 FAMILY = Family("gemma2", "Gemma2ForCausalLM", from_hf, hf_tensors=TENSORS)

@@ -6,9 +6,10 @@ import msgspec
 
 from microvllm.adapters.family import GGUF_TENSORS, Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.gemma2 import TENSORS, gemma_spec, sliding_layers
+from microvllm.adapters.gemma2 import TENSORS, gemma_spec
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.hf_config import all_but_every, sliding_layers
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import LayerSpec, ModelSpec
@@ -33,9 +34,10 @@ def from_hf(config: Fields) -> ModelSpec:
         rotary=lambda *sizes: _rotary("full_attention", *sizes),
     )
     local = _rotary("sliding_attention", config, spec.mixers[0].head_dim, DEFAULT_MAX_POSITION).spec
+    slides = sliding_layers(config, spec.num_layers, all_but_every(period, spec.num_layers))
     layers = (
-        layer.with_mixer(rope=local) if slides else layer
-        for layer, slides in zip(spec.layers, sliding_layers(config, spec.num_layers, period), strict=True)
+        layer.with_mixer(rope=local) if sliding else layer
+        for layer, sliding in zip(spec.layers, slides, strict=True)
     )
     return msgspec.structs.replace(spec, layers=tuple(layers))
 
@@ -89,7 +91,7 @@ def sliding_pattern(keys: Fields, num_layers: int) -> list[bool]:
     pattern = keys.get(key)
     if not isinstance(pattern, list):
         period = keys.size(key, 6)
-        return [(index + 1) % period != 0 for index in range(num_layers)]
+        return all_but_every(period, num_layers)
     if len(pattern) != num_layers:
         raise keys.error(key, f"must list each of the {num_layers} layers")
     return [bool(each) for each in pattern]

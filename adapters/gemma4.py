@@ -19,7 +19,7 @@ from microvllm.adapters.family import Family
 from microvllm.adapters.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, MAX_SIZE, Fields
 from microvllm.adapters.gemma2 import GELU
 from microvllm.adapters.gemma2 import TENSORS as GEMMA_TENSORS
-from microvllm.adapters.hf_config import hf_spec, layer_windows, text_part
+from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows, text_part
 from microvllm.adapters.layer_tails import LayerTails
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
@@ -65,8 +65,7 @@ def from_hf(config: Fields, defaults: Mapping[str, int] = PLAIN) -> ModelSpec:
 
     def windows(config: Fields, num_layers: int) -> list[int | None]:
         window = config.size("sliding_window", defaults["sliding_window"])
-        default = [(index + 1) % PERIOD != 0 for index in range(num_layers)]
-        found = layer_windows(config, num_layers, window, default)
+        found = layer_windows(config, num_layers, window, all_but_every(PERIOD, num_layers))
         found[-1] = None  # always, as in transformers
         slides.extend(each is not None for each in found)
         return found

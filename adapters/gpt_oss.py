@@ -16,7 +16,7 @@ from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import hf_spec, layer_windows, read_experts
+from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows, read_experts
 from microvllm.adapters.rope_spec import Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE, PAIRS, TRANSPOSED
@@ -95,7 +95,7 @@ def _windows(config: Fields, num_layers: int) -> Sequence[int | None]:
     if config.is_null("sliding_window"):
         raise config.error("sliding_window", "is null, but every second layer has one")
     window = config.size("sliding_window", 128)
-    return layer_windows(config, num_layers, window, [index % 2 == 0 for index in range(num_layers)])
+    return layer_windows(config, num_layers, window, all_but_every(2, num_layers))
 
 
 def _rotary(config: Fields, head_dim: int, default_max_position: int) -> Rotary:

@@ -23,6 +23,7 @@ MAX_JSON_BYTES = 64 << 20
 TIE = "tie_word_embeddings"
 INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", TIE)
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
 SILU = {"silu": "silu", "swish": "silu"}
 COUNT_KEYS = ("num_experts", "num_local_experts")  # of experts, under transformers' older or newer name
 OTHER_COUNT_KEYS = ("n_routed_experts", "moe_num_experts")  # of single families
@@ -163,19 +164,45 @@ def text_part(config: Fields) -> Fields:
     return Fields(config.path, merged, text.where)
 
 
+def layer_types(
+    config: Fields, num_layers: int, supported: Collection[str], default: list[str] | None = None
+) -> list[str]:
+    """The kind of each layer by `layer_types`, which the config must have where there is no `default`."""
+    kinds = config.get("layer_types", default)
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise config.error("layer_types", f"must list one kind for each of the {num_layers} layers")
+    for kind in kinds:
+        if kind not in supported:
+            raise config.error("layer_types", f"names {shorten(kind)}, which is not supported")
+    return kinds
+
+
+def hybrid_layer_types(
+    config: Fields, num_layers: int, supported: tuple[str, str], default: list[str] | None = None
+) -> list[str]:
+    """As `layer_types`, of a kind with a state and one with attention, of which there must be a layer."""
+    kinds = layer_types(config, num_layers, supported, default)
+    if supported[1] not in kinds:
+        raise config.error("layer_types", f"has no {supported[1]}, without which models are not supported")
+    return kinds
+
+
+def all_but_every(period: int, num_layers: int) -> list[bool]:
+    """False for every `period`-th layer."""
+    return [(index + 1) % period != 0 for index in range(num_layers)]
+
+
+def sliding_layers(config: Fields, num_layers: int, default: Sequence[bool]) -> list[bool]:
+    """Which layers have a window, by `layer_types`; `default` where the config does not list them."""
+    kinds = layer_types(config, num_layers, ATTENTION_KINDS, [ATTENTION_KINDS[each] for each in default])
+    return [kind == "sliding_attention" for kind in kinds]
+
+
 def layer_windows(
-    config: Fields, num_layers: int, window: int | None, slides: Sequence[bool]
+    config: Fields, num_layers: int, window: int | None, default: Sequence[bool]
 ) -> list[int | None]:
-    """The window of each layer, by `layer_types`; `slides` is used where the config does not list them."""
-    if "layer_types" in config:
-        kinds = config.get("layer_types")
-        if not isinstance(kinds, list) or len(kinds) != num_layers:
-            raise config.error("layer_types", f"must list one kind for each of the {num_layers} layers")
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise config.error("layer_types", f"names {shorten(kind)}, which is not supported")
-        slides = [kind == "sliding_attention" for kind in kinds]
-    return [window if sliding else None for sliding in slides]
+    """The window of each layer: see `sliding_layers`."""
+    return [window if slides else None for slides in sliding_layers(config, num_layers, default)]
 
 
 def qwen_windows(config: Fields, num_layers: int) -> list[int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 
 import msgspec
@@ -12,7 +12,7 @@ from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.hf_config import hf_spec, hybrid_layer_types, read_experts
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.short_conv import ShortConv
@@ -61,9 +61,7 @@ def dense_from_hf(config: Fields) -> ModelSpec:
     """Describe a dense LFM2 model from the `config.json` of its folder."""
     if "block_ff_dim" in config:
         config = config.with_value("intermediate_size", config.size("block_ff_dim"))
-    kinds = None
-    if "layer_types" not in config:
-        kinds = _kinds_of_indices(config)
+    kinds = None if "layer_types" in config else _kinds_of_indices(config)
     spec = _hybrid(config, "lfm2", kinds)
     mlp = MLP(size=_inner_size(config))
     layers = (msgspec.structs.replace(layer, mlp=mlp) for layer in spec.layers)
@@ -77,7 +75,7 @@ def sparse_from_hf(config: Fields) -> ModelSpec:
 
 
 def _hybrid(
-    config: Fields, architecture: str, kinds: Sequence[str] | None = None, expert_keys: Collection[str] = ()
+    config: Fields, architecture: str, kinds: list[str] | None = None, expert_keys: Collection[str] = ()
 ) -> ModelSpec:
     """Build the spec with plain MLPs of `intermediate_size`; `kinds` stand in for absent `layer_types`."""
     for key in ("block_use_swiglu", "use_pos_enc"):
@@ -102,28 +100,17 @@ def _hybrid(
     )
     if conv.conv_size < 2:
         raise config.error("conv_L_cache", "must be at least 2, got 1")
+    kinds = hybrid_layer_types(config, spec.num_layers, KINDS, kinds)
     layers = (
         LayerSpec(mixer=conv, mlp=layer.mlp) if kind == "conv" else layer
-        for layer, kind in zip(spec.layers, kinds or _kinds(config, spec.num_layers), strict=True)
+        for layer, kind in zip(spec.layers, kinds, strict=True)
     )
     tied = config.flag("tie_embedding", config.flag("tie_word_embeddings", True))
     eps = config.number("norm_eps", 1e-5)
     return msgspec.structs.replace(spec, layers=tuple(layers), tie_embeddings=tied, rms_norm_eps=eps)
 
 
-def _kinds(config: Fields, num_layers: int) -> Sequence[str]:
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise config.error("layer_types", f"must list one kind for each of the {num_layers} layers")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise config.error("layer_types", f"names {shorten(kind)}, which is not supported")
-    if "full_attention" not in kinds:
-        raise config.error("layer_types", "has no full_attention, without which models are not supported")
-    return kinds
-
-
-def _kinds_of_indices(config: Fields) -> Sequence[str]:
+def _kinds_of_indices(config: Fields) -> list[str]:
     """Older files list the layers with attention; without a list all have it."""
     num_layers = config.size("num_hidden_layers")
     indices = config.get("full_attn_idxs", list(range(num_layers)))

@@ -9,11 +9,17 @@ import msgspec
 
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import hf_spec, layer_windows
+from microvllm.adapters.hf_config import (
+    ATTENTION_KINDS,
+    all_but_every,
+    hf_spec,
+    layer_windows,
+    sliding_layers,
+)
 from microvllm.adapters.rope_spec import Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec
 
-KINDS = ("full_attention", "sliding_attention")
+PERIOD = 4  # of layers, the last of which is full
 DEFAULT_MAX_POSITION = 2048
 TENSORS = {
     **HF_TENSORS,
@@ -36,9 +42,11 @@ def from_hf(config: Fields) -> ModelSpec:
     )
     sizes = spec.mixers[0].head_dim, DEFAULT_MAX_POSITION
     local = _rotary("sliding_attention", config, *sizes).spec
+    # Not by their windows, which `hf_spec` leaves out where they are wider than all positions.
+    slides = sliding_layers(config, spec.num_layers, all_but_every(PERIOD, spec.num_layers))
     layers = (
-        layer.with_mixer(whole_qk_norm=True, rope=local if slides else layer.attention.rope)
-        for layer, slides in zip(spec.layers, _slides(config, spec.num_layers), strict=True)
+        layer.with_mixer(whole_qk_norm=True, rope=local if sliding else layer.attention.rope)
+        for layer, sliding in zip(spec.layers, slides, strict=True)
     )
     return msgspec.structs.replace(
         spec,
@@ -47,15 +55,9 @@ def from_hf(config: Fields) -> ModelSpec:
     )
 
 
-def _slides(config: Fields, num_layers: int) -> list[bool]:
-    """Whether each layer has a window, which it may be too short a text to see."""
-    default = [(index + 1) % 4 != 0 for index in range(num_layers)]
-    return [window is not None for window in layer_windows(config, num_layers, 1, default)]
-
-
 def _windows(config: Fields, num_layers: int) -> list[int | None]:
     window = None if config.is_null("sliding_window") else config.size("sliding_window", 4096)
-    return [window if slides else None for slides in _slides(config, num_layers)]
+    return layer_windows(config, num_layers, window, all_but_every(PERIOD, num_layers))
 
 
 def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int) -> Rotary:
@@ -63,8 +65,8 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
     parts = config.part("rope_parameters")
     if parts is not None:
         for other in parts:
-            if other not in KINDS:
-                raise parts.error(other, f"must be one of {', '.join(KINDS)}")
+            if other not in ATTENTION_KINDS:
+                raise parts.error(other, f"must be one of {', '.join(ATTENTION_KINDS)}")
         if "rope_scaling" in config:
             raise config.error("rope_scaling", "is not supported beside rope_parameters")
         scaling = parts.part(kind)

@@ -8,7 +8,7 @@ head that predicts further tokens (`mtp.`) is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ import msgspec
 
 from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.fields import Fields
+from microvllm.adapters.hf_config import all_but_every, hf_spec, hybrid_layer_types, read_experts
 from microvllm.adapters.qwen_moe import TENSORS as MOE_TENSORS
 from microvllm.adapters.qwen_moe import sparse
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
@@ -124,7 +124,9 @@ def _hybrid(
         qk_norm=True,
         has_experts=has_experts or expert_size is not None,
     )
-    kinds = _kinds(config, spec.num_layers)
+    period = config.size("full_attention_interval", 4)
+    default = [KINDS[not linear] for linear in all_but_every(period, spec.num_layers)]
+    kinds = hybrid_layer_types(config, spec.num_layers, KINDS, default)
     delta = _delta_net(config)
     layers = (
         layer.with_mixer(gated=True) if kind == "full_attention" else LayerSpec(mixer=delta, mlp=layer.mlp)
@@ -149,20 +151,6 @@ def _delta_net(config: Fields) -> GatedDeltaNet:
     if mixer.conv_size < 2:
         raise config.error("linear_conv_kernel_dim", "must be at least 2, got 1")
     return mixer
-
-
-def _kinds(config: Fields, num_layers: int) -> Sequence[str]:
-    """Of each layer, by `layer_types`, or attention in every `full_attention_interval`-th."""
-    period = config.size("full_attention_interval", 4)
-    kinds = config.get("layer_types", [KINDS[i % period == period - 1] for i in range(num_layers)])
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise config.error("layer_types", f"must list one kind for each of the {num_layers} layers")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise config.error("layer_types", f"names {shorten(kind)}, which is not supported")
-    if "full_attention" not in kinds:
-        raise config.error("layer_types", "has no full_attention, without which models are not supported")
-    return kinds
 
 
 def _rotary(config: Fields, head_dim: int, default_max_position: int) -> Rotary:

@@ -11,7 +11,7 @@ from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import hf_spec, layer_windows
+from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
@@ -39,7 +39,7 @@ def from_hf(config: Fields) -> ModelSpec:
 def from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe a SmolLM3 model from a GGUF file, which does not say which layers rotate."""
     spec = gguf_spec(file)
-    return _rotating(spec, [(index + 1) % INTERVAL != 0 for index in range(spec.num_layers)])
+    return _rotating(spec, all_but_every(INTERVAL, spec.num_layers))
 
 
 def _rotating(spec: ModelSpec, rotated: Sequence[bool]) -> ModelSpec:
@@ -55,7 +55,7 @@ def _rotated(config: Fields, num_layers: int) -> list[bool]:
     """Which layers rotate: by `no_rope_layers`, or all but every `no_rope_layer_interval`-th."""
     if "no_rope_layers" not in config:
         interval = config.size("no_rope_layer_interval", INTERVAL)
-        return [(index + 1) % interval != 0 for index in range(num_layers)]
+        return all_but_every(interval, num_layers)
     listed = config.get("no_rope_layers")
     good = isinstance(listed, list) and len(listed) == num_layers
     if not good or any(type(each) is not int or each not in (0, 1) for each in listed):
