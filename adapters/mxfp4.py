@@ -18,14 +18,17 @@ from microvllm.adapters.quantization import KEY
 from microvllm.adapters.tensors import PAIRS, Part, Slot
 from microvllm.adapters.weight_formats import Dense, allocate
 from microvllm.ops.coded import BLOCK as ROW_BLOCK
+from microvllm.ops.coded import PLANE
 from microvllm.ops.mxfp4 import (
     BIAS,
     BLOCK,
     LARGEST,
     MAX_SCALE,
     NAN_SCALE,
+    PLACES,
     Mxfp4Tensor,
     quantize,
+    scales_of,
     values,
     words_of,
 )
@@ -100,16 +103,16 @@ class Mxfp4Packed(Mxfp4):
         if slot.columns is None or not isinstance(checkpoint, FolderCheckpoint):
             return super().load(checkpoint, slot, dtype, device, loaded)
         (start, stop), (rows, columns) = slot.columns.runs[0], slot.shape
-        groups = columns // BLOCK
         words = allocate(checkpoint.path, slot.name, (rows, num_words(columns, 4)), torch.int32, device)
-        scales = allocate(checkpoint.path, slot.name, (groups, rows), torch.uint8, device)
+        count = num_words(columns, 4) // PLANE * PLACES
+        scales = allocate(checkpoint.path, slot.name, (rows, count), torch.uint8, device)
         filled = 0
         for part in slot.parts:
             blocks = range(start // BLOCK, stop // BLOCK)
             for codes, found in stored_rows(checkpoint, slot, part, blocks, dtype):
                 run = slice(filled, filled + len(codes))
                 words[run].copy_(words_of(codes.to(device)))
-                scales[:, run].copy_(found.T)
+                scales[run].copy_(scales_of(found))
                 filled = run.stop
             loaded()
         made = Mxfp4Tensor.of(words, columns, scales)
@@ -166,7 +169,7 @@ def round_to_mxfp4(weight: torch.Tensor) -> Mxfp4Tensor:
     """[rows, columns] of experts that fit."""
     made = [quantize(some) for some in torch.split(weight, 1 << 14)]
     words = torch.cat([words_of(codes) for codes, _ in made])
-    return Mxfp4Tensor.of(words, weight.shape[1], torch.cat([found.T for _, found in made], 1).contiguous())
+    return Mxfp4Tensor.of(words, weight.shape[1], torch.cat([scales_of(found) for _, found in made]))
 
 
 def stored_rows(

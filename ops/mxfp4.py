@@ -10,9 +10,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from microvllm.ops.coded import BLOCK as ROW_BLOCK
 from microvllm.ops.coded import PLANE, in_rows, pack
 
 BLOCK = 32  # columns that share a scale
+PLACES = 8  # codes of a word, and so the scales of a run of words
 NAN_SCALE = 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; those of 8 to 15 are negative
 LARGEST = MAGNITUDES[-1]
@@ -24,7 +26,8 @@ class Mxfp4Tensor(Tensor):
     """A matrix [rows, columns] in MXFP4, as a GPU's products of experts take it.
 
     As a tensor it is its words, [rows, words] int32: those of a `CodedTensor` of 4 bits, with codes of e2m1.
-    scales: [columns / 32, rows] uint8, none above `MAX_SCALE`. Rows are a multiple of 16.
+    scales: [rows, 8 * runs of a row's words] uint8, none above `MAX_SCALE`, in the order of `scales_of`. Rows
+    are a multiple of 16.
     """
 
     columns: int
@@ -35,7 +38,7 @@ class Mxfp4Tensor(Tensor):
 
     @staticmethod
     def of(words: Tensor, columns: int, scales: Tensor) -> Mxfp4Tensor:
-        """words: as `words_of` makes them; the rest as above."""
+        """words, scales: as `words_of` and `scales_of` make them; the rest as above."""
         tensor: Mxfp4Tensor = Tensor._make_subclass(Mxfp4Tensor, words)
         tensor.columns, tensor.scales = columns, scales
         return tensor
@@ -46,12 +49,26 @@ class Mxfp4Tensor(Tensor):
         shifts = torch.arange(8, dtype=torch.int32, device=words.device) * 4
         runs = words.view(len(words), -1, 1, PLANE) >> shifts.view(-1, 1) & 15
         pairs = runs.view(len(words), -1)[:, : self.columns].to(torch.uint8).view(len(words), -1, 2)
-        return values(pairs[:, :, 0] | pairs[:, :, 1] << 4, self.scales.T, dtype)
+        of_blocks = self.scales.view(len(words) // ROW_BLOCK, -1, ROW_BLOCK // 2, 2, PLACES)
+        scales = of_blocks.permute(0, 3, 2, 1, 4).reshape(len(words), -1)[:, : self.columns // BLOCK]
+        return values(pairs[:, :, 0] | pairs[:, :, 1] << 4, scales, dtype)
 
 
 def words_of(codes: Tensor) -> Tensor:
     """codes: see `values`, rows a multiple of 16 -> the words of an `Mxfp4Tensor`."""
     return pack(torch.stack((codes & 15, codes >> 4), -1).flatten(1), 4)
+
+
+def scales_of(scales: Tensor) -> Tensor:
+    """scales: see `values` -> those of an `Mxfp4Tensor`: a block's lie together, run by run, as its words do.
+
+    Of a block's rows [2, 8] and a run's scales the order is [8, 2, 8]: 16 bytes for a thread's two rows.
+    """
+    rows, groups = scales.shape
+    runs = -(-groups // PLACES)
+    padded = torch.nn.functional.pad(scales, (0, runs * PLACES - groups))
+    parts = padded.view(rows // ROW_BLOCK, 2, ROW_BLOCK // 2, runs, PLACES)
+    return parts.permute(0, 3, 2, 1, 4).reshape(rows, -1)
 
 
 def values(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

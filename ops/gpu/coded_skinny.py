@@ -109,13 +109,13 @@ def _beside(a, b):
 
 
 @triton.jit
-def _columns(tiles, first: tl.constexpr, COUNT: tl.constexpr):
+def side_by_side(tiles, first: tl.constexpr, COUNT: tl.constexpr):
     """COUNT tiles beside each other: 1, 2, 4 or 8."""
     if COUNT == 1:
         tile = tiles[first]
     else:
         half: tl.constexpr = COUNT // 2
-        tile = _beside(_columns(tiles, first, half), _columns(tiles, first + half, half))
+        tile = _beside(side_by_side(tiles, first, half), side_by_side(tiles, first + half, half))
     return tile
 
 
@@ -131,7 +131,7 @@ def multiply_codes(
     tiles, above = _unpacked(words, BITS, DTYPE)
     each: tl.constexpr = 32 // BITS // GROUPS // SPAN  # products of a group
     for i in tl.static_range(32 // BITS // SPAN):
-        left = _columns(tiles, i * SPAN, SPAN)
+        left = side_by_side(tiles, i * SPAN, SPAN)
         if OFFSETS:
             left = left - above
         elif ZEROS:

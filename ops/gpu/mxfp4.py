@@ -25,7 +25,7 @@ from torch import Tensor
 from microvllm.ops.coded import BLOCK as ROW_BLOCK
 from microvllm.ops.coded import PLANE
 from microvllm.ops.gpu.activation import gated_unit
-from microvllm.ops.gpu.coded_skinny import INTERPRETED, OPERANDS, in_rows
+from microvllm.ops.gpu.coded_skinny import INTERPRETED, OPERANDS, in_rows, side_by_side
 from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
@@ -58,7 +58,7 @@ def _place(words, place: tl.constexpr):
 
 
 @triton.jit
-def _unpacked(words, DTYPE: tl.constexpr):
+def unpacked(words, DTYPE: tl.constexpr):
     """A tile for each place of the words: in bfloat16, or else in float32."""
     if INTERPRETED or DTYPE != tl.bfloat16:  # noqa: SIM300
         tiles = (
@@ -75,9 +75,20 @@ def _unpacked(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _factor(scale, DTYPE: tl.constexpr):
-    """2 ** (scale - 1) in the type of `_unpacked`: 2 ** 126 times what the byte stands for."""
-    exponent = scale.to(tl.int32) + 126
+def scales_in_rows(words):
+    """A run's scales as loaded, [blocks, 32] int32 -> [blocks * 16] of 4 places each, twice.
+
+    To each byte 126 is added, which makes an exponent of it: see `factor_of`.
+    """
+    blocks: tl.constexpr = words.shape[0]
+    words = tl.permute(tl.reshape(words + 0x7E7E7E7E, [blocks, 8, 2, 2]), [0, 2, 1, 3])
+    return tl.split(tl.reshape(words, [blocks * 16, 2]))
+
+
+@triton.jit
+def factor_of(scales, place: tl.constexpr, DTYPE: tl.constexpr):
+    """Of a place: 2 ** 126 times what the scale stands for, in the type of `unpacked`."""
+    exponent = scales[place // 4] >> (8 * (place % 4)) & 255
     if INTERPRETED or DTYPE != tl.bfloat16:  # noqa: SIM300
         factor = (exponent << 23).to(tl.float32, bitcast=True)
     else:
@@ -86,18 +97,16 @@ def _factor(scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    sums, words, right, scale_at, TOTAL, k, K: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr
-):
-    """sums + the products of a step; right: x at each place, [WIDTH, BLOCK_M]."""
-    tiles = _unpacked(words, DTYPE)
-    part = tl.zeros(sums.shape, tl.float32)
+def multiply_mxfp4(sums, codes, scales, right, SPAN: tl.constexpr, DTYPE: tl.constexpr):
+    """sums + the products of a run: codes [rows, words]; right: x at each SPAN places, [SPAN * words, n]."""
+    tiles, factors = unpacked(codes, DTYPE), scales_in_rows(scales)
+    scaled = ()
     for i in tl.static_range(8):
-        group = tl.minimum(k // WIDTH + i, (K - 1) // WIDTH)
-        factor = _factor(tl.load(scale_at + group.to(tl.int64) * TOTAL), DTYPE)
-        left = (tiles[i] * factor[:, None]).to(DTYPE)
-        part = tl.dot(left, right[i], part, input_precision="ieee")
-    return sums + part
+        scaled += ((tiles[i] * factor_of(factors, i, DTYPE)[:, None]).to(DTYPE),)
+    for i in tl.static_range(8 // SPAN):
+        left = side_by_side(scaled, i * SPAN, SPAN)
+        sums = tl.dot(left, right[i], sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -113,7 +122,6 @@ def _mxfp4_kernel(
     starts,
     stops,
     NUM_TILES,
-    TOTAL,
     N: tl.constexpr,
     K: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -129,12 +137,13 @@ def _mxfp4_kernel(
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: a tile of choices by BLOCK_N columns, as in `ops.gpu.grouped`. TOTAL: rows of all experts."""
+    """Program: a tile of choices by BLOCK_N columns, as in `ops.gpu.grouped`."""
     follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
     PLACES: tl.constexpr = 8  # codes of a word
     STEP: tl.constexpr = PLACES * WIDTH
-    WORDS: tl.constexpr = (K + STEP - 1) // STEP * WIDTH
+    RUNS: tl.constexpr = (K + STEP - 1) // STEP
+    WORDS: tl.constexpr = RUNS * WIDTH
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     group = program // (TILES_TOGETHER * blocks_n)
@@ -159,6 +168,7 @@ def _mxfp4_kernel(
         # [WIDTH / 8, blocks, 128]: a warp's threads have 16 bytes each of a block, so many times.
         eighth = tl.arange(0, WIDTH // 8)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
         word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + eighth
+        scale_at = code_scales + block.to(tl.int64)[:, None] * (RUNS * 32) + tl.arange(0, 32)[None, :]
         column = tl.arange(0, WIDTH)
         x_row = tl.where(rows, place if LAST else choice // CHOICES, 0)
         x_at = x + x_row.to(tl.int64)[None, :] * K + column[:, None]
@@ -173,11 +183,12 @@ def _mxfp4_kernel(
                 else:
                     right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
             step_at = word_at + k // STEP * (ROW_BLOCK * WIDTH)
-            codes = in_rows(tl.load(step_at))
-            sums = _multiply(sums, codes, right, code_scales + row, TOTAL, k, K, WIDTH, DTYPE)
+            run_at = scale_at + k // STEP * 32
+            sums = multiply_mxfp4(sums, in_rows(tl.load(step_at)), tl.load(run_at), right, 1, DTYPE)
             if GATED:
                 codes = in_rows(tl.load(step_at + N * WORDS))
-                up_sums = _multiply(up_sums, codes, right, code_scales + N + row, TOTAL, k, K, WIDTH, DTYPE)
+                scales_of_up = tl.load(run_at + N // ROW_BLOCK * (RUNS * 32))
+                up_sums = multiply_mxfp4(up_sums, codes, scales_of_up, right, 1, DTYPE)
         sums, up_sums = tl.trans(sums), tl.trans(up_sums)
         if BIAS:
             sums += tl.load(bias + row).to(tl.float32)[None, :]
@@ -229,7 +240,7 @@ class Mxfp4Weight:
             y,
             x,
             weight.as_subclass(Tensor),
-            weight.scales,
+            weight.scales.view(torch.int32),
             self._bias,
             scales,
             choices.order,
@@ -237,7 +248,6 @@ class Mxfp4Weight:
             choices.starts,
             choices.stops,
             tiles,
-            weight.shape[0],
             N=self._columns,
             K=weight.columns,
             CHOICES=num_chosen,

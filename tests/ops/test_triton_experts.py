@@ -20,7 +20,7 @@ from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight
 from microvllm.ops.gpu.mxfp4 import UNPACK
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.routing import choose, route_few, sort_choices
-from microvllm.ops.mxfp4 import MAGNITUDES, MAX_SCALE, Mxfp4Tensor, powers, words_of
+from microvllm.ops.mxfp4 import MAGNITUDES, MAX_SCALE, Mxfp4Tensor, powers, scales_of, words_of
 from microvllm.ops.mxfp4 import quantize as quantize_mxfp4
 from microvllm.ops.norm import rms_norm
 from microvllm.ops.operators import TorchOperators
@@ -271,7 +271,7 @@ def test_biases_and_the_clamped_unit(tokens: int, block: tuple[int, int] | None,
 
 def in_mxfp4(weight: Tensor) -> Mxfp4Tensor:
     codes, scales = quantize_mxfp4(weight.float())
-    return Mxfp4Tensor.of(words_of(codes), weight.shape[1], scales.T.contiguous())
+    return Mxfp4Tensor.of(words_of(codes), weight.shape[1], scales_of(scales))
 
 
 def test_the_instructions_that_widen_mxfp4_to_bfloat16() -> None:
