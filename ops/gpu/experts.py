@@ -17,8 +17,10 @@ from microvllm.ops.gpu.coded_grouped import CodedGroupedWeight
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.mxfp4 import Mxfp4Weight
+from microvllm.ops.gpu.mxfp4_experts import mxfp4_experts
 from microvllm.ops.gpu.norm import rms_norm
 from microvllm.ops.gpu.routing import choose, route_few, sort_choices
+from microvllm.ops.gpu.tiling import MAX_MXFP4_CHOICES, MAX_MXFP4_TOKENS
 from microvllm.ops.mxfp4 import Mxfp4Tensor
 from microvllm.ops.operators import Norm, Operator
 from microvllm.ops.routing import Routing
@@ -52,7 +54,8 @@ class GpuExperts:
     multiprocessor, in bytes.
 
     `fixed_order`: a row has the same bits whatever is computed with it: one tiling for any number of rows, so
-    that sums over terms have one order; those over a token's experts always have.
+    that sums over terms have one order; those over a token's experts always have. few_mxfp4: whether a few
+    tokens' experts in MXFP4 are multiplied without sorting.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class GpuExperts:
         *,
         fixed_order: bool,
         boxes: bool,
+        few_mxfp4: bool,
         shared_memory: int,
         pdl: bool,
     ) -> None:
@@ -98,8 +102,10 @@ class GpuExperts:
         self._is_mxfp4 = Mxfp4Tensor in kinds
         # The largest number of tokens that are multiplied without sorting.
         fits = gated and routing.num_groups == 1 and len(kinds) == 1 and weights.router_norm is None
-        fits = fits and kinds.isdisjoint((Mxfp4Tensor, CodedTensor))
-        self._few = MAX_GEMV_TOKENS if fits and not fixed_order else 0
+        most = MAX_GEMV_TOKENS
+        if self._is_mxfp4:
+            most = MAX_MXFP4_TOKENS if few_mxfp4 and routing.num_chosen <= MAX_MXFP4_CHOICES else 0
+        self._few = most if fits and not fixed_order and CodedTensor not in kinds else 0
         self._fixed_order, self._shared_memory, self._pdl = fixed_order, shared_memory, pdl
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -125,7 +131,7 @@ class GpuExperts:
     def _compute_few(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Without sorting; one token's norm is a part of each kernel that reads it."""
         norm, eps, pdl = self._norm, self._eps, self._pdl
-        if x.shape[0] > 1 or self._is_coded:
+        if x.shape[0] > 1 or self._is_coded or self._is_mxfp4:
             x, norm = self._normed(x, norm), None
         weights, chosen = route_few(
             x,
@@ -142,6 +148,10 @@ class GpuExperts:
         gate_up, down = self._gate_up.matrix, self._down.matrix
         if isinstance(gate_up, ScaledTensor) and isinstance(down, ScaledTensor):
             return coded_expert_gemv(
+                x, gate_up, down, weights, chosen, residual, self._biases, clamped=self._clamped, pdl=pdl
+            )
+        if isinstance(gate_up, Mxfp4Tensor) and isinstance(down, Mxfp4Tensor):
+            return mxfp4_experts(
                 x, gate_up, down, weights, chosen, residual, self._biases, clamped=self._clamped, pdl=pdl
             )
         return expert_gemv(

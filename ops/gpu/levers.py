@@ -39,7 +39,8 @@ class Levers:
 
     stream: products of few rows by `ops.gpu.stream`; early_reads: attention reads what no kernel of the
     step writes before it waits for the one ahead; boxes: decode attention loads whole tiles of cached keys
-    and values by TMA; packed: matrices that a checkpoint quantises stay packed; w8a8: of those, products of
+    and values by TMA; packed: matrices that a checkpoint quantises stay packed; few_mxfp4: experts in
+    MXFP4 of a few tokens are multiplied without sorting; w8a8: of those, products of
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
     rows by `ops.gpu.peers`; rules: penalties, biases and masks of a decode step by graphs of their own;
     long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models.
@@ -49,6 +50,7 @@ class Levers:
     early_reads: bool = False
     boxes: bool = False
     packed: bool = True
+    few_mxfp4: bool = True
     w8a8: bool = False
     peers: bool = False
     rules: bool = False
@@ -72,5 +74,5 @@ class Levers:
         off |= OPT_IN - _named(OPT_IN_VARIABLE, known)
         levers = Levers(*(name not in off for name in known))
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-            return Levers(packed=levers.packed)
+            return Levers(packed=levers.packed, few_mxfp4=levers.few_mxfp4)
         return levers if triton.__version__.startswith(GLUON_VERSION) else replace(levers, stream=False)

@@ -106,6 +106,7 @@ class GpuOperators(Operators):
             self._arrivals,
             fixed_order=self._batch_invariant,
             boxes=self.levers.boxes,
+            few_mxfp4=self.levers.few_mxfp4,
             shared_memory=shared_memory(self._arrivals.device),
             pdl=self.pdl,
         )

@@ -115,3 +115,17 @@ def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
     programs, stages = (400, 3) if m <= MAX_WIDE_CODED_ROWS else (264, 2)
     warps = 4 if m <= 16 else 8
     return Tiling(64, step, warps, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
+
+
+# ---- experts in MXFP4 -----------------------------------------------------------------------------------
+
+MAX_MXFP4_TOKENS = 4  # whose experts are multiplied without sorting: by `ops.gpu.mxfp4_experts`
+MAX_MXFP4_CHOICES = 8  # of a token
+MXFP4_ROWS = 128  # of several matrices and parts of their columns, 16 of each, that a program multiplies
+
+
+def mxfp4_expert_tiling(steps: int, matrices: int) -> Tiling:
+    """For 16 rows of so many matrices, whose columns fill `steps` runs of words; splits: parts of them."""
+    parts = max(1, min(MXFP4_ROWS // (16 * matrices), steps & -steps))
+    rows = 16 * matrices * parts
+    return Tiling(rows, 256, 4 if rows <= 64 else 8, 4, parts)

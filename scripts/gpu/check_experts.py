@@ -1,11 +1,15 @@
 """Times the experts of one layer against the bytes of those that the tokens choose, and finds their tilings.
 
     python scripts/gpu/check_experts.py [--tune] [--codes] [--models NAME ...] [--rows N ...] [--out FOLDER]
+    python scripts/gpu/check_experts.py --mxfp4 [--models gpt-oss-20b gpt-oss-120b] [--rows N ...]
 
 Everything is timed inside CUDA graphs, over random tokens that choose other experts in every call; the median
 of the replays is shown. For correctness see tests/ops/test_triton_experts.py, which runs on a GPU, too.
 `--tune` tries tilings for each product and number of tokens, and writes all times to
 FOLDER/tune_experts.json.
+
+`--mxfp4` times a layer of gpt-oss, sorted by expert and, up to 16 tokens, also without sorting
+(`ops.gpu.mxfp4_experts`), in turns, and prints by how much the two results differ.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,19 +29,29 @@ from check_ops import BF16, DEVICE, graph_ms, normal
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from microvllm.ops.experts import ExpertWeights
+from microvllm.adapters.mxfp4 import round_to_mxfp4
+from microvllm.ops.activation import CLAMPED
+from microvllm.ops.experts import ExpertBiases, ExpertWeights
+from microvllm.ops.gpu import experts as gpu_experts
 from microvllm.ops.gpu.expert_gemv import expert_gemv
 from microvllm.ops.gpu.experts import MAX_GEMV_TOKENS
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.routing import choose, sort_choices
 from microvllm.ops.gpu.tiling import Tiling
+from microvllm.ops.mxfp4 import Mxfp4Tensor
+from microvllm.ops.operators import Operator
 from microvllm.ops.routing import Routing
 from microvllm.ops.scaled import E4M3, ScaledTensor
 
 READ_BYTES_S = 4.594e12  # of an H200, measured
 # name: (hidden, width of an expert, experts, chosen)
-MODELS = {"Qwen3-30B-A3B": (2048, 768, 128, 8), "Mixtral-8x7B": (4096, 14336, 8, 2)}
+MODELS = {
+    "Qwen3-30B-A3B": (2048, 768, 128, 8),
+    "Mixtral-8x7B": (4096, 14336, 8, 2),
+    "gpt-oss-20b": (2880, 2880, 32, 4),
+    "gpt-oss-120b": (2880, 2880, 128, 4),
+}
 CALLS = 8  # with other tokens each
 Call = Callable[[], object]
 
@@ -82,6 +96,57 @@ class Layer:
         """Of the matrices of all chosen experts, on average."""
         distinct = sum(self.choices(x)[1].unique().numel() for x in xs) / len(xs)
         return distinct * 3 * self.hidden * self.width * self.weights.down.dtype.itemsize
+
+
+class Mxfp4Layer(Layer):
+    """As `Layer`, with a clamped SwiGLU, biases, and the experts both ways: sorted, and of few tokens not."""
+
+    def __init__(self, model: str) -> None:
+        self.hidden, self.width, self.count, self.chosen = MODELS[model]
+        self.routing = Routing(num_chosen=self.chosen)
+        shapes = (self.count * 2 * self.width, self.hidden), (self.count * self.hidden, self.width)
+        self.weights = ExpertWeights(
+            normal(self.count, self.hidden) * (50 / self.hidden**0.5),
+            *(self._random(*shape) for shape in shapes),
+            biases=ExpertBiases(None, *(normal(rows) for rows, _ in shapes)),
+        )
+        self.norm = normal(self.hidden) + 1, 1e-6
+        self.ways = {name: self._experts(few) for name, few in (("sorted", False), ("few", True))}
+
+    def _random(self, rows: int, columns: int) -> Mxfp4Tensor:
+        """Of as many random rows as an expert has, for all of them: other bits read no faster."""
+        one = round_to_mxfp4(normal(rows // self.count, columns) * 50 / columns**0.5)
+        words, scales = one.as_subclass(Tensor), one.scales
+        return Mxfp4Tensor.of(words.repeat(self.count, 1), columns, scales.repeat(self.count, 1))
+
+    def _experts(self, few: bool) -> Operator:
+        operators = GpuOperators(BF16, DEVICE, "triton")
+        operators.levers = replace(operators.levers, few_mxfp4=few)
+        return operators.experts(self.norm, self.weights, self.routing, CLAMPED)[1]
+
+    def bytes_of(self, xs: list[Tensor]) -> float:
+        distinct = sum(self.choices(x)[1].unique().numel() for x in xs) / len(xs)
+        matrices = self.weights.gate_up, self.weights.down
+        return distinct / self.count * sum(each.nbytes + each.scales.nbytes for each in matrices)
+
+
+def time_both_ways(layer: Mxfp4Layer, rows: int) -> None:
+    xs = layer.tokens(rows)
+    ways = dict(layer.ways) if rows <= gpu_experts.MAX_MXFP4_TOKENS else {"sorted": layer.ways["sorted"]}
+    read = layer.bytes_of(xs)
+    floor = read / READ_BYTES_S * 1e6
+    shown = []
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, experts in ways.items():
+            times[name].append(graph_ms([partial(experts, x, x.clone()) for x in xs]) / CALLS * 1e3)
+    for name, taken in times.items():
+        us = sorted(taken)[1]
+        shown.append(f"{name} {us:7.1f} us ({floor / us:4.0%} of the bytes' rate)")
+    if len(ways) == 2:
+        one, other = (experts(xs[0], None).float() for experts in ways.values())
+        shown.append(f"differing by {float((one - other).norm() / one.norm()):.1e}")
+    print(f"{rows:5} tokens: floor {floor:6.1f} us, {read / 1e6:6.1f} MB; " + "; ".join(shown), flush=True)
 
 
 def time_layer(layer: Layer, rows: int) -> None:
@@ -252,23 +317,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--codes", action="store_true", help="matrices in FP8, unless --tune")
-    parser.add_argument("--models", nargs="*", default=["Qwen3-30B-A3B"], choices=MODELS)
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 2, 4, 8, 16, 35, 64, 128, 256, 1024, 8192])
+    parser.add_argument("--mxfp4", action="store_true", help="matrices in MXFP4, of gpt-oss")
+    parser.add_argument("--models", nargs="*", choices=MODELS)
+    parser.add_argument("--rows", nargs="*", type=int)
     parser.add_argument("--tiles", nargs="*", type=int, default=[16], help="rows of a tile, for --tune")
     parser.add_argument("--seconds", type=float, default=100, help="for --tune; 0 only compiles")
     parser.add_argument("--processes", type=int, default=4, help="that compile, for --tune; 0: none")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
+    if args.mxfp4 and (args.tune or args.codes):
+        parser.error("--mxfp4 goes with neither --tune nor --codes")
+    few = [1, 2, 4, 8, 16, 35, 64]
+    all_rows = args.rows or [*few, *([256] if args.mxfp4 else [128, 256, 1024, 8192])]
+    gpu_experts.MAX_MXFP4_TOKENS = 16
     with torch.inference_mode():
-        for model in args.models:
+        for model in args.models or ["gpt-oss-20b" if args.mxfp4 else "Qwen3-30B-A3B"]:
             print(model, flush=True)
             if args.tune:
-                tune(model, args.rows, args.tiles, args.out, args.seconds, args.processes)
+                tune(model, all_rows, args.tiles, args.out, args.seconds, args.processes)
                 continue
-            layer = Layer(model, codes=args.codes)
-            for rows in args.rows:
-                time_layer(layer, rows)
-            for rows in args.rows:
+            layer = Mxfp4Layer(model) if args.mxfp4 else Layer(model, codes=args.codes)
+            for rows in all_rows:
+                time_both_ways(layer, rows) if isinstance(layer, Mxfp4Layer) else time_layer(layer, rows)
+            for rows in all_rows:
                 time_others(layer, rows)
 
 

@@ -23,11 +23,14 @@ def main() -> None:
     from coded_registers import resources
 
     from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor
+    from microvllm.ops.experts import ExpertBiases
     from microvllm.ops.gpu.coded_grouped import CodedGroupedWeight
     from microvllm.ops.gpu.coded_skinny import coded_skinny
     from microvllm.ops.gpu.grouped import GroupedTiling
+    from microvllm.ops.gpu.mxfp4_experts import mxfp4_experts
     from microvllm.ops.gpu.routing import SortedChoices
     from microvllm.ops.gpu.tiling import coded_tiling
+    from microvllm.ops.mxfp4 import Mxfp4Tensor
 
     compiled: list[Any] = []
 
@@ -44,8 +47,8 @@ def main() -> None:
         scales = torch.zeros(1024 // group, rows, dtype=torch.float32 if offsets else torch.float16)
         return CodedTensor.of(words, bits, 1024, group, scales, scales if offsets else None, plane=plane)
 
-    def report(name: str, rows: int) -> None:
-        kernel, used = compiled[-1], resources(compiled[-1])
+    def report(name: str, rows: int, place: int = -1) -> None:
+        kernel, used = compiled[place], resources(compiled[place])
         shown = {
             "name": name,
             "rows": rows,
@@ -66,6 +69,18 @@ def main() -> None:
         choices, rows = SortedChoices(count, count, count, count), grouped.max_rows
         grouped(x, choices, 1, GroupedTiling(rows, 64, 64, 4, 2))
         report(f"experts {name}", rows)
+    hidden = 2880  # gpt-oss's
+    matrices = [
+        Mxfp4Tensor.of(
+            torch.zeros(rows, 12 * PLANE, dtype=torch.int32), hidden, torch.zeros(rows, 96, dtype=torch.uint8)
+        )
+        for rows in (4 * 2 * hidden, 4 * hidden)
+    ]
+    x, weights, chosen = torch.zeros(1, hidden, dtype=torch.bfloat16), torch.zeros(1, 4), count[:4].view(1, 4)
+    biases = ExpertBiases(None, *(torch.zeros(len(each), dtype=x.dtype) for each in matrices))
+    mxfp4_experts(x, *matrices, weights, chosen, x, biases, clamped=True)
+    report("gate and up of a token's experts, MXFP4", 1, -2)
+    report("down of a token's experts, MXFP4", 1)
 
 
 if __name__ == "__main__":

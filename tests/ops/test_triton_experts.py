@@ -323,9 +323,31 @@ def test_mxfp4_beside_a_plain_matrix(tokens: int, first_packed: bool) -> None:
 @pytest.mark.parametrize("activation", ["silu", CLAMPED, "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_experts_in_mxfp4(tokens: int, dtype: torch.dtype, activation: str) -> None:
+def test_experts_in_mxfp4(
+    tokens: int, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that end within a run of words, and tiles that reach beyond the rows of an expert."""
-    hidden, width, count = 160, 96, 5
+    monkeypatch.setenv("MICROVLLM_GPU_OFF", "few_mxfp4")
+    experts_in_mxfp4(tokens, 160, 96, dtype, activation, ROUTINGS["softmax"])
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "width"), [(1, 32, 288), (2, 288, 32)])
+def test_few_tokens_of_experts_in_mxfp4(
+    tokens: int, hidden: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two runs of words, which a program has side by side, and of one; the last is not full."""
+    monkeypatch.setattr("microvllm.ops.gpu.experts.sort_choices", None)
+    if tokens == 1:
+        experts_in_mxfp4(tokens, hidden, width, DTYPES[0], CLAMPED, ROUTINGS["not normalised"])
+    else:
+        experts_in_mxfp4(tokens, hidden, width, DTYPES[1], "silu", Routing(num_chosen=1, scale=1.5))
+
+
+def experts_in_mxfp4(
+    tokens: int, hidden: int, width: int, dtype: torch.dtype, activation: str, routing: Routing
+) -> None:
+    """Compares what they give to random tokens with plain torch."""
+    count = 5
     gate_up = random(count * 2 * width, hidden, seed=2) * hidden**-0.5
     gate_up[7] *= 2.0**-30
     gate_up[9] *= 40
@@ -337,11 +359,11 @@ def test_experts_in_mxfp4(tokens: int, dtype: torch.dtype, activation: str) -> N
     router = random(count, hidden, seed=1, dtype=dtype) * hidden**-0.5
     x, residual = random(tokens, hidden, seed=5, dtype=dtype), random(tokens, hidden, seed=6, dtype=dtype)
     _, ours = GpuOperators(dtype, DEVICE, "triton").experts(
-        None, ExpertWeights(router, first, last, biases=biases), ROUTINGS["softmax"], activation
+        None, ExpertWeights(router, first, last, biases=biases), routing, activation
     )
     plain = ExpertBiases(*(None if bias is None else bias.float() for bias in biases))
     _, theirs = TorchOperators(torch.float32).experts(
-        None, ExpertWeights(router.float(), *exact, biases=plain), ROUTINGS["softmax"], activation
+        None, ExpertWeights(router.float(), *exact, biases=plain), routing, activation
     )
     expected = theirs(x.float(), residual.clone().float())
     assert relative_error(ours(x, residual.clone()), expected) < TOLERANCE[dtype]
