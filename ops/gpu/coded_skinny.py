@@ -24,6 +24,7 @@ from microvllm.ops.gpu.skinny import finish_split
 from microvllm.ops.gpu.tiling import Tiling
 
 MIN_ROWS, MOST_ROWS = 8, 64  # of the right operand's tile
+MOST_BY_SUMS = tl.constexpr(16)  # rows of which zero points are multiplied with their sums
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -130,24 +131,37 @@ def multiply_codes(
     """
     tiles, above = _unpacked(words, BITS, DTYPE)
     each: tl.constexpr = 32 // BITS // GROUPS // SPAN  # products of a group
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    # To spread a group's zero points over the codes' threads takes a barrier each; of few rows it is faster to
+    # multiply their sums, which every row of a matrix of ones gives.
+    BY_SUMS: tl.constexpr = OFFSETS or (ZEROS and not WHOLE and right[0].shape[1] <= MOST_BY_SUMS)
     for i in tl.static_range(32 // BITS // SPAN):
         left = side_by_side(tiles, i * SPAN, SPAN)
         if OFFSETS:
             left = left - above
-        elif ZEROS:
+        elif ZEROS and not BY_SUMS:
             left = left - (zero[i // each].to(tl.float32) + above).to(left.dtype)[:, None]
         else:
-            left = left - (above + (1 << (BITS - 1)))
+            left = left - (above + MIDDLE)
         left = left.to(DTYPE)
-        if OFFSETS:  # times the sums of x, which every row of a matrix of ones gives
-            added = tl.dot(tl.full(left.shape, 1.0, DTYPE), right[i], input_precision="ieee")
-            sums += added * zero[i // each].to(tl.float32)[:, None]
         if WHOLE:
             sums = tl.dot(left, right[i], sums, input_precision="ieee")
         elif i % each == 0:
             part = tl.dot(left, right[i], input_precision="ieee")
         else:
             part = tl.dot(left, right[i], part, input_precision="ieee")
+        if BY_SUMS:
+            ones = tl.full(left.shape, 1.0, DTYPE)
+            if i % each == 0:
+                added = tl.dot(ones, right[i], input_precision="ieee")
+            else:
+                added = tl.dot(ones, right[i], added, input_precision="ieee")
+        if BY_SUMS and i % each == each - 1:
+            moved = zero[i // each].to(tl.float32)[:, None]
+            if OFFSETS:
+                sums += added * moved
+            else:
+                part -= added * (moved - MIDDLE)
         if not WHOLE and i % each == each - 1:
             sums += part * scale[i // each].to(tl.float32)[:, None]
     return sums
