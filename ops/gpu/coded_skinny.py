@@ -132,8 +132,8 @@ def multiply_codes(
     tiles, above = _unpacked(words, BITS, DTYPE)
     each: tl.constexpr = 32 // BITS // GROUPS // SPAN  # products of a group
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    # To spread a group's zero points over the codes' threads takes a barrier each; of few rows it is faster to
-    # multiply their sums, which every row of a matrix of ones gives.
+    # To spread a group's zero points over the codes' threads takes a barrier each. What they add is their
+    # product with the sums of x, which every row of a matrix of ones gives.
     BY_SUMS: tl.constexpr = OFFSETS or (ZEROS and not WHOLE and right[0].shape[1] <= MOST_BY_SUMS)
     for i in tl.static_range(32 // BITS // SPAN):
         left = side_by_side(tiles, i * SPAN, SPAN)

@@ -1,6 +1,6 @@
 """Times products with codes of 4 bits (`ops.gpu.coded`) on one GPU, for the rules in `ops/gpu/tiling.py`.
 
-    python scripts/gpu/tune_coded.py [--models NAME…] [--rows N…] [--compile] [--seconds N]
+    python scripts/gpu/tune_coded.py [--models NAME…] [--rows N…] [--zeros] [--compile] [--seconds N]
 
 A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of
 codes and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the way in
@@ -29,15 +29,21 @@ from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.tiling import MAX_GATED_CODED_ROWS, Tiling, coded_tiling
 
 GROUP, STEP = 128, 256
-FEW = ((64, 4, 3, 400), (64, 4, 3, 800), (64, 4, 4, 500), (64, 4, 5, 500), (32, 2, 4, 1000), (128, 8, 3, 300))
+# block_n, warps, stages, programs
+FEW = (
+    *((64, 4, stages, programs) for stages in (3, 4) for programs in (132, 264, 400, 528)),
+    (64, 4, 5, 500),
+    *((64, 8, 3, programs) for programs in (264, 528)),
+    *((128, 4, 3, programs) for programs in (132, 264)),
+    *((128, 8, stages, programs) for stages in (3, 4) for programs in (132, 264)),
+    (32, 2, 4, 1000),
+)
 MANY = (
-    (64, 4, 2, 264),
-    (64, 8, 2, 264),
-    (64, 4, 3, 264),
-    (64, 8, 3, 264),
-    (64, 8, 2, 528),
-    (128, 8, 2, 264),
-    (128, 8, 3, 264),
+    *((64, 4, stages, programs) for stages in (2, 3) for programs in (132, 264)),
+    *((64, 8, stages, programs) for stages in (2, 3) for programs in (132, 264, 528)),
+    *((128, 8, stages, programs) for stages in (2, 3) for programs in (66, 132, 264)),
+    *((256, 8, 2, programs) for programs in (66, 132)),
+    *((256, 16, 2, programs) for programs in (66, 132)),
 )
 COPIES_MB = 150
 
@@ -49,7 +55,7 @@ class Way(NamedTuple):
     plain: bool = False
 
 
-Job = tuple[int, Product, Way]
+Job = tuple[int, Product, Way, bool]
 
 
 def candidates(rows: int, product: Product) -> Iterator[Way]:
@@ -65,12 +71,13 @@ def candidates(rows: int, product: Product) -> Iterator[Way]:
                 yield Way(Tiling(block_n, STEP, warps, stages, splits), plain)
 
 
-def random_codes(product: Product) -> CodedTensor:
+def random_codes(product: Product, *, has_zeros: bool) -> CodedTensor:
     n, k, gated, _, _ = product
     rows = n * (1 + gated)
     words = pack(torch.randint(0, 16, (rows, k), dtype=torch.uint8, device=DEVICE), 4)
     scales = (torch.rand(-(-k // GROUP), rows, device=DEVICE) * 0.01).half()
-    return CodedTensor.of(words, 4, k, GROUP, scales)
+    zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, device=DEVICE) if has_zeros else None
+    return CodedTensor.of(words, 4, k, GROUP, scales, zeros)
 
 
 def call(
@@ -93,19 +100,21 @@ def room() -> Tensor:
 
 def compile_one(job: Job) -> None:
     """In a process of its own; the result goes to Triton's cache on the disk."""
-    rows, product, way = job
+    rows, product, way, has_zeros = job
     try:
-        call(rows, product, way, random_codes(product), room())()
+        call(rows, product, way, random_codes(product, has_zeros=has_zeros), room())()
         torch.cuda.synchronize()
     except Exception as error:  # too much shared memory, ...
         print(f"no {job}: {error}"[:200], flush=True)
 
 
-def time_product(name: str, rows: int, product: Product, floor: float) -> float:
+def time_product(name: str, rows: int, product: Product, floor: float, *, has_zeros: bool) -> float:
     """Microseconds of the tiling in use."""
     n, k, gated, _, _ = product
     megabytes = n * (1 + gated) * k * (4 + 16 / GROUP) / 8 / 1e6
-    weights = [random_codes(product) for _ in range(max(2, int(COPIES_MB // megabytes) + 1))]
+    weights = [
+        random_codes(product, has_zeros=has_zeros) for _ in range(max(2, int(COPIES_MB // megabytes) + 1))
+    ]
     weights = (weights * 12)[: max(12, len(weights))]
     arrivals, times = room(), dict[Way, float]()
     for way in dict.fromkeys(candidates(rows, product)):
@@ -137,21 +146,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["Qwen2-7B"], choices=MODELS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 20, 35, 64])
     parser.add_argument("--floor", type=float, default=4.594)
+    parser.add_argument("--zeros", action="store_true", help="a zero point for each group")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--processes", type=int, default=4, help="that compile")
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
     begun = time.monotonic()
     with torch.inference_mode():
         if args.compile:
             todo = {
-                (rows, product, way): None
+                (rows, product, way, args.zeros): None
                 for model in args.models
                 for rows in sorted({8 if rows <= 8 else 32 if rows <= 32 else 64 for rows in args.rows})
                 for name, product in products(model).items()
                 if name != "head"
                 for way in candidates(rows, product)
             }
-            with multiprocessing.get_context("spawn").Pool(min(4, len(os.sched_getaffinity(0)))) as pool:
+            with multiprocessing.get_context("spawn").Pool(
+                min(args.processes, len(os.sched_getaffinity(0)))
+            ) as pool:
                 pool.map(compile_one, todo, chunksize=1)
             print(f"{len(todo)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
             return
@@ -164,10 +177,10 @@ def main() -> None:
                     if time.monotonic() - begun > args.seconds:
                         print("no time left", flush=True)
                         return
-                    total += time_product(name, rows, product, args.floor)
+                    total += time_product(name, rows, product, args.floor, has_zeros=args.zeros)
                 print(f"{model} {rows} rows, a layer: {total:.1f} us", flush=True)
             widest = products(model)["gate_up"]
-            weight = random_codes(widest)
+            weight = random_codes(widest, has_zeros=args.zeros)
             out = torch.empty(weight.shape[0], weight.columns, dtype=torch.bfloat16, device=DEVICE)
             widening = graph_ms([partial(widened, weight, out, pdl=True)] * 4, 5) / 4 * 1e3
             print(f"{model} gate_up widened: {widening:.1f} us", flush=True)
