@@ -55,7 +55,7 @@ class Case:
         contexts = self.decodes + [context for _, context in self.segments]
         for place, (new, context, table) in enumerate(zip(news, contexts, self.tables, strict=True)):
             if not new and place < len(self.decodes):
-                # A padding row writes nothing; plain torch has none, and writes into nobody's block.
+                # A padding row writes nothing; plain torch has none, and writes into the padding's block.
                 positions.append(0)
                 slots.append(-1 if is_gpu else (self.num_blocks - 1) * BLOCK)
             for position in range(context - new, context):

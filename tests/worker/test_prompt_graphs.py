@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from microvllm.runtime.worker.step_inputs import StepArrays
 from microvllm.runtime.worker.step_sizes import SEGMENTS, StepSize, step_sizes
 
-NOBODY = 99
+PADDING_ROW = 99
 
 
 @st.composite
@@ -34,7 +34,7 @@ def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
     if size is None:
         assert total - decodes > 1024
         return
-    staged = size.staged(arrays, NOBODY)
+    staged = size.staged(arrays, PADDING_ROW)
     ids, rows, positions, context, request_rows, starts, *slots = (staged[field] for field in size.fields())
     real = np.r_[0:decodes, size.decodes : size.decodes + total - decodes]
     padding = np.setdiff1d(np.arange(len(ids)), real)
@@ -45,13 +45,13 @@ def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
         *zip(slots, arrays.slots, strict=True),
     ):
         assert (padded[real] == values).all()
-    assert all((each[padding] == -1).all() for each in slots) and (rows[padding] == NOBODY).all()
+    assert all((each[padding] == -1).all() for each in slots) and (rows[padding] == PADDING_ROW).all()
 
     segments = len(arrays.lengths) - decodes
     real = np.r_[0:decodes, size.decodes : size.decodes + segments]
     padding = np.setdiff1d(np.arange(len(context)), real)
     assert (context[real] == arrays.context).all() and (context[padding] == 0).all()
-    assert (request_rows[real] == arrays.request_rows).all() and (request_rows[padding] == NOBODY).all()
+    assert (request_rows[real] == arrays.request_rows).all() and (request_rows[padding] == PADDING_ROW).all()
     assert (np.diff(starts) == [*arrays.lengths[decodes:], *[0] * (SEGMENTS - segments)]).all()
 
 
