@@ -24,8 +24,9 @@ from microvllm.runtime.errors import ConfigError
 
 with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
-    ray = pytest.importorskip("ray", reason="scripts/check_ray installs it")
-    from ray import serve
+    # Not "ray", as which any folder of that name on the path is imported.
+    serve = pytest.importorskip("ray.serve", reason="scripts/check_ray installs it")
+    import ray
 
     from microvllm.openai_compat import ray_serve
 
