@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_case import error_line, get_command
 from fake_client import FakeClient
 from http_tools import in_process
-from test_cli import error_line, get_command
 
 from microvllm import cli
 from microvllm.openai_compat import server

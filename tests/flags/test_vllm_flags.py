@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cli import command_param, error_line, get_command, own_flags
+from cli_case import command_param, error_line, get_command, own_flags
 
 from microvllm import cli
 from microvllm.openai_compat.flags.argv import UsageError, normalise_argv
