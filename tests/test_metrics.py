@@ -1,11 +1,9 @@
-"""What /metrics and /load say: names, labels and exact counts, over a scripted engine and over a real one."""
+"""What the engine counts: names, labels and exact counts, over a scripted engine and over a real one."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,15 +12,13 @@ import httpx
 import prometheus_client
 import pytest
 import pytest_asyncio
-from fake_client import FakeClient, fresh
 from http_tools import in_process
 from hypothesis import given
 from hypothesis import strategies as st
+from metrics_case import GENERATE, scrape, wish
 from model_tools import LONG, long_folder
 from process_tools import own_engines, wait_until_async
-from prometheus_client.parser import text_string_to_metric_families
 
-from microvllm.openai_compat.app import ENDPOINTS
 from microvllm.openai_compat.metrics import stats_line
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
@@ -38,7 +34,6 @@ from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.step_times import PARTS
 
 on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
-
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 # What vLLM's Grafana dashboard and the usual autoscalers query.
 DASHBOARD = (
@@ -65,38 +60,6 @@ DASHBOARD = (
     "vllm:request_decode_time_seconds_sum",
     "vllm:cache_config_info",
 )
-GENERATE = "/v1/completions"
-
-
-class Numbers:
-    """A parsed exposition."""
-
-    def __init__(self, text: str) -> None:
-        self.families = list(text_string_to_metric_families(text))
-        self.samples = [sample for family in self.families for sample in family.samples]
-
-    @property
-    def names(self) -> set[str]:
-        return {sample.name for sample in self.samples}
-
-    def __call__(self, name: str, **labels: str) -> float:
-        """The value of the one sample that has this name and these labels."""
-        found = [s for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
-        assert len(found) == 1, (name, labels, found)
-        return found[0].value
-
-    def engine(self, name: str, **labels: str) -> float:
-        return self(f"vllm:{name}", **labels)
-
-
-async def scrape(http: httpx.AsyncClient, path: str = "/metrics") -> Numbers:
-    answer = await http.get(path)
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == prometheus_client.CONTENT_TYPE_LATEST
-    return Numbers(answer.text)
-
-
-# ---- the histogram --------------------------------------------------------------------------------
 
 
 @given(st.lists(st.one_of(st.floats(0, 3000), st.sampled_from((0.001, 0.1, 1, 2560)))))
@@ -124,9 +87,6 @@ def test_bounds_of_token_counts_end_at_the_context() -> None:
     assert one_two_five(1) == [1]
     assert one_two_five(49) == [1, 2, 5, 10, 20]
     assert one_two_five(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-
-
-# ---- a scripted engine, and a clock that a test sets ------------------------------------------------
 
 
 class Clock:
@@ -392,9 +352,6 @@ async def test_counters_go_on_and_gauges_fall_when_the_engine_dies(
     serving.cancel()
 
 
-# ---- a real engine process --------------------------------------------------------------------------
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(config: EngineConfig) -> AsyncIterator[EngineClient]:
     client = await EngineClient.start(config)
@@ -409,10 +366,6 @@ async def serving(engine: EngineClient, **args: Any) -> AsyncIterator[httpx.Asyn
     async with in_process(engine, served_model_names=("tiny", "alias"), **args) as http:  # type: ignore[arg-type]
         http.timeout = httpx.Timeout(120)
         yield http
-
-
-def wish(prompt: Any, max_tokens: int, **more: Any) -> dict[str, Any]:
-    return {"model": "alias", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, **more}
 
 
 @on_the_engines_loop
@@ -559,151 +512,3 @@ async def test_buckets_are_vllms(engine: EngineClient) -> None:
     assert len(bounds("inter_token_latency_seconds")) == 20
     assert bounds("e2e_request_latency_seconds")[-2:] == ["7680.0", "+Inf"]
     assert len(bounds("e2e_request_latency_seconds")) == 22
-
-
-# ---- HTTP ---------------------------------------------------------------------------------------------
-
-
-async def test_http_requests_are_counted_by_handler_method_and_status() -> None:
-    async with in_process(FakeClient(), api_keys=("k",)) as http:
-        key = {"authorization": "Bearer k"}
-        for body in (wish("hi", 3, model=None), wish("hi", 3, model=None, stream=True), {"prompt": 3.5}):
-            await http.post(GENERATE, json=body, headers=key)
-        await http.post(GENERATE, json={}, headers={"authorization": "Bearer wrong"})
-        await http.get(GENERATE, headers=key)
-        await http.get("/v1/models", headers=key)
-        for path in ("/no/such/path", "/another"):
-            await http.get(path, headers=key)
-        for path in (endpoint.path for endpoint in ENDPOINTS if not endpoint.in_http_metrics):
-            await http.get(path, headers=key)
-        now = await scrape(http)
-    counted = {
-        (s.labels["handler"], s.labels["method"], s.labels["status"]): s.value
-        for s in now.samples
-        if s.name == "http_requests_total"
-    }
-    assert counted == {
-        (GENERATE, "POST", "2xx"): 2,
-        (GENERATE, "POST", "4xx"): 2,
-        (GENERATE, "GET", "4xx"): 1,
-        ("/v1/models", "GET", "2xx"): 1,
-        ("none", "GET", "4xx"): 2,
-    }
-    assert now("http_request_duration_seconds_count", handler=GENERATE, method="POST") == 4
-    assert now("http_request_duration_highr_seconds_count") == 8
-    assert now("http_request_size_bytes_count", handler=GENERATE) == 5
-    assert now("http_request_size_bytes_sum", handler=GENERATE) > 20
-    assert now("http_response_size_bytes_sum", handler="/v1/models") > 20
-
-
-async def test_an_unexpected_failure_is_a_5xx(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = FakeClient()
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(client, "_start", broken)
-    async with in_process(client) as http:
-        with pytest.raises(ZeroDivisionError):  # httpx shows what the server only logs
-            await http.post(GENERATE, json=wish("hi", 3, model=None))
-        now = await scrape(http)
-    assert now("http_requests_total", handler=GENERATE, status="5xx") == 1
-
-
-async def test_metrics_with_and_without_a_slash_and_without_a_key() -> None:
-    async with in_process(FakeClient(), api_keys=("k",)) as http:
-        for path in ("/metrics", "/metrics/"):
-            assert "vllm:num_requests_running" in (await scrape(http, path)).names
-
-
-async def test_samples_can_be_chosen_by_name() -> None:
-    chosen = "vllm:num_requests_running", "vllm:e2e_request_latency_seconds_count", "http_requests_total"
-    async with in_process(FakeClient()) as http:
-        await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
-        whole = (await http.get("/metrics")).text.splitlines()
-        some = (await http.get("/metrics", params={"name[]": chosen})).text.splitlines()
-        assert (await http.get("/metrics?name[]=nothing")).text == ""
-    assert [line for line in some if line[0] != "#"] == [line for line in whole if line.startswith(chosen)]
-    assert len(some) == 3 * 3
-
-
-async def test_without_log_stats_only_the_engines_numbers_are_off() -> None:
-    client = FakeClient()
-    before = client.replicas[0].observer
-    async with in_process(client, disable_log_stats=True) as http:
-        await http.post(GENERATE, json=wish("hi", 3, model=None))
-        now = await scrape(http)
-    assert client.replicas[0].observer is before
-    assert not [name for name in now.names if name.startswith(("vllm:", "microvllm:"))]
-    assert now("http_requests_total") == 1
-    assert "process_resident_memory_bytes" in now.names
-
-
-async def test_two_servers_in_one_process_count_apart() -> None:
-    async with in_process(FakeClient()) as one, in_process(FakeClient()) as other:
-        await one.post(GENERATE, json=wish("hi", 3, model=None))
-        assert (await scrape(one))("http_request_duration_highr_seconds_count") == 1
-        assert (await scrape(other))("http_request_duration_highr_seconds_count") == 0
-    registered = prometheus_client.generate_latest().decode()
-    assert "vllm:" not in registered and "http_requests" not in registered
-
-
-def test_prometheus_is_not_imported_to_start() -> None:
-    program = "import sys, microvllm.openai_compat.server; sys.exit('prometheus_client' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], env=dict(os.environ), check=False).returncode == 0
-
-
-# ---- the load -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tracked", [True, False])
-async def test_load_is_the_number_of_generations_in_progress(tracked: bool) -> None:
-    async with in_process(fresh(stall_after=1), enable_server_load_tracking=tracked) as http:
-
-        async def load() -> Any:
-            return (await http.get("/load")).json()
-
-        assert await load() == {"server_load": 0}
-        bodies = [wish("hi", 3, model=None), wish("hi", 3, model=None, stream=True)]
-        chat = {"messages": [{"role": "user", "content": "hi"}]}
-        tasks = [asyncio.ensure_future(http.post(GENERATE, json=body)) for body in bodies]
-        tasks.append(asyncio.ensure_future(http.post("/v1/chat/completions", json=chat)))
-        app = http._transport.app  # type: ignore[attr-defined]
-        state = app.state.server
-        await wait_until_async(lambda: state.num_generations == 3, "all are in progress")
-        assert (await http.post("/tokenize", json={"prompt": "hi"})).status_code == 200
-        assert await load() == {"server_load": 3 if tracked else 0}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await wait_until_async(lambda: state.num_generations == 0, "none is in progress")
-        assert await load() == {"server_load": 0}
-
-
-@pytest.mark.parametrize(
-    ("form", "report"),
-    [
-        ("TEXT", "TEXT named_metrics.num_requests_waiting=3.0, named_metrics.kv_cache_usage_perc=0.25"),
-        ("json", 'JSON {"named_metrics":{"num_requests_waiting":3.0,"kv_cache_usage_perc":0.25}}'),
-        ("XML", None),
-        (None, None),
-    ],
-)
-async def test_the_load_in_a_response_header(form: str | None, report: str | None) -> None:
-    class Loaded(FakeClient):
-        stats = property(  # type: ignore[assignment]
-            lambda self: EngineStats(num_waiting=3, kv_blocks_used=1, kv_blocks_total=4), lambda self, _: None
-        )
-
-    headers = {} if form is None else {"endpoint-load-metrics-format": form}
-    async with in_process(Loaded()) as http:
-        for path, body in (
-            (GENERATE, wish("hi", 3, model=None)),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}),
-        ):
-            whole = await http.post(path, json=body, headers=headers)
-            assert whole.status_code == 200
-            assert whole.headers.get("endpoint-load-metrics") == report
-            for other in ({**body, "stream": True}, {**body, "max_tokens": -1}):
-                answer = await http.post(path, json=other, headers=headers)
-                assert "endpoint-load-metrics" not in answer.headers
