@@ -10,7 +10,7 @@ from torch import Tensor
 from microvllm.ops.coded import BLOCK, CodedTensor
 from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.coded_skinny import in_rows, multiply_codes, rows_of_groups
-from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling
+from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 
@@ -69,12 +69,7 @@ def _coded_grouped_kernel(
     WHOLE: tl.constexpr = GROUP >= K and not OFFSETS
     GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
     SPAN: tl.constexpr = PLACES // GROUPS
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    group = program // (TILES_TOGETHER * blocks_n)
-    together = tl.minimum(TILES_TOGETHER, NUM_TILES - group * TILES_TOGETHER)
-    inside_group = program - group * TILES_TOGETHER * blocks_n
-    tile = group * TILES_TOGETHER + inside_group % together
+    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N, TILES_TOGETHER)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
         expert = tl.load(experts + tile)
@@ -83,7 +78,7 @@ def _coded_grouped_kernel(
         # Rows and columns of the result that there are not are computed from others, which takes no masks.
         inside = tl.minimum(place, stop - 1)
         choice = tl.load(order + inside)
-        first_n = inside_group // together * BLOCK_N
+        first_n = block_n * BLOCK_N
         n = first_n + tl.arange(0, BLOCK_N)
         matrix = expert * (2 * N if GATED else N)  # its first row
         row = matrix + tl.minimum(n, N - 1)

@@ -52,6 +52,16 @@ class GroupedTiling:
 
 
 @triton.jit
+def tile_of_program(NUM_TILES, BLOCKS_N: tl.constexpr, TILES_TOGETHER: tl.constexpr):
+    """The tile of choices and the block of columns of a program: see `TILES_TOGETHER`."""
+    program = tl.program_id(0)
+    group = program // (TILES_TOGETHER * BLOCKS_N)
+    together = tl.minimum(TILES_TOGETHER, NUM_TILES - group * TILES_TOGETHER)
+    inside_group = program - group * TILES_TOGETHER * BLOCKS_N
+    return group * TILES_TOGETHER + inside_group % together, inside_group // together
+
+
+@triton.jit
 def _multiply(x, w, sums, SWAPPED: tl.constexpr):
     """sums + x @ w.T, or its transpose."""
     if SWAPPED:
@@ -115,19 +125,14 @@ def _grouped_kernel(
     row for each choice in sorted order, y one for each choice, times its scale.
     """
     follow(PDL)
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    group = program // (TILES_TOGETHER * blocks_n)
-    together = tl.minimum(TILES_TOGETHER, NUM_TILES - group * TILES_TOGETHER)
-    inside_group = program - group * TILES_TOGETHER * blocks_n
-    tile = group * TILES_TOGETHER + inside_group % together
+    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N, TILES_TOGETHER)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
         expert = tl.load(experts + tile)
         place = start + tl.arange(0, BLOCK_M)
         rows = place < stop
         choice = tl.load(order + place, rows, 0)
-        first_n = inside_group // together * BLOCK_N
+        first_n = block_n * BLOCK_N
         n = first_n + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         columns = (n < N)[:, None]

@@ -26,7 +26,7 @@ from microvllm.ops.coded import BLOCK as ROW_BLOCK
 from microvllm.ops.coded import PLANE
 from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.coded_skinny import INTERPRETED, OPERANDS, in_rows, side_by_side
-from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling
+from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 from microvllm.ops.mxfp4 import Mxfp4Tensor
@@ -144,19 +144,14 @@ def _mxfp4_kernel(
     STEP: tl.constexpr = PLACES * WIDTH
     RUNS: tl.constexpr = (K + STEP - 1) // STEP
     WORDS: tl.constexpr = RUNS * WIDTH
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    group = program // (TILES_TOGETHER * blocks_n)
-    together = tl.minimum(TILES_TOGETHER, NUM_TILES - group * TILES_TOGETHER)
-    inside_group = program - group * TILES_TOGETHER * blocks_n
-    tile = group * TILES_TOGETHER + inside_group % together
+    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N, TILES_TOGETHER)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
         expert = tl.load(experts + tile)
         place = start + tl.arange(0, BLOCK_M)
         rows = place < stop
         choice = tl.load(order + place, rows, 0)
-        first_n = inside_group // together * BLOCK_N
+        first_n = block_n * BLOCK_N
         n = first_n + tl.arange(0, BLOCK_N)
         matrix = expert * (2 * N if GATED else N)  # its first row
         # Rows of the result that there are not are computed from others, which takes no masks.
