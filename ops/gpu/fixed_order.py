@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.launch import follow, launch_options
-from microvllm.ops.gpu.norm import rms_norm
+from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, add_parts, finish
 
 
@@ -182,27 +181,11 @@ def fixed_order_linear(
     return y
 
 
-class FixedOrderProduct:
-    """act(norm(x) @ weight.T + bias) + residual, where `GpuProduct` has a kernel for each number of rows."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        arrivals: Tensor,
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        gated: bool = False,
-        pdl: bool,
-    ) -> None:
-        self._weight, self._bias, self._arrivals = weight, bias, arrivals
-        self._norm, self._eps = norm, eps
-        self._gated, self._pdl = gated, pdl
+class FixedOrderProduct(Product):
+    """A `Product` by one kernel, where `GpuProduct` has one for each number of rows."""
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]."""
-        if self._norm is not None:
-            x = rms_norm(x, self._norm, self._eps, pdl=self._pdl)
+        x = self._normed(x)
         y = fixed_order_linear(x, self._weight, self._arrivals, self._bias, residual, pdl=self._pdl)
-        return silu_and_mul(y, pdl=self._pdl) if self._gated else y
+        return self._activated(y)

@@ -17,7 +17,7 @@ from microvllm.ops.attention import AttentionBackend, AttentionConfig
 from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights, with_shared
-from microvllm.ops.gpu.activation import gelu_and_mul, silu_and_mul
+from microvllm.ops.gpu.activation import gelu_and_mul
 from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.embedding import gather_rows
 from microvllm.ops.gpu.experts import GpuExperts
@@ -26,6 +26,7 @@ from microvllm.ops.gpu.launch import can_launch_early, shared_memory
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import norm_heads, norm_two_parts, rms_norm
 from microvllm.ops.gpu.packed import KINDS, packed_kinds
+from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
 from microvllm.ops.gpu.tunings import stream_tilings
@@ -170,11 +171,10 @@ class GpuOperators(Operators):
         return TritonLatentAttention(config, pdl=self.pdl)
 
 
-class GpuProduct:
-    """act(norm(x) @ weight.T + bias) + residual: own kernels for few rows, cuBLAS between two for many.
+class GpuProduct(Product):
+    """A `Product` by own kernels for few rows, by cuBLAS between two for many.
 
-    norm is RMSNorm, or nothing without its weight; act is SwiGLU if `gated`, else nothing. `streamed` is the
-    same weight with tilings for the numbers of rows that it is fastest for.
+    `streamed` is the same weight with tilings for the numbers of rows that it is fastest for.
     """
 
     def __init__(
@@ -183,25 +183,16 @@ class GpuProduct:
         bias: Tensor | None,
         arrivals: Tensor,
         streamed: StreamedWeight | None,
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        gated: bool = False,
-        pdl: bool,
+        **options: Any,
     ) -> None:
-        self._weight, self._bias = weight, bias
+        """options: those of `Product`."""
+        super().__init__(weight, bias, arrivals, **options)
         self._streamed = streamed
-        self._norm, self._eps = norm, eps
-        self._arrivals = arrivals
-        self._gated = gated
-        self._pdl = pdl
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
         if self._streamed is not None and (tiling := self._streamed.tiling(x.shape[0])):
-            if self._norm is not None:
-                x = rms_norm(x, self._norm, self._eps, pdl=self._pdl)
-            return self._streamed(x, tiling, self._bias, residual)
+            return self._streamed(self._normed(x), tiling, self._bias, residual)
         if 0 < x.shape[0] <= MAX_SKINNY_ROWS:
             return skinny_linear(
                 x,
@@ -214,7 +205,4 @@ class GpuProduct:
                 gated=self._gated,
                 pdl=self._pdl,
             )
-        if self._norm is not None:
-            x = rms_norm(x, self._norm, self._eps, pdl=self._pdl)
-        y = cublas_linear(x, self._weight, self._bias, residual)
-        return silu_and_mul(y, pdl=self._pdl) if self._gated else y
+        return self._activated(cublas_linear(self._normed(x), self._weight, self._bias, residual))

@@ -19,7 +19,7 @@ from microvllm.ops.scaled import ScaledTensor
 class Kind(NamedTuple):
     """What multiplies a kind of tensor, and from which compute capability on.
 
-    `product(weight, bias, arrivals, levers, *, norm, eps, gated, pdl)` is as `ops.gpu.operators.GpuProduct`.
+    `product(weight, bias, arrivals, levers, *, norm, eps, gated, pdl)` is a `product.Product`.
     """
 
     product: Callable[..., LinearOperator]

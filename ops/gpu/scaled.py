@@ -9,14 +9,15 @@ switches the rounding off.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.e4m3 import round_rows, widen
 from microvllm.ops.gpu.levers import Levers
-from microvllm.ops.gpu.norm import rms_norm
+from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.scaled_gemv import scaled_gemv
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.tiling import (
@@ -34,24 +35,17 @@ MIN_BLOCK_K = 32  # columns that share a scale, for a step of a tensor core's pr
 GROUP = 128  # columns of a token that share a scale, of weights in blocks of as many
 
 
-class ScaledProduct:
-    """act(norm(x) @ weight.T + bias) + residual, as `ops.gpu.operators.GpuProduct`."""
+class ScaledProduct(Product):
+    """A `Product` with a matrix in 8-bit codes."""
+
+    _weight: ScaledTensor
 
     def __init__(
-        self,
-        weight: ScaledTensor,
-        bias: Tensor | None,
-        arrivals: Tensor,
-        levers: Levers,
-        *,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
-        gated: bool = False,
-        pdl: bool,
+        self, weight: ScaledTensor, bias: Tensor | None, arrivals: Tensor, levers: Levers, **options: Any
     ) -> None:
-        self._weight, self._bias, self._arrivals = weight, bias, arrivals
-        self._norm, self._eps = norm, eps
-        self._gated, self._pdl = gated, pdl
+        """options: those of `Product`."""
+        super().__init__(weight, bias, arrivals, **options)
+        gated, pdl = self._gated, self._pdl
         rows, k = weight.shape
         whole_rows = weight.block[1] >= k
         # The largest power of two that divides the columns of a block.
@@ -80,10 +74,7 @@ class ScaledProduct:
         else:
             weight = widen(self._weight, x.dtype, pdl=self._pdl)
             y = cublas_linear(self._normed(x), weight, self._bias, residual)
-        return silu_and_mul(y, pdl=self._pdl) if self._gated else y
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return x if self._norm is None else rms_norm(x, self._norm, self._eps, pdl=self._pdl)
+        return self._activated(y)
 
     def _product_of_few(self, x: Tensor, residual: Tensor | None) -> Tensor:
         m, k = x.shape
