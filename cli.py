@@ -169,7 +169,8 @@ def generate(
     if not prompt:
         raise UsageError("the prompt is empty")
 
-    from microvllm.runtime.request import SamplingParams, check_sampling
+    from microvllm.runtime.request import SamplingParams
+    from microvllm.runtime.sampling_checks import check_sampling
 
     wanted = {name: value for name, value in vars(sampling).items() if value is not None}
     wanted["stop"] = list(sampling.stop)

@@ -12,7 +12,8 @@ from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import read_json
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
 from microvllm.runtime.find_model import user_path
-from microvllm.runtime.request import SamplingParams, check_sampling
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.sampling_checks import check_sampling
 
 # Fields of generation_config.json, and their names in `SamplingParams`.
 GENERATION_FIELDS = {

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import copy
 import enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
-
-from microvllm.runtime.errors import InvalidRequestError
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 FLOAT32_MAX = 3.4e38
@@ -110,7 +108,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     `max_tokens=None` means "until the context is full". A temperature below 1e-5 is greedy. `logprobs=k` asks
     for the k most likely tokens beside each sampled one, `prompt_logprobs=k` beside each prompt token, -1 for
     the whole vocabulary; `logprob_token_ids` names the tokens in place of the k. The values are not checked
-    here but by `check_sampling`, once, where they enter: the engine process need not do it again.
+    here but by `sampling_checks`, once, where they enter: the engine process need not do it again.
     """
 
     n: NumSamples = 1
@@ -160,75 +158,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         changed = copy.copy(self)
         msgspec.structs.force_setattr(changed, "max_tokens", max_tokens)
         return changed
-
-
-# What the fields must be that are no single number.
-_MUST = {
-    "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids to numbers in [-100, 100]",
-    "allowed_token_ids": "must be a list of at least one token id",
-    "bad_words": f"must be at most {MAX_BAD_WORDS} words of 1 to {MAX_BAD_WORD_CHARS} characters",
-    "stop": f"strings must have 1 to {MAX_STOP_STRING_CHARS} characters",
-    "stop_token_ids": f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids",
-    "logprob_token_ids": f"must be a list of at most {MAX_LOGPROB_TOKEN_IDS} token ids",
-    "repetition_detection": "must be a RepetitionDetection",
-    "structured_outputs": "must be a StructuredOutput",
-    "thinking": "must be a ThinkingBudget",
-}
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Raises `InvalidRequestError` naming the field for a value of the wrong type or out of range."""
-    _check_values(SamplingParams, params)
-    detection = params.repetition_detection
-    if detection is not None:
-        name, size, smallest = "repetition_detection", detection.max_pattern_size, detection.min_pattern_size
-        _check_values(RepetitionDetection, detection, f"{name}.")
-        if smallest > size:
-            raise _fault(f"{name}.min_pattern_size", f"an integer in [0, {size}]", smallest)
-        if size and detection.min_count < 2:
-            raise _fault(f"{name}.min_count", "an integer at least 2", detection.min_count)
-    if params.logprob_token_ids is not None and params.logprobs is None:
-        raise InvalidRequestError("logprob_token_ids needs logprobs to be set.", "logprob_token_ids")
-    least, most = params.min_tokens, params.max_tokens
-    if most is not None and least > most:
-        raise _fault("min_tokens", f"less than or equal to max_tokens={most}", least)
-    if params.n > 1 and params.greedy:
-        raise InvalidRequestError(f"n must be 1 when using greedy sampling, got {params.n}.", "n")
-
-
-def _check_values(kind: type[msgspec.Struct], values: msgspec.Struct, prefix: str = "") -> None:
-    try:  # at C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others
-        msgspec.convert(msgspec.structs.asdict(values), kind)
-        return
-    except msgspec.ValidationError:
-        pass
-    for field in msgspec.structs.fields(kind):
-        value = getattr(values, field.name)
-        try:
-            msgspec.convert(value, field.type)
-        except msgspec.ValidationError:
-            name = prefix + field.name
-            if field.name in _MUST:
-                raise InvalidRequestError(f"{name} {_MUST[field.name]}.", name) from None
-            raise _fault(name, _range_of(field.type), value) from None
-
-
-def _fault(name: str, expected: str, value: Any) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {expected}, got {value!r:.200}.", name)
-
-
-def _range_of(declared: Any) -> str:
-    """What a number or a boolean must be, in words."""
-    kind = msgspec.inspect.type_info(declared)
-    if isinstance(kind, msgspec.inspect.UnionType):  # with None
-        kind = kind.types[0]
-    if isinstance(kind, msgspec.inspect.IntType):
-        bounds = f"at least {kind.ge}" if kind.le == INT64_MAX else f"in [{kind.ge}, {kind.le}]"
-        return f"an integer {bounds}"
-    if isinstance(kind, msgspec.inspect.FloatType):
-        low = f"({kind.gt:g}" if kind.gt is not None else f"[{kind.ge:g}"
-        return f"in {low}, {kind.le:g}]"
-    return "true or false"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True):

@@ -40,7 +40,8 @@ from test_server_e2e import Server, serve
 
 from microvllm.openai_compat.transport import middleware
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import SamplingParams, check_sampling
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.sampling_checks import check_sampling
 from microvllm.runtime.text.input_processor import InputProcessor
 
 PATIENCE_S = 60.0

@@ -10,7 +10,8 @@ from microvllm.openai_compat.api.requests import GenerationRequest
 from microvllm.openai_compat.api.structured import structured_output
 from microvllm.openai_compat.errors import clip
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.request import SamplingParams, check_sampling
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.sampling_checks import check_sampling
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient

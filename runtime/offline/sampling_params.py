@@ -16,8 +16,9 @@ from typing import Any
 
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.grammar.forms import form_of
-from microvllm.runtime.request import INT64_MAX, RepetitionDetection, check_sampling
+from microvllm.runtime.request import INT64_MAX, RepetitionDetection
 from microvllm.runtime.request import SamplingParams as EngineParams
+from microvllm.runtime.sampling_checks import check_sampling
 
 MAX_LOGIT_BIAS = 100.0
 RANDOM_SEED = -1  # the same as no seed, as in vLLM
