@@ -15,7 +15,9 @@ from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.rules import RuleTables
 from microvllm.runtime.request import EngineRequest
-from microvllm.runtime.worker.logits import LogitRules, Penalties, on_device
+from microvllm.runtime.worker.logits import LogitRules
+from microvllm.runtime.worker.penalties import Penalties
+from microvllm.runtime.worker.transfers import on_device
 
 
 class TablePenalties(Penalties):

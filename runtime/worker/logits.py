@@ -1,4 +1,4 @@
-"""Applies the requests' rules to their logits before tokens are chosen, and reads log probabilities of them.
+"""Applies the requests' rules to their logits before tokens are chosen.
 
 Order, as in vLLM: a mask from outside, allowed tokens, bad words, end tokens before `min_tokens`, logit bias,
 penalties; a spent budget of thinking overrides them all. All requests of a step are changed together: every
@@ -9,23 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from microvllm.runtime.request import EngineRequest, SamplingParams, TokenLogprobs
+from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.bitmask import Output, TokenMask, take_out
+from microvllm.runtime.worker.penalties import Penalties
 from microvllm.runtime.worker.thinking import ThinkingBudgets
-
-Device = str | torch.device
-
-
-def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: Device) -> Tensor:
-    """Copy host values to a tensor on the device, without waiting for the transfer."""
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+from microvllm.runtime.worker.transfers import Device, on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,52 +148,6 @@ class LogitRules:
             self._penalties.count([rows[i] for i in counted], tokens[at])
 
 
-class Penalties:
-    """Token counts of every row, [num_rows, vocab]: memory that is only touched where rows are penalised."""
-
-    def __init__(self, num_rows: int, vocab_size: int, device: Device) -> None:
-        self._device = device
-        self._in_output = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
-        self._in_prompt = torch.zeros(num_rows, vocab_size, dtype=torch.bool, device=device)
-        self._presence = torch.zeros(num_rows, device=device)
-        self._frequency = torch.zeros(num_rows, device=device)
-        self._repetition = torch.ones(num_rows, device=device)
-
-    def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
-        params = request.params
-        self._presence[row] = params.presence_penalty
-        self._frequency[row] = params.frequency_penalty
-        self._repetition[row] = params.repetition_penalty
-        self._in_prompt[row, on_device(tokens[:prompt_len], torch.int64, self._device)] = True
-        output = on_device(tokens[prompt_len:], torch.int64, self._device)
-        self._in_output[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-
-    def clear_row(self, row: int) -> None:
-        self._presence[row] = self._frequency[row] = 0.0
-        self._repetition[row] = 1.0
-        self._in_output[row] = 0
-        self._in_prompt[row] = False
-
-    def count(self, rows: Sequence[int], tokens: Tensor) -> None:
-        at = on_device(rows, torch.int64, self._device)
-        self._in_output[at, tokens.clamp(min=0)] += (tokens >= 0).int()
-
-    def apply(self, logits: Tensor, at: Sequence[int], rows: Sequence[int]) -> None:
-        """Subtract the penalties of each row from the logits at its index.
-
-        Presence and frequency look at the output, repetition (Keskar et al., 2019, arXiv:1909.05858) at
-        prompt and output.
-        """
-        row = on_device(rows, torch.int64, self._device)
-        index = on_device(at, torch.int64, self._device)
-        counts, values = self._in_output[row], logits[index]
-        repetition = self._repetition[row, None]
-        scaled = torch.where(values > 0, values / repetition, values * repetition)
-        values = torch.where(self._in_prompt[row] | (counts > 0), scaled, values)
-        values -= self._frequency[row, None] * counts + self._presence[row, None] * (counts > 0)
-        logits[index] = values
-
-
 def _next_of_bad_words(
     bad_words: list[list[int]], output: Sequence[int], in_flight: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -220,75 +166,6 @@ def _next_of_bad_words(
         elif len(head) == 1 or list(output[1 - len(head) :]) == head[:-1]:
             undecided.append((head[-1], last))
     return found, undecided
-
-
-# ---- log probabilities beside the tokens -----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LogprobRequest:
-    """Requested log probabilities beside each token: the `count` most likely ones (-1: all), or `ids`."""
-
-    count: int
-    ids: tuple[int, ...] | None = None
-
-    @classmethod
-    def of(cls, params: SamplingParams) -> LogprobRequest | None:
-        if params.logprobs is None:
-            return None
-        ids = params.logprob_token_ids
-        return cls(params.logprobs, None if ids is None else tuple(ids))
-
-
-@dataclass(frozen=True, slots=True)
-class LogprobTensors:
-    """Some rows' log probabilities, still on the device: reading them waits for the step.
-
-    tokens, values, ranks: [r], of the tokens themselves; other_ids, other_values: [r, k], of which the
-    first `counts[i]` of row i are meant.
-    """
-
-    tokens: Tensor
-    values: Tensor
-    ranks: Tensor
-    other_ids: Tensor
-    other_values: Tensor
-    counts: list[int]
-
-    def read(self) -> list[TokenLogprobs]:
-        return [
-            TokenLogprobs([token, *ids[:count]], [value, *values[:count]], rank)
-            for token, value, rank, ids, values, count in zip(
-                self.tokens.tolist(),
-                self.values.tolist(),
-                self.ranks.tolist(),
-                self.other_ids.tolist(),
-                self.other_values.tolist(),
-                self.counts,
-                strict=True,
-            )
-        ]
-
-
-def log_probabilities(
-    logits: Tensor, tokens: Tensor, requested: Sequence[LogprobRequest], *, normalise: bool = True
-) -> LogprobTensors:
-    """logits: [r, vocab] float32; tokens: [r] int64, the token at each position; one request per row.
-
-    `normalise=False` reports the logits themselves.
-    """
-    vocab = logits.shape[1]
-    values = logits.log_softmax(-1) if normalise else logits
-    own = values.gather(1, tokens.clamp(min=0)[:, None])
-    ranks = (values > own).sum(-1) + 1
-    counts = [
-        len(w.ids) if w.ids is not None else vocab if w.count < 0 else min(w.count, vocab) for w in requested
-    ]
-    others = largest(values, max(counts))[1]
-    for i, request in enumerate(requested):
-        if request.ids:
-            others[i, : len(request.ids)] = torch.tensor(request.ids)
-    return LogprobTensors(tokens, own.squeeze(1), ranks, others, values.gather(1, others), counts)
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ differs between models in the spec and the operators.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -26,24 +26,17 @@ from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, Ste
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.worker.bitmask import ChooseMasked, known_output
 from microvllm.runtime.worker.device import make_device
 from microvllm.runtime.worker.gpu_memory import load_beside_cache, memory_for
 from microvllm.runtime.worker.loading import make_attention
-from microvllm.runtime.worker.logits import (
-    LogprobRequest,
-    LogprobTensors,
-    log_probabilities,
-    on_device,
-)
+from microvllm.runtime.worker.logprobs import PromptLogprobs, log_prompts, read_prompts
 from microvllm.runtime.worker.parallel.masked_rows import MaskedRows
 from microvllm.runtime.worker.sampler import Sampled
 from microvllm.runtime.worker.states import copy_states
 from microvllm.runtime.worker.step_times import DeviceClock
+from microvllm.runtime.worker.transfers import on_device
 
-PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
-PromptLogprobs = dict[int, list[LogprobTensors]]  # by index in plan.scheduled
 Items = Sequence[ScheduledRequest]
 Sample = Callable[["LaunchedStep"], "LaunchedStep"]
 
@@ -59,7 +52,7 @@ class LaunchedStep:
     order: Sequence[int] = ()
     read_tokens: Callable[[], list[int]] = list
     sampled: Sampled | None = None
-    prompt_logprobs: PromptLogprobs | None = None
+    prompt_logprobs: PromptLogprobs = field(default_factory=dict)
     sample: Sample | None = None
 
 
@@ -156,22 +149,21 @@ class ModelGraphRunner:
         tokens: list[Sequence[int]] = [()] * len(step.plan.scheduled)
         for index, token in zip(step.order, step.read_tokens(), strict=True):
             tokens[index] = (token,)
-        logprobs, prompt_logprobs = {}, {}
+        logprobs = {}
         if step.sampled is not None and step.sampled.logprobs is not None:
             entries = step.sampled.logprobs.read()
             logprobs = {step.order[i]: (one,) for i, one in zip(step.sampled.asked, entries, strict=True)}
-        if step.prompt_logprobs:
-            prompt_logprobs = {index: _read(parts) for index, parts in step.prompt_logprobs.items()}
         if self.device_clock is not None:
             self.device_clock.collect()
-        return StepResult(tokens, logprobs, prompt_logprobs)
+        return StepResult(tokens, logprobs, read_prompts(step.prompt_logprobs))
 
     # ---- its parts -----------------------------------------------------------------------------
 
     def _choose(self, plan: StepPlan, order: Sequence[int], ids: Tensor, hidden: Tensor) -> LaunchedStep:
         """Sample; `ids` and `hidden` are those of all tokens, of the plan's requests in this order."""
         items = [plan.scheduled[i] for i in order]
-        prompt_logprobs = self._prompt_logprobs(hidden, items, order)
+        normalise = self.config.logprobs_mode.endswith("logprobs")
+        prompt_logprobs = log_prompts(self.model.logits, hidden, items, order, normalise=normalise)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
             return LaunchedStep(plan, prompt_logprobs=prompt_logprobs)
@@ -187,29 +179,6 @@ class ModelGraphRunner:
         if self.config.async_scheduling and self.masks.concerns([item.request.row for item in items]):
             step.sample = sample
         return sample(step) if step.sample is None else step
-
-    def _prompt_logprobs(self, hidden: Tensor, items: Items, order: Sequence[int]) -> PromptLogprobs:
-        """For prompts that ask: hidden state i of a prompt gives the log probabilities of its token i + 1."""
-        found: PromptLogprobs = {}
-        first = 0
-        for item, index in zip(items, order, strict=True):
-            request, count = item.request, item.request.params.prompt_logprobs
-            at, first = first - item.start, first + item.num_new
-            if count is None:
-                continue
-            start = max(item.start, request.num_prompt_logprobs)
-            end = min(item.start + item.num_new, request.prompt_len - 1)
-            # In slices: logits are far larger than hidden states.
-            for low in range(start, end, PROMPT_SLICE):
-                high = min(low + PROMPT_SLICE, end)
-                tokens = on_device(request.token_ids[low + 1 : high + 1], torch.int64, hidden.device)
-                logits = self.model.logits(hidden[at + low : at + high])
-                requested = [LogprobRequest(count)] * (high - low)
-                normalise = self.config.logprobs_mode.endswith("logprobs")
-                found.setdefault(index, []).append(
-                    log_probabilities(logits, tokens, requested, normalise=normalise)
-                )
-        return found
 
     def _sample(self, logits: Tensor, items: Items, ids: Tensor, step: LaunchedStep) -> LaunchedStep:
         """logits: [m, vocab]; ids: [m], the token in front of the one to be chosen."""
@@ -249,7 +218,3 @@ class ModelGraphRunner:
         self._block_tables[:, row] = 0
         self._inputs.clear_row(row)
         self._sampler.clear_row(row)
-
-
-def _read(parts: Sequence[LogprobTensors]) -> list[TokenLogprobs]:
-    return [entry for part in parts for entry in part.read()]

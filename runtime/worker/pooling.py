@@ -14,8 +14,8 @@ from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import NO_TOKEN, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.worker.logits import on_device
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
+from microvllm.runtime.worker.transfers import on_device
 
 
 def make_runner(

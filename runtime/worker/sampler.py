@@ -21,14 +21,9 @@ from torch import Tensor
 from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
 from microvllm.runtime.worker.bitmask import Output, TokenMask
-from microvllm.runtime.worker.logits import (
-    LogitRules,
-    LogprobRequest,
-    LogprobTensors,
-    largest,
-    log_probabilities,
-    on_device,
-)
+from microvllm.runtime.worker.logits import LogitRules, largest
+from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, log_probabilities
+from microvllm.runtime.worker.transfers import on_device
 
 if TYPE_CHECKING:
     from microvllm.ops.gpu.sampling import Delivery

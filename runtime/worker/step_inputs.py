@@ -13,8 +13,7 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.ops.attention.mixed import batch_of_pools
 from microvllm.runtime.core.plan import ScheduledRequest
-from microvllm.runtime.worker.logits import on_device
-from microvllm.runtime.worker.transfers import Stager
+from microvllm.runtime.worker.transfers import Stager, on_device
 
 UNKNOWN = -1  # a token whose value is still only on the device
 

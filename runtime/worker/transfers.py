@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Device = str | torch.device
+
+
+def on_device(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: Device) -> Tensor:
+    """Copy host values to a tensor on the device, without waiting for the transfer."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if str(device) == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Stager:
