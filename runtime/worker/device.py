@@ -18,18 +18,17 @@ from microvllm.ops.attention import AttentionBackend
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.progress import OnProgress, Stage
+from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.worker.bitmask import ChooseMasked, ReadTokens
 from microvllm.runtime.worker.gpu_memory import capture_graphs
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
 from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
 from microvllm.runtime.worker.transfers import Readback
+from microvllm.runtime.worker.warm_up import warm_up
 
 if TYPE_CHECKING:
     from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
-
-WARM_UP_TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -167,40 +166,10 @@ class GpuDevice(Device):
         if not config.enforce_eager:
             made = config, model, attention, self.inputs, self.sampler, self._readback
             self._prompt_graphs, self._graphs = capture_graphs(*made, on_progress=on_progress)
-        self._warm_up(on_progress)
+        warm_up(config, model, attention, self.inputs, self.sampler, on_progress=on_progress)
         super().__init__()  # the clock begins after the captures
         if config.log_step_times:
             self.device_clock = DeviceClock(self.clock)
-
-    @torch.inference_mode()
-    def _warm_up(self, on_progress: OnProgress | None) -> None:
-        """Steps of padding, with and without single tokens in front: the first of a kind compiles.
-
-        They write no keys and values: their slots are -1.
-        """
-        config = self._config
-        pools = len(config.pools)
-        block_tables = np.zeros((pools, config.max_num_seqs, config.max_blocks), dtype=np.int64)
-        warming = Stage("Warming up", len(WARM_UP_TOKENS), on_progress)
-        for longest in WARM_UP_TOKENS:
-            for decodes in (0, 1, 16):
-                lengths = np.array([1] * decodes + [min(longest, config.max_model_len)] * 2)
-                total = int(lengths.sum())
-                # The sampler has room for one row more than there are requests.
-                if total > config.max_num_batched_tokens or len(lengths) > config.max_num_seqs + 1:
-                    continue
-                positions = np.concatenate([np.arange(length) for length in lengths])
-                nothing = np.zeros(total, dtype=np.int64)
-                rows = np.zeros(len(lengths), dtype=np.int64)
-                slots = np.full((pools, total), -1)
-                arrays = StepArrays(nothing, nothing, positions, slots, rows, lengths, lengths, decodes)
-                ids, batch = self.inputs.make(arrays, block_tables)
-                hidden = self._model.forward(ids, self._attention.begin_step(batch))
-                if config.spec.pooling is None:
-                    self.sampler.warm_up(self._model.logits(hidden[: decodes + 2]))
-            warming.advance()
-        torch.cuda.synchronize()
-        warming.finish(f"Warmed up in {warming.seconds:.1f} s")
 
     @property
     def graph_replays(self) -> int:

@@ -83,6 +83,7 @@ class ModelGraphRunner:
         self.masks = GrammarMasks(config, device.begin_sampling)
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
         self.clock = device.clock
+        self._normalise = config.logprobs_mode.endswith("logprobs")
         tables = len(config.pools), config.max_num_seqs, config.max_blocks
         self._block_tables = np.zeros(tables, dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
@@ -162,7 +163,7 @@ class ModelGraphRunner:
     def _choose(self, plan: StepPlan, order: Sequence[int], ids: Tensor, hidden: Tensor) -> LaunchedStep:
         """Sample; `ids` and `hidden` are those of all tokens, of the plan's requests in this order."""
         items = [plan.scheduled[i] for i in order]
-        normalise = self.config.logprobs_mode.endswith("logprobs")
+        normalise = self._normalise
         prompt_logprobs = log_prompts(self.model.logits, hidden, items, order, normalise=normalise)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
