@@ -27,10 +27,10 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left, insort
-from collections import deque
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.corrupt_prefix import withdraw_prefix
+from microvllm.runtime.core.deadlines import Deadlines
 from microvllm.runtime.core.kv_cache import KVCacheManager
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.core.policies import POLICIES
@@ -54,9 +54,7 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []  # since the last plan
         self._arrivals = 0
-        # In order of arrival, so the first one is the first to time out; also hold some that need it no more.
-        self._to_start: deque[Request] = deque()
-        self._to_end: deque[Request] = deque()
+        self._deadlines = Deadlines(config.queue_timeout, config.request_timeout)
         self._short_of_blocks = False  # in the last step
         self.masks: GrammarMasks | None = None  # of requests with a grammar
         self.num_preemptions = 0
@@ -98,10 +96,7 @@ class Scheduler:
         else:
             request = Request(source, order, like.keys, like.stop_ids)
         self._requests[request.id] = request
-        if config.queue_timeout:
-            self._to_start.append(request)
-        if config.request_timeout:
-            self._to_end.append(request)
+        self._deadlines.add(request)
         self._wait(request)
         return request
 
@@ -125,24 +120,11 @@ class Scheduler:
         return True
 
     def expire(self) -> list[StepOutput]:
-        """End requests that waited longer than `queue_timeout` or took longer than `request_timeout`."""
+        """End requests that waited or took too long: see `Deadlines`."""
         outputs: list[StepOutput] = []
-        now = time.monotonic()
-        for queue, limit, reason in (
-            (self._to_start, self._config.queue_timeout, FinishReason.QUEUE_TIMEOUT),
-            (self._to_end, self._config.request_timeout, FinishReason.REQUEST_TIMEOUT),
-        ):
-            while queue:
-                request = queue[0]
-                begun = reason is FinishReason.QUEUE_TIMEOUT and request.num_cached is not None
-                if request.finish_reason is None and not begun:
-                    if now - request.arrived_at <= limit:
-                        break
-                    self._finish(request, reason)
-                    outputs.append(
-                        StepOutput(request.id, [], reason, num_preemptions=request.num_preemptions)
-                    )
-                queue.popleft()
+        for request, reason in self._deadlines.passed():
+            self._finish(request, reason)
+            outputs.append(StepOutput(request.id, [], reason, num_preemptions=request.num_preemptions))
         return outputs
 
     # ---- one step ------------------------------------------------------------------------------
