@@ -3,32 +3,37 @@
 
 #include "vectors.h"
 
+#define UNROLL _Pragma("GCC unroll 8")
 #define CHUNK 128     /* tokens of one sequence that a thread takes at a time */
 #define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
 #define KEYS 4        /* keys that are multiplied side by side */
+#define PAIRS (VECTORS == 32 ? 2 : 1) /* of vectors of a value, whose sums are in registers side by side */
+#define AHEAD 32      /* tokens between those that are used and those that are asked for */
+#define ROOM 16.0f    /* weights are 2 to the power of this at most, so that their sums stay finite */
+#define LOWEST -1e30f
 #define TOKENS 64L    /* of a segment whose parts are in memory at a time, and of those, what a thread takes */
 #define TOGETHER 8L
-#define UNROLL _Pragma("GCC unroll 8")
+#define LOG2E 1.44269504088896341f
 
-typedef float Scores[GROUP][CHUNK + LANES];
+typedef float Scores[GROUP][LANES];
 
 /* Element i of a token's key or value. */
 INLINE float element(const void *p, long i, const int is_bf16)
 { return is_bf16 ? widen(((const bf16 *)p)[i]) : ((const float *)p)[i]; }
 
-/* x in the order in which load_pair gives the elements of a key: of each PAIR of bfloat16, even before odd. */
-INLINE void to_pairs(const float *x, float *pairs, long d, const int is_bf16)
+/* scale * x in the order in which load_pair gives the elements of a key: of each PAIR of bfloat16, even before odd. */
+INLINE void to_pairs(const float *x, float scale, float *pairs, long d, const int is_bf16)
 {
     long i = 0;
     for (; is_bf16 && i + PAIR <= d; i += PAIR)
         for (int j = 0; j < LANES; j++) {
-            pairs[i + j] = x[i + 2 * j];
-            pairs[i + LANES + j] = x[i + 2 * j + 1];
+            pairs[i + j] = scale * x[i + 2 * j];
+            pairs[i + LANES + j] = scale * x[i + 2 * j + 1];
         }
-    memcpy(pairs + i, x + i, (d - i) * sizeof(float));
+    for (; i < d; i++) pairs[i] = scale * x[i];
 }
 
-/* And back. */
+/* And back, without the scale. */
 INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
 {
     long i = 0;
@@ -40,19 +45,20 @@ INLINE void from_pairs(const float *pairs, float *x, long d, const int is_bf16)
     memcpy(x + i, pairs + i, (d - i) * sizeof(float));
 }
 
-#define AHEAD 32      /* keys between those that are used and those that are asked for, if they are asked for then */
-
-/* Where some tokens' keys are, so many bytes in front of their values. While keys are used, their values are asked for,
- * and as many keys of `ahead`; while values are, as many keys of `next`. One of the two is `keys`, which costs nothing:
- * see fetches_next of tuning.h. */
+/* Some neighbouring tokens of one head, `bytes` apart, and those whose memory is asked for in the meantime. */
 typedef struct {
-    const char *const *keys, *const *ahead, *const *next;
-    long to_values;
-} Tokens;
+    const char *at, *ahead;
+    long bytes, count;
+} Run;
+
+INLINE void fetch_part(const Run *r, long t, long begin, const long bytes)
+{
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(r->ahead + t * r->bytes + begin + i);
+}
 
 /* acc[t][g] = q[g] . key t in as many parts as there are lanes, for G queries and K keys from `first` on, up to where d
  * is no whole PAIR any more. */
-INLINE void multiply_keys(const float *q, const Tokens *at, long first, long d, vec acc[KEYS][GROUP], const int is_bf16,
+INLINE void multiply_keys(const float *q, const Run *keys, long first, long d, vec acc[KEYS][GROUP], const int is_bf16,
                           const int G, const int K)
 {
     long size = is_bf16 ? sizeof(bf16) : sizeof(float);
@@ -63,34 +69,21 @@ INLINE void multiply_keys(const float *q, const Tokens *at, long first, long d, 
         for (int g = 0; g < G; g++)
             for (int half = 0; half < 2; half++) query[g][half] = load_f32(q + g * d + i + half * LANES);
         for (int t = 0; t < K; t++) {
-            __builtin_prefetch(at->ahead[first + t] + i * size);
-            __builtin_prefetch(at->keys[first + t] + at->to_values + i * size);
-            load_pair(at->keys[first + t], i, is_bf16, &low, &high);
+            fetch_part(keys, first + t, i * size, PAIR * size);
+            load_pair(keys->at + (first + t) * keys->bytes, i, is_bf16, &low, &high);
             for (int g = 0; g < G; g++) acc[t][g] += low * query[g][0];
             for (int g = 0; g < G; g++) acc[t][g] += high * query[g][1];
         }
     }
 }
 
-/* What multiply_keys leaves out, for `count` keys. */
-INLINE void add_rest(const float *q, const char *const *keys, long first, long count, long d, float scale, Scores score,
-                     const int is_bf16, const int G)
+/* score[g][t] = q[g] . key t, for G queries and LANES keys or fewer, of which the rest are left as they are. */
+INLINE void score_keys(const float *q, const Run *keys, long d, Scores score, const int is_bf16, const int G)
 {
-    for (long i = d / PAIR * PAIR; i < d; i++)
-        for (long t = first; t < first + count; t++)
-            for (int g = 0; g < G; g++) score[g][t] += scale * q[g * d + i] * element(keys[t], i, is_bf16);
-}
-
-/* score[g][t] = scale * q[g] . key t, for G queries and `count` keys. Parts are added up for LANES keys at a time. */
-INLINE void score_keys(const float *q, const Tokens *at, long count, long d, float scale, Scores score,
-                       const int is_bf16, const int G)
-{
-    vec acc[KEYS][GROUP];
-    long t = 0;
-    for (; t + LANES <= count; t += LANES) {
-        vec part[LANES / KEYS][GROUP];
+    vec acc[KEYS][GROUP], part[LANES / KEYS][GROUP];
+    if (keys->count == LANES && d >= PAIR) { /* GCC, which sees that d is no less, keeps the sums in registers */
         UNROLL for (int i = 0; i < LANES / KEYS; i++) {
-            multiply_keys(q, at, t + i * KEYS, d, acc, is_bf16, G, KEYS);
+            multiply_keys(q, keys, i * KEYS, d, acc, is_bf16, G, KEYS);
             for (int g = 0; g < G; g++)
                 part[i][g] = add_runs(add_runs(acc[0][g], acc[1][g], 1), add_runs(acc[2][g], acc[3][g], 1), 2);
         }
@@ -100,97 +93,130 @@ INLINE void score_keys(const float *q, const Tokens *at, long count, long d, flo
                 for (int i = 0; i < LANES / KEYS / 2; i++)
                     part[i][g] = add_runs(part[2 * i][g], part[2 * i + 1][g], KEYS);
             if (LANES > 2 * KEYS) part[0][g] = add_runs(part[0][g], part[1][g], 2 * KEYS);
-            store(score[g] + t, part[0][g] * scale);
+            store(score[g], part[0][g]);
         }
-        add_rest(q, at->keys, t, LANES, d, scale, score, is_bf16, G);
-    }
-    for (; t < count; t++) {
-        multiply_keys(q, at, t, d, acc, is_bf16, G, 1);
-        for (int g = 0; g < G; g++) score[g][t] = scale * sum(acc[0][g]);
-        add_rest(q, at->keys, t, 1, d, scale, score, is_bf16, G);
-    }
+    } else
+        for (long t = 0; t < keys->count; t++) {
+            multiply_keys(q, keys, t, d, acc, is_bf16, G, 1);
+            for (int g = 0; g < G; g++) score[g][t] = sum(acc[0][g]);
+        }
+    for (long i = d / PAIR * PAIR; i < d; i++)
+        for (long t = 0; t < keys->count; t++)
+            for (int g = 0; g < G; g++) score[g][t] += q[g * d + i] * element(keys->at + t * keys->bytes, i, is_bf16);
 }
 
-/* out[g] = sum over t of weight[g][t] * value t, for one pair of vectors of it, from element i on. U partial sums keep
- * the additions from waiting for each other. */
-INLINE void add_pair(Scores weight, const Tokens *at, long count, long i, float *out, long d, const int is_bf16,
-                     const int G, const int U)
+/* sums[g] += weight[g][t] * value t, of P pairs of vectors from element i on. */
+INLINE void add_pairs(Scores weight, const Run *values, long i, float *sums, long d, const int is_bf16, const int G,
+                      const int P)
 {
-    vec acc[4][GROUP][2], low, high;
-    long t = 0, size = is_bf16 ? sizeof(bf16) : sizeof(float);
-    for (int u = 0; u < U; u++)
-        for (int g = 0; g < G; g++) acc[u][g][0] = acc[u][g][1] = (vec){};
-    for (; t + U <= count; t += U)
-        for (int u = 0; u < U; u++) {
-            __builtin_prefetch(at->next[t + u] + i * size);
-            load_pair(at->keys[t + u] + at->to_values, i, is_bf16, &low, &high);
-            for (int g = 0; g < G; g++) {
-                acc[u][g][0] += weight[g][t + u] * low;
-                acc[u][g][1] += weight[g][t + u] * high;
-            }
-        }
-    for (; t < count; t++) {
-        load_pair(at->keys[t] + at->to_values, i, is_bf16, &low, &high);
-        for (int g = 0; g < G; g++) {
-            acc[0][g][0] += weight[g][t] * low;
-            acc[0][g][1] += weight[g][t] * high;
-        }
+    vec acc[GROUP][2 * PAIRS], value[2 * PAIRS];
+    long size = is_bf16 ? sizeof(bf16) : sizeof(float);
+    for (int g = 0; g < G; g++)
+        for (int p = 0; p < 2 * P; p++) acc[g][p] = load_f32(sums + g * d + i + p * LANES);
+    for (long t = 0; t < values->count; t++) {
+        fetch_part(values, t, i * size, P * PAIR * size);
+        for (int p = 0; p < P; p++)
+            load_pair(values->at + t * values->bytes, i + p * PAIR, is_bf16, &value[2 * p], &value[2 * p + 1]);
+        for (int g = 0; g < G; g++)
+            for (int p = 0; p < 2 * P; p++) acc[g][p] += weight[g][t] * value[p];
     }
     for (int g = 0; g < G; g++)
-        for (int half = 0; half < 2; half++) {
-            for (int u = 1; u < U; u++) acc[0][g][half] += acc[u][g][half];
-            store(out + g * d + i + half * LANES, acc[0][g][half]);
-        }
+        for (int p = 0; p < 2 * P; p++) store(sums + g * d + i + p * LANES, acc[g][p]);
 }
 
-INLINE void add_values(Scores weight, const Tokens *at, long count, long d, float *out, const int is_bf16, const int G)
+INLINE void add_values(Scores weight, const Run *values, long d, float *sums, const int is_bf16, const int G)
 {
     long i = 0;
-    for (; i + PAIR <= d; i += PAIR) add_pair(weight, at, count, i, out, d, is_bf16, G, G == 1 ? 4 : G <= 3 ? 2 : 1);
+    for (; i + PAIRS * PAIR <= d; i += PAIRS * PAIR) add_pairs(weight, values, i, sums, d, is_bf16, G, PAIRS);
+    for (; i + PAIR <= d; i += PAIR) add_pairs(weight, values, i, sums, d, is_bf16, G, 1);
     for (; i < d; i++)
-        for (int g = 0; g < G; g++) {
-            float total = 0;
-            for (long t = 0; t < count; t++) total += weight[g][t] * element(at->keys[t] + at->to_values, i, is_bf16);
-            out[g * d + i] = total;
-        }
+        for (int g = 0; g < G; g++)
+            for (long t = 0; t < values->count; t++)
+                sums[g * d + i] += weight[g][t] * element(values->at + t * values->bytes, i, is_bf16);
 }
 
-/* G query heads of one KV head against `count` tokens. Their parts, `stride` floats apart: d floats of the sum of
- * weights * v, not normalised, the maximum score, the sum of the weights. */
-INLINE void attend(const float *queries, const Tokens *at, long count, long d, float scale, float *part, long stride,
+/* A token of a sequence. */
+typedef struct {
+    const int64_t *block; /* that it lies in */
+    long offset;
+} Place;
+
+INLINE Place place_of(const int64_t *blocks, long token, long size)
+{ return (Place){blocks + token / size, token % size}; }
+
+INLINE Place behind(Place p, long count, long size)
+{
+    for (p.offset += count; p.offset >= size; p.offset -= size) p.block++;
+    return p;
+}
+
+/* One KV head of a sequence of `length` tokens. */
+typedef struct {
+    const char *keys;      /* of the cache's first slot */
+    const int64_t *blocks;
+    long block_size, bytes, to_values, length; /* bytes of a key; from a key to its value */
+} Head;
+
+INLINE const char *key_at(const Head *a, Place p) { return a->keys + (*p.block * a->block_size + p.offset) * a->bytes; }
+
+/* G query heads of one KV head against its tokens from t to `end`, a few at a time, so that memory has as much to do
+ * while scores become weights as while keys are read. Their parts, `stride` floats apart: d floats of the sum of
+ * weights * v, not normalised, the score that has a weight of 1, the sum of the weights; scores in bits. */
+INLINE void attend(const float *queries, const Head *a, long t, long end, long d, float scale, float *part, long stride,
                    const int is_bf16, const int G)
 {
+    float q[G * d], sums[G * d], best[GROUP];
     Scores score;
-    float q[G * d], sums[G * d];
-    for (int g = 0; g < G; g++) to_pairs(queries + g * d, q + g * d, d, is_bf16);
-    score_keys(q, at, count, d, scale, score, is_bf16, G);
+    vec total[GROUP];
+    Place place = place_of(a->blocks, t, a->block_size), ahead = behind(place, AHEAD, a->block_size);
     for (int g = 0; g < G; g++) {
-        long t;
-        for (t = count; t < count + LANES; t++) score[g][t] = -INFINITY;
-        vec top = load_f32(score[g]), total = {};
-        for (t = LANES; t < count; t += LANES) top = larger(top, load_f32(score[g] + t));
-        float best = top[0];
-        for (int l = 1; l < LANES; l++) best = top[l] > best || top[l] != top[l] ? top[l] : best;
-        for (t = 0; t < count; t += LANES) {
-            vec weight = vexp(load_f32(score[g] + t) - best);
-            store(score[g] + t, weight);
-            total += weight;
-        }
-        part[g * stride + d] = best;
-        part[g * stride + d + 1] = sum(total);
+        to_pairs(queries + g * d, scale * LOG2E, q + g * d, d, is_bf16);
+        total[g] = (vec){};
+        best[g] = LOWEST;
     }
-    add_values(score, at, count, d, sums, is_bf16, G);
-    for (int g = 0; g < G; g++) from_pairs(sums + g * d, part + g * stride, d, is_bf16);
+    memset(sums, 0, sizeof sums);
+    for (long count; t < end; t += count) {
+        count = least(least(LANES, a->block_size - place.offset), end - t);
+        const char *at = key_at(a, place), *next = t + AHEAD < a->length ? key_at(a, ahead) : at;
+        const Run keys = {at, next, a->bytes, count};
+        const Run values = {at + a->to_values, next + a->to_values, a->bytes, count};
+        place = behind(place, count, a->block_size);
+        ahead = behind(ahead, count, a->block_size);
+        if (count < LANES)
+            for (int g = 0; g < G; g++) store(score[g], (vec){} - INFINITY);
+        score_keys(q, &keys, d, score, is_bf16, G);
+        ivec is_over = {};
+        for (int g = 0; g < G; g++) is_over |= load_f32(score[g]) - best[g] > ROOM;
+        if (any(is_over))
+            for (int g = 0; g < G; g++) {
+                float top = largest(load_f32(score[g])), factor = exp2f(best[g] - top);
+                if (!(top > best[g])) continue;
+                best[g] = top;
+                total[g] *= factor;
+                for (long i = 0; i < d; i++) sums[g * d + i] *= factor;
+            }
+        for (int g = 0; g < G; g++) {
+            vec weight = vexp2(load_f32(score[g]) - best[g]);
+            store(score[g], weight);
+            total[g] += weight;
+        }
+        add_values(score, &values, d, sums, is_bf16, G);
+    }
+    for (int g = 0; g < G; g++) {
+        from_pairs(sums + g * d, part + g * stride, d, is_bf16);
+        part[g * stride + d] = best[g];
+        part[g * stride + d + 1] = sum(total[g]);
+    }
 }
 
 /* `heads` of them: at most GROUP. */
-static void attend_heads(const float *q, const Tokens *at, long count, long d, float scale, float *part, long stride,
+static void attend_heads(const float *q, const Head *a, long t, long end, long d, float scale, float *part, long stride,
                          int is_bf16, long heads)
 {
 #define HEADS_ARE(G)                                                     \
     case G:                                                              \
-        if (is_bf16) attend(q, at, count, d, scale, part, stride, 1, G); \
-        else attend(q, at, count, d, scale, part, stride, 0, G);         \
+        if (is_bf16) attend(q, a, t, end, d, scale, part, stride, 1, G); \
+        else attend(q, a, t, end, d, scale, part, stride, 0, G);         \
         break
     switch (heads) {
         HEADS_ARE(1);
@@ -221,35 +247,6 @@ INLINE long begin_of(const Decode *j, long row, long chunk)
 }
 INLINE long end_of(const Decode *j, long row, long chunk) { return least((chunk + 1) * CHUNK, length_of(j, row)); }
 
-/* Addresses of the keys of tokens [from, to) of the sequence with these blocks, in one KV head. */
-static void find_keys(const Cache *cache, const int64_t *blocks, long head, long bytes, long from, long to,
-                      const char **keys)
-{
-    long size = cache->block_size;
-    for (long t = from, end; t < to; t = end) {
-        long slot = head * cache->num_slots + blocks[t / size] * size + t % size;
-        const char *key = (const char *)cache->data + slot * bytes;
-        end = least(to, (t / size + 1) * size);
-        for (long i = t; i < end; i++, key += bytes) *keys++ = key;
-    }
-}
-
-/* Addresses of `count` keys that come behind the last chunk of a row in one KV head: of the same row in the next head,
- * or of the next row. There are some in front of them, which are repeated where there are too few. */
-static void find_next(const Decode *j, long row, long head, long bytes, const char **keys, long count)
-{
-    const Step *a = j->step;
-    head++;
-    if (head == a->kv_heads) {
-        head = 0;
-        row = least(row + j->together, j->rows - 1);
-    }
-    long length = length_of(j, row), from = most(0, a->window ? length - a->window : 0);
-    long found = least(count, length - from);
-    find_keys(j->cache, j->blocks + (j->lens ? row * a->width : 0), head, bytes, from, from + found, keys);
-    for (long t = most(found, 0); t < count; t++) keys[t] = keys[-1];
-}
-
 /* One KV head of some rows of one sequence, CHUNK of its tokens. */
 static void decode_piece(const void *job, long piece)
 {
@@ -259,34 +256,26 @@ static void decode_piece(const void *job, long piece)
     long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads;
     long row = piece / j->chunks / a->kv_heads * j->together, last = least(row + j->together, j->rows) - 1;
     long group = a->heads / a->kv_heads, d = a->d, part = d + 2, stride = j->chunks * part;
-    long first = begin_of(j, row, chunk);
-    const int64_t *blocks = j->blocks + (j->lens ? row * a->width : 0);
-    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)),
-         to_values = a->kv_heads * cache->num_slots * bytes;
-    long end = end_of(j, last, chunk), seen = least(end + CHUNK, length_of(j, last));
-    int fetches_next = a->tuning->fetches_next;
-    const char *keys[2 * CHUNK], **next = keys + end - first;
-    if (first < end) {
-        find_keys(cache, blocks, head, bytes, first, seen, keys);
-        if (seen < end + CHUNK) find_next(j, row, head, bytes, keys + seen - first, end + CHUNK - seen);
-    }
+    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), of_head = cache->num_slots * bytes;
+    const Head keys = {
+        .keys = (const char *)cache->data + head * of_head,
+        .blocks = j->blocks + (j->lens ? row * a->width : 0),
+        .block_size = cache->block_size,
+        .bytes = bytes,
+        .to_values = a->kv_heads * of_head,
+        .length = length_of(j, last),
+    };
     for (; row <= last; row++) {
-        long begin = begin_of(j, row, chunk), count = end_of(j, row, chunk) - begin, skipped = begin - first;
+        long begin = begin_of(j, row, chunk), end = end_of(j, row, chunk);
         for (long h = head * group; h < (head + 1) * group; h += GROUP) {
             const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
             float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
             long heads = least((head + 1) * group - h, GROUP);
-            const char *const *own = keys + skipped;
-            const Tokens tokens = {own, fetches_next ? own : own + AHEAD, fetches_next ? next : own, to_values};
-            if (count > 0) attend_heads(queries, &tokens, count, d, a->scale, at, stride, cache->is_bf16, heads);
+            if (begin < end) attend_heads(queries, &keys, begin, end, d, a->scale, at, stride, cache->is_bf16, heads);
             else
                 for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
         }
     }
-    /* What was not reached because this chunk is short. */
-    long from = fetches_next ? end - first : 0, to = fetches_next ? CHUNK : AHEAD - (end - first);
-    for (long t = from; first < end && t < to; t++)
-        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(next[t] + i);
 }
 
 /* The parts of one query head, by their maxima, into its output; a sink is a part without a value. */
@@ -296,18 +285,18 @@ static void merge_piece(const void *job, long query)
     long d = j->step->d, part = d + 2;
     const float *parts = j->parts + query * j->chunks * part;
     const float *sinks = j->cache->sinks;
-    const float sink = sinks ? sinks[query % j->step->heads] : -INFINITY;
+    const float sink = sinks ? LOG2E * sinks[query % j->step->heads] : -INFINITY;
     float *result = j->out + query * d, best = sink, total = 0;
     for (long c = 0; c < j->chunks; c++) {
         float top = parts[c * part + d];
         best = top > best || top != top ? top : best;
     }
     memset(result, 0, d * sizeof(float));
-    if (sinks) total = expf(sink - best);
+    if (sinks) total = exp2f(sink - best);
     for (long c = 0; c < j->chunks; c++) {
         const float *p = parts + c * part;
         if (p[d] == -INFINITY) continue;
-        float factor = expf(p[d] - best);
+        float factor = exp2f(p[d] - best);
         total += factor * p[d + 1];
         for (long i = 0; i < d; i++) result[i] += factor * p[i];
     }

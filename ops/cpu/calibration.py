@@ -1,9 +1,9 @@
 """Measures at the first start which of two ways this processor is faster.
 
 Fetched past the second-level cache, an AMD Zen reads weights as fast as any other way, a Sapphire Rapids
-Xeon half as fast; how many rows are few, and when keys are best fetched, differs too. Processor time of one
-thread is compared, which other processes disturb least, and in turns: the way that is not the default is
-chosen only if it is faster by 5 % or more in three quarters of the turns. The result is kept beside the
+Xeon half as fast; how many rows are few differs too. Processor time of one thread is compared, which other
+processes disturb least, and in turns: the way that is not the default is chosen only if it is faster by 5 %
+or more in three quarters of the turns. The result is kept beside the
 compiled kernels, for this processor and library. What was measured while other processes were busy is
 measured again at the next starts.
 """
@@ -25,15 +25,14 @@ from pathlib import Path
 
 import torch
 
-from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape
 from microvllm.ops.cache import cache_folder, is_trusted
-from microvllm.ops.cpu.operators import CpuAttention, CpuOperators
+from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # of what is measured, and of the rules by which it is judged
+VERSION = 6  # of what is measured, and of the rules by which it is judged
 BF16, Q4_1 = 30, 3  # ggml's numbers of formats
 SIDE = 1024  # rows and columns of each weight
 STREAMED_BYTES = 128 << 20  # more than the caches hold
@@ -48,7 +47,6 @@ MOST_FEW_ROWS = 4
 _NUMBERS = {"cpu family": "family", "model": "model"}
 MATRIX_ROWS = (2, 4, 6, 8, 12, 16, 24, 32)
 MANY_ROWS = 64
-BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +158,8 @@ def calibrate(library: ctypes.CDLL) -> Calibration:
 
     def gain(what: str, rows: int, number: int, usual: Tuning, other: Tuning, count: int) -> bool:
         """Whether the other way is clearly faster."""
-        ways = [_products(library, weights[:count], rows, number, way) for way in (usual, other)]
-        return is_won(what, *ways)
-
-    def is_won(what: str, default: Callable[[], float], other: Callable[[], float]) -> bool:
-        comparisons[what] = _compare(default, other)
+        ways = (_products(library, weights[:count], rows, number, way) for way in (usual, other))
+        comparisons[what] = _compare(*ways)
         return comparisons[what].is_won
 
     tuning = Tuning()
@@ -193,10 +188,6 @@ def calibrate(library: ctypes.CDLL) -> Calibration:
         what = f"{MANY_ROWS} x bfloat16 by AVX512-BF16, by float32"
         if gain(what, MANY_ROWS, BF16, tuning, exact, COMPUTED_BYTES // 4):
             tuning = exact
-    chunks = replace(tuning, fetches_next=True)
-    what = "keys ahead while keys are used, while values are"
-    if is_won(what, *(_attention(library, weights, way) for way in (tuning, chunks))):
-        tuning = chunks
     return Calibration(processor_name(), tuning, comparisons, round(load.measure(), 3))
 
 
@@ -261,26 +252,6 @@ def _products(
         begin = time.thread_time()
         for layer in layers:
             layer(x)
-        return time.thread_time() - begin
-
-    return run
-
-
-def _attention(library: ctypes.CDLL, cache: torch.Tensor, tuning: Tuning) -> Callable[[], float]:
-    """The same for one query, to which all of a cache are keys and values."""
-    operators, shape = CpuOperators(library, 1, tuning=tuning), AttentionShape(1, 12, 4, 64)
-    blocks = len(cache) // (2 * shape.num_kv_heads * BLOCK * shape.head_dim * torch.bfloat16.itemsize)
-    config = AttentionConfig(shape, blocks, BLOCK, torch.zeros(shape.head_dim // 2), 1, torch.bfloat16)
-    attention, count = CpuAttention(operators, config), torch.tensor([blocks * BLOCK])
-    attention.layers[0].data = cache.data_ptr()
-    step = attention.begin_step(
-        AttentionBatch(torch.zeros(1, dtype=torch.int64), count - 1, 1, torch.arange(blocks)[None], count)
-    )
-    qkv = torch.ones(1, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
-
-    def run() -> float:
-        begin = time.thread_time()
-        step(0, qkv)
         return time.thread_time() - begin
 
     return run

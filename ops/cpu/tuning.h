@@ -9,7 +9,6 @@ typedef struct {
     int few_rows;     /* up to so many rows of x quantised weights are widened in registers: MOST_FEW_ROWS at most */
     int matrix_rows, matrix_rows_quantized; /* from so many rows on the matrix unit is faster, if there is one */
     int multiplies_bf16; /* AVX512-BF16 for many rows, if the library has it: see dot.h */
-    int fetches_next;    /* a decode asks for the next chunk's keys while it uses values, not keys: see attention.c */
     int is_exact; /* quantised weights are never rounded to bfloat16 */
     int is_invariant; /* a row of a product has the same bits whatever rows are beside it */
 } Tuning;

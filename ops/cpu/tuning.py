@@ -13,7 +13,7 @@ class TuningFields(ctypes.Structure):
         (name, ctypes.c_int)
         for name in (
             *("fetches_once", "few_rows", "matrix_rows", "matrix_rows_quantized", "multiplies_bf16"),
-            *("fetches_next", "is_exact", "is_invariant"),
+            *("is_exact", "is_invariant"),
         )
     ]
 
@@ -26,8 +26,7 @@ class Tuning:
     many rows of x, 4 at most, quantised weights are widened in registers, beyond it in memory.
     matrix_rows and matrix_rows_quantized: from so many rows on, weights in bfloat16 and quantised ones are
     multiplied on the matrix unit, where there is one. multiplies_bf16: where there is only AVX512-BF16, many
-    rows are multiplied by it. fetches_next: attention of one query fetches the keys of its next chunk while
-    it adds up values, and not, a little ahead, while it uses keys.
+    rows are multiplied by it.
     """
 
     fetches_once: bool = False
@@ -35,7 +34,6 @@ class Tuning:
     matrix_rows: int = 8
     matrix_rows_quantized: int = 4
     multiplies_bf16: bool = True
-    fetches_next: bool = False
 
     def fields(self, is_exact: bool, is_invariant: bool) -> TuningFields:
         """The struct for the kernels.

@@ -110,15 +110,6 @@ INLINE bf16 narrow(float f)
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-INLINE float sum(vec v)
-{
-    float x[LANES];
-    memcpy(x, &v, sizeof v);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
-}
-
 #if defined(__clang__)
 #define SHUFFLE_EACH(a, b, at) shuffle(a, b, at)
 INLINE vec shuffle(vec a, vec b, ivec at)
@@ -130,6 +121,40 @@ INLINE vec shuffle(vec a, vec b, ivec at)
 #else
 #define SHUFFLE_EACH(a, b, at) __builtin_shuffle(a, b, at)
 #endif
+
+/* Lanes `step` apart exchanged. */
+INLINE vec swap_runs(vec a, const int step)
+{
+    ivec at;
+    for (int i = 0; i < LANES; i++) at[i] = i ^ step;
+    return SHUFFLE_EACH(a, a, at);
+}
+
+INLINE float sum(vec a)
+{
+    if (LANES > 8) a += swap_runs(a, 8 % LANES);
+    if (LANES > 4) a += swap_runs(a, 4 % LANES);
+    a += swap_runs(a, 2);
+    a += swap_runs(a, 1);
+    return a[0];
+}
+
+/* A NaN if there is one. */
+INLINE float largest(vec a)
+{
+    if (LANES > 8) a = larger(a, swap_runs(a, 8 % LANES));
+    if (LANES > 4) a = larger(a, swap_runs(a, 4 % LANES));
+    a = larger(a, swap_runs(a, 2));
+    return larger(a, swap_runs(a, 1))[0];
+}
+
+INLINE int any(ivec condition)
+{
+    uint64_t words[sizeof condition / 8], found = 0;
+    memcpy(words, &condition, sizeof words);
+    for (unsigned i = 0; i < sizeof words / 8; i++) found |= words[i];
+    return found != 0;
+}
 
 /* Of each pair of neighbouring runs of `step` lanes the sum: of a in the lower run, of b in the upper. With steps 1, 2,
  * 4 and so on, LANES vectors become one of their sums. */
@@ -167,6 +192,23 @@ INLINE vec vexp(vec x)
     ivec bits = ((ivec)result & finite) | ((ivec)huge & over);
     ivec nan = x != x;
     return (vec)((bits & ~nan) | ((ivec)x & nan));
+}
+
+/* 2^x for x up to 127, of the same precision; below -126 it is 0, NaN stays NaN. */
+INLINE vec vexp2(vec x)
+{
+    const vec low = (vec){} - 126.0f;
+    ivec under = x < low;
+    vec shifted = x + 12582912.0f; /* whose lowest bits are x, rounded to an integer */
+    vec r = x - (shifted - 12582912.0f);
+    vec p = r * 1.535336e-4f + 1.3398875e-3f;
+    p = p * r + 9.618437e-3f;
+    p = p * r + 5.5503324e-2f;
+    p = p * r + 2.4022648e-1f;
+    p = p * r + 6.931472e-1f;
+    p = p * r + 1.0f;
+    uvec exponent = ((uvec)shifted << 23) + 0x3f800000u;
+    return (vec)((ivec)(p * (vec)exponent) & ~under);
 }
 
 #endif

@@ -35,11 +35,7 @@ def kept_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def measure(
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: Callable[[Tuning, int], float],
-    attend: Callable[[Tuning], float] = lambda tuning: 1.0,
-) -> list[Tuning]:
+def measure(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Tuning, int], float]) -> list[Tuning]:
     """Products take `seconds`, given how they are done and the rows of x. What was timed of them."""
     timed: list[Tuning] = []
 
@@ -50,7 +46,6 @@ def measure(
         return lambda: seconds(tuning, rows)
 
     monkeypatch.setattr(calibration, "_products", products)
-    monkeypatch.setattr(calibration, "_attention", lambda library, cache, tuning: lambda: attend(tuning))
     return timed
 
 
@@ -90,14 +85,6 @@ def test_many_rows_are_rounded_unless_that_is_slower(
     measure(monkeypatch, lambda tuning, rows: seconds if tuning.multiplies_bf16 else 1.0)
     vectors = SimpleNamespace(has_amx=lambda: False, has_bf16=lambda: True)
     assert calibration.calibrate(vectors).tuning.multiplies_bf16 is is_rounded  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("seconds", "is_next"), [(0.5, True), (0.98, False), (2.0, False)])
-def test_keys_are_fetched_as_is_faster(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, is_next: bool
-) -> None:
-    measure(monkeypatch, lambda tuning, rows: 1.0, lambda tuning: seconds if tuning.fetches_next else 1.0)
-    assert calibration.calibrate(LIBRARY).tuning.fetches_next is is_next
 
 
 def turns(default: Iterable[float], other: Iterable[float]) -> calibration.Comparison:

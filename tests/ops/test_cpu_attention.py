@@ -124,6 +124,17 @@ def test_a_chunk_of_a_long_sequence_beside_many_short_ones(
     check(operators, Case(shape, 16, [900], segments, torch.bfloat16))
 
 
+@pytest.mark.parametrize("step", [5.0, -5.0])
+def test_scores_that_grow_from_block_to_block(operators: CpuOperators, step: float) -> None:
+    """By more, in all, than there is between the largest weight and the one that the first block's are."""
+    case = Case(AttentionShape(1, 6, 2, 64), 16, [300], [], torch.float32)
+    case.inv_freq = torch.zeros(32)  # queries are not rotated
+    case.qkv[:] = 1.0
+    for index, block in enumerate(case.decodes[0].blocks):
+        case.cache[0, 0, block] = index * step / 8
+    check(operators, case)
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_what_is_not_a_number_stays_in_its_sequence(operators: CpuOperators, broken: float) -> None:
     """And in what follows it there."""
