@@ -113,6 +113,27 @@ def test_the_other_way_wins_with_three_quarters_of_all_turns(wins: int, is_won: 
     assert (found.wins, found.turns, found.is_won) == (wins, 24, is_won)
 
 
+def test_the_other_way_wins_only_if_it_is_faster_undisturbed() -> None:
+    found = turns([0.5] + [1.0] * 23, [0.6] * 24)
+    assert (found.wins, found.turns, found.is_won) == (11, 12, False)
+
+
+def test_interrupted_products_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, taken = [0.0], iter([1.0] * 8 + [50.0] * 3 + [1.0] * 8)
+
+    class Operators:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def linear(self, weight: object) -> Callable[[torch.Tensor], None]:
+            return lambda x: clock.__setitem__(0, clock[0] + next(taken))
+
+    monkeypatch.setattr(calibration, "CpuOperators", Operators)
+    monkeypatch.setattr(calibration.time, "thread_time", lambda: clock[0])
+    library = SimpleNamespace(packed_bytes=lambda *_: 100)
+    run = calibration._products(library, torch.empty(1900, dtype=torch.uint8), 1, 3, Tuning())  # type: ignore[arg-type]
+    assert run() == 19
+
+
 def test_a_drift_of_the_machine_is_no_gain() -> None:
     seconds = iter(
         [1.0 * 0.9**i for i in range(100)]
@@ -164,10 +185,11 @@ def test_what_was_measured_under_load_is_measured_again(monkeypatch: pytest.Monk
     under_loads(monkeypatch, 0.9, 0.05)
     measure(monkeypatch, lambda tuning, rows: 1.0)
     busy = calibrated(LIBRARY)
-    assert not busy.is_final and "will be measured again" in str(busy)
+    assert not busy.is_sure and "will be measured again" in str(busy)
     timed = measure(monkeypatch, lambda tuning, rows: 0.5 if tuning.fetches_once else 1.0)
     quiet = calibrated(LIBRARY)
-    assert quiet.tuning.fetches_once and (quiet.load, quiet.tries, quiet.is_final) == (0.05, 2, True)
+    assert quiet.tuning.fetches_once and (quiet.load, quiet.tries, quiet.is_sure) == (0.05, 2, True)
+    assert "again" not in str(quiet)
     count = len(timed)
     assert calibrated(LIBRARY) == quiet and len(timed) == count
 
@@ -178,7 +200,22 @@ def test_on_a_machine_that_is_always_busy_the_least_load_counts(monkeypatch: pyt
     found = [calibrated(LIBRARY) for _ in range(4)]
     assert [(each.load, each.tries) for each in found] == [(0.9, 1), (0.5, 2), (0.5, 3), (0.5, 4)]
     count = len(timed)
+    average = [1.5]
+    monkeypatch.setattr(calibration.os, "getloadavg", lambda: (average[0], 0.0, 0.0))
+    monkeypatch.setattr(calibration.os, "cpu_count", lambda: 2)
     assert calibrated(LIBRARY) == found[-1] and len(timed) == count
+    average[0] = 0.9  # quiet at last, however many tries there were
+    under_loads(monkeypatch, 0.3, 0.05)
+    assert [calibrated(LIBRARY).load for _ in range(3)] == [0.3, 0.05, 0.05]
+    assert len(timed) == 3 * count // 2
+
+
+def test_a_comparison_ends_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: float(next(now)))
+    found = turns([1.0] * 24, [0.9, 1.1] * 12)  # undecided, a second each
+    assert (found.turns, found.is_clear) == (calibration.FEWEST_TURNS, False)
+    assert "(close)" in str(found)
 
 
 def test_the_load_is_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
