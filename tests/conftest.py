@@ -32,6 +32,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # By processor time, from 100 seconds down to 15. The processes of a test run take whole files: what comes
 # last must be short, or all but one wait for it.
 LONGEST = (
+    "test_sanitizers.py",
     "test_models.py",
     "test_cpu_kernels.py",
     "test_server_e2e.py",

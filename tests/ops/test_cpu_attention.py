@@ -7,39 +7,24 @@ from unittest.mock import patch
 import pytest
 import torch
 from attention_case import Case
-from emulated_kernels import emulated_kernels
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cpu_kernels import DTYPES, ONE_IN, examples, seeds
+from kernel_case import EMULATED, LEVELS, examples, library_of
+from test_cpu_kernels import DTYPES, seeds
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionConfig, AttentionShape
 from microvllm.ops.attention.torch_backend import TorchStep
-from microvllm.ops.cpu import isa
-from microvllm.ops.cpu.build import load_kernels
-from microvllm.ops.cpu.isa import IsaError, Level
 from microvllm.ops.cpu.operators import CpuOperators
 
 CPU = torch.device("cpu")
 HEADS = [(1, 1), (3, 1), (9, 3), (4, 4), (14, 2), (71, 1)]
 
 
-# Under the sanitizers the best one, as compiling takes longest there.
-LEVELS = isa.levels() if ONE_IN == 1 else [next(isa.usable_levels())]
-
-
-@pytest.fixture(scope="module", params=[*LEVELS, None], ids=lambda level: level.name if level else "emulated")
-def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuOperators:
+@pytest.fixture(scope="module", params=[*LEVELS, EMULATED], ids=lambda level: level.name)
+def operators(request: pytest.FixtureRequest) -> CpuOperators:
     """Of every level that this processor has, and with the matrix unit in plain C."""
-    level: Level | None = request.param
-    if level is None:
-        return CpuOperators(emulated_kernels(tmp_path_factory.mktemp("amx")), 3)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(isa.VARIABLE, level.name)
-        try:
-            return CpuOperators(load_kernels(), 3)
-        except IsaError as error:
-            pytest.skip(str(error))
+    return CpuOperators(library_of(request.param), 3)
 
 
 def check(operators: CpuOperators, case: Case, *, int32: bool = False) -> None:

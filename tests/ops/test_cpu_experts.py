@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import gguf
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import examples
 from model_tools import relative_error
 from quantized_case import dequantized, quantized
 from torch import Tensor
@@ -22,7 +22,6 @@ from microvllm.ops.experts import ComposedExperts, ExpertBiases, ExpertWeights, 
 from microvllm.ops.operators import TorchOperators
 from microvllm.ops.routing import Routing
 
-ONE_IN = int(os.environ.get("KERNEL_EXAMPLES_ONE_IN", "1"))  # under the sanitizers: see test_cpu_kernels.py
 COUNT, HIDDEN, WIDTH = 12, 64, 32
 ROUTINGS = (
     Routing(num_chosen=3),
@@ -65,7 +64,7 @@ def both(kind: str, corrected: bool, seed: int) -> tuple[ExpertWeights, ExpertWe
     return ExpertWeights(router, *kept, correction), ExpertWeights(router, *values, correction)
 
 
-@settings(max_examples=60 // ONE_IN)
+@examples(60)
 @given(
     st.sampled_from([1, 2, 5, 17, 70]),
     st.sampled_from(ROUTINGS),

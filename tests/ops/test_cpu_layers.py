@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import gguf
 import pytest
 import torch
 from attention_case import Case
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import examples
 from quantized_case import dequantized, quantized
 
 from microvllm.ops.attention import AttentionBackend, AttentionShape, StepAttention
@@ -20,8 +19,6 @@ from microvllm.ops.operators import DecoderLayer, DecoderLayers, Operators, Torc
 # The last: each matrix of a GGUF file in a format of its own.
 DTYPES = (torch.float32, torch.bfloat16, None)
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-# Under the sanitizers (see test_cpu_kernels.py) an example in so many.
-ONE_IN = int(os.environ.get("KERNEL_EXAMPLES_ONE_IN", "1"))
 
 
 class Decoder:
@@ -81,7 +78,7 @@ def operators() -> CpuOperators:
     return CpuOperators(load_kernels(), 3, is_exact=True)
 
 
-@settings(max_examples=30 // ONE_IN)
+@examples(30)
 @given(
     st.lists(st.integers(1, 40), max_size=6),
     st.lists(st.integers(1, 20), max_size=2),

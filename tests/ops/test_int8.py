@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from emulated_kernels import BY_VECTORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_case import BY_VECTORS, LEVELS, library_of
 from model_tools import generate_ids, make_engine, make_prompts
 from quantized_case import (
     FACTORS,
@@ -28,7 +28,6 @@ from quantized_case import (
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.ops.cpu.build import load_kernels
-from microvllm.ops.cpu.isa import VARIABLE, IsaError, levels
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
@@ -39,13 +38,9 @@ def operators() -> CpuOperators:
     return CpuOperators(load_kernels(), 3, True, BY_VECTORS)
 
 
-@pytest.fixture(params=levels(), ids=lambda level: str(level.name))
-def of_each_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOperators:
-    monkeypatch.setenv(VARIABLE, request.param.name)
-    try:
-        return CpuOperators(load_kernels(), 2, True, BY_VECTORS)
-    except IsaError as error:
-        pytest.skip(str(error))
+@pytest.fixture(scope="module", params=LEVELS, ids=lambda level: level.name)
+def of_each_level(request: pytest.FixtureRequest) -> CpuOperators:
+    return CpuOperators(library_of(request.param), 2, True, BY_VECTORS)
 
 
 @pytest.mark.parametrize("name", sorted(FACTORS))

@@ -8,15 +8,11 @@ from random import Random
 
 import pytest
 import torch
-from emulated_kernels import emulated_kernels
+from kernel_case import EMULATED, LEVELS, library_of
 from quantized_case import FACTORS, quantized, random_blocks
-from test_cpu_attention import LEVELS
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, SegmentTable
-from microvllm.ops.cpu import isa
-from microvllm.ops.cpu.build import load_kernels
-from microvllm.ops.cpu.isa import IsaError, Level
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.cpu.tuning import Tuning
 
@@ -26,22 +22,13 @@ COLUMNS = 1280  # more than are added up one by one
 FORMATS = ("F32", "BF16", *sorted(FACTORS))
 
 
-@pytest.fixture(scope="module", params=[*LEVELS, None], ids=lambda level: level.name if level else "emulated")
-def operators(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[CpuOperators]:
+@pytest.fixture(scope="module", params=[*LEVELS, EMULATED], ids=lambda level: level.name)
+def operators(request: pytest.FixtureRequest) -> list[CpuOperators]:
     """For each of `TUNINGS` exact ones, then such that round activations to 8 bits.
 
     Of every level that this processor has, and with the matrix unit in plain C.
     """
-    level: Level | None = request.param
-    if level is None:
-        library = emulated_kernels(tmp_path_factory.mktemp("amx"))
-    else:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv(isa.VARIABLE, level.name)
-            try:
-                library = load_kernels()
-            except IsaError as error:
-                pytest.skip(str(error))
+    library = library_of(request.param)
     return [
         CpuOperators(library, 1 + i % 3, rounds_x, tuning, is_invariant=True)
         for rounds_x in (False, True)

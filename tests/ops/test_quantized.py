@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from emulated_kernels import BY_VECTORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_case import BY_VECTORS
 from model_tools import generate_ids, make_engine, make_prompts
 from quantized_case import (
     FACTORS,

@@ -1,0 +1,66 @@
+"""Which compiled kernels the tests run, and how many examples; fewer of both under the sanitizers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from microvllm.ops.cpu import build, isa
+from microvllm.ops.cpu.isa import X86_64, IsaError, Level
+from microvllm.ops.cpu.tuning import Tuning
+
+# Nothing is left to products in bfloat16, to which quantised weights and many rows are rounded.
+BY_VECTORS = Tuning(matrix_rows=1 << 30, matrix_rows_quantized=1 << 30, multiplies_bf16=False)
+
+# What test_sanitizers.py, whose processes run these tests again, adds to the compiler's flags.
+SANITIZERS = tuple(os.environ.get("KERNEL_SANITIZERS", "").split())
+build.FLAGS += SANITIZERS
+build.COMPILE_TIMEOUT_S *= 10 if SANITIZERS else 1
+
+EMULATION = Path(__file__).with_name("emulated_amx")
+# The matrix unit in plain C, for processors without one. The library is kept under a hash of the flags,
+# which therefore have that of the header.
+EMULATED = Level(
+    "emulated",
+    frozenset(),
+    (
+        *("-march=x86-64", "-D__AVX512F__", "-D__F16C__", "-D__AMX_BF16__"),
+        *("-O1", "-w", "-I", str(EMULATION)),
+        f"-DEMULATION={hashlib.sha256((EMULATION / 'immintrin.h').read_bytes()).hexdigest()}",
+    ),
+)
+
+
+def _levels() -> tuple[Level, ...]:
+    """All; under the sanitizers the best, and AVX2: half as wide vectors, no products of 8 bits."""
+    if not SANITIZERS:
+        return isa.levels()
+    best, *others = isa.usable_levels()
+    return best, *(level for level in others if level.name == "avx2")
+
+
+LEVELS = _levels()
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count // 10 if SANITIZERS else count)
+
+
+def library_of(level: Level) -> ctypes.CDLL:
+    """The kernels of one of `LEVELS`, or `EMULATED`; skips the test where they do not run."""
+    if level is EMULATED:
+        if platform.machine() not in X86_64:
+            pytest.skip("not of this architecture")
+        return ctypes.CDLL(str(build.build_kernels(level)))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(isa.VARIABLE, level.name)
+        try:
+            return build.load_kernels()
+        except IsaError as error:
+            pytest.skip(str(error))
