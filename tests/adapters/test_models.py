@@ -62,23 +62,26 @@ def assert_greedy(prompt: list[int], tokens: list[int], logits: torch.Tensor, la
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_greedy_tokens_and_logits_are_those_of_transformers(name: str) -> None:
-    """64 prompts x 64 tokens together, then the logits of a prompt and of decode steps."""
+    """64 prompts x 64 tokens together, then the logits of a prompt and of decode steps.
+
+    Plain torch, which takes three times as long, generates after every fourth prompt.
+    """
     folder = variant_folder(name)
     model = reference(folder)
     prompts = make_prompts(64, TOKENIZER_SIZE, longest=90)
     compared: list[list[int]] = []
-    for backend in BACKENDS:
+    for backend, chosen in zip(BACKENDS, (prompts, prompts[::4]), strict=True):
         engine = make_engine(folder, num_gpu_blocks_override=512, attention_backend=backend)
-        outputs = generate_ids(engine, prompts, 64)
-        if outputs == compared:
+        outputs = generate_ids(engine, chosen, 64)
+        if outputs == compared[::4]:
             continue  # the usual case: what follows was just found true of the very same tokens
         ties = 0
-        for number, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
+        for number, (prompt, tokens) in enumerate(zip(chosen, outputs, strict=True)):
             assert len(tokens) == 64
             logits = reference_logits(model, prompt + tokens)
             ties += assert_greedy(prompt, tokens, logits, f"{name} on {backend}, prompt {number}")
         assert ties <= 4
-        assert len({tuple(tokens) for tokens in outputs}) > 48, "the model says always the same"
+        assert 4 * len({tuple(tokens) for tokens in outputs}) > 3 * len(outputs), "it says always the same"
         compared = outputs
 
     for backend in BACKENDS:
