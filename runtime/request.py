@@ -78,8 +78,8 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     `additional_properties=False` a schema's objects have the properties that it names only, unless it says
     otherwise. `after` is a sequence of token ids, the end of the reasoning: the form begins behind the first
     one that is generated, and until then tokens are free. Empty: it begins at the first token. With `opens`,
-    the ids that begin the reasoning, tokens are free only in an output that begins with these; any other has
-    the form from its first token on. `field` is the field of the request that errors name.
+    the ids that begin the reasoning, tokens are free only in an output that begins with these; any other
+    begins with the ids of `head`, and has the form from there on. `field` is the field that errors name.
     """
 
     kind: Literal["json", "json_object", "regex", "choice", "grammar", "structural_tag"]
@@ -88,6 +88,7 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     additional_properties: bool = True
     after: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
     opens: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
+    head: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
     field: str = "structured_outputs"
 
 

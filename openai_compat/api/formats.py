@@ -23,25 +23,29 @@ IN_FRONT, BEHIND = ("", "a", " ", "\n", ".", '"'), ("", "a", " ", "\n", "{", ">"
 
 @dataclass(frozen=True)
 class ThinkingIds:
-    """Token ids: the tags around the reasoning, and the texts that the answer and a call begin behind."""
+    """Token ids: the tags around the reasoning, and the texts that the answer and a call begin behind.
+
+    `plain`: the text that an answer without reasoning begins behind.
+    """
 
     start: list[int]
     end: list[int]
     answer: list[int]
     call: list[int]
+    plain: list[int]
 
     @classmethod
     def of(cls, thinking: Thinking, tokenizer: Tokenizer) -> ThinkingIds | None:
         """Return the ids of a format; None if the tokenizer has several spellings of a tag."""
         encode = functools.lru_cache(None)(lambda text: tokenizer.encode(text, False))
         end = thinking.end
-        tags = (thinking.start, end, thinking.answer or end, thinking.call or end)
-        for tag in dict.fromkeys(tags):
+        tags = (thinking.start, end, thinking.answer or end, thinking.call or end, thinking.plain)
+        for tag in filter(None, dict.fromkeys(tags)):
             for front in IN_FRONT:
                 for behind in BEHIND:
                     if encode(front + tag + behind) != encode(front) + encode(tag) + encode(behind):
                         return None
-        return cls(*map(encode, tags))
+        return cls(*(encode(tag) if tag else [] for tag in tags))
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,10 @@ class Parsing:
                 form.field,
             )
         return msgspec.structs.replace(
-            form, after=ids.call if call else ids.answer, opens=[] if self.reasons_first else ids.start
+            form,
+            after=ids.call if call else ids.answer,
+            opens=[] if self.reasons_first else ids.start,
+            head=[] if self.reasons_first or call else ids.plain,
         )
 
     def choice(self) -> ParsedChoice:

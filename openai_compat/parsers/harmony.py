@@ -100,4 +100,5 @@ HARMONY_THINKING = Thinking(
     ENDS[0],
     answer=f"{ENDS[0]}{START}assistant{ANSWER}",
     call=f"{ENDS[0]}{START}assistant",
+    plain=ANSWER,
 )

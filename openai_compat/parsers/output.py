@@ -19,7 +19,8 @@ class Thinking(msgspec.Struct, frozen=True):
     """The tags around a model's reasoning.
 
     `implied` says that an output begins with reasoning even if neither the prompt nor itself opens it.
-    `answer` and `call` are the texts that the answer and a call begin behind, "" for `end`.
+    `answer` and `call` are the texts that the answer and a call begin behind, "" for `end`; `plain` is what
+    an answer without reasoning begins behind.
     """
 
     start: str
@@ -27,6 +28,7 @@ class Thinking(msgspec.Struct, frozen=True):
     implied: bool = False
     answer: str = ""
     call: str = ""
+    plain: str = ""
 
 
 class CallGrammar(CallForm, Protocol):

@@ -53,9 +53,9 @@ class GrammarChecker:
             raise InvalidRequestError(
                 f"{form.field} has {size} characters, the limit is {MAX_CHARS}.", form.field
             )
-        if any(token >= self._vocab_size for token in (*form.after, *form.opens)):
+        if any(token >= self._vocab_size for token in (*form.after, *form.opens, *form.head)):
             raise InvalidRequestError(f"{form.field}: a token id is out of vocabulary.", form.field)
-        question = msgspec.structs.replace(form, after=[], opens=[], field="")
+        question = msgspec.structs.replace(form, after=[], opens=[], head=[], field="")
         key = msgspec.msgpack.encode(question)
         with self._lock:
             known = self._checked.get(key)

@@ -71,10 +71,12 @@ class Row:
         self.slow = False
         self.job: Future[None] | None = None
         self.group: Group | None = None  # that the job computes
-        # None: the form has begun. Else the tokens that may become `opens`, or of which the last may end
-        # the reasoning.
-        self._free: list[int] | None = [] if form.after else None
-        self._opening = bool(form.after and form.opens)
+        # While the output may begin with `opens`: what is left of it. Beside that it may be the form already.
+        self._opening = list(form.opens) if form.after else []
+        # What is left of `head` in front of the form; None if the output cannot be the form from its start.
+        self._head: list[int] | None = list(form.head) if self._opening else []
+        # The last tokens of the reasoning, which may be about to end it; None outside of it.
+        self._free: list[int] | None = [] if form.after and not self._opening else None
         self._make = matcher
 
     def advance(self, tokens: Sequence[int]) -> None:
@@ -101,28 +103,34 @@ class Row:
             self.fail(error)
 
     def _take(self, token: int, matcher: LLMatcher) -> None:
-        form, free = self.form, self._free
+        after, free = self.form.after, self._free
         if free is not None:
             free.append(token)
-            if self._opening and free != form.opens[: len(free)]:  # it began with the form instead
-                self._free, self._opening = None, False
-            elif self._opening:
-                self._opening = len(free) < len(form.opens)
-                return
-            else:
-                self._free = None if free[-len(form.after) :] == form.after else free[-len(form.after) :]
-                return
-        # Behind its end a grammar allows the end token, which `ignore_eos` repeats.
-        if matcher.is_stopped() or matcher.consume_token(token):
+            self._free = None if free[-len(after) :] == after else free[-len(after) :]
             return
-        self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
+        reasons = self._opening[:1] == [token]
+        self._opening = self._opening[1:] if reasons else []
+        if reasons and not self._opening:
+            self._free, self._head = [], []
+            matcher.reset()  # it has followed what might have been the form
+        elif self._head:
+            self._head = self._head[1:] if self._head[0] == token else None
+        elif self._head is not None and reasons:
+            self._head = [] if matcher.try_consume_tokens([token]) else None
+        # Behind its end a grammar allows the end token, which `ignore_eos` repeats.
+        elif self._head is not None and (matcher.is_stopped() or matcher.consume_token(token)):
+            return
+        else:
+            self._head = None
+        if self._head is None and not self._opening:
+            self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
 
     @property
     def due(self) -> bool:
         """Whether the matcher decides what may come next."""
         if self.problem is not None or self.matcher is None:
             return False
-        return self._free is None or (self._opening and not self._free)
+        return self._free is None and self._head == []
 
     def settle(self, words: np.ndarray | None, num_tokens: int) -> None:
         """Have the mask behind `num_tokens` more tokens: [ceil(vocab / 32)] int32, None if not due."""
@@ -131,11 +139,11 @@ class Row:
                 self.words = words
                 if self.matcher.is_stopped() and self.matcher.stop_reason() not in _COMPLETE:
                     self.problem = self.matcher.get_error().partition("\n")[0] or self.matcher.stop_reason()
-            elif self._opening:
+            elif self._free is None:
                 self.words = np.zeros_like(self.words)
-            if self._opening:
-                begins = self.form.opens[len(self._free or ())]
-                self.words.view(np.uint32)[begins // 32] |= np.uint32(1 << begins % 32)
+            for begins in (self._opening, self._head):
+                if begins:
+                    self.words.view(np.uint32)[begins[0] // 32] |= np.uint32(1 << begins[0] % 32)
         except Exception as error:
             self.fail(error)
         self.num_taken += num_tokens
@@ -151,7 +159,7 @@ class Row:
             self.problem = f"its mask is for {self.num_taken} tokens, not for {length}"
         if self.problem is not None:
             return np.zeros_like(self.words)
-        return self.words if self._free is None or self._opening else None
+        return self.words if self._free is None else None
 
 
 @dataclass(slots=True, eq=False)

@@ -167,3 +167,24 @@ async def test_a_call_that_must_be(http: httpx.AsyncClient) -> None:
     calls = [call["function"] for call in message.get("tool_calls", ())]
     assert message["reasoning"] == "Look."
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("get_map", ARGUMENTS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "reasoning", "content"),
+    [
+        ("result", "S[a-z]+[.]", None, "Sun."),
+        ("answer", "H[a-z]+!", "A wave.", "Hello!"),
+        ("result", "[A-F]{3}", None, None),
+    ],
+)
+async def test_an_answer_of_a_form_with_and_without_reasoning(
+    http: httpx.AsyncClient, name: str, pattern: str, reasoning: str | None, content: str | None
+) -> None:
+    """What the model would begin with is kept: no reasoning is forced on it, nor taken from it."""
+    turn = TURNS[name]
+    body = {"messages": turn.messages, "tools": turn.tools, "tool_choice": "none", "temperature": 0}
+    body |= {"structured_outputs": {"regex": pattern}, "max_tokens": 120}
+    choice = (await http.post(CHAT, json=body)).json()["choices"][0]
+    message = choice["message"]
+    assert choice["finish_reason"] == "stop" and message.get("reasoning") == reasoning
+    assert message["content"] == content if content else len(message["content"]) == 3

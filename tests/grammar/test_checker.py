@@ -68,7 +68,7 @@ def test_what_needs_no_compiler_is_refused_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(checker, "_ask", lambda form: pytest.fail("a process was asked"))
     long = StructuredOutput(kind="regex", spec="a" * (module.MAX_CHARS + 1))
     assert "the limit is 524288" in str(refusal(checker, long))
-    for names in ("after", "opens"):
+    for names in ("after", "opens", "head"):
         wrong = StructuredOutput(kind="json_object", **{names: [VOCAB_SIZE]})
         assert "out of vocabulary" in str(refusal(checker, wrong))
     assert "an end token" in str(refusal(make(has_end=False), LETTERS))

@@ -289,6 +289,43 @@ def test_an_output_that_opens_no_reasoning_has_the_form_from_its_start(engine: I
     assert len(answer) == 12 and set(answer) <= set("abcdef")
 
 
+@pytest.mark.parametrize("head", [[], [0], [0, 2]], ids=str)
+def test_an_output_may_begin_as_reasoning_and_as_the_form_at_once(
+    engine: InferenceEngine, checker: GrammarChecker, head: list[int]
+) -> None:
+    """`opens` begins with a letter of the form, or as `head` does; each next token is checked with a set."""
+    a, b, x = (engine.tokenizer.encode(each, False)[-1] for each in "abx")
+    assert len({a, b, x}) == 3
+    head, end = [[a, x, b][i] for i in head], 40
+    form = StructuredOutput(kind="regex", spec="ab[ab]", after=[end], opens=[a, x], head=head)
+    grammar, masks = checker.check(form), engine.core._masks
+    assert isinstance(masks, GrammarMasks)
+
+    def row(*tokens: int) -> Row:
+        made = Row(form, lambda: masks._make(grammar), engine.config.spec.vocab_size)
+        made.advance([])
+        for token in tokens:
+            made.advance([token])
+        return made
+
+    def allowed(*tokens: int) -> set[int] | None:
+        mask = row(*tokens).mask(len(tokens))
+        if mask is None:
+            return None
+        found = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        return set(found.tolist()) & {a, b, x, end}
+
+    first = [*head, a, b, a]
+    for i in range(3 + len(head)):
+        others = {x} if first[:i] == [a] else set()  # still about to open the reasoning
+        letters = {first[i]} if i < len(head) + 2 else {a, b}
+        assert allowed(*first[:i]) == letters | others | ({a} if i == 0 else set())
+    for reasoning in ([], [b], [a, b, x, 7]):
+        assert allowed(a, x, *reasoning) is None
+        assert [allowed(a, x, *reasoning, end, *[a, b][:i]) for i in range(3)] == [{a}, {b}, {a, b}]
+    assert row(a, end).problem and row(b).problem
+
+
 # ---- failures --------------------------------------------------------------------------------------
 
 
