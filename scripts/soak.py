@@ -3,10 +3,11 @@
 
     python scripts/soak.py [--minutes 60] [--warm-up 10] [--clients 8] [--model NAME] [-- FLAGS OF serve]
 
-Starts `microvllm serve` on a free port and sends it all sorts of requests: chats and completions, streamed
-and whole, several samples, log probabilities, stop strings, bodies that are refused, clients that leave in
-the middle. Prints the resident memory of the API process and of the engine process every minute, and at the
-end the growth: the median of the last fifth of the time after the warm-up against that of the first fifth.
+Starts `microvllm serve` on a free port, fills its KV cache once, so that no page of that is new later, and
+sends it all sorts of requests: chats and completions, streamed and whole, several samples, log probabilities,
+stop strings, bodies that are refused, clients that leave in the middle. Prints the resident memory of the API
+process and of the engine process every minute, and at the end the growth: the median of the last fifth of the
+time after the warm-up against that of the first fifth.
 Exit status 1: a process grew by more than `--most` percent, a request failed, or blocks are still held.
 """
 
@@ -93,11 +94,29 @@ async def client(http: httpx.AsyncClient, model: str, seed: int, end: float, cou
             counts[type(error).__name__] = counts.get(type(error).__name__, 0) + 1
 
 
+async def fill(http: httpx.AsyncClient, model: str, clients: int) -> None:
+    """Send prompts that have nothing in common until all blocks of the KV cache have been written."""
+    load = (await http.get("/v1/loads")).json()["loads"][0]
+    card = (await http.get("/v1/models")).json()["data"][0]
+    length, rng = min(card["max_model_len"] - 1, 1000), random.Random(0)
+    prompts = iter(range(-(-5 * load["max_total_num_tokens"] // (4 * length))))
+
+    async def send() -> None:
+        for _ in prompts:
+            ids = [rng.randrange(10, 250) for _ in range(length)]
+            body = {"model": model, "prompt": ids, "max_tokens": 1}
+            (await http.post("/v1/completions", json=body)).raise_for_status()
+
+    await asyncio.gather(*(send() for _ in range(clients)))
+
+
 async def soak(url: str, memory: Memory, args: argparse.Namespace) -> dict[str, int]:
-    start = time.monotonic()
-    end, counts = start + 60 * args.minutes, {"error events": 0}
+    counts = {"error events": 0}
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
         model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        await fill(http, model, args.clients)
+        start = time.monotonic()
+        end = start + 60 * args.minutes
         work = [asyncio.ensure_future(client(http, model, seed, end, counts)) for seed in range(args.clients)]
         printed = 0.0
         while not all(task.done() for task in work):
