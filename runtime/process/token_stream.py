@@ -91,6 +91,8 @@ class TokenStream(TrackedSequence):
                 self._text = OutputProcessor(self.owner.tokenizer, self.request)
             delta = self._text.process(output)
         except (EngineError, RequestError) as error:
+            if output.finish_reason is None:  # its text failed: the engine does not know
+                self.owner.abort_request(self.request_id)
             self.fail(error)
             return
         except Exception as error:  # this request's text logic failed: no other request is concerned

@@ -15,7 +15,8 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.fields import shorten
 from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.regular_files import check_folder
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
+from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError, InvalidRequestError
+from microvllm.runtime.text.growth import check_growth
 from microvllm.runtime.text.special_tokens import add_special_tokens
 from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
 
@@ -71,19 +72,34 @@ class Tokenizer:
         """Token ids of a text.
 
         The texts of special tokens are recognised in it, as Hugging Face tokenizers do. `add_special_tokens`
-        adds those that the model puts around every text (BOS). `InvalidRequestError` for a lone surrogate.
+        adds those that the model puts around every text (BOS). `InvalidRequestError` for a lone surrogate,
+        and for what the model's rules cannot cope with.
         """
         try:
             # Only a batch is encoded without the interpreter's lock, under which nothing else would go on.
             return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError):
             raise InvalidRequestError("The text holds a lone surrogate, which no UTF-8 text can.") from None
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            raise InvalidRequestError(
+                f"The model's tokenizer cannot read the text ({one_line(error)})."
+            ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of token ids: unknown ids contribute nothing, broken UTF-8 becomes U+FFFD."""
+        """Return the text of token ids: unknown ids contribute nothing, broken UTF-8 becomes U+FFFD.
+
+        Raises `EngineError` for ids that the model's rules cannot cope with.
+        """
         size = self.vocab_size
         known = [index for index in ids if 0 <= index < size]
-        return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+        try:
+            return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            raise EngineError(f"the model's tokenizer cannot write the output ({one_line(error)})") from None
 
     def id_to_token(self, id: int) -> str | None:
         """Return the token as the vocabulary spells it ("Ġthe"), or None for an unknown id."""
@@ -99,6 +115,7 @@ class Tokenizer:
         from microvllm.runtime.text.gguf_tokenizer import build_tokenizer
 
         built = build_tokenizer(path, GGUFFile(path).metadata)
+        check_growth(built.backend, path)
         return cls(built.backend, built.named, built.chat_template)
 
     @classmethod
@@ -110,6 +127,7 @@ class Tokenizer:
         if not file.is_file() and not (folder / TIKTOKEN_FILE).is_file():
             backend, special = _convert_slow_tokenizer(folder)
             _check_ids(backend, folder)
+            check_growth(backend, folder)
             return cls(backend, special, templates)
         built = None
         if file.is_file():
@@ -120,6 +138,7 @@ class Tokenizer:
             built = build_tokenizer(folder / TIKTOKEN_FILE)
             backend = built.backend
         _check_ids(backend, file if built is None else folder / TIKTOKEN_FILE)
+        check_growth(backend, file if built is None else folder / TIKTOKEN_FILE)
         named = add_special_tokens(
             backend,
             config,
@@ -136,11 +155,23 @@ def _read_optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
+def failed_in_library(error: BaseException) -> bool:
+    """Whether an exception is one of the library's: plain ones, and panics, which are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, at most 200 characters of it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def _read_backend(file: Path) -> Backend:
     try:
         return Backend.from_file(str(file))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ModelFileError(file, f"is not a usable tokenizer ({_one_line(error)})") from error
+    except BaseException as error:
+        if not failed_in_library(error):
+            raise
+        raise ModelFileError(file, f"is not a usable tokenizer ({one_line(error)})") from error
 
 
 def _check_ids(backend: Backend, file: Path) -> None:
@@ -164,19 +195,17 @@ def _convert_slow_tokenizer(folder: Path) -> tuple[Backend, dict[str, str]]:
 
     try:
         slow = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, ImportError for sentencepiece among them
+    except BaseException as error:  # transformers raises many kinds, ImportError for sentencepiece among them
+        if not failed_in_library(error):
+            raise
         raise ModelFileError(
             folder,
-            f"holds no tokenizer.json, and transformers cannot convert what it has ({_one_line(error)})",
+            f"holds no tokenizer.json, and transformers cannot convert what it has ({one_line(error)})",
         ) from error
     backend = getattr(slow, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise ModelFileError(folder, f"holds no tokenizer.json, and {type(slow).__name__} has no fast form")
     return backend, {name: str(token) for name, token in slow.special_tokens_map.items() if token}
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -208,4 +237,4 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise ModelFileError(file, f"is not readable as UTF-8 text ({_one_line(error)})") from error
+        raise ModelFileError(file, f"is not readable as UTF-8 text ({one_line(error)})") from error

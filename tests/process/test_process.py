@@ -281,18 +281,20 @@ async def test_every_token_is_a_delta_of_its_own_on_a_busy_event_loop(client: En
     assert found == [[1] * 60] * 4
 
 
+@pytest.mark.parametrize("error", [KeyError("a"), EngineError("it could not be turned into text")])
 async def test_what_fails_in_one_stream_stays_there(
-    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    (bad,), (good,) = client.submit(PROMPT, params(40)), client.submit(PROMPT, params(40))
+    (bad,), (good,) = client.submit(PROMPT, params(None)), client.submit(PROMPT, params(40))
 
     def fail(output: Any) -> TextDelta:
-        raise KeyError(output)
+        raise error
 
     monkeypatch.setattr(bad, "_text", SimpleNamespace(process=fail))
     with pytest.raises(EngineError, match="could not be turned into text"):
         await collect(bad)
     assert (await collect(good)).token_ids == expected_tokens(40)
+    await wait_until_async(lambda: not client.stats.num_running, "the engine has stopped with it, too")
     assert client.healthy()
 
 

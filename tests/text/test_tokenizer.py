@@ -5,20 +5,22 @@ import random
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, decoders, normalizers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.runtime.errors import ConfigError, InvalidRequestError
+from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
 from microvllm.runtime.find_model import DEMO_MODEL, find_model
 from microvllm.runtime.text.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from microvllm.runtime.text.growth import check_growth
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 # Ids that llama.cpp gives for the same file (llama-cpp-python 0.3.36, `tokenize(..., special=True)`).
@@ -429,6 +431,71 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str, content: str
     with pytest.raises(ConfigError) as caught:
         Tokenizer.load(tmp_path)
     assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def with_rules(path: Path, **rules: object) -> Path:
+    """A model folder whose tokenizer.json has other rules."""
+    file = folder(path) / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **rules}), "utf-8")
+    return path
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+CHARSMAP = b64encode((0).to_bytes(4, "little") + b"short\0" + b"x" * 300 + b"\0").decode()
+
+
+@pytest.mark.parametrize(
+    ("rules", "problem"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "Precompiled"),
+        ({"normalizer": {**REPLACE, "content": "x" * 257}}, "its normalizer makes 257 characters of one"),
+        ({"normalizer": {**REPLACE, "pattern": {"Regex": "b*"}, "content": "x" * 256}}, "makes 257"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 9}}, "normalizer makes 512"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 1000}}, "normalizer makes 1001"),
+        ({"decoder": {"type": "Sequence", "decoders": [REPLACE] * 9}}, "its decoder makes 512"),
+        ({"model": {"type": "BPE", "vocab": {"x" * 20_000: 0}, "merges": []}}, "has 20000 characters"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_rules_that_fail_or_fill_the_memory_are_one_line(
+    tmp_path: Path, rules: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"tokenizer\.json: is not a usable tokenizer.*{problem}"
+    ) as caught:
+        Tokenizer.load(with_rules(tmp_path, **rules))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_rules_of_real_models_make_no_text_much_longer() -> None:
+    steps = [
+        normalizers.Prepend("▁"),
+        normalizers.Replace(" ", "▁"),
+        normalizers.Replace(Regex(" {2,}"), "▁"),
+    ]
+    backend = Backend(BPE(vocab={"▁": 0, " " * 512: 1}, merges=[]))
+    for rule in (*steps, normalizers.NFKC(), normalizers.BertNormalizer(), normalizers.Sequence(steps)):
+        backend.normalizer = rule
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1)]
+        )
+        check_growth(backend, Path("x"))
+    backend.normalizer = normalizers.Precompiled(b64decode(CHARSMAP.encode()))
+    with pytest.raises(ModelFileError, match="300 characters of one"):
+        check_growth(backend, Path("x"))
+
+
+def test_a_text_that_the_library_cannot_cope_with_is_one_requests(tmp_path: Path) -> None:
+    """Its panics are no `Exception`, and would end whatever handles these."""
+    missing = {"single": [{"SpecialToken": {"id": "q", "type_id": 0}}], "pair": [], "special_tokens": {}}
+    strip = {"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}
+    rules = {"post_processor": {"type": "TemplateProcessing", **missing}, "decoder": strip}
+    tokenizer = Tokenizer.load(with_rules(tmp_path, **rules))
+    with pytest.raises(InvalidRequestError, match="The model's tokenizer cannot read the text"):
+        tokenizer.encode("abc")
+    ids = [tokenizer.backend.token_to_id("a")]
+    with pytest.raises(EngineError, match="the model's tokenizer cannot write the output"):
+        tokenizer.decode(ids)
 
 
 def test_folder_and_file_without_a_tokenizer(tmp_path: Path) -> None:
