@@ -23,6 +23,7 @@ from microvllm.adapters.hf_config import read_json
 from microvllm.adapters.regular_files import check_regular
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors package too
+MAX_DIMENSIONS = 8
 ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -124,6 +125,10 @@ class SafetensorsFile:
             )
         if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
             raise ModelFileError(self.path, f"{where}: shape or data_offsets are not lists of sizes")
+        if len(shape) > MAX_DIMENSIONS:  # multiplying millions of them would take hours
+            raise ModelFileError(
+                self.path, f"{where} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
+            )
         start, stop = offsets
         if stop - start != math.prod(shape) * ELEMENT_BYTES[dtype]:
             raise ModelFileError(

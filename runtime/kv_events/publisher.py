@@ -27,6 +27,7 @@ from microvllm.runtime.kv_events.events import EventBatch, KVEvent
 logger = logging.getLogger("microvllm.engine")
 
 SEQUENCE_BYTES = 8
+MAX_RECEIVED_BYTES = 1 << 16  # of a frame: a topic, or the number of a batch
 END = (-1).to_bytes(SEQUENCE_BYTES, "big", signed=True)
 LINGER_MS = 500  # at the end, for what was sent and not yet written
 CLOSE_S = 2.0
@@ -123,6 +124,7 @@ class EventPublisher:
 def _open(sock: zmq.Socket[bytes], name: str, endpoint: str, *, bind: bool = False) -> str:
     """Bind or connect a socket -> its address, with the port that the system chose if it was left open."""
     bind = bind or "*" in endpoint or "::" in endpoint or endpoint.startswith("ipc://")
+    sock.maxmsgsize = MAX_RECEIVED_BYTES  # else whoever connects fills the memory with one
     try:
         if not bind:
             sock.connect(endpoint)

@@ -215,6 +215,7 @@ BAD_HEADERS = [
     ({"a": tensor_entry(shape="2")}, "not lists of sizes"),
     ({"a": tensor_entry(data_offsets=[0, 8, 16])}, "not lists of sizes"),
     ({"a": tensor_entry(data_offsets=None)}, "not lists of sizes"),
+    ({"a": tensor_entry(shape=[2] + [1] * 8)}, "9 dimensions, more than 8"),
     ({"a": tensor_entry(data_offsets=[8, 0])}, "do not hold"),
     ({"a": tensor_entry(shape=[1 << 40], data_offsets=[0, 1 << 42])}, "truncated"),
     ({"a": tensor_entry(data_offsets=[4, 12])}, "does not begin where"),

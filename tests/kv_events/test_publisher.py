@@ -12,11 +12,12 @@ import pytest
 import zmq
 from mirror import Mirror
 from process_tools import wait_until
+from zmq.utils.monitor import recv_monitor_message
 
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
 from microvllm.runtime.kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored
-from microvllm.runtime.kv_events.publisher import END, EventPublisher
+from microvllm.runtime.kv_events.publisher import END, MAX_RECEIVED_BYTES, EventPublisher
 
 STORED = BlockStored(
     [1, (1 << 64) - 1], None, [5, 6, 7, 8], 2, None, "GPU", None, [("salt",), None], 0, "full"
@@ -175,6 +176,21 @@ def test_a_malformed_request_for_a_replay_gets_no_answer_and_harms_no_other() ->
                 sock.send_multipart(frames)
         wait_until(lambda: len(publisher._kept) == 1, "it is sent")
         assert len(replay(publisher, b"", bytes(8))) == 2
+
+
+def test_a_frame_that_would_fill_the_memory_ends_its_connection() -> None:
+    with publishing(replay_endpoint=FREE) as publisher, zmq.Context() as context:
+        for kind, endpoint in (
+            (zmq.DEALER, publisher.config.replay_endpoint),
+            (zmq.XSUB, publisher.config.endpoint),
+        ):
+            with context.socket(kind) as sock, sock.get_monitor_socket(zmq.Event.DISCONNECTED) as monitor:
+                sock.linger, monitor.linger, monitor.rcvtimeo = 0, 0, 30_000
+                sock.connect(endpoint)
+                sock.send(b"\x01" + bytes(MAX_RECEIVED_BYTES))
+                assert recv_monitor_message(monitor)["event"] == zmq.Event.DISCONNECTED
+                sock.disable_monitor()
+        assert replay(publisher, b"", bytes(8))[-1][2] == END
 
 
 def test_a_subscriber_that_missed_a_batch_asks_for_it() -> None:
