@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -168,6 +169,24 @@ def test_items_that_a_request_names_are_read_once_and_bounded(monkeypatch: pytes
         for _ in range(10):
             references.find("msg_x_0")
     assert caught.value.param == "input"
+
+
+def test_what_stands_beside_a_named_item_is_not_read() -> None:
+    """A reference of 60 bytes must not have the whole output of a response built in memory."""
+    items = [{"id": f"msg_x_{i}", "list": [[]] * 20_000} for i in range(20)]
+    response = {"id": "resp_x", "status": "completed", "output": items}
+    store = ResponseStore(1 << 24, 1 << 20)
+    store.put("resp_x", StoredResponse(json.dumps(response).encode(), b"[]", None))
+    del items, response
+    tracemalloc.start()
+    try:
+        references = References(store)
+        item = references.find("msg_x_7")
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert item["id"] == "msg_x_7" and len(item["list"]) == 20_000
+    assert held < 2 << 20 and most < 3 << 20, "twenty of them take 24 MB"
 
 
 @pytest.mark.parametrize(

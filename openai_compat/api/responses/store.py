@@ -41,7 +41,15 @@ class _Parts(msgspec.Struct):
     output: msgspec.Raw
 
 
+class _Item(msgspec.Struct):
+    """What is read of an output item until it is named."""
+
+    id: str
+
+
 _read_parts = msgspec.json.Decoder(_Parts).decode
+_split_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_read_item = msgspec.json.Decoder(_Item).decode
 
 
 class StoredResponse(NamedTuple):
@@ -148,11 +156,12 @@ class ResponseStore:
             raise InvalidRequestError(problem, "previous_response_id")
         return [item for turn in turns for item in orjson.loads(memoryview(turn))]
 
-    def output_of(self, response_id: str) -> list[Any]:
-        """Return the output items of a response; none of one that is not stored."""
+    def output_of(self, response_id: str) -> dict[str, msgspec.Raw]:
+        """Return the output items of a response by id, as JSON that is not copied; none of one not stored."""
         with self._lock:
             stored = self._responses.get(response_id)
-        return [] if stored is None else orjson.loads(memoryview(_read_parts(stored.response).output))
+        items = [] if stored is None else _split_items(_read_parts(stored.response).output)
+        return {_read_item(item).id: item for item in items}
 
     def _chain(self, response_id: str | None) -> list[StoredResponse] | None:
         """Return the response and those before it, the first one last; None if one is missing."""
@@ -177,27 +186,30 @@ class ResponseStore:
 
 
 class References:
-    """Finds the output items that one request names. Each response is read once."""
+    """Finds the output items that one request names. Each response is read once, and of it what is named."""
 
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
         self._left = store.max_request_bytes
-        self._found: dict[str, dict[str, tuple[Any, int]]] = {}  # by response: its items, and their sizes
+        self._found: dict[str, dict[str, msgspec.Raw]] = {}  # by response: its items
+        self._read: dict[str, tuple[Any, int]] = {}  # by id: an item that was named, and its size
 
     def find(self, name: str) -> Any:
         """Return the item with this id, None if its response is not stored.
 
         Raises `InvalidRequestError` naming `input` if the items found so far are too large together.
         """
-        match = _ITEM_ID.fullmatch(name)
-        if match is None:
-            return None
-        items = self._found.get(match[1])
-        if items is None:
-            output = self._store.output_of(ID_PREFIX + match[1])
-            items = {item["id"]: (item, len(orjson.dumps(item))) for item in output}
-            self._found[match[1]] = items
-        item, size = items.get(name, (None, 0))
+        if name not in self._read:
+            match = _ITEM_ID.fullmatch(name)
+            if match is None:
+                return None
+            items = self._found.get(match[1])
+            if items is None:
+                items = self._found[match[1]] = self._store.output_of(ID_PREFIX + match[1])
+            if (raw := items.get(name)) is None:
+                return None
+            self._read[name] = orjson.loads(memoryview(raw)), memoryview(raw).nbytes
+        item, size = self._read[name]
         self._left -= size
         if self._left < 0:
             limit = self._store.max_request_bytes
