@@ -17,7 +17,6 @@ import queue
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -29,18 +28,12 @@ from typing import Any
 import msgspec
 
 from microvllm.runtime.errors import EngineError, InvalidRequestError
+from microvllm.runtime.process.spawn import start_module
 
 logger = logging.getLogger("microvllm.children")
 
 START_S = 60.0  # for Python and its imports, on a machine that is busy or short of memory
 HEADER_BYTES = 4
-# Unlike `python -m`, this does not let files of the current folder take the place of modules.
-CODE = """
-import sys
-sys.path[:] = filter(None, sys.path)
-from {module} import main
-main()
-"""
 
 
 class ChildProcesses:
@@ -127,20 +120,8 @@ class _Child:
     """One child process and our end of the socket pair to it."""
 
     def __init__(self, module: str, what: str, limits: Mapping[str, float]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        code = CODE.format(module=module)
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", code, str(theirs.fileno()), json.dumps(limits)],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
-        except BaseException:
-            ours.close()
-            raise
+        self._process, self._socket = start_module(module, json.dumps(limits))
         self._what = what
-        self._socket = ours
         self._ready = False
 
     def alive(self) -> bool:

@@ -25,7 +25,7 @@ STOP_SIGNALS = tuple(
 CODE = """
 import sys
 sys.path[:] = filter(None, sys.path)
-from microvllm.runtime.process.engine_main import main
+from {module} import main
 main()
 """
 
@@ -43,25 +43,13 @@ class SpawnedEngine:
 
         `environment`: further variables of the process.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
-        try:
-            # Ctrl-C reaches all processes of a terminal: blocked, it cannot interrupt the new one's imports.
-            with theirs, blocked_signals(STOP_SIGNALS):
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", CODE, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env={
-                        **os.environ,
-                        **thread_environment(cpu_threads or default_threads()),
-                        **(environment or {}),
-                    },
-                )
-        except BaseException:
-            ours.close()
-            raise
-        self._socket = ours
+        variables = {**thread_environment(cpu_threads or default_threads()), **(environment or {})}
+        # Ctrl-C reaches all processes of a terminal: blocked, it cannot interrupt the new one's imports.
+        with blocked_signals(STOP_SIGNALS):
+            self._process, self._socket = start_module(
+                "microvllm.runtime.process.engine_main", environment=variables
+            )
+        self._socket.setblocking(False)
         self._detached = False
 
     def detach(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -82,6 +70,29 @@ class SpawnedEngine:
             self._process.kill()
             self._process.wait()
             self._socket.close()
+
+
+def start_module(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the `main` of a module in a process of its own -> it, and our end of a socket pair to it.
+
+    In its `sys.argv` are the number of its end, and the arguments. `environment`: further variables. Raises
+    `OSError` if the system lets no process start.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", CODE.format(module=module), str(theirs.fileno()), *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(environment or {})},
+            )
+    except BaseException:
+        ours.close()
+        raise
+    return process, ours
 
 
 @contextlib.contextmanager

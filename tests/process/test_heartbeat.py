@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from microvllm.runtime.process import heartbeat, spawn
 from microvllm.runtime.process.channel import Start, frame
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.heartbeat import FROZEN_S, Watch, threads_of
+from microvllm.runtime.process.spawn import start_module
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import SamplingParams
 
@@ -54,6 +56,8 @@ process._load = lambda *_: (print("loading", flush=True), time.sleep(3600))
 main()
 """
 
+ENGINE_CODE = spawn.CODE.format(module="microvllm.runtime.process.engine_main")
+
 
 def make_config() -> EngineConfig:
     return EngineArgs(
@@ -61,14 +65,21 @@ def make_config() -> EngineConfig:
     ).resolve()
 
 
+def start_patched(action: str, module: str, **options: Any) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """As `start_module`; the children of this process, which do not call this, are not patched."""
+    with pytest.MonkeyPatch.context() as patch:
+        code = PATCHED.format(action=action).replace("{", "{{").replace("}", "}}")
+        patch.setattr(spawn, "CODE", spawn.CODE.replace("main()\n", code))
+        return start_module(module, **options)
+
+
 @contextlib.asynccontextmanager
 async def started(patch: pytest.MonkeyPatch, action: str | None = None) -> AsyncIterator[EngineClient]:
     """A client whose first engine process does `action` in the second step of the first request."""
-    code = spawn.CODE
-    if action is not None:
-        patch.setattr(spawn, "CODE", code.replace("main()\n", PATCHED.format(action=action)))
-    client = await EngineClient.start(make_config())
-    patch.setattr(spawn, "CODE", code)
+    with patch.context() as inner:
+        if action is not None:
+            inner.setattr(spawn, "start_module", partial(start_patched, action))
+        client = await EngineClient.start(make_config())
     try:
         yield client
     finally:
@@ -168,7 +179,7 @@ async def test_an_idle_engine_stays_healthy(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("wait_for", ["torch", "the model"])
 async def test_a_loading_engine_ends_with_its_server(wait_for: str) -> None:
     """As after kill -9: the other end of the socket is closed, and nobody kills the engine."""
-    code = spawn.CODE
+    code = ENGINE_CODE
     if wait_for == "the model":  # which takes longer than the test's patience
         code = code.replace("main()\n", ENDLESS_LOAD)
     ours, theirs = socket.socketpair()

@@ -7,11 +7,9 @@ imports it meanwhile.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,7 +20,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError
 from microvllm.runtime.machine import thread_environment
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
-from microvllm.runtime.process.spawn import STOP_SIGNALS, blocked_signals
+from microvllm.runtime.process.spawn import STOP_SIGNALS, blocked_signals, start_module
 from microvllm.runtime.worker.parallel.messages import (
     FromRank,
     Link,
@@ -37,13 +35,6 @@ from microvllm.runtime.worker.parallel.messages import (
 TICK_S = 1.0
 EXIT_S = 1.0  # for a process whose socket was closed, until it is killed
 CAUSE_S = 2.0  # until a rank's end is noticed, after what it does to the others
-# Unlike `python -m`, this does not let files of the current folder take the place of modules.
-CODE = """
-import sys
-sys.path[:] = filter(None, sys.path)
-from microvllm.runtime.worker.parallel.rank_main import main
-main()
-"""
 
 OnFailure = Callable[[RankFailed], None]
 
@@ -144,20 +135,13 @@ class _Rank:
         self.rank = rank
         self.stamp: str | None = None
         self.ready = False
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Ctrl-C reaches all processes of a terminal, and rank 0 decides when the others may go.
+        with blocked_signals(STOP_SIGNALS):
+            self._process, ours = start_module(
+                "microvllm.runtime.worker.parallel.rank_main",
+                environment=thread_environment(config.cpu_threads),
+            )
         self.link: Link[FromRank] = Link(ours, FromRank)
-        try:
-            # Ctrl-C reaches all processes of a terminal, and rank 0 decides when the others may go.
-            with theirs, blocked_signals(STOP_SIGNALS):
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", CODE, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, **thread_environment(config.cpu_threads)},
-                )
-        except BaseException:
-            ours.close()
-            raise
         self.pid = self._process.pid
         self._limit_s = longest_step_s(config)
         self._watched = Watch(self.pid, self._limit_s)
