@@ -9,7 +9,7 @@ from microvllm.adapters.fields import Fields
 from microvllm.adapters.gemma2 import TENSORS, gemma_spec
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import all_but_every, sliding_layers
+from microvllm.adapters.hf_config import all_but_every, scaling_of_kind, sliding_layers
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import LayerSpec, ModelSpec
@@ -43,19 +43,8 @@ def from_hf(config: Fields) -> ModelSpec:
 
 
 def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int) -> Rotary:
-    """Older configurations have one scaling, which only layers that do not slide use."""
-    parts = config.part("rope_parameters")
-    key, default = BASES[kind]
-    if parts is not None:
-        for other in parts:
-            if other not in BASES:
-                raise parts.error(other, f"must be one of {', '.join(BASES)}")
-        if "rope_scaling" in config:
-            raise config.error("rope_scaling", "is not supported beside rope_parameters")
-        scaling = parts.part(kind)
-    else:
-        scaling = config.part("rope_scaling") if kind == "full_attention" else None
-    rope, _ = scaled_rope(config, scaling, config.number(key, default), head_dim, default_max_position)
+    scaling, theta = scaling_of_kind(config, kind), config.number(*BASES[kind])
+    rope, _ = scaled_rope(config, scaling, theta, head_dim, default_max_position)
     # The scaling is one that the model was trained with: it does not lengthen `max_position_embeddings`.
     return Rotary(rope, config.size("max_position_embeddings", default_max_position))
 

@@ -198,6 +198,22 @@ def sliding_layers(config: Fields, num_layers: int, default: Sequence[bool]) -> 
     return [kind == "sliding_attention" for kind in kinds]
 
 
+def scaling_of_kind(config: Fields, kind: str) -> Fields | None:
+    """The scaling of the rotation of layers of this one of `ATTENTION_KINDS`.
+
+    Older configurations have one scaling, which only layers without a window use.
+    """
+    parts = config.part("rope_parameters")
+    if parts is None:
+        return config.part("rope_scaling") if kind == "full_attention" else None
+    for other in parts:
+        if other not in ATTENTION_KINDS:
+            raise parts.error(other, f"must be one of {', '.join(ATTENTION_KINDS)}")
+    if "rope_scaling" in config:
+        raise config.error("rope_scaling", "is not supported beside rope_parameters")
+    return parts.part(kind)
+
+
 def layer_windows(
     config: Fields, num_layers: int, window: int | None, default: Sequence[bool]
 ) -> list[int | None]:

@@ -10,10 +10,10 @@ import msgspec
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import (
-    ATTENTION_KINDS,
     all_but_every,
     hf_spec,
     layer_windows,
+    scaling_of_kind,
     sliding_layers,
 )
 from microvllm.adapters.rope_spec import Rotary, scaled_rope
@@ -61,18 +61,8 @@ def _windows(config: Fields, num_layers: int) -> list[int | None]:
 
 
 def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int) -> Rotary:
-    """Older configurations have one scaling, which only layers without a window use."""
-    parts = config.part("rope_parameters")
-    if parts is not None:
-        for other in parts:
-            if other not in ATTENTION_KINDS:
-                raise parts.error(other, f"must be one of {', '.join(ATTENTION_KINDS)}")
-        if "rope_scaling" in config:
-            raise config.error("rope_scaling", "is not supported beside rope_parameters")
-        scaling = parts.part(kind)
-    else:
-        scaling = config.part("rope_scaling") if kind == "full_attention" else None
-    return scaled_rope(config, scaling, config.number("rope_theta", 5e5), head_dim, default_max_position)
+    scaling, theta = scaling_of_kind(config, kind), config.number("rope_theta", 5e5)
+    return scaled_rope(config, scaling, theta, head_dim, default_max_position)
 
 
 FAMILY = Family("olmo3", "Olmo3ForCausalLM", from_hf, hf_tensors=TENSORS)
