@@ -68,14 +68,17 @@ class Fields:
         """The error to raise about one key."""
         return ModelFileError(self.path, f"{self.where}{key} {problem}")
 
-    def size(self, key: str, default: int | None = None, *, at_most: int = MAX_SIZE) -> int:
-        """A positive integer; without a default it must be there."""
+    def size(
+        self, key: str, default: int | None = None, *, at_least: int = 1, at_most: int = MAX_SIZE
+    ) -> int:
+        """An integer within the bounds; without a default it must be there."""
         value = self.get(key, default)
         if value is None:
             raise self.error(key, "is missing")
-        if type(value) is not int or not 1 <= value <= at_most:
-            limit = f" of at most {at_most}" if at_most < MAX_SIZE else ""
-            raise self.error(key, f"must be a positive integer{limit}, got {shorten(value)}")
+        if type(value) is not int or not at_least <= value <= at_most:
+            kind = "a positive integer" if at_least == 1 else f"an integer of at least {at_least}"
+            limit = f" and at most {at_most}" if at_most < MAX_SIZE else ""
+            raise self.error(key, f"must be {kind}{limit}, got {shorten(value)}")
         return value
 
     def number(

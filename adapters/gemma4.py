@@ -16,7 +16,7 @@ from microvllm.adapters import gemma4_gguf
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, MAX_SIZE, Fields
+from microvllm.adapters.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, Fields
 from microvllm.adapters.gemma2 import GELU
 from microvllm.adapters.gemma2 import TENSORS as GEMMA_TENSORS
 from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows, text_part
@@ -89,7 +89,7 @@ def from_hf(config: Fields, defaults: Mapping[str, int] = PLAIN) -> ModelSpec:
     )
     layers = _layers(config, spec, slides, defaults)
     cap = config.number("final_logit_softcapping") if "final_logit_softcapping" in config else None
-    size = _count(config, "hidden_size_per_layer_input", defaults["hidden_size_per_layer_input"])
+    size = config.size("hidden_size_per_layer_input", defaults["hidden_size_per_layer_input"], at_least=0)
     if size and config.size("vocab_size_per_layer_input", spec.vocab_size) != spec.vocab_size:
         raise config.error(
             "vocab_size_per_layer_input", f"other than vocab_size {spec.vocab_size} is not supported"
@@ -109,7 +109,7 @@ def _layers(
 ) -> list[LayerSpec]:
     """The layers with their own heads and rotations, and the sources of those that share keys and values."""
     sizes = _sizes(config, spec, slides)
-    shared = _count(config, "num_kv_shared_layers", 0, at_most=spec.num_layers - 1)
+    shared = config.size("num_kv_shared_layers", 0, at_least=0, at_most=spec.num_layers - 1)
     first, wide = spec.num_layers - shared, config.flag("use_double_wide_mlp")
     keys_as_values = config.flag("attention_k_eq_v")
     experts = _experts(config) if config.flag("enable_moe_block") else None
@@ -217,12 +217,6 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
         factor=part.number("factor", 1.0, at_least=1.0, at_most=MAX_ROPE_FACTOR),
     )
     return Rotary(rope, trained)
-
-
-def _count(config: Fields, key: str, default: int, at_most: int = MAX_SIZE) -> int:
-    """A number that may be 0."""
-    value = config.get(key, default)
-    return 0 if type(value) is int and value == 0 else config.size(key, default or None, at_most=at_most)
 
 
 unified = partial(from_hf, defaults=UNIFIED)

@@ -224,9 +224,7 @@ def layer_windows(
 def qwen_windows(config: Fields, num_layers: int) -> list[int | None]:
     """Qwen's: `use_sliding_window`, and from layer `max_window_layers` on, or by `layer_types`."""
     window = config.size("sliding_window", 4096)
-    first = config.get("max_window_layers", 28)
-    if type(first) is not int or first < 0:
-        raise config.error("max_window_layers", f"must be an integer of at least 0, got {shorten(first)}")
+    first = config.size("max_window_layers", 28, at_least=0)
     windows = layer_windows(config, num_layers, window, [index >= first for index in range(num_layers)])
     used = config.flag("use_sliding_window") and not config.is_null("sliding_window")
     return windows if used else [None] * num_layers

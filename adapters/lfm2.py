@@ -71,7 +71,7 @@ def dense_from_hf(config: Fields) -> ModelSpec:
 def sparse_from_hf(config: Fields) -> ModelSpec:
     """Describe an LFM2 model of experts from the `config.json` of its folder."""
     spec = _hybrid(config, "lfm2_moe", expert_keys=("routed_scaling_factor",))
-    return _with_experts(spec, _experts(config), _num_dense(config, "num_dense_layers", 2))
+    return _with_experts(spec, _experts(config), config.size("num_dense_layers", 2, at_least=0))
 
 
 def _hybrid(
@@ -95,11 +95,8 @@ def _hybrid(
         has_experts=bool(expert_keys),
         expert_keys=expert_keys,
     )
-    conv = ShortConv(
-        channels=hidden_size, conv_size=config.size("conv_L_cache", 3), bias=config.flag("conv_bias")
-    )
-    if conv.conv_size < 2:
-        raise config.error("conv_L_cache", "must be at least 2, got 1")
+    conv_size = config.size("conv_L_cache", 3, at_least=2)
+    conv = ShortConv(channels=hidden_size, conv_size=conv_size, bias=config.flag("conv_bias"))
     kinds = hybrid_layer_types(config, spec.num_layers, KINDS, kinds)
     layers = (
         LayerSpec(mixer=conv, mlp=layer.mlp) if kind == "conv" else layer
@@ -135,13 +132,6 @@ def _inner_size(config: Fields) -> int:
     size = int(config.number("block_ffn_dim_multiplier", 1.0) * size)
     multiple = config.size("block_multiple_of", 256)
     return -(-size // multiple) * multiple
-
-
-def _num_dense(fields: Fields, key: str, default: int) -> int:
-    number = fields.get(key, default)
-    if type(number) is not int or number < 0:
-        raise fields.error(key, f"must be an integer of at least 0, got {shorten(number)}")
-    return number
 
 
 def _with_experts(spec: ModelSpec, experts: Experts, num_dense: int) -> ModelSpec:
@@ -195,7 +185,7 @@ def sparse_from_gguf(file: GGUFFile) -> ModelSpec:
     routing = Routing(num_chosen=num_chosen, sigmoid=True, smallest_sum=SMALLEST_SUM, scale=scale)
     size = keys.size("expert_feed_forward_length")
     experts = Experts(count=count, size=size, routing=routing, correction=True)
-    return _with_experts(spec, experts, _num_dense(keys, "leading_dense_block_count", 0))
+    return _with_experts(spec, experts, keys.size("leading_dense_block_count", 0, at_least=0))
 
 
 def _hybrid_from_gguf(file: GGUFFile, keys: Fields) -> ModelSpec:
@@ -211,9 +201,7 @@ def _hybrid_from_gguf(file: GGUFFile, keys: Fields) -> ModelSpec:
         raise keys.error("attention.causal", "is false: attention in both directions is not supported")
     # Of experts the caller reads what there is.
     spec = gguf_spec(file, keys=keys.with_value(heads_key, numbers.pop()).with_value("expert_count", None))
-    conv = ShortConv(channels=spec.hidden_size, conv_size=keys.size("shortconv.l_cache"))
-    if conv.conv_size < 2:
-        raise keys.error("shortconv.l_cache", "must be at least 2, got 1")
+    conv = ShortConv(channels=spec.hidden_size, conv_size=keys.size("shortconv.l_cache", at_least=2))
     layers = (
         layer.with_mixer(qk_norm=True) if number else LayerSpec(mixer=conv, mlp=layer.mlp)
         for layer, number in zip(spec.layers, heads, strict=True)

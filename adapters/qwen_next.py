@@ -142,14 +142,12 @@ def _delta_net(config: Fields) -> GatedDeltaNet:
         num_value_heads=config.size(heads, 32),
         key_dim=config.size("linear_key_head_dim", 128),
         value_dim=config.size("linear_value_head_dim", 128),
-        conv_size=config.size("linear_conv_kernel_dim", 4),
+        conv_size=config.size("linear_conv_kernel_dim", 4, at_least=2),
     )
     if mixer.num_value_heads % mixer.num_key_heads:
         raise config.error(
             heads, f"{mixer.num_value_heads} is not a multiple of {key_heads} {mixer.num_key_heads}"
         )
-    if mixer.conv_size < 2:
-        raise config.error("linear_conv_kernel_dim", "must be at least 2, got 1")
     return mixer
 
 

@@ -103,9 +103,7 @@ def _are_sparse(config: Fields, num_layers: int, default: int) -> list[bool]:
             problem = f"must list dense or sparse for each of the {num_layers} layers"
             raise config.error("mlp_layer_types", problem)
         return [kind == "sparse" for kind in kinds]
-    dense = config.get("first_k_dense_replace", default)
-    if type(dense) is not int or not 0 <= dense <= num_layers:
-        raise config.error("first_k_dense_replace", f"must be from 0 to {num_layers}, got {shorten(dense)}")
+    dense = config.size("first_k_dense_replace", default, at_least=0, at_most=num_layers)
     return [index >= dense for index in range(num_layers)]
 
 

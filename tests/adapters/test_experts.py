@@ -69,7 +69,7 @@ BAD_KEYS: list[tuple[str, Any, str]] = [
     ("num_experts_per_tok", 5, "is 5, but there are 4 experts"),
     ("num_experts_per_tok", 0, "must be a positive integer"),
     ("num_local_experts", "4", "must be a positive integer"),
-    ("num_local_experts", 1 << 20, "must be a positive integer of at most 16384"),
+    ("num_local_experts", 1 << 20, "must be a positive integer and at most 16384"),
     ("moe_intermediate_size", -1, "must be a positive integer"),
     ("norm_topk_prob", 1, "must be true or false"),
     ("mlp_only_layers", [3], "must list layers from 0 to 2, got a list"),

@@ -203,7 +203,7 @@ def test_a_published_configuration(tmp_path: Path) -> None:
         ({"use_bidirectional_attention": "all"}, "text_config.use_bidirectional_attention other than vision"),
         (
             {"num_kv_shared_layers": 35},
-            "text_config.num_kv_shared_layers must be a positive integer of at most 34",
+            "text_config.num_kv_shared_layers must be an integer of at least 0 and at most 34",
         ),
         ({"num_kv_shared_layers": 32}, "text_config.num_kv_shared_layers leaves no full_attention"),
         ({"num_kv_shared_layers": -1}, "text_config.num_kv_shared_layers"),

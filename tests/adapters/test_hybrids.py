@@ -180,7 +180,7 @@ def test_the_kinds_of_layers(tmp_path: Path) -> None:
         ("layer_types", ["linear_attention"], "must list one kind for each of the 4 layers"),
         ("layer_types", ["mamba", "full_attention"] * 2, "names 'mamba', which is not supported"),
         ("linear_num_value_heads", 7, "7 is not a multiple of linear_num_key_heads 3"),
-        ("linear_conv_kernel_dim", 1, "must be at least 2"),
+        ("linear_conv_kernel_dim", 1, "must be an integer of at least 2"),
         ("attn_output_gate", False, "is false"),
         ("hidden_act", "gelu", "must be silu"),
         ("rope_parameters", {"rope_type": "default", "mrope": 1}, "mrope is not a key of rotary scaling"),

@@ -81,7 +81,7 @@ def test_embeddings_are_tied_by_either_key(tmp_path: Path) -> None:
         ("lfm2", "layer_types", ["conv"] * 4, "has no full_attention"),
         ("lfm2", "layer_types", ["conv"], "must list one kind for each of the 4 layers"),
         ("lfm2", "layer_types", ["sliding_attention"] * 4, "names 'sliding_attention'"),
-        ("lfm2", "conv_L_cache", 1, "must be at least 2"),
+        ("lfm2", "conv_L_cache", 1, "must be an integer of at least 2"),
         ("lfm2", "conv_L_cache", 3, "has shape"),
         ("lfm2", "conv_bias", False, "are there, but not used"),
         ("lfm2", "conv_dim", 72, "is 72, but hidden_size is 144"),
@@ -111,7 +111,7 @@ def test_a_bad_key_is_named(tmp_path: Path, name: str, key: str, value: Any, sai
     ("family", "key", "value", "said"),
     [
         ("lfm2", "attention.head_count_kv", 3, "must list a number for each of the 2 layers"),
-        ("lfm2", "shortconv.l_cache", 1, "must be at least 2"),
+        ("lfm2", "shortconv.l_cache", 1, "must be an integer of at least 2"),
         ("lfm2", "shortconv.l_cache", 5, "has shape"),
         ("lfm2", "expert_count", 4, "which only lfm2moe models may have"),
         ("lfm2moe", "expert_gating_func", 1, "must be 2, for sigmoids"),

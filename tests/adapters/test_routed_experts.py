@@ -149,13 +149,23 @@ def test_olmoe(tmp_path: Path) -> None:
 
 BAD = [
     (GLM_45_AIR, "n_group", 3, "n_group 3 does not divide the 128 experts"),
-    (GLM_45_AIR, "n_routed_experts", 1 << 20, "n_routed_experts must be a positive integer of at most 16384"),
-    (ERNIE_21B, "moe_num_experts", 1 << 20, "moe_num_experts must be a positive integer of at most 16384"),
+    (
+        GLM_45_AIR,
+        "n_routed_experts",
+        1 << 20,
+        "n_routed_experts must be a positive integer and at most 16384",
+    ),
+    (ERNIE_21B, "moe_num_experts", 1 << 20, "moe_num_experts must be a positive integer and at most 16384"),
     (GLM_45_AIR, "topk_group", 2, "topk_group is 2, but there are 1 groups"),
     (GLM_45_AIR, "num_experts_per_tok", 129, "num_experts_per_tok is 129, but there are 128 experts"),
     (GLM_45_AIR, "scoring_func", "softmax", "scoring_func must be sigmoid"),
     (GLM_45_AIR, "topk_method", "greedy", "topk_method must be noaux_tc"),
-    (GLM_45_AIR, "first_k_dense_replace", 47, "first_k_dense_replace must be from 0 to 46"),
+    (
+        GLM_45_AIR,
+        "first_k_dense_replace",
+        47,
+        "first_k_dense_replace must be an integer of at least 0 and at most 46",
+    ),
     (GLM_45_AIR, "num_local_experts", 64, "num_local_experts is 64, but n_routed_experts is 128"),
     (GLM_45_AIR, "norm_topk_prob", None, "norm_topk_prob must be true or false, got None"),
     (GLM_45_AIR, "routed_scaling_factor", 0, "routed_scaling_factor must be a finite number above 0"),
