@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,9 @@ from torch.nn.functional import silu, softplus
 
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.attention.torch_backend import lazy_zeros
+from microvllm.ops.causal_conv import convolve_decodes, convolve_segment
 from microvllm.ops.norm import rms_norm
-from microvllm.ops.row_states import StatesByRow
+from microvllm.ops.row_states import StatesByRow, StepRows, in_chunks
 
 CHUNK = 64  # tokens that are solved for together
 L2_EPS = 1e-6
@@ -105,19 +105,7 @@ class TorchDeltaStep:
     """Computes one step, layer by layer."""
 
     def __init__(self, states: RowStates, batch: AttentionBatch) -> None:
-        if batch.rows is None:
-            raise ValueError("layers with a state need the rows of the batch")
-        self._states, self._config = states, states.config
-        self._decodes, rows = batch.num_decodes, batch.rows.long()
-        self._rows = rows[: self._decodes]
-        # A request that begins finds what the one before it in its row has left.
-        self._begins = (batch.positions[: self._decodes] == 0).view(-1, 1, 1)
-        self._segments: list[tuple[int, int, int, bool]] = []
-        if batch.segment_table is not None:
-            starts = (batch.segment_table.starts + self._decodes).tolist()
-            for (start, stop), row in zip(pairwise(starts), rows[self._decodes :].tolist(), strict=True):
-                if start < stop:
-                    self._segments.append((start, stop, row, int(batch.positions[start]) == 0))
+        self._states, self._config, self._rows = states, states.config, StepRows(batch)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv: [n, channels + values + 2 Hv], q, k, v, z, b and a of each token -> [n, values]."""
@@ -128,10 +116,10 @@ class TorchDeltaStep:
         g = -weights.a_log.exp() * softplus(a.float() + weights.dt_bias)
         dtype = qkv.dtype
         out = torch.empty(len(qkv), heads, config.value_dim, device=qkv.device)
-        count = self._decodes
+        count = self._rows.decodes
         if count:
             out[:count] = self._decode(layer, qkv[:count], g[:count], beta[:count])
-        for start, stop, row, begins in self._segments:
+        for start, stop, row, begins in self._rows.segments:
             part = slice(start, stop)
             out[part] = self._prefill(layer, row, begins, qkv[part], g[part], beta[part])
         normed = rms_norm(out.to(dtype), weights.norm, config.eps)
@@ -140,13 +128,10 @@ class TorchDeltaStep:
 
     def _decode(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor) -> Tensor:
         """One token of each row: qkv [b, channels], g and beta [b, Hv] -> [b, Hv, Dv] float32."""
-        states, rows = self._states, self._rows
-        seen = states.conv[layer][rows].masked_fill(self._begins, 0)
-        window = torch.cat((seen, qkv[:, None]), 1)
-        states.conv[layer][rows] = window[:, 1:]
+        states, rows, begins = self._states, self._rows.rows, self._rows.begins.view(-1, 1, 1)
         weight = states.layers[layer].conv
-        q, k, v = _heads(self._config, silu((window * weight.T).sum(1)))
-        state = states.delta[layer][rows].masked_fill(self._begins[..., None], 0)
+        q, k, v = _heads(self._config, convolve_decodes(states.conv[layer], rows, begins, qkv, weight))
+        state = states.delta[layer][rows].masked_fill(begins[..., None], 0)
         state *= g.exp()[..., None, None]
         update = beta[..., None] * (v - (state @ k[..., None])[..., 0])
         state += update[..., None] * k[..., None, :]
@@ -159,11 +144,7 @@ class TorchDeltaStep:
         if begins:
             conv.zero_()
             state.zero_()
-        window, count = torch.cat((conv, qkv)), len(qkv)
-        weight = self._states.layers[layer].conv
-        mixed = torch.stack([window[i : i + count] * weight[:, i] for i in range(weight.shape[1])]).sum(0)
-        conv.copy_(window[count:])
-        q, k, v = _heads(self._config, silu(mixed))
+        q, k, v = _heads(self._config, convolve_segment(conv, qkv, self._states.layers[layer].conv))
         out, last = chunked_delta_rule(q, k, v, g, beta, state)
         state.copy_(last)
         return out
@@ -193,7 +174,7 @@ def chunked_delta_rule(
     """
     count = len(q)
     # [chunks, H, size, ...]; a padding token has beta 0 and changes nothing.
-    q, k, v, g, beta = (_in_chunks(x, size) for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (in_chunks(x, size) for x in (q, k, v, g, beta))
     total = g.cumsum(-1)
     seen = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     # Above the diagonal the differences are positive, and their powers may overflow.
@@ -211,9 +192,3 @@ def chunked_delta_rule(
         outputs.append(scores[i] @ updates + (q[i] * kept[i]) @ state.mT)
         state = state * kept[i, :, -1:] + updates.mT @ (k[i] * to_end[i])
     return torch.stack(outputs).transpose(1, 2).flatten(0, 1)[:count], state
-
-
-def _in_chunks(x: Tensor, size: int) -> Tensor:
-    """[t, H, ...] -> [chunks, H, size, ...], padded with zeros."""
-    padded = torch.cat((x, x.new_zeros(-len(x) % size, *x.shape[1:])))
-    return padded.view(-1, size, *x.shape[1:]).transpose(1, 2)

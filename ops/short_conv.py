@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.attention.torch_backend import lazy_zeros
-from microvllm.ops.row_states import StatesByRow
+from microvllm.ops.row_states import StatesByRow, rows_of
 
 
 class ConvWeights(NamedTuple):
@@ -53,9 +53,7 @@ class ConvStep:
     """
 
     def __init__(self, states: TorchShortConv, batch: AttentionBatch) -> None:
-        if batch.rows is None:
-            raise ValueError("layers with a state need the rows of the batch")
-        self._states, self._rows = states, batch.rows.long()
+        self._states, self._rows = states, rows_of(batch).long()
         positions, decodes, count = batch.positions, batch.num_decodes, len(batch.positions)
         device, seen = positions.device, states.kept.shape[2]
         starts = torch.arange(decodes + 1, device=device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.delta_rule import L2_EPS, DeltaConfig, RowStates
+from microvllm.ops.row_states import rows_of
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
@@ -63,10 +64,8 @@ class CpuDeltaStep:
     """Computes one step, layer by layer."""
 
     def __init__(self, states: CpuDeltaRule, batch: AttentionBatch) -> None:
-        if batch.rows is None:
-            raise ValueError("layers with a state need the rows of the batch")
         config, table, self.batch = states.config, batch.segment_table, batch
-        indices = [batch.positions, batch.rows] + ([] if table is None else [table.starts])
+        indices = [batch.positions, rows_of(batch)] + ([] if table is None else [table.starts])
         indices = [tensor.long().contiguous() for tensor in indices]
         addresses = [tensor.data_ptr() for tensor in indices]
         # The kernel gets addresses. Not the backend, which holds this step: only a collection would end both.

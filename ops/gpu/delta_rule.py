@@ -9,6 +9,7 @@ from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.delta_rule import DeltaConfig, RowStates
 from microvllm.ops.gpu.delta_decode import decode
 from microvllm.ops.gpu.delta_prefill import prefill
+from microvllm.ops.row_states import rows_of
 
 
 class GpuDeltaRule(RowStates):
@@ -26,8 +27,7 @@ class GpuDeltaStep:
     """Computes one step, layer by layer; reads nothing of it on the host."""
 
     def __init__(self, states: GpuDeltaRule, batch: AttentionBatch) -> None:
-        if batch.rows is None:
-            raise ValueError("layers with a state need the rows of the batch")
+        rows_of(batch)
         self._states, self._batch = states, batch
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
