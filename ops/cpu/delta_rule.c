@@ -2,12 +2,10 @@
  * sequence are taken one after the other, whose state stays in the cache of a core meanwhile: a token's output has the
  * same bits however its sequence is cut, and beside any others. */
 #include "norm.h"
-#include "pool.h"
-#include "vectors.h"
+#include "states.h"
 
-#define CHANNELS 256L /* of a sequence's convolution that a thread takes */
-#define VALUES 16L    /* of a head, whose rows of the state a thread takes through all tokens */
-#define ROWS 4        /* of them that are multiplied side by side */
+#define VALUES 16L /* of a head, whose rows of the state a thread takes through all tokens */
+#define ROWS 4     /* of them that are multiplied side by side */
 
 typedef struct {
     const float *weight;                /* [size, channels], the newest token last */
@@ -16,10 +14,9 @@ typedef struct {
     float *conv, *delta;                /* states: [rows, size - 1, channels]; [rows, heads, value_dim, key_dim] */
 } DeltaLayer;
 
-/* The sequences of a step: `decodes` of one token each, then `segments` of more. */
 typedef struct {
-    const int64_t *positions, *rows, *starts; /* [n]; [decodes + segments]; [segments + 1], from the first behind */
-    long n, decodes, segments, key_heads, heads, key_dim, value_dim, size;
+    Sequences of;
+    long key_heads, heads, key_dim, value_dim, size;
     float eps, l2_eps;
 } DeltaStep;
 
@@ -28,53 +25,8 @@ typedef struct {
     const DeltaLayer *layer;
     const float *x;                /* [n, width]: q, k, v, z, b, a */
     float *out, *mixed, *gates;    /* [n, heads * value_dim]; [n, channels]; [n, heads, 2], what is kept, and beta */
-    long channels, width, blocks;  /* blocks: pieces of a sequence, or of a head */
+    long channels, width, blocks;  /* blocks: pieces of a head */
 } Delta;
-
-/* A sequence's first token, how many it has, and whether its row's state counts. */
-INLINE long first_of(const DeltaStep *a, long sequence, long *count, int *goes_on)
-{
-    long first = sequence;
-    *count = 1;
-    if (sequence >= a->decodes) {
-        const int64_t *start = a->starts + sequence - a->decodes;
-        first = a->decodes + start[0];
-        *count = start[1] - start[0];
-    }
-    *goes_on = *count && a->positions[first] > 0;
-    return first;
-}
-
-INLINE vec vsilu(vec x) { return x / (1.0f + vexp(-x)); }
-
-static void convolve_piece(const void *job, long piece)
-{
-    const Delta *j = job;
-    const DeltaStep *a = j->step;
-    long sequence = piece / j->blocks, from = piece % j->blocks * CHANNELS, to = least(from + CHANNELS, j->channels);
-    long count, kept = a->size - 1;
-    int goes_on;
-    long first = first_of(a, sequence, &count, &goes_on);
-    float *window = j->layer->conv + a->rows[sequence] * kept * j->channels;
-    if (!goes_on)
-        for (long i = 0; i < kept && count; i++)
-            memset(window + i * j->channels + from, 0, (to - from) * sizeof(float));
-    for (long t = 0; t < count; t++)
-        for (long c = from; c < to; c += LANES) {
-            vec total = {};
-            for (long i = 0; i < a->size; i++) {
-                long at = t + i - kept;
-                const float *source = at < 0 ? window + (at + kept) * j->channels : j->x + (first + at) * j->width;
-                total += load_part(source + c, to - c) * load_part(j->layer->weight + i * j->channels + c, to - c);
-            }
-            store_part(j->mixed + (first + t) * j->channels + c, vsilu(total), to - c);
-        }
-    for (long i = 0; i < kept && count; i++) {
-        long at = count + i - kept;
-        const float *source = at < 0 ? window + (at + kept) * j->channels : j->x + (first + at) * j->width;
-        memmove(window + i * j->channels + from, source + from, (to - from) * sizeof(float));
-    }
-}
 
 /* Gives a vector the length `length`. */
 INLINE void scale_to(float *x, long d, float eps, float length)
@@ -134,8 +86,8 @@ static void update_piece(const void *job, long piece)
     long from = piece % j->blocks * VALUES, to = least(from + VALUES, a->value_dim), d = a->key_dim;
     long h = piece / j->blocks % a->heads, sequence = piece / j->blocks / a->heads, count;
     int goes_on;
-    long first = first_of(a, sequence, &count, &goes_on);
-    float *state = j->layer->delta + (a->rows[sequence] * a->heads + h) * a->value_dim * d;
+    long first = first_of(&a->of, sequence, &count, &goes_on);
+    float *state = j->layer->delta + (a->of.rows[sequence] * a->heads + h) * a->value_dim * d;
     if (count && !goes_on) memset(state + from * d, 0, (to - from) * d * sizeof(float));
     for (long token = first; token < first + count; token++) {
         const float *q = j->mixed + token * j->channels + h / (a->heads / a->key_heads) * d;
@@ -170,22 +122,21 @@ static void gate_piece(const void *job, long token)
 int delta_rule(Pool *pool, const DeltaStep *step, const DeltaLayer *layer, const float *x, float *out)
 {
     long values = step->heads * step->value_dim, channels = 2 * step->key_heads * step->key_dim + values;
-    float *mixed = pool_scratch(pool, step->n * (channels + 2 * step->heads));
+    float *mixed = pool_scratch(pool, step->of.n * (channels + 2 * step->heads));
     if (!mixed) return -1;
+    Convolution convolution = {layer->weight, 0, layer->conv, channels, step->size};
     Delta job = {step,
                  layer,
                  x,
                  out,
                  mixed,
-                 mixed + step->n * channels,
+                 mixed + step->of.n * channels,
                  channels,
                  channels + values + 2 * step->heads,
-                 (channels + CHANNELS - 1) / CHANNELS};
-    long sequences = step->decodes + step->segments;
-    parallel(pool, convolve_piece, &job, sequences * job.blocks);
-    parallel(pool, prepare_piece, &job, step->n);
-    job.blocks = (step->value_dim + VALUES - 1) / VALUES;
-    parallel(pool, update_piece, &job, sequences * step->heads * job.blocks);
-    parallel(pool, gate_piece, &job, step->n);
+                 (step->value_dim + VALUES - 1) / VALUES};
+    convolve(pool, &step->of, &convolution, x, job.width, mixed);
+    parallel(pool, prepare_piece, &job, step->of.n);
+    parallel(pool, update_piece, &job, (step->of.decodes + step->of.segments) * step->heads * job.blocks);
+    parallel(pool, gate_piece, &job, step->of.n);
     return 0;
 }
