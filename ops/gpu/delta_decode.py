@@ -8,15 +8,8 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.delta_rule import L2_EPS, RowStates
+from microvllm.ops.gpu.causal_conv import Convolution, convolve_decodes, silu
 from microvllm.ops.gpu.launch import follow, launch_options
-
-CHANNELS = 512  # of a program of the convolution
-
-
-@triton.jit
-def silu(x):
-    """x * sigmoid(x)."""
-    return x * tl.sigmoid(x)
 
 
 @triton.jit
@@ -24,39 +17,6 @@ def decay_of(a, a_log, dt_bias):
     """The logarithm of what a head's state keeps."""
     x = a + dt_bias
     return -tl.exp(a_log) * tl.where(x > 20, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
-
-
-@triton.jit
-def _conv_kernel(
-    mixed,
-    x,
-    conv,
-    weight,
-    rows,
-    positions,
-    lens,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program: some channels of one token; the window of its row moves on by it."""
-    follow(PDL)
-    i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    own = (c < C) & (tl.load(lens + i) > 0)
-    known = own & (tl.load(positions + i) > 0)
-    window = conv + tl.load(rows + i).to(tl.int64) * (SIZE - 1) * C + c
-    new = tl.load(x + i * W + c, c < C, 0.0)
-    total = new.to(tl.float32) * tl.load(weight + c * SIZE + SIZE - 1, c < C, 0.0).to(tl.float32)
-    for j in tl.static_range(SIZE - 1):
-        old = tl.load(window + j * C, known, 0.0)
-        total += old.to(tl.float32) * tl.load(weight + c * SIZE + j, c < C, 0.0).to(tl.float32)
-        if j > 0:
-            tl.store(window + (j - 1) * C, old, own)
-    tl.store(window + (SIZE - 2) * C, new, own)
-    tl.store(mixed + i * C + c, silu(total), c < C)
 
 
 @triton.jit
@@ -121,16 +81,8 @@ def decode(
     config, weights = states.config, states.layers[layer]
     count, width = batch.num_decodes, x.shape[1]
     where = batch.rows, batch.positions, batch.decode_lens
-    blocks = triton.cdiv(config.channels, CHANNELS)
-    _conv_kernel[(count, blocks)](
-        *(mixed, x, states.conv[layer], weights.conv, *where),
-        W=width,
-        C=config.channels,
-        SIZE=config.conv_size,
-        BLOCK=CHANNELS,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+    convolution = Convolution(weights.conv, None, states.conv[layer])
+    convolve_decodes(convolution, x, batch, mixed, pdl=pdl)
     block_k, block_v = (triton.next_power_of_2(size) for size in (config.key_dim, config.value_dim))
     _delta_kernel[(count, config.num_value_heads)](
         *(out, mixed, x, states.delta[layer], *where),

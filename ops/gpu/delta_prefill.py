@@ -14,89 +14,12 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.delta_rule import L2_EPS, RowStates
-from microvllm.ops.gpu.delta_decode import decay_of, silu
+from microvllm.ops.gpu.causal_conv import Convolution, convolve_prompts, silu
+from microvllm.ops.gpu.delta_decode import decay_of
 from microvllm.ops.gpu.launch import follow, launch_options
 
 CHUNK = 32  # tokens that are solved for together
-TOKENS, CHANNELS = 16, 128  # of a program of the convolution
 VALUES = 32  # of a head, of a program that goes from chunk to chunk
-
-
-@triton.jit
-def _conv_kernel(
-    mixed,
-    x,
-    conv,
-    weight,
-    rows,
-    positions,
-    starts,
-    decodes,
-    segments,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SIZE: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program: some channels of some tokens, counted from the first that is no decode."""
-    follow(PDL)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    s = tl.arange(0, SEGMENTS)
-    begin = tl.load(starts + s, s < segments, 2147483647)
-    before = begin[None, :] <= t[:, None]
-    owner = tl.sum(before.to(tl.int32), 1) - 1
-    first = tl.max(tl.where(before, begin[None, :], 0), 1)
-    live = t < tl.load(starts + segments)
-    row = tl.load(rows + decodes + owner, live, 0).to(tl.int64)
-    goes_on = live & (tl.load(positions + decodes + first, live, 0) > 0)
-    inside = c[None, :] < C
-    total = tl.zeros((BT, BC), tl.float32)
-    for j in tl.static_range(SIZE):
-        at = t - (SIZE - 1) + j
-        here = live & (at >= first)
-        new = tl.load(x + (decodes + at).to(tl.int64)[:, None] * W + c[None, :], here[:, None] & inside, 0.0)
-        kept = row * (SIZE - 1) + at - first + SIZE - 1
-        old = (goes_on & (at < first))[:, None] & inside
-        value = new + tl.load(conv + kept[:, None] * C + c[None, :], old, 0.0)
-        w = tl.load(weight + c * SIZE + j, c < C, 0.0).to(tl.float32)
-        total += value.to(tl.float32) * w[None, :]
-    target = mixed + (decodes + t).to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(target, silu(total), live[:, None] & inside)
-
-
-@triton.jit
-def _keep_kernel(
-    x,
-    conv,
-    rows,
-    positions,
-    starts,
-    decodes,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program: some channels of the last tokens of one segment, which the next one of its row will see."""
-    follow(PDL)
-    s = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(starts + s)
-    count = tl.load(starts + s + 1) - first
-    if count > 0:
-        row = tl.load(rows + decodes + s).to(tl.int64)
-        goes_on = tl.load(positions + decodes + first) > 0
-        window = conv + row * (SIZE - 1) * C + c
-        for j in tl.static_range(SIZE - 1):
-            at = count - (SIZE - 1) + j  # below 0: of the tokens that were kept, behind those stored so far
-            new = tl.load(x + (decodes + first + at).to(tl.int64) * W + c, (c < C) & (at >= 0), 0.0)
-            old = tl.load(window + (at + SIZE - 1) * C, (c < C) & (at < 0) & goes_on, 0.0)
-            tl.store(window + j * C, new + old, c < C)
 
 
 @triton.jit
@@ -291,21 +214,8 @@ def prefill(
     # Of float32 nothing is rounded; for 16 bits 10 of a product's are more than they have.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     warps = 8 if block_k > 64 else 4  # with fewer, registers spill
-    conv = states.conv[layer]
-
-    grid = triton.cdiv(count, TOKENS), triton.cdiv(config.channels, CHANNELS)
-    _conv_kernel[grid](
-        *(mixed, x, conv, weights.conv, *where, decodes, segments),
-        **channels,
-        SIZE=config.conv_size,
-        BT=TOKENS,
-        BC=CHANNELS,
-        SEGMENTS=width,
-        **options,
-    )
-    _keep_kernel[(segments, triton.cdiv(config.channels, 4 * CHANNELS))](
-        *(x, conv, *where, decodes), **channels, SIZE=config.conv_size, BLOCK=4 * CHANNELS, **options
-    )
+    convolution = Convolution(weights.conv, None, states.conv[layer])
+    convolve_prompts(convolution, x, batch, table, mixed, pdl=pdl)
     right, own, scores = (x.new_empty(count, heads, size) for size in (key_dim, value_dim, CHUNK))
     totals = torch.empty(count, heads, dtype=torch.float32, device=x.device)
     _prepare_kernel[(triton.cdiv(count, CHUNK) + segments, heads)](

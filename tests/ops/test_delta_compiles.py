@@ -24,8 +24,8 @@ def test_all_kernels_compile_in_the_sizes_of_a_real_model(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert [kernel["name"] for kernel in kernels] == [
-        *("_conv_kernel", "_delta_kernel"),
-        *("_conv_kernel", "_keep_kernel", "_prepare_kernel", "_chunks_kernel", "_norm_kernel"),
+        *("_decode_kernel", "_delta_kernel"),
+        *("_prompt_kernel", "_keep_kernel", "_prepare_kernel", "_chunks_kernel", "_norm_kernel"),
     ]
     for kernel in kernels:
         assert kernel["waits"] == 1
