@@ -33,16 +33,18 @@ MATRICES = "router", "experts_gate_up", "experts_down"
 
 
 class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
-    """A weighted sum of some of `count` gated MLPs of inner width `size`, which a router chooses by token.
+    """A weighted sum of some of `count` MLPs of inner width `size`, which a router chooses by token.
 
-    Of `shared_size` > 0 there is one more, which every token goes to; with `shared_gate` it is multiplied by
-    a sigmoid of the token. `correction`: see `Routing`. `bias`: the router and both products have one.
+    `gated`: as `MLP`'s are. Of `shared_size` > 0 there is one more, which every token goes to; with
+    `shared_gate` it is multiplied by a sigmoid of the token. `correction`: see `Routing`. `bias`: the router
+    and both products have one.
     """
 
     count: int
     size: int
     routing: Routing
     activation: str = "silu"
+    gated: bool = True
     correction: bool = False
     correction_in_row: bool = False  # stored as [1, E]
     shared_size: int = 0
@@ -52,7 +54,7 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
     def num_products(self, hidden_size: int) -> int:
         """Multiplications with weights that one token takes."""
         inner = self.routing.num_chosen * self.size + self.shared_size
-        return hidden_size * (self.count + self.shared_gate + 3 * inner)
+        return hidden_size * (self.count + self.shared_gate + (2 + self.gated) * inner)
 
     def sharded(self, size: int) -> Experts:
         """A part of the width of every expert. Raises ValueError if it does not divide evenly."""
@@ -65,13 +67,13 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         """`router` [E, h], `experts_gate_up` [E 2 I, h], `experts_down` [E h, I]: one expert after another.
 
         And `correction` [E], `shared_gate_up` [2 S, h], `shared_down` [h, S], `shared_scale` [1, h], and the
-        biases of the first three, one dimension less.
+        biases of the first three, one dimension less. If not `gated`, there is up alone: [E I, h], [S, h].
         """
         inner, hidden = shard.share(self.size), WHOLE.share(hidden_size)
         yield from matrix_slots("router", {"router": WHOLE.share(self.count)}, hidden, bias=self.bias)
         if self.correction:
             yield from self._correction()
-        rows = fused({"expert_gate": inner, "expert_up": inner}, names, "expert_gate_up")
+        rows = fused(self._both("expert", inner), names, "expert_gate_up")
         if PAIRS in names:
             rows = {PAIRS: inner.of_runs(2)}
         rows = dict(fused(rows, names, "expert_gate_up"))
@@ -83,11 +85,14 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
                 yield Slot("experts_down_bias", self._parts({"expert_down": hidden}, names, bias=True), None)
         if self.shared_size:
             width = shard.share(self.shared_size)
-            both = {"shared_gate": width, "shared_up": width}
+            both = fused(self._both("shared", width), names, "shared_gate_up")
             yield from matrix_slots("shared_gate_up", both, hidden)
             yield from matrix_slots("shared_down", {"shared_down": hidden}, width)
             if self.shared_gate:
                 yield from matrix_slots("shared_scale", {"shared_scale": WHOLE.share(1)}, hidden)
+
+    def _both(self, kind: str, inner: Cut) -> dict[str, Cut]:
+        return {f"{kind}_gate": inner, f"{kind}_up": inner} if self.gated else {f"{kind}_up": inner}
 
     def _correction(self) -> Iterator[Slot]:
         row = {"correction": WHOLE.share(1)}
@@ -129,4 +134,4 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, tag="experts"):
         correction = matrix("correction").float().flatten() if self.correction else None
         router, gate_up, down = (weights.matrix(name) for name in MATRICES)
         biases = ExpertBiases(router[1], gate_up[1], down[1])
-        return ExpertWeights(router[0], gate_up[0], down[0], correction, shared, biases)
+        return ExpertWeights(router[0], gate_up[0], down[0], correction, shared, biases, gated=self.gated)

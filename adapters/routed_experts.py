@@ -53,11 +53,23 @@ def with_experts(spec: ModelSpec, config: Fields, defaults: Defaults) -> ModelSp
 
     Raises `ModelFileError` for numbers that do not fit each other, and for other ways of routing.
     """
+    if config.get("moe_layer_freq") not in (None, 1):
+        raise config.error("moe_layer_freq", "other than 1 is not supported")
+    experts = routed_experts(config, defaults)
+    layers = (
+        msgspec.structs.replace(layer, mlp=experts) if sparse else layer
+        for layer, sparse in zip(
+            spec.layers, _are_sparse(config, spec.num_layers, defaults.num_dense), strict=True
+        )
+    )
+    return msgspec.structs.replace(spec, layers=tuple(layers))
+
+
+def routed_experts(config: Fields, defaults: Defaults) -> Experts:
+    """The experts of a layer. Raises `ModelFileError` as `with_experts` does."""
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if config.get(key) not in (None, only):
             raise config.error(key, f"must be {only}, got {shorten(config.get(key))}")
-    if config.get("moe_layer_freq") not in (None, 1):
-        raise config.error("moe_layer_freq", "other than 1 is not supported")
     count = _count(config, defaults.count)
     num_chosen = config.size("num_experts_per_tok", defaults.num_chosen)
     groups = config.size("n_group", defaults.num_groups)
@@ -72,7 +84,7 @@ def with_experts(spec: ModelSpec, config: Fields, defaults: Defaults) -> ModelSp
         )
     size = config.size("moe_intermediate_size", defaults.size)
     shared = 0 if config.get("n_shared_experts") == 0 else config.size("n_shared_experts", defaults.shared)
-    experts = Experts(
+    return Experts(
         count=count,
         size=size,
         routing=Routing(
@@ -86,13 +98,6 @@ def with_experts(spec: ModelSpec, config: Fields, defaults: Defaults) -> ModelSp
         correction=True,
         shared_size=shared * size,
     )
-    layers = (
-        msgspec.structs.replace(layer, mlp=experts) if sparse else layer
-        for layer, sparse in zip(
-            spec.layers, _are_sparse(config, spec.num_layers, defaults.num_dense), strict=True
-        )
-    )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
 
 
 def _are_sparse(config: Fields, num_layers: int, default: int) -> list[bool]:

@@ -47,7 +47,8 @@ class ExpertWeights(NamedTuple):
     router: [E, h]; gate_up: [E * 2 * I, h], of each expert gate before up; down: [E * h, I]; correction: [E]
     float32, or None. The matrices are of any kind that the device's products take. router_norm: [h], the
     weight of a norm for the router in place of that of the experts; scales: [E] float32, by which the weights
-    of chosen experts are multiplied; or None.
+    of chosen experts are multiplied; or None. If not `gated`, gate_up is up alone, [E * I, h], also of the
+    shared one.
     """
 
     router: Tensor
@@ -58,6 +59,7 @@ class ExpertWeights(NamedTuple):
     biases: ExpertBiases = NO_BIASES
     router_norm: Tensor | None = None
     scales: Tensor | None = None
+    gated: bool = True
 
     def split(self) -> Iterator[Expert]:
         """The experts one by one."""
@@ -129,7 +131,7 @@ def composed(
     """The norm and the experts of a layer from the products of a device; with `router_norm` both in one."""
     products = [
         (
-            operators.mlp_input(None, expert.gate_up, expert.gate_up_bias, activation, True),
+            operators.mlp_input(None, expert.gate_up, expert.gate_up_bias, activation, weights.gated),
             operators.linear(expert.down, expert.down_bias),
         )
         for expert in weights.split()
@@ -139,16 +141,17 @@ def composed(
         outside, inside, own = None, norm, (weights.router_norm, norm[1])
     router = operators.product(weights.router, weights.biases.router, norm=own)
     chosen = ComposedExperts(router, operators.norm(inside), products, routing, weights)
-    return operators.norm(outside), with_shared(operators, chosen, weights.shared, activation)
+    return operators.norm(outside), with_shared(operators, chosen, weights, activation)
 
 
 def with_shared(
-    operators: Products, chosen: ResidualProduct, shared: SharedExpert | None, activation: str
+    operators: Products, chosen: ResidualProduct, weights: ExpertWeights, activation: str
 ) -> ResidualProduct:
     """The chosen experts, and the shared one if there is one."""
+    shared = weights.shared
     if shared is None:
         return chosen
-    inner = operators.mlp_input(None, shared.gate_up, None, activation, True)
+    inner = operators.mlp_input(None, shared.gate_up, None, activation, weights.gated)
     gate = None if shared.gate is None else operators.linear(shared.gate)
     return WithSharedExpert(chosen, inner, operators.linear(shared.down), gate)
 

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from microvllm.ops.activation import CLAMPED, gated_unit
+from microvllm.ops.activation import ACTIVATIONS, CLAMPED, gated_unit
 from microvllm.ops.coded import CodedTensor
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.gpu.activation import gelu_and_mul
@@ -83,7 +83,8 @@ class GpuExperts:
         self._router_norm = weights.router_norm
         (self._count, hidden), dtype = weights.router.shape, weights.router.dtype
         self._biases, self._clamped = weights.biases, activation == CLAMPED
-        gated = self._fuses = activation in ("silu", CLAMPED)
+        gated = self._fuses = weights.gated and activation in ("silu", CLAMPED)
+        self._plain = None if weights.gated else ACTIVATIONS[activation]
         columns, biases = weights.gate_up.shape[0] // self._count // (2 if gated else 1), weights.biases
 
         def grouped(
@@ -122,7 +123,9 @@ class GpuExperts:
         k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
-        if not self._fuses:
+        if self._plain is not None:
+            inner = self._plain(inner)
+        elif not self._fuses:
             gelu = self._activation == "gelu_tanh"
             inner = gelu_and_mul(inner, pdl=pdl) if gelu else gated_unit(inner, self._activation)
         parts = self._down(inner, choices, k, tiling, scales=weights, pdl=pdl)
