@@ -144,4 +144,4 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
         from microvllm.ops.delta_rule import DeltaConfig
 
         sizes = self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim
-        return operators.delta_rule(DeltaConfig(*sizes, eps, rows, tuple(layers)))
+        return operators.recurrence(DeltaConfig(*sizes, eps, rows, tuple(layers)))

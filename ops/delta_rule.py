@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from microvllm.ops.attention import AttentionBatch
+from microvllm.ops.attention import AttentionBackend, AttentionBatch
 from microvllm.ops.attention.torch_backend import lazy_zeros
 from microvllm.ops.causal_conv import convolve_decodes, convolve_segment
 from microvllm.ops.norm import rms_norm
@@ -71,6 +71,10 @@ class DeltaConfig:
     @property
     def values(self) -> int:
         return self.num_value_heads * self.value_dim
+
+    def reference(self, dtype: torch.dtype) -> AttentionBackend:
+        """See `ops.row_states.Recurrence`."""
+        return TorchDeltaRule(self, dtype)
 
 
 class RowStates(StatesByRow):

@@ -20,11 +20,11 @@ from microvllm.ops.activation import activated, silu_and_mul
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, StepAttention
 from microvllm.ops.attention.latent import LatentConfig, TorchLatentAttention
 from microvllm.ops.attention.torch_backend import TorchAttention
-from microvllm.ops.delta_rule import DeltaConfig, TorchDeltaRule
 from microvllm.ops.experts import ExpertWeights, composed
 from microvllm.ops.linear import Linear
 from microvllm.ops.norm import norm_heads, norm_parts, rms_norm
 from microvllm.ops.routing import Routing
+from microvllm.ops.row_states import Recurrence
 
 Operator = Callable[[Tensor], Tensor]
 Norm = tuple[Tensor, float]  # the weight of an RMSNorm, and its epsilon
@@ -111,9 +111,9 @@ class Operators(ABC):
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         """An attention backend with a KV cache of its own."""
 
-    def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
-        """What layers of a gated delta rule compute between their products, with the states of all rows."""
-        return TorchDeltaRule(config, self.activation_dtype)
+    def recurrence(self, config: Recurrence) -> AttentionBackend:
+        """What layers with a state compute between their products, with the states of all rows."""
+        return config.reference(self.activation_dtype)
 
     def latent_attention(self, config: LatentConfig) -> AttentionBackend:
         """Attention over latent keys and values. Raises ValueError for what it does not compute."""

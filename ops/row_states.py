@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from microvllm.ops.attention import AttentionBatch
+from microvllm.ops.attention import AttentionBackend, AttentionBatch
+
+
+class Recurrence(Protocol):
+    """What the backend of one kind of layers with a state is made for: sizes, weights, number of rows."""
+
+    def reference(self, dtype: torch.dtype) -> AttentionBackend:
+        """The backend in plain torch, with activations of this dtype."""
+        ...
 
 
 class StatesByRow:

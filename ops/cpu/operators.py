@@ -20,12 +20,11 @@ from microvllm.ops.activation import CLAMPED
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
 from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
-from microvllm.ops.cpu.delta_rule import CpuDeltaRule
 from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.memory import WeightMemory
+from microvllm.ops.cpu.recurrences import RECURRENCES
 from microvllm.ops.cpu.tuning import Tuning
-from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights
 from microvllm.ops.linear import Linear
 from microvllm.ops.operators import (
@@ -38,6 +37,7 @@ from microvllm.ops.operators import (
 )
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.routing import Routing
+from microvllm.ops.row_states import Recurrence
 
 # Up to so many rows the kernels multiply bfloat16 weights with activations in float32, or on the matrix unit
 # in two numbers of bfloat16. More are rounded to bfloat16 for that unit (EXACT_ROWS of amx.h), or for oneDNN
@@ -244,7 +244,7 @@ class CpuOperators(Operators):
     def experts(
         self, norm: Norm | None, weights: ExpertWeights, routing: Routing, activation: str
     ) -> tuple[Operator, LinearOperator]:
-        composes = weights.router_norm is not None or weights.scales is not None
+        composes = weights.router_norm is not None or weights.scales is not None or not weights.gated
         if composes or activation not in ("silu", CLAMPED):
             weights = weights._replace(router=weights.router.float())  # as below
             return super().experts(norm, weights, routing, activation)
@@ -270,8 +270,8 @@ class CpuOperators(Operators):
         experts = CpuExperts(kernel, pool, norm, router, products, shared, routing, weights.correction)
         return self.norm(None), experts
 
-    def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
-        return CpuDeltaRule(config, self.kernels)
+    def recurrence(self, config: Recurrence) -> AttentionBackend:
+        return RECURRENCES[type(config)](config, self.kernels)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:  # for which there is no kernel

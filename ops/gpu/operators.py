@@ -15,7 +15,6 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBackend, AttentionConfig
 from microvllm.ops.attention.latent import LatentConfig
-from microvllm.ops.delta_rule import DeltaConfig
 from microvllm.ops.experts import ExpertWeights, with_shared
 from microvllm.ops.gpu.activation import gelu_and_mul
 from microvllm.ops.gpu.cublas import cublas_linear
@@ -27,11 +26,13 @@ from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.norm import norm_heads, norm_two_parts, rms_norm
 from microvllm.ops.gpu.packed import KINDS, packed_kinds
 from microvllm.ops.gpu.product import Product
+from microvllm.ops.gpu.recurrences import RECURRENCES
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
 from microvllm.ops.gpu.tunings import stream_tilings
 from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 from microvllm.ops.routing import Routing
+from microvllm.ops.row_states import Recurrence
 
 if TYPE_CHECKING:
     from microvllm.ops.gpu.stream import StreamedWeight
@@ -111,7 +112,7 @@ class GpuOperators(Operators):
             shared_memory=shared_memory(self._arrivals.device),
             pdl=self.pdl,
         )
-        return self.norm(outside), with_shared(self, chosen, weights.shared, activation)
+        return self.norm(outside), with_shared(self, chosen, weights, activation)
 
     def mlp_input(
         self, norm: Norm | None, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
@@ -135,10 +136,8 @@ class GpuOperators(Operators):
     def norm_heads(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm_heads(x, weight, eps, pdl=self.pdl)
 
-    def delta_rule(self, config: DeltaConfig) -> AttentionBackend:
-        from microvllm.ops.gpu.delta_rule import GpuDeltaRule
-
-        return GpuDeltaRule(config, self.activation_dtype, pdl=self.pdl)
+    def recurrence(self, config: Recurrence) -> AttentionBackend:
+        return RECURRENCES[type(config)](config, self.activation_dtype, pdl=self.pdl)
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.shape.softcap is not None:

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", SIZES)
 def test_outputs_and_states_are_those_of_plain_torch(name: str, threads: int) -> None:
     config = make_config(name, CPU)
-    found = make_operators("cpu", torch.float32, threads).delta_rule(config)
+    found = make_operators("cpu", torch.float32, threads).recurrence(config)
     assert_same_steps(TorchDeltaRule(config, torch.float32), found, CPU)
 
 
@@ -26,7 +26,7 @@ def test_a_sequence_has_the_same_bits_however_it_is_cut(name: str) -> None:
     x = torch.randn(40, config.channels + config.values + 2 * config.num_value_heads)
 
     def outputs(cuts: list[int], others: list[tuple[int, int, int]], threads: int) -> torch.Tensor:
-        backend = make_operators("cpu", torch.float32, threads).delta_rule(config)
+        backend = make_operators("cpu", torch.float32, threads).recurrence(config)
         found, done = [], 0
         for count in cuts:
             # Single tokens come first.
