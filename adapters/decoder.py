@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microvllm.adapters.dense_and_experts import DenseAndExperts, norm_behind
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.dense_and_experts import norm_behind
 from microvllm.adapters.head import make_head
 from microvllm.adapters.latent import LatentAttention
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.nothing import Nothing
 from microvllm.adapters.rotary import inverse_frequencies
-from microvllm.adapters.spec import LayerSpec, Mixer, ModelSpec
+from microvllm.adapters.spec import LayerSpec, Mixer, MLPKind, ModelSpec
 from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.taken_weights import TakenWeights
 from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
@@ -135,9 +134,9 @@ class DecoderModel:
 def _build_layer(
     layer: LayerSpec, weights: TakenWeights, operators: Operators, ranks: Ranks | None
 ) -> DecoderLayer:
-    def branch(kind: str, part: Mixer | MLP | Experts | DenseAndExperts) -> tuple[Operator, LinearOperator]:
+    def branch(kind: str, part: Mixer | MLPKind) -> tuple[Operator, LinearOperator]:
         first, last = part.build(weights, weights.norm(f"{kind}_norm"), operators)
-        if ranks is not None:
+        if ranks is not None and not isinstance(part, Nothing):
             last = SummedLinear(last, ranks)
         post_norm = weights.norm(f"{kind}_post_norm")
         if post_norm is None:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
-from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head_norms import head_norms, whole_norms
 from microvllm.adapters.latent import LatentAttention
 from microvllm.adapters.layer_tails import LayerTails
 from microvllm.adapters.mlp import MLP
+from microvllm.adapters.nothing import Nothing
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.rope_spec import RopeSpec
-from microvllm.adapters.short_conv import ShortConv
 from microvllm.adapters.stateful import StatefulMixer
+from microvllm.adapters.stateful_kinds import StatefulKind
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
@@ -139,17 +139,18 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         return qkv, operators.linear(*weights.matrix("o"))
 
 
-Mixer: TypeAlias = Attention | LatentAttention | GatedDeltaNet | ShortConv
+Mixer: TypeAlias = Attention | LatentAttention | StatefulKind
+MLPKind: TypeAlias = MLP | Experts | DenseAndExperts | Nothing
 
 
 class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer: hidden += mixer(hidden), then hidden += mlp(hidden).
+    """One layer: hidden += mixer(hidden), then hidden += mlp(hidden); either may be `Nothing`.
 
     `pre_norms`: each of the two has an RMSNorm in front of it; `post_norms`: one behind it, before the sum.
     """
 
     mixer: Mixer
-    mlp: MLP | Experts | DenseAndExperts
+    mlp: MLPKind
     pre_norms: bool = True
     post_norms: bool = False
 
@@ -168,9 +169,9 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Those of the mixer and of the MLP, and `mixer_norm`, `mixer_post_norm` and `mlp_`'s, each [h]."""
         for kind, part in (("mixer", self.mixer), ("mlp", self.mlp)):
             yield from part.slots(hidden_size, names, shard)
-            if self.pre_norms:
+            if self.pre_norms and not isinstance(part, Nothing):
                 yield vector_slot(f"{kind}_norm", hidden_size)
-            if self.post_norms:
+            if self.post_norms and not isinstance(part, Nothing):
                 yield vector_slot(f"{kind}_post_norm", hidden_size)
 
 
