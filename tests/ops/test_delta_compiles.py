@@ -1,4 +1,4 @@
-"""The gated delta rule's kernels as they are compiled for compute capability 9.0, with or without a GPU."""
+"""The kernels of layers with a state as they are compiled for compute capability 9.0; takes no GPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def test_all_kernels_compile_in_the_sizes_of_a_real_model(tmp_path: Path) -> Non
     assert [kernel["name"] for kernel in kernels] == [
         *("_decode_kernel", "_delta_kernel"),
         *("_prompt_kernel", "_keep_kernel", "_prepare_kernel", "_chunks_kernel", "_norm_kernel"),
+        *("_decode_kernel", "_step_kernel", "_prompt_kernel", "_keep_kernel"),
+        *("_scores_kernel", "_scan_kernel", "_gate_kernel"),
     ]
     for kernel in kernels:
         assert kernel["waits"] == 1
