@@ -28,6 +28,7 @@ from microvllm.adapters import (
     mistral,
     mistral3,
     mixtral,
+    nemotron_h,
     olmo3,
     olmoe,
     phi3,
@@ -81,6 +82,7 @@ FAMILIES = (
     gpt_oss.FAMILY,
     *qwen_next.FAMILIES,
     *lfm2.FAMILIES,
+    nemotron_h.FAMILY,
     deepseek_v3.DEEPSEEK_V3,
     deepseek_v3.GLM4_MOE_LITE,
 )

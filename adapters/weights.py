@@ -204,7 +204,7 @@ def _quantized_dummies(
 
 def _check_experts(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Another number of experts than configured would give a list of many tensors."""
-    name = re.escape(checkpoint.names.get("expert_gate", "")).replace(r"\{i\}", r"\d+")
+    name = re.escape(checkpoint.names.get("expert_down", "")).replace(r"\{i\}", r"\d+")
     if r"\{e\}" not in name:
         return
     pattern = re.compile(name.replace(r"\{e\}", r"(\d+)") + r"\..*")

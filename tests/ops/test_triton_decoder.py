@@ -120,6 +120,18 @@ DENSE = {
         "linear_value_head_dim": 12,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True, "conv_L_cache": 4},
+    "nemotron_h": {  # whose experts have no gate
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_hidden_layers": None,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 12,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 48,
+    },
 }
 
 
