@@ -21,8 +21,8 @@ from microvllm.runtime.request import (
     SamplingParams,
     StepOutput,
     TokenLogprobs,
-    check_sampling,
 )
+from microvllm.runtime.sampling_checks import check_sampling
 
 MAX_TOKENS = 24
 
