@@ -1,4 +1,4 @@
-"""The server's side of a rank that dies: the engine ends with a line that names it, and is started again."""
+"""The server's side of several ranks: they end as the engine falls asleep, and it ends with one that dies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ranks_of(engine: int) -> list[int]:
 
 
 @pytest.mark.asyncio
-async def test_an_engine_whose_rank_dies_is_started_again(
+async def test_ranks_sleep_with_their_engine_and_one_that_dies_has_it_started_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meeting = tmp_path / "meeting"  # where the ranks find each other, in a folder for each engine
@@ -48,6 +48,13 @@ async def test_an_engine_whose_rank_dies_is_started_again(
     client = await EngineClient.start(config)
     try:
         params = SamplingParams(max_tokens=8000, temperature=0.0, ignore_eos=True)
+        (first,) = [part async for part in client.submit(PROMPT, params.with_max_tokens(1))[0]]
+        (engine,) = own_engines()
+        await client.sleep(2)
+        assert own_engines() == [engine] and ranks_of(engine) == [], "the other ranks' memory is free"
+        await client.wake_up()
+        (again,) = [part async for part in client.submit(PROMPT, params.with_max_tokens(1))[0]]
+        assert own_engines() == [engine] and again.token_ids == first.token_ids
         streams = [client.submit(PROMPT, params)[0] for _ in range(2)]
         await asyncio.gather(*(anext(stream) for stream in streams))
         (engine,) = own_engines()
