@@ -5,10 +5,11 @@
     python scripts/compare_trees.py ../old . [--model smollm2-135m-instruct] [--minutes 5]
     taskset -c 0,1 python scripts/compare_trees.py ../old . --llama-bench LLAMA/llama-batched-bench
 
-Prints one Markdown table: the matrix products of SmolLM2-135M by number of rows, a decode step by number of
-requests, a prompt up to its first token, and what a decode step takes for each token of context; bfloat16
-and as the file has it. Every checkout has a process of its own, which waits while another is measured; each
-round measures everything once, A B A B. Milliseconds are the least of all rounds, ratios medians over rounds.
+Prints one Markdown table: decode attention alone and the matrix products of SmolLM2-135M, by number of tokens
+and of rows, a decode step by number of requests, a prompt up to its first token, and what a decode step takes
+for each token of context; bfloat16 and as the file has it. Every checkout has a process of its own, which
+waits while another is measured; each round measures everything once, A B A B. Milliseconds are the least of
+all rounds, ratios medians over rounds.
 llama.cpp runs `llama-batched-bench` in the first round, on the same file and on a copy in bfloat16.
 """
 
@@ -33,10 +34,11 @@ STREAMS = (1, 8, 35)
 PROMPTS = (1000, 2000, 4000, 7900)
 FORMATS = {"bf16": {"dtype": "bfloat16", "gguf_weights": "dequantized"}, "file": {}}
 HIDDEN, INNER, QKV, LAYERS = 576, 1536, 960, 30
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 Q4_1 = 3  # ggml's number of the format
 STEPS, STEPS_BEHIND_PROMPT, SHORT = 40, 12, 64
 LONGEST = 4000  # prompt of llama.cpp
-MIN_S = 0.08  # that the products of some rows are repeated for
+MIN_S = 0.08  # that the products of some rows, or attention, are repeated for
 BLOCK = 16
 
 Case = tuple[str, str, int]  # what, weights, number
@@ -60,18 +62,19 @@ class Tree:
             if weights not in self.products:
                 self.products[weights] = self._products(weights)
             return {f"products, {number} rows": self.products[weights](number)}
+        if what == "attention":
+            return {f"decode attention, {number} tokens": self._attention(number)}
         if what == "decode":
             steps = self._generate(weights, number, SHORT, STEPS)[1]
             return {f"decode step, {number} streams": steps}
         first, step = self._generate(weights, 1, number, STEPS_BEHIND_PROMPT)
         return {f"prompt of {number}": first, f"decode step behind {number}": step}
 
-    def _products(self, weights: str) -> Callable[[int], float]:
+    def _operators(self) -> Any:
         import torch
 
         from microvllm.ops.cpu.build import load_kernels
         from microvllm.ops.cpu.operators import CpuOperators
-        from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
 
         library = load_kernels()
         options = {}
@@ -81,8 +84,50 @@ class Tree:
             options["tuning"] = calibrated(library).tuning
         except ImportError:  # commits before it
             pass
-        operators = CpuOperators(library, self.threads, **options)
         torch.set_num_threads(self.threads)
+        return CpuOperators(library, self.threads, **options)
+
+    def _least(self, action: Callable[[], object]) -> float:
+        """Milliseconds of the fastest of several turns, the first of which does not count."""
+        times, end = [], self.clock() + MIN_S
+        while len(times) < 3 or self.clock() < end:
+            begin = self.clock()
+            action()
+            times.append(self.clock() - begin)
+        return 1e3 * min(times[1:])
+
+    def _attention(self, tokens: int) -> float:
+        """Of one query in all layers, to a bfloat16 cache whose blocks lie in a row."""
+        import torch
+
+        from microvllm.ops.attention import AttentionBatch, AttentionShape
+        from microvllm.ops.cpu.operators import CpuAttention
+
+        blocks = -(-tokens // BLOCK)
+        shape = AttentionShape(LAYERS, HEADS, KV_HEADS, HEAD_DIM)
+        sizes = blocks, BLOCK, torch.zeros(HEAD_DIM // 2), tokens, torch.bfloat16
+        count, table = torch.tensor([tokens]), torch.arange(blocks)[None]
+        last = count - 1, count - 1, 1, table, count
+        try:
+            from microvllm.ops.attention import AttentionConfig
+        except ImportError:  # commits before it
+            attention, batch = (
+                CpuAttention(self._operators().kernels, shape, *sizes, None),
+                AttentionBatch(*last, ()),
+            )
+        else:
+            attention = CpuAttention(self._operators(), AttentionConfig(shape, *sizes))
+            batch = AttentionBatch(*last)
+        attention.cache.copy_(torch.randn(attention.cache.shape[1:]))
+        step, qkv = attention.begin_step(batch), torch.randn(1, QKV)
+        return self._least(lambda: [step(layer, qkv) for layer in range(LAYERS)])
+
+    def _products(self, weights: str) -> Callable[[int], float]:
+        import torch
+
+        from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
+
+        operators = self._operators()
 
         def weight(rows: int, columns: int, parts: int = 1) -> torch.Tensor:
             if weights == "bf16":
@@ -101,17 +146,11 @@ class Tree:
                 (operators.linear(weight(HIDDEN, INNER)), INNER),
             ]
 
-        def seconds(rows: int) -> float:
+        def milliseconds(rows: int) -> float:
             x = {columns: torch.randn(rows, columns) for columns in (HIDDEN, INNER)}
-            times, end = [], self.clock() + MIN_S
-            while len(times) < 3 or self.clock() < end:
-                begin = self.clock()
-                for product, columns in layers:
-                    product(x[columns])
-                times.append(self.clock() - begin)
-            return 1e3 * min(times[1:])
+            return self._least(lambda: [product(x[columns]) for product, columns in layers])
 
-        return seconds
+        return milliseconds
 
     def _generate(self, weights: str, requests: int, prompt: int, steps: int) -> tuple[float, float]:
         """Until every request has its first token, and the median step after it."""
@@ -210,7 +249,11 @@ class Llama:
     def run(self, case: Case) -> dict[str, float]:
         """Nothing for what it does not do, or where it fails."""
         what, weights, number = case
-        if what == "products" or weights not in self.models or (what == "prompt" and number > LONGEST):
+        if (
+            what in ("products", "attention")
+            or weights not in self.models
+            or (what == "prompt" and number > LONGEST)
+        ):
             return {}
         prompt, requests, steps = (
             (SHORT, number, STEPS) if what == "decode" else (number, 1, STEPS_BEHIND_PROMPT)
@@ -238,6 +281,7 @@ class Llama:
 
 
 def cases() -> Iterable[Case]:
+    yield from (("attention", "bf16", number) for number in PROMPTS)
     for what, numbers in (("products", ROWS), ("decode", STREAMS), ("prompt", PROMPTS)):
         yield from ((what, weights, number) for number in numbers for weights in FORMATS)
 
