@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.mamba2 import Mamba2
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.spec import ModelSpec
@@ -56,6 +57,14 @@ GRANITE_4 = {
     "num_local_experts": 0,
     "position_embedding_type": "rope",
     "shared_intermediate_size": 8192,
+}
+GRANITE_4H = {
+    **GRANITE_4,
+    "intermediate_size": 8192,
+    "hidden_size": 2048,
+    "layer_types": ["mamba"] * 39 + ["attention"],
+    "mamba_d_head": 64,
+    "mamba_n_heads": 64,
 }
 SEED_OSS = {
     "architectures": ["SeedOssForCausalLM"],
@@ -158,6 +167,18 @@ def test_dense_granite_4(tmp_path: Path) -> None:
     assert mixer.rope.rotary_dim == 0
 
 
+def test_granite_4_with_mamba(tmp_path: Path) -> None:
+    """The norm inside of a mixer is over numbers that no multiplier divides."""
+    spec = spec_of(tmp_path, GRANITE_4H, num_local_experts=8, mamba_d_head="auto", mamba_d_state=128)
+    layer, last = spec.layers[0], spec.layers[-1]
+    assert layer.mixer == Mamba2(
+        num_heads=64, head_dim=64, num_groups=1, state_size=128, conv_size=4, eps=1e-5
+    )
+    assert (layer.mlp.count, layer.mlp.size, layer.mlp.shared_size) == (8, 8192, 8192)
+    assert last.mlp == layer.mlp and last.mixer == spec.mixers[0] and last.mixer.scale == 1 / 128
+    assert spec.rms_norm_eps == pytest.approx(1e-5 / 0.22**2)
+
+
 def test_seed_oss(tmp_path: Path) -> None:
     mixer = spec_of(tmp_path, SEED_OSS).layers[0].mixer
     assert (mixer.qkv_bias, mixer.o_bias, mixer.head_dim, mixer.q_size) == (True, False, 128, 10240)
@@ -217,11 +238,15 @@ BAD = [
     (GRANITE, "residual_multiplier", 0, "must be a finite number above 0"),
     (GRANITE, "logits_scaling", "16", "must be a finite number above 0"),
     (GRANITE, "partial_rotary_factor", 0.5, "other than 1 is not supported"),
-    (GRANITE_4, "layer_types", ["mamba"] + ["attention"] * 39, "Mamba is not supported"),
-    (GRANITE_4, "layer_types", None, "Mamba is not supported"),
+    (GRANITE_4, "layer_types", ["mamba"] * 40, "has no attention"),
+    (GRANITE_4, "layer_types", ["mamba2"] * 40, "names 'mamba2', which is not supported"),
+    (GRANITE_4, "layer_types", None, "must list one kind for each of the 40 layers"),
     (GRANITE_4, "layer_types", ["attention"], "must list one kind for each of the 40 layers"),
-    (GRANITE_4, "num_local_experts", None, "must be 0"),
-    (GRANITE_4, "num_local_experts", 64, "must be 0"),
+    (GRANITE_4, "num_local_experts", "x", "num_local_experts must be a positive integer"),
+    (GRANITE_4H, "mamba_d_head", 48, "of 48 with mamba_n_heads 64 do not make up mamba_expand times"),
+    (GRANITE_4H, "mamba_n_heads", 60, "do not make up mamba_expand times hidden_size, 4096"),
+    (GRANITE_4H, "mamba_n_groups", 3, "mamba_n_heads 64 is not a multiple of mamba_n_groups 3"),
+    (GRANITE_4H, "time_step_limit", [0.0, 1.0], "other than"),
     (GRANITE_4, "position_embedding_type", "alibi", "must be rope or nope"),
     (SEED_OSS, "attention_out_bias", 1, "must be true or false"),
     (SLIDING_SMOLLM3, "use_sliding_window", False, "is false, but layer_types names sliding_attention"),

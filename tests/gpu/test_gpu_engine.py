@@ -53,7 +53,7 @@ def runner_of(made: InferenceEngine) -> ModelGraphRunner:
 MORE_MODELS = (
     *("phi4-mini", "smollm3", "granite", "granite4", "seed-oss", "glm4", "olmo3", "ministral3"),
     *("glm4-moe", "minimax-m2", "ernie-moe", "olmoe", "deepseek-v3", "glm4-moe-lite"),
-    *("lfm2", "lfm2-moe", "nemotron-h", "nemotron-h-moe"),
+    *("lfm2", "lfm2-moe", "nemotron-h", "nemotron-h-moe", "granite4-mamba"),
 )
 PROMPTS = make_prompts(12, VOCAB, seed=1)
 

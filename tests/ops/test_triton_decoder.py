@@ -120,6 +120,16 @@ DENSE = {
         "linear_value_head_dim": 12,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "conv_bias": True, "conv_L_cache": 4},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 24,
+        "mamba_d_state": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+        "residual_multiplier": 0.3,
+    },
     "nemotron_h": {  # whose experts have no gate
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         "num_hidden_layers": None,
