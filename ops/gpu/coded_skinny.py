@@ -225,6 +225,7 @@ def _coded_skinny_kernel(
     word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + eighth
     follow(PDL)
     x_at = x + tl.minimum(m, M - 1)[None, :] * K + column[:, None]
+    there = (m < M)[None, :]
     first = split * SPLIT_K
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = sums
@@ -240,10 +241,12 @@ def _coded_skinny_kernel(
         right = ()
         for i in tl.static_range(PLACES // SPAN):
             at = k + i * (SPAN * WIDTH)
-            if K % STEP == 0:
-                right += (tl.load(x_at + at),)
+            if K % STEP != 0:
+                right += (tl.load(x_at + at, (at + column < K)[:, None] & there, 0.0),)
+            elif BLOCK_M > 8:
+                right += (tl.load(x_at + at, there, 0.0),)
             else:
-                right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
+                right += (tl.load(x_at + at),)
         next_scale = rows_of_groups(scales, row, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
         next_zero = rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
         sums = multiply_codes(

@@ -17,6 +17,7 @@ from microvllm.ops.delta_rule import L2_EPS, RowStates
 from microvllm.ops.gpu.causal_conv import Convolution, convolve_prompts, silu
 from microvllm.ops.gpu.delta_decode import decay_of
 from microvllm.ops.gpu.launch import follow, launch_options
+from microvllm.ops.gpu.tf32 import float_product
 
 CHUNK = 32  # tokens that are solved for together
 VALUES = 32  # of a head, of a program that goes from chunk to chunk
@@ -82,7 +83,7 @@ def _prepare_kernel(
         later, earlier = t[:, None], t[None, :]
         decay = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
         keys = tl.trans(k)
-        system = tl.dot(k, keys, input_precision=PRECISION) * decay * beta[:, None]
+        system = float_product(k, keys, PRECISION) * decay * beta[:, None]
         system = tl.where(later > earlier, system, 0.0)
         # Row by row by substitution: sums of the powers of the system would cancel each other.
         inverse = tl.where(later == earlier, 1.0, 0.0)
@@ -91,9 +92,9 @@ def _prepare_kernel(
             update = tl.sum(row[:, None] * inverse, 0)
             inverse = tl.where(later == i, inverse - update[None, :], inverse)
         kept = (beta * tl.exp(total))[:, None] * k
-        kept = tl.dot(inverse, kept, input_precision=PRECISION)
-        updates = tl.dot(inverse, beta[:, None] * v, input_precision=PRECISION)
-        attended = tl.dot(q, keys, input_precision=PRECISION) * decay
+        kept = float_product(inverse, kept, PRECISION)
+        updates = float_product(inverse, beta[:, None] * v, PRECISION)
+        attended = float_product(q, keys, PRECISION) * decay
         attended = tl.where(later >= earlier, attended, 0.0)
         place = (token * HV + h)[:, None]
         tl.store(right + place * DK + k_at[None, :], kept, in_k)
@@ -154,13 +155,13 @@ def _chunks_kernel(
             last = tl.load(totals + (first + done + tl.minimum(BT, count - done) - 1).to(tl.int64) * HV + h)
             of_state = tl.load(right + place * DK + k_at[None, :], in_k, 0.0).to(tl.float32)
             updates = tl.load(own + place * DV + v_at[None, :], in_v, 0.0).to(tl.float32)
-            updates -= tl.dot(of_state, state, input_precision=PRECISION)
+            updates -= float_product(of_state, state, PRECISION)
             weights = tl.load(scores + place * BT + t[None, :], live[:, None] & (t < BT)[None, :], 0.0)
-            y = tl.dot(weights.to(tl.float32), updates, input_precision=PRECISION)
-            y += tl.dot(q * tl.exp(total)[:, None], state, input_precision=PRECISION)
+            y = float_product(weights.to(tl.float32), updates, PRECISION)
+            y += float_product(q * tl.exp(total)[:, None], state, PRECISION)
             to_end = tl.where(live, tl.exp(last - total), 0.0)
             state *= tl.exp(last)
-            state += tl.dot(tl.trans(k * to_end[:, None]), updates, input_precision=PRECISION)
+            state += float_product(tl.trans(k * to_end[:, None]), updates, PRECISION)
             target = out + (decodes + token)[:, None] * HV * DV + h * DV + v_at[None, :]
             tl.store(target, y, in_v)
         tl.store(at, state, inside)
@@ -211,7 +212,7 @@ def prefill(
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_dim, value_dim))
     width = triton.next_power_of_2(segments)
     options = launch_options(pdl)
-    # Of float32 nothing is rounded; for 16 bits 10 of a product's are more than they have.
+    # Of float32 nothing is rounded; 10 bits of a factor are more than 16-bit types have.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     warps = 8 if block_k > 64 else 4  # with fewer, registers spill
     convolution = Convolution(weights.conv, None, states.conv[layer])

@@ -15,6 +15,7 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.ops.gpu.causal_conv import Convolution, convolve_decodes, convolve_prompts, silu
 from microvllm.ops.gpu.launch import follow, launch_options
+from microvllm.ops.gpu.tf32 import float_product
 from microvllm.ops.mamba2 import CHUNK, Mamba2Config, Mamba2States
 from microvllm.ops.row_states import rows_of
 
@@ -107,7 +108,7 @@ def _scores_kernel(
         at = mixed + (decodes + token)[:, None] * C + INNER + g * N + n_at[None, :]
         b = tl.load(at, inside, 0.0).to(tl.float32)
         c = tl.load(at + G * N, inside, 0.0).to(tl.float32)
-        product = tl.dot(c, tl.trans(b), input_precision=PRECISION)
+        product = float_product(c, tl.trans(b), PRECISION)
         tl.store(
             scores + ((token * G + g) * BT)[:, None] + t[None, :], product, live[:, None] & (t < BT)[None, :]
         )
@@ -168,11 +169,11 @@ def _scan_kernel(
             weights = tl.load(scores + ((token * G + g) * BT)[:, None] + t[None, :], live[:, None], 0.0)
             decay = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * dt[None, :]
             weights = tl.where(t[:, None] >= t[None, :], weights.to(tl.float32) * decay, 0.0)
-            y = tl.dot(weights, value, input_precision=PRECISION)
-            y += tl.dot(c * tl.exp(total)[:, None], state, input_precision=PRECISION)
+            y = float_product(weights, value, PRECISION)
+            y += float_product(c * tl.exp(total)[:, None], state, PRECISION)
             to_end = dt * tl.exp(last - total)
             state *= tl.exp(last)
-            state += tl.dot(tl.trans(b * to_end[:, None]), value, input_precision=PRECISION)
+            state += float_product(tl.trans(b * to_end[:, None]), value, PRECISION)
             target = out + (decodes + token)[:, None] * H * P + h * P + p_at[None, :]
             tl.store(target, y + own * value, in_p)
         tl.store(at, state, inside)
@@ -286,7 +287,7 @@ class GpuMamba2Step:
         states, batch, weights = self._states, self._batch, self._states.layers[layer]
         config, decodes, segments = states.config, batch.num_decodes, len(table.starts) - 1
         count, block_n = len(x) - decodes, max(16, triton.next_power_of_2(config.state_size))
-        # Of float32 nothing is rounded; for 16 bits 10 of a product's are more than they have.
+        # Of float32 nothing is rounded; 10 bits of a factor are more than 16-bit types have.
         precision = "ieee" if x.dtype == torch.float32 else "tf32"
         scores = x.new_empty(count, config.num_groups, CHUNK)
         _scores_kernel[(triton.cdiv(count, CHUNK) + segments, config.num_groups)](

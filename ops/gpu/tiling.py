@@ -109,17 +109,15 @@ def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
     """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words.
 
     More stages of many rows would take more than the 99 KB of shared memory that compute capability 8.6 has.
-    With 8 warps a multiprocessor holds 16 of more than 16 rows by their registers, with 4 warps 8 or 12.
     """
     tiles = -(-n // 64) * -(-m // 64)
-    programs, stages = (400, 3) if m <= MAX_WIDE_CODED_ROWS else (264, 2)
-    warps = 4 if m <= 16 else 8
-    return Tiling(64, step, warps, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
+    programs, stages = (264, 2) if m > MAX_WIDE_CODED_ROWS else (400, 3) if gated else (500, 5)
+    return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
 
 
 # ---- experts in MXFP4 -----------------------------------------------------------------------------------
 
-MAX_MXFP4_TOKENS = 4  # whose experts are multiplied without sorting: by `ops.gpu.mxfp4_experts`
+MAX_MXFP4_TOKENS = 2  # whose experts are multiplied without sorting: by `ops.gpu.mxfp4_experts`
 MAX_MXFP4_CHOICES = 8  # of a token
 MXFP4_ROWS = 128  # of several matrices and parts of their columns, 16 of each, that a program multiplies
 

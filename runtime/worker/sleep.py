@@ -100,6 +100,8 @@ def _return_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
+        # One for each stream that graphs were captured on, in memory of the graphs.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     return_freed_memory()
 

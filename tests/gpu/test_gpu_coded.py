@@ -69,6 +69,7 @@ def test_gguf_files(tmp_path: Path, quantization: str) -> None:
 def test_gguf_files_of_large_blocks(tmp_path: Path, most: str, value: str) -> None:
     """Also with two types in one product, as files of Q4_K_M have them."""
     sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
     folder = make_hf_folder(tmp_path / "plain", "qwen3", **sizes)
 
     def blocks(name: str, values: Any) -> tuple[str, Any] | None:
@@ -105,7 +106,7 @@ def test_experts(tmp_path: Path, form: str) -> None:
     engine = make_engine(model, dtype="float32", **on_gpu)
     runner = engine.core._runner
     assert isinstance(runner, ModelGraphRunner)
-    found = [part for layer in runner._model._layers._layers for part in layer if hasattr(part, "_gate_up")]
+    found = [part for layer in runner.model._layers._layers for part in layer if hasattr(part, "_gate_up")]
     assert found and all(isinstance(part._gate_up.matrix, CodedTensor) for part in found)
     assert generate_ids(engine, prompts, 24) == expected
     assert [generate_ids(engine, [prompt], 24)[0] for prompt in prompts] == expected

@@ -150,7 +150,8 @@ def test_experts_in_mxfp4_give_the_tokens_of_the_dequantised_ones(
 ) -> None:
     """In graphs and without; in float32 those of the CPU, and in bfloat16 logits near those of the values."""
     sizes = {"hidden_size": 320, "intermediate_size": 160, "num_local_experts": 5, "num_experts_per_tok": 3}
-    folder = make_hf_folder(tmp_path, "gpt_oss", **sizes, sliding_window=19, num_attention_heads=8)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    folder = make_hf_folder(tmp_path, "gpt_oss", **sizes, **heads, sliding_window=19)
     to_mxfp4(folder)
     options = {"dtype": dtype, "max_num_seqs": 16, "num_gpu_blocks_override": 512, "block_size": 16}
     graphs = make_engine(folder, device="cuda", **options)
