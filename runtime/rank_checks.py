@@ -35,11 +35,6 @@ def check_ranks(size: int, spec: ModelSpec, device: str, *, batch_invariant: boo
             raise ConfigError(f"{OPTION} {size}: {there}")
         if len(different := sorted(set(names[:size]))) > 1:
             raise ConfigError(f"{OPTION} {size}: the GPUs are of different kinds: {', '.join(different)}")
-        logger.warning(
-            "%s %d: whole models have been compared with one device's answers on CPUs only, not on GPUs yet; "
-            "scripts/gpu/check_ranks.py does that",
-            *(OPTION, size),
-        )
     return shard
 
 

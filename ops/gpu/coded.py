@@ -15,6 +15,7 @@ from torch import Tensor
 from microvllm.ops.coded import CodedTensor
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.cublas import cublas_linear
+from microvllm.ops.gpu.launch import shared_memory
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.tiling import (
@@ -35,6 +36,7 @@ class CodedProduct(Product):
     ) -> None:
         """options: those of `Product`."""
         super().__init__(weight, bias, arrivals, **options)
+        self._shared_memory = shared_memory(arrivals.device)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
@@ -45,7 +47,8 @@ class CodedProduct(Product):
         m, rows = x.shape[0], weight.shape[0]
         if 0 < m <= (MAX_CODED_ROWS if x.dtype.itemsize == 2 else MAX_WIDE_CODED_ROWS):
             fused = gated and m <= MAX_GATED_CODED_ROWS
-            tiling = coded_tiling(m, rows // (1 + fused), weight.columns, weight.step, gated=fused)
+            sizes = m, rows // (1 + fused), weight.columns, weight.step
+            tiling = coded_tiling(*sizes, self._shared_memory, gated=fused)
             y = coded_skinny(x, weight, self._arrivals, self._bias, residual, tiling, gated=fused, pdl=pdl)
             return y if fused else self._activated(y)
         wide = torch.empty(rows, weight.columns, dtype=x.dtype, device=x.device)

@@ -100,18 +100,18 @@ def rounded_stream_tiling(m: int, n: int, k: int, *, gated: bool, whole_rows: bo
 
 MAX_CODED_ROWS = 256
 MAX_WIDE_CODED_ROWS = 8  # in float32
-# Of more, SwiGLU is a kernel of its own: both halves' sums of 64 rows take all registers of 4 warps, and of 8
-# a multiprocessor then holds one program. By what ptxas says (`scripts/gpu/coded_registers.py`), not timed.
+# Of more, SwiGLU is a kernel of its own: both halves' sums of 64 rows take all registers of 4 warps.
 MAX_GATED_CODED_ROWS = 32
 
 
-def coded_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> Tiling:
-    """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words.
-
-    More stages of many rows would take more than the 99 KB of shared memory that compute capability 8.6 has.
-    """
+def coded_tiling(m: int, n: int, k: int, step: int, shared_memory: int, *, gated: bool) -> Tiling:
+    """For at most MAX_CODED_ROWS rows of x. step: columns of a run of words; shared_memory: in bytes."""
     tiles = -(-n // 64) * -(-m // 64)
-    programs, stages = (264, 2) if m > MAX_WIDE_CODED_ROWS else (400, 3) if gated else (500, 5)
+    if m > MAX_WIDE_CODED_ROWS:
+        # A stage of 64 rows of x and of the weight takes 40 KB.
+        programs, stages = (168, 3) if shared_memory >= 125 << 10 else (264, 2)
+    else:
+        programs, stages = (400, 3) if gated else (500, 5)
     return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from microvllm.ops.coded import CodedTensor, pack
 from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
+from microvllm.ops.gpu.launch import shared_memory
 from microvllm.ops.gpu.tiling import MAX_GATED_CODED_ROWS, Tiling, coded_tiling
 
 GROUP, STEP = 128, 256
@@ -62,7 +63,8 @@ def candidates(rows: int, product: Product) -> Iterator[Way]:
     """The way in use first."""
     n, k, gated, _, _ = product
     plain = gated and rows > MAX_GATED_CODED_ROWS
-    yield Way(coded_tiling(rows, n * (1 + plain), k, STEP, gated=gated and not plain), plain)
+    sizes = rows, n * (1 + plain), k, STEP, shared_memory(DEVICE)
+    yield Way(coded_tiling(*sizes, gated=gated and not plain), plain)
     for plain in (False, True) if gated and rows > 8 else (False,):
         columns = n * (1 + plain)
         for block_n, warps, stages, programs in FEW if rows <= 8 else MANY:

@@ -62,7 +62,7 @@ def main() -> None:
     for name, kind in kinds.items():
         made = weight(512, *kind)
         x = torch.zeros(35, 1024, dtype=torch.bfloat16)
-        tiling = coded_tiling(35, 512, 1024, made.step, gated=False)
+        tiling = coded_tiling(35, 512, 1024, made.step, 99 << 10, gated=False)
         coded_skinny(x, made, arrivals, None, None, tiling, gated=False)
         report(f"product {name}", 35)
         grouped = CodedGroupedWeight(weight(4 * 512, *kind), 256, gated=True)
