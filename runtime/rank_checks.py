@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.machine import gpu_names, usable_cores
 
-logger = logging.getLogger("microvllm.config")
 
 OPTION = "--tensor-parallel-size"
 ENGINES_OPTION = "--data-parallel-size"
