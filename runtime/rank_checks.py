@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.machine import gpu_names, usable_cores
-
 
 OPTION = "--tensor-parallel-size"
 ENGINES_OPTION = "--data-parallel-size"
