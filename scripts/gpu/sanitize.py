@@ -66,6 +66,7 @@ MODULES = (
         "grouped",
         "mamba2",
         "mxfp4",
+        "mxfp4_experts",
         "norm",
         "peers",
         "rope_cache",
