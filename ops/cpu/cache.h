@@ -26,4 +26,23 @@ typedef struct {
     const Tuning *tuning;             /* if is_invariant, a token's output has the same bits beside any tokens */
 } Step;
 
+/* Rotates x[d] by its token's rows of cos and sin. */
+INLINE void rotate_halves(float *x, const float *cos, const float *sin, long d)
+{
+    for (long i = 0; i < d / 2; i++) {
+        float p = x[i], q = x[i + d / 2];
+        x[i] = p * cos[i] + q * sin[i];
+        x[i + d / 2] = q * cos[i + d / 2] + p * sin[i + d / 2];
+    }
+}
+
+/* A new token's key or value into its slot. */
+INLINE void put(const Cache *cache, long head, long slot, const float *x, long d)
+{
+    long at = (head * cache->num_slots + slot) * d;
+    if (cache->is_bf16)
+        for (long i = 0; i < d; i++) ((bf16 *)cache->data)[at + i] = narrow(x[i]);
+    else memcpy((float *)cache->data + at, x, d * sizeof(float));
+}
+
 #endif

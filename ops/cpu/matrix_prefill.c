@@ -10,7 +10,7 @@
 
 #include <immintrin.h>
 
-#define CHUNK 128L /* keys */
+#define CHUNK MATRIX_CHUNK
 
 typedef struct {
     bf16 *query; /* times the scale, [depth / 2][WIDTH][2], and in as many numbers behind it what rounding took away */
@@ -86,29 +86,28 @@ static void turn_values(const bf16 *const *rows, long i, long count, bf16 *to)
     for (int j = 0; j < LANES; j++) memcpy(to + j * CHUNK, &words[j], sizeof words[j]);
 }
 
-/* Keys and values of the positions [from, to) of a segment's sequence, zeros up to whole tiles. */
-static void gather(const Prefill *p, const Room *room, long segment, long head, long from, long to)
+/* Keys and values of the positions [from, to) of a sequence, zeros up to whole tiles. */
+static void gather(const Prefill *p, const Room *room, const Tile *tile, long from, long to)
 {
-    const Step *a = p->step;
     const Cache *cache = p->cache;
-    long d = a->d, depth = matrix_depth(d), whole = (to - from + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
+    long d = p->step->d, depth = matrix_depth(d), whole = (to - from + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
     const bf16 *values[CHUNK];
     for (long t = 0; t < whole; t++) {
         bf16 *key = room->keys + t * depth;
         long at = from + t, count = at < to ? d : 0;
         values[t] = NULL;
         if (count) {
-            long block = a->segment_blocks[segment * a->segment_width + at / cache->block_size];
-            long slot = head * cache->num_slots + block * cache->block_size + at % cache->block_size;
+            long block = tile->blocks[at / cache->block_size];
+            long slot = tile->head * cache->num_slots + block * cache->block_size + at % cache->block_size;
             const bf16 *row = (const bf16 *)cache->data + slot * d;
             memcpy(key, row, d * sizeof *key);
-            values[t] = row + a->kv_heads * cache->num_slots * d;
+            values[t] = row + p->to_values * d;
         }
         memset(key + count, 0, (depth - count) * sizeof *key);
     }
     for (long t = 0; t < whole; t += 2 * LANES)
-        for (long i = 0; i < depth; i += LANES)
-            turn_values(values + t, i, most(0, least(LANES, d - i)), room->values + i * CHUNK + t);
+        for (long i = 0; i < matrix_depth(p->v); i += LANES)
+            turn_values(values + t, i, most(0, least(LANES, p->v - i)), room->values + i * CHUNK + t);
 }
 
 /* sums[i][row] (+)= a[i] . (b + rest) for 32 rows of a, `stride` numbers apart, of `depth` numbers; rest or null. */
@@ -196,7 +195,8 @@ static void mask(float (*scores)[WIDTH], const int32_t *positions, long first, l
 static void attend(const Prefill *p, const Room *room, const Block *b, long first, long count, long from,
                    const int32_t *positions)
 {
-    long depth = matrix_depth(p->step->d), whole = (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
+    long depth = matrix_depth(p->step->d), of_values = matrix_depth(p->v),
+         whole = (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
     float (*scores)[WIDTH] = (float (*)[WIDTH])room->scores;
     for (long t = 0; t < whole; t += 2 * TILE_ROWS)
         multiply(room->keys + (first + t) * depth, depth, b->query, b->query + depth * WIDTH, depth, scores[t], 0);
@@ -221,20 +221,17 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
         store(b->total + half * LANES, load_f32(b->total + half * LANES) * factor + total[0] + total[1]);
         store(b->highest + half * LANES, most);
         if (memcmp(&before, &most, sizeof most))
-            for (long i = 0; i < depth; i++) {
+            for (long i = 0; i < of_values; i++) {
                 float *sum = b->sum + i * WIDTH + half * LANES;
                 store(sum, load_f32(sum) * factor);
             }
     }
-    for (long i = 0; i < depth; i += 2 * TILE_ROWS)
+    for (long i = 0; i < of_values; i += 2 * TILE_ROWS)
         multiply(room->values + i * CHUNK + first, CHUNK, room->weights, NULL, whole, b->sum + i * WIDTH, 1);
 }
 
-INLINE float *row_at(const Prefill *p, float *rows, long heads, long begin, long head, long row)
-{ return rows + ((begin + row / p->group) * heads + head * p->group + row % p->group) * p->step->d; }
-
 /* Queries of `count` rows, at most LANES, times the scale, into a block; behind them what rounding takes away. */
-static void put_queries(const Prefill *p, long begin, long head, long row, long count, bf16 *to)
+static void put_queries(const Prefill *p, const Tile *tile, long row, long count, bf16 *to)
 {
     const Step *a = p->step;
     long d = a->d, depth = matrix_depth(d);
@@ -242,7 +239,8 @@ static void put_queries(const Prefill *p, long begin, long head, long row, long 
     for (long i = 0; i < d; i += 2 * LANES) {
         uvec words[LANES] = {}, rest[LANES] = {};
         for (long r = 0; r < count; r++) {
-            const float *query = row_at(p, (float *)p->qkv, a->heads + 2 * a->kv_heads, begin, head, row + r) + i;
+            const float *token = tile->qkv + (row + r) / p->group * p->width;
+            const float *query = token + (tile->head * p->group + (row + r) % p->group) * d + i;
             bf16 near[2 * LANES], left[2 * LANES];
             for (int half = 0; half < 2; half++) {
                 vec value = load_part(query + half * LANES, d - i - half * LANES) * factor;
@@ -266,42 +264,43 @@ static void put_queries(const Prefill *p, long begin, long head, long row, long 
 }
 
 /* The outputs of `count` rows, at most LANES, from the sums of their block. */
-static void take_sums(const Prefill *p, Block b, long begin, long head, long row, long count)
+static void take_sums(const Prefill *p, Block b, const Tile *tile, long row, long count)
 {
-    const Step *a = p->step;
-    long d = a->d, lane = row % WIDTH;
+    long lane = row % WIDTH;
     vec factor = 1.0f / load_f32(b.total + lane);
-    for (long i = 0; i < d; i += LANES) {
+    for (long i = 0; i < p->v; i += LANES) {
         uvec sums[LANES];
         for (int j = 0; j < LANES; j++) sums[j] = (uvec)(load_f32(b.sum + (i + j) * WIDTH + lane) * factor);
         turn(sums);
-        for (long r = 0; r < count; r++)
-            memcpy(row_at(p, p->out, a->heads, begin, head, row + r) + i, &sums[r],
-                   least(LANES, d - i) * sizeof(float));
+        for (long r = 0; r < count; r++) {
+            long head = (row + r) / p->group * p->step->heads + tile->head * p->group + (row + r) % p->group;
+            memcpy(tile->out + head * p->v + i, &sums[r], least(LANES, p->v - i) * sizeof(float));
+        }
     }
+    for (long r = 0; tile->totals && r < count; r++)
+        tile->totals[row + r] = b.highest[lane + r] + log2f(b.total[lane + r]);
 }
 
-void attend_tile_by_matrix(const Prefill *p, long segment, long head, long begin, long end)
+void attend_tile_by_matrix(const Prefill *p, const Tile *tile)
 {
-    const Step *a = p->step;
-    long group = p->group, rows = (end - begin) * group;
-    long shift = a->segment_lens[segment] - a->segment_starts[segment + 1]; /* from a token's number to its position */
-    const Room room = room_of(p->scratch + pool_self() * p->each, matrix_depth(a->d));
+    long group = p->group, rows = tile->tokens * group, position = tile->position;
+    const Room room = room_of(p->scratch + pool_self() * p->each, matrix_depth(p->step->d));
     for (long first = 0; first < rows; first += WIDTH) {
         Block b = block_of(p, &room, first);
         memset(b.query, 0, p->block * sizeof(float));
-        begin_softmax(p, head, first, rows, b.highest, b.total);
+        begin_softmax(p, tile->head, first, rows, b.highest, b.total);
         for (long row = first; row < least(first + WIDTH, rows); row += LANES)
-            put_queries(p, begin, head, row, least(LANES, rows - row), b.query + 2 * (row - first));
+            put_queries(p, tile, row, least(LANES, rows - row), b.query + 2 * (row - first));
     }
     begin_matrix();
-    for (long from = most(0, begin + shift - p->window + 1); from < end + shift; from += CHUNK) {
-        long to = least(from + CHUNK, end + shift);
-        gather(p, &room, segment, head, from, to);
+    long end = least(tile->to, position + tile->tokens);
+    for (long from = most(tile->from, position - p->window + 1); from < end; from += CHUNK) {
+        long to = least(from + CHUNK, end);
+        gather(p, &room, tile, from, to);
         for (long row = 0; row < rows; row += WIDTH) {
             Block b = block_of(p, &room, row);
             int32_t positions[WIDTH];
-            for (long r = 0; r < WIDTH; r++) positions[r] = begin + shift + least(row + r, rows - 1) / group;
+            for (long r = 0; r < WIDTH; r++) positions[r] = position + least(row + r, rows - 1) / group;
             long first = most(0, positions[0] - p->window + 1 - from) / TILE_DEPTH * TILE_DEPTH;
             long count = least(to, positions[WIDTH - 1] + 1) - from - first;
             if (count > 0) attend(p, &room, &b, first, count, from, positions);
@@ -309,7 +308,7 @@ void attend_tile_by_matrix(const Prefill *p, long segment, long head, long begin
     }
     end_matrix();
     for (long row = 0; row < rows; row += LANES)
-        take_sums(p, block_of(p, &room, row), begin, head, row, least(LANES, rows - row));
+        take_sums(p, block_of(p, &room, row), tile, row, least(LANES, rows - row));
 }
 
 #endif

@@ -20,8 +20,10 @@ from microvllm.ops.activation import CLAMPED
 from microvllm.ops.attention import AttentionBackend, AttentionBatch, AttentionConfig, StepAttention
 from microvllm.ops.attention.latent import LatentConfig
 from microvllm.ops.attention.torch_backend import HeadMajorCache, TorchAttention
+from microvllm.ops.cpu.cache import Cache, Step
 from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.isa import has_bf16
+from microvllm.ops.cpu.latent import CpuLatentAttention
 from microvllm.ops.cpu.memory import WeightMemory
 from microvllm.ops.cpu.recurrences import RECURRENCES
 from microvllm.ops.cpu.tuning import Tuning
@@ -61,30 +63,6 @@ class _Linear(ctypes.Structure):
         ("eps", _FLOAT),
         *((name, _LONG) for name in ("n", "k")),
         *((name, _INT) for name in ("num_parts", "is_gated", "is_clamped", "rounds_x")),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    """`Cache` of cache.h."""
-
-    _fields_ = [
-        ("data", _POINTER),
-        *((name, _LONG) for name in ("num_slots", "block_size")),
-        ("is_bf16", _INT),
-        *((name, _POINTER) for name in ("q_norm", "k_norm", "sinks")),
-    ]
-
-
-class _Step(ctypes.Structure):
-    """`Step` of cache.h."""
-
-    _fields_ = [
-        *((name, _POINTER) for name in ("cos", "sin", "positions", "slots", "blocks", "lens")),
-        *((name, _POINTER) for name in ("segment_starts", "segment_blocks", "segment_lens")),
-        *((name, _LONG) for name in ("n", "decodes", "width", "segments", "segment_width")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "d", "window")),
-        *((name, _FLOAT) for name in ("scale", "eps")),
-        ("tuning", _POINTER),
     ]
 
 
@@ -283,7 +261,7 @@ class CpuOperators(Operators):
     def latent_attention(self, config: LatentConfig) -> AttentionBackend:
         if self.is_invariant:
             raise ValueError("--batch-invariant: there is no kernel for latent keys and values")
-        return super().latent_attention(config)
+        return CpuLatentAttention(config, self.kernels, self.tuning)
 
 
 class CpuEmbedding:
@@ -433,7 +411,7 @@ class CpuAttention(HeadMajorCache):
         super().__init__(config, torch.float32)
         self.kernels, self.tuning = operators.kernels, operators.tuning
         layers = (
-            _Cache(
+            Cache(
                 layer.data_ptr(),
                 config.num_blocks * config.block_size,
                 config.block_size,
@@ -443,7 +421,7 @@ class CpuAttention(HeadMajorCache):
             )
             for index, layer in enumerate(self.cache)
         )
-        self.layers = (_Cache * self.shape.num_layers)(*layers)
+        self.layers = (Cache * self.shape.num_layers)(*layers)
         self._last: CpuStep | None = None
 
     def begin_step(self, batch: AttentionBatch) -> CpuStep:
@@ -473,7 +451,7 @@ class CpuStep:
         self.caches = backend.layers
         self._width = shape.num_heads * shape.head_dim
         self._library, self._pool = backend.kernels.library, backend.kernels.pool
-        self._step = _Step(
+        self._step = Step(
             rotary.cos.data_ptr(),
             rotary.sin.data_ptr(),
             *(addresses if table is not None else (*addresses, None, None, None)),

@@ -6,6 +6,7 @@
 #include "prefill.h"
 
 #define CHUNK 120L    /* keys, a multiple of ROWS */
+#define TURNED 64L /* elements of queries that are put side by side while their lines are in the first-level cache */
 
 /* 2^x for x <= 0, and 0 below -126: 2^n times the Taylor series of the rest. NaN stays NaN. */
 INLINE vec power_of_2(vec x)
@@ -89,7 +90,7 @@ static void attend(const Prefill *p, const Block *b, const Chunk *c)
             total[half] += weight;
         }
     for (int half = 0; half < 2; half++) store(b->total + half * LANES, total[half]);
-    for (long i = 0; i < p->step->d; i += ROWS) {
+    for (long i = 0; i < p->v; i += ROWS) {
         vec acc[ROWS][2];
         float *sum = b->sum + i * WIDTH;
         for (int r = 0; r < ROWS; r++)
@@ -112,42 +113,44 @@ INLINE void widen_row(const Cache *cache, long row, long d, float *to)
     for (; i < d; i++) to[i] = widen(from[i]);
 }
 
-/* Keys and values of the positions [from, to) of a segment's sequence. */
-static void gather(const Prefill *p, long segment, long head, long from, long to, float *keys, float *values)
+/* Keys and values of the positions [from, to) of a sequence. */
+static void gather(const Prefill *p, const Tile *tile, long from, long to, float *keys, float *values)
 {
-    const Step *a = p->step;
     const Cache *cache = p->cache;
     for (long t = from; t < to; t++, keys += p->stride, values += p->stride) {
-        long block = a->segment_blocks[segment * a->segment_width + t / cache->block_size];
-        long row = head * cache->num_slots + block * cache->block_size + t % cache->block_size;
-        widen_row(cache, row, a->d, keys);
-        widen_row(cache, row + a->kv_heads * cache->num_slots, a->d, values);
+        long block = tile->blocks[t / cache->block_size];
+        long row = tile->head * cache->num_slots + block * cache->block_size + t % cache->block_size;
+        widen_row(cache, row, p->step->d, keys);
+        if (p->to_values) widen_row(cache, row + p->to_values, p->step->d, values);
     }
 }
 
-void attend_tile(const Prefill *p, long segment, long head, long begin, long end)
+void attend_tile(const Prefill *p, const Tile *tile)
 {
     const Step *a = p->step;
-    long d = a->d, group = p->group, rows = (end - begin) * group, heads = a->heads + 2 * a->kv_heads;
-    long shift = a->segment_lens[segment] - a->segment_starts[segment + 1]; /* from a token's number to its position */
+    long d = a->d, group = p->group, rows = tile->tokens * group, position = tile->position;
     float *scores = p->scratch + pool_self() * p->each, *keys = scores + CHUNK * WIDTH;
-    float *values = keys + (CHUNK + ROWS) * p->stride, *blocks = values + CHUNK * p->stride;
+    float *values = p->to_values ? keys + (CHUNK + ROWS) * p->stride : keys,
+          *blocks = keys + (2 * CHUNK + ROWS) * p->stride;
     for (long first = 0; first < rows; first += WIDTH) {
         Block b = block_of(p, blocks, first);
         memset(b.query, 0, p->block * sizeof(float));
-        begin_softmax(p, head, first, rows, b.highest, b.total);
-        for (long row = first; row < least(first + WIDTH, rows); row++) {
-            const float *query = p->qkv + ((begin + row / group) * heads + head * group + row % group) * d;
-            for (long i = 0; i < d; i++) b.query[i * WIDTH + row % WIDTH] = query[i] * a->scale * LOG2_E;
-        }
+        begin_softmax(p, tile->head, first, rows, b.highest, b.total);
+        for (long part = 0; part < d; part += TURNED)
+            for (long row = first; row < least(first + WIDTH, rows); row++) {
+                const float *query = tile->qkv + row / group * p->width + (tile->head * group + row % group) * d;
+                for (long i = part; i < least(part + TURNED, d); i++)
+                    b.query[i * WIDTH + row % WIDTH] = query[i] * a->scale * LOG2_E;
+            }
     }
-    for (long from = most(0, begin + shift - p->window + 1); from < end + shift; from += CHUNK) {
-        long to = least(from + CHUNK, end + shift);
-        gather(p, segment, head, from, to, keys, values);
+    long end = least(tile->to, position + tile->tokens);
+    for (long from = most(tile->from, position - p->window + 1); from < end; from += CHUNK) {
+        long to = least(from + CHUNK, end);
+        gather(p, tile, from, to, keys, values);
         for (long row = 0; row < rows; row += WIDTH) {
             Block b = block_of(p, blocks, row);
             int32_t positions[WIDTH];
-            for (long r = 0; r < WIDTH; r++) positions[r] = begin + shift + least(row + r, rows - 1) / group;
+            for (long r = 0; r < WIDTH; r++) positions[r] = position + least(row + r, rows - 1) / group;
             memcpy(b.positions, positions, sizeof positions);
             long first = most(from, positions[0] - p->window + 1), skipped = (first - from) * p->stride;
             long count = least(to, positions[WIDTH - 1] + 1) - first;
@@ -157,10 +160,22 @@ void attend_tile(const Prefill *p, long segment, long head, long begin, long end
     }
     for (long row = 0; row < rows; row++) {
         Block b = block_of(p, blocks, row);
-        float *to = p->out + ((begin + row / group) * a->heads + head * group + row % group) * d;
-        float factor = 1 / b.total[row % WIDTH];
-        for (long i = 0; i < d; i++) to[i] = b.sum[i * WIDTH + row % WIDTH] * factor;
+        float *to = tile->out + (row / group * a->heads + tile->head * group + row % group) * p->v;
+        float total = b.total[row % WIDTH], factor = 1 / total;
+        for (long i = 0; i < p->v; i++) to[i] = b.sum[i * WIDTH + row % WIDTH] * factor;
+        if (tile->totals) tile->totals[row] = b.highest[row % WIDTH] + log2f(total);
     }
+}
+
+void attend_planned_tile(const Prefill *p, const Tile *tile)
+{
+#if HAS_BF16
+    if (p->is_matrix) {
+        attend_tile_by_matrix(p, tile);
+        return;
+    }
+#endif
+    attend_tile(p, tile);
 }
 
 /* The number of a segment's first tile. To be known without a sum over the segments, each has room for a tile more than
@@ -171,49 +186,76 @@ INLINE long first_tile(const Prefill *p, long segment)
 static void prefill_piece(const void *job, long piece)
 {
     const Prefill *p = job;
-    const int64_t *starts = p->step->segment_starts;
-    long tile = p->tiles - 1 - piece % p->tiles; /* the longest of a sequence first: others may take the short ones */
-    long segment = 0, beyond = p->step->segments;
+    const Step *a = p->step;
+    const int64_t *starts = a->segment_starts;
+    long number = p->tiles - 1 - piece % p->tiles; /* the longest of a sequence first: others may take the short ones */
+    long segment = 0, beyond = a->segments;
     while (beyond - segment > 1) {
         long middle = (segment + beyond) / 2;
-        if (first_tile(p, middle) <= tile) segment = middle;
+        if (first_tile(p, middle) <= number) segment = middle;
         else beyond = middle;
     }
-    long begin = starts[segment] + (tile - first_tile(p, segment)) * p->tokens;
+    long begin = starts[segment] + (number - first_tile(p, segment)) * p->tokens;
     long end = least(begin + p->tokens, starts[segment + 1]);
     if (begin >= end) return;
+    const Tile tile = {
+        p->qkv + begin * p->width,
+        p->out + begin * a->heads * p->v,
+        .blocks = a->segment_blocks + segment * a->segment_width,
+        .head = piece / p->tiles,
+        .tokens = end - begin,
+        .position = begin + a->segment_lens[segment] - starts[segment + 1],
+        .to = a->segment_lens[segment],
+    };
+    attend_planned_tile(p, &tile);
+}
+
+void plan_tiles(Prefill *p, long total, long threads)
+{
+    const Step *a = p->step;
+    p->group = a->heads / a->kv_heads;
+    p->window = a->window ? least(a->window, INT32_MAX) : INT32_MAX;
+    p->stride = (a->d + ROWS - 1) / ROWS * ROWS;
+    p->is_matrix = HAS_BF16 && p->cache->is_bf16 && a->tuning->multiplies_bf16;
+    /* Some tiles for every thread, but none with less than a block of rows if there are more. */
+    long largest = (p->is_matrix ? MATRIX_TILE : TILE) / p->group;
+    p->tokens = most(1, most(WIDTH / p->group, least(largest, total * a->kv_heads / (4 * threads))));
+    long blocks = (p->tokens * p->group + WIDTH - 1) / WIDTH;
+    p->chunk = CHUNK;
+    p->block = (a->d + p->stride + 2) * WIDTH;
+    p->each = (CHUNK * WIDTH + (2 * CHUNK + ROWS) * p->stride + blocks * p->block + 31) / 32 * 32;
 #if HAS_BF16
     if (p->is_matrix) {
-        attend_tile_by_matrix(p, segment, piece / p->tiles, begin, end);
-        return;
+        p->chunk = MATRIX_CHUNK;
+        p->block = matrix_tile_block(a->d);
+        p->each = matrix_tile_floats(a->d, blocks);
     }
 #endif
-    attend_tile(p, segment, piece / p->tiles, begin, end);
+}
+
+int attend_segments(Pool *pool, Prefill job)
+{
+    const Step *step = job.step;
+    long threads = pool_threads(pool);
+    plan_tiles(&job, step->segment_starts[step->segments], threads);
+    job.scratch = pool_scratch(pool, threads * job.each);
+    if (!job.scratch) return -1;
+    job.qkv += step->decodes * job.width;
+    job.out += step->decodes * step->heads * job.v;
+    job.tiles = first_tile(&job, step->segments);
+    parallel(pool, prefill_piece, &job, job.tiles * step->kv_heads);
+    return 0;
 }
 
 int prefill_attention(Pool *pool, const Step *step, const Cache *cache, const float *qkv, float *out)
 {
-    long d = step->d, group = step->heads / step->kv_heads, stride = (d + ROWS - 1) / ROWS * ROWS;
-    long total = step->segment_starts[step->segments], threads = pool_threads(pool);
-    int is_matrix = HAS_BF16 && cache->is_bf16 && step->tuning->multiplies_bf16;
-    /* Some tiles for every thread, but none with less than a block of rows if there are more. */
-    long largest = (is_matrix ? MATRIX_TILE : TILE) / group;
-    long tokens = most(1, most(WIDTH / group, least(largest, total * step->kv_heads / (4 * threads))));
-    long block = (d + stride + 2) * WIDTH, blocks = (tokens * group + WIDTH - 1) / WIDTH;
-    long each = (CHUNK * WIDTH + (2 * CHUNK + ROWS) * stride + blocks * block + 31) / 32 * 32;
-#if HAS_BF16
-    if (is_matrix) {
-        block = matrix_tile_block(d);
-        each = matrix_tile_floats(d, blocks);
-    }
-#endif
-    float *scratch = pool_scratch(pool, threads * each);
-    if (!scratch) return -1;
-    qkv += step->decodes * (step->heads + 2 * step->kv_heads) * d;
-    out += step->decodes * step->heads * d;
-    long window = step->window ? least(step->window, INT32_MAX) : INT32_MAX;
-    Prefill job = {step, cache, qkv, out, scratch, group, window, stride, tokens, 0, block, each, is_matrix};
-    job.tiles = first_tile(&job, step->segments);
-    parallel(pool, prefill_piece, &job, job.tiles * step->kv_heads);
-    return 0;
+    return attend_segments(pool, (Prefill){
+                                     step,
+                                     cache,
+                                     qkv,
+                                     out,
+                                     .width = (step->heads + 2 * step->kv_heads) * step->d,
+                                     .v = step->d,
+                                     .to_values = step->kv_heads * cache->num_slots,
+                                 });
 }

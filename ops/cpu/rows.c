@@ -94,14 +94,6 @@ void silu_and_mul(Pool *pool, const float *x, float *y, long n, long width)
     parallel(pool, silu_piece, &job, (n + ROWS - 1) / ROWS);
 }
 
-INLINE void put(const Cache *cache, long head, long slot, const float *x, long d)
-{
-    long at = (head * cache->num_slots + slot) * d;
-    if (cache->is_bf16)
-        for (long i = 0; i < d; i++) ((bf16 *)cache->data)[at + i] = narrow(x[i]);
-    else memcpy((float *)cache->data + at, x, d * sizeof(float));
-}
-
 typedef struct {
     const Step *step;
     const Cache *cache;
@@ -119,11 +111,7 @@ static void rotate_piece(const void *job, long piece)
         for (long head = 0; head < a->heads + a->kv_heads; head++) {
             float *x = row + head * d;
             if (cache->q_norm) norm_row(x, head < a->heads ? cache->q_norm : cache->k_norm, x, d, a->eps);
-            for (long i = 0; i < d / 2; i++) {
-                float p = x[i], q = x[i + d / 2];
-                x[i] = p * c[i] + q * s[i];
-                x[i + d / 2] = q * c[i + d / 2] + p * s[i + d / 2];
-            }
+            rotate_halves(x, c, s, d);
         }
         for (long head = 0; head < a->kv_heads; head++) {
             put(cache, head, a->slots[token], row + (a->heads + head) * d, d);

@@ -7,13 +7,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from attention_case import Case
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from kernel_case import EMULATED, LEVELS, examples, library_of
+from latent_case import LatentCase
 from test_cpu_kernels import DTYPES, seeds
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionConfig, AttentionShape
+from microvllm.ops.attention.latent import LatentShape, TorchLatentAttention
 from microvllm.ops.attention.torch_backend import TorchStep
 from microvllm.ops.cpu.operators import CpuOperators
 
@@ -136,3 +138,55 @@ def test_what_is_not_a_number_stays_in_its_sequence(operators: CpuOperators, bro
     assert out[130:150].isnan().all()
     others = [*range(100), *range(150, 170)]
     torch.testing.assert_close(out[others], true[others])
+
+
+@examples(10)
+@given(
+    st.lists(st.integers(1, 600), max_size=2),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), max_size=2),
+    st.sampled_from([1, 3, 20, 33]),
+    st.sampled_from([(16, 2), (20, 12), (40, 10), (64, 64)]),
+    st.sampled_from(DTYPES),
+    seeds,
+)
+@example([530], [(2, 40)], 20, (512, 64), torch.float32, 0)
+@example([530], [(2, 40)], 20, (512, 64), torch.bfloat16, 0)
+def test_latent_attention(
+    operators: CpuOperators,
+    decodes: list[int],
+    chunks: list[tuple[int, int]],
+    heads: int,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """chunks: as in `test_a_mixed_step`; sizes: of the latent, and of what is rotated."""
+    segments = [(new, new + before) for new, before in chunks if new + before]
+    if not decodes and not segments:
+        return
+    case = LatentCase(LatentShape(2, heads, *sizes, 0.2, 1.2), decodes, segments, seed=seed)
+    config = case.config(dtype, CPU)
+    backends = operators.latent_attention(config), TorchLatentAttention(config, torch.float32)
+    outs = []
+    for backend in backends:
+        backend.cache.copy_(case.cache)
+        outs.append(backend.begin_step(case.batch(CPU, is_gpu=False))(1, case.qkv.clone()))
+    rounds = dtype == torch.bfloat16 and operators.multiplies_bf16
+    errors, scale = (outs[0] - outs[1]).norm(dim=1), outs[1].norm(dim=1).clamp(min=0.1)
+    assert (errors < (8e-3 if rounds else 1e-5) * scale).all()
+    ours, theirs = (backend.cache.float() for backend in backends)
+    assert ours[0].equal(theirs[0])
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < (
+        8e-3 if dtype == torch.bfloat16 else 1e-6
+    )
+
+
+def test_what_is_not_a_number_stays_in_its_sequence_of_latents(operators: CpuOperators) -> None:
+    case = LatentCase(LatentShape(2, 3, 16, 8, 0.2), [600, 5], [(9, 9)])
+    for dtype in DTYPES:
+        attention = operators.latent_attention(case.config(dtype, CPU))
+        attention.cache.copy_(case.cache)
+        table = case.tables[0]
+        attention.cache[1, table[550 // 16], 550 % 16, 3] = torch.nan
+        out = attention.begin_step(case.batch(CPU, is_gpu=False))(1, case.qkv.clone())
+        assert out[0].isnan().all() and out[1:].isfinite().all()
