@@ -380,7 +380,7 @@ def attention() -> None:
 
 
 def models() -> None:
-    """Decoders of random weights, of experts, states and latents: a mixed step, and one of decodes."""
+    """Decoders of random weights, of experts, states and latents: a mixed step, some decodes, and one."""
     ops, block = GpuOperators(DTYPE, DEVICE, "triton"), 16
     for name, config in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -391,12 +391,21 @@ def models() -> None:
         mixed, blocks = mixed_step(block)
         rows = torch.arange(mixed.num_decodes + 3, device=DEVICE)
         attention = model.attention([blocks] * pools, block, 512, DTYPE, DEVICE, len(rows))
-        count = mixed.num_decodes
-        alone = replace(
-            mixed, positions=mixed.positions[:count], slots=mixed.slots[:count], segment_table=None
-        )
-        for batch, sequences in ((mixed, rows), (alone, rows[:count])):
-            pool = replace(batch, rows=sequences)
+        decodes = [
+            replace(
+                mixed,
+                positions=mixed.positions[:count],
+                slots=mixed.slots[:count],
+                num_decodes=count,
+                decode_blocks=mixed.decode_blocks[:count],
+                decode_lens=mixed.decode_lens[:count],
+                segment_table=None,
+            )
+            for count in (mixed.num_decodes, 1)
+        ]
+        for batch in (mixed, *decodes):
+            count = len(rows) if batch is mixed else batch.num_decodes
+            pool = replace(batch, rows=rows[:count])
             step = attention.begin_step(replace(pool, others=(pool,) * (pools - 1)))
             tokens = torch.arange(len(batch.positions), device=DEVICE)
             check(name, model.logits(model.forward(tokens, step)))
