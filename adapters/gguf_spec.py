@@ -72,7 +72,8 @@ def gguf_spec(
     rope, max_position = rotary or rope_from_gguf(file, keys, rotary_dim)
     part = rotary_dim if rotary_dim != head_dim else None
     rope = msgspec.structs.replace(rope, rotary_dim=part, interleaved=interleaved)
-    window = keys.size("attention.sliding_window", max_position)
+    # 0 stands for none, as in files of Phi-4-mini.
+    window = keys.size("attention.sliding_window") if keys.get("attention.sliding_window") else max_position
     attention = Attention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -132,6 +133,8 @@ def _matrix_type(file: GGUFFile) -> str:
 def _kv_heads(keys: Fields, num_heads: int) -> int:
     key = "attention.head_count_kv"
     value = keys.get(key)
-    if isinstance(value, list):
-        raise keys.error(key, "differs between layers, which is not supported")
+    if isinstance(value, list):  # dense models of hybrid families list the same number for each layer
+        if len(set(value)) != 1:
+            raise keys.error(key, "differs between layers, which is not supported")
+        keys = keys.with_value(key, value[0])
     return keys.size(key, num_heads)

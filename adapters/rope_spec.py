@@ -259,9 +259,14 @@ def rope_from_gguf(file: GGUFFile, keys: Fields, head_dim: int) -> Rotary:
         kind = "linear"  # the spelling before 2023-10
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise keys.error("rope.scaling.type", f"must be none, linear, yarn or longrope, got {shorten(kind)}")
-    for key, expected in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("alpha", 0.0)):
+    for key, expected in (("yarn_ext_factor", 1.0), ("alpha", 0.0)):
         if keys.get(f"rope.scaling.{key}") not in (None, expected):
             raise keys.error(f"rope.scaling.{key}", f"other than {expected:g} is not supported")
+    # llama.cpp computes it from the factor, whatever is stored.
+    stored = keys.number("rope.scaling.yarn_attn_factor", 1.0)
+    implied = yarn_attention_factor(factor) if kind == "yarn" else 1.0
+    if stored != 1.0 and abs(stored - implied) > 1e-4:
+        raise keys.error("rope.scaling.yarn_attn_factor", f"must be 1 or {implied:g}, got {stored:g}")
     original = keys.size("rope.scaling.original_context_length", trained)
     attention = keys.number("rope.scaling.attn_factor", 1.0, at_most=MAX_ROPE_FACTOR)
     common: dict[str, Any] = {"theta": theta, "attention_factor": attention}
