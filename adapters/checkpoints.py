@@ -20,11 +20,13 @@ from microvllm.adapters.errors import CutError, ModelFileError
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
+from microvllm.adapters.gguf_spec import DRAFTS
 from microvllm.adapters.quantization import KEY as QUANTIZATION_KEY
 from microvllm.adapters.quantization import LINEAR, Quantization, Scheme
 from microvllm.adapters.registry import BY_GGUF_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
 from microvllm.adapters.safetensors_file import StoredTensor, open_folder
+from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE, PAIRS, Cut, Part, Slot
 from microvllm.ops.quantized import QuantizedRows
 
@@ -276,26 +278,30 @@ class GGUFCheckpoint:
     # Rotary factors become part of the spec.
     _IGNORED = (LLAMA3_TENSOR, SHORT_TENSOR, LONG_TENSOR)
 
-    def __init__(self, path: Path, head_dim: int) -> None:
+    def __init__(self, path: Path, spec: ModelSpec) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        self._head_dim = head_dim
+        self._head_dim = spec.mixers[0].head_dim if spec.mixers else 0
         family = BY_GGUF_NAME[self._file.architecture]
         self.names, self._interleaved = family.gguf_tensors, family.gguf_interleaved
+        drafts = self._file.metadata.get(f"{self._file.architecture}.{DRAFTS}", 0)
+        self._unused = tuple(f"blk.{spec.num_layers + index}." for index in range(drafts))
+        if left_out := [name for name in self._file.tensors if name.startswith(self._unused)]:
+            warn_once(f"{path}: {listed(left_out)} left out on purpose: this engine does not use them")
         # The gate of a shared expert, a matrix of one row, is stored as a vector, and the convolution of each
         # channel without the dimension of its one input.
         for name, tensor in self._file.tensors.items():
             shape = tensor.shape
             if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 1:
                 self._file.tensors[name] = msgspec.structs.replace(tensor, shape=(1, *shape))
-            if name.endswith("shortconv.conv.weight") and len(shape) == 2:
+            if name.endswith(("shortconv.conv.weight", "ssm_conv1d.weight")) and len(shape) == 2:
                 self._file.tensors[name] = msgspec.structs.replace(tensor, shape=(shape[0], 1, shape[1]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._file.tensors.items()}
 
     def may_be_unused(self, name: str) -> bool:
-        return name in self._IGNORED
+        return name in self._IGNORED or name.startswith(self._unused)
 
     def has_own_head(self) -> bool:
         return False  # such a file is a tied model only if it has no head
@@ -318,12 +324,13 @@ class GGUFCheckpoint:
     def quantized_rows(self, name: str, part: Part, columns: Cut) -> QuantizedRows:
         """The format and the size of what `copy_quantized` copies."""
         kind = self._file.tensors[name].type_id
-        first, last = self._block_bytes(name, columns)
-        return QuantizedRows(kind, part.rows.size, last - first)
+        return QuantizedRows(kind, part.rows.size, sum(map(len, self._block_bytes(name, columns))))
 
     def copy_quantized(self, name: str, part: Part, columns: Cut, out: torch.Tensor) -> None:
         """out: [bytes] uint8, the blocks of the part's rows, of these columns."""
-        raw = self._file.raw_rows(name)[:, slice(*self._block_bytes(name, columns))]
+        raw = self._file.raw_rows(name)
+        places = self._block_bytes(name, columns)
+        raw = raw[:, places[0].start : places[0].stop] if len(places) == 1 else raw[:, np.concatenate(places)]
         pieces = torch.split(out.view(part.rows.size, -1), part.rows.lengths)
         for run, piece in zip(part.rows.runs, pieces, strict=True):
             rows = raw[slice(*run)]
@@ -333,16 +340,17 @@ class GGUFCheckpoint:
             np.copyto(piece.numpy().reshape(rows.shape), rows)
         self._file.forget(name)
 
-    def _block_bytes(self, name: str, columns: Cut) -> tuple[int, int]:
-        """Where the blocks of these columns lie in a row. `CutError` for a cut through a block."""
+    def _block_bytes(self, name: str, columns: Cut) -> list[range]:
+        """Where the blocks of each run of columns lie in a row. `CutError` for a cut through a block."""
         kind, block, block_bytes = TENSOR_TYPES[self._file.tensors[name].type_id]
-        start, stop = columns.runs[0]
-        if start % block or stop % block:
-            column = start if start % block else stop
-            raise CutError(
-                self.path, f"tensor {name} in blocks of {block} ({kind}) cannot be cut at column {column}"
-            )
-        return start // block * block_bytes, stop // block * block_bytes
+        for column in (end for run in columns.runs for end in run):
+            if column % block:
+                raise CutError(
+                    self.path, f"tensor {name} in blocks of {block} ({kind}) cannot be cut at column {column}"
+                )
+        return [
+            range(start // block * block_bytes, stop // block * block_bytes) for start, stop in columns.runs
+        ]
 
     def copy(self, name: str, part: Part, columns: Cut | None, out: torch.Tensor) -> None:
         if part.stacked and columns is None:  # the biases of all experts
@@ -366,11 +374,20 @@ class GGUFCheckpoint:
                     source = source.view(-1, self._head_dim // 2, 2, width).transpose(1, 2)
                     source = source.reshape(stop - start, width)
                 if columns:
-                    source = source[:, slice(*columns.runs[0])]
+                    runs = [source[:, slice(*run)] for run in columns.runs]
+                    source = runs[0] if len(runs) == 1 else torch.cat(runs, 1)
+                if part.role == "delta_a_log":
+                    source = self._logarithms(name, source)
                 piece = out[filled : filled + stop - start]
                 piece.copy_(source.reshape(piece.shape))
                 filled += stop - start
         self._file.forget(name)
+
+    def _logarithms(self, name: str, decays: torch.Tensor) -> torch.Tensor:
+        """-exp(a_log), as which the decays of a delta rule are stored, -> a_log."""
+        if not (decays < 0).all():
+            raise ModelFileError(self.file_of(name), f"tensor {name} has decays that are not below 0")
+        return (-decays).log()
 
     def _is_turned(self, part: Part) -> bool:
         return self._interleaved and part.role in ("q", "k")

@@ -253,7 +253,7 @@ class CodedBlocks(Dense):
         if any(name not in TYPES for name, _, _ in types):
             return False
         size = max(length for _, length, _ in types)
-        return not any(place % size for place in slot.columns.runs[0])
+        return not any(place % size for run in slot.columns.runs for place in run)
 
     def load(
         self, checkpoint: Checkpoint, slot: Slot, dtype: torch.dtype, device: str, loaded: Callable[[], None]

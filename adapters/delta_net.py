@@ -23,6 +23,8 @@ from microvllm.adapters.tensors import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from microvllm.ops.attention import AttentionBackend
     from microvllm.ops.delta_rule import DeltaWeights
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
@@ -34,7 +36,9 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
     """Linear attention by the gated delta rule (arXiv:2412.06464): see `ops.delta_rule`.
 
     Each of `num_key_heads` queries and keys of `key_dim` is shared by as many neighbouring heads of values of
-    `value_dim`. `conv_size`: the tokens that the convolution over q, k and v sees.
+    `value_dim`. `conv_size`: the tokens that the convolution over q, k and v sees. `in_turns`: the checkpoint
+    has the first head of values of every key head, then the second of each; the columns behind them, which
+    may be packed, stay so.
     """
 
     num_key_heads: int
@@ -42,6 +46,7 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
     key_dim: int
     value_dim: int
     conv_size: int
+    in_turns: bool = False
 
     @property
     def out_size(self) -> int:
@@ -85,26 +90,39 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
         all that belongs to it after another (the roles `delta_qkvz` and `delta_ba`); or else in four.
         """
         group = self.num_value_heads // self.num_key_heads
+        owners = range(*shard.share_units(self.num_key_heads, 1).runs[0])
         sizes = self.key_dim, self.key_dim, group * self.value_dim
-        q, k, v = (shard.share_units(self.num_key_heads, size) for size in sizes)
-        heads = shard.share_units(self.num_key_heads, group)
-        hidden, qkv = WHOLE.share(hidden_size), Cut.stacked((q, k, v))
+        q = shard.share_units(self.num_key_heads, self.key_dim)
+        v, heads = (self._of_values(length, owners) for length in (self.value_dim, 1))
+        hidden, qkv = WHOLE.share(hidden_size), Cut.stacked((q, q, v))
         qkvz = {"delta_qkv": qkv, "delta_z": v}
         ba = {"delta_b": heads, "delta_a": heads}
         if "delta_qkvz" in names:
-            first, stop = (end // self.key_dim for end in q.runs[0])
-            owners = range(first, stop)
             qkvz = {"delta_qkvz": self._dealt((*sizes, sizes[-1]), owners)}
+        if "delta_ba" in names:
             ba = {"delta_ba": self._dealt((group, group), owners)}
         yield from matrix_slots("delta_qkvz", qkvz, hidden)
         yield from matrix_slots("delta_ba", ba, hidden)
-        yield from matrix_slots("delta_out", {"delta_out": hidden}, v)
+        columns = v
+        if self.in_turns:
+            turn, count = self.num_key_heads * self.value_dim, len(owners) * self.value_dim
+            starts = range(owners.start * self.value_dim, self.num_value_heads * self.value_dim, turn)
+            columns = Cut(v.stored, tuple((start, start + count) for start in starts)).joined()
+        yield from matrix_slots("delta_out", {"delta_out": hidden}, columns)
         # Stored as [channels, 1, size].
         conv = Part("delta_conv", False, qkv, stacked=self.channels)
         yield Slot("delta_conv", (conv,), WHOLE.share(self.conv_size))
         yield Slot("delta_a_log", (Part("delta_a_log", False, heads),), None, is_wide=True)
         yield Slot("delta_dt_bias", (Part("delta_dt_bias", False, heads),), None, is_wide=True)
         yield vector_slot("delta_scale", self.value_dim)
+
+    def _of_values(self, length: int, owners: range) -> Cut:
+        """A run of this length for each head of values that belongs to one of the key heads `owners`."""
+        group, count = self.num_value_heads // self.num_key_heads, self.num_value_heads * length
+        if not self.in_turns:
+            return Cut(count, ((owners.start * group * length, owners.stop * group * length),))
+        places = (turn * self.num_key_heads + owner for owner in owners for turn in range(group))
+        return Cut(count, tuple((place * length, (place + 1) * length) for place in places))
 
     def _dealt(self, sizes: Sequence[int], owners: range) -> Cut:
         """Runs of these sizes, of which each key head has one of each kind: kind by kind, of the `owners`."""
@@ -124,11 +142,22 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
         import torch
 
         parts = [weights.matrix(name)[0] for name in ("delta_qkvz", "delta_ba")]
-        out = operators.linear(*weights.matrix("delta_out"))
+        out = self._out(operators.linear(*weights.matrix("delta_out")))
         if all(type(part) is torch.Tensor for part in parts):
             return operators.product(torch.cat(parts), norm=norm), out
         products = [operators.product(part, norm=norm) for part in parts]
         return lambda x: torch.cat([product(x) for product in products], 1), out
+
+    def _out(self, product: LinearOperator) -> LinearOperator:
+        """The product behind the delta rule, whose columns may be in turns."""
+        if not self.in_turns:
+            return product
+        sizes = self.num_key_heads, -1, self.value_dim
+
+        def in_turns(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return product(x.view(len(x), *sizes).transpose(1, 2).flatten(1), residual)
+
+        return in_turns
 
     def kept(self, weights: LayerWeights) -> DeltaWeights:
         """What a layer needs between its products."""

@@ -19,6 +19,7 @@ from microvllm.adapters.rope_spec import Rotary, rope_from_gguf
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing
 
+DRAFTS = "nextn_predict_layers"  # of the layers behind the last one
 # Quantised weights came from bfloat16 training as a rule; float16 could overflow in their activations.
 DTYPES = {"F32": "float32", "F16": "float16"}
 
@@ -28,6 +29,14 @@ def gguf_keys(file: GGUFFile) -> Fields:
     prefix = f"{file.architecture}."
     found = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
     return Fields(file.path, found, prefix)
+
+
+def num_layers(keys: Fields) -> int:
+    """The layers of the model: without those behind the last one, which predict further tokens for drafts."""
+    count, drafts = keys.size("block_count", at_most=MAX_LAYERS), keys.get(DRAFTS, 0)
+    if type(drafts) is not int or not 0 <= drafts < count:
+        raise keys.error(DRAFTS, f"must be a number below block_count {count}, got {shorten(drafts)}")
+    return count - drafts
 
 
 def gguf_spec(
@@ -91,7 +100,7 @@ def gguf_spec(
         architecture=file.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        layers=(layer,) * keys.size("block_count", at_most=MAX_LAYERS),
+        layers=(layer,) * num_layers(keys),
         max_position=max_position,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,

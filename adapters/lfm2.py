@@ -9,7 +9,8 @@ import msgspec
 
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.gguf_experts import CORRECTION, SIGMOID, gguf_experts
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, hybrid_layer_types, read_experts
@@ -18,7 +19,6 @@ from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.short_conv import ShortConv
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
-from microvllm.ops.routing import Routing
 
 LAYER = "model.layers.{i}"
 TENSORS = {
@@ -50,9 +50,8 @@ GGUF_NAMES = {
     "conv_in": "blk.{i}.shortconv.in_proj",
     "conv": "blk.{i}.shortconv.conv",
     "conv_out": "blk.{i}.shortconv.out_proj",
-    "correction": f"blk.{{i}}.exp_probs_b.bias{BARE}",
+    "correction": CORRECTION,
 }
-GGUF_SIGMOID = 2  # llama.cpp's number for scores that are sigmoids
 KINDS = ("conv", "full_attention")
 SMALLEST_SUM = 1e-6  # is added to the sum by which the weights of the chosen experts are divided
 
@@ -174,17 +173,11 @@ def sparse_from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe an LFM2 model of experts from a GGUF file."""
     keys = gguf_keys(file)
     spec = msgspec.structs.replace(_hybrid_from_gguf(file, keys), architecture="lfm2_moe")
-    if keys.get("expert_gating_func") != GGUF_SIGMOID:
-        raise keys.error("expert_gating_func", f"must be {GGUF_SIGMOID}, for sigmoids")
-    if not keys.flag("expert_weights_norm", True):
-        raise keys.error("expert_weights_norm", "is false, which this architecture does not have")
-    count, num_chosen = keys.size("expert_count", at_most=MAX_EXPERTS), keys.size("expert_used_count")
-    if num_chosen > count:
-        raise keys.error("expert_used_count", f"is {num_chosen}, but there are {count} experts")
-    scale = keys.number("expert_weights_scale", 1.0)
-    routing = Routing(num_chosen=num_chosen, sigmoid=True, smallest_sum=SMALLEST_SUM, scale=scale)
-    size = keys.size("expert_feed_forward_length")
-    experts = Experts(count=count, size=size, routing=routing, correction=True)
+    if keys.get("expert_gating_func") != SIGMOID:
+        raise keys.error("expert_gating_func", f"must be {SIGMOID}, for sigmoids")
+    experts = gguf_experts(keys, scores=SIGMOID, normalized=True)
+    routing = msgspec.structs.replace(experts.routing, smallest_sum=SMALLEST_SUM)
+    experts = msgspec.structs.replace(experts, routing=routing, correction=True)
     return _with_experts(spec, experts, keys.size("leading_dense_block_count", 0, at_least=0))
 
 

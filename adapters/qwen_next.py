@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from microvllm.adapters import qwen_next_gguf as gguf_files
 from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
@@ -159,19 +160,50 @@ def _rotary(config: Fields, head_dim: int, default_max_position: int) -> Rotary:
     return rope_from_hf(config, head_dim, default_max_position, partial=0.25)
 
 
-def _family(name: str, hf_class: str, read: Reader, tensors: Mapping[str, str]) -> tuple[Family, Family]:
+def _family(
+    name: str, hf_class: str, read: Reader, tensors: Mapping[str, str], **gguf: Any
+) -> tuple[Family, Family]:
     """Those of the text alone, and of the model that it was cut out of, which also reads images."""
     common: dict[str, Any] = {"hf_tensors": tensors, "hf_stacked": STACKED, "hf_unused": UNUSED}
     text, whole = f"{name}_text", name
     return (
-        Family(text, f"{hf_class}ForCausalLM", lambda config: read(config, text), **common),
+        Family(
+            text,
+            f"{hf_class}ForCausalLM",
+            lambda config: read(config, text),
+            **common,
+            **gguf,
+            gguf_tensors=gguf_files.TENSORS,
+        ),
         Family(whole, f"{hf_class}ForConditionalGeneration", partial(_text_part, read, whole), **common),
     )
 
 
-QWEN35, QWEN35_VISION = _family("qwen3_5", "Qwen3_5", dense_from_hf, DENSE)
-QWEN35_MOE, QWEN35_MOE_VISION = _family("qwen3_5_moe", "Qwen3_5Moe", sparse_from_hf, SPARSE)
+QWEN35, QWEN35_VISION = _family(
+    "qwen3_5",
+    "Qwen3_5",
+    dense_from_hf,
+    DENSE,
+    from_gguf=gguf_files.dense_from_gguf,
+    gguf_name="qwen35",
+)
+QWEN35_MOE, QWEN35_MOE_VISION = _family(
+    "qwen3_5_moe",
+    "Qwen3_5Moe",
+    sparse_from_hf,
+    SPARSE,
+    from_gguf=gguf_files.sparse_from_gguf,
+    gguf_name="qwen35moe",
+)
 NEXT_FAMILY = Family(
-    "qwen3_next", "Qwen3NextForCausalLM", next_from_hf, NEXT, hf_stacked=STACKED, hf_unused=UNUSED
+    "qwen3_next",
+    "Qwen3NextForCausalLM",
+    next_from_hf,
+    NEXT,
+    hf_stacked=STACKED,
+    hf_unused=UNUSED,
+    from_gguf=gguf_files.next_from_gguf,
+    gguf_name="qwen3next",
+    gguf_tensors=gguf_files.NEXT_TENSORS,
 )
 FAMILIES = QWEN35, QWEN35_VISION, QWEN35_MOE, QWEN35_MOE_VISION, NEXT_FAMILY

@@ -76,6 +76,15 @@ class Cut(NamedTuple):
         runs = tuple((start * length, stop * length) for start, stop in self.runs)
         return Cut(self.stored * length, runs)
 
+    def joined(self) -> Cut:
+        """The same entries in as few runs as they fill."""
+        runs: list[tuple[int, int]] = []
+        for start, stop in self.runs:
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, stop))
+        return Cut(self.stored, tuple(runs))
+
     def in_stack(self, index: int, count: int) -> Cut:
         """Of a tensor that has `count` such ones below each other: those of the one with this index."""
         first = index * self.stored

@@ -84,7 +84,7 @@ def load_weights(
     checkpoint: Checkpoint = (
         FolderCheckpoint(model, family, spec.quantization, spec.num_layers)
         if model.is_dir()
-        else GGUFCheckpoint(model, spec.mixers[0].head_dim)
+        else GGUFCheckpoint(model, spec)
     )
     if spec.tie_embeddings and spec.pooling is None and checkpoint.has_own_head():
         warn_once(
