@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from microvllm.adapters import deepseek_gguf
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import hf_spec
@@ -120,6 +121,9 @@ DEEPSEEK_V3 = Family(
     deepseek_from_hf,
     hf_tensors=DEEPSEEK_TENSORS,
     hf_unused=MTP_TENSORS,
+    from_gguf=deepseek_gguf.from_gguf,
+    gguf_name="deepseek2",
+    gguf_tensors=deepseek_gguf.TENSORS,
 )
 GLM4_MOE_LITE = Family(
     "glm4_moe_lite",

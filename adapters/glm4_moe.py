@@ -6,8 +6,17 @@ from functools import partial
 
 import msgspec
 
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_experts import (
+    CORRECTION,
+    SIGMOID,
+    gguf_experts,
+    without_experts,
+)
+from microvllm.adapters.gguf_experts import with_experts as with_gguf_experts
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
@@ -30,10 +39,29 @@ def from_hf(config: Fields) -> ModelSpec:
     return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
 
 
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a GLM-4 MoE model from a GGUF file."""
+    keys = gguf_keys(file)
+    experts = gguf_experts(keys, scores=SIGMOID)
+    shared = keys.size("expert_shared_count", 0, at_least=0) * experts.size
+    experts = msgspec.structs.replace(experts, correction=True, shared_size=shared)
+    dense = keys.size("leading_dense_block_count", 0, at_least=0)
+    spec = gguf_spec(file, keys=without_experts(keys), rotates_parts=True)
+    spec = with_gguf_experts(spec, experts, lambda index: index >= dense)
+    return msgspec.structs.replace(spec, architecture="glm4_moe")
+
+
 FAMILY = Family(
     "glm4_moe",
     "Glm4MoeForCausalLM",
     from_hf,
     hf_tensors={**HF_TENSORS, **TENSORS},
     hf_unused=MTP_TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="glm4moe",
+    gguf_tensors={
+        **GGUF_TENSORS,
+        "mlp_norm": "blk.{i}.post_attention_norm",
+        "correction": CORRECTION,
+    },
 )

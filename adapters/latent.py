@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from microvllm.adapters.rope_spec import RopeSpec
-from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots, vector_slot
+from microvllm.adapters.tensors import (
+    WHOLE,
+    Cut,
+    LayerWeights,
+    Part,
+    Shard,
+    Slot,
+    matrix_slots,
+    vector_slot,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +36,7 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
 
     nope_dim, value_dim: the elements of a head's key that are not rotated, and of its value. q_rank: that of
     the latent queries; None if there is one matrix for them, without a bias. norm_eps: of both latents.
+    split: keys and values are made of latents by matrices of their own.
     """
 
     num_heads: int
@@ -39,6 +49,7 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
     scale: float
     bias: bool = False
     norm_eps: float = 1e-6
+    split: bool = False
 
     @property
     def window(self) -> None:
@@ -84,7 +95,8 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
         """`q_kv_a` [Q + R + r, h], `q_b` [H (n + r), Q], `kv_b` [H (n + v), R], `o` [h, H v], and two norms.
 
         For rank R, rope_dim r, nope_dim n, value_dim v and q_rank Q; without one, `q_kv_a` is
-        [H (n + r) + R + r, h], and there is neither `q_b` nor its norm.
+        [H (n + r) + R + r, h], and there is neither `q_b` nor its norm. `split` ones have `k_b` [H R, n] and
+        `v_b` [H v, R] in the place of `kv_b`.
         """
         hidden, key = WHOLE.share(hidden_size), self.nope_dim + self.rope_dim
         queries = self._reordered(shard.share(self.q_size), key)
@@ -97,10 +109,32 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
             yield vector_slot("q_a_norm", self.q_rank)
             yield from matrix_slots("q_b", {"q_b": queries}, WHOLE.share(self.q_rank))
         yield vector_slot("kv_a_norm", self.rank)
-        heads = shard.share_units(self.num_heads, self.nope_dim + self.value_dim)
-        yield from matrix_slots("kv_b", {"kv_b": heads}, WHOLE.share(self.rank))
+        yield from self._of_latents(shard)
         values, bias = shard.share(self.num_heads * self.value_dim), self.bias and shard.rank == 0
         yield from matrix_slots("o", {"o": hidden}, values, bias=bias)
+
+    def _of_latents(self, shard: Shard) -> Iterator[Slot]:
+        """What makes the keys and the values of all heads of a latent."""
+        if not self.split:
+            heads = shard.share_units(self.num_heads, self.nope_dim + self.value_dim)
+            yield from matrix_slots("kv_b", {"kv_b": heads}, WHOLE.share(self.rank))
+            return
+        for role, rows, columns in (("k_b", self.rank, self.nope_dim), ("v_b", self.value_dim, self.rank)):
+            part = Part(role, False, shard.share_units(self.num_heads, rows), stacked=self.num_heads)
+            yield Slot(role, (part,), WHOLE.share(columns))
+
+    def _keys_and_values(
+        self, weights: LayerWeights, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those matrices head by head: [H, n, R] and [H, v, R]."""
+        from microvllm.ops.latent import plain
+
+        if self.split:
+            keys, values = (plain(weights.matrix(name)[0], dtype) for name in ("k_b", "v_b"))
+            return keys.view(self.num_heads, self.rank, -1).mT, values.view(self.num_heads, -1, self.rank)
+        matrix = plain(weights.matrix("kv_b")[0], dtype)
+        heads = matrix.view(self.num_heads, self.nope_dim + self.value_dim, self.rank)
+        return heads[:, : self.nope_dim], heads[:, self.nope_dim :]
 
     def _reordered(self, cut: Cut, length: int) -> Cut:
         """Rows in units of this length, the last `rope_dim` of each in the order of the rotation."""
@@ -112,7 +146,7 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
         self, weights: LayerWeights, norm: Norm | None, operators: Operators
     ) -> tuple[Operator, LinearOperator]:
         """Everything up to queries and keys over the latents, and everything behind what is attended to."""
-        from microvllm.ops.latent import LatentInput, LatentOutput, plain
+        from microvllm.ops.latent import LatentInput, LatentOutput
 
         def inner_norm(name: str) -> tuple[torch.Tensor, float]:
             found = weights.norm(name)
@@ -124,9 +158,7 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
         q_b = None
         if self.q_rank is not None:
             q_b = operators.product(*weights.matrix("q_b"), norm=inner_norm("q_a_norm"))
-        matrix = plain(weights.matrix("kv_b")[0], operators.activation_dtype)
-        heads = matrix.view(self.num_heads, self.nope_dim + self.value_dim, self.rank)
-        keys, values = heads[:, : self.nope_dim], heads[:, self.nope_dim :]
+        keys, values = self._keys_and_values(weights, operators.activation_dtype)
         sizes = self.rope_dim, self.q_rank or self.q_size
         made = LatentInput(first, q_b, keys, inner_norm("kv_a_norm"), operators, *sizes)
         return made, LatentOutput(values, operators.linear(*weights.matrix("o")))

@@ -361,7 +361,8 @@ def round_matrix(slot: Slot, plain: torch.Tensor, scheme: Scheme) -> ScaledTenso
 class Packed(Dense):
     """ggml's blocks as a GGUF file has them: a `QuantizedTensor`, on the CPU.
 
-    Vectors and routers, whose rounding could choose other experts, are float32.
+    Vectors and routers, whose rounding could choose other experts, are float32. What makes keys and values of
+    latents is multiplied head by head, and so not in blocks.
 
     Nothing in such a file is rounded, unless it has matrices that are not quantised.
     """
@@ -369,8 +370,10 @@ class Packed(Dense):
     kind: type[torch.Tensor] = QuantizedTensor
 
     def accepts(self, checkpoint: Checkpoint, slot: Slot) -> bool:
-        return isinstance(checkpoint, GGUFCheckpoint) and (
-            slot.columns is None or _is_router(slot) or checkpoint.is_quantized(slot)
+        return (
+            isinstance(checkpoint, GGUFCheckpoint)
+            and slot.name.rpartition(".")[2] not in BY_HEAD
+            and (slot.columns is None or _is_router(slot) or checkpoint.is_quantized(slot))
         )
 
     def load(
@@ -389,6 +392,9 @@ class Packed(Dense):
         if len(rows) == 1 and slot.name.endswith(".gate_up"):  # both in one stored tensor
             rows = (rows[0]._replace(rows=rows[0].rows // 2),) * 2
         return QuantizedTensor.of(data, slot.columns.size, rows)
+
+
+BY_HEAD = ("k_b", "v_b")
 
 
 def _is_router(slot: Slot) -> bool:
