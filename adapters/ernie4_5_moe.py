@@ -7,8 +7,17 @@ from functools import partial
 import msgspec
 
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.gguf_experts import (
+    CORRECTION,
+    SOFTMAX,
+    gguf_experts,
+    with_experts,
+    without_experts,
+)
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec, num_layers
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.routed_experts import LAYER
@@ -77,4 +86,35 @@ def _index(config: Fields, key: str, default: int) -> int:
     return index
 
 
-FAMILY = Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", from_hf, hf_tensors=TENSORS)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe an ERNIE 4.5 MoE model from a GGUF file."""
+    keys = gguf_keys(file)
+    experts = gguf_experts(keys, scores=SOFTMAX, normalized=True)
+    if experts.routing.sigmoid:
+        raise keys.error("expert_gating_func", "must be 1, for a softmax")
+    dense, step = (
+        keys.size("leading_dense_block_count", 0, at_least=0),
+        keys.size("interleave_moe_layer_step"),
+    )
+    sparse = [index for index in range(dense, num_layers(keys)) if (index + 1) % step == 0]
+    stored = file.tensors.get(f"blk.{sparse[0]}.exp_probs_b.bias") if sparse else None
+    experts = msgspec.structs.replace(
+        experts,
+        correction=stored is not None,
+        correction_in_row=stored is not None and len(stored.shape) == 2,
+        shared_size=keys.size("expert_shared_feed_forward_length", 0, at_least=0),
+    )
+    spec = gguf_spec(file, keys=without_experts(keys), interleaved=True)
+    spec = with_experts(spec, experts, lambda index: index in sparse)
+    return msgspec.structs.replace(spec, architecture="ernie4_5_moe")
+
+
+FAMILY = Family(
+    "ernie4_5_moe",
+    "Ernie4_5_MoeForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="ernie4_5-moe",
+    gguf_tensors={**GGUF_TENSORS, "correction": CORRECTION},
+)

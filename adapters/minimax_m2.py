@@ -7,8 +7,17 @@ from functools import partial
 import msgspec
 
 from microvllm.adapters.experts import Experts
-from microvllm.adapters.family import Family
+from microvllm.adapters.family import GGUF_TENSORS, Family
 from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.gguf_experts import (
+    CORRECTION,
+    SIGMOID,
+    gguf_experts,
+    with_experts,
+    without_experts,
+)
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, read_experts
 from microvllm.adapters.mixtral import EXPERTS
 from microvllm.adapters.mixtral import TENSORS as MIXTRAL_TENSORS
@@ -68,4 +77,23 @@ def _rotated_part(config: Fields) -> float:
     return config.size("rotary_dim") / config.size("head_dim", 128)
 
 
-FAMILY = Family("minimax_m2", "MiniMaxM2ForCausalLM", from_hf, hf_tensors=TENSORS)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a MiniMax-M2 model from a GGUF file."""
+    keys = gguf_keys(file)
+    experts = gguf_experts(keys, scores=SIGMOID, normalized=True)
+    experts = msgspec.structs.replace(experts, correction=True)
+    spec = gguf_spec(file, keys=without_experts(keys), rotates_parts=True)
+    spec = with_experts(spec, experts, lambda index: True)
+    layers = tuple(layer.with_mixer(qk_norm=False, whole_qk_norm=True) for layer in spec.layers)
+    return msgspec.structs.replace(spec, architecture="minimax_m2", layers=layers)
+
+
+FAMILY = Family(
+    "minimax_m2",
+    "MiniMaxM2ForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="minimax-m2",
+    gguf_tensors={**GGUF_TENSORS, "correction": CORRECTION},
+)

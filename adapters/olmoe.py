@@ -6,6 +6,9 @@ import msgspec
 
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, read_experts
 from microvllm.adapters.qwen_moe import TENSORS
 from microvllm.adapters.spec import ModelSpec
@@ -31,4 +34,22 @@ def from_hf(config: Fields) -> ModelSpec:
     return msgspec.structs.replace(spec, layers=tuple(layers), rms_norm_eps=eps)
 
 
-FAMILY = Family("olmoe", "OlmoeForCausalLM", from_hf, hf_tensors=TENSORS)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe an OLMoE model from a GGUF file; llama.cpp normalises the weights of none of them."""
+    keys = gguf_keys(file)
+    if "expert_feed_forward_length" not in keys:
+        keys = keys.with_value("expert_feed_forward_length", keys.get("feed_forward_length"))
+    experts = gguf_experts(keys, scores=SOFTMAX, normalized=False)
+    spec = with_experts(gguf_spec(file, keys=without_experts(keys)), experts, lambda index: True)
+    layers = tuple(layer.with_mixer(qk_norm=False, whole_qk_norm=True) for layer in spec.layers)
+    return msgspec.structs.replace(spec, layers=layers)
+
+
+FAMILY = Family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="olmoe",
+)
