@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows
+from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
@@ -77,4 +80,54 @@ def gemma_spec(
     )
 
 
-FAMILY = Family("gemma2", "Gemma2ForCausalLM", from_hf, hf_tensors=TENSORS)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a Gemma 2 model from a GGUF file, whose norms have the 1 that is added to their weights."""
+    spec, keys = gguf_spec(file), gguf_keys(file)
+    mixer, cap = spec.layers[0].attention, keys.number("attn_logit_softcapping")
+    # Of the largest model alone, as in llama.cpp: the files do not say it.
+    size = spec.hidden_size // mixer.num_heads if spec.num_layers == 46 else mixer.head_dim
+    mlp = MLP(size=keys.size("feed_forward_length"), activation="gelu_tanh")
+    layers = (
+        msgspec.structs.replace(
+            layer.with_mixer(scale=size**-0.5, softcap=cap, window=mixer.window if slides else None),
+            mlp=mlp,
+            post_norms=True,
+        )
+        for layer, slides in zip(spec.layers, sliding_pattern(keys, spec.num_layers, 2), strict=True)
+    )
+    return msgspec.structs.replace(
+        spec,
+        layers=tuple(layers),
+        embedding_scale=spec.hidden_size**0.5,
+        logits_softcap=keys.number("final_logit_softcapping"),
+    )
+
+
+def sliding_pattern(keys: Fields, num_layers: int, period: int) -> list[bool]:
+    """Which layers have a window: as a list says, or all but the last of each period of layers.
+
+    period: of files that do not say it.
+    """
+    key = "attention.sliding_window_pattern"
+    pattern = keys.get(key)
+    if not isinstance(pattern, list):
+        return all_but_every(keys.size(key, period), num_layers)
+    if len(pattern) != num_layers:
+        raise keys.error(key, f"must list each of the {num_layers} layers")
+    return [bool(each) for each in pattern]
+
+
+GGUF_NAMES = {
+    **GGUF_TENSORS,
+    "mixer_post_norm": "blk.{i}.post_attention_norm",
+    "mlp_post_norm": "blk.{i}.post_ffw_norm",
+}
+FAMILY = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="gemma2",
+    gguf_tensors=GGUF_NAMES,
+)

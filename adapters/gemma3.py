@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.family import GGUF_TENSORS, Family
+from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.gemma2 import TENSORS, gemma_spec
+from microvllm.adapters.gemma2 import GGUF_NAMES, TENSORS, gemma_spec, sliding_pattern
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import all_but_every, scaling_of_kind, sliding_layers
@@ -52,7 +52,7 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
 def from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe a Gemma 3 model from a GGUF file, whose norms have the 1 that is added to their weights."""
     spec, keys = gguf_spec(file), gguf_keys(file)
-    slides = sliding_pattern(keys, spec.num_layers)
+    slides = sliding_pattern(keys, spec.num_layers, 6)
     local = RopeSpec(theta=keys.number("rope.freq_base_swa", BASES["sliding_attention"][1]))
 
     mlp = MLP(size=keys.size("feed_forward_length"), activation="gelu_tanh")
@@ -74,28 +74,11 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     )
 
 
-def sliding_pattern(keys: Fields, num_layers: int) -> list[bool]:
-    """Which layers have a window: as a list says, or all but the last of each period of layers."""
-    key = "attention.sliding_window_pattern"
-    pattern = keys.get(key)
-    if not isinstance(pattern, list):
-        period = keys.size(key, 6)
-        return all_but_every(period, num_layers)
-    if len(pattern) != num_layers:
-        raise keys.error(key, f"must list each of the {num_layers} layers")
-    return [bool(each) for each in pattern]
-
-
 def softcap(keys: Fields) -> float | None:
     """The cap of the logits; 0 is none."""
     return keys.number("final_logit_softcapping") if keys.get("final_logit_softcapping") else None
 
 
-GGUF_NAMES = {
-    **GGUF_TENSORS,
-    "mixer_post_norm": "blk.{i}.post_attention_norm",
-    "mlp_post_norm": "blk.{i}.post_ffw_norm",
-}
 FAMILY = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",

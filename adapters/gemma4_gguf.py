@@ -8,7 +8,8 @@ from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_EXPERTS, Fields
-from microvllm.adapters.gemma3 import GGUF_NAMES, sliding_pattern, softcap
+from microvllm.adapters.gemma2 import GGUF_NAMES, sliding_pattern
+from microvllm.adapters.gemma3 import softcap
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.layer_tails import LayerTails
@@ -62,7 +63,7 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     plain = {key: same.get(key, keys.get(key)) for key in keys if not key.startswith("expert_")}
     rotary = Rotary(local, keys.size("context_length"))
     spec = gguf_spec(file, keys=Fields(file.path, plain, keys.where), rotary=rotary)
-    slides = sliding_pattern(keys, num_layers)
+    slides = sliding_pattern(keys, num_layers, 6)
     shared = keys.size("attention.shared_kv_layers") if keys.get("attention.shared_kv_layers") else 0
     if shared >= num_layers:
         raise keys.error(

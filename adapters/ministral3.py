@@ -6,6 +6,8 @@ import msgspec
 
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import ORIGINAL, Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec
@@ -62,4 +64,21 @@ def _windows(config: Fields, num_layers: int) -> list[int | None]:
     return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
 
 
-FAMILY = Family("ministral3", "Ministral3ForCausalLM", from_hf)
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe a Ministral 3 or Mistral Small 3.1 model from a GGUF file; the latter has no temperature."""
+    spec, keys = gguf_spec(file), gguf_keys(file)
+    key, temperature = "attention.temperature_scale", None
+    if keys.get(key):
+        temperature = keys.number(key), keys.size("rope.scaling.original_context_length")
+    layers = tuple(layer.with_mixer(temperature=temperature) for layer in spec.layers)
+    return msgspec.structs.replace(spec, architecture="ministral3", layers=layers)
+
+
+FAMILY = Family(
+    "ministral3",
+    "Ministral3ForCausalLM",
+    from_hf,
+    from_gguf=from_gguf,
+    gguf_name="mistral3",
+    gguf_interleaved=True,
+)

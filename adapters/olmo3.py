@@ -5,10 +5,15 @@ Three of four layers have a window, and are rotated without the scaling of the o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
+from microvllm.adapters.gemma2 import GGUF_NAMES, sliding_pattern
+from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import (
     all_but_every,
     hf_spec,
@@ -16,7 +21,7 @@ from microvllm.adapters.hf_config import (
     scaling_of_kind,
     sliding_layers,
 )
-from microvllm.adapters.rope_spec import Rotary, scaled_rope
+from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec
 
 PERIOD = 4  # of layers, the last of which is full
@@ -44,6 +49,27 @@ def from_hf(config: Fields) -> ModelSpec:
     local = _rotary("sliding_attention", config, *sizes).spec
     # Not by their windows, which `hf_spec` leaves out where they are wider than all positions.
     slides = sliding_layers(config, spec.num_layers, all_but_every(PERIOD, spec.num_layers))
+    spec = _normed(spec, local, slides)
+    return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+
+
+def from_gguf(file: GGUFFile) -> ModelSpec:
+    """Describe an OLMo 2 or 3 model from a GGUF file; the former has no windows."""
+    spec, keys = gguf_spec(file), gguf_keys(file)
+    slides, theta = [False] * spec.num_layers, keys.number("rope.freq_base", 1e4)
+    if "attention.sliding_window" in keys:
+        slides = sliding_pattern(keys, spec.num_layers, PERIOD)
+    layers = tuple(
+        layer.with_mixer(qk_norm=False, window=layer.attention.window if sliding else None)
+        for layer, sliding in zip(spec.layers, slides, strict=True)
+    )
+    local = RopeSpec(theta=keys.number("rope.freq_base_swa", theta))
+    spec = msgspec.structs.replace(spec, architecture="olmo3", layers=layers)
+    return _normed(spec, local, slides)
+
+
+def _normed(spec: ModelSpec, local: RopeSpec, slides: Sequence[bool]) -> ModelSpec:
+    """With the norms of this family, and the rotation of layers with a window."""
     layers = (
         layer.with_mixer(whole_qk_norm=True, rope=local if sliding else layer.attention.rope)
         for layer, sliding in zip(spec.layers, slides, strict=True)
@@ -51,7 +77,6 @@ def from_hf(config: Fields) -> ModelSpec:
     return msgspec.structs.replace(
         spec,
         layers=tuple(msgspec.structs.replace(layer, pre_norms=False, post_norms=True) for layer in layers),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-5),
     )
 
 
@@ -65,4 +90,12 @@ def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int)
     return scaled_rope(config, scaling, theta, head_dim, default_max_position)
 
 
-FAMILY = Family("olmo3", "Olmo3ForCausalLM", from_hf, hf_tensors=TENSORS)
+FAMILY = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    from_hf,
+    hf_tensors=TENSORS,
+    from_gguf=from_gguf,
+    gguf_name="olmo2",
+    gguf_tensors=GGUF_NAMES,
+)
