@@ -40,6 +40,20 @@ _TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# As Qwen2's, but that marks go with letters.
+_QWEN35_SPLIT = _QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+# o200k_base of tiktoken: as Tekken's, but with contractions, and digits by three.
+_O200K_SPLIT = (
+    _TEKKEN_SPLIT.replace(r"\p{M}]+|", rf"\p{{M}}]+{_CONTRACTION}?|")
+    .replace(r"\p{M}]*|", rf"\p{{M}}]*{_CONTRACTION}?|")
+    .replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+)
+_SEED_SPLIT = _QWEN2_SPLIT.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
+_DEEPSEEK_SPLIT = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class PreTokenizer(NamedTuple):
@@ -74,6 +88,10 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         (_QWEN2, "qwen2 deepseek-r1-qwen"),
         (_QWEN2._replace(nfc=False), "f2llmv2 grok-2 hunyuan kormo megrez solar-open stablelm2"),
         (_TEKKEN, "tekken"),
+        (PreTokenizer((_QWEN35_SPLIT,), nfc=True), "qwen35"),
+        (PreTokenizer((_O200K_SPLIT,)), "gpt-4o minimax-m2"),
+        (PreTokenizer((_SEED_SPLIT,)), "seed-coder"),
+        (PreTokenizer((r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u30ff]+", _DEEPSEEK_SPLIT)), "deepseek-v3"),
     )
     for name in names.split()
 }

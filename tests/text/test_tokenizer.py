@@ -269,6 +269,33 @@ def test_a_renamed_pre_tokenizer_is_the_one_it_renames(known: str, name: str) ->
     assert pieces[0] == pieces[1]
 
 
+def test_splits_are_those_of_the_models_own_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Qwen3.5 in transformers, and of GPT-4o in tiktoken."""
+    from tiktoken_ext import openai_public
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: {})
+    assert PRE_TOKENIZERS["qwen35"].splits == (PRETOKENIZE_REGEX,) and PRE_TOKENIZERS["qwen35"].nfc
+    assert PRE_TOKENIZERS["gpt-4o"].splits == (openai_public.o200k_base()["pat_str"],)
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("deepseek-v3", ["ab", " =", "x", "123", "45", "漢字かな", "!foo", " ?\n\n", " ", " end"]),
+        (
+            "seed-coder",
+            ["ab", " =", "x", "1", "2", "3", "4", "5", "漢字かな", "!foo", " ?", "\n\n", " ", " end"],
+        ),
+    ],
+)
+def test_texts_are_split_as_by_the_models_authors(pre: str, expected: list[str]) -> None:
+    backend = build(byte_level_metadata(pre=pre)).backend
+    text = "ab =x12345漢字かな!foo ?\n\n  end"
+    found = [text[slice(*span)] for _, span in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert found == expected
+
+
 def test_every_pre_tokenizer_builds() -> None:
     for pre in PRE_TOKENIZERS:
         tokenizer = build(byte_level_metadata(pre=pre))
