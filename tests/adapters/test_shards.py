@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gguf_layouts
 import numpy as np
 import pytest
 import torch
@@ -170,6 +171,19 @@ def test_shards_of_quantised_weights(tmp_path: Path, keep_quantized: bool) -> No
     """Rows of q and k are also put in another order; columns of o and down are cut between blocks."""
     folder = make_hf_folder(tmp_path / "hf", "llama", **SIZES, intermediate_size=192)
     file = write_gguf(tmp_path / "model.gguf", folder, quantization="Q4_1")
+    assert_shards_agree(file, "cpu", keep_quantized=keep_quantized)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "latents"])
+@pytest.mark.parametrize("keep_quantized", [False, True])
+def test_shards_of_hybrids_and_latents_in_blocks(tmp_path: Path, name: str, keep_quantized: bool) -> None:
+    """Columns behind a delta rule are cut in several runs, as heads of values lie in turns."""
+    heads = {"linear_num_value_heads": 6, "linear_value_head_dim": 32}
+    ranks = dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 32)
+    changes = heads if name == "qwen3.5" else {**ranks, "attention_bias": False, "moe_intermediate_size": 64}
+    options = {**SIZES, **VARIANTS[name], **changes, "intermediate_size": 192}
+    folder = make_hf_folder(tmp_path / "hf", options.pop("family"), **options)
+    file = gguf_layouts.write(tmp_path / "model.gguf", folder, "Q8_0")
     assert_shards_agree(file, "cpu", keep_quantized=keep_quantized)
 
 
