@@ -74,7 +74,7 @@ def _coded_grouped_kernel(
         expert = tl.load(experts + tile)
         place = start + tl.arange(0, BLOCK_M)
         here = place < stop
-        # Rows and columns of the result that there are not are computed from others, which takes no masks.
+        # Columns of the result that there are not are computed from others, which takes no masks.
         inside = tl.minimum(place, stop - 1)
         choice = tl.load(order + inside)
         first_n = block_n * BLOCK_N
@@ -96,9 +96,9 @@ def _coded_grouped_kernel(
             for i in tl.static_range(PLACES // SPAN):
                 at = k + i * (SPAN * WIDTH)
                 if K % STEP == 0:
-                    right += (tl.load(x_at + at),)
+                    right += (tl.load(x_at + at, here[None, :], 0.0),)
                 else:
-                    right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
+                    right += (tl.load(x_at + at, (at + column < K)[:, None] & here[None, :], 0.0),)
             scale = rows_of_groups(code_scales, row, k, ROWS, K, GROUP, GROUPS, not WHOLE)
             zero = rows_of_groups(zeros, row, k, ROWS, K, GROUP, GROUPS, ZEROS)
             sums = multiply_codes(

@@ -172,9 +172,9 @@ def _mxfp4_kernel(
             for i in tl.static_range(PLACES):
                 at = k + i * WIDTH
                 if K % STEP == 0:
-                    right += (tl.load(x_at + at),)
+                    right += (tl.load(x_at + at, rows[None, :], 0.0),)
                 else:
-                    right += (tl.load(x_at + at, (at + column < K)[:, None], 0.0),)
+                    right += (tl.load(x_at + at, (at + column < K)[:, None] & rows[None, :], 0.0),)
             step_at = word_at + k // STEP * (ROW_BLOCK * WIDTH)
             run_at = scale_at + k // STEP * 32
             sums = multiply_mxfp4(sums, in_rows(tl.load(step_at)), tl.load(run_at), right, 1, DTYPE)
