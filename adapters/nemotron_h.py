@@ -59,7 +59,7 @@ def from_hf(config: Fields) -> ModelSpec:
     if config.size("num_hidden_layers", len(kinds)) != len(kinds):
         count = config.get("num_hidden_layers")
         raise config.error("num_hidden_layers", f"is {count}, but {len(kinds)} layers are listed")
-    for key in ("attention_bias", "moe_latent_size", *OTHER_KEYS):
+    for key in ("attention_bias", "moe_latent_size", "sliding_window", *OTHER_KEYS):
         if key in config and (key in OTHER_KEYS or config.get(key) is not False):
             raise config.error(key, "is set, which is not supported")
     if config.size("attention_head_dim", size := config.size("head_dim", HEAD_DIM)) != size:

@@ -81,6 +81,7 @@ def test_chunks_preemption_and_prefix_hits_change_no_token(name: str, backend: s
         ("nemotron-h", "hybrid_override_pattern", "M-*M", "names other layers than layers_block_type"),
         ("nemotron-h", "num_hidden_layers", 4, "is 4, but 5 layers are listed"),
         ("nemotron-h", "attention_bias", True, "is set, which is not supported"),
+        ("nemotron-h", "sliding_window", 8, "is set, which is not supported"),
         ("nemotron-h", "attention_head_dim", 16, "is 16, head_dim 32"),
         ("nemotron-h", "mamba_num_heads", 7, "7 is not a multiple of n_groups 3"),
         ("nemotron-h", "mamba_head_dim", 16, "has shape"),
