@@ -69,7 +69,7 @@ class Mamba2(StatefulMixer, frozen=True, kw_only=True, tag="mamba2"):
     @property
     def scratch_size(self) -> int:
         """Numbers of an activation that a GPU needs for a prompt's token between the products."""
-        return self.channels + 64 * self.num_groups  # what is convolved, and C B' of a chunk's tokens
+        return self.channels + 128 * self.num_groups  # what is convolved, and C B' of 64 tokens, in float32
 
     @property
     def channels(self) -> int:

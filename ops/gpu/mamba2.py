@@ -289,7 +289,9 @@ class GpuMamba2Step:
         count, block_n = len(x) - decodes, max(16, triton.next_power_of_2(config.state_size))
         # Of float32 nothing is rounded; 10 bits of a factor are more than 16-bit types have.
         precision = "ieee" if x.dtype == torch.float32 else "tf32"
-        scores = x.new_empty(count, config.num_groups, CHUNK)
+        # Products of many numbers of float16 may be above its largest.
+        kept = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        scores = x.new_empty(count, config.num_groups, CHUNK, dtype=kept)
         _scores_kernel[(triton.cdiv(count, CHUNK) + segments, config.num_groups)](
             *(scores, mixed, table.starts, decodes, segments),
             C=config.channels,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,3 +54,26 @@ def test_sixteen_bits() -> None:
         a = expected.begin_step(make_batch(items, torch.device("cpu")))(0, x.float())
         b = found.begin_step(make_batch(items, DEVICE))(0, x.to(DEVICE)).float().cpu()
         assert (a - b).norm() / a.norm() < 2e-2
+
+
+def assert_close_with(x: torch.Tensor, dtype: torch.dtype, tolerance: float, **weights: float) -> None:
+    """Of a prompt and then a single token, where all numbers of these weights are the same."""
+    count, outputs = len(x) - 1, []
+    for kind, device in ((TorchMamba2, torch.device("cpu")), (GpuMamba2, DEVICE)):
+        config = make_config("real", device)
+        layer = config.layers[0]
+        filled = {name: torch.full_like(getattr(layer, name), value) for name, value in weights.items()}
+        config = replace(config, layers=(layer._replace(**filled),))
+        backend = kind(config, torch.float32) if kind is TorchMamba2 else kind(config, dtype, pdl=False)
+        inputs = x.to(device, torch.float32 if kind is TorchMamba2 else dtype)
+        steps = (inputs[:count], (0, 0, count)), (inputs[count:], (0, count, 1))
+        parts = [backend.begin_step(make_batch([item], device))(0, part) for part, item in steps]
+        outputs.append(torch.cat(parts).float().cpu())
+    expected, found = outputs
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_products_above_the_largest_number_of_float16() -> None:
+    """B and C of 60 each, whose products of 128 numbers are 460,800."""
+    x = torch.full((7, width_of(make_config("real", torch.device("cpu")))), 15.0)
+    assert_close_with(x, torch.float16, 2e-2, conv=1.0, dt_bias=-26.0, a_log=-9.0)
