@@ -73,6 +73,12 @@ def assert_close_with(x: torch.Tensor, dtype: torch.dtype, tolerance: float, **w
     assert (found - expected).norm() < tolerance * expected.norm()
 
 
+def test_small_time_steps_keep_their_bits() -> None:
+    """Of states alone, whose norm shows the relative error of a step of 1e-6."""
+    x = torch.randn(7, width_of(make_config("real", torch.device("cpu"))))
+    assert_close_with(x, torch.float32, 1e-4, dt_bias=-14.0, skip=0.0)
+
+
 def test_products_above_the_largest_number_of_float16() -> None:
     """B and C of 60 each, whose products of 128 numbers are 460,800."""
     x = torch.full((7, width_of(make_config("real", torch.device("cpu")))), 15.0)
