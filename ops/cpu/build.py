@@ -111,6 +111,8 @@ def _compile(command: list[str], library: Path) -> None:
             target.replace(library)  # in one step, as several processes may compile at once
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
-        raise NoCompilerError(f"{command[0]} failed: {lines[0]}") from error
+        # The assembler writes a heading first, and warnings may stand there, too.
+        cause = next((line for line in lines if "error" in line.lower()), lines[0])
+        raise NoCompilerError(f"{command[0]} failed: {cause}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoCompilerError(f"{command[0]} failed: {error}") from error

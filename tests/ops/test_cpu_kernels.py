@@ -228,6 +228,19 @@ def test_building_without_a_compiler_fails_in_one_line(
     assert list((tmp_path / "microvllm").iterdir()) == []
 
 
+def test_the_compiler_s_error_is_shown_and_not_what_stands_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "cc"
+    script = "echo 'x.s: Assembler messages:\nx.s: Fatal error: no space left' >&2; exit 1\n"
+    compiler.write_text(f"#!/bin/sh\n{script}")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(NoCompilerError, match=r"failed: x\.s: Fatal error: no space left$"):
+        load_kernels()
+
+
 def test_building_happens_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # a third of the time
