@@ -113,11 +113,24 @@ def run_server(arguments: list[str]) -> None:
     from microvllm.cli import main
     from microvllm.runtime.process import spawn
 
-    spawn.CODE = (
-        f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"
-        f"sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})\n"
-        f"runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')\n"
-    )
+    start_module = spawn.start_module
+
+    def start(module: str, *arguments: str, **options: Any) -> Any:
+        """The engine's process runs this file, all others are themselves."""
+        if not module.endswith("engine_main"):
+            return start_module(module, *arguments, **options)
+        own, file = spawn.CODE, Path(__file__).resolve()
+        spawn.CODE = (
+            f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"
+            f"sys.path.insert(0, {str(file.parent)!r})\n"
+            f"runpy.run_path({str(file)!r}, run_name='__main__')\n"
+        )
+        try:
+            return start_module(module, *arguments, **options)
+        finally:
+            spawn.CODE = own
+
+    spawn.start_module = start
     sys.argv = ["microvllm", "serve", *arguments]
     main()
 

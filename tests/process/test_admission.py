@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fakes import Engine, make_config, make_request
 
+from microvllm.runtime.core import deadlines as deadlines_module
 from microvllm.runtime.core import scheduler as scheduler_module
 from microvllm.runtime.core.plan import Request
 from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
@@ -130,7 +131,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         request.arrived_at = clock.now
         return request
 
-    monkeypatch.setattr(scheduler_module, "time", clock)
+    for module in (scheduler_module, deadlines_module):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(scheduler_module, "Request", arriving)
     return clock
 
