@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, QKNorms, SegmentTable
 from microvllm.ops.attention.e4m3 import KVScales
+from microvllm.ops.attention.pages import CachePages, LayerPages
 from microvllm.ops.attention.torch_backend import TorchAttention
 
 
@@ -173,6 +176,29 @@ class Case:
         return out, backend.cache.view(
             layers, 2, kv_heads, self.num_blocks, *self.cache.shape[-2:]
         ).transpose(2, 3)
+
+
+def check_in_pages(case: Case, make: Callable[[AttentionConfig], Any], batch: AttentionBatch) -> None:
+    """The same bits in pages in which other layers lie, too; nothing of these changes."""
+    plain, places = case.config(batch.slots.device), (2, 0)
+    shape, dim = case.shape, case.shape.head_dim
+    slot = 2 * (shape.num_kv_heads + 1) * dim
+    sizes = plain.num_blocks, plain.block_size, 3 * slot + dim
+    pages = CachePages(*sizes, is_uniform=False, dtype=plain.dtype, device=plain.inv_freq.device)
+    backends = make(plain), make(replace(plain, pages=LayerPages(pages, slot, places)))
+    expected, shared = (backend.cache for backend in backends)
+    expected.copy_(torch.randn(expected.shape, generator=torch.Generator().manual_seed(4)))
+    whole = pages.blocks(dim, 1, (plain.block_size, dim))
+    whole.copy_(torch.full(whole.shape, 99.0))
+    for layer, place in enumerate(places):
+        shared[place].copy_(expected[layer])
+    before = (whole.float() == 99).sum()
+    for layer, place in enumerate(places):
+        qkv = case.qkv.to(batch.slots.device)
+        one, other = (backend.begin_step(batch)(layer, qkv.clone()) for backend in backends)
+        assert torch.equal(one, other)
+        assert torch.equal(shared[place].float(), expected[layer].float())
+    assert (whole.float() == 99).sum() == before
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention.e4m3 import KVScales
+from microvllm.ops.attention.pages import LayerPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,13 @@ class QKNorms:
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """What a backend is made for: a model's attention, and the KV cache that the backend allocates.
+    """What a backend is made for: a model's attention, and its KV cache.
 
     num_blocks, block_size: of the cache, which is of `dtype` on the device of `inv_freq`: [d / 2], the angle
     per position of each pair of a head's elements. max_position: no position is larger. scales: of each
     layer, for a cache of float8_e4m3fn; all 1 if there are none. sinks: of each layer, [heads] float32, the
-    score of a key of each head that has no value (gpt-oss, arXiv:2508.10925); none if empty.
+    score of a key of each head that has no value (gpt-oss, arXiv:2508.10925); none if empty. pages: the
+    cache, which may hold other layers, too; if there are none the backend has a cache for its own.
     """
 
     shape: AttentionShape
@@ -65,6 +67,13 @@ class AttentionConfig:
     qk_norms: QKNorms | None = None
     scales: tuple[KVScales, ...] = ()
     sinks: tuple[Tensor, ...] = ()
+    pages: LayerPages | None = None
+
+    @property
+    def layer_pages(self) -> LayerPages:
+        """Where the layers lie in the cache."""
+        sizes = self.shape.num_layers, 2 * self.shape.num_kv_heads * self.shape.head_dim, self.num_blocks
+        return self.pages or LayerPages.own(*sizes, self.block_size, self.dtype, self.inv_freq.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +102,8 @@ class AttentionBatch:
     and decode_lens may change in place. segment_table: needed if there are more tokens than decodes.
 
     rows: [num_decodes + segments], the row of each sequence, at which layers with a state keep it. others:
-    the same tokens in the blocks of further pools, where layers differ in their windows. Table entries of
-    blocks that lie wholly behind the window are never read.
+    the same tokens in the blocks of further groups of layers, where layers differ in their windows. Table
+    entries of blocks that lie wholly behind the window are never read.
 
     On a GPU all of these may be int32 as well, a slot of -1 is not written, and a decode_len of 0 marks a row
     that only pads a captured batch (its output is finite).

@@ -40,8 +40,9 @@ class FlashAttention:
     """Decodes by `flash_attn_with_kvcache`, segments by `flash_attn_varlen_func`, both on the paged cache.
 
     Rotation and cache write of a decode are part of its one call, unless the model normalises q and k:
-    then, and for segments, `rope_and_cache` goes before. The cache is [layers, 2, blocks + 1, block_size,
-    kv_heads, d]; the last block is the padding rows', whose keys and values have to be written somewhere.
+    then, and for segments, `rope_and_cache` goes before. The cache is [places, 2, blocks + 1, block_size,
+    kv_heads, d], with a layer at its place in `places`; the last block is the padding rows', whose keys and
+    values have to be written somewhere.
     """
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -61,17 +62,10 @@ class FlashAttention:
         self.max_blocks = -(-config.max_position // block_size)
         self.angles = RotaryAngles.up_to(self.max_blocks * block_size, config.inv_freq, shape.rotary_scale)
         self.cos, self.sin = self.angles.cos.to(dtype), self.angles.sin.to(dtype)
+        pages = config.layer_pages
         # Zeroed: a padding row reads slots that were never written.
-        self.cache = torch.zeros(
-            shape.num_layers,
-            2,
-            config.num_blocks + 1,
-            block_size,
-            shape.num_kv_heads,
-            shape.head_dim,
-            dtype=dtype,
-            device=config.inv_freq.device,
-        )
+        self.cache = pages.blocks(2, (block_size, shape.num_kv_heads, shape.head_dim), spare=1)
+        self.places = pages.places
         self.sms = 1
         if config.inv_freq.device.type == "cuda":
             self.sms = torch.cuda.get_device_properties(config.inv_freq.device).multi_processor_count
@@ -121,7 +115,7 @@ class FlashStep:
     def _decode(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv: [b, (heads + 2 * kv_heads) * d] -> [b, heads * d]."""
         backend, shape = self._backend, self._backend.shape
-        keys, values = backend.cache[layer]
+        keys, values = backend.cache[backend.places[layer]]
         common = {
             "block_table": self._blocks,
             "causal": True,
@@ -155,7 +149,7 @@ class FlashStep:
     def _prefill(self, layer: int, qkv: Tensor) -> Tensor:
         """The segments' tokens. qkv: [m, (heads + 2 * kv_heads) * d] -> [m, heads * d]."""
         backend, table = self._backend, self._segments
-        keys, values = backend.cache[layer]
+        keys, values = backend.cache[backend.places[layer]]
         out: Tensor = backend.module.flash_attn_varlen_func(
             self._rotate(layer, qkv, slice(self._batch.num_decodes, None)),
             keys,
@@ -173,7 +167,7 @@ class FlashStep:
 
     def _rotate(self, layer: int, qkv: Tensor, tokens: slice) -> Tensor:
         backend, batch = self._backend, self._batch
-        keys, values = backend.cache[layer]
+        keys, values = backend.cache[backend.places[layer]]
         return rope_and_cache(
             qkv,
             batch.positions[tokens],

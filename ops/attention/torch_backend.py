@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -21,8 +19,9 @@ from microvllm.ops.rotary import RotaryTable, apply_rotary
 class HeadMajorCache:
     """What a model's attention consists of between two steps, where a head's tokens lie side by side.
 
-    The cache is [layers, 2 * kv_heads, blocks, block_size, d], keys before values: the blocks of all
-    heads, keys and values, are then gathered by one copy of contiguous block_size * d runs.
+    The cache is [places, 2 * kv_heads, blocks, block_size, d], keys before values: the blocks of all
+    heads, keys and values, are then gathered by one copy of contiguous block_size * d runs. A layer's place
+    is that in `places`.
     """
 
     def __init__(self, config: AttentionConfig, activation_dtype: torch.dtype | None = None) -> None:
@@ -35,16 +34,15 @@ class HeadMajorCache:
         self.rotary = RotaryTable(inv_freq, config.max_position, self.activation_dtype, shape.rotary_scale)
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
         # 0 * NaN is NaN.
-        sizes = (
-            shape.num_layers,
-            2 * shape.num_kv_heads,
-            config.num_blocks,
-            config.block_size,
-            shape.head_dim,
-        )
-        self.cache = lazy_zeros(sizes, dtype, inv_freq.device)
+        pages = config.layer_pages
+        self.cache = pages.blocks(2 * shape.num_kv_heads, (config.block_size, shape.head_dim))
+        self.places = pages.places
         self.scales = config.scales or (KVScales(),) * shape.num_layers
         self.sinks = config.sinks
+
+    def layer(self, layer: int) -> Tensor:
+        """The keys and values of a layer: [2 * kv_heads, blocks, block_size, d]."""
+        return self.cache[self.places[layer]]
 
 
 class TorchAttention(HeadMajorCache):
@@ -52,17 +50,6 @@ class TorchAttention(HeadMajorCache):
 
     def begin_step(self, batch: AttentionBatch) -> TorchStep:
         return TorchStep(self, batch)
-
-
-def lazy_zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`, but on a CPU without writing them: memory is taken when something is first stored."""
-    if device.type != "cpu":
-        return torch.zeros(sizes, dtype=dtype, device=device)
-    # Fresh pages are zeros. In small ones, not huge ones: a sequence lies in as many places as there are
-    # heads in all layers.
-    size = max(1, math.prod(sizes) * dtype.itemsize)
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype, count=math.prod(sizes)).view(sizes)
 
 
 class _Segment(NamedTuple):
@@ -132,18 +119,18 @@ class TorchStep:
             q, k = qk[:, :heads], qk[:, heads:]
             qk = torch.cat((rms_norm(q, q_norm, norms.eps), rms_norm(k, k_norm, norms.eps)), 1)
         qk = apply_rotary(qk, *self._rotation)
-        cache = self._backend.cache[layer]
-        slots = storable(cache).view(2, kv_heads, -1, dim)
-        for place, x, scale in zip(slots, (qk[:, heads:], v), self._backend.scales[layer], strict=True):
+        cache, slots, size = self._backend.layer(layer), self._batch.slots, self._backend.block_size
+        blocks, offsets, parts = slots // size, slots % size, storable(cache).view(2, -1, *cache.shape[1:])
+        for part, x, scale in zip(parts, (qk[:, heads:], v), self._backend.scales[layer], strict=True):
             x = to_e4m3(x, scale) if cache.dtype == E4M3 else x.to(cache.dtype)
-            place.index_copy_(1, self._batch.slots, storable(x).transpose(0, 1))
+            part[:, blocks, offsets] = storable(x).transpose(0, 1)
         return qk[:, :heads]
 
     def _gather(self, layer: int, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """blocks: [m] -> keys and values of these blocks, [2, kv_heads, m * block_size, d]."""
         kv_heads, dim = self._backend.shape.num_kv_heads, self._backend.shape.head_dim
-        cache, scales = self._backend.cache[layer], self._backend.scales[layer]
-        runs = cache.view(2 * kv_heads, cache.shape[1], -1).index_select(1, blocks)
+        cache, scales = self._backend.layer(layer), self._backend.scales[layer]
+        runs = cache.flatten(2).index_select(1, blocks)
         gathered = runs.view(2, kv_heads, -1, dim).to(dtype)
         for part, scale in zip(gathered, scales, strict=True):
             if scale != 1.0:

@@ -26,8 +26,9 @@ INTERPRETED_SMS = 3  # where there are no multiprocessors to fill: enough to spl
 class TritonAttention:
     """Decodes by one kernel; segments by two, one that writes their keys and values and one that attends.
 
-    The cache is [layers, 2, blocks, kv_heads, block_size, d], keys before values: what a head reads of a
-    block is one contiguous run. float32, bfloat16 or float16; a head's size is even.
+    The cache is [places, 2, blocks, kv_heads, block_size, d], keys before values: what a head reads of a
+    block is one contiguous run. A layer's place is that in `places`. float32, bfloat16 or float16; a head's
+    size is even.
     `pdl`: let each kernel start before the one in front of it has ended (programmatic dependent launch,
     from compute capability 9.0 on); then the kernels around these have to wait in the same way.
     `levers`: none by default. `decode_tiling` is for few sequences and many. `fixed_order`: a token's result
@@ -60,18 +61,11 @@ class TritonAttention:
         self.pdl = pdl
         self.fixed_order = fixed_order
         self.angles = RotaryAngles.up_to(config.max_position, config.inv_freq, shape.rotary_scale)
-        self.cache = torch.zeros(
-            shape.num_layers,
-            2,
-            config.num_blocks,
-            shape.num_kv_heads,
-            block_size,
-            shape.head_dim,
-            dtype=dtype,
-            device=device,
-        )
+        pages = config.layer_pages
+        self.cache = pages.blocks(2, (shape.num_kv_heads, block_size, shape.head_dim))
+        self.places = pages.places
         self._few = self._many = decode_tiling or DecodeTiling.measured(shape.head_dim, dtype)
-        if decode_tiling is None and levers.boxes:
+        if decode_tiling is None and levers.boxes and pages.pages.is_uniform:  # the blocks are one matrix
             self._many = DecodeTiling.by_boxes(shape, dtype, block_size) or self._few
         self.early_reads = levers.early_reads
         group = shape.num_heads // shape.num_kv_heads
@@ -84,7 +78,7 @@ class TritonAttention:
 
     def rotated(self, qkv: Tensor, positions: Tensor, slots: Tensor, layer: int) -> Tensor:
         """Write the tokens' keys and values to the cache of a layer -> their queries: `rope_and_cache`."""
-        keys, values = self.cache[layer]
+        keys, values = self.cache[self.places[layer]]
         return rope_and_cache(
             qkv,
             positions,
@@ -121,7 +115,7 @@ class TritonStep:
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         backend, batch, decodes = self._backend, self._batch, self._batch.num_decodes
         shape = backend.shape
-        keys, values = backend.cache[layer]
+        keys, values = backend.cache[backend.places[layer]]
         out = torch.empty(qkv.shape[0], shape.num_heads * shape.head_dim, dtype=qkv.dtype, device=qkv.device)
         if decodes:
             decode_attention(
@@ -181,7 +175,7 @@ class FixedOrderStep:
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         backend, batch = self._backend, self._batch
-        shape, (keys, values) = backend.shape, backend.cache[layer]
+        shape, (keys, values) = backend.shape, backend.cache[backend.places[layer]]
         out = torch.empty(qkv.shape[0], shape.num_heads * shape.head_dim, dtype=qkv.dtype, device=qkv.device)
         q = backend.rotated(qkv, batch.positions, batch.slots, layer)
         for rows, table in self._segments:

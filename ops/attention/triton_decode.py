@@ -30,6 +30,7 @@ from microvllm.ops.attention.triton_tiles import (
     cached_rows,
     factors_of,
     halves,
+    room_of,
     score_tile,
 )
 from microvllm.ops.gpu.launch import follow, launch_options
@@ -150,6 +151,7 @@ def _decode_kernel(
     sinks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    ROOM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -260,7 +262,7 @@ def _decode_kernel(
             token + (HEADS + KV_HEADS + head) * D + d[None, :], ((d < D) & takes_new)[None, :], 0.0
         )
         new_v = as_cached(new_v.to(tl.float32), v_scale, CACHED)
-        new_place = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d[None, :]
+        new_place = ((slot // PAGE * ROOM + head) * PAGE + slot % PAGE) * D + d[None, :]
         written = ((d < D) & takes_new & (slot >= 0))[None, :]
         tl.store(keys_out + new_place, new_k, written)
         tl.store(values_out + new_place, new_v, written)
@@ -296,7 +298,7 @@ def _decode_kernel(
             visible = at < cached
             if WINDOW > 0:
                 visible &= at >= length - WINDOW
-            place = cached_rows(table, start, cached, head, KV_HEADS, PAGE, WIDTH, TILE)
+            place = cached_rows(table, start, cached, head, ROOM, PAGE, WIDTH, TILE)
             place = place[:, None] + column[None, :]
             inside = visible[:, None]
             if BLOCK_D != D:
@@ -446,7 +448,7 @@ def decode_attention(
     q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
     if fp8:
         keys, values = keys.view(torch.int16), values.view(torch.int16)
-    boxes, by_boxes = [keys, values], tiling.boxes and shape.window is None
+    boxes, by_boxes = [keys, values], tiling.boxes and shape.window is None and keys.is_contiguous()
     if by_boxes:
         box = [tiling.tile, keys.shape[-1]]
         boxes = [TensorDescriptor.from_tensor(x.view(-1, box[1]), box) for x in boxes]
@@ -475,6 +477,7 @@ def decode_attention(
         sinks,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
+        ROOM=room_of(keys),
         D=dim,
         BLOCK_D=block_dim,
         ROWS=max(MIN_DOT_ROWS, block_group),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionShape, SegmentTable
 from microvllm.ops.attention.e4m3 import KVScales
-from microvllm.ops.attention.triton_tiles import LOG2_E, cached_rows
+from microvllm.ops.attention.triton_tiles import LOG2_E, cached_rows, room_of
 from microvllm.ops.gpu.launch import follow, launch_options
 
 SEGMENTS_AT_ONCE = 32  # that a program looks through for its own
@@ -37,7 +37,7 @@ def _attend(
     end,
     head,
     scale,
-    KV_HEADS: tl.constexpr,
+    ROOM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -53,7 +53,7 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         at = start + tl.arange(0, TILE)
-        place = cached_rows(table, start, end, head, KV_HEADS, PAGE, D, TILE)
+        place = cached_rows(table, start, end, head, ROOM, PAGE, D, TILE)
         place = place[:, None] + d[None, :]
         inside = (at < end)[:, None] & (d < D)[None, :]
         if MASKED and WINDOW > 0:
@@ -112,6 +112,7 @@ def _prefill_kernel(
     sinks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    ROOM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -185,16 +186,16 @@ def _prefill_kernel(
     if WINDOW > 0 and not UNIFORM:
         attended, highest, weight_sum = _attend(
             attended, highest, weight_sum, queries, keys, values, table, positions, oldest,
-            begin, full_begin, head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
+            begin, full_begin, head, scale, ROOM, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
         )  # fmt: skip
     if not UNIFORM:
         attended, highest, weight_sum = _attend(
             attended, highest, weight_sum, queries, keys, values, table, positions, oldest,
-            full_begin, full_end, head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
+            full_begin, full_end, head, scale, ROOM, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, False,
         )  # fmt: skip
     attended, highest, weight_sum = _attend(
         attended, highest, weight_sum, queries, keys, values, table, positions, oldest,
-        full_end, end, head, scale, KV_HEADS, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
+        full_end, end, head, scale, ROOM, D, BLOCK_D, PAGE, TILE, WINDOW, STAGES, True,
     )  # fmt: skip
     weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)
     tl.store(out + place, attended / weight_sum[:, None] * v_scale, inside)
@@ -273,6 +274,7 @@ def prefill_attention(
         sinks,
         HEADS=shape.num_heads,
         KV_HEADS=shape.num_kv_heads,
+        ROOM=room_of(keys),
         D=shape.head_dim,
         BLOCK_D=triton.next_power_of_2(shape.head_dim),
         ROWS=tiling.rows,

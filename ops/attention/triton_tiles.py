@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -26,15 +27,24 @@ UNPACK_E4M3 = tl.constexpr("""{
 
 @triton.jit
 def cached_rows(
-    table, start, end, head, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
+    table, start, end, head, ROOM: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr
 ):
     """Where positions [start, start + TILE) lie in a layer's keys or values: [TILE] int64 elements.
 
-    start is a multiple of TILE; positions from `end` on, which the table may not hold, get any row.
+    ROOM: see `room_of`. start is a multiple of TILE; positions from `end` on, which the table may not hold,
+    get any row.
     """
     at = start + tl.arange(0, TILE)
     block = tl.load(table + start // PAGE) if TILE <= PAGE else tl.load(table + at // PAGE, at < end, 0)
-    return ((block.to(tl.int64) * KV_HEADS + head) * PAGE + at % PAGE) * D
+    return ((block.to(tl.int64) * ROOM + head) * PAGE + at % PAGE) * D
+
+
+def room_of(keys: Tensor) -> int:
+    """Heads from a block to the next one: kv_heads, or more where a page holds other layers, too.
+
+    keys: a layer's keys or values, [blocks, kv_heads, block, d].
+    """
+    return keys.stride(0) // (keys.shape[2] * keys.shape[3])
 
 
 @triton.jit

@@ -154,10 +154,10 @@ INLINE Place behind(Place p, long count, long size)
 typedef struct {
     const char *keys;      /* of the cache's first slot */
     const int64_t *blocks;
-    long block_size, bytes, to_values, length; /* bytes of a key; from a key to its value */
+    long block_rows, block_size, bytes, to_values, length; /* bytes of a key; from a key to its value */
 } Head;
 
-INLINE const char *key_at(const Head *a, Place p) { return a->keys + (*p.block * a->block_size + p.offset) * a->bytes; }
+INLINE const char *key_at(const Head *a, Place p) { return a->keys + (*p.block * a->block_rows + p.offset) * a->bytes; }
 
 /* G query heads of one KV head against its tokens from t to `end`, a few at a time, so that memory has as much to do
  * while scores become weights as while keys are read. Their parts, `stride` floats apart: d floats of the sum of
@@ -256,10 +256,11 @@ static void decode_piece(const void *job, long piece)
     long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads;
     long row = piece / j->chunks / a->kv_heads * j->together, last = least(row + j->together, j->rows) - 1;
     long group = a->heads / a->kv_heads, d = a->d, part = d + 2, stride = j->chunks * part;
-    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), of_head = cache->num_slots * bytes;
+    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), of_head = cache->head_rows * bytes;
     const Head keys = {
         .keys = (const char *)cache->data + head * of_head,
         .blocks = j->blocks + (j->lens ? row * a->width : 0),
+        .block_rows = cache->block_rows,
         .block_size = cache->block_size,
         .bytes = bytes,
         .to_values = a->kv_heads * of_head,

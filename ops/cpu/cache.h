@@ -4,14 +4,19 @@
 
 #include "tuning.h"
 
-/* The paged cache of one layer: [2 * kv_heads, blocks * block_size, d], keys of all heads before values; and the
- * norms of its queries and keys: [d], or null; and of each query head the score of a key without a value, or null. */
+/* The paged cache of one layer: [2 * kv_heads, blocks, block_size, d], keys of all heads before values, so many rows of
+ * d from a head to the next and from a block to the next; and the norms of its queries and keys: [d], or null; and of
+ * each query head the score of a key without a value, or null. */
 typedef struct {
     void *data;
-    long num_slots, block_size;
+    long head_rows, block_rows, block_size;
     int is_bf16;
     const float *q_norm, *k_norm, *sinks;
 } Cache;
+
+/* The row of a token of a block. */
+INLINE long cached_row(const Cache *cache, long head, long block, long token)
+{ return head * cache->head_rows + block * cache->block_rows + token; }
 
 /* The sequences of one step: `decodes` tokens of one sequence each, then `segments`, each the last tokens of one. */
 typedef struct {
@@ -39,7 +44,7 @@ INLINE void rotate_halves(float *x, const float *cos, const float *sin, long d)
 /* A new token's key or value into its slot. */
 INLINE void put(const Cache *cache, long head, long slot, const float *x, long d)
 {
-    long at = (head * cache->num_slots + slot) * d;
+    long at = cached_row(cache, head, slot / cache->block_size, slot % cache->block_size) * d;
     if (cache->is_bf16)
         for (long i = 0; i < d; i++) ((bf16 *)cache->data)[at + i] = narrow(x[i]);
     else memcpy((float *)cache->data + at, x, d * sizeof(float));

@@ -12,7 +12,7 @@ class Cache(ctypes.Structure):
 
     _fields_ = [
         ("data", _POINTER),
-        *((name, _LONG) for name in ("num_slots", "block_size")),
+        *((name, _LONG) for name in ("head_rows", "block_rows", "block_size")),
         ("is_bf16", _INT),
         *((name, _POINTER) for name in ("q_norm", "k_norm", "sinks")),
     ]

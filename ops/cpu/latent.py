@@ -30,7 +30,8 @@ class CpuLatentAttention(TorchLatentAttention):
         super().__init__(config, torch.float32)
         self.kernels, self.tuning, self.kernel = kernels, tuning, kernels.library.latent_attention
         self.kernel.argtypes, self.kernel.restype = [ctypes.c_void_p] * 5, ctypes.c_int
-        sizes = config.num_blocks * config.block_size, config.block_size, config.dtype == torch.bfloat16
+        size = config.block_size
+        sizes = config.num_blocks * size, size, size, config.dtype == torch.bfloat16
         structs = (Cache(layer.data_ptr(), *sizes) for layer in self.cache)
         self.structs = (Cache * config.shape.num_layers)(*structs)
         self._last: CpuLatentStep | None = None

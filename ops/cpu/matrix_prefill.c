@@ -98,8 +98,8 @@ static void gather(const Prefill *p, const Room *room, const Tile *tile, long fr
         values[t] = NULL;
         if (count) {
             long block = tile->blocks[at / cache->block_size];
-            long slot = tile->head * cache->num_slots + block * cache->block_size + at % cache->block_size;
-            const bf16 *row = (const bf16 *)cache->data + slot * d;
+            long place = cached_row(cache, tile->head, block, at % cache->block_size);
+            const bf16 *row = (const bf16 *)cache->data + place * d;
             memcpy(key, row, d * sizeof *key);
             values[t] = row + p->to_values * d;
         }

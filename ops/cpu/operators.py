@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -410,25 +411,24 @@ class CpuAttention(HeadMajorCache):
     def __init__(self, operators: CpuOperators, config: AttentionConfig) -> None:
         super().__init__(config, torch.float32)
         self.kernels, self.tuning = operators.kernels, operators.tuning
+        head, block = (stride // self.shape.head_dim for stride in self.cache.stride()[1:3])
         layers = (
             Cache(
-                layer.data_ptr(),
-                config.num_blocks * config.block_size,
-                config.block_size,
+                *(self.layer(index).data_ptr(), head, block, config.block_size),
                 config.dtype == torch.bfloat16,
                 *((None, None) if self.qk_norms is None else map(_pointer, self.qk_norms.weights[index])),
                 _pointer(self.sinks[index]) if self.sinks else None,
             )
-            for index, layer in enumerate(self.cache)
+            for index in range(self.shape.num_layers)
         )
         self.layers = (Cache * self.shape.num_layers)(*layers)
-        self._last: CpuStep | None = None
+        self._last: deque[CpuStep] = deque(maxlen=-(-len(self.places) // len(set(self.places))))
 
     def begin_step(self, batch: AttentionBatch) -> CpuStep:
-        # Where the last step's batch lies is known, whatever its values are now.
-        if self._last is None or self._last.batch is not batch:
-            self._last = CpuStep(self, batch)
-        return self._last
+        # Where the last batch of each group of layers lies is known, whatever its values are now.
+        if (step := next((step for step in self._last if step.batch is batch), None)) is None:
+            self._last.append(step := CpuStep(self, batch))
+        return step
 
 
 class CpuStep:

@@ -119,7 +119,7 @@ static void gather(const Prefill *p, const Tile *tile, long from, long to, float
     const Cache *cache = p->cache;
     for (long t = from; t < to; t++, keys += p->stride, values += p->stride) {
         long block = tile->blocks[t / cache->block_size];
-        long row = tile->head * cache->num_slots + block * cache->block_size + t % cache->block_size;
+        long row = cached_row(cache, tile->head, block, t % cache->block_size);
         widen_row(cache, row, p->step->d, keys);
         if (p->to_values) widen_row(cache, row + p->to_values, p->step->d, values);
     }
@@ -256,6 +256,6 @@ int prefill_attention(Pool *pool, const Step *step, const Cache *cache, const fl
                                      out,
                                      .width = (step->heads + 2 * step->kv_heads) * step->d,
                                      .v = step->d,
-                                     .to_values = step->kv_heads * cache->num_slots,
+                                     .to_values = step->kv_heads * cache->head_rows,
                                  });
 }

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from attention_case import Case
+from attention_case import Case, check_in_pages
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kernel_case import EMULATED, LEVELS, examples, library_of
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionConfig, AttentionShape
 from microvllm.ops.attention.latent import LatentShape, TorchLatentAttention
-from microvllm.ops.attention.torch_backend import TorchStep
+from microvllm.ops.attention.torch_backend import TorchAttention, TorchStep
 from microvllm.ops.cpu.operators import CpuOperators
 
 CPU = torch.device("cpu")
@@ -190,3 +190,9 @@ def test_what_is_not_a_number_stays_in_its_sequence_of_latents(operators: CpuOpe
         attention.cache[1, table[550 // 16], 550 % 16, 3] = torch.nan
         out = attention.begin_step(case.batch(CPU, is_gpu=False))(1, case.qkv.clone())
         assert out[0].isnan().all() and out[1:].isfinite().all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_that_layers_of_other_heads_share(operators: CpuOperators, dtype: torch.dtype) -> None:
+    case = Case(AttentionShape(2, 6, 2, 32, 24), 4, [50, 1, 17], [(3, 40), (30, 30)], dtype)
+    case.qkv = case.qkv.float()
+    check_in_pages(case, operators.attention, case.batch(CPU))
+    check_in_pages(case, lambda config: TorchAttention(config, torch.float32), case.batch(CPU))

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_case import Case, relative_error
+from attention_case import Case, check_in_pages, relative_error
 from triton_interpreter import DEVICE
 
 from microvllm.ops.attention import AttentionShape, triton_decode, triton_prefill
 from microvllm.ops.attention.e4m3 import KVScales
+from microvllm.ops.attention.pages import CachePages, LayerPages
 from microvllm.ops.attention.triton_backend import TritonAttention
-from microvllm.ops.attention.triton_decode import DecodeTiling
+from microvllm.ops.attention.triton_decode import MANY_SEQS, DecodeTiling
 from microvllm.ops.attention.triton_prefill import PrefillTiling
+from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
 
 # What relative error is allowed on inputs that are exact in the dtype. (The interpreter has no bfloat16.)
@@ -108,6 +110,30 @@ def test_sinks(shape: str, dtype: torch.dtype, way: str) -> None:
     expected = case.expected(1)[0]
     assert relative_error(found[0][real], expected[real]) < TOLERANCE[dtype]
     assert relative_error(found[1][real], expected[real]) > 0.1
+
+
+@pytest.mark.parametrize("way", ["", "fixed order", "e4m3"])
+@pytest.mark.parametrize("shape", ["odd group, window", "odd head size"])
+def test_pages_that_layers_of_other_heads_share(shape: str, way: str) -> None:
+    options = {"scales": SCALES, "cache_dtype": E4M3} if way == "e4m3" else {}
+    case = Case(SHAPES[shape], 16, [50, 1, 17], [(3, 40), (7, 21)], torch.float32, **options)
+    tilings = {"decode_tiling": TILES_OF_16, "prefill_tiling": PrefillTiling(16, 16, 2, 4)}
+    check_in_pages(
+        case,
+        lambda config: TritonAttention(config, **tilings, fixed_order=way == "fixed order"),
+        case.batch(DEVICE, int32=True),
+    )
+
+
+def test_blocks_that_are_one_matrix_alone_come_by_tma() -> None:
+    """Without TMA its tiling, of more programs, would spill registers."""
+    case = Case(AttentionShape(1, 2, 1, 128), 64, [5], [], torch.float16)
+    config = case.config(DEVICE)
+    pages = CachePages(config.num_blocks, 64, 512, is_uniform=False, dtype=torch.float16, device=DEVICE)
+    shared = replace(config, pages=LayerPages(pages, 256, (1,)))
+    own, mixed = (TritonAttention(each, levers=Levers(boxes=True)) for each in (config, shared))
+    assert own.decode_tiling(MANY_SEQS).boxes
+    assert mixed.decode_tiling(MANY_SEQS) == mixed.decode_tiling(1) == own.decode_tiling(1)
 
 
 def test_flash_attention_is_refused_for_sinks() -> None:
