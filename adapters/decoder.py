@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from microvllm.ops.attention import AttentionBackend, AttentionConfig, Attention
 from microvllm.ops.attention.e4m3 import KVScales
 from microvllm.ops.attention.gated import GatedAttention
 from microvllm.ops.attention.mixed import MixedAttention
+from microvllm.ops.attention.pages import CachePages, LayerPages
 from microvllm.ops.attention.shared import sharing
 from microvllm.ops.attention.temperature import tempered
 from microvllm.ops.embedding import token_rows
@@ -87,7 +87,7 @@ class DecoderModel:
 
     def attention(
         self,
-        pools: Sequence[int],
+        num_blocks: int,
         block_size: int,
         max_position: int,
         dtype: torch.dtype,
@@ -96,15 +96,15 @@ class DecoderModel:
     ) -> AttentionBackend:
         """The attention of all layers, with a KV cache of `dtype`: one backend for each kind of layer.
 
-        pools: the blocks for each of `spec.windows`. Layers with a state keep those of so many rows.
+        num_blocks: pages, see `CachePlan`. Layers with a state keep those of so many rows.
         """
-        pool_of = self.spec.pool_of
+        plan = self.spec.cache_plan
+        pages = CachePages(num_blocks, block_size, plan.page_size, plan.is_uniform, dtype, device)
 
         def backend(mixer: Mixer, indices: list[int]) -> AttentionBackend:
             if isinstance(mixer, StatefulMixer):
                 kept = [self._kept[index] for index in indices]
                 return mixer.backend(kept, rows, self.spec.rms_norm_eps, self._operators)
-            num_blocks = pools[pool_of(mixer)]
             if isinstance(mixer, LatentAttention):
                 sizes = num_blocks, block_size, max_position, dtype, device
                 return mixer.backend(len(indices), *sizes, self._operators)
@@ -117,7 +117,10 @@ class DecoderModel:
             cache = num_blocks, block_size, inv_freq, max_position, dtype
             scales = tuple(KVScales(*self._kv_scales[index]) for index in indices)
             sinks = tuple(s.float() for s in (self._sinks[index] for index in indices) if s is not None)
-            made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks))
+            own = LayerPages(
+                pages, plan.slots[plan.groups[indices[0]]], [plan.places[index] for index in indices]
+            )
+            made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks, own))
             if mixer.gated:
                 return GatedAttention(made, mixer.q_size + 2 * mixer.kv_size)
             return tempered(made, mixer.q_size, mixer.temperature, max_position, device)
@@ -126,8 +129,9 @@ class DecoderModel:
         for index, layer in enumerate(self.spec.layers):
             if layer.mixer.source is None:
                 kinds.setdefault(layer.mixer, []).append(index)
-        backends = [(backend(kind, own), own, pool_of(kind)) for kind, own in kinds.items()]
-        made = backends[0][0] if len(backends) == 1 else MixedAttention(backends)
+        backends = [(backend(kind, own), own) for kind, own in kinds.items()]
+        is_one = len(backends) == len(plan.windows) == 1
+        made = backends[0][0] if is_one else MixedAttention(backends, plan.groups)
         return sharing(made, [layer.mixer.source for layer in self.spec.layers])
 
 

@@ -5,12 +5,12 @@ Imports no torch: the API process reads it too, for the context length and the v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
+from microvllm.adapters.cache_plan import CachePlan
 from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.head_norms import head_norms, whole_norms
@@ -237,21 +237,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.vocab_size * self.hidden_size + sum(parts) + tails
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """Each window of its layers once, falling, None first: the KV cache has a pool of blocks for each."""
-        windows = {layer.mixer.window for layer in self.layers if layer.mixer.cache_size}
-        return tuple(sorted(windows, key=lambda window: -(window or math.inf))) or (None,)
-
-    def pool_of(self, mixer: Mixer) -> int:
-        """Which of `windows` has the pool of a mixer's keys and values; the first if it has none."""
-        return self.windows.index(mixer.window) if mixer.cache_size else 0
-
-    def kv_bytes_per_token(self, dtype_bytes: int) -> tuple[int, ...]:
-        """Bytes of keys and values that one token holds in the layers of each of the `windows`."""
-        sizes = [0] * len(self.windows)
-        for layer in self.layers:
-            sizes[self.pool_of(layer.mixer)] += layer.mixer.cache_size * dtype_bytes
-        return tuple(sizes)
+    def cache_plan(self) -> CachePlan:
+        """How its layers share the pages of the KV cache."""
+        mixers = [layer.mixer for layer in self.layers]
+        dims = [mixer.head_dim if isinstance(mixer, Attention) else mixer.cache_size for mixer in mixers]
+        return CachePlan.of([(m.window, m.cache_size, dim) for m, dim in zip(mixers, dims, strict=True)])
 
     def state_bytes(self, dtype_bytes: int) -> int:
         """Bytes that a request holds over all layers whatever its length; `dtype_bytes` of an activation."""

@@ -42,7 +42,7 @@ from microvllm.runtime.flag import (
     required_flag,
 )
 from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
-from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_pools, state_rows
+from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_cache, state_rows
 from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
 from microvllm.runtime.pooler_config import CONVERTS, RUNNERS
 from microvllm.runtime.progress import OnProgress
@@ -345,13 +345,13 @@ class EngineArgs:
         # Off on a CPU: scheduling would compete with the model for the same cores.
         is_async = device == "cuda" if self.async_scheduling is None else self.async_scheduling
         step_tokens = budget * (1 + is_async)
-        layout = CacheLayout.of(shard, kv_dtype, block_size, step_tokens, max_num_seqs, sharing)
-        pools, max_model_len = size_pools(
+        layout = CacheLayout.of(shard, kv_dtype, block_size, step_tokens, sharing)
+        num_blocks, max_model_len = size_cache(
             device,
             layout,
             max_model_len,
             blocks=self.num_gpu_blocks_override,
-            pool_bytes=self.kv_cache_memory_bytes,
+            cache_bytes=self.kv_cache_memory_bytes,
             may_shorten=self.max_model_len is None,
         )
         _refuse(
@@ -383,8 +383,7 @@ class EngineArgs:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             block_size=block_size,
-            num_blocks=pools[0],
-            window_blocks=pools[1:],
+            num_blocks=num_blocks,
             enable_prefix_caching=caching,
             kv_events=read_kv_events(self.kv_events_config, caching, num_engines),
             enable_chunked_prefill=self.enable_chunked_prefill,
@@ -448,7 +447,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    num_blocks: int  # of the KV pool for the first of `spec.windows`, which is the largest or None
+    num_blocks: int  # of the KV cache, for all groups of layers
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
     long_prefill_token_threshold: int
@@ -458,7 +457,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     attention_backend: str
     cpu_threads: int
-    window_blocks: tuple[int, ...] = ()  # of the pools for the others
     may_shorten: bool = False  # the context, to what the KV cache of a GPU holds
     packed_weights: bool = False  # matrices stay as the model's files quantise them where operators take that
     int8_activations: bool = False  # in integers: activations are rounded to 8 bits for that
@@ -485,9 +483,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return state_rows(self.spec, self.max_num_seqs, caches=self.enable_prefix_caching)
 
     @property
-    def pools(self) -> tuple[int, ...]:
-        """Blocks of the KV pool for each of `spec.windows`."""
-        return self.num_blocks, *self.window_blocks
+    def num_groups(self) -> int:
+        """Of the layers on a rank, see `ModelSpec.cache_plan`: each has a block table for a request."""
+        return len(self.spec.sharded(self.tensor_parallel_size).cache_plan.windows)
 
     @property
     def max_blocks(self) -> int:

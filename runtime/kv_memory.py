@@ -1,4 +1,4 @@
-"""Sizes the pools of KV blocks, one for each window of the model's layers.
+"""Sizes the KV cache: how many blocks there are, and how long a text may be to find room in them.
 
 On a CPU that is done before the model is loaded. On a GPU it is for a requested size; the default is measured
 beside the loaded model, in `worker/gpu_memory.py`.
@@ -26,145 +26,105 @@ CPU_KV_SHARE = 0.4  # never more than this share of the memory that is free
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What the sizes of the pools follow from.
+    """What the size of the KV cache follows from.
 
-    windows: one of each pool, see `ModelSpec.windows`; block_bytes: of a block of each pool, over its layers.
-    step_tokens: computed by the steps that are in flight together, at most.
+    windows: of each group of layers, see `CachePlan`; page_bytes: of a block of any of them. step_tokens:
+    computed by the steps that are in flight together, at most.
     """
 
     windows: Sequence[int | None]
-    block_bytes: Sequence[int]
+    page_bytes: int
     block_size: int
     step_tokens: int
-    max_num_seqs: int
 
     @classmethod
     def of(
-        cls,
-        spec: ModelSpec,
-        kv_dtype: str,
-        block_size: int,
-        step_tokens: int,
-        max_num_seqs: int,
-        copies: int = 1,
+        cls, spec: ModelSpec, kv_dtype: str, block_size: int, step_tokens: int, copies: int = 1
     ) -> CacheLayout:
         """Return the layout for a model, of which there are `copies` in the same memory."""
-        sizes = [
-            max(1, number * block_size * copies) for number in spec.kv_bytes_per_token(KV_BYTES[kv_dtype])
-        ]
-        return cls(spec.windows, sizes, block_size, step_tokens, max_num_seqs)
+        plan = spec.cache_plan
+        size = max(1, plan.page_size * KV_BYTES[kv_dtype] * block_size * copies)
+        return cls(plan.windows, size, block_size, step_tokens)
 
-    def most_held(self, pool: int, length: int) -> int:
-        """Blocks of a pool that a sequence of `length` tokens holds at a time, at most.
+    def groups(self, length: int) -> list[tuple[int | None, int]]:
+        """Return the window of each group, and the blocks that a sequence of `length` tokens holds at most.
 
         With a window these are the blocks that the first token of the oldest step in flight sees, those of
         the steps, and one that is about to be given back.
         """
-        blocks, window = -(-length // self.block_size), self.windows[pool]
-        if window is None:
-            return blocks
-        return min(blocks, self._blocks(window - 1) + self._blocks(self.step_tokens) + 1)
+        step = self._blocks(self.step_tokens)
+        return [(window, self._held(window, length, step)) for window in self.windows]
 
-    def shapes(self, blocks: Sequence[int], length: int) -> list[tuple[int, int, int | None, int]]:
-        """Return what each `BlockPool` is made of, for sequences of up to `length` tokens."""
-        return [
-            (number, self.block_size, window, self.most_held(pool, length))
-            for pool, (number, window) in enumerate(zip(blocks, self.windows, strict=True))
-        ]
+    def blocks_for(self, length: int) -> int:
+        """Blocks that a sequence of `length` tokens holds at a time, at most."""
+        return sum(most_held for _, most_held in self.groups(length))
 
-    def bytes_for(self, length: int) -> int:
-        """Bytes that a sequence of `length` tokens holds at a time, at most."""
-        return sum(self.most_held(i, length) * size for i, size in enumerate(self.block_bytes))
-
-    def longest(self, num_bytes: int, length: int) -> int:
-        """Tokens of the longest sequence that there is room for, in whole blocks, up to those of `length`."""
+    def longest(self, num_blocks: int, length: int) -> int:
+        """Tokens of the longest sequence with room, in whole columns, up to those of `length`."""
         lengths = range(self.block_size, length + self.block_size, self.block_size)
-        return self.block_size * bisect_right(lengths, num_bytes, key=self.bytes_for)
+        return self.block_size * bisect_right(lengths, num_blocks, key=self.blocks_for)
 
-    def divide(self, num_bytes: int, length: int) -> tuple[int, ...]:
-        """Blocks of each pool, of sequences of up to `length` tokens.
+    def tokens(self, num_blocks: int, length: int) -> int:
+        """Tokens for which so many blocks have room in sequences of `length` tokens, once these are computed.
 
-        Each pool gets what one of them holds. Of the rest, n being the tokens that it has room for if windows
-        are ignored, each window's pool gets n / (w + f) tokens, and the first pool what is left: w is the
-        windows' share of the bytes of a short sequence, and f the first pool's share of those of a sequence
-        of `length`. Whatever their lengths are, at least 1 / (w + f) as many sequences then find room as in
-        pools that were divided for these lengths, and no other division guarantees more. A window's pool
-        gets no more than it can use, though: see `_useful`.
+        With windows, sequences hold the fewer blocks for each of their tokens the longer they are.
         """
-        rest = max(0, num_bytes - self.bytes_for(length))
-        kept = [
-            min(window or length, length) * size
-            for window, size in zip(self.windows, self.block_bytes, strict=True)
-        ]
-        first = sum(self.block_bytes) * kept[0] / sum(kept)
-        even = int(rest / (sum(self.block_bytes[1:]) + first))
-        others = [
-            min(self._useful(pool, length), self.most_held(pool, length) + even)
-            for pool in range(1, len(self.windows))
-        ]
-        taken = sum(blocks * size for blocks, size in zip(others, self.block_bytes[1:], strict=True))
-        return max(0, num_bytes - taken) // self.block_bytes[0], *others
+        columns = self._blocks(length)
+        return num_blocks * columns * self.block_size // sum(self._held(w, length, 0) for w in self.windows)
 
-    def beside(self, blocks: int, length: int) -> tuple[int, ...]:
-        """`blocks` of the first pool, and of the others as many as can be used beside them."""
-        return blocks, *(min(blocks, self._useful(pool, length)) for pool in range(1, len(self.windows)))
+    def room(self, num_blocks: int, length: int) -> str:
+        """Describe for how many tokens so many blocks have room, in texts of up to `length` tokens."""
+        windows = [window for window in self.windows if window and window < length]
+        if not windows:
+            return f"{self.tokens(num_blocks, length):,} tokens"
+        texts = (f"{self.tokens(num_blocks, n):,} tokens in texts of {n:,}" for n in (min(windows), length))
+        return " and ".join(texts)
 
-    def size(self, blocks: Sequence[int]) -> int:
-        """Bytes of so many blocks of each pool."""
-        return sum(number * size for number, size in zip(blocks, self.block_bytes, strict=True))
-
-    def room(self, blocks: Sequence[int]) -> str:
-        """Describe for how many tokens so many blocks of each pool have room."""
-        parts = (
-            f"{number * self.block_size:,} tokens" + (f" in windows of {window:,}" if window else "")
-            for number, window in zip(blocks, self.windows, strict=True)
-        )
-        return " and ".join(parts)
-
-    def _useful(self, pool: int, length: int) -> int:
-        """Twice what `max_num_seqs` sequences hold: as much again for prefixes that are kept."""
-        window = self.windows[pool] or length
-        each = min(self._blocks(length), self._blocks(window - 1) + 2)
-        return 2 * (self.max_num_seqs * each + self._blocks(self.step_tokens))
+    def _held(self, window: int | None, length: int, step: int) -> int:
+        """Blocks of a sequence of `length` tokens, of which steps in flight compute `step` blocks."""
+        blocks = self._blocks(length)
+        return blocks if window is None else min(blocks, self._blocks(window - 1) + step + 1)
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
 
-def size_pools(
+def size_cache(
     device: str,
     layout: CacheLayout,
     max_model_len: int,
     *,
     blocks: int | None = None,
-    pool_bytes: int | None = None,
+    cache_bytes: int | None = None,
     may_shorten: bool = False,
-) -> tuple[tuple[int, ...], int]:
-    """Return the blocks of each pool (0: to be measured), and the context length in tokens that they hold.
+) -> tuple[int, int]:
+    """Return the number of blocks (0: to be measured), and the context length in tokens that they hold.
 
-    `blocks`, of the first pool, or `pool_bytes`, of all, are requested; else VLLM_CPU_KVCACHE_SPACE or the
-    free memory decides. Pools too small for one request of full length would make that request wait
-    indefinitely (vLLM issue 35541): the length is lowered to fit if it `may_shorten`. Raises `ConfigError`
-    for too large pools, and for too small ones.
+    `blocks` or `cache_bytes` are requested; else VLLM_CPU_KVCACHE_SPACE or the free memory decides. A cache
+    too small for one request of full length would make that request wait indefinitely (vLLM issue 35541):
+    the length is lowered to fit if it `may_shorten`. Raises `ConfigError` for too large a cache, and for too
+    small a one.
     """
     option = "--kv-cache-memory-bytes" if blocks is None else "--num-gpu-blocks-override"
-    if device != "cpu" and blocks is None and pool_bytes is None:
-        return (0,) * len(layout.windows), max_model_len
+    if device != "cpu" and blocks is None and cache_bytes is None:
+        return 0, max_model_len
     free = available_memory() if device == "cpu" else 0
-    if pool_bytes is None:
+    if cache_bytes is None:
         if space := whole_number("VLLM_CPU_KVCACHE_SPACE"):
-            pool_bytes = space << 30
+            cache_bytes = space << 30
         else:
-            pool_bytes = min(max(CPU_KV_BYTES, layout.bytes_for(max_model_len)), int(free * CPU_KV_SHARE))
-    pools, length = fit_pools(layout, pool_bytes, max_model_len, option, may_shorten, blocks=blocks)
-    taken = layout.size(pools)
+            needed = layout.blocks_for(max_model_len) * layout.page_bytes
+            cache_bytes = min(max(CPU_KV_BYTES, needed), int(free * CPU_KV_SHARE))
+    blocks = cache_bytes // layout.page_bytes if blocks is None else blocks
+    length = fit_length(layout, blocks, max_model_len, option, may_shorten)
+    taken = blocks * layout.page_bytes
     if device == "cpu" and taken > free:
         raise ConfigError(
-            f"a KV cache of {pools[0]} blocks takes {taken / 2**30:.1f} GiB, and "
+            f"a KV cache of {blocks} blocks takes {taken / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} GiB of memory are free",
             remedy="lower --kv-cache-memory-bytes or --num-gpu-blocks-override",
         )
-    return pools, length
+    return blocks, length
 
 
 def num_checkpoints(max_num_seqs: int) -> int:
@@ -206,35 +166,20 @@ def fit_states(device: str, row_bytes: int, max_num_seqs: int, caches: bool, is_
     return fitting
 
 
-def fit_pools(
-    layout: CacheLayout,
-    num_bytes: int,
-    max_model_len: int,
-    option: str,
-    may_shorten: bool,
-    *,
-    blocks: int | None = None,
-) -> tuple[tuple[int, ...], int]:
-    """Return the blocks of each pool, and the context length in tokens that they hold.
+def fit_length(layout: CacheLayout, blocks: int, max_model_len: int, option: str, may_shorten: bool) -> int:
+    """Return the context length in tokens that so many blocks hold.
 
-    `num_bytes` are divided, unless the first pool's `blocks` are given. A length for which there is no room
-    is lowered with a warning if it `may_shorten`; otherwise a request of full length would wait forever:
-    raises `ConfigError`. `option`: the flag that makes the pools larger.
+    A length for which there is no room is lowered with a warning if it `may_shorten`; otherwise a request of
+    full length would wait forever: raises `ConfigError`. `option`: the flag that makes the cache larger.
     """
-
-    def pools_for(length: int) -> tuple[int, ...]:
-        return layout.divide(num_bytes, length) if blocks is None else layout.beside(blocks, length)
-
-    pools, needed = pools_for(max_model_len), layout.most_held(0, max_model_len)
-    if pools[0] >= needed:
-        return pools, max_model_len
-    size = layout.block_size
-    length = layout.longest(num_bytes, max_model_len) if blocks is None else blocks * size
+    needed, size = layout.blocks_for(max_model_len), layout.page_bytes / 2**20
+    if blocks >= needed:
+        return max_model_len
+    length = layout.longest(blocks, max_model_len)
     if not may_shorten or length <= 0:
         raise ConfigError(
-            f"the KV cache has room for {length} tokens ({length // size} blocks, "
-            f"{layout.bytes_for(length) / 2**20:.0f} MiB), but one request of {max_model_len} tokens "
-            f"needs {needed} blocks ({layout.bytes_for(max_model_len) / 2**20:.0f} MiB)",
+            f"the KV cache has room for {length} tokens ({blocks} blocks, {blocks * size:.0f} MiB), "
+            f"but one request of {max_model_len} tokens needs {needed} blocks ({needed * size:.0f} MiB)",
             remedy=f"lower --max-model-len or raise {option}",
         )
     logger.warning(
@@ -244,4 +189,4 @@ def fit_pools(
         max_model_len,
         option,
     )
-    return pools_for(length), length
+    return length

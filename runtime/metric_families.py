@@ -60,16 +60,15 @@ class EngineCollector(Collector):
         config = self._config
         values = []
         for number, each in enumerate(self._metrics):
-            # Not the configuration's number: on a GPU that is measured by the engine.
-            num_blocks = each.totals.kv_blocks_total
-            slots = num_blocks * config.block_size
+            # Not the configuration's numbers: on a GPU they are measured by the engine.
+            tokens = each.totals.kv_tokens_total
             labels = {
                 "block_size": config.block_size,
-                "num_gpu_blocks": num_blocks,
+                "num_gpu_blocks": each.totals.kv_blocks_total,
                 "cache_dtype": config.kv_dtype,
                 "enable_prefix_caching": config.enable_prefix_caching,
-                "kv_cache_size_tokens": slots,
-                "kv_cache_max_concurrency": slots / config.max_model_len,
+                "kv_cache_size_tokens": tokens,
+                "kv_cache_max_concurrency": tokens / config.max_model_len,
                 "engine": number,
             }
             values.append((list(map(str, labels.values())), 1))

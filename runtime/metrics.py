@@ -20,7 +20,7 @@ from microvllm.runtime.tables import read_table
 from microvllm.runtime.worker.step_times import ALL_PARTS, FORWARD_PARTS, GPU_BUSY, GPU_IDLE, PARTS
 
 GAUGES = frozenset(
-    ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_unused_slots", "kv_window_usage")
+    ("num_running", "num_waiting", "kv_blocks_used", "kv_blocks_total", "kv_tokens_total", "kv_unused_slots")
 )
 COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if name not in GAUGES | {"step_seconds"})
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")  # by level

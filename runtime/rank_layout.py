@@ -1,4 +1,4 @@
-"""Derives the layout of one rank's KV pools from the configuration."""
+"""Derives the layout of one rank's KV cache from the configuration."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from microvllm.runtime.kv_memory import CacheLayout
 
 
 def rank_layout(config: EngineConfig) -> CacheLayout:
-    """Return what the sizes of the pools on one rank follow from."""
+    """Return what the size of the KV cache on one rank follows from."""
     spec = config.spec.sharded(config.tensor_parallel_size)
     # Two steps are in flight when one is scheduled while the other runs.
     step_tokens = config.max_num_batched_tokens * (1 + config.async_scheduling)
-    return CacheLayout.of(spec, config.kv_dtype, config.block_size, step_tokens, config.max_num_seqs)
+    return CacheLayout.of(spec, config.kv_dtype, config.block_size, step_tokens)

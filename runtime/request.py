@@ -237,8 +237,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
     num_running: int = 0
     num_waiting: int = 0
-    kv_blocks_used: int = 0  # of the first pool: of the layers with the largest window, or none
+    kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    kv_tokens_total: int = 0  # for which the blocks have room, in requests of full length
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_queries: int = 0
@@ -251,11 +252,9 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     kv_unused_slots: int = 0  # in the used blocks: internal fragmentation
     graph_replays: int = 0  # steps that ran as a captured graph; the others ran eagerly
     padded_tokens: int = 0  # padding: a graph is larger than its step
-    kv_window_usage: float = 0.0  # of the fullest of the other pools the share of blocks that is used
     step_seconds: list[float] = []  # time by part of a step, in the order of `step_times.ALL_PARTS`
 
     @property
     def kv_usage(self) -> float:
-        """The used share of the fullest pool of KV blocks, 0 to 1: at 1 requests are preempted."""
-        first = self.kv_blocks_used / self.kv_blocks_total if self.kv_blocks_total else 0.0
-        return max(first, self.kv_window_usage)
+        """The used share of the KV blocks, 0 to 1: at 1 requests are preempted."""
+        return self.kv_blocks_used / self.kv_blocks_total if self.kv_blocks_total else 0.0

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Print how many tokens fit into the KV cache of models with sliding windows.
+"""Print how many requests fit into the KV cache of models with sliding windows.
 
-    python scripts/kv_pools.py [--max-num-seqs 256] [--max-num-batched-tokens 8192] [--block-size 64]
+    python scripts/kv_pools.py [--block-size 64]
 
-The shapes are those of the published models, the cache is of bfloat16, and two steps are in flight, as on a
-GPU. Nothing is loaded. `windows ignored`: what fits if all layers keep all tokens.
+The shapes are those of the published models, and the cache is of bfloat16. Nothing is loaded. In brackets:
+how many fit if all layers keep all tokens.
 """
 
 from __future__ import annotations
@@ -12,50 +12,74 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_pools
+from microvllm.adapters.cache_plan import CachePlan
+from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout
+
+LENGTHS = (1024, 4096, 32_768)
+BYTES = KV_BYTES["bfloat16"]
+
+
+class Layers(NamedTuple):
+    """So many layers with a window, their heads of keys, and the size of these."""
+
+    number: int
+    window: int | None
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def as_planned(self) -> tuple[int | None, int, int]:
+        """A layer as `CachePlan.of` has it."""
+        return self.window, 2 * self.kv_heads * self.head_dim, self.head_dim
 
 
 class Shape(NamedTuple):
-    """A model's layers, how many of them have the window, heads of keys, their size, and the context."""
+    """The layers of a model that have a cache of their own, and memory for it in GiB."""
 
     name: str
-    layers: int
-    windowed: int
-    window: int
-    kv_heads: int
-    head_dim: int
-    context: int
-    gib: tuple[int, ...]
+    full: Layers
+    windowed: Layers
+    gib: int
 
 
 SHAPES = (
-    Shape("Gemma 3 270M", 18, 15, 512, 1, 256, 32_768, (8, 125)),
-    Shape("Gemma 3 12B", 48, 40, 1024, 8, 256, 131_072, (40, 100)),
-    Shape("gpt-oss-20b", 24, 12, 128, 8, 64, 131_072, (8, 110)),
+    Shape("Gemma 3 270M", Layers(3, None, 1, 256), Layers(15, 512, 1, 256), 8),
+    Shape("Gemma 3 1B", Layers(4, None, 1, 256), Layers(22, 512, 1, 256), 8),
+    Shape("Gemma 3 4B", Layers(5, None, 4, 256), Layers(29, 1024, 4, 256), 60),
+    Shape("Gemma 3 12B", Layers(8, None, 8, 256), Layers(40, 1024, 8, 256), 100),
+    Shape("Gemma 3 27B", Layers(10, None, 16, 128), Layers(52, 1024, 16, 128), 60),
+    Shape("Gemma 4 E2B", Layers(3, None, 1, 512), Layers(12, 512, 1, 256), 60),
+    Shape("Gemma 4 E4B", Layers(4, None, 2, 512), Layers(20, 512, 2, 256), 60),
+    Shape("Gemma 4 26B-A4B", Layers(5, None, 2, 512), Layers(25, 1024, 8, 256), 60),
+    Shape("Gemma 4 31B", Layers(10, None, 4, 512), Layers(50, 1024, 16, 256), 60),
+    Shape("Gemma 2 9B", Layers(21, None, 8, 256), Layers(21, 4096, 8, 256), 60),
+    Shape("Olmo 3 7B", Layers(8, None, 32, 128), Layers(24, 4096, 32, 128), 60),
+    Shape("gpt-oss-20b", Layers(12, None, 8, 64), Layers(12, 128, 8, 64), 110),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--block-size", type=int, default=64)
-    options = parser.parse_args()
-    size = options.block_size
-    print("| | memory | windows ignored | layers without a window | windows | |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for shape in SHAPES:
-        layer = 2 * shape.kv_heads * shape.head_dim * KV_BYTES["bfloat16"] * size
-        sizes = layer * (shape.layers - shape.windowed), layer * shape.windowed
-        windows = None, shape.window
-        layout = CacheLayout(windows, sizes, size, 2 * options.max_num_batched_tokens, options.max_num_seqs)
-        name = f"{shape.name} ({shape.windowed} of {shape.layers} layers with {shape.window:,})"
-        for gib in shape.gib:
-            ignored = (gib << 30) // sum(sizes) * size
-            pools, _ = fit_pools(layout, gib << 30, shape.context, "more memory", may_shorten=True)
-            full, windowed = (blocks * size for blocks in pools)
-            print(f"| {name} | {gib} GiB | {ignored:,} | {full:,} | {windowed:,} | {full / ignored:.1f} |")
-            name = ""
+    size = parser.parse_args().block_size
+    print("| | memory | groups | left empty |", *(f"{length:,} tokens |" for length in LENGTHS))
+    print("|---|---:|---|---:|" + "---:|" * len(LENGTHS))
+    for name, full, windowed, gib in SHAPES:
+        kinds, memory = (full, windowed), gib << 30
+        layers = [each.as_planned for each in kinds for _ in range(each.number)]
+        plan, filled = CachePlan.of(layers), sum(elements for _, elements, _ in layers)
+        layout = CacheLayout(plan.windows, plan.page_size * BYTES * size, size, 0)
+        unshared = memory // (filled * BYTES * size) * size
+        cells = [
+            f"{layout.tokens(memory // layout.page_bytes, length) // length:,} ({unshared // length:,}) |"
+            for length in LENGTHS
+        ]
+        groups, number = len(plan.windows), plan.windows.count(None)
+        print(
+            f"| {name} ({full.number} + {windowed.number} of {windowed.window:,}) | {gib} GiB |",
+            f"{number} + {groups - number} | {1 - filled / (plan.page_size * groups):.0%} |",
+            *cells,
+        )
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def run_alone(request: EngineRequest) -> Answer:
 def make_config(**overrides: Any) -> EngineConfig:
     """A small engine: pool of 64 blocks of 4 tokens, 8 rows, 32 tokens a step, context of 64.
 
-    windows: of a layer each; there are as many blocks for each, or so many as one sequence holds and
-    `spare_blocks`: of the first pool, and of each other.
+    windows: of a layer each; there are as many blocks as one sequence holds, and `spare_blocks`, if given.
     """
     spare = overrides.pop("spare_blocks", None)
     attention = Attention(num_heads=1, num_kv_heads=1, head_dim=8, rope=RopeSpec())
@@ -109,13 +108,11 @@ def make_config(**overrides: Any) -> EngineConfig:
     )
     config = msgspec.structs.replace(config, **overrides)
     layout, needed = rank_layout(config), config.max_model_len
-    pools = [config.num_blocks] * len(layout.windows)
     if spare is not None:
-        pools = [layout.most_held(pool, needed) + spare[pool > 0] for pool in range(len(pools))]
-    config = msgspec.structs.replace(config, num_blocks=pools[0], window_blocks=tuple(pools[1:]))
+        config = msgspec.structs.replace(config, num_blocks=layout.blocks_for(needed) + spare)
     # What `EngineArgs.resolve` guarantees, without which a request could wait for ever.
-    if any(blocks < layout.most_held(pool, needed) for pool, blocks in enumerate(config.pools)):
-        raise ValueError("the pools do not hold one request of full length")
+    if config.num_blocks < layout.blocks_for(needed):
+        raise ValueError("the blocks do not hold one request of full length")
     if config.max_num_seqs > config.max_num_batched_tokens:
         raise ValueError("more rows than tokens a step")
     if not config.enable_chunked_prefill and config.max_num_batched_tokens < config.max_model_len:
@@ -139,7 +136,7 @@ def make_request(
 
 
 class Cell(NamedTuple):
-    """The keys and values of one token: what they depend on, and on whose behalf they were computed.
+    """The keys and values of one token: what they depend on, on whose behalf, and for which layers.
 
     `before`: a hash of all tokens in front of it, whether a window shows them or not: a layer sees them
     through the layers below it.
@@ -149,6 +146,7 @@ class Cell(NamedTuple):
     position: int
     salt: str
     before: int
+    group: int
 
 
 @dataclass
@@ -157,7 +155,7 @@ class _Row:
 
     in_use: bool = False
     request_id: int = 0
-    tables: list[list[int]] = field(default_factory=list)  # of each pool
+    tables: list[list[int]] = field(default_factory=list)  # of each group of layers
     tokens: list[int] = field(default_factory=list)  # those known at admission, and every token sampled since
     num_computed: int = 0
     salt: str = ""
@@ -177,8 +175,8 @@ class FakeRunner:
     """`core.Runner` over simulated KV memory.
 
     The host's token lists are read once, at admission. Every later token is the row's own, as on a GPU, so a
-    step that runs ahead of its predecessor's results is really tested. There is a memory for each window of
-    the model; every step reads in each of them all that its tokens see.
+    step that runs ahead of its predecessor's results is really tested. Groups of layers share the memory;
+    every step reads, for each of them, all that its tokens see.
     """
 
     graph_replays = padded_tokens = 0
@@ -188,8 +186,8 @@ class FakeRunner:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.clock = StepClock()
-        self.windows = config.spec.windows
-        self.memory: list[list[Cell | None]] = [[None] * (n * config.block_size) for n in config.pools]
+        self.windows = config.spec.cache_plan.windows
+        self.memory: list[Cell | None] = [None] * (config.num_blocks * config.block_size)
         self.rows = [_Row() for _ in range(config.max_num_seqs)]
         self.in_flight: deque[FakeStep] = deque()
         self.plans: list[StepPlan] = []
@@ -199,10 +197,10 @@ class FakeRunner:
     def rows_in_use(self) -> set[int]:
         return {index for index, row in enumerate(self.rows) if row.in_use}
 
-    def block_content(self, pool: int, block: int) -> tuple[Cell | None, ...]:
+    def block_content(self, block: int) -> tuple[Cell | None, ...]:
         """What every slot of a block holds; None where nothing was ever written."""
         size = self.config.block_size
-        return tuple(self.memory[pool][block * size : (block + 1) * size])
+        return tuple(self.memory[block * size : (block + 1) * size])
 
     # ---- core.Runner ---------------------------------------------------------------------------
 
@@ -233,8 +231,8 @@ class FakeRunner:
         _require(sum(item.num_new for item in plan.scheduled) <= budget, "more tokens than the budget")
         for item in plan.scheduled:  # the tables first: then a block in two of them is seen from both
             row, count = self._row(item), len(item.new_blocks) // len(self.windows)
-            for pool, table in enumerate(row.tables):
-                new = item.new_blocks[pool * count : (pool + 1) * count]
+            for group, table in enumerate(row.tables):
+                new = item.new_blocks[group * count : (group + 1) * count]
                 table[item.first_block : item.first_block + count] = new
         for item in plan.scheduled:  # all of them before one is read: then a block of two is seen, too
             self._write(item)
@@ -273,11 +271,11 @@ class FakeRunner:
         _require(known <= len(row.tokens), "a token is computed before it exists")
         _require(item.samples == (known == len(row.tokens)), "a token is sampled at the wrong place")
         context = [*row.tokens[:known], *drafts]
-        for pool, memory in enumerate(self.memory):
+        for group in range(len(self.windows)):
             for position in range(item.start, end):
-                slot = self._slot(row, pool, position)
-                self._require_sole_owner(row, pool, slot // self.config.block_size)
-                memory[slot] = _cell(context, position, row.salt)
+                slot = self._slot(row, group, position)
+                self._require_sole_owner(row, group, slot // self.config.block_size)
+                self.memory[slot] = _cell(context, position, row.salt, group)
 
     def _compute(self, item: ScheduledRequest) -> list[int]:
         """Read all that the step's tokens see, and sample."""
@@ -314,30 +312,32 @@ class FakeRunner:
             passed = first // self.config.block_size
             table[:passed] = [NO_BLOCK] * passed
 
-    def _slot(self, row: _Row, pool: int, position: int) -> int:
+    def _slot(self, row: _Row, group: int, position: int) -> int:
         size = self.config.block_size
-        block = row.tables[pool][position // size]
-        _require(0 <= block < self.config.pools[pool], f"position {position} is in no block of pool {pool}")
+        block = row.tables[group][position // size]
+        _require(0 <= block < self.config.num_blocks, f"position {position} is in no block of group {group}")
         return block * size + position % size
 
     def _read(self, row: _Row, start: int, end: int, context: list[int]) -> list[int]:
-        """What tokens [start, end) see in every memory; the tokens in front of `end` as they are read."""
+        """What tokens [start, end) see in every group; the tokens in front of `end` as they are read."""
         read = context[:end]
-        for pool, (memory, window) in enumerate(zip(self.memory, self.windows, strict=True)):
+        for group, window in enumerate(self.windows):
             for position in range(0 if window is None else max(0, start - window + 1), end):
-                cell, seen = memory[self._slot(row, pool, position)], _cell(context, position, row.salt)
+                cell = self.memory[self._slot(row, group, position)]
+                seen = _cell(context, position, row.salt, group)
                 if cell is None or cell[1:] != seen[1:]:
-                    raise Misuse(f"pool {pool} has {cell} for position {position}, where {seen} is wanted")
+                    raise Misuse(f"group {group} has {cell} for position {position}, where {seen} is wanted")
                 read[position] = cell.token
         return read
 
-    def _require_sole_owner(self, row: _Row, pool: int, block: int) -> None:
-        shared = any(block in other.tables[pool] for other in self.rows if other is not row and other.in_use)
-        _require(not shared, f"block {block} is written while another row holds it")
+    def _require_sole_owner(self, row: _Row, group: int, block: int) -> None:
+        tables = (table for other in self.rows if other.in_use for table in other.tables)
+        shared = any(block in table for table in tables if table is not row.tables[group])
+        _require(not shared, f"block {block} is written while another table holds it")
 
 
-def _cell(context: Sequence[int], position: int, salt: str) -> Cell:
-    return Cell(context[position], position, salt, hash(tuple(context[:position])))
+def _cell(context: Sequence[int], position: int, salt: str, group: int) -> Cell:
+    return Cell(context[position], position, salt, hash(tuple(context[:position])), group)
 
 
 def _require(holds: bool, problem: str) -> None:
@@ -400,7 +400,7 @@ class Engine:
         core, scheduler = self.core, self.core.scheduler
         core.kv.check()
         assert core.kv.num_used == 0
-        assert [pool.num_available for pool in core.kv.pools] == list(self.config.pools)
+        assert core.kv.pool.num_available == self.config.num_blocks
         assert core.kv.num_unused_slots == 0
         assert not scheduler._requests and not scheduler._running and not scheduler._waiting
         assert sorted(scheduler._free_rows) == list(range(self.config.max_num_seqs))

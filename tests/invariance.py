@@ -46,8 +46,9 @@ def check_ways(engine: Callable[..., InferenceEngine]) -> dict[int, Answer]:
         answers(engine(enable_prefix_caching=False, max_num_batched_tokens=32, max_num_seqs=4), everyone)
         == alone
     )
-    tight = engine(num_gpu_blocks_override=24, max_model_len=256, enable_prefix_caching=False)
+    blocks = 24 * first.core.config.num_groups
+    tight = engine(num_gpu_blocks_override=blocks, max_model_len=256, enable_prefix_caching=False)
     assert answers(tight, everyone) == alone
     # With a window in all layers requests are admitted with all blocks that they will hold.
-    assert (tight.core.stats().preemptions > 0) == (None in first.core.config.spec.windows)
+    assert (tight.core.stats().preemptions > 0) == (None in first.core.config.spec.cache_plan.windows)
     return alone

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from tiny_models import TOKENIZER_SIZE, make_hf_folder
 
+from microvllm.adapters.registry import load_spec
 from microvllm.ops.attention.e4m3 import storable
 from microvllm.ops.attention.mixed import MixedAttention
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.engine import InferenceEngine
+from microvllm.runtime.kv_memory import CacheLayout
 from microvllm.runtime.request import EngineRequest, SamplingParams, StepOutput
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
@@ -442,6 +444,16 @@ def long_folder() -> Path:
     return make_hf_folder(Path(_models().name) / "long", options.pop("family"), **options)
 
 
+def groups_of(model: Path | str) -> int:
+    """Groups of layers, each of which needs blocks of the KV cache for a token."""
+    return len(load_spec(Path(model)).cache_plan.windows)
+
+
+def fewest_blocks(model: Path | str, length: int, block_size: int, step_tokens: int) -> int:
+    """KV blocks that a request of so many tokens needs, beside steps of `step_tokens` in flight."""
+    return CacheLayout.of(load_spec(Path(model)), "float32", block_size, step_tokens).blocks_for(length)
+
+
 def make_engine(model: Path | str, **options: Any) -> InferenceEngine:
     """An engine in float32 on one thread with a small pool."""
     defaults: dict[str, Any] = {
@@ -538,13 +550,13 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
 def poisoned(engine: InferenceEngine, value: float = torch.nan) -> Iterator[None]:
     """Overwrite every free block behind each step: nobody may read it before it is written again."""
     attention: Any = engine.core._runner._device._attention  # type: ignore[attr-defined]
-    kinds = attention._kinds if isinstance(attention, MixedAttention) else [(attention, 0)]
+    backends = attention.backends if isinstance(attention, MixedAttention) else [attention]
     launch = engine.core._runner.launch
 
     def poison(plan: Any) -> Any:
         launched = launch(plan)
-        for backend, pool in kinds:
-            free = engine.core.kv.pools[pool].free
+        free = engine.core.kv.pool.free
+        for backend in backends:
             storable(backend.cache)[:, :, free] = storable(torch.tensor(value).to(backend.cache.dtype))
         return launched
 

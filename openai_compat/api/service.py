@@ -104,13 +104,14 @@ async def loads(request: Request, state: ServerState) -> Response:
 def _load_of(stats: EngineStats, state: ServerState, rank: int) -> dict[str, float]:
     config = state.client.config
     running, waiting = stats.num_running, stats.num_waiting
+    in_blocks = stats.kv_tokens_total * stats.kv_blocks_used // max(1, stats.kv_blocks_total)
     return {
         "dp_rank": rank,
         "num_running_reqs": running,
         "num_waiting_reqs": waiting,
         "num_total_reqs": running + waiting,
-        "num_used_tokens": stats.kv_blocks_used * config.block_size - stats.kv_unused_slots,
-        "max_total_num_tokens": stats.kv_blocks_total * config.block_size,
+        "num_used_tokens": in_blocks - stats.kv_unused_slots,
+        "max_total_num_tokens": stats.kv_tokens_total,
         "max_running_requests": config.max_num_seqs,
         "token_usage": stats.kv_usage,
         "cache_hit_rate": stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
@@ -143,7 +144,7 @@ async def server_info(request: Request, state: ServerState) -> Response:
         "served_model_name": state.model_names[0],
         "context_length": config.max_model_len,
         "max_running_requests": config.max_num_seqs * config.data_parallel_size,
-        "max_total_num_tokens": state.client.stats.kv_blocks_total * config.block_size,
+        "max_total_num_tokens": state.client.stats.kv_tokens_total,
         "page_size": config.block_size,
         "block_size": config.block_size,
         "dtype": config.dtype,

@@ -12,37 +12,35 @@ from microvllm.ops.attention import AttentionBackend, AttentionBatch, SegmentTab
 
 
 class MixedAttention:
-    """One backend per kind, which holds the KV cache of that kind's layers.
+    """One backend per kind, which computes the layers of that kind.
 
-    kinds: each backend, the numbers of the layers that it computes, in the order of its own cache, and the
-    pool that hands out its blocks. Kinds of one pool have the same block tables.
+    kinds: each backend, and the numbers of the layers that it computes, in its own order. groups: of each
+    layer of the model; those of a group have the same block tables.
     """
 
-    def __init__(self, kinds: Sequence[tuple[AttentionBackend, Sequence[int], int]]) -> None:
-        self._kinds = [(backend, pool) for backend, _, pool in kinds]
-        self._places = {
-            layer: (kind, place)
-            for kind, (_, layers, _) in enumerate(kinds)
-            for place, layer in enumerate(layers)
-        }
-
-    @property
-    def backends(self) -> list[AttentionBackend]:
-        """One for each kind."""
-        return [backend for backend, _ in self._kinds]
+    def __init__(
+        self, kinds: Sequence[tuple[AttentionBackend, Sequence[int]]], groups: Sequence[int]
+    ) -> None:
+        self.backends = [backend for backend, _ in kinds]
+        self._steps: dict[tuple[int, int], int] = {}  # by kind and group
+        self._places: dict[int, tuple[int, int]] = {}
+        for kind, (_, layers) in enumerate(kinds):
+            for place, layer in enumerate(layers):
+                step = self._steps.setdefault((kind, groups[layer]), len(self._steps))
+                self._places[layer] = step, place
 
     def begin_step(self, batch: AttentionBatch) -> StepAttention:
         batches = (batch, *batch.others)
-        steps = [backend.begin_step(batches[pool]) for backend, pool in self._kinds]
+        steps = [self.backends[kind].begin_step(batches[group]) for kind, group in self._steps]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            kind, place = self._places[layer]
-            return steps[kind](place, qkv)
+            step, place = self._places[layer]
+            return steps[step](place, qkv)
 
         return attend
 
 
-def batch_of_pools(
+def batch_of_groups(
     positions: Tensor,
     slots: Iterable[Tensor],
     decode_blocks: Iterable[Tensor],
@@ -50,9 +48,9 @@ def batch_of_pools(
     segments: Sequence[SegmentTable] = (),
     rows: Tensor | None = None,
 ) -> AttentionBatch:
-    """Return the batch of the first pool, with those of the others in it.
+    """Return the batch of the first group of layers, with those of the others in it.
 
-    As `AttentionBatch` has them, but of each pool: slots, decode_blocks and, if there are any, segments.
+    As `AttentionBatch` has them, but of each group: slots, decode_blocks and, if there are any, segments.
     """
     batches = [
         AttentionBatch(positions, places, len(decode_lens), blocks, decode_lens, table, rows)

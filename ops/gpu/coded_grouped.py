@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.coded import BLOCK, CodedTensor
+from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.coded_skinny import in_rows, multiply_codes, rows_of_groups
-from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling, store_choices, tile_of_program
+from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 
@@ -116,9 +117,18 @@ def _coded_grouped_kernel(
             if GATED:
                 up_sums *= tl.load(code_scales + N + row).to(tl.float32)[:, None]
         sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        store_choices(
-            y, sums, up_sums, bias, matrix, scales, choice, place, here, n, N, GATED, LAST, BIAS, CLAMPED
-        )
+        if BIAS:
+            sums += tl.load(bias + row).to(tl.float32)[None, :]
+            if GATED:
+                up_sums += tl.load(bias + N + row).to(tl.float32)[None, :]
+        if GATED:
+            sums = gated_unit(sums, up_sums, CLAMPED)
+        y_row = place
+        if LAST:
+            sums *= tl.load(scales + choice)[:, None]
+            y_row = choice
+        y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(y_at, sums, here[:, None] & (n < N)[None, :])
 
 
 class CodedGroupedWeight:

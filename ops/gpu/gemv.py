@@ -18,32 +18,6 @@ from microvllm.ops.gpu.tiling import Tiling
 
 
 @triton.jit
-def store_row(
-    y,
-    value,
-    up,
-    bias,
-    residual,
-    m,
-    n,
-    N: tl.constexpr,
-    GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """y[m, n] = act(value + bias) + residual; up: what SwiGLU multiplies if GATED."""
-    if BIAS:
-        value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
-    if GATED:
-        if BIAS:
-            up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
-        value = swiglu(value, up)
-    if RESIDUAL:
-        value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
-    tl.store(y + m * N + n, value, n < N)
-
-
-@triton.jit
 def _gemv_kernel(
     y,
     x,
@@ -105,10 +79,16 @@ def _gemv_kernel(
         if NORM:
             scale = tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
         value = tl.sum(sums[m], 1) * scale
-        up = value
+        if BIAS:
+            value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
         if GATED:
             up = tl.sum(up_sums[m], 1) * scale
-        store_row(y, value, up, bias, residual, m, n, N, GATED, BIAS, RESIDUAL)
+            if BIAS:
+                up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
+            value = swiglu(value, up)
+        if RESIDUAL:
+            value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
+        tl.store(y + m * N + n, value, n < N)
 
 
 def gemv(

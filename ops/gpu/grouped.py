@@ -62,41 +62,6 @@ def tile_of_program(NUM_TILES, BLOCKS_N: tl.constexpr, TILES_TOGETHER: tl.conste
 
 
 @triton.jit
-def store_choices(
-    y,
-    sums,
-    up_sums,
-    bias,
-    matrix,
-    scales,
-    choice,
-    place,
-    rows,
-    n,
-    N: tl.constexpr,
-    GATED: tl.constexpr,
-    LAST: tl.constexpr,
-    BIAS: tl.constexpr,
-    CLAMPED: tl.constexpr,
-):
-    """What is behind the products of a tile: [choices, columns] of both sums; matrix: the first row of it.
-
-    rows: which of the choices there are; n: the columns. The others are those of `_grouped_kernel`.
-    """
-    if BIAS:
-        sums += tl.load(bias + matrix + n, n < N, 0.0).to(tl.float32)[None, :]
-    if GATED:
-        if BIAS:
-            up_sums += tl.load(bias + matrix + N + n, n < N, 0.0).to(tl.float32)[None, :]
-        sums = gated_unit(sums, up_sums, CLAMPED)
-    y_row = place
-    if LAST:
-        sums *= tl.load(scales + choice)[:, None]  # absent rows have one of a choice that there is
-        y_row = choice
-    tl.store(y + y_row.to(tl.int64)[:, None] * N + n[None, :], sums, rows[:, None] & (n < N)[None, :])
-
-
-@triton.jit
 def _multiply(x, w, sums, SWAPPED: tl.constexpr):
     """sums + x @ w.T, or its transpose."""
     if SWAPPED:
@@ -209,9 +174,18 @@ def _grouped_kernel(
                     up_sums = _multiply(x_tile, w_tile, up_sums, SWAPPED)
         if SWAPPED:
             sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        store_choices(
-            y, sums, up_sums, bias, matrix, scales, choice, place, rows, n, N, GATED, LAST, BIAS, CLAMPED
-        )
+        if BIAS:
+            sums += tl.load(bias + matrix + n, n < N, 0.0).to(tl.float32)[None, :]
+            if GATED:
+                up_sums += tl.load(bias + matrix + N + n, n < N, 0.0).to(tl.float32)[None, :]
+        if GATED:
+            sums = gated_unit(sums, up_sums, CLAMPED)
+        y_row = place
+        if LAST:
+            sums *= tl.load(scales + choice, rows, 0.0)[:, None]
+            y_row = choice
+        y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(y_at, sums, rows[:, None] & (n < N)[None, :])
 
 
 class GroupedWeight:

@@ -16,7 +16,8 @@ from torch import Tensor
 from microvllm.ops.gpu.launch import follow, launch_options
 
 # row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), where the
-# next token goes in the host's memory (-1: nowhere); behind these the new block of each pool
+# next token goes in the host's memory (-1: nowhere); behind these the new block of each group of
+# layers
 STAGED = 6
 CHUNK = 1024
 
@@ -25,8 +26,8 @@ CHUNK = 1024
 class DecodeInputs:
     """The inputs of a decode step on the device.
 
-    rows, ids, positions, lens, places: [batch] int32; slots: [pools, batch] int32, -1 for padding; blocks:
-    [pools, batch, width] int32.
+    rows, ids, positions, lens, places: [batch] int32; slots: [groups, batch] int32, -1 for padding; blocks:
+    [groups, batch, width] int32.
     """
 
     rows: Tensor
@@ -43,15 +44,15 @@ def prepare_decode(
 ) -> DecodeInputs:
     """Return the inputs of a decode step, and add the new blocks to the block tables.
 
-    staged: [STAGED + pools, batch] int32, see `STAGED`; tables: [pools, rows, width] int32, updated with the
-    new blocks; newest: [rows] int64, the newest token of every row.
+    staged: [STAGED + groups, batch] int32, see `STAGED`; tables: [groups, rows, width] int32, updated with
+    the new blocks; newest: [rows] int64, the newest token of every row.
 
     Padding names a row that no request has. Only the blocks that a sequence reads are written.
     """
-    batch, (pools, rows, width) = staged.shape[1], tables.shape
-    made = torch.empty(3 + pools, batch, dtype=torch.int32, device=staged.device)
-    blocks = torch.empty(pools, batch, width, dtype=torch.int32, device=staged.device)
-    _prepare_kernel[(batch, pools)](
+    batch, (groups, rows, width) = staged.shape[1], tables.shape
+    made = torch.empty(3 + groups, batch, dtype=torch.int32, device=staged.device)
+    blocks = torch.empty(groups, batch, width, dtype=torch.int32, device=staged.device)
+    _prepare_kernel[(batch, groups)](
         *(staged, tables, newest, made, blocks, batch, rows, width),
         STAGED=STAGED,
         PAGE=block_size,
@@ -78,18 +79,18 @@ def _prepare_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: one sequence in one pool."""
+    """Program: one sequence in one group."""
     follow(PDL)
     i = tl.program_id(0)
-    pool = tl.program_id(1)
+    group = tl.program_id(1)
     row = tl.load(staged + i).to(tl.int64)
     token = tl.load(staged + batch + i)
     position = tl.load(staged + 2 * batch + i)
     length = tl.load(staged + 3 * batch + i)
     column = tl.load(staged + 4 * batch + i)
-    block = tl.load(staged + (STAGED + pool) * batch + i)
-    tables += (pool * rows + row) * width
-    blocks += (pool * batch + i).to(tl.int64) * width
+    block = tl.load(staged + (STAGED + group) * batch + i)
+    tables += (group * rows + row) * width
+    blocks += (group * batch + i).to(tl.int64) * width
     tl.store(tables + column, block, mask=column >= 0)
     token = tl.where(token < 0, tl.load(newest + row).to(tl.int32), token)
     here = position // PAGE
@@ -98,7 +99,7 @@ def _prepare_kernel(
     tl.store(made + i, token)
     tl.store(made + batch + i, position)
     tl.store(made + 2 * batch + i, length)
-    tl.store(made + (3 + pool) * batch + i, slot)
+    tl.store(made + (3 + group) * batch + i, slot)
     used = (length + PAGE - 1) // PAGE
     for first in range(0, used, CHUNK):
         at = first + tl.arange(0, CHUNK)

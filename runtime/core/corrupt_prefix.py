@@ -15,13 +15,13 @@ def withdraw_prefix(kv: KVCacheManager, request: Request) -> None:
     if not kv.enable_prefix_caching:
         return
     keys = request.keys.upto(len(request.token_ids) // kv.block_size)
-    for pool in kv.pools:
+    for group in kv.groups:
         for key in keys:
-            block = pool.block_of.get(key)
+            block = group.block_of.get(key)
             if block is not None:
-                del pool.block_of[key]
-                pool.key_of[block] = None
-                if not pool.refcount[block]:
-                    del pool.cached[block]
-                    pool.free.append(block)
+                del group.block_of[key]
+                del kv.pool.entry_of[block]
+                if not kv.pool.refcount[block]:
+                    del kv.pool.cached[block]
+                    kv.pool.free.append(block)
     kv.states.drop(keys)

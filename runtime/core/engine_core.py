@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.checkpoints import StateCheckpoints
-from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
+from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager, LayerGroup
 from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
@@ -73,9 +73,12 @@ class EngineCore(Generic[StepT]):
 
     def __init__(self, config: EngineConfig, runner: Runner[StepT], drafter: Drafter | None = None) -> None:
         self.config = config
-        pools = rank_layout(config).shapes(config.pools, config.max_model_len)
-        self.kv = KVCacheManager([BlockPool(*pool) for pool in pools], config.enable_prefix_caching)
-        self.kv.states = StateCheckpoints.of(config, self.kv.pools[0].longest_hit)
+        pool = BlockPool(config.num_blocks, config.block_size)
+        length, layout = config.max_model_len, rank_layout(config)
+        self._kv_tokens = layout.tokens(config.num_blocks, length)
+        groups = [LayerGroup(pool, *group) for group in layout.groups(length)]
+        self.kv = KVCacheManager(groups, config.enable_prefix_caching)
+        self.kv.states = StateCheckpoints.of(config, self.kv.groups[0].longest_hit)
         self.scheduler = Scheduler(config, self.kv)
         self.clock = runner.clock
         self.report = StepReport(runner) if config.log_step_times else None
@@ -215,9 +218,9 @@ class EngineCore(Generic[StepT]):
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            kv_blocks_used=self.kv.pools[0].num_used,
-            kv_blocks_total=self.kv.pools[0].num_blocks,
-            kv_window_usage=self.kv.window_usage,
+            kv_blocks_used=self.kv.num_used,
+            kv_blocks_total=self.kv.pool.num_blocks,
+            kv_tokens_total=self._kv_tokens,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             prefix_queries=scheduler.prefix_queries,

@@ -99,7 +99,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True):  # one a request a step: a 
     num_new: int
     samples: bool  # the last of them, but for drafts, is the last of the request: the next token is chosen
     first_block: int  # column in the block tables of the first block that is new to the model runner
-    new_blocks: tuple[int, ...]  # as many of each pool, pool after pool; see `KVCacheManager.blocks_from`
+    new_blocks: tuple[int, ...]  # as many of each group of layers; see `KVCacheManager.blocks_from`
     num_draft_tokens: int = 0
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -12,50 +12,60 @@ class AuditedPool(Protocol):
 
     num_blocks: int
     block_size: int
-    most_held: int
     refcount: list[int]
-    key_of: list[bytes | None]
+    entry_of: dict[int, tuple[dict[bytes, int], bytes]]
+    free: list[int]
+    cached: OrderedDict[int, None]
 
-    @property
-    def block_of(self) -> Mapping[bytes, int]: ...
 
-    @property
-    def free(self) -> Collection[int]: ...
+class AuditedGroup(Protocol):
+    """What a `LayerGroup` has."""
 
-    @property
-    def cached(self) -> Collection[int]: ...
+    most_held: int
+    block_of: dict[bytes, int]
 
     def first_seen(self, position: int) -> int: ...
+
+
+TableOfAll = tuple[Sequence[Sequence[int]], int, int]  # of a sequence
 
 
 class BrokenPoolError(RuntimeError):
     """An invariant of a block pool does not hold: the engine must not go on."""
 
 
-def audit(pool: AuditedPool, tables: Sequence[tuple[Sequence[int], int, int]], *, shares: bool) -> None:
+def audit(
+    pool: AuditedPool, groups: Sequence[AuditedGroup], tables: Sequence[TableOfAll], *, shares: bool
+) -> None:
     """Raise `BrokenPoolError` unless every invariant holds. O(blocks).
 
-    tables: of each sequence its blocks, how many tokens they have room for, and how many of the first blocks
+    tables: the blocks of each group, how many tokens they have room for, and how many of the first columns
     are full of computed tokens, which sequences may have in common if it `shares` them.
     """
-    passed = [pool.first_seen(num_full * pool.block_size) for _, _, num_full in tables]
-    held = Counter(b for (blocks, _, _), first in zip(tables, passed, strict=True) for b in blocks[first:])
+    rows = [
+        (group, blocks, group.first_seen(num_full * pool.block_size), num_tokens, num_full)
+        for each, num_tokens, num_full in tables
+        for group, blocks in zip(groups, each, strict=True)
+    ]
+    holds = [(block, id(group)) for group, blocks, first, *_ in rows for block in blocks[first:]]
+    held = Counter(block for block, _ in holds)
     all_blocks = list(range(pool.num_blocks))
     parts = [*pool.free, *pool.cached, *held]
     require(pool.refcount == [held[block] for block in all_blocks], "a refcount is wrong")
     require(sorted(parts) == all_blocks, "free, cached and referenced do not partition")
-    for (blocks, num_tokens, num_full), first in zip(tables, passed, strict=True):
-        kept = blocks[first:]
-        own = blocks[max(first, num_full if shares else 0) :]
+    require(len(set(holds)) == len(held), "two groups hold a block")
+    for group, blocks, first, num_tokens, num_full in rows:
+        kept, own = blocks[first:], blocks[max(first, num_full if shares else 0) :]
         require(all(held[b] == 1 for b in own), "a block that a sequence writes is shared")
         require(len(set(kept)) == len(kept), "a sequence holds a block twice")
         require(max(blocks[:first], default=-1) < 0, "a sequence holds a block behind its window")
         require(len(blocks) == -(-num_tokens // pool.block_size), "the table of a sequence is off")
-        require(len(kept) <= pool.most_held, "a sequence holds too many blocks")
-    keys = pool.block_of.items()
-    require(all(pool.key_of[b] == key for key, b in keys), "a key names a wrong block")
-    require(all(pool.key_of[b] is not None for b in pool.cached), "a cached block has no key")
-    require(all(pool.key_of[b] is None for b in pool.free), "a free block has a key")
+        require(len(kept) <= group.most_held, "a sequence holds too many blocks")
+    entries = {(id(block_of), key, b) for b, (block_of, key) in pool.entry_of.items()}
+    named = {(id(group.block_of), key, b) for group in groups for key, b in group.block_of.items()}
+    require(named == entries, "a key names a wrong block")
+    require(pool.entry_of.keys() >= pool.cached.keys(), "a cached block has no key")
+    require(pool.entry_of.keys().isdisjoint(pool.free), "a free block has a key")
 
 
 def require(holds: bool, problem: str) -> None:

@@ -21,31 +21,31 @@ FULL_ATTENTION, WINDOW = "full_attention", "sliding_window"  # vLLM's names of a
 
 
 class Change(NamedTuple):
-    """A key that came into the index of a pool or went; None: all went."""
+    """A key that came into the index of a group of layers or went; None: all went."""
 
-    pool: int
+    group: int
     key: bytes | None
     stored: bool = False
 
 
 class RecordedIndex(dict[bytes, int]):
-    """The cached blocks of a pool by key; appends each change of its keys to `changes`."""
+    """The cached blocks of a group by key; appends each change of its keys to `changes`."""
 
-    def __init__(self, pool: int, changes: list[Change]) -> None:
+    def __init__(self, group: int, changes: list[Change]) -> None:
         super().__init__()
-        self._pool, self._changes = pool, changes
+        self._group, self._changes = group, changes
 
     def __setitem__(self, key: bytes, block: int) -> None:
         super().__setitem__(key, block)
-        self._changes.append(Change(self._pool, key, stored=True))
+        self._changes.append(Change(self._group, key, stored=True))
 
     def __delitem__(self, key: bytes) -> None:
         super().__delitem__(key)
-        self._changes.append(Change(self._pool, key))
+        self._changes.append(Change(self._group, key))
 
     def clear(self) -> None:
         super().clear()
-        self._changes.append(Change(self._pool, None))
+        self._changes.append(Change(self._group, None))
 
 
 class _Content(NamedTuple):
@@ -59,8 +59,7 @@ class _Content(NamedTuple):
 class CacheRecorder:
     """Records the changes of a cache, from its first block on.
 
-    A pool is a group of vLLM's: a hit is as long as all of them have what they need of it. int_hashes: the
-    form of block hashes.
+    A hit is as long as all groups have what they need of it. int_hashes: the form of block hashes.
     """
 
     def __init__(self, kv: KVCacheManager, *, int_hashes: bool = True) -> None:
@@ -68,9 +67,9 @@ class CacheRecorder:
         self._int_hashes = int_hashes
         self._changes: list[Change] = []
         self._contents: dict[bytes, _Content] = {}  # of blocks stored since the last `take_events`
-        self._windows = [pool.window for pool in kv.pools]
-        for index, pool in enumerate(kv.pools):
-            pool.block_of = RecordedIndex(index, self._changes)
+        self._windows = [group.window for group in kv.groups]
+        for index, group in enumerate(kv.groups):
+            group.block_of = RecordedIndex(index, self._changes)
 
     def describe(self, scheduled: Sequence[ScheduledRequest]) -> None:
         """Note what the blocks hold that the commit of a step has stored; to be called behind it."""
@@ -89,21 +88,21 @@ class CacheRecorder:
         """Return the events since the last call, in their order; neighbours of one kind are one event."""
         events: list[KVEvent] = []
         last: bytes | None = None  # the key of the last event's last block
-        for pool, key, stored in self._changes:
+        for group, key, stored in self._changes:
             event = events[-1] if events else None
             if key is None:
                 if not isinstance(event, AllBlocksCleared):
                     events.append(AllBlocksCleared())
             elif not stored:
-                if not isinstance(event, BlockRemoved) or event.group_idx != pool:
-                    event = BlockRemoved([], MEDIUM, group_idx=pool)
+                if not isinstance(event, BlockRemoved) or event.group_idx != group:
+                    event = BlockRemoved([], MEDIUM, group_idx=group)
                     events.append(event)
                 event.block_hashes.append(self._hash(key))
             else:
                 content = self._contents[key]
                 follows = content.parent is not None and content.parent == last
-                if not isinstance(event, BlockStored) or event.group_idx != pool or not follows:
-                    event = self._stored(pool, content.parent)
+                if not isinstance(event, BlockStored) or event.group_idx != group or not follows:
+                    event = self._stored(group, content.parent)
                     events.append(event)
                 event.block_hashes.append(self._hash(key))
                 event.token_ids += content.token_ids
@@ -121,7 +120,7 @@ class CacheRecorder:
             return _Content(keys[column - 1], token_ids, "")
         return _Content(None, token_ids, request.source.cache_salt)
 
-    def _stored(self, pool: int, parent: bytes | None) -> BlockStored:
+    def _stored(self, group: int, parent: bytes | None) -> BlockStored:
         return BlockStored(
             block_hashes=[],
             parent_block_hash=None if parent is None else self._hash(parent),
@@ -131,9 +130,9 @@ class CacheRecorder:
             medium=MEDIUM,
             lora_name=None,
             extra_keys=[],
-            group_idx=pool,
-            kv_cache_spec_kind=FULL_ATTENTION if self._windows[pool] is None else WINDOW,
-            kv_cache_spec_sliding_window=self._windows[pool],
+            group_idx=group,
+            kv_cache_spec_kind=FULL_ATTENTION if self._windows[group] is None else WINDOW,
+            kv_cache_spec_sliding_window=self._windows[group],
         )
 
     def _hash(self, key: bytes) -> BlockHash:

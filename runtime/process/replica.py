@@ -147,7 +147,7 @@ class Replica:
             first = streams[0]
             first.prefill_tokens = len(first.prompt_token_ids) - self.prefixes.matched(keys)
             self.waiting_tokens += first.prefill_tokens
-            self.prefixes.note(keys, self.stats.kv_blocks_total * self.config.block_size)
+            self.prefixes.note(keys, self.stats.kv_tokens_total)
 
     def abort_request(self, request_id: int) -> None:
         """Send an abort for a stream that has ended by itself."""

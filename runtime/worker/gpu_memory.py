@@ -24,7 +24,7 @@ from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.kv_memory import KV_BYTES, fit_pools
+from microvllm.runtime.kv_memory import KV_BYTES, fit_length
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.worker.loading import load_model, make_attention
@@ -128,22 +128,21 @@ def load_beside_cache(
     free, total = torch.cuda.mem_get_info()
     ours = torch.cuda.memory_reserved() + CONTEXT_BYTES
     budget = int(total * config.gpu_memory_utilization)
-    layout, pools, length = rank_layout(config), config.pools, config.max_model_len
+    layout, blocks, length = rank_layout(config), config.num_blocks, config.max_model_len
     room = free if config.num_blocks else min(budget - ours, free)
     states = _states_bytes(config)
     room -= activations + graphs + states + RESERVE_BYTES
     if ranks is not None:
         room = ranks.smallest(room)
-    if not config.num_blocks and room >= sum(layout.block_bytes):
-        pools, length = fit_pools(layout, room, length, "--gpu-memory-utilization", config.may_shorten)
-    cache, rest = layout.size(pools), ours - weights + RESERVE_BYTES
+    if not config.num_blocks and room >= layout.page_bytes:
+        blocks = room // layout.page_bytes
+        length = fit_length(layout, blocks, length, "--gpu-memory-utilization", config.may_shorten)
+    cache, rest = blocks * layout.page_bytes, ours - weights + RESERVE_BYTES
     plan = MemoryPlan(weights, activations, graphs, states, cache, rest, budget, total)
-    if not pools[0] or cache > room:
+    if not blocks or cache > room:
         raise ConfigError(f"the GPU has no room for the KV cache: {plan}", remedy=NO_ROOM_REMEDY)
-    config = msgspec.structs.replace(
-        config, num_blocks=pools[0], window_blocks=pools[1:], max_model_len=length
-    )
-    measuring.finish(f"{plan}: the KV cache of {config.kv_dtype} has room for {layout.room(pools)}")
+    config = msgspec.structs.replace(config, num_blocks=blocks, max_model_len=length)
+    measuring.finish(f"{plan}: the KV cache of {config.kv_dtype} has room for {layout.room(blocks, length)}")
     return model, config
 
 
@@ -210,8 +209,7 @@ def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
     # Here, because a machine without a GPU need not have Triton.
     from microvllm.runtime.worker.graphs import make_graphs
 
-    few = (TRIAL_BLOCKS,) * len(config.pools)
-    small = msgspec.structs.replace(config, num_blocks=few[0], window_blocks=few[1:])
+    small = msgspec.structs.replace(config, num_blocks=TRIAL_BLOCKS)
     before = torch.cuda.memory_reserved()
     device, rows = torch.device(config.device), config.max_num_seqs + 1
     made = make_graphs(

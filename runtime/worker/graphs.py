@@ -24,7 +24,7 @@ from torch.cuda import CUDAGraph
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend, SegmentTable
-from microvllm.ops.attention.mixed import batch_of_pools
+from microvllm.ops.attention.mixed import batch_of_groups
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.sampling import Delivery
@@ -96,7 +96,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Owns the graphs, and `tables`, the block tables on the device, [pools, rows, width] int32.
+    """Owns the graphs, and `tables`, the block tables on the device, [groups, rows, width] int32.
 
     Of a row's table only the blocks below its context length are read, so it need not be zeroed.
     `pool`: the memory that the graphs share with others.
@@ -123,10 +123,10 @@ class DecodeGraphs:
         self.sizes = batch_sizes(config.max_num_seqs)
         self._captured: dict[int, _Captured] = {}
         device = inputs.newest.device
-        self._pools = len(config.pools)
-        self._height = STAGED + self._pools
+        self._groups = config.num_groups
+        self._height = STAGED + self._groups
         self._staged = torch.zeros(self._height * config.max_num_seqs, dtype=torch.int32, device=device)
-        sizes = self._pools, config.max_num_seqs + 1, config.max_blocks
+        sizes = self._groups, config.max_num_seqs + 1, config.max_blocks
         self.tables = torch.zeros(sizes, dtype=torch.int32, device=device)
         self.replays = 0
         self.padded_tokens = 0
@@ -161,7 +161,7 @@ class DecodeGraphs:
             pdl=can_launch_early(newest.device),
         )
         decoding = inputs.positions, inputs.slots, inputs.blocks, inputs.lens
-        batch = batch_of_pools(*decoding, rows=inputs.rows)
+        batch = batch_of_groups(*decoding, rows=inputs.rows)
         hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
         logits = self._model.head(hidden)
         return inputs, inputs.ids, logits, self._choose(inputs, logits)
@@ -186,9 +186,9 @@ class DecodeGraphs:
         blocks: list[int] = []
         _, rows, width = self.tables.shape
         for item in items:
-            for pool in range(self._pools):
-                first = (pool * rows + item.request.row) * width + item.first_block
-                places += range(first, first + len(item.new_blocks) // self._pools)
+            for group in range(self._groups):
+                first = (group * rows + item.request.row) * width + item.first_block
+                places += range(first, first + len(item.new_blocks) // self._groups)
             blocks += item.new_blocks
         if places:
             at, values = self._inputs.stager.send(np.array(places), np.array(blocks))
@@ -220,7 +220,7 @@ class DecodeGraphs:
         count = len(items)
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
         # A request that was just admitted may bring a whole table.
-        self.note_blocks([item for item in items if len(item.new_blocks) > self._pools])
+        self.note_blocks([item for item in items if len(item.new_blocks) > self._groups])
         staged = self._padding(size)
         staged[0, :count] = [item.request.row for item in items]
         staged[1, :count] = [
@@ -231,7 +231,7 @@ class DecodeGraphs:
         starts = np.array([item.start for item in items])
         staged[2, :count], staged[3, :count] = starts, starts + 1
         for i, item in enumerate(items):
-            if len(item.new_blocks) == self._pools:
+            if len(item.new_blocks) == self._groups:
                 staged[4, i], staged[STAGED:, i] = item.first_block, item.new_blocks
         self._sampler.upload()
         self._inputs.stager.send_into(self._view(size), staged)
@@ -265,7 +265,7 @@ class _CapturedPrompts:
 class PromptGraphs:
     """Captures steps with prompts, for some numbers of tokens each, and replays them.
 
-    `tables`: the block tables on the device, [pools, rows, width] int32; the last row is the padding row.
+    `tables`: the block tables on the device, [groups, rows, width] int32; the last row is the padding row.
     `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
     """
 
@@ -286,7 +286,7 @@ class PromptGraphs:
         self._padding_row = config.max_num_seqs
         longest = Levers.of(tables.device).prompt_tokens(config.spec.num_products)
         limits = config.max_num_seqs, config.max_num_batched_tokens
-        self.sizes = step_sizes(*limits, longest, len(config.pools))
+        self.sizes = step_sizes(*limits, longest, config.num_groups)
         self._captured: dict[StepSize, _CapturedPrompts] = {}
         longest = max((size.fields()[-1].stop for size in self.sizes), default=0)
         self._staged = torch.zeros(longest, dtype=torch.int32, device=tables.device)
@@ -303,7 +303,7 @@ class PromptGraphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         falling = sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True)
         for size in falling[:number]:
-            slots = np.zeros((size.pools, 0), dtype=np.int64)
+            slots = np.zeros((size.groups, 0), dtype=np.int64)
             self.send(size, StepArrays(nothing, nothing, nothing, slots, nothing, nothing, nothing, 0))
             graph, made = capture(partial(self._step, size), self._pool, stream)
             self._captured[size] = _CapturedPrompts(graph, *map(borrowed, made))
@@ -342,7 +342,7 @@ class PromptGraphs:
         decodes = size.decodes
         segments = [SegmentTable(starts, context[decodes:], each[decodes:], size.tokens) for each in blocks]
         decoding = blocks[:, :decodes], context[:decodes]
-        batch = batch_of_pools(positions, slots, *decoding, segments, request_rows)
+        batch = batch_of_groups(positions, slots, *decoding, segments, request_rows)
         return ids, self._model.forward(ids, self._attention.begin_step(batch))
 
 

@@ -58,15 +58,15 @@ def load_model(
         raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
         raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
-    if config.device == "cpu" and any(config.spec.windows):  # a GPU's is measured beside the model
-        room = rank_layout(config).room(config.pools)
+    if config.device == "cpu" and config.num_groups > 1:  # a GPU's is measured beside the model
+        room = rank_layout(config).room(config.num_blocks, config.max_model_len)
         Stage("Dividing memory", 1, on_progress).finish(f"The KV cache has room for {room}")
     return DecoderModel(config.spec.sharded(shard.size), weights, operators, ranks)
 
 
 def make_attention(config: EngineConfig, model: DecoderModel) -> AttentionBackend:
     """Raises `ConfigError` for attention that the backend cannot compute."""
-    sizes = config.pools, config.block_size, config.max_model_len
+    sizes = config.num_blocks, config.block_size, config.max_model_len
     try:
         dtype, device = getattr(torch, config.kv_dtype), torch.device(config.device)
         return model.attention(*sizes, dtype, device, config.state_rows)

@@ -84,7 +84,7 @@ class ModelGraphRunner:
         self._sampler.use_mask(self.masks if ranks is None or ranks.rank == 0 else MaskedRows())
         self.clock = device.clock
         self._normalise = config.logprobs_mode.endswith("logprobs")
-        tables = len(config.pools), config.max_num_seqs, config.max_blocks
+        tables = config.num_groups, config.max_num_seqs, config.max_blocks
         self._block_tables = np.zeros(tables, dtype=np.int64)
         self._occupied = np.zeros(config.max_num_seqs, dtype=bool)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, SegmentTable
-from microvllm.ops.attention.mixed import batch_of_pools
+from microvllm.ops.attention.mixed import batch_of_groups
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.worker.transfers import Stager, on_device
 
@@ -22,7 +22,7 @@ UNKNOWN = -1  # a token whose value is still only on the device
 class StepArrays:
     """One step on the host; single tokens come first, because the attention takes all of them at once.
 
-    ids, rows, positions: [n], of every token; slots: [pools, n]; request_rows, lengths, context: [number of
+    ids, rows, positions: [n], of every token; slots: [groups, n]; request_rows, lengths, context: [number of
     requests].
     """
 
@@ -37,7 +37,7 @@ class StepArrays:
 
     @classmethod
     def of(cls, items: Sequence[ScheduledRequest], block_tables: np.ndarray, block_size: int) -> StepArrays:
-        """block_tables: [pools, rows, width], the blocks of every row."""
+        """block_tables: [groups, rows, width], the blocks of every row."""
         request_rows = np.array([item.request.row for item in items])
         starts = np.array([item.start for item in items])
         lengths = np.array([item.num_new for item in items])
@@ -83,7 +83,7 @@ class StepInputs(Protocol):
         ...
 
     def make(self, arrays: StepArrays, block_tables: np.ndarray) -> tuple[Tensor, AttentionBatch]:
-        """-> token ids [n], where their keys and values go and lie. block_tables: [pools, rows, width]."""
+        """-> token ids [n], where their keys and values go and lie. block_tables: [groups, rows, width]."""
         ...
 
     def is_clean(self, row: int) -> bool:
@@ -107,7 +107,7 @@ class HostInputs:
         self._arrays: StepArrays | None = None  # of single tokens, behind `_made`
         self._made: tuple[Tensor, AttentionBatch] | None = None
         self._places: list[tuple[int, int, int]] = []  # where the next step's tokens would be
-        self._slots: list[np.ndarray] = []  # of each pool, in `_arrays`
+        self._slots: list[np.ndarray] = []  # of each group, in `_arrays`
 
     def set_newest(self, rows: Sequence[int], tokens: Tensor) -> None:
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -126,7 +126,7 @@ class HostInputs:
             tables = (torch.from_numpy(table[rows[decodes:], :width]) for table in block_tables)
             common, longest = torch.from_numpy(context), int(lengths.max())
             segments = [SegmentTable(starts, common, blocks, longest) for blocks in tables]
-        batch = batch_of_pools(
+        batch = batch_of_groups(
             torch.from_numpy(arrays.positions),
             [torch.from_numpy(slots) for slots in self._slots],
             [torch.from_numpy(table[rows[:decodes], :widest]) for table in block_tables],
@@ -196,10 +196,10 @@ class DeviceInputs:
             *block_tables[:, arrays.request_rows[:decodes], :decode_width],
             *block_tables[:, arrays.request_rows[decodes:], :segment_width],
         )
-        pools, longest = len(block_tables), int(arrays.lengths[decodes:].max(initial=0))
-        tables = [SegmentTable(starts, context[decodes:], blocks, longest) for blocks in others[2 * pools :]]
-        blocks = others[pools : 2 * pools]
-        batch = batch_of_pools(positions, others[:pools], blocks, context[:decodes], tables, own)
+        groups, longest = len(block_tables), int(arrays.lengths[decodes:].max(initial=0))
+        tables = [SegmentTable(starts, context[decodes:], blocks, longest) for blocks in others[2 * groups :]]
+        blocks = others[groups : 2 * groups]
+        batch = batch_of_groups(positions, others[:groups], blocks, context[:decodes], tables, own)
         if (arrays.ids == UNKNOWN).any():
             ids = torch.where(ids == UNKNOWN, self.newest[rows], ids)
         return ids, batch

@@ -18,11 +18,11 @@ ALIGNMENT = 4  # int32 numbers in 16 bytes: Triton compiles a kernel anew for po
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """How many decodes, and tokens of prompts, a captured step has room for. `pools`: of KV blocks."""
+    """How many decodes, and tokens of prompts, a captured step has room for. `groups`: of layers."""
 
     decodes: int
     tokens: int
-    pools: int = 1
+    groups: int = 1
 
     def fits(self, arrays: StepArrays) -> bool:
         decodes = arrays.num_decodes
@@ -36,11 +36,11 @@ class StepSize:
         """Return where each field lies in the staged inputs.
 
         In this order: ids, rows and positions of the tokens; context lengths and rows of the requests;
-        starts of the segments; slots of the tokens in each pool.
+        starts of the segments; slots of the tokens in each group of layers.
         """
         tokens, requests = self.decodes + self.tokens, self.decodes + SEGMENTS
         found, start = [], 0
-        for length in (tokens, tokens, tokens, requests, requests, SEGMENTS + 1, *[tokens] * self.pools):
+        for length in (tokens, tokens, tokens, requests, requests, SEGMENTS + 1, *[tokens] * self.groups):
             found.append(slice(start, start + length))
             start += -(-length // ALIGNMENT) * ALIGNMENT
         return found
@@ -69,11 +69,11 @@ class StepSize:
 
 
 def step_sizes(
-    max_num_seqs: int, max_num_batched_tokens: int, longest: int = FEW_TOKENS, pools: int = 1
+    max_num_seqs: int, max_num_batched_tokens: int, longest: int = FEW_TOKENS, groups: int = 1
 ) -> list[StepSize]:
     """The smaller before the larger; of more than FEW_TOKENS up to `longest`, without or with all decodes."""
     decodes = sorted({min(count, max_num_seqs) for count in (*DECODES, max_num_seqs)})
     tokens = [n for n in PROMPT_TOKENS if n <= min(max(longest, FEW_TOKENS), max_num_batched_tokens)]
     return [
-        StepSize(d, n, pools) for d in decodes for n in tokens if n <= FEW_TOKENS or d in (0, max_num_seqs)
+        StepSize(d, n, groups) for d in decodes for n in tokens if n <= FEW_TOKENS or d in (0, max_num_seqs)
     ]

@@ -29,8 +29,8 @@ def warm_up(
 
     They write no keys and values: their slots are -1.
     """
-    pools = len(config.pools)
-    block_tables = np.zeros((pools, config.max_num_seqs, config.max_blocks), dtype=np.int64)
+    groups = config.num_groups
+    block_tables = np.zeros((groups, config.max_num_seqs, config.max_blocks), dtype=np.int64)
     warming = Stage("Warming up", len(TOKENS), on_progress)
     for longest in TOKENS:
         for decodes in (0, 1, 16):
@@ -42,7 +42,7 @@ def warm_up(
             positions = np.concatenate([np.arange(length) for length in lengths])
             nothing = np.zeros(total, dtype=np.int64)
             rows = np.zeros(len(lengths), dtype=np.int64)
-            slots = np.full((pools, total), -1)
+            slots = np.full((groups, total), -1)
             arrays = StepArrays(nothing, nothing, positions, slots, rows, lengths, lengths, decodes)
             ids, batch = inputs.make(arrays, block_tables)
             hidden = model.forward(ids, attention.begin_step(batch))

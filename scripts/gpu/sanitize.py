@@ -387,10 +387,10 @@ def models() -> None:
             (Path(folder) / "config.json").write_text(json.dumps({**SIZES, **config}))
             spec = load_spec(Path(folder))
             weights = load_weights(Path(folder), spec, "dummy", DTYPE, device=DEVICE.type, packed=ops.packed)
-        model, pools = DecoderModel(spec, weights, ops), len(spec.windows)
+        model, groups = DecoderModel(spec, weights, ops), len(spec.cache_plan.windows)
         mixed, blocks = mixed_step(block)
         rows = torch.arange(mixed.num_decodes + 3, device=DEVICE)
-        attention = model.attention([blocks] * pools, block, 512, DTYPE, DEVICE, len(rows))
+        attention = model.attention(blocks, block, 512, DTYPE, DEVICE, len(rows))
         decodes = [
             replace(
                 mixed,
@@ -405,8 +405,8 @@ def models() -> None:
         ]
         for batch in (mixed, *decodes):
             count = len(rows) if batch is mixed else batch.num_decodes
-            pool = replace(batch, rows=rows[:count])
-            step = attention.begin_step(replace(pool, others=(pool,) * (pools - 1)))
+            group = replace(batch, rows=rows[:count])  # of the same blocks: what is computed is not looked at
+            step = attention.begin_step(replace(group, others=(group,) * (groups - 1)))
             tokens = torch.arange(len(batch.positions), device=DEVICE)
             check(name, model.logits(model.forward(tokens, step)))
 

@@ -95,12 +95,21 @@ def attention(mixer: Attention, own: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def forward(spec: ModelSpec, weights: dict[str, Tensor], ids: Tensor, backend: str) -> Tensor:
     model = DecoderModel(spec, dict(weights), make_operators(backend, torch.float32, 1))
-    pools = len(spec.windows)
-    backend_attention = model.attention([4] * pools, 4, 64, torch.float32, torch.device("cpu"))
+    groups = len(spec.cache_plan.windows)
+    backend_attention = model.attention(4 * groups, 4, 64, torch.float32, torch.device("cpu"))
     at, n = torch.arange(len(ids)), len(ids)
-    table = SegmentTable(torch.tensor([0, n]), torch.tensor([n]), torch.arange(4)[None], n)
-    batch = AttentionBatch(at, at, 0, torch.zeros(0, 0, dtype=torch.int64), at[:0], table)
-    batch = replace(batch, others=(batch,) * (pools - 1))
+    batch, *others = (
+        AttentionBatch(
+            at,
+            16 * group + at,
+            0,
+            torch.zeros(0, 0, dtype=torch.int64),
+            at[:0],
+            SegmentTable(torch.tensor([0, n]), torch.tensor([n]), 4 * group + torch.arange(4)[None], n),
+        )
+        for group in range(groups)
+    )
+    batch = replace(batch, others=tuple(others))
     return model.logits(model.forward(ids, backend_attention.begin_step(batch)))
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from model_tools import VARIANTS, generate_ids, load_script, make_engine, make_prompts, variant_folder
+from model_tools import (
+    VARIANTS,
+    fewest_blocks,
+    generate_ids,
+    load_script,
+    make_engine,
+    make_prompts,
+    variant_folder,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, randomize, reference, write_tokenizer
 
@@ -96,7 +104,8 @@ def test_other_sizes_in_chunks_preempted_and_on_prefix_hits(tmp_path: Path, vari
     sizes = {"hidden_size": 92, "intermediate_size": 70, "num_attention_heads": 5, "num_key_value_heads": 1}
     options = {**VARIANTS[variant], **sizes, "head_dim": 22, "global_head_dim": 30, "seed": seed}
     folder = make_hf_folder(tmp_path / "hf", **options)
-    pool = {"num_gpu_blocks_override": 18, "block_size": 8, "max_model_len": 104, "max_num_seqs": 6}
+    blocks = fewest_blocks(folder, 104, 8, 13) + 1
+    pool = {"num_gpu_blocks_override": blocks, "block_size": 8, "max_model_len": 104, "max_num_seqs": 6}
     engine = make_engine(folder, max_num_batched_tokens=13, **pool)
     prompts = make_prompts(8, TOKENIZER_SIZE, seed=seed, longest=80)
     tokens = generate_ids(engine, prompts, 20)
@@ -130,8 +139,10 @@ def test_shared_layers_have_no_cache() -> None:
     engine = make_engine(variant_folder("gemma4-shared"))
     mixers = [layer.mixer for layer in engine.config.spec.layers]
     assert [mixer.source for mixer in mixers] == [None, None, None, 1, 2]
-    sizes = [2 * mixer.num_kv_heads * mixer.head_dim * 4 for mixer in mixers[:3]]
-    assert sum(engine.config.spec.kv_bytes_per_token(4)) == sum(sizes)
+    sizes = tuple(2 * mixer.num_kv_heads * mixer.head_dim for mixer in mixers[:3])
+    plan = engine.config.spec.cache_plan
+    assert [plan.slots[plan.groups[index]] for index in range(3)] == list(sizes)
+    assert plan.groups[3:] == (0, 0) and plan.page_size * len(plan.windows) < 2 * sum(sizes)
 
 
 @pytest.mark.parametrize("form", ["fp8", "awq"])
@@ -192,7 +203,9 @@ def test_a_published_configuration(tmp_path: Path) -> None:
     assert {layer.mixer.source for layer in spec.layers[15:]} == {13, 14}
     assert [spec.layers[index].mlp.size for index in (14, 15)] == [6144, 12288]
     # Of 15 layers with keys and values of their own 3 are full.
-    assert sum(spec.kv_bytes_per_token(2)) == 2 * 2 * (12 * 256 + 3 * 512)
+    plan = spec.cache_plan
+    assert plan.windows == (None, 512, 512) and plan.slots == (1024, 512, 512)
+    assert len(plan.windows) * plan.page_size == 2 * (12 * 256 + 3 * 512)
     defaults = load_spec(write_config(tmp_path, rope_parameters="absent", global_head_dim="absent"))
     assert defaults.layers == spec.layers
 

@@ -163,7 +163,7 @@ def test_the_kinds_of_layers(tmp_path: Path) -> None:
     assert [isinstance(layer.mixer, GatedDeltaNet) for layer in spec.layers] == [True, True, True, False]
     (attention,) = spec.mixers
     assert attention.gated and attention.qk_norm and attention.rope.rotary_dim == 8
-    assert spec.norm_offset == 1.0 and sum(spec.kv_bytes_per_token(2)) == 2 * 3 * 32 * 2
+    assert spec.norm_offset == 1.0 and 2 * spec.cache_plan.page_size == 2 * 3 * 32 * 2
     # Three layers of 6 heads of 12 x 8 in float32, and 3 tokens of 2 * 3 * 8 + 6 * 12 channels in 16 bits.
     assert spec.state_bytes(2) == 3 * (6 * 12 * 8 * 4 + 3 * 120 * 2)
     path = folder / "config.json"
@@ -328,7 +328,7 @@ def test_states_that_are_too_large(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     args |= {"attention_backend": "torch", "dtype": "float32", "num_gpu_blocks_override": 64}
     row = load_spec(Path(args["model"])).state_bytes(4)
     monkeypatch.setattr(kv_memory, "available_memory", lambda: 100 * row)
-    monkeypatch.setattr("microvllm.runtime.config.size_pools", lambda *_, **__: ((64,), 512))
+    monkeypatch.setattr("microvllm.runtime.config.size_cache", lambda *_, **__: (64, 512))
     plain = {**args, "enable_prefix_caching": False}
     assert EngineArgs(**plain).resolve().max_num_seqs == 20
     assert "20 requests run at once instead of 256" in caplog.text

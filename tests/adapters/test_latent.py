@@ -123,8 +123,8 @@ def test_deepseek_v3(tmp_path: Path) -> None:
     # The authors' 671 B, of which 37 B are multiplied; the embeddings are looked up.
     assert spec.num_products / 1e9 == pytest.approx(36.6, abs=0.5)
     # The size that the authors report: 576 elements a layer in place of 32768.
-    assert sum(spec.kv_bytes_per_token(2)) == 61 * 576 * 2 == 70272
-    assert sum(spec.sharded(8).kv_bytes_per_token(2)) == 70272
+    assert 2 * spec.cache_plan.page_size == 61 * 576 * 2 == 70272
+    assert 2 * spec.sharded(8).cache_plan.page_size == 70272
 
 
 def test_glm_47_flash(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_glm_47_flash(tmp_path: Path) -> None:
     assert (mixer.num_heads, mixer.nope_dim, mixer.value_dim, mixer.q_rank) == (20, 192, 256, 768)
     assert (mixer.scale, mixer.norm_eps, spec.rms_norm_eps) == (256**-0.5, 1e-6, 1e-5)
     assert [isinstance(layer.mlp, Experts) for layer in spec.layers] == [False] + [True] * 46
-    assert sum(spec.kv_bytes_per_token(2)) == 47 * 576 * 2 == 54144
+    assert 2 * spec.cache_plan.page_size == 47 * 576 * 2 == 54144
     listed = spec_of(tmp_path, GLM_47_FLASH, mlp_layer_types=["dense"] + ["sparse"] * 46)
     assert listed == spec
 

@@ -59,7 +59,7 @@ def test_what_layers_keep(tmp_path: Path) -> None:
     conv, attention = spec.layers[0].mixer, spec.layers[1].mixer
     assert conv == ShortConv(channels=144, conv_size=4, bias=True)
     assert attention.qk_norm and attention.rope.theta == 1e6
-    assert spec.state_bytes(2) == 2 * 3 * 144 * 2 and sum(spec.kv_bytes_per_token(2)) == 2 * 2 * 3 * 32 * 2
+    assert spec.state_bytes(2) == 2 * 3 * 144 * 2 and 2 * spec.cache_plan.page_size == 2 * 2 * 3 * 32 * 2
 
 
 def test_layers_with_attention_by_their_numbers(tmp_path: Path) -> None:

@@ -128,9 +128,9 @@ def logits(
     weights = load_weights(model, spec, "auto", torch.float32, packed=packed, shard=shard)
     decoder = DecoderModel(spec.sharded(shard.size), weights, operators, ranks)
     assert not weights
-    pools = len(spec.windows)
-    attention = decoder.attention([8] * pools, BLOCK, 32, torch.float32, torch.device("cpu"), 2)
-    tables = np.arange(8).reshape(1, 2, 4).repeat(pools, 0)
+    groups = len(decoder.spec.cache_plan.windows)
+    attention = decoder.attention(8 * groups, BLOCK, 32, torch.float32, torch.device("cpu"), 2)
+    tables = np.arange(8 * groups).reshape(groups, 2, 4)
     inputs = HostInputs(2, BLOCK)
     found = []
     for starts, lengths in (((0, 0), LENGTHS), (LENGTHS, (1, 1))):

@@ -34,6 +34,7 @@ async def test_the_load_in_the_engine() -> None:
         num_waiting=2,
         kv_blocks_used=10,
         kv_blocks_total=64,
+        kv_tokens_total=1024,
         kv_unused_slots=7,
         prefix_queries=200,
         prefix_hits=50,

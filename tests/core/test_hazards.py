@@ -145,7 +145,7 @@ def test_row_and_blocks_stay_until_the_last_step_in_flight_is_back(how: str) -> 
     assert request.finish_reason is not None and request.steps_in_flight == 1
     held = set(engine.core.kv.blocks_from(request.seq_id, 0))
     assert request.row == 0 and held and engine.core.scheduler.num_waiting == 1
-    assert not held & {*engine.core.kv.pools[0].free, *engine.core.kv.pools[0].cached}
+    assert not held & {*engine.core.kv.pool.free, *engine.core.kv.pool.cached}
     plans = len(engine.runner.plans)
     engine.step()
     assert len(engine.runner.plans) == plans, "the row is not free for the newcomer yet"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
+from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager, LayerGroup
 from microvllm.runtime.core.pool_audit import BrokenPoolError
 
 BLOCK = 4
 
 
 def one_pool(num_blocks: int, enable_prefix_caching: bool = True) -> KVCacheManager:
-    return KVCacheManager([BlockPool(num_blocks, BLOCK)], enable_prefix_caching)
+    return KVCacheManager([LayerGroup(BlockPool(num_blocks, BLOCK))], enable_prefix_caching)
 
 
 def blocks_of(kv: KVCacheManager, seq_id: int) -> list[int]:
@@ -229,15 +229,16 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
     assert match(kv, tokens) == []
     kv.free(1)
     kv.check()
-    assert match(kv, tokens) == [] and len(kv.pools[0].free) == 8
+    assert match(kv, tokens) == [] and len(kv.pool.free) == 8
 
 
-# ---- pools of several windows ----------------------------------------------------------------------
+# ---- groups of layers with several windows ---------------------------------------------------------
 
 
-def two_pools(full: int, window: int, reach: int = 6) -> KVCacheManager:
+def two_groups(num_blocks: int, reach: int = 6) -> KVCacheManager:
     """All tokens in one, the last `reach` in the other."""
-    return KVCacheManager([BlockPool(full, BLOCK), BlockPool(window, BLOCK, reach)])
+    pool = BlockPool(num_blocks, BLOCK)
+    return KVCacheManager([LayerGroup(pool), LayerGroup(pool, reach)])
 
 
 def grow(kv: KVCacheManager, seq_id: int, tokens: list[int]) -> None:
@@ -256,10 +257,9 @@ def grow(kv: KVCacheManager, seq_id: int, tokens: list[int]) -> None:
 
 
 def test_blocks_behind_a_window_go_back_and_stay_cached() -> None:
-    kv = two_pools(16, 3)
+    kv = two_groups(20)
     grow(kv, 1, tokens := list(range(40)))
-    full, window = kv.pools
-    assert (full.num_used, window.num_used) == (10, 2), "the next token sees 35 to 40"
+    assert kv.num_used == 10 + 2, "the next token sees 35 to 40"
     blocks = kv.blocks_from(1, 0)
     assert min(blocks[:10]) >= 0 and blocks[10:18] == (-1,) * 8 and min(blocks[18:]) >= 0
     assert kv.blocks_from(1, 9) == (blocks[9], blocks[19]) and kv.blocks_from(1, 10) == ()
@@ -270,44 +270,69 @@ def test_blocks_behind_a_window_go_back_and_stay_cached() -> None:
     assert [len(each) for each in hit] == [10, 10] and hit[1][:8] == [-1] * 8
 
 
-def test_a_hit_ends_where_all_pools_agree() -> None:
-    kv = two_pools(40, 5)
+def test_what_one_group_gives_back_serves_another() -> None:
+    """A text grows to 40 tokens in 13 blocks, where each group alone has 10 blocks for them."""
+    kv = two_groups(13)
+    grow(kv, 1, list(range(40)))
+    assert kv.num_used == 12 and kv.num_available == 0
+    assert not kv.append(1, 1), "a block for each group is needed"
+    kv.check()
+    kv.free(1)
+    assert kv.num_available == 6
+
+
+def test_a_hit_ends_where_all_groups_agree() -> None:
+    kv = two_groups(45)
     grow(kv, 1, tokens := list(range(40)))
     kv.free(1)
-    # Of the window five blocks are left, the last ones; a hit of n blocks needs the two in front of it.
-    lengths = [len(kv.match_prefix(kv.prefix_keys(tokens), n)[1]) for n in range(1, 41, 4)]
-    assert lengths == [0, 0, 0, 0, 0, 0, 0, 7, 8, 9]
-    for seq_id, start in ((2, 100), (3, 200)):
-        grow(kv, seq_id, list(range(start, start + 12)))
-        kv.free(seq_id)
-    assert kv.pools[0].longest_hit(kv.prefix_keys(tokens).upto(10)) == 10
-    assert kv.match_prefix(kv.prefix_keys(tokens), 40) == [[], []]
-    three = KVCacheManager([BlockPool(9, BLOCK), BlockPool(9, BLOCK, 9), BlockPool(9, BLOCK, 2)])
+    # Of 25 free blocks and 20 cached ones; those behind the window are the oldest. One of them is left.
+    assert kv.alloc(2, 16 * BLOCK)
+    lengths = [len(kv.match_prefix(kv.prefix_keys(tokens), n)[1]) for n in range(1, 42, 4)]
+    assert kv.groups[0].longest_hit(kv.prefix_keys(tokens).upto(10)) == 10
+    assert lengths == [0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10], "two in front of it are needed"
+    assert kv.append(2, BLOCK)
+    assert kv.groups[0].longest_hit(kv.prefix_keys(tokens).upto(10)) == 9
+    assert kv.match_prefix(kv.prefix_keys(tokens), 41) == [[], []]
+    pool = BlockPool(27, BLOCK)
+    three = KVCacheManager([LayerGroup(pool), LayerGroup(pool, 9), LayerGroup(pool, 2)])
     keys = three.prefix_keys(tokens).upto(6)
-    for pool, columns in zip(three.pools, ((0, 1, 2, 3, 4, 5), (0, 1, 3, 4), (0, 2, 4, 5)), strict=True):
+    for group, columns in zip(three.groups, ((0, 1, 2, 3, 4, 5), (0, 1, 3, 4), (0, 2, 4, 5)), strict=True):
         for column in columns:
-            pool.offer(pool.take(), keys[column])
+            group.offer(pool.take(), keys[column])
     # 6, 5, 5 of them alone; then 5 needs 3 and 4 of the second, and 4 of the third.
     assert len(three.match_prefix(three.prefix_keys(tokens), 25)[0]) == 5
 
 
-def test_a_pool_that_is_too_small_refuses_and_changes_nothing() -> None:
-    kv = two_pools(16, 3)
+def test_a_short_text_loses_its_end_in_all_groups_first() -> None:
+    """Blocks of one group are of no use without those of the others."""
+    kv = two_groups(24, reach=100)
+    grow(kv, 1, tokens := list(range(40)))
+    kv.free(1)
+    assert kv.alloc(2, 4 * BLOCK)
+    assert [len(each) for each in kv.match_prefix(kv.prefix_keys(tokens), 41)] == [8, 8]
+    assert kv.append(2, 2 * BLOCK)
+    assert [len(each) for each in kv.match_prefix(kv.prefix_keys(tokens), 41)] == [6, 6]
+    kv.check()
+
+
+def test_too_few_blocks_for_all_groups_change_nothing() -> None:
+    kv = two_groups(7)
     assert kv.alloc(1, 8) and kv.alloc(2, 4)
-    assert kv.pools[0].num_available == 13 and kv.num_available == 0
+    assert kv.pool.num_available == 1 and kv.num_available == 0
     assert not kv.append(1, 4) and not kv.append(2, 1) and not kv.alloc(3, 1)
     kv.check()
-    assert kv.pools[0].num_available == 13
+    assert kv.pool.num_available == 1
     kv.shrink(1, 4)
     assert kv.append(2, 1)
     kv.check()
 
 
 def test_a_long_prompt_is_admitted_for_what_it_holds_at_a_time() -> None:
-    kv = KVCacheManager([BlockPool(100, BLOCK), BlockPool(8, BLOCK, 6, most_held=5)])
+    pool = BlockPool(105, BLOCK)
+    kv = KVCacheManager([LayerGroup(pool), LayerGroup(pool, 6, most_held=5)])
     assert kv.can_hold(400) and not kv.can_hold(401)
     assert kv.alloc(1, 16)
-    assert not kv.can_hold(40) and kv.can_hold(16)
+    assert kv.can_hold(368) and not kv.can_hold(369)
 
 
 def test_the_audit_sees_each_kind_of_damage() -> None:
@@ -319,33 +344,33 @@ def test_the_audit_sees_each_kind_of_damage() -> None:
         kv.free(3)
         open_block = blocks_of(kv, 1)[2]
         if kind == "a refcount is wrong":
-            kv.pools[0].refcount[open_block] += 1
+            kv.pool.refcount[open_block] += 1
         elif kind == "do not partition":
-            kv.pools[0].free.append(open_block)
+            kv.pool.free.append(open_block)
         elif kind == "writes is shared":
-            kv.pools[0].refcount[open_block] += 1
-            kv.pools[0].free.append(kv._tables[2].blocks[0][2])
-            kv.pools[0].refcount[kv._tables[2].blocks[0][2]] = 0
+            kv.pool.refcount[open_block] += 1
+            kv.pool.free.append(kv._tables[2].blocks[0][2])
+            kv.pool.refcount[kv._tables[2].blocks[0][2]] = 0
             kv._tables[2].blocks[0][2] = open_block
         elif kind == "holds a block twice":
             table = kv._tables[1].blocks[0]
-            kv.pools[0].free.append(table[2])
-            kv.pools[0].refcount[table[2]] = 0
+            kv.pool.free.append(table[2])
+            kv.pool.refcount[table[2]] = 0
             table[2] = table[0]
-            kv.pools[0].refcount[table[0]] += 1
+            kv.pool.refcount[table[0]] += 1
             kv._tables[1].num_full = 3
         elif kind == "is off":
             kv._tables[1].num_tokens += 4
         elif kind == "names a wrong block":
-            kv.pools[0].block_of[b"forged"] = open_block
+            kv.groups[0].block_of[b"forged"] = open_block
+        elif kind == "a key names":
+            kv.pool.entry_of[open_block] = kv.groups[0].block_of, b"forged"
         elif kind == "has no key":
-            block = next(iter(kv.pools[0].cached))
-            key = kv.pools[0].key_of[block]
-            assert key is not None
-            del kv.pools[0].block_of[key]
-            kv.pools[0].key_of[block] = None
+            block = next(iter(kv.pool.cached))
+            index, key = kv.pool.entry_of.pop(block)
+            del index[key]
         elif kind == "has a key":
-            kv.pools[0].key_of[kv.pools[0].free[0]] = b"forged"
+            kv.groups[0].offer(kv.pool.free[0], b"forged")
         return kv
 
     damaged("none").check()
@@ -356,8 +381,22 @@ def test_the_audit_sees_each_kind_of_damage() -> None:
         "holds a block twice",
         "is off",
         "names a wrong block",
+        "a key names",
         "has no key",
         "has a key",
     ):
         with pytest.raises(BrokenPoolError, match=kind):
             damaged(kind).check()
+
+
+def test_the_audit_sees_a_block_of_two_groups() -> None:
+    kv = two_groups(8)
+    grow(kv, 1, [1, 2, 3, 4])
+    first, second = kv._tables[1].blocks
+    kv.pool.refcount[first[0]] += 1
+    kv.pool.free.append(second[0])
+    kv.groups[1].block_of.clear()
+    del kv.pool.entry_of[second[0]]
+    kv.pool.refcount[second[0]], second[0] = 0, first[0]
+    with pytest.raises(BrokenPoolError, match="two groups hold a block"):
+        kv.check()

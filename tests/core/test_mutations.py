@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 from test_state_machine import MACHINES
 
-from microvllm.runtime.core.kv_cache import NO_BLOCK, BlockPool, KVCacheManager
+from microvllm.runtime.core.kv_cache import NO_BLOCK, BlockPool, KVCacheManager, LayerGroup
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.core.pool_audit import BrokenPoolError
 from microvllm.runtime.core.prefix_keys import PrefixKeys
@@ -108,7 +108,7 @@ def evict_a_referenced_block(patch: pytest.MonkeyPatch) -> None:
 
     def mutant(self: KVCacheManager, seq_id: int, num_tokens: int, prefix: list[list[int]]) -> bool:
         done = alloc(self, seq_id, num_tokens, prefix)
-        self.pools[0].cached.update(dict.fromkeys(block for block in prefix[0] if block != NO_BLOCK))
+        self.pool.cached.update(dict.fromkeys(block for block in prefix[0] if block != NO_BLOCK))
         return done
 
     patch.setattr(KVCacheManager, "alloc", mutant)
@@ -120,9 +120,10 @@ def evict_a_block_and_keep_its_key(patch: pytest.MonkeyPatch) -> None:
     take = BlockPool.take
 
     def mutant(self: BlockPool) -> int:
-        keys = dict(self.block_of)
+        named = [(index, key, index[key]) for index, key in self.entry_of.values()]
         block = take(self)
-        self.block_of.update(keys)
+        for index, key, old in named:
+            index[key] = old
         return block
 
     patch.setattr(BlockPool, "take", mutant)
@@ -145,8 +146,7 @@ def one_block_too_few(patch: pytest.MonkeyPatch) -> None:
 @mutation("sync")
 def reset_loses_the_cached_blocks(patch: pytest.MonkeyPatch) -> None:
     def mutant(self: BlockPool) -> None:
-        self.key_of = [None] * self.num_blocks
-        self.block_of.clear()
+        self.entry_of.clear()
         self.cached.clear()
 
     patch.setattr(BlockPool, "forget", mutant)
@@ -157,8 +157,8 @@ def reset_loses_the_cached_blocks(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("windows")
 def a_window_is_one_token_short(patch: pytest.MonkeyPatch) -> None:
-    seen = BlockPool.first_seen
-    patch.setattr(BlockPool, "first_seen", lambda self, position: seen(self, position + 1))
+    seen = LayerGroup.first_seen
+    patch.setattr(LayerGroup, "first_seen", lambda self, position: seen(self, position + 1))
 
 
 @mutation("async")
@@ -168,9 +168,9 @@ def a_block_goes_back_a_step_too_early(patch: pytest.MonkeyPatch) -> None:
 
     def mutant(self: Scheduler, request: Request, num_new: int, first_block: int | None = None) -> Any:
         item = advance(self, request, num_new, first_block)
-        for pool, blocks in zip(self.kv.pools, self.kv._tables[request.seq_id].blocks, strict=True):
-            first = pool.first_seen(request.num_computed)
-            pool.release(block for block in blocks[:first] if block != NO_BLOCK)
+        for group, blocks in zip(self.kv.groups, self.kv._tables[request.seq_id].blocks, strict=True):
+            first = group.first_seen(request.num_computed)
+            self.kv.pool.release(block for block in blocks[:first] if block != NO_BLOCK)
             blocks[:first] = [NO_BLOCK] * first
         return item
 
@@ -184,7 +184,7 @@ def blocks_behind_a_window_are_kept(patch: pytest.MonkeyPatch) -> None:
 
     def mutant(self: KVCacheManager, seq_id: int, keys: PrefixKeys, num_computed: int) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(BlockPool, "first_seen", lambda self, position: 0)
+            inner.setattr(LayerGroup, "first_seen", lambda self, position: 0)
             cache(self, seq_id, keys, num_computed)
 
     patch.setattr(KVCacheManager, "cache_blocks", mutant)
@@ -192,12 +192,12 @@ def blocks_behind_a_window_are_kept(patch: pytest.MonkeyPatch) -> None:
 
 
 @mutation("windows")
-def the_first_pool_alone_decides_a_hit(patch: pytest.MonkeyPatch) -> None:
+def the_first_group_alone_decides_a_hit(patch: pytest.MonkeyPatch) -> None:
     def mutant(self: KVCacheManager, keys: PrefixKeys, num_tokens: int) -> list[list[int]]:
         found = keys.upto((num_tokens - 1) // self.block_size) if self.enable_prefix_caching else []
-        found = found[: self.pools[0].longest_hit(found)]
-        first = self.pools[0].hit(found)
-        return [first, *([0] * len(first) for _ in self.pools[1:])]
+        found = found[: self.groups[0].longest_hit(found)]
+        first = self.groups[0].hit(found)
+        return [first, *([0] * len(first) for _ in self.groups[1:])]
 
     patch.setattr(KVCacheManager, "match_prefix", mutant)
     patch.setattr(KVCacheManager, "check", lambda self: None)
@@ -205,39 +205,66 @@ def the_first_pool_alone_decides_a_hit(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("windows")
 def a_hit_covers_a_token_less_than_the_window(patch: pytest.MonkeyPatch) -> None:
-    longest, hit, seen = BlockPool.longest_hit, BlockPool.hit, BlockPool.first_seen
+    longest, hit, seen = LayerGroup.longest_hit, LayerGroup.hit, LayerGroup.first_seen
 
     def narrow(find: Callable[..., Any]) -> Callable[..., Any]:
-        def mutant(self: BlockPool, keys: list[bytes]) -> Any:
+        def mutant(self: LayerGroup, keys: list[bytes]) -> Any:
             with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(BlockPool, "first_seen", lambda self, at: seen(self, at + 1))
+                inner.setattr(LayerGroup, "first_seen", lambda self, at: seen(self, at + 1))
                 return find(self, keys)
 
         return mutant
 
-    patch.setattr(BlockPool, "longest_hit", narrow(longest))
-    patch.setattr(BlockPool, "hit", narrow(hit))
+    patch.setattr(LayerGroup, "longest_hit", narrow(longest))
+    patch.setattr(LayerGroup, "hit", narrow(hit))
     patch.setattr(KVCacheManager, "check", lambda self: None)
 
 
 @mutation("windows")
-def one_pool_runs_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
-    available = BlockPool.num_available.fget
-    assert available is not None
-    patch.setattr(KVCacheManager, "num_available", property(lambda self: available(self.pools[0])))
+def blocks_run_out_for_the_last_group(patch: pytest.MonkeyPatch) -> None:
+    """A column takes a block for each group, not one for all."""
+    patch.setattr(KVCacheManager, "num_available", property(lambda self: self.pool.num_available))
+
+
+@mutation("windows")
+def a_block_of_a_group_is_another_s(patch: pytest.MonkeyPatch) -> None:
+    """Two groups write the same block, in other layers' memory."""
+    append = KVCacheManager.append
+
+    def mutant(self: KVCacheManager, seq_id: int, num_tokens: int = 1) -> bool:
+        done = append(self, seq_id, num_tokens)
+        first, second, *_ = self._tables[seq_id].blocks
+        second[-1:] = first[-1:]
+        return done
+
+    patch.setattr(KVCacheManager, "append", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
+
+
+@mutation("windows")
+def a_hit_of_a_group_is_another_s(patch: pytest.MonkeyPatch) -> None:
+    """All groups find their blocks by the same keys: what one of them has computed is no use to another."""
+    init = LayerGroup.__init__
+
+    def mutant(self: LayerGroup, pool: BlockPool, *args: Any) -> None:
+        init(self, pool, *args)
+        self.block_of = vars(pool).setdefault("block_of", self.block_of)
+
+    patch.setattr(LayerGroup, "__init__", mutant)
+    patch.setattr(KVCacheManager, "check", lambda self: None)
 
 
 @mutation("windows")
 def a_sequence_is_admitted_for_its_window_alone(patch: pytest.MonkeyPatch) -> None:
     """Without room for the step: it would run out of blocks half way."""
-    init = BlockPool.__init__
+    init = LayerGroup.__init__
 
-    def mutant(self: BlockPool, *args: Any) -> None:
+    def mutant(self: LayerGroup, *args: Any) -> None:
         init(self, *args)
         if self.window is not None:
-            self.most_held = -(-self.window // self.block_size)
+            self.most_held = -(-self.window // self.pool.block_size)
 
-    patch.setattr(BlockPool, "__init__", mutant)
+    patch.setattr(LayerGroup, "__init__", mutant)
 
 
 @mutation("drafts")
@@ -247,9 +274,9 @@ def windows_follow_drafts_that_are_rejected(patch: pytest.MonkeyPatch) -> None:
     def mutant(self: KVCacheManager, seq_id: int, keys: PrefixKeys, num_computed: int) -> None:
         cache(self, seq_id, keys, num_computed)
         table = self._tables[seq_id]
-        for pool, blocks in zip(self.pools, table.blocks, strict=True):
-            first = pool.first_seen(table.num_tokens)
-            pool.release(block for block in blocks[:first] if block != NO_BLOCK)
+        for group, blocks in zip(self.groups, table.blocks, strict=True):
+            first = group.first_seen(table.num_tokens)
+            self.pool.release(block for block in blocks[:first] if block != NO_BLOCK)
             blocks[:first] = [NO_BLOCK] * first
 
     patch.setattr(KVCacheManager, "cache_blocks", mutant)

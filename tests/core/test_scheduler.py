@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fakes import EOS, VOCAB, Answer, Engine, FakeRunner, make_config, make_request, run_alone
 
-from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
+from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager, LayerGroup
 from microvllm.runtime.core.plan import NO_TOKEN, Request, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
@@ -468,7 +468,7 @@ def test_only_known_tokens_are_hashed() -> None:
         engine.step()
         request = scheduler_of(engine)._requests[1]
         known_and_computed = len(request.token_ids) - 1 if request.num_output else 0
-        hashed.append(len(engine.core.kv.pools[0].block_of))
+        hashed.append(len(engine.core.kv.groups[0].block_of))
         assert hashed[-1] == known_and_computed // 4
         assert len(request.keys._keys) - 1 <= len(request.token_ids) // 4
     assert hashed == [0, 1, 1, 2, 2]
@@ -514,7 +514,8 @@ def test_an_ended_request_in_flight_is_counted_until_its_step_is_back() -> None:
 
 def test_a_plan_is_committed_with_one_token_for_each_entry() -> None:
     config = make_config()
-    scheduler = Scheduler(config, KVCacheManager([BlockPool(config.num_blocks, config.block_size)]))
+    pool = BlockPool(config.num_blocks, config.block_size)
+    scheduler = Scheduler(config, KVCacheManager([LayerGroup(pool)]))
     scheduler.add(make_request(1, [1, 2, 3]))
     plan = scheduler.schedule()
     assert plan is not None and [r.id for r in plan.admitted] == [1]

@@ -132,7 +132,7 @@ def test_the_size_of_the_cache_on_a_cpu(folder: Path, monkeypatch: pytest.Monkey
     default = args.resolve()
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     config = args.resolve()
-    (block_bytes,) = rank_layout(config).block_bytes
+    block_bytes = rank_layout(config).page_bytes
     assert config.num_blocks == (2 << 30) // block_bytes != default.num_blocks
     for wrong in ("-1", "1.5", "x"):
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", wrong)

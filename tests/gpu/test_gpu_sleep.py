@@ -54,7 +54,7 @@ def test_a_gpu_has_its_memory_back_until_the_engine_wakes(level: int, eager: boo
     before = torch.cuda.memory_reserved()
     engine = SleepingCore(args.resolve(), start)
     expected = generated(engine, 0)
-    cache = 4096 * 16 * sum(engine._config.spec.kv_bytes_per_token(2))
+    cache = 4096 * 16 * engine._config.spec.cache_plan.page_size * 2
     awake = torch.cuda.memory_reserved()
     assert awake - before > cache
     for round_ in range(1, 3):

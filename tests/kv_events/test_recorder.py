@@ -48,7 +48,7 @@ class Observed(Engine):
         super().__init__(**options)
         self.published = Collected()
         self.core = PublishingCore(self.config, self.runner, self.published, options.get("drafter"))
-        self.mirror = Mirror(self.config.spec.windows)
+        self.mirror = Mirror(self.config.spec.cache_plan.windows)
         self.kinds: set[type] = set()
 
     def compare(self) -> None:
@@ -57,23 +57,22 @@ class Observed(Engine):
             self.kinds.update(map(type, events))
             self.mirror.apply_structs(events)
         self.published.batches.clear()
-        for pool, blocks in enumerate(self.mirror.groups):
-            self._compare(pool, blocks)
+        for group, blocks in enumerate(self.mirror.groups):
+            self._compare(group, blocks)
 
-    def _compare(self, pool: int, blocks: dict[Any, Block]) -> None:
-        index = {
-            int.from_bytes(key[-8:], "big"): block for key, block in self.core.kv.pools[pool].block_of.items()
-        }
+    def _compare(self, group: int, blocks: dict[Any, Block]) -> None:
+        cached = self.core.kv.groups[group].block_of
+        index = {int.from_bytes(key[-8:], "big"): block for key, block in cached.items()}
         assert blocks.keys() == index.keys()
         for number, block in index.items():
-            cells = [cell for cell in self.runner.block_content(pool, block) if cell is not None]
+            cells = [cell for cell in self.runner.block_content(block) if cell is not None]
             known = blocks[number]
             assert known.tokens == tuple(cell.token for cell in cells)
             assert (known.parent is None) == (cells[0].position == 0)
             salt = (cells[0].salt,) if cells[0].salt and known.parent is None else None
             assert known.extra == salt
             if known.parent in index:
-                before = self.runner.block_content(pool, index[known.parent])
+                before = self.runner.block_content(index[known.parent])
                 assert before[-1] is not None and before[-1].position + 1 == cells[0].position
 
 
@@ -81,7 +80,8 @@ class Observed(Engine):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mirror_equals_the_cache_after_every_step(mode: str, seed: int) -> None:
     rng = random.Random(seed)
-    engine = Observed(num_blocks=rng.choice([16, 20, 40]), **MODES[mode])
+    groups = len(MODES[mode].get("windows", (None,)))
+    engine = Observed(num_blocks=groups * rng.choice([16, 20, 40]), **MODES[mode])
     stems = [[rng.randrange(VOCAB) for _ in range(rng.randrange(4, 30))] for _ in range(3)]
     number = 0
     for _ in range(300):
@@ -135,7 +135,7 @@ def test_hashes_may_be_whole_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.run(make_request(0, range(3, 13), 1))
     (event,) = engine.published.batches[-1]
     assert (
-        isinstance(event, BlockStored) and set(event.block_hashes) == engine.core.kv.pools[0].block_of.keys()
+        isinstance(event, BlockStored) and set(event.block_hashes) == engine.core.kv.groups[0].block_of.keys()
     )
 
 

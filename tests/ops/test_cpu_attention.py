@@ -190,6 +190,8 @@ def test_what_is_not_a_number_stays_in_its_sequence_of_latents(operators: CpuOpe
         attention.cache[1, table[550 // 16], 550 % 16, 3] = torch.nan
         out = attention.begin_step(case.batch(CPU, is_gpu=False))(1, case.qkv.clone())
         assert out[0].isnan().all() and out[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pages_that_layers_of_other_heads_share(operators: CpuOperators, dtype: torch.dtype) -> None:
     case = Case(AttentionShape(2, 6, 2, 32, 24), 4, [50, 1, 17], [(3, 40), (30, 30)], dtype)

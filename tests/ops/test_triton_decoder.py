@@ -31,27 +31,31 @@ BLOCK, BLOCKS = 16, 8
 
 def logits(model: DecoderModel, device: torch.device, cache: torch.dtype) -> Tensor:
     """Of a prompt of 21 tokens in two chunks, then of two decodes."""
-    pools = len(model.spec.windows)
-    attention = model.attention([BLOCKS] * pools, BLOCK, 64, cache, device, 2)
-    table, found, done = [5, 2], [], 0
+    groups = len(model.spec.cache_plan.windows)
+    attention = model.attention(BLOCKS * groups, BLOCK, 64, cache, device, 2)
+    found, done = [], 0
     ids = torch.arange(3, 26)
     for count in (13, 8, 1, 1):
         at = torch.arange(done, done + count)
         done += count
-        slots = torch.tensor(table)[at // BLOCK] * BLOCK + at % BLOCK
-        decodes = int(count == 1)
-        blocks = torch.tensor([table] * decodes, dtype=torch.int64).view(decodes, 2)
-        segments = segment_table([(count, done, table)] * (1 - decodes), device)
-        batch = AttentionBatch(
-            at.to(device),
-            slots.to(device),
-            decodes,
-            blocks.to(device),
-            torch.full((decodes,), done, device=device),
-            None if decodes else segments,
-            torch.ones(1, dtype=torch.int64, device=device),
-        )
-        batch = replace(batch, others=(batch,) * (pools - 1))
+        decodes, batches = int(count == 1), []
+        for group in range(groups):
+            table = [5 + BLOCKS * group, 2 + BLOCKS * group]
+            slots = torch.tensor(table)[at // BLOCK] * BLOCK + at % BLOCK
+            blocks = torch.tensor([table] * decodes, dtype=torch.int64).view(decodes, 2)
+            segments = segment_table([(count, done, table)] * (1 - decodes), device)
+            batches.append(
+                AttentionBatch(
+                    at.to(device),
+                    slots.to(device),
+                    decodes,
+                    blocks.to(device),
+                    torch.full((decodes,), done, device=device),
+                    None if decodes else segments,
+                    torch.ones(1, dtype=torch.int64, device=device),
+                )
+            )
+        batch = replace(batches[0], others=tuple(batches[1:]))
         hidden = model.forward(ids[at].to(device), attention.begin_step(batch))
         found.append(model.logits(hidden).cpu())
     return torch.cat(found)

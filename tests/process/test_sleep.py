@@ -69,7 +69,7 @@ async def test_the_cache_is_given_back_and_the_answers_stay(client: EngineClient
     filling = await client.submit_all([[7 + i] * 3000 for i in range(2)], params(1))
     for stream in filling:
         await tokens_of(stream)
-    held = 6000 * sum(client.config.spec.kv_bytes_per_token(4))
+    held = 6000 * client.config.spec.cache_plan.page_size * 4
     before = resident(engine_pid(client))
     assert held > 8 << 20
     await client.sleep(level)

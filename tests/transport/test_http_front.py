@@ -232,7 +232,7 @@ class TestAdmin:
         """A router's questions are answered; the environment is nobody's business."""
         monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
         client = FakeClient()
-        client.stats = EngineStats(kv_blocks_total=64)
+        client.stats = EngineStats(kv_blocks_total=64, kv_tokens_total=1024)
         async with in_process(client, served_model_names=("a", "b")) as http:
             answer = await http.get("/server_info")
             assert (await http.get("/get_server_info")).json() == answer.json()

@@ -84,7 +84,7 @@ def test_logits_are_near_those_of_an_exact_cache(model: str) -> None:
 def test_the_cache_holds_rounded_numbers_and_as_many_blocks_take_half_the_bytes() -> None:
     made, exact = engine(), engine(kv_cache_dtype="auto", dtype="bfloat16")
     assert attention_of(made).cache.dtype == torch.float8_e4m3fn
-    ((small,), (large,)) = (rank_layout(each.config).block_bytes for each in (made, exact))
+    small, large = (rank_layout(each.config).page_bytes for each in (made, exact))
     spec = made.config.spec
     assert 2 * small == large == 2 * 2 * 16 * sum(layer.mixer.kv_size for layer in spec.layers)
 

@@ -26,19 +26,13 @@ class Config(msgspec.Struct, frozen=True):
     kv_dtype: str = "bfloat16"
     block_size: int = 16
     num_blocks: int = 0
-    window_blocks: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = (None,)
-    block_bytes: tuple[int, ...] = (BLOCK_BYTES,)
     max_model_len: int = 32_768
     may_shorten: bool = False
     enforce_eager: bool = False
     gpu_memory_utilization: float = 0.75
 
     states_bytes: int = 0
-
-    @property
-    def pools(self) -> tuple[int, ...]:
-        return self.num_blocks, *self.window_blocks
 
 
 class Gpu:
@@ -62,7 +56,7 @@ class Gpu:
             self.notes.append(note)
 
         config: Any = Config(**options)
-        layout = CacheLayout(config.windows, config.block_bytes, config.block_size, 8192, 16)
+        layout = CacheLayout(config.windows, BLOCK_BYTES, config.block_size, 8192)
         with (
             mock.patch.object(gpu_memory, "rank_layout", lambda _: layout),
             mock.patch.object(gpu_memory, "load_model", load_model),

@@ -28,7 +28,7 @@ def steps(draw: st.DrawFn) -> StepArrays:
 
 @given(steps())
 def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
-    sizes = step_sizes(40, 4096, pools=len(arrays.slots))
+    sizes = step_sizes(40, 4096, groups=len(arrays.slots))
     size = next((size for size in sizes if size.fits(arrays)), None)
     decodes, total = arrays.num_decodes, len(arrays.ids)
     if size is None:
@@ -56,7 +56,7 @@ def test_padding_writes_nothing_and_reads_nothing(arrays: StepArrays) -> None:
 
 
 def test_fields_are_aligned_and_apart() -> None:
-    for size in step_sizes(5, 100, pools=3):
+    for size in step_sizes(5, 100, groups=3):
         end = 0
         for field in size.fields():
             assert field.start >= end and field.start % 4 == 0

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_tools import DELTA, drain, generate_ids, make_engine, make_prompts, make_request, run_requests
+from model_tools import (
+    DELTA,
+    drain,
+    generate_ids,
+    groups_of,
+    make_engine,
+    make_prompts,
+    make_request,
+    run_requests,
+)
 from process_tools import alive, wait_until
 from rank_threads import ThreadedRunner
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
@@ -126,7 +135,9 @@ def test_tokens_of_every_family(
 ) -> None:
     """Of prompts in chunks, of preempted requests, and with a prefix from the cache."""
     threaded(monkeypatch)
-    one, two = both(folder_of(tmp_path, name), async_scheduling=asynchronous, **TIGHT)
+    folder = folder_of(tmp_path, name)
+    tight = TIGHT | {"num_gpu_blocks_override": 14 * groups_of(folder)}
+    one, two = both(folder, async_scheduling=asynchronous, **tight)
     for prompts in (PROMPTS, PROMPTS[-1:], PROMPTS[-1:]):
         assert generate_ids(two, prompts, 40) == generate_ids(one, prompts, 40)
     stats = two.core.stats()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model_tools import make_request
 
 from microvllm.ops.attention import AttentionBatch
-from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager
+from microvllm.runtime.core.kv_cache import BlockPool, KVCacheManager, LayerGroup
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest
 from microvllm.runtime.worker.step_inputs import HostInputs, StepArrays
 
@@ -20,7 +20,7 @@ POOLS, ROWS, BLOCK, WIDTH = 2, 4, 3, 40
 
 def new_request(row: int, prompt: int) -> Request:
     tokens = list(range(100 * row, 100 * row + prompt))
-    keys = KVCacheManager([BlockPool(1, BLOCK)], enable_prefix_caching=False).prefix_keys(tokens)
+    keys = KVCacheManager([LayerGroup(BlockPool(1, BLOCK))], enable_prefix_caching=False).prefix_keys(tokens)
     request = Request(make_request(row, tokens, 1000), (0, row), keys, tokens)
     request.row = row
     return request

@@ -1,4 +1,4 @@
-"""Layers with sliding windows, in pools of blocks of their own: no way of computing changes a token.
+"""Layers with sliding windows, in groups with blocks of their own: no way of computing changes a token.
 
 Texts are many times as long as the window of 19 tokens and as a chunk of a prompt. What a window has left
 behind is overwritten at once, so that reading it would show.
@@ -14,6 +14,7 @@ import pytest
 import torch
 from model_tools import (
     drain,
+    fewest_blocks,
     generate_ids,
     make_engine,
     make_request,
@@ -22,6 +23,8 @@ from model_tools import (
     variant_folder,
 )
 from tiny_models import TOKENIZER_SIZE, reference
+
+from microvllm.runtime.engine import InferenceEngine
 
 MODELS = ("gemma2", "gemma3", "mistral-window", "qwen3-mixed-windows")
 LENGTHS = (300, 131, 19, 75)
@@ -73,22 +76,27 @@ def test_tokens_are_those_of_transformers(name: str, way: str) -> None:
             assert generate_ids(engine, [prompt], NUM_TOKENS) == [tokens]
 
 
+def tight_engine(name: str, spare: int, step_tokens: int, length: int, **options: Any) -> InferenceEngine:
+    """Blocks of four tokens for one request of full length, and hardly more."""
+    ahead = 2 if options.get("async_scheduling") else 1
+    return make_engine(
+        variant_folder(name),
+        max_model_len=length,
+        block_size=4,
+        max_num_batched_tokens=step_tokens,
+        num_gpu_blocks_override=fewest_blocks(variant_folder(name), length, 4, step_tokens * ahead) + spare,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_preemption_changes_no_token(name: str, asynchronous: bool) -> None:
-    """The pools hold one request of full length, and hardly more."""
-    engine = make_engine(
-        variant_folder(name),
-        max_model_len=344,
-        block_size=4,
-        max_num_batched_tokens=24,
-        max_num_seqs=4,
-        num_gpu_blocks_override=20 if name == "mistral-window" else 100,
-        async_scheduling=asynchronous,
-    )
-    requests = [make_request(i, prompts()[i], NUM_TOKENS) for i in (1, 3, 2, 0)]
-    tokens = run_requests(engine, requests)
-    assert tokens == [expected(name)[request.request_id] for request in requests]
+    engine = tight_engine(name, 2, 24, 344, max_num_seqs=12, async_scheduling=asynchronous)
+    which = [1, 3, *[2] * 8, 0]
+    requests = [make_request(i, prompts()[prompt], NUM_TOKENS) for i, prompt in enumerate(which)]
+    assert run_requests(engine, requests) == [expected(name)[prompt] for prompt in which]
+    assert engine.core.stats().preemptions
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,45 +117,37 @@ def test_a_prefix_hit_changes_no_token(name: str) -> None:
 
 
 def test_a_hit_ends_where_the_blocks_of_every_window_are_still_there() -> None:
-    """The window's pool forgets first; what the other pool still has is then of no use."""
-    engine = make_engine(
-        variant_folder("gemma3"), block_size=4, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=400
-    )
-    full, window = engine.core.kv.pools
-    assert window.num_blocks * 4 < 300 < full.num_blocks * 4
-    first, other = prompts()[0], prompts()[1]
-    for prompt in (first, other):
-        assert len(generate_ids(engine, [prompt], 1)[0]) == 1
-    assert full.longest_hit(keys := engine.core.kv.prefix_keys(first).upto(74)) in (0, 74)
-    keys = engine.core.kv.prefix_keys(first)
-    assert [len(blocks) for blocks in engine.core.kv.match_prefix(keys, 300)] == [0, 0]
+    """What lies behind a window is forgotten first; what the other layers still have is then of no use."""
+    engine = tight_engine("gemma3", 10, 16, 400, max_num_seqs=1)
+    kv, prompt = engine.core.kv, prompts()[0]
+    assert generate_ids(engine, [prompt], NUM_TOKENS) == [expected("gemma3")[0]]
+    keys = kv.prefix_keys(prompt)
+    assert kv.groups[0].longest_hit(keys.upto(25)) == 25 > 0 == len(kv.match_prefix(keys, 101)[0])
     before = engine.core.stats().prefix_hits
-    assert generate_ids(engine, [first], NUM_TOKENS) == [expected("gemma3")[0]]
+    other = [*prompt[:100], *prompts()[3]]
+    (tokens,) = generate_ids(engine, [other], 8)
     assert engine.core.stats().prefix_hits == before
+    again = make_engine(variant_folder("gemma3"), enable_prefix_caching=False)
+    assert generate_ids(again, [other], 8) == [tokens]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_long_text_in_a_pool_that_could_not_hold_it(name: str) -> None:
-    engine = make_engine(
-        variant_folder(name),
-        block_size=4,
-        max_model_len=400,
-        max_num_seqs=1,
-        max_num_batched_tokens=16,
-        num_gpu_blocks_override=12 if name == "mistral-window" else 100,
-    )
-    pool = engine.core.kv.pools[-1]
-    assert pool.window == 19 and pool.num_blocks * 4 < 100
+def test_a_long_text_in_blocks_that_could_not_hold_it(name: str) -> None:
+    """Without windows, of 400 tokens in every group of layers."""
+    engine = tight_engine(name, 0, 16, 400, max_num_seqs=1)
+    kv = engine.core.kv
+    window = kv.groups[-1]
+    assert window.window == 19 and window.most_held == 10 and kv.pool.num_blocks < 100 * len(kv.groups)
     prompt, most_used = prompts()[0], 0
     engine.core.add(make_request(0, prompt, 100))
     tokens: list[int] = []
     while engine.core.has_work():
         for output in engine.core.step():
             tokens += output.token_ids
-        most_used = max(most_used, pool.num_used)
+        most_used = max(most_used, kv.num_used)
         engine.core.scheduler.check()
     assert len(tokens) == 100 and tokens[:NUM_TOKENS] == expected(name)[0]
-    assert most_used <= pool.most_held == 10
+    assert 0 < most_used <= sum(min(group.most_held, 100) for group in kv.groups)
     assert not list(drain(engine))
 
 
