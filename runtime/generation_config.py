@@ -22,7 +22,10 @@ GENERATION_FIELDS = {
     "top_k": "top_k",
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
     "max_new_tokens": "max_tokens",
+    "skip_special_tokens": "skip_special_tokens",
 }
 
 
@@ -33,7 +36,7 @@ def generation_defaults(
 
     "auto" reads the model's own, or takes `card` where there is no such file, "vllm" none, anything else is a
     folder. Also carries the file's `eos_token_id` list: models name further end tokens there (Llama 3's
-    128009).
+    128009). A null in the override removes the model's default, as in vLLM.
     """
     file = _generation_file(requested, model)
     found = card if requested == "auto" else {}
@@ -44,7 +47,8 @@ def generation_defaults(
             f"--override-generation-config: {unknown[0]} is not known; it may hold "
             f"{', '.join(GENERATION_FIELDS)} and eos_token_id"
         )
-    return {**defaults, **_checked_defaults(override, "--override-generation-config", vocab_size)}
+    kept = {name: value for name, value in defaults.items() if name not in override}
+    return {**kept, **_checked_defaults(override, "--override-generation-config", vocab_size)}
 
 
 def _generation_file(requested: str, model: Path) -> Path | None:

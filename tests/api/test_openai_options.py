@@ -203,11 +203,20 @@ async def test_the_edges_of_the_ranges(field: str, values: list[Any]) -> None:
         assert (await ask(COMPLETIONS, max_tokens=2, **{field: value}))[0] == 200
 
 
-async def test_a_generation_config_gives_the_repetition_penalty() -> None:
-    client = FakeClient(defaults={"repetition_penalty": 1.3})
-    for body in ({}, {"repetition_penalty": 1.1}):
+@pytest.mark.parametrize(
+    ("name", "default", "own"),
+    [
+        ("repetition_penalty", 1.3, 1.1),
+        ("presence_penalty", 1.5, 0.0),
+        ("frequency_penalty", 0.5, -0.5),
+        ("skip_special_tokens", False, True),
+    ],
+)
+async def test_a_generation_config_gives_what_a_request_does_not(name: str, default: Any, own: Any) -> None:
+    client = FakeClient(defaults={name: default})
+    for body in ({}, {name: own}):
         await ask(COMPLETIONS, client=client, **body)
-    assert [params.repetition_penalty for _, params, _, _ in client.submitted] == [1.3, 1.1]
+    assert [getattr(params, name) for _, params, _, _ in client.submitted] == [default, own]
 
 
 async def test_spaces_between_special_tokens() -> None:

@@ -113,11 +113,14 @@ def test_the_demo_model_has_the_sampling_of_its_card(tmp_path: Path) -> None:
     assert demo.resolve().generation_defaults == {"temperature": 0.2, "top_p": 0.9}
     own = EngineArgs(model=DEMO_MODEL, device="cpu", override_generation_config={"temperature": 0.7})
     assert own.resolve().generation_defaults == {"temperature": 0.7, "top_p": 0.9}
+    removed = EngineArgs(model=DEMO_MODEL, device="cpu", override_generation_config={"temperature": None})
+    assert removed.resolve().generation_defaults == {"top_p": 0.9}  # as in vLLM
     for args in (
         EngineArgs(model=DEMO_MODEL, device="cpu", generation_config="vllm"),
         EngineArgs(model=str(find_model(DEMO_MODEL)), device="cpu"),
     ):
         assert args.resolve().generation_defaults == {}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 3}))
+    defaults = {"top_k": 3, "presence_penalty": 1.5, "frequency_penalty": 0.5, "skip_special_tokens": False}
+    (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
     folder = EngineArgs(model=DEMO_MODEL, device="cpu", generation_config=str(tmp_path))
-    assert folder.resolve().generation_defaults == {"top_k": 3}
+    assert folder.resolve().generation_defaults == defaults
