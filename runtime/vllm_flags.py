@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from microvllm.runtime.tables import read_table
 
-ASKS_FOR_NOTHING = ("", "none", "null", "{}", "[]")
+# An empty object is in a flag's own column, if at all: `--speculative-config {}` does not start vLLM either.
+ASKS_FOR_NOTHING = ("", "none", "null")
 
 
 class Refused(NamedTuple):

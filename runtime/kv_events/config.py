@@ -63,7 +63,8 @@ def read_kv_events(values: dict[str, Any] | None, caching: bool, ranks: int = 1)
         raise ConfigError(f"{OPTION}: {error}") from None
     publisher = config.publisher or ("zmq" if config.enable_kv_cache_events else "null")
     if publisher == "null" or not config.enable_kv_cache_events:
-        if publisher == "zmq":
+        unused = config not in (KVEventsConfig(), KVEventsConfig(publisher="null"))
+        if unused and not config.enable_kv_cache_events:
             logger.warning("%s: nothing is published without enable_kv_cache_events true", OPTION)
         return None
     for name in ("endpoint", "replay_endpoint"):

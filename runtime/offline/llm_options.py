@@ -60,9 +60,12 @@ def _check_missing(name: str, value: Any) -> None:
     flag = name.replace("_", "-")
     if flag not in vllm_flags.KINDS and name not in SERVER_ONLY and name not in NO_FLAGS:
         raise ConfigError(f"LLM() has no option {name}")
-    if value is None or value is False or (isinstance(value, Sized) and len(value) == 0):
-        return
     refused = vllm_flags.REFUSED.get(flag)
+    empty = isinstance(value, Sized) and len(value) == 0
+    if empty and refused is not None and isinstance(value, Mapping):
+        empty = False  # the table says whether an object without keys asks for something
+    if value is None or value is False or empty:
+        return
     if refused is None and name not in NO_FLAGS:
         logger.warning("LLM: %s has no effect and is ignored", name)
         return

@@ -47,8 +47,8 @@ class ProfilerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         except msgspec.ValidationError as error:
             raise ConfigError(f"{OPTION}: {error}") from None
         if config.profiler is None:
-            if config.torch_profiler_dir:
-                raise ConfigError(f'{OPTION}: torch_profiler_dir needs "profiler": "torch"')
+            if others := sorted(values.keys() - {"profiler"}):
+                raise ConfigError(f'{OPTION}: {others[0]} needs "profiler": "torch"')
             return None
         if not config.torch_profiler_dir:
             raise ConfigError(f"{OPTION}: torch_profiler_dir must name the folder for the traces")

@@ -141,6 +141,7 @@ async def test_without_the_flag_the_flag_is_named(path: str) -> None:
         ({"profiler": "cuda"}, "profiler"),
         ({"profiler": "torch"}, "torch_profiler_dir"),
         ({"torch_profiler_dir": "/tmp"}, "torch_profiler_dir"),
+        ({"torch_profiler_with_stack": True}, "torch_profiler_with_stack"),
         ({"profiler": "torch", "torch_profiler_dir": "/dev/null/x"}, "/dev/null/x"),
         ({"profiler": "torch", "torch_profiler_dir": "t", "proton_mode": "x"}, "proton_mode"),
         ({"profiler": "torch", "torch_profiler_dir": "t", "max_iterations": 3}, "max_iterations"),

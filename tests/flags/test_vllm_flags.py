@@ -104,6 +104,11 @@ PAIRS = """
 TUNING = {name: kind for name, kind in vllm_flags.KINDS.items() if name not in vllm_flags.REFUSED}
 NAMES = [*VALUES, *OPTIONAL, *LISTS, *SWITCHES, *PAIRS]
 ALIASES = {"device-memory-utilization": "gpu-memory-utilization"}
+# Objects of these without a key change nothing in vLLM.
+NOTHING_WITHOUT_KEYS = {
+    *("kv-transfer-config", "ec-transfer-config", "reasoning-config"),
+    *("default-mm-loras", "model-class-overrides"),
+}
 OLD = "swap-space num-scheduler-steps guided-decoding-backend max-seq-len-to-capture preemption-mode".split()
 OLD_SWITCHES = "use-v2-block-manager worker-use-ray disable-frontend-multiprocessing".split()
 
@@ -180,6 +185,16 @@ def test_a_refused_flag_that_asks_for_nothing_is_let_through(name: str) -> None:
         words, lines = read("m", *argv)
         assert words == ["m"]
         assert lines == ([f"--{base} has no effect here"] if TUNING.get(base) == "value" else [])
+
+
+@pytest.mark.parametrize("name", [name for name, each in vllm_flags.REFUSED.items() if each.kind != "switch"])
+@pytest.mark.parametrize("empty", ["{}", "[]"])
+def test_an_empty_value_is_never_dropped_in_silence(name: str, empty: str) -> None:
+    """Where vLLM does nothing with it, the table says so; `--speculative-config {}` does not start vLLM."""
+    if empty in vllm_flags.REFUSED[name].neutral:
+        assert name in NOTHING_WITHOUT_KEYS
+    else:
+        assert f"--{name}" in refusal("m", f"--{name}={empty}")
 
 
 @pytest.mark.parametrize("name", PAIRS)

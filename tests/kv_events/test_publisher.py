@@ -301,8 +301,14 @@ def test_what_publishes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ):
         assert read_kv_events(keys, False) is None
     assert not caplog.text
-    assert read_kv_events({"publisher": "zmq"}, True) is None
-    assert "nothing is published without enable_kv_cache_events" in caplog.text
+    for keys in (
+        {"publisher": "zmq"},
+        {"endpoint": "tcp://*:9"},
+        {"enable_kv_cache_events": False, "hwm": 1},
+    ):
+        caplog.clear()
+        assert read_kv_events(keys, True) is None
+        assert "nothing is published without enable_kv_cache_events" in caplog.text
 
 
 def test_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ def test_all_options_at_vllms_defaults_change_nothing(llm: LLM) -> None:
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode"),
         ({"logits_processors": ["mine.Processor"]}, "logits_processors"),
         ({"speculative_config": {"method": "ngram"}}, "speculative_config"),
+        ({"speculative_config": {}}, "speculative_config"),
         ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),
         ({"model_weights": "elsewhere"}, "model_weights"),
         ({"reasoning_parser": "qwen3"}, "reasoning_parser"),
@@ -128,6 +129,9 @@ def test_spellings_of_options(caplog: pytest.LogCaptureFixture) -> None:
     assert engine_options({"tokenizer_mode": "slow", "quantization": "gguf", "task": "generate"}) == {
         "quantization": "gguf"
     }
+    assert (
+        engine_options({"kv_transfer_config": {}, "logits_processors": [], "speculative_config": None}) == {}
+    )
     with caplog.at_level(logging.WARNING):
         assert engine_options({"swap_space": 4, "trust_remote_code": True, "disable_log_stats": True}) == {}
     assert [record.args[0] for record in caplog.records if record.args] == ["swap_space", "trust_remote_code"]
