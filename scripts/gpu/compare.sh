@@ -22,7 +22,6 @@ work=${TMPDIR:-/tmp}/microvllm-compare
 mkdir -p "$work"
 
 source scripts/gpu/environment.sh "${folders[@]}"
-trap 'rm -rf "$site"' EXIT
 source scripts/gpu/vllm.sh "$parts" "$work/vllm"
 # The comparison asks for our version as for that of any package.
 python3 - -q egg_info --egg-base "$site" <<<'from setuptools import setup; setup()'

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# scripts/gpu/test.sh WHEELS… [-- arguments of scripts/gpu/checks.py]
+# scripts/gpu/test.sh WHEELS… [-- arguments of scripts/gpu/window.py]
 #
-# On a machine with an NVIDIA GPU and torch, but perhaps no network: installs the wheels of the folders WHEELS
-# beside torch, then tests the engine there, looks at its kernels with compute-sanitizer, times them, and
-# prints one table. Exit status 1 if anything failed.
+# On a machine with NVIDIA GPUs and torch, but perhaps no network: installs the wheels of the folders WHEELS beside
+# torch, then runs the jobs of scripts/gpu/jobs.yaml, those that need no other files if nothing else is said: tests,
+# compute-sanitizer over every kernel, timings of kernels. Exit status 1 if anything failed.
 set -euo pipefail
 folders=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -12,8 +12,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 [ "${#folders[@]}" -gt 0 ] || { echo "usage: scripts/gpu/test.sh WHEELS… [-- arguments]" >&2; exit 2; }
-arguments=("$@")
+[ $# -gt 0 ] || set -- --only 'test-*' 'sanitize-*' 'time-*' --limit 3600
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source scripts/gpu/environment.sh "${folders[@]}"
-trap 'rm -rf "$site"' EXIT
-python3 scripts/gpu/checks.py "${arguments[@]}"
+exec python3 scripts/gpu/window.py "$@"

@@ -1,39 +1,12 @@
-"""What the scripts for a GPU do without one: the counts of a test run, the command line of the comparison."""
+"""What the shell scripts for a GPU do without one: command lines, and a checkout beside another in turns."""
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
-
-import pytest
-from model_tools import load_script
 
 GPU_SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts" / "gpu"
-
-
-@functools.cache
-def script(name: str) -> ModuleType:
-    sys.path.insert(0, str(GPU_SCRIPTS))  # where it finds its parts, as when it is run
-    try:
-        return load_script(f"gpu/{name}")
-    finally:
-        sys.path.remove(str(GPU_SCRIPTS))
-
-
-@pytest.mark.parametrize(
-    ("output", "counts"),
-    [
-        ("=== 3 failed, 40 passed, 2 skipped in 9.1s ===", (40, 3, 2)),
-        ("1 passed, 1 error in 2s", (1, 1, 0)),
-        ("no tests ran", (0, 0, 0)),
-    ],
-)
-def test_what_came_of_tests_is_read_from_their_summary(output: str, counts: tuple[int, int, int]) -> None:
-    assert script("checks").pytest_counts(output) == counts
 
 
 def test_the_shell_script_hands_the_comparison_over(tmp_path: Path) -> None:
@@ -63,3 +36,16 @@ def test_the_shell_script_hands_the_comparison_over(tmp_path: Path) -> None:
     )
     wrapper = (work / "python").read_text()
     assert f"PYTHONPATH='{site}' VLLM_USE_FLASHINFER_SAMPLER=0" in wrapper
+
+
+def test_two_checkouts_take_turns(tmp_path: Path) -> None:
+    """Each imports its own package, this one's from the checkout that the script is in."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "__init__.py").touch()
+    subprocess.run(["tar", "-C", base, "-cJf", tmp_path / "base.tar.xz", "."], check=True, timeout=60)
+    words = ["-c", "import microvllm, os; print(os.path.realpath(microvllm.__path__[0]) == os.getcwd())"]
+    command = [str(GPU_SCRIPTS / "turns.sh"), str(tmp_path / "base.tar.xz"), "2", *words]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    rounds = [f"== {name}, round {i}" for i in (1, 2) for name in ("base", "head")]
+    assert found.splitlines() == [line for each in rounds for line in (each, "True")]
