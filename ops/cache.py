@@ -11,17 +11,18 @@ import pwd
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger("microvllm.cache")
 
 
-def cache_folder() -> Path:
-    """Returns a folder that nobody else can change, as what is loaded from it runs in this process.
+def cache_folders() -> Iterator[Path]:
+    """Yields folders that nobody else can change, as what is loaded from them runs in this process.
 
-    It is `microvllm` under $XDG_CACHE_HOME or ~/.cache. Where others can change that or a folder on the way
-    to it, a line is logged, and it is a folder of mode 0700 under the temporary one.
-    Raises `OSError` where no folder can be made.
+    The first is `microvllm` under $XDG_CACHE_HOME or ~/.cache. Where others can change that or a folder on
+    the way to it, a line is logged, and it is left out. The last is a folder of mode 0700 under the temporary
+    one. Raises `OSError` where no folder can be made.
     """
     for base in filter(None, (os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache"))):
         folder = Path(base) / "microvllm"
@@ -30,14 +31,25 @@ def cache_folder() -> Path:
             problem = folder_problem(folder)
         except OSError:
             continue
-        if problem is None:
-            if os.access(folder, os.W_OK | os.X_OK):
-                return folder
-            continue
-        private = _private_folder()
-        _warn(f"compiled kernels are not kept in {folder}, but in {private}: {problem}")
-        return private
-    return _private_folder()
+        if problem is not None:
+            warn_once(f"compiled kernels are not kept in {folder}, but in {_private_folder()}: {problem}")
+            break
+        if os.access(folder, os.W_OK | os.X_OK):
+            yield folder
+    yield _private_folder()
+
+
+def lacks_room(folder: Path, size: int) -> str | None:
+    """Returns why `size` bytes cannot be written into a folder, None if they can.
+
+    They are written, as a quota does not show in the free space.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(size))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def is_trusted(file: Path) -> bool:
@@ -48,7 +60,7 @@ def is_trusted(file: Path) -> bool:
         return False
     if stat.S_ISREG(status.st_mode) and _is_safe(status):
         return True
-    _warn(f"{file} is not used, since others can change it, and is made anew")
+    warn_once(f"{file} is not used, since others can change it, and is made anew")
     return False
 
 
@@ -102,6 +114,6 @@ def _folder_of_this_process() -> Path:
 
 
 @functools.cache
-def _warn(line: str) -> None:
+def warn_once(line: str) -> None:
     """Logs a line once."""
     logger.warning("%s", line)

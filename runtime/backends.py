@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from microvllm.ops.cpu.isa import IsaError, has_bf16
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.progress import OnProgress, Stage
+
+if TYPE_CHECKING:
+    from microvllm.ops.cpu.build import NoCompilerError
 
 logger = logging.getLogger("microvllm.config")
 
@@ -102,14 +106,14 @@ def _gpu_backend(requested: str, name: str) -> str:
     return name
 
 
-def torch_instead(requested: str, reason: Exception) -> str:
+def torch_instead(requested: str, reason: NoCompilerError) -> str:
     """Return "torch", with a warning, where "cpu" cannot be built. Raises `ConfigError` if it has to be."""
     if requested.lower() == "cpu":
         raise ConfigError(
             f"--attention-backend cpu: {reason}",
-            remedy="install a C compiler (apt-get install gcc), or use --attention-backend torch",
+            remedy=f"{reason.remedy}, or use --attention-backend torch",
         ) from reason
-    logger.warning("Plain torch operators are used, which are slower: %s", reason)
+    logger.warning("Plain torch operators are used, which are slower: %s; %s", reason, reason.remedy)
     return "torch"
 
 

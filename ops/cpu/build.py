@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from microvllm.ops.cache import cache_folder, is_trusted
+from microvllm.ops.cache import cache_folders, is_trusted, lacks_room, warn_once
 from microvllm.ops.cpu.isa import Level, usable_levels
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,16 @@ FLAGS = (
     "--param=avoid-fma-max-bits=0",
 )
 COMPILE_TIMEOUT_S = 300
+ROOM_BYTES = 16 << 20  # of the compiler's intermediate files; the library takes half a megabyte
+COMPILER_REMEDY = "install a C compiler (apt-get install gcc)"
 
 
 class NoCompilerError(Exception):
-    """The kernels cannot be built here; the message is one line that says why."""
+    """The kernels cannot be built here; the message is one line that says why, `remedy` what to do."""
+
+    def __init__(self, message: str, remedy: str = COMPILER_REMEDY) -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 def find_compiler() -> str | None:
@@ -82,15 +88,35 @@ def build_kernels(level: Level, on_compile: Callable[[], None] | None = None) ->
     command = [*compiler.split(), *FLAGS, *level.flags]
     text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     key = hashlib.sha256(text + repr((command, platform.machine())).encode()).hexdigest()
+    name = f"kernels-{level.name}-{key[:16]}.so"
     try:
-        library = cache_folder() / f"kernels-{level.name}-{key[:16]}.so"
+        folders = list(dict.fromkeys(cache_folders()))
     except OSError as error:
         raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
-    if not is_trusted(library):
-        if on_compile is not None:
-            on_compile()
-        _compile(command, library)
+    for folder in folders:
+        if is_trusted(folder / name):
+            return folder / name
+    library = _folder_with_room(folders) / name
+    if on_compile is not None:
+        on_compile()
+    _compile(command, library)
     return library
+
+
+def _folder_with_room(folders: list[Path]) -> Path:
+    """Return the first folder that the compiler has room in. Raises `NoCompilerError`."""
+    full: dict[Path, str] = {}
+    for folder in folders:
+        reason = lacks_room(folder, ROOM_BYTES)
+        if reason is None:
+            for each, why in full.items():
+                warn_once(f"compiled kernels are not kept in {each}, but in {folder}: {why}")
+            return folder
+        full[folder] = reason
+    raise NoCompilerError(
+        "kernels cannot be compiled: " + "; ".join(f"{folder}: {why}" for folder, why in full.items()),
+        f"free {ROOM_BYTES >> 20} MB there, or name a folder elsewhere with XDG_CACHE_HOME",
+    )
 
 
 def _compile(command: list[str], library: Path) -> None:
@@ -98,7 +124,12 @@ def _compile(command: list[str], library: Path) -> None:
 
     def run(*arguments: str) -> None:
         subprocess.run(
-            [*command, *arguments], check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
+            [*command, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT_S,
+            env=os.environ | {"TMPDIR": folder},  # where there is room
         )
 
     try:

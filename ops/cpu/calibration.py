@@ -26,7 +26,7 @@ from statistics import median
 
 import torch
 
-from microvllm.ops.cache import cache_folder, is_trusted
+from microvllm.ops.cache import is_trusted
 from microvllm.ops.cpu.operators import CpuOperators
 from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.quantized import QuantizedRows, QuantizedTensor
@@ -109,7 +109,7 @@ def calibrated(library: ctypes.CDLL) -> Calibration:
     """
     processor = processor_name()
     key = hashlib.sha256(repr((VERSION, processor, Path(library._name).name)).encode()).hexdigest()
-    file = cache_folder() / f"calibration-{key[:16]}.json"
+    file = _folder(library) / f"calibration-{key[:16]}.json"
     kept = _read(file)
     if kept is not None and (kept.is_sure or (kept.tries >= MOST_TRIES and not _seems_quiet())):
         return kept
@@ -124,6 +124,10 @@ def calibrated(library: ctypes.CDLL) -> Calibration:
     except OSError as error:
         logger.warning("%s cannot be written: %s", file, error)
     return found
+
+
+def _folder(library: ctypes.CDLL) -> Path:
+    return Path(library._name).parent
 
 
 def _seems_quiet() -> bool:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from microvllm.ops.cache import cache_folder
+from microvllm.ops.cache import cache_folders
 from microvllm.runtime.text.tokenizer import TIKTOKEN_FILE, Tokenizer
 
 logger = logging.getLogger("microvllm.tokenizer")
@@ -34,11 +34,17 @@ def loadable_path(tokenizer: Tokenizer, path: Path, model_max_length: int) -> st
     source = path / TIKTOKEN_FILE if path.is_dir() else path
     if path.is_dir() and ((path / FILES[0]).is_file() or not source.is_file()):
         return str(path)
+    problem: OSError | None = None
     try:
-        return str(_cached(tokenizer, source, model_max_length))
+        for cache in cache_folders():
+            try:
+                return str(_cached(tokenizer, source, model_max_length, cache))
+            except OSError as error:
+                problem = error  # it may be full
     except OSError as error:
-        logger.warning("The tokenizer of %s cannot be kept for benchmark clients: %s", path, error)
-        return str(path)
+        problem = problem or error
+    logger.warning("The tokenizer of %s cannot be kept for benchmark clients: %s", path, problem)
+    return str(path)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
@@ -58,11 +64,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -
     (folder / FILES[1]).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _cached(tokenizer: Tokenizer, source: Path, model_max_length: int) -> Path:
+def _cached(tokenizer: Tokenizer, source: Path, model_max_length: int, cache: Path) -> Path:
     status = source.stat()
     state = (FORMAT, str(source), status.st_size, status.st_mtime_ns, model_max_length)
     name = re.sub(r"[^\w.-]", "_", source.stem)[:64]
-    parent = cache_folder() / "tokenizers"
+    parent = cache / "tokenizers"
     folder = parent / f"{name}-{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}"
     if all((folder / file).is_file() for file in FILES):
         return folder

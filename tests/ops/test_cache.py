@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import stat
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from microvllm.ops import cache
-from microvllm.ops.cache import cache_folder, folder_problem, is_trusted
+from microvllm.ops.cache import cache_folders, folder_problem, is_trusted, lacks_room
 from microvllm.ops.cpu import build, calibration
 from microvllm.ops.cpu.isa import usable_levels
 
@@ -19,14 +20,19 @@ NOBODY = 65534
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """`microvllm` is to be below the folder `a/b`; the temporary folder is another."""
-    cache._warn.cache_clear()
+    cache.warn_once.cache_clear()
     cache._folder_of_this_process.cache_clear()
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     base = tmp_path / "a" / "b"
     base.mkdir(parents=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    monkeypatch.setenv("HOME", os.devnull)  # no folder
     return base
+
+
+def cache_folder() -> Path:
+    return next(cache_folders())
 
 
 def give_away(path: Path) -> None:
@@ -113,14 +119,66 @@ def test_planted_kernels_are_compiled_anew(home: Path, monkeypatch: pytest.Monke
     assert build.build_kernels(level) == library and library.read_bytes() == b"compiled"
 
 
+def test_a_full_folder_is_passed_over(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kernels that lie there already are taken all the same."""
+    own, private = cache_folders()
+    monkeypatch.setattr(build, "_compile", lambda command, library: library.write_bytes(b"compiled"))
+    full = {own: "No space left on device"}
+    monkeypatch.setattr(build, "lacks_room", lambda folder, size: full.get(folder))
+    level = next(usable_levels())
+    library = build.build_kernels(level)
+    assert library.parent == private
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"compiled kernels are not kept in {own}, but in {private}: No space left on device"
+    full[private] = "Disk quota exceeded"
+    assert build.build_kernels(level) == library
+    library.rename(own / library.name)
+    assert build.build_kernels(level) == own / library.name
+    (own / library.name).unlink()
+    with pytest.raises(build.NoCompilerError) as caught:
+        build.build_kernels(level)
+    assert str(caught.value) == (
+        f"kernels cannot be compiled: {own}: No space left on device; {private}: Disk quota exceeded"
+    )
+    assert "free 16 MB" in caught.value.remedy and "XDG_CACHE_HOME" in caught.value.remedy
+
+
+def test_room_is_tried(tmp_path: Path) -> None:
+    assert lacks_room(tmp_path, 1 << 16) is None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))  # Python ignores the signal
+    try:
+        assert lacks_room(tmp_path, 1 << 16) == "File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert lacks_room(tmp_path / "missing", 1) == "No such file or directory"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_compiler_writes_nothing_elsewhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its intermediate files would need room in the temporary folder, too."""
+    environments = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> None:
+        environments.append(env)
+        Path(command[command.index("-o") + 1]).write_bytes(b"compiled")
+
+    monkeypatch.setattr(build.subprocess, "run", run)
+    library = build.build_kernels(next(usable_levels()))
+    assert library.read_bytes() == b"compiled" and len(environments) == len(build.SOURCES) + 1
+    assert {Path(env["TMPDIR"]).parent for env in environments} == {library.parent}
+
+
 def test_a_planted_calibration_is_measured_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = calibration.Calibration(
         "this one", calibration.Tuning(), {"a": calibration.Comparison(1.0, 2.0, 0, 6)}
     )
     monkeypatch.setattr(calibration, "calibrate", lambda library: found)
-    library = type("Library", (), {"_name": "kernels.so"})()
+    library = type("Library", (), {"_name": str(home / "kernels.so")})()
     assert calibration.calibrated(library) == found
-    (file,) = cache_folder().iterdir()
+    (file,) = home.iterdir()
     written = file.read_text()
     for text, mode in ((written.replace("2.0", "9.0"), 0o666), ("[" * 100_000, 0o600)):
         file.write_text(text)

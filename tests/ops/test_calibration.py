@@ -30,7 +30,7 @@ MEASURE_LOAD = calibration._LoadOfOthers.measure
 def kept_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "kept"
     folder.mkdir()
-    monkeypatch.setattr(calibration, "cache_folder", lambda: folder)
+    monkeypatch.setattr(calibration, "_folder", lambda library: folder)
     monkeypatch.setattr(calibration._LoadOfOthers, "measure", lambda self: 0.0)
     return folder
 

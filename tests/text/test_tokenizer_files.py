@@ -89,8 +89,19 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert loadable_path(tokenizer, path, 64) == str(path)
     assert "Read-only file system" in caplog.text
     assert list((cache / "microvllm" / "tokenizers").iterdir()) == []
-    monkeypatch.setattr(tokenizer_files, "cache_folder", fail)
+    monkeypatch.setattr(tokenizer_files, "cache_folders", fail)
     assert loadable_path(tokenizer, path, 64) == str(path)
+
+
+def test_a_full_folder_is_passed_over(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = source("tiktoken", tmp_path)
+    full, other = tmp_path / "full", tmp_path / "other"
+    full.touch()  # nothing can be made below it
+    other.mkdir()
+    monkeypatch.setattr(tokenizer_files, "cache_folders", lambda: iter((full, other)))
+    assert Path(loadable_path(Tokenizer.load(path), path, 64)).is_relative_to(other) and not caplog.records
 
 
 async def test_root_is_a_name_of_the_model() -> None:
