@@ -37,6 +37,12 @@ _JSON_TYPES = {
     inspect.BoolType: bool,
     inspect.StructType: dict,
 }
+_NAMES = {
+    inspect.StrType: "a string",
+    inspect.ListType: "a list",
+    inspect.BoolType: "a boolean",
+    inspect.StructType: "an object",
+}
 _LATE = frozenset(SamplingParams.__struct_fields__)  # `check_sampling` checks the ranges of these
 
 
@@ -120,9 +126,25 @@ def _read(kind: inspect.Type, value: Any, late: bool = False) -> Any:
             raise
     if isinstance(kind, inspect.UnionType):
         options = [option for option in kind.types if not isinstance(option, inspect.NoneType)]
-        fitting = [option for option in options if _JSON_TYPES.get(type(option)) is type(value)]
-        return _read((fitting or options)[0], value, late)
+        fitting = [option for option in options if _JSON_TYPES.get(type(_plain(option))) is type(value)]
+        if fitting or len(options) == 1:
+            return _read((fitting or options)[0], value, late)
+        raise Fault(f"Input should be {' or '.join(map(_name, options))}")
     return _READERS[type(kind)](kind, value, late)
+
+
+def _plain(kind: inspect.Type) -> inspect.Type:
+    return kind.type if isinstance(kind, inspect.Metadata) else kind
+
+
+def _name(kind: inspect.Type) -> str:
+    """Return what a value of this type is, for a sentence."""
+    kind = _plain(kind)
+    if isinstance(kind, inspect.LiteralType):
+        return ", ".join(map(repr, kind.values))
+    if isinstance(kind, inspect.ListType) and isinstance(kind.item_type, inspect.StrType):
+        return "a list of strings"
+    return _NAMES[type(kind)]
 
 
 def _read_integer(kind: inspect.IntType, value: Any, late: bool) -> int:

@@ -22,6 +22,7 @@ from microvllm.openai_compat.api.requests import (
     TokenizeRequest,
     honoured_fields,
 )
+from microvllm.openai_compat.api.responses.requests import ResponsesRequest
 from microvllm.openai_compat.errors import Fault
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams
@@ -593,14 +594,39 @@ def test_a_range_that_is_read_late_is_checked_with_the_sampling_parameters(kind:
 
 
 def test_every_fault_is_named_in_the_order_of_the_body() -> None:
-    body = {"stop": [1], "seed": "x", "temperature": -1, "tool_choice": "auto", "echo": 7, "n": None}
+    body = {"stop": 5, "seed": "x", "temperature": -1, "tool_choice": "auto", "echo": 7, "n": None}
     with pytest.raises(InvalidRequestError) as caught:
         read_request(ChatCompletionRequest, body)
     assert str(caught.value) == (
-        "messages: Field required. stop: Input should be a valid string. "
+        "messages: Field required. stop: Input should be a string or a list of strings. "
         "seed: Input should be a valid integer. echo: Input should be a valid boolean."
     )
     assert (caught.value.param, caught.value.kind) == ("body.messages", "Bad Request")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "problem"),
+    [
+        (PromptRequest, {"prompt": "x", "stop": 5}, "stop: Input should be a string or a list of strings."),
+        (CompletionRequest, {"prompt": "x", "stop": [5]}, "stop: Input should be a valid string."),
+        (ResponsesRequest, {"input": 5}, "input: Input should be a string or a list."),
+        (
+            ChatCompletionRequest,
+            {"messages": [], "tool_choice": 5},
+            "tool_choice: Input should be 'auto', 'none', 'required' or an object.",
+        ),
+    ],
+)
+def test_all_that_is_allowed_is_named(kind: type[Body], body: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        read_request(kind, body)
+    assert str(caught.value) == problem
+
+
+def test_a_list_of_items_is_read_beside_a_lax_number() -> None:
+    items = [{"role": "user", "content": "hi"}]
+    request = read_request(ResponsesRequest, {"input": items, "temperature": "0.5"})
+    assert (request.input, request.temperature) == (items, 0.5)
 
 
 async def test_seed_minus_one_is_no_seed() -> None:

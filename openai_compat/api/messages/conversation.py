@@ -154,10 +154,8 @@ def _effort(body: ConversationBody, turns: Sequence[Message]) -> str | None:
 
 
 def _system(value: Any) -> list[str]:
-    if value is None or isinstance(value, str):
-        texts = [value or ""]
-    else:
-        texts = [block.text for block in read_part(list[Text], value, "system")]
+    system: Any = read_part(str | list[Text], value or "", "system")  # type: ignore[arg-type]
+    texts = [system] if isinstance(system, str) else [block.text for block in system]
     shown = (text.partition("\n")[2] if text.startswith(BILLING) else text for text in texts)
     return [text for text in shown if text]
 
