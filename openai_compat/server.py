@@ -39,7 +39,6 @@ from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.spawn import STOP_SIGNALS, SpawnedEngine
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.text.chat_template import template_problem
-from microvllm.runtime.text.content_format import AUTO
 
 logger = logging.getLogger("microvllm.server")
 
@@ -90,17 +89,6 @@ def serve(
         release_socket(sock, args)
 
 
-def _check_content_format(client: EngineClient, args: ServerArgs) -> None:
-    """Warns of a form of contents that the chat template was not written for."""
-    template = client.processor.template
-    if template is not None and args.chat_template_content_format not in (AUTO, template.content_format):
-        logger.warning(
-            "--chat-template-content-format %s: the chat template seems to be written for %s",
-            args.chat_template_content_format,
-            template.content_format,
-        )
-
-
 def _run_event_loop(main: Coroutine[Any, Any, None]) -> None:
     try:
         import uvloop
@@ -124,7 +112,6 @@ async def _serve(
         EngineClient.start(config, chat_template=args.chat_template, on_progress=on_progress, spawned=spawned)
     )
     try:
-        _check_content_format(client, args)
         app = create_app(client, args)
         # What is alive now stays: a collection need not walk it, which would hold up every request.
         gc.collect()
@@ -163,6 +150,7 @@ async def _serve(
         stopped.cancel()
         if not serving.done() and not given_up.done():
             await drain(state.lifecycle, args.shutdown_timeout, signals)
+        helpers.append(asyncio.ensure_future(force_exit(server, signals)))
         server.should_exit = True
         await serving
         for helper in helpers:
@@ -180,7 +168,7 @@ class Signals:
     def __init__(self) -> None:
         self.count = 0
         self.last: int = signal.SIGTERM
-        self._arrived = [asyncio.Event(), asyncio.Event()]
+        self._arrived = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
@@ -189,12 +177,14 @@ class Signals:
 
     def _on_signal(self, number: int) -> None:
         self.last = number
-        self._arrived[min(self.count, 1)].set()
         self.count += 1
+        self._arrived.set()
+        self._arrived = asyncio.Event()
 
     async def wait(self, count: int) -> None:
-        """Wait for the first (1) or the second (2) signal."""
-        await self._arrived[count - 1].wait()
+        """Wait until so many signals have arrived."""
+        while self.count < count:
+            await self._arrived.wait()
 
     async def run(self, work: Awaitable[T]) -> T:
         """Await the work. The first signal cancels it and raises `SystemExit` with 128 + its number."""
@@ -215,17 +205,27 @@ async def drain(lifecycle: Lifecycle, timeout: float, signals: Signals) -> None:
     """
     lifecycle.draining = True
     if lifecycle.active:
-        logger.info("Stopping: %d requests have %g s to finish.", lifecycle.active, timeout)
+        logger.info(
+            "Stopping: %d requests have %g s to finish; a second signal ends them at once.",
+            *(lifecycle.active, timeout),
+        )
     waiting = asyncio.ensure_future(signals.wait(2))
     idle = asyncio.ensure_future(_idle(lifecycle))
     await asyncio.wait((waiting, idle), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    why = "at a second signal" if waiting.done() else f"that did not finish within {timeout:g} s"
     waiting.cancel()
     idle.cancel()
     if lifecycle.active:
-        logger.warning("Ending %d requests that did not finish in time.", lifecycle.active)
+        logger.warning("Ending %d requests %s.", lifecycle.active, why)
         lifecycle.cut()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_idle(lifecycle), FINAL_FLUSH_S)
+
+
+async def force_exit(server: uvicorn.Server, signals: Signals) -> None:
+    """Wait for no connection any more after a further signal, as uvicorn says while it waits for them."""
+    await signals.wait(signals.count + 1)
+    server.force_exit = True
 
 
 async def _idle(lifecycle: Lifecycle) -> None:

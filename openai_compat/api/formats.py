@@ -21,6 +21,19 @@ logger = logging.getLogger("microvllm.server")
 IN_FRONT, BEHIND = ("", "a", " ", "\n", ".", '"'), ("", "a", " ", "\n", "{", ">")
 
 
+def warn_of_template(client: EngineClient, args: AnswerArgs) -> None:
+    """Log that options name what the chat template was not written for."""
+    processor, calls = client.processor, args.tool_call_parser
+    if calls not in (None, AUTO) and "tools" not in processor.template_source:
+        logger.warning("--tool-call-parser %s: the chat template does not show tools to the model", calls)
+    template, form = processor.template, args.chat_template_content_format
+    if template is not None and form not in (AUTO, template.content_format):
+        logger.warning(
+            "--chat-template-content-format %s: the chat template seems to be written for %s",
+            *(form, template.content_format),
+        )
+
+
 @dataclass(frozen=True)
 class ThinkingIds:
     """Token ids: the tags around the reasoning, and the texts that the answer and a call begin behind.
@@ -70,8 +83,6 @@ class Formats:
             shown = detect_formats(source)
             calls = shown[0] if calls == AUTO else calls
             reasoning = shown[1] if reasoning == AUTO else reasoning
-        if calls is not None and "tools" not in source:
-            logger.warning("--tool-call-parser %s: the chat template does not show tools.", calls)
         ids = None if reasoning is None else ThinkingIds.of(REASONING_FORMATS[reasoning], client.tokenizer)
         tokens = map(client.tokenizer.id_to_token, client.tokenizer.special_ids)
         return cls(calls, reasoning, ids, frozenset(filter(None, tokens)))

@@ -59,8 +59,9 @@ def tool_use(body: ChatCompletionRequest, args: AnswerArgs, format_: str | None)
         return None
     if format_ is None:
         raise InvalidRequestError(
-            "The chat template has no tools in a format that is known: start the server with "
-            '--tool-call-parser, or send `tool_choice` "none".',
+            "The chat template shows the model no format of tool calls: start the server with "
+            "`--tool-call-parser hermes`, or another format of docs/tools.md that the model was trained on, "
+            'or send `tool_choice` "none".',
             "tools",
         )
     if use.choice == "auto" and not args.enable_auto_tool_choice:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,13 +17,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
 from http_tools import eventually, held_port, raw_exchange
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import stats_line
+from microvllm.openai_compat.server import HttpServer, Signals, force_exit
 from microvllm.openai_compat.transport.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.request import EngineStats
@@ -267,6 +272,34 @@ def test_requests_that_do_not_finish_are_told(tmp_path: Path, second_signal: boo
         waiting.close()
         assert server.process.wait(PATIENCE_S) == 0
         assert "closed 0 2" in server.output and "Traceback" not in server.output
+        why = "at a second signal." if second_signal else "that did not finish within 0.3 s."
+        assert f"requests {why}" in server.output
+
+
+def test_a_signal_ends_the_wait_for_connections_as_uvicorn_says() -> None:
+    class Interrupter(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "CTRL+C to force quit" in record.getMessage():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    async def shut_down() -> bool:
+        server = HttpServer(uvicorn.Config(None, lifespan="off", log_config=None), lambda: None)
+        server.server_state.connections.add(Mock(spec=["shutdown"]))  # one that never closes
+        server.servers, server.lifespan = [], Mock()
+        waiting = asyncio.ensure_future(force_exit(server, Signals()))
+        server.force_exit = False
+        await server.shutdown()
+        return waiting.done()
+
+    log, interrupter = logging.getLogger("uvicorn.error"), Interrupter()
+    level = log.level
+    log.addHandler(interrupter)
+    log.setLevel(logging.INFO)
+    try:
+        assert asyncio.run(shut_down())
+    finally:
+        log.removeHandler(interrupter)
+        log.setLevel(level)
 
 
 def test_unix_socket(tmp_path: Path) -> None:
