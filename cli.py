@@ -3,7 +3,7 @@
 Flags carry the names and defaults of `vllm serve` 0.33. Everything is checked here or in
 `EngineArgs.resolve()` before a model is loaded; whatever is wrong is two lines on stderr, the cause and the
 remedy. Exit status: 0 done, 1 the engine failed, 2 a flag, a file or the machine does not allow what was
-asked.
+asked, 130 Ctrl-C, 141 the reader of stdout is gone (`| head`), which says nothing.
 
 Nothing heavy is imported at the top, so that `--help` and a mistyped flag answer at once.
 """
@@ -11,9 +11,11 @@ Nothing heavy is imported at the top, so that `--help` and a mistyped flag answe
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -28,7 +30,7 @@ from microvllm.openai_compat.flags.command import Command, LogHandler, remedy_fo
 from microvllm.openai_compat.flags.options import Fields, with_options
 from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError
+from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError, reason_of
 from microvllm.runtime.find_model import user_path
 from microvllm.runtime.flag import ACCESS, ANSWERS, OPTIONS, SERVER, check_flags, flag
 from microvllm.runtime.vllm_environment import is_on, unknown_variables
@@ -75,6 +77,7 @@ FailOnEnvironOpt = Annotated[
     bool,
     typer.Option(help="Do not start with a VLLM_ variable in the environment that vLLM does not know."),
 ]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 QUEUE_OPTIONS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_timeout", "request_timeout")
 
 
@@ -377,7 +380,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         # Typer returns the code of typer.Exit, or what the command returned, which is None.
         commands = typer.main.get_command(app)
-        return int(commands.main(list(argv), prog_name="microvllm", standalone_mode=False) or 0)
+        status = int(commands.main(list(argv), prog_name="microvllm", standalone_mode=False) or 0)
+        sys.stdout.flush()  # here, as what fails at the interpreter's exit is a traceback
+        return status
     except typer.TyperException as error:
         message, failure, code = error.format_message(), error, 2
     except MicroVLLMError as error:
@@ -385,14 +390,28 @@ def run(argv: Sequence[str]) -> int:
         code = 2 if isinstance(error, (ConfigError, RequestError)) else 1
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _drop_output()  # Typer makes an exit of it
     except BrokenPipeError:
-        # The reader of the pipe is gone (`| head`). Python's flush at exit would report it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _drop_output()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _drop_output()
+        message, code = f"the output cannot be written: {reason_of(error)}", 2
+        failure = ConfigError(message, remedy="write it where there is room")
     finally:
         logger.removeHandler(handler)
     report_error(message, remedy_for(failure, message, commands, argv))
     return code
+
+
+def _drop_output() -> int:
+    """Have Python's flush at exit not fail once more; returns a shell's status for SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+    return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -74,11 +74,11 @@ def run(args: BenchArgs) -> int:
     if args.goodput:
         kept = [request for request in measured.good if _keeps(request, args.goodput)]
         result["request_goodput"] = len(kept) / measured.duration
+    if args.result_file is not None:
+        _save(result, Path(args.result_file))  # first: stdout may be closed
     print(report(result, args))
     for error in measured.errors:
         print(f"Failed: {error}")
-    if args.result_file is not None:
-        _save(result, Path(args.result_file))
     return 1 if measured.errors else 0
 
 

@@ -15,7 +15,7 @@ class ProgressLine:
     """Shows how much of some work is done: a bar on a terminal, a plain line each quarter elsewhere.
 
     See `microvllm.runtime.progress.OnProgress`; each new `what` begins a line of its own, and its `note` is
-    what remains of it. Writes to stderr.
+    what remains of it. Elsewhere work of one part has a line at its start and its note. Writes to stderr.
     """
 
     def __init__(self) -> None:
@@ -44,8 +44,9 @@ class ProgressLine:
         quarter = 4 * done // total
         if quarter > self._quarter and (quarter > 0 or done == 0):
             self._quarter = quarter
+            line = note or (f"{what} ..." if total == 1 and not done else f"{what}: {25 * quarter} %")
             with contextlib.suppress(OSError):  # a full disk
-                print(f"microvllm: {note or f'{what}: {25 * quarter} %'}", file=sys.stderr, flush=True)
+                print(f"microvllm: {line}", file=sys.stderr, flush=True)
 
     def _show_bar(self, what: str, done: int, total: int, note: str) -> None:
         bar = self._bar

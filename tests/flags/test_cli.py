@@ -132,6 +132,27 @@ def test_an_engine_that_fails_is_status_1(
     assert "`microvllm collect-env`" in hint
 
 
+@pytest.mark.parametrize("buffered", [True, False], ids=["at-exit", "at-once"])
+@pytest.mark.parametrize("argv", ["collect-env", "--help", "--version"])
+def test_a_reader_that_is_gone_ends_a_command_quietly(argv: str, buffered: bool) -> None:
+    """With a buffer the failure comes with the last flush, without one in the middle of the command."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    env |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    result = subprocess.run([MICROVLLM, argv], stdout=writer, stderr=subprocess.PIPE, timeout=300, env=env)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_full_disk_behind_stdout_is_two_lines() -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run([MICROVLLM, "--version"], stdout=full, stderr=subprocess.PIPE, timeout=300)
+    cause, hint = result.stderr.decode().splitlines()
+    assert result.returncode == 2 and "hint: " in hint
+    assert cause == "microvllm: error: the output cannot be written: No space left on device"
+
+
 def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressLine() as progress:
         for done in range(1, 101):
@@ -146,7 +167,7 @@ def test_load_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> Non
         *(f"microvllm: Loading weights: {share} %" for share in (25, 50, 75, 100)),
         *(f"microvllm: Capturing CUDA graphs: {share} %" for share in (0, 25, 50)),
         "microvllm: Captured 3 graphs in 4.2 s, 1.1 GB",
-        "microvllm: Warming up: 0 %",
+        "microvllm: Warming up ...",
     ]
 
 
