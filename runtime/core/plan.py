@@ -44,11 +44,11 @@ class Request:
     num_cached: int | None = None  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
     scheduled_at: float | None = None  # when it first left the queue; None again once that was reported
-    prompt_logprobs: list[TokenLogprobs] | None = None  # until the first token goes out
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_logprobs: int = 0  # computed so far: a preempted request does not compute them again
     row: int = -1
-    leads: bytes | None = None  # the prefix key of the last full block, until all are computed
-    followers: list[Request] = field(default_factory=list)  # wait for these blocks
+    queue: list[Request] = field(default_factory=list)  # the one that it is in: see `Scheduler`
+    leads: bytes | None = None  # the prefix key of its last full block, while others wait for its blocks
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

@@ -24,7 +24,6 @@ new kind of step is no new phase here: it is a number of tokens to compute.
 
 from __future__ import annotations
 
-import heapq
 import time
 from bisect import bisect_left, insort
 
@@ -40,17 +39,19 @@ from microvllm.runtime.request import EngineRequest, FinishReason, RepetitionDet
 
 
 class Scheduler:
-    """Decides what each step computes. `add` and `abort` may be called between any two calls."""
+    """Decides what each step computes. `add` and `abort` may be called between any two calls.
+
+    A request is in one list at a time, sorted by its order: waiting, following another one, or running.
+    """
 
     def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
         self.kv = kv
         self._config = config
         self._policy = POLICIES[config.scheduling_policy]()
         self._requests: dict[int, Request] = {}  # waiting and running
-        self._waiting: list[Request] = []  # heap by order; also holds some that have ended
-        self._num_waiting = 0
-        self._running: list[Request] = []  # sorted by order
-        self._leaders: dict[bytes, Request] = {}  # running, by what each of them `leads`
+        self._waiting: list[Request] = []
+        self._following: dict[bytes, list[Request]] = {}  # by what the running request `leads`
+        self._running: list[Request] = []
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._released_rows: list[int] = []  # since the last plan
         self._arrivals = 0
@@ -67,10 +68,10 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        return len(self._waiting) + sum(map(len, self._following.values()))
 
     def has_work(self) -> bool:
-        return bool(self._running) or self._num_waiting > 0
+        return bool(self._requests or self._running)
 
     # ---- add and abort -------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class Scheduler:
         if like is None:
             self._check(source)
         limit = config.max_num_queued_reqs
-        if limit is not None and self._num_waiting - len(self._free_rows) >= limit:
+        if limit is not None and self.num_waiting - len(self._free_rows) >= limit:
             raise EngineBusyError("The engine is currently busy and cannot accept new requests.")
         self._arrivals += 1
         order = (self._policy.rank(source), self._arrivals)
@@ -97,7 +98,7 @@ class Scheduler:
             request = Request(source, order, like.keys, like.stop_ids)
         self._requests[request.id] = request
         self._deadlines.add(request)
-        self._wait(request)
+        self._enter(self._waiting, request)
         return request
 
     def _check(self, source: EngineRequest) -> None:
@@ -148,13 +149,11 @@ class Scheduler:
             missing = request.num_missing
             if missing <= 0 or (request.source.grammar and not self._mask_ready(request)):
                 continue
-            room = budget - (len(eligible) - index - 1)
-            num_new = 1 if missing == 1 else self._chunk(request, request.num_computed, missing, room)
+            spare = budget - (len(eligible) - index)
+            num_new = 1 if missing == 1 else self._chunk(request, request.num_computed, missing, spare + 1)
             if request.drafts:
-                num_new += self._trim_drafts(request, budget - (len(eligible) - index))
-            room, preempted = self._make_room(request, num_new)
-            self._short_of_blocks |= preempted or not room
-            if not room:
+                num_new += self._trim_drafts(request, spare)
+            if not self._make_room(request, num_new):
                 break  # it was preempted, or blocks come free when the steps in flight are committed
             scheduled.append(self._advance(request, num_new))
             budget -= num_new
@@ -182,14 +181,11 @@ class Scheduler:
             if not item.samples or NO_TOKEN not in tokens:
                 known = item.start + item.num_new - item.num_draft_tokens
                 self.kv.cache_blocks(request.seq_id, request.keys, known)
+            if index in result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs[index]
+                request.num_prompt_logprobs = len(request.prompt_logprobs)
             if item.samples:
                 self._let_follow(request)
-            if index in result.prompt_logprobs:
-                if request.prompt_logprobs is None:
-                    request.prompt_logprobs = []
-                request.prompt_logprobs += result.prompt_logprobs[index]
-                request.num_prompt_logprobs += len(result.prompt_logprobs[index])
-            if item.samples:
                 outputs.append(self._take_tokens(request, index, result))
                 if item.num_draft_tokens:
                     self._settle_drafts(request, 1 + item.num_draft_tokens - len(tokens))
@@ -246,31 +242,28 @@ class Scheduler:
             request.num_computed -= num_rejected
             self.kv.shrink(request.seq_id, num_rejected)
 
-    def _make_room(self, request: Request, num_new: int) -> tuple[bool, bool]:
-        """Blocks for `num_new` more tokens, by preemption if need be -> (got them, preempted one)."""
-        preempted = False
+    def _make_room(self, request: Request, num_new: int) -> bool:
+        """Take blocks for `num_new` more tokens, by preemption if need be; False if there are none."""
         while not self.kv.append(request.seq_id, num_new):
+            self._short_of_blocks = True
             victim = self._running[-1]
             if victim.steps_in_flight:
-                return False, preempted
+                return False
             self._preempt(victim)
-            preempted = True
             if victim is request:
-                return False, True
-        return True, preempted
+                return False
+        return True
 
     def _admit(self, budget: int, scheduled: list[ScheduledRequest]) -> list[Request]:
         admitted: list[Request] = []
-        while budget > 0 and self._free_rows:
-            request = self._peek_waiting()
-            if request is None:
-                break
+        while budget > 0 and self._free_rows and self._waiting:
+            request = self._waiting[0]
             # What is in the cache is not computed, so it would have no log probabilities.
             whole = request.params.prompt_logprobs is not None
             key = self.kv.last_key(request.keys, request.num_tokens)
-            leader = None if whole or key is None else self._leaders.get(key)
-            if leader is not None:
-                leader.followers.append(heapq.heappop(self._waiting))
+            followers = None if whole or key is None else self._following.get(key)
+            if followers is not None:
+                self._enter(followers, request)
                 continue
             prefix = self.kv.match_prefix(request.keys, 0 if whole else request.num_tokens)
             num_cached = len(prefix[0]) * self.kv.block_size
@@ -283,8 +276,7 @@ class Scheduler:
             if not self.kv.can_hold(request.num_tokens, prefix):
                 break
             self.kv.alloc(request.seq_id, num_cached + num_new, prefix)
-            heapq.heappop(self._waiting)
-            self._left_queue()
+            self._enter(self._running, request)
             request.row = self._free_rows.pop()
             request.num_computed = num_cached
             self.kv.states.restore(request)
@@ -294,9 +286,8 @@ class Scheduler:
                 if self.kv.enable_prefix_caching and not whole:
                     self.prefix_queries += request.prompt_len
                     self.prefix_hits += num_cached
-            if key is not None and missing > self.kv.block_size and key not in self._leaders:
-                request.leads, self._leaders[key] = key, request
-            insort(self._running, request)
+            if key is not None and missing > self.kv.block_size and key not in self._following:
+                request.leads, self._following[key] = key, []
             admitted.append(request)
             scheduled.append(self._advance(request, num_new, first_block=0))
             budget -= num_new
@@ -353,7 +344,7 @@ class Scheduler:
             stop_reason,
             request.num_cached or 0,
             logprobs=None if logprobs is None else list(logprobs[: len(taken)]),
-            prompt_logprobs=(request.prompt_logprobs or []) if has_prompt else None,
+            prompt_logprobs=request.prompt_logprobs if has_prompt else None,
             scheduled_at=request.scheduled_at,
             num_preemptions=request.num_preemptions,
             pooled=pooled,
@@ -375,37 +366,25 @@ class Scheduler:
             return FinishReason.REPETITION, None
         return None, None
 
-    # ---- where a request is: waiting, running, or gone -----------------------------------------
+    # ---- where a request is: waiting, following, running, or gone ------------------------------
 
-    def _wait(self, request: Request) -> None:
-        heapq.heappush(self._waiting, request)
-        self._num_waiting += 1
+    def _enter(self, queue: list[Request], request: Request) -> None:
+        """Put a request into a list, out of that which it was in."""
+        self._leave(request)
+        insort(queue, request)
+        request.queue = queue
 
-    def _left_queue(self) -> None:
-        self._num_waiting -= 1
-        # Ended requests are dropped when the heap gets to them; those behind a head that has to wait
-        # would pile up, so they are swept out when they are the larger half.
-        if len(self._waiting) > 2 * self._num_waiting:
-            self._waiting = [request for request in self._waiting if request.finish_reason is None]
-            heapq.heapify(self._waiting)
-
-    def _peek_waiting(self) -> Request | None:
-        while self._waiting:
-            if self._waiting[0].finish_reason is None:
-                return self._waiting[0]
-            heapq.heappop(self._waiting)
-        return None
+    def _leave(self, request: Request) -> None:
+        if request.queue:
+            del request.queue[bisect_left(request.queue, request)]
+            request.queue = []
 
     def _let_follow(self, request: Request) -> None:
         """Queue the requests again that have waited for this one's blocks, each at its old place."""
-        if request.leads is None:
-            return
-        del self._leaders[request.leads]
-        request.leads = None
-        for follower in request.followers:
-            if follower.finish_reason is None:
-                heapq.heappush(self._waiting, follower)
-        request.followers = []
+        if request.leads is not None:
+            for follower in self._following.pop(request.leads)[:]:
+                self._enter(self._waiting, follower)
+            request.leads = None
 
     def _preempt(self, request: Request) -> None:
         """Give back row and blocks and wait again, at the old place in the queue."""
@@ -414,14 +393,14 @@ class Scheduler:
         request.num_computed, request.drafts = 0, ()
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self._wait(request)
+        self._enter(self._waiting, request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
         self._let_follow(request)
         del self._requests[request.id]
         if request.row < 0:
-            self._left_queue()
+            self._leave(request)
         elif request.steps_in_flight == 0:
             self._release(request)
 
@@ -429,7 +408,7 @@ class Scheduler:
         """Give blocks and row back; the runner zeroes the row with the next plan."""
         self.kv.free(request.seq_id)
         self.kv.states.leave(request.seq_id)
-        del self._running[bisect_left(self._running, request)]
+        self._leave(request)
         self._free_rows.append(request.row)
         self._released_rows.append(request.row)
         request.row = -1

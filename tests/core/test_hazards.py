@@ -63,7 +63,7 @@ HAZARDS: dict[str, list[str]] = {
     "an abort at a bad moment breaks a counter": [
         "test_scheduler::test_abort_at_every_step",
         "test_state_machine::test_any_life_of_the_engine",
-        "test_mutations::abort_in_the_queue_is_not_counted",
+        "test_mutations::an_aborted_request_stays_in_the_queue",
     ],
     "a prompt that is cached whole leaves nothing to compute": [
         "test_scheduler::test_the_same_prompt_twice",

@@ -346,35 +346,46 @@ def a_preempted_request_goes_to_the_end(patch: pytest.MonkeyPatch) -> None:
         self._waiting.remove(request)
         request.order = (request.order[0], self._arrivals)
         self._waiting.append(request)
-        self._waiting.sort()
 
     patch.setattr(Scheduler, "_preempt", mutant)
 
 
 @mutation("sync")
 def preempt_the_oldest(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Scheduler, request: Request, num_new: int) -> tuple[bool, bool]:
-        preempted = False
+    def mutant(self: Scheduler, request: Request, num_new: int) -> bool:
         while not self.kv.append(request.seq_id, num_new):
+            self._short_of_blocks = True
             victim = self._running[0]
             self._preempt(victim)
-            preempted = True
             if victim is request:
-                return False, True
-        return True, preempted
+                return False
+        return True
 
     patch.setattr(Scheduler, "_make_room", mutant)
 
 
 @mutation("sync")
-def abort_in_the_queue_is_not_counted(patch: pytest.MonkeyPatch) -> None:
+def an_aborted_request_stays_in_the_queue(patch: pytest.MonkeyPatch) -> None:
     abort = Scheduler.abort
 
     def mutant(self: Scheduler, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
-        before = self._num_waiting
+        request = self._requests.get(request_id)
         done = abort(self, request_id, reason)
-        self._num_waiting = before
+        if request is not None and request.row < 0:
+            self._enter(self._waiting, request)
         return done
+
+    patch.setattr(Scheduler, "abort", mutant)
+
+
+@mutation("sync")
+def an_aborted_request_is_followed_for_ever(patch: pytest.MonkeyPatch) -> None:
+    abort = Scheduler.abort
+
+    def mutant(self: Scheduler, request_id: int, reason: FinishReason = FinishReason.ABORT) -> bool:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Scheduler, "_let_follow", lambda self, request: None)
+            return abort(self, request_id, reason)
 
     patch.setattr(Scheduler, "abort", mutant)
 
@@ -454,15 +465,14 @@ def do_not_skip_finished(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("async")
 def preempt_in_flight(patch: pytest.MonkeyPatch) -> None:
-    def mutant(self: Scheduler, request: Request, num_new: int) -> tuple[bool, bool]:
-        preempted = False
+    def mutant(self: Scheduler, request: Request, num_new: int) -> bool:
         while not self.kv.append(request.seq_id, num_new):
+            self._short_of_blocks = True
             victim = self._running[-1]
             self._preempt(victim)
-            preempted = True
             if victim is request:
-                return False, True
-        return True, preempted
+                return False
+        return True
 
     patch.setattr(Scheduler, "_make_room", mutant)
 

@@ -199,9 +199,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     def follows(self, request: Request) -> bool:
         """Whether it waits for blocks that another computes: the only reason to be passed over."""
-        leader = next((r for r in [*self.live.values(), *self.ended] if request in r.followers), None)
-        if leader is None:
+        following = self.engine.core.scheduler._following
+        key = next((key for key, followers in following.items() if request in followers), None)
+        if key is None:
             return False
+        leader = next(r for r in [*self.live.values(), *self.ended] if r.leads == key)
         size = self.engine.config.block_size
         shared = (len(request.token_ids) - 1) // size * size
         assert leader.row >= 0 and leader.finish_reason is None and self.engine.config.enable_prefix_caching
@@ -306,18 +308,19 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.engine.core.scheduler
         assert scheduler._requests == self.live
         running = {id(r) for r in scheduler._running}
-        following = [r for leader in scheduler._leaders.values() for r in leader.followers]
-        waiting = {id(r) for r in [*scheduler._waiting, *following] if r.finish_reason is None}
-        assert all(r.leads == key and r.row >= 0 for key, r in scheduler._leaders.items())
-        assert len(waiting) == sum(r.finish_reason is None for r in [*scheduler._waiting, *following]), (
-            "a request waits in two places"
-        )
+        leads = [r.leads for r in scheduler._running if r.leads is not None]
+        assert sorted(leads) == sorted(scheduler._following), "followers of none, or of two"
+        queues = [scheduler._running, scheduler._waiting, *scheduler._following.values()]
+        assert all(r.queue is queue for queue in queues for r in queue)
+        waits = [id(r) for queue in queues[1:] for r in queue]
+        waiting = set(waits)
+        assert len(waiting) == len(waits), "a request waits in two places"
         assert len(running) == len(scheduler._running) <= self.engine.config.max_num_seqs
         assert not running & waiting
         assert running == {id(r) for r in [*self.live.values(), *self.ended] if r.row >= 0}
         assert waiting == {id(r) for r in self.live.values() if r.row < 0}
         assert (scheduler.num_running, scheduler.num_waiting) == (len(running), len(waiting))
-        assert scheduler._running == sorted(scheduler._running)
+        assert all(queue == sorted(queue) for queue in queues)
         rows = [r.row for r in scheduler._running]
         assert sorted(rows + scheduler._free_rows) == list(range(self.engine.config.max_num_seqs))
 
