@@ -146,7 +146,7 @@ def main() -> None:
             step, host = statistics.median(result.decode_s), statistics.median(result.host_s)
             line += f", decode step {step * 1e3:.3f} ms (host {host * 1e3:.3f} ms)"
         print(line, flush=True)
-    core.scheduler.check()
+    core.kv.check()
     if steps:
         print(summary(steps, collections))
 

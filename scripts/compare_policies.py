@@ -177,7 +177,7 @@ class Engine:
             for output in outputs:
                 result.times[output.request_id - first_id] += [now] * len(output.token_ids)
                 result.tokens[output.request_id - first_id] += output.token_ids
-        self.core.scheduler.check()
+        self.core.kv.check()
         plans = [plan.scheduled for plan in self.recorder.plans]
         result.batches = [len(plan) for plan in plans]
         result.decodes = [[item.start + 1 for item in plan if item.num_new == 1] for plan in plans]

@@ -29,10 +29,10 @@ CORE_PATH = (
     *("adapters/decoder.py", "ops/operators.py", "ops/attention/__init__.py"),
 )
 OFF_THE_PATH = {
-    *("bitmask.py", "checkpoints.py", "corrupt_prefix.py", "deadlines.py", "gpu_memory.py", "gpu_rules.py"),
-    *("loading.py", "logprobs.py", "penalties.py", "pool_audit.py", "pooling.py", "prefix_keys.py"),
-    *("profiler.py", "sleep.py", "states.py", "step_sizes.py", "step_times.py", "thinking.py"),
-    *("transfers.py", "warm_up.py"),
+    *("bitmask.py", "checkpoints.py", "counters.py", "deadlines.py", "drafts.py", "gpu_memory.py"),
+    *("gpu_rules.py", "loading.py", "logprobs.py", "no_token.py", "penalties.py", "pool_audit.py"),
+    *("pooling.py", "prefix_keys.py", "profiler.py", "repetition.py", "sleep.py", "states.py"),
+    *("step_sizes.py", "step_times.py", "thinking.py", "transfers.py", "warm_up.py"),
 }
 SILENT = {
     tokenize.COMMENT,

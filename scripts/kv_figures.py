@@ -228,7 +228,7 @@ def run(workload: Workload, config_args: EngineArgs) -> Figures:
             weighted += seconds
     while core.has_work():
         core.step()
-    core.scheduler.check()
+    core.kv.check()
     stats = core.stats()
     figures.hit_tokens, figures.preemptions = stats.prefix_hits, stats.preemptions
     figures.leaked_blocks = stats.kv_blocks_used

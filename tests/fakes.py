@@ -17,8 +17,10 @@ from microvllm.adapters.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.engine_core import Drafter, EngineCore, StepInFlight
+from microvllm.runtime.core.drafts import Drafter
+from microvllm.runtime.core.engine_core import EngineCore, StepInFlight
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.worker.step_times import StepClock
@@ -181,11 +183,11 @@ class FakeRunner:
 
     graph_replays = padded_tokens = 0
     device_clock = None
-    masks = None
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.clock = StepClock()
+        self.masks = GrammarMasks(config, lambda: None)
         self.windows = config.spec.cache_plan.windows
         self.memory: list[Cell | None] = [None] * (config.num_blocks * config.block_size)
         self.rows = [_Row() for _ in range(config.max_num_seqs)]

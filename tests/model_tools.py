@@ -499,7 +499,7 @@ def drain(engine: InferenceEngine, max_steps: int = 20_000) -> Iterator[StepOutp
             break
         yield from engine.core.step()
     assert not engine.core.has_work(), "the engine does not come to rest"
-    engine.core.scheduler.check()
+    engine.core.kv.check()
     assert engine.core.kv.num_used == 0
 
 

@@ -15,7 +15,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest
 from microvllm.runtime.core.pool_audit import require
 
@@ -30,9 +29,7 @@ class StateCheckpoints:
     A row is free, or found by its key, or pending, between the plan that fills it and that step's commit.
     """
 
-    def __init__(
-        self, rows: range, block_size: int, num_cached: Callable[[Sequence[bytes]], int] = len
-    ) -> None:
+    def __init__(self, rows: range, block_size: int, num_cached: Callable[[Sequence[bytes]], int]) -> None:
         """rows: none for a model without states, which can go on anywhere.
 
         num_cached: how many blocks with these keys, in order, the cache holds up to the first that it lacks.
@@ -45,11 +42,6 @@ class StateCheckpoints:
         self._newest: dict[int, bytes] = {}  # the key of each sequence's own generated tokens
         self._restored: list[tuple[int, int]] = []  # since the last plan
         self._kept: list[tuple[int, int]] = []
-
-    @classmethod
-    def of(cls, config: EngineConfig, num_cached: Callable[[Sequence[bytes]], int]) -> StateCheckpoints:
-        """Those that a configuration has memory for."""
-        return cls(range(config.max_num_seqs + 1, config.state_rows), config.block_size, num_cached)
 
     def longest_hit(self, keys: Sequence[bytes]) -> int:
         """Number of leading blocks behind which there is a state: as many as possible."""

@@ -24,11 +24,13 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain
 
+from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.checkpoints import StateCheckpoints
 from microvllm.runtime.core.pool_audit import audit
 from microvllm.runtime.core.prefix_keys import PrefixKeys
+from microvllm.runtime.rank_layout import rank_layout
 
 NO_BLOCK = -1  # in a table: what stood there lies behind the window
 
@@ -138,14 +140,27 @@ class KVCacheManager:
     `num_unused_slots` is O(sequences).
     """
 
-    def __init__(self, groups: Sequence[LayerGroup], enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[LayerGroup],
+        enable_prefix_caching: bool = True,
+        state_rows: range = range(0),
+    ) -> None:
+        """state_rows: those of the checkpoints of states, see `StateCheckpoints`."""
         self.groups, self.pool = groups, groups[0].pool
         self.block_size = self.pool.block_size
-        self.states = StateCheckpoints(range(0), self.block_size)
+        self.states = StateCheckpoints(state_rows, self.block_size, groups[0].longest_hit)
         self.enable_prefix_caching = enable_prefix_caching
         self._root = os.urandom(32)
         self._tables: dict[int, _Table] = {}
         self._no_prefix: list[list[int]] = [[] for _ in groups]
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> KVCacheManager:
+        """The cache that a configuration has memory for."""
+        pool = BlockPool(config.num_blocks, config.block_size)
+        groups = [LayerGroup(pool, *group) for group in rank_layout(config).groups(config.max_model_len)]
+        return cls(groups, config.enable_prefix_caching, range(config.max_num_seqs + 1, config.state_rows))
 
     # ---- what there is -------------------------------------------------------------------------
 
@@ -194,13 +209,11 @@ class KVCacheManager:
         """
         found = keys.upto((num_tokens - 1) // self.block_size) if self.enable_prefix_caching else []
         kinds: list[LayerGroup | StateCheckpoints] = [*self.groups, self.states]
-        agreed = 0
-        for kind in cycle(kinds):
-            length = kind.longest_hit(found)
-            agreed = agreed + 1 if length == len(found) else 1
-            found = found[:length]
-            if agreed >= len(kinds):
-                break
+        length = -1
+        while length != len(found):  # until all of them agree
+            length = len(found)
+            for kind in kinds:
+                found = found[: kind.longest_hit(found)]
         return [group.hit(found) for group in self.groups]
 
     def cache_blocks(self, seq_id: int, keys: PrefixKeys, num_computed: int) -> None:
@@ -286,6 +299,7 @@ class KVCacheManager:
         # tail could never be found, and no group's blocks before those that another one still has.
         columns = zip(*map(reversed, self._tables.pop(seq_id).blocks), strict=True)
         self.pool.release(block for block in chain.from_iterable(columns) if block != NO_BLOCK)
+        self.states.leave(seq_id)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -18,7 +18,7 @@ caching each computes the prompt itself.
 
 This file decides how many tokens of which request a step computes, and when a request ends. Keep everything
 else out; rare features belong in the modules below: the order of requests in `policies.py`, blocks in
-`kv_cache.py`, proposed tokens in a `Drafter`, and what changes tokens but not their number in the worker. A
+`kv_cache.py`, proposed tokens in `drafts.py`, and what changes tokens but not their number in the worker. A
 new kind of step is no new phase here: it is a number of tokens to compute.
 """
 
@@ -28,14 +28,16 @@ import time
 from bisect import bisect_left, insort
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.corrupt_prefix import withdraw_prefix
 from microvllm.runtime.core.deadlines import Deadlines
+from microvllm.runtime.core.drafts import Drafter, Drafts
 from microvllm.runtime.core.kv_cache import KVCacheManager
+from microvllm.runtime.core.no_token import why_no_token, withdraw_prefix
 from microvllm.runtime.core.plan import NO_TOKEN, Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.core.policies import POLICIES
+from microvllm.runtime.core.repetition import repeats
 from microvllm.runtime.errors import EngineBusyError, InvalidRequestError
 from microvllm.runtime.grammar.masks import GrammarMasks
-from microvllm.runtime.request import EngineRequest, FinishReason, RepetitionDetection, StepOutput
+from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
 
 
 class Scheduler:
@@ -44,8 +46,12 @@ class Scheduler:
     A request is in one list at a time, sorted by its order: waiting, following another one, or running.
     """
 
-    def __init__(self, config: EngineConfig, kv: KVCacheManager) -> None:
+    def __init__(
+        self, config: EngineConfig, kv: KVCacheManager, masks: GrammarMasks, drafter: Drafter | None = None
+    ) -> None:
         self.kv = kv
+        self.drafts = Drafts(kv, drafter)
+        self._masks = masks
         self._config = config
         self._policy = POLICIES[config.scheduling_policy]()
         self._requests: dict[int, Request] = {}  # waiting and running
@@ -57,10 +63,7 @@ class Scheduler:
         self._arrivals = 0
         self._deadlines = Deadlines(config.queue_timeout, config.request_timeout)
         self._short_of_blocks = False  # in the last step
-        self.masks: GrammarMasks | None = None  # of requests with a grammar
         self.num_preemptions = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
 
     @property
     def num_running(self) -> int:
@@ -147,12 +150,14 @@ class Scheduler:
             if request.row < 0:
                 break  # preempted for an older one, as were all after it
             missing = request.num_missing
-            if missing <= 0 or (request.source.grammar and not self._mask_ready(request)):
+            if missing <= 0:
+                continue
+            if request.source.grammar and not self._masks.ready(request.row, request.num_in_flight):
                 continue
             spare = budget - (len(eligible) - index)
             num_new = 1 if missing == 1 else self._chunk(request, request.num_computed, missing, spare + 1)
             if request.drafts:
-                num_new += self._trim_drafts(request, spare)
+                num_new += self.drafts.trim(request, spare)
             if not self._make_room(request, num_new):
                 break  # it was preempted, or blocks come free when the steps in flight are committed
             scheduled.append(self._advance(request, num_new))
@@ -167,18 +172,11 @@ class Scheduler:
         """Add a step's tokens to its requests. Plans are committed in the order of `schedule`."""
         outputs: list[StepOutput] = []
         for index, (item, tokens) in enumerate(zip(plan.scheduled, result.tokens, strict=True)):
-            request = item.request
-            request.steps_in_flight -= 1
-            request.num_in_flight -= item.samples
-            if self.kv.states.rows:
-                is_known = request.finish_reason is None and NO_TOKEN not in tokens
-                self.kv.states.settle(item, is_known=is_known)
-            if request.finish_reason is not None:  # ended while this step was in flight: its token is void
-                if request.steps_in_flight == 0:
-                    self._release(request)
-                continue
             # KV behind non-finite logits may be corrupt; do not cache it.
-            if not item.samples or NO_TOKEN not in tokens:
+            request, is_sound = item.request, not item.samples or NO_TOKEN not in tokens
+            if not self._land(item, is_sound):
+                continue
+            if is_sound:
                 known = item.start + item.num_new - item.num_draft_tokens
                 self.kv.cache_blocks(request.seq_id, request.keys, known)
             if index in result.prompt_logprobs:
@@ -188,32 +186,19 @@ class Scheduler:
                 self._let_follow(request)
                 outputs.append(self._take_tokens(request, index, result))
                 if item.num_draft_tokens:
-                    self._settle_drafts(request, 1 + item.num_draft_tokens - len(tokens))
+                    self.drafts.settle(request, 1 + item.num_draft_tokens - len(tokens))
         return outputs
 
     def fail(self, plan: StepPlan, message: str) -> list[StepOutput]:
         """Give up a step that could not be launched, and every request in it."""
         outputs: list[StepOutput] = []
         for item in plan.scheduled:
-            request = item.request
-            request.steps_in_flight -= 1
-            request.num_in_flight -= item.samples
-            self.kv.states.settle(item, is_known=False)
-            if request.finish_reason is None:
-                self._finish(request, FinishReason.ERROR)
-                outputs.append(StepOutput(request.id, [], FinishReason.ERROR, error=message))
-            elif request.steps_in_flight == 0:
-                self._release(request)
+            if self._land(item, is_sound=False):
+                self._finish(item.request, FinishReason.ERROR)
+                outputs.append(StepOutput(item.request.id, [], FinishReason.ERROR, error=message))
         return outputs
 
-    def check(self) -> None:
-        """Audit the pool. Raises `BrokenPoolError`."""
-        self.kv.check()
-
     # ---- the parts of a step -------------------------------------------------------------------
-
-    def _mask_ready(self, request: Request) -> bool:
-        return self.masks is None or self.masks.ready(request.row, request.num_in_flight)
 
     def _chunk(self, request: Request, start: int, missing: int, budget: int) -> int:
         """How many of a request's missing tokens, from `start` on, one step computes."""
@@ -222,25 +207,6 @@ class Scheduler:
             budget = min(budget, limit)
         num_new = min(missing, budget)
         return self.kv.states.cut(request, start, num_new) if self._config.enable_chunked_prefill else num_new
-
-    def _trim_drafts(self, request: Request, spare: int) -> int:
-        """Keep the drafts that take no block or token from other requests and may still be an output.
-
-        spare: what the step's budget has beyond one token for each eligible request. Returns how many are
-        left.
-        """
-        left = request.max_tokens - request.num_output - 1
-        room = min(left, spare, self.kv.num_available - 1)
-        # With a token in flight, drafts would be at the wrong positions.
-        request.drafts = () if request.num_in_flight or room <= 0 else request.drafts[:room]
-        return len(request.drafts)
-
-    def _settle_drafts(self, request: Request, num_rejected: int) -> None:
-        """Free the room of rejected drafts: their positions are computed again."""
-        request.drafts = ()
-        if num_rejected and request.finish_reason is None:
-            request.num_computed -= num_rejected
-            self.kv.shrink(request.seq_id, num_rejected)
 
     def _make_room(self, request: Request, num_new: int) -> bool:
         """Take blocks for `num_new` more tokens, by preemption if need be; False if there are none."""
@@ -283,9 +249,6 @@ class Scheduler:
             if request.num_cached is None:  # a preempted request hits its own blocks: not a reuse to count
                 request.num_cached = num_cached
                 request.scheduled_at = time.monotonic()
-                if self.kv.enable_prefix_caching and not whole:
-                    self.prefix_queries += request.prompt_len
-                    self.prefix_hits += num_cached
             if key is not None and missing > self.kv.block_size and key not in self._following:
                 request.leads, self._following[key] = key, []
             admitted.append(request)
@@ -308,16 +271,23 @@ class Scheduler:
             self.kv.states.keep(request)
         return ScheduledRequest(request, start, num_new, samples, first_block, blocks, num_drafts)
 
+    def _land(self, item: ScheduledRequest, is_sound: bool) -> bool:
+        """Count an entry of a step in flight as done; False if its request has ended: its token is void."""
+        request = item.request
+        request.steps_in_flight -= 1
+        request.num_in_flight -= item.samples
+        is_alive = request.finish_reason is None
+        if self.kv.states.rows:
+            self.kv.states.settle(item, is_known=is_alive and is_sound)
+        if not is_alive and request.steps_in_flight == 0:
+            self._release(request)
+        return is_alive
+
     def _take_tokens(self, request: Request, index: int, result: StepResult) -> StepOutput:
         """Append what was chosen, up to a token that ends the request; a vector ends it without a token."""
         tokens, logprobs, pooled = result.tokens[index], result.logprobs.get(index), result.pooled.get(index)
         if NO_TOKEN in tokens:
-            message, param = "the model gave no finite logits for this request", None
-            if request.params.allowed_token_ids is not None or request.params.bad_words:
-                message = "allowed_token_ids, bad_words and min_tokens leave no token to choose from"
-                param = "bad_words" if request.params.allowed_token_ids is None else "allowed_token_ids"
-            if request.source.grammar and self.masks is not None:
-                message, param = self.masks.problem(request)
+            message, param = why_no_token(request, self._masks)
             if param is None:  # not what the request asks for: its prefix may be corrupt
                 withdraw_prefix(self.kv, request)
             self._finish(request, FinishReason.ERROR)
@@ -361,8 +331,7 @@ class Scheduler:
                 return FinishReason.STOP, token
         if num_output >= request.max_tokens:
             return FinishReason.LENGTH, None
-        pattern = params.repetition_detection
-        if pattern is not None and num_output >= params.min_tokens and _repeats(request, pattern):
+        if params.repetition_detection is not None and repeats(request):
             return FinishReason.REPETITION, None
         return None, None
 
@@ -407,21 +376,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Give blocks and row back; the runner zeroes the row with the next plan."""
         self.kv.free(request.seq_id)
-        self.kv.states.leave(request.seq_id)
         self._leave(request)
         self._free_rows.append(request.row)
         self._released_rows.append(request.row)
         request.row = -1
-
-
-def _repeats(request: Request, pattern: RepetitionDetection) -> bool:
-    """Whether the output ends in `min_count` copies of one pattern of an allowed size."""
-    tokens = request.token_ids
-    for size in range(max(1, pattern.min_pattern_size), pattern.max_pattern_size + 1):
-        first = len(tokens) - size * pattern.min_count
-        if first < request.prompt_len:
-            return False
-        # Equal to itself moved by one pattern: all copies are equal.
-        if tokens[first : len(tokens) - size] == tokens[first + size :]:
-            return True
-    return False

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from microvllm.runtime import vllm_environment
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.core.engine_core import Drafter, EngineCore, Runner, StepT
+from microvllm.runtime.core.drafts import Drafter
+from microvllm.runtime.core.engine_core import EngineCore, Runner, StepT
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.kv_events.events import AllBlocksCleared, KVEvent
 from microvllm.runtime.kv_events.recorder import CacheRecorder

@@ -200,7 +200,7 @@ def _serve(
         # A step without outputs (a chunk of a prefill) is sent too: it shows that the step loop moves.
         channel.send_event(Step(outputs, core.stats()))
         if worked and not core.has_work():
-            core.scheduler.check()
+            core.kv.check()
             if core.config.device == "cpu":
                 return_freed_memory()  # the activations of long prompts
     return level

@@ -310,7 +310,14 @@ class Measured(Protocol):
         ...
 
     @property
-    def graph_replays(self) -> int: ...
+    def graph_replays(self) -> int:
+        """Steps that ran as a captured graph."""
+        ...
+
+    @property
+    def padded_tokens(self) -> int:
+        """What those computed beside their tokens."""
+        ...
 
 
 class StepReport:
@@ -326,8 +333,9 @@ class StepReport:
         self._seconds = self._read()
         self._graph_replays = source.graph_replays
 
-    def add(self, scheduled: Sequence[ScheduledRequest], num_tokens: int) -> None:
-        """The tokens of this step are known: close its account. `num_tokens` were computed."""
+    def add(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """The tokens of this step are known: close its account."""
+        num_tokens = sum(item.num_new - item.num_draft_tokens for item in scheduled)
         before, self._seconds = self._seconds, self._read()
         spent = {part: seconds - before[part] for part, seconds in self._seconds.items()}
         self._part.idle += spent.pop("idle")

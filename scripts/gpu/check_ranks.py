@@ -69,7 +69,7 @@ def compare(args: EngineArgs) -> bool:
         found.append(
             {name: tokens_of(core, requests(vocab, 10, 24, **params)) for name, params in CASES.items()}
         )
-        core.scheduler.check()
+        core.kv.check()
         stats = core.stats()
         if ranks > 1:
             kill_one(core, vocab, rank_process())

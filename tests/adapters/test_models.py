@@ -282,7 +282,7 @@ def test_requests_that_come_and_go_during_others(
         if not waiting and not engine.core.has_work():
             break
     assert [tokens[index] for index in range(len(prompts))] == expected
-    engine.core.scheduler.check()
+    engine.core.kv.check()
 
 
 # ---- bfloat16 -------------------------------------------------------------------------------------

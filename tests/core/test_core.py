@@ -83,14 +83,13 @@ def test_tokens_equal_the_oracle(
         **CHUNKING[chunking],
     )
     requests = growing(6) if squeezed else workload(seed=block_size, count=8)
-    scheduler = engine.core.scheduler
     if prefix == "hit":
         if squeezed:  # one after another, or the pool would already be squeezed while it is warmed
             for request in requests:
                 engine.run(*renumbered([request], 100 + request.request_id))
         else:
             engine.run(*renumbered(requests, 100))
-        warm_hits = scheduler.prefix_hits
+        warm_hits = engine.core.stats().prefix_hits
     if company == "alone":
         for request in requests:
             engine.run(request)
@@ -98,11 +97,12 @@ def test_tokens_equal_the_oracle(
         engine.run(*requests)
     assert_equal_to_alone(requests, engine.answers)
     # The case was what its name says.
-    assert (scheduler.num_preemptions > 0) == squeezed
+    stats = engine.core.stats()
+    assert (stats.preemptions > 0) == squeezed
     if prefix == "off":
-        assert scheduler.prefix_queries == scheduler.prefix_hits == 0
+        assert stats.prefix_queries == stats.prefix_hits == 0
     if prefix == "hit" and not squeezed:
-        assert scheduler.prefix_hits > warm_hits
+        assert stats.prefix_hits > warm_hits
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "drafts"])

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis.stateful import run_state_machine_as_test
 from test_state_machine import MACHINES
 
+from microvllm.runtime.core.drafts import Drafts
 from microvllm.runtime.core.kv_cache import NO_BLOCK, BlockPool, KVCacheManager, LayerGroup
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.core.pool_audit import BrokenPoolError
@@ -530,8 +531,8 @@ def the_token_of_an_ended_request_is_delivered(patch: pytest.MonkeyPatch) -> Non
 
 @mutation("drafts")
 def rejected_drafts_stay_computed(patch: pytest.MonkeyPatch) -> None:
-    settle = Scheduler._settle_drafts
-    patch.setattr(Scheduler, "_settle_drafts", lambda self, request, num: settle(self, request, num - 1))
+    settle = Drafts.settle
+    patch.setattr(Drafts, "settle", lambda self, request, num: settle(self, request, num - 1))
 
 
 @mutation("drafts")
@@ -551,7 +552,7 @@ def a_block_of_drafts_is_offered(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("drafts")
 def drafts_go_beyond_the_last_token(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_trim_drafts", lambda self, request, spare: len(request.drafts))
+    patch.setattr(Drafts, "trim", lambda self, request, spare: len(request.drafts))
 
 
 @mutation("drafts")

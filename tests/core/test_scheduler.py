@@ -120,7 +120,7 @@ def test_a_step_that_fails_ends_its_own_requests_only(asynchronous: bool) -> Non
     while engine.core.has_work():
         answers += [token for output in engine.core.step() for token in output.token_ids]
     assert answers == list(run_alone(spared).tokens)
-    engine.core.scheduler.check()
+    engine.core.kv.check()
     assert engine.core.kv.num_used == 0
 
 
@@ -263,8 +263,8 @@ def test_preemption_in_the_middle_of_a_prompt(async_scheduling: bool) -> None:
     computed = [step.get(2, 0) for step in shape(engine)]
     assert sum(computed[: computed.index(0)]) < 28, "it gave way before it had its first token"
     assert answers == [run_alone(r) for r in requests], "num_cached of both is 0"
-    assert scheduler_of(engine).prefix_queries == 7 + 28
-    assert scheduler_of(engine).prefix_hits == 0
+    stats = engine.core.stats()
+    assert (stats.prefix_queries, stats.prefix_hits) == (7 + 28, 0)
 
 
 # ---- the end of a request --------------------------------------------------------------------------
@@ -424,8 +424,8 @@ def test_the_same_prompt_twice(async_scheduling: bool, length: int) -> None:
     hit = (length - 1) // 4 * 4
     assert engine.run(second) == [run_alone(second)._replace(num_cached=hit)]
     assert shape(engine)[3:] == [{2: length - hit}, {2: 1}, {2: 1}]
-    scheduler = scheduler_of(engine)
-    assert (scheduler.prefix_queries, scheduler.prefix_hits) == (2 * length, hit)
+    stats = engine.core.stats()
+    assert (stats.prefix_queries, stats.prefix_hits) == (2 * length, hit)
 
 
 @both_modes
@@ -515,11 +515,12 @@ def test_an_ended_request_in_flight_is_counted_until_its_step_is_back() -> None:
 def test_a_plan_is_committed_with_one_token_for_each_entry() -> None:
     config = make_config()
     pool = BlockPool(config.num_blocks, config.block_size)
-    scheduler = Scheduler(config, KVCacheManager([LayerGroup(pool)]))
+    runner = FakeRunner(config)
+    scheduler = Scheduler(config, KVCacheManager([LayerGroup(pool)]), runner.masks)
     scheduler.add(make_request(1, [1, 2, 3]))
     plan = scheduler.schedule()
     assert plan is not None and [r.id for r in plan.admitted] == [1]
-    FakeRunner(config).launch(plan)
+    runner.launch(plan)
     with pytest.raises(ValueError, match="zip"):
         scheduler.commit(plan, StepResult([]))
 

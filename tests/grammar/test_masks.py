@@ -378,7 +378,7 @@ def test_a_step_whose_sampling_fails_takes_only_its_requests(
     for _, last in generate(engine, [*people, *free]):
         assert last.finish_reason is FinishReason.ERROR and "the step failed (MemoryError)" in str(last.error)
     assert len(failed) == 1 and core.kv.num_used == 0 and not core.scheduler.num_running
-    core.scheduler.check()
+    core.kv.check()
     ((text, _),) = generate(engine, requests(engine, PERSON))
     check_person(text)
 

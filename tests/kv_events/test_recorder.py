@@ -102,7 +102,7 @@ def test_a_mirror_equals_the_cache_after_every_step(mode: str, seed: int) -> Non
     engine.drain()
     engine.compare()
     assert engine.kinds == {BlockStored, BlockRemoved, AllBlocksCleared} and all(engine.mirror.groups)
-    assert engine.core.scheduler.prefix_hits
+    assert engine.core.stats().prefix_hits
 
 
 def test_a_prompt_is_one_event_and_its_continuation_names_its_parent() -> None:

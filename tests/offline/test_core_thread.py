@@ -58,7 +58,7 @@ def llm(request: pytest.FixtureRequest) -> LLM:
 
 def assert_at_rest(engine: InferenceEngine) -> None:
     assert not engine.core.has_work() and engine.core.kv.num_used == 0
-    engine.core.scheduler.check()
+    engine.core.kv.check()
     assert engine.core.stats().num_running == engine.core.stats().num_waiting == 0
 
 

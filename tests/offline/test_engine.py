@@ -37,7 +37,7 @@ def engine() -> InferenceEngine:
 def nothing_is_left(engine: InferenceEngine) -> Iterator[None]:
     yield
     assert not engine.core.has_work()
-    engine.core.scheduler.check()
+    engine.core.kv.check()
     assert engine.core.kv.num_used == 0
 
 
@@ -138,7 +138,7 @@ def test_leaving_a_stream_frees_its_blocks(how: str, asynchronous: bool) -> None
             stream.throw(KeyError)  # type: ignore[attr-defined]
     assert not engine.core.has_work() and engine.core.kv.num_used == 0
     assert engine.core.stats().generation_tokens <= 6, "it went on generating for nobody"
-    engine.core.scheduler.check()
+    engine.core.kv.check()
     assert len(list(engine.stream_generate(PROMPT, 5, **SALTED))) == 5
 
 

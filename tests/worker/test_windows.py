@@ -145,7 +145,7 @@ def test_a_long_text_in_blocks_that_could_not_hold_it(name: str) -> None:
         for output in engine.core.step():
             tokens += output.token_ids
         most_used = max(most_used, kv.num_used)
-        engine.core.scheduler.check()
+        engine.core.kv.check()
     assert len(tokens) == 100 and tokens[:NUM_TOKENS] == expected(name)[0]
     assert 0 < most_used <= sum(min(group.most_held, 100) for group in kv.groups)
     assert not list(drain(engine))

@@ -1,9 +1,24 @@
-"""Takes a prefix out of the cache whose tensors may not be finite. Imports no torch."""
+"""Says why a request has no token to choose from, and keeps what may be corrupt out of the prefix cache.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from microvllm.runtime.core.kv_cache import KVCacheManager
 from microvllm.runtime.core.plan import Request
+from microvllm.runtime.grammar.masks import GrammarMasks
+
+
+def why_no_token(request: Request, masks: GrammarMasks) -> tuple[str, str | None]:
+    """A message, and the request's field at fault; None if it is the model, which gave no finite logits."""
+    params = request.params
+    if request.source.grammar:
+        return masks.problem(request)
+    if params.allowed_token_ids is not None or params.bad_words:
+        param = "bad_words" if params.allowed_token_ids is None else "allowed_token_ids"
+        return "allowed_token_ids, bad_words and min_tokens leave no token to choose from", param
+    return "the model gave no finite logits for this request", None
 
 
 def withdraw_prefix(kv: KVCacheManager, request: Request) -> None:
