@@ -166,26 +166,3 @@ def _next_of_bad_words(
         elif len(head) == 1 or list(output[1 - len(head) :]) == head[:-1]:
             undecided.append((head[-1], last))
     return found, undecided
-
-
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, falling, equal ones by rising id: (values, ids), each [m, count].
-
-    Logits computed in bfloat16 are full of equal values. `topk` takes and orders those as it likes for
-    each `count`, which depends on the other rows: a seeded request would draw another token in company.
-    """
-    rows, vocab = values.shape
-    if count == 0:
-        return values.new_empty(rows, 0), torch.empty(rows, 0, dtype=torch.int64, device=values.device)
-    best, ids = values.topk(count)
-    last = best[:, -1:]
-    equal, taken = values == last, best == last
-    cut = ((equal.sum(-1) > taken.sum(-1)) & last.squeeze(-1).isfinite()).nonzero().squeeze(-1)
-    if len(cut):  # the last place goes through a run of equal values: take those with the smallest ids
-        falling = -torch.arange(vocab, dtype=torch.float32, device=values.device)
-        smallest = torch.where(equal[cut], falling, -torch.inf).topk(count).indices
-        place = (taken[cut].cumsum(-1) - 1).clamp(min=0)
-        ids[cut] = torch.where(taken[cut], smallest.gather(1, place), ids[cut])
-    ids = ids.sort(-1).values
-    best, order = values.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    return best, ids.gather(1, order)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microvllm.ops.sampling import largest
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.request import SamplingParams, TokenLogprobs
-from microvllm.runtime.worker.logits import largest
 from microvllm.runtime.worker.transfers import on_device
 
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time

@@ -18,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.ops.sampling import draw, kept_logits, uniform_numbers
 from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
 from microvllm.runtime.worker.bitmask import Output, TokenMask
-from microvllm.runtime.worker.logits import LogitRules, largest
+from microvllm.runtime.worker.logits import LogitRules
 from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, log_probabilities
 from microvllm.runtime.worker.transfers import on_device
 
 if TYPE_CHECKING:
     from microvllm.ops.gpu.sampling import Delivery
 
-# A nucleus rarely needs more candidates than this; when it does, the whole row is sorted.
-_NUCLEUS_CANDIDATES = 256
 _UINT64 = (1 << 64) - 1
 
 
@@ -64,6 +63,12 @@ class RowParameters:
         self.top_p[row] = 1.0 if greedy else params.top_p
         self.min_p[row] = 0.0 if greedy else params.min_p
         self.seed[row] = np.uint64(seed)
+
+    def filters(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Temperature, top-k, top-p and min-p of these rows, each [m]."""
+        values = self.temperature, self.top_k, self.top_p, self.min_p
+        temperature, top_k, top_p, min_p = (torch.from_numpy(each[rows]) for each in values)
+        return temperature, top_k, top_p, min_p
 
     def clear(self, row: int) -> None:
         self.temperature[row], self.top_k[row], self.top_p[row], self.min_p[row] = 0.0, 0, 1.0, 0.0
@@ -136,7 +141,8 @@ class Sampler:
         shown = logits[at] if at is not None and self._raw else None
         self._rules.apply(logits, rows, masked, output, last_token)
         if at is not None and shown is None:
-            shown = self._processed(logits[at], [rows[i] for i in asked])
+            filters = self._params.filters([rows[i] for i in asked])
+            shown = kept_logits(logits[at], *(each.to(self._device) for each in filters))
         tokens = self._choose(logits, rows, positions)
         self._rules.observe(rows, tokens)
         if shown is None or at is None:
@@ -145,22 +151,6 @@ class Sampler:
         return Sampled(
             tokens, asked, log_probabilities(shown, tokens[at], requested, normalise=self._normalise)
         )
-
-    def _processed(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """The logits that are really drawn from: [r, vocab] of rows: [r], tokens that are out at -inf."""
-        params = self._params
-        temperature, top_p, min_p, top_k = (
-            torch.from_numpy(values[rows]).to(self._device)[:, None]
-            for values in (params.temperature, params.top_p, params.min_p, params.top_k)
-        )
-        logits = torch.where(temperature > 0, logits / temperature.clamp(min=MIN_TEMPERATURE), logits)
-        floor = logits.max(-1, keepdim=True).values + min_p.log()
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        outside = (top_k > 0) & (torch.arange(self._vocab_size, device=self._device) >= top_k)
-        values.masked_fill_(outside, -torch.inf)
-        values.masked_fill_(_outside_nucleus(values.softmax(-1), top_p), -torch.inf)
-        return torch.full_like(values, -torch.inf).scatter_(1, ids, values)
 
     def _choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """[m] int64 tokens, NO_TOKEN where no logit is finite; may overwrite logits."""
@@ -171,93 +161,12 @@ class Sampler:
         drawn = [i for i, row in enumerate(rows) if finite[i] and params.temperature[row] > 0]
         if drawn:
             at = [rows[i] for i in drawn]
-            tokens[drawn] = self._draw(
-                logits[drawn] / torch.from_numpy(params.temperature[at])[:, None],
-                torch.from_numpy(uniform_numbers(params.seed[at], np.array(positions)[drawn])),
-                torch.from_numpy(params.top_k[at]),
-                torch.from_numpy(params.top_p[at]),
-                torch.from_numpy(params.min_p[at]),
-            ).numpy()
+            uniform = torch.from_numpy(uniform_numbers(params.seed[at], np.array(positions)[drawn]))
+            tokens[drawn] = draw(logits[drawn], uniform, *params.filters(at)).numpy()
         for i, fine in enumerate(finite):
             if not fine:
                 tokens[i] = NO_TOKEN
         return torch.from_numpy(tokens)
-
-    def _draw(self, logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-        if bool(min_p.any()):
-            # p >= min_p * max(p) in logits; log(0) = -inf keeps everything.
-            floor = logits.max(-1, keepdim=True).values + min_p.log()[:, None]
-            logits.masked_fill_(logits < floor, -torch.inf)
-        filtered = (top_k > 0) | (top_p < 1)
-        if not bool(filtered.any()):
-            return _invert(logits.softmax(-1), uniform)
-        tokens = torch.empty(len(logits), dtype=torch.int64)
-        plain = (~filtered).nonzero().squeeze(-1)
-        if len(plain):
-            tokens[plain] = _invert(logits[plain].softmax(-1), uniform[plain])
-        some = filtered.nonzero().squeeze(-1)
-        tokens[some] = _draw_filtered(logits[some], uniform[some], top_k[some], top_p[some])
-        return tokens
-
-
-def _draw_filtered(logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Rows of which each has top-k, top-p or both; only as many candidates are sorted as are needed."""
-    vocab = logits.shape[1]
-    limit = torch.where(top_k > 0, top_k, vocab)
-    without_k = top_k == 0
-    count = int(top_k.max())
-    if bool(without_k.any()):
-        count = min(vocab, max(count, _NUCLEUS_CANDIDATES))
-    values, ids = largest(logits, count)
-    # Without top-k the probabilities are relative to the whole row, of which the candidates are a part.
-    total = torch.where(without_k, logits.logsumexp(-1), torch.inf)
-    values.masked_fill_(torch.arange(count) >= limit[:, None], -torch.inf)
-    total = torch.minimum(total, torch.where(without_k, torch.inf, values.logsumexp(-1)))
-    probs = (values - total[:, None]).exp()
-    if count < vocab and bool((without_k & (probs.sum(-1) < top_p)).any()):
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        values.masked_fill_(torch.arange(vocab) >= limit[:, None], -torch.inf)
-        probs = values.softmax(-1)
-    probs.masked_fill_(_outside_nucleus(probs, top_p[:, None]), 0.0)
-    return ids.gather(1, _invert(probs, uniform)[:, None]).squeeze(1)
-
-
-def _outside_nucleus(probs: Tensor, top_p: Tensor) -> Tensor:
-    """probs: [m, n], falling; a token stays while the probability before it is below top_p: [m, 1].
-
-    The first one always stays.
-    """
-    outside = (probs.cumsum(-1) - probs >= top_p) & (top_p < 1)
-    outside[:, 0] = False
-    return outside
-
-
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """First index at which the running sum of weights: [m, n] exceeds uniform: [m] times their total."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that an index whose weight is zero can never be reached.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
-
-
-def uniform_numbers(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) for each (seed, position) pair.
-
-    seeds: [m] uint64; positions: [m] int64 -> [m] float64 with 53 random bits. The mixing function is
-    SplitMix64's (Steele, Lea & Flood, 2014), applied to the seed and then to its sum with the position.
-    """
-    mixed = _mix(_mix(seeds) + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    result: np.ndarray = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return result
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = z ^ (z >> np.uint64(31))
-    return mixed
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microvllm.ops.sampling import largest
 from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.worker.logits import LogitRules, largest
+from microvllm.runtime.worker.logits import LogitRules
 
 VOCAB = 12
 TOKENS = st.integers(0, VOCAB - 1)

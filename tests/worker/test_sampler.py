@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microvllm.ops.sampling import uniform_numbers
 from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
-from microvllm.runtime.worker.sampler import Sampler, uniform_numbers
+from microvllm.runtime.worker.sampler import Sampler
 
 NO_MASK: list[tuple[int, list[int]]] = []
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -4.0])[
