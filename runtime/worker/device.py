@@ -24,7 +24,6 @@ from microvllm.runtime.worker.gpu_memory import capture_graphs
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
 from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
-from microvllm.runtime.worker.transfers import Readback
 from microvllm.runtime.worker.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -153,20 +152,16 @@ class GpuDevice(Device):
         attention: AttentionBackend,
         on_progress: OnProgress | None,
     ) -> None:
-        device = torch.device(config.device)
-        rows = config.max_num_seqs + 1  # the last is the padding row of captured batches
-        self.inputs = DeviceInputs(rows, config.block_size, device)
-        self.sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
-        self._config = config
-        self._model = model
-        self._attention = attention
-        self._readback = Readback(config.max_num_seqs)
+        # Here, because a machine without a GPU need not have Triton.
+        from microvllm.runtime.worker.graphs import GpuParts
+
+        self._parts = parts = GpuParts.make(config, model, attention)
+        self.inputs, self.sampler = parts.inputs, parts.sampler
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
         if not config.enforce_eager:
-            made = config, model, attention, self.inputs, self.sampler, self._readback
-            self._prompt_graphs, self._graphs = capture_graphs(*made, on_progress=on_progress)
-        warm_up(config, model, attention, self.inputs, self.sampler, on_progress=on_progress)
+            self._prompt_graphs, self._graphs = capture_graphs(parts, on_progress)
+        warm_up(parts, on_progress)
         super().__init__()  # the clock begins after the captures
         if config.log_step_times:
             self.device_clock = DeviceClock(self.clock)
@@ -201,14 +196,15 @@ class GpuDevice(Device):
         return Replay(ids, logits, *graphs.choose(size, items))
 
     def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
-        arrays, graphs = StepArrays.of(items, block_tables, self._config.block_size), self._prompt_graphs
+        parts, graphs = self._parts, self._prompt_graphs
+        arrays = StepArrays.of(items, block_tables, parts.config.block_size)
         if graphs is not None and (size := graphs.size_for(arrays)) is not None:
             graphs.send(size, arrays)
             self._begin_forward()
             return graphs.forward(size, arrays)
-        ids, batch = self.inputs.make(arrays, block_tables)
+        ids, batch = parts.inputs.make(arrays, block_tables)
         self._begin_forward()
-        return ids, self._model.forward(ids, self._attention.begin_step(batch))
+        return ids, parts.model.forward(ids, parts.attention.begin_step(batch))
 
     def read_later(self, tokens: Tensor) -> ReadTokens:
-        return self._readback.begin(tokens)
+        return self._parts.readback.begin(tokens)

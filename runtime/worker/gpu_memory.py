@@ -20,7 +20,6 @@ from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.stateful import StatefulMixer
-from microvllm.ops.attention import AttentionBackend
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError
@@ -28,12 +27,9 @@ from microvllm.runtime.kv_memory import KV_BYTES, fit_length
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.worker.loading import load_model, make_attention
-from microvllm.runtime.worker.sampler import GPUSampler
-from microvllm.runtime.worker.step_inputs import DeviceInputs
-from microvllm.runtime.worker.transfers import Readback
 
 if TYPE_CHECKING:
-    from microvllm.runtime.worker.graphs import DecodeGraphs, PromptGraphs
+    from microvllm.runtime.worker.graphs import DecodeGraphs, GpuParts, PromptGraphs
 
 TRIAL_BLOCKS = 16  # divisible by 16, as the real number mostly is: the kernels of both are the same
 # More than the driver keeps of a graph, and than CUDA's context takes: what the GPU reports of these cannot
@@ -146,27 +142,19 @@ def load_beside_cache(
     return model, config
 
 
-def capture_graphs(
-    config: EngineConfig,
-    model: DecoderModel,
-    attention: AttentionBackend,
-    inputs: DeviceInputs,
-    sampler: GPUSampler,
-    readback: Readback,
-    *,
-    on_progress: OnProgress | None,
-) -> tuple[PromptGraphs, DecodeGraphs]:
+def capture_graphs(parts: GpuParts, on_progress: OnProgress | None) -> tuple[PromptGraphs, DecodeGraphs]:
     """Capture all graphs, and report how long that took and what they take."""
     # Here, because a machine without a GPU need not have Triton.
     from microvllm.runtime.worker.graphs import make_graphs
 
-    prompts, decodes = make_graphs(config, model, attention, inputs, sampler, readback)
-    number, before = len(prompts.sizes) + len(decodes.sizes), memory_in_use(config.device)
+    prompts, decodes = make_graphs(parts)
+    device, number = parts.config.device, len(prompts.sizes) + len(decodes.sizes)
+    before = memory_in_use(device)
     capturing = Stage("Capturing CUDA graphs", number, on_progress)
     for graphs in (prompts, decodes):
         graphs.capture(capturing, number)
     torch.cuda.empty_cache()  # what the steps took that were run to compile their kernels
-    taken = memory_in_use(config.device) - before
+    taken = memory_in_use(device) - before
     capturing.finish(f"Captured {number} graphs in {capturing.seconds:.1f} s, {taken / 1e9:.1f} GB")
     return prompts, decodes
 
@@ -207,19 +195,11 @@ def _activation_bytes(config: EngineConfig, model: DecoderModel) -> int:
 def _graph_bytes(config: EngineConfig, model: DecoderModel) -> int:
     """Capture the largest graphs, and drop them -> bytes that all of them will take."""
     # Here, because a machine without a GPU need not have Triton.
-    from microvllm.runtime.worker.graphs import make_graphs
+    from microvllm.runtime.worker.graphs import GpuParts, make_graphs
 
     small = msgspec.structs.replace(config, num_blocks=TRIAL_BLOCKS)
     before = torch.cuda.memory_reserved()
-    device, rows = torch.device(config.device), config.max_num_seqs + 1
-    made = make_graphs(
-        small,
-        model,
-        make_attention(small, model),
-        DeviceInputs(rows, config.block_size, device),
-        GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device),
-        Readback(config.max_num_seqs),
-    )
+    made = make_graphs(GpuParts.make(small, model, make_attention(small, model)))
     silent, number = Stage("", 1, None), 0
     for graphs in made:
         graphs.capture(silent, 1)

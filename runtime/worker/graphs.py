@@ -83,6 +83,26 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuParts:
+    """What steps on a GPU are computed with; its last row is the padding row of captured steps."""
+
+    config: EngineConfig
+    model: DecoderModel
+    attention: AttentionBackend
+    inputs: DeviceInputs
+    sampler: GPUSampler
+    readback: Readback
+
+    @classmethod
+    def make(cls, config: EngineConfig, model: DecoderModel, attention: AttentionBackend) -> GpuParts:
+        """Of a loaded model and its KV cache."""
+        device, rows = torch.device(config.device), config.max_num_seqs + 1
+        inputs = DeviceInputs(rows, config.block_size, device)
+        sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
+        return cls(config, model, attention, inputs, sampler, Readback(config.max_num_seqs))
+
+
+@dataclass(frozen=True, slots=True)
 class _Captured:
     """ids: [size] int32, what went in; logits: [size, vocab] in the model's dtype; tokens: [size] int64.
 
@@ -102,27 +122,14 @@ class DecodeGraphs:
     `pool`: the memory that the graphs share with others.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        model: DecoderModel,
-        attention: AttentionBackend,
-        inputs: DeviceInputs,
-        sampler: GPUSampler,
-        readback: Readback,
-        pool: torch.cuda._POOL_HANDLE,
-    ) -> None:
-        self._config = config
-        self._model = model
-        self._attention = attention
-        self._inputs = inputs
-        self._sampler = sampler
-        self._readback = readback
+    def __init__(self, parts: GpuParts, pool: torch.cuda._POOL_HANDLE) -> None:
+        config = parts.config
+        self._parts = parts
         self._pool = pool
         self._padding_row = config.max_num_seqs
         self.sizes = batch_sizes(config.max_num_seqs)
         self._captured: dict[int, _Captured] = {}
-        device = inputs.newest.device
+        device = parts.inputs.newest.device
         self._groups = config.num_groups
         self._height = STAGED + self._groups
         self._staged = torch.zeros(self._height * config.max_num_seqs, dtype=torch.int32, device=device)
@@ -141,29 +148,30 @@ class DecodeGraphs:
         """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for size in self.sizes[: -number - 1 : -1]:
-            self._inputs.stager.send_into(self._view(size), self._padding(size))
+            self._parts.inputs.stager.send_into(self._view(size), self._padding(size))
             graph, (inputs, *made) = capture(partial(self._step, size), self._pool, stream)
             common = partial(capture, pool=self._pool, stream=stream)
-            self._sampler.rules.capture(graph, common, partial(self._choose, inputs), made[1], inputs.rows)
+            choose = partial(self._choose, inputs)
+            self._parts.sampler.rules.capture(graph, common, choose, made[1], inputs.rows)
             self._captured[size] = _Captured(graph, *map(borrowed, made))
             stage.advance()
         torch.cuda.synchronize()
 
     def _choose(self, inputs: DecodeInputs, logits: Tensor) -> Tensor:
         # A sequence's length is the index of its next token.
-        delivery = Delivery(self._inputs.newest, self._readback.memory, inputs.places)
-        return self._sampler.choose_plain(logits, inputs.rows, inputs.lens, delivery)
+        delivery = Delivery(self._parts.inputs.newest, self._parts.readback.memory, inputs.places)
+        return self._parts.sampler.choose_plain(logits, inputs.rows, inputs.lens, delivery)
 
     def _step(self, size: int) -> tuple[DecodeInputs, Tensor, Tensor, Tensor]:
-        newest = self._inputs.newest
+        parts, newest = self._parts, self._parts.inputs.newest
         inputs = prepare_decode(
-            *(self._view(size), self.tables, newest, self._config.block_size),
+            *(self._view(size), self.tables, newest, parts.config.block_size),
             pdl=can_launch_early(newest.device),
         )
         decoding = inputs.positions, inputs.slots, inputs.blocks, inputs.lens
         batch = batch_of_groups(*decoding, rows=inputs.rows)
-        hidden = self._model.forward(inputs.ids, self._attention.begin_step(batch))
-        logits = self._model.head(hidden)
+        hidden = parts.model.forward(inputs.ids, parts.attention.begin_step(batch))
+        logits = parts.model.head(hidden)
         return inputs, inputs.ids, logits, self._choose(inputs, logits)
 
     def _view(self, size: int) -> Tensor:
@@ -191,7 +199,7 @@ class DecodeGraphs:
                 places += range(first, first + len(item.new_blocks) // self._groups)
             blocks += item.new_blocks
         if places:
-            at, values = self._inputs.stager.send(np.array(places), np.array(blocks))
+            at, values = self._parts.inputs.stager.send(np.array(places), np.array(blocks))
             self.tables.view(-1).scatter_(0, at.long(), values)
 
     def choose(self, size: int, items: Sequence[ScheduledRequest]) -> Choice:
@@ -200,24 +208,24 @@ class DecodeGraphs:
         End tokens that may not come yet are such a rule, and so are log probabilities. Masks are applied by a
         graph, too, but come later: what then chooses the tokens is the second.
         """
-        rows = [item.request.row for item in items]
+        sampler, readback, rows = self._parts.sampler, self._parts.readback, [i.request.row for i in items]
         if any(item.request.num_output < item.request.params.min_tokens for item in items):
             return None, None
-        if self._sampler.plain(rows):
-            self._sampler.rules.replay(size, rows)
-            return self._readback.written(len(rows)), None
-        if not self._sampler.masked(rows):
+        if sampler.plain(rows):
+            sampler.rules.replay(size, rows)
+            return readback.written(len(rows)), None
+        if not sampler.masked(rows):
             return None, None
 
         def masked(at: Sequence[int], bits: Sequence[np.ndarray]) -> ReadTokens:
-            self._sampler.rules.replay_masked(size, len(rows), at, bits)
-            return self._readback.written(len(rows))
+            sampler.rules.replay_masked(size, len(rows), at, bits)
+            return readback.written(len(rows))
 
         return None, masked
 
     def send(self, items: Sequence[ScheduledRequest]) -> int:
         """Bring a step's inputs to the graph that has room for it -> the size of that graph."""
-        count = len(items)
+        count, start = len(items), self._parts.readback.start
         size = self.sizes[bisect.bisect_left(self.sizes, count)]
         # A request that was just admitted may bring a whole table.
         self.note_blocks([item for item in items if len(item.new_blocks) > self._groups])
@@ -227,14 +235,14 @@ class DecodeGraphs:
             item.request.token_ids[item.start] if item.start < len(item.request.token_ids) else UNKNOWN
             for item in items
         ]
-        staged[5, :count] = np.arange(self._readback.start, self._readback.start + count)
+        staged[5, :count] = np.arange(start, start + count)
         starts = np.array([item.start for item in items])
         staged[2, :count], staged[3, :count] = starts, starts + 1
         for i, item in enumerate(items):
             if len(item.new_blocks) == self._groups:
                 staged[4, i], staged[STAGED:, i] = item.first_block, item.new_blocks
-        self._sampler.upload()
-        self._inputs.stager.send_into(self._view(size), staged)
+        self._parts.sampler.upload()
+        self._parts.inputs.stager.send_into(self._view(size), staged)
         return size
 
     def replay(self, size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,18 +277,9 @@ class PromptGraphs:
     `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        model: DecoderModel,
-        attention: AttentionBackend,
-        inputs: DeviceInputs,
-        tables: Tensor,
-        pool: torch.cuda._POOL_HANDLE,
-    ) -> None:
-        self._model = model
-        self._attention = attention
-        self._inputs = inputs
+    def __init__(self, parts: GpuParts, tables: Tensor, pool: torch.cuda._POOL_HANDLE) -> None:
+        config = parts.config
+        self._parts = parts
         self._tables = tables
         self._pool = pool
         self._padding_row = config.max_num_seqs
@@ -317,7 +316,7 @@ class PromptGraphs:
     def send(self, size: StepSize, arrays: StepArrays) -> None:
         """Bring a step's inputs to the graph of this size, which `forward` then replays."""
         staged = size.staged(arrays, self._padding_row)
-        self._inputs.stager.send_into(self._staged[: len(staged)], staged)
+        self._parts.inputs.stager.send_into(self._staged[: len(staged)], staged)
 
     def forward(self, size: StepSize, arrays: StepArrays) -> tuple[Tensor, Tensor]:
         """The id and the hidden state of every token of the step: [n], [n, hidden], until the next replay."""
@@ -337,24 +336,17 @@ class PromptGraphs:
         ids, rows, positions, context, request_rows, starts, *slots = (
             self._staged[field] for field in size.fields()
         )
-        ids = torch.where(ids == UNKNOWN, self._inputs.newest[rows], ids)
+        ids = torch.where(ids == UNKNOWN, self._parts.inputs.newest[rows], ids)
         blocks = self._tables.index_select(1, request_rows)
         decodes = size.decodes
         segments = [SegmentTable(starts, context[decodes:], each[decodes:], size.tokens) for each in blocks]
         decoding = blocks[:, :decodes], context[:decodes]
         batch = batch_of_groups(positions, slots, *decoding, segments, request_rows)
-        return ids, self._model.forward(ids, self._attention.begin_step(batch))
+        return ids, self._parts.model.forward(ids, self._parts.attention.begin_step(batch))
 
 
-def make_graphs(
-    config: EngineConfig,
-    model: DecoderModel,
-    attention: AttentionBackend,
-    inputs: DeviceInputs,
-    sampler: GPUSampler,
-    readback: Readback,
-) -> tuple[PromptGraphs, DecodeGraphs]:
+def make_graphs(parts: GpuParts) -> tuple[PromptGraphs, DecodeGraphs]:
     """Both kinds, in one pool of memory, in the order in which they are to be captured."""
-    common, pool = (config, model, attention, inputs), torch.cuda.graph_pool_handle()
-    graphs = DecodeGraphs(*common, sampler, readback, pool)
-    return PromptGraphs(*common, graphs.tables, pool), graphs
+    pool = torch.cuda.graph_pool_handle()
+    graphs = DecodeGraphs(parts, pool)
+    return PromptGraphs(parts, graphs.tables, pool), graphs

@@ -11,7 +11,7 @@ from torch import Tensor
 from microvllm.ops.sampling import largest
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.request import SamplingParams, TokenLogprobs
-from microvllm.runtime.worker.transfers import on_device
+from microvllm.runtime.worker.transfers import Device, on_device
 
 PROMPT_SLICE = 128  # prompt positions whose logits exist at a time
 
@@ -29,6 +29,52 @@ class LogprobRequest:
             return None
         ids = params.logprob_token_ids
         return cls(params.logprobs, None if ids is None else tuple(ids))
+
+
+class RowLogprobs:
+    """The log probabilities that the requests of all rows ask for, in one of vLLM's `--logprobs-mode`."""
+
+    def __init__(self, mode: str, device: Device) -> None:
+        self.are_raw = mode.startswith("raw")
+        self._normalise = mode.endswith("logprobs")
+        self._device = device
+        self._requests: dict[int, LogprobRequest] = {}
+
+    def set_row(self, row: int, params: SamplingParams) -> None:
+        request = LogprobRequest.of(params)
+        if request is not None:
+            self._requests[row] = request
+
+    def clear_row(self, row: int) -> None:
+        self._requests.pop(row, None)
+
+    def concern(self, rows: Sequence[int]) -> bool:
+        """Whether any of the rows asks."""
+        return bool(self._requests) and not self._requests.keys().isdisjoint(rows)
+
+    def asked(self, rows: Sequence[int]) -> AskedRows | None:
+        """Those of a step's rows that ask; None if there are none."""
+        if not self.concern(rows):
+            return None
+        places = [i for i, row in enumerate(rows) if row in self._requests]
+        asking = [rows[i] for i in places]
+        at = on_device(places, torch.int64, self._device)
+        return AskedRows(places, asking, at, [self._requests[row] for row in asking], self._normalise)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedRows:
+    """The rows of a step that ask for log probabilities: `places` in the step, also `at` the device."""
+
+    places: list[int]
+    rows: list[int]
+    at: Tensor
+    requests: Sequence[LogprobRequest]
+    normalise: bool
+
+    def log(self, logits: Tensor, tokens: Tensor) -> LogprobTensors:
+        """logits: [r, vocab] float32, of these rows alone; tokens: [m] int64, of all rows of the step."""
+        return log_probabilities(logits, tokens[self.at], self.requests, normalise=self.normalise)
 
 
 @dataclass(frozen=True, slots=True)

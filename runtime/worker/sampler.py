@@ -23,7 +23,7 @@ from microvllm.runtime.core.plan import NO_TOKEN
 from microvllm.runtime.request import MIN_TEMPERATURE, EngineRequest, SamplingParams
 from microvllm.runtime.worker.bitmask import Output, TokenMask
 from microvllm.runtime.worker.logits import LogitRules
-from microvllm.runtime.worker.logprobs import LogprobRequest, LogprobTensors, log_probabilities
+from microvllm.runtime.worker.logprobs import LogprobTensors, RowLogprobs
 from microvllm.runtime.worker.transfers import on_device
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Sampled:
     """
 
     tokens: Tensor
-    asked: list[int]
-    logprobs: LogprobTensors | None
+    asked: Sequence[int] = ()
+    logprobs: LogprobTensors | None = None
 
 
 class RowParameters:
@@ -91,9 +91,7 @@ class Sampler:
         self._params = RowParameters(num_rows, vocab_size)
         self._unseeded = random.Random(seed)
         self._rules = LogitRules(num_rows, vocab_size, device)
-        self._logprob_requests: dict[int, LogprobRequest] = {}
-        self._raw = logprobs_mode.startswith("raw")
-        self._normalise = logprobs_mode.endswith("logprobs")
+        self._logprobs = RowLogprobs(logprobs_mode, device)
 
     def use_mask(self, mask: TokenMask) -> None:
         """Let `mask` choose at every step which tokens may come next; before the first request."""
@@ -108,14 +106,12 @@ class Sampler:
         seed = self._unseeded.getrandbits(64) if requested is None else requested & _UINT64
         self._params.set(row, request.params, seed)
         self._rules.set_row(row, request, tokens, prompt_len)
-        logprobs = LogprobRequest.of(request.params)
-        if logprobs is not None:
-            self._logprob_requests[row] = logprobs
+        self._logprobs.set_row(row, request.params)
 
     def clear_row(self, row: int) -> None:
         self._params.clear(row)
         self._rules.clear_row(row)
-        self._logprob_requests.pop(row, None)
+        self._logprobs.clear_row(row)
 
     def sample(
         self,
@@ -132,25 +128,17 @@ class Sampler:
         index in its sequence of the token to be chosen. masked, output and last_token as in
         `LogitRules.apply`.
         """
-        asked = (
-            [i for i, row in enumerate(rows) if row in self._logprob_requests]
-            if self._logprob_requests
-            else []
-        )
-        at = on_device(asked, torch.int64, self._device) if asked else None
-        shown = logits[at] if at is not None and self._raw else None
+        asked = self._logprobs.asked(rows)
+        raw = logits[asked.at] if asked is not None and self._logprobs.are_raw else None
         self._rules.apply(logits, rows, masked, output, last_token)
-        if at is not None and shown is None:
-            filters = self._params.filters([rows[i] for i in asked])
-            shown = kept_logits(logits[at], *(each.to(self._device) for each in filters))
+        if asked is not None and raw is None:
+            filters = (each.to(self._device) for each in self._params.filters(asked.rows))
+            processed = kept_logits(logits[asked.at], *filters)
         tokens = self._choose(logits, rows, positions)
         self._rules.observe(rows, tokens)
-        if shown is None or at is None:
-            return Sampled(tokens, [], None)
-        requested = [self._logprob_requests[rows[i]] for i in asked]
-        return Sampled(
-            tokens, asked, log_probabilities(shown, tokens[at], requested, normalise=self._normalise)
-        )
+        if asked is None:
+            return Sampled(tokens)
+        return Sampled(tokens, asked.places, asked.log(processed if raw is None else raw, tokens))
 
     def _choose(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """[m] int64 tokens, NO_TOKEN where no logit is finite; may overwrite logits."""
@@ -200,11 +188,11 @@ class GPUSampler(Sampler):
 
     def plain(self, rows: Sequence[int]) -> bool:
         """Whether `choose_plain` is all that these rows need, behind what `rules` change."""
-        return not self._rules.concern(rows) and not self._asked(rows)
+        return not self._rules.concern(rows) and not self._logprobs.concern(rows)
 
     def masked(self, rows: Sequence[int]) -> bool:
         """Whether `rules.replay_masked` is all that these rows need."""
-        return self.rules.only_masked(rows) and not self._asked(rows)
+        return self.rules.only_masked(rows) and not self._logprobs.concern(rows)
 
     def upload(self) -> None:
         """Send parameters that have changed. A cleared row's may stay: it is set before it is used again."""
@@ -258,9 +246,6 @@ class GPUSampler(Sampler):
     def _filtered(self, rows: Sequence[int]) -> bool:
         params, at = self._params, np.array(rows)
         return bool(((params.top_k[at] > 0) | (params.top_p[at] < 1) | (params.min_p[at] > 0)).any())
-
-    def _asked(self, rows: Sequence[int]) -> bool:
-        return bool(self._logprob_requests) and not self._logprob_requests.keys().isdisjoint(rows)
 
 
 def _pinned(*arrays: np.ndarray) -> Tensor:

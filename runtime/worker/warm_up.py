@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
-from microvllm.adapters.decoder import DecoderModel
-from microvllm.ops.attention import AttentionBackend
-from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.progress import OnProgress, Stage
-from microvllm.runtime.worker.sampler import GPUSampler
-from microvllm.runtime.worker.step_inputs import DeviceInputs, StepArrays
+from microvllm.runtime.worker.step_inputs import StepArrays
+
+if TYPE_CHECKING:
+    from microvllm.runtime.worker.graphs import GpuParts
 
 TOKENS = (2, 5, 20, 64, 250, 1000, 4000)
 
 
 @torch.inference_mode()
-def warm_up(
-    config: EngineConfig,
-    model: DecoderModel,
-    attention: AttentionBackend,
-    inputs: DeviceInputs,
-    sampler: GPUSampler,
-    *,
-    on_progress: OnProgress | None,
-) -> None:
+def warm_up(parts: GpuParts, on_progress: OnProgress | None) -> None:
     """Steps of padding, with and without single tokens in front: the first of a kind compiles.
 
     They write no keys and values: their slots are -1.
     """
+    config, model = parts.config, parts.model
     groups = config.num_groups
     block_tables = np.zeros((groups, config.max_num_seqs, config.max_blocks), dtype=np.int64)
     warming = Stage("Warming up", len(TOKENS), on_progress)
@@ -44,10 +38,10 @@ def warm_up(
             rows = np.zeros(len(lengths), dtype=np.int64)
             slots = np.full((groups, total), -1)
             arrays = StepArrays(nothing, nothing, positions, slots, rows, lengths, lengths, decodes)
-            ids, batch = inputs.make(arrays, block_tables)
-            hidden = model.forward(ids, attention.begin_step(batch))
+            ids, batch = parts.inputs.make(arrays, block_tables)
+            hidden = model.forward(ids, parts.attention.begin_step(batch))
             if config.spec.pooling is None:
-                sampler.warm_up(model.logits(hidden[: decodes + 2]))
+                parts.sampler.warm_up(model.logits(hidden[: decodes + 2]))
         warming.advance()
     torch.cuda.synchronize()
     warming.finish(f"Warmed up in {warming.seconds:.1f} s")

@@ -5,7 +5,6 @@ That the parts compute the right thing is tested in tests/gpu, that of a CPU eve
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -39,8 +38,7 @@ def device(parts: mock.Mock) -> GpuDevice:
     device.device_clock = parts.clock
     device.inputs = parts.inputs
     device._graphs, device._prompt_graphs = parts.graphs, parts.prompts
-    device._readback, device._model, device._attention = parts.readback, parts.model, parts.attention
-    device._config = SimpleNamespace(block_size=16)  # type: ignore[assignment]
+    device._parts = parts
     return device
 
 
