@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import CollectorRegistry, Metric
 
     from microvllm.runtime.config import EngineConfig
-    from microvllm.runtime.request import EngineStats
+    from microvllm.runtime.stats import EngineStats
 
 logger = logging.getLogger("microvllm.stats")
 

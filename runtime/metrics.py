@@ -15,7 +15,8 @@ from typing import NamedTuple
 import msgspec
 
 from microvllm.runtime.observer import EngineObserver, TrackedSequence
-from microvllm.runtime.request import EngineStats, FinishReason
+from microvllm.runtime.request import FinishReason
+from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.tables import read_table
 from microvllm.runtime.worker.step_times import ALL_PARTS, FORWARD_PARTS, GPU_BUSY, GPU_IDLE, PARTS
 

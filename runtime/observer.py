@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microvllm.runtime.request import EngineRequest, EngineStats, StepOutput
+from microvllm.runtime.request import EngineRequest, StepOutput
+from microvllm.runtime.stats import EngineStats
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top down: a module imports from its own layer and from those after it.
 LAYERS = ("cli", "openai_compat", "runtime", "adapters", "ops")
 MAX_LINES = 500
-CORE_PATH_LINES, CORE_PATH_FILES = 2320, 16
+CORE_PATH_LINES, CORE_PATH_FILES = 2300, 16
 # What may import torch in runtime/, even within a function: what computes.
 TORCH_ROOMS = ("microvllm.runtime.worker.", "microvllm.runtime.engine")
 NEEDS_RAY = "microvllm.openai_compat.ray_serve"  # which the tests do not install

@@ -28,7 +28,8 @@ from microvllm.runtime.process import token_stream as stream_module
 from microvllm.runtime.process.channel import Abort, Profiled, Step
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.token_stream import TokenStream
-from microvllm.runtime.request import EngineStats, FinishReason, SamplingParams, StepOutput
+from microvllm.runtime.request import FinishReason, SamplingParams, StepOutput
+from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.step_times import PARTS

@@ -31,7 +31,7 @@ from microvllm.openai_compat.metrics import Exposition
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import EngineDeadError, InvalidRequestError
 from microvllm.runtime.process.client import SLEEP_TAGS
-from microvllm.runtime.request import EngineStats
+from microvllm.runtime.stats import EngineStats
 
 logger = logging.getLogger("microvllm.server")
 

@@ -28,7 +28,8 @@ from microvllm.runtime.process.routing import Router, prompt_keys
 from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import EngineRequest, EngineStats, SamplingParams
+from microvllm.runtime.request import EngineRequest, SamplingParams
+from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.input_processor import InputProcessor, load_text
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.profiler import ProfilerConfig

@@ -26,7 +26,7 @@ from microvllm.runtime.process.channel import (
 from microvllm.runtime.process.heartbeat import STACKS_SIGNAL, threads_of
 from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.request import EngineStats
+from microvllm.runtime.stats import EngineStats
 
 logger = logging.getLogger("microvllm.engine")
 

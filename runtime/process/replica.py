@@ -33,7 +33,7 @@ from microvllm.runtime.process.engine_process import DEAD, EngineProcess
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
 from microvllm.runtime.process.routing import MIN_CHUNK, PrefixIndex
 from microvllm.runtime.process.token_stream import TokenStream
-from microvllm.runtime.request import EngineStats
+from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.engine")

@@ -12,7 +12,8 @@ from model_tools import ROOT
 
 from microvllm.openai_compat.app import ENDPOINTS
 from microvllm.runtime.kv_events.config import KVEventsConfig
-from microvllm.runtime.request import EngineStats, SamplingParams
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.stats import EngineStats
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -33,7 +33,8 @@ from microvllm.runtime.process.client import EngineClient, total_stats
 from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.replica import Replica
 from microvllm.runtime.process.token_stream import TokenStream
-from microvllm.runtime.request import EngineStats, SamplingParams
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.stats import EngineStats
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

@@ -19,7 +19,8 @@ from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.process.channel import Sleep, SleepChanged, WakeUp
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.token_stream import TokenStream
-from microvllm.runtime.request import EngineStats, SamplingParams
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.stats import EngineStats
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = [5, 70, 200, 31, 8] * 20

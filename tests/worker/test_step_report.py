@@ -20,7 +20,8 @@ from microvllm.runtime.core.plan import StepPlan, StepResult
 from microvllm.runtime.metric_families import EngineCollector
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.process.client import EngineClient
-from microvllm.runtime.request import EngineStats, SamplingParams
+from microvllm.runtime.request import SamplingParams
+from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.worker import step_times
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 from microvllm.runtime.worker.step_times import (
