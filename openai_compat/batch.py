@@ -100,6 +100,8 @@ def run_batch(
     """
     if args.chat_template is not None and (problem := template_problem(args.chat_template)):
         raise ConfigError(f"--chat-template: {problem}")
+    if args.enable_log_requests:
+        logging.getLogger("microvllm.server").setLevel(logging.INFO)
     if tmp_dir is not None and not os.path.isdir(tmp_dir):
         raise ConfigError(f"--output-tmp-dir {tmp_dir}: no such folder")
     with contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -433,6 +434,27 @@ def test_where_the_metrics_are(
     assert (args.host, args.port, more["enable_metrics"]) == (host, port, "--enable-metrics" in flags)
     assert (more["max_inflight"], more["tmp_dir"]) == (3, "/tmp")
     assert ("--port has no effect without --enable-metrics" in capsys.readouterr().err) is warned
+
+
+def test_requests_are_logged_where_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line shows warnings only, unless told otherwise."""
+    log, source = logging.getLogger("microvllm.server"), tmp_path / "in"
+    source.write_bytes(line({"prompt": "Hi", "max_tokens": 2}) + b"\n")
+    monkeypatch.setattr(EngineArgs, "prepare", lambda *_: fresh().config)
+
+    async def start(*_: object, **__: object) -> FakeClient:
+        return fresh()
+
+    monkeypatch.setattr(batch.EngineClient, "start", start)
+    argv, level = ["run-batch", "-i", str(source), "-o", str(tmp_path / "out"), "--model", "m"], log.level
+    try:
+        assert cli.run(argv) == 0 and "Received request" not in capsys.readouterr().err
+        assert cli.run([*argv, "--enable-log-requests"]) == 0
+        assert "Received request" in capsys.readouterr().err
+    finally:
+        log.setLevel(level)
 
 
 # ---- the command on a real engine -------------------------------------------------------------------
