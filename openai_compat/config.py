@@ -48,6 +48,11 @@ def path_prefix(text: str) -> str:
     return text.rstrip("/")
 
 
+def log_level(text: str) -> str:
+    """Read a level as Python's logging does: in any case, and with its other names of two."""
+    return {"warn": "warning", "fatal": "critical"}.get(text.lower(), text.lower())
+
+
 def profiler_config(text: str) -> ProfilerConfig | None:
     """Read a JSON object of vLLM's profiler options; None without a profiler. Raises `ConfigError`."""
     return ProfilerConfig.read(json_object(text))
@@ -307,7 +312,7 @@ class ServerArgs(AnswerArgs):
         metavar=TEXT,
         choices=LOG_LEVELS[:-1],
         env=("VLLM_LOGGING_LEVEL",),
-        read=str.lower,
+        read=log_level,
     )
     http_timeout_keep_alive: int = flag(
         5,

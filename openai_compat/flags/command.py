@@ -100,7 +100,10 @@ def remedy_for(error: Exception, message: str, root: Any, argv: Sequence[str]) -
     more = f"`{path} --help` lists all there is"
     flags = {flag: param for param in command.params for flag in (*param.opts, *param.secondary_opts)}
     for flag in re.findall(r"--[a-z][a-z0-9-]*", message):
-        text = getattr(flags.get(flag), "help", None)
+        param = flags.get(flag)
+        text, variables = getattr(param, "help", None), getattr(param, "envvar", None)
         if text:
-            return f"{flag}: {text.rstrip('.')}; {more}"
+            named = [variables] if isinstance(variables, str) else variables or []
+            origin = "".join(f", or {name} in the environment" for name in named if os.environ.get(name))
+            return f"{flag}{origin}: {text.rstrip('.')}; {more}"
     return more

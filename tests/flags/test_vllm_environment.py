@@ -98,6 +98,28 @@ def test_a_wrong_value_ends_the_start(
     assert f"--{flag}" in line or f"VLLM_{name}" in line
 
 
+def test_the_variable_of_a_wrong_value_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "loud")
+    assert cli.run(["serve", "m"]) == 2
+    hint = capsys.readouterr().err.splitlines()[1]
+    assert hint.startswith("microvllm: hint: --log-level, or VLLM_LOGGING_LEVEL in the environment: Least")
+
+
+@pytest.mark.parametrize(("name", "level"), [("WARN", "warning"), ("fatal", "critical"), ("Info", "info")])
+def test_levels_have_the_names_of_pythons_logging(
+    name: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", name)
+    assert options_of().log_level == level
+
+
+def test_what_is_honoured_is_documented() -> None:
+    text = (Path(cli.__file__).parent / "docs" / "http.md").read_text()
+    assert [name for name in HONOURED if f"`VLLM_{name}`" not in text] == []
+
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 320,
