@@ -376,6 +376,7 @@ def run(argv: Sequence[str]) -> int:
     logger = logging.getLogger("microvllm")
     handler = LogHandler()
     logger.addHandler(handler)
+    logger.getChild("config").setLevel(logging.INFO)  # what the options come to
     failure: Exception
     try:
         # Typer returns the code of typer.Exit, or what the command returned, which is None.

@@ -23,7 +23,7 @@ from microvllm.openai_compat.api import (
     service,
     tokenize,
 )
-from microvllm.openai_compat.api.formats import warn_of_template
+from microvllm.openai_compat.api.formats import warn_of_options
 from microvllm.openai_compat.api.messages import create as messages
 from microvllm.openai_compat.api.responses import create as responses
 from microvllm.openai_compat.api.responses import stored as stored_responses
@@ -76,7 +76,7 @@ class Application(Starlette):
 
 def create_app(client: EngineClient, args: ServerArgs) -> Starlette:
     """Return the server's application for a started engine; `app.state.server` is its `ServerState`."""
-    warn_of_template(client, args)
+    warn_of_options(client, args)
     state = ServerState(client, args)
     open_paths = frozenset(endpoint.path for endpoint in ENDPOINTS if not endpoint.needs_key)
     uncounted = frozenset(endpoint.path for endpoint in ENDPOINTS if not endpoint.in_http_metrics)

@@ -111,8 +111,8 @@ class EngineArgs:
         "in groups of 32: products in integers, faster, not exact.",
         choices=("float32", "int8"),
     )
-    batch_invariant: bool = flag(
-        False,
+    batch_invariant: bool | None = flag(
+        None,
         MODEL,
         "Give a request the same answer to the last bit whatever runs beside it; by backends cpu and triton.",
     )
@@ -278,7 +278,7 @@ class EngineArgs:
         block_size = self.block_size or DEFAULT_BLOCK_SIZES[backend]
         max_model_len = self.max_model_len or spec.default_length
         unpacked = why_unpacked(self.model, load_format, backend)
-        batch_invariant = self.batch_invariant or vllm_environment.is_on("VLLM_BATCH_INVARIANT")
+        batch_invariant = vllm_environment.chosen(self.batch_invariant, "VLLM_BATCH_INVARIANT")
         if batch_invariant and device == "cuda" and not unpacked:
             unpacked = "products with packed weights are not batch-invariant on a GPU"
         float_only = unpacked or (
@@ -320,14 +320,18 @@ class EngineArgs:
                 f"--block-size {block_size}: triton takes powers of two from 16 on",
             ),
             (
+                self.long_prefill_token_threshold and not self.enable_chunked_prefill,
+                "--long-prefill-token-threshold splits prompts, which --no-enable-chunked-prefill forbids",
+                "leave one of the two out",
+            ),
+            (
                 too_long and not vllm_environment.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN"),
                 f"{too_long}; VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment allows it",
                 "lower it, or leave it out: --max-model-len auto takes the model's",
             ),
         )
         start_checks.warn_of_length(too_long)
-        if self.enforce_eager or self.gpu_memory_utilization != GPU_MEMORY_UTILIZATION:
-            start_checks.warn_of_gpu_options(device)
+        start_checks.warn_of_options(self, device, pools=spec.pooling is not None)
         start_checks.warn_of_rotation(spec, max_model_len)
         spec, pooling = spec.at_length(max_model_len), spec.pooling
         num_ranks, num_engines = self.tensor_parallel_size, self.data_parallel_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
+from microvllm.runtime.flag import given_flags
 from microvllm.runtime.kv_events.publishing_core import make_core
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.observer import SampleGroup
@@ -25,7 +27,9 @@ from microvllm.runtime.vectors import POOLING_PARAMS
 from microvllm.runtime.worker.parallel.runner import start_runner
 
 T = TypeVar("T")
+logger = logging.getLogger("microvllm.engine")
 
+QUEUE_BOUNDS = ("max_num_queued_reqs", "max_num_queued_tokens")
 INTERRUPTED_WAIT_S = 1.0  # for the step that runs when KeyboardInterrupt comes; a long prompt takes longer
 
 
@@ -66,6 +70,8 @@ class InferenceEngine:
                 f"data_parallel_size {args.data_parallel_size}: one engine runs in this process",
                 remedy="start `microvllm serve --data-parallel-size N`, or one process for each engine",
             )
+        if bounds := given_flags(args, QUEUE_BOUNDS):
+            logger.warning("%s: no effect without a server: the queue has no bound", ", ".join(bounds))
         # A caller's own list of prompts is no overload: offline, the queue has no bound.
         self.config = msgspec.structs.replace(
             args.prepare(on_progress), max_num_queued_reqs=None, max_num_queued_tokens=None

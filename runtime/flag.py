@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from microvllm.runtime.errors import ConfigError
@@ -112,6 +112,18 @@ def check_flags(args: Any) -> None:
         problem = flag.problem(getattr(args, name))
         if problem is not None:
             raise ConfigError(f"--{flag.name} {problem}")
+
+
+def given_flags(args: Any, names: Iterable[str]) -> list[str]:
+    """Return the flags, of the fields that are named, whose value is not the default."""
+    defaults = {
+        field.name: field.default_factory()
+        if field.default_factory is not dataclasses.MISSING
+        else field.default
+        for field in dataclasses.fields(args)
+    }
+    flags = flags_of(type(args))
+    return [f"--{flags[name].name}" for name in names if getattr(args, name) != defaults[name]]
 
 
 def human_int(text: str) -> int:

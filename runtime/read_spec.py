@@ -28,11 +28,14 @@ def read_spec(
     """
     from microvllm.adapters.registry import load_spec
 
-    given = {**overrides, **{key: value for key, value in rotary.items() if value is not None}}
+    older = {key: value for key, value in rotary.items() if value is not None}
+    given = {**overrides, **older}
     try:
         spec = load_spec(path, given, choose_runner(runner, convert, pooler_config))
     except OverrideError as error:
-        raise ConfigError(str(error)) from error  # the flag that it names has the remedy
+        flags = " and ".join(f"--{key.replace('_', '-')}" for key in ([] if overrides else older))
+        message = str(error).replace("--hf-overrides", flags or "--hf-overrides")
+        raise ConfigError(message) from error  # the flag that it names has the remedy
     except ModelFileError as error:
         raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     return configure_pooling(spec, convert, pooler_config)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from microvllm.adapters.spec import ModelSpec
+from microvllm.runtime.flag import given_flags
 
 logger = logging.getLogger("microvllm.config")
+
+TEXT_OPTIONS = ("generation_config", "override_generation_config", "max_logprobs", "logprobs_mode")
 
 VARIANT_STATES = "--batch-invariant (VLLM_BATCH_INVARIANT=1): a GPU computes states in chunks of prompts"
 
 
-def warn_of_gpu_options(device: str) -> None:
-    """Log that two options were given for nothing, on a CPU."""
-    if device == "cpu":
-        logger.warning(
-            "--gpu-memory-utilization and --enforce-eager have no effect on a CPU; "
-            "--kv-cache-memory-bytes sets the size of the KV cache there"
-        )
+def warn_of_options(args: Any, device: str, *, pools: bool) -> None:
+    """Log which options were given for nothing; `args` are `EngineArgs`, `pools`: the model makes vectors."""
+    sizes = given_flags(args, ("kv_cache_memory_bytes", "num_gpu_blocks_override"))
+    if device == "cpu" and (given := given_flags(args, ("gpu_memory_utilization", "enforce_eager"))):
+        _warn(given, "on a CPU; --kv-cache-memory-bytes sets the size of the KV cache there")
+    elif device != "cpu" and sizes and (given := given_flags(args, ("gpu_memory_utilization",))):
+        _warn(given, f"beside {sizes[-1]}")
+    if pools and (given := given_flags(args, TEXT_OPTIONS)):
+        _warn(given, "on a model that makes vectors")
+
+
+def _warn(flags: list[str], where: str) -> None:
+    logger.warning("%s: no effect %s", ", ".join(flags), where)
 
 
 def warn_of_length(too_long: str | bool) -> None:

@@ -29,6 +29,11 @@ def is_on(name: str, *, default: bool = False) -> bool:
     raise ConfigError(f"{name} in the environment must be 0 or 1, got {value!r}")
 
 
+def chosen(given: bool | None, name: str) -> bool:
+    """Return what an option says, or where it was not given a variable. Raises `ConfigError` as `is_on`."""
+    return is_on(name) if given is None else given
+
+
 def whole_number(name: str) -> int:
     """Return the number in a variable, 0 if it is not set. Raises `ConfigError` if it is no whole number."""
     value = os.environ.get(name, "").strip() or "0"

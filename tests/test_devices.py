@@ -14,6 +14,7 @@ from model_tools import variant_folder
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.machine import choose_device
+from microvllm.runtime.start_checks import warn_of_options
 
 
 class Driver:
@@ -85,6 +86,41 @@ def test_what_is_for_a_gpu_alone_warns_on_a_cpu(
     assert "no effect" not in caplog.text
     EngineArgs(model=model, device="cpu", **wish).resolve()
     assert "no effect on a CPU" in caplog.text
+
+
+def test_an_option_without_effect_beside_another_or_on_the_model_warns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    size = EngineArgs(model="m", gpu_memory_utilization=0.5, num_gpu_blocks_override=9)
+    warn_of_options(size, "cuda", pools=False)
+    assert caplog.messages == ["--gpu-memory-utilization: no effect beside --num-gpu-blocks-override"]
+    caplog.clear()
+    text = EngineArgs(model="m", max_logprobs=3, logprobs_mode="raw_logits", gpu_memory_utilization=0.5)
+    warn_of_options(text, "cuda", pools=False)
+    warn_of_options(EngineArgs(model="m"), "cuda", pools=True)
+    assert not caplog.messages
+    warn_of_options(text, "cuda", pools=True)
+    assert caplog.messages == ["--max-logprobs, --logprobs-mode: no effect on a model that makes vectors"]
+
+
+def test_options_that_contradict_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = EngineArgs(
+        model=str(variant_folder("llama-tied")),
+        device="cpu",
+        enable_chunked_prefill=False,
+        long_prefill_token_threshold=8,
+    )
+    with pytest.raises(ConfigError, match=r"--long-prefill-token-threshold .* --no-enable-chunked-prefill"):
+        args.resolve()
+
+
+@pytest.mark.parametrize(("given", "is_on"), [(None, True), (False, False), (True, True)])
+def test_an_option_wins_over_a_variable(
+    given: bool | None, is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    args = EngineArgs(model=str(variant_folder("llama-tied")), device="cpu", batch_invariant=given)
+    assert args.resolve().batch_invariant is is_on
 
 
 def test_an_unknown_device() -> None:

@@ -9,20 +9,31 @@ from typing import TYPE_CHECKING
 
 from microvllm.openai_compat.parsers.output import Thinking
 from microvllm.openai_compat.parsers.registry import AUTO, REASONING_FORMATS, detect_formats, tokens_of
+from microvllm.runtime.flag import given_flags
 
 if TYPE_CHECKING:
-    from microvllm.openai_compat.config import AnswerArgs
+    from microvllm.openai_compat.config import AnswerArgs, ServerArgs
     from microvllm.runtime.process.client import EngineClient
     from microvllm.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.server")
 
+TEXT_OPTIONS = (
+    *("reasoning_effort_map", "response_role", "max_stop_strings", "enable_auto_tool_choice"),
+    *("tool_call_parser", "reasoning_parser", "exclude_tools_when_tool_choice_none"),
+    *("return_tokens_as_token_ids", "enable_per_request_metrics", "fingerprint_mode", "stream_interval"),
+    *("sse_keep_alive_interval", "enable_force_include_usage", "max_response_store_bytes"),
+)
+
 # What may stand around a tag: beside some of these, one that is no token of its own is spelt differently.
 IN_FRONT, BEHIND = ("", "a", " ", "\n", ".", '"'), ("", "a", " ", "\n", "{", ">")
 
 
-def warn_of_template(client: EngineClient, args: AnswerArgs) -> None:
-    """Log that options name what the chat template was not written for."""
+def warn_of_options(client: EngineClient, args: ServerArgs) -> None:
+    """Log that options name what the chat template was not written for, or have no effect on the model."""
+    if client.config.spec.pooling is not None and (given := given_flags(args, TEXT_OPTIONS)):
+        logger.warning("%s: no effect on a model that makes vectors", ", ".join(given))
+        return
     processor, calls = client.processor, args.tool_call_parser
     if calls not in (None, AUTO) and "tools" not in processor.template_source:
         logger.warning("--tool-call-parser %s: the chat template does not show tools to the model", calls)

@@ -10,7 +10,7 @@ from typing import Any
 
 from microvllm.openai_compat.flags.argv import UsageError
 from microvllm.openai_compat.flags.command import warn
-from microvllm.runtime.flag import ANSWERS, MODEL, OPTIONS, SERVER, check_flags, flag
+from microvllm.runtime.flag import ANSWERS, MODEL, OPTIONS, SERVER, check_flags, flag, given_flags
 
 BACKENDS = {
     "openai": "/v1/completions",
@@ -135,6 +135,11 @@ class BenchArgs:
             if name not in GOODPUT:
                 raise UsageError(f"--goodput must be of {', '.join(GOODPUT)}, got {name}")
         _ = self.metadata
+        unsaved = ("result_dir", "result_filename", "metadata_pairs", "label")
+        if self.result_file is None and (given := given_flags(self, unsaved)):
+            warn(f"{', '.join(given)}: no effect without --save-result")
+        if math.isinf(self.request_rate) and given_flags(self, ("burstiness",)):
+            warn("--burstiness has no effect without --request-rate")
         if self.tokenizer is not None:
             warn("--tokenizer has no effect: prompts are token ids, and the server counts")
 

@@ -115,6 +115,8 @@ def test_a_gguf_file_has_no_such_values(tmp_path: Path) -> None:
     file.write_bytes(b"GGUF")
     with pytest.raises(ModelFileError, match="--hf-overrides replaces values"):
         load_spec(file, {"rope_theta": 1e6})
+    with pytest.raises(ConfigError, match="--rope-theta replaces values"):
+        EngineArgs(model=str(file), rope_theta=1e6).resolve()
 
 
 def test_answers_are_those_of_the_changed_model(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from microvllm import cli
         (f"serve {DEMO} --device cpu --num-gpu-blocks-override 100000000", "lower --kv-cache-memory-bytes"),
         (f"serve {DEMO} --generation-config none", "--generation-config: Sampling defaults"),
         ("serve m --enable-lora", "leave it out, or start without it with --ignore-unsupported-flags"),
-        (f"serve {DEMO} --device cpu --rope-theta 1e6", "--hf-overrides: Values in place"),
+        (f"serve {DEMO} --device cpu --rope-theta 1e6", "--rope-theta: The same as"),
         ("generate hello --model no-such-model", "or try the demo model"),
         ("generate", "`microvllm generate --help`"),
         ("run-batch -i none -o out --model m", "`microvllm run-batch --help`"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_case import get_command
 from fake_client import FakeClient, fresh
 from http_tools import real_server
 
@@ -165,6 +166,25 @@ def test_what_is_wrong_is_named(argv: str, names: str, capsys: pytest.CaptureFix
     assert cli.run(["bench", "serve", *argv.split()]) == 2
     cause, hint = capsys.readouterr().err.splitlines()
     assert names in cause and hint.startswith("microvllm: hint: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "warned"),
+    [
+        ("--result-dir x --label y", "--result-dir, --label: no effect without --save-result"),
+        ("--burstiness 2", "--burstiness has no effect without --request-rate"),
+        ("--burstiness 2 --request-rate 3", None),
+    ],
+)
+def test_what_has_no_effect_is_named(
+    argv: str, warned: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = get_command(cli.app).commands["bench"].commands["serve"]  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_run, "run", lambda args: 0)
+        command.main(argv.split(), standalone_mode=False)
+    err = capsys.readouterr().err
+    assert err == ("" if warned is None else f"microvllm: warning: {warned}\n")
 
 
 def test_neither_torch_nor_numpy_is_imported() -> None:

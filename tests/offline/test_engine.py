@@ -20,6 +20,7 @@ from model_tools import (
 from tiny_models import TOKENIZER_SIZE, token_id
 
 import microvllm
+from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, ContextLengthError, InvalidRequestError
 from microvllm.runtime.request import FinishReason
@@ -360,6 +361,19 @@ def test_a_wrong_configuration_is_one_line(options: dict[str, Any], part: str) -
     with pytest.raises(ConfigError) as caught:
         InferenceEngine(**{"model_path": str(variant_folder("llama-tied")), **options})
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bound_of_the_queue_has_no_effect_and_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(*_: object) -> None:
+        raise ConfigError("stop")
+
+    monkeypatch.setattr(EngineArgs, "prepare", stop)
+    for options in ({}, {"max_num_queued_reqs": 3}):
+        with pytest.raises(ConfigError, match="stop"):
+            InferenceEngine("m", **options)
+    assert caplog.messages == ["--max-num-queued-reqs: no effect without a server: the queue has no bound"]
 
 
 def test_a_model_without_its_weights_is_a_configuration_error(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from http_tools import eventually, in_process, real_server
 
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.openai_compat.api.vectors.texts import MAX_INPUTS
+from microvllm.openai_compat.app import create_app
+from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import EngineError
 
 EMBEDDINGS = "/v1/embeddings"
@@ -37,6 +39,16 @@ async def ask(client: FakeClient, body: Any, path: str = EMBEDDINGS, **args: Any
         answer = await http.post(path, json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def test_options_of_texts_warn_on_vectors(caplog: pytest.LogCaptureFixture) -> None:
+    args = ServerArgs(reasoning_parser="qwen3", stream_interval=2, enable_prompt_tokens_details=True)
+    create_app(make_client(), args)  # type: ignore[arg-type]
+    flags = "--reasoning-parser, --stream-interval"
+    assert caplog.messages == [f"{flags}: no effect on a model that makes vectors"]
+    caplog.clear()
+    create_app(FakeClient(), args)  # type: ignore[arg-type]
+    assert not caplog.messages
 
 
 async def refusal(client: FakeClient, body: Any, path: str = EMBEDDINGS) -> tuple[str, str]:
