@@ -24,7 +24,7 @@ _MUST = {
     "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids to numbers in [-100, 100]",
     "allowed_token_ids": "must be a list of at least one token id",
     "bad_words": f"must be at most {MAX_BAD_WORDS} words of 1 to {MAX_BAD_WORD_CHARS} characters",
-    "stop": f"strings must have 1 to {MAX_STOP_STRING_CHARS} characters",
+    "stop": f"must be texts of 1 to {MAX_STOP_STRING_CHARS} characters",
     "stop_token_ids": f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids",
     "logprob_token_ids": f"must be a list of at most {MAX_LOGPROB_TOKEN_IDS} token ids",
     "repetition_detection": "must be a RepetitionDetection",

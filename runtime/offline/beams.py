@@ -70,12 +70,13 @@ class OfflineSearch:
         tokenizer = self._engine.tokenizer
         tokens = [*self.ids, *beam.tokens]
         end = beam.tokens[-1] if beam.ended else None
+        hidden = beam.ended and not self._params.include_stop_str_in_output
         return BeamSearchSequence(
             {"type": "token", "prompt_token_ids": self.ids, "prompt": self._prompt.text},
             tokens,
             [position_logprobs(entry, tokenizer) for entry in beam.entries],
             beam.logprob,
-            tokenizer.decode(tokens, self._params.skip_special_tokens),
+            tokenizer.decode(tokens[: len(tokens) - hidden], self._params.skip_special_tokens),
             "stop" if beam.ended else "length",
             None if end == self._request.eos_token_id else end,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import math
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -211,9 +212,9 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         self.step_params()
-        if not isinstance(self.length_penalty, numbers.Real):
+        if not (isinstance(self.length_penalty, numbers.Real) and math.isfinite(self.length_penalty)):
             raise InvalidRequestError(
-                f"length_penalty must be a number, got {self.length_penalty!r}.", "length_penalty"
+                f"length_penalty must be a finite number, got {self.length_penalty!r}.", "length_penalty"
             )
         for name in ("structured_outputs", "watermarking", "allowed_token_ids"):
             if getattr(self, name):
@@ -297,9 +298,11 @@ def _repetition(value: Any) -> RepetitionDetection | None:
     if value is None or value == {}:
         return None
     names = RepetitionDetection.__struct_fields__
-    fields = value if isinstance(value, Mapping) else {name: getattr(value, name, None) for name in names}
-    if not set(fields) <= set(names):
+    fields = (
+        value if isinstance(value, Mapping) else {n: getattr(value, n) for n in names if hasattr(value, n)}
+    )
+    if not fields or not set(fields) <= set(names):
         raise InvalidRequestError(
-            f"repetition_detection may have {', '.join(names)}.", "repetition_detection"
+            f"repetition_detection must have {', '.join(names)}.", "repetition_detection"
         )
     return RepetitionDetection(**{name: _plain(found) for name, found in fields.items() if found is not None})

@@ -26,9 +26,12 @@ from microvllm import (
     StructuredOutputsParams,
     TokensPrompt,
 )
+from microvllm.runtime.beam_search import Beam
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
 from microvllm.runtime.metric_families import Counter, Gauge, Histogram
+from microvllm.runtime.offline.beams import OfflineSearch
 from microvllm.runtime.offline.llm_options import engine_options
+from microvllm.runtime.offline.prompts import OfflinePrompt
 from microvllm.runtime.offline.request_output import FlatLogprobs
 from microvllm.runtime.worker.profiler import ProfilerStateError
 
@@ -405,6 +408,19 @@ def test_beams_end_and_the_context_bounds_them(llm: LLM) -> None:
     assert {beam.finish_reason for beam in blind[0].sequences} == {"length"}
     with pytest.raises(InvalidRequestError, match="logprobs"):
         llm.beam_search("x", BeamSearchParams(beam_width=11, max_tokens=2))
+
+
+@pytest.mark.parametrize(("included", "text"), [(False, ""), (True, "<|im_end|>")])
+def test_the_end_of_a_beam_is_shown_where_that_is_asked_for(llm: LLM, included: bool, text: str) -> None:
+    params = BeamSearchParams(
+        beam_width=2, max_tokens=4, include_stop_str_in_output=included, skip_special_tokens=False
+    )
+    search = OfflineSearch(llm.engine, OfflinePrompt(None, [5]), params, 0)
+    search._done = [Beam(0.0, (6, token_id("<|im_end|>")), ended=True), Beam(-1.0, (6, 7))]
+    ended, cut = search.output().sequences
+    shown = llm.engine.tokenizer.decode([5, 6], skip_special_tokens=False)
+    assert (ended.text, ended.tokens) == (shown + text, [5, 6, token_id("<|im_end|>")])
+    assert cut.text == llm.engine.tokenizer.decode([5, 6, 7], skip_special_tokens=False)
 
 
 # ---- metrics --------------------------------------------------------------------------------------
