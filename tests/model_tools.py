@@ -549,7 +549,7 @@ def recorded_logits(engine: InferenceEngine, *, every_position: bool) -> Iterato
 @contextmanager
 def poisoned(engine: InferenceEngine, value: float = torch.nan) -> Iterator[None]:
     """Overwrite every free block behind each step: nobody may read it before it is written again."""
-    attention: Any = engine.core._runner._device._attention  # type: ignore[attr-defined]
+    attention: Any = engine.core._runner._attention  # type: ignore[attr-defined]
     backends = attention.backends if isinstance(attention, MixedAttention) else [attention]
     launch = engine.core._runner.launch
 

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-MODELS = ("gemma3", "mistral-window", "qwen3-mixed-windows", "gpt-oss")
+MODELS = ("gemma3", "gemma4", "mistral-window", "qwen3-mixed-windows", "gpt-oss")
 LENGTHS = (300, 131, 19, 75)
 NUM_TOKENS = 40
 WAYS: dict[str, dict[str, Any]] = {
