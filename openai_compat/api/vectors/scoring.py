@@ -114,17 +114,18 @@ def _shortened(client: EngineClient, text: str, limit: int) -> str:
 
 
 def _texts(value: Any, field: str) -> list[str]:
-    texts = split_inputs(value, field)
-    if not isinstance(texts[0], str):
+    if set(map(type, value if isinstance(value, list) else [value])) - {str}:
         raise shape_error([(f"body.{field}", Fault("Input should be a string or a list of strings"))])
-    return texts
+    return split_inputs(value, field)
 
 
 def _pair(body: ScoreRequest) -> tuple[str, str]:
+    given = {field for pair in PAIRS for field in pair if getattr(body, field) is not None}
     for pair in PAIRS:
-        if all(getattr(body, field) is not None for field in pair):
+        if given == {*pair}:
             return pair
-    raise shape_error([("body.queries", Fault("Give queries and documents, or one of vLLM's other pairs"))])
+    pairs = ", or ".join(" and ".join(pair) for pair in PAIRS)
+    raise shape_error([("body.queries", Fault(f"Give {pairs}, and no other of them"))])
 
 
 _SCORE: dict[str, Any] = {"methods": ("POST",), "handler": create_score, "body": ScoreRequest, "pools": True}
