@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.main import get_command
 
 import microvllm
+from microvllm import cli
+from microvllm.runtime import vllm_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("openai_compat", "runtime", "adapters", "ops")
@@ -169,6 +172,29 @@ def test_links_and_file_names_lead_somewhere(page: Path) -> None:
     folders = "openai_compat|runtime|adapters|ops|tests|scripts|docs"
     names = re.findall(rf"`((?:{folders})/[\w./]+\.(?:py|sh|md|txt|c|h|tsv))\b", text)
     assert not [name for name in names if not (ROOT / name).exists()]
+
+
+# Of pip, hypothesis and llama.cpp's converter, and patterns of names.
+FOREIGN_FLAGS = {
+    *("--config-settings", "--hypothesis-profile", "--fuse-qkv", "--fuse-gate-up-exps"),
+    *("--disable-x", "--enable-x"),
+}
+
+
+def test_flags_that_the_documentation_names_exist() -> None:
+    """Flags of commands, of vLLM, and those in the text of a script."""
+    known, commands = {f"--{name}" for name in vllm_flags.KINDS} | FOREIGN_FLAGS, [get_command(cli.app)]
+    while commands:
+        command = commands.pop()
+        known |= {flag for param in command.params for flag in (*param.opts, *param.secondary_opts)}
+        commands += getattr(command, "commands", {}).values()
+    scripts = "".join(
+        path.read_text("utf-8", "ignore") for path in (ROOT / "scripts").rglob("*") if path.is_file()
+    )
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text("utf-8")))
+        missing = {flag for flag in named if not {flag, flag.replace("--no-", "--")} & known}
+        assert not [flag for flag in sorted(missing) if flag not in scripts], page.name
 
 
 def test_readme_installs_the_torch_that_the_constraints_name() -> None:
