@@ -348,7 +348,8 @@ def bench_serve(args: BenchArgs) -> None:
     """Send random requests to a running server and report throughput and latency.
 
     The flags, the report and the result file are those of `vllm bench serve`. Exit status 1: a request did
-    not give exactly the tokens it was asked for.
+    not give exactly the tokens it was asked for. The key of a server that wants one is read from
+    OPENAI_API_KEY.
     """
     from microvllm.openai_compat.bench.run import run as measure_server
 

@@ -29,6 +29,8 @@ from microvllm.openai_compat.bench.workloads import Case, Span, random_ids, rand
 from microvllm.runtime.errors import ConfigError, MicroVLLMError
 
 NO_SERVER_REMEDY = "start a server with `microvllm serve`, or name another with --base-url"
+KEY_REMEDY = "give the server's key in the variable OPENAI_API_KEY"
+ANSWER_REMEDY = "the server's answer says what to change; `microvllm bench serve --help` lists the flags"
 TITLES = {
     "ttft": "Time to First Token",
     "tpot": "Time per Output Token (excl. 1st token)",
@@ -61,7 +63,8 @@ def run(args: BenchArgs) -> int:
         arrivals=case.arrivals(args.seed),
     )
     if not measured.good:
-        raise MeasurementError(f"{args.url}: {'; '.join(measured.errors)}", remedy=NO_SERVER_REMEDY)
+        problem = f"{args.url}: {'; '.join(measured.errors)}"
+        raise MeasurementError(problem, remedy=_remedy(problem))
     result = as_vllm(
         measured,
         case,
@@ -134,10 +137,17 @@ def _wait_for_model(target: Target, args: BenchArgs) -> str:
             listed = first_model(target)
         except BenchError as error:
             if time.monotonic() >= deadline:
-                raise MeasurementError(str(error), remedy=NO_SERVER_REMEDY) from None
+                raise MeasurementError(str(error), remedy=_remedy(str(error))) from None
             time.sleep(1)
         else:
             return args.model_name or listed
+
+
+def _remedy(problem: str) -> str:
+    """Return what to do about a server that refuses, or is not there."""
+    if "HTTP status 401" in problem:
+        return KEY_REMEDY
+    return ANSWER_REMEDY if "HTTP status" in problem else NO_SERVER_REMEDY
 
 
 def _case(args: BenchArgs, count: int) -> Case:

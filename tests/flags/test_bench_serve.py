@@ -143,7 +143,20 @@ def test_requests_that_fail_are_status_1(port: str, capsys: pytest.CaptureFixtur
     lengths = ["--num-prompts", "2", "--random-input-len", "300", "--random-output-len", "4"]
     assert cli.run(["bench", "serve", "--port", port, *lengths]) == 1
     cause, hint = capsys.readouterr().err.splitlines()
-    assert "HTTP status 400" in cause and hint.startswith("microvllm: hint: ")
+    assert "HTTP status 400" in cause and hint.startswith("microvllm: hint: the server's answer says")
+
+
+def test_the_key_of_a_server_is_read_from_the_environment(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with real_server(client, api_keys=("secret",)) as number:
+        argv = ["bench", "serve", "--backend", "openai-chat", "--port", str(number), *SMALL]
+        assert cli.run(argv) == 1
+        cause, hint = capsys.readouterr().err.splitlines()
+        assert "HTTP status 401" in cause and "OPENAI_API_KEY" in hint
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        assert cli.run(argv) == 0
 
 
 @pytest.mark.parametrize(
