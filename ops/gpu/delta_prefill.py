@@ -15,6 +15,7 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch
 from microvllm.ops.delta_rule import L2_EPS, RowStates
 from microvllm.ops.gpu.causal_conv import Convolution, convolve_prompts, silu
+from microvllm.ops.gpu.chunks import chunk_tokens
 from microvllm.ops.gpu.delta_decode import decay_of
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tf32 import float_product
@@ -53,16 +54,8 @@ def _prepare_kernel(
     """Program: one head of one chunk."""
     follow(PDL)
     chunk, h = tl.program_id(0), tl.program_id(1)
-    s = tl.arange(0, SEGMENTS)
-    begin = tl.load(starts + s, s < segments, 0)
-    length = tl.load(starts + s + 1, s < segments, 0) - begin
-    blocks = (length + BT - 1) // BT
-    ends = tl.cumsum(blocks, 0)
-    owner = tl.sum((ends <= chunk).to(tl.int32), 0)
-    if owner < segments:
-        own_chunk = chunk - tl.sum(tl.where(s == owner, ends - blocks, 0), 0)
-        first = tl.sum(tl.where(s == owner, begin, 0), 0) + own_chunk * BT
-        count = tl.sum(tl.where(s == owner, length, 0), 0) - own_chunk * BT
+    first, count = chunk_tokens(chunk, starts, segments, BT, SEGMENTS)
+    if count > 0:
         t = tl.arange(0, BT)
         token = (first + t).to(tl.int64)
         live = t < count

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.ops.gpu.causal_conv import Convolution, convolve_decodes, convolve_prompts, silu
+from microvllm.ops.gpu.chunks import chunk_tokens
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tf32 import float_product
 from microvllm.ops.mamba2 import CHUNK, Mamba2Config, Mamba2States
@@ -96,16 +97,8 @@ def _scores_kernel(
     """Program: C B' of one chunk and one group of heads."""
     follow(PDL)
     chunk, g = tl.program_id(0), tl.program_id(1)
-    s = tl.arange(0, SEGMENTS)
-    begin = tl.load(starts + s, s < segments, 0)
-    length = tl.load(starts + s + 1, s < segments, 0) - begin
-    blocks = (length + BT - 1) // BT
-    ends = tl.cumsum(blocks, 0)
-    owner = tl.sum((ends <= chunk).to(tl.int32), 0)
-    if owner < segments:
-        own_chunk = chunk - tl.sum(tl.where(s == owner, ends - blocks, 0), 0)
-        first = tl.sum(tl.where(s == owner, begin, 0), 0) + own_chunk * BT
-        count = tl.sum(tl.where(s == owner, length, 0), 0) - own_chunk * BT
+    first, count = chunk_tokens(chunk, starts, segments, BT, SEGMENTS)
+    if count > 0:
         t, n_at = tl.arange(0, BT), tl.arange(0, BN)
         token, live = (first + t).to(tl.int64), t < count
         inside = live[:, None] & (n_at < N)[None, :]
