@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.adapters.stateful import StatefulMixer
-from microvllm.adapters.tensors import (
-    WHOLE,
-    Cut,
-    LayerWeights,
-    Part,
-    Shard,
-    Slot,
-    matrix_slots,
-    vector_slot,
-)
+from microvllm.adapters.stateful import STATE_BYTES, StatefulMixer, conv_slots
+from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +19,6 @@ if TYPE_CHECKING:
     from microvllm.ops.attention import AttentionBackend
     from microvllm.ops.delta_rule import DeltaWeights
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
-
-STATE_BYTES = 4  # of a number of a head's matrix, whatever the activations are
 
 
 class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_net"):
@@ -109,11 +98,9 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
             starts = range(owners.start * self.value_dim, self.num_value_heads * self.value_dim, turn)
             columns = Cut(v.stored, tuple((start, start + count) for start in starts)).joined()
         yield from matrix_slots("delta_out", {"delta_out": hidden}, columns)
-        # Stored as [channels, 1, size].
-        conv = Part("delta_conv", False, qkv, stacked=self.channels)
-        yield Slot("delta_conv", (conv,), WHOLE.share(self.conv_size))
-        yield Slot("delta_a_log", (Part("delta_a_log", False, heads),), None, is_wide=True)
-        yield Slot("delta_dt_bias", (Part("delta_dt_bias", False, heads),), None, is_wide=True)
+        yield from conv_slots("delta_conv", qkv, self.conv_size)
+        for name in ("delta_a_log", "delta_dt_bias"):
+            yield vector_slot(name, heads)._replace(is_wide=True)
         yield vector_slot("delta_scale", self.value_dim)
 
     def _of_values(self, length: int, owners: range) -> Cut:

@@ -10,25 +10,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.adapters.stateful import StatefulMixer
-from microvllm.adapters.tensors import (
-    BARE,
-    WHOLE,
-    Cut,
-    LayerWeights,
-    Part,
-    Shard,
-    Slot,
-    matrix_slots,
-    vector_slot,
-)
+from microvllm.adapters.stateful import STATE_BYTES, StatefulMixer, conv_slots
+from microvllm.adapters.tensors import BARE, WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
     from microvllm.ops.attention import AttentionBackend
     from microvllm.ops.mamba2 import Mamba2Weights
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
-
-STATE_BYTES = 4  # of a number of a head's matrix, whatever the activations are
 
 
 def tensors(module: str) -> dict[str, str]:
@@ -109,10 +97,7 @@ class Mamba2(StatefulMixer, frozen=True, kw_only=True, tag="mamba2"):
         z, x, b, c, dt = stored.runs
         rows = {"mamba_in": Cut(stored.stored, (x, b, c, z, dt))}
         yield from matrix_slots("mamba_in", rows, hidden, bias=self.bias)
-        conv = Part("mamba_conv", False, mixed, stacked=self.channels)
-        yield Slot("mamba_conv", (conv,), WHOLE.share(self.conv_size))
-        if self.conv_bias:
-            yield Slot("mamba_conv_bias", (Part("mamba_conv", True, mixed),), None)
+        yield from conv_slots("mamba_conv", mixed, self.conv_size, bias=self.conv_bias)
         for name in ("mamba_a_log", "mamba_dt_bias", "mamba_skip"):
             yield vector_slot(name, heads)._replace(is_wide=True)
         yield vector_slot("mamba_scale", inner)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.adapters.stateful import StatefulMixer
-from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Part, Shard, Slot, matrix_slots
+from microvllm.adapters.stateful import StatefulMixer, conv_slots
+from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots
 
 if TYPE_CHECKING:
     from microvllm.ops.attention import AttentionBackend
@@ -59,10 +59,7 @@ class ShortConv(StatefulMixer, frozen=True, kw_only=True, tag="short_conv"):
         channels, hidden = shard.share(self.channels), WHOLE.share(hidden_size)
         rows = {"conv_in": Cut.stacked([channels] * 3)}
         yield from matrix_slots("conv_in", rows, hidden, bias=self.bias)
-        conv = Part("conv", False, channels, stacked=self.channels)
-        yield Slot("conv", (conv,), WHOLE.share(self.conv_size))
-        if self.bias:
-            yield Slot("conv_bias", (Part("conv", True, channels),), None)
+        yield from conv_slots("conv", channels, self.conv_size, bias=self.bias)
         # Shards add up what this gives, its bias once.
         bias = self.bias and shard.rank == 0
         yield from matrix_slots("conv_out", {"conv_out": hidden}, channels, bias=bias)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, TypeVar
 
 import msgspec
 
+from microvllm.adapters.tensors import WHOLE, Cut, Part, Slot
+
+STATE_BYTES = 4  # of a number of a head's matrix, whatever the activations are
 M = TypeVar("M", bound="StatefulMixer")
 
 
@@ -23,3 +27,10 @@ class StatefulMixer(msgspec.Struct, frozen=True, kw_only=True):
     def at_length(self: M, length: int) -> M:
         """The same: nothing depends on the length of a text."""
         return self
+
+
+def conv_slots(name: str, channels: Cut, size: int, *, bias: bool = False) -> Iterator[Slot]:
+    """A causal convolution over `size` tokens: its weight [channels, size], stored as [channels, 1, size]."""
+    yield Slot(name, (Part(name, False, channels, stacked=channels.stored),), WHOLE.share(size))
+    if bias:
+        yield Slot(f"{name}_bias", (Part(name, True, channels),), None)
