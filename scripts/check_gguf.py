@@ -4,11 +4,10 @@ r"""Compare this engine with llama.cpp on GGUF files that llama.cpp's own conver
     python scripts/check_gguf.py LLAMA_CPP --server LLAMA_CPP/build/bin/llama-server \
         --python ENVIRONMENT/bin/python
 
-LLAMA_CPP is its source, whose convert_hf_to_gguf.py writes small random models of `tests/tiny_models.py` as
-GGUF files in float32. Both engines continue the same prompts greedily in float32: a line a family with the
-number of equal leading tokens of each answer, and the largest difference of a first token's log probability.
-Exit status 1 if an answer differs where
-the two best tokens are not nearly equal.
+LLAMA_CPP is its source, whose convert_hf_to_gguf.py writes small random models, most of them those of the
+tests, as GGUF files in float32. Both engines continue the same prompts greedily in float32: a line a family
+with the number of equal leading tokens of each answer, and the largest difference of a first token's log
+probability. Exit status 1 if an answer differs where the two best tokens are not nearly equal.
 """
 
 from __future__ import annotations
@@ -28,88 +27,52 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from model_tools import VARIANTS  # noqa: E402
+
+
+def like(variant: str, *left_out: str, **changes: Any) -> dict[str, Any]:
+    """The options of one of the tests' models, without these and with the changes; of the usual seed."""
+    kept = {key: value for key, value in VARIANTS[variant].items() if key not in (*left_out, "seed")}
+    return kept | changes
+
+
 # What llama.cpp reads: GGUF has no key for many a size and bias that Hugging Face's configurations allow.
 # Beside the options of `make_hf_folder`: "config" replaces values of config.json, "no_drafts" leaves out what
 # predicts further tokens, which the models do not have.
-DELTA = {
-    "num_hidden_layers": 4,
-    "linear_num_key_heads": 3,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "no_drafts": True,
-}
-SHARED = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 40}
+DELTA = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "no_drafts": True}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0}
-KINDS = ["sliding_attention", "full_attention"]
-GEMMA4 = {"sliding_window": 19, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 8.0}
+# Of yarn's ramp llama.cpp rounds the ends, which gpt-oss's authors do not.
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LATENT = {
-    "num_key_value_heads": 9,
     "first_k_dense_replace": 1,
-    "head_dim": 12,
-    "q_lora_rank": 28,
     "kv_lora_rank": 20,
-    "qk_rope_head_dim": 12,
     "qk_nope_head_dim": 18,
     "v_head_dim": 14,
-    "moe_intermediate_size": 40,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "scoring_func": "sigmoid",
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"family": "llama", "tie": True},
-    "llama3": {
-        "family": "llama",
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+    "llama": like("llama-tied"),
+    "llama3": like(
+        "llama-llama3-rope",
+        "head_dim",
+        rope_parameters={
+            **VARIANTS["llama-llama3-rope"]["rope_parameters"],
             "original_max_position_embeddings": 8192,
         },
-        "max_position_embeddings": 16384,
-    },
-    "qwen3": {"family": "qwen3", "tie": True, "head_dim": 48},
-    "qwen3-moe": {
-        "family": "qwen3_moe",
-        "num_experts": 7,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 96,
-        "norm_topk_prob": True,
-    },
-    "mixtral": {"family": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16},
+        max_position_embeddings=16384,
+    ),
+    "qwen3": like("qwen3"),
+    "qwen3-moe": like("qwen3-moe", moe_intermediate_size=96),
+    "mixtral": like("mixtral", head_dim=16),
     "smollm3": {"family": "smollm3", "tie": True, "num_hidden_layers": 5, "head_dim": 16},
-    "granite": {
-        "family": "granite",
-        "head_dim": 16,
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.11,
-        "residual_multiplier": 0.37,
-        "logits_scaling": 0.6,
-    },
-    "seed-oss": {"family": "seed_oss", "head_dim": 24},
-    "gpt-oss": {
-        "family": "gpt_oss",
-        "num_hidden_layers": 4,
-        "num_local_experts": 5,
-        "num_experts_per_tok": 3,
-        "sliding_window": 19,
-        # Of yarn's ramp llama.cpp rounds the ends, which gpt-oss's authors do not.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "gpt-oss-mxfp4": {
-        "family": "gpt_oss",
-        "hidden_size": 288,
-        "intermediate_size": 320,
-        "num_hidden_layers": 4,
-        "num_local_experts": 5,
-        "num_experts_per_tok": 3,
-        "sliding_window": 19,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "mxfp4": True,
-    },
+    "granite": like("granite", "rms_norm_eps", "attention_bias", head_dim=16),
+    "seed-oss": like("seed-oss", "attention_out_bias", "mlp_bias"),
+    "gpt-oss": like("gpt-oss", rope_parameters=PLAIN),
+    "gpt-oss-mxfp4": like(
+        "gpt-oss", hidden_size=288, intermediate_size=320, rope_parameters=PLAIN, mxfp4=True
+    ),
     "lfm2": {
         "family": "lfm2",
         "tie": True,
@@ -117,189 +80,54 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         "head_dim": 16,
     },
-    "lfm2-moe": {
-        "family": "lfm2_moe",
-        "tie": True,
-        "num_hidden_layers": 5,
-        "head_dim": 16,
-        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
-        "num_dense_layers": 1,
-        "num_experts": 7,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 32,
-        "routed_scaling_factor": 1.7,
-    },
-    "gemma2": {
-        "family": "gemma2",
-        "tie": True,
-        "sliding_window": 19,
-        "query_pre_attn_scalar": 32,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 8.0,
-    },
+    "lfm2-moe": like("lfm2-moe", head_dim=16),
+    "gemma2": like("gemma2", query_pre_attn_scalar=32),
     "gemma3": {"family": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 19, "head_dim": 32},
-    "gemma4": {
-        "family": "gemma4_text",
-        **GEMMA4,
-        "num_hidden_layers": 4,
-        "global_head_dim": 48,
-        "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1,
-        "layer_types": KINDS * 2,
-    },
-    "gemma4-shared": {
-        "family": "gemma4_text",
-        **GEMMA4,
-        "num_hidden_layers": 5,
-        "global_head_dim": 48,
-        "num_kv_shared_layers": 2,
-        "use_double_wide_mlp": True,
-        "hidden_size_per_layer_input": 24,
-        "vocab_size_per_layer_input": 320,
-        "layer_types": ["sliding_attention", *KINDS * 2],
-    },
-    "gemma4-moe": {
-        "family": "gemma4_text",
-        **GEMMA4,
-        "num_hidden_layers": 3,
-        "global_head_dim": 40,
-        "enable_moe_block": True,
-        "num_experts": 5,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 56,
-        "layer_types": ["full_attention", *KINDS],
-    },
-    "qwen2": {"family": "qwen2", "tie": True},
-    "qwen2-moe": {
-        "family": "qwen2_moe",
-        "head_dim": 16,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 56,
-        "shared_expert_intermediate_size": 72,
-    },
-    "mistral": {"family": "mistral", "head_dim": 20},
+    "gemma4": like("gemma4"),
+    "gemma4-shared": like("gemma4-shared", final_logit_softcapping=8.0),
+    "gemma4-moe": like("gemma4-moe", final_logit_softcapping=8.0),
+    "qwen2": like("qwen2"),
+    "qwen2-moe": like("qwen2-moe", head_dim=16),
+    "mistral": like("mistral"),
     "phi3": {"family": "phi3", "head_dim": 16},
-    "phi4-mini": {
-        "family": "phi3",
-        "tie": True,
-        "hidden_size": 288,
-        "max_position_embeddings": 2048,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.75,
-            "original_max_position_embeddings": 512,
-            "factor": 4.0,
-            "short_factor": [1.0 + index / 20 for index in range(12)],
-            "long_factor": [1.0 + index / 2 for index in range(12)],
-        },
-    },
-    "granite4": {
-        "family": "granitemoehybrid",
-        "tie": True,
-        "head_dim": 16,
-        "layer_types": ["attention"] * 3,
-        "config": {"layer_types": ["attention"] * 3, "num_experts_per_tok": 0},
-        "position_embedding_type": "rope",
-        "num_local_experts": 0,
-        "shared_intermediate_size": 160,
-        "mamba_n_heads": 8,
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.2,
-        "residual_multiplier": 0.37,
-        "logits_scaling": 0.6,
-    },
-    "glm4": {"family": "glm4", "head_dim": 24},
-    "olmo3": {
-        "family": "olmo3",
-        "num_hidden_layers": 4,
-        "head_dim": 16,
-        "sliding_window": 19,
-        "rope_parameters": {
+    "phi4-mini": like("phi4-mini", max_position_embeddings=2048),
+    "granite4": like(
+        "granite4",
+        config={"layer_types": ["attention"] * 3, "num_experts_per_tok": 0},
+        shared_intermediate_size=160,
+    ),
+    "glm4": like("glm4", "rms_norm_eps"),
+    "olmo3": like(
+        "olmo3",
+        "rms_norm_eps",
+        head_dim=16,
+        rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {**YARN, "factor": 8.0, "original_max_position_embeddings": 64},
         },
-    },
-    "ministral3": {
-        "family": "ministral3",
-        "rope_parameters": {
-            **YARN,
-            "factor": 32.0,
-            "original_max_position_embeddings": 16,
-            "max_position_embeddings": 512,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.4,
-        },
-    },
-    "qwen35": {"family": "qwen3_5_text", **DELTA},
-    "qwen35-moe": {
-        "family": "qwen3_5_moe_text",
-        **DELTA,
-        **SHARED,
-        "num_experts": 7,
-        "num_experts_per_tok": 3,
-    },
-    "qwen3-next": {"family": "qwen3_next", **DELTA, **SHARED, "num_experts": 6, "num_experts_per_tok": 2},
-    "glm4-moe": {
-        "family": "glm4_moe",
-        "num_hidden_layers": 4,
-        "no_drafts": True,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 40,
-        "n_routed_experts": 12,
-        "num_experts_per_tok": 3,
-        "n_shared_experts": 1,
-        "routed_scaling_factor": 1.7,
-        "use_qk_norm": True,
-        "attention_bias": True,
-    },
-    "deepseek-v3": {
-        "family": "deepseek_v3",
-        **LATENT,
-        "n_group": 4,
-        "topk_group": 2,
-        "n_shared_experts": 2,
-        "rope_parameters": {
+    ),
+    "ministral3": like("ministral3", rope_parameters={**VARIANTS["ministral3"]["rope_parameters"], **YARN}),
+    "qwen35": like("qwen3.5", **DELTA),
+    "qwen35-moe": like("qwen3.5-moe", "attention_bias", **DELTA),
+    "qwen3-next": like("qwen3-next", "mlp_only_layers", **DELTA, moe_intermediate_size=32),
+    "glm4-moe": like("glm4-moe", "n_group", "topk_group", n_shared_experts=1, no_drafts=True),
+    "deepseek-v3": like(
+        "deepseek-v3",
+        scoring_func="sigmoid",
+        n_shared_experts=2,
+        rope_parameters={
             **YARN,
             "factor": 16.0,
             "original_max_position_embeddings": 32,
             "mscale": 1.0,
             "mscale_all_dim": 1.0,
         },
-    },
-    "glm4-moe-lite": {"family": "glm4_moe_lite", **LATENT, "q_lora_rank": 24},
-    "minimax-m2": {
-        "family": "minimax_m2",
-        "num_local_experts": 7,
-        "num_experts_per_tok": 3,
-        "rotary_dim": 12,
-        "head_dim": 24,
-        "intermediate_size": 48,
-        "scoring_func": "sigmoid",
-    },
+    ),
+    "glm4-moe-lite": like("glm4-moe-lite", "mlp_layer_types", "rms_norm_eps", **LATENT, q_lora_rank=24),
+    "minimax-m2": like("minimax-m2", scoring_func="sigmoid"),
     # Of its shared expert the converter writes intermediate_size / num_key_value_heads as the width.
-    "ernie-moe": {
-        "family": "ernie4_5_moe",
-        "tie": True,
-        "num_hidden_layers": 4,
-        "head_dim": 16,
-        "intermediate_size": 120,
-        "moe_intermediate_size": 40,
-        "moe_num_experts": 6,
-        "moe_k": 2,
-        "moe_num_shared_experts": 1,
-        "moe_layer_interval": 1,
-    },
-    "olmoe": {
-        "family": "olmoe",
-        "head_dim": 16,
-        "num_key_value_heads": 9,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 48,
-    },
+    "ernie-moe": like("ernie-moe", head_dim=16, intermediate_size=120, moe_layer_interval=1),
+    "olmoe": like("olmoe", num_key_value_heads=9),
 }
 # Families' converters want the tokenizers of their makers. These models have none: their tokens are numbers.
 CONVERTER = """
