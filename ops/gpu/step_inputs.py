@@ -6,6 +6,7 @@ and the block tables of all rows stay there. One kernel, inside the captured ste
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,21 @@ from torch import Tensor
 
 from microvllm.ops.gpu.launch import follow, launch_options
 
-# row, token (-1: the row's newest), position, context length (0: padding), new column (-1: none), where the
-# next token goes in the host's memory (-1: nowhere); behind these the new block of each group of
-# layers
-STAGED = 6
 CHUNK = 1024
+
+
+class Staged(enum.IntEnum):
+    """What the host sends for each sequence; behind it comes the new block of each group of layers."""
+
+    ROW = 0
+    TOKEN = 1  # -1: the row's newest
+    POSITION = 2
+    LENGTH = 3  # of the context, with the token; 0: padding
+    COLUMN = 4  # of the new blocks in the tables; -1: there are none
+    PLACE = 5  # where the next token goes in the host's memory; -1: nowhere
+
+
+STAGED = len(Staged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,7 @@ def prepare_decode(
 ) -> DecodeInputs:
     """Return the inputs of a decode step, and add the new blocks to the block tables.
 
-    staged: [STAGED + groups, batch] int32, see `STAGED`; tables: [groups, rows, width] int32, updated with
+    staged: [STAGED + groups, batch] int32, see `Staged`; tables: [groups, rows, width] int32, updated with
     the new blocks; newest: [rows] int64, the newest token of every row.
 
     Padding names a row that no request has. Only the blocks that a sequence reads are written.
@@ -61,7 +72,7 @@ def prepare_decode(
         **launch_options(pdl),
     )
     ids, positions, lens = made[:3].unbind(0)
-    return DecodeInputs(staged[0], ids, positions, made[3:], lens, blocks, staged[5])
+    return DecodeInputs(staged[Staged.ROW], ids, positions, made[3:], lens, blocks, staged[Staged.PLACE])
 
 
 @triton.jit

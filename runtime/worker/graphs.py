@@ -28,7 +28,7 @@ from microvllm.ops.attention.mixed import batch_of_groups
 from microvllm.ops.gpu.launch import can_launch_early
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.sampling import Delivery
-from microvllm.ops.gpu.step_inputs import STAGED, DecodeInputs, prepare_decode
+from microvllm.ops.gpu.step_inputs import STAGED, DecodeInputs, Staged, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
@@ -179,7 +179,7 @@ class DecodeGraphs:
 
     def _padding(self, size: int) -> np.ndarray:
         staged = np.zeros((self._height, size), dtype=np.int32)
-        staged[0], staged[4], staged[5] = self._padding_row, -1, -1
+        staged[Staged.ROW], staged[Staged.COLUMN], staged[Staged.PLACE] = self._padding_row, -1, -1
         return staged
 
     # ---- a step --------------------------------------------------------------------------------
@@ -230,17 +230,17 @@ class DecodeGraphs:
         # A request that was just admitted may bring a whole table.
         self.note_blocks([item for item in items if len(item.new_blocks) > self._groups])
         staged = self._padding(size)
-        staged[0, :count] = [item.request.row for item in items]
-        staged[1, :count] = [
+        staged[Staged.ROW, :count] = [item.request.row for item in items]
+        staged[Staged.TOKEN, :count] = [
             item.request.token_ids[item.start] if item.start < len(item.request.token_ids) else UNKNOWN
             for item in items
         ]
-        staged[5, :count] = np.arange(start, start + count)
+        staged[Staged.PLACE, :count] = np.arange(start, start + count)
         starts = np.array([item.start for item in items])
-        staged[2, :count], staged[3, :count] = starts, starts + 1
+        staged[Staged.POSITION, :count], staged[Staged.LENGTH, :count] = starts, starts + 1
         for i, item in enumerate(items):
             if len(item.new_blocks) == self._groups:
-                staged[4, i], staged[STAGED:, i] = item.first_block, item.new_blocks
+                staged[Staged.COLUMN, i], staged[STAGED:, i] = item.first_block, item.new_blocks
         self._parts.sampler.upload()
         self._parts.inputs.stager.send_into(self._view(size), staged)
         return size

@@ -140,8 +140,8 @@ class ModelGraphRunner:
                 return LaunchedStep(plan, order, replay.read_tokens)
             step = LaunchedStep(plan, order)
             if replay.choose is not None and self._ranks is None:
-                return self._sampled(step, items, partial(self._sample_masked, replay.choose, items))
-            return self._sampled(step, items, partial(self._sample, replay.logits, items, replay.ids))
+                return self._sample_or_wait(step, items, partial(self._sample_masked, replay.choose, items))
+            return self._sample_or_wait(step, items, partial(self._sample, replay.logits, items, replay.ids))
         return self._choose(plan, order, *self._device.forward(items, self._block_tables))
 
     def collect(self, step: LaunchedStep) -> StepResult:
@@ -174,9 +174,10 @@ class ModelGraphRunner:
             ids, hidden = ids[last], hidden[last]
         step = LaunchedStep(plan, [order[j] for j in sampling], prompt_logprobs=prompt_logprobs)
         items = [items[j] for j in sampling]
-        return self._sampled(step, items, partial(self._sample, self.model.logits(hidden), items, ids))
+        return self._sample_or_wait(step, items, partial(self._sample, self.model.logits(hidden), items, ids))
 
-    def _sampled(self, step: LaunchedStep, items: Items, sample: Sample) -> LaunchedStep:
+    def _sample_or_wait(self, step: LaunchedStep, items: Items, sample: Sample) -> LaunchedStep:
+        """Sample now, unless a row's mask follows a token in flight: then `finish` does."""
         if self.config.async_scheduling and self.masks.concerns([item.request.row for item in items]):
             step.sample = sample
         return sample(step) if step.sample is None else step
