@@ -130,8 +130,8 @@ class DecoderModel:
             if layer.mixer.source is None:
                 kinds.setdefault(layer.mixer, []).append(index)
         backends = [(backend(kind, own), own) for kind, own in kinds.items()]
-        is_one = len(backends) == len(plan.windows) == 1
-        made = backends[0][0] if is_one else MixedAttention(backends, plan.groups)
+        is_one_kind = len(backends) == len(plan.windows) == 1
+        made = backends[0][0] if is_one_kind else MixedAttention(backends, plan.groups)
         return sharing(made, [layer.mixer.source for layer in self.spec.layers])
 
 

@@ -42,7 +42,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.refcount = [0] * num_blocks
-        self.entry_of: dict[int, tuple[dict[bytes, int], bytes]] = {}  # where a key names a block
+        # Of each block that the prefix cache offers: the index of its group, and its key there.
+        self.entry_of: dict[int, tuple[dict[bytes, int], bytes]] = {}
         self.free = list(range(num_blocks - 1, -1, -1))  # hold nothing worth keeping
         self.cached: OrderedDict[int, None] = OrderedDict()  # unreferenced, reusable; oldest first
 

@@ -62,7 +62,7 @@ class Scheduler:
         self._released_rows: list[int] = []  # since the last plan
         self._arrivals = 0
         self._deadlines = Deadlines(config.queue_timeout, config.request_timeout)
-        self._short_of_blocks = False  # in the last step
+        self._short_of_blocks = False  # whether the last step lacked blocks for a running request
         self.num_preemptions = 0
 
     @property
@@ -154,7 +154,7 @@ class Scheduler:
                 continue
             if request.source.grammar and not self._masks.ready(request.row, request.num_in_flight):
                 continue
-            spare = budget - (len(eligible) - index)
+            spare = budget - (len(eligible) - index)  # beyond a token for each of those that are left
             num_new = 1 if missing == 1 else self._chunk(request, request.num_computed, missing, spare + 1)
             if request.drafts:
                 num_new += self.drafts.trim(request, spare)
@@ -166,7 +166,8 @@ class Scheduler:
         if not scheduled:
             return None
         released, self._released_rows = tuple(self._released_rows), []
-        return StepPlan(released, tuple(admitted), tuple(scheduled), *self.kv.states.copies())
+        restored, kept = self.kv.states.copies()
+        return StepPlan(released, tuple(admitted), tuple(scheduled), restored, kept)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
         """Add a step's tokens to its requests. Plans are committed in the order of `schedule`."""
@@ -221,6 +222,10 @@ class Scheduler:
         return True
 
     def _admit(self, budget: int, scheduled: list[ScheduledRequest]) -> list[Request]:
+        """Start waiting requests, in their order, with what is left of the budget.
+
+        One whose prompt a running request computes follows that; the first without room ends the round.
+        """
         admitted: list[Request] = []
         while budget > 0 and self._free_rows and self._waiting:
             request = self._waiting[0]
