@@ -46,6 +46,8 @@ def structured_output(body: GenerationRequest) -> StructuredOutput | None:
 
 def _of_format(given: ResponseFormat, whitespace: str | None) -> StructuredOutput:
     name = "response_format"
+    if given.json_schema is not None and given.type != "json_schema":
+        raise InvalidRequestError(f"{name}.json_schema needs the type json_schema, not {given.type}.", name)
     if given.type == "json_object":
         return make_form("json_object", True, name, whitespace)
     if given.type == "structural_tag":

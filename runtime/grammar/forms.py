@@ -29,8 +29,9 @@ def make_form(
     types, words = _TYPES[kind]
     if not isinstance(value, types):
         raise InvalidRequestError(f"{field}: {kind} must be {words}, got {value!r:.100}.", field)
-    if whitespace is not None and kind not in _OF_JSON:
-        raise InvalidRequestError(f"{field}: a limit of whitespace is for JSON, not for {kind}.", field)
+    if kind not in _OF_JSON and (whitespace is not None or not additional_properties):
+        option = "disable_additional_properties" if whitespace is None else "a limit of whitespace"
+        raise InvalidRequestError(f"{field}: {option} is for JSON, not for {kind}.", field)
     try:
         spec = value if isinstance(value, str) else orjson.dumps(value).decode()
     except TypeError:  # nested too deeply; offline also what is no JSON
@@ -53,6 +54,10 @@ def form_of(options: Any, field: str) -> StructuredOutput:
     if len(kinds) != 1:
         problem = f"not {' and '.join(kinds)}" if kinds else "none is given"
         raise InvalidRequestError(f"{field} must have exactly one of {', '.join(KINDS)}; {problem}.", field)
+    if options.disable_any_whitespace and options.whitespace_pattern is not None:
+        raise InvalidRequestError(
+            f"{field}: disable_any_whitespace leaves nothing that whitespace_pattern could allow.", field
+        )
     whitespace = "" if options.disable_any_whitespace else options.whitespace_pattern
     additional = not options.disable_additional_properties
     return make_form(kinds[0], getattr(options, kinds[0]), field, whitespace, additional)

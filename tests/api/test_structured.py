@@ -127,6 +127,27 @@ async def test_the_form_reaches_the_engine(
             "structured_outputs",
             "whitespace",
         ),
+        (
+            {"structured_outputs": {"regex": "a", "disable_additional_properties": True}},
+            "structured_outputs",
+            "disable_additional_properties is for JSON, not for regex",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "json": TEXT,
+                    "disable_any_whitespace": True,
+                    "whitespace_pattern": " ",
+                }
+            },
+            "structured_outputs",
+            "leaves nothing that whitespace_pattern could allow",
+        ),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format",
+            "json_schema needs the type json_schema, not json_object",
+        ),
         ({"guided_json": 5}, "guided_json", "json must be a schema"),
         ({"guided_grammar": "root ::= ("}, "guided_grammar", "GBNF"),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "needs guided_json"),
