@@ -7,6 +7,7 @@ other end closes, so no engine outlives its server.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import logging
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microvllm.engine")
 
 PROGRESS_INTERVAL_S = 0.1
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Triton keeps what it compiles in the home folder, or where this variable says.
+NO_ROOM_REMEDY = "free space there, or name a folder elsewhere with TRITON_CACHE_DIR (kernels for a GPU)"
 
 
 def main() -> None:
@@ -81,15 +85,27 @@ def main() -> None:
         except ConfigError as error:
             channel.send_event(Failed(str(error), error.remedy))
             return
-        except (MemoryError, RuntimeError) as error:  # torch reports what it cannot allocate as the latter
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            channel.send_event(Failed(f"the model could not be loaded: {reason}", NO_MEMORY_REMEDY))
+        except (MemoryError, RuntimeError, OSError) as error:
+            if (failed := failure(error)) is None:
+                raise
+            channel.send_event(failed)
             return
         if engine.core is not None:  # as it always is here
             stats, length = engine.core.stats(), engine.core.config.max_model_len
             channel.send_event(Ready(stats, length, event_source(engine.core)))
         heartbeat.begin()
         _run_engine(engine, channel, heartbeat)
+
+
+def failure(error: Exception) -> Failed | None:
+    """Return why the model could not be loaded, of what a machine may lack; None for any other `OSError`."""
+    remedy = NO_MEMORY_REMEDY  # torch reports what it cannot allocate as a RuntimeError
+    if isinstance(error, OSError):
+        if error.errno not in FULL:
+            return None
+        remedy = NO_ROOM_REMEDY
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return Failed(f"the model could not be loaded: {reason}", remedy)
 
 
 def _load(config: EngineConfig, channel: EngineEnd) -> SleepingCore:

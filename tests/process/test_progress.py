@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from microvllm.runtime import progress
 from microvllm.runtime.errors import EngineDeadError
 from microvllm.runtime.process.channel import Progress, Ready, frame
+from microvllm.runtime.process.engine_main import failure
 from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.progress import Stage
 from microvllm.runtime.stats import EngineStats
@@ -31,6 +33,24 @@ def test_a_stage_tells_its_beginning_each_part_and_what_came_of_it(monkeypatch: 
         ("Capturing CUDA graphs", 2, 3, ""),
         ("Capturing CUDA graphs", 3, 3, "Captured 3 graphs in 4.2 s"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/home/x"), "'/home/x'", "TRITON_CACHE_DIR"),
+        (MemoryError(), "MemoryError", "free memory"),
+        (RuntimeError("CUDA out of memory\nand more"), "CUDA out of memory", "free memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error: Exception, message: str, remedy: str) -> None:
+    failed = failure(error)
+    assert failed is not None and failed.message.startswith("the model could not be loaded: ")
+    assert failed.message.endswith(message) and remedy in str(failed.remedy)
+
+
+def test_another_fault_of_a_file_is_none() -> None:
+    assert failure(OSError(errno.EIO, "Input/output error")) is None
 
 
 def test_a_stage_need_not_tell_anybody() -> None:
