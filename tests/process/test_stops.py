@@ -22,7 +22,6 @@ from process_tools import PATIENCE_S, alive, engines_of, wait_until
 from microvllm.runtime.process import spawn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-LOST_S = 5.0
 # A server of which only the first engine process loads, and which does not wait between its attempts.
 FRAGILE = """
 import sys
@@ -99,7 +98,7 @@ def test_a_signal_to_the_terminal_as_the_engine_starts_ends_everything(number: s
         output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode in (128 + number, 130)
         assert b"Traceback" not in output, output.decode()
-        wait_until(lambda: not any(map(alive, engines)), "the engine has ended", LOST_S)
+        wait_until(lambda: not any(map(alive, engines)), "the engine has ended")
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
@@ -128,7 +127,7 @@ def test_a_killed_server_takes_its_loading_engine_along() -> None:
         wait_until(lambda: len(os.listdir(f"/proc/{engine}/task")) > 1, "its heartbeat's thread runs")
         process.kill()
         process.wait()
-        wait_until(lambda: not alive(engine), "the engine has ended", LOST_S)
+        wait_until(lambda: not alive(engine), "the engine has ended")
 
 
 @pytest.mark.parametrize("broken", ["stdout full", "stderr full", "both full", "all closed", "reader gone"])
