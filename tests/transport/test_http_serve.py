@@ -33,7 +33,7 @@ from microvllm.runtime.stats import EngineStats
 
 # The real `serve` with the engine's client replaced: argv is the options as JSON.
 PROGRAM = """
-import asyncio, gc, json, sys
+import asyncio, gc, json, signal, sys
 sys.path.insert(0, {tests!r})
 from fake_client import fresh
 from microvllm.openai_compat import server
@@ -73,6 +73,7 @@ def submitted(*args, **options):
 
 client.close = close
 client._start = submitted
+signal.signal(signal.SIGUSR1, lambda *_: setattr(client, "delay", 0.0))
 server.EngineClient = Engine
 try:
     server.serve(Args(), ServerArgs(**options["args"]))
@@ -230,7 +231,7 @@ def test_a_signal_while_loading(tmp_path: Path, number: int) -> None:
 
 
 def test_running_requests_finish_and_new_ones_are_refused(tmp_path: Path) -> None:
-    with serving(tmp_path, {"delay": 0.01}, shutdown_timeout=PATIENCE_S) as server:
+    with serving(tmp_path, {"delay": 0.1}, shutdown_timeout=PATIENCE_S) as server:
         server.wait_for("Application startup complete.")
         stream = server.post({**BODY, "stream": True})
         first = stream.readline()
@@ -241,6 +242,7 @@ def test_running_requests_finish_and_new_ones_are_refused(tmp_path: Path) -> Non
         refused = server.post(one_token)
         assert refused.getheader("retry-after") == "1"
         assert json.loads(refused.read())["error"]["message"] == "The server is shutting down."
+        server.process.send_signal(signal.SIGUSR1)  # the tokens come at once
         rest = (first + stream.read()).decode()
         assert rest.count("data: {") == 200 and rest.endswith("data: [DONE]\n\n") and "error" not in rest
         assert server.process.wait(PATIENCE_S) == 0

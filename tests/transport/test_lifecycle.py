@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.errors import ClientGoneError, ServerStoppingError
 from microvllm.openai_compat.transport.lifecycle import ON_DISCONNECT, Lifecycle
@@ -113,7 +114,7 @@ async def test_the_caller_can_go_on_awaiting_after_its_work_was_cut() -> None:
         try:
             await Lifecycle().run_until_disconnect(work.run(), connection.scope)
         except ClientGoneError:
-            await asyncio.wait_for(asyncio.sleep(0.01), 1)
+            await asyncio.wait_for(asyncio.sleep(0.01), PATIENCE_S)
         return "cleaned up"
 
     task = asyncio.ensure_future(request())
@@ -158,7 +159,7 @@ async def test_a_flag_is_an_event() -> None:
     waiting[0].cancel()
     await asyncio.sleep(0)
     flag.set()
-    await asyncio.wait_for(asyncio.gather(*waiting[1:]), 5)
+    await asyncio.wait_for(asyncio.gather(*waiting[1:]), PATIENCE_S)
     assert waiting[0].cancelled() and flag.is_set()
     await flag.wait()
     flag.clear()
@@ -177,7 +178,7 @@ async def test_flow_control_waits_for_the_transport() -> None:
     await asyncio.sleep(0)
     assert not blocked.done()
     flow.resume_writing()
-    await asyncio.wait_for(blocked, 5)
+    await asyncio.wait_for(blocked, PATIENCE_S)
 
 
 async def test_a_pipeline_gives_out_what_came_first() -> None:
