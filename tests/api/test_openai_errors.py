@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from typing import Any
 
 import httpx
 import pytest
 from fake_client import VOCAB_SIZE, FakeClient, fresh
 from http_tools import in_process
+from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api import prompts
 from microvllm.openai_compat.api.absent import NOT_IMPLEMENTED
@@ -180,7 +180,7 @@ async def test_body_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_memory_of_unfinished_bodies_is_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slow uploads, each within the limit, must not add up; small requests go on meanwhile."""
-    monkeypatch.setattr(body_module, "BODY_DEADLINE_S", 30.0)
+    monkeypatch.setattr(body_module, "BODY_DEADLINE_S", 3000.0)
     finish = asyncio.Event()
     started = 0
 
@@ -247,9 +247,7 @@ async def test_the_memory_of_unfinished_bodies_is_bounded_together(monkeypatch: 
 )
 async def test_prompts(prompt: Any, param: str) -> None:
     client = FakeClient()
-    began = time.monotonic()
     answer = await post("/v1/completions", {"prompt": prompt}, client)
-    assert time.monotonic() - began < 10
     assert (answer.status_code, error_of(answer)["param"]) == (400, param)
     assert not client.submitted
 
@@ -430,7 +428,7 @@ async def test_a_request_that_is_still_tokenised_when_the_server_stops(stream: b
     client.run_blocking = stop_then_run  # type: ignore[method-assign]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
         asked = http.post("/v1/completions", json={"prompt": "hi", "stream": stream})
-        answer = await asyncio.wait_for(asked, 10)
+        answer = await asyncio.wait_for(asked, PATIENCE_S)
         assert answer.status_code == (200 if stream else 503)
         assert '"error":{"message":"The server is shutting down."' in answer.text
         assert client.aborted == 1 and not client.running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import zmq
 from http_tools import in_process
 from mirror import Mirror
 from model_tools import variant_folder
-from process_tools import wait_until, wait_until_async
+from process_tools import PATIENCE_S, wait_until, wait_until_async
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
@@ -40,7 +41,7 @@ class Subscriber:
         self.mirror, self._next = Mirror(), 0
         self._context = zmq.Context()
         self._sock = self._context.socket(zmq.DEALER)
-        self._sock.linger, self._sock.rcvtimeo = 0, 30_000
+        self._sock.linger, self._sock.rcvtimeo = 0, int(PATIENCE_S * 1000)
         self._sock.connect(endpoint)
         self.kinds: list[str] = []
 
@@ -84,25 +85,29 @@ async def test_a_server_says_where_it_publishes_and_a_mirror_follows() -> None:
         }
         endpoint, replay = sources["0"]["endpoint"], sources["0"]["replay_endpoint"]
         assert sources["0"]["publisher"] == "zmq" and "*" not in endpoint + replay and endpoint != replay
-        subscriber = Subscriber(replay)
-        assert subscriber.follow() == set() and subscriber.kinds == ["AllBlocksCleared"]
-        for number in range(12):  # 2 full blocks each, of which 16 are held: the last evict the first
-            await generate(client, number)
-        held = subscriber.follow()
-        assert 8 <= len(held) <= 16 and "BlockRemoved" in subscriber.kinds
-        tokens = {block.tokens for block in subscriber.mirror.blocks.values()}
-        assert (21,) * 16 in tokens and (10,) * 16 not in tokens
-        client.reset_prefix_cache()
-        await wait_until_async(lambda: not subscriber.follow(), "the reset is published")
-        subscriber.close()
+        subscriber = Subscriber(replay)  # what a thread of the engine publishes comes a moment later
+
+        def tokens() -> set[tuple[int, ...]]:
+            subscriber.follow()
+            return {block.tokens for block in subscriber.mirror.blocks.values()}
+
+        with closing(subscriber):
+            await wait_until_async(lambda: bool(tokens() or subscriber.kinds), "events are published")
+            assert not subscriber.mirror.blocks and subscriber.kinds == ["AllBlocksCleared"]
+            for number in range(12):  # 2 full blocks each, of which 16 are held: the last evict the first
+                await generate(client, number)
+            await wait_until_async(lambda: (21,) * 16 in tokens(), "the last blocks are published")
+            assert 8 <= len(subscriber.follow()) <= 16 and "BlockRemoved" in subscriber.kinds
+            assert (10,) * 16 not in tokens()
+            client.reset_prefix_cache()
+            await wait_until_async(lambda: not subscriber.follow(), "the reset is published")
         os.kill(client.replicas[0].process.pid, signal.SIGKILL)  # type: ignore[union-attr]
         await wait_until_async(lambda: not client.healthy(), "the engine is gone")
         await wait_until_async(client.healthy, "the engine is back")
         await generate(client, 0)
-        again = Subscriber(client.kv_event_sources()[0].replay_endpoint or "")
-        await wait_until_async(lambda: len(again.follow()) == 2, "the new engine's events are there")
-        assert again.kinds[0] == "AllBlocksCleared"
-        again.close()
+        with closing(Subscriber(client.kv_event_sources()[0].replay_endpoint or "")) as again:
+            await wait_until_async(lambda: len(again.follow()) == 2, "the new engine's events are there")
+            assert again.kinds[0] == "AllBlocksCleared"
     finally:
         await client.close()
 

@@ -352,7 +352,7 @@ async def test_one_reader_waiting_is_woken_by_an_abort(client: EngineClient) -> 
     reading = asyncio.ensure_future(collect(stream))
     await asyncio.sleep(0.05)
     stream.abort()
-    whole = await asyncio.wait_for(reading, AT_ONCE_S)
+    whole = await asyncio.wait_for(reading, PATIENCE_S)
     assert whole.finish_reason is None
 
 
@@ -505,7 +505,7 @@ async def test_no_engine_outlives_its_parent(parent: Any, how: str) -> None:
         assert alive(pid)
         process.kill()
     process.wait(PATIENCE_S)
-    wait_until(lambda: not alive(pid), "the engine has ended", AT_ONCE_S)
+    wait_until(lambda: not alive(pid), "the engine has ended")
 
 
 async def test_a_spawned_engine_is_used_or_ends() -> None:

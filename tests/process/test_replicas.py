@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import zmq
 from model_tools import LONG, long_folder
-from process_tools import own_engines, stopped, wait_until_async
+from process_tools import PATIENCE_S, own_engines, stopped, wait_until_async
 
 from microvllm import LLM
 from microvllm.runtime import rank_checks
@@ -126,7 +126,7 @@ async def test_a_wake_up_that_fails_on_one_engine_may_be_tried_again(
         client.submit(SHARED, params())
     await client.sleep(1)  # the one that has woken, too
     assert [await replica._change(WakeUp([])) for replica in client.replicas] == [SleepChanged()] * 2
-    await asyncio.wait_for(client.wake_up(), 10)
+    await asyncio.wait_for(client.wake_up(), PATIENCE_S)
     for rank in (0, 1):
         assert len(await tokens_of(client.submit(SHARED, params(), rank=rank)[0])) == 12
     assert [replica.in_flight for replica in client.replicas] == [0, 0]
@@ -145,7 +145,7 @@ async def test_a_wake_up_does_not_wait_for_an_engine_that_cannot_start(
     monkeypatch.setattr(client.replicas[1], "restart", restart)
     os.kill(pid_of(client.replicas[1]), signal.SIGKILL)
     await wait_until_async(lambda: not client.replicas[1].ready, "its death is known")
-    await asyncio.wait_for(client.wake_up(), 10)
+    await asyncio.wait_for(client.wake_up(), PATIENCE_S)
     assert len(await tokens_of(client.submit(SHARED, params())[0])) == 12
     started.set()
 

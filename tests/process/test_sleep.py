@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from model_tools import long_folder
-from process_tools import alive, own_engines, wait_until_async
+from process_tools import PATIENCE_S, alive, own_engines, wait_until_async
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineAsleepError, InvalidRequestError
@@ -166,7 +166,7 @@ async def test_an_engine_that_is_awake_answers_a_wake_up(client: EngineClient) -
     """As one of several does whose server tries again, because another could not wake up."""
     (replica,) = client.replicas
     await tokens_of(client.submit(PROMPT, params())[0])
-    await asyncio.wait_for(replica.wake_up(["kv_cache", "weights"], last=True), 10)
+    await asyncio.wait_for(replica.wake_up(["kv_cache", "weights"], last=True), PATIENCE_S)
     assert replica.in_flight == 0
 
 
@@ -176,7 +176,7 @@ async def test_a_wake_up_behind_a_sleep_that_has_not_begun_is_answered(client: E
     await anext(stream)
     answers = [replica._send_change(command) for command in (Sleep(1), WakeUp(["kv_cache", "weights"]))]
     stream.abort()
-    asleep, awake = await asyncio.wait_for(asyncio.gather(*answers), 10)
+    asleep, awake = await asyncio.wait_for(asyncio.gather(*answers), PATIENCE_S)
     assert asleep == SleepChanged() and awake.stats is not None
     (stream,) = client.submit(PROMPT, params())
     assert len(await tokens_of(stream)) == 12 and stream.num_cached_tokens == 0

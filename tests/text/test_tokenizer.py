@@ -124,7 +124,7 @@ def test_others_go_on_while_a_text_is_encoded(smollm2: Tokenizer) -> None:
         while not encoded.done():
             time.sleep(0.001)
             turns += 1
-    assert turns > 40 and len(encoded.result()) > 30_000
+    assert turns > 10 and len(encoded.result()) > 30_000
 
 
 def test_ids_outside_the_vocabulary_decode_to_nothing(smollm2: Tokenizer) -> None:
