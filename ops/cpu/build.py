@@ -89,13 +89,15 @@ def build_kernels(level: Level, on_compile: Callable[[], None] | None = None) ->
     text = b"".join(path.read_bytes() for path in (*SOURCES, *HEADERS))
     key = hashlib.sha256(text + repr((command, platform.machine())).encode()).hexdigest()
     name = f"kernels-{level.name}-{key[:16]}.so"
+    folders: list[Path] = []
     try:
-        folders = list(dict.fromkeys(cache_folders()))
+        for folder in cache_folders():
+            if is_trusted(folder / name):
+                return folder / name  # before the folder under the temporary one is made
+            if folder not in folders:
+                folders.append(folder)
     except OSError as error:
         raise NoCompilerError(f"there is no folder to keep compiled kernels in: {error}") from error
-    for folder in folders:
-        if is_trusted(folder / name):
-            return folder / name
     library = _folder_with_room(folders) / name
     if on_compile is not None:
         on_compile()
