@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import socket
 import ssl
@@ -31,8 +32,8 @@ async def in_process(client: FakeClient, **args: Any) -> AsyncIterator[httpx.Asy
     args.setdefault("allowed_hosts", ("*",))
     app = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-        yield http
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as session:
+        yield session
 
 
 @contextmanager
@@ -131,6 +132,18 @@ def eventually(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> No
         if time.monotonic() > end:
             raise AssertionError("the condition did not come true in time")
         time.sleep(0.005)
+
+
+def health_of(port: int) -> int:
+    """The status of /health; 0 while nobody listens. It is asked often: a client of httpx takes 30 ms."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
 
 
 def events(text: str) -> list[Any]:

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from http_tools import held_port
+from http_tools import health_of, held_port
 from model_tools import LONG, long_folder, make_engine, variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
@@ -35,7 +34,7 @@ class Server:
     """A server process that answers, and its clients. `model` is the name in requests."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, model: str) -> None:
-        self.process, self.log, self.model = process, log, model
+        self.process, self.port, self.log, self.model = process, port, log, model
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", timeout=PATIENCE_S, max_retries=0)
 
@@ -43,11 +42,7 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", timeout=PATIENCE_S, max_retries=0)
 
     def health(self) -> int:
-        """The status of /health; 0 while nobody listens."""
-        try:
-            return httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code
-        except httpx.TransportError:
-            return 0
+        return health_of(self.port)
 
     def engine_pid(self) -> int:
         (pid,) = engines_of(self.process.pid)

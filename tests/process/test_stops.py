@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from http_tools import held_port
+from http_tools import health_of, held_port
 from model_tools import variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
@@ -60,13 +60,6 @@ def serve(*command: str, **options: Any) -> Iterator[tuple[subprocess.Popen[byte
         wait_until(lambda: not any(map(alive, engines)), "the engine has ended")
 
 
-def answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE_S).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def handles(pid: int, number: int) -> bool:
     """Whether a process has a handler of its own for a signal."""
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
@@ -104,7 +97,7 @@ def test_a_signal_to_the_terminal_as_the_engine_starts_ends_everything(number: s
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_drains_a_server_that_answers(number: signal.Signals) -> None:
     with serve(**PIPES) as (process, port):
-        wait_until(lambda: answers(port), "the server answers")
+        wait_until(lambda: health_of(port) == 200, "the server answers")
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 0
 
@@ -114,10 +107,10 @@ def test_a_server_under_nohup_ignores_a_hangup() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     with serve(preexec_fn=ignore, **PIPES) as (process, port):
-        wait_until(lambda: answers(port), "the server answers")
+        wait_until(lambda: health_of(port) == 200, "the server answers")
         process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
-        assert answers(port)
+        assert health_of(port) == 200
 
 
 def test_a_killed_server_takes_its_loading_engine_along() -> None:
@@ -147,7 +140,7 @@ def test_outputs_that_cannot_be_written_stop_no_start(broken: str) -> None:
         }[broken]
         with serve(**outputs) as (process, port):
             os.close(writer)
-            wait_until(lambda: process.poll() is not None or answers(port), "the server answers")
+            wait_until(lambda: process.poll() is not None or health_of(port) == 200, "the server answers")
             assert process.poll() is None
             body = {"prompt": "hi", "max_tokens": 3}
             answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=PATIENCE_S)
@@ -158,7 +151,7 @@ def test_outputs_that_cannot_be_written_stop_no_start(broken: str) -> None:
 
 def test_an_engine_that_cannot_load_again_ends_the_server() -> None:
     with serve("-c", FRAGILE, **PIPES) as (process, port):
-        wait_until(lambda: answers(port), "the server answers")
+        wait_until(lambda: health_of(port) == 200, "the server answers")
         (engine,) = engines_of(process.pid)
         os.kill(engine, signal.SIGKILL)
         output = process.communicate(timeout=PATIENCE_S)[0].decode()
