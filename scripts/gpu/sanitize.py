@@ -260,6 +260,11 @@ def coded() -> None:
             check("coded product", y, arrivals)
 
 
+def check_tokens(tokens: Tensor, vocab: int) -> None:
+    if not bool(((tokens >= 0) & (tokens < vocab)).all()):
+        raise SystemExit(f"sampling: {tokens.tolist()} are no tokens")
+
+
 def sampling() -> None:
     rows, vocab = 4, 5000
     for dtype in (DTYPE, torch.float32):
@@ -281,8 +286,7 @@ def sampling() -> None:
                     filters=filters,
                     delivery=delivery,
                 )
-                if not bool(((tokens >= 0) & (tokens < vocab)).all()):
-                    raise SystemExit(f"sampling: {tokens.tolist()} are no tokens")
+                check_tokens(tokens, vocab)
 
 
 def rules() -> None:

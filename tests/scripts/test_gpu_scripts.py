@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 GPU_SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts" / "gpu"
 
@@ -49,3 +53,12 @@ def test_two_checkouts_take_turns(tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     rounds = [f"== {name}, round {i}" for i in (1, 2) for name in ("base", "head")]
     assert found.splitlines() == [line for each in rounds for line in (each, "True")]
+
+
+def test_a_kernel_compiles_without_a_gpu(tmp_path: Path) -> None:
+    """In a process of its own: whether kernels are interpreted is decided where they are defined."""
+    pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+    command = [sys.executable, str(GPU_SCRIPTS / "compile_kernels.py"), "step_inputs"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+    assert re.search(r"^_prepare_kernel +4 +\d+ +0 +0$", found.stdout, re.MULTILINE)
