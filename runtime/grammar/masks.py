@@ -5,7 +5,7 @@ compares the two, so that no stale mask is applied. Masks are computed as soon a
 device runs the model on it: only the sampling of that step waits. A request whose masks take long is
 scheduled when its mask is known and not before (`ready`), so that it does not hold up the others.
 
-Imports no torch; llguidance and the tokenizer are loaded with the first grammar.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ import functools
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import MicroVLLMError
-from microvllm.runtime.grammar.translate import parser_limits
+from microvllm.runtime.grammar.compiled import LEXERS, CompiledGrammars, Start
 from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, StructuredOutput
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher
 
     from microvllm.runtime.core.plan import Request, ScheduledRequest
     from microvllm.runtime.worker.bitmask import Output
@@ -39,9 +37,6 @@ logger = logging.getLogger("microvllm.grammar")
 
 MAX_THREADS = 16
 MANY = 16  # rows whose masks are worth a wait until a thread computes them
-MAX_COMPILED = 64
-LEXERS = 4  # of a grammar that is compiled in QUICK_S; each of them finds the states of its lexer anew
-QUICK_S = 0.02
 SLOW_S = 5e-3
 USUAL_S = 1e-4  # of a mask among others, at most
 BEGIN_S = 2e-4  # for a thread to begin
@@ -198,29 +193,6 @@ class Group:
             row.settle(self.table[row.place] if due else None, num_tokens)
 
 
-class Start:
-    """The start of a grammar, of which the matchers of requests are copies.
-
-    Copies of one matcher share the states of its lexer, and a lock with them: what advances at the same time
-    should be of several. Raises `ValueError` for a grammar that cannot be compiled.
-    """
-
-    def __init__(self, make: Callable[[], LLMatcher]) -> None:
-        start = time.thread_time()
-        self._matchers = [make()]
-        self._make = make
-        quick = time.thread_time() - start < QUICK_S
-        self._number = min(LEXERS, usable_cores()) if quick else 1
-        self._making = threading.Lock()
-
-    def copy(self, lexer: int) -> LLMatcher:
-        """lexer: any number; rows of which it is the same modulo `LEXERS` may wait for each other."""
-        with self._making:
-            while len(self._matchers) <= lexer % self._number:
-                self._matchers.append(self._make())
-        return self._matchers[lexer % self._number].deep_copy()
-
-
 class GrammarMasks:
     """The grammars of an engine's requests: a `TokenMask`, and what the engine core needs of it.
 
@@ -236,8 +208,7 @@ class GrammarMasks:
         self._pool = ThreadPoolExecutor(
             min(MAX_THREADS, max(2, usable_cores())), thread_name_prefix="grammar"
         )  # starts its threads with the first job
-        self._compiled: OrderedDict[str, Future[Start]] = OrderedDict()
-        self._loading = threading.Lock()
+        self._compiled = CompiledGrammars(config, self._pool)
         self._held: list[tuple[Future[Start], list[EngineRequest]]] = []
         self._rows: dict[int, Row] = {}
         self._table: np.ndarray | None = None  # of groups' masks, by the row: [rows, words] int32
@@ -254,7 +225,7 @@ class GrammarMasks:
 
     def hold(self, requests: Sequence[EngineRequest]) -> None:
         """Compile the grammar of the samples of one prompt."""
-        self._held.append((self._compile(requests[0].grammar), list(requests)))
+        self._held.append((self._compiled.compile(requests[0].grammar), list(requests)))
 
     def drop(self, request_id: int) -> bool:
         """Forget a request that is held; False if none of this id is."""
@@ -321,7 +292,7 @@ class GrammarMasks:
     def set_row(self, row: int, request: EngineRequest, output: Sequence[int]) -> None:
         """A request was admitted to the row. output: what it has generated before a preemption."""
         if request.grammar and request.params.structured_outputs is not None:
-            matcher = functools.partial(self._copy, request.grammar, row)
+            matcher = functools.partial(self._compiled.copy, request.grammar, row)
             made = Row(request.params.structured_outputs, matcher, self._vocab_size, row)
             self._rows[row] = made
             self._submit([(made, output)])
@@ -405,47 +376,6 @@ class GrammarMasks:
         from llguidance import LLExecutor
 
         return LLExecutor(min(MAX_THREADS, usable_cores()))
-
-    def _compile(self, grammar: str) -> Future[Start]:
-        future = self._compiled.get(grammar)
-        if future is None or (future.done() and future.exception() is not None):
-            make = functools.partial(self._make, grammar)
-            future = self._compiled[grammar] = self._pool.submit(Start, make)
-            while len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return future
-
-    def _copy(self, grammar: str, row: int) -> LLMatcher:
-        """In a worker thread: a matcher at the start of a grammar."""
-        future = self._compiled.get(grammar)
-        # One that was dropped is compiled here: to wait for another thread could be to wait for ever.
-        return future.result().copy(row) if future is not None and future.done() else self._make(grammar)
-
-    def _make(self, grammar: str) -> LLMatcher:
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._tokenizer(), grammar, limits=parser_limits(), log_level=0)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error().partition("\n")[0])
-        return matcher
-
-    def _tokenizer(self) -> LLTokenizer:
-        with self._loading:
-            return self._loaded
-
-    @functools.cached_property
-    def _loaded(self) -> LLTokenizer:
-        from microvllm.runtime.grammar.vocabulary import model_tokenizer
-        from microvllm.runtime.text.end_tokens import end_tokens
-        from microvllm.runtime.text.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(Path(self._config.tokenizer_path))
-        end, others = end_tokens(self._config, tokenizer)
-        if end is None:
-            raise ValueError("the model has no end token")
-        ends = [end, *(token for token in others if token < self._vocab_size)]
-        return model_tokenizer(tokenizer, self._vocab_size, ends)
 
 
 def _lexer_of(work: tuple[Row, Sequence[int]]) -> int:

@@ -302,7 +302,7 @@ def test_an_output_may_begin_as_reasoning_and_as_the_form_at_once(
     assert isinstance(masks, GrammarMasks)
 
     def row(*tokens: int) -> Row:
-        made = Row(form, lambda: masks._make(grammar), engine.config.spec.vocab_size)
+        made = Row(form, lambda: masks._compiled._make(grammar), engine.config.spec.vocab_size)
         made.advance([])
         for token in tokens:
             made.advance([token])
@@ -429,7 +429,7 @@ def test_many_rows_are_computed_in_one_job_on_any_number_of_threads(
     texts = []
     for many, lexers in ((1000, 1), (4, 4)):
         monkeypatch.setattr("microvllm.runtime.grammar.masks.MANY", many)
-        monkeypatch.setattr("microvllm.runtime.grammar.masks.LEXERS", lexers)
+        monkeypatch.setattr("microvllm.runtime.grammar.compiled.LEXERS", lexers)
         engine = engine_with(checker, async_scheduling=True)
         wanted = [r for i in range(12) for r in requests(engine, PERSON, prompt=[5, i], seed=i)]
         texts.append([text for text, _ in generate(engine, wanted)])
@@ -507,13 +507,13 @@ def test_requests_with_slow_masks_do_not_hold_up_others(
 def test_compiled_grammars_are_kept_and_bounded(
     checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microvllm.runtime.grammar.masks.MAX_COMPILED", 2)
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.MAX_COMPILED", 2)
     engine = engine_with(checker)
     masks = engine.core._masks
     assert isinstance(masks, GrammarMasks)
     made: list[str] = []
-    make = masks._make
-    monkeypatch.setattr(masks, "_make", lambda grammar: (made.append(grammar), make(grammar))[1])
+    make = masks._compiled._make
+    monkeypatch.setattr(masks._compiled, "_make", lambda grammar: (made.append(grammar), make(grammar))[1])
     for letter in "aabcba":
         form = StructuredOutput(kind="regex", spec=letter)
         assert generate(engine, requests(engine, form))[0][0] == letter

@@ -10,7 +10,7 @@ import pytest
 from llguidance import LLMatcher
 from random_outputs import grammar_of
 
-from microvllm.runtime.grammar.masks import LEXERS, Start
+from microvllm.runtime.grammar.compiled import LEXERS, Start
 from microvllm.runtime.grammar.translate import parser_limits
 from microvllm.runtime.grammar.vocabulary import SLICES, make_tokenizer
 from microvllm.runtime.request import StructuredOutput
@@ -64,8 +64,8 @@ def test_slices_change_no_mask(text: dict[str, Any]) -> None:
 
 
 def test_rows_of_different_lexers_have_matchers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microvllm.runtime.grammar.masks.usable_cores", lambda: 3)
-    monkeypatch.setattr("microvllm.runtime.grammar.masks.QUICK_S", 60.0)  # of a machine that is busy, too
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.usable_cores", lambda: 3)
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.QUICK_S", 60.0)  # of a machine that is busy, too
     made: list[LLMatcher] = []
 
     def make() -> LLMatcher:
@@ -79,7 +79,7 @@ def test_rows_of_different_lexers_have_matchers_of_their_own(monkeypatch: pytest
     assert len(made) == 3, "one for each core, made when they are used"
     assert first.consume_token(ord('"'))
     assert {other.compute_bitmask() for other in others} == {made[0].compute_bitmask()}
-    monkeypatch.setattr("microvllm.runtime.grammar.masks.QUICK_S", 0.0)
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.QUICK_S", 0.0)
     slow = Start(make)
     for lexer in range(4):
         slow.copy(lexer)
