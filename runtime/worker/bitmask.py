@@ -60,18 +60,15 @@ def take_out(logits: Tensor, masked: Sequence[int], bits: Sequence[np.ndarray]) 
     """
     if not masked:
         return
-    words = torch.empty(len(bits), len(bits[0]), dtype=torch.int32, pin_memory=logits.is_cuda)
-    np.stack(bits, out=words.numpy())
-    at = torch.tensor(masked)
-    if logits.is_cuda:  # a machine without a GPU need not have Triton
-        from microvllm.ops.gpu.bitmask import apply_bitmask
-
-        words, at = (
-            words.to(logits.device, non_blocking=True),
-            at.pin_memory().to(logits.device, non_blocking=True),
-        )
-        apply_bitmask(logits, words, at)
+    if not logits.is_cuda:
+        values, vocab = logits.numpy(), logits.shape[1]
+        for i, words in zip(masked, bits, strict=True):  # a row stays in a core's cache
+            out = np.unpackbits(~words.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
+            np.copyto(values[i], -np.inf, where=out)
         return
-    shifts = torch.arange(32, dtype=torch.int32)
-    allowed = (words[:, :, None] >> shifts & 1).bool().flatten(1)[:, : logits.shape[1]]
-    logits[at] = logits[at].masked_fill(~allowed, -torch.inf)
+    from microvllm.ops.gpu.bitmask import apply_bitmask  # a machine without a GPU need not have Triton
+
+    sent = torch.empty(len(bits), len(bits[0]), dtype=torch.int32, pin_memory=True)
+    np.stack(bits, out=sent.numpy())
+    at = torch.tensor(masked).pin_memory().to(logits.device, non_blocking=True)
+    apply_bitmask(logits, sent.to(logits.device, non_blocking=True), at)
