@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_COMPILED = 64
-LEXERS = 4  # of a grammar that is compiled in QUICK_S; each of them finds the states of its lexer anew
-QUICK_S = 0.02
+LEXERS = 16  # of a grammar at most, one for a core; each of them finds the states of its lexer anew
+LEXERS_S = 0.1  # processor time in which all of them are compiled
+
+
+def num_lexers() -> int:
+    """The lexers of a grammar that compiles fast."""
+    return min(LEXERS, usable_cores())
 
 
 class Start:
@@ -35,18 +40,20 @@ class Start:
 
     def __init__(self, make: Callable[[], LLMatcher]) -> None:
         start = time.thread_time()
-        self._matchers = [make()]
+        first = make()
+        seconds = time.thread_time() - start
         self._make = make
-        quick = time.thread_time() - start < QUICK_S
-        self._number = min(LEXERS, usable_cores()) if quick else 1
-        self._making = threading.Lock()
+        self._most = num_lexers()
+        number = min(self._most, max(1, int(LEXERS_S / seconds))) if seconds else self._most
+        self._matchers: list[LLMatcher | None] = [first, *[None] * (number - 1)]
+        self._making = [threading.Lock() for _ in self._matchers]
 
-    def copy(self, lexer: int) -> LLMatcher:
-        """lexer: any number; rows of which it is the same modulo `LEXERS` may wait for each other."""
-        with self._making:
-            while len(self._matchers) <= lexer % self._number:
-                self._matchers.append(self._make())
-        return self._matchers[lexer % self._number].deep_copy()
+    def copy(self, place: int) -> LLMatcher:
+        """place: any number; those of which it is the same modulo `num_lexers()` may wait for each other."""
+        lexer = place % self._most * len(self._matchers) // self._most
+        with self._making[lexer]:  # others compile theirs meanwhile
+            matcher = self._matchers[lexer] = self._matchers[lexer] or self._make()
+        return matcher.deep_copy()
 
 
 class CompiledGrammars:

@@ -23,7 +23,7 @@ import numpy as np
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import MicroVLLMError
-from microvllm.runtime.grammar.compiled import LEXERS, CompiledGrammars, Start
+from microvllm.runtime.grammar.compiled import CompiledGrammars, Start, num_lexers
 from microvllm.runtime.machine import usable_cores
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput, StructuredOutput
 
@@ -51,8 +51,8 @@ class Row:
 
     `num_sent`: tokens of the output that were given to it; `num_taken`: those that the mask follows.
     `advance` is `take`, the mask if it is `due`, and `settle`, which a job of many rows leaves to the
-    engine's thread. `place`: the engine's row; those of which it differs modulo `LEXERS` do not wait for each
-    other.
+    engine's thread. `place`: the engine's row; those of which it differs modulo `num_lexers()` do not wait
+    for each other.
     """
 
     def __init__(
@@ -209,6 +209,7 @@ class GrammarMasks:
             min(MAX_THREADS, max(2, usable_cores())), thread_name_prefix="grammar"
         )  # starts its threads with the first job
         self._compiled = CompiledGrammars(config, self._pool)
+        self._num_lexers = num_lexers()
         self._held: list[tuple[Future[Start], list[EngineRequest]]] = []
         self._rows: dict[int, Row] = {}
         self._table: np.ndarray | None = None  # of groups' masks, by the row: [rows, words] int32
@@ -349,7 +350,7 @@ class GrammarMasks:
         """
         together = []
         # Threads get rows that stand together: those of one lexer.
-        for row, tokens in sorted(work, key=_lexer_of):
+        for row, tokens in sorted(work, key=lambda pair: pair[0].place % self._num_lexers):
             row.num_sent += len(tokens)
             if row.slow or row.matcher is None:
                 row.group, row.job = None, self._pool.submit(row.advance, tokens)
@@ -376,10 +377,6 @@ class GrammarMasks:
         from llguidance import LLExecutor
 
         return LLExecutor(min(MAX_THREADS, usable_cores()))
-
-
-def _lexer_of(work: tuple[Row, Sequence[int]]) -> int:
-    return work[0].place % LEXERS
 
 
 def _refusal(request: EngineRequest, error: BaseException) -> StepOutput:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,24 +65,52 @@ def test_slices_change_no_mask(text: dict[str, Any]) -> None:
             assert sliced.consume_token(token) and whole.consume_token(token)
 
 
-def test_rows_of_different_lexers_have_matchers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[LLMatcher]:
+    """The matchers that `make` has compiled, on a machine of 3 cores."""
     monkeypatch.setattr("microvllm.runtime.grammar.compiled.usable_cores", lambda: 3)
-    monkeypatch.setattr("microvllm.runtime.grammar.compiled.QUICK_S", 60.0)  # of a machine that is busy, too
-    made: list[LLMatcher] = []
+    return []
 
-    def make() -> LLMatcher:
-        made.append(matcher({"type": "string", "maxLength": 5}, SLICES))
-        return made[-1]
 
-    start = Start(make)
+def make(made: list[LLMatcher]) -> LLMatcher:
+    made.append(matcher({"type": "string", "maxLength": 5}, SLICES))
+    return made[-1]
+
+
+def test_rows_of_different_lexers_have_matchers_of_their_own(
+    made: list[LLMatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.LEXERS_S", 60.0)  # of a machine that is busy, too
+    start = Start(lambda: make(made))
     first = start.copy(0)
     assert len(made) == 1
-    others = [start.copy(lexer) for lexer in range(2 * LEXERS)]
+    others = [start.copy(place) for place in range(2 * LEXERS)]
     assert len(made) == 3, "one for each core, made when they are used"
     assert first.consume_token(ord('"'))
     assert {other.compute_bitmask() for other in others} == {made[0].compute_bitmask()}
-    monkeypatch.setattr("microvllm.runtime.grammar.compiled.QUICK_S", 0.0)
-    slow = Start(make)
-    for lexer in range(4):
-        slow.copy(lexer)
-    assert len(made) == 4, "one that takes long to compile is compiled once"
+
+
+def test_a_grammar_that_takes_long_to_compile_has_one_lexer(
+    made: list[LLMatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.LEXERS_S", 0.0)
+    start = Start(lambda: make(made))
+    for place in range(2 * LEXERS):
+        start.copy(place)
+    assert len(made) == 1
+
+
+def test_lexers_are_compiled_side_by_side(made: list[LLMatcher], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits until the other is begun."""
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.LEXERS_S", 60.0)
+    both = threading.Barrier(2, timeout=60)
+
+    def together() -> LLMatcher:
+        if made:
+            both.wait()
+        return make(made)
+
+    start = Start(together)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(start.copy, (1, 2)))) == 2
+    assert len(made) == 3
