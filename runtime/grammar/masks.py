@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microvllm.grammar")
 
 MAX_THREADS = 16
-MANY = 16  # rows whose masks are worth a wait until a thread computes them
+MANY = 16  # rows whose masks take longer than to hand them to a thread
 SLOW_S = 5e-3
 USUAL_S = 1e-4  # of a mask among others, at most
 BEGIN_S = 2e-4  # for a thread to begin
@@ -121,6 +121,13 @@ class Row:
             self.problem = matcher.get_error().partition("\n")[0] or "it does not allow the last token"
 
     @property
+    def done(self) -> bool:
+        """Whether nothing is left to write of its masks."""
+        if self.job is not None:
+            return self.job.done()
+        return self.group is None or self.group.settled
+
+    @property
     def due(self) -> bool:
         """Whether the matcher decides what may come next."""
         if self.problem is not None or self.matcher is None:
@@ -159,13 +166,17 @@ class Row:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Rows whose masks one job computes, each with its number of new tokens, and whether it is due.
+    """Rows whose masks are computed together, each with its number of new tokens, and whether it is due.
 
-    table: [rows, ceil(vocab / 32)] int32, where the masks go, by `Row.place`.
+    table: [rows, ceil(vocab / 32)] int32, where the masks go, by `Row.place`. Seconds: until a thread began,
+    and what the masks then took. Without a job the engine's thread computes them.
     """
 
     rows: Sequence[tuple[Row, int, bool]]
     table: np.ndarray
+    made: float = field(default_factory=time.perf_counter)
+    begin_seconds: float = 0.0
+    seconds: float = 0.0
     slow: bool = False
     settled: bool = False
 
@@ -174,12 +185,26 @@ class Group:
         due = [(row.matcher, row.place) for row, _, due in self.rows if due and row.matcher is not None]
         table = self.table
         begun.set()
-        wall, processor = time.perf_counter(), time.process_time()
+        start, processor = time.perf_counter(), time.process_time()
         if due:
             executor.unsafe_compute_mask_ptr(due, table.ctypes.data, table[0].nbytes, len(table))
+        self.begin_seconds, self.seconds = start - self.made, time.perf_counter() - start
         # Several threads take longer in sum, and other work on the machine takes their cores.
-        seconds = min(time.perf_counter() - wall, time.process_time() - processor)
+        seconds = min(self.seconds, time.process_time() - processor)
         self.slow = seconds > SLOW_S + USUAL_S * len(due)
+
+    def compute_here(self) -> None:
+        """Compute the masks in the engine's thread: for a few it takes as long to have another begin."""
+        start, table = time.thread_time(), self.table
+        for row, _, due in self.rows:
+            try:
+                if due and row.matcher is not None:
+                    words = table[row.place]
+                    row.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            except Exception as error:
+                row.fail(error)
+        self.slow = time.thread_time() - start > SLOW_S + USUAL_S * len(self.rows)
+        self.settle(None)
 
     def settle(self, error: BaseException | None) -> None:
         """Have the masks; in the engine's thread, for which a worker would wait to do the same."""
@@ -193,17 +218,36 @@ class Group:
             row.settle(self.table[row.place] if due else None, num_tokens)
 
 
+@dataclass(slots=True)
+class MaskCounts:
+    """What the masks of an engine have taken. Seconds of wall time, "waits" of the engine's thread.
+
+    jobs: of many rows, `begin_seconds` until a thread began and `job_seconds` from then on. own_seconds: of
+    few rows, in the engine's thread. alone: rows in a job of their own, as they are new or slow.
+    """
+
+    steps: int = 0  # that were sampled by masks
+    waits: int = 0  # of these, for masks that were not there yet
+    wait_seconds: float = 0.0
+    own_seconds: float = 0.0
+    jobs: int = 0
+    begin_seconds: float = 0.0
+    job_seconds: float = 0.0
+    alone: int = 0
+
+
 class GrammarMasks:
     """The grammars of an engine's requests: a `TokenMask`, and what the engine core needs of it.
 
     All methods are called by the engine's thread. Requests with a grammar are held until it is compiled;
     `held` says whether there are such, `active` whether any row has a grammar. on_ready: called when
-    the masks of a step are there.
+    the masks of a step are there. `counts`: what they took so far.
     """
 
     def __init__(self, config: EngineConfig, on_ready: Callable[[], None]) -> None:
         self._config = config
         self._on_ready = on_ready
+        self.counts = MaskCounts()
         self._vocab_size = config.spec.vocab_size
         self._pool = ThreadPoolExecutor(
             min(MAX_THREADS, max(2, usable_cores())), thread_name_prefix="grammar"
@@ -300,7 +344,7 @@ class GrammarMasks:
 
     def clear_row(self, row: int) -> None:
         cleared = self._rows.pop(row, None)
-        if cleared is not None and cleared.job is not None and not cleared.job.done():
+        if cleared is not None and not cleared.done:
             self._table = None  # the job outlasts its request, whose place another's mask may need before
 
     def concerns(self, rows: Sequence[int]) -> bool:
@@ -327,6 +371,14 @@ class GrammarMasks:
 
     def _wait_for(self, rows: Sequence[Row]) -> None:
         jobs = {row.job: row.group for row in rows if row.job is not None}
+        counts, start = self.counts, time.perf_counter()
+        counts.steps += bool(rows)
+        few = {row.group for row in rows if row.group is not None and not row.done and row.job is None}
+        for own in few:
+            own.compute_here()
+        counts.own_seconds += time.perf_counter() - start if few else 0.0
+        start = time.perf_counter()
+        waits = not all(job.done() for job in jobs)
         deadline, late = time.monotonic() + MASK_DEADLINE_S, set()
         for job, group in jobs.items():
             try:
@@ -334,8 +386,13 @@ class GrammarMasks:
             except TimeoutError:
                 late.add(job)
             else:
-                if group is not None:
+                if group is not None and not group.settled:
                     group.settle(error)
+                    counts.jobs += 1
+                    counts.begin_seconds += group.begin_seconds
+                    counts.job_seconds += group.seconds
+        counts.waits += waits
+        counts.wait_seconds += time.perf_counter() - start if waits else 0.0
         for row in rows if late else ():
             if row.job in late:
                 row.problem = f"the mask of a token took more than {MASK_DEADLINE_S:g} s"
@@ -345,8 +402,8 @@ class GrammarMasks:
     def _submit(self, work: Sequence[tuple[Row, Sequence[int]]]) -> None:
         """Advance rows: new and slow ones each in a thread of its own, the others together.
 
-        Those take their tokens before this returns (4 us each; on several threads it takes longer), and their
-        masks are computed while the engine goes on.
+        Those take their tokens before this returns (4 us each; on several threads it takes longer). Their
+        masks are computed while the engine goes on; of a few by itself, when it needs them.
         """
         together = []
         # Threads get rows that stand together: those of one lexer.
@@ -354,17 +411,19 @@ class GrammarMasks:
             row.num_sent += len(tokens)
             if row.slow or row.matcher is None:
                 row.group, row.job = None, self._pool.submit(row.advance, tokens)
+                self.counts.alone += 1
             else:
                 row.take(tokens)
                 together.append((row, len(tokens), row.due))
-        if together:
-            group, begun = Group(together, self._masks_table()), threading.Event()
+        if not together:
+            return
+        group, job, begun = Group(together, self._masks_table()), None, threading.Event()
+        if len(together) >= MANY:
             job = self._pool.submit(group.compute, self._executor, begun)
-            for row, _, _ in together:
-                row.group, row.job = group, job
-            if len(together) >= MANY:
-                # Else it would not get the interpreter's lock before this thread has to wait for something.
-                begun.wait(BEGIN_S)
+            # Else it would not get the interpreter's lock before this thread has to wait for something.
+            begun.wait(BEGIN_S)
+        for row, _, _ in together:
+            row.group, row.job = group, job
 
     def _masks_table(self) -> np.ndarray:
         if self._table is None:

@@ -425,7 +425,7 @@ def test_a_stale_mask_is_never_applied() -> None:
 def test_many_rows_are_computed_in_one_job_on_any_number_of_threads(
     checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some begin and end in the middle of the others' forms."""
+    """Some begin and end in the middle of the others' forms. Few are computed in the engine's thread."""
     texts = []
     for many, lexers in ((1000, 1), (4, 4)):
         monkeypatch.setattr("microvllm.runtime.grammar.masks.MANY", many)
@@ -435,6 +435,9 @@ def test_many_rows_are_computed_in_one_job_on_any_number_of_threads(
         texts.append([text for text, _ in generate(engine, wanted)])
         for text in texts[-1]:
             check_person(text)
+        masks = engine.core._masks
+        assert masks.counts.own_seconds > 0
+        assert (masks.counts.jobs > 0) == (many == 4) and masks.counts.alone >= len(wanted)
     assert texts[0] == texts[1]
 
 
@@ -447,7 +450,34 @@ def test_a_job_that_outlasts_its_request_writes_no_mask_of_another() -> None:
     assert masks._masks_table() is table
     masks._rows[0], row.job = row, Future()
     masks.clear_row(0)
-    assert masks._masks_table() is not table
+    newer = masks._masks_table()
+    assert newer is not table
+    masks._rows[0], row.job = row, None
+    row.group = Group([(row, 1, True)], newer)  # is not computed yet
+    masks.clear_row(0)
+    assert masks._masks_table() is not newer
+
+
+def test_a_mask_that_fails_among_others_fails_alone() -> None:
+    good, bad = (Row(LETTERS, matcher, 64, place) for place, matcher in enumerate((_Matcher, _Failing)))
+    for row in (good, bad):
+        row.take([])
+    group = Group([(good, 0, True), (bad, 0, True)], np.zeros((2, 2), np.int32))
+    group.compute_here()
+    assert group.settled and (good.words == -1).all() and good.problem is None
+    assert bad.problem == "it failed (ZeroDivisionError)"
+
+
+def test_steps_that_wait_for_masks_are_counted() -> None:
+    masks = GrammarMasks(make_engine(variant_folder("llama-tied")).config, lambda: None)
+    row = Row(LETTERS, _Matcher, 64)
+    row.advance([])
+    masks._rows[0] = row
+    for job, waits in ((_Awaited(), 1), (_Awaited(), 2), (None, 2)):
+        row.job = job
+        assert masks._bits([0], [0])[0] == [0]
+        assert masks.counts.waits == waits
+    assert masks.counts.steps == 3 and masks.counts.wait_seconds > 0
 
 
 def test_a_group_is_slow_only_if_it_computed_that_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,3 +570,16 @@ class _Matcher:
 
     def stop_reason(self) -> str:
         return "NotStopped"
+
+
+class _Failing(_Matcher):
+    def unsafe_compute_mask_ptr(self, address: int, size: int) -> None:
+        raise ZeroDivisionError
+
+
+class _Awaited(Future[None]):
+    """A job that is done when it is waited for."""
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.set_result(None)
+        return super().exception(timeout)
