@@ -2,10 +2,12 @@
 """Measure what the host does for grammars in a step, on a pretended GPU: no model, no GPU.
 
     python scripts/bench_masks.py --model DIR [--batch 64] [--tokens 96] [--step-ms 4.6] [--rounds 3]
+                                  [--text random]
 
 The scheduler and the masks are the engine's. The device is a clock: a step takes `--step-ms`, then its tokens
-are chosen at random from those that the masks allow, which is not counted. The schema is that of
-`bench_structured.py`; DIR is a model folder, of which the tokenizer and the number of logits are read.
+are those of the text, or with `--text random` any that the masks allow; to choose them is not counted. Schema
+and text are those of `bench_structured.py`; DIR is a model folder, of which the tokenizer and the number of
+logits are read.
 
 Prints microseconds of a step, mean, p50 and p99: "host" is all that the engine's thread does, waits for masks
 included; "masks" is the time from known tokens to the masks behind them, which a device hides as long as its
@@ -22,16 +24,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-from bench_structured import SCHEMA
+from bench_structured import SCHEMA, tokens_of
 
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore
-from microvllm.runtime.core.plan import StepPlan, StepResult
+from microvllm.runtime.core.plan import ScheduledRequest, StepPlan, StepResult
 from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.grammar.translate import Specials, translate
 from microvllm.runtime.request import EngineRequest, SamplingParams, StructuredOutput
+from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.step_times import StepClock
 
 PROMPT = [100, 101, 102, 103]
@@ -61,7 +65,8 @@ class PretendedGPU:
     graph_replays = padded_tokens = 0
     device_clock = None
 
-    def __init__(self, config: EngineConfig, seconds: float) -> None:
+    def __init__(self, config: EngineConfig, seconds: float, texts: Sequence[Sequence[int]]) -> None:
+        """texts: the tokens that each row writes; none for random ones."""
         self.clock = StepClock()
         self.masks = GrammarMasks(config, lambda: None)
         self.times = Times()
@@ -69,6 +74,7 @@ class PretendedGPU:
         self.drawn = 0.0  # processor time in them
         self.waited = 0.0
         self._seconds = seconds
+        self._texts = texts
         self._free_at = 0.0
         self._known_at = 0.0
         self._draw = random.Random(0)
@@ -100,12 +106,20 @@ class PretendedGPU:
         self._free_at = max(self._free_at, now)
         step.ends = max(step.ends, now)
         start, processor = time.perf_counter(), time.thread_time()
-        step.tokens = [self._choose(row) for row in words]
+        choose = self._read if self._texts else self._choose
+        step.tokens = [choose(row, item) for row, item in zip(words, step.plan.scheduled, strict=True)]
         self.drawn += time.thread_time() - processor
         self.uncounted += time.perf_counter() - start
         return step
 
-    def _choose(self, words: np.ndarray) -> int:
+    def _read(self, words: np.ndarray, item: ScheduledRequest) -> int:
+        request = item.request
+        token = self._texts[request.row][item.start + item.num_new - request.prompt_len]
+        if not int(words[token // 32]) >> token % 32 & 1:
+            raise SystemExit(f"the schema does not allow token {token} of text {request.row}")
+        return token
+
+    def _choose(self, words: np.ndarray, item: ScheduledRequest) -> int:
         for _ in range(8):
             token = self._draw.randrange(32 * len(words))
             if int(words[token // 32]) >> token % 32 & 1:
@@ -150,6 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step-ms", type=float, default=4.6)
+    parser.add_argument("--text", choices=("real", "random"), default="real")
     args = parser.parse_args()
     config = EngineArgs(
         model=args.model, device="cpu", load_format="dummy", max_num_seqs=args.batch, async_scheduling=True
@@ -157,7 +172,11 @@ def main() -> None:
     form = StructuredOutput(kind="json", spec=json.dumps(SCHEMA))
     grammar = translate(form, Specials(config.spec.vocab_size, {}))
     params = SamplingParams(max_tokens=args.tokens, structured_outputs=form, ignore_eos=True)
-    runner = PretendedGPU(config, args.step_ms / 1e3)
+    texts: list[list[int]] = []
+    if args.text == "real":
+        encode = Tokenizer.load(Path(config.tokenizer_path)).encode
+        texts = [tokens_of(encode, seed, args.tokens) for seed in range(args.batch)]
+    runner = PretendedGPU(config, args.step_ms / 1e3, texts)
     core = EngineCore(config, runner)
 
     def requests(first: int) -> list[EngineRequest]:
