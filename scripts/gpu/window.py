@@ -88,10 +88,11 @@ class Window:
         done = {name for name, ended in self.state.ended.items() if ended.status is not None} - {*again}
         waiting = [job for job in jobs if job.name not in done and job.name not in self.state.running]
         self._pool = Pool(waiting, num_gpus, cores, 0.0)
-        for job in jobs:
-            if job.name in self.state.running:
-                started = self.state.running[job.name]
-                self._pool.running[job] = started.place, started.start
+        known = {job.name: job for job in jobs}
+        for name, started in self.state.running.items():
+            # One that this command does not name has its place nevertheless, and all the time that it needs.
+            unnamed = Job(name=name, command="", seconds=0, limit=sys.maxsize, outlives=True)
+            self._pool.running[known.get(name, unnamed)] = started.place, started.start
 
     def run(self, limit_s: float, clock: Callable[[], float] = time.monotonic, pause_s: float = 0.1) -> None:
         """Begin jobs and wait for them, for so long."""

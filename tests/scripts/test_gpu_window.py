@@ -222,6 +222,9 @@ def test_the_next_command_goes_on_with_what_outlives_the_first(tmp_path: Path) -
     assert results(first) == {"cut": "cut short"} and list(first.state.running) == ["stays"]
     second = window(jobs, tmp_path)
     assert [each.name for each in second._pool.waiting] == ["cut", "late"]
+    other = window([job("other", cores=99)], tmp_path)
+    other._pool.until = 1000.0
+    assert other._pool.begin(0.0) == [], "one core has another job, which it does not name"
     (tmp_path / "go").touch()
     second = window(jobs[:1], tmp_path)
     second.run(1000.0, clock=lambda: 3000.0, pause_s=0.01)
