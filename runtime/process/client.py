@@ -370,9 +370,12 @@ class EngineClient:
 
 
 def _configs(config: EngineConfig) -> list[EngineConfig]:
-    """Return the configuration of each engine process."""
+    """Return the configuration of each engine process.
+
+    Each has a seed of its own: equal requests without one would get equal answers from two engines.
+    """
     return [
-        msgspec.structs.replace(config, data_parallel_rank=index)
+        msgspec.structs.replace(config, data_parallel_rank=index, seed=config.seed + index)
         for index in range(config.data_parallel_size)
     ]
 

@@ -29,7 +29,7 @@ from microvllm.runtime.machine import device_environment, usable_cores
 from microvllm.runtime.metrics import EngineMetrics
 from microvllm.runtime.process import heartbeat
 from microvllm.runtime.process.channel import Sleep, SleepChanged, WakeUp
-from microvllm.runtime.process.client import EngineClient, total_stats
+from microvllm.runtime.process.client import EngineClient, _configs, total_stats
 from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.replica import Replica
 from microvllm.runtime.process.token_stream import TokenStream
@@ -331,6 +331,12 @@ async def test_the_processor_and_the_cache_are_divided() -> None:
     assert (one.cpu_threads, two.cpu_threads) == (2, 1)
     assert one.num_blocks == 2 * two.num_blocks
     assert make_config(data_parallel_size_local=2) == make_config()
+
+
+async def test_each_engine_has_a_seed_of_its_own() -> None:
+    """Else the first of two equal requests without a seed would get the same answer from both engines."""
+    engines = _configs(make_config(seed=5))
+    assert [(each.data_parallel_rank, each.seed) for each in engines] == [(0, 5), (1, 6)]
 
 
 @pytest.mark.parametrize(
