@@ -412,7 +412,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _drop_output() -> int:
     """Have Python's flush at exit not fail once more; returns a shell's status for SIGPIPE."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `main` has seen to it that this is stdout
     return 128 + signal.SIGPIPE
 
 
