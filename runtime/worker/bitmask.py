@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -20,10 +21,31 @@ ChooseMasked = Callable[[Sequence[int], Sequence[np.ndarray]], ReadTokens]
 Choice = tuple[ReadTokens | None, ChooseMasked | None]
 
 
+@dataclass(slots=True, eq=False)
+class Generated(Sequence[int]):
+    """The tokens behind a prompt, without a copy of them: rules read their number and the last few."""
+
+    token_ids: Sequence[int]
+    prompt_len: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        places = range(self.prompt_len, len(self.token_ids))[index]
+        if isinstance(places, int):
+            return self.token_ids[places]
+        return [self.token_ids[place] for place in places]
+
+
 def known_output(items: Sequence[ScheduledRequest], i: int) -> Output:
     """What request i of a step has generated before the token that the step chooses."""
     request, end = items[i].request, items[i].start + items[i].num_new
-    return request.token_ids[request.prompt_len :], len(request.token_ids) < end
+    return Generated(request.token_ids, request.prompt_len), len(request.token_ids) < end
 
 
 class TokenMask(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from model_tools import BACKENDS, generate_ids, make_engine, make_request, run_requests, variant_folder
 
 from microvllm.runtime.request import EngineRequest
-from microvllm.runtime.worker.bitmask import Output
+from microvllm.runtime.worker.bitmask import Generated, Output
 from microvllm.runtime.worker.logits import LogitRules
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 
@@ -54,6 +55,21 @@ def request(request_id: int, masked: bool) -> EngineRequest:
     made = make_request(request_id, [5, 6, 7 + request_id], 12)
     values = {name: getattr(made, name) for name in made.__struct_fields__}
     return EngineRequest(**{**values, "priority": MASKED_PRIORITY if masked else 0})
+
+
+def test_generated_tokens_are_those_behind_the_prompt() -> None:
+    """Indexed and cut as a copy of them."""
+    tokens = [5, 6, 7, 1, 2, 3]
+    places = [None, *range(-5, 6)]
+    for prompt_len in (0, 3, 6):
+        copy, view = tokens[prompt_len:], Generated(tokens, prompt_len)
+        assert list(view) == copy and len(view) == len(copy)
+        for index in range(-len(copy), len(copy)):
+            assert view[index] == copy[index]
+        for start, end, step in itertools.product(places, places, (None, 2, -1)):
+            assert view[start:end:step] == copy[start:end:step]
+        with pytest.raises(IndexError):
+            view[len(copy)]
 
 
 @pytest.mark.parametrize("vocab_size", [7, 32, 33, 100])
