@@ -23,7 +23,6 @@ from typing import Any
 
 import msgspec
 import orjson
-import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message
 
@@ -36,7 +35,7 @@ from microvllm.openai_compat.errors import PayloadTooLargeError, clip, error_obj
 from microvllm.openai_compat.server import HttpServer, Signals
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.transport.listen import bind_socket, start_listening
-from microvllm.openai_compat.transport.protocol import GuardedProtocol
+from microvllm.openai_compat.transport.protocol import http_config
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError, RequestError
 from microvllm.runtime.process.client import EngineClient
@@ -182,7 +181,7 @@ async def _answer_all(
 async def _serve_metrics(state: ServerState, sock: socket.socket) -> None:
     """GET /metrics (or any other path, as prometheus_client's own server has it), until cancelled."""
     app = Starlette(routes=Endpoint(path="/{path:path}", handler=service.metrics).routes(state))
-    config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_level="warning")
+    config = http_config(app, log_level="warning")
     await HttpServer(config, on_ready=lambda: None).serve(sockets=[sock])
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from microvllm.runtime.errors import (
     ContextLengthError,
@@ -178,35 +178,32 @@ def unauthorized(path: str) -> Response:
     return Response(body, 401, headers, "application/json")
 
 
-async def on_deliberate_error(request: Request, error: Exception) -> Response:
-    """Answer a `RequestError` or an `EngineError`, as Starlette's handler of these."""
+def answer_to(error: Exception, scope: Scope) -> Response | None:
+    """Return the answer to what a request raised; None for a bug of ours."""
     if isinstance(error, (RequestError, EngineError)):
-        return error_response(error, request.scope["path"])
-    raise error
+        return error_response(error, scope["path"])
+    if isinstance(error, HTTPException):
+        return _no_endpoint(error, scope)
+    if isinstance(error, ClientGoneError):
+        return Response(status_code=499)  # what proxies log for a client that has left
+    return None
 
 
-async def on_client_gone(request: Request, error: Exception) -> Response:
-    """Answer a client that has left with 499, which is what proxies log for it."""
-    return Response(status_code=499)
+def internal_error(path: str) -> Response:
+    """Return the answer to a bug of ours, without its traceback, which the server logs."""
+    return error_response(EngineError(INTERNAL), path)
 
 
-async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Answer an unknown path or method, as Starlette's handler of these."""
-    if not isinstance(error, HTTPException):
-        raise error
-    path = clip(request.scope["path"])
+def _no_endpoint(error: HTTPException, scope: Scope) -> Response:
+    """Return the answer to an unknown path or method."""
+    path = clip(scope["path"])
     message = f"{error.detail}: this server has no endpoint {path}."
     if error.status_code == 405:
         # Starlette keeps the methods in a set, whose order differs from start to start.
         allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
-        message = f"{error.detail}: {path} takes {allowed}, not {request.method}."
+        message = f"{error.detail}: {path} takes {allowed}, not {scope['method']}."
     refusal = RequestError(message, kind=HTTP_KINDS.get(error.status_code, BAD_SHAPE))
     refusal.status = error.status_code
     headers = dict(error.headers or {})
-    answer = error_object(refusal, request.scope["path"])
+    answer = error_object(refusal, scope["path"])
     return Response(orjson.dumps(answer), error.status_code, headers, "application/json")
-
-
-async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    """Answer a bug of ours without its traceback, which the server logs."""
-    return error_response(EngineError(INTERNAL), request.scope["path"])

@@ -32,7 +32,7 @@ from microvllm.openai_compat.transport.listen import (
     start_listening,
     tls_context,
 )
-from microvllm.openai_compat.transport.protocol import GuardedProtocol
+from microvllm.openai_compat.transport.protocol import GuardedProtocol, http_config
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.process.client import EngineClient
@@ -117,17 +117,13 @@ async def _serve(
         gc.collect()
         gc.freeze()
         start_listening(sock, args)
-        http = uvicorn.Config(
+        http = http_config(
             app,
-            http=GuardedProtocol,
-            ws="none",
-            lifespan="off",
             log_config=_log_config(args),
             log_level=args.uvicorn_log_level,
             access_log=not args.disable_uvicorn_access_log,
             server_header=False,
             limit_concurrency=_raise_file_limit(),
-            proxy_headers=False,
             timeout_keep_alive=args.http_timeout_keep_alive,
             timeout_graceful_shutdown=int(FINAL_FLUSH_S),
         )

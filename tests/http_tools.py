@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fake_client import FakeClient
 from process_tools import PATIENCE_S
 from starlette.types import ASGIApp
@@ -23,7 +22,7 @@ from starlette.types import ASGIApp
 from microvllm.openai_compat.app import create_app
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.server import HttpServer
-from microvllm.openai_compat.transport.protocol import GuardedProtocol
+from microvllm.openai_compat.transport.protocol import http_config
 
 
 @asynccontextmanager
@@ -52,14 +51,7 @@ def real_server(
     args.setdefault("allowed_hosts", ("*",))
     app: ASGIApp = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
     app = app if wrap is None else wrap(app)
-    config = uvicorn.Config(
-        app,
-        http=GuardedProtocol,
-        ws="none",
-        lifespan="off",
-        log_level="error",
-        limit_concurrency=connections,
-    )
+    config = http_config(app, log_level="error", limit_concurrency=connections)
     config.load()
     config.ssl = tls
     server = HttpServer(config, on_ready=lambda: None)

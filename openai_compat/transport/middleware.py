@@ -1,7 +1,6 @@
-"""Defines every ASGI layer of the server in its order, the outermost first.
+"""Defines every ASGI layer of the server in its order, the outermost first; the router comes behind them all.
 
-Starlette's own handler of unexpected errors stands between the layers around everything and the others, its
-router behind them all. A layer around everything sees every answer, that of an unexpected error included.
+The layers around `ErrorMiddleware` see every answer, that to an unexpected error included.
 A layer that does nothing after the layers behind it returns their awaitable: a coroutine of its own would
 take 0.3 KB of every waiting request.
 """
@@ -27,8 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from microvllm.openai_compat.errors import (
     ForbiddenError,
     ServerStoppingError,
+    answer_to,
     clip,
     error_response,
+    internal_error,
     unauthorized,
 )
 
@@ -76,11 +77,14 @@ def outer_layers(args: ServerArgs) -> list[Middleware]:
 def inner_layers(
     state: ServerState, open_paths: frozenset[str], uncounted: frozenset[str]
 ) -> list[Middleware]:
-    """Return the layers between Starlette's handler of unexpected errors and its router.
+    """Return the layers between those around everything and the router.
 
     `open_paths` need no key, requests for `uncounted` paths are not in the HTTP metrics.
     """
-    layers = [Middleware(HttpMetricsMiddleware, metrics=state.http_metrics, uncounted=uncounted)]
+    layers = [
+        Middleware(HttpMetricsMiddleware, metrics=state.http_metrics, uncounted=uncounted),
+        Middleware(ErrorMiddleware),
+    ]
     if state.args.api_keys:
         layers.append(Middleware(AuthMiddleware, keys=state.args.api_keys, open_paths=open_paths))
     return [*layers, Middleware(AdmissionMiddleware, lifecycle=state.lifecycle)]
@@ -216,7 +220,7 @@ class HttpMetricsMiddleware:
             await self.app(scope, receive, send)
             return
         handler = _handler(scope)
-        status, sent_bytes = 500, 0  # the answer of the outer handler, if an exception leaves here
+        status, sent_bytes = 500, 0
 
         # A plain function: a coroutine of its own would be one more await per message.
         def noting(message: Message) -> Awaitable[None]:
@@ -244,6 +248,36 @@ def _handler(scope: Scope) -> str:
 def _content_length(headers: Headers) -> int:
     value = headers.get("content-length", "")
     return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else 0
+
+
+class ErrorMiddleware:
+    """Answers what the layers behind it raise, and lets the server log a bug of ours.
+
+    Starlette's two handlers of errors take 1.6 KB of every waiting request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        def noting(message: Message) -> Awaitable[None]:
+            nonlocal started
+            started = True
+            return send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception as error:
+            answer = answer_to(error, scope)
+            if started:
+                raise  # the server closes the connection
+            await (answer or internal_error(scope["path"]))(scope, receive, send)
+            if answer is None:
+                raise
+            # An error that ended several requests must not collect their tracebacks.
+            error.__traceback__ = None
 
 
 class AuthMiddleware:

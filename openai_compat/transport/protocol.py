@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import orjson
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -30,6 +32,19 @@ CHUNK_WRITER = "microvllm.chunk_writer"  # in the scope, see `ChunkSendMiddlewar
 # writes its requests many seconds after that.
 HEAD_DEADLINE_S = 30.0
 WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
+
+
+def http_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a server that speaks this protocol alone; `options` are uvicorn's."""
+    return uvicorn.Config(
+        app,
+        http=GuardedProtocol,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",  # uvicorn would not recognise it: the application is no coroutine function
+        proxy_headers=False,
+        **options,
+    )
 
 
 class Flag:
