@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from microvllm.openai_compat.api import beam
 from microvllm.openai_compat.api.request_log import log_end, log_start
 from microvllm.openai_compat.api.requests import GenerationRequest, StreamOptions
-from microvllm.openai_compat.api.streams import Outcome, collect, merged
+from microvllm.openai_compat.api.streams import Outcome, close, collect, merged
 from microvllm.openai_compat.api.usage import request_metrics, stream_usage, usage, without_nulls
 from microvllm.openai_compat.errors import (
     INTERNAL,
@@ -160,7 +160,7 @@ class Generation(ABC, Generic[RequestT]):
 
     @abstractmethod
     def chunks(self) -> Chunks:
-        """Return the writer of this request's events; called once the prompts are submitted."""
+        """Return the writer of this request's events; called once there is one to write."""
 
     def read_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """Read the finished choices, before they are counted and written."""
@@ -184,11 +184,11 @@ class Generation(ABC, Generic[RequestT]):
     async def respond(self) -> Response:
         """Return the response, whole or as a stream of events."""
         await self.submit(await self.prepare())
-        lifecycle = self.state.lifecycle
         if self.body.stream:
             return EventStream(self)
         try:
-            body = await lifecycle.run_until_disconnect(self._whole_answer(), self.request.scope)
+            with self.state.lifecycle.interruptible(self.request.scope):
+                body = await self._whole_answer()
         finally:
             self.abort()
         return Response(body, media_type="application/json")
@@ -228,7 +228,7 @@ class Generation(ABC, Generic[RequestT]):
         # Log probabilities can take a hundred times as much text as the output.
         return await self.state.client.run_blocking(self.answer, outcomes, spent, metrics)
 
-    async def events(self, chunks: Chunks, writer: ChunkWriter | None = None) -> AsyncGenerator[bytes, None]:
+    async def events(self, writer: ChunkWriter | None = None) -> AsyncGenerator[bytes, None]:
         """Yield every event of a stream, up to `end`. An error after the start becomes an event, too.
 
         Between two of them, plain ones may go to the writer instead, when their tokens arrive.
@@ -240,29 +240,30 @@ class Generation(ABC, Generic[RequestT]):
         # With log probabilities of a prompt or a whole vocabulary, chunks are written in a thread: other
         # requests must not wait for them.
         slow = logprobs is not None and (self.body.echo or logprobs == -1)
-        opened = False
+        deltas = merged(streams, interval)
+        chunks: Chunks | None = None  # made for the first delta: a queued request has none
         try:
-            async with merged(streams, interval) as deltas:
-                async for delta in deltas:
-                    index = delta.choice
-                    if not opened:
-                        opened = True
-                        for event in chunks.opening():
-                            yield event
-                    counts[index] += len(delta.token_ids)
-                    spent = b""
-                    if self.continuous_usage:
-                        prompt_tokens = len(streams[index].prompt_token_ids)
-                        spent = b',"usage":' + stream_usage(prompt_tokens, counts[index])
-                    if slow:
-                        event = await asyncio.to_thread(chunks.chunk, index, delta, spent)
-                    else:
-                        event = chunks.chunk(index, delta, spent)
-                    if event:
+            async for delta in deltas:
+                index = delta.choice
+                if chunks is None:
+                    chunks = self.chunks()
+                    for event in chunks.opening():
                         yield event
-                    if writer is not None and interval == 1:
-                        self._write_directly(chunks, writer, counts)
-                        writer = None
+                counts[index] += len(delta.token_ids)
+                spent = b""
+                if self.continuous_usage:
+                    prompt_tokens = len(streams[index].prompt_token_ids)
+                    spent = b',"usage":' + stream_usage(prompt_tokens, counts[index])
+                if slow:
+                    event = await asyncio.to_thread(chunks.chunk, index, delta, spent)
+                else:
+                    event = chunks.chunk(index, delta, spent)
+                if event:
+                    yield event
+                if writer is not None and interval == 1:
+                    self._write_directly(chunks, writer, counts)
+                    writer = None
+            chunks = chunks or self.chunks()
             for event in chunks.closing():
                 yield event
             if self.include_usage:
@@ -279,6 +280,7 @@ class Generation(ABC, Generic[RequestT]):
             logger.exception("Streaming %s failed.", self.id)
             yield self.failure(EngineError(INTERNAL))
         finally:
+            await close(deltas)
             self.abort()
         yield self.end
 
@@ -342,21 +344,30 @@ class EventStream(Response):
         del self.headers["content-length"]
         state = generation.state
         self._generation = generation
-        self._chunks = generation.chunks()
         self._lifecycle = state.lifecycle
         self._interval = state.args.sse_keep_alive_interval
         self._last = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        comments: asyncio.Task[None] | None = None
+        send_chunk: Send = scope.get(CHUNK_SEND, send)
+        # A comment counts the time since the last event, which a writer would not know of.
+        make_writer = None if self._interval else scope.get(CHUNK_WRITER)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            # A comment counts the time since the last event, which a writer would not know of.
-            make_writer = None if self._interval else scope.get(CHUNK_WRITER)
-            writer = None if make_writer is None else make_writer()
-            events = self._generation.events(self._chunks, writer)
-            await self._lifecycle.run_until_disconnect(
-                self._send_events(events, send, scope.get(CHUNK_SEND, send)), scope
-            )
+            with self._lifecycle.interruptible(scope):
+                if self._interval:
+                    comments = asyncio.ensure_future(self._send_comments(send_chunk))
+                try:
+                    async with aclosing(self._generation.events(make_writer and make_writer())) as events:
+                        async for event in events:
+                            if comments is not None:
+                                self._last = time.monotonic()
+                            await send_chunk({"type": "http.response.body", "body": event, "more_body": True})
+                finally:
+                    if comments is not None:
+                        comments.cancel()
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ServerStoppingError as error:
             last = self._generation.failure(error) + self._generation.end
             await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -364,19 +375,6 @@ class EventStream(Response):
             pass
         finally:
             self._generation.abort()
-
-    async def _send_events(self, made: AsyncGenerator[bytes, None], send: Send, send_chunk: Send) -> None:
-        comments = asyncio.ensure_future(self._send_comments(send_chunk)) if self._interval else None
-        try:
-            async with aclosing(made) as events:
-                async for event in events:
-                    if comments is not None:
-                        self._last = time.monotonic()
-                    await send_chunk({"type": "http.response.body", "body": event, "more_body": True})
-        finally:
-            if comments is not None:
-                comments.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_comments(self, send_chunk: Send) -> None:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,14 @@ class Outcome:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def take(self, delta: TextDelta) -> None:
+        """Add all of a delta but its text, which the caller joins."""
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or []
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason
+
 
 async def collect(
     streams: list[Stream], start_again: Callable[[TokenStream], TokenStream | None]
@@ -41,48 +48,43 @@ async def collect(
     the first in `streams`.
     """
     outcomes = []
+    taken = 0  # thousands may be ready at once
     # One after the other takes no longer: the other streams fill up meanwhile.
-    for number, stream in enumerate(streams):
-        if number % DELTAS_AT_ONCE == DELTAS_AT_ONCE - 1:  # thousands may be ready at once, of one delta each
-            await asyncio.sleep(0)
-        try:
-            outcomes.append(await _whole(stream))
-        except EngineDeadError:
-            again = start_again(stream) if isinstance(stream, TokenStream) else None
-            if again is None:
-                raise
-            streams[number] = again
-            outcomes.append(await _whole(again))
+    for number in range(len(streams)):
+        outcome = None
+        while outcome is None:
+            outcome, parts = Outcome(), list[str]()
+            try:
+                async for delta in streams[number]:
+                    outcome.take(delta)
+                    parts.append(delta.text)
+                    taken += 1
+                    if taken % DELTAS_AT_ONCE == 0:
+                        await asyncio.sleep(0)
+            except EngineDeadError:
+                stream = streams[number]
+                again = start_again(stream) if isinstance(stream, TokenStream) else None
+                if again is None:
+                    raise
+                streams[number], outcome = again, None
+        outcome.text = "".join(parts)
+        outcomes.append(outcome)
     return outcomes
 
 
-async def _whole(stream: Stream) -> Outcome:
-    outcome, parts, taken = Outcome(), [], 0
-    async for delta in stream:
-        taken += 1
-        if taken % DELTAS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-        parts.append(delta.text)
-        outcome.token_ids += delta.token_ids
-        outcome.logprobs += delta.logprobs or []
-        if delta.finish_reason is not None:
-            outcome.finish_reason = delta.finish_reason
-            outcome.stop_reason = delta.stop_reason
-    outcome.text = "".join(parts)
-    return outcome
-
-
-@asynccontextmanager
-async def merged(streams: Sequence[Stream], interval: int) -> AsyncGenerator[AsyncIterable[TextDelta], None]:
-    """Give the deltas of all streams as they arrive, of at least `interval` tokens each.
+def merged(streams: Sequence[Stream], interval: int) -> AsyncIterable[TextDelta]:
+    """Return the deltas of all streams as they arrive, of at least `interval` tokens each, to be closed.
 
     The first and the last delta of a choice do not wait for others.
     """
-    if len(streams) == 1:
-        yield streams[0] if interval == 1 else _spaced(streams[0], interval)
-        return
-    async with aclosing(_arriving(streams)) as arriving:
-        yield arriving if interval == 1 else _spaced(arriving, interval)
+    arriving = streams[0] if len(streams) == 1 else _arriving(streams)
+    return arriving if interval == 1 else _spaced(arriving, interval)
+
+
+async def close(deltas: AsyncIterable[TextDelta]) -> None:
+    """Close what `merged` returned, where a generator is behind it. A lone stream has none: 0.6 KB less."""
+    if isinstance(deltas, AsyncGenerator):
+        await deltas.aclose()
 
 
 async def _arriving(streams: Sequence[Stream]) -> AsyncGenerator[TextDelta, None]:
@@ -107,18 +109,21 @@ async def _arriving(streams: Sequence[Stream]) -> AsyncGenerator[TextDelta, None
 async def _spaced(deltas: AsyncIterable[TextDelta], interval: int) -> AsyncGenerator[TextDelta, None]:
     held: dict[int, TextDelta] = {}
     begun: set[int] = set()
-    async for later in deltas:
-        choice = later.choice
-        delta = held.pop(choice, None)
-        if delta is None:
-            delta = later
-        else:
-            delta.merge(later)
-        if choice in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
-            held[choice] = delta
-            continue
-        begun.add(choice)
-        yield delta
+    try:
+        async for later in deltas:
+            choice = later.choice
+            delta = held.pop(choice, None)
+            if delta is None:
+                delta = later
+            else:
+                delta.merge(later)
+            if choice in begun and delta.finish_reason is None and len(delta.token_ids) < interval:
+                held[choice] = delta
+                continue
+            begun.add(choice)
+            yield delta
+    finally:
+        await close(deltas)
 
 
 async def _pump(choice: int, stream: Stream, queue: asyncio.Queue[TextDelta | Exception | None]) -> None:

@@ -53,7 +53,8 @@ class Answer(Generation[Any]):
     """A request for one choice, without a server."""
 
     end = b"."
-    sampling_params = read_prompts = answer = chunks = None  # type: ignore[assignment]
+    sampling_params = read_prompts = answer = None  # type: ignore[assignment]
+    chunks = Words  # type: ignore[assignment]
 
     def __init__(self, stream: Any, **changes: Any) -> None:
         self.id, self.streams, self._ended = "a", [stream], False
@@ -107,7 +108,7 @@ async def exchange(answer: Answer, writer: Writer, seed: int, *, turns: float = 
     assert isinstance(stream, TokenStream)
 
     async def consume() -> None:
-        async for event in answer.events(Words(), writer):  # type: ignore[arg-type]
+        async for event in answer.events(writer):  # type: ignore[arg-type]
             while not writer.open:
                 await asyncio.sleep(0)
             wire.append(event)
@@ -167,7 +168,7 @@ async def test_a_client_that_stops_reading_makes_the_stream_join_tokens() -> Non
     sent: list[bytes] = []
 
     async def consume() -> None:
-        async for event in answer.events(Words(), writer):  # type: ignore[arg-type]
+        async for event in answer.events(writer):  # type: ignore[arg-type]
             while not writer.open:
                 await asyncio.sleep(0)
             sent.append(event)

@@ -52,8 +52,13 @@ class Work:
         return "done"
 
 
+async def run(work: Work, scope: dict[str, Any], lifecycle: Lifecycle) -> str:
+    with lifecycle.interruptible(scope):
+        return await work.run()
+
+
 async def begin(work: Work, scope: dict[str, Any], lifecycle: Lifecycle) -> asyncio.Task[str]:
-    task = asyncio.ensure_future(lifecycle.run_until_disconnect(work.run(), scope))
+    task = asyncio.ensure_future(run(work, scope, lifecycle))
     await asyncio.sleep(0)
     return task
 
@@ -95,7 +100,7 @@ async def test_a_stop_ends_what_runs_and_what_comes_later() -> None:
             await each
     assert work.cancelled and later.cancelled
     with pytest.raises(ServerStoppingError):
-        await lifecycle.run_until_disconnect(Work().run(), {})
+        await run(Work(), {}, lifecycle)
 
 
 async def test_a_cancellation_from_outside_stays_one() -> None:
@@ -112,7 +117,7 @@ async def test_the_caller_can_go_on_awaiting_after_its_work_was_cut() -> None:
 
     async def request() -> str:
         try:
-            await Lifecycle().run_until_disconnect(work.run(), connection.scope)
+            await run(work, connection.scope, Lifecycle())
         except ClientGoneError:
             await asyncio.wait_for(asyncio.sleep(0.01), PATIENCE_S)
         return "cleaned up"
@@ -131,7 +136,7 @@ async def test_a_client_that_leaves_as_its_work_ends() -> None:
 
         async def request(work: Work = work, scope: dict[str, Any] = connection.scope) -> str:
             try:
-                found = await Lifecycle().run_until_disconnect(work.run(), scope)
+                found = await run(work, scope, Lifecycle())
             except ClientGoneError:
                 found = "gone"
             await asyncio.sleep(0.01)
@@ -145,11 +150,8 @@ async def test_a_client_that_leaves_as_its_work_ends() -> None:
 
 
 async def test_the_work_s_own_error_is_raised() -> None:
-    async def failing() -> None:
+    with pytest.raises(ValueError, match="a fault"), Lifecycle().interruptible(Connection().scope):
         raise ValueError("a fault")
-
-    with pytest.raises(ValueError, match="a fault"):
-        await Lifecycle().run_until_disconnect(failing(), Connection().scope)
 
 
 async def test_a_flag_is_an_event() -> None:

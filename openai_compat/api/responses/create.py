@@ -152,7 +152,8 @@ class ModelResponse(Chat):
         """Generate in the background, and store the end whatever it is."""
         self.finished("in_progress")
         try:
-            await self.state.lifecycle.run_until_disconnect(self._whole_answer(), {})
+            with self.state.lifecycle.interruptible({}):
+                await self._whole_answer()
         except (EngineError, RequestError) as error:
             self.finished("failed", error)
         except Exception:

@@ -57,7 +57,8 @@ async def make_vectors(
     for stream in streams:
         stream.name = name
     try:
-        vectors = await state.lifecycle.run_until_disconnect(_read_all(streams, form), request.scope)
+        with state.lifecycle.interruptible(request.scope):
+            vectors = await _read_all(streams, form)
     finally:
         for stream in streams:
             stream.abort()
