@@ -89,10 +89,12 @@ class Display:
         self._progress.update(self._bar, advance=1, description=what)
 
 
-def context_of(cases: Sequence[Case]) -> int:
-    """Tokens that every server is started for: words are counted here, so a tenth above the longest."""
+def context_of(cases: Sequence[Case], prompts: str) -> int:
+    """Tokens that every server is started for; where words are counted here, a tenth above the longest."""
     longest = max(case.longest for case in cases)
-    return -(-(longest + longest // 10) // CONTEXT_STEP) * CONTEXT_STEP
+    if prompts == "text" or any(case.turns for case in cases):
+        longest += longest // 10
+    return -(-longest // CONTEXT_STEP) * CONTEXT_STEP
 
 
 def build_engines(specs: Sequence[Spec], setup: Setup, prompts: str) -> tuple[list[Engine], dict[str, str]]:
@@ -227,7 +229,7 @@ def main() -> int:
         setup = Setup(
             weights.with_weights(),
             device,
-            context_of(cases) if device == "cpu" else max(GPU_CONTEXT, context_of(cases)),
+            max(GPU_CONTEXT if device == "cuda" else 0, context_of(cases, args.prompts)),
             max(case.at_once if case.concurrency else min(case.at_once, MOST_SLOTS) for case in cases),
             {"vllm": args.vllm_python, "hf": args.hf_python, "llama.cpp": args.llama_server},
             args.kv_cache_memory_bytes if device == "cuda" else None,

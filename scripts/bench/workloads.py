@@ -202,9 +202,22 @@ def prefill1000(sizes: Sizes) -> list[Case]:
     return [Case("prefill1000", "1 stream", lengths, concurrency=1)]
 
 
+def prefill4000(sizes: Sizes) -> list[Case]:
+    """The same of one prompt of 4,000 tokens."""
+    return [Case("prefill4000", "1 stream", sizes.lengths(1, Span(4000, 4000), Span(1, 1)), concurrency=1)]
+
+
+def prefill7900(sizes: Sizes) -> list[Case]:
+    """The same of one prompt of 7,900 tokens, which nearly fill the context of SmolLM2."""
+    return [Case("prefill7900", "1 stream", sizes.lengths(1, Span(7900, 7900), Span(1, 1)), concurrency=1)]
+
+
 WORKLOADS: dict[str, Callable[[Sizes], list[Case]]] = {
     workload.__name__: workload
-    for workload in (single, concurrent35, nano256, offline256, streams, sweep, chat, prefill1000)
+    for workload in (
+        *(single, concurrent35, nano256, offline256, streams, sweep, chat),
+        *(prefill1000, prefill4000, prefill7900),
+    )
 }
 SERVED = tuple(name for name in WORKLOADS if name != OFFLINE)
 QUICK_WORKLOADS = ("single", "streams", "concurrent35", "chat", "sweep", "nano256")

@@ -50,6 +50,13 @@ def test_the_workloads_as_they_are_described(
     assert case == WORKLOADS[name](Sizes())[0] != WORKLOADS[name](Sizes(quick=True))[0]
 
 
+@pytest.mark.parametrize("tokens", [4000, 7900])
+def test_a_long_prompt_is_one_request_on_a_cpu_too(tokens: int) -> None:
+    for quick in (False, True):
+        (case,) = WORKLOADS[f"prefill{tokens}"](Sizes(quick=quick))
+        assert (case.lengths, case.at_once, case.prefill_only) == (((tokens, 1),), 1, True)
+
+
 @pytest.mark.parametrize("kind", ["ids", "text"])
 def test_prompts_differ_in_and_between_rounds_and_repeat_by_seed(kind: str) -> None:
     case = Case("w", "l", ((32, 4),) * 50, concurrency=1)
