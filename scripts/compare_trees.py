@@ -63,7 +63,11 @@ class Tree:
                 self.products[weights] = self._products(weights)
             return {f"products, {number} rows": self.products[weights](number)}
         if what == "attention":
-            return {f"decode attention, {number} tokens": self._attention(number)}
+            name = f"decode attention, {number} tokens"
+            return {
+                name: self._attention(number),
+                f"{name}, shuffled": self._attention(number, shuffled=True),
+            }
         if what == "decode":
             steps = self._generate(weights, number, SHORT, STEPS)[1]
             return {f"decode step, {number} streams": steps}
@@ -96,8 +100,8 @@ class Tree:
             times.append(self.clock() - begin)
         return 1e3 * min(times[1:])
 
-    def _attention(self, tokens: int) -> float:
-        """Of one query in all layers, to a bfloat16 cache whose blocks lie in a row."""
+    def _attention(self, tokens: int, shuffled: bool = False) -> float:
+        """Of one query in all layers, to a bfloat16 cache whose blocks lie in a row, or anywhere."""
         import torch
 
         from microvllm.ops.attention import AttentionBatch, AttentionShape
@@ -106,8 +110,11 @@ class Tree:
         blocks = -(-tokens // BLOCK)
         shape = AttentionShape(LAYERS, HEADS, KV_HEADS, HEAD_DIM)
         sizes = blocks, BLOCK, torch.zeros(HEAD_DIM // 2), tokens, torch.bfloat16
-        count, table = torch.tensor([tokens]), torch.arange(blocks)[None]
-        last = count - 1, count - 1, 1, table, count
+        count, table = torch.tensor([tokens]), torch.arange(blocks)
+        if shuffled:
+            table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))
+        slot = table[-1:] * BLOCK + (count - 1) % BLOCK
+        last = count - 1, slot, 1, table[None], count
         try:
             from microvllm.ops.attention import AttentionConfig
         except ImportError:  # commits before it
