@@ -8,11 +8,13 @@
 #define GROUP 4       /* query heads of one KV head that share a pass over its keys and values */
 #define KEYS 4        /* keys that are multiplied side by side */
 #define PAIRS (VECTORS == 32 ? 2 : 1) /* of vectors of a value, whose sums are in registers side by side */
-#define AHEAD 32      /* tokens between those that are used and those that are asked for */
+#define AHEAD 16      /* tokens between those that are used and those that are asked for */
 #define ROOM 16.0f    /* weights are 2 to the power of this at most, so that their sums stay finite */
 #define LOWEST -1e30f
 #define TOKENS 64L    /* of a segment whose parts are in memory at a time, and of those, what a thread takes */
 #define TOGETHER 8L
+#define FLOATS 4096L  /* of queries and sums that a pass over keys and values goes through again and again, at most */
+#define PIECES 4L     /* for a thread, at least, where there are as many */
 #define LOG2E 1.44269504088896341f
 
 typedef float Scores[GROUP][LANES];
@@ -51,9 +53,10 @@ typedef struct {
     long bytes, count;
 } Run;
 
+/* Into the second level: from there they come in time, and lines on their way to the first level are few. */
 INLINE void fetch_part(const Run *r, long t, long begin, const long bytes)
 {
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(r->ahead + t * r->bytes + begin + i);
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(r->ahead + t * r->bytes + begin + i, 0, 2);
 }
 
 /* acc[t][g] = q[g] . key t in as many parts as there are lanes, for G queries and K keys from `first` on, up to where d
@@ -150,73 +153,79 @@ INLINE Place behind(Place p, long count, long size)
     return p;
 }
 
-/* One KV head of a sequence of `length` tokens. */
+/* Some KV heads of a sequence of `length` tokens, `bytes_apart`. */
 typedef struct {
     const char *keys;      /* of the cache's first slot */
     const int64_t *blocks;
-    long block_rows, block_size, bytes, to_values, length; /* bytes of a key; from a key to its value */
-} Head;
+    long block_rows, block_size, bytes, bytes_apart, to_values, length; /* bytes of a key; from a key to its value */
+} Heads;
 
-INLINE const char *key_at(const Head *a, Place p) { return a->keys + (*p.block * a->block_rows + p.offset) * a->bytes; }
+INLINE const char *key_at(const Heads *a, Place p)
+{ return a->keys + (*p.block * a->block_rows + p.offset) * a->bytes; }
 
-/* G query heads of one KV head against its tokens from t to `end`, a few at a time, so that memory has as much to do
- * while scores become weights as while keys are read. Their parts, `stride` floats apart: d floats of the sum of
- * weights * v, not normalised, the score that has a weight of 1, the sum of the weights; scores in bits. */
-INLINE void attend(const float *queries, const Head *a, long t, long end, long d, float scale, float *part, long stride,
-                   const int is_bf16, const int G)
-{
-    float q[G * d], sums[G * d], best[GROUP];
-    Scores score;
+/* Some query heads of one KV head, GROUP at most, and what a pass over keys and values keeps of them: the score that
+ * has a weight of 1, in bits, sums of the weights, and of weights * values, in the order of load_pair. */
+typedef struct {
     vec total[GROUP];
-    Place place = place_of(a->blocks, t, a->block_size), ahead = behind(place, AHEAD, a->block_size);
-    for (int g = 0; g < G; g++) {
-        to_pairs(queries + g * d, scale * LOG2E, q + g * d, d, is_bf16);
-        total[g] = (vec){};
-        best[g] = LOWEST;
-    }
-    memset(sums, 0, sizeof sums);
-    for (long count; t < end; t += count) {
-        count = least(least(LANES, a->block_size - place.offset), end - t);
-        const char *at = key_at(a, place), *next = t + AHEAD < a->length ? key_at(a, ahead) : at;
-        const Run keys = {at, next, a->bytes, count};
-        const Run values = {at + a->to_values, next + a->to_values, a->bytes, count};
-        place = behind(place, count, a->block_size);
-        ahead = behind(ahead, count, a->block_size);
-        if (count < LANES)
-            for (int g = 0; g < G; g++) store(score[g], (vec){} - INFINITY);
-        score_keys(q, &keys, d, score, is_bf16, G);
-        ivec is_over = {};
-        for (int g = 0; g < G; g++) is_over |= load_f32(score[g]) - best[g] > ROOM;
-        if (any(is_over))
-            for (int g = 0; g < G; g++) {
-                float top = largest(load_f32(score[g])), factor = exp2f(best[g] - top);
-                if (!(top > best[g])) continue;
-                best[g] = top;
-                total[g] *= factor;
-                for (long i = 0; i < d; i++) sums[g * d + i] *= factor;
-            }
+    Scores weight;
+    float *q, *sums;       /* [G][d] */
+    float best[GROUP];
+    long kv_head;
+} State;
+
+/* The weights of a run of keys; sums so far are made less where a weight would become too large. */
+INLINE void weigh_keys(State *s, const Run *keys, long d, const int is_bf16, const int G)
+{
+    ivec is_over = {};
+    if (keys->count < LANES)
+        for (int g = 0; g < G; g++) store(s->weight[g], (vec){} - INFINITY);
+    score_keys(s->q, keys, d, s->weight, is_bf16, G);
+    for (int g = 0; g < G; g++) is_over |= load_f32(s->weight[g]) - s->best[g] > ROOM;
+    if (any(is_over))
         for (int g = 0; g < G; g++) {
-            vec weight = vexp2(load_f32(score[g]) - best[g]);
-            store(score[g], weight);
-            total[g] += weight;
+            float top = largest(load_f32(s->weight[g])), factor = exp2f(s->best[g] - top);
+            if (!(top > s->best[g])) continue;
+            s->best[g] = top;
+            s->total[g] *= factor;
+            for (long i = 0; i < d; i++) s->sums[g * d + i] *= factor;
         }
-        add_values(score, &values, d, sums, is_bf16, G);
-    }
     for (int g = 0; g < G; g++) {
-        from_pairs(sums + g * d, part + g * stride, d, is_bf16);
-        part[g * stride + d] = best[g];
-        part[g * stride + d + 1] = sum(total[g]);
+        vec weight = vexp2(load_f32(s->weight[g]) - s->best[g]);
+        store(s->weight[g], weight);
+        s->total[g] += weight;
     }
 }
 
-/* `heads` of them: at most GROUP. */
-static void attend_heads(const float *q, const Head *a, long t, long end, long d, float scale, float *part, long stride,
-                         int is_bf16, long heads)
+/* All states against the tokens from t to `end`, a few at a time: all keys of these, then their values, as they lie in
+ * a block, so that memory is read from end to end and has as much to do while scores become weights. */
+INLINE void attend(State *states, long count, const Heads *a, long t, long end, long d, const int is_bf16, const int G)
 {
-#define HEADS_ARE(G)                                                     \
-    case G:                                                              \
-        if (is_bf16) attend(q, a, t, end, d, scale, part, stride, 1, G); \
-        else attend(q, a, t, end, d, scale, part, stride, 0, G);         \
+    Place place = place_of(a->blocks, t, a->block_size), ahead = behind(place, AHEAD, a->block_size);
+    for (long tokens; t < end; t += tokens) {
+        tokens = least(least(LANES, a->block_size - place.offset), end - t);
+        const char *at = key_at(a, place), *next = t + AHEAD < a->length ? key_at(a, ahead) : at;
+        place = behind(place, tokens, a->block_size);
+        ahead = behind(ahead, tokens, a->block_size);
+        for (State *s = states; s < states + count; s++) {
+            long head = s->kv_head * a->bytes_apart;
+            const Run keys = {at + head, next + head, a->bytes, tokens};
+            weigh_keys(s, &keys, d, is_bf16, G);
+        }
+        for (State *s = states; s < states + count; s++) {
+            long head = a->to_values + s->kv_head * a->bytes_apart;
+            const Run values = {at + head, next + head, a->bytes, tokens};
+            add_values(s->weight, &values, d, s->sums, is_bf16, G);
+        }
+    }
+}
+
+/* Of `heads` query heads each, GROUP at most. */
+static void attend_states(State *states, long count, const Heads *a, long t, long end, long d, int is_bf16, long heads)
+{
+#define HEADS_ARE(G)                                            \
+    case G:                                                     \
+        if (is_bf16) attend(states, count, a, t, end, d, 1, G); \
+        else attend(states, count, a, t, end, d, 0, G);         \
         break
     switch (heads) {
         HEADS_ARE(1);
@@ -235,6 +244,7 @@ typedef struct {
     const int64_t *blocks, *lens; /* of the decodes, as the step's; of the one sequence, and null */
     long rows, len; /* len: where lens is null, what the first row sees; each of the others one more */
     long together, chunks; /* neighbouring rows of a piece; CHUNKs of a row, at most */
+    long kv_heads;         /* of a piece, at most */
 } Decode;
 
 INLINE long length_of(const Decode *j, long row) { return j->lens ? j->lens[row] : j->len + row; }
@@ -247,34 +257,74 @@ INLINE long begin_of(const Decode *j, long row, long chunk)
 }
 INLINE long end_of(const Decode *j, long row, long chunk) { return least((chunk + 1) * CHUNK, length_of(j, row)); }
 
-/* One KV head of some rows of one sequence, CHUNK of its tokens. */
+/* The query heads of a KV head are those of so many states, of `heads` each: where these are more than there are, some
+ * heads belong to two of them. */
+typedef struct {
+    long states, heads;
+} Split;
+
+INLINE Split split_of(long group)
+{
+    long states = (group + GROUP - 1) / GROUP;
+    return (Split){states, (group + states - 1) / states};
+}
+
+INLINE long first_head(Split split, long state, long group) { return least(state * split.heads, group - split.heads); }
+
+/* Some KV heads of some rows of one sequence, CHUNK of its tokens. A query head's part: d floats of the sum of weights
+ * * v, not normalised, the score that has a weight of 1, the sum of the weights. */
 static void decode_piece(const void *job, long piece)
 {
     const Decode *j = job;
     const Step *a = j->step;
     const Cache *cache = j->cache;
-    long chunk = piece % j->chunks, head = piece / j->chunks % a->kv_heads;
-    long row = piece / j->chunks / a->kv_heads * j->together, last = least(row + j->together, j->rows) - 1;
+    long chunk = piece % j->chunks, spans = (a->kv_heads + j->kv_heads - 1) / j->kv_heads;
+    long first = piece / j->chunks % spans * j->kv_heads, kv_heads = least(j->kv_heads, a->kv_heads - first);
+    long row = piece / j->chunks / spans * j->together, rows = least(row + j->together, j->rows);
     long group = a->heads / a->kv_heads, d = a->d, part = d + 2, stride = j->chunks * part;
-    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float)), of_head = cache->head_rows * bytes;
-    const Head keys = {
-        .keys = (const char *)cache->data + head * of_head,
+    long bytes = d * (cache->is_bf16 ? sizeof(bf16) : sizeof(float));
+    const Split split = split_of(group);
+    long count = kv_heads * split.states, vectors = (split.heads * d + LANES - 1) / LANES;
+    State states[count];
+    vec memory[count][2][vectors];
+    const Heads keys = {
+        .keys = cache->data,
         .blocks = j->blocks + (j->lens ? row * a->width : 0),
         .block_rows = cache->block_rows,
         .block_size = cache->block_size,
         .bytes = bytes,
-        .to_values = a->kv_heads * of_head,
-        .length = length_of(j, last),
+        .bytes_apart = cache->head_rows * bytes,
+        .to_values = a->kv_heads * cache->head_rows * bytes,
+        .length = length_of(j, rows - 1),
     };
-    for (; row <= last; row++) {
+    for (; row < rows; row++) {
         long begin = begin_of(j, row, chunk), end = end_of(j, row, chunk);
-        for (long h = head * group; h < (head + 1) * group; h += GROUP) {
-            const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + h) * d;
-            float *at = j->parts + ((row * a->heads + h) * j->chunks + chunk) * part;
-            long heads = least((head + 1) * group - h, GROUP);
-            if (begin < end) attend_heads(queries, &keys, begin, end, d, a->scale, at, stride, cache->is_bf16, heads);
-            else
-                for (long g = 0; g < heads; g++) at[g * stride + d] = -INFINITY;
+        float *parts = j->parts + (row * a->heads * j->chunks + chunk) * part;
+        if (begin >= end) {
+            for (long h = first * group; h < (first + kv_heads) * group; h++) parts[h * stride + d] = -INFINITY;
+            continue;
+        }
+        memset(memory, 0, sizeof memory);
+        for (long i = 0; i < count; i++) {
+            long kv_head = first + i / split.states,
+                 head = kv_head * group + first_head(split, i % split.states, group);
+            const float *queries = j->qkv + (row * (a->heads + 2 * a->kv_heads) + head) * d;
+            State *s = &states[i];
+            *s = (State){.q = (float *)memory[i][0], .sums = (float *)memory[i][1], .kv_head = kv_head};
+            for (long g = 0; g < split.heads; g++) {
+                to_pairs(queries + g * d, a->scale * LOG2E, s->q + g * d, d, cache->is_bf16);
+                s->best[g] = LOWEST;
+            }
+        }
+        attend_states(states, count, &keys, begin, end, d, cache->is_bf16, split.heads);
+        for (long i = 0; i < count; i++) {
+            const State *s = &states[i];
+            float *to = parts + (s->kv_head * group + first_head(split, i % split.states, group)) * stride;
+            for (long g = 0; g < split.heads; g++, to += stride) {
+                from_pairs(s->sums + g * d, to, d, cache->is_bf16);
+                to[d] = s->best[g];
+                to[d + 1] = sum(s->total[g]);
+            }
         }
     }
 }
@@ -311,8 +361,12 @@ static int attend_rows(Pool *pool, Decode job, long longest)
     job.chunks = (longest + CHUNK - 1) / CHUNK;
     job.parts = pool_scratch(pool, job.rows * step->heads * job.chunks * (step->d + 2));
     if (!job.parts) return -1;
-    long pieces = (job.rows + job.together - 1) / job.together * step->kv_heads * job.chunks;
-    parallel(pool, decode_piece, &job, pieces);
+    long spans = (job.rows + job.together - 1) / job.together * job.chunks;
+    /* As many KV heads as lie side by side, but not more than find room in a cache or leave threads without work. */
+    long room = FLOATS / (2 * step->heads / step->kv_heads * step->d);
+    job.kv_heads = job.together > 1 ? 1 : most(1, least(room, spans * step->kv_heads / (PIECES * pool_threads(pool))));
+    job.kv_heads = least(job.kv_heads, step->kv_heads);
+    parallel(pool, decode_piece, &job, spans * ((step->kv_heads + job.kv_heads - 1) / job.kv_heads));
     parallel(pool, merge_piece, &job, job.rows * step->heads);
     return 0;
 }
