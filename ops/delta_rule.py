@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from microvllm.ops.attention import AttentionBackend, AttentionBatch
-from microvllm.ops.attention.pages import lazy_zeros
 from microvllm.ops.causal_conv import convolve_decodes, convolve_segment
+from microvllm.ops.memory import lazy_zeros
 from microvllm.ops.norm import rms_norm
 from microvllm.ops.row_states import StatesByRow, StepRows, in_chunks
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.attention import AttentionBatch
-from microvllm.ops.attention.pages import lazy_zeros
+from microvllm.ops.memory import lazy_zeros
 from microvllm.ops.row_states import StatesByRow, rows_of
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from microvllm.ops.memory import lazy_zeros
 
 
 @dataclass(slots=True)
@@ -38,7 +39,8 @@ class CachePages:
         """
         number, places = self.num_blocks + spare, self.page_size // slot
         if self._memory is None:
-            self._memory = lazy_zeros((number * self.page_size * self.block_size,), self.dtype, self.device)
+            elements = number * self.page_size * self.block_size
+            self._memory = lazy_zeros((elements,), self.dtype, self.device, huge=True)
         if self.is_uniform:
             return self._memory.view(places, planes, number, *block)
         plane, page = math.prod(block), self.page_size * self.block_size
@@ -73,14 +75,3 @@ class LayerPages(NamedTuple):
     def blocks(self, planes: int, block: tuple[int, ...], spare: int = 0) -> Tensor:
         """See `CachePages.blocks`."""
         return self.pages.blocks(self.slot, planes, block, spare)
-
-
-def lazy_zeros(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`, but on a CPU without writing them: memory is taken when something is first stored."""
-    if device.type != "cpu":
-        return torch.zeros(sizes, dtype=dtype, device=device)
-    # Fresh pages are zeros. In small ones, not huge ones: a sequence lies in as many places as there are
-    # heads in all layers.
-    size = max(1, math.prod(sizes) * dtype.itemsize)
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype, count=math.prod(sizes)).view(sizes)

@@ -19,9 +19,9 @@ from microvllm.ops.rotary import RotaryTable, apply_rotary
 class HeadMajorCache:
     """What a model's attention consists of between two steps, where a head's tokens lie side by side.
 
-    The cache is [places, 2 * kv_heads, blocks, block_size, d], keys before values: the blocks of all
-    heads, keys and values, are then gathered by one copy of contiguous block_size * d runs. A layer's place
-    is that in `places`.
+    The cache is [places, 2 * kv_heads, blocks, block_size, d], keys before values, and in memory [places,
+    blocks, 2 * kv_heads, block_size, d]: the keys and values of a block are one run, whichever blocks a
+    sequence has, and a layer's blocks lie in few huge pages. A layer's place is that in `places`.
     """
 
     def __init__(self, config: AttentionConfig, activation_dtype: torch.dtype | None = None) -> None:
@@ -35,7 +35,8 @@ class HeadMajorCache:
         # Zeroed, because a padded row multiplies whatever lies in its slots by zero weight, and
         # 0 * NaN is NaN.
         pages = config.layer_pages
-        self.cache = pages.blocks(2 * shape.num_kv_heads, (config.block_size, shape.head_dim))
+        block = 2 * shape.num_kv_heads, config.block_size, shape.head_dim
+        self.cache = pages.blocks(1, block)[:, 0].transpose(1, 2)
         self.places = pages.places
         self.scales = config.scales or (KVScales(),) * shape.num_layers
         self.sinks = config.sinks

@@ -4,7 +4,7 @@
 
 #include "tuning.h"
 
-/* The paged cache of one layer: [2 * kv_heads, blocks, block_size, d], keys of all heads before values, so many rows of
+/* The paged cache of one layer: [blocks, 2 * kv_heads, block_size, d], keys of all heads before values, so many rows of
  * d from a head to the next and from a block to the next; and the norms of its queries and keys: [d], or null; and of
  * each query head the score of a key without a value, or null. */
 typedef struct {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 
 import torch
 from torch import Tensor
+
+from microvllm.ops.memory import map_memory
 
 CHUNK_BYTES = 64 << 20
 _ALIGNMENT = 128
@@ -26,13 +27,8 @@ class WeightMemory:
         """An uninitialised tensor of `count` numbers."""
         size = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         if self._chunk is None or self._used + size > len(self._chunk):
-            # Private: pages of memory that could be shared have other rules.
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._chunk = mmap.mmap(-1, max(CHUNK_BYTES, size), flags)
+            self._chunk = map_memory(max(CHUNK_BYTES, size), huge=True)
             self._used = 0
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them
-                    self._chunk.madvise(mmap.MADV_HUGEPAGE)
         tensor = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._used)
         self._used += size
         return tensor
