@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from microvllm.ops.coded import CodedTensor
+from microvllm.ops.gpu.coded_gemv import coded_gemv
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.cublas import cublas_linear
 from microvllm.ops.gpu.launch import shared_memory
@@ -20,8 +21,10 @@ from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.tiling import (
     MAX_CODED_ROWS,
+    MAX_EARLY_CODED_ROWS,
     MAX_GATED_CODED_ROWS,
     MAX_WIDE_CODED_ROWS,
+    coded_gemv_tiling,
     coded_tiling,
 )
 
@@ -37,6 +40,7 @@ class CodedProduct(Product):
         """options: those of `Product`."""
         super().__init__(weight, bias, arrivals, **options)
         self._shared_memory = shared_memory(arrivals.device)
+        self._early = MAX_EARLY_CODED_ROWS if levers.early_codes else 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
@@ -45,6 +49,9 @@ class CodedProduct(Product):
         if weight.order is not None:
             x = x.index_select(1, weight.order)
         m, rows = x.shape[0], weight.shape[0]
+        if 0 < m <= self._early:
+            early = coded_gemv_tiling(m, weight.shape[1] // weight.plane, gated=gated)
+            return coded_gemv(x, weight, self._bias, residual, early, gated=gated, pdl=pdl)
         if 0 < m <= (MAX_CODED_ROWS if x.dtype.itemsize == 2 else MAX_WIDE_CODED_ROWS):
             fused = gated and m <= MAX_GATED_CODED_ROWS
             sizes = m, rows // (1 + fused), weight.columns, weight.step

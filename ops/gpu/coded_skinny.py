@@ -331,6 +331,7 @@ def coded_skinny(
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         num_warps=tiling.warps,
+        maxnreg=tiling.max_registers,
         **launch_options(pdl),
     )
     return y

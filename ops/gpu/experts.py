@@ -120,7 +120,7 @@ class GpuExperts:
         x = self._normed(x, self._norm)
         logits = self._router(x if routed is None else routed)
         weights, chosen = choose(logits, self._routing, self._correction, scales=self._scales, pdl=pdl)
-        k, tiling = self._routing.num_chosen, self._tiling(chosen.numel(), x.dtype.itemsize)
+        k, tiling = self._routing.num_chosen, self.tiling(chosen.numel(), x.dtype.itemsize)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
         inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
         if self._plain is not None:
@@ -166,8 +166,8 @@ class GpuExperts:
     def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else rms_norm(x, norm, self._eps, pdl=self._pdl)
 
-    def _tiling(self, num_choices: int, itemsize: int) -> GroupedTiling:
-        """Room for twice the choices that an expert has on average."""
+    def tiling(self, num_choices: int, itemsize: int) -> GroupedTiling:
+        """With room for twice the choices that an expert has on average; itemsize: bytes of a number of x."""
         if self._fixed_order:
             tiling = FIXED_ORDER
         else:

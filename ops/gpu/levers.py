@@ -15,7 +15,7 @@ import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
 OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
-OPT_IN = {"peers", "rules", "long_prompts"}  # not in use unless that variable names them
+OPT_IN = {"peers", "rules", "long_prompts", "early_codes"}  # not in use unless that variable names them
 # Multiplications that an H200 computes in the 10 ms in which the host launches a step's kernels one by one.
 LAUNCHED_PRODUCTS = 4_200_000_000_000
 GLUON_VERSION = "3.6."  # of Triton: the language of `ops.gpu.stream` is not stable
@@ -43,7 +43,8 @@ class Levers:
     MXFP4 of a few tokens are multiplied without sorting; w8a8: of those, products of
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
     rows by `ops.gpu.peers`; rules: penalties, biases and masks of a decode step by graphs of their own;
-    long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models.
+    long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models; early_codes:
+    products of one or two rows with codes of 4 or 8 bits by `ops.gpu.coded_gemv`.
     """
 
     stream: bool = False
@@ -55,6 +56,7 @@ class Levers:
     peers: bool = False
     rules: bool = False
     long_prompts: bool = False
+    early_codes: bool = False
 
     def prompt_tokens(self, num_products: int) -> int:
         """Tokens up to which a step's kernels take the host longer to launch than the GPU to compute.

@@ -177,6 +177,7 @@ def scaled_gemv(
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         num_warps=tiling.warps,
+        maxnreg=tiling.max_registers,
         **launch_options(pdl),
     )
     return y

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Tiling:
     """A program takes block_n rows of the weight (of each half, if gated), block_k columns at a time.
 
-    stages: how many such tiles are in flight; splits: how many programs share the columns.
+    stages: how many such tiles are in flight; splits: how many programs share the columns; max_registers: of
+    a thread, in kernels of codes, None for as many as the compiler takes.
     """
 
     block_n: int
@@ -17,6 +18,7 @@ class Tiling:
     warps: int
     stages: int = 1
     splits: int = 1
+    max_registers: int | None = None
 
 
 def prefers_gemv(m: int, n: int, k: int, *, gated: bool) -> bool:
@@ -113,6 +115,16 @@ def coded_tiling(m: int, n: int, k: int, step: int, shared_memory: int, *, gated
     else:
         programs, stages = (400, 3) if gated else (500, 5)
     return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
+
+
+MAX_EARLY_CODED_ROWS = 2  # of `ops.gpu.coded_gemv`
+
+
+def coded_gemv_tiling(m: int, runs: int, *, gated: bool) -> Tiling:
+    """For one or two rows of x and so many runs of words in a row of codes; splits: parts of that row."""
+    parts = min(4 if gated or m > 1 else 8, 1 << (runs.bit_length() - 1))
+    steps = -(-runs // parts)
+    return Tiling(16, 0, parts * (1 + gated), steps if steps <= 4 else 2, parts)
 
 
 # ---- experts in MXFP4 -----------------------------------------------------------------------------------

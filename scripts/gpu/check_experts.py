@@ -1,7 +1,7 @@
 """Times the experts of one layer against the bytes of those that the tokens choose, and finds their tilings.
 
     python scripts/gpu/check_experts.py [--tune] [--codes] [--models NAME ...] [--rows N ...] [--out FOLDER]
-    python scripts/gpu/check_experts.py --mxfp4 [--models gpt-oss-20b gpt-oss-120b] [--rows N ...]
+    python scripts/gpu/check_experts.py --mxfp4 [--tilings] [--models gpt-oss-20b gpt-oss-120b] [--rows N ...]
 
 Everything is timed inside CUDA graphs, over random tokens that choose other experts in every call; the median
 of the replays is shown. For correctness see tests/ops/test_triton_experts.py, which runs on a GPU, too.
@@ -9,7 +9,8 @@ of the replays is shown. For correctness see tests/ops/test_triton_experts.py, w
 FOLDER/tune_experts.json.
 
 `--mxfp4` times a layer of gpt-oss, sorted by expert and, up to 16 tokens, also without sorting
-(`ops.gpu.mxfp4_experts`), in turns, and prints by how much the two results differ.
+(`ops.gpu.mxfp4_experts`), in turns, and prints by how much the two results differ. With `--tilings` it times
+both sorted products by themselves, the tiling in use (`IN_MXFP4` in `ops/gpu/experts.py`) first.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from microvllm.ops.activation import CLAMPED
 from microvllm.ops.experts import ExpertBiases, ExpertWeights
 from microvllm.ops.gpu import experts as gpu_experts
 from microvllm.ops.gpu.expert_gemv import expert_gemv
-from microvllm.ops.gpu.experts import MAX_GEMV_TOKENS
+from microvllm.ops.gpu.experts import MAX_GEMV_TOKENS, GpuExperts
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight, sum_choices
+from microvllm.ops.gpu.mxfp4 import Mxfp4Weight
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.routing import choose, sort_choices
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.mxfp4 import Mxfp4Tensor
-from microvllm.ops.operators import Operator
 from microvllm.ops.routing import Routing
 from microvllm.ops.scaled import E4M3, ScaledTensor
 
@@ -52,6 +53,7 @@ MODELS = {
     "gpt-oss-20b": (2880, 2880, 32, 4),
     "gpt-oss-120b": (2880, 2880, 128, 4),
 }
+MXFP4_SHAPES = ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3))  # columns, warps, stages
 CALLS = 8  # with other tokens each
 Call = Callable[[], object]
 
@@ -111,7 +113,12 @@ class Mxfp4Layer(Layer):
             biases=ExpertBiases(None, *(normal(rows) for rows, _ in shapes)),
         )
         self.norm = normal(self.hidden) + 1, 1e-6
-        self.ways = {name: self._experts(few) for name, few in (("sorted", False), ("few", True))}
+        gate_up, down = self.weights.biases.gate_up, self.weights.biases.down
+        self.gate_up = Mxfp4Weight(self.weights.gate_up, self.width, gate_up, gated=True, clamped=True)
+        self.down = Mxfp4Weight(self.weights.down, self.hidden, down)
+        self.ways: dict[str, GpuExperts] = {
+            name: self._experts(few) for name, few in (("sorted", False), ("few", True))
+        }
 
     def _random(self, rows: int, columns: int) -> Mxfp4Tensor:
         """Of as many random rows as an expert has, for all of them: other bits read no faster."""
@@ -119,10 +126,12 @@ class Mxfp4Layer(Layer):
         words, scales = one.as_subclass(Tensor), one.scales
         return Mxfp4Tensor.of(words.repeat(self.count, 1), columns, scales.repeat(self.count, 1))
 
-    def _experts(self, few: bool) -> Operator:
+    def _experts(self, few: bool) -> GpuExperts:
         operators = GpuOperators(BF16, DEVICE, "triton")
         operators.levers = replace(operators.levers, few_mxfp4=few)
-        return operators.experts(self.norm, self.weights, self.routing, CLAMPED)[1]
+        made = operators.experts(self.norm, self.weights, self.routing, CLAMPED)[1]
+        assert isinstance(made, GpuExperts)
+        return made
 
     def bytes_of(self, xs: list[Tensor]) -> float:
         distinct = sum(self.choices(x)[1].unique().numel() for x in xs) / len(xs)
@@ -147,6 +156,30 @@ def time_both_ways(layer: Mxfp4Layer, rows: int) -> None:
         one, other = (experts(xs[0], None).float() for experts in ways.values())
         shown.append(f"differing by {float((one - other).norm() / one.norm()):.1e}")
     print(f"{rows:5} tokens: floor {floor:6.1f} us, {read / 1e6:6.1f} MB; " + "; ".join(shown), flush=True)
+
+
+def time_tilings(layer: Mxfp4Layer, rows: int) -> None:
+    """The sorted products, each alone, with as many rows of a tile as are in use and with half of them."""
+    xs = layer.tokens(rows)
+    for name, call in (("gate_up", gated_call), ("down", down_call)):
+        used = layer.ways["sorted"].tiling(rows * layer.chosen, BF16.itemsize)
+        shapes = itertools.product((used.rows, max(8, used.rows // 2)), MXFP4_SHAPES)
+        tilings = [
+            replace(used, rows=each, columns=columns, warps=warps, stages=stages)
+            for each, (columns, warps, stages) in shapes
+        ]
+        times = {}
+        for tiling in dict.fromkeys((used, *tilings)):
+            try:
+                calls = [call(layer, x, tiling) for x in xs]
+                times[tiling] = graph_ms(calls) / len(calls) * 1e3
+            except OutOfResources:
+                continue
+        shown = "  ".join(
+            f"{us:.1f} {(each.rows, each.columns, each.warps, each.stages)}"
+            for each, us in sorted(times.items(), key=lambda each: each[1])
+        )
+        print(f"{rows:5} tokens, {name}: {shown}; in use {times[used]:.1f}", flush=True)
 
 
 def time_layer(layer: Layer, rows: int) -> None:
@@ -318,6 +351,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--codes", action="store_true", help="matrices in FP8, unless --tune")
     parser.add_argument("--mxfp4", action="store_true", help="matrices in MXFP4, of gpt-oss")
+    parser.add_argument("--tilings", action="store_true", help="of the sorted products, for --mxfp4")
     parser.add_argument("--models", nargs="*", choices=MODELS)
     parser.add_argument("--rows", nargs="*", type=int)
     parser.add_argument("--tiles", nargs="*", type=int, default=[16], help="rows of a tile, for --tune")
@@ -327,6 +361,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.mxfp4 and (args.tune or args.codes):
         parser.error("--mxfp4 goes with neither --tune nor --codes")
+    if args.tilings and not args.mxfp4:
+        parser.error("--tilings goes with --mxfp4")
     few = [1, 2, 4, 8, 16, 35, 64]
     all_rows = args.rows or [*few, *([256] if args.mxfp4 else [128, 256, 1024, 8192])]
     gpu_experts.MAX_MXFP4_TOKENS = 16
@@ -337,6 +373,10 @@ def main() -> None:
                 tune(model, all_rows, args.tiles, args.out, args.seconds, args.processes)
                 continue
             layer = Mxfp4Layer(model) if args.mxfp4 else Layer(model, codes=args.codes)
+            if args.tilings and isinstance(layer, Mxfp4Layer):
+                for rows in all_rows:
+                    time_tilings(layer, rows)
+                continue
             for rows in all_rows:
                 time_both_ways(layer, rows) if isinstance(layer, Mxfp4Layer) else time_layer(layer, rows)
             for rows in all_rows:

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from coded_registers import SHARED_MEMORY, Hopper, resources
+from count_instructions import SHARED_MEMORY, Hopper, resources
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 

@@ -33,6 +33,7 @@ from microvllm.ops.attention.triton_backend import TritonAttention
 from microvllm.ops.attention.triton_decode import DecodeTiling
 from microvllm.ops.coded import CodedTensor, pack
 from microvllm.ops.gpu.bitmask import apply_bitmask
+from microvllm.ops.gpu.coded_gemv import coded_gemv
 from microvllm.ops.gpu.coded_skinny import coded_skinny
 from microvllm.ops.gpu.fixed_order import fixed_order_linear
 from microvllm.ops.gpu.launch import can_launch_early
@@ -44,7 +45,13 @@ from microvllm.ops.gpu.sampling import Delivery, TokenSampler
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.step_inputs import STAGED, prepare_decode
-from microvllm.ops.gpu.tiling import MAX_CODED_ROWS, MAX_SKINNY_ROWS, MAX_STREAMED_ROWS, Tiling
+from microvllm.ops.gpu.tiling import (
+    MAX_CODED_ROWS,
+    MAX_SKINNY_ROWS,
+    MAX_STREAMED_ROWS,
+    Tiling,
+    coded_gemv_tiling,
+)
 from microvllm.ops.scaled import ScaledTensor, quantize
 
 DEVICE = torch.device("cuda")
@@ -54,6 +61,7 @@ MODULES = (
         "bitmask",
         "causal_conv",
         "coded_expert_gemv",
+        "coded_gemv",
         "coded_grouped",
         "coded_skinny",
         "delta_decode",
@@ -255,6 +263,9 @@ def coded() -> None:
                 ops.linear(weight, normal(2 * width))(normal(rows, hidden), normal(rows, 2 * width)),
             )
         for pdl in {False, can_launch_early(DEVICE)}:
+            early = coded_gemv_tiling(2, weight.shape[1] // weight.plane, gated=True)
+            y = coded_gemv(normal(2, hidden), weight, None, None, early, gated=True, pdl=pdl)
+            check("coded product of two rows", y)
             x, tiling = normal(70, hidden), Tiling(64, 0, 4, 2, splits=2)
             y = coded_skinny(x, weight, arrivals, None, None, tiling, gated=True, pdl=pdl)
             check("coded product", y, arrivals)

@@ -5,8 +5,9 @@
 A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of
 codes and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the way in
 use. "plain" multiplies gate and up as one product, and leaves SwiGLU to a kernel of its own; of more rows
-than 8 both ways are timed. `coded_registers.py` shows what their kernels take. Everything is a CUDA graph
-over copies that together do not fit the L2 cache. --compile only fills Triton's cache.
+than 8 both ways are timed. "gemv" is `ops.gpu.coded_gemv`, which `MICROVLLM_GPU_ON=early_codes` puts to use.
+`count_instructions.py` shows what their kernels execute and take. Everything is a CUDA graph over copies that
+together do not fit the L2 cache. --compile only fills Triton's cache.
 """
 
 from __future__ import annotations
@@ -25,52 +26,65 @@ from torch import Tensor
 
 from microvllm.ops.coded import CodedTensor, pack
 from microvllm.ops.gpu.activation import silu_and_mul
+from microvllm.ops.gpu.coded_gemv import coded_gemv
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.launch import shared_memory
 from microvllm.ops.gpu.tiling import MAX_GATED_CODED_ROWS, Tiling, coded_tiling
 
 GROUP, STEP = 128, 256
-# block_n, warps, stages, programs
 FEW = (
-    *((64, 4, stages, programs) for stages in (3, 4) for programs in (132, 264, 400, 528)),
-    (64, 4, 5, 500),
-    *((64, 8, 3, programs) for programs in (264, 528)),
-    *((128, 4, 3, programs) for programs in (132, 264)),
-    *((128, 8, stages, programs) for stages in (3, 4) for programs in (132, 264)),
-    (32, 2, 4, 1000),
+    *((64, 4, stages, programs, None) for stages in (3, 4) for programs in (132, 264, 400, 528)),
+    (64, 4, 5, 500, None),
+    *((128, 4, 3, programs, None) for programs in (132, 264)),
+    (32, 2, 4, 1000, None),
 )
+# block_n, warps, stages, programs, registers. Counted, each program of 64 rows reads x again, which takes the
+# L2 cache longer than the codes take the memory; 8 warps of 64 rows execute 1.6 times what 4 do.
 MANY = (
-    *((64, 4, stages, programs) for stages in (2, 3) for programs in (132, 264)),
-    *((64, 8, stages, programs) for stages in (2, 3) for programs in (132, 264, 528)),
-    *((128, 8, stages, programs) for stages in (2, 3) for programs in (66, 132, 264)),
-    *((256, 8, 2, programs) for programs in (66, 132)),
-    *((256, 16, 2, programs) for programs in (66, 132)),
+    *((64, 4, stages, programs, None) for stages in (2, 3) for programs in (132, 224, 264)),
+    *((64, 4, 2, programs, 168) for programs in (132, 224, 336)),  # three programs on a multiprocessor
+    *((128, 8, stages, programs, None) for stages in (2, 3) for programs in (66, 132, 252)),
+    *((128, 8, 2, programs, 128) for programs in (132, 252)),
+    *((128, 4, 2, programs, None) for programs in (132, 252)),
+)
+# block_n, warps, runs of words ahead, parts of a row, of `coded_gemv`
+GEMV = (
+    *((16, 8, ahead, 8) for ahead in (1, 2, 3)),
+    *((16, 4, ahead, 8) for ahead in (1, 2)),
+    *((16, 4, ahead, 4) for ahead in (2, 4)),
+    *((16, 8, ahead, 4) for ahead in (1, 2, 4)),  # gated: a warp for each half of each part
+    *((16, warps, 4, 2) for warps in (2, 4)),
+    (32, 8, 2, 4),
 )
 COPIES_MB = 150
 
 
 class Way(NamedTuple):
-    """tiling: of the product; plain: gate and up are one product without SwiGLU."""
+    """tiling: of the product; plain: gate and up are one product without SwiGLU; gemv: by `coded_gemv`."""
 
     tiling: Tiling
     plain: bool = False
+    gemv: bool = False
 
 
 Job = tuple[int, Product, Way, bool]
 
 
-def candidates(rows: int, product: Product) -> Iterator[Way]:
-    """The way in use first."""
+def candidates(rows: int, product: Product, memory: int) -> Iterator[Way]:
+    """The way in use first. memory: bytes of shared memory that a program may have."""
     n, k, gated, _, _ = product
     plain = gated and rows > MAX_GATED_CODED_ROWS
-    sizes = rows, n * (1 + plain), k, STEP, shared_memory(DEVICE)
+    sizes = rows, n * (1 + plain), k, STEP, memory
     yield Way(coded_tiling(*sizes, gated=gated and not plain), plain)
     for plain in (False, True) if gated and rows > 8 else (False,):
         columns = n * (1 + plain)
-        for block_n, warps, stages, programs in FEW if rows <= 8 else MANY:
+        for block_n, warps, stages, programs, registers in FEW if rows <= 8 else MANY:
             splits = max(1, min(-(-programs // -(-columns // block_n)), k // (2 * STEP)))
             if not gated or plain or rows <= 8 or block_n == 64:  # others spill
-                yield Way(Tiling(block_n, STEP, warps, stages, splits), plain)
+                yield Way(Tiling(block_n, STEP, warps, stages, splits, registers), plain)
+    for block_n, warps, ahead, parts in GEMV if rows <= 2 else ():
+        if rows * parts <= 8 and warps * 16 <= block_n * parts * (1 + gated):
+            yield Way(Tiling(block_n, STEP, warps, ahead, parts), gemv=True)
 
 
 def random_codes(product: Product, *, has_zeros: bool) -> CodedTensor:
@@ -90,6 +104,8 @@ def call(
 
     def multiply() -> Tensor:
         fused = gated and not way.plain
+        if way.gemv:
+            return coded_gemv(x, weight, None, added, way.tiling, gated=fused, pdl=True)
         y = coded_skinny(x, weight, arrivals, None, added, way.tiling, gated=fused, pdl=True)
         return silu_and_mul(y, pdl=True) if way.plain else y
 
@@ -119,7 +135,7 @@ def time_product(name: str, rows: int, product: Product, floor: float, *, has_ze
     ]
     weights = (weights * 12)[: max(12, len(weights))]
     arrivals, times = room(), dict[Way, float]()
-    for way in dict.fromkeys(candidates(rows, product)):
+    for way in dict.fromkeys(candidates(rows, product, shared_memory(DEVICE))):
         try:
             calls = [call(rows, product, way, weight, arrivals) for weight in weights]
             times[way] = graph_ms(calls, 5) / len(calls) * 1e3
@@ -127,11 +143,12 @@ def time_product(name: str, rows: int, product: Product, floor: float, *, has_ze
             print(f"no {name} {way}: {error}"[:160], flush=True)
     order = sorted(times, key=times.__getitem__)
     shown = "  ".join(
-        f"{times[way]:.1f} {'plain ' * way.plain}{(t.block_n, t.warps, t.stages, t.splits)}"
+        f"{times[way]:.1f} {'plain ' * way.plain}{'gemv ' * way.gemv}"
+        f"{(t.block_n, t.warps, t.stages, t.splits, t.max_registers)}"
         for way in order
         for t in [way.tiling]
     )
-    used = times[next(candidates(rows, product))]
+    used = times[next(candidates(rows, product, shared_memory(DEVICE)))]
     rate = megabytes / times[order[0]]
     print(
         f"{name} {rows} rows, {megabytes:.1f} MB ({megabytes / floor:.1f} us): {shown}; {rate:.2f} TB/s; "
@@ -162,7 +179,7 @@ def main() -> None:
                 for rows in sorted({8 if rows <= 8 else 32 if rows <= 32 else 64 for rows in args.rows})
                 for name, product in products(model).items()
                 if name != "head"
-                for way in candidates(rows, product)
+                for way in candidates(rows, product, shared_memory(DEVICE))
             }
             with multiprocessing.get_context("spawn").Pool(
                 min(args.processes, len(os.sched_getaffinity(0)))

@@ -8,38 +8,27 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from compile_for_hopper import Hopper
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "gpu"))
 
 
 def main() -> None:
-    driver.set_active(Hopper())  # type: ignore[arg-type]
-    from coded_registers import resources
+    from count_instructions import compile_only, resources
 
     from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor
     from microvllm.ops.experts import ExpertBiases
+    from microvllm.ops.gpu.coded_gemv import coded_gemv
     from microvllm.ops.gpu.coded_grouped import CodedGroupedWeight
     from microvllm.ops.gpu.coded_skinny import coded_skinny
     from microvllm.ops.gpu.grouped import GroupedTiling
     from microvllm.ops.gpu.mxfp4_experts import mxfp4_experts
     from microvllm.ops.gpu.routing import SortedChoices
-    from microvllm.ops.gpu.tiling import coded_tiling
+    from microvllm.ops.gpu.tiling import coded_gemv_tiling, coded_tiling
     from microvllm.ops.mxfp4 import Mxfp4Tensor
 
-    compiled: list[Any] = []
-
-    def compile_only(self: Any, grid: Any) -> Any:
-        return lambda *args, **options: compiled.append(
-            JITFunction.run(self, *args, grid=grid, warmup=True, **options)
-        )
-
-    JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
+    launches = compile_only()
 
     def weight(rows: int, bits: int, group: int, offsets: bool) -> CodedTensor:
         plane = NARROW_PLANE if group == 16 else PLANE
@@ -48,12 +37,14 @@ def main() -> None:
         return CodedTensor.of(words, bits, 1024, group, scales, scales if offsets else None, plane=plane)
 
     def report(name: str, rows: int, place: int = -1) -> None:
-        kernel, used = compiled[place], resources(compiled[place])
+        kernel = launches[place].kernel
+        used, before = resources(kernel), kernel.asm["ptx"].partition("griddepcontrol.wait")[0]
         shown = {
             "name": name,
             "rows": rows,
             "registers": used["REG"],
             "spills": max(used["STACK"], used["LOCAL"]),
+            "early loads": before.count("ld.global.v4"),
         }
         print(json.dumps({**shown, "shared memory": kernel.metadata.shared}))
 
@@ -69,6 +60,10 @@ def main() -> None:
         choices, rows = SortedChoices(count, count, count, count), grouped.max_rows
         grouped(x, choices, 1, GroupedTiling(rows, 64, 64, 4, 2))
         report(f"experts {name}", rows)
+    made = weight(2 * 512, *kinds["AWQ"])
+    early = coded_gemv_tiling(1, made.shape[1] // made.plane, gated=True)
+    coded_gemv(torch.zeros(1, 1024).bfloat16(), made, None, None, early, gated=True, pdl=True)
+    report("early AWQ", 1)
     hidden = 2880  # gpt-oss's
     matrices = [
         Mxfp4Tensor.of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how 
 
 from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor, pack
+from microvllm.ops.gpu.coded_gemv import coded_gemv
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES
@@ -117,6 +119,34 @@ def test_a_product(
     assert not arrivals.any()
 
 
+@pytest.mark.parametrize("dtype", [DTYPES[-1]], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "group", "zeros"),
+    [(4, 128, False), (4, 32, True), (4, 1000, True), (8, 64, False), (4, 16, "offsets")],
+)
+@pytest.mark.parametrize(("gated", "rows", "parts", "ahead"), [(True, 1, 4, 2), (False, 2, 2, 1)])
+def test_a_product_of_whole_sums(
+    gated: bool,
+    rows: int,
+    parts: int,
+    ahead: int,
+    bits: int,
+    group: int,
+    zeros: bool | str,
+    dtype: torch.dtype,
+) -> None:
+    """By `coded_gemv`: rows that a tile has too many of, and parts without words."""
+    n, k = 48, 700
+    x = random(rows, k, seed=1, dtype=dtype)
+    weight = coded(2 * n if gated else n, k, bits, group, zeros=zeros, seed=2)
+    bias = random(weight.shape[0], seed=3, dtype=dtype)
+    residual = None if gated else random(rows, n, seed=4, dtype=dtype)
+    expected = linear(x.float(), weight.dequantized(torch.float32), bias.float())
+    expected = silu_and_mul(expected) if gated else expected + random(rows, n, seed=4, dtype=dtype).float()
+    y = coded_gemv(x, weight, bias, residual, Tiling(32, 0, parts, ahead, parts), gated=gated)
+    assert y.dtype == dtype and relative_error(y, expected) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("bits", "group", "zeros"),
@@ -131,12 +161,19 @@ def test_the_values_of_the_codes_are_written_as_they_are(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 20, MAX_GATED_CODED_ROWS + 1, MAX_CODED_ROWS + 1])
-def test_what_a_decoder_calls(rows: int, ordered: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "early"),
+    [
+        *((rows, False) for rows in (1, 3, 20, MAX_GATED_CODED_ROWS + 1, MAX_CODED_ROWS + 1)),
+        (1, True),
+    ],
+)
+def test_what_a_decoder_calls(rows: int, early: bool, ordered: bool) -> None:
     """Whichever way a number of rows goes, with the tilings that are chosen for it."""
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16 if rows > 8 else torch.float32
     ops, hidden, width = GpuOperators(dtype, DEVICE, "triton"), 96, 64
     assert CodedTensor in ops.packed
+    ops.levers = replace(ops.levers, early_codes=early)
     x, norm = random(rows, hidden, seed=1, dtype=dtype), random(hidden, seed=2, dtype=dtype)
     up = coded(2 * width, hidden, 4, 32, zeros=True, seed=3)
     down = coded(hidden, width, 8, 32, zeros=False, seed=4)
