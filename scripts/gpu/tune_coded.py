@@ -176,7 +176,12 @@ def main() -> None:
             todo = {
                 (rows, product, way, args.zeros): None
                 for model in args.models
-                for rows in sorted({8 if rows <= 8 else 32 if rows <= 32 else 64 for rows in args.rows})
+                for rows in sorted(
+                    {
+                        rows if rows <= 2 else 8 if rows <= 8 else 32 if rows <= 32 else 64
+                        for rows in args.rows
+                    }
+                )
                 for name, product in products(model).items()
                 if name != "head"
                 for way in candidates(rows, product, shared_memory(DEVICE))
