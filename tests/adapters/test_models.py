@@ -7,6 +7,7 @@ nearer to each other than rounding can tell apart (`NEAR_TIE`).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,23 @@ def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:
     return logits
 
 
+def reference_batches(model: Any, sequences: list[list[int]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index, [len, vocab]) of each: eight at a time of similar lengths, filled up behind their ends."""
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    for start in range(0, len(order), 8):
+        chosen = order[start : start + 8]
+        longest = len(sequences[chosen[-1]])
+        rows = [sequences[index] + [0] * (longest - len(sequences[index])) for index in chosen]
+        with torch.inference_mode():
+            logits = model(torch.tensor(rows)).logits
+        yield from ((index, logits[i, : len(sequences[index])]) for i, index in enumerate(chosen))
+
+
+def is_greedy(prompt: list[int], tokens: list[int], logits: torch.Tensor) -> bool:
+    """Whether `tokens` are the argmax of `logits`, those after `prompt + tokens`."""
+    return bool(logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens)
+
+
 def assert_greedy(prompt: list[int], tokens: list[int], logits: torch.Tensor, label: str) -> int:
     """`tokens` are the argmax of `logits`, those of transformers after `prompt + tokens`.
 
@@ -65,22 +83,25 @@ def assert_greedy(prompt: list[int], tokens: list[int], logits: torch.Tensor, la
 def test_greedy_tokens_and_logits_are_those_of_transformers(name: str) -> None:
     """64 prompts x 64 tokens together, then the logits of a prompt and of decode steps.
 
-    Plain torch, which takes three times as long, generates after every fourth prompt.
+    Plain torch, which takes three times as long, generates after every eighth prompt.
     """
     folder = variant_folder(name)
     model = reference(folder)
     prompts = make_prompts(64, TOKENIZER_SIZE, longest=90)
     compared: list[list[int]] = []
-    for backend, chosen in zip(BACKENDS, (prompts, prompts[::4]), strict=True):
+    for backend, chosen in zip(BACKENDS, (prompts, prompts[::8]), strict=True):
         engine = make_engine(folder, num_gpu_blocks_override=512, attention_backend=backend)
         outputs = generate_ids(engine, chosen, 64)
-        if outputs == compared[::4]:
+        if outputs == compared[::8]:
             continue  # the usual case: what follows was just found true of the very same tokens
         ties = 0
-        for number, (prompt, tokens) in enumerate(zip(chosen, outputs, strict=True)):
-            assert len(tokens) == 64
-            logits = reference_logits(model, prompt + tokens)
-            ties += assert_greedy(prompt, tokens, logits, f"{name} on {backend}, prompt {number}")
+        assert {len(tokens) for tokens in outputs} == {64}
+        sequences = [prompt + tokens for prompt, tokens in zip(chosen, outputs, strict=True)]
+        for number, batched in reference_batches(model, sequences):
+            prompt, tokens = chosen[number], outputs[number]
+            if not is_greedy(prompt, tokens, batched):  # a near tie, or a rope that depends on the longest
+                logits = reference_logits(model, prompt + tokens)
+                ties += assert_greedy(prompt, tokens, logits, f"{name} on {backend}, prompt {number}")
         assert ties <= 4
         assert 4 * len({tuple(tokens) for tokens in outputs}) > 3 * len(outputs), "it says always the same"
         compared = outputs
