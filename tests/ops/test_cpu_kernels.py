@@ -262,7 +262,7 @@ def matrix_operators(request: pytest.FixtureRequest) -> CpuOperators:
     return CpuOperators(library_of(EMULATED), 3)
 
 
-@examples(100)
+@examples(50)
 @given(
     st.one_of(
         st.integers(Tuning().matrix_rows, MAX_KERNEL_ROWS_BF16), st.integers(MAX_KERNEL_ROWS_BF16 + 1, 1200)
