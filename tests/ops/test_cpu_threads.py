@@ -77,10 +77,16 @@ def test_the_kernels_have_the_threads_they_are_told_and_none_runs_when_idle() ->
     product = operators.linear(torch.randn(640, 64))
     for _ in range(20):
         product(torch.randn(3, 64))
-    time.sleep(0.2)  # all of them have stopped spinning
-    begin = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - begin < 0.05
+
+    def states() -> list[list[str]]:
+        stats = (Path(f"/proc/self/task/{task}/stat").read_text() for task in sorted(started))
+        fields = [stat.rpartition(")")[2].split() for stat in stats]
+        return [[each[0], *each[11:13]] for each in fields]  # and the processor time of each thread
+
+    wait_until(lambda: all(state == "S" for state, *_ in states()), "all have stopped spinning")
+    asleep = states()
+    time.sleep(0.3)
+    assert states() == asleep
     del operators, product
     wait_until(lambda: not started & tasks(), "they are gone, which is a moment after they are joined")
 
