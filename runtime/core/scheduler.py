@@ -166,8 +166,7 @@ class Scheduler:
         if not scheduled:
             return None
         released, self._released_rows = tuple(self._released_rows), []
-        restored, kept = self.kv.states.copies()
-        return StepPlan(released, tuple(admitted), tuple(scheduled), restored, kept)
+        return StepPlan(released, tuple(admitted), tuple(scheduled), *self.kv.states.copies())
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
         """Add a step's tokens to its requests. Plans are committed in the order of `schedule`."""
@@ -356,9 +355,11 @@ class Scheduler:
     def _let_follow(self, request: Request) -> None:
         """Queue the requests again that have waited for this one's blocks, each at its old place."""
         if request.leads is not None:
-            for follower in self._following.pop(request.leads)[:]:
-                self._enter(self._waiting, follower)
-            request.leads = None
+            followers, request.leads = self._following.pop(request.leads), None
+            for follower in followers:
+                follower.queue = self._waiting
+            # Merges two sorted runs: to insert one after the other would be quadratic.
+            self._waiting[:] = sorted(self._waiting + followers)
 
     def _preempt(self, request: Request) -> None:
         """Give back row and blocks and wait again, at the old place in the queue."""

@@ -562,6 +562,30 @@ def test_followers_go_on_without_their_leader(async_scheduling: bool) -> None:
     assert engine.answers[1].same_text(run_alone(samples[1]))
 
 
+def test_followers_return_to_the_queue_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By merging what is sorted: ten thousand that are inserted one by one hold all others up."""
+    engine = Engine(max_num_seqs=2, max_num_batched_tokens=34, long_prefill_token_threshold=8)
+    samples = [make_request(i, SHARED, 2) for i in range(300)]
+    engine.add(*samples[1::2], make_request(999, [20, 21, 22], 30, eos=None), *samples[::2])
+    engine.step()
+    scheduler = engine.core.scheduler
+    (leader,) = (request for request in scheduler._running if request.leads)
+    assert len(scheduler._following[leader.leads]) == 149
+    compared = 0
+
+    def before(self: Request, other: Request) -> bool:
+        nonlocal compared
+        compared += 1
+        return self.order < other.order
+
+    monkeypatch.setattr(Request, "__lt__", before)
+    scheduler._let_follow(leader)
+    assert compared < 2 * len(samples) and not scheduler._following
+    assert scheduler._waiting == sorted(scheduler._waiting, key=lambda request: request.order)
+    assert engine.core.abort(5) and scheduler.num_waiting == 298
+    assert len(engine.drain()) == len(samples)
+
+
 def test_nobody_waits_for_a_prompt_under_another_salt() -> None:
     engine = Engine(max_num_batched_tokens=128)
     engine.add(*(make_request(i, SHARED, 5, salt=salt) for i, salt in enumerate(["a", "b"])))
