@@ -89,7 +89,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._params = RowParameters(num_rows, vocab_size)
-        self._unseeded = random.Random(seed)
+        self._unseeded = random.Random(seed & _UINT64)  # `Random(-1)` is `Random(1)`
         self._rules = LogitRules(num_rows, vocab_size, device)
         self._logprobs = RowLogprobs(logprobs_mode, device)
 

@@ -266,6 +266,7 @@ def test_the_engine_seed_decides_what_unseeded_requests_draw() -> None:
         return choose(sampler, logits, range(50), [0] * 50)
 
     assert tokens(1) == tokens(1) != tokens(2)
+    assert tokens(-1) == tokens(-1) != tokens(1)
 
 
 # ---- rows that are broken, and masks --------------------------------------------------------------
