@@ -3,7 +3,7 @@
 uvicorn with httptools takes a header of 50 MB, any number of headers and of trailers behind a chunked body,
 all requests of 30 bytes that fit into 256 KB at once, and waits indefinitely for the second half of a request
 line or for a client that has stopped reading. This protocol bounds all of them. Trailers are dropped: a key
-or a content type counts only in the head (RFC 9110, 6.5.1).
+or a content type counts only in the head (RFC 9110, 6.5.1). `Upgrade` is ignored (7.8), and the body read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import http
 from collections.abc import Callable
 from typing import Any, cast
 
+import httptools
 import orjson
 import uvicorn
 from starlette.types import ASGIApp
@@ -173,7 +174,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         else:
             self._framing_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+            return
         # The parser passes on a header or a trailer only when it is whole, so an endless one is seen here.
         too_long = (
             self._head_bytes > MAX_HEAD_BYTES if self._in_head else self._framing_bytes > MAX_FRAMING_BYTES
@@ -181,6 +188,27 @@ class GuardedProtocol(HttpToolsProtocol):
         if too_long and not self.transport.is_closing():
             self._refusal = 431
             self.send_400_response("")
+
+    def _parse(self, data: bytes) -> None:
+        """Parse `data`, and every head that has an `Upgrade` a second time without it.
+
+        The parser ends such a request at its head, as if what follows were another protocol, although it may
+        have a body: `curl --http2` and Java's HttpClient send `Upgrade: h2c` with every request.
+        """
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as stop:
+                rest = rest[stop.args[0] :]
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            # The old one would skip all that follows `Connection: close`.
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -219,10 +247,18 @@ class GuardedProtocol(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         if self.parser.get_http_version() == "1.1" and hosts != 1:
             self._refuse(400)
+        if self.parser.get_method() == b"CONNECT":  # has no end that could be known
+            self._refuse(400)
+        if self.parser.should_upgrade():
+            return  # `_parse` begins anew
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:  # its task has not begun
             self.cycle.message_event = Flag()  # type: ignore[assignment]
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def _refuse(self, status: int) -> None:
         self._refusal = status

@@ -1,0 +1,180 @@
+"""The protocol on bytes in any pieces: a request with `Upgrade` is the same request without it."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+from typing import Any
+
+import pytest
+from fake_client import FakeClient
+from http_tools import real_server
+from process_tools import PATIENCE_S
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from microvllm.openai_compat.transport import protocol
+from microvllm.openai_compat.transport.protocol import GuardedProtocol, http_config
+
+HEAD = b"POST /a%20b?c=d HTTP/1.1\r\nHost: a\r\nX: y z\r\n"
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nuPGRADE: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+NEXT = b"GET /next HTTP/1.1\r\nHost: a\r\n\r\n"
+WITH_LENGTH = b"Content-Length: 12\r\n\r\nGET / HTTP/1"  # a body that reads like a request
+IN_CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\n\r\n\r\n0\r\nUpgrade: h2c\r\n\r\n"
+
+
+class Pipe(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with the request, but for `Upgrade` and what goes with it."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    hop_by_hop = (b"connection", b"upgrade", b"http2-settings")
+    headers = [header for header in scope["headers"] if header[0] not in hop_by_hop]
+    seen = repr([scope[key] for key in ("method", "path", "query_string", "http_version")] + [headers, body])
+    length = b"%d" % len(seen)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    await send({"type": "http.response.body", "body": seen.encode()})
+
+
+async def exchange(*parts: bytes) -> tuple[bytes, bool]:
+    """Return what the protocol answers to `parts`, one after the other, and whether it closed."""
+    connection = GuardedProtocol(CONFIG, ServerState(), {})
+    pipe = Pipe()
+    connection.connection_made(pipe)
+    for part in parts:
+        connection.data_received(part)
+        await asyncio.sleep(0)
+    for _ in range(1000):  # nothing but bytes is waited for
+        if pipe.closed or not connection.tasks:
+            break
+        await asyncio.sleep(0)
+    answer = pipe.written, pipe.closed
+    connection.connection_lost(None)
+    return answer
+
+
+CONFIG = http_config(echo, log_level="error")
+CONFIG.load()
+
+
+def count(answer: bytes) -> int:
+    return answer.count(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "rest",
+    [
+        WITH_LENGTH + NEXT,
+        IN_CHUNKS + NEXT,
+        b"\r\n" + NEXT,
+        b"Connection: close\r\n" + WITH_LENGTH,
+        IN_CHUNKS + HEAD + UPGRADE + WITH_LENGTH + NEXT,
+    ],
+    ids=["length", "chunks", "no body", "close", "two"],
+)
+async def test_upgrade_is_ignored_wherever_the_bytes_are_cut(rest: bytes) -> None:
+    expected = await exchange(HEAD + rest.replace(UPGRADE, b""))
+    assert count(expected[0]) == 1 + rest.count(b"Host:") and expected[1] == (b"close" in rest)
+    sent = HEAD + UPGRADE + rest
+    for cut in range(len(sent)):
+        assert await exchange(sent[:cut], sent[cut:]) == expected, cut
+    assert await exchange(*(sent[at : at + 1] for at in range(len(sent)))) == expected
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        (b"X: " + b"y" * protocol.MAX_HEAD_BYTES + b"\r\n\r\n", b"431"),
+        (b"X: y\r\n" * protocol.MAX_HEADERS + b"\r\n", b"431"),
+        (b"X: " + b"y" * 2 * protocol.MAX_HEAD_BYTES, b"431"),
+        (b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"y" * 20_000, b"431"),
+        (b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 4000, b"431"),
+        (b"Transfer-Encoding: chunked\r\n\r\n1;" + b"y" * 20_000, b"431"),
+        (b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n", b"400"),
+        (b"Transfer-Encoding: chunked\r\n" + WITH_LENGTH, b"400"),
+        (b"Content-Length: 1\r\n" + WITH_LENGTH, b"400"),
+        (WITH_LENGTH + b"no request\r\n\r\n", b"400"),
+        (b"Host: b\r\n\r\n", b"400"),
+        (b"X: y\r\n z\r\n\r\n", b"400"),
+    ],
+    ids=range(13),
+)
+async def test_a_request_with_upgrade_has_the_limits_of_any_other(rest: bytes, status: bytes) -> None:
+    def pieces(sent: bytes) -> list[bytes]:
+        return [sent[at : at + 4096] for at in range(0, len(sent), 4096)]
+
+    assert await exchange(HEAD + UPGRADE + rest) == await exchange(HEAD + rest)
+    answer, closed = await exchange(*pieces(HEAD + UPGRADE + rest))
+    assert (answer, closed) == await exchange(*pieces(HEAD + rest))
+    assert closed and answer.startswith(b"HTTP/1.1 %s " % status)
+
+
+@pytest.mark.asyncio
+async def test_requests_with_upgrade_behind_one_another_are_bounded() -> None:
+    one = HEAD + UPGRADE + b"\r\n"
+    answer, closed = await exchange(one * (1 + protocol.MAX_PIPELINED))
+    assert count(answer) == 1 + protocol.MAX_PIPELINED and not closed
+    answer, closed = await exchange(one * (2 + protocol.MAX_PIPELINED))
+    assert count(answer) <= 1 and closed
+
+
+@pytest.mark.asyncio
+async def test_a_tunnel_is_refused() -> None:
+    for target in (b"a:80", b"/health"):
+        answer, closed = await exchange(b"CONNECT %s HTTP/1.1\r\nHost: a\r\n\r\n" % target + NEXT)
+        assert answer.startswith(b"HTTP/1.1 400 ") and count(answer) == 0 and closed
+
+
+def test_clients_that_offer_http2_are_served(caplog: pytest.LogCaptureFixture) -> None:
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    headers = {**offer, "Content-Type": "application/json"}
+    websocket = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    logger = logging.getLogger("uvicorn.error")  # uvicorn's loggers do not propagate to the root
+    with real_server(FakeClient()) as port, caplog.at_level(logging.DEBUG, logger.name):
+        logger.addHandler(caplog.handler)
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        client.connect()
+        sock = client.sock
+        for body in (json.dumps({"prompt": "x"}).encode(), iter([b'{"prompt":', b' "x"}'])):
+            client.request("POST", "/tokenize", body, headers)
+            answer = client.getresponse()
+            assert answer.status == 200 and json.loads(answer.read())["count"] == 2
+        for path, status in (("/health", 200), ("/nothing", 404)):
+            client.request("GET", path, headers=websocket)
+            answer = client.getresponse()
+            answer.read()
+            assert answer.status == status
+        assert client.sock is sock
+        client.close()
+        logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
