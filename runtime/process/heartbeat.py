@@ -2,7 +2,8 @@
 
 The engine process beats from a thread of its own, so neither a step of a minute on a slow processor nor a
 request-free hour is silence. Silence alone proves nothing on a machine with fifty other loads: the process
-is frozen only if it has also had no processor time meanwhile and no thread of it is waiting for any.
+is frozen only if it has also had no processor time meanwhile and no thread of it is waiting for any. For the
+same reason a step's time is without that for which a thread of it waited for a processor.
 Imports no torch.
 """
 
@@ -84,6 +85,7 @@ class Watch:
         self._pid = pid
         self._silent_s = 0.0  # without a beat, a step, or processor time
         self._step_s = 0.0  # since the last step, or the last moment without work
+        self._delays: dict[str, int] = {}  # each thread's at the last tick of a step that takes long
         self._resting = True
         self._used: int | None = None  # processor time, read first when the silence begins
         self._ticked = time.monotonic()
@@ -103,6 +105,10 @@ class Watch:
         now = time.monotonic()
         elapsed, self._ticked = min(now - self._ticked, 2 * interval_s), now
         self._step_s = self._step_s + elapsed if (busy or not self._resting) and not unbounded else 0.0
+        # Most steps are shorter than two ticks: nothing is read for them.
+        before, self._delays = self._delays, delays_of(self._pid) if self._step_s > 2 * interval_s else {}
+        delays = (delay - before.get(name, delay) for name, delay in self._delays.items())
+        self._step_s -= min(elapsed, max(delays, default=0) / 1e9)
         self._silent_s += elapsed
         self.missed = self._silent_s > BEAT_S + interval_s and not self._shows_life()
         if self._silent_s > BEAT_S + interval_s and not self.missed:
@@ -122,6 +128,20 @@ class Watch:
             return True
         before, self._used = self._used, used
         return "R" in states or (before is not None and used > before)
+
+
+def delays_of(pid: int) -> dict[str, int]:
+    """Return by each thread's id for how many ns it was ready and had no processor; {} if that is not known.
+
+    The second figure of `schedstat` (Documentation/scheduler/sched-stats.rst in Linux). A thread that sleeps
+    or is stopped has no such time.
+    """
+    delays = {}
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError, IndexError):  # it ended meanwhile, or there is no such figure
+                delays[thread.name] = int((thread / "schedstat").read_text().split()[1])
+    return delays
 
 
 def threads_of(pid: int) -> tuple[str, int]:

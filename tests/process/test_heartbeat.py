@@ -24,7 +24,7 @@ from microvllm.runtime.errors import EngineDeadError
 from microvllm.runtime.process import heartbeat, spawn
 from microvllm.runtime.process.channel import Start, frame
 from microvllm.runtime.process.client import EngineClient
-from microvllm.runtime.process.heartbeat import BEAT_S, Watch, threads_of
+from microvllm.runtime.process.heartbeat import BEAT_S, Watch, delays_of, threads_of
 from microvllm.runtime.process.spawn import start_module
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import SamplingParams
@@ -290,6 +290,35 @@ async def test_a_step_is_bounded_and_rest_is_not(clock: Clock) -> None:
         assert clock.problem_within(Watch(pid, 60.0), 1000, resting=True) is None
         assert clock.problem_within(Watch(pid, 60.0), 60, resting=False) is None
         assert "in one step" in str(clock.problem_within(Watch(pid, 60.0), 61, resting=False))
+
+
+async def test_a_step_is_not_charged_for_waiting_for_a_processor(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each second the thread that waits most waits for 0.9: 61 s of its own are 610 in all."""
+    monkeypatch.setattr(
+        heartbeat, "delays_of", lambda _: {"1": round(clock.now * 9e8), "2": round(clock.now * 5e8)}
+    )
+    with process(SLEEP) as pid:
+        assert clock.problem_within(Watch(pid, 60.0), 500, resting=False) is None
+        assert "in one step" in str(clock.problem_within(Watch(pid, 60.0), 620, resting=False))
+
+
+async def test_a_thread_waits_for_a_processor_unless_it_sleeps_or_is_stopped() -> None:
+    with process(WORK) as pid, contextlib.ExitStack() as stack:
+        processors = os.sched_getaffinity(pid)
+        os.sched_setaffinity(pid, {min(processors)})
+        rival = stack.enter_context(process(WORK))
+        os.sched_setaffinity(rival, {min(processors)})
+        before = delays_of(pid)
+        if not any(before.values()):
+            pytest.skip("the kernel does not account for it")
+        wait_until(lambda: delays_of(pid)[str(pid)] > before[str(pid)], "it has waited for its rival")
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: stopped(pid), "it has stopped")
+        before, (_, used) = delays_of(pid), threads_of(rival)
+        wait_until(lambda: threads_of(rival)[1] > used + 5, "its rival has worked")
+        assert delays_of(pid) == before
 
 
 async def test_a_pause_of_the_server_itself_is_no_silence(clock: Clock) -> None:
