@@ -512,8 +512,8 @@ async def test_an_endpoint_that_is_switched_off_names_its_switch(method: str, pa
 
 async def test_a_bug_is_answered_without_its_traceback() -> None:
     client = FakeClient()
-    client.processor = None  # type: ignore[assignment]
     app = create_app(client, ServerArgs())  # type: ignore[arg-type]
+    client.processor = None  # type: ignore[assignment]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         answer = await http.post("/v1/completions", json={"prompt": "hi"})

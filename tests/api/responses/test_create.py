@@ -93,6 +93,9 @@ async def test_a_response_in_the_background_is_cancelled(method: str) -> None:
     async with in_process(client) as http:
         queued = (await http.post("/v1/responses", json={**ASK, "background": True})).json()
         path = f"/v1/responses/{queued['id']}"
+        async with asyncio.timeout(60):
+            while (await http.get(path)).json()["status"] == "queued" or not client.running:
+                await asyncio.sleep(0)
         later = await http.post("/v1/responses", json={**ASK, "previous_response_id": queued["id"]})
         assert "still in_progress" in later.json()["error"]["message"]
         assert len(client.running) == 1
