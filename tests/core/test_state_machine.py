@@ -28,7 +28,7 @@ from microvllm.runtime.request import EngineRequest, FinishReason
 
 CONTEXT = 16
 MAX_STEPS_TO_ADMIT = 400  # a waiting head that fits is admitted long before
-STEPS = int(os.environ.get("MICROVLLM_STATE_MACHINE_STEPS", "12000"))
+STEPS = int(os.environ.get("MICROVLLM_STATE_MACHINE_STEPS", "20000"))
 
 IDS = st.integers(0, 4)  # few, so that they come again
 # A shared stem and a short tail over two letters: prefixes are hit, missed, hit in part, and hit wholly.
