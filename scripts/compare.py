@@ -189,6 +189,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--busy-neighbour", action="store_true", help="measure with a competing process, too")
     parser.add_argument("--prompts", choices=("text", "ids"), default="text", help="send words or token ids")
+    parser.add_argument("--temperature", type=positive_float, default=0.0, help="of all requests")
+    parser.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: microvllm and vLLM make up random weights, each its own, so that nothing is written or "
+        "read; texts differ, and so may the experts that they choose",
+    )
     add_sizes(parser)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
     parser.add_argument(
@@ -227,12 +235,14 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         weights = Weights(model, args.gguf or (model if model.is_file() else None), folder, display.say)
         setup = Setup(
-            weights.with_weights(),
+            weights if args.load_format == "dummy" else weights.with_weights(),
             device,
             max(GPU_CONTEXT if device == "cuda" else 0, context_of(cases, args.prompts)),
             max(case.at_once if case.concurrency else min(case.at_once, MOST_SLOTS) for case in cases),
             {"vllm": args.vllm_python, "hf": args.hf_python, "llama.cpp": args.llama_server},
             args.kv_cache_memory_bytes if device == "cuda" else None,
+            args.load_format == "dummy",
+            args.temperature,
         )
         if quick:
             display.say(f"small workloads for {minutes:g} minutes (--minutes); --full runs them as described")

@@ -97,10 +97,18 @@ class Setup:
     """What the user gave for a kind of engine."""
     kv_cache_bytes: int | None = None
     """KV cache of microvllm and of vLLM on a GPU; None: their own choice, for one server at a time."""
+    dummy: bool = False
+    """Whether microvllm and vLLM make up random weights, each its own; others take no part."""
+    temperature: float = 0.0
+    """Of all requests."""
 
     @property
     def kv_cache_flags(self) -> list[str]:
         return ["--kv-cache-memory-bytes", str(self.kv_cache_bytes)] if self.kv_cache_bytes else []
+
+    @property
+    def load_flags(self) -> list[str]:
+        return ["--load-format", "dummy"] if self.dummy else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,7 @@ class Engine:
     model: str | None = MODEL_NAME
     ignore_eos: bool = True
     extra_body: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 0.0
     text_only: bool = False
     """Whether it cannot take prompts of token ids."""
     remark: str = ""
@@ -132,7 +141,14 @@ class Engine:
     def target(self, url: str) -> Target:
         """Where and how to ask its server."""
         key = os.environ.get("OPENAI_API_KEY") if self.url else None
-        return Target(url, self.model, key, ignore_eos=self.ignore_eos, extra_body=self.extra_body)
+        return Target(
+            url,
+            self.model,
+            key,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            extra_body=self.extra_body,
+        )
 
     def command_at(self, port: int) -> list[str]:
         return [word.replace("{port}", str(port)) for word in self.command]
@@ -153,7 +169,7 @@ def microvllm(spec: Spec, setup: Setup) -> Engine:
     command = [python, "-m", "microvllm.cli", "serve", "--model", str(model)]
     command += ["--served-model-name", MODEL_NAME, "--device", setup.device, "--dtype", dtype]
     command += ["--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
-    command += ["--disable-uvicorn-access-log", *LISTEN, *setup.kv_cache_flags, *flags]
+    command += ["--disable-uvicorn-access-log", *LISTEN, *setup.load_flags, *setup.kv_cache_flags, *flags]
     version = _microvllm_version(python)
     remark = f"attention backend {backend}" if "--attention-backend" not in spec.args else ""
     remark = _remark(remark, spec)
@@ -207,7 +223,7 @@ def vllm(spec: Spec, setup: Setup) -> Engine:
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(setup.weights.as_folder(dtype)), "--served-model-name", MODEL_NAME]
     command += ["--dtype", dtype, "--max-model-len", str(setup.context), "--enable-prompt-tokens-details"]
-    command += ["--disable-uvicorn-access-log", *LISTEN, *setup.kv_cache_flags]
+    command += ["--disable-uvicorn-access-log", *LISTEN, *setup.load_flags, *setup.kv_cache_flags]
     if setup.kv_cache_bytes:  # vLLM checks the share at its start only, as the size of the cache is given
         command += ["--gpu-memory-utilization", VLLM_MEMORY_SHARE]
     command += shlex.split(spec.args)
@@ -370,6 +386,8 @@ KINDS: dict[str, Callable[[Spec, Setup], Engine]] = {
     "url": any_url,
     "command": any_command,
 }
+DUMMY_KINDS = ("microvllm", "vllm", "url", "command")
+SAMPLED_KINDS = ("microvllm", "vllm", "llama.cpp", "url", "command")
 
 
 def default_specs(setup: Setup) -> list[Spec]:
@@ -384,11 +402,17 @@ def default_specs(setup: Setup) -> list[Spec]:
 
 def build(spec: Spec, setup: Setup) -> Engine:
     """The engine, with its model files written. Raises `BenchError` where something is missing."""
+    if setup.dummy and spec.kind not in DUMMY_KINDS:
+        raise BenchError("makes up no weights (--load-format dummy)")
+    if setup.temperature and spec.kind not in SAMPLED_KINDS:
+        raise BenchError("takes no temperature from a request here (--temperature)")
     engine = KINDS[spec.kind](spec, setup)
     extra = dict(pair.split("=", 1) for pair in shlex.split(spec.env))
     chosen = spec.workloads.split(",") if spec.workloads else engine.workloads
     environment = {**engine.environment, **extra}
-    return replace(engine, kind=spec.kind, environment=environment, workloads=chosen)
+    return replace(
+        engine, kind=spec.kind, environment=environment, workloads=chosen, temperature=setup.temperature
+    )
 
 
 def named(specs: Sequence[Spec]) -> list[Spec]:

@@ -11,8 +11,8 @@ from typing import Any
 READ_BYTES_S = {"H100": 3.1e12, "H200": 4.594e12}
 """Bytes a second that a kernel which only reads 8 GB reaches, measured, by a part of the GPU's name."""
 
-OTHER_SIZES = {"num_experts", "num_local_experts", "quantization_config"}
-"""Keys of models that do not read all their weights in a step, or not in 16 bits."""
+OTHER_SIZES = {"num_experts", "num_local_experts", "quantization_config", "sliding_window_pattern"}
+"""Keys of models that do not read all their weights or cache in a step, or not in 16 bits."""
 
 
 def read_rate(gpu: str) -> float | None:
@@ -37,7 +37,8 @@ class Floor:
         if rate is None or not config.exists():
             return None
         fields = json.loads(config.read_text())
-        if OTHER_SIZES & fields.keys():
+        full = {"full_attention"}.issuperset(fields.get("layer_types") or ())
+        if OTHER_SIZES & fields.keys() or not full:
             return None
         try:
             return cls(weight_bytes(fields), kv_bytes(fields), rate)

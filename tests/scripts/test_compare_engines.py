@@ -103,6 +103,25 @@ def test_command_lines_on_a_gpu(tmp_path: Path, model: Path, monkeypatch: pytest
     assert alone.command[-1] == "{port}", "alone in the GPU's memory it sizes its own cache"
 
 
+def test_engines_that_make_up_weights(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written or read; requests are sampled, as greedy texts of random weights soon repeat."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho vllm 0.33\necho torch 2.14\necho microvllm 0.1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(engines, "_microvllm_defaults", lambda *_: ("bfloat16", "triton", False))
+    setup = replace(setup_for(tmp_path, tmp_path), device="cuda", dummy=True, temperature=0.7)
+    for kind in ("microvllm", "vllm"):
+        engine = build(Spec.parse(f"{kind} program={python}"), setup)
+        assert "--load-format dummy" in " ".join(engine.command)
+        assert json.loads(engine.target("http://x").body({}, 1))["temperature"] == 0.7
+    with pytest.raises(BenchError, match="--load-format dummy"):
+        build(Spec.parse("hf-generate"), setup)
+    with pytest.raises(BenchError, match="--temperature"):
+        build(Spec.parse("hf-generate"), replace(setup, dummy=False))
+
+
 def test_llama_cpp_wants_a_gguf_file(tmp_path: Path, model: Path) -> None:
     setup = setup_for(model.parent / "hf", tmp_path, **{"llama.cpp": sys.executable})
     with pytest.raises(BenchError, match="--gguf FILE"):

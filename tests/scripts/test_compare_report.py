@@ -146,3 +146,6 @@ def test_the_read_rate_is_that_of_the_gpu_or_of_the_user(tmp_path: Path) -> None
     assert given is not None and given.bytes_s == 0.3e12
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": 8}))
     assert floor.Floor.of(tmp_path, ["NVIDIA H200"]) is None
+    for kinds, known in ((["full_attention"], True), (["full_attention", "sliding_attention"], False)):
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "layer_types": kinds}))
+        assert (floor.Floor.of(tmp_path, ["NVIDIA H200"]) is not None) == known
