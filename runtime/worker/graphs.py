@@ -35,7 +35,7 @@ from microvllm.runtime.progress import Stage
 from microvllm.runtime.worker.bitmask import Choice, ReadTokens
 from microvllm.runtime.worker.sampler import GPUSampler
 from microvllm.runtime.worker.step_inputs import UNKNOWN, DeviceInputs, StepArrays
-from microvllm.runtime.worker.step_sizes import StepSize, step_sizes
+from microvllm.runtime.worker.step_sizes import StepSize, batch_sizes, step_sizes
 from microvllm.runtime.worker.transfers import Readback
 
 T = TypeVar("T")
@@ -74,12 +74,6 @@ def borrowed(tensor: Tensor) -> Tensor:
     """
     memory = torch.as_tensor(_Borrowed(tensor), device=tensor.device)
     return memory.view(tensor.dtype).view(tensor.shape)
-
-
-def batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, 8, then multiples of 8 up to 256 and of 16 beyond, and the largest."""
-    sizes = {1, 2, 4, *range(8, min(largest, 256) + 1, 8), *range(272, largest + 1, 16), largest}
-    return sorted(size for size in sizes if size <= largest)
 
 
 @dataclass(frozen=True, slots=True)

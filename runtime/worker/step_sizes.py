@@ -1,4 +1,4 @@
-"""The sizes of captured steps with prompts in them, and how a step is padded to one."""
+"""The sizes of captured steps, and how a step with prompts is padded to one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ FEW_TOKENS = 1024
 DECODES = (0, 32)  # and as many as there can be
 SEGMENTS = 32
 ALIGNMENT = 4  # int32 numbers in 16 bytes: Triton compiles a kernel anew for pointers that are not multiples
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """Of decode steps: 1, 2, 4, 8, then multiples of 8 up to 256 and of 16 beyond, and the largest."""
+    sizes = {1, 2, 4, *range(8, min(largest, 256) + 1, 8), *range(272, largest + 1, 16), largest}
+    return sorted(size for size in sizes if size <= largest)
 
 
 @dataclass(frozen=True, slots=True)
