@@ -30,9 +30,9 @@ CORE_PATH = (
 )
 OFF_THE_PATH = {
     *("bitmask.py", "checkpoints.py", "counters.py", "deadlines.py", "drafts.py", "gpu_memory.py"),
-    *("gpu_rules.py", "loading.py", "logprobs.py", "no_token.py", "penalties.py", "pool_audit.py"),
-    *("pooling.py", "prefix_keys.py", "profiler.py", "repetition.py", "sleep.py", "states.py"),
-    *("step_sizes.py", "step_times.py", "thinking.py", "transfers.py", "warm_up.py"),
+    *("gpu_rules.py", "graph_levers.py", "loading.py", "logprobs.py", "no_token.py", "penalties.py"),
+    *("pool_audit.py", "pooling.py", "prefix_keys.py", "profiler.py", "repetition.py", "sleep.py"),
+    *("states.py", "step_sizes.py", "step_times.py", "thinking.py", "transfers.py", "warm_up.py"),
 }
 SILENT = {
     tokenize.COMMENT,

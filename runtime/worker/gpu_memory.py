@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from microvllm.runtime.worker.graphs import DecodeGraphs, GpuParts, PromptGraphs
 
 TRIAL_BLOCKS = 16  # divisible by 16, as the real number mostly is: the kernels of both are the same
-# More than the driver keeps of a graph, and than CUDA's context takes: what the GPU reports of these cannot
-# be told from what other processes do meanwhile.
+# More than the driver keeps of the graphs of a size, and than CUDA's context takes: what the GPU reports of
+# these cannot be told from what other processes do meanwhile.
 DRIVER_BYTES = 4 << 20
 CONTEXT_BYTES = 1 << 30
 # What allocation in pieces leaves unused, and what the first penalties and long log probabilities take.

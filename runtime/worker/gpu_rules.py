@@ -12,7 +12,6 @@ from torch.cuda import CUDAGraph
 
 from microvllm.ops.gpu.bitmask import apply_bitmask
 from microvllm.ops.gpu.launch import can_launch_early
-from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.rules import RuleTables
 from microvllm.runtime.request import EngineRequest
 from microvllm.runtime.worker.logits import LogitRules
@@ -47,14 +46,12 @@ class GpuRules(LogitRules):
     """The rules of every row, and two graphs for each size of decode step: one applies those in the tables.
 
     The other applies masks. These come when the logits are computed: its launch is all that is left then.
+    Without tables (`use_tables`) there is neither, and rules are applied as on a CPU.
     """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         super().__init__(num_rows, vocab_size, device)
         self._tables: RuleTables | None = None
-        if Levers.of(device).rules:
-            self._tables = RuleTables(num_rows, vocab_size, device, pdl=can_launch_early(device))
-            self._penalties = TablePenalties(self._tables, device)
         self._others: set[int] = set()  # rows with rules that are not in the tables
         self._graphs: dict[int, CUDAGraph] = {}
         self._masked: dict[int, CUDAGraph] = {}
@@ -62,6 +59,12 @@ class GpuRules(LogitRules):
         self._bits = torch.full(shape, -1, dtype=torch.int32, device=device)  # by the place in the batch
         self._places = torch.arange(num_rows, device=device)
         self._sent_bits = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def use_tables(self) -> None:
+        """Keep penalties and biases where graphs apply them; before the first request and the first graph."""
+        device = self._bits.device
+        self._tables = RuleTables(self._num_rows, self._vocab_size, device, pdl=can_launch_early(device))
+        self._penalties = TablePenalties(self._tables, device)
 
     def set_row(self, row: int, request: EngineRequest, tokens: Sequence[int], prompt_len: int) -> None:
         super().set_row(row, request, tokens, prompt_len)

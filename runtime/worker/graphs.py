@@ -26,13 +26,13 @@ from microvllm.adapters.decoder import DecoderModel
 from microvllm.ops.attention import AttentionBackend, SegmentTable
 from microvllm.ops.attention.mixed import batch_of_groups
 from microvllm.ops.gpu.launch import can_launch_early
-from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.sampling import Delivery
 from microvllm.ops.gpu.step_inputs import STAGED, DecodeInputs, Staged, prepare_decode
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.progress import Stage
 from microvllm.runtime.worker.bitmask import Choice, ReadTokens
+from microvllm.runtime.worker.graph_levers import graph_levers
 from microvllm.runtime.worker.sampler import GPUSampler
 from microvllm.runtime.worker.step_inputs import UNKNOWN, DeviceInputs, StepArrays
 from microvllm.runtime.worker.step_sizes import StepSize, batch_sizes, step_sizes
@@ -93,6 +93,8 @@ class GpuParts:
         device, rows = torch.device(config.device), config.max_num_seqs + 1
         inputs = DeviceInputs(rows, config.block_size, device)
         sampler = GPUSampler(rows, config.spec.vocab_size, config.seed, config.logprobs_mode, device)
+        if graph_levers(config).rules:
+            sampler.rules.use_tables()
         return cls(config, model, attention, inputs, sampler, Readback(config.max_num_seqs))
 
 
@@ -277,7 +279,7 @@ class PromptGraphs:
         self._tables = tables
         self._pool = pool
         self._padding_row = config.max_num_seqs
-        longest = Levers.of(tables.device).prompt_tokens(config.spec.num_products)
+        longest = graph_levers(config).prompt_tokens(config.spec.num_products)
         limits = config.max_num_seqs, config.max_num_batched_tokens
         self.sizes = step_sizes(*limits, longest, config.num_groups)
         self._captured: dict[StepSize, _CapturedPrompts] = {}

@@ -8,8 +8,9 @@ import numpy as np
 
 from microvllm.runtime.worker.step_inputs import StepArrays
 
-# Sizes of the captured steps with prompts in them; the longer ones are of small models alone.
-PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 8192)
+# Sizes of the captured steps with prompts in them; the longer ones are of small models alone. Beyond the last
+# a step that is padded to the next size takes the GPU as long as its kernels take the host to launch.
+PROMPT_TOKENS = (16, 64, 128, 256, 512, 1024, 1280, 1536, 2048, 2560, 3072)
 FEW_TOKENS = 1024
 DECODES = (0, 32)  # and as many as there can be
 SEGMENTS = 32

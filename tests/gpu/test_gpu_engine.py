@@ -249,13 +249,10 @@ def test_rules_and_log_probabilities_are_those_of_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"async_scheduling": False}, {"num_gpu_blocks_override": 24}])
-def test_penalties_and_biases_within_graphs_are_those_of_the_cpu(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_penalties_and_biases_within_graphs_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     """Some rows have none; requests come and go while others run, and with few blocks are preempted."""
     from microvllm.ops.gpu.levers import Levers  # here, as a machine without a GPU need not have Triton
 
-    monkeypatch.setenv("MICROVLLM_GPU_ON", "rules,long_prompts")
     rules: list[dict[str, Any]] = [
         {"repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.3},
         {"logit_bias": {5: 4.0, 9: -100.0, 17: 3.0}},

@@ -63,8 +63,8 @@ def on_the_cpu() -> list[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rules": True}, {"async_scheduling": False}, {"enforce_eager": True}],
-    ids=["graphs", "masks-in-graphs", "sync", "eager"],
+    [{}, {"without": "rules"}, {"async_scheduling": False}, {"enforce_eager": True}],
+    ids=["masks-in-graphs", "graphs", "sync", "eager"],
 )
 def test_constrained_and_free_requests_give_the_tokens_of_the_cpu(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -78,13 +78,12 @@ def test_constrained_and_free_requests_give_the_tokens_of_the_cpu(
         replay(*args)
 
     monkeypatch.setattr(GpuRules, "replay_masked", counted)
-    if in_graphs := "rules" in options:
-        monkeypatch.setenv("MICROVLLM_GPU_ON", "rules")
-    wanted = {name: value for name, value in options.items() if name != "rules"}
+    wanted = dict(options)
+    monkeypatch.setenv("MICROVLLM_GPU_OFF", wanted.pop("without", ""))
     made = texts(device="cuda", num_gpu_blocks_override=512, block_size=16, **wanted)
     assert made == on_the_cpu()
     for i, text in enumerate(made):
         if i % 3 and text.endswith("}"):
             assert set(json.loads(text)) == {"name", "n", "tags"}
-    assert bool(calls) == in_graphs
+    assert bool(calls) == options.keys().isdisjoint(("without", "enforce_eager"))
     assert sum(text.endswith("}") for i, text in enumerate(made) if i % 3) > 0

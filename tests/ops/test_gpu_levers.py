@@ -30,6 +30,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_all_are_in_use_where_they_can_be(hopper: Any) -> None:
     assert Levers.of(GPU) == USUAL
+    assert USUAL.rules and USUAL.long_prompts and not USUAL.peers
     assert Levers.of(torch.device("cpu")) == Levers()
 
 
@@ -47,6 +48,9 @@ def test_another_gpu_has_none(hopper: Any, capability: tuple[int, int]) -> None:
 def test_each_can_be_switched_off(hopper: Any) -> None:
     hopper.setenv(VARIABLE, "stream, boxes,rules")
     assert Levers.of(GPU) == replace(USUAL, stream=False, boxes=False, rules=False)
+    for field in fields(Levers):
+        hopper.setenv(VARIABLE, field.name)
+        assert Levers.of(GPU) == replace(USUAL, **{field.name: False})
 
 
 def test_an_unknown_one_is_refused(hopper: Any) -> None:

@@ -78,7 +78,7 @@ def test_sizes_keep_within_the_engine_s_limits(
 def test_a_small_model_has_larger_sizes_with_no_decodes_or_all() -> None:
     sizes = step_sizes(256, 8192, 5000)
     larger = [(size.decodes, size.tokens) for size in sizes if size.tokens > 1024]
-    assert {decodes for decodes, _ in larger} == {0, 256} and max(larger)[1] == 4096
+    assert {decodes for decodes, _ in larger} == {0, 256} and max(larger)[1] == 3072
     assert [size for size in sizes if size.tokens <= 1024] == step_sizes(256, 8192)
     assert max(size.tokens for size in step_sizes(256, 3000, 5000)) == 2560, "within the budget"
     assert step_sizes(256, 8192, 0) == step_sizes(256, 8192)

@@ -14,10 +14,8 @@ from torch import Tensor
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
 from microvllm.ops.gpu import rules as kernels
-from microvllm.ops.gpu.levers import Levers
 from microvllm.runtime.core.plan import NO_TOKEN
-from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.worker import gpu_rules
+from microvllm.runtime.request import MAX_LOGIT_BIAS, EngineRequest, SamplingParams
 from microvllm.runtime.worker.gpu_rules import GpuRules
 from microvllm.runtime.worker.logits import LogitRules, Output
 
@@ -33,9 +31,10 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[GpuRules, LogitRules]:
-    monkeypatch.setattr(gpu_rules.Levers, "of", lambda device: Levers(rules=True))
-    return GpuRules(ROWS, VOCAB, DEVICE), LogitRules(ROWS, VOCAB)
+def pair() -> tuple[GpuRules, LogitRules]:
+    ours = GpuRules(ROWS, VOCAB, DEVICE)
+    ours.use_tables()
+    return ours, LogitRules(ROWS, VOCAB)
 
 
 def logits_of(seed: int, m: int = len(WAYS)) -> Tensor:
@@ -107,6 +106,12 @@ def test_a_cleared_row_has_none(pair: tuple[GpuRules, LogitRules]) -> None:
     compare(pair, [4], 3)
 
 
+def test_as_many_biases_as_a_request_may_have_fit(pair: tuple[GpuRules, LogitRules]) -> None:
+    admit(pair, 2, {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0)})
+    tables = pair[0]._tables
+    assert tables is not None and int(tables._num_biases[2]) == MAX_LOGIT_BIAS
+
+
 def test_other_rules_are_no_graph_s(pair: tuple[GpuRules, LogitRules]) -> None:
     admit(pair, 0, {"presence_penalty": 1.0})
     admit(pair, 1, {"presence_penalty": 1.0, "allowed_token_ids": [1, 2, 3]})
@@ -175,8 +180,7 @@ def test_counts_stop_at_what_a_word_holds(pair: tuple[GpuRules, LogitRules]) -> 
         tables.count(rows, tokens)
 
 
-def test_switched_off_all_rules_are_applied_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_rules.Levers, "of", lambda device: Levers())
+def test_without_tables_all_rules_are_applied_outside() -> None:
     rules = GpuRules(ROWS, VOCAB, DEVICE)
     reference = LogitRules(ROWS, VOCAB)
     admit((rules, reference), 1, WAYS[4], 6)
