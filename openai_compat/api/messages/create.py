@@ -55,7 +55,7 @@ class Messages(Chat):
 
     def read_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         (outcome,), (choice,) = outcomes, self.choices()
-        whole = TextDelta(outcome.token_ids, outcome.text, outcome.finish_reason)
+        whole = TextDelta(outcome.token_ids, outcome.text, outcome.finish_reason, outcome.stop_reason)
         self.blocks = content_blocks(choice.feed(whole), self.id)
 
     def failure(self, error: RequestError | EngineError) -> bytes:
@@ -154,6 +154,7 @@ class Blocks:
         if self._kind == kind:
             return b""
         closed = self.close()
+        self._space = ""  # of a text that another block ends before anything else came
         self._index += 1
         self._kind = kind
         block = {"type": kind, **members}
@@ -172,7 +173,6 @@ class Blocks:
         if self._kind == "thinking":
             signed = self._delta({"type": "signature_delta", "signature": self._signature})
         self._kind = None
-        self._space = ""
         return signed + _event("content_block_stop", {"type": "content_block_stop", "index": self._index})
 
 

@@ -500,6 +500,10 @@ OUTPUTS: list[tuple[list[Event], list[dict[str, Any]]]] = [
         ],
     ),
     (
+        [Content("  "), Reasoning("x"), Content("y")],
+        [{"type": "thinking", "thinking": "x", "signature": "s"}, {"type": "text", "text": "y"}],
+    ),
+    (
         CALL[:2],
         [{"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": None}}],
     ),
