@@ -184,6 +184,11 @@ class ParsedChoice:
     def reasoning_tokens(self) -> int | None:
         return None if self._counter is None else self._counter.count
 
+    @property
+    def held(self) -> str:
+        """The text that came and has become no event yet."""
+        return "" if self._parser is None else self._parser.held
+
     def feed(self, delta: TextDelta) -> list[Event]:
         """Return the events of a delta; the last one, with a finish reason, ends the output."""
         if self._parser is None:

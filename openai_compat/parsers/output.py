@@ -66,6 +66,12 @@ class OutputParser:
         return self._write.num_calls
 
     @property
+    def held(self) -> str:
+        """The text that came last and may still become text of the answer or the reasoning."""
+        scan = self._scan
+        return self._write.held + "".join(scan.record or ()) + scan.text[scan.position :]
+
+    @property
     def reasons(self) -> bool:
         """Whether text that follows now would be reasoning."""
         return self._write.reasons

@@ -51,8 +51,9 @@ class Channel:
         """Begin a paragraph, unless it is the first."""
         self._held = "" if self._is_empty else "\n\n"
 
-    def end(self) -> str:
-        """Return what was held back, unless a tag was last."""
+    @property
+    def held(self) -> str:
+        """What was held back, "" if a tag was last."""
         return "" if self.after_tag else self._held
 
 
@@ -76,6 +77,11 @@ class Writer:
         """Return the events since the last time."""
         events, self._events = self._events, []
         return events
+
+    @property
+    def held(self) -> str:
+        """Line breaks that wait for what follows them."""
+        return self._channel.held
 
     @property
     def reasons(self) -> bool:
@@ -130,6 +136,6 @@ class Writer:
 
     def end(self) -> None:
         """Write what was held back."""
-        shown = self._channel.end()
+        shown = self._channel.held
         if shown:
             self._events.append(self._channel.event(shown))

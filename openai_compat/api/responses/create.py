@@ -19,6 +19,7 @@ from microvllm.openai_compat.api.endpoint import Endpoint
 from microvllm.openai_compat.api.generation import Chunks
 from microvllm.openai_compat.api.logprobs import ChatLogprobs, TokenText, as_token_ids
 from microvllm.openai_compat.api.responses.events import OutputWriter
+from microvllm.openai_compat.api.responses.logprobs import OutputLogprobs
 from microvllm.openai_compat.api.responses.reading import (
     ReadBody,
     check_fields,
@@ -93,8 +94,7 @@ class ModelResponse(Chat):
         self._held = 0  # bytes of it that are counted
         asked.input = ""
         self.writer = OutputWriter(suffix, read.tools, sealed=ENCRYPTED in asked.include)
-        self._logprobs: ChatLogprobs | None = None
-        self._entries: list[Any] = []  # log probabilities of tokens without events so far
+        self._logprobs: OutputLogprobs | None = None
         self._num_tokens = 0
         self._finish_reason: str | None = None
         self._final: bytes | None = None
@@ -227,41 +227,23 @@ class ModelResponse(Chat):
             self.choices()
         self._num_tokens += len(piece.token_ids)
         self._finish_reason = piece.finish_reason
-        events = self.parsed[0].feed(piece)
+        choice = self.parsed[0]
+        events = choice.feed(piece)
         if self.params.logprobs is None:
             yield from self.writer.feed(events)
             return
+        tokenizer, params = self.state.client.tokenizer, self.params
         if self._logprobs is None:
-            as_ids = as_token_ids(self.body, self.state.args)
-            text = TokenText(self.state.client.tokenizer, as_ids)
-            self._logprobs = ChatLogprobs(text, self.params.logprobs)
-        self._entries += self._logprobs.format_tokens(piece.token_ids, piece.logprobs or [])["content"]
+            text = TokenText(tokenizer, as_token_ids(self.body, self.state.args))
+            unseen = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+            ends_unseen = not params.include_stop_str_in_output
+            self._logprobs = OutputLogprobs(ChatLogprobs(text, params.logprobs or 0), unseen, ends_unseen)
+        self._logprobs.add(piece)
         if self.parsing.is_plain:
-            entries, self._entries = self._entries, []
-            yield from self.writer.feed([Content(piece.text)], entries)
+            yield from self.writer.feed([Content(piece.text)], self._logprobs.take_all())
             return
-        for event in events:
-            entries = self._entries_of(event.text) if isinstance(event, Content) else []
+        for event, entries in zip(events, self._logprobs.take(events, choice.held), strict=True):
             yield from self.writer.feed([event], entries)
-        if events and not isinstance(events[-1], Content):
-            self._entries.clear()
-
-    def _entries_of(self, text: str) -> list[Any]:
-        """Take the log probabilities of a text's tokens: it is the last such text that came.
-
-        The parser may hold back some of what follows it; what came before are tags, reasoning or calls.
-        """
-        wanted, came = text.encode(), b"".join(bytes(entry["bytes"]) for entry in self._entries)
-        start = came.rfind(wanted)
-        if start < 0:
-            return []
-        first = last = place = 0
-        for entry in self._entries:
-            last += place < start + len(wanted)
-            place += len(entry["bytes"])
-            first += place <= start
-        entries, self._entries = self._entries[first:last], self._entries[last:]
-        return entries
 
     def close(self) -> Iterator[bytes]:
         """Yield the events that end the last item."""
