@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 from microvllm.openai_compat.parsers.events import Function
-from microvllm.openai_compat.parsers.schema import argument_types, property_names
+from microvllm.openai_compat.parsers.schema import (
+    MAX_FORMS,
+    forms_of,
+    on_its_own,
+    options_of,
+    types_of,
+)
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import StructuredOutput
 
 Tag = dict[str, Any]
-UNCHECKED = ("pattern", "minLength", "maxLength", "format")  # of a string that stands between tags
+# What cannot be enforced of a text that stands between tags, unless it is a list of strings alone.
+RESTRICTING = ("pattern", "minLength", "maxLength", "format", "enum", "const")
 
 
 class CallForm(Protocol):
@@ -137,17 +145,27 @@ class Argument(NamedTuple):
     required: bool
 
 
-def arguments(function: Function) -> list[Argument]:
-    """Return the arguments that the schema of a function lists."""
-    parameters = function.parameters
-    shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
-    required = parameters.get("required")
+def argument_lists(function: Function) -> list[list[Argument]]:
+    """Return the arguments that the schema of a function lists, of each form that they may have.
+
+    Raises `InvalidRequestError` for a schema with too many of these.
+    """
+    forms = forms_of(function.parameters)
+    if len(forms) == MAX_FORMS:
+        raise InvalidRequestError(
+            f"The arguments of the function {function.name!r} have {MAX_FORMS} forms or more.", "tools"
+        )
+    return [_arguments(function.parameters, form) for form in forms]
+
+
+def _arguments(parameters: dict[str, Any], form: dict[str, Any]) -> list[Argument]:
+    names = [*form["properties"], *(name for name in form["required"] if name not in form["properties"])]
     result = []
-    for key in property_names(parameters):
-        types, schema = argument_types(parameters, key), parameters["properties"][key]
-        schema = {**(schema if isinstance(schema, dict) else {}), **shared}
-        needed = isinstance(required, list) and key in required
-        result.append(Argument(key, schema, not types or "string" in types, needed))
+    for key in names:
+        schema = form["properties"].get(key)
+        types = types_of(schema, parameters)
+        own = on_its_own(schema, parameters) if isinstance(schema, dict) else {}
+        result.append(Argument(key, own, not types or "string" in types, key in form["required"]))
     return result
 
 
@@ -156,15 +174,33 @@ def text(function: Function, argument: Argument) -> Tag:
 
     Raises `InvalidRequestError` if the schema of a `strict` function restricts it in another way.
     """
-    schema = argument.schema
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        return either([constant(value) for value in values])
-    found = [name for name in UNCHECKED if name in schema]
-    if found and function.strict:
+    options = options_of(argument.schema, argument.schema)
+    listed = [values for option in options if (values := _listed_texts(option))]
+    if len(listed) == len(options):
+        return either([constant(value) for value in dict.fromkeys(chain.from_iterable(listed))])
+    found = [name for option in options for name in RESTRICTING if name in option]
+    if found and function.strict and not any(map(_is_free, options)):
         raise InvalidRequestError(
             f"The format of the model's calls cannot enforce `{found[0]}` of the argument "
             f"{argument.key!r:.100} of the strict function {function.name!r}.",
             "tools",
         )
     return {"type": "any_text"}
+
+
+def _listed_texts(schema: dict[str, Any]) -> list[str]:
+    """Return the texts of a schema that lists strings, or null; none of any other."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if schema.get("type") == "null":
+        values = [None]
+    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
+        return []
+    return ["null" if value is None else value for value in values]
+
+
+def _is_free(schema: dict[str, Any]) -> bool:
+    """Whether any text follows a schema."""
+    kind = schema.get("type", "string")
+    return ("string" in kind if isinstance(kind, list) else kind == "string") and schema.keys().isdisjoint(
+        RESTRICTING
+    )

@@ -9,7 +9,7 @@ import msgspec
 from microvllm.openai_compat.parsers.events import Function
 from microvllm.openai_compat.parsers.grammars import (
     Tag,
-    arguments,
+    argument_lists,
     constant,
     either,
     schema_value,
@@ -63,9 +63,12 @@ class PythonicCalls(msgspec.Struct, frozen=True):
             keyed = tag("", sequence([KEY, schema_value({})]), "")
             anything = {**several([keyed], ", "), "at_least_one": False}
             return tag(f"{function.name}(", anything, ")")
-        items = sorted(arguments(function), key=lambda argument: not argument.required)
-        values = [sequence([constant(f"{item.key}="), schema_value(item.schema)]) for item in items]
-        return tag(f"{function.name}(", _listed(values, sum(item.required for item in items)), ")")
+        forms = []
+        for items in argument_lists(function):
+            items = sorted(items, key=lambda argument: not argument.required)
+            values = [sequence([constant(f"{item.key}="), schema_value(item.schema)]) for item in items]
+            forms.append(_listed(values, sum(item.required for item in items)))
+        return tag(f"{function.name}(", either(forms), ")")
 
     def others(self, function: Function, checked: bool) -> list[tuple[str, Tag]]:
         if not self.tags[0] or not self.listed:

@@ -1,14 +1,18 @@
-"""Gives the text of an argument the type that the function's JSON schema says."""
+"""Reads what the JSON schema of a function says of its arguments, and gives their texts these types."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NoReturn
 
 from microvllm.openai_compat.parsers.json_text import WORDS, JsonText
 
-MAX_DEPTH = 16  # of references and alternatives
+MAX_PARTS = 256  # that the forms of the arguments of one function are made of
+MAX_FORMS = 32  # of the arguments of one function
+COMBINED = ("anyOf", "oneOf", "allOf")
+WHOLE = "parameters"
 JSON_TYPES: dict[type, str] = {
     bool: "boolean",
     dict: "object",
@@ -22,37 +26,126 @@ JSON_TYPES: dict[type, str] = {
 
 def argument_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
     """Return the JSON types that an argument may have; empty if the schema does not say."""
-    properties = parameters.get("properties")
-    schema = properties.get(key) if isinstance(properties, dict) else None
-    return _types(parameters.get("additionalProperties") if schema is None else schema, parameters, MAX_DEPTH)
+    schemas = [schema for name, schema in _properties(parameters) if name == key]
+    return _union(types_of(each, parameters) for each in schemas or [parameters.get("additionalProperties")])
+
+
+def types_of(schema: object, parameters: Mapping[str, Any]) -> frozenset[str]:
+    """Return the JSON types of a part of the schema; empty if it does not say."""
+    return _union(map(_types, options_of(schema, parameters)))
 
 
 def property_names(parameters: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that the schema lists."""
-    properties = parameters.get("properties")
-    return list(properties) if isinstance(properties, dict) else []
+    return list(dict(_properties(parameters)))
 
 
-def _types(schema: object, root: Mapping[str, Any], depth: int) -> frozenset[str]:
-    if not isinstance(schema, dict) or not depth:
-        return frozenset()
+def _properties(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for form in forms_of(parameters):
+        yield from form["properties"].items()
+
+
+def forms_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the forms that the arguments may have, each a schema with `properties` and `required`.
+
+    What a `$ref` or `allOf` adds to the schema itself is in each of them; an `anyOf` or `oneOf` makes
+    several. Of a schema that is made of very many parts these are `MAX_FORMS`, and not all.
+    """
+    parts = iter(range(MAX_PARTS))
+    forms = _forms(parameters, parameters, parts)
+    return forms if next(parts, None) is not None else (forms * MAX_FORMS)[:MAX_FORMS]
+
+
+def _forms(schema: object, root: Mapping[str, Any], left: Iterator[int]) -> list[dict[str, Any]]:
+    given = schema if isinstance(schema, dict) and next(left, None) is not None else {}
+    properties, required = given.get("properties"), given.get("required")
+    own = {name: value for name, value in given.items() if name not in ("$ref", *COMBINED)}
+    own["properties"] = properties if isinstance(properties, dict) else {}
+    own["required"] = required if isinstance(required, list) else []
+    parts = [[_target(given["$ref"], root)]] if isinstance(given.get("$ref"), str) else []
+    parts += [[option] for option in given.get("allOf") or ()]
+    parts += [given[name] for name in ("anyOf", "oneOf") if given.get(name)]
+    forms = [own]
+    for options in parts:
+        added = [form for option in options for form in _forms(option, root, left)]
+        both = ((one, other) for one in forms for other in added)
+        forms = [_merged(one, other) for one, other in islice(both, MAX_FORMS)]
+    return forms
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **other,
+        **one,
+        "properties": {**other["properties"], **one["properties"]},
+        "required": [*one["required"], *other["required"]],
+    }
+
+
+def _target(reference: str, root: Mapping[str, Any]) -> object:
+    """Return what a reference within a schema is to; None for nothing."""
+    target: object = root
+    for name in filter(None, reference.removeprefix("#").split("/")):
+        name = name.replace("~1", "/").replace("~0", "~")
+        target = target.get(name) if isinstance(target, dict) else None
+    return target
+
+
+def options_of(schema: object, root: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the schemas of which a value follows one: references followed, alternatives taken apart."""
+    found: list[dict[str, Any]] = []
+    seen: set[int] = set()  # of the schema's parts, by identity: references may form circles
+    left: list[tuple[object, dict[str, Any]]] = [(schema, {})]
+    while left:
+        part, kind = left.pop()
+        if not isinstance(part, dict):
+            found.append(kind)
+            continue
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        kind = {"type": part["type"]} if "type" in part else kind
+        parts = [part[name] for name in COMBINED if part.get(name)]
+        if isinstance(part.get("$ref"), str):
+            left.append((_target(part["$ref"], root), kind))
+        elif len(parts) == 1 and (len(parts[0]) == 1 or "allOf" not in part):
+            left += [(option, kind) for option in reversed(parts[0])]
+        else:
+            found.append({**kind, **part})
+    return found or [{}]
+
+
+def on_its_own(schema: dict[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part of a schema as one that holds all that it refers to."""
+    if '"$ref"' not in json.dumps(schema):
+        return schema
+    return {**_moved(schema), "$defs": {WHOLE: _moved(root)}}
+
+
+def _moved(value: Any) -> Any:
+    """Return a part of a schema with its references to where `on_its_own` puts the whole."""
+    if isinstance(value, list):
+        return [_moved(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: f"#/$defs/{WHOLE}{member[1:]}"
+        if name == "$ref" and isinstance(member, str) and member.startswith("#")
+        else _moved(member)
+        for name, member in value.items()
+    }
+
+
+def _types(schema: Mapping[str, Any]) -> frozenset[str]:
     kind = schema.get("type")
     if isinstance(kind, str | list):
         return frozenset([kind] if isinstance(kind, str) else map(str, kind))
     values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        return frozenset(JSON_TYPES[type(value)] for value in values)
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        target: object = root
-        for name in reference.removeprefix("#/").split("/"):
-            target = target.get(name) if isinstance(target, dict) else None
-        return _types(target, root, depth - 1)
-    found = [
-        _types(option, root, depth - 1)
-        for name in ("anyOf", "oneOf", "allOf")
-        for option in schema.get(name) or ()
-    ]
+    return frozenset(JSON_TYPES[type(value)] for value in values) if isinstance(values, list) else frozenset()
+
+
+def _union(kinds: Iterable[frozenset[str]]) -> frozenset[str]:
+    found = list(kinds)
     # An alternative of unknown type may be of any.
     return frozenset().union(*found) if all(found) else frozenset()
 

@@ -11,7 +11,7 @@ from microvllm.openai_compat.parsers.events import Function
 from microvllm.openai_compat.parsers.grammars import (
     Argument,
     Tag,
-    arguments,
+    argument_lists,
     constant,
     either,
     schema_value,
@@ -90,7 +90,10 @@ class XmlCalls(msgspec.Struct, frozen=True):
         begin = f"{before}{function.name}{behind}{self.line}"
         if not checked:
             return tag(begin, {"type": "any_text"}, end)
-        return tag(begin, sequence([self._argument(function, item) for item in arguments(function)]), end)
+        forms = (
+            sequence([self._argument(function, item) for item in items]) for items in argument_lists(function)
+        )
+        return tag(begin, either(list(forms)), end)
 
     def _argument(self, function: Function, argument: Argument) -> Tag:
         own, line = "\n" if self.own_lines else "", self.line if self.value else ""

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jsonschema
 import numpy as np
 import pytest
 from llguidance import LLMatcher
@@ -188,3 +189,72 @@ def test_a_strict_text_that_cannot_be_enforced_is_refused() -> None:
         tool_grammar(TOOL_FORMATS["qwen3_coder"], [Function("f", schema, strict=True)], "auto")
     assert tool_grammar(TOOL_FORMATS["qwen3_coder"], [Function("f", schema)], "required")
     assert tool_grammar(TOOL_FORMATS["hermes"], [Function("f", schema, strict=True)], "auto")
+
+
+NODE = {
+    "$ref": "#/$defs/Node",
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {
+                "kind": {"$ref": "#/$defs/Kind"},
+                "of": {"type": "array", "items": {"$ref": "#/$defs/Node"}, "maxItems": 1},
+            },
+            "required": ["kind", "of"],
+            "additionalProperties": False,
+        },
+        "Kind": {"type": "string", "enum": ["leaf", "tree"]},
+    },
+}
+EITHER = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},
+    "anyOf": [
+        {"properties": {"a": {"anyOf": [{"const": "x"}, {"type": "null"}]}}, "required": ["a"]},
+        {"properties": {"b": {"type": "boolean"}}, "required": ["b", "n"]},
+    ],
+    "unevaluatedProperties": False,
+}
+ROOT = {
+    "type": "object",
+    "properties": {"below": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1}},
+    "required": ["below"],
+    "additionalProperties": False,
+}
+COMPOSED = {"node": NODE, "either": EITHER, "root": ROOT}
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "glm45", "deepseek_v4", "pythonic"])
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_schemas_that_refer_and_combine(name: str, kind: str) -> None:
+    """As pydantic and zod write them: at the top of the arguments, or in one of them."""
+    form, schema = TOOL_FORMATS[name], COMPOSED[kind]
+    if kind == "either" and name == "hermes":
+        pytest.skip("JSON's own grammar refuses unevaluatedProperties")
+    tools = [Function("f", schema, strict=True)]
+    made = tool_grammar(form, tools, "required", parallel=False)
+    assert made is not None
+    seen = set()
+    for seed in range(6):
+        text = walk(made, [], seed)
+        parser = make_parser(name, None, tools=tools)
+        message = fold(parser.feed(text) + parser.end())
+        arguments = json.loads(message.tool_calls[0].arguments)
+        jsonschema.validate(arguments, schema)
+        seen |= arguments.keys()
+    assert seen == ({"n", "a", "b"} if kind == "either" else set(arguments))
+
+
+def test_arguments_of_too_many_forms_are_refused() -> None:
+    two = {"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
+    schema = {"type": "object", "allOf": [two] * 20}
+    with pytest.raises(InvalidRequestError, match="The arguments of the function 'f' have 32 forms or more"):
+        tool_grammar(TOOL_FORMATS["glm45"], [Function("f", schema)], "required")
+
+
+def test_strict_alternatives_that_cannot_be_enforced_are_refused() -> None:
+    either = {"anyOf": [{"enum": ["a"]}, {"type": "integer"}]}
+    for schema in (either, {"$ref": "#/$defs/e"}):
+        parameters = {"type": "object", "properties": {"a": schema}, "$defs": {"e": either}}
+        with pytest.raises(InvalidRequestError, match="`enum` of the argument 'a'"):
+            tool_grammar(TOOL_FORMATS["glm45"], [Function("f", parameters, strict=True)], "auto")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from microvllm.openai_compat.parsers.schema import argument_types, typed
+from microvllm.openai_compat.parsers.schema import MAX_FORMS, argument_types, forms_of, property_names, typed
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 
@@ -33,6 +33,25 @@ def test_types_of_an_argument(schema: Any, types: set[str]) -> None:
     assert argument_types(parameters, "a") == types
     assert argument_types(parameters, "other") == {"integer"}
     assert argument_types({}, "a") == argument_types({"properties": []}, "a") == set()
+
+
+def test_arguments_behind_references_and_alternatives() -> None:
+    first, other = (
+        {"properties": {"a": STRING}},
+        {"properties": {"a": INTEGER, "b/c": {"$ref": "#/$defs/d~1e"}}},
+    )
+    parameters = {"$ref": "#/$defs/top", "$defs": {"top": {"anyOf": [first, other]}, "d/e": INTEGER}}
+    assert property_names(parameters) == ["a", "b/c"]
+    assert argument_types(parameters, "a") == {"string", "integer"}
+    assert argument_types(parameters, "b/c") == {"integer"}
+    assert property_names({"$ref": "#"}) == property_names({"allOf": [1]}) == []
+
+
+def test_schemas_that_refer_to_themselves_many_times_end() -> None:
+    itself = {"anyOf": [{"$ref": "#/properties/a"}] * 99 + [INTEGER]}
+    parameters = {"properties": {"a": itself}, "allOf": [{"$ref": "#"}] * 99}
+    assert argument_types(parameters, "a") == {"integer"}
+    assert len(forms_of(parameters)) == MAX_FORMS and property_names(parameters) == ["a"]
 
 
 @pytest.mark.parametrize(
