@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import socket
 import ssl
 import threading
@@ -67,6 +68,18 @@ def real_server(
         thread.join(PATIENCE_S)
     if thread.is_alive():
         raise RuntimeError("the server did not stop")
+
+
+@contextmanager
+def server_lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
+    """What a started server logs during the block. uvicorn's loggers do not propagate to the root."""
+    logger = logging.getLogger("uvicorn.error")
+    with caplog.at_level(logging.DEBUG, logger.name):
+        logger.addHandler(caplog.handler)
+        try:
+            yield caplog.records
+        finally:
+            logger.removeHandler(caplog.handler)
 
 
 async def assert_no_callback_is_long(

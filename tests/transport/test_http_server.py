@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 from fake_client import FakeClient, fresh
-from http_tools import events, eventually, raw_exchange, real_server, slowness
+from http_tools import events, eventually, raw_exchange, real_server, server_lines, slowness
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api import prompts
@@ -224,7 +224,7 @@ def test_an_oversized_body_is_refused_before_it_is_read() -> None:
 
 def test_a_client_that_leaves_while_sending_is_no_event(caplog: pytest.LogCaptureFixture) -> None:
     client = FakeClient()
-    with real_server(client) as port, caplog.at_level(logging.DEBUG, logger="uvicorn.error"):
+    with real_server(client) as port, server_lines(caplog) as lines:
         sent = request("/v1/completions", COMPLETION)
         for part in (sent[:-5], sent[:-200]):
             with socket.create_connection(("127.0.0.1", port)) as sock:
@@ -235,7 +235,7 @@ def test_a_client_that_leaves_while_sending_is_no_event(caplog: pytest.LogCaptur
             == 200
         )
     assert len(client.submitted) == 1
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in lines if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -246,7 +246,7 @@ def test_a_client_that_leaves_ends_its_request(
     path: str, body: dict[str, Any], n: int, stream: bool, stall_after: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = fresh(stall_after=stall_after)
-    with real_server(client) as port, caplog.at_level(logging.DEBUG, logger="uvicorn.error"):
+    with real_server(client) as port, server_lines(caplog) as lines:
         with socket.create_connection(("127.0.0.1", port)) as sock:
             sock.sendall(request(path, {**body, "stream": stream, "n": n}))
             eventually(
@@ -257,7 +257,7 @@ def test_a_client_that_leaves_ends_its_request(
                 assert sock.recv(64).startswith(b"HTTP/1.1 200")
         eventually(lambda: not client.running)
         assert client.aborted == n
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in lines if record.levelno >= logging.ERROR]
 
 
 def test_a_client_that_leaves_in_the_middle_of_tokens() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fake_client import FakeClient
-from http_tools import real_server
+from http_tools import real_server, server_lines
 from process_tools import PATIENCE_S
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
@@ -159,9 +159,7 @@ def test_clients_that_offer_http2_are_served(caplog: pytest.LogCaptureFixture) -
     offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
     headers = {**offer, "Content-Type": "application/json"}
     websocket = {"Connection": "Upgrade", "Upgrade": "websocket"}
-    logger = logging.getLogger("uvicorn.error")  # uvicorn's loggers do not propagate to the root
-    with real_server(FakeClient()) as port, caplog.at_level(logging.DEBUG, logger.name):
-        logger.addHandler(caplog.handler)
+    with real_server(FakeClient()) as port, server_lines(caplog) as lines:
         client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
         client.connect()
         sock = client.sock
@@ -176,5 +174,4 @@ def test_clients_that_offer_http2_are_served(caplog: pytest.LogCaptureFixture) -
             assert answer.status == status
         assert client.sock is sock
         client.close()
-        logger.removeHandler(caplog.handler)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [record for record in lines if record.levelno >= logging.WARNING]
