@@ -8,6 +8,7 @@ import copy
 import functools
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -47,6 +48,9 @@ T = TypeVar("T")
 HANDSHAKE_DEADLINE_S = 30.0
 MAX_CONNECTIONS = 16_384
 RESERVED_FILES = 256  # open files that are no connections of clients
+# Lines of uvicorn that need no key.
+PROVOKED_LINES = ("Invalid HTTP request received.", "Exceeded concurrency limit.")
+SELDOM_S = 60.0
 FINAL_FLUSH_S = 2.0  # for the last error events to reach their clients
 
 
@@ -304,9 +308,11 @@ def _log_config(args: ServerArgs) -> dict[str, Any]:
     config = copy.deepcopy(LOGGING_CONFIG)
     level = args.log_level.upper()
     config["loggers"]["microvllm"] = {"handlers": ["default"], "level": level, "propagate": False}
+    config["filters"] = {"seldom": {"()": SeldomLines}}
+    config["loggers"]["uvicorn.error"]["filters"] = ["seldom"]
     if args.disable_access_log_for_endpoints:
         quiet = frozenset(args.disable_access_log_for_endpoints)
-        config["filters"] = {"quiet": {"()": QuietPaths, "paths": quiet}}
+        config["filters"]["quiet"] = {"()": QuietPaths, "paths": quiet}
         config["handlers"]["access"]["filters"] = ["quiet"]
     return config
 
@@ -323,3 +329,23 @@ class QuietPaths(logging.Filter):
         arguments = record.args
         path = arguments[2] if isinstance(arguments, tuple) and len(arguments) == 5 else ""
         return str(path).partition("?")[0] not in self._paths
+
+
+class SeldomLines(logging.Filter):
+    """Passes a line that anyone can provoke once a minute, with the number of those dropped before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, tuple[float, int]] = {}  # by line: when, and how many were dropped since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg not in PROVOKED_LINES:
+            return True
+        passed, dropped = self._passed.get(record.msg, (-math.inf, 0))
+        if 0 <= record.created - passed < SELDOM_S:  # negative when the clock was set back
+            self._passed[record.msg] = passed, dropped + 1
+            return False
+        self._passed[record.msg] = record.created, 0
+        if dropped:
+            record.msg += f" ({dropped} more since the last line of this)"
+        return True

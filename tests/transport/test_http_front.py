@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_client import FakeClient, fresh
-from http_tools import events, in_process, raw_exchange, real_server
+from http_tools import events, in_process, raw_exchange, real_server, server_lines
 from process_tools import PATIENCE_S
 
 import microvllm
@@ -325,6 +325,30 @@ def test_access_lines_of_some_paths_are_dropped() -> None:
 
     assert not shown("/health") and not shown("/metrics?x=1")
     assert shown("/v1/models") and shown("/healthy")
+
+
+def test_lines_that_anyone_can_provoke_are_few() -> None:
+    seldom = server.SeldomLines()
+
+    def logged(at: float, message: str = server.PROVOKED_LINES[0]) -> str | None:
+        record = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, message, None, None)
+        record.created = at
+        return record.getMessage() if seldom.filter(record) else None
+
+    first, second = server.PROVOKED_LINES
+    assert logged(1000) == first and logged(1000, second) == second
+    assert all(logged(1000 + i / 1000) is None for i in range(500))
+    assert logged(1059.9) is None and logged(1059.9, "another") == logged(1060, "another") == "another"
+    assert logged(1060) == f"{first} (501 more since the last line of this)"
+    assert logged(900) == first  # the clock was set back
+    assert server._log_config(ServerArgs())["loggers"]["uvicorn.error"]["filters"] == ["seldom"]
+
+
+def test_a_malformed_request_is_one_of_those_lines(caplog: pytest.LogCaptureFixture) -> None:
+    with real_server(FakeClient()) as port, server_lines(caplog) as lines:
+        raw_exchange(port, b"no request\r\n\r\n")
+        (line,) = [record.msg for record in lines if record.levelno >= logging.WARNING]
+    assert line in server.PROVOKED_LINES
 
 
 class TestTls:
