@@ -125,7 +125,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     # With more than 30 attributes in it, the dict of an instance would hold its own keys: 1.2 KB.
     __slots__ = (
-        *("_in_head", "_head_bytes", "_framing_bytes", "_counts_framing"),
+        *("_in_head", "_head_bytes", "_data_bytes", "_framing_bytes", "_counts_framing"),
         *("_refusal", "_head_timer", "_write_timer", "_on_disconnect"),
     )
 
@@ -134,6 +134,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.pipeline = Pipeline()  # type: ignore[assignment]
         self._in_head = True
         self._head_bytes = 0
+        self._data_bytes = 0  # of the data being parsed, until a head or a body ends in it
         self._framing_bytes = 0  # received after the head and no part of a body
         self._counts_framing = False  # not in data that a head ends in: how much of it is head is unknown
         self._refusal = 400
@@ -170,6 +171,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._counts_framing = not self._in_head
+        self._data_bytes = len(data)
         if self._in_head:
             self._head_bytes += len(data)
         else:
@@ -216,7 +218,7 @@ class GuardedProtocol(HttpToolsProtocol):
         del scope["state"]  # of a lifespan, which there is none of; more than 21 entries take 0.4 KB more
         scope[ON_DISCONNECT], scope[CHUNK_WRITER] = self.on_disconnect, self.chunk_writer
         self._in_head = True
-        self._head_bytes = 0
+        self._head_bytes = self._data_bytes  # 0 if other bytes may be in front of it
         self._start_head_timer()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -234,6 +236,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._data_bytes = 0
         self._counts_framing = False
         self._framing_bytes = 0
         self._stop_head_timer()
@@ -257,6 +260,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.message_event = Flag()  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
+        self._data_bytes = 0
         if not self.parser.should_upgrade():
             super().on_message_complete()
 

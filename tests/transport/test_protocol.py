@@ -140,6 +140,20 @@ async def test_a_request_with_upgrade_has_the_limits_of_any_other(rest: bytes, s
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "before", [b"", NEXT, HEAD + WITH_LENGTH, HEAD + IN_CHUNKS.replace(b"Upgrade", b"X")]
+)
+async def test_a_long_head_is_refused_with_the_bytes_it_comes_in(before: bytes) -> None:
+    endless = HEAD + b"X: " + b"y" * protocol.MAX_HEAD_BYTES
+    answer, closed = await exchange(*[before] * bool(before), endless)
+    assert closed and answer.endswith(b'"code":431}}') and count(answer) == bool(before)
+    within = HEAD + b"X: " + b"y" * (protocol.MAX_HEAD_BYTES - len(HEAD) - 3)
+    assert not (await exchange(*[before] * bool(before), within))[1]
+    # Where a request ends in the same bytes, it is unknown how many are of the next one.
+    assert not (await exchange((before or NEXT) + within))[1]
+
+
+@pytest.mark.asyncio
 async def test_requests_with_upgrade_behind_one_another_are_bounded() -> None:
     one = HEAD + UPGRADE + b"\r\n"
     answer, closed = await exchange(one * (1 + protocol.MAX_PIPELINED))
