@@ -32,7 +32,9 @@ CHUNK_WRITER = "microvllm.chunk_writer"  # in the scope, see `ChunkSendMiddlewar
 # For the request line and the headers. A client that opens 10,000 connections at once on a busy machine
 # writes its requests many seconds after that.
 HEAD_DEADLINE_S = 30.0
-WRITE_DEADLINE_S = 30.0  # for a client that has stopped reading its answer
+# For a client that has stopped reading its answer: in this time it has to take so many bytes of what waits.
+WRITE_DEADLINE_S = 30.0
+MIN_TAKEN_BYTES = 64 << 10
 
 
 def http_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
@@ -271,7 +273,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         cycle = self.cycle
         if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
-            self.transport.close()  # an answer in progress must not have another in its middle
+            self._close()  # an answer in progress must not have another in its middle
             return
         status = http.HTTPStatus(self._refusal)
         error = {"message": status.phrase, "type": "Bad Request", "param": None, "code": status.value}
@@ -280,12 +282,42 @@ class GuardedProtocol(HttpToolsProtocol):
             b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
             b"connection: close\r\n\r\n%s" % (status.value, status.phrase.encode(), len(body), body)
         )
+        self._close()
+
+    def _close(self) -> None:
+        """Close as soon as the client has taken what waits for it, or takes too little of it."""
         self.transport.close()
+        self._watch_flush()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if not self.transport.is_closing():
+            self._close()
+
+    def eof_received(self) -> None:
+        self._watch_flush()  # the transport closes itself
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_flush()
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._watch_flush()
+
+    def _watch_flush(self) -> None:
+        """Have the connection aborted if the client takes too little of what waits for it."""
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self.transport.abort)
+            waiting = self.transport.get_write_buffer_size()
+            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self._write_late, waiting)
+
+    def _write_late(self, before: int) -> None:
+        self._write_timer = None
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and before - waiting < MIN_TAKEN_BYTES:
+            self.transport.abort()
+        elif waiting:
+            self._watch_flush()
 
     def resume_writing(self) -> None:
         self._stop_write_timer()

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +27,19 @@ IN_CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n2\r\n\r\n\r\n0\r
 
 
 class Pipe(asyncio.Transport):
-    """A transport that keeps what is written."""
+    """A transport that keeps what is written; `waiting`: how many bytes its client has not taken."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written = b""
-        self.closed = False
+        self.closed = self.aborted = False
+        self.waiting = 0
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
+
+    def abort(self) -> None:
+        self.closed = self.aborted = True
 
     def write(self, data: Any) -> None:
         self.written += data
@@ -151,6 +159,81 @@ async def test_a_long_head_is_refused_with_the_bytes_it_comes_in(before: bytes) 
     assert not (await exchange(*[before] * bool(before), within))[1]
     # Where a request ends in the same bytes, it is unknown how many are of the next one.
     assert not (await exchange((before or NEXT) + within))[1]
+
+
+class Deadlines:
+    """An event loop whose timers the test fires."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.due: dict[Any, tuple[Any, ...]] = {}  # by deadline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loop, name)
+
+    def call_later(self, seconds: float, function: Any, *args: Any) -> Any:
+        self.due[seconds] = (function, *args)
+        return SimpleNamespace(cancel=lambda: self.due.pop(seconds, None))
+
+    def fire(self, seconds: float) -> None:
+        function, *args = self.due.pop(seconds)
+        function(*args)
+
+
+KEEP_ALIVE_S, WRITE_S, TAKEN = 7.0, 11.0, protocol.MIN_TAKEN_BYTES
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("waiting", [1000, 10 * TAKEN])
+@pytest.mark.parametrize("how", ["close", "keep-alive over", "refused", "half closed", "paused"])
+async def test_what_a_client_does_not_take_holds_no_connection(
+    monkeypatch: pytest.MonkeyPatch, how: str, waiting: int
+) -> None:
+    """A transport that is closed goes on waiting for its last bytes to be taken, however few they are."""
+    monkeypatch.setattr(protocol, "WRITE_DEADLINE_S", WRITE_S)
+    connection, pipe, loop = GuardedProtocol(CONFIG, ServerState(), {}), Pipe(), Deadlines()
+    connection.loop, connection.timeout_keep_alive = loop, KEEP_ALIVE_S  # type: ignore[assignment]
+    connection.connection_made(pipe)
+    pipe.waiting = waiting
+    if how == "paused":
+        connection.pause_writing()
+    elif how == "half closed":
+        connection.eof_received()
+    elif how == "refused":
+        connection.data_received(b"no request\r\n\r\n")
+    else:
+        connection.data_received(NEXT[:-2] + b"Connection: close\r\n" * (how == "close") + b"\r\n")
+        await asyncio.gather(*connection.tasks)
+        if how == "keep-alive over":
+            assert not pipe.closed
+            loop.fire(KEEP_ALIVE_S)
+    for _ in range(waiting // TAKEN - 3):  # as long as it takes enough, it is left alone
+        pipe.waiting -= TAKEN
+        loop.fire(WRITE_S)
+        assert not pipe.aborted
+    pipe.waiting -= min(TAKEN - 1, waiting - 1)
+    loop.fire(WRITE_S)
+    assert pipe.aborted
+    connection.connection_lost(None)
+    assert not loop.due
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_takes_its_answer_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "WRITE_DEADLINE_S", WRITE_S)
+    connection, pipe, loop = GuardedProtocol(CONFIG, ServerState(), {}), Pipe(), Deadlines()
+    connection.loop = loop  # type: ignore[assignment]
+    connection.connection_made(pipe)
+    for taken in (False, True):
+        pipe.waiting = 2 * TAKEN
+        connection.pause_writing()
+        pipe.waiting = 0
+        if taken:
+            connection.resume_writing()
+        else:  # the transport is about to say so
+            loop.fire(WRITE_S)
+        assert WRITE_S not in loop.due and not pipe.aborted
+    connection.connection_lost(None)
 
 
 @pytest.mark.asyncio
