@@ -84,7 +84,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
 
     def num_products(self, hidden_size: int) -> int:
         """Multiplications with weights that one token takes."""
-        return 2 * hidden_size * (self.q_size + self.kv_size)
+        return hidden_size * ((2 + self.gated) * self.q_size + 2 * self.kv_size)
 
     def sharded(self, size: int) -> Attention:
         """What one of `size` shards computes of it; shards beyond the heads of keys and values share these.

@@ -17,6 +17,8 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.mlp import MLP
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rope_spec import RopeSpec, llama3_divisors
+from microvllm.adapters.spec import Attention
+from microvllm.adapters.tensors import WHOLE
 
 SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"],
@@ -644,3 +646,11 @@ def test_gguf_linear_scaling_and_window(tmp_path: Path, llama_folder: Path) -> N
         load_spec(write_gguf(tmp_path / "b.gguf", llama_folder, extra_metadata=window)).layers[0].mixer.window
         == 64
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"gated": True}, {"keys_as_values": True}, {"source": 0}], ids=str)
+def test_a_token_s_products_are_the_elements_of_an_attention_s_matrices(options: dict[str, Any]) -> None:
+    mixer = Attention(num_heads=6, num_kv_heads=2, head_dim=8, rope=RopeSpec(), **options)
+    names = {name: name for name in ("q", "k", "v", "k_as_v", "gate_of_q", "qkv", "o")}
+    shapes = [slot.shape for slot in mixer.slots(40, names, WHOLE)]
+    assert mixer.num_products(40) == sum(rows * columns for rows, columns in shapes)
