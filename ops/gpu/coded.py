@@ -20,6 +20,7 @@ from microvllm.ops.gpu.launch import shared_memory
 from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.tiling import (
+    EARLY_CODED_GROUP,
     MAX_CODED_ROWS,
     MAX_EARLY_CODED_ROWS,
     MAX_GATED_CODED_ROWS,
@@ -40,7 +41,8 @@ class CodedProduct(Product):
         """options: those of `Product`."""
         super().__init__(weight, bias, arrivals, **options)
         self._shared_memory = shared_memory(arrivals.device)
-        self._early = MAX_EARLY_CODED_ROWS if levers.early_codes else 0
+        early = levers.early_codes and weight.bits == 4 and weight.zeros is None
+        self._early = MAX_EARLY_CODED_ROWS if early and weight.group >= EARLY_CODED_GROUP else 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
@@ -49,7 +51,7 @@ class CodedProduct(Product):
         if weight.order is not None:
             x = x.index_select(1, weight.order)
         m, rows = x.shape[0], weight.shape[0]
-        if 0 < m <= self._early:
+        if 0 < m <= self._early and x.dtype.itemsize == 2:
             early = coded_gemv_tiling(m, weight.shape[1] // weight.plane, gated=gated)
             return coded_gemv(x, weight, self._bias, residual, early, gated=gated, pdl=pdl)
         if 0 < m <= (MAX_CODED_ROWS if x.dtype.itemsize == 2 else MAX_WIDE_CODED_ROWS):

@@ -15,7 +15,7 @@ import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
 OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
-OPT_IN = {"peers", "early_codes"}  # not in use unless that variable names them
+OPT_IN = {"peers"}  # not in use unless that variable names them
 # Multiplications that an H200 computes while the host launches a step's kernels one by one: 2,000 tokens of
 # Qwen3-0.6B, 0.6 billion each, take it 5.2 to 6.2 ms, and the host 11.2 ms.
 LAUNCHED_PRODUCTS = 2_100_000_000_000
@@ -45,7 +45,7 @@ class Levers:
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
     rows by `ops.gpu.peers`; rules: penalties, biases and masks of a decode step by graphs of their own;
     long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models; early_codes:
-    products of one or two rows with codes of 4 or 8 bits by `ops.gpu.coded_gemv`.
+    products of one or two rows with codes of 4 bits by `ops.gpu.coded_gemv`.
     """
 
     stream: bool = False

@@ -117,14 +117,18 @@ def coded_tiling(m: int, n: int, k: int, step: int, shared_memory: int, *, gated
     return Tiling(64, step, 4, stages, max(1, min(-(-programs // tiles), k // (2 * step))))
 
 
-MAX_EARLY_CODED_ROWS = 2  # of `ops.gpu.coded_gemv`
+# `ops.gpu.coded_gemv` was timed with codes of 4 bits without zero points in groups of 128: it is in use for
+# those, and for longer groups. With 8 bits it executes as much as `ops.gpu.coded_skinny` does, and spills.
+MAX_EARLY_CODED_ROWS = 2
+EARLY_CODED_GROUP = 128
 
 
 def coded_gemv_tiling(m: int, runs: int, *, gated: bool) -> Tiling:
     """For one or two rows of x and so many runs of words in a row of codes; splits: parts of that row."""
-    parts = min(4 if gated or m > 1 else 8, 1 << (runs.bit_length() - 1))
-    steps = -(-runs // parts)
-    return Tiling(16, 0, parts * (1 + gated), steps if steps <= 4 else 2, parts)
+    parts = min(8 // m, 1 << (runs.bit_length() - 1))
+    if gated:
+        return Tiling(16, 0, min(4, 2 * parts), 2, parts)
+    return Tiling(16, 0, parts, 4 if m > 1 else 2 if runs <= 2 * parts else 1, parts)
 
 
 # ---- experts in MXFP4 -----------------------------------------------------------------------------------

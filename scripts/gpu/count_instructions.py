@@ -9,10 +9,10 @@ tensor cores, for the bytes from memory, and for those from the L2 cache, x incl
 bytes of its stack, where it spills, and of shared memory; warps that a multiprocessor holds (of 64); and the
 share of the multiprocessors' time that programs fill if all take equally long. The sums are of one layer.
 
-`coded` are codes of 4 bits, `early` those of `ops.gpu.coded_gemv`, `scaled` FP8, `mxfp4` the experts of
-gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16, by so many tokens, if each expert has one tile
-of rows. What is outside of the longest loop counts once a program, and so do shorter loops. --tilings has
-those that the tuners time, too.
+`coded` are codes of 4 bits, `zeros` those with zero points, `bytes` those of 8 bits, and with `early` in
+front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `mxfp4` the experts of gpt-oss-20b and `experts` those
+of Qwen3-30B-A3B in bfloat16, by so many tokens, if each expert has one tile of rows. What is outside of the
+longest loop counts once a program, and so do shorter loops. --tilings has those that the tuners time, too.
 """
 
 from __future__ import annotations
@@ -224,27 +224,31 @@ def named(kind: str, name: str, rows: int, tiling: Any) -> str:
     return f"{kind} {name} {rows} ({','.join(map(str, sizes))})"
 
 
-def coded_cases(rows: int, model: str, more: bool, *, early: bool = False) -> Iterator[Case]:
-    from tune_coded import GROUP, STEP, Way, candidates
+def coded_cases(
+    rows: int, model: str, more: bool, *, early: bool = False, bits: int = 4, zeros: bool = False
+) -> Iterator[Case]:
+    from tune_coded import GROUP, Way, candidates
 
-    from microvllm.ops.coded import CodedTensor
+    from microvllm.ops.coded import PLANE, CodedTensor
     from microvllm.ops.gpu.coded_gemv import coded_gemv
     from microvllm.ops.gpu.coded_skinny import MIN_ROWS, MOST_ROWS, coded_skinny
     from microvllm.ops.gpu.tiling import MAX_EARLY_CODED_ROWS, coded_gemv_tiling
 
     if early and rows > MAX_EARLY_CODED_ROWS:
         return
-    arrivals = torch.zeros(1 << 12, dtype=torch.int32)
+    arrivals, step = torch.zeros(1 << 12, dtype=torch.int32), PLANE * 32 // bits
     for name, (n, k, gated) in of_layer(model).items():
-        out = n * (1 + gated)
-        words, scales = torch.zeros(out, k // 8, dtype=torch.int32), torch.zeros(-(-k // GROUP), out).half()
-        weight, x = CodedTensor.of(words, 4, k, GROUP, scales), torch.zeros(rows, k).bfloat16()
-        ways: Iterable[Way] = candidates(rows, (n, k, gated, False, False), SHARED_MEMORY)
+        out, runs = n * (1 + gated), -(-k // step)
+        words, scales = torch.zeros(out, runs * PLANE, dtype=torch.int32), torch.zeros(-(-k // GROUP), out)
+        points = scales.byte() if zeros else None
+        weight = CodedTensor.of(words, bits, k, GROUP, scales.half(), points)
+        x = torch.zeros(rows, k).bfloat16()
+        ways: Iterable[Way] = candidates(rows, (n, k, gated, False, False), SHARED_MEMORY, step)
         if early:
-            ways = [Way(coded_gemv_tiling(rows, -(-k // STEP), gated=gated), gemv=True)]
+            ways = [Way(coded_gemv_tiling(rows, runs, gated=gated), gemv=True)]
         for way in ways if more else itertools.islice(ways, 1):
             tiling, fused = way.tiling, gated and not way.plain
-            steps = -(-k // STEP) / tiling.splits
+            steps = runs / tiling.splits
             if way.gemv:
                 splits, ahead = 1, min(tiling.stages, math.ceil(steps))
                 trips: float = math.ceil(math.ceil(steps) / ahead)
@@ -256,7 +260,7 @@ def coded_cases(rows: int, model: str, more: bool, *, early: bool = False) -> It
             kind = "gemv" if way.gemv else "plain" if way.plain else "coded"
             padded = min(MOST_ROWS, max(MIN_ROWS, rows if rows > 8 else triton.next_power_of_2(rows)))
             x_bytes = (rows if way.gemv else padded) * k * 2 / splits
-            size = out * k * (4 + 16 / GROUP) / 8
+            size = out * k * (bits + (24 if zeros else 16) / GROUP) / 8
             weights = out * k * -(-rows // MOST_ROWS)
             yield Case(named(kind, name, rows, tiling), call, weights, trips, size, x_bytes)
 
@@ -343,6 +347,10 @@ def expert_cases(kind: str, tokens: int) -> Iterator[Case]:
 KINDS: dict[str, Callable[[int, str, bool], Iterator[Case]]] = {
     "coded": coded_cases,
     "early": partial(coded_cases, early=True),
+    "zeros": partial(coded_cases, zeros=True),
+    "early-zeros": partial(coded_cases, zeros=True, early=True),
+    "bytes": partial(coded_cases, bits=8),
+    "early-bytes": partial(coded_cases, bits=8, early=True),
     "scaled": scaled_cases,
     "mxfp4": lambda rows, *_: expert_cases("mxfp4", rows),  # of gpt-oss-20b
     "experts": lambda rows, *_: expert_cases("experts", rows),  # of Qwen3-30B-A3B, in bfloat16

@@ -5,7 +5,7 @@
 A line shows a product and a number of rows: microseconds of the tilings, from the fastest on, and TB/s of
 codes and scales (groups of 128), beside the time of these bytes alone at --floor TB/s and that of the way in
 use. "plain" multiplies gate and up as one product, and leaves SwiGLU to a kernel of its own; of more rows
-than 8 both ways are timed. "gemv" is `ops.gpu.coded_gemv`, which `MICROVLLM_GPU_ON=early_codes` puts to use.
+than 8 both ways are timed. "gemv" is `ops.gpu.coded_gemv`, which is in use where it was the fastest.
 `count_instructions.py` shows what their kernels execute and take. Everything is a CUDA graph over copies that
 together do not fit the L2 cache. --compile only fills Triton's cache.
 """
@@ -29,7 +29,13 @@ from microvllm.ops.gpu.activation import silu_and_mul
 from microvllm.ops.gpu.coded_gemv import coded_gemv
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.launch import shared_memory
-from microvllm.ops.gpu.tiling import MAX_GATED_CODED_ROWS, Tiling, coded_tiling
+from microvllm.ops.gpu.tiling import (
+    MAX_EARLY_CODED_ROWS,
+    MAX_GATED_CODED_ROWS,
+    Tiling,
+    coded_gemv_tiling,
+    coded_tiling,
+)
 
 GROUP, STEP = 128, 256
 FEW = (
@@ -70,11 +76,11 @@ class Way(NamedTuple):
 Job = tuple[int, Product, Way, bool]
 
 
-def candidates(rows: int, product: Product, memory: int) -> Iterator[Way]:
-    """The way in use first. memory: bytes of shared memory that a program may have."""
+def candidates(rows: int, product: Product, memory: int, step: int = STEP) -> Iterator[Way]:
+    """That of `coded_tiling` first. memory: of a program, in bytes; step: columns of a run of words."""
     n, k, gated, _, _ = product
     plain = gated and rows > MAX_GATED_CODED_ROWS
-    sizes = rows, n * (1 + plain), k, STEP, memory
+    sizes = rows, n * (1 + plain), k, step, memory
     yield Way(coded_tiling(*sizes, gated=gated and not plain), plain)
     for plain in (False, True) if gated and rows > 8 else (False,):
         columns = n * (1 + plain)
@@ -85,6 +91,13 @@ def candidates(rows: int, product: Product, memory: int) -> Iterator[Way]:
     for block_n, warps, ahead, parts in GEMV if rows <= 2 else ():
         if rows * parts <= 8 and warps * 16 <= block_n * parts * (1 + gated):
             yield Way(Tiling(block_n, STEP, warps, ahead, parts), gemv=True)
+
+
+def in_use(rows: int, product: Product, *, has_zeros: bool) -> Way:
+    _, k, gated, _, _ = product
+    if rows <= MAX_EARLY_CODED_ROWS and not has_zeros:
+        return Way(coded_gemv_tiling(rows, -(-k // STEP), gated=gated), gemv=True)
+    return next(candidates(rows, product, shared_memory(DEVICE)))
 
 
 def random_codes(product: Product, *, has_zeros: bool) -> CodedTensor:
@@ -135,7 +148,8 @@ def time_product(name: str, rows: int, product: Product, floor: float, *, has_ze
     ]
     weights = (weights * 12)[: max(12, len(weights))]
     arrivals, times = room(), dict[Way, float]()
-    for way in dict.fromkeys(candidates(rows, product, shared_memory(DEVICE))):
+    current = in_use(rows, product, has_zeros=has_zeros)
+    for way in dict.fromkeys((current, *candidates(rows, product, shared_memory(DEVICE)))):
         try:
             calls = [call(rows, product, way, weight, arrivals) for weight in weights]
             times[way] = graph_ms(calls, 5) / len(calls) * 1e3
@@ -148,7 +162,7 @@ def time_product(name: str, rows: int, product: Product, floor: float, *, has_ze
         for way in order
         for t in [way.tiling]
     )
-    used = times[next(candidates(rows, product, shared_memory(DEVICE)))]
+    used = times[current]
     rate = megabytes / times[order[0]]
     print(
         f"{name} {rows} rows, {megabytes:.1f} MB ({megabytes / floor:.1f} us): {shown}; {rate:.2f} TB/s; "
@@ -184,7 +198,10 @@ def main() -> None:
                 )
                 for name, product in products(model).items()
                 if name != "head"
-                for way in candidates(rows, product, shared_memory(DEVICE))
+                for way in (
+                    in_use(rows, product, has_zeros=args.zeros),
+                    *candidates(rows, product, shared_memory(DEVICE)),
+                )
             }
             with multiprocessing.get_context("spawn").Pool(
                 min(args.processes, len(os.sched_getaffinity(0)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how 
 
 from microvllm.ops.activation import silu_and_mul
 from microvllm.ops.coded import NARROW_PLANE, PLANE, CodedTensor, pack
+from microvllm.ops.gpu import coded as products
 from microvllm.ops.gpu.coded_gemv import coded_gemv
 from microvllm.ops.gpu.coded_skinny import coded_skinny, widened
 from microvllm.ops.gpu.operators import GpuOperators
@@ -161,19 +164,12 @@ def test_the_values_of_the_codes_are_written_as_they_are(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "early"),
-    [
-        *((rows, False) for rows in (1, 3, 20, MAX_GATED_CODED_ROWS + 1, MAX_CODED_ROWS + 1)),
-        (1, True),
-    ],
-)
-def test_what_a_decoder_calls(rows: int, early: bool, ordered: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 20, MAX_GATED_CODED_ROWS + 1, MAX_CODED_ROWS + 1])
+def test_what_a_decoder_calls(rows: int, ordered: bool) -> None:
     """Whichever way a number of rows goes, with the tilings that are chosen for it."""
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16 if rows > 8 else torch.float32
     ops, hidden, width = GpuOperators(dtype, DEVICE, "triton"), 96, 64
     assert CodedTensor in ops.packed
-    ops.levers = replace(ops.levers, early_codes=early)
     x, norm = random(rows, hidden, seed=1, dtype=dtype), random(hidden, seed=2, dtype=dtype)
     up = coded(2 * width, hidden, 4, 32, zeros=True, seed=3)
     down = coded(hidden, width, 8, 32, zeros=False, seed=4)
@@ -191,3 +187,56 @@ def test_what_a_decoder_calls(rows: int, early: bool, ordered: bool) -> None:
     assert relative_error(ops.linear(down)(act), product) < TOLERANCE[dtype]
     assert relative_error(ops.linear(down)(act, x.clone()), product + x.float()) < TOLERANCE[dtype]
     assert ops.linear(down)(act[:0]).shape == (0, hidden)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits", "group", "zeros", "early"),
+    [
+        (1, 4, 128, False, True),
+        (2, 4, 1000, False, True),
+        (3, 4, 128, False, False),
+        (1, 4, 64, False, False),
+        (1, 4, 128, True, False),
+        (1, 8, 128, False, False),
+    ],
+)
+def test_codes_come_early_where_that_was_timed(
+    rows: int, bits: int, group: int, zeros: bool, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 bits without zero points, in groups of 128 or more, for one row and for two of 16 bits."""
+    calls = list[str]()
+
+    def noting(name: str) -> Callable[..., Tensor]:
+        def call(x: Tensor, weight: CodedTensor, *_: Any, gated: bool, **options: Any) -> Tensor:
+            calls.append(name)
+            return x.new_zeros(len(x), weight.shape[0] // (1 + gated))
+
+        return call
+
+    for name in ("coded_gemv", "coded_skinny"):
+        monkeypatch.setattr(products, name, noting(name))
+    ops = GpuOperators(torch.float16, DEVICE, "triton")
+    weight = coded(32, 300, bits, group, zeros=zeros, seed=1)
+    for switched_on, dtype in ((True, torch.float16), (False, torch.float16), (True, torch.float32)):
+        ops.levers = replace(ops.levers, early_codes=switched_on)
+        assert ops.linear(weight)(torch.zeros(rows, 300, dtype=dtype, device=DEVICE)).shape == (rows, 32)
+    assert calls == ["coded_gemv" if early else "coded_skinny", "coded_skinny", "coded_skinny"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_a_decoder_calls_for_codes_that_come_early(rows: int) -> None:
+    """With the tilings that are chosen, of few columns and of many, in another order, too."""
+    dtype, hidden, width = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16, 300, 16
+    ops = GpuOperators(dtype, DEVICE, "triton")
+    ops.levers = replace(ops.levers, early_codes=True)
+    up = coded(2 * width, hidden, 4, 128, zeros=False, seed=3)
+    up.order = torch.randperm(hidden, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    down = coded(32, width, 4, 1000, zeros=False, seed=4)
+    x, norm = random(rows, hidden, seed=1, dtype=dtype), random(hidden, seed=2, dtype=dtype)
+    act = ops.norm_gate_up(norm, 1e-5, up)(x)
+    normed = rms_norm(x.float(), norm.float(), 1e-5)
+    expected = silu_and_mul(linear(normed, up.dequantized(torch.float32)))
+    assert relative_error(act, expected) < 2 * TOLERANCE[dtype]
+    residual = random(rows, 32, seed=6, dtype=dtype)
+    expected = linear(act.float(), down.dequantized(torch.float32)) + residual.float()
+    assert relative_error(ops.linear(down)(act, residual), expected) < TOLERANCE[dtype]
