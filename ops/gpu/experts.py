@@ -39,11 +39,22 @@ CODED = {
     32: GroupedTiling(32, 64, 128, 4, 4, swapped=True, boxes=True),
     64: GroupedTiling(64, 128, 128, 8, 3, swapped=True, boxes=True),
 }
-# Of MXFP4, whose tile has 64 rows: more would be widened by the same threads. The terms are those of a plain
-# matrix beside it, where a shard cuts the blocks of one of the two.
-IN_MXFP4 = {rows: GroupedTiling(rows, 64, 64, 4, 3, swapped=True) for rows in (8, 16, 32, 64)}
+# Rows of a tile in MXFP4, by the most choices that an expert has on average: measured at 4.4, 8 and 32.
+MXFP4_ROWS = {5: 8, 8: 16, 32: 32}
+MOST_MXFP4_ROWS = 64
 FIXED_ORDER = GroupedTiling(64, 64, 64, 4, 4)
 MAX_GEMV_TOKENS = 4  # more have experts in common, whose weights are then read once
+
+
+def mxfp4_tiling(choices: float, *, gated: bool) -> GroupedTiling:
+    """Of experts that have so many choices on average; gated: of the first of the two products.
+
+    A tile has 64 rows of the weight, as more would be widened by the same threads. The terms are those of a
+    plain matrix beside it, where a shard cuts the blocks of one of the two. Of two stages of a gated product a
+    multiprocessor holds more programs.
+    """
+    rows = next((rows for most, rows in MXFP4_ROWS.items() if choices <= most), MOST_MXFP4_ROWS)
+    return GroupedTiling(rows, 64, 64, 4, 2 if gated and rows > 8 else 3, swapped=True)
 
 
 class GpuExperts:
@@ -120,9 +131,10 @@ class GpuExperts:
         x = self._normed(x, self._norm)
         logits = self._router(x if routed is None else routed)
         weights, chosen = choose(logits, self._routing, self._correction, scales=self._scales, pdl=pdl)
-        k, tiling = self._routing.num_chosen, self.tiling(chosen.numel(), x.dtype.itemsize)
+        k, sizes = self._routing.num_chosen, (chosen.numel(), x.dtype.itemsize)
+        tiling = self.tiling(*sizes)
         choices = sort_choices(chosen, self._count, tiling.rows, pdl=pdl)
-        inner = self._gate_up(x, choices, k, tiling, pdl=pdl)
+        inner = self._gate_up(x, choices, k, self.tiling(*sizes, gated=True), pdl=pdl)
         if self._plain is not None:
             inner = self._plain(inner)
         elif not self._fuses:
@@ -166,13 +178,18 @@ class GpuExperts:
     def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
         return x if norm is None else rms_norm(x, norm, self._eps, pdl=self._pdl)
 
-    def tiling(self, num_choices: int, itemsize: int) -> GroupedTiling:
-        """With room for twice the choices that an expert has on average; itemsize: bytes of a number of x."""
+    def tiling(self, num_choices: int, itemsize: int, *, gated: bool = False) -> GroupedTiling:
+        """With room for twice the choices that an expert has on average, or by `mxfp4_tiling`.
+
+        itemsize: bytes of a number of x. gated: of the first product, whose rows are those of the second.
+        """
         if self._fixed_order:
             tiling = FIXED_ORDER
+        elif self._is_mxfp4:
+            tiling = mxfp4_tiling(num_choices / self._count, gated=gated)
         else:
             rows = triton.next_power_of_2(triton.cdiv(2 * num_choices, self._count))
-            tilings = IN_MXFP4 if self._is_mxfp4 else CODED if self._is_coded else TILINGS
+            tilings = CODED if self._is_coded else TILINGS
             most = min(max(tilings), self._gate_up.max_rows)
             tiling = tilings[min(max(rows, min(tilings)), most)]
         if itemsize == 4:

@@ -10,7 +10,7 @@ FOLDER/tune_experts.json.
 
 `--mxfp4` times a layer of gpt-oss, sorted by expert and, up to 16 tokens, also without sorting
 (`ops.gpu.mxfp4_experts`), in turns, and prints by how much the two results differ. With `--tilings` it times
-both sorted products by themselves, the tiling in use (`IN_MXFP4` in `ops/gpu/experts.py`) first.
+both sorted products by themselves, the tiling in use (`mxfp4_tiling` in `ops/gpu/experts.py`) first.
 """
 
 from __future__ import annotations
@@ -159,11 +159,12 @@ def time_both_ways(layer: Mxfp4Layer, rows: int) -> None:
 
 
 def time_tilings(layer: Mxfp4Layer, rows: int) -> None:
-    """The sorted products, each alone, with as many rows of a tile as are in use and with half of them."""
+    """The sorted products, each alone, with as many rows of a tile as are in use, half and twice as many."""
     xs = layer.tokens(rows)
     for name, call in (("gate_up", gated_call), ("down", down_call)):
-        used = layer.ways["sorted"].tiling(rows * layer.chosen, BF16.itemsize)
-        shapes = itertools.product((used.rows, max(8, used.rows // 2)), MXFP4_SHAPES)
+        used = layer.ways["sorted"].tiling(rows * layer.chosen, BF16.itemsize, gated=name == "gate_up")
+        sizes = dict.fromkeys((used.rows, max(8, used.rows // 2), min(64, 2 * used.rows)))
+        shapes = itertools.product(sizes, MXFP4_SHAPES)
         tilings = [
             replace(used, rows=each, columns=columns, warps=warps, stages=stages)
             for each, (columns, warps, stages) in shapes

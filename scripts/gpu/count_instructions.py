@@ -306,7 +306,7 @@ def scaled_cases(rows: int, model: str, more: bool) -> Iterator[Case]:
 
 def expert_cases(kind: str, tokens: int) -> Iterator[Case]:
     """Products of tokens that choose alike often and by themselves, sorted by expert."""
-    from microvllm.ops.gpu.experts import IN_MXFP4, TILINGS
+    from microvllm.ops.gpu.experts import TILINGS, mxfp4_tiling
     from microvllm.ops.gpu.grouped import GroupedWeight
     from microvllm.ops.gpu.mxfp4 import Mxfp4Weight
     from microvllm.ops.gpu.routing import SortedChoices
@@ -315,18 +315,19 @@ def expert_cases(kind: str, tokens: int) -> Iterator[Case]:
     packed = kind == "mxfp4"
     hidden, width, experts, chosen = (2880, 2880, 32, 4) if packed else (2048, 768, 128, 8)
     count = tokens * chosen
-    tilings = IN_MXFP4 if packed else TILINGS
-    wanted = triton.next_power_of_2(-(-2 * count // experts))
-    tiling = tilings[min(max(wanted, min(tilings)), 64 if packed else 128)]
-    terms = 256 if packed else tiling.block_k
-    stages = replace(tiling, block_k=terms).within(SHARED_MEMORY, 2, 1 if packed else 2).stages
-    tiling = replace(tiling, stages=stages)
-    tiles = (count + min(experts, count) * (tiling.rows - 1)) // tiling.rows
-    places = torch.zeros(tiles, dtype=torch.int32)
-    choices = SortedChoices(torch.zeros(count, dtype=torch.int32), places, places, places)
+    room = triton.next_power_of_2(-(-2 * count // experts))
     read = experts * (1 - (1 - chosen / experts) ** tokens)
     for name, n, k, gated in (("gate_up", width, hidden, True), ("down", hidden, width, False)):
         out, runs = experts * n * (1 + gated), -(-k // 256)
+        tiling = TILINGS[min(max(room, min(TILINGS)), max(TILINGS))]
+        if packed:
+            tiling = mxfp4_tiling(count / experts, gated=gated)
+        terms = 256 if packed else tiling.block_k
+        stages = replace(tiling, block_k=terms).within(SHARED_MEMORY, 2, 1 if packed else 2).stages
+        tiling = replace(tiling, stages=stages)
+        tiles = (count + min(experts, count) * (tiling.rows - 1)) // tiling.rows
+        places = torch.zeros(tiles, dtype=torch.int32)
+        choices = SortedChoices(torch.zeros(count, dtype=torch.int32), places, places, places)
         if packed:
             words, scales = torch.zeros(out, runs * 32, dtype=torch.int32), torch.zeros(out, runs * 8).byte()
             weight: Any = Mxfp4Weight(Mxfp4Tensor.of(words, k, scales), n, gated=gated, clamped=gated)

@@ -15,7 +15,7 @@ from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how 
 
 from microvllm.ops.activation import CLAMPED
 from microvllm.ops.experts import NO_BIASES, ExpertBiases, ExpertWeights, route
-from microvllm.ops.gpu.experts import FIXED_ORDER, TILINGS, GpuExperts
+from microvllm.ops.gpu.experts import FIXED_ORDER, TILINGS, GpuExperts, mxfp4_tiling
 from microvllm.ops.gpu.grouped import GroupedTiling, GroupedWeight
 from microvllm.ops.gpu.mxfp4 import UNPACK
 from microvllm.ops.gpu.operators import GpuOperators
@@ -318,6 +318,15 @@ def test_mxfp4_beside_a_plain_matrix(tokens: int, first_packed: bool) -> None:
     _, ours = gpu.experts(None, ExpertWeights(router, *packed), ROUTINGS["softmax"], CLAMPED)
     _, theirs = reference.experts(None, ExpertWeights(router, *exact), ROUTINGS["softmax"], CLAMPED)
     assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+def test_tilings_in_mxfp4_are_those_that_were_the_fastest() -> None:
+    """Of 35, 64 and 256 tokens of gpt-oss-20b, 4 of 32 experts each: rows of a tile, and stages."""
+    for tokens, rows, stages in ((35, 8, 3), (64, 16, 2), (256, 32, 2), (8192, 64, 2)):
+        choices = tokens * 4 / 32
+        first, second = (mxfp4_tiling(choices, gated=gated) for gated in (True, False))
+        assert (first.rows, first.stages) == (rows, stages)
+        assert (second.rows, second.stages) == (rows, 3), "sorted for both"
 
 
 @pytest.mark.parametrize("activation", ["silu", CLAMPED, "gelu_tanh"])
