@@ -50,8 +50,8 @@ def mxfp4_tiling(choices: float, *, gated: bool) -> GroupedTiling:
     """Of experts that have so many choices on average; gated: of the first of the two products.
 
     A tile has 64 rows of the weight, as more would be widened by the same threads. The terms are those of a
-    plain matrix beside it, where a shard cuts the blocks of one of the two. Of two stages of a gated product a
-    multiprocessor holds more programs.
+    plain matrix beside it, where a shard cuts the blocks of one of the two. Of gated products with two stages
+    a multiprocessor holds more programs.
     """
     rows = next((rows for most, rows in MXFP4_ROWS.items() if choices <= most), MOST_MXFP4_ROWS)
     return GroupedTiling(rows, 64, 64, 4, 2 if gated and rows > 8 else 3, swapped=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+import triton_interpreter  # noqa: F401  # isort: skip  (first, as it chooses how kernels run)
 
 import triton
 

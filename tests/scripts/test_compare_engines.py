@@ -103,9 +103,7 @@ def test_command_lines_on_a_gpu(tmp_path: Path, model: Path, monkeypatch: pytest
     assert alone.command[-1] == "{port}", "alone in the GPU's memory it sizes its own cache"
 
 
-def test_engines_that_make_up_weights(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_that_make_up_weights(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written or read; requests are sampled, as greedy texts of random weights soon repeat."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho vllm 0.33\necho torch 2.14\necho microvllm 0.1\n")

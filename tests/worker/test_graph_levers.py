@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes import make_config
 
-pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+import triton_interpreter  # noqa: F401  # isort: skip  (first, as it chooses how kernels run)
 
 from microvllm.adapters.experts import Experts
 from microvllm.adapters.latent import LatentAttention
