@@ -128,7 +128,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # With more than 30 attributes in it, the dict of an instance would hold its own keys: 1.2 KB.
     __slots__ = (
         *("_in_head", "_head_bytes", "_data_bytes", "_framing_bytes", "_counts_framing"),
-        *("_refusal", "_head_timer", "_write_timer", "_on_disconnect"),
+        *("_refusal", "_head_timer", "_write_timer", "_on_disconnect", "_answered"),
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,11 +143,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._on_disconnect: Callable[[], None] | None = None
+        self._answered: RequestResponseCycle | None = None  # `cycle` is the last of those behind it
 
     def on_disconnect(self, callback: Callable[[], None] | None) -> bool:
         """Have `callback` (None: nothing) called when the client leaves; False if it has left already."""
         self._on_disconnect = callback
-        return not self.transport.is_closing()
+        if self.transport.is_closing():
+            self._drop_answer()
+            return False
+        return True
 
     def chunk_writer(self) -> ChunkWriter | None:
         """Return what writes chunks of the answer in progress; None if requests wait behind it."""
@@ -166,6 +170,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        self._drop_answer()
         if self._on_disconnect is not None:
             self._on_disconnect()
 
@@ -265,6 +270,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._data_bytes = 0
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _drop_answer(self) -> None:
+        """Send no more of the answer in progress, and have its task take that for the end it comes to."""
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def _refuse(self, status: int) -> None:
         self._refusal = status

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from microvllm.openai_compat.transport import protocol
+from microvllm.openai_compat.transport.lifecycle import ON_DISCONNECT
 from microvllm.openai_compat.transport.protocol import GuardedProtocol, http_config
 
 HEAD = b"POST /a%20b?c=d HTTP/1.1\r\nHost: a\r\nX: y z\r\n"
@@ -42,6 +43,8 @@ class Pipe(asyncio.Transport):
         self.closed = self.aborted = True
 
     def write(self, data: Any) -> None:
+        if self.closed:
+            raise RuntimeError("the handler is closed")  # as uvloop
         self.written += data
 
     def close(self) -> None:
@@ -159,6 +162,41 @@ async def test_a_long_head_is_refused_with_the_bytes_it_comes_in(before: bytes) 
     assert not (await exchange(*[before] * bool(before), within))[1]
     # Where a request ends in the same bytes, it is unknown how many are of the next one.
     assert not (await exchange((before or NEXT) + within))[1]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("behind", [0, 2])
+async def test_what_is_left_of_an_answer_is_dropped_with_its_client(
+    behind: int, lost: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever waits behind the request: uvicorn marks only the last one of a connection as disconnected."""
+    gone, seen = asyncio.Event(), []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        for body in (b"a", b"b"):
+            if body == b"a":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body, "more_body": body == b"a"})
+            await gone.wait()
+            seen.append(scope[ON_DISCONNECT](None))
+            if not lost:
+                return
+
+    config = http_config(slow, log_level="error")
+    config.load()
+    connection, pipe = GuardedProtocol(config, ServerState(), {}), Pipe()
+    connection.connection_made(pipe)
+    connection.data_received(NEXT * (1 + behind))
+    await asyncio.sleep(0)
+    assert pipe.written.count(b"HTTP/1.1") == 1
+    pipe.close()
+    if lost:
+        connection.connection_lost(None)
+    gone.set()
+    with server_lines(caplog) as lines:
+        await asyncio.gather(*connection.tasks)
+    assert not lines and pipe.written.count(b"HTTP/1.1") == 1 and not any(seen)
 
 
 class Deadlines:
