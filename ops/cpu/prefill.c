@@ -5,30 +5,68 @@
  * values are used as they lie in the cache, widened to float32, and a softmax needs no sum across lanes. */
 #include "prefill.h"
 
-#define CHUNK 120L    /* keys, a multiple of ROWS */
-#define TURNED 64L /* elements of queries that are put side by side while their lines are in the first-level cache */
+#define UNROLL _Pragma("GCC unroll 16")
+#define CHUNK 60L /* keys, a multiple of ROWS: with their scores they leave the first-level cache room for a block */
+#define VALUES (VECTORS == 32 ? 8L : ROWS) /* elements of a value that are summed up at a time: heads have whole 8 */
 
-/* 2^x for x <= 0, and 0 below -126: 2^n times the Taylor series of the rest. NaN stays NaN. */
+/* 2^x for x <= 0, and 0 below -126: 2^n times a polynomial in the rest (degree 5, relative error below 2e-7). NaN stays
+ * NaN. */
 INLINE vec power_of_2(vec x)
 {
-    vec n = (x + 12582912.0f) - 12582912.0f; /* round to an integer */
-    vec r = x - n;
-    vec p = r * 1.5403530e-4f + 1.3333558e-3f;
-    p = p * r + 9.6181291e-3f;
-    p = p * r + 5.5504109e-2f;
-    p = p * r + 2.4022651e-1f;
-    p = p * r + 6.9314718e-1f;
+    vec shifted = x + 12582912.0f; /* whose lowest bits are x, rounded to an integer */
+    vec r = x - (shifted - 12582912.0f);
+    vec p = r * 1.3264727e-3f + 9.6715130e-3f;
+    p = p * r + 5.5507336e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.9314700e-1f;
     p = p * r + 1.0f;
-    ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23, under = x < -126.0f;
-    return choose(under, (vec){}, p * (vec)exponent);
+    ivec under = x < -126.0f;
+    return choose(under, (vec){}, (vec)((uvec)p + ((uvec)shifted << 23)));
 }
 
-/* acc[r] += sum over i < count of a[r * row + i * step] * panel[i], for ROWS of them by a panel of [count][WIDTH]. */
-INLINE void multiply(const float *a, long row, long step, const float *panel, long count, vec acc[ROWS][2])
+/* Half of the lanes of both in turns, from lane `first` on. */
+INLINE vec interleave(vec a, vec b, const int first)
+{
+    ivec at;
+    for (int i = 0; i < LANES; i++) at[i] = first + i / 2 + i % 2 * LANES;
+    return SHUFFLE_EACH(a, b, at);
+}
+
+/* v[i][j] and v[j][i] exchanged, of runs of `step` of them. */
+INLINE void exchange(vec v[LANES], const int step)
+{
+    ivec first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i & step ? LANES + i - step : i;
+        second[i] = i & step ? LANES + i : i + step;
+    }
+    UNROLL for (int i = 0; i < LANES; i++) {
+        if (i & step) continue;
+        vec a = v[i], b = v[i + step];
+        v[i] = SHUFFLE_EACH(a, b, first);
+        v[i + step] = SHUFFLE_EACH(a, b, second);
+    }
+}
+
+static void transpose(float square[LANES][LANES])
+{
+    vec v[LANES];
+    UNROLL for (int i = 0; i < LANES; i++)
+        v[i] = load_f32(square[i]);
+    exchange(v, 1);
+    exchange(v, 2);
+    if (LANES > 4) exchange(v, 4 % LANES);
+    if (LANES > 8) exchange(v, 8 % LANES);
+    UNROLL for (int i = 0; i < LANES; i++)
+        store(square[i], v[i]);
+}
+
+/* acc[r] += sum over i < count of a[r * row + i * step] * panel[i], for M of them by a panel of [count][WIDTH]. */
+INLINE void multiply(const float *a, long row, long step, const float *panel, long count, vec acc[][2], const int M)
 {
     for (long i = 0; i < count; i++, a += step, panel += WIDTH) {
         vec low = load_f32(panel), high = load_f32(panel + LANES);
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < M; r++) {
             acc[r][0] += low * a[r * row];
             acc[r][1] += high * a[r * row];
         }
@@ -36,24 +74,29 @@ INLINE void multiply(const float *a, long row, long step, const float *panel, lo
 }
 
 /* WIDTH rows of a tile, in one piece of memory: queries times the scale, [d][WIDTH]; sums of weights * values,
- * [stride][WIDTH]; of each row the highest score and the sum of the weights. */
+ * [stride][WIDTH]; of each row the highest score, the sum of the weights, and its token's position. */
 typedef struct {
     float *query, *sum, *highest, *total;
-    ivec positions[2]; /* of the rows' tokens, where there is something to take */
+    int32_t *positions;
 } Block;
+#define OF_ROWS 3L /* numbers of a row beside its query and its sums */
 
-/* `count` keys and values of neighbouring tokens, the first one's position, and room for the scores. */
+/* `count` keys and values of neighbouring tokens, the first one's position, and room for the scores of a CHUNK. Keys
+ * [begin, end) are seen by all rows of the block. */
 typedef struct {
     const float *keys, *values;
-    long first, count;
+    long first, count, begin, end;
     float (*scores)[WIDTH];
 } Chunk;
 
 INLINE Block block_of(const Prefill *p, float *blocks, long row)
 {
     float *query = blocks + row / WIDTH * p->block, *sum = query + p->step->d * WIDTH;
-    return (Block){query, sum, sum + p->stride * WIDTH, sum + (p->stride + 1) * WIDTH, {}};
+    float *highest = sum + p->stride * WIDTH;
+    return (Block){query, sum, highest, highest + WIDTH, (int32_t *)(highest + 2 * WIDTH)};
 }
+
+INLINE vec higher(vec a, vec b) { return choose(a > b, a, b); }
 
 /* The scores, -inf where a key is not seen because it is younger than the row's token or too old, and the highest. */
 INLINE void score_keys(const Prefill *p, const Block *b, const Chunk *c, vec highest[2])
@@ -61,13 +104,21 @@ INLINE void score_keys(const Prefill *p, const Block *b, const Chunk *c, vec hig
     for (long t = 0; t < c->count; t += ROWS) {
         vec acc[ROWS][2];
         for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = (vec){};
-        multiply(c->keys + t * p->stride, p->stride, 1, b->query, p->step->d, acc);
-        for (int r = 0; r < ROWS && t + r < c->count; r++)
+        multiply(c->keys + t * p->stride, p->stride, 1, b->query, p->step->d, acc, ROWS);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            for (int half = 0; half < 2; half++) store(c->scores[t + r] + half * LANES, acc[r][half]);
+        if (t >= c->begin && t + ROWS <= c->end) {
+            UNROLL for (int r = 0; r < ROWS; r++)
+                for (int half = 0; half < 2; half++) highest[half] = higher(acc[r][half], highest[half]);
+            continue;
+        }
+        for (long i = t; i < least(t + ROWS, c->count); i++)
             for (int half = 0; half < 2; half++) {
-                ivec age = b->positions[half] - (int32_t)(c->first + t + r);
-                vec score = choose((age < 0) | (age >= (int32_t)p->window), (vec){} - INFINITY, acc[r][half]);
-                store(c->scores[t + r] + half * LANES, score);
-                highest[half] = choose(score > highest[half], score, highest[half]);
+                float *at = c->scores[i] + half * LANES;
+                ivec age = (ivec)load_f32((float *)b->positions + half * LANES) - (int32_t)(c->first + i);
+                vec score = choose((age < 0) | (age >= (int32_t)p->window), (vec){} - INFINITY, load_f32(at));
+                store(at, score);
+                highest[half] = higher(score, highest[half]);
             }
     }
 }
@@ -90,13 +141,13 @@ static void attend(const Prefill *p, const Block *b, const Chunk *c)
             total[half] += weight;
         }
     for (int half = 0; half < 2; half++) store(b->total + half * LANES, total[half]);
-    for (long i = 0; i < p->v; i += ROWS) {
-        vec acc[ROWS][2];
+    for (long i = 0; i < p->v; i += VALUES) {
+        vec acc[VALUES][2];
         float *sum = b->sum + i * WIDTH;
-        for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < VALUES; r++)
             for (int half = 0; half < 2; half++) acc[r][half] = load_f32(sum + r * WIDTH + half * LANES) * factor[half];
-        multiply(c->values + i, 1, p->stride, c->scores[0], c->count, acc);
-        for (int r = 0; r < ROWS; r++)
+        multiply(c->values + i, 1, p->stride, c->scores[0], c->count, acc, VALUES);
+        for (int r = 0; r < VALUES; r++)
             for (int half = 0; half < 2; half++) store(sum + r * WIDTH + half * LANES, acc[r][half]);
     }
 }
@@ -109,6 +160,12 @@ INLINE void widen_row(const Cache *cache, long row, long d, float *to)
         return;
     }
     const bf16 *from = (const bf16 *)cache->data + row * d;
+    for (; LANES == 16 && i + PAIR <= d; i += PAIR) { /* GCC 12 would widen LANES of them in halves */
+        vec even, odd;
+        load_pair(from, i, 1, &even, &odd);
+        store(to + i, interleave(even, odd, 0));
+        store(to + i + LANES, interleave(even, odd, LANES / 2));
+    }
     for (; i + LANES <= d; i += LANES) store(to + i, load_bf16(from + i));
     for (; i < d; i++) to[i] = widen(from[i]);
 }
@@ -125,45 +182,82 @@ static void gather(const Prefill *p, const Tile *tile, long from, long to, float
     }
 }
 
+/* Queries of LANES rows of a tile, times the scale, side by side in their block; the last row's again where there are
+ * no more. */
+static void put_queries(const Prefill *p, const Tile *tile, long first, long rows, float *block)
+{
+    const float *queries[LANES];
+    long d = p->step->d;
+    for (long r = 0; r < LANES; r++) {
+        long row = least(first + r, rows - 1), head = tile->head * p->group + row % p->group;
+        queries[r] = tile->qkv + row / p->group * p->width + head * d;
+    }
+    for (long i = 0; i < d; i += LANES) {
+        float square[LANES][LANES];
+        for (long r = 0; r < LANES; r++) store(square[r], load_part(queries[r] + i, d - i) * (p->step->scale * LOG2_E));
+        transpose(square);
+        for (long j = i; j < least(i + LANES, d); j++) store(block + j * WIDTH, load_f32(square[j - i]));
+    }
+}
+
+/* The outputs of LANES rows from what lies side by side in their block: sums of weights * values, and of weights. */
+static void put_outputs(const Prefill *p, const Tile *tile, long first, long rows, const float *sum, const float *total)
+{
+    float *out[LANES];
+    long count = least(LANES, rows - first);
+    vec factor = 1.0f / load_f32(total);
+    for (long r = 0; r < count; r++) {
+        long row = first + r, head = tile->head * p->group + row % p->group;
+        out[r] = tile->out + (row / p->group * p->step->heads + head) * p->v;
+    }
+    for (long i = 0; i < p->v; i += LANES) {
+        float square[LANES][LANES];
+        for (long j = i; j < least(i + LANES, p->v); j++) store(square[j - i], load_f32(sum + j * WIDTH) * factor);
+        transpose(square);
+        for (long r = 0; r < count; r++) store_part(out[r] + i, load_f32(square[r]), p->v - i);
+    }
+}
+
 void attend_tile(const Prefill *p, const Tile *tile)
 {
-    const Step *a = p->step;
-    long d = a->d, group = p->group, rows = tile->tokens * group, position = tile->position;
+    long group = p->group, rows = tile->tokens * group, position = tile->position, window = p->window;
     float *scores = p->scratch + pool_self() * p->each, *keys = scores + CHUNK * WIDTH;
     float *values = p->to_values ? keys + (CHUNK + ROWS) * p->stride : keys,
           *blocks = keys + (2 * CHUNK + ROWS) * p->stride;
-    for (long first = 0; first < rows; first += WIDTH) {
-        Block b = block_of(p, blocks, first);
-        memset(b.query, 0, p->block * sizeof(float));
-        begin_softmax(p, tile->head, first, rows, b.highest, b.total);
-        for (long part = 0; part < d; part += TURNED)
-            for (long row = first; row < least(first + WIDTH, rows); row++) {
-                const float *query = tile->qkv + row / group * p->width + (tile->head * group + row % group) * d;
-                for (long i = part; i < least(part + TURNED, d); i++)
-                    b.query[i * WIDTH + row % WIDTH] = query[i] * a->scale * LOG2_E;
-            }
+    for (long row = 0; row < rows; row += WIDTH) {
+        Block b = block_of(p, blocks, row);
+        memset(b.sum, 0, p->stride * WIDTH * sizeof(float));
+        begin_softmax(p, tile->head, row, rows, b.highest, b.total);
+        for (long r = 0; r < WIDTH; r++) b.positions[r] = position + least(row + r, rows - 1) / group;
+        for (int lane = 0; lane < WIDTH; lane += LANES) put_queries(p, tile, row + lane, rows, b.query + lane);
     }
     long end = least(tile->to, position + tile->tokens);
-    for (long from = most(tile->from, position - p->window + 1); from < end; from += CHUNK) {
+    for (long from = most(tile->from, position - window + 1); from < end; from += CHUNK) {
         long to = least(from + CHUNK, end);
         gather(p, tile, from, to, keys, values);
         for (long row = 0; row < rows; row += WIDTH) {
             Block b = block_of(p, blocks, row);
-            int32_t positions[WIDTH];
-            for (long r = 0; r < WIDTH; r++) positions[r] = position + least(row + r, rows - 1) / group;
-            memcpy(b.positions, positions, sizeof positions);
-            long first = most(from, positions[0] - p->window + 1), skipped = (first - from) * p->stride;
-            long count = least(to, positions[WIDTH - 1] + 1) - first;
-            Chunk c = {keys + skipped, values + skipped, first, count, (float (*)[WIDTH])scores};
-            if (count > 0) attend(p, &b, &c);
+            long oldest = b.positions[0], youngest = b.positions[WIDTH - 1];
+            long first = most(from, oldest - window + 1), skipped = (first - from) * p->stride;
+            long last = least(to, youngest + 1);
+            Chunk c = {
+                keys + skipped,
+                values + skipped,
+                first,
+                .count = last - first,
+                .begin = youngest - window + 1 - first,
+                .end = least(last, oldest + 1) - first,
+                .scores = (float (*)[WIDTH])scores,
+            };
+            if (c.count > 0) attend(p, &b, &c);
         }
     }
-    for (long row = 0; row < rows; row++) {
+    for (long row = 0; row < rows; row += WIDTH) {
         Block b = block_of(p, blocks, row);
-        float *to = tile->out + (row / group * a->heads + tile->head * group + row % group) * p->v;
-        float total = b.total[row % WIDTH], factor = 1 / total;
-        for (long i = 0; i < p->v; i++) to[i] = b.sum[i * WIDTH + row % WIDTH] * factor;
-        if (tile->totals) tile->totals[row] = b.highest[row % WIDTH] + log2f(total);
+        for (int lane = 0; lane < WIDTH; lane += LANES)
+            put_outputs(p, tile, row + lane, rows, b.sum + lane, b.total + lane);
+        for (long r = 0; tile->totals && r < least(WIDTH, rows - row); r++)
+            tile->totals[row + r] = b.highest[r] + log2f(b.total[r]);
     }
 }
 
@@ -215,14 +309,14 @@ void plan_tiles(Prefill *p, long total, long threads)
     const Step *a = p->step;
     p->group = a->heads / a->kv_heads;
     p->window = a->window ? least(a->window, INT32_MAX) : INT32_MAX;
-    p->stride = (a->d + ROWS - 1) / ROWS * ROWS;
+    p->stride = (a->d + VALUES - 1) / VALUES * VALUES;
     p->is_matrix = HAS_BF16 && p->cache->is_bf16 && a->tuning->multiplies_bf16;
     /* Some tiles for every thread, but none with less than a block of rows if there are more. */
     long largest = (p->is_matrix ? MATRIX_TILE : TILE) / p->group;
     p->tokens = most(1, most(WIDTH / p->group, least(largest, total * a->kv_heads / (4 * threads))));
     long blocks = (p->tokens * p->group + WIDTH - 1) / WIDTH;
     p->chunk = CHUNK;
-    p->block = (a->d + p->stride + 2) * WIDTH;
+    p->block = (a->d + p->stride + OF_ROWS) * WIDTH;
     p->each = (CHUNK * WIDTH + (2 * CHUNK + ROWS) * p->stride + blocks * p->block + 31) / 32 * 32;
 #if HAS_BF16
     if (p->is_matrix) {

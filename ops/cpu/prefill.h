@@ -59,7 +59,7 @@ INTERNAL void attend_planned_tile(const Prefill *p, const Tile *tile);
 INTERNAL int attend_segments(Pool *pool, Prefill job);
 
 /* Rows of a tile at most, unless one token has more heads; and the floats it needs, with rows of `blocks` WIDTHs. */
-#define TILE 128L
+#define TILE 192L
 #define MATRIX_TILE 384L
 #define MATRIX_CHUNK 128L /* keys */
 INTERNAL long matrix_tile_block(long d);
