@@ -1,6 +1,6 @@
 """Counts the instructions of products with few rows, compiled for compute capability 9.0; no GPU.
 
-    python scripts/gpu/count_instructions.py [coded early scaled …] [--rows 1 35] [--tilings]
+    python scripts/gpu/count_instructions.py [coded zeros early scaled …] [--rows 1 35] [--tilings]
 
 A line is a kernel of a product: its programs; lane instructions a weight by what they do; how many
 microseconds an H200 needs at least for what it issues (4 instructions a clock and multiprocessor), for those
@@ -10,9 +10,10 @@ bytes of its stack, where it spills, and of shared memory; warps that a multipro
 share of the multiprocessors' time that programs fill if all take equally long. The sums are of one layer.
 
 `coded` are codes of 4 bits, `zeros` those with zero points, `bytes` those of 8 bits, and with `early` in
-front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `mxfp4` the experts of gpt-oss-20b and `experts` those
-of Qwen3-30B-A3B in bfloat16, by so many tokens, if each expert has one tile of rows. What is outside of the
-longest loop counts once a program, and so do shorter loops. --tilings has those that the tuners time, too.
+front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `blocks` FP8 in blocks of 128 x 128, `mxfp4` the experts
+of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16, by so many tokens, if each expert has one
+tile of rows. What is outside of the longest loop counts once a program, and so do shorter loops; what waits
+once more behind the program's end does not. --tilings has those that the tuners time, too.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def instructions(sass: str) -> tuple[list[str], list[str]]:
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     longest = (0, 0)
-    for line in sass.splitlines():
+    # Waits that are not over at once go on behind the end, from where they jump back into a loop.
+    for line in sass[: sass.rindex("EXIT") + len("EXIT")].splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
@@ -257,7 +259,7 @@ def coded_cases(
                 splits, trips = tiling.splits, steps
                 call = partial(coded_skinny, x, weight, arrivals, None, None, tiling, gated=fused, pdl=True)
 
-            kind = "gemv" if way.gemv else "plain" if way.plain else "coded"
+            kind = "zeros" if zeros else "gemv" if way.gemv else "plain" if way.plain else "coded"
             padded = min(MOST_ROWS, max(MIN_ROWS, rows if rows > 8 else triton.next_power_of_2(rows)))
             x_bytes = (rows if way.gemv else padded) * k * 2 / splits
             size = out * k * (bits + (24 if zeros else 16) / GROUP) / 8
@@ -265,7 +267,7 @@ def coded_cases(
             yield Case(named(kind, name, rows, tiling), call, weights, trips, size, x_bytes)
 
 
-def scaled_cases(rows: int, model: str, more: bool) -> Iterator[Case]:
+def scaled_cases(rows: int, model: str, more: bool, *, blocks: bool = False) -> Iterator[Case]:
     from tune_scaled import candidates
 
     from microvllm.ops.gpu import tiling as rules
@@ -277,12 +279,14 @@ def scaled_cases(rows: int, model: str, more: bool) -> Iterator[Case]:
     rounds = rows > rules.MAX_EXACT_ROWS
     for name, (n, k, gated) in of_layer(model).items():
         out = n * (1 + gated)
-        weight = ScaledTensor.of(torch.zeros(out, k, dtype=E4M3), torch.ones(out, 1), (1, k), "token")
+        block = (128, 128) if blocks else (1, k)
+        of_blocks = torch.ones(-(-out // block[0]), -(-k // block[1]))
+        weight = ScaledTensor.of(torch.zeros(out, k, dtype=E4M3), of_blocks, block, "token")
         normed = gated or name == "qkv"
         if rows <= rules.MAX_GEMV_ROWS:
             used = rules.scaled_gemv_tiling(rows, n, k, gated=gated)
         elif rounds:
-            used = rules.rounded_stream_tiling(rows, n, k, gated=gated, whole_rows=True)
+            used = rules.rounded_stream_tiling(rows, n, k, gated=gated, whole_rows=not blocks)
         else:
             used = rules.scaled_stream_tiling(rows, n, k, 128, gated=gated)
         others = candidates(rows, (n, k, gated, normed, False), rounds) if more else ()
@@ -294,12 +298,12 @@ def scaled_cases(rows: int, model: str, more: bool) -> Iterator[Case]:
                 call = partial(scaled_gemv, x, weight, None, gain, 1e-6, None, tiling, gated=gated, pdl=True)
             else:
                 streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
-                scales = torch.ones(rows) if rounds else None
+                scales = torch.ones(-(-k // block[1]), rows) if rounds else None
                 rounded = x.to(E4M3) if rounds else x
                 call = partial(streamed, rounded, tiling, None, None, scales, torch.bfloat16)
             trips = -(-k // tiling.block_k) / tiling.splits
             size = 1 if rounds else 2
-            kind = "W8A8" if rounds else "W8A16"
+            kind = "blocks" if blocks else "W8A8" if rounds else "W8A16"
             case = named(kind, name, rows, tiling)
             yield Case(case, call, out * k, trips, out * k, rows * k * size / tiling.splits)
 
@@ -353,6 +357,7 @@ KINDS: dict[str, Callable[[int, str, bool], Iterator[Case]]] = {
     "bytes": partial(coded_cases, bits=8),
     "early-bytes": partial(coded_cases, bits=8, early=True),
     "scaled": scaled_cases,
+    "blocks": partial(scaled_cases, blocks=True),
     "mxfp4": lambda rows, *_: expert_cases("mxfp4", rows),  # of gpt-oss-20b
     "experts": lambda rows, *_: expert_cases("experts", rows),  # of Qwen3-30B-A3B, in bfloat16
 }
