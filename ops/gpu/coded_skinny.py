@@ -135,6 +135,8 @@ def multiply_codes(
     # To spread a group's zero points over the codes' threads takes a barrier each. What they add is their
     # product with the sums of x, which every row of a matrix of ones gives.
     BY_SUMS: tl.constexpr = OFFSETS or (ZEROS and not WHOLE and right[0].shape[1] <= MOST_BY_SUMS)
+    # All before the first product, which the zero points of the later ones are not to wait for.
+    lefts = ()
     for i in tl.static_range(32 // BITS // SPAN):
         left = side_by_side(tiles, i * SPAN, SPAN)
         if OFFSETS:
@@ -143,7 +145,9 @@ def multiply_codes(
             left = left - (zero[i // each].to(tl.float32) + above).to(left.dtype)[:, None]
         else:
             left = left - (above + MIDDLE)
-        left = left.to(DTYPE)
+        lefts += (left.to(DTYPE),)
+    for i in tl.static_range(32 // BITS // SPAN):
+        left = lefts[i]
         if WHOLE:
             sums = tl.dot(left, right[i], sums, input_precision="ieee")
         elif i % each == 0:
@@ -229,11 +233,14 @@ def _coded_skinny_kernel(
     first = split * SPLIT_K
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = sums
-    # Scales and zero points are loaded a step ahead, as tiles are.
+    # Scales are loaded a step ahead, as tiles are, and zero points that are multiplied with sums of x. Those
+    # that are subtracted from codes are not: what a loop hands on keeps its layout, and codes would go to that
+    # by way of shared memory, 16 KB that a second program of a multiprocessor has no room for.
+    AHEAD: tl.constexpr = ZEROS and (OFFSETS or BLOCK_M <= MOST_BY_SUMS)
     scale = rows_of_groups(scales, row, first, ROWS, K, GROUP, GROUPS, not WHOLE)
-    zero = rows_of_groups(zeros, row, first, ROWS, K, GROUP, GROUPS, ZEROS)
+    zero = rows_of_groups(zeros, row, first, ROWS, K, GROUP, GROUPS, AHEAD)
     up_scale = rows_of_groups(scales, row + N, first, ROWS, K, GROUP, GROUPS, GATED and not WHOLE)
-    up_zero = rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and ZEROS)
+    up_zero = rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and AHEAD)
     for k in tl.range(first, tl.minimum(first + SPLIT_K, K), STEP, num_stages=STAGES):
         tile = in_rows(tl.load(word_at + k // STEP * (ROW_BLOCK * WIDTH)))
         if GATED:
@@ -248,17 +255,17 @@ def _coded_skinny_kernel(
             else:
                 right += (tl.load(x_at + at),)
         next_scale = rows_of_groups(scales, row, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
-        next_zero = rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
-        sums = multiply_codes(
-            sums, tile, right, scale, zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE
-        )
+        next_zero = rows_of_groups(zeros, row, k + STEP, ROWS, K, GROUP, GROUPS, AHEAD)
+        now = zero if AHEAD else rows_of_groups(zeros, row, k, ROWS, K, GROUP, GROUPS, ZEROS)
+        sums = multiply_codes(sums, tile, right, scale, now, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE)
         scale = next_scale
         zero = next_zero
         if GATED:
             next_scale = rows_of_groups(scales, row + N, k + STEP, ROWS, K, GROUP, GROUPS, not WHOLE)
-            next_zero = rows_of_groups(zeros, row + N, k + STEP, ROWS, K, GROUP, GROUPS, ZEROS)
+            next_zero = rows_of_groups(zeros, row + N, k + STEP, ROWS, K, GROUP, GROUPS, AHEAD)
+            now = up_zero if AHEAD else rows_of_groups(zeros, row + N, k, ROWS, K, GROUP, GROUPS, ZEROS)
             up_sums = multiply_codes(
-                up_sums, up_tile, right, up_scale, up_zero, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE
+                up_sums, up_tile, right, up_scale, now, BITS, GROUPS, SPAN, ZEROS, OFFSETS, WHOLE, DTYPE
             )
             up_scale = next_scale
             up_zero = next_zero

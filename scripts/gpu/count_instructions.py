@@ -1,6 +1,6 @@
 """Counts the instructions of products with few rows, compiled for compute capability 9.0; no GPU.
 
-    python scripts/gpu/count_instructions.py [coded zeros early scaled …] [--rows 1 35] [--tilings]
+    python scripts/gpu/count_instructions.py [coded early scaled …] [--rows 1 35] [--tilings]
 
 A line is a kernel of a product: its programs; lane instructions a weight by what they do; how many
 microseconds an H200 needs at least for what it issues (4 instructions a clock and multiprocessor), for those
@@ -259,7 +259,7 @@ def coded_cases(
                 splits, trips = tiling.splits, steps
                 call = partial(coded_skinny, x, weight, arrivals, None, None, tiling, gated=fused, pdl=True)
 
-            kind = "zeros" if zeros else "gemv" if way.gemv else "plain" if way.plain else "coded"
+            kind = "gemv" if way.gemv else "plain" if way.plain else "coded"
             padded = min(MOST_ROWS, max(MIN_ROWS, rows if rows > 8 else triton.next_power_of_2(rows)))
             x_bytes = (rows if way.gemv else padded) * k * 2 / splits
             size = out * k * (bits + (24 if zeros else 16) / GROUP) / 8

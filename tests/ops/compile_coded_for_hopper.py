@@ -30,11 +30,12 @@ def main() -> None:
 
     launches = compile_only()
 
-    def weight(rows: int, bits: int, group: int, offsets: bool) -> CodedTensor:
+    def weight(rows: int, bits: int, group: int, offsets: bool, *, zeros: bool = False) -> CodedTensor:
         plane = NARROW_PLANE if group == 16 else PLANE
         words = torch.zeros(rows, 1024 * bits // 32, dtype=torch.int32)
         scales = torch.zeros(1024 // group, rows, dtype=torch.float32 if offsets else torch.float16)
-        return CodedTensor.of(words, bits, 1024, group, scales, scales if offsets else None, plane=plane)
+        moved = scales if offsets else scales.to(torch.uint8) if zeros else None
+        return CodedTensor.of(words, bits, 1024, group, scales, moved, plane=plane)
 
     def report(name: str, rows: int, place: int = -1) -> None:
         kernel = launches[place].kernel
@@ -48,22 +49,27 @@ def main() -> None:
         }
         print(json.dumps({**shown, "shared memory": kernel.metadata.shared}))
 
-    kinds = {"Q4_K": (4, 32, True), "Q2_K": (4, 16, True), "Q6_K": (8, 16, False), "AWQ": (4, 128, False)}
+    kinds = {"Q4_K": (4, 32, True), "Q2_K": (4, 16, True), "Q6_K": (8, 16, False), "GPTQ": (4, 128, False)}
     arrivals, count = torch.zeros(1024, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    for name, kind in kinds.items():
-        made = weight(512, *kind)
-        x = torch.zeros(35, 1024, dtype=torch.bfloat16)
+
+    x = torch.zeros(35, 1024, dtype=torch.bfloat16)
+
+    def multiply(name: str, made: CodedTensor) -> None:
         tiling = coded_tiling(35, 512, 1024, made.step, 99 << 10, gated=False)
         coded_skinny(x, made, arrivals, None, None, tiling, gated=False)
         report(f"product {name}", 35)
+
+    multiply("AWQ", weight(512, *kinds["GPTQ"], zeros=True))
+    for name, kind in kinds.items():
+        multiply(name, weight(512, *kind))
         grouped = CodedGroupedWeight(weight(4 * 512, *kind), 256, gated=True)
         choices, rows = SortedChoices(count, count, count, count), grouped.max_rows
         grouped(x, choices, 1, GroupedTiling(rows, 64, 64, 4, 2))
         report(f"experts {name}", rows)
-    made = weight(2 * 512, *kinds["AWQ"])
+    made = weight(2 * 512, *kinds["GPTQ"])
     early = coded_gemv_tiling(1, made.shape[1] // made.plane, gated=True)
     coded_gemv(torch.zeros(1, 1024).bfloat16(), made, None, None, early, gated=True, pdl=True)
-    report("early AWQ", 1)
+    report("early GPTQ", 1)
     hidden = 2880  # gpt-oss's
     matrices = [
         Mxfp4Tensor.of(
