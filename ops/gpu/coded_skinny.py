@@ -233,8 +233,8 @@ def _coded_skinny_kernel(
     first = split * SPLIT_K
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up_sums = sums
-    # Scales are loaded a step ahead, as tiles are, and zero points that are multiplied with sums of x. Those
-    # that are subtracted from codes are not: what a loop hands on keeps its layout, and codes would go to that
+    # Scales are loaded a step ahead, as tiles are, and zero points that are multiplied with sums of x. Not
+    # those that are subtracted from codes: what a loop hands on keeps its layout, and codes would go to that
     # by way of shared memory, 16 KB that a second program of a multiprocessor has no room for.
     AHEAD: tl.constexpr = ZEROS and (OFFSETS or BLOCK_M <= MOST_BY_SUMS)
     scale = rows_of_groups(scales, row, first, ROWS, K, GROUP, GROUPS, not WHOLE)

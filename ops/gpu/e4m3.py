@@ -14,7 +14,7 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.scaled import E4M3, ScaledTensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _round_rows_kernel(
     codes,
     scales,
@@ -22,6 +22,7 @@ def _round_rows_kernel(
     norm,
     eps,
     fixed,
+    M,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -29,12 +30,13 @@ def _round_rows_kernel(
     FIXED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: one row."""
+    """Program: BLOCK columns of a row; rows behind the last are copies of that."""
     follow(PDL)
-    d = tl.arange(0, BLOCK)
+    first = tl.program_id(1) * BLOCK
+    d = first + tl.arange(0, BLOCK)
     index = tl.program_id(0)
     row = index.to(tl.int64) * D
-    wide = tl.load(x + row + d, d < D, 0.0).to(tl.float32)
+    wide = tl.load(x + tl.minimum(index, M - 1).to(tl.int64) * D + d, d < D, 0.0).to(tl.float32)
     if NORM:
         wide *= tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
         wide *= tl.load(norm + d, d < D, 0.0).to(tl.float32)
@@ -42,7 +44,7 @@ def _round_rows_kernel(
         groups = tl.reshape(wide, (BLOCK // GROUP, GROUP))
         scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-12) / 448.0
         rounded = tl.reshape(groups / scale[:, None], (BLOCK,))
-        group = tl.arange(0, BLOCK // GROUP)
+        group = first // GROUP + tl.arange(0, BLOCK // GROUP)
         tl.store(scales + group * tl.num_programs(0) + index, scale, group * GROUP < D)
     else:
         scale = fixed
@@ -59,6 +61,7 @@ def round_rows(
     scale: float | None = None,
     *,
     group: int = 0,
+    multiple: int = 1,
     norm: Tensor | None = None,
     eps: float = 0.0,
     pdl: bool = False,
@@ -67,20 +70,25 @@ def round_rows(
 
     scale: one for all rows, beyond whose range values become the largest code; else each row's largest value
     becomes that. group: a power of two, of columns that have a scale each: [m, groups], those of a group next
-    to each other in memory. norm: [d], the weight of an RMSNorm.
+    to each other in memory. multiple: copies of the last row fill up to such a number of rows. norm: [d], the
+    weight of an RMSNorm.
     """
     m, d = x.shape
-    codes = torch.empty(m, d, dtype=E4M3, device=x.device)
-    scales = torch.empty(triton.cdiv(d, group or d), m, dtype=torch.float32, device=x.device).t()
+    rows = triton.cdiv(m, multiple) * multiple
+    codes = torch.empty(rows, d, dtype=E4M3, device=x.device)
+    scales = torch.empty(triton.cdiv(d, group or d), rows, dtype=torch.float32, device=x.device).t()
     if m:
         block = max(triton.next_power_of_2(d), group)
-        _round_rows_kernel[(m,)](
+        if group and norm is None:  # nothing is of the whole row
+            block = max(min(block, 2048), group)
+        _round_rows_kernel[(rows, triton.cdiv(d, block))](
             codes,
             scales,
             x,
             norm,
             eps,
             scale or 1.0,
+            m,
             D=d,
             BLOCK=block,
             GROUP=group,

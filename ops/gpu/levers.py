@@ -15,7 +15,7 @@ import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
 OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
-OPT_IN = {"peers"}  # not in use unless that variable names them
+OPT_IN = {"peers", "block_w8a8"}  # not in use unless that variable names them
 # Multiplications that an H200 computes while the host launches a step's kernels one by one: 2,000 tokens of
 # Qwen3-0.6B, 0.6 billion each, take it 5.2 to 6.2 ms, and the host 11.2 ms.
 LAUNCHED_PRODUCTS = 2_100_000_000_000
@@ -45,7 +45,8 @@ class Levers:
     many rows round activations to e4m3 where the checkpoint wants it; peers: sums over several GPUs of few
     rows by `ops.gpu.peers`; rules: penalties, biases and masks of a decode step by graphs of their own;
     long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models; early_codes:
-    products of one or two rows with codes of 4 bits by `ops.gpu.coded_gemv`.
+    products of one or two rows with codes of 4 bits by `ops.gpu.coded_gemv`; block_w8a8: `w8a8` of many rows,
+    too, with weights in blocks of 128 x 128.
     """
 
     stream: bool = False
@@ -58,6 +59,7 @@ class Levers:
     rules: bool = False
     long_prompts: bool = False
     early_codes: bool = False
+    block_w8a8: bool = False
 
     def prompt_tokens(self, num_products: int) -> int:
         """Tokens up to which a step's kernels take the host longer to launch than the GPU to compute.

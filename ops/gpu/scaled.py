@@ -3,8 +3,8 @@
 Few rows are multiplied with what the codes stand for, exactly, up to the order of float32 sums: bound by the
 bytes of the codes, half of those in 16 bits. To widen codes takes time that more rows have none of; where the
 checkpoint wants that, these are rounded to codes as well: by `ops.gpu.stream`, then by torch's `_scaled_mm`,
-at twice the rate of 16 bits. Otherwise the matrix is widened for each product of many rows. `levers.w8a8`
-switches the rounding off.
+at twice the rate of 16 bits. Otherwise the matrix is widened for each product of many rows, and so are
+matrices in blocks without `levers.block_w8a8`. `levers.w8a8` switches the rounding off.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ from microvllm.ops.scaled import ScaledTensor
 
 MIN_BLOCK_K = 32  # columns that share a scale, for a step of a tensor core's product
 GROUP = 128  # columns of a token that share a scale, of weights in blocks of as many
+# Rows and blocks of columns that `_scaled_mm` takes with scales of blocks: cuBLAS reads scales 16 bytes at a
+# time. Other numbers of rows are refused, other numbers of blocks gave wrong results in some versions.
+# https://docs.nvidia.com/cuda/cublas/#scaling-factors-layouts, https://github.com/pytorch/pytorch/pull/166752
+BLOCK_MULTIPLE = 4
+BLOCK_CUDA = (12, 9)  # the first version that has such products
 
 
 class ScaledProduct(Product):
@@ -53,6 +58,12 @@ class ScaledProduct(Product):
         self._group = 0 if whole_rows else GROUP
         kinds = ("token", "tensor") if whole_rows else ("token",) if weight.block[1] == GROUP else ()
         self._rounds = levers.w8a8 and weight.activations in kinds and rows % 16 == k % 16 == 0
+        self._in_blocks = (
+            levers.block_w8a8
+            and weight.block == (GROUP, GROUP)
+            and k % (GROUP * BLOCK_MULTIPLE) == 0
+            and _cuda_version() >= BLOCK_CUDA
+        )
         # With two sums of blocks and of all rows, more do not fit the registers.
         most = MAX_STREAMED_ROWS // 2 if gated and not whole_rows else MAX_STREAMED_ROWS
         self._few = most if self._step >= MIN_BLOCK_K else 0
@@ -67,8 +78,8 @@ class ScaledProduct(Product):
         m = x.shape[0]
         if 0 < m <= self._few:
             return self._product_of_few(x, residual)
-        if self._rounds and not self._group and x.dtype == torch.bfloat16:
-            y = self._rounded_product(x)
+        if self._rounds and x.dtype == torch.bfloat16 and (not self._group or (self._in_blocks and m > 0)):
+            y = self._product_in_blocks(x) if self._group else self._rounded_product(x)
             if residual is not None:
                 y = residual.add_(y)
         else:
@@ -101,10 +112,12 @@ class ScaledProduct(Product):
             x, self._weight, self._arrivals, self._bias, residual, tiling, gated=gated, pdl=pdl
         )
 
-    def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _rounded(self, x: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """The codes of norm(x), and the scale of each row, [m, 1], or of each of its groups."""
         scale = self._weight.input_scale if self._weight.activations == "tensor" else None
-        return round_rows(x, scale, group=self._group, norm=self._norm, eps=self._eps, pdl=self._pdl)
+        return round_rows(
+            x, scale, group=self._group, multiple=multiple, norm=self._norm, eps=self._eps, pdl=self._pdl
+        )
 
     def _rounded_product(self, x: Tensor) -> Tensor:
         """norm(x) @ weight.T + bias, of codes on both sides."""
@@ -120,6 +133,19 @@ class ScaledProduct(Product):
             use_fast_accum=True,
         )
 
+    def _product_in_blocks(self, x: Tensor) -> Tensor:
+        """The same by groups of a row and blocks of the weight, whose sums are added up in float32."""
+        codes, scales = self._rounded(x, BLOCK_MULTIPLE)
+        weight = self._weight
+        y = torch._scaled_mm(
+            codes,
+            weight.as_subclass(Tensor).t(),
+            scale_a=scales,
+            scale_b=weight.scales.t(),
+            out_dtype=x.dtype,
+        )[: x.shape[0]]
+        return y if self._bias is None else y.add_(self._bias)
+
     @property
     def _row_scales(self) -> Tensor:
         """The scale of each row of the weight, [1, rows]."""
@@ -127,3 +153,8 @@ class ScaledProduct(Product):
         if height > 1:
             scales = scales.repeat_interleave(height, 0)[: self._weight.shape[0]]
         return scales.view(1, -1)
+
+
+def _cuda_version() -> tuple[int, ...]:
+    """That of the CUDA that torch was built with; (0,) without."""
+    return tuple(int(part) for part in (torch.version.cuda or "0").split("."))

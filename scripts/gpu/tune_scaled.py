@@ -3,9 +3,10 @@
     python scripts/gpu/tune_scaled.py [--models NAME…] [--rows N…] [--compile] [--seconds N]
 
 A line shows a product and a number of rows: microseconds and TB/s of codes of the best tilings, beside those
-of the bf16 kernels in use and of the bytes alone at --floor TB/s. From `MAX_STREAMED_ROWS` on: `torch.mm` of
-bf16, `_scaled_mm` with and without fast accumulation, and rounding the rows. Everything is a CUDA graph over
-copies that together do not fit the L2 cache. --compile only fills Triton's cache, on all cores.
+of the bf16 kernels in use and of the bytes alone at --floor TB/s. From `MAX_STREAMED_ROWS` on, or with
+--many: `torch.mm` of bf16, `_scaled_mm` with and without fast accumulation (which blocks never have), and
+rounding the rows. Everything is a CUDA graph over copies that together do not fit the L2 cache. --compile
+only fills Triton's cache, on all cores.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from torch import Tensor
 
 from microvllm.ops.gpu.e4m3 import round_rows, widen
 from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.scaled import BLOCK_MULTIPLE
 from microvllm.ops.gpu.scaled_gemv import scaled_gemv
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.stream import StreamedWeight
 from microvllm.ops.gpu.tiling import MAX_GEMV_ROWS, MAX_STREAMED_ROWS, Tiling
-from microvllm.ops.scaled import ScaledTensor, quantize
+from microvllm.ops.scaled import ScaledTensor, expand, quantize
 
 # block_n, block_k, warps, stages, splits, registers. A thread widens x, and multiplies it with the norm's
 # weight, for its rows together: with few of them it executes up to 1.8 times what it does with (8, 512, 4).
@@ -75,6 +77,11 @@ def codes(n: int, k: int, kind: str) -> ScaledTensor:
     return ScaledTensor.of(made, scales, (block[0], block[1] or k), "token")
 
 
+def group_of(weight: ScaledTensor) -> int:
+    """Columns of x that share a scale with such a weight; 0 for all."""
+    return 0 if weight.block[1] >= weight.shape[1] else weight.block[1]
+
+
 def call(
     rows: int, product: Product, tiling: Tiling, weight: ScaledTensor, arrivals: Tensor, rounds: bool
 ) -> Callable[[], Tensor]:
@@ -87,7 +94,7 @@ def call(
         return lambda: scaled_skinny(x, weight, arrivals, None, added, tiling, gated=gated, pdl=True)
     streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
     if rounds:
-        rounded, scales = round_rows(x)
+        rounded, scales = round_rows(x, group=group_of(weight))
         return partial(streamed, rounded, tiling, None, added, scales, BF16)
     return partial(streamed, x, tiling, None, added)
 
@@ -180,16 +187,17 @@ def time_few(model: str, rows: int, kind: str, floor: float, rounds: bool, besid
     print(f"{model} {kind} {rows} rows, a layer: {total[0]:.1f} us, bf16 {total[1]:.1f}", flush=True)
 
 
-def time_many(model: str, rows: int) -> None:
+def time_many(model: str, rows: int, kind: str) -> None:
     total = [0.0] * 5
     for name, (n, k, gated, _, _) in products(model).items():
         if name == "head":
             continue
         out = n * (1 + gated)
-        x, weight = normal(rows, k), codes(out, k, "channel")
+        x, weight = normal(rows, k), codes(out, k, kind)
         plain, raw = normal(out, k), weight.as_subclass(Tensor)
-        rounded, scales = round_rows(x)
-        of_rows = weight.scales.view(1, -1)
+        rounding = partial(round_rows, x, group=group_of(weight), multiple=BLOCK_MULTIPLE, pdl=True)
+        rounded, scales = rounding()
+        of_rows = weight.scales.t()
 
         def scaled_mm(
             fast: bool,
@@ -198,6 +206,7 @@ def time_many(model: str, rows: int) -> None:
             scales: Tensor = scales,
             of_rows: Tensor = of_rows,
         ) -> Tensor:
+            fast = fast and kind == "channel"
             return torch._scaled_mm(
                 rounded, raw.t(), scale_a=scales, scale_b=of_rows, out_dtype=BF16, use_fast_accum=fast
             )
@@ -208,20 +217,21 @@ def time_many(model: str, rows: int) -> None:
                 partial(torch.mm, x, plain.t()),
                 partial(scaled_mm, True),
                 partial(scaled_mm, False),
-                partial(round_rows, x, pdl=True),
+                rounding,
                 partial(widen, weight, BF16, pdl=True),
             )
         ]
-        exact = rounded.float() * scales @ (raw.float() * weight.scales).t()
+        exact = rounded.float() * expand(scales, (1, group_of(weight) or k), *rounded.shape)
+        exact = exact @ weight.dequantized(torch.float32).t()
         errors = [float((scaled_mm(fast).float() - exact).norm() / exact.norm()) for fast in (True, False)]
         total = [a + b for a, b in zip(total, times, strict=True)]
         print(
-            f"{model} {name:7} {rows} rows: mm {times[0]:.1f} us, scaled_mm fast {times[1]:.1f}, exact "
+            f"{model} {kind} {name:7} {rows} rows: mm {times[0]:.1f} us, fast {times[1]:.1f}, exact "
             f"{times[2]:.1f}, rounding {times[3]:.1f}, widening {times[4]:.1f}; "
             f"errors {errors[0]:.5f} {errors[1]:.5f}",
             flush=True,
         )
-    print(f"{model} {rows} rows, a layer: {' '.join(f'{each:.1f}' for each in total)} us", flush=True)
+    print(f"{model} {kind} {rows} rows, a layer: {' '.join(f'{each:.1f}' for each in total)} us", flush=True)
 
 
 def main() -> None:
@@ -234,6 +244,7 @@ def main() -> None:
     parser.add_argument("--floor", type=float, default=4.594)
     parser.add_argument("--rounds", action="store_true", help="of x in codes, too")
     parser.add_argument("--no-bf16", action="store_true", help="leave the kernels for bf16 out")
+    parser.add_argument("--many", action="store_true", help="torch's products, of few rows, too")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=120)
     args = parser.parse_args()
@@ -249,8 +260,8 @@ def main() -> None:
             if time.monotonic() - begun > args.seconds:
                 print("no time left", flush=True)
                 break
-            if rows > MAX_STREAMED_ROWS:
-                time_many(model, rows)
+            if args.many or rows > MAX_STREAMED_ROWS:
+                time_many(model, rows, args.kind)
             else:
                 time_few(model, rows, args.kind, args.floor, args.rounds, not args.no_bf16)
             torch.cuda.empty_cache()

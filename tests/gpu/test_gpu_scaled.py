@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
 
 from microvllm.ops.activation import silu_and_mul
-from microvllm.ops.gpu.levers import VARIABLE, Levers
+from microvllm.ops.gpu.levers import OPT_IN_VARIABLE, VARIABLE, Levers
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.scaled import ScaledTensor, quantize
@@ -121,6 +121,33 @@ def test_a_streamed_product_of_codes_in_blocks(rows: int, gated: bool) -> None:
         y = product(codes, tiling, bias, residual, scales, torch.bfloat16)
         assert relative_error(y, expected) < 6e-3
         assert not arrivals.any()
+
+
+@pytest.mark.parametrize("rows", [129, 132, 258, 1000])
+@pytest.mark.parametrize(("n", "k"), [(272, 1024), (64, 512), (576, 1536), (272, 1152)])
+def test_many_rows_and_blocks(n: int, k: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `_scaled_mm` with scales of groups and blocks; 1,152 are nine blocks of columns: widened."""
+    from microvllm.ops.gpu.e4m3 import round_rows
+
+    monkeypatch.setenv(OPT_IN_VARIABLE, "block_w8a8")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    x, norm, bias = random(rows, k, seed=1), random(k, seed=2), random(n, seed=3)
+    weight, residual = scaled(n, k, "block", 4, "token"), random(rows, n, seed=5)
+    ops = GpuOperators(torch.bfloat16, DEVICE, "triton")
+    plain = x.float() * (x.float().square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm.float()
+    inputs = []
+    for gain, wide in ((norm, plain), (None, x.float())):
+        codes, scales = round_rows(x, group=128, norm=gain, eps=1e-5)
+        rounded = codes.float() * scales.repeat_interleave(128, 1)[:, :k]
+        inputs.append(rounded if k % 512 == 0 else wide)
+    matrix = weight.dequantized(torch.float32)
+    normed = linear(inputs[0], matrix, bias.float())
+    assert relative_error(ops.norm_linear(norm, 1e-5, weight, bias)(x), normed) < 8e-3
+    added = linear(inputs[1], matrix) + residual.float()
+    y = ops.linear(weight)(x, residual.clone())
+    assert y.is_contiguous() and relative_error(y, added) < 8e-3
+    gated = silu_and_mul(linear(inputs[0], matrix))
+    assert relative_error(ops.norm_gate_up(norm, 1e-5, weight)(x), gated) < 2e-2
 
 
 @pytest.mark.parametrize("activations", ["none", "token", "tensor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from torch.nn.functional import linear
 from triton_interpreter import DEVICE  # isort: skip  (first, as it chooses how kernels run)
 
 from microvllm.ops.activation import silu_and_mul
+from microvllm.ops.gpu import scaled as scaled_products
 from microvllm.ops.gpu.e4m3 import round_rows, widen
+from microvllm.ops.gpu.levers import Levers
 from microvllm.ops.gpu.operators import GpuOperators
+from microvllm.ops.gpu.scaled import ScaledProduct
 from microvllm.ops.gpu.scaled_gemv import scaled_gemv
 from microvllm.ops.gpu.scaled_skinny import scaled_skinny
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES
 from microvllm.ops.gpu.tiling import MAX_STREAMED_ROWS, Tiling
 from microvllm.ops.norm import rms_norm
-from microvllm.ops.scaled import ScaledTensor, quantize
+from microvllm.ops.scaled import ScaledTensor, expand, quantize
 
 # As in test_triton_ops.py: of a result that is rounded once, after sums in float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -107,11 +111,11 @@ def test_rows_are_rounded(scale: float | None, normed: bool) -> None:
     assert relative_error(found * scales, rounded * scales) < 0.01
 
 
-@pytest.mark.parametrize("columns", [88, 128, 300])
-def test_groups_of_columns_are_rounded(columns: int) -> None:
-    x, norm = random(3, columns, seed=1), random(columns, seed=2)
+@pytest.mark.parametrize(("columns", "normed"), [(88, True), (128, True), (300, True), (4200, False)])
+def test_groups_of_columns_are_rounded(columns: int, normed: bool) -> None:
+    x, norm = random(3, columns, seed=1), random(columns, seed=2) if normed else None
     codes, scales = round_rows(x, group=64, norm=norm, eps=1e-3)
-    expected = rms_norm(x, norm, 1e-3)
+    expected = x if norm is None else rms_norm(x, norm, 1e-3)
     groups = -(-columns // 64)
     padded = torch.nn.functional.pad(expected, (0, groups * 64 - columns)).view(3, groups, 64)
     assert scales.stride() == (1, 3)
@@ -120,6 +124,74 @@ def test_groups_of_columns_are_rounded(columns: int) -> None:
     # The interpreter loses the carry of what is rounded up to a power of two.
     near = (values - expected).abs() < 0.07 * expected.abs() + scales.max() * 2**-9
     assert near.float().mean() > (0.999 if DEVICE.type == "cuda" else 0.95)
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_copies_of_the_last_row_fill_rows_up(group: int) -> None:
+    x = random(5, 192, seed=1)
+    codes, scales = round_rows(x, group=group, multiple=4)
+    plain, plain_scales = round_rows(x, group=group)
+    assert codes.shape == (8, 192) and (group == 0 or scales.stride() == (1, 8))
+    for found, wanted in ((codes.float(), plain.float()), (scales, plain_scales)):
+        assert torch.equal(found[:5], wanted) and torch.equal(found[5:], wanted[4:].expand(3, -1))
+
+
+def scaled_mm_of_blocks(a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: Any) -> Tensor:
+    """`torch._scaled_mm` by its definition in float32, of what cuBLAS takes with scales of blocks."""
+    (m, k), n = a.shape, b.shape[1]
+    assert a.dtype == b.dtype == torch.float8_e4m3fn and a.is_contiguous() and b.t().is_contiguous()
+    assert m % 4 == 0 and k % 512 == 0 and n % 16 == 0
+    assert scale_a.shape == (m, k // 128) and scale_a.stride() == (1, m)
+    assert scale_b.shape == (k // 128, -(-n // 128)) and scale_b.stride(0) == 1
+    wide = expand(scale_b.t(), (128, 128), n, k)
+    rows = a.float() * expand(scale_a, (1, 128), m, k)
+    return (rows @ (b.t().float() * wide).t()).to(out_dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "lever", "expected"),
+    [
+        (6, 512, True, True),
+        (6, 512, False, False),
+        (6, 640, True, False),  # five blocks of columns
+        (0, 512, True, False),
+    ],
+)
+def test_many_rows_and_blocks_of_codes(
+    rows: int, columns: int, lever: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded by groups, with norm, bias, SwiGLU and residual, where torch multiplies them; else widened."""
+    called = []
+
+    def multiply(*given: Tensor, **options: Any) -> Tensor:
+        called.append(given)
+        return scaled_mm_of_blocks(*given, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", multiply)
+    monkeypatch.setattr(scaled_products, "_cuda_version", lambda: (13, 0))
+    monkeypatch.setattr(scaled_products, "MAX_STREAMED_ROWS", 4)
+    weight = random(288, columns, seed=2) * random(288, 1, seed=3).exp() / 16
+    made = ScaledTensor.of(*quantize(weight, (128, 128)), (128, 128), "token")
+    x, norm, bias = (random(*shape, seed=4).bfloat16() for shape in ((rows, columns), (columns,), (288,)))
+    arrivals = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    levers = Levers(w8a8=True, block_w8a8=lever)
+    options: dict[str, Any] = {"norm": norm, "eps": 1e-3, "pdl": False}
+    y = ScaledProduct(made, bias, arrivals, levers, gated=True, **options)(x)
+    normed = rms_norm(x.float(), norm.float(), 1e-3)
+    if expected:
+        codes, scales = round_rows(x, group=128, norm=norm, eps=1e-3)
+        normed = codes.float() * expand(scales, (1, 128), *codes.shape)
+    product = linear(normed, made.dequantized(torch.float32), bias.float())
+    assert y.shape == (rows, 144) and bool(called) == expected
+    # The interpreter cuts numbers off to bfloat16, a norm's and an activation's.
+    if rows:
+        assert relative_error(y, silu_and_mul(product)) < 0.02
+    residual = random(rows, 288, seed=5).bfloat16()
+    added = residual.float()
+    y = ScaledProduct(made, bias, arrivals, levers, **options)(x, residual)
+    assert y.is_contiguous() and len(called) == 2 * expected
+    if rows:
+        assert relative_error(y, product + added) < 0.02
 
 
 @pytest.mark.parametrize("activations", ["none", "token"])
