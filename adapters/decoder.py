@@ -10,19 +10,13 @@ from torch import Tensor
 
 from microvllm.adapters.dense_and_experts import norm_behind
 from microvllm.adapters.head import make_head
-from microvllm.adapters.latent import LatentAttention
 from microvllm.adapters.nothing import Nothing
-from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import LayerSpec, Mixer, MLPKind, ModelSpec
-from microvllm.adapters.stateful import StatefulMixer
 from microvllm.adapters.taken_weights import TakenWeights
-from microvllm.ops.attention import AttentionBackend, AttentionConfig, AttentionShape, QKNorms, StepAttention
-from microvllm.ops.attention.e4m3 import KVScales
-from microvllm.ops.attention.gated import GatedAttention
+from microvllm.ops.attention import AttentionBackend, BackendConfig, StepAttention
 from microvllm.ops.attention.mixed import MixedAttention
 from microvllm.ops.attention.pages import CachePages, LayerPages
 from microvllm.ops.attention.shared import sharing
-from microvllm.ops.attention.temperature import tempered
 from microvllm.ops.embedding import token_rows
 from microvllm.ops.operators import DecoderLayer, LinearOperator, NormedLinear, Operator, Operators
 from microvllm.ops.sharding import Ranks, SummedLinear
@@ -60,14 +54,9 @@ class DecoderModel:
             own = TakenWeights(spec, weights, operators, "")
             self.embed, built = spec.tails.build(self.embed, built, own, layers, operators, rows)
         self._layers = operators.layers(built)
-        self._kept: dict[int, Any] = {  # of the kind that the layer's mixer takes
-            index: layer.mixer.kept(each)
-            for index, (layer, each) in enumerate(zip(spec.layers, layers, strict=True))
-            if isinstance(layer.mixer, StatefulMixer)
-        }
-        self._qk_norms = [(each.norm("q_norm"), each.norm("k_norm")) for each in layers]
-        self._sinks = [weights.pop(f"layers.{i}.sinks", None) for i in range(spec.num_layers)]
-        self._kv_scales = weights.pop("kv_scales", torch.ones(spec.num_layers, 2)).tolist()
+        self._kept: list[Any] = [  # of the type that the layer's mixer takes
+            layer.mixer.kept(each) for layer, each in zip(spec.layers, layers, strict=True)
+        ]
 
     def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
         """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden].
@@ -102,28 +91,11 @@ class DecoderModel:
         pages = CachePages(num_blocks, block_size, plan.page_size, plan.is_uniform, dtype, device)
 
         def backend(mixer: Mixer, indices: list[int]) -> AttentionBackend:
-            if isinstance(mixer, StatefulMixer):
-                kept = [self._kept[index] for index in indices]
-                return mixer.backend(kept, rows, self.spec.rms_norm_eps, self._operators)
-            if isinstance(mixer, LatentAttention):
-                sizes = num_blocks, block_size, max_position, dtype, device
-                return mixer.backend(len(indices), *sizes, self._operators)
-            heads = len(indices), mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
-            rotary_scale = mixer.rope.attention_factor
-            shape = AttentionShape(*heads, mixer.window, rotary_scale, mixer.scale, mixer.softcap)
-            inv_freq = inverse_frequencies(mixer.rope, mixer.head_dim).to(device)
-            norms = [(q[0], k[0]) for q, k in (self._qk_norms[index] for index in indices) if q and k]
-            qk_norms = QKNorms(tuple(norms), self.spec.rms_norm_eps) if norms else None
-            cache = num_blocks, block_size, inv_freq, max_position, dtype
-            scales = tuple(KVScales(*self._kv_scales[index]) for index in indices)
-            sinks = tuple(s.float() for s in (self._sinks[index] for index in indices) if s is not None)
-            own = LayerPages(
-                pages, plan.slots[plan.groups[indices[0]]], [plan.places[index] for index in indices]
+            slot, places = plan.slots[plan.groups[indices[0]]], [plan.places[index] for index in indices]
+            config = BackendConfig(
+                LayerPages(pages, slot, places), max_position, rows, self.spec.rms_norm_eps
             )
-            made = self._operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks, own))
-            if mixer.gated:
-                return GatedAttention(made, mixer.q_size + 2 * mixer.kv_size)
-            return tempered(made, mixer.q_size, mixer.temperature, max_position, device)
+            return mixer.backend([self._kept[index] for index in indices], config, self._operators)
 
         kinds: dict[Mixer, list[int]] = {}
         for index, layer in enumerate(self.spec.layers):

@@ -16,7 +16,7 @@ from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Shard, Slot, ma
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from microvllm.ops.attention import AttentionBackend
+    from microvllm.ops.attention import AttentionBackend, BackendConfig
     from microvllm.ops.delta_rule import DeltaWeights
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
@@ -154,10 +154,10 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
         return DeltaWeights(*(weights.matrix(name)[0] for name in names))
 
     def backend(
-        self, layers: Sequence[DeltaWeights], rows: int, eps: float, operators: Operators
+        self, layers: Sequence[DeltaWeights], config: BackendConfig, operators: Operators
     ) -> AttentionBackend:
         """The part between the products, of these layers, with the states of so many rows."""
         from microvllm.ops.delta_rule import DeltaConfig
 
         sizes = self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim
-        return operators.recurrence(DeltaConfig(*sizes, eps, rows, tuple(layers)))
+        return operators.recurrence(DeltaConfig(*sizes, config.eps, config.rows, tuple(layers)))

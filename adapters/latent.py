@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -22,7 +22,7 @@ from microvllm.adapters.tensors import (
 if TYPE_CHECKING:
     import torch
 
-    from microvllm.ops.attention import AttentionBackend
+    from microvllm.ops.attention import AttentionBackend, BackendConfig
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
@@ -163,24 +163,20 @@ class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, tag="latent"):
         made = LatentInput(first, q_b, keys, inner_norm("kv_a_norm"), operators, *sizes)
         return made, LatentOutput(values, operators.linear(*weights.matrix("o")))
 
+    def kept(self, weights: LayerWeights) -> None:
+        """A layer needs nothing between its products."""
+
     def backend(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        max_position: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        operators: Operators,
+        self, layers: Sequence[None], config: BackendConfig, operators: Operators
     ) -> AttentionBackend:
-        """The attention of so many layers, with their cache: see `ops.attention.AttentionConfig`."""
+        """The attention of these layers, over a cache of its own beside the pages."""
         from microvllm.adapters.rotary import inverse_frequencies
         from microvllm.ops.attention.latent import LatentConfig, LatentShape
 
         shape = LatentShape(
-            num_layers, self.num_heads, self.rank, self.rope_dim, self.scale, self.rope.attention_factor
+            len(layers), self.num_heads, self.rank, self.rope_dim, self.scale, self.rope.attention_factor
         )
-        inv_freq = inverse_frequencies(self.rope, self.rope_dim).to(device)
-        return operators.latent_attention(
-            LatentConfig(shape, num_blocks, block_size, inv_freq, max_position, dtype)
-        )
+        pages = config.pages.pages
+        inv_freq = inverse_frequencies(self.rope, self.rope_dim).to(pages.device)
+        sizes = pages.num_blocks, pages.block_size, inv_freq, config.max_position, pages.dtype
+        return operators.latent_attention(LatentConfig(shape, *sizes))

@@ -14,7 +14,7 @@ from microvllm.adapters.stateful import STATE_BYTES, StatefulMixer, conv_slots
 from microvllm.adapters.tensors import BARE, WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
-    from microvllm.ops.attention import AttentionBackend
+    from microvllm.ops.attention import AttentionBackend, BackendConfig
     from microvllm.ops.mamba2 import Mamba2Weights
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
@@ -120,10 +120,10 @@ class Mamba2(StatefulMixer, frozen=True, kw_only=True, tag="mamba2"):
         return Mamba2Weights(*weights.matrix("mamba_conv"), *(weights.matrix(name)[0] for name in vectors))
 
     def backend(
-        self, layers: Sequence[Mamba2Weights], rows: int, eps: float, operators: Operators
+        self, layers: Sequence[Mamba2Weights], config: BackendConfig, operators: Operators
     ) -> AttentionBackend:
         """The part between the products, of these layers, with the states of so many rows."""
         from microvllm.ops.mamba2 import Mamba2Config
 
         sizes = self.num_heads, self.head_dim, self.num_groups, self.state_size
-        return operators.recurrence(Mamba2Config(*sizes, self.eps, rows, tuple(layers)))
+        return operators.recurrence(Mamba2Config(*sizes, self.eps, config.rows, tuple(layers)))

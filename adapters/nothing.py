@@ -14,7 +14,7 @@ from microvllm.adapters.tensors import LayerWeights, Shard, Slot
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from microvllm.ops.attention import AttentionBackend, AttentionBatch, StepAttention
+    from microvllm.ops.attention import AttentionBackend, AttentionBatch, BackendConfig, StepAttention
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
@@ -54,7 +54,7 @@ class Nothing(StatefulMixer, frozen=True, kw_only=True, tag="nothing"):
         """A layer needs nothing between its products."""
 
     def backend(
-        self, layers: Sequence[None], rows: int, eps: float, operators: Operators
+        self, layers: Sequence[None], config: BackendConfig, operators: Operators
     ) -> AttentionBackend:
         """A backend that computes nothing."""
         return NoAttention()

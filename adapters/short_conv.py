@@ -14,7 +14,7 @@ from microvllm.adapters.stateful import StatefulMixer, conv_slots
 from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots
 
 if TYPE_CHECKING:
-    from microvllm.ops.attention import AttentionBackend
+    from microvllm.ops.attention import AttentionBackend, BackendConfig
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
     from microvllm.ops.short_conv import ConvWeights
 
@@ -78,9 +78,9 @@ class ShortConv(StatefulMixer, frozen=True, kw_only=True, tag="short_conv"):
         return ConvWeights(*weights.matrix("conv"))
 
     def backend(
-        self, layers: Sequence[ConvWeights], rows: int, eps: float, operators: Operators
+        self, layers: Sequence[ConvWeights], config: BackendConfig, operators: Operators
     ) -> AttentionBackend:
         """The part between the products, of these layers, with the states of so many rows."""
         from microvllm.ops.short_conv import TorchShortConv
 
-        return TorchShortConv(layers, rows, operators.activation_dtype)
+        return TorchShortConv(layers, config.rows, operators.activation_dtype)

@@ -5,7 +5,7 @@ Imports no torch: the API process reads it too, for the context length and the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -26,6 +26,7 @@ from microvllm.adapters.stateful_kinds import StatefulKind
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
+    from microvllm.ops.attention import AttentionBackend, AttentionWeights, BackendConfig
     from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 
 
@@ -137,6 +138,39 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True, tag="attention"):
         if self.v_norm:
             qkv = head_norms(qkv, self.num_heads, self.num_kv_heads, weights, operators)
         return qkv, operators.linear(*weights.matrix("o"))
+
+    def kept(self, weights: LayerWeights) -> AttentionWeights:
+        """What a layer needs between its products."""
+        from microvllm.ops.attention import AttentionWeights
+        from microvllm.ops.attention.e4m3 import KVScales
+
+        q_norm, k_norm = weights.norm("q_norm"), weights.norm("k_norm")
+        qk_norm = (q_norm[0], k_norm[0]) if q_norm and k_norm else None
+        sinks, scales = weights.vector("sinks"), weights.vector("kv_scales")
+        return AttentionWeights(qk_norm, sinks, KVScales() if scales is None else KVScales(*scales.tolist()))
+
+    def backend(
+        self, layers: Sequence[AttentionWeights], config: BackendConfig, operators: Operators
+    ) -> AttentionBackend:
+        """The attention of these layers over their part of the KV cache."""
+        from microvllm.adapters.rotary import inverse_frequencies
+        from microvllm.ops.attention import AttentionConfig, AttentionShape, QKNorms
+        from microvllm.ops.attention.gated import GatedAttention
+        from microvllm.ops.attention.temperature import tempered
+
+        heads = len(layers), self.num_heads, self.num_kv_heads, self.head_dim
+        shape = AttentionShape(*heads, self.window, self.rope.attention_factor, self.scale, self.softcap)
+        pages, length = config.pages.pages, config.max_position
+        inv_freq = inverse_frequencies(self.rope, self.head_dim).to(pages.device)
+        cache = pages.num_blocks, pages.block_size, inv_freq, length, pages.dtype
+        norms = tuple(each.qk_norm for each in layers if each.qk_norm is not None)
+        qk_norms = QKNorms(norms, config.eps) if norms else None
+        scales = tuple(each.scales for each in layers)
+        sinks = tuple(each.sinks.float() for each in layers if each.sinks is not None)
+        made = operators.attention(AttentionConfig(shape, *cache, qk_norms, scales, sinks, config.pages))
+        if self.gated:
+            return GatedAttention(made, self.q_size + 2 * self.kv_size)
+        return tempered(made, self.q_size, self.temperature, length, pages.device)
 
 
 Mixer: TypeAlias = Attention | LatentAttention | StatefulKind

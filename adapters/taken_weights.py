@@ -30,8 +30,11 @@ class TakenWeights:
     def matrix(self, name: str) -> tuple[Tensor, Tensor | None]:
         return self._weights.pop(self._prefix + name), self._weights.pop(f"{self._prefix}{name}_bias", None)
 
+    def vector(self, name: str) -> Tensor | None:
+        return self._weights.pop(self._prefix + name, None)
+
     def norm(self, name: str) -> Norm | None:
-        weight = self._weights.pop(self._prefix + name, None)
+        weight = self.vector(name)
         if weight is None:
             return None
         if self._spec.norm_offset:

@@ -183,6 +183,10 @@ class LayerWeights(Protocol):
         """A weight and its bias."""
         ...
 
+    def vector(self, name: str) -> Tensor | None:
+        """A tensor as it is; None if the layer has none of this name."""
+        ...
+
     def norm(self, name: str) -> Norm | None:
         """The weight of an RMSNorm and its epsilon; None if the layer has no norm of this name."""
         ...

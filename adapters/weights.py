@@ -3,7 +3,7 @@
 Result names, all of one dtype and contiguous, matrices as [out, in]: `embed` [V, h], `lm_head` [V, h] (absent
 if tied, unless another matrix is stored), `norm` [h], and for every layer i under `layers.{i}.` those of
 `LayerSpec.slots`. Matrices that stay packed are subclasses of `Tensor` instead, of the same rows: see
-`weight_formats`. If the checkpoint has them, `kv_scales` [layers, 2] float32 on the CPU: see
+`weight_formats`. If the checkpoint has them, `kv_scales` [2] of each layer, float32 on the CPU: see
 `adapters.kv_scales`.
 """
 
@@ -138,7 +138,8 @@ def load_weights(
 
     weights = {slot.name: load(slot) for slot in slots}
     if scales and isinstance(checkpoint, FolderCheckpoint):
-        weights["kv_scales"] = load_scales(checkpoint, list(scales))
+        pairs = enumerate(load_scales(checkpoint, list(scales)))
+        weights |= {f"layers.{layer}.kv_scales": pair for layer, pair in pairs}
     return weights
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -74,6 +74,27 @@ class AttentionConfig:
         """Where the layers lie in the cache."""
         sizes = self.shape.num_layers, 2 * self.shape.num_kv_heads * self.shape.head_dim, self.num_blocks
         return self.pages or LayerPages.own(*sizes, self.block_size, self.dtype, self.inv_freq.device)
+
+
+class AttentionWeights(NamedTuple):
+    """One layer's part of `AttentionConfig`; qk_norm and sinks may be missing."""
+
+    qk_norm: tuple[Tensor, Tensor] | None
+    sinks: Tensor | None
+    scales: KVScales
+
+
+class BackendConfig(NamedTuple):
+    """What the backend of a mixer's layers is made for, beside their weights.
+
+    pages: where the layers lie in the KV cache; max_position: no position is larger; rows: how many have
+    states; eps: of the model's norms.
+    """
+
+    pages: LayerPages
+    max_position: int
+    rows: int
+    eps: float
 
 
 @dataclass(frozen=True, slots=True)
