@@ -12,10 +12,11 @@ length 0, segments without tokens.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ from microvllm.runtime.worker.step_sizes import StepSize, batch_sizes, step_size
 from microvllm.runtime.worker.transfers import Readback
 
 T = TypeVar("T")
+SizeT = TypeVar("SizeT")
+InPool: TypeAlias = Callable[[Callable[[], Any]], tuple[CUDAGraph, Any]]  # `capture`, but for the step
 
 
 def capture(
@@ -98,43 +101,20 @@ class GpuParts:
         return cls(config, model, attention, inputs, sampler, Readback(config.max_num_seqs))
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """ids: [size] int32, what went in; logits: [size, vocab] in the model's dtype; tokens: [size] int64.
+class Graphs(ABC, Generic[SizeT]):
+    """One kind of step, captured for each of `sizes`, the smaller before the larger.
 
-    They live in the graphs' common memory: the next replay overwrites them.
+    `pool`: the memory in which the results of all graphs live: the next replay of any overwrites them.
     """
 
-    graph: CUDAGraph
-    ids: Tensor
-    logits: Tensor
-    tokens: Tensor
-
-
-class DecodeGraphs:
-    """Owns the graphs, and `tables`, the block tables on the device, [groups, rows, width] int32.
-
-    Of a row's table only the blocks below its context length are read, so it need not be zeroed.
-    `pool`: the memory that the graphs share with others.
-    """
-
-    def __init__(self, parts: GpuParts, pool: torch.cuda._POOL_HANDLE) -> None:
-        config = parts.config
+    def __init__(self, parts: GpuParts, pool: torch.cuda._POOL_HANDLE, sizes: Sequence[SizeT]) -> None:
         self._parts = parts
         self._pool = pool
-        self._padding_row = config.max_num_seqs
-        self.sizes = batch_sizes(config.max_num_seqs)
-        self._captured: dict[int, _Captured] = {}
-        device = parts.inputs.newest.device
-        self._groups = config.num_groups
-        self._height = STAGED + self._groups
-        self._staged = torch.zeros(self._height * config.max_num_seqs, dtype=torch.int32, device=device)
-        sizes = self._groups, config.max_num_seqs + 1, config.max_blocks
-        self.tables = torch.zeros(sizes, dtype=torch.int32, device=device)
+        self.sizes = sizes
+        self._padding_row = parts.config.max_num_seqs
+        self._captured: dict[SizeT, tuple[CUDAGraph, tuple[Tensor, ...]]] = {}
         self.replays = 0
         self.padded_tokens = 0
-
-    # ---- capture -------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def capture(self, stage: Stage, number: int) -> None:
@@ -143,15 +123,57 @@ class DecodeGraphs:
         Each is a part of the stage.
         """
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        for size in self.sizes[: -number - 1 : -1]:
-            self._parts.inputs.stager.send_into(self._view(size), self._padding(size))
-            graph, (inputs, *made) = capture(partial(self._step, size), self._pool, stream)
-            common = partial(capture, pool=self._pool, stream=stream)
-            choose = partial(self._choose, inputs)
-            self._parts.sampler.rules.capture(graph, common, choose, made[1], inputs.rows)
-            self._captured[size] = _Captured(graph, *map(borrowed, made))
+        in_pool = partial(capture, pool=self._pool, stream=stream)
+        for size in sorted(self.sizes, key=self._num_tokens, reverse=True)[:number]:
+            graph, results = self._capture(size, in_pool)
+            self._captured[size] = graph, tuple(map(borrowed, results))
             stage.advance()
         torch.cuda.synchronize()
+
+    @abstractmethod
+    def _num_tokens(self, size: SizeT) -> int:
+        """What a step of this size has room for."""
+
+    @abstractmethod
+    def _capture(self, size: SizeT, capture_in_pool: InPool) -> tuple[CUDAGraph, Iterable[Tensor]]:
+        """Send inputs that are padding alone, and capture the step."""
+
+    def _replay(self, size: SizeT, count: int) -> tuple[Tensor, ...]:
+        """Compute the `count` tokens that were sent to the graph of this size -> its results, padding too."""
+        graph, results = self._captured[size]
+        graph.replay()
+        self.replays += 1
+        self.padded_tokens += self._num_tokens(size) - count
+        return results
+
+
+class DecodeGraphs(Graphs[int]):
+    """Owns `tables`, the block tables on the device, [groups, rows, width] int32.
+
+    Of a row's table only the blocks below its context length are read, so it need not be zeroed.
+    """
+
+    def __init__(self, parts: GpuParts, pool: torch.cuda._POOL_HANDLE) -> None:
+        config = parts.config
+        super().__init__(parts, pool, batch_sizes(config.max_num_seqs))
+        device = parts.inputs.newest.device
+        self._groups = config.num_groups
+        self._height = STAGED + self._groups
+        self._staged = torch.zeros(self._height * config.max_num_seqs, dtype=torch.int32, device=device)
+        sizes = self._groups, config.max_num_seqs + 1, config.max_blocks
+        self.tables = torch.zeros(sizes, dtype=torch.int32, device=device)
+
+    # ---- capture -------------------------------------------------------------------------------
+
+    def _num_tokens(self, size: int) -> int:
+        return size
+
+    def _capture(self, size: int, capture_in_pool: InPool) -> tuple[CUDAGraph, Iterable[Tensor]]:
+        self._parts.inputs.stager.send_into(self._view(size), self._padding(size))
+        graph, (inputs, *made) = capture_in_pool(partial(self._step, size))
+        choose = partial(self._choose, inputs)
+        self._parts.sampler.rules.capture(graph, capture_in_pool, choose, made[1], inputs.rows)
+        return graph, made
 
     def _choose(self, inputs: DecodeInputs, logits: Tensor) -> Tensor:
         # A sequence's length is the index of its next token.
@@ -247,63 +269,32 @@ class DecodeGraphs:
         -> the ids that went in, logits [count, vocab], and tokens [count] int64 as plain requests choose
         them. All are valid until the next replay. The tokens are on their way to the readback's memory, too.
         """
-        captured = self._captured[size]
-        captured.graph.replay()
-        self.replays += 1
-        self.padded_tokens += size - count
-        return captured.ids[:count], captured.logits[:count], captured.tokens[:count]
+        ids, logits, tokens = self._replay(size, count)
+        return ids[:count], logits[:count], tokens[:count]
 
 
 # ---- steps with prompts ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _CapturedPrompts:
-    """ids: [decodes + tokens], what went in; hidden: [decodes + tokens, hidden], until the next replay."""
-
-    graph: CUDAGraph
-    ids: Tensor
-    hidden: Tensor
-
-
-class PromptGraphs:
-    """Captures steps with prompts, for some numbers of tokens each, and replays them.
-
-    `tables`: the block tables on the device, [groups, rows, width] int32; the last row is the padding row.
-    `pool`: the memory that the graphs share with others, which means that a replay overwrites their results.
-    """
+class PromptGraphs(Graphs[StepSize]):
+    """Steps with prompts in them; `tables`: those of `DecodeGraphs`, whose last row is the padding row."""
 
     def __init__(self, parts: GpuParts, tables: Tensor, pool: torch.cuda._POOL_HANDLE) -> None:
         config = parts.config
-        self._parts = parts
-        self._tables = tables
-        self._pool = pool
-        self._padding_row = config.max_num_seqs
         longest = graph_levers(config).prompt_tokens(config.spec.num_products)
         limits = config.max_num_seqs, config.max_num_batched_tokens
-        self.sizes = step_sizes(*limits, longest, config.num_groups)
-        self._captured: dict[StepSize, _CapturedPrompts] = {}
+        super().__init__(parts, pool, step_sizes(*limits, longest, config.num_groups))
+        self._tables = tables
         longest = max((size.fields()[-1].stop for size in self.sizes), default=0)
         self._staged = torch.zeros(longest, dtype=torch.int32, device=tables.device)
-        self.replays = 0
-        self.padded_tokens = 0
 
-    @torch.inference_mode()
-    def capture(self, stage: Stage, number: int) -> None:
-        """Capture the `number` largest sizes, the largest first, so that others fit into its memory.
+    def _num_tokens(self, size: StepSize) -> int:
+        return size.decodes + size.tokens
 
-        Each is a part of the stage.
-        """
-        nothing = np.zeros(0, dtype=np.int64)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        falling = sorted(self.sizes, key=lambda size: size.decodes + size.tokens, reverse=True)
-        for size in falling[:number]:
-            slots = np.zeros((size.groups, 0), dtype=np.int64)
-            self.send(size, StepArrays(nothing, nothing, nothing, slots, nothing, nothing, nothing, 0))
-            graph, made = capture(partial(self._step, size), self._pool, stream)
-            self._captured[size] = _CapturedPrompts(graph, *map(borrowed, made))
-            stage.advance()
-        torch.cuda.synchronize()
+    def _capture(self, size: StepSize, capture_in_pool: InPool) -> tuple[CUDAGraph, Iterable[Tensor]]:
+        nothing, slots = np.zeros(0, dtype=np.int64), np.zeros((size.groups, 0), dtype=np.int64)
+        self.send(size, StepArrays(nothing, nothing, nothing, slots, nothing, nothing, nothing, 0))
+        return capture_in_pool(partial(self._step, size))
 
     def size_for(self, arrays: StepArrays) -> StepSize | None:
         """The smallest size that has room for a step."""
@@ -316,17 +307,14 @@ class PromptGraphs:
 
     def forward(self, size: StepSize, arrays: StepArrays) -> tuple[Tensor, Tensor]:
         """The id and the hidden state of every token of the step: [n], [n, hidden], until the next replay."""
-        captured = self._captured[size]
-        captured.graph.replay()
         count, decodes = len(arrays.ids), arrays.num_decodes
-        self.replays += 1
-        self.padded_tokens += size.decodes + size.tokens - count
+        ids, hidden = self._replay(size, count)
 
         def without_padding(padded: Tensor) -> Tensor:
             prompts = padded[size.decodes : size.decodes + count - decodes]
             return torch.cat((padded[:decodes], prompts)) if decodes else prompts
 
-        return without_padding(captured.ids), without_padding(captured.hidden)
+        return without_padding(ids), without_padding(hidden)
 
     def _step(self, size: StepSize) -> tuple[Tensor, Tensor]:
         ids, rows, positions, context, request_rows, starts, *slots = (
