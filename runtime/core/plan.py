@@ -102,6 +102,11 @@ class ScheduledRequest(msgspec.Struct, frozen=True):  # one a request a step: a 
     new_blocks: tuple[int, ...]  # as many of each group of layers; see `KVCacheManager.blocks_from`
     num_draft_tokens: int = 0
 
+    @property
+    def may_not_end(self) -> bool:
+        """Whether its next token comes before `min_tokens` are out."""
+        return self.start + self.num_new - self.request.prompt_len < self.request.params.min_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -227,7 +227,7 @@ class DecodeGraphs(Graphs[int]):
         graph, too, but come later: what then chooses the tokens is the second.
         """
         sampler, readback, rows = self._parts.sampler, self._parts.readback, [i.request.row for i in items]
-        if any(item.request.num_output < item.request.params.min_tokens for item in items):
+        if any(item.may_not_end for item in items):
             return None, None
         if sampler.plain(rows):
             sampler.rules.replay(size, rows)

@@ -187,11 +187,7 @@ class ModelGraphRunner:
         self.clock.enter("sample")
         rows = [item.request.row for item in items]
         positions = [item.start + item.num_new for item in items]
-        masked = [
-            (i, item.request.end_ids)
-            for i, item in enumerate(items)
-            if item.start + item.num_new - item.request.prompt_len < item.request.params.min_tokens
-        ]
+        masked = [(i, item.request.end_ids) for i, item in enumerate(items) if item.may_not_end]
         output = partial(known_output, items)
         sampled = self._sampler.sample(logits.float(), rows, positions, masked, output, ids)
         if self._ranks is not None:
