@@ -44,7 +44,7 @@ class FinishReason(enum.IntEnum):
 
 Int64 = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
 Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
-TokenId = Annotated[int, Meta(ge=0, le=INT64_MAX)]  # that the model has it, `Processor` checks
+TokenId = Annotated[int, Meta(ge=0, le=INT64_MAX)]  # that the model has it, `InputProcessor` checks
 # The parameters' ranges, shared with the request bodies of the server.
 NumSamples = Annotated[int, Meta(ge=1, le=MAX_N)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -195,7 +195,7 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position of a sequence, natural logarithm, possibly -inf.
 
-    First of `token_ids` is the token that stands there, then come the asked-for ones (the most likely in
+    First of `token_ids` is the token that stands there, then come the requested ones (the most likely in
     falling order, which may repeat the first; or `logprob_token_ids`). `logprobs` is of the same length.
     `rank` of the first one: 1 is the most likely.
     """

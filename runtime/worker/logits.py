@@ -27,7 +27,6 @@ class _Rules:
     bias: Tensor  # [b] float32
     allowed: Tensor | None  # [vocab] bool
     bad_words: list[list[int]]
-    penalised: bool
 
 
 class LogitRules:
@@ -72,7 +71,6 @@ class LogitRules:
             on_device(list(params.logit_bias.values()), torch.float32, self._device),
             allowed,
             request.bad_word_ids,
-            params.penalised,
         )
 
     def clear_row(self, row: int) -> None:
@@ -80,7 +78,7 @@ class LogitRules:
             self.mask.clear_row(row)
         self._budgets.clear_row(row)
         rules = self._rules.pop(row, None)
-        if rules is not None and rules.penalised and self._penalties is not None:
+        if rules is not None and rules.params.penalised and self._penalties is not None:
             self._penalties.clear_row(row)
 
     def concern(self, rows: Sequence[int]) -> bool:
@@ -132,7 +130,7 @@ class LogitRules:
             at = torch.cat([torch.full_like(rules.bias_ids, i) for i, rules in biased])
             ids = torch.cat([rules.bias_ids for _, rules in biased])
             logits.index_put_((at, ids), torch.cat([rules.bias for _, rules in biased]), accumulate=True)
-        penalised = [i for i, rules in ruled if rules.penalised]
+        penalised = [i for i, rules in ruled if rules.params.penalised]
         if penalised and self._penalties is not None:
             self._penalties.apply(logits, penalised, [rows[i] for i in penalised])
         if self._budgets.concern(rows):
@@ -142,7 +140,9 @@ class LogitRules:
         """Count the chosen tokens: [m] int64 (negative: none was chosen) of the given rows."""
         if self._penalties is None:
             return
-        counted = [i for i, row in enumerate(rows) if row in self._rules and self._rules[row].penalised]
+        counted = [
+            i for i, row in enumerate(rows) if row in self._rules and self._rules[row].params.penalised
+        ]
         if counted:
             at = on_device(counted, torch.int64, self._device)
             self._penalties.count([rows[i] for i in counted], tokens[at])
