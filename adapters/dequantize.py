@@ -17,7 +17,7 @@ A value is (code - zero point) x scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -44,9 +44,6 @@ class Rectangle(NamedTuple):
 
     rows: range
     columns: range
-
-
-Read = Callable[[str], Tensor]  # a tensor of the module, by the last part of its name
 
 
 class Codes(NamedTuple):

@@ -143,7 +143,7 @@ def test_a_chat(server: Server, tokenizer: Tokenizer) -> None:
     }
     whole = server.client.chat.completions.create(**wish)
     engine = make_engine(variant_folder("llama-tied"))
-    prompt = engine.processor.render_chat(MESSAGES)
+    prompt = engine.processor.tokenize_prompt(engine.processor.render_text(MESSAGES), False)
     assert whole.usage.prompt_tokens == len(prompt) and whole.usage.completion_tokens == 20
     message = whole.choices[0].message
     assert message.role == "assistant" and whole.choices[0].finish_reason == "length"

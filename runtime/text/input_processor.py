@@ -132,12 +132,6 @@ class InputProcessor:
         default = "" if self.template is None else self.template.source
         return "\n".join(filter(None, (default, own.get("tool_use"))))
 
-    def render_chat(
-        self, messages: list[dict[str, Any]], *, add_special_tokens: bool = False, **options: Any
-    ) -> list[int]:
-        """Conversation -> token ids."""
-        return self.tokenize_prompt(self.render_text(messages, **options), add_special_tokens)
-
     def check_prompt(self, ids: Sequence[int], field: str = "prompt") -> None:
         """Raise `InvalidRequestError` unless the ids are a prompt that leaves room for one token.
 

@@ -421,6 +421,6 @@ def test_vectors_of_smollm2_beside_transformers(method: str, transformers_smollm
 def test_smollm2_in_bfloat16_answers() -> None:
     engine = make_engine(DEMO_MODEL, dtype="bfloat16")
     conversation = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = engine.processor.render_chat(conversation)
+    ids = engine.processor.tokenize_prompt(engine.processor.render_text(conversation), False)
     text = engine.tokenizer.decode(generate_ids(engine, [ids], 24)[0])
     assert "Paris" in text

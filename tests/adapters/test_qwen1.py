@@ -308,7 +308,8 @@ def test_the_chat_format_is_chatml(chat_folder: Path, tokenizer: Tokenizer) -> N
         f"<|im_start|>system\nBe brief.<|im_end|>\n{turn}<|im_start|>assistant\nthe<|im_end|>\n{turn}"
         "<|im_start|>assistant\n"
     )
-    assert processor.render_chat([user])[:1] == [len(ranks()) + SPECIAL.index("<|im_start|>")]
+    ids = processor.tokenize_prompt(processor.render_text([user]), False)
+    assert ids[0] == len(ranks()) + SPECIAL.index("<|im_start|>")
     (request,) = processor.requests([1, 2], SamplingParams(max_tokens=1))
     assert request.eos_token_id == len(ranks()) + SPECIAL.index("<|im_end|>")
     assert len(ranks()) in request.stop_token_ids  # <|endoftext|>, of generation_config.json

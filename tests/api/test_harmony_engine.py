@@ -102,7 +102,8 @@ def written(folder: Path) -> Path:
         for call in (call for message in messages for call in message.get("tool_calls", ())):
             # As the API hands it to templates.
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        prompt = engine.processor.render_chat(messages, **({"tools": turn.tools} if turn.tools else {}))
+        text = engine.processor.render_text(messages, **({"tools": turn.tools} if turn.tools else {}))
+        prompt = engine.processor.tokenize_prompt(text, False)
         output = engine.tokenizer.encode(turn.output, False)
         with torch.no_grad():
             hidden = model.model(torch.tensor([prompt + output])).last_hidden_state[0]

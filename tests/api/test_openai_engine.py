@@ -236,7 +236,8 @@ async def test_a_conversation_that_fills_the_context_is_refused_as_such(
     engine: EngineClient, sdk: openai.AsyncOpenAI, beyond: int
 ) -> None:
     limit = engine.config.max_model_len
-    empty = engine.processor.render_chat([{"role": "user", "content": ""}], add_generation_prompt=True)
+    text = engine.processor.render_text([{"role": "user", "content": ""}], add_generation_prompt=True)
+    empty = engine.processor.tokenize_prompt(text, False)
     text = "x" * (limit + beyond - len(empty))
     with pytest.raises(openai.BadRequestError) as caught:
         await sdk.chat.completions.create(model="m", messages=[{"role": "user", "content": text}])
