@@ -398,6 +398,11 @@ def run(argv: Sequence[str]) -> int:
         return _drop_output()  # Typer makes an exit of it
     except BrokenPipeError:
         return _drop_output()
+    except ImportError as error:
+        if (error.name or "microvllm").startswith("microvllm"):
+            raise
+        message, code = f"{error.name} cannot be loaded: {reason_of(error)}", 1
+        failure = ConfigError(message, remedy="install the package again, and see `ulimit -v` for its memory")
     except OSError as error:
         if error.errno not in FULL:
             raise

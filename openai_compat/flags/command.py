@@ -64,10 +64,21 @@ def warn(message: str) -> None:
 
 
 class LogHandler(logging.StreamHandler[Any]):
-    """Writes records to stderr in the form of the command line's own lines."""
+    """Writes records to stderr in the form of the command line's own lines.
+
+    What the options come to is written once, although they are resolved before torch is imported and behind.
+    """
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
+        self._written: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "microvllm.config":
+            if (text := record.getMessage()) in self._written:
+                return
+            self._written.add(text)
+        super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import resource
@@ -130,6 +131,32 @@ def test_an_engine_that_fails_is_status_1(
     cause, hint = capsys.readouterr().err.splitlines()
     assert cause == "microvllm: error: the engine process ended with signal 9"
     assert "`microvllm collect-env`" in hint
+
+
+def test_a_library_that_cannot_be_loaded_is_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment", name="torch._C")
+
+    monkeypatch.setattr(server, "serve", fail)
+    assert cli.run(["serve", "m"]) == 1
+    cause, hint = capsys.readouterr().err.splitlines()
+    assert cause == "microvllm: error: torch._C cannot be loaded: libtorch_cpu.so: failed to map segment"
+    assert "ulimit -v" in hint
+
+
+def test_what_the_options_come_to_is_written_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(*_: object, **__: object) -> None:
+        for name in ("microvllm.config", "microvllm.config", "microvllm.engine", "microvllm.engine"):
+            logging.getLogger(name).warning("of %s", name)
+
+    monkeypatch.setattr(server, "serve", warn)
+    assert cli.run(["serve", "m"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"microvllm: warning: of microvllm.{name}" for name in ("config", "engine", "engine")]
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["at-exit", "at-once"])
