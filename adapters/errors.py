@@ -16,5 +16,9 @@ class OverrideError(ModelFileError):
     """A value given in place of one of config.json does not fit the model, whose files may be fine."""
 
 
+class NoMemoryError(ModelFileError):
+    """There is too little memory for a tensor of the model, whose files may be fine."""
+
+
 class CutError(ModelFileError):
     """A shard would begin or end within a block of packed weights."""

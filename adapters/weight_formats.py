@@ -23,7 +23,7 @@ from microvllm.adapters.checkpoints import (
     stored_name,
 )
 from microvllm.adapters.dequantize import CHUNK_ELEMENTS, LAYOUTS, PACKED_LAYOUTS, Rectangle, check
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import ModelFileError, NoMemoryError
 from microvllm.adapters.quantization import KEY, Scheme
 from microvllm.adapters.tensors import WHOLE, Part, Slot
 from microvllm.ops.coded import pack
@@ -402,12 +402,12 @@ def _is_router(slot: Slot) -> bool:
 
 
 def allocate(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """An uninitialised tensor. Raises `ModelFileError` naming the model and the tensor if memory is short."""
+    """An uninitialised tensor. Raises `NoMemoryError` naming the model and the tensor if memory is short."""
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError:
-        size = math.prod(shape) * dtype.itemsize / 2**30
-        raise ModelFileError(path, f"no memory for {name} {list(shape)} ({size:.1f} GiB)") from None
+        size = math.prod(shape) * dtype.itemsize / 1e6
+        raise NoMemoryError(path, f"no memory for {name} {list(shape)} ({size:,.0f} MB)") from None
 
 
 # Of those whose kind of tensor the operators multiply, the first that accepts a slot loads it.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.adapters.errors import CutError, ModelFileError
+from microvllm.adapters.errors import CutError, ModelFileError, NoMemoryError
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionBackend
@@ -54,6 +54,8 @@ def load_model(
     except CutError as error:
         problem = f"--tensor-parallel-size {shard.size}: {error}"
         raise ConfigError(problem, remedy="--gguf-weights dequantized can be cut anywhere") from error
+    except NoMemoryError as error:
+        raise ConfigError(str(error), remedy="free memory, or take a smaller or a packed model") from error
     except ModelFileError as error:
         raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
     if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):

@@ -12,10 +12,10 @@ from tiny_models import make_hf_folder
 
 from microvllm.adapters import weights
 from microvllm.adapters.checkpoints import Checkpoint, stored_name
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import ModelFileError, NoMemoryError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.tensors import WHOLE, Shard, Slot
-from microvllm.adapters.weight_formats import Dense
+from microvllm.adapters.weight_formats import Dense, allocate
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
 
@@ -93,3 +93,10 @@ def test_its_tensors_are_checked_like_all_others(scaled: Path) -> None:
         ModelFileError, match=r"tensor model\.layers\.1\.mlp\.gate_proj\.scale is there, but not"
     ):
         load(scaled)
+
+
+def test_a_tensor_that_memory_is_short_of_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        NoMemoryError, match=r"m: no memory for embed \[1000000000000000\] \(2,000,000,000 MB\)"
+    ):
+        allocate(tmp_path / "m", "embed", (10**15,), torch.bfloat16, "cpu")
