@@ -39,6 +39,7 @@ from typing import Any
 
 from bench.engines import LISTEN, Engine
 from bench.servers import Server, stop_all
+from replaced_engine import replace_engine, serve
 
 START_TIMEOUT_S = 120.0
 READ_INTERVAL_S = 0.01
@@ -111,29 +112,8 @@ def unread(sock: socket.socket) -> int:
 
 def run_server(arguments: list[str]) -> None:
     """The API process: `microvllm serve`, but the engine is the one above."""
-    from microvllm.cli import main
-    from microvllm.runtime.process import spawn
-
-    start_module = spawn.start_module
-
-    def start(module: str, *arguments: str, **options: Any) -> Any:
-        """The engine's process runs this file, all others are themselves."""
-        if not module.endswith("engine_main"):
-            return start_module(module, *arguments, **options)
-        own, file = spawn.CODE, Path(__file__).resolve()
-        spawn.CODE = (
-            f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1]]\n"
-            f"sys.path.insert(0, {str(file.parent)!r})\n"
-            f"runpy.run_path({str(file)!r}, run_name='__main__')\n"
-        )
-        try:
-            return start_module(module, *arguments, **options)
-        finally:
-            spawn.CODE = own
-
-    spawn.start_module = start
-    sys.argv = ["microvllm", "serve", *arguments]
-    main()
+    replace_engine(Path(__file__).resolve())
+    serve(*arguments)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
     python scripts/clients/check.py                            # all of them, against the scripted model
     python scripts/clients/check.py anthropic langchain codex  # some
     python scripts/clients/check.py --url http://127.0.0.1:8000 --model NAME   # a running server
+    python scripts/clients/check.py --docs                     # and write what was found into docs/agents.md
 
 Each is installed from PyPI or npm into an environment of its own below --folder (once; all of them take
 gigabytes). A library runs its program of `programs/`: structured output, which has to fit its schema, and a
@@ -19,17 +20,18 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from agents import AGENTS, TASK, Agent
+from coding_agents import AGENTS, TASK, Agent
 from libraries import LIBRARIES, Library
 from scripted import FILE, MODEL, NEW, OLD
 
@@ -120,19 +122,41 @@ def check_agent(agent: Agent, programs: Path, work: Path, homes: Path, url: str,
     return "file changed, finished"
 
 
+# ---- the documentation ------------------------------------------------------------------------------
+
+
+def documented(text: str, rows: Mapping[str, tuple[str, str]], day: str, commit: str) -> str:
+    """Return docs/agents.md with other rows (version and result, by client), day, commit and versions."""
+    for name, (version, result) in rows.items():
+        text, found = re.subn(rf"(?m)^\| {name} \|.*$", f"| {name} | {version} | {result} |", text)
+        if found != 1:
+            raise ValueError(f"docs/agents.md has {found} rows of {name}")
+        if name in AGENTS:
+            short = ".".join(version.split(".")[:2])
+            heading = re.escape(f"## {AGENTS[name].title}")
+            text = re.sub(rf"(?m)^({heading})[0-9.]+\)", rf"\g<1>{short})", text)
+    return re.sub(
+        r"printed this on [^,]+, at commit \w+,", f"printed this on {day}, at commit {commit},", text
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join([*LIBRARIES, *AGENTS])}; default: all")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "microvllm-clients")
     parser.add_argument("--url", help="a running server, in place of one with the scripted model")
     parser.add_argument("--model", default=MODEL, help="the name that the running server serves")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/agents.md")
     args = parser.parse_args()
+    if args.docs and (args.url or args.names):
+        parser.error("--docs is for a run of all clients against the scripted model")
     known = {**LIBRARIES, **({} if args.url else AGENTS)}
     unknown = [name for name in args.names if name not in known]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     folder = args.folder.resolve()
     failed = 0
+    rows: dict[str, tuple[str, str]] = {}
     print("| client | version | result | seconds |\n|---|---|---|---|", flush=True)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "work"
@@ -156,8 +180,14 @@ def main() -> int:
                 result = "FAILED"
                 failed += 1
             print(f"| {name} | {version} | {result} | {time.monotonic() - start:.0f} |", flush=True)
+            rows[name] = version, result
             if problem:
                 print(f"{name}: {problem}", file=sys.stderr, flush=True)
+    if args.docs:
+        commit = run(["git", "rev-parse", "--short", "HEAD"], HERE, {}).strip()
+        day = time.strftime("%d %B %Y").lstrip("0")
+        docs = HERE.parent.parent / "docs" / "agents.md"
+        docs.write_text(documented(docs.read_text(), rows, day, commit))
     return 1 if failed else 0
 
 

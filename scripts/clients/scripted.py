@@ -26,6 +26,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from replaced_engine import replace_engine, serve
+
 MODEL, CONTEXT = "scripted", 131072
 TEMPLATE = Path(__file__).with_name("conversation.jinja")
 FILE, OLD, NEW = "colors.txt", "red", "blue"
@@ -239,17 +243,9 @@ def main() -> None:
     if sys.argv[1:2] == ["engine"]:
         run_engine(int(sys.argv[2]), sys.argv[3])
         return
-    from microvllm.cli import main as run
-    from microvllm.runtime.process import spawn
-
-    here = Path(__file__).resolve()
-    spawn.CODE = (
-        f"import runpy, sys\nsys.argv = ['', 'engine', sys.argv[1], {str(Path.cwd())!r}]\n"
-        f"runpy.run_path({str(here)!r}, run_name='__main__')\n"
-    )
+    replace_engine(Path(__file__).resolve(), str(Path.cwd()))
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    sys.argv = ["microvllm", "serve", "--model", "smollm2-135m-instruct", *FLAGS, *sys.argv[1:]]
-    run()
+    serve("--model", "smollm2-135m-instruct", *FLAGS, *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import jsonschema
 import pytest
 from model_tools import ROOT, load_script
 
+from microvllm.runtime.process import spawn
 from microvllm.runtime.text.chat_template import ChatTemplate, normalize_messages
 
 FOLDER = ROOT / "scripts" / "clients"
@@ -21,6 +23,12 @@ FOLDER = ROOT / "scripts" / "clients"
 def scripted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     return load_script("clients/scripted")
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    return load_script("clients/check")
 
 
 def tool(name: str, **members: Any) -> dict[str, Any]:
@@ -95,3 +103,32 @@ def test_every_program_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = load_script("clients/libraries").LIBRARIES
     files = {path.name for path in (FOLDER / "programs").iterdir() if path.is_file()}
     assert files == {library.program for library in libraries.values()} | {"common.py"}
+
+
+def test_only_the_engine_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The server has other processes of its own, which render templates and check grammars."""
+    script = tmp_path / "{engine}.py"
+    script.write_text("import os, sys\nos.write(int(sys.argv[2]), repr(sys.argv[3:]).encode())\n")
+    monkeypatch.setattr(spawn, "start_module", spawn.start_module)
+    load_script("replaced_engine").replace_engine(script, "a{b}")
+    process, ours = spawn.start_module("microvllm.runtime.process.engine_main")
+    with ours:
+        assert (ours.recv(99), process.wait()) == (b"['a{b}']", 0)
+    process, ours = spawn.start_module("platform")  # whose `main` does not exist in every version
+    ours.close()
+    assert "runpy" not in process.args[2] and "platform" in process.args[2]  # type: ignore[index]
+    process.kill()
+    process.wait()
+
+
+def test_the_documentation_gets_what_was_found(clients: ModuleType) -> None:
+    docs = (ROOT / "docs" / "agents.md").read_text()
+    names = [*clients.LIBRARIES, *clients.AGENTS]
+    rows = {name: (f"7.{index}.1", f"result {index}") for index, name in enumerate(names)}
+    text = clients.documented(docs, rows, "1 May 2030", "abc1234")
+    for index, name in enumerate(names):
+        assert f"\n| {name} | 7.{index}.1 | result {index} |\n" in text
+        if name in clients.AGENTS:
+            assert f"\n## {clients.AGENTS[name].title}7.{index})\n" in text
+    assert "printed this on 1 May 2030, at commit abc1234, in front of" in text
+    assert clients.documented(text, rows, "1 May 2030", "abc1234") == text

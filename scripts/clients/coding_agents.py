@@ -17,8 +17,12 @@ def nothing(url: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Agent:
-    """One agent. `command` may hold {home}, {url}, {model}, {task}; `files` are put into its home folder."""
+    """One agent. `command` may hold {home}, {url}, {model}, {task}; `files` are put into its home folder.
 
+    `title`: the heading of its section of docs/agents.md, in front of the version.
+    """
+
+    title: str
     command: tuple[str, ...]
     packages: tuple[str, ...]
     environment: Callable[[str], dict[str, str]] = nothing
@@ -101,11 +105,13 @@ def claude_environment(url: str) -> dict[str, str]:
 
 AGENTS: Mapping[str, Agent] = {
     "continue": Agent(
+        "Continue (cn ",
         ("cn", "--config", "{home}/config.yaml", "--auto", "-p", "{task}"),
         ("@continuedev/cli@latest",),
         files=continue_files,
     ),
     "mini-swe-agent": Agent(
+        "mini-swe-agent (",
         (
             *(
                 "mini",
@@ -132,19 +138,25 @@ AGENTS: Mapping[str, Agent] = {
         npm=False,
     ),
     "opencode": Agent(
-        ("opencode", "run", "-m", "local/{model}", "{task}"), ("opencode-ai@latest",), files=opencode_files
+        "OpenCode (",
+        ("opencode", "run", "-m", "local/{model}", "{task}"),
+        ("opencode-ai@latest",),
+        files=opencode_files,
     ),
     "qwen-code": Agent(
+        "Qwen Code (",
         ("qwen", "--yolo", "--auth-type", "openai", "-p", "{task}"),
         ("@qwen-code/qwen-code@latest",),
         environment=qwen_environment,
     ),
     "codex": Agent(
+        "Codex (",
         ("codex", "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "{task}"),
         ("@openai/codex@latest",),
         files=codex_files,
     ),
     "claude-code": Agent(
+        "Claude Code (",
         ("claude", "-p", "{task}", "--permission-mode", "acceptEdits"),
         ("@anthropic-ai/claude-code@latest",),
         environment=claude_environment,
