@@ -62,7 +62,7 @@ def harmony(scan: Scanner, write: Writer) -> Reading[None]:
     if (yield from scan.literal("to=")):
         yield from _message(scan, write)
     give_back(scan, write)
-    while tag := (yield from scan.passage(TAGS, write.text)):
+    while tag := (yield from scan.passage(TAGS, write.text, write.text)):
         if tag not in ENDS:
             scan.record = [tag]
             yield from _message(scan, write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -118,8 +119,9 @@ def tagged(thinking: Thinking | None, calls: CallGrammar | None, *, opened: bool
             if not (yield from scan.literal(thinking.start)):
                 write.text("".join(mark))
             scan.record = None
+        cut = partial(_cut, scan, write)
         while True:
-            tag = yield from scan.passage(_tags(thinking, calls, write.reasons), write.text)
+            tag = yield from scan.passage(_tags(thinking, calls, write.reasons), write.text, cut)
             if not tag:
                 return
             if thinking is not None and tag == thinking.end:
@@ -133,6 +135,8 @@ def tagged(thinking: Thinking | None, calls: CallGrammar | None, *, opened: bool
                 scan.record = [tag]
                 yield from calls.calls(scan, write, tag)
                 give_back(scan, write)
+                if scan.cut_off and write.behind_call:
+                    return  # what is left is the beginning of another call
 
     return grammar
 
@@ -146,4 +150,10 @@ def give_back(scan: Scanner, write: Writer) -> None:
     """Write as text what was taken for a call and is none."""
     record, scan.record = scan.record, None
     if record:
-        write.text("".join(record))
+        _cut(scan, write, "".join(record))
+
+
+def _cut(scan: Scanner, write: Writer, text: str) -> None:
+    """Write what may be the beginning of a tag or call, unless a limit cut off another call there."""
+    if not (scan.cut_off and write.behind_call):
+        write.text(text)

@@ -218,11 +218,11 @@ class Scanner:
                 sink(text)
 
     def passage(
-        self, tags: tuple[str, ...], sink: Callable[[str], object], *, whole: bool = True
+        self, tags: tuple[str, ...], sink: Callable[[str], object], rest: Callable[[str], object] = len
     ) -> Reading[str]:
         """Pass text on up to the first of `tags`; take and return that tag, or "" at the end of the output.
 
-        Only what may be the beginning of a tag is held back. At the end it is passed on only if `whole`.
+        Only what may be the beginning of a tag is held back. Where the output ends in it, `rest` gets it.
         """
         wanted = tags_of(*tags)
         while True:
@@ -231,10 +231,10 @@ class Scanner:
                 if match.start() > self.position:
                     sink(self.take(match.start()))
                 return self.take(match.end())
-            held = 0 if self.closed and whole else wanted.undecided(self.text, self.position)
-            if len(self.text) - held > self.position:
-                sink(self.take(len(self.text) - held))
+            end = len(self.text) - wanted.undecided(self.text, self.position)
+            if end > self.position:
+                sink(self.take(end))
             if self.closed:
-                self.position = len(self.text)
+                rest(self.take(len(self.text)))
                 return ""
             yield

@@ -93,6 +93,11 @@ class Writer:
         """Whether reasoning may begin here: no text of the answer since its beginning or the last call."""
         return not (self.reasons or self._has_text)
 
+    @property
+    def behind_call(self) -> bool:
+        """Whether the last that was written is a call."""
+        return self.num_calls > 0 and self.may_open
+
     def switch(self, *, reasons: bool) -> None:
         """Let text that follows be reasoning or answer; a tag said so."""
         self.separate()

@@ -126,11 +126,11 @@ class XmlCalls(msgspec.Struct, frozen=True):
         while tag not in ends:
             if tag != self.argument[0]:
                 yield from scan.space()
-                tag = yield from scan.passage((self.argument[0], *ends), other.append, whole=False)
+                tag = yield from scan.passage((self.argument[0], *ends), other.append)
             if tag != self.argument[0]:
                 break
             key: list[str] = []
-            tag = yield from scan.passage(self.behind_key, key.append, whole=False)
+            tag = yield from scan.passage(self.behind_key, key.append)
             if not tag:
                 break
             if self.value:
@@ -176,7 +176,7 @@ class XmlCalls(msgspec.Struct, frozen=True):
         if is_string:
             write.arguments('"')
         while True:
-            tag = yield from scan.passage(tags, sink, whole=False)
+            tag = yield from scan.passage(tags, sink)
             own = tag.removeprefix("\n")
             if tag in keys:
                 scan.put_back(own)

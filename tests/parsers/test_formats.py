@@ -86,6 +86,20 @@ def test_an_output_that_ends_in_a_tag_shows_no_part_of_it(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", {**FORMATS, **MORE_FORMATS})
+def test_a_further_call_that_a_limit_cuts_off_before_its_name_is_no_text(case: str) -> None:
+    name, render = {**FORMATS, **MORE_FORMATS}[case]
+    if name == "openai":
+        pytest.skip("an output has one call")
+    text = render([("get_time", {}), ("get_weather", {"city": "x"})])
+    for end in range(len(text)):
+        message = parse(text[:end], (name, None), cut_off=True)
+        assert not message.tool_calls or message.content is None, text[:end]
+        assert fold(events_of(text[:end], (name, None), cut_off=True)) == message
+    message = parse(f"{text} Well.", (name, None), cut_off=True)
+    assert message.content is None or message.content.strip() == "Well."
+
+
+@pytest.mark.parametrize("case", {**FORMATS, **MORE_FORMATS})
 def test_names(case: str) -> None:
     name, render = {**FORMATS, **MORE_FORMATS}[case]
     function = Function("ä@b+c/d:e.f-g_1#")
