@@ -2,12 +2,14 @@
 """Measure what the host does for grammars in a step, on a pretended GPU: no model, no GPU.
 
     python scripts/bench_masks.py --model DIR [--batch 64] [--tokens 96] [--step-ms 4.6] [--rounds 3]
-                                  [--text random]
+                                  [--text random] [--many 16]
 
 The scheduler and the masks are the engine's. The device is a clock: a step takes `--step-ms`, then its tokens
 are those of the text, or with `--text random` any that the masks allow; to choose them is not counted. Schema
 and text are those of `bench_structured.py`; DIR is a model folder, of which the tokenizer and the number of
 logits are read.
+
+`--many` is the number of rows from which on other threads compute the masks: 1 for always.
 
 Prints microseconds of a step, mean, p50 and p99: "host" is all that the engine's thread does, waits for masks
 included; "masks" is the time from known tokens to the masks behind them, which a device hides as long as its
@@ -32,6 +34,7 @@ from bench_structured import SCHEMA, tokens_of
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.core.plan import ScheduledRequest, StepPlan, StepResult
+from microvllm.runtime.grammar import masks
 from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.grammar.translate import Specials, translate
 from microvllm.runtime.request import EngineRequest, SamplingParams, StructuredOutput
@@ -165,7 +168,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--step-ms", type=float, default=4.6)
     parser.add_argument("--text", choices=("real", "random"), default="real")
+    parser.add_argument("--many", type=int, default=masks.MANY)
     args = parser.parse_args()
+    masks.MANY = args.many
     config = EngineArgs(
         model=args.model, device="cpu", load_format="dummy", max_num_seqs=args.batch, async_scheduling=True
     ).resolve()

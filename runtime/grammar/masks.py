@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("microvllm.grammar")
 
 MAX_THREADS = 16
-MANY = 16  # rows whose masks take longer than to hand them to a thread
+MANY = 16  # rows whose masks take longer than to hand them to a thread (docs/benchmarks.md)
 SLOW_S = 5e-3
 USUAL_S = 1e-4  # of a mask among others, at most
 BEGIN_S = 2e-4  # for a thread to begin
