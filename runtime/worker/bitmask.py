@@ -91,6 +91,7 @@ def take_out(logits: Tensor, masked: Sequence[int], bits: Sequence[np.ndarray]) 
     from microvllm.ops.gpu.bitmask import apply_bitmask  # a machine without a GPU need not have Triton
 
     sent = torch.empty(len(bits), len(bits[0]), dtype=torch.int32, pin_memory=True)
-    np.stack(bits, out=sent.numpy())
+    for row, words in zip(sent.numpy(), bits, strict=True):
+        row[:] = words
     at = torch.tensor(masked).pin_memory().to(logits.device, non_blocking=True)
     apply_bitmask(logits, sent.to(logits.device, non_blocking=True), at)
