@@ -28,8 +28,18 @@ async def tokenize(request: Request, state: ServerState, body: TokenizeRequest) 
         check_model(body.model, state)
     if (body.prompt is None) == (body.messages is None):
         raise shape_error([("body.prompt", Fault("Give either prompt or messages"))])
+    if body.tools is not None:
+        _check_tools(state, body)
     run = state.client.run_blocking if body.messages is None else state.client.run_rendering
     return Response(await run(_tokenize, state, body), media_type="application/json")
+
+
+def _check_tools(state: ServerState, body: TokenizeRequest) -> None:
+    """Refuse tools that no prompt would have: a chat with them has no answer either."""
+    if body.messages is None:
+        raise InvalidRequestError("tools need messages: a prompt is tokenized as it is.", "tools")
+    if state.formats.calls is None and "tools" not in state.client.processor.template_source:
+        raise InvalidRequestError("tools: the chat template does not show tools to the model.", "tools")
 
 
 def _tokenize(state: ServerState, body: TokenizeRequest) -> bytes:

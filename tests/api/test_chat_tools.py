@@ -253,6 +253,19 @@ async def test_render_and_tokenize_show_the_same_tools() -> None:
     assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
+@pytest.mark.parametrize(
+    ("args", "changes", "said"),
+    [
+        ({}, {}, "tools: the chat template does not show tools"),
+        (HERMES, {"messages": None, "prompt": "hi"}, "tools need messages"),
+    ],
+)
+async def test_tokenize_ignores_no_tools(args: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    """A number of tokens without them would be too small for whoever means to send them."""
+    status, answer, _ = await ask("", path="/tokenize", args=args, tools=TOOLS, **changes)
+    assert status == 400 and answer["error"]["param"] == "tools" and said in answer["error"]["message"]
+
+
 def tool(name: Any = "f", **parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 

@@ -41,6 +41,7 @@ RENAMED = (
     ("response_format.json_schema", "output_config.format"),
     ("response_format", "output_config.format"),
     ("stop strings", "stop_sequences"),
+    ("stop must", "stop_sequences must"),
 )
 
 

@@ -100,6 +100,7 @@ async def test_a_refused_field_is_named(name: str) -> None:
     [
         ({"max_tokens": ...}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"stop_sequences": [""]}, "stop_sequences must be texts"),
         ({"messages": ...}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": ["x"]}, "messages[0]"),
