@@ -158,6 +158,24 @@ def argument_lists(function: Function) -> list[list[Argument]]:
     return [_arguments(function.parameters, form) for form in forms]
 
 
+def takes_any(function: Function) -> bool:
+    """Whether a schema lists no arguments and says what others may be, which is only enforced in JSON.
+
+    Raises `InvalidRequestError` if the function is `strict`.
+    """
+    forms = forms_of(function.parameters)
+    found = any(
+        form.get("additionalProperties") and not (form["properties"] or form["required"]) for form in forms
+    )
+    if found and function.strict:
+        raise InvalidRequestError(
+            "The format of the model's calls cannot enforce `additionalProperties` of the strict function "
+            f"{function.name!r}, which lists no arguments.",
+            "tools",
+        )
+    return found
+
+
 def _arguments(parameters: dict[str, Any], form: dict[str, Any]) -> list[Argument]:
     names = [*form["properties"], *(name for name in form["required"] if name not in form["properties"])]
     result = []

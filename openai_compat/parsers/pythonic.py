@@ -16,6 +16,7 @@ from microvllm.openai_compat.parsers.grammars import (
     sequence,
     several,
     tag,
+    takes_any,
 )
 from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.json_text import JsonText
@@ -59,7 +60,7 @@ class PythonicCalls(msgspec.Struct, frozen=True):
         return self.tags[0] or f"[{name}("
 
     def tag(self, function: Function, checked: bool) -> Tag:
-        if not checked:
+        if not checked or takes_any(function):
             keyed = tag("", sequence([KEY, schema_value({})]), "")
             anything = {**several([keyed], ", "), "at_least_one": False}
             return tag(f"{function.name}(", anything, ")")

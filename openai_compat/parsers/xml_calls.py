@@ -17,6 +17,7 @@ from microvllm.openai_compat.parsers.grammars import (
     schema_value,
     sequence,
     tag,
+    takes_any,
     text,
 )
 from microvllm.openai_compat.parsers.json_calls import begin
@@ -88,7 +89,7 @@ class XmlCalls(msgspec.Struct, frozen=True):
     def _tag(self, function: Function, checked: bool) -> Tag:
         before, behind, end = self.call
         begin = f"{before}{function.name}{behind}{self.line}"
-        if not checked:
+        if not checked or takes_any(function):
             return tag(begin, {"type": "any_text"}, end)
         forms = (
             sequence([self._argument(function, item) for item in items]) for items in argument_lists(function)

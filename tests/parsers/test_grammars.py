@@ -245,6 +245,23 @@ def test_schemas_that_refer_and_combine(name: str, kind: str) -> None:
     assert seen == ({"n", "a", "b"} if kind == "either" else set(arguments))
 
 
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "pythonic"])
+def test_arguments_by_any_name(name: str) -> None:
+    """A schema that lists none and says what they may be: a forced call can have some."""
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    made = tool_grammar(TOOL_FORMATS[name], [Function("f", schema)], "required", parallel=False)
+    assert made is not None
+    text = {
+        "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 5}}\n</tool_call>',
+        "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>",
+        "pythonic": "[f(a=5)]",
+    }[name]
+    assert walk(made, [], 0, text) == text
+    if name != "hermes":
+        with pytest.raises(InvalidRequestError, match="`additionalProperties` of the strict function 'f'"):
+            tool_grammar(TOOL_FORMATS[name], [Function("f", schema, strict=True)], "auto")
+
+
 def test_arguments_of_too_many_forms_are_refused() -> None:
     two = {"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}
     schema = {"type": "object", "allOf": [two] * 20}
