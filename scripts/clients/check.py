@@ -155,6 +155,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     folder = args.folder.resolve()
+    commit = run(["git", "rev-parse", "--short", "HEAD"], HERE, {}).strip() if args.docs else ""
     failed = 0
     rows: dict[str, tuple[str, str]] = {}
     print("| client | version | result | seconds |\n|---|---|---|---|", flush=True)
@@ -184,7 +185,6 @@ def main() -> int:
             if problem:
                 print(f"{name}: {problem}", file=sys.stderr, flush=True)
     if args.docs:
-        commit = run(["git", "rev-parse", "--short", "HEAD"], HERE, {}).strip()
         day = time.strftime("%d %B %Y").lstrip("0")
         docs = HERE.parent.parent / "docs" / "agents.md"
         docs.write_text(documented(docs.read_text(), rows, day, commit))

@@ -150,6 +150,7 @@ PLAIN = {"max_tokens": 400, "interval": 1, "parallel": True}
 @example(request=(FORMATS[0], '<tool_call>\n{"name": "get_time" STOP', {**PLAIN, "stop": " STOP"}))
 @example(request=(FORMATS[0], "é<</tool_call>é", PLAIN))
 @example(request=(FORMATS[0], "</parameter>", {**PLAIN, "interval": 2}))
+@example(request=(FORMATS[2], "</think><function=get_weather>\nü<", PLAIN))
 @example(request=(FORMATS[0], "aaaa", {**PLAIN, "stop": "aaab"}))
 def test_streamed_is_whole(path: str, request: tuple[dict[str, Any], str, dict[str, Any]]) -> None:
     args, output, options = request

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from microvllm.openai_compat.api.logprobs import ChatLogprobs
-from microvllm.openai_compat.parsers.events import Content, Event
+from microvllm.openai_compat.parsers.events import Content, Event, Reasoning
 from microvllm.runtime.text.detokenizer import TextDelta
 
 
@@ -49,8 +49,8 @@ class OutputLogprobs:
         `held` is the text that the parser has not decided. What stands in front of it is then done with.
         """
         found: list[list[Any]] = [[] for _ in events]
-        if not events:
-            return found
+        if not any(isinstance(event, (Content, Reasoning)) for event in events):
+            return found  # what stands between the parts of a call may still become text
         came = b"".join(text for _, text in self._entries)
         limit = end = len(came) - len(held.encode()) - max(0, self._ahead)
         places: dict[int, tuple[int, int]] = {}
