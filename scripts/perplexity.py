@@ -3,7 +3,9 @@
 
 Or for a folder and for others that are quantised from it: `--model PLAIN --beside FP8 GPTQ`. Or for types of
 the KV cache: `--kv-cache-dtype auto fp8`, on a CPU by the torch backend. Or for what loading quantises to:
-`--model PLAIN --quantization none fp8_per_channel`.
+`--model PLAIN --quantization none fp8_per_channel`. With `--round 128` the last of them once more with what
+its products multiply rounded to e4m3, by the largest of each 128 columns of a token, as a GPU multiplies FP8
+in blocks (W8A8); the embeddings and the head excepted.
 
 The text is cut into windows; each is a prompt whose log probabilities the engine gives back. Prints Markdown:
 the last column is how much larger the perplexity is than that of the first row, and two standard errors of
@@ -13,11 +15,17 @@ that. The text that comes with the script is of 1776; models may know parts of i
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from microvllm import LLM, SamplingParams
+from microvllm.ops.operators import Linear, TorchOperators
+from microvllm.ops.scaled import expand, quantize
 
 WAYS = {
     "packed, exact": {"gguf_weights": "packed"},
@@ -38,6 +46,29 @@ def log_probabilities(llm: LLM, windows: list[list[int]]) -> list[float]:
     return found
 
 
+class RoundedLinear(Linear):
+    """A product with x rounded to e4m3 by groups of columns."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: int) -> None:
+        super().__init__(weight, bias)
+        self._block = (1, group)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        codes, scales = quantize(x, self._block)
+        rounded = codes.float() * expand(scales, self._block, *x.shape)
+        return super().__call__(rounded.to(x.dtype), residual)
+
+
+def round_activations(model: Path, group: int) -> None:
+    """From now on the torch operators round what is multiplied, but in front of the head."""
+    head = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
+
+    def linear(self: TorchOperators, weight: Tensor, bias: Tensor | None = None) -> Any:
+        return Linear(weight, bias) if len(weight) == head else RoundedLinear(weight, bias, group)
+
+    TorchOperators.linear = linear  # type: ignore[method-assign]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -50,13 +81,22 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="torch", help="with --kv-cache-dtype")
     parser.add_argument("--kv-cache-dtype", nargs="*", default=[], help="types to compare on --model")
     parser.add_argument("--quantization", nargs="*", default=[], help="of the plain --model, on loading")
+    parser.add_argument(
+        "--round", type=int, help="columns of a token that share a scale, with --quantization"
+    )
     args = parser.parse_args()
+    if args.round is not None and (args.round < 1 or not args.quantization):
+        parser.error("--round: needs --quantization, and a number above 0")
     rows = [(name, args.model, way) for name, way in WAYS.items()]
     if args.beside:
         rows = [(Path(model).name, model, {}) for model in (args.model, *args.beside)]
     if args.quantization:
         names = {name: None if name == "none" else name for name in args.quantization}
         rows = [(name, args.model, {"quantization": value}) for name, value in names.items()]
+        if args.round:
+            rows = [(name, model, {**way, "attention_backend": "torch"}) for name, model, way in rows]
+            name, model, way = rows[-1]
+            rows.append((f"{name}, activations in e4m3 by {args.round} columns", model, way))
     if args.kv_cache_dtype:
         ways = [
             {"kv_cache_dtype": dtype, "attention_backend": args.attention_backend}
@@ -66,7 +106,9 @@ def main() -> None:
     text = args.text.read_text("utf-8")
     print("| weights | tokens | perplexity | beside the first |\n|---|---|---|---|")
     exact: list[float] = []
-    for name, model, way in rows:
+    for index, (name, model, way) in enumerate(rows):
+        if args.round and index == len(rows) - 1:
+            round_activations(Path(model), args.round)
         llm = LLM(model, dtype=args.dtype, **way)
         ids = llm.get_tokenizer().encode(text)
         windows = [ids[at : at + args.window] for at in range(0, len(ids) - 1, args.window)]

@@ -46,7 +46,7 @@ class Levers:
     rows by `ops.gpu.peers`; rules: penalties, biases and masks of a decode step by graphs of their own;
     long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models; early_codes:
     products of one or two rows with codes of 4 bits by `ops.gpu.coded_gemv`; block_w8a8: `w8a8` of many rows,
-    too, with weights in blocks of 128 x 128.
+    too, with weights in blocks of 128 x 128, and of fewer with scales loaded a step ahead.
     """
 
     stream: bool = False

@@ -58,6 +58,7 @@ class ScaledProduct(Product):
         self._group = 0 if whole_rows else GROUP
         kinds = ("token", "tensor") if whole_rows else ("token",) if weight.block[1] == GROUP else ()
         self._rounds = levers.w8a8 and weight.activations in kinds and rows % 16 == k % 16 == 0
+        self._ahead = levers.block_w8a8 and self._group > 0
         self._in_blocks = (
             levers.block_w8a8
             and weight.block == (GROUP, GROUP)
@@ -71,7 +72,7 @@ class ScaledProduct(Product):
         if levers.stream and k % 16 == 0 and self._step >= 64:
             from microvllm.ops.gpu.stream import StreamedWeight
 
-            self._streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=pdl)
+            self._streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=pdl, ahead=self._ahead)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [m, in] -> [m, out]; the residual may be overwritten by the result."""
@@ -102,7 +103,9 @@ class ScaledProduct(Product):
         if self._streamed is not None and x.dtype.itemsize == 2:
             if self._rounds and m > MAX_EXACT_ROWS:
                 codes, scales = self._rounded(x)
-                tiling = rounded_stream_tiling(m, n, k, gated=gated, whole_rows=not self._group)
+                tiling = rounded_stream_tiling(
+                    m, n, k, gated=gated, whole_rows=not self._group, ahead=self._ahead
+                )
                 return self._streamed(codes, tiling, self._bias, residual, scales, x.dtype)
             tiling = scaled_stream_tiling(m, n, k, self._step, gated=gated)
             return self._streamed(self._normed(x), tiling, self._bias, residual)

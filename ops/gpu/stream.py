@@ -96,6 +96,7 @@ def _stream_kernel(
     STAGES: gl.constexpr,
     SCALE_N: gl.constexpr,
     SCALE_K: gl.constexpr,
+    EVEN: gl.constexpr,
     GATED: gl.constexpr,
     BIAS: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -104,7 +105,7 @@ def _stream_kernel(
     """Program: BLOCK_N columns of y, and `chunk` of the steps over k that their sums take.
 
     x, weight: descriptors of boxes [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; what lies outside is zero.
-    Codes have scales, and are widened if x has none.
+    Codes have scales, and are widened if x has none. EVEN: a step of a tile has one scale.
     """
     DTYPE: gl.constexpr = x.dtype
     CODES: gl.constexpr = SCALE_N > 0
@@ -153,8 +154,19 @@ def _stream_kernel(
         own_row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SUMS))
         scale_at = scales + gl.minimum(own, N - 1) // SCALE_N * across
         up_scale_at = scales + gl.minimum(N + own, 2 * N - 1) // SCALE_N * across
+    if EVEN:  # loaded a step ahead, as the L2 cache takes about as long as a step
+        scale_at = scales + n // SCALE_N * across
+        up_scale_at = scales + gl.minimum(N + n, 2 * N - 1) // SCALE_N * across
+        of_rows = gl.load(x_scales + begin * BLOCK_K // SCALE_K * M + own_row, own_row < M, 0.0)
+        of_tile = gl.load(scale_at + begin * BLOCK_K // SCALE_K)
+        up_of_tile = of_tile
+        if GATED:
+            up_of_tile = gl.load(up_scale_at + begin * BLOCK_K // SCALE_K)
     for step in range(steps):
-        if IN_BLOCKS:
+        if EVEN:
+            scale = of_rows * of_tile
+            up_scale = of_rows * up_of_tile
+        elif IN_BLOCKS:
             block = (begin + step) * BLOCK_K // SCALE_K
             scale = gl.load(scale_at + block)[:, None]
             if GATED:
@@ -169,7 +181,21 @@ def _stream_kernel(
         # Sums of one block of columns are scaled before they join the others.
         left = _left(tiles.index(HALVES * slot), LEFT, DTYPE, WIDENS)
         started = warpgroup_mma(left, right, sums, use_acc=not IN_BLOCKS, is_async=True)
-        if GATED:
+        if EVEN:
+            # One half after the other: both halves' parts would take the registers of a third program.
+            part = warpgroup_mma_wait(0, [started])
+            sums = sums + part * scale[None, :]
+            block = gl.minimum((begin + step + 1) * BLOCK_K // SCALE_K, across - 1)
+            of_rows = gl.load(x_scales + block * M + own_row, own_row < M, 0.0)
+            of_tile = gl.load(scale_at + block)
+            if GATED:
+                up_of_tile = gl.load(up_scale_at + block)
+                up_left = tiles.index(2 * slot + 1)
+                part = warpgroup_mma_wait(
+                    0, [warpgroup_mma(up_left, right, up_sums, use_acc=False, is_async=True)]
+                )
+                up_sums = up_sums + part * up_scale[None, :]
+        elif GATED:
             up_left = _left(tiles.index(2 * slot + 1), LEFT, DTYPE, WIDENS)
             up_started = warpgroup_mma(up_left, right, up_sums, use_acc=not IN_BLOCKS, is_async=True)
             if WIDENS:  # their registers are in use until the wait
@@ -181,7 +207,8 @@ def _stream_kernel(
             part, left = warpgroup_mma_wait(0, [started, left])
         else:
             part = warpgroup_mma_wait(0, [started])
-        sums = sums + part * scale if IN_BLOCKS else part
+        if not EVEN:
+            sums = sums + part * scale if IN_BLOCKS else part
         gl.thread_barrier()  # all warps have read the slot
         inside = step + STAGES < steps
         k = first_k + (step + STAGES) * BLOCK_K
@@ -256,7 +283,8 @@ class StreamedWeight:
 
     k is a multiple of 8. tilings: by the largest number of rows that they are for, None for those that
     another kernel is for; block_n is a multiple of 16 * warps, block_k one of 64. arrivals: int32 zeros, at
-    least one for each block_n columns, and zeros again after each call; for one call at a time.
+    least one for each block_n columns, and zeros again after each call; for one call at a time. ahead: scales
+    of blocks are loaded a step ahead where x is in codes, too.
     """
 
     def __init__(
@@ -267,6 +295,7 @@ class StreamedWeight:
         *,
         gated: bool,
         pdl: bool,
+        ahead: bool = False,
     ) -> None:
         self._weight, self._arrivals = weight, arrivals
         self._codes, self._scales, self._block = weight, None, (0, 0)
@@ -274,7 +303,7 @@ class StreamedWeight:
             self._codes, self._scales = weight.as_subclass(Tensor), weight.scales
             self._block = weight.block if weight.block[1] < weight.shape[1] else (weight.block[0], 0)
         self._tilings = sorted(tilings.items(), key=itemgetter(0))
-        self._gated, self._pdl = gated, pdl
+        self._gated, self._pdl, self._ahead = gated, pdl, ahead
         self._weight_boxes: dict[tuple[int, int], TensorDescriptor] = {}
 
     def tiling(self, rows: int) -> Tiling | None:
@@ -332,10 +361,17 @@ class StreamedWeight:
             STAGES=tiling.stages,
             SCALE_N=self._block[0],
             SCALE_K=self._block[1],
+            EVEN=(
+                self._ahead
+                and x_scales is not None
+                and self._block[1] >= tiling.block_k
+                and self._block[0] % tiling.block_n == n % tiling.block_n == 0
+            ),
             GATED=self._gated,
             BIAS=bias is not None,
             RESIDUAL=residual is not None,
             num_warps=tiling.warps,
+            maxnreg=tiling.max_registers,
             **launch_options(self._pdl),
         )
         return y

@@ -88,9 +88,16 @@ def scaled_stream_tiling(m: int, n: int, k: int, step: int, *, gated: bool) -> T
     return Tiling(64, step, 4, 6 if m <= 32 else 4, splits)
 
 
-def rounded_stream_tiling(m: int, n: int, k: int, *, gated: bool, whole_rows: bool) -> Tiling:
-    """For `ops.gpu.stream` with codes on both sides. whole_rows: a row of codes has one scale."""
+def rounded_stream_tiling(
+    m: int, n: int, k: int, *, gated: bool, whole_rows: bool, ahead: bool = False
+) -> Tiling:
+    """For `ops.gpu.stream` with codes on both sides.
+
+    whole_rows: a row of codes has one scale; ahead: those of blocks are loaded a step ahead.
+    """
     tiles = -(-n // 64)
+    if gated and ahead:  # three programs on a multiprocessor
+        return Tiling(64, 128, 4, 3, 1, 168)
     if not gated and k >= 8192:
         return Tiling(64, 128, 4, 6, max(1, min(224 // tiles, k // 1024)))
     if whole_rows and m <= 64:

@@ -10,10 +10,11 @@ bytes of its stack, where it spills, and of shared memory; warps that a multipro
 share of the multiprocessors' time that programs fill if all take equally long. The sums are of one layer.
 
 `coded` are codes of 4 bits, `zeros` those with zero points, `bytes` those of 8 bits, and with `early` in
-front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `blocks` FP8 in blocks of 128 x 128, `mxfp4` the experts
-of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16, by so many tokens, if each expert has one
-tile of rows. What is outside of the longest loop counts once a program, and so do shorter loops; what waits
-once more behind the program's end does not. --tilings has those that the tuners time, too.
+front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `blocks` FP8 in blocks of 128 x 128 and `blocks-ahead`
+these with `block_w8a8`, `mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16,
+by so many tokens, if each expert has one tile of rows. What is outside of the longest loop counts once a
+program, and so do shorter loops; what waits once more behind the program's end does not. --tilings has those
+that the tuners time, too.
 """
 
 from __future__ import annotations
@@ -267,7 +268,9 @@ def coded_cases(
             yield Case(named(kind, name, rows, tiling), call, weights, trips, size, x_bytes)
 
 
-def scaled_cases(rows: int, model: str, more: bool, *, blocks: bool = False) -> Iterator[Case]:
+def scaled_cases(
+    rows: int, model: str, more: bool, *, blocks: bool = False, ahead: bool = False
+) -> Iterator[Case]:
     from tune_scaled import candidates
 
     from microvllm.ops.gpu import tiling as rules
@@ -286,7 +289,7 @@ def scaled_cases(rows: int, model: str, more: bool, *, blocks: bool = False) -> 
         if rows <= rules.MAX_GEMV_ROWS:
             used = rules.scaled_gemv_tiling(rows, n, k, gated=gated)
         elif rounds:
-            used = rules.rounded_stream_tiling(rows, n, k, gated=gated, whole_rows=not blocks)
+            used = rules.rounded_stream_tiling(rows, n, k, gated=gated, whole_rows=not blocks, ahead=ahead)
         else:
             used = rules.scaled_stream_tiling(rows, n, k, 128, gated=gated)
         others = candidates(rows, (n, k, gated, normed, False), rounds) if more else ()
@@ -297,7 +300,7 @@ def scaled_cases(rows: int, model: str, more: bool, *, blocks: bool = False) -> 
                 gain = torch.zeros(k).bfloat16() if normed and rows == 1 else None
                 call = partial(scaled_gemv, x, weight, None, gain, 1e-6, None, tiling, gated=gated, pdl=True)
             else:
-                streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
+                streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True, ahead=ahead)
                 scales = torch.ones(-(-k // block[1]), rows) if rounds else None
                 rounded = x.to(E4M3) if rounds else x
                 call = partial(streamed, rounded, tiling, None, None, scales, torch.bfloat16)
@@ -358,6 +361,7 @@ KINDS: dict[str, Callable[[int, str, bool], Iterator[Case]]] = {
     "early-bytes": partial(coded_cases, bits=8, early=True),
     "scaled": scaled_cases,
     "blocks": partial(scaled_cases, blocks=True),
+    "blocks-ahead": partial(scaled_cases, blocks=True, ahead=True),
     "mxfp4": lambda rows, *_: expert_cases("mxfp4", rows),  # of gpt-oss-20b
     "experts": lambda rows, *_: expert_cases("experts", rows),  # of Qwen3-30B-A3B, in bfloat16
 }

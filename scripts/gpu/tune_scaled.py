@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -61,6 +62,8 @@ def candidates(rows: int, product: Product, rounds: bool) -> Iterator[Tiling]:
         yield from itertools.starmap(Tiling, GATED_GEMV if gated else GEMV)
         return
     size = 1 if rounds else 2
+    if gated and rounds:
+        yield Tiling(64, 128, 4, 3, 1, 168)
     for block_n, block_k, warps, stages in STREAM:
         tiles = -(-n // block_n)
         ring = stages * block_k * (block_n * (1 + gated) + size * max(8, 1 << (rows - 1).bit_length()))
@@ -92,7 +95,7 @@ def call(
         return lambda: scaled_gemv(x, weight, None, gamma, 1e-6, added, tiling, gated=gated, pdl=True)
     if tiling == SKINNY:
         return lambda: scaled_skinny(x, weight, arrivals, None, added, tiling, gated=gated, pdl=True)
-    streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
+    streamed = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True, ahead=rounds)
     if rounds:
         rounded, scales = round_rows(x, group=group_of(weight))
         return partial(streamed, rounded, tiling, None, added, scales, BF16)
@@ -126,7 +129,7 @@ def jobs(models: list[str], rows: list[int], kind: str, rounds: bool) -> Iterato
                 key: tuple[object, ...] = (m, product, tiling)
                 small = product
                 if m > MAX_GEMV_ROWS:
-                    tiling = Tiling(tiling.block_n, tiling.block_k, tiling.warps, tiling.stages)
+                    tiling = replace(tiling, splits=1)
                     key = (max(8, 1 << (m - 1).bit_length()), gated, residual, tiling)
                     small = (512, 1024, gated, norm, residual)
                 if key not in seen:
@@ -155,6 +158,8 @@ def time_few(model: str, rows: int, kind: str, floor: float, rounds: bool, besid
 
         times = []
         for tiling in candidates(rows, product, rounds):
+            if rows > MAX_GEMV_ROWS and kind == "block" and tiling.block_k > 128:
+                continue
             try:
                 calls = [call(rows, product, tiling, weight, arrivals, rounds) for weight in weights]
                 times.append((microseconds(calls), tiling))

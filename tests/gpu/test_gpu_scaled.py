@@ -101,13 +101,14 @@ def test_a_streamed_product_of_codes(rows: int, gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("rows", [9, 35, 100])
-def test_a_streamed_product_of_codes_in_blocks(rows: int, gated: bool) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("rows", [9, 35, 64, 100])
+def test_a_streamed_product_of_codes_in_blocks(rows: int, ahead: bool, gated: bool) -> None:
     """Each group of 128 columns of a row has a scale, each block of the weight another."""
     from microvllm.ops.gpu.e4m3 import round_rows
     from microvllm.ops.gpu.stream import StreamedWeight
 
-    for n, k, splits in ((200, 1040, 3), (136, 2048, 1)):
+    for n, k, splits in ((200, 1040, 3), (136, 2048, 1), (192, 1920, 2), (192, 3712, 1)):
         x, weight = random(rows, k, seed=1), scaled(2 * n if gated else n, k, "block", 2)
         codes, scales = round_rows(x, group=128)
         bias, residual = random(len(weight), seed=3), random(rows, n, seed=4)
@@ -116,8 +117,9 @@ def test_a_streamed_product_of_codes_in_blocks(rows: int, gated: bool) -> None:
         expected = linear(rounded, weight.dequantized(torch.float32), bias.float())
         expected = (silu_and_mul(expected) if gated else expected) + residual.float()
         arrivals = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
-        product = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True)
-        tiling = Tiling(64, 128, 4, 3, splits=splits)
+        product = StreamedWeight(weight, arrivals, {}, gated=gated, pdl=True, ahead=ahead)
+        registers = 168 if gated and rows <= 64 else None
+        tiling = Tiling(64, 128, 4, 3, splits=splits, max_registers=registers)
         y = product(codes, tiling, bias, residual, scales, torch.bfloat16)
         assert relative_error(y, expected) < 6e-3
         assert not arrivals.any()

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "gpu"))
 
 
 class Hopper:
@@ -30,6 +34,9 @@ class Hopper:
 
 
 def report(kernel: Any, *, codes: bool, gated: bool, stages: int) -> None:
+    from count_instructions import resources
+
+    used = resources(kernel)
     before, _, after = kernel.asm["ptx"].partition("griddepcontrol.wait")
     print(
         json.dumps(
@@ -39,10 +46,11 @@ def report(kernel: Any, *, codes: bool, gated: bool, stages: int) -> None:
                 "stages": stages,
                 "copies before the wait": before.count("cp.async.bulk.tensor"),
                 "copies after the wait": after.count("cp.async.bulk.tensor"),
-                "products": len(re.findall(r"wgmma\.mma_async\S*m64n8k16", after)),
+                "products": len(re.findall(r"wgmma\.mma_async\S*m64n(8k16|64k32)", after)),
                 # An instruction of a fourth of the rate of those by way of float32.
                 "slow conversions": after.count("cvt.rn.bf16.f16"),
                 "shared memory": kernel.metadata.shared,
+                "spills": max(used["STACK"], used["LOCAL"]),
             }
         )
     )
@@ -79,6 +87,12 @@ def main() -> None:
         product = StreamedWeight(scaled, torch.zeros(8, dtype=torch.int32), {}, gated=gated, pdl=True)
         product(torch.zeros(5, 512, dtype=torch.bfloat16), tiling)
         report(compiled[-1], codes=True, gated=gated, stages=tiling.stages)
+    codes = torch.zeros(256, 512, dtype=torch.float8_e4m3fn)
+    scaled = ScaledTensor.of(codes, torch.zeros(2, 4), (128, 128), "token")
+    product = StreamedWeight(scaled, torch.zeros(8, dtype=torch.int32), {}, gated=True, pdl=True, ahead=True)
+    tiling = Tiling(64, 128, 4, 3, max_registers=168)
+    product(codes[:40], tiling, None, None, torch.zeros(4, 40), torch.bfloat16)
+    report(compiled[-1], codes=True, gated=True, stages=tiling.stages)
 
 
 if __name__ == "__main__":
