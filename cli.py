@@ -66,7 +66,7 @@ def root(
 
 
 # Options of the commands that load a model, beside those of the engine.
-ModelArg = Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help="Same as --model.")]
+ModelArg = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Same as --model.")]
 IgnoreUnsupportedOpt = Annotated[
     bool,
     typer.Option(
@@ -231,11 +231,12 @@ def run_batch(
     ] = None,
     url: Annotated[str | None, typer.Option(help="The older name of --host.")] = None,
 ) -> None:
-    """Answer a file of requests in the format of OpenAI's batches, without a server.
+    """Answer a file of requests, without a server.
 
-    A line is {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or "/v1/completions",
-    "body": {...}}. Answers come in the order of the requests; one that fails has a line that says why. A
-    line that is no request ends the run before the model loads.
+    The format is that of OpenAI's batches. A line is {"custom_id": ..., "method": "POST",
+    "url": "/v1/chat/completions" or "/v1/completions", "body": {...}}. Answers come in the order of the
+    requests; one that fails has a line that says why. A line that is no request ends the run before the
+    model loads.
     """
     engine = checked(engine, model_arg, fail_on_environ_validation)
 
@@ -301,7 +302,7 @@ class ClientArgs:
         return {"max_tokens": self.max_tokens, "temperature": self.temperature}
 
 
-TextArg = Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Answer this one text and end.")]
+TextArg = Annotated[str | None, typer.Argument(metavar="TEXT", help="Answer this one text and end.")]
 
 
 @app.command(cls=Command)
@@ -358,7 +359,10 @@ def bench_serve(args: BenchArgs) -> None:
 
 @app.command(cls=Command)
 def collect_env() -> None:
-    """Print what a bug report needs: versions, processor, memory, GPU, settings. Secrets are left out."""
+    """Print what a bug report needs, secrets left out.
+
+    That is versions, processor, memory, GPU, and settings.
+    """
     from microvllm.runtime.collect_env import report
 
     print(report())

@@ -50,6 +50,8 @@ class Command(TyperCommand):
             if record is not None:
                 argument = param.param_type_name == "argument"
                 title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or OPTIONS
+                if argument:  # without its type
+                    record = record[0].partition(" ")[0], record[1]
                 sections[title].append(record)
         for title, records in sections.items():
             if records:

@@ -75,6 +75,8 @@ def _option(flag: Flag, hint: Any, default: Any) -> inspect.Parameter:
         read, metavar = json_object, OBJECT
     if not isinstance(default, (str, int, float)):
         default = None  # the field's own is taken where the flag is missing
+    if read is not None or tuple in kinds:
+        metavar = metavar or "<str>"  # Typer would show the types below
     if read is not None:
         hint = Any
     elif tuple in kinds:

@@ -92,6 +92,12 @@ def test_help_explains_the_backends() -> None:
         assert words in text
 
 
+@pytest.mark.parametrize("command", ["serve", "generate", "run-batch", "chat", "complete", "bench serve"])
+def test_help_shows_no_type_of_python(command: str) -> None:
+    text = CliRunner().invoke(cli.app, [*command.split(), "--help"]).output
+    assert text.startswith("Usage: ") and not re.findall(r"\[\[|<Any>|list\[", text)
+
+
 def test_help_is_in_sections_and_names_each_flag_once() -> None:
     text = CliRunner().invoke(cli.app, ["serve", "--help"]).output
     titles = re.findall(r"^(\w[\w ]*):$", text, re.M)
