@@ -78,6 +78,13 @@ def test_every_level_computes_the_same(
         assert error.abs().max() < 1e-5 * swiglu.abs().max()
 
 
+@pytest.fixture
+def isa_alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Libraries of isa.c alone: all that a level is chosen by, compiled at once for every level."""
+    monkeypatch.setattr(build, "SOURCES", [build.FOLDER / "isa.c"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "isa"))
+
+
 def loaded_level(monkeypatch: pytest.MonkeyPatch, features: frozenset[str] | None) -> str:
     """The level of the library that is loaded where the system lists these features."""
     loaded: list[str] = []
@@ -94,6 +101,7 @@ def loaded_level(monkeypatch: pytest.MonkeyPatch, features: frozenset[str] | Non
 
 
 @needs_x86_64
+@pytest.mark.usefixtures("isa_alone")
 @pytest.mark.parametrize("level", isa.levels(), ids=lambda level: level.name)
 def test_masked_features_give_a_lower_level(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any one of a level's features, the best that needs none but the others is taken."""
@@ -119,6 +127,7 @@ def test_no_level_is_chosen_without_all_its_features(monkeypatch: pytest.MonkeyP
 
 
 @needs_x86_64
+@pytest.mark.usefixtures("isa_alone")
 def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It refuses an option that it does not know: the best level that it can compile is taken."""
     best = next(isa.usable_levels())
@@ -132,13 +141,13 @@ def test_a_compiler_that_is_older_than_the_processor(tmp_path: Path, monkeypatch
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # a third of the time
     features = isa.cpu_features()
     expected = next(level.name for level in isa.usable_levels() if newest not in level.flags)
     assert loaded_level(monkeypatch, features) == expected
 
 
 @needs_x86_64
+@pytest.mark.usefixtures("isa_alone")
 def test_a_system_that_promises_too_much_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every library is there, compiled, and the list of features claims or hides everything."""
     real = isa.cpu_features()
@@ -151,6 +160,7 @@ def test_a_system_that_promises_too_much_is_not_believed(monkeypatch: pytest.Mon
 
 
 @needs_x86_64
+@pytest.mark.usefixtures("isa_alone")
 def test_the_variable_caps_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(isa.VARIABLE, "portable")
     assert loaded_level(monkeypatch, level_named("avx512").features) == "portable"
