@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.coded import BLOCK, CodedTensor
-from microvllm.ops.gpu.activation import swiglu
 from microvllm.ops.gpu.coded_skinny import multiply_codes, rows_of_groups
+from microvllm.ops.gpu.gemv import finish_row
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tiling import Tiling
 
@@ -138,17 +138,10 @@ def _coded_gemv_kernel(
         both = tl.sum(tl.reshape(each, [PARTS, HALVES, OWN]), 0)
         if GATED:
             value, up = tl.split(tl.trans(both))
-            if BIAS:
-                value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
-                up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
-            value = swiglu(value, up)
         else:
             value = tl.reshape(both, [OWN])
-            if BIAS:
-                value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
-        if RESIDUAL:
-            value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
-        tl.store(y + m * N + n, value, n < N)
+            up = value
+        finish_row(y, value, up, m, n, bias, residual, N, GATED, BIAS, RESIDUAL)
 
 
 def coded_gemv(

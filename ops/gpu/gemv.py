@@ -18,6 +18,23 @@ from microvllm.ops.gpu.tiling import Tiling
 
 
 @triton.jit
+def finish_row(
+    y, value, up, m, n, bias, residual, N: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """Write columns n of row m of y: act(value + bias) + residual; up: the second half's, if GATED."""
+    if BIAS:
+        value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
+    if GATED:
+        if BIAS:
+            up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
+        value = swiglu(value, up)
+    if RESIDUAL:
+        value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
+    tl.store(y + m * N + n, value, n < N)
+
+
+@triton.jit
 def _gemv_kernel(
     y,
     x,
@@ -79,16 +96,8 @@ def _gemv_kernel(
         if NORM:
             scale = tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
         value = tl.sum(sums[m], 1) * scale
-        if BIAS:
-            value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
-        if GATED:
-            up = tl.sum(up_sums[m], 1) * scale
-            if BIAS:
-                up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
-            value = swiglu(value, up)
-        if RESIDUAL:
-            value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
-        tl.store(y + m * N + n, value, n < N)
+        up = tl.sum(up_sums[m], 1) * scale if GATED else value
+        finish_row(y, value, up, m, n, bias, residual, N, GATED, BIAS, RESIDUAL)
 
 
 def gemv(
