@@ -46,7 +46,7 @@ class GatedDeltaNet(StatefulMixer, frozen=True, kw_only=True, tag="gated_delta_n
     def scratch_size(self) -> int:
         """Numbers of an activation that a GPU needs for a prompt's token between the products."""
         keys, chunk = self.num_value_heads * self.key_dim, 34 * self.num_value_heads
-        return self.channels + keys + self.out_size + chunk
+        return self.channels + keys + 2 * self.out_size + chunk  # updates in float32
 
     @property
     def channels(self) -> int:

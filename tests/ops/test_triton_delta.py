@@ -43,13 +43,21 @@ def test_padding_writes_no_state_and_is_finite() -> None:
         assert not (kept[0, 0] == 7.0).all() and not (kept[0, 1] == 7.0).any()
 
 
-def test_sixteen_bits() -> None:
-    config = make_config("real", torch.device("cpu"))
-    expected = TorchDeltaRule(config, torch.float32)
-    found = GpuDeltaRule(make_config("real", DEVICE), torch.bfloat16, pdl=False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_cost_a_state_no_more_than_rounding_the_inputs(dtype: torch.dtype) -> None:
+    """As in plain torch, which computes all behind the convolution in float32, as transformers does."""
+    cpu = torch.device("cpu")
+    config = make_config("real", cpu)
+    exact, rounding = TorchDeltaRule(config, torch.float32), TorchDeltaRule(config, dtype)
+    found = GpuDeltaRule(make_config("real", DEVICE), dtype, pdl=False)
     width = config.channels + config.values + 2 * config.num_value_heads
+    generator = torch.Generator().manual_seed(7)
     for items in STEPS[:2]:
-        x = torch.randn(sum(count for _, _, count in items), width).bfloat16()
-        a = expected.begin_step(make_batch(items, torch.device("cpu")))(0, x.float())
-        b = found.begin_step(make_batch(items, DEVICE))(0, x.to(DEVICE)).float().cpu()
-        assert (a - b).norm() / a.norm() < 2e-2
+        x = torch.randn(sum(count for _, _, count in items), width, generator=generator).to(dtype)
+        a = exact.begin_step(make_batch(items, cpu))(0, x.float())
+        b = rounding.begin_step(make_batch(items, cpu))(0, x).float()
+        c = found.begin_step(make_batch(items, DEVICE))(0, x.to(DEVICE)).float().cpu()
+        rows = [row for row, _, count in items if count > 1]
+        states = [each.delta[0, rows].cpu() for each in (exact, rounding, found)]
+        for expected, nearest, ours in ((a, b, c), states):
+            assert (ours - expected).norm() < 1.2 * (nearest - expected).norm()
