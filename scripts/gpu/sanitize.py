@@ -1,10 +1,12 @@
 """Launches every kernel of the engine once or more at tiny shapes, to be watched by compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/gpu/sanitize.py
+    python scripts/gpu/sanitize.py                     # launches all of them, unwatched
+    python scripts/gpu/sanitize.py --tool racecheck    # each part in a process of its own, under the tool
+    python scripts/gpu/sanitize.py coded models --tool memcheck
 
-Without torch's caching every tensor is an allocation of its own, so that an access past its end is seen.
-Exit status 1 if a kernel of ours was not launched, or gave something that is not finite. What is right is
-tests/'s business.
+A part that crashes, or the tool within it, hides no other one. Exit status 1 if a part failed, the tool found
+anything, a kernel of ours was not launched by all parts, or one gave something that is not finite. What is
+right is tests/'s business.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -438,30 +442,74 @@ def peers() -> None:
         check("parts of ranks", exchange.join(normal(3, 250)))
 
 
-def never_launched() -> list[str]:
-    """Kernels of ours that have no compiled form by now; by name, what others call is no kernel."""
-    missed = []
+PARTS = {
+    part.__name__: part
+    for part in (operators, scaled, coded, sampling, rules, step_inputs, attention, models, peers)
+}
+
+
+def launched() -> dict[str, bool]:
+    """Whether each kernel of ours has a compiled form by now; by name, what others call is no kernel."""
+    found: dict[str, bool] = {}
     for module in (*MODULES, *["stream"] * Levers.of(DEVICE).stream):
         package = "attention" if module.startswith("triton") else "gpu"
-        for name, found in vars(importlib.import_module(f"microvllm.ops.{package}.{module}")).items():
-            if isinstance(found, JITFunction) and name.endswith("_kernel"):
-                compiled = any(cache[0] for cache in found.device_caches.values())
-                print(f"{module}.{name}: {'launched' if compiled else 'NOT LAUNCHED'}")
-                missed += [] if compiled else [name]
-    return missed
+        for name, kernel in vars(importlib.import_module(f"microvllm.ops.{package}.{module}")).items():
+            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                found[f"{module}.{name}"] = any(cache[0] for cache in kernel.device_caches.values())
+    return found
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        for part in (operators, scaled, coded, sampling, rules, step_inputs, attention, models, peers):
-            part()
-            print(part.__name__, "done", flush=True)
-    sys.exit(bool(never_launched()))
+def watched(tool: str, part: str) -> tuple[bool, dict[str, bool]]:
+    """Run a part under a tool of compute-sanitizer -> whether nothing was found, and what it launched.
+
+    Without torch's caching every tensor is an allocation of its own, so that an access past its end is seen.
+    A launch that waits for its kernel lets the trace of a fault name it. cuBLAS's kernels are left out: they
+    hand buffers over in ways that racecheck does not follow, and of what it makes of one the GPU has failed.
+    """
+    excluded = [w for name in ("nvjet", "gemm", "cutlass") for w in ("--kernel-name-exclude", f"kns={name}")]
+    options = ["--error-exitcode", "1", "--force-blocking-launches", "--target-processes", "application-only"]
+    command = ["compute-sanitizer", "--tool", tool, *options, *excluded]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "launched.json"
+        done = subprocess.run(
+            [*command, sys.executable, str(Path(__file__).resolve()), part, "--out", str(file)],
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            check=False,
+        )
+        return done.returncode == 0, json.loads(file.read_text()) if file.exists() else {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--tool", help="of compute-sanitizer: memcheck, racecheck, synccheck or initcheck")
+    parser.add_argument("--out", type=Path, help="write here, as JSON, which kernels were launched")
+    args = parser.parse_args(arguments)
+    if unknown := {*args.parts} - {*PARTS}:
+        parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(PARTS)}")
+    parts: list[str] = args.parts or list(PARTS)
+    failed: list[str] = []
+    found: dict[str, bool] = {}
+    for part in parts:
+        if args.tool is None:
+            torch.manual_seed(0)
+            with torch.inference_mode():
+                PARTS[part]()
+        else:
+            is_clean, kernels = watched(args.tool, part)
+            failed += [] if is_clean else [part]
+            found |= {name: one or found.get(name, False) for name, one in kernels.items()}
+        print(part, "FAILED" if part in failed else "done", flush=True)
+    if args.tool is None:
+        found = launched()
+    if args.out is not None:
+        args.out.write_text(json.dumps(found))
+        return 0
+    for name, is_launched in found.items():
+        print(f"{name}: {'launched' if is_launched else 'NOT LAUNCHED'}")
+    return int(bool(failed) or (len(parts) == len(PARTS) and not all(found.values())))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from model_tools import load_script
 
 GPU_SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts" / "gpu"
 
@@ -62,3 +63,27 @@ def test_a_kernel_compiles_without_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
     assert re.search(r"^_prepare_kernel +4 +\d+ +0 +0$", found.stdout, re.MULTILINE)
+
+
+def test_a_part_that_crashes_under_the_sanitizer_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tool that only notes its arguments, and says what each part has launched."""
+    pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+    sanitize = load_script("gpu/sanitize")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/bash\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >>{tmp_path}/log\n'
+        '[[ " $* " == *" coded "* ]] && exit 1\n'
+        'echo "{\\"a._kernel\\": true, \\"b._kernel\\": false}" >"${@: -1}"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert sanitize.main(["coded", "rules", "--tool", "racecheck"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["coded FAILED", "rules done", "a._kernel: launched", "b._kernel: NOT LAUNCHED"]
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert first.startswith("1 --tool racecheck --error-exitcode 1 ") and " coded --out " in first
+    assert "--kernel-name-exclude kns=nvjet" in second and " rules --out " in second
+    assert sanitize.main(["rules", "--tool", "racecheck"]) == 0, "what a part leaves out others launch"
+    assert sanitize.main(["--tool", "racecheck"]) == 1
