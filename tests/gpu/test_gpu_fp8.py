@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ import torch
 from model_tools import generate_ids, load_script, make_engine, make_prompts, relative_error
 from test_gpu_backends import TOLERANCE, VOCAB, ask, rows
 from tiny_models import make_hf_folder
+
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
+from microvllm.ops.gpu.levers import Levers
+from microvllm.ops.scaled import E4M3, E4M3_MAX
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,15 +41,38 @@ def engine(folder: Path, dtype: str, **options: Any) -> Any:
     return make_engine(folder, dtype=dtype, **{**defaults, **options})
 
 
-def logits(folder: Path, values: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
-    """Of transformers in float32 with these matrices, of every token but the first."""
+def logits(
+    folder: Path,
+    values: dict[str, torch.Tensor],
+    tokens: list[int],
+    rounded: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Of transformers in float32 with these matrices, of every token but the first.
+
+    rounded: of what the products of all layers multiply, [1, n, columns].
+    """
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     loaded.load_state_dict(values, strict=False)
+    hook = None if rounded is None else lambda _, inputs: (rounded(inputs[0]),)
+    for name, module in loaded.named_modules():
+        if hook is not None and ".layers." in name and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(hook)
     with torch.inference_mode():
         found: torch.Tensor = loaded(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
     return found
+
+
+def rounded_to_e4m3(x: torch.Tensor, scale: float | None, group: int | None) -> torch.Tensor:
+    """x: [..., columns], to numbers of e4m3 times a scale: the given one, or of each `group`, or of all."""
+    columns = x.shape[-1]
+    group = group or columns
+    groups = torch.nn.functional.pad(x, (0, -columns % group)).unflatten(-1, (-1, group))
+    largest = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    scales = largest / E4M3_MAX if scale is None else torch.full_like(largest, scale)
+    codes = (groups / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return (codes.float() * scales).flatten(-2)[..., :columns]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -61,17 +91,38 @@ def test_log_probabilities_are_those_of_the_values(
     assert made.core.stats().graph_replays >= 39
 
 
+@pytest.mark.parametrize("count", [60, 300], ids=["streamed", "many"])
 @pytest.mark.parametrize("form", [*FORMS, "fp8-static"])
-def test_prompts_of_rounded_activations_are_near(plain: Path, tmp_path: Path, form: str) -> None:
-    """As near as the rounding of the weights itself is to the plain model, or so."""
+def test_rounded_activations_err_as_much_as_their_format(
+    plain: Path, tmp_path: Path, form: str, count: int
+) -> None:
+    """No less, or nothing was rounded, and no more, beside the values with activations that are not rounded.
+
+    Which numbers of e4m3 are taken depends on the last bits of what is rounded: two computations that differ
+    in those err as much from each other as from the values, up to 0.17 of the largest log probability. What
+    they have in common is the size of the error, over all entries: in bfloat16 on a CPU 0.98 to 1.05 times
+    that in float32, of 16 prompts. On a GPU the sums come in another order yet.
+    """
     values = quantize_checkpoint.quantize_folder(plain, tmp_path, form, 128)
-    made = engine(tmp_path, "bfloat16", max_logprobs=-1)
-    prompt = np.random.default_rng(3).integers(0, VOCAB, 300).tolist()
+    # Not padded by a graph: how many rows a product has decides whether they are rounded.
+    made = engine(tmp_path, "bfloat16", max_logprobs=-1, enforce_eager=True)
+    prompt = np.random.default_rng(3).integers(0, VOCAB, count).tolist()
     tokens, of_prompt, of_output = ask(made, prompt, max_tokens=2, prompt_logprobs=-1)
-    found = torch.cat((rows(of_prompt), rows(of_output)))
-    error = relative_error(found, logits(plain, values, tokens))
-    print(f"{form}: {error:.4f}")
-    assert error < 0.1
+    found, exact = torch.cat((rows(of_prompt), rows(of_output))), logits(plain, values, tokens)
+    levers, group = Levers.of(torch.device("cuda")), 128 if form == "fp8-block" else None
+    # Rows with a scale for each group of columns are multiplied by the streamed kernel alone.
+    if not levers.w8a8 or (not levers.stream if count == 60 else form == "fp8-block"):
+        assert relative_error(found, exact) < TOLERANCE["bfloat16"], "nothing is rounded"
+        return
+    scale = 0.02 if form == "fp8-static" else None  # what `quantize_folder` writes
+    emulated = logits(
+        *(plain, values, tokens),
+        # Not the decoded token: it is one row.
+        lambda x: torch.cat((rounded_to_e4m3(x[:, :count], scale, group), x[:, count:]), 1),
+    )
+    ratio = float((found - exact).norm() / (emulated - exact).norm())
+    print(f"{form}, {count} tokens: {ratio:.3f} times the error of the format")
+    assert 0.85 < ratio < 1.2
 
 
 @pytest.mark.parametrize("requested", ["fp8", "fp8_per_channel", "fp8_per_block"])
@@ -94,15 +145,18 @@ def test_packed_weights_take_half_the_memory(plain: Path, monkeypatch: pytest.Mo
     """Of all matrices but embeddings and head, with no more than one plain matrix beside them at a time."""
 
     def loaded() -> int:
-        torch.cuda.empty_cache()
+        gc.collect()  # engines of other tests, whose parts refer to each other, would be freed meanwhile
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         made = engine(plain, "bfloat16", load_format="dummy", quantization="fp8", enforce_eager=True)
+        gc.collect()
         taken = torch.cuda.memory_allocated() - before
         del made
         return taken
 
     loaded()  # what libraries allocate once
-    first = loaded()
+    packed = loaded()
     monkeypatch.setenv("MICROVLLM_GPU_OFF", "packed")
-    codes = 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 512)  # a byte each, of two layers
-    assert loaded() - first > 0.9 * codes
+    codes = 3 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 512)  # a byte each, of three layers
+    # A scale of 4 bytes for each row takes 0.7 % of that away.
+    assert loaded() - packed == pytest.approx(codes, rel=0.05)
