@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from model_tools import (
     load_script,
     make_engine,
     make_prompts,
+    make_request,
     recorded_logits,
     relative_error,
     variant_folder,
@@ -58,20 +60,42 @@ MORE_MODELS = (
 PROMPTS = make_prompts(12, VOCAB, seed=1)
 
 
+# Two logits as near as that may change places with the order of their sums in float32: those of the models
+# here are up to 20, whose last bit is 2e-6, and plain float32 is up to 2e-5 from float64 at their nearest
+# second tokens.
+CLOSE_CALL = 1e-4
+
+
 @functools.cache
-def on_the_cpu(model: str) -> list[list[int]]:
-    return generate_ids(
-        make_engine(variant_folder(model), device="cpu", attention_backend="torch", max_num_seqs=16),
-        PROMPTS,
-        40,
+def greedy(model: str) -> tuple[list[list[int]], list[list[float]]]:
+    """On the CPU: the tokens behind each prompt, and by how much each is likelier than the second one."""
+    made = make_engine(
+        variant_folder(model), device="cpu", attention_backend="torch", max_num_seqs=16, max_logprobs=2
     )
+    outputs = run(made, [make_request(i, prompt, 40, logprobs=2) for i, prompt in enumerate(PROMPTS)])
+    entries = [[entry.logprobs for output in each for entry in output.logprobs] for each in outputs]
+    tokens = [[token for output in each for token in output.token_ids] for each in outputs]
+    return tokens, [[first - second for _, first, second in each] for each in entries]
+
+
+def on_the_cpu(model: str) -> list[list[int]]:
+    return greedy(model)[0]
+
+
+def assert_tokens_of_the_cpu(found: list[list[int]], model: str) -> None:
+    """Up to a close call, which may go either way."""
+    for prompt, (tokens, expected, margins) in enumerate(zip(found, *greedy(model), strict=True)):
+        assert len(tokens) == len(expected) == len(margins)
+        first = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), None)
+        if first is not None:
+            assert margins[first] < CLOSE_CALL, f"prompt {prompt}, token {first}: {tokens}, not {expected}"
 
 
 @pytest.mark.parametrize("model", MORE_MODELS)
 def test_greedy_tokens_of_more_families_are_those_of_the_cpu(model: str) -> None:
     made = engine(model, dtype="float32", max_num_batched_tokens=40)
     for _ in range(2):  # the second time with what is in the prefix cache
-        assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model)
+        assert_tokens_of_the_cpu(generate_ids(made, PROMPTS, 40), model)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -89,8 +113,8 @@ def test_greedy_tokens_of_more_families_are_those_of_the_cpu(model: str) -> None
 )
 def test_greedy_tokens_in_float32_are_those_of_the_cpu(model: str, options: dict[str, Any]) -> None:
     made = engine(model, dtype="float32", **options)
-    assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model)
-    assert generate_ids(made, PROMPTS, 40) == on_the_cpu(model), "with what is in the prefix cache"
+    for _ in range(2):  # the second time with what is in the prefix cache
+        assert_tokens_of_the_cpu(generate_ids(made, PROMPTS, 40), model)
     if "num_gpu_blocks_override" in options:
         assert made.core.stats().preemptions > 0
     device = runner_of(made)._device
@@ -129,7 +153,7 @@ def test_tokens_with_a_cache_of_e4m3_are_those_of_the_torch_backend(model: str) 
     ],
 )
 def test_windows_and_layers_of_other_makes_give_the_tokens_of_the_cpu(model: str) -> None:
-    assert generate_ids(engine(model, dtype="float32"), PROMPTS, 40) == on_the_cpu(model)
+    assert_tokens_of_the_cpu(generate_ids(engine(model, dtype="float32"), PROMPTS, 40), model)
 
 
 @pytest.mark.parametrize("form", ["fp8", "fp8-block"])
@@ -146,9 +170,12 @@ def test_experts_in_fp8_give_the_tokens_of_the_dequantised_ones(tmp_path: Path, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_experts_in_mxfp4_give_the_tokens_of_the_dequantised_ones(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In graphs and without; in float32 those of the CPU, and in bfloat16 logits near those of the values."""
+    """In graphs and without; in float32 those of the CPU, and in bfloat16 logits near those of the values.
+
+    They may be the same to the last bit: bfloat16 has every number of MXFP4, and both sum up in float32.
+    """
     sizes = {"hidden_size": 320, "intermediate_size": 160, "num_local_experts": 5, "num_experts_per_tok": 3}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
     folder = make_hf_folder(tmp_path, "gpt_oss", **sizes, **heads, sliding_window=19)
@@ -161,14 +188,16 @@ def test_experts_in_mxfp4_give_the_tokens_of_the_dequantised_ones(
         cpu = make_engine(folder, device="cpu", attention_backend="torch", **options)
         assert tokens == generate_ids(eager, PROMPTS, 40) == generate_ids(cpu, PROMPTS, 40)
         return
+    assert "become bfloat16" not in caplog.text, "the experts of both engines stayed in codes"
     monkeypatch.setenv("MICROVLLM_GPU_OFF", "packed")
     values = make_engine(folder, device="cuda", enforce_eager=True, **options)
+    assert "weights in mxfp4 become bfloat16" in caplog.text, "and those of the third did not"
     found = []
     for made in (eager, values):
         with recorded_logits(made, every_position=True) as logits:
             generate_ids(made, PROMPTS[-1:], 1)
         found.append(torch.stack([logits[position] for position in sorted(logits)]))
-    assert 0 < relative_error(*found) < 0.03
+    assert relative_error(*found) < 0.03
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -183,18 +212,39 @@ def test_graphs_and_async_scheduling_change_no_token(model: str, dtype: str) -> 
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+# Behind the gated delta rule an output is normalised. In heads of 8 the product of a token's own query and
+# key, which is most of it, is often almost 0, and the norm makes what rounding has left of it large: rounding
+# the weights of "qwen3.5" to float16, and nothing else, moves its log probabilities by 1.2 % of the largest,
+# and computing in float16 in plain torch, with weights that differ by half a last bit, by 0.8 to 3.8 %. With
+# heads half as wide as those of real models the weights cost 0.13 %, and transformers in float16 is off by
+# 0.19 %: as in a dense model.
+WIDE_HEADS = {"linear_key_head_dim": 64, "linear_value_head_dim": 48}
+
+
+@functools.cache
+def well_conditioned(model: str) -> Path:
+    """The folder of a model whose log probabilities depend on rounding no more than a dense model's."""
+    if model != "qwen3.5":
+        return variant_folder(model)
+    options = {**VARIANTS[model], **WIDE_HEADS}
+    return make_hf_folder(Path(_models().name) / model, options.pop("family"), **options)
+
+
+@functools.cache
+def _models() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="microvllm-wide-")  # deleted at exit
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 4e-2), ("float16", 5e-3)])
 def test_log_probabilities_are_near_the_cpu_s(model: str, dtype: str, tolerance: float) -> None:
-    """Of a prompt, and of 100 decoded tokens that are forced to be the reference's."""
-    prompt = PROMPTS[5]
-    found = []
-    for made in (
-        make_engine(variant_folder(model), device="cpu", attention_backend="torch", max_logprobs=-1),
-        engine(model, dtype=dtype, max_logprobs=-1),
-    ):
+    """Of a prompt, and of the 40 tokens behind it."""
+    folder, found = well_conditioned(model), []
+    sizes = {"max_num_seqs": 16, "num_gpu_blocks_override": 512, "block_size": 16, "max_logprobs": -1}
+    cpu = make_engine(folder, device="cpu", attention_backend="torch", **sizes)
+    text = [*PROMPTS[5], *generate_ids(cpu, PROMPTS[5:6], 40)[0]]
+    for made in (cpu, make_engine(folder, device="cuda", dtype=dtype, **sizes)):
         wish = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=-1, ignore_eos=True)
-        text = [*prompt, *on_the_cpu(model)[5]]
         outputs = run(made, [made.processor.requests(text, wish)[0]])[0]
         entries = outputs[0].prompt_logprobs
         assert entries is not None
