@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from microvllm.adapters.spec import ModelSpec
+from microvllm.ops.activation import tanh
 from microvllm.ops.operators import Norm, Operator, Operators
 from microvllm.ops.sharding import Ranks, ShardedHead
 
@@ -19,5 +20,5 @@ def make_head(
     if ranks is not None:
         head = ShardedHead(head, spec.vocab_size, ranks)
     if cap is not None:
-        return lambda hidden: (head(hidden) * (spec.logits_scale / cap)).tanh() * cap
+        return lambda hidden: tanh(head(hidden) * (spec.logits_scale / cap)) * cap
     return head if spec.logits_scale == 1.0 else lambda hidden: head(hidden) * spec.logits_scale

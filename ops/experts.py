@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from microvllm.ops.activation import sigmoid
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.routing import Routing
 
@@ -84,7 +85,7 @@ def route(
     Of equal scores, which logits in 16 bits often give, the first is taken, by all devices' kernels too.
     """
     logits = logits.float()
-    scores = logits.sigmoid() if routing.sigmoid else logits.softmax(-1)
+    scores = sigmoid(logits) if routing.sigmoid else logits.softmax(-1)
     ranked = scores if correction is None else scores + correction
     if routing.num_groups > 1:
         groups = ranked.view(len(ranked), routing.num_groups, -1)
@@ -200,5 +201,5 @@ class WithSharedExpert:
         """x: [n, h], normalised -> [n, h]; the residual may be overwritten by the result."""
         if self._gate is None:
             return self._chosen(x, self._down(self._inner(x), residual))
-        shared = self._down(self._inner(x)) * self._gate(x).sigmoid()
+        shared = self._down(self._inner(x)) * sigmoid(self._gate(x))
         return self._chosen(x, shared if residual is None else residual.add_(shared))

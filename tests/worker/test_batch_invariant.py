@@ -72,6 +72,20 @@ def test_a_request_gets_the_same_bits_however_it_is_run(
     assert answers(engine(), list(alone)) == alone
 
 
+@pytest.mark.parametrize("variant", ["gemma4-shared", "nemotron-h-moe"])
+def test_what_torch_computes_of_rows_of_any_width(variant: str) -> None:
+    """Inputs of layers and the scores of experts, whose widths are no multiples of torch's vectors."""
+
+    def engine(**options: Any) -> InferenceEngine:
+        path = variant_folder(variant)
+        return make_engine(path, attention_backend="cpu", batch_invariant=True, dtype="bfloat16", **options)
+
+    first, ids = engine(), [0, 2, 4]
+    alone = {i: answers(first, [i])[i] for i in ids}
+    assert answers(first, ids) == alone
+    assert answers(engine(long_prefill_token_threshold=5), ids) == alone
+
+
 def test_sixty_four_at_once_and_a_stream() -> None:
     engine = make_engine(
         variant_folder("llama-tied"), attention_backend="cpu", batch_invariant=True, dtype="bfloat16"
