@@ -4,8 +4,10 @@
     python scripts/check_cpu_kernels.py [--threads N] [--model smollm2-135m-instruct] [--steps 60]
 
 Prints Markdown. The matrix products are those of SmolLM2-135M in bfloat16, each layer with its own weights;
-the floor is the time to read them once at the bandwidth that a plain loop in C reaches. The last table is of
-real decode steps: what part of the time is spent outside the kernels. Ends with 1 if a kernel is wrong.
+the floor is the time to read them once at the bandwidth that a plain loop in C reaches. Attention of a prompt
+is beside what one thread multiplies in float32 (AVX-512 only), in processor time, of which the least counts.
+The last table is of real decode steps: what part of the time is spent outside the kernels. Ends with 1 if a
+kernel is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from microvllm.ops.attention import AttentionBatch, AttentionConfig, AttentionShape, SegmentTable
 from microvllm.ops.cpu import build, isa, operators
 from microvllm.ops.cpu.build import find_compiler, load_kernels
 from microvllm.ops.cpu.calibration import calibrate, calibrated, processor_name
@@ -36,7 +39,10 @@ from microvllm.runtime.engine import InferenceEngine
 
 HIDDEN, INNER, LAYERS = 576, 1536, 30
 ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 256, 1024)
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 9, 3, 64, 16
+PROMPTS = ((512, 0), (512, 1000), (512, 3500))  # new tokens, and those in the cache
 TURNS = 5
+TURNS_IN_TURN = 40
 MAX_ERROR = 1e-5
 MAX_ERROR_IN_TWO_PARTS = 3e-5  # activations as two numbers of bfloat16, on the matrix unit
 WEIGHTS = {"bfloat16": {"dtype": "bfloat16", "gguf_weights": "dequantized"}, "as in the file": {}}
@@ -125,13 +131,41 @@ def bandwidth(threads: int) -> float:
     return size / best_time(lambda: read(data.data_ptr(), size, threads))
 
 
-def products_per_second(products: int, code: str) -> float:
-    """That one thread multiplies and adds up in registers."""
+def repetition(code: str) -> Callable[[int], object]:
+    """A function that runs the code SUMS times for each of so many turns."""
     codes = "; ".join(code.format(x=f"%{SUMS}", sum=f"%{i}") for i in range(SUMS))
     repeat = compiled(REPEAT.replace("CODES", f'"{codes}"'), "-mavx512f").repeat
     repeat.argtypes = [ctypes.c_long]
-    count = 2_000_000
+    return repeat
+
+
+def products_per_second(products: int, code: str) -> float:
+    """That one thread multiplies and adds up in registers."""
+    repeat, count = repetition(code), 2_000_000
     return count * SUMS * products / best_time(lambda: repeat(count))
+
+
+def prompt_attention(library: ctypes.CDLL, new: int, cached: int) -> tuple[float, float]:
+    """Of a layer of SmolLM2-135M on one thread: seconds, and its products as part of those of the peak."""
+    tokens, shape = new + cached, AttentionShape(1, HEADS, KV_HEADS, HEAD_DIM)
+    table = torch.arange(-(-tokens // BLOCK))[None]
+    sizes = table.numel(), BLOCK, torch.zeros(HEAD_DIM // 2), tokens, torch.bfloat16
+    attention = CpuOperators(library, 1).attention(AttentionConfig(shape, *sizes))
+    attention.cache.copy_(torch.randn(attention.cache.shape))
+    at = torch.arange(cached, tokens)
+    segments = SegmentTable(torch.tensor([0, new]), torch.tensor([tokens]), table, new)
+    step = attention.begin_step(AttentionBatch(at, at, 0, table[:0], at[:0], segments))
+    qkv = torch.randn(new, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    products, _, code = INSTRUCTIONS["vfmadd231ps (float32)"]
+    repeat, count, times = repetition(code), 20_000, [float("inf")] * 2
+    actions: tuple[Callable[[], object], ...] = (lambda: step(0, qkv), lambda: repeat(count))
+    for _ in range(TURNS_IN_TURN):
+        for i in (0, *[1] * 8):  # the clock rises while the loop runs
+            begin = time.thread_time()
+            actions[i]()
+            times[i] = min(times[i], time.thread_time() - begin)
+    work = 2 * HEADS * HEAD_DIM * float((at + 1).sum())
+    return times[0], work / times[0] / (count * SUMS * products / times[1])
 
 
 def loaded(library: Path) -> ctypes.CDLL:
@@ -311,6 +345,12 @@ def main() -> int:
         cells = " | ".join(f"{1e3 * t:.2f} ({work / t / 1e9:.0f})" for t in times)
         print(f"| {m} | {1e3 * 2 * kernels[0].weights / max(rates.values()):.2f} ms | {cells} |", flush=True)
     operators.MAX_KERNEL_ROWS_BF16 = THRESHOLD
+
+    if "avx512f" in features:
+        print("\n| prompt attention | ms a layer | of the peak |\n|---|---|---|")
+        for new, cached in PROMPTS:
+            seconds, part = prompt_attention(library, new, cached)
+            print(f"| {new} tokens behind {cached} | {1e3 * seconds:.2f} | {100 * part:.0f} % |", flush=True)
 
     print("\n| weights | streams | ms a step | outside the kernels | calls of kernels |")
     print("|---" * 5 + "|")
