@@ -298,6 +298,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
+        "moderation": (),
+        "prompt_cache_options": ({}, {"mode": "implicit"}),
         "documents": ([],),
         "chat_template": (),
         **GenerationRequest.refused,

@@ -46,6 +46,7 @@ CHAT_FIELDS = """
     messages max_completion_tokens tools tool_choice parallel_tool_calls reasoning_effort
     modalities add_generation_prompt continue_final_message chat_template chat_template_kwargs documents
     include_reasoning return_prompt_text functions function_call audio prediction verbosity web_search_options
+    moderation prompt_cache_options
 """.split()
 
 # A value that asks for something, for every field that is refused.
@@ -65,6 +66,8 @@ DEMANDING: dict[str, Any] = {
     "modalities": ["audio"],
     "audio": {"voice": "x"},
     "web_search_options": {},
+    "moderation": {"model": "m"},
+    "prompt_cache_options": {"mode": "explicit"},
     "documents": [{"text": "x"}],
     "chat_template": "{{ messages }}",
 }
