@@ -169,6 +169,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_write_timer()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
         self._drop_answer()
         if self._on_disconnect is not None:
@@ -197,6 +198,11 @@ class GuardedProtocol(HttpToolsProtocol):
         if too_long and not self.transport.is_closing():
             self._refusal = 431
             self.send_400_response("")
+        elif not (self._in_head or self.transport.is_closing()) and self.cycle.response_complete:
+            # What came begins no request: line breaks, or more of a body that nobody reads.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _parse(self, data: bytes) -> None:
         """Parse `data`, and every head that has an `Upgrade` a second time without it.
@@ -336,6 +342,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
+        if self.transport.is_closing():
+            self._watch_flush()  # the rest has to be taken, too
         super().resume_writing()
 
     def _start_head_timer(self) -> None:

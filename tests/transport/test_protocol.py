@@ -223,7 +223,9 @@ KEEP_ALIVE_S, WRITE_S, TAKEN = 7.0, 11.0, protocol.MIN_TAKEN_BYTES
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("waiting", [1000, 10 * TAKEN])
-@pytest.mark.parametrize("how", ["close", "keep-alive over", "refused", "half closed", "paused"])
+@pytest.mark.parametrize(
+    "how", ["close", "taken in part", "keep-alive over", "refused", "half closed", "paused"]
+)
 async def test_what_a_client_does_not_take_holds_no_connection(
     monkeypatch: pytest.MonkeyPatch, how: str, waiting: int
 ) -> None:
@@ -240,8 +242,12 @@ async def test_what_a_client_does_not_take_holds_no_connection(
     elif how == "refused":
         connection.data_received(b"no request\r\n\r\n")
     else:
-        connection.data_received(NEXT[:-2] + b"Connection: close\r\n" * (how == "close") + b"\r\n")
+        last = how in ("close", "taken in part")
+        connection.data_received(NEXT[:-2] + b"Connection: close\r\n" * last + b"\r\n")
         await asyncio.gather(*connection.tasks)
+        if how == "taken in part":  # of more than a transport holds back
+            connection.pause_writing()
+            connection.resume_writing()
         if how == "keep-alive over":
             assert not pipe.closed
             loop.fire(KEEP_ALIVE_S)
@@ -253,6 +259,41 @@ async def test_what_a_client_does_not_take_holds_no_connection(
     loop.fire(WRITE_S)
     assert pipe.aborted
     connection.connection_lost(None)
+    assert not loop.due
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("request_", "rest"),
+    [(NEXT, b"\r\n"), (HEAD + b"Content-Length: 9\r\n\r\n", b"x")],
+    ids=["idle", "in a body"],
+)
+async def test_bytes_that_begin_no_request_hold_no_connection(
+    request_: bytes, rest: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line breaks between requests, or a body behind its answer, end the wait for another request anew."""
+
+    async def early(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = http_config(early, log_level="error")
+    config.load()
+    connection, pipe, loop = GuardedProtocol(config, ServerState(), {}), Pipe(), Deadlines()
+    connection.loop, connection.timeout_keep_alive = loop, KEEP_ALIVE_S  # type: ignore[assignment]
+    connection.connection_made(pipe)
+    connection.data_received(request_)
+    await asyncio.gather(*connection.tasks)
+    connection.data_received(rest)
+    if rest == b"\r\n":  # the beginning of a request has its own deadline
+        connection.data_received(NEXT[:9])
+        assert list(loop.due) == [protocol.HEAD_DEADLINE_S]
+        connection.data_received(NEXT[9:])
+        assert not loop.due
+        await asyncio.gather(*connection.tasks)
+        connection.data_received(rest)
+    assert list(loop.due) == [KEEP_ALIVE_S] and not pipe.closed
+    connection.connection_lost(ConnectionResetError())
     assert not loop.due
 
 
