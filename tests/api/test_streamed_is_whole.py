@@ -146,6 +146,7 @@ PLAIN = {"max_tokens": 400, "interval": 1, "parallel": True}
 @settings(max_examples=40)
 @given(request=requests())
 @example(request=(FORMATS[0], "  <think>x</think>y", PLAIN))
+@example(request=(FORMATS[0], "<think>x</think> <think>y</think> z", PLAIN))
 @example(request=(FORMATS[1], "\n\n\n[get_weather(city='a')]hm", PLAIN))
 @example(request=(FORMATS[0], '<tool_call>\n{"name": "get_time" STOP', {**PLAIN, "stop": " STOP"}))
 @example(request=(FORMATS[0], "é<</tool_call>é", PLAIN))

@@ -138,7 +138,7 @@ class Blocks:
                     text = self._space + text
                     if not text.strip():
                         self._space = text
-                        return b""
+                        return self.close()  # thinking that follows is another block
                     self._space = ""
                 start = self._opened("text", {"text": ""})
                 return start + self._delta({"type": "text_delta", "text": text})
