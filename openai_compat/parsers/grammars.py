@@ -14,15 +14,20 @@ from typing import Any, Literal, NamedTuple, Protocol
 from microvllm.openai_compat.parsers.events import Function
 from microvllm.openai_compat.parsers.schema import (
     MAX_FORMS,
+    definitions_of,
     forms_of,
-    on_its_own,
+    moved,
     options_of,
+    refers,
     types_of,
 )
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import StructuredOutput
 
 Tag = dict[str, Any]
+# With more of both a grammar is longer than any that is compiled.
+MAX_ARGUMENTS = 4096  # of one function, in all forms that these may have
+MAX_REFERRED = 1 << 19  # characters of what arguments refer to, of each of them
 # What cannot be enforced of a text that stands between tags, unless it is a list of strings alone.
 RESTRICTING = ("pattern", "minLength", "maxLength", "format", "enum", "const")
 
@@ -155,7 +160,19 @@ def argument_lists(function: Function) -> list[list[Argument]]:
         raise InvalidRequestError(
             f"The arguments of the function {function.name!r} have {MAX_FORMS} forms or more.", "tools"
         )
-    return [_arguments(function.parameters, form) for form in forms]
+    # All of a grammar is written before it is measured.
+    if sum(len(form["properties"].keys() | set(form["required"])) for form in forms) > MAX_ARGUMENTS:
+        raise InvalidRequestError(
+            f"The function {function.name!r} has more than {MAX_ARGUMENTS} arguments in all forms.", "tools"
+        )
+    whole = definitions_of(function.parameters) if refers(function.parameters) else {}
+    lists = [_arguments(function.parameters, form, whole) for form in forms]
+    holding = sum("$defs" in each.schema and not each.is_text for items in lists for each in items)
+    if holding and holding * len(json.dumps(whole)) > MAX_REFERRED:
+        raise InvalidRequestError(
+            f"Too many arguments of the function {function.name!r} refer to parts of its schema.", "tools"
+        )
+    return lists
 
 
 def takes_any(function: Function) -> bool:
@@ -165,7 +182,8 @@ def takes_any(function: Function) -> bool:
     """
     forms = forms_of(function.parameters)
     found = any(
-        form.get("additionalProperties") and not (form["properties"] or form["required"]) for form in forms
+        form.get("additionalProperties") not in (None, False) and not (form["properties"] or form["required"])
+        for form in forms
     )
     if found and function.strict:
         raise InvalidRequestError(
@@ -176,14 +194,17 @@ def takes_any(function: Function) -> bool:
     return found
 
 
-def _arguments(parameters: dict[str, Any], form: dict[str, Any]) -> list[Argument]:
-    names = [*form["properties"], *(name for name in form["required"] if name not in form["properties"])]
+def _arguments(parameters: dict[str, Any], form: dict[str, Any], whole: dict[str, Any]) -> list[Argument]:
+    """`whole`: the definitions of the parameters; {} where there are no references."""
+    required = dict.fromkeys(form["required"])
     result = []
-    for key in names:
+    for key in {**form["properties"], **required}:
         schema = form["properties"].get(key)
         types = types_of(schema, parameters)
-        own = on_its_own(schema, parameters) if isinstance(schema, dict) else {}
-        result.append(Argument(key, own, not types or "string" in types, key in form["required"]))
+        own = schema if isinstance(schema, dict) else {}
+        if whole and refers(own):
+            own = {**moved(own), "$defs": whole}
+        result.append(Argument(key, own, not types or "string" in types, key in required))
     return result
 
 

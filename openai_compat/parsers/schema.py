@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 from microvllm.openai_compat.parsers.json_text import WORDS, JsonText
@@ -52,34 +52,43 @@ def forms_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
     several. Of a schema that is made of very many parts these are `MAX_FORMS`, and not all.
     """
     parts = iter(range(MAX_PARTS))
-    forms = _forms(parameters, parameters, parts)
+    forms = [_merged(made_of) for made_of in _forms(parameters, parameters, parts)]
     return forms if next(parts, None) is not None else (forms * MAX_FORMS)[:MAX_FORMS]
 
 
-def _forms(schema: object, root: Mapping[str, Any], left: Iterator[int]) -> list[dict[str, Any]]:
+def _forms(schema: object, root: Mapping[str, Any], left: Iterator[int]) -> list[tuple[dict[str, Any], ...]]:
+    """Return what each form is made of, the schema itself first."""
     given = schema if isinstance(schema, dict) and next(left, None) is not None else {}
     properties, required = given.get("properties"), given.get("required")
     own = {name: value for name, value in given.items() if name not in ("$ref", *COMBINED)}
     own["properties"] = properties if isinstance(properties, dict) else {}
-    own["required"] = required if isinstance(required, list) else []
+    names = required if isinstance(required, list) else []
+    own["required"] = [name for name in names if isinstance(name, str)]
     parts = [[_target(given["$ref"], root)]] if isinstance(given.get("$ref"), str) else []
-    parts += [[option] for option in given.get("allOf") or ()]
-    parts += [given[name] for name in ("anyOf", "oneOf") if given.get(name)]
-    forms = [own]
+    parts += [[option] for option in _options(given, "allOf")]
+    parts += [options for name in ("anyOf", "oneOf") if (options := _options(given, name))]
+    forms: list[tuple[dict[str, Any], ...]] = [(own,)]
     for options in parts:
-        added = [form for option in options for form in _forms(option, root, left)]
-        both = ((one, other) for one in forms for other in added)
-        forms = [_merged(one, other) for one, other in islice(both, MAX_FORMS)]
+        each = (form for option in options for form in _forms(option, root, left))
+        added = list(islice(each, MAX_FORMS))
+        forms = list(islice((one + other for one in forms for other in added), MAX_FORMS))
     return forms
 
 
-def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **other,
-        **one,
-        "properties": {**other["properties"], **one["properties"]},
-        "required": [*one["required"], *other["required"]],
-    }
+def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return several schemas as one, in which the first of them counts most."""
+    form, properties = {}, {}
+    for part in reversed(parts):
+        form.update(part)
+        properties.update(part["properties"])
+    required = dict.fromkeys(chain.from_iterable(part["required"] for part in parts))
+    return {**form, "properties": properties, "required": list(required)}
+
+
+def _options(schema: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a list of schemas; a reference may lead to where it is none."""
+    options = schema.get(name)
+    return options if isinstance(options, list) else []
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> object:
@@ -105,7 +114,7 @@ def options_of(schema: object, root: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         seen.add(id(part))
         kind = {"type": part["type"]} if "type" in part else kind
-        parts = [part[name] for name in COMBINED if part.get(name)]
+        parts = [options for name in COMBINED if (options := _options(part, name))]
         if isinstance(part.get("$ref"), str):
             left.append((_target(part["$ref"], root), kind))
         elif len(parts) == 1 and (len(parts[0]) == 1 or "allOf" not in part):
@@ -115,23 +124,26 @@ def options_of(schema: object, root: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found or [{}]
 
 
-def on_its_own(schema: dict[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part of a schema as one that holds all that it refers to."""
-    if '"$ref"' not in json.dumps(schema):
-        return schema
-    return {**_moved(schema), "$defs": {WHOLE: _moved(root)}}
+def refers(schema: object) -> bool:
+    """Whether there is a reference in a part of a schema."""
+    return '"$ref"' in json.dumps(schema)
 
 
-def _moved(value: Any) -> Any:
-    """Return a part of a schema with its references to where `on_its_own` puts the whole."""
+def definitions_of(root: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `$defs` with which parts of a schema, `moved`, hold all that they refer to."""
+    return {WHOLE: moved(root)}
+
+
+def moved(value: Any) -> Any:
+    """Return a part of a schema with its references to where `definitions_of` puts the whole."""
     if isinstance(value, list):
-        return [_moved(item) for item in value]
+        return [moved(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {
         name: f"#/$defs/{WHOLE}{member[1:]}"
         if name == "$ref" and isinstance(member, str) and member.startswith("#")
-        else _moved(member)
+        else moved(member)
         for name, member in value.items()
     }
 

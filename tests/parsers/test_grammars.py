@@ -246,9 +246,10 @@ def test_schemas_that_refer_and_combine(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "pythonic"])
-def test_arguments_by_any_name(name: str) -> None:
+@pytest.mark.parametrize("other", [{"type": "integer"}, {}, True], ids=str)
+def test_arguments_by_any_name(name: str, other: Any) -> None:
     """A schema that lists none and says what they may be: a forced call can have some."""
-    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    schema = {"type": "object", "additionalProperties": other}
     made = tool_grammar(TOOL_FORMATS[name], [Function("f", schema)], "required", parallel=False)
     assert made is not None
     text = {
@@ -267,6 +268,17 @@ def test_arguments_of_too_many_forms_are_refused() -> None:
     schema = {"type": "object", "allOf": [two] * 20}
     with pytest.raises(InvalidRequestError, match="The arguments of the function 'f' have 32 forms or more"):
         tool_grammar(TOOL_FORMATS["glm45"], [Function("f", schema)], "required")
+
+
+def test_arguments_whose_grammar_would_be_too_long_are_refused() -> None:
+    """Before it is written: a few bytes may stand for all that an argument refers to."""
+    form, defs = TOOL_FORMATS["pythonic"], {"a": {"type": "integer"}}
+    many = {"properties": {f"p{i}": {"$ref": "#/$defs/a"} for i in range(500)}, "$defs": defs}
+    with pytest.raises(InvalidRequestError, match="Too many arguments of the function 'f' refer to parts"):
+        tool_grammar(form, [Function("f", many)], "required")
+    forms = {"properties": {f"p{i}": {} for i in range(300)}, "anyOf": [{"required": ["a"]}] * 14}
+    with pytest.raises(InvalidRequestError, match="'f' has more than 4096 arguments in all forms"):
+        tool_grammar(form, [Function("f", forms)], "required")
 
 
 def test_strict_alternatives_that_cannot_be_enforced_are_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from microvllm.openai_compat.parsers import schema
 from microvllm.openai_compat.parsers.schema import MAX_FORMS, argument_types, forms_of, property_names, typed
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
@@ -47,11 +48,31 @@ def test_arguments_behind_references_and_alternatives() -> None:
     assert property_names({"$ref": "#"}) == property_names({"allOf": [1]}) == []
 
 
+@pytest.mark.parametrize(
+    "odd", [5, "a", {"allOf": 5}, {"anyOf": 5}, {"required": [["a"]], "properties": 5}], ids=str
+)
+def test_what_is_no_schema_says_nothing(odd: Any) -> None:
+    """A reference may lead anywhere in the parameters, of which only the schemas are checked."""
+    parameters = {"$ref": "#/x", "x": odd, "properties": {"a": {"$ref": "#/x"}}, "required": [["a"], "a"]}
+    assert argument_types(parameters, "a") == set() and property_names(parameters) == ["a"]
+    assert forms_of(parameters)[0]["required"] == ["a"]
+
+
 def test_schemas_that_refer_to_themselves_many_times_end() -> None:
     itself = {"anyOf": [{"$ref": "#/properties/a"}] * 99 + [INTEGER]}
     parameters = {"properties": {"a": itself}, "allOf": [{"$ref": "#"}] * 99}
     assert argument_types(parameters, "a") == {"integer"}
     assert len(forms_of(parameters)) == MAX_FORMS and property_names(parameters) == ["a"]
+
+
+def test_forms_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Properties are copied for each form, not for each of its parts, too."""
+    put, made = schema._merged, []
+    monkeypatch.setattr(schema, "_merged", lambda *args: made.append(args) or put(*args))
+    parts = [{"anyOf": [{}] * 31}, *[{"title": "x", "required": ["a"]}] * 200]
+    forms = forms_of({"properties": {"a": STRING}, "allOf": parts})
+    wanted = {"properties": {"a": STRING}, "required": ["a"], "title": "x"}
+    assert forms == [wanted] * 31 and len(made) == 31
 
 
 @pytest.mark.parametrize(
