@@ -20,8 +20,8 @@ INLINE vec power_of_2(vec x)
     p = p * r + 2.4022242e-1f;
     p = p * r + 6.9314700e-1f;
     p = p * r + 1.0f;
-    ivec under = x < -126.0f;
-    return choose(under, (vec){}, (vec)((uvec)p + ((uvec)shifted << 23)));
+    ivec under = x < -126.0f, known = x == x; /* the lowest bits of a NaN may be any */
+    return choose(under, (vec){}, (vec)((uvec)p + ((uvec)shifted << 23 & (uvec)known)));
 }
 
 /* Half of the lanes of both in turns, from lane `first` on. */

@@ -141,6 +141,20 @@ def test_what_is_not_a_number_stays_in_its_sequence(operators: CpuOperators, bro
     torch.testing.assert_close(out[others], true[others])
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_key_that_is_any_nan_is_seen_in_what_follows(operators: CpuOperators, bits: int) -> None:
+    """Though all values are numbers: a weight does not become one by the bits of the NaN."""
+    shape = AttentionShape(1, 4, 2, 8)
+    case = Case(shape, 4, [], [(90, 90)], torch.float32)
+    keys = slice(4 * 8, 6 * 8)
+    case.qkv[30, keys] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    attention = operators.attention(
+        AttentionConfig(shape, case.num_blocks, 4, case.inv_freq, 200, torch.float32)
+    )
+    out = attention.begin_step(case.batch(CPU))(0, case.qkv)
+    assert out[:30].isfinite().all() and out[30:].isnan().all()
+
+
 @examples(10)
 @given(
     st.lists(st.integers(1, 600), max_size=2),
