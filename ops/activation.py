@@ -14,18 +14,21 @@ Activation = Callable[[Tensor], Tensor]
 VECTOR = 32  # floats that torch computes at once on a CPU, at most: two vectors of AVX-512
 
 
-def by_row(function: Activation) -> Activation:
+def by_row(function: Activation, *, strided: bool = True) -> Activation:
     """An elementwise function that gives a row the same bits whatever rows are computed with it: [n, w].
 
-    torch goes through all rows as one. What its vectors leave at the very end it computes one by one, by
-    another approximation of exp: so rows are made as wide as whole vectors.
+    On a CPU torch goes through all rows as one. What its vectors leave at the very end it computes one by
+    one, by another approximation of exp: so rows are made as wide as whole vectors. A GPU computes each
+    number by itself. strided: whether the function gives what is strided the bits of what is contiguous.
     """
 
     def padded(x: Tensor) -> Tensor:
         width = x.shape[-1]
-        if width % VECTOR == 0:
+        if x.device.type != "cpu":
             return function(x)
-        return function(pad(x, (0, -width % VECTOR)))[..., :width].contiguous()
+        if width % VECTOR:
+            return function(pad(x, (0, -width % VECTOR)))[..., :width].contiguous()
+        return function(x if strided else x.contiguous())
 
     return padded
 
@@ -33,7 +36,7 @@ def by_row(function: Activation) -> Activation:
 sigmoid, tanh = by_row(torch.sigmoid), by_row(torch.tanh)
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": by_row(silu),
-    "gelu": by_row(lambda x: gelu(x.contiguous())),  # oneDNN's, another one than torch's for what is strided
+    "gelu": by_row(gelu, strided=False),  # what is contiguous oneDNN computes, by another approximation
     "gelu_tanh": by_row(partial(gelu, approximate="tanh")),
     "relu2": lambda x: relu(x).square(),  # So et al., 2021, arXiv:2109.08668
 }

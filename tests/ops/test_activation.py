@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from microvllm.ops.activation import ACTIVATIONS, CLAMPED, VECTOR, activated, sigmoid, tanh
+from microvllm.ops.activation import ACTIVATIONS, CLAMPED, VECTOR, activated, by_row, sigmoid, tanh
 
 PLAIN = {"sigmoid": sigmoid, "tanh": tanh}
 
@@ -29,3 +29,16 @@ def test_torch_itself_rounds_what_its_vectors_leave_otherwise() -> None:
     """Which is what these functions are for: without it the test above could not fail."""
     x = torch.randn(4096, 1, generator=torch.manual_seed(0))
     assert not torch.equal(x.sigmoid(), torch.cat([row.sigmoid() for row in x])[:, None])
+
+
+def test_rows_on_a_gpu_are_computed_as_they_are() -> None:
+    """Without the three kernels more that padding takes: a shared expert's gate has one column a layer."""
+    given = list[torch.Tensor]()
+
+    def noting(x: torch.Tensor) -> torch.Tensor:
+        given.append(x)
+        return x
+
+    halves = torch.empty(3, 2 * VECTOR, device="meta").chunk(2, dim=-1)
+    for x in (torch.empty(3, 1, device="meta"), halves[0]):
+        assert by_row(noting, strided=False)(x) is x is given[-1]
