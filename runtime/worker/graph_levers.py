@@ -17,16 +17,16 @@ def graph_levers(config: EngineConfig) -> Levers:
 
     rules: not with `--enforce-eager`, as the memory of the tables is counted with that of the graphs; nor
     with `--batch-invariant`, where a token has the bits of an eager step, and tables round penalties in
-    another order. long_prompts: in dense models of attention alone, on one GPU. The grid of latent attention
-    grows with the size that a step is padded to; a mixture reads the weights of all experts, where
+    another order; nor on several GPUs, where rank 0 chooses the tokens of requests with rules, and graphs of
+    the tables never ran. long_prompts: in dense models of attention alone, on one GPU. The grid of latent
+    attention grows with the size that a step is padded to; a mixture reads the weights of all experts, where
     `num_products` has those of one token; the states and sums of ranks of so many tokens ran in no graph.
     """
     levers = Levers.of(torch.device(config.device))
-    captures = not config.enforce_eager and not config.batch_invariant
+    captures = not (config.enforce_eager or config.batch_invariant or config.tensor_parallel_size > 1)
     measured = (
         captures
         and config.attention_backend == "triton"
-        and config.tensor_parallel_size == 1
         and all(isinstance(layer.mixer, Attention) for layer in config.spec.layers)
         and all(isinstance(layer.mlp, MLP) for layer in config.spec.layers)
     )

@@ -63,7 +63,7 @@ def test_long_prompts_are_of_dense_models_of_attention_alone(kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"tensor_parallel_size": 2}, (True, False)),
+        ({"tensor_parallel_size": 2}, (False, False)),
         ({"attention_backend": "flash_attn"}, (True, False)),
         ({"batch_invariant": True}, (False, False)),
         ({"enforce_eager": True}, (False, False)),
