@@ -9,7 +9,9 @@ or a content type counts only in the head (RFC 9110, 6.5.1). `Upgrade` is ignore
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,6 +23,10 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from microvllm.openai_compat.transport.lifecycle import ON_DISCONNECT
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 128
@@ -329,16 +335,29 @@ class GuardedProtocol(HttpToolsProtocol):
     def _watch_flush(self) -> None:
         """Have the connection aborted if the client takes too little of what waits for it."""
         if self._write_timer is None:
-            waiting = self.transport.get_write_buffer_size()
-            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self._write_late, waiting)
+            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self._write_late, self._untaken())
 
     def _write_late(self, before: int) -> None:
         self._write_timer = None
-        waiting = self.transport.get_write_buffer_size()
-        if waiting and before - waiting < MIN_TAKEN_BYTES:
+        if not self.transport.get_write_buffer_size():
+            return
+        if before - self._untaken() < MIN_TAKEN_BYTES:
             self.transport.abort()
-        elif waiting:
+        else:
             self._watch_flush()
+
+    def _untaken(self) -> int:
+        """Return how many bytes wait for the client, with those in the kernel where that says it.
+
+        The kernel buffers megabytes, and has a transport write on only when a third of them are taken.
+        """
+        waiting = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket")
+        if sys.platform != "win32" and sock is not None:
+            with contextlib.suppress(OSError, ValueError):  # closed, or of a kind that does not say
+                unsent = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+                waiting += int.from_bytes(unsent, sys.byteorder)
+        return waiting
 
     def resume_writing(self) -> None:
         self._stop_write_timer()

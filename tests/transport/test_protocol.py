@@ -6,6 +6,8 @@ import asyncio
 import http.client
 import json
 import logging
+import socket
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,6 +262,34 @@ async def test_what_a_client_does_not_take_holds_no_connection(
     assert pipe.aborted
     connection.connection_lost(None)
     assert not loop.due
+
+
+@pytest.mark.asyncio
+@pytest.mark.skipif(sys.platform != "linux", reason="where the kernel says what waits in it")
+async def test_what_a_client_takes_from_the_kernel_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transport writes on only when a third of the kernel's buffer is free."""
+    monkeypatch.setattr(protocol, "WRITE_DEADLINE_S", WRITE_S)
+    connection, pipe, loop = GuardedProtocol(CONFIG, ServerState(), {}), Pipe(), Deadlines()
+    connection.loop = loop  # type: ignore[assignment]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * TAKEN)
+        ours.setblocking(False)
+        for _ in range(64):
+            ours.send(bytes(TAKEN // 32))  # what a read takes a part of may count as a whole
+        pipe._extra = {"socket": ours}
+        connection.connection_made(pipe)
+        if connection._untaken() < 2 * TAKEN:
+            pytest.skip("this kernel does not say it of a pair")
+        pipe.waiting = TAKEN
+        connection.pause_writing()
+        theirs.recv(TAKEN, socket.MSG_WAITALL)
+        loop.fire(WRITE_S)
+        assert not pipe.aborted
+        theirs.recv(1000)
+        loop.fire(WRITE_S)
+        assert pipe.aborted
+    connection.connection_lost(None)
 
 
 @pytest.mark.asyncio
