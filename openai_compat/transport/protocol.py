@@ -205,7 +205,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refusal = 431
             self.send_400_response("")
         elif not (self._in_head or self.transport.is_closing()) and self.cycle.response_complete:
-            # What came begins no request: line breaks, or more of a body that nobody reads.
+            # What came begins no request: line breaks, or more of a body whose request is answered.
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )

@@ -9,8 +9,8 @@
 #define CHUNK 60L /* keys, a multiple of ROWS: with their scores they leave the first-level cache room for a block */
 #define VALUES (VECTORS == 32 ? 8L : ROWS) /* elements of a value that are summed up at a time: heads have whole 8 */
 
-/* 2^x for x <= 0, and 0 below -126: 2^n times a polynomial in the rest (degree 5, relative error below 2e-7). NaN stays
- * NaN. */
+/* `vexp2` for x <= 0 in fewer instructions, as a softmax has one for each weight: 2^n times a polynomial in the rest
+ * (degree 5, relative error below 2e-7); 0 below -126, and NaN stays NaN. */
 INLINE vec power_of_2(vec x)
 {
     vec shifted = x + 12582912.0f; /* whose lowest bits are x, rounded to an integer */
