@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.gpu.activation import swiglu
+from microvllm.ops.gpu.gemv import finish_row
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.scaled import ScaledTensor
@@ -122,18 +122,12 @@ def _scaled_gemv_kernel(
         value = tl.sum(sums[m], 1) * factor
         if not in_blocks:
             value *= tl.load(scales + n // SCALE_N, n < N, 0.0)
-        if BIAS:
-            value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
+        up = value
         if GATED:
             up = tl.sum(up_sums[m], 1) * factor
             if not in_blocks:
                 up *= tl.load(scales + (N + n) // SCALE_N, n < N, 0.0)
-            if BIAS:
-                up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
-            value = swiglu(value, up)
-        if RESIDUAL:
-            value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
-        tl.store(y + m * N + n, value, n < N)
+        finish_row(y, value, up, m, n, bias, residual, N, GATED, BIAS, RESIDUAL)
 
 
 def scaled_gemv(
