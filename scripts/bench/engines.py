@@ -165,6 +165,7 @@ def microvllm(spec: Spec, setup: Setup) -> Engine:
         flags = ["--gguf-weights", "dequantized", *flags]
     gguf_weights = _value_of("--gguf-weights", flags)
     dtype, backend, packed = _microvllm_defaults(python, model, spec.dtype, setup.device, gguf_weights)
+    packed = packed and model.is_file()  # every engine has the packed weights of a folder as they are
     weights = gguf_format(model) if packed else dtype
     command = [python, "-m", "microvllm.cli", "serve", "--model", str(model)]
     command += ["--served-model-name", MODEL_NAME, "--device", setup.device, "--dtype", dtype]
