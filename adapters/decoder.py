@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microvllm.adapters.dense_and_experts import norm_behind
 from microvllm.adapters.head import make_head
-from microvllm.adapters.nothing import Nothing
+from microvllm.adapters.layers.dense_and_experts import norm_behind
+from microvllm.adapters.layers.nothing import Nothing
 from microvllm.adapters.spec import LayerSpec, Mixer, MLPKind, ModelSpec
 from microvllm.adapters.taken_weights import TakenWeights
 from microvllm.ops.attention import AttentionBackend, BackendConfig, StepAttention

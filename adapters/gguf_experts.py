@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
 from microvllm.ops.routing import Routing

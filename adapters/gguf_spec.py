@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_tokens import special_tokens
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import Rotary, rope_from_gguf
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters import (
+from microvllm.adapters.errors import ModelFileError, OverrideError
+from microvllm.adapters.families import (
     deepseek_v3,
     ernie4_5_moe,
     gemma2,
@@ -41,7 +42,6 @@ from microvllm.adapters import (
     seed_oss,
     smollm3,
 )
-from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_file import GGUFFile

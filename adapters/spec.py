@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from microvllm.adapters.cache_plan import CachePlan
-from microvllm.adapters.dense_and_experts import DenseAndExperts
-from microvllm.adapters.experts import Experts
-from microvllm.adapters.head_norms import head_norms, whole_norms
-from microvllm.adapters.latent import LatentAttention
-from microvllm.adapters.layer_tails import LayerTails
-from microvllm.adapters.mlp import MLP
-from microvllm.adapters.nothing import Nothing
+from microvllm.adapters.layers.dense_and_experts import DenseAndExperts
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.head_norms import head_norms, whole_norms
+from microvllm.adapters.layers.latent import LatentAttention
+from microvllm.adapters.layers.layer_tails import LayerTails
+from microvllm.adapters.layers.mlp import MLP
+from microvllm.adapters.layers.nothing import Nothing
+from microvllm.adapters.layers.stateful import StatefulMixer
+from microvllm.adapters.layers.stateful_kinds import StatefulKind
 from microvllm.adapters.pooling_spec import Pooling
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.rope_spec import RopeSpec
-from microvllm.adapters.stateful import StatefulMixer
-from microvllm.adapters.stateful_kinds import StatefulKind
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 
 if TYPE_CHECKING:

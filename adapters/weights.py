@@ -29,10 +29,10 @@ from microvllm.adapters.checkpoints import (
 from microvllm.adapters.coded_formats import CODED, fits, has_blocks, round_to_groups
 from microvllm.adapters.dequantize import PACKED_LAYOUTS
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import shorten, warn_once
 from microvllm.adapters.hf_config import COUNT_KEYS, OTHER_COUNT_KEYS
 from microvllm.adapters.kv_scales import load_scales, scale_tensors
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.mxfp4 import MXFP4, fits_mxfp4, round_to_mxfp4
 from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.registry import BY_NAME, load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import Part, Slot

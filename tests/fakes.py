@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.runtime.config import EngineConfig

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.adapters.stateful import StatefulMixer
+from microvllm.adapters.layers.stateful import StatefulMixer
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError

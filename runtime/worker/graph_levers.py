@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.spec import Attention
 from microvllm.ops.gpu.levers import Levers
 from microvllm.runtime.config import EngineConfig

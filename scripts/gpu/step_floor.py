@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 

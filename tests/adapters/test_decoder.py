@@ -16,7 +16,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.adapters.family import HF_TENSORS
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.rotary import inverse_frequencies
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec

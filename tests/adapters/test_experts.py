@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.quantized import QuantizedTensor

@@ -15,7 +15,7 @@ from model_tools import VARIANTS, generate_ids, make_engine, make_prompts
 from tiny_models import TOKENIZER_SIZE, make_hf_folder
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.coded import CodedTensor

@@ -22,9 +22,9 @@ from model_tools import (
 from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, make_hf_folder
 
-from microvllm.adapters.delta_net import GatedDeltaNet
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.layers.delta_net import GatedDeltaNet
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import Attention
 from microvllm.ops.row_states import StatesByRow

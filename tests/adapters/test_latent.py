@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, reference
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
-from microvllm.adapters.latent import LatentAttention
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.latent import LatentAttention
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.routing import Routing

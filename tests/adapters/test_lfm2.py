@@ -12,9 +12,9 @@ from model_tools import generate_ids, make_engine, make_prompts, variant_folder
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, reference, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.mlp import MLP
+from microvllm.adapters.layers.short_conv import ShortConv
 from microvllm.adapters.registry import load_spec
-from microvllm.adapters.short_conv import ShortConv
 from microvllm.adapters.spec import Attention
 from microvllm.ops.experts import route
 from microvllm.ops.routing import Routing

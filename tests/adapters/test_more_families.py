@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.mamba2 import Mamba2
+from microvllm.adapters.layers.mamba2 import Mamba2
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.spec import ModelSpec

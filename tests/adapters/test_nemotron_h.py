@@ -11,10 +11,10 @@ from model_tools import generate_ids, make_engine, make_prompts, variant_folder
 from tiny_models import TOKENIZER_SIZE
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
-from microvllm.adapters.mamba2 import Mamba2
-from microvllm.adapters.mlp import MLP
-from microvllm.adapters.nothing import Nothing
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.mamba2 import Mamba2
+from microvllm.adapters.layers.mlp import MLP
+from microvllm.adapters.layers.nothing import Nothing
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import Attention
 from microvllm.runtime.errors import ConfigError

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.weights import load_weights

@@ -14,7 +14,7 @@ import pytest
 from tiny_models import FAMILIES, make_hf_folder, token_id, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.rope_spec import RopeSpec, llama3_divisors
 from microvllm.adapters.spec import Attention

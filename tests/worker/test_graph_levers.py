@@ -11,10 +11,10 @@ from fakes import make_config
 
 import triton_interpreter  # noqa: F401  # isort: skip  (first, as it chooses how kernels run)
 
-from microvllm.adapters.experts import Experts
-from microvllm.adapters.latent import LatentAttention
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.latent import LatentAttention
+from microvllm.adapters.layers.short_conv import ShortConv
 from microvllm.adapters.rope_spec import RopeSpec
-from microvllm.adapters.short_conv import ShortConv
 from microvllm.ops.gpu.levers import VARIABLE
 from microvllm.ops.routing import Routing
 from microvllm.runtime.config import EngineConfig

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.families.mamba2_config import MambaKeys, read_mamba
+from microvllm.adapters.families.routed_experts import KEYS as EXPERT_KEYS
+from microvllm.adapters.families.routed_experts import Defaults, routed_experts
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.hf_config import SILU, hf_spec
-from microvllm.adapters.mamba2 import Mamba2, tensors
-from microvllm.adapters.mamba2_config import MambaKeys, read_mamba
-from microvllm.adapters.mlp import MLP
-from microvllm.adapters.nothing import Nothing
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.mamba2 import Mamba2, tensors
+from microvllm.adapters.layers.mlp import MLP
+from microvllm.adapters.layers.nothing import Nothing
 from microvllm.adapters.rope_spec import RopeSpec, Rotary
-from microvllm.adapters.routed_experts import KEYS as EXPERT_KEYS
-from microvllm.adapters.routed_experts import Defaults, routed_experts
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
 

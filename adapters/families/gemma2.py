@@ -11,7 +11,7 @@ from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 

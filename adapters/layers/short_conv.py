@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.adapters.stateful import StatefulMixer, conv_slots
+from microvllm.adapters.layers.stateful import StatefulMixer, conv_slots
 from microvllm.adapters.tensors import WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from microvllm.adapters.families.gemma2 import GGUF_NAMES, sliding_pattern
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
-from microvllm.adapters.gemma2 import GGUF_NAMES, sliding_pattern
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import (

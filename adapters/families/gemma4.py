@@ -12,16 +12,16 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters import gemma4_gguf
-from microvllm.adapters.dense_and_experts import DenseAndExperts
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.families import gemma4_gguf
+from microvllm.adapters.families.gemma2 import GELU
+from microvllm.adapters.families.gemma2 import TENSORS as GEMMA_TENSORS
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, Fields
-from microvllm.adapters.gemma2 import GELU
-from microvllm.adapters.gemma2 import TENSORS as GEMMA_TENSORS
 from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows, text_part
-from microvllm.adapters.layer_tails import LayerTails
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.dense_and_experts import DenseAndExperts
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.layer_tails import LayerTails
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.adapters.experts import Experts
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.tensors import LayerWeights, Shard, Slot, vector_slot
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from functools import partial
 
 import msgspec
 
+from microvllm.adapters.families.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.gguf_experts import (
@@ -19,7 +20,6 @@ from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
-from microvllm.adapters.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
 from microvllm.adapters.spec import ModelSpec
 
 

@@ -6,7 +6,8 @@ from functools import partial
 
 import msgspec
 
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.families.mixtral import EXPERTS
+from microvllm.adapters.families.mixtral import TENSORS as MIXTRAL_TENSORS
 from microvllm.adapters.family import GGUF_TENSORS, Family
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_experts import (
@@ -19,8 +20,7 @@ from microvllm.adapters.gguf_experts import (
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, read_experts
-from microvllm.adapters.mixtral import EXPERTS
-from microvllm.adapters.mixtral import TENSORS as MIXTRAL_TENSORS
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE

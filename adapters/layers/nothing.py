@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from microvllm.adapters.stateful import StatefulMixer
+from microvllm.adapters.layers.stateful import StatefulMixer
 from microvllm.adapters.tensors import LayerWeights, Shard, Slot
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from microvllm.adapters.gguf_experts import (
 )
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.latent import LatentAttention
+from microvllm.adapters.layers.latent import LatentAttention
 from microvllm.adapters.rope_spec import Rotary, rope_from_gguf, yarn_attention_factor
 from microvllm.adapters.spec import ModelSpec
 

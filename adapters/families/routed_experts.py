@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.experts import Experts
 from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE
 from microvllm.ops.routing import Routing

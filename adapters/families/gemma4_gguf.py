@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.dense_and_experts import DenseAndExperts
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.experts import Experts
+from microvllm.adapters.families.gemma2 import GGUF_NAMES, sliding_pattern
+from microvllm.adapters.families.gemma3 import softcap
 from microvllm.adapters.fields import MAX_EXPERTS, Fields
-from microvllm.adapters.gemma2 import GGUF_NAMES, sliding_pattern
-from microvllm.adapters.gemma3 import softcap
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.layer_tails import LayerTails
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.dense_and_experts import DenseAndExperts
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.layer_tails import LayerTails
+from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, RopeSpec, Rotary
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE

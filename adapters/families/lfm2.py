@@ -7,16 +7,16 @@ from functools import partial
 
 import msgspec
 
-from microvllm.adapters.experts import Experts
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.gguf_experts import CORRECTION, SIGMOID, gguf_experts
 from microvllm.adapters.gguf_file import GGUFFile
 from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.hf_config import hf_spec, hybrid_layer_types, read_experts
-from microvllm.adapters.mlp import MLP
+from microvllm.adapters.layers.experts import Experts
+from microvllm.adapters.layers.mlp import MLP
+from microvllm.adapters.layers.short_conv import ShortConv
 from microvllm.adapters.rope_spec import rope_from_hf
-from microvllm.adapters.short_conv import ShortConv
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
 

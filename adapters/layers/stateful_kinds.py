@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from microvllm.adapters.delta_net import GatedDeltaNet
-from microvllm.adapters.mamba2 import Mamba2
-from microvllm.adapters.nothing import Nothing
-from microvllm.adapters.short_conv import ShortConv
+from microvllm.adapters.layers.delta_net import GatedDeltaNet
+from microvllm.adapters.layers.mamba2 import Mamba2
+from microvllm.adapters.layers.nothing import Nothing
+from microvllm.adapters.layers.short_conv import ShortConv
 
 StatefulKind: TypeAlias = GatedDeltaNet | Mamba2 | ShortConv | Nothing

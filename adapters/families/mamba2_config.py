@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.mamba2 import Mamba2
+from microvllm.adapters.layers.mamba2 import Mamba2
 
 LIMIT = "time_step_limit"
 INFINITY = (math.inf, {"__float__": "Infinity"})  # the second is how transformers writes it

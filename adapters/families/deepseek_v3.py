@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters import deepseek_gguf
+from microvllm.adapters.families import deepseek_gguf
+from microvllm.adapters.families.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.fields import Fields
 from microvllm.adapters.hf_config import hf_spec
-from microvllm.adapters.latent import LatentAttention
+from microvllm.adapters.layers.latent import LatentAttention
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf, yarn_attention_factor
-from microvllm.adapters.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
 from microvllm.adapters.spec import ModelSpec
 
 ATTENTION = "model.layers.{i}.self_attn"

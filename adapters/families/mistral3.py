@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from microvllm.adapters import ministral3, mistral
+from microvllm.adapters.families import ministral3, mistral
 from microvllm.adapters.family import Family
 from microvllm.adapters.fields import Fields, shorten
 from microvllm.adapters.hf_config import text_part

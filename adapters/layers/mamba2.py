@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.adapters.stateful import STATE_BYTES, StatefulMixer, conv_slots
+from microvllm.adapters.layers.stateful import STATE_BYTES, StatefulMixer, conv_slots
 from microvllm.adapters.tensors import BARE, WHOLE, Cut, LayerWeights, Shard, Slot, matrix_slots, vector_slot
 
 if TYPE_CHECKING:
