@@ -15,7 +15,7 @@ import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
 OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
-OPT_IN = {"peers", "block_w8a8"}  # not in use unless that variable names them
+OPT_IN = {"peers"}  # not in use unless that variable names them
 # Multiplications that an H200 computes while the host launches a step's kernels one by one: 2,000 tokens of
 # Qwen3-0.6B, 0.6 billion each, take it 5.2 to 6.2 ms, and the host 11.2 ms.
 LAUNCHED_PRODUCTS = 2_100_000_000_000

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
 
 from microvllm.ops.activation import silu_and_mul
-from microvllm.ops.gpu.levers import OPT_IN_VARIABLE, VARIABLE, Levers
+from microvllm.ops.gpu.levers import VARIABLE, Levers
 from microvllm.ops.gpu.operators import GpuOperators
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.scaled import ScaledTensor, quantize
@@ -131,7 +131,6 @@ def test_many_rows_and_blocks(n: int, k: int, rows: int, monkeypatch: pytest.Mon
     """By `_scaled_mm` with scales of groups and blocks; 1,152 are nine blocks of columns: widened."""
     from microvllm.ops.gpu.e4m3 import round_rows
 
-    monkeypatch.setenv(OPT_IN_VARIABLE, "block_w8a8")
     monkeypatch.delenv(VARIABLE, raising=False)
     x, norm, bias = random(rows, k, seed=1), random(k, seed=2), random(n, seed=3)
     weight, residual = scaled(n, k, "block", 4, "token"), random(rows, n, seed=5)

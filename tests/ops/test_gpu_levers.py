@@ -30,7 +30,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_all_are_in_use_where_they_can_be(hopper: Any) -> None:
     assert Levers.of(GPU) == USUAL
-    assert USUAL.rules and USUAL.long_prompts and not USUAL.peers
+    assert USUAL.rules and USUAL.block_w8a8 and not USUAL.peers
     assert Levers.of(torch.device("cpu")) == Levers()
 
 

@@ -194,6 +194,11 @@ def test_many_rows_and_blocks_of_codes(
         assert relative_error(y, product + added) < 0.02
 
 
+def test_batch_invariance_keeps_no_matrix_in_codes() -> None:
+    """How many rows run together decides whether they are rounded, by default of blocks of weights, too."""
+    assert Levers().packed and not GpuOperators(torch.bfloat16, DEVICE, "triton", batch_invariant=True).packed
+
+
 @pytest.mark.parametrize("activations", ["none", "token"])
 @pytest.mark.parametrize("rows", [1, 2, 6, MAX_STREAMED_ROWS + 1])
 def test_what_a_decoder_calls(rows: int, activations: str) -> None:
