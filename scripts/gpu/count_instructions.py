@@ -11,10 +11,10 @@ share of the multiprocessors' time that programs fill if all take equally long. 
 
 `coded` are codes of 4 bits, `zeros` those with zero points, `bytes` those of 8 bits, and with `early` in
 front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `blocks-ahead` FP8 in blocks of 128 x 128 and `blocks`
-these without `block_w8a8`, `mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16,
-by so many tokens, if each expert has one tile of rows. What is outside of the longest loop counts once a
-program, and so do shorter loops; what waits once more behind the program's end does not. --tilings has those
-that the tuners time, too.
+these without `block_w8a8`, `mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in
+bfloat16, by so many tokens, if each expert has one tile of rows. What is outside of the longest loop counts
+once a program, and so do shorter loops; what waits once more behind the program's end does not. --tilings has
+those that the tuners time, too.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ pytestmark = [
     ),
 ]
 SIZES: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 512}  # heads of 64, rows in 4.5 blocks
-# `_scaled_mm` takes blocks only in columns that are whole in fours, and rows of joined matrices in whole blocks.
-IN_BLOCKS = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+# All products of many rows are by `_scaled_mm`: four blocks of columns, and joined matrices of whole blocks.
+HEADS_OF_A_BLOCK: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IN_BLOCKS: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 512, **HEADS_OF_A_BLOCK}
 FORMS = ("fp8", "fp8-block", "compressed-fp8-channel")
 quantize_checkpoint = load_script("quantize_checkpoint")
 

@@ -43,6 +43,52 @@ def test_the_shell_script_hands_the_comparison_over(tmp_path: Path) -> None:
     assert f"PYTHONPATH='{site}' VLLM_USE_FLASHINFER_SAMPLER=0" in wrapper
 
 
+def environment_of_a_run(pid: int) -> dict[str, str]:
+    """What marks the processes of a run of compare.sh: its shell and when that began."""
+    stat = Path(f"/proc/{pid}/stat")
+    moment = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else "1"
+    return {**os.environ, "MICROVLLM_COMPARE_RUN": f"{pid}.{moment}"}
+
+
+def test_a_comparison_leaves_no_process_behind(tmp_path: Path) -> None:
+    """Neither of its own servers, in a session of theirs, nor of a run that was killed; of others, all."""
+    for folder in ("bin", "vllm/vllm", "model", "wheels"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "wheels" / "one.whl").touch()
+    (tmp_path / "vllm" / "env.sh").write_text("export PYTHONPATH=other OF_VLLM=1\n")
+    python, started = tmp_path / "bin" / "python3", tmp_path / "started"
+    python.write_text(
+        "#!/bin/bash\n[[ $1 == */compare.py ]] || exit 0\n"
+        f"setsid sleep 300 & disown\necho $! >{started}\n"
+        """[[ $* == *"--engine vllm args='--a 1 --b'"* ]] && exit 3\n"""
+    )
+    python.chmod(0o755)
+    left = subprocess.Popen(["sleep", "300"], env=environment_of_a_run(999_999_999))
+    other = subprocess.Popen(["sleep", "300"], env=environment_of_a_run(os.getpid()))
+    try:
+        words = [str(GPU_SCRIPTS / "compare.sh"), *(str(tmp_path / name) for name in ("vllm", "model"))]
+        environment = {
+            **{"PATH": f"{python.parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)},
+            **{"ENGINES": "vllm", "VLLM_ARGS": "--a 1 --b"},
+        }
+        ended = subprocess.run([*words, str(tmp_path / "wheels")], env=environment, timeout=60)
+        assert ended.returncode == 3
+        assert left.wait(10) == -9 and other.poll() is None
+        stat = Path(f"/proc/{int(started.read_text())}/stat")
+        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    finally:
+        left.kill()
+        other.kill()
+        left.wait()
+        other.wait()
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH $OF_VLLM $TRITON_CACHE_DIR $VLLM_CACHE_ROOT"\n')
+    wrapper = tmp_path / "microvllm-compare" / "python"
+    environment["TRITON_CACHE_DIR"] = "ours"
+    found = subprocess.run([wrapper], env=environment, capture_output=True, text=True, check=True).stdout
+    caches = tmp_path / "microvllm-compare" / "caches"
+    assert found.split() == [str(tmp_path / "vllm"), "1", f"{caches}/triton", f"{caches}/vllm"]
+
+
 def test_two_checkouts_take_turns(tmp_path: Path) -> None:
     """Each imports its own package, this one's from the checkout that the script is in."""
     base = tmp_path / "base"
