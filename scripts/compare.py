@@ -276,6 +276,7 @@ def main() -> int:
             left_out=missing,
             remark="",
             turns=plan.turns,
+            temperature=args.temperature,
         )
         if device == "cuda":
             rate = args.read_rate and 1e12 * args.read_rate

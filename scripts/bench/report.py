@@ -88,7 +88,8 @@ def _heading(facts: dict[str, Any]) -> list[str]:
         f"load {machine['load']:.1f} beforehand",
         facts["date"],
     ]
-    lines = [f"{', '.join(parts)}.", f"{facts['model']}, greedy; median (least to most) of "
+    sampling = f"temperature {facts['temperature']:g}" if facts.get("temperature") else "greedy"
+    lines = [f"{', '.join(parts)}.", f"{facts['model']}, {sampling}; median (least to most) of "
              f"{facts['rounds']} rounds{facts['remark']}."]  # fmt: skip
     return [*lines, f"`{facts['command']}`"]
 

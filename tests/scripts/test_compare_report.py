@@ -48,6 +48,8 @@ Left out: vllm: not found."""
 def test_the_report_is_this_one_and_ratios_are_taken_within_a_round() -> None:
     rows = [row("ours", 10, 40, 30), row("other", 5, 10, 10)]
     assert report.markdown(rows, [ONE], FACTS) == GOLDEN
+    sampled = report.markdown(rows, [ONE], {**FACTS, "temperature": 0.7})
+    assert sampled == GOLDEN.replace("greedy", "temperature 0.7")
 
 
 def test_quantised_weights_are_compared_with_quantised_ones() -> None:
