@@ -41,6 +41,7 @@ class CodedProduct(Product):
         """options: those of `Product`."""
         super().__init__(weight, bias, arrivals, **options)
         self._shared_memory = shared_memory(arrivals.device)
+        self._fetch = levers.early_zeros
         early = levers.early_codes and weight.bits == 4 and weight.zeros is None
         self._early = MAX_EARLY_CODED_ROWS if early and weight.group >= EARLY_CODED_GROUP else 0
 
@@ -58,7 +59,8 @@ class CodedProduct(Product):
             fused = gated and m <= MAX_GATED_CODED_ROWS
             sizes = m, rows // (1 + fused), weight.columns, weight.step
             tiling = coded_tiling(*sizes, self._shared_memory, gated=fused)
-            y = coded_skinny(x, weight, self._arrivals, self._bias, residual, tiling, gated=fused, pdl=pdl)
+            options = {"gated": fused, "pdl": pdl, "fetch": self._fetch}
+            y = coded_skinny(x, weight, self._arrivals, self._bias, residual, tiling, **options)
             return y if fused else self._activated(y)
         wide = torch.empty(rows, weight.columns, dtype=x.dtype, device=x.device)
         y = cublas_linear(x, widened(weight, wide, pdl=pdl), self._bias, residual)

@@ -104,6 +104,20 @@ def rows_of_groups(
 
 
 @triton.jit
+def fetch_rows_of_groups(
+    at, row, k, ROWS, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, THERE: tl.constexpr
+):
+    """Request what `rows_of_groups` will find from memory, into the L2 cache."""
+    last: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    for i in tl.static_range(0 if INTERPRETED or not THERE else GROUPS):
+        group = tl.minimum(k // GROUP + i, last)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at + group * ROWS + row],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _beside(a, b):
     """[n, k] and [n, k] -> [n, 2 * k]."""
     return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [a.shape[0], 2 * a.shape[1]])
@@ -196,6 +210,7 @@ def _coded_skinny_kernel(
     ROW_BLOCK: tl.constexpr,
     ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
+    FETCH: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -227,21 +242,26 @@ def _coded_skinny_kernel(
     # [WIDTH / 8, blocks, 128]: a warp's threads have 16 bytes each of a block, so many times.
     eighth = tl.arange(0, WIDTH // 8)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
     word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + eighth
-    follow(PDL)
-    x_at = x + tl.minimum(m, M - 1)[None, :] * K + column[:, None]
-    there = (m < M)[None, :]
     first = split * SPLIT_K
-    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up_sums = sums
     # Scales are loaded a step ahead, as tiles are, and zero points that are multiplied with sums of x. Not
     # those that are subtracted from codes: what a loop hands on keeps its layout, and codes would go to that
     # by way of shared memory, 16 KB that a second program of a multiprocessor has no room for.
     AHEAD: tl.constexpr = ZEROS and (OFFSETS or BLOCK_M <= MOST_BY_SUMS)
+    FETCHED: tl.constexpr = FETCH and ZEROS and not AHEAD
+    fetch_rows_of_groups(zeros, row, first, ROWS, K, GROUP, 2 * GROUPS, FETCHED)
+    fetch_rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, 2 * GROUPS, GATED and FETCHED)
+    follow(PDL)
+    x_at = x + tl.minimum(m, M - 1)[None, :] * K + column[:, None]
+    there = (m < M)[None, :]
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up_sums = sums
     scale = rows_of_groups(scales, row, first, ROWS, K, GROUP, GROUPS, not WHOLE)
     zero = rows_of_groups(zeros, row, first, ROWS, K, GROUP, GROUPS, AHEAD)
     up_scale = rows_of_groups(scales, row + N, first, ROWS, K, GROUP, GROUPS, GATED and not WHOLE)
     up_zero = rows_of_groups(zeros, row + N, first, ROWS, K, GROUP, GROUPS, GATED and AHEAD)
     for k in tl.range(first, tl.minimum(first + SPLIT_K, K), STEP, num_stages=STAGES):
+        fetch_rows_of_groups(zeros, row, k + 2 * STEP, ROWS, K, GROUP, GROUPS, FETCHED)
+        fetch_rows_of_groups(zeros, row + N, k + 2 * STEP, ROWS, K, GROUP, GROUPS, GATED and FETCHED)
         tile = in_rows(tl.load(word_at + k // STEP * (ROW_BLOCK * WIDTH)))
         if GATED:
             up_tile = in_rows(tl.load(word_at + N * WORDS + k // STEP * (ROW_BLOCK * WIDTH)))
@@ -292,10 +312,12 @@ def coded_skinny(
     *,
     gated: bool,
     pdl: bool = False,
+    fetch: bool = False,
 ) -> Tensor:
     """act(x @ weight.T + bias) + residual: [m, n]; the arguments are `skinny.skinny_linear`'s.
 
-    x has the columns of the codes. block_k of the tiling is not used: a step is a run of words.
+    x has the columns of the codes. block_k of the tiling is not used: a step is a run of words. fetch: zero
+    points that are loaded in the step that uses them are requested two steps ahead, into the L2 cache.
     """
     m, k = x.shape
     n, step = weight.shape[0] // (2 if gated else 1), weight.step
@@ -334,6 +356,7 @@ def coded_skinny(
         ROW_BLOCK=BLOCK,
         ZEROS=weight.zeros is not None,
         OFFSETS=weight.has_offsets,
+        FETCH=fetch,
         GATED=gated,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,

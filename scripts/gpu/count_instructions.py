@@ -9,7 +9,8 @@ tensor cores, for the bytes from memory, and for those from the L2 cache, x incl
 bytes of its stack, where it spills, and of shared memory; warps that a multiprocessor holds (of 64); and the
 share of the multiprocessors' time that programs fill if all take equally long. The sums are of one layer.
 
-`coded` are codes of 4 bits, `zeros` those with zero points, `bytes` those of 8 bits, and with `early` in
+`coded` are codes of 4 bits, `zeros` those with zero points, `zeros-fetched` these
+with `early_zeros`, `bytes` those of 8 bits, and with `early` in
 front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `blocks-ahead` FP8 in blocks of 128 x 128 and `blocks`
 these without `block_w8a8`, `mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in
 bfloat16, by so many tokens, if each expert has one tile of rows. What is outside of the longest loop counts
@@ -228,7 +229,14 @@ def named(kind: str, name: str, rows: int, tiling: Any) -> str:
 
 
 def coded_cases(
-    rows: int, model: str, more: bool, *, early: bool = False, bits: int = 4, zeros: bool = False
+    rows: int,
+    model: str,
+    more: bool,
+    *,
+    early: bool = False,
+    bits: int = 4,
+    zeros: bool = False,
+    fetch: bool = False,
 ) -> Iterator[Case]:
     from tune_coded import GROUP, Way, candidates
 
@@ -258,7 +266,8 @@ def coded_cases(
                 call = partial(coded_gemv, x, weight, None, None, tiling, gated=fused, pdl=True)
             else:
                 splits, trips = tiling.splits, steps
-                call = partial(coded_skinny, x, weight, arrivals, None, None, tiling, gated=fused, pdl=True)
+                options = {"gated": fused, "pdl": True, "fetch": fetch}
+                call = partial(coded_skinny, x, weight, arrivals, None, None, tiling, **options)
 
             kind = "gemv" if way.gemv else "plain" if way.plain else "coded"
             padded = min(MOST_ROWS, max(MIN_ROWS, rows if rows > 8 else triton.next_power_of_2(rows)))
@@ -356,6 +365,7 @@ KINDS: dict[str, Callable[[int, str, bool], Iterator[Case]]] = {
     "coded": coded_cases,
     "early": partial(coded_cases, early=True),
     "zeros": partial(coded_cases, zeros=True),
+    "zeros-fetched": partial(coded_cases, zeros=True, fetch=True),
     "early-zeros": partial(coded_cases, zeros=True, early=True),
     "bytes": partial(coded_cases, bits=8),
     "early-bytes": partial(coded_cases, bits=8, early=True),

@@ -46,6 +46,8 @@ def main() -> None:
             "registers": used["REG"],
             "spills": max(used["STACK"], used["LOCAL"]),
             "early loads": before.count("ld.global.v4"),
+            "early requests": before.count("prefetch.global.L2"),
+            "requests": kernel.asm["ptx"].count("prefetch.global.L2"),
         }
         print(json.dumps({**shown, "shared memory": kernel.metadata.shared}))
 
@@ -54,12 +56,13 @@ def main() -> None:
 
     x = torch.zeros(35, 1024, dtype=torch.bfloat16)
 
-    def multiply(name: str, made: CodedTensor) -> None:
+    def multiply(name: str, made: CodedTensor, *, fetch: bool = False) -> None:
         tiling = coded_tiling(35, 512, 1024, made.step, 99 << 10, gated=False)
-        coded_skinny(x, made, arrivals, None, None, tiling, gated=False)
+        coded_skinny(x, made, arrivals, None, None, tiling, gated=False, pdl=fetch, fetch=fetch)
         report(f"product {name}", 35)
 
     multiply("AWQ", weight(512, *kinds["GPTQ"], zeros=True))
+    multiply("AWQ, fetched", weight(512, *kinds["GPTQ"], zeros=True), fetch=True)
     for name, kind in kinds.items():
         multiply(name, weight(512, *kind))
         grouped = CodedGroupedWeight(weight(4 * 512, *kind), 256, gated=True)

@@ -23,12 +23,15 @@ def test_kernels_of_codes_compile_and_spill_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 12
+    assert len(kernels) == 13
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel  # it would go to memory at every step
         assert kernel["shared memory"] <= 99 << 10, kernel
         # Codes go into registers, 16 bytes at once, before x is known.
         assert not kernel["name"].startswith("early") or kernel["early loads"] >= 4, kernel
+        # Zero points of two steps, with two groups each, before x is known; then of another in each step.
+        asked = (4, 6) if kernel["name"] == "product AWQ, fetched" else (0, 0)
+        assert (kernel["early requests"], kernel["requests"]) == asked, kernel
     taken = {kernel["name"]: kernel["shared memory"] for kernel in kernels}
     # Codes less their zero points go by way of registers, not of 16 KB that take a second program's place.
-    assert taken["product AWQ"] == taken["product GPTQ"]
+    assert taken["product AWQ"] == taken["product AWQ, fetched"] == taken["product GPTQ"]

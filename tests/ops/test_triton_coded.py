@@ -120,6 +120,10 @@ def test_a_product(
     y = coded_skinny(x, weight, arrivals, bias, residual, tiling, gated=gated)
     assert y.dtype == dtype and relative_error(y, expected) < TOLERANCE[dtype]
     assert not arrivals.any()
+    if zeros is True and rows > 16:  # only when bytes come
+        residual = None if gated else random(rows, n, seed=4, dtype=dtype)
+        fetched = coded_skinny(x, weight, arrivals, bias, residual, tiling, gated=gated, fetch=True)
+        assert torch.equal(fetched, y)
 
 
 @pytest.mark.parametrize("dtype", [DTYPES[-1]], ids=str)
@@ -209,6 +213,7 @@ def test_codes_come_early_where_that_was_timed(
     def noting(name: str) -> Callable[..., Tensor]:
         def call(x: Tensor, weight: CodedTensor, *_: Any, gated: bool, **options: Any) -> Tensor:
             calls.append(name)
+            assert options.get("fetch", False) == (ops.levers.early_zeros and name == "coded_skinny")
             return x.new_zeros(len(x), weight.shape[0] // (1 + gated))
 
         return call
@@ -218,7 +223,7 @@ def test_codes_come_early_where_that_was_timed(
     ops = GpuOperators(torch.float16, DEVICE, "triton")
     weight = coded(32, 300, bits, group, zeros=zeros, seed=1)
     for switched_on, dtype in ((True, torch.float16), (False, torch.float16), (True, torch.float32)):
-        ops.levers = replace(ops.levers, early_codes=switched_on)
+        ops.levers = replace(ops.levers, early_codes=switched_on, early_zeros=switched_on)
         assert ops.linear(weight)(torch.zeros(rows, 300, dtype=dtype, device=DEVICE)).shape == (rows, 32)
     assert calls == ["coded_gemv" if early else "coded_skinny", "coded_skinny", "coded_skinny"]
 
