@@ -15,7 +15,7 @@ import triton
 
 VARIABLE = "MICROVLLM_GPU_OFF"
 OPT_IN_VARIABLE = "MICROVLLM_GPU_ON"
-OPT_IN = {"peers", "early_zeros"}  # not in use unless that variable names them
+OPT_IN = {"peers", "early_zeros", "more_streams"}  # not in use unless that variable names them
 # Multiplications that an H200 computes while the host launches a step's kernels one by one: 2,000 tokens of
 # Qwen3-0.6B, 0.6 billion each, take it 5.2 to 6.2 ms, and the host 11.2 ms.
 LAUNCHED_PRODUCTS = 2_100_000_000_000
@@ -47,7 +47,8 @@ class Levers:
     long_prompts: graphs of steps with more than 1,024 tokens of prompts, for small models; early_codes:
     products of one or two rows with codes of 4 bits by `ops.gpu.coded_gemv`; block_w8a8: `w8a8` of many rows,
     too, with weights in blocks of 128 x 128, and of fewer with scales loaded a step ahead; early_zeros:
-    zero points of codes, for 17 rows or more, requested two steps ahead.
+    zero points of codes, for 17 rows or more, requested two steps ahead; more_streams: `stream` of products
+    without tilings that were timed, by some that resemble them.
     """
 
     stream: bool = False
@@ -62,6 +63,7 @@ class Levers:
     early_codes: bool = False
     block_w8a8: bool = False
     early_zeros: bool = False
+    more_streams: bool = False
 
     def prompt_tokens(self, num_products: int) -> int:
         """Tokens up to which a step's kernels take the host longer to launch than the GPU to compute.

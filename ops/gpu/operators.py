@@ -29,7 +29,7 @@ from microvllm.ops.gpu.product import Product
 from microvllm.ops.gpu.recurrences import RECURRENCES
 from microvllm.ops.gpu.skinny import MAX_SPLIT_TILES, skinny_linear
 from microvllm.ops.gpu.tiling import MAX_SKINNY_ROWS
-from microvllm.ops.gpu.tunings import stream_tilings
+from microvllm.ops.gpu.tunings import guessed_tilings, stream_tilings
 from microvllm.ops.operators import LinearOperator, Norm, Operator, Operators
 from microvllm.ops.routing import Routing
 from microvllm.ops.row_states import Recurrence
@@ -88,7 +88,10 @@ class GpuOperators(Operators):
         if self.levers.stream and weight.dtype.itemsize == 2 and weight.shape[1] % 8 == 0:
             rows, k = weight.shape
             n = rows // 2 if gated else rows
-            if tilings := stream_tilings(weight.device, n, k, gated=gated):
+            tilings = stream_tilings(weight.device, n, k, gated=gated)
+            if not tilings and self.levers.more_streams:
+                tilings = guessed_tilings(n, k, gated=gated)
+            if tilings:
                 from microvllm.ops.gpu.stream import StreamedWeight
 
                 streamed = StreamedWeight(weight, self._arrivals, tilings, gated=gated, pdl=self.pdl)

@@ -93,3 +93,19 @@ STREAM: Mapping[str, Mapping[tuple[int, int, bool], Mapping[int, Tiling | None]]
 def stream_tilings(device: torch.device, n: int, k: int, *, gated: bool) -> Mapping[int, Tiling | None]:
     """Those measured for a product on this device, perhaps none."""
     return STREAM.get(torch.cuda.get_device_name(device), {}).get((n, k, gated), {})
+
+
+HEAD_ROWS = 1 << 16  # of a weight, and more: tiles enough for larger ones
+LONG_SUMS = 8192  # terms, and more: of few columns, split among programs
+
+
+def guessed_tilings(n: int, k: int, *, gated: bool) -> Mapping[int, Tiling | None]:
+    """For a product that was not timed: those of Qwen2-7B's product that resembles it, up to 32 rows."""
+    if gated:
+        return {1: None, 8: Tiling(64, 128, 4, 4), 16: None, 32: Tiling(64, 128, 4, 4)}
+    if n >= HEAD_ROWS:
+        return {1: None, 8: Tiling(64, 128, 4, 4), 16: Tiling(64, 128, 4, 3), 32: Tiling(128, 128, 4, 4)}
+    if k >= LONG_SUMS:
+        few, many = Tiling(64, 256, 4, 4, 4), Tiling(64, 128, 4, 6, 2)
+        return {2: None, 8: few, 16: Tiling(64, 256, 4, 4), 32: many}
+    return {2: None, 16: Tiling(64, 256, 4, 4), 32: Tiling(64, 128, 4, 6)}

@@ -9,13 +9,12 @@ tensor cores, for the bytes from memory, and for those from the L2 cache, x incl
 bytes of its stack, where it spills, and of shared memory; warps that a multiprocessor holds (of 64); and the
 share of the multiprocessors' time that programs fill if all take equally long. The sums are of one layer.
 
-`coded` are codes of 4 bits, `zeros` those with zero points, `zeros-fetched` these
-with `early_zeros`, `bytes` those of 8 bits, and with `early` in
-front each by `ops.gpu.coded_gemv`; `scaled` are FP8, `blocks-ahead` FP8 in blocks of 128 x 128 and `blocks`
-these without `block_w8a8`, `mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in
-bfloat16, by so many tokens, if each expert has one tile of rows. What is outside of the longest loop counts
-once a program, and so do shorter loops; what waits once more behind the program's end does not. --tilings has
-those that the tuners time, too.
+`coded` are codes of 4 bits, `zeros` those with zero points, `zeros-fetched` these with `early_zeros`, `bytes`
+those of 8 bits, and with `early` in front each by `ops.gpu.coded_gemv`; `streams` are 16-bit weights with
+`more_streams`, `scaled` FP8, `blocks-ahead` FP8 in blocks of 128 x 128 and `blocks` these without `block_w8a8`,
+`mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16, by so many tokens, if each
+expert has one tile of rows. What is outside of the longest loop counts once a program, and so do shorter loops;
+what waits once more behind the program's end does not. --tilings has those that the tuners time, too.
 """
 
 from __future__ import annotations
@@ -62,6 +61,8 @@ SIZES = {  # hidden, columns of qkv, intermediate
     "Qwen2-7B": (3584, 4608, 18944),
     "Qwen3-8B": (4096, 6144, 12288),
     "Qwen3-0.6B": (1024, 4096, 3072),
+    "Qwen3.5-9B": (4096, 10240, 12288),  # its layers with attention
+    "Gemma 3 12B": (3840, 8192, 15360),
 }
 
 
@@ -277,6 +278,27 @@ def coded_cases(
             yield Case(named(kind, name, rows, tiling), call, weights, trips, size, x_bytes)
 
 
+def stream_cases(rows: int, model: str, _: bool) -> Iterator[Case]:
+    """16-bit weights by `ops.gpu.stream`, with tilings that were not timed (`more_streams`)."""
+    from microvllm.ops.gpu.stream import StreamedWeight
+    from microvllm.ops.gpu.tunings import guessed_tilings
+
+    arrivals = torch.zeros(1 << 12, dtype=torch.int32)
+    for name, (n, k, gated) in of_layer(model).items():
+        if gated and model.startswith("Gemma"):  # the kernel has no GELU
+            n, gated = 2 * n, False
+        out = n * (1 + gated)
+        tilings = guessed_tilings(n, k, gated=gated)
+        streamed = StreamedWeight(
+            torch.zeros(out, k, dtype=torch.bfloat16), arrivals, tilings, gated=gated, pdl=True
+        )
+        if tiling := streamed.tiling(rows):
+            call = partial(streamed, torch.zeros(rows, k).bfloat16(), tiling)
+            trips = -(-k // tiling.block_k) / tiling.splits
+            x_bytes = max(8, triton.next_power_of_2(rows)) * k * 2 / tiling.splits
+            yield Case(named("stream", name, rows, tiling), call, out * k, trips, out * k * 2, x_bytes)
+
+
 def scaled_cases(
     rows: int, model: str, more: bool, *, blocks: bool = False, ahead: bool = False
 ) -> Iterator[Case]:
@@ -369,6 +391,7 @@ KINDS: dict[str, Callable[[int, str, bool], Iterator[Case]]] = {
     "early-zeros": partial(coded_cases, zeros=True, early=True),
     "bytes": partial(coded_cases, bits=8),
     "early-bytes": partial(coded_cases, bits=8, early=True),
+    "streams": stream_cases,
     "scaled": scaled_cases,
     "blocks": partial(scaled_cases, blocks=True),
     "blocks-ahead": partial(scaled_cases, blocks=True, ahead=True),
