@@ -9,12 +9,13 @@ tensor cores, for the bytes from memory, and for those from the L2 cache, x incl
 bytes of its stack, where it spills, and of shared memory; warps that a multiprocessor holds (of 64); and the
 share of the multiprocessors' time that programs fill if all take equally long. The sums are of one layer.
 
-`coded` are codes of 4 bits, `zeros` those with zero points, `zeros-fetched` these with `early_zeros`, `bytes`
-those of 8 bits, and with `early` in front each by `ops.gpu.coded_gemv`; `streams` are 16-bit weights with
-`more_streams`, `scaled` FP8, `blocks-ahead` FP8 in blocks of 128 x 128 and `blocks` these without `block_w8a8`,
-`mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16, by so many tokens, if each
-expert has one tile of rows. What is outside of the longest loop counts once a program, and so do shorter loops;
-what waits once more behind the program's end does not. --tilings has those that the tuners time, too.
+`coded` are codes of 4 bits, `zeros` those with zero points, `zeros-fetched` these with `early_zeros`,
+`bytes` those of 8 bits, and with `early` in front each by `ops.gpu.coded_gemv`; `streams` are 16-bit weights
+with `more_streams`, `scaled` FP8, `blocks-ahead` FP8 in blocks of 128 x 128 and `blocks` these without
+`block_w8a8`, `mxfp4` the experts of gpt-oss-20b and `experts` those of Qwen3-30B-A3B in bfloat16, by so many
+tokens, if each expert has one tile of rows. What is outside of the longest loop counts once a program, and so
+do shorter loops; what waits once more behind the program's end does not. --tilings has those that the tuners
+time, too.
 """
 
 from __future__ import annotations
