@@ -31,9 +31,9 @@ from microvllm.openai_compat.flags.options import Fields, with_options
 from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, MicroVLLMError, RequestError, reason_of
-from microvllm.runtime.find_model import user_path
-from microvllm.runtime.flag import ACCESS, ANSWERS, OPTIONS, SERVER, check_flags, flag
-from microvllm.runtime.vllm_environment import is_on, unknown_variables
+from microvllm.runtime.options.find_model import user_path
+from microvllm.runtime.options.flag import ACCESS, ANSWERS, OPTIONS, SERVER, check_flags, flag
+from microvllm.runtime.options.vllm_environment import is_on, unknown_variables
 
 app = typer.Typer(
     name="microvllm",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.spec import ModelSpec
 
 # Role of a tensor -> its name without ".weight" or ".bias", or the whole name and `tensors.BARE`; "{i}" is

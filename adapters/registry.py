@@ -43,14 +43,14 @@ from microvllm.adapters.families import (
     smollm3,
 )
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.hf_config import read_json
-from microvllm.adapters.overrides import override, unread
-from microvllm.adapters.pooling import folder_pooling, gguf_pooling, headless, headless_folder
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.hf_config import read_json
+from microvllm.adapters.files.overrides import override, unread
+from microvllm.adapters.files.pooling import folder_pooling, gguf_pooling, headless, headless_folder
+from microvllm.adapters.files.quantization import KEY as QUANTIZATION_KEY
+from microvllm.adapters.files.quantization import Quantization, read_method, read_quantization
 from microvllm.adapters.pooling_spec import Pooling
-from microvllm.adapters.quantization import KEY as QUANTIZATION_KEY
-from microvllm.adapters.quantization import Quantization, read_method, read_quantization
 from microvllm.adapters.spec import ModelSpec
 
 FLAG = "--hf-overrides"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import MAX_ROPE_FACTOR, Fields, shorten
+from microvllm.adapters.files.fields import MAX_ROPE_FACTOR, Fields, shorten
 
 if TYPE_CHECKING:
-    from microvllm.adapters.gguf_file import GGUFFile
+    from microvllm.adapters.files.gguf_file import GGUFFile
 
 COMMON_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 ORIGINAL = "original_max_position_embeddings"

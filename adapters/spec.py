@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from microvllm.adapters.cache_plan import CachePlan
+from microvllm.adapters.files.quantization import Quantization
 from microvllm.adapters.layers.dense_and_experts import DenseAndExperts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.head_norms import head_norms, whole_norms
@@ -21,7 +22,6 @@ from microvllm.adapters.layers.nothing import Nothing
 from microvllm.adapters.layers.stateful import StatefulMixer
 from microvllm.adapters.layers.stateful_kinds import StatefulKind
 from microvllm.adapters.pooling_spec import Pooling
-from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.tensors import WHOLE, LayerWeights, Shard, Slot, fused, matrix_slots, vector_slot
 

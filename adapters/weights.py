@@ -4,7 +4,7 @@ Result names, all of one dtype and contiguous, matrices as [out, in]: `embed` [V
 if tied, unless another matrix is stored), `norm` [h], and for every layer i under `layers.{i}.` those of
 `LayerSpec.slots`. Matrices that stay packed are subclasses of `Tensor` instead, of the same rows: see
 `weight_formats`. If the checkpoint has them, `kv_scales` [2] of each layer, float32 on the CPU: see
-`adapters.kv_scales`.
+`adapters.formats.kv_scales`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 import torch
 
-from microvllm.adapters.checkpoints import (
+from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.files.checkpoints import (
     Checkpoint,
     FolderCheckpoint,
     GGUFCheckpoint,
@@ -26,19 +27,18 @@ from microvllm.adapters.checkpoints import (
     scheme_of,
     stored_name,
 )
-from microvllm.adapters.coded_formats import CODED, fits, has_blocks, round_to_groups
-from microvllm.adapters.dequantize import PACKED_LAYOUTS
-from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import shorten, warn_once
-from microvllm.adapters.hf_config import COUNT_KEYS, OTHER_COUNT_KEYS
-from microvllm.adapters.kv_scales import load_scales, scale_tensors
+from microvllm.adapters.files.fields import shorten, warn_once
+from microvllm.adapters.files.hf_config import COUNT_KEYS, OTHER_COUNT_KEYS
+from microvllm.adapters.files.quantization import Quantization
+from microvllm.adapters.formats.coded_formats import CODED, fits, has_blocks, round_to_groups
+from microvllm.adapters.formats.dequantize import PACKED_LAYOUTS
+from microvllm.adapters.formats.kv_scales import load_scales, scale_tensors
+from microvllm.adapters.formats.mxfp4 import MXFP4, fits_mxfp4, round_to_mxfp4
+from microvllm.adapters.formats.weight_formats import FORMATS, WeightFormat, allocate, round_matrix
 from microvllm.adapters.layers.experts import Experts
-from microvllm.adapters.mxfp4 import MXFP4, fits_mxfp4, round_to_mxfp4
-from microvllm.adapters.quantization import Quantization
 from microvllm.adapters.registry import BY_NAME
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import WHOLE, Cut, Shard, Slot
-from microvllm.adapters.weight_formats import FORMATS, WeightFormat, allocate, round_matrix
 from microvllm.ops.coded import CodedTensor
 from microvllm.ops.mxfp4 import Mxfp4Tensor
 from microvllm.ops.scaled import ScaledTensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from microvllm.runtime.errors import ConfigError, reason_of
-from microvllm.runtime.flag import (
+from microvllm.runtime.options.flag import (
     ACCESS,
     ANSWERS,
     LOGS,

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from microvllm.runtime.metrics import EngineMetrics, Histogram
+from microvllm.runtime.metrics.engine_metrics import EngineMetrics, Histogram
 
 if TYPE_CHECKING:
     from prometheus_client.core import CollectorRegistry, Metric
 
     from microvllm.runtime.config import EngineConfig
-    from microvllm.runtime.stats import EngineStats
+    from microvllm.runtime.metrics.stats import EngineStats
 
 logger = logging.getLogger("microvllm.stats")
 
@@ -55,7 +55,7 @@ class HttpMetrics:
         """Called by the registry at every scrape."""
         from prometheus_client.core import SummaryMetricFamily
 
-        from microvllm.runtime.metric_families import histogram_family, number_family
+        from microvllm.runtime.metrics.metric_families import histogram_family, number_family
 
         labels = ("handler", "method", "status")
         yield number_family("counter", "http_requests", "Answered requests.", labels, self._requests.items())
@@ -84,7 +84,7 @@ class Exposition:
     ) -> None:
         import prometheus_client as library
 
-        from microvllm.runtime.metric_families import EngineCollector
+        from microvllm.runtime.metrics.metric_families import EngineCollector
 
         self._registry = library.CollectorRegistry()
         library.ProcessCollector(registry=self._registry)

@@ -31,7 +31,7 @@ from microvllm.openai_compat.metrics import log_stats
 from microvllm.openai_compat.transport.lifecycle import ON_DISCONNECT
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, EngineDeadError
-from microvllm.runtime.flag import check_flags
+from microvllm.runtime.options.flag import check_flags
 from microvllm.runtime.process.client import EngineClient
 
 logger = logging.getLogger("microvllm.server")

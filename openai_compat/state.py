@@ -18,7 +18,7 @@ from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.metrics import Exposition, HttpMetrics
 from microvllm.openai_compat.transport.body import BodyReader
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
-from microvllm.runtime.metrics import EngineMetrics
+from microvllm.runtime.metrics.engine_metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from microvllm.runtime.process.client import EngineClient

@@ -1,4 +1,4 @@
-"""The products around latent attention, in plain torch: see `adapters.latent`."""
+"""The products around latent attention, in plain torch: see `adapters.layers.latent`."""
 
 from __future__ import annotations
 

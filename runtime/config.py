@@ -11,10 +11,14 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters.quantization import QUANTIZATIONS
+from microvllm.adapters.files.quantization import QUANTIZATIONS
 from microvllm.adapters.spec import ModelSpec
-from microvllm.runtime import start_checks, vllm_environment
-from microvllm.runtime.backends import (
+from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
+from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_cache, state_rows
+from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
+from microvllm.runtime.options import start_checks, vllm_environment
+from microvllm.runtime.options.backends import (
     DEFAULT_BLOCK_SIZES,
     DTYPE_ALIASES,
     choose_backend,
@@ -24,9 +28,8 @@ from microvllm.runtime.backends import (
     compile_kernels,
     why_unpacked,
 )
-from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo
-from microvllm.runtime.flag import (
+from microvllm.runtime.options.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo
+from microvllm.runtime.options.flag import (
     ANSWERS,
     AUTO_QUEUE,
     LOGS,
@@ -41,14 +44,11 @@ from microvllm.runtime.flag import (
     queue_length,
     required_flag,
 )
-from microvllm.runtime.kv_events.config import KVEventsConfig, read_kv_events
-from microvllm.runtime.kv_memory import KV_BYTES, CacheLayout, fit_states, size_cache, state_rows
-from microvllm.runtime.machine import DEVICES, choose_device, default_threads, usable_cores
-from microvllm.runtime.pooler_config import CONVERTS, RUNNERS
+from microvllm.runtime.options.pooler_config import CONVERTS, RUNNERS
+from microvllm.runtime.options.quantization import quantize
+from microvllm.runtime.options.rank_checks import check_engines, check_ranks
+from microvllm.runtime.options.read_spec import read_spec
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.quantization import quantize
-from microvllm.runtime.rank_checks import check_engines, check_ranks
-from microvllm.runtime.read_spec import read_spec
 
 logger = logging.getLogger("microvllm.config")
 
@@ -253,7 +253,7 @@ class EngineArgs:
         Nothing is compiled or loaded. Raises `ConfigError` with one line that names the option or the file.
         """
         # Here, as it imports numpy, which --help does without.
-        from microvllm.runtime.generation_config import generation_defaults
+        from microvllm.runtime.options.generation_config import generation_defaults
 
         try:
             msgspec.convert(vars(self), type(self))

@@ -12,12 +12,12 @@ import msgspec
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
-from microvllm.runtime.flag import given_flags
 from microvllm.runtime.kv_events.publishing_core import make_core
-from microvllm.runtime.metrics import EngineMetrics
-from microvllm.runtime.observer import SampleGroup
+from microvllm.runtime.metrics.engine_metrics import EngineMetrics
+from microvllm.runtime.metrics.observer import SampleGroup
 from microvllm.runtime.offline.core_thread import CoreThread, OfflineSequence, Run
 from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
+from microvllm.runtime.options.flag import given_flags
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.text.detokenizer import TextDelta

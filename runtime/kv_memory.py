@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.machine import available_memory
-from microvllm.runtime.vllm_environment import whole_number
+from microvllm.runtime.options.vllm_environment import whole_number
 
 logger = logging.getLogger("microvllm.config")
 

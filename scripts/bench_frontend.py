@@ -55,9 +55,9 @@ TEXT = (
 
 def run_engine(fd: int) -> None:
     """The engine process: handles the commands of the channel, makes tokens out of thin air."""
+    from microvllm.runtime.metrics.stats import EngineStats
     from microvllm.runtime.process.channel import Abort, Add, EngineEnd, Ready, Start, Step
     from microvllm.runtime.request import FinishReason, StepOutput
-    from microvllm.runtime.stats import EngineStats
     from microvllm.runtime.text.tokenizer import Tokenizer
 
     sock = socket.socket(fileno=fd)

@@ -48,7 +48,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from microvllm.openai_compat.bench.client import BenchError
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.find_model import find_model
+from microvllm.runtime.options.find_model import find_model
 
 QUICK_MINUTES = 9.0
 START_SHARE = 0.65

@@ -23,9 +23,9 @@ import typer.main
 
 from microvllm import cli
 from microvllm.openai_compat.flags.argv import normalise_argv
-from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.vllm_environment import VARIABLES
+from microvllm.runtime.options import vllm_flags
+from microvllm.runtime.options.vllm_environment import VARIABLES
 
 # Runs in vLLM's interpreter. Spellings that vLLM's help hides count, too.
 DUMP = """

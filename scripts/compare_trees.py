@@ -356,7 +356,7 @@ def main() -> None:
     if args.new is None:
         parser.error("two checkouts are needed")
     from microvllm.ops.cpu.calibration import processor_name
-    from microvllm.runtime.find_model import find_model
+    from microvllm.runtime.options.find_model import find_model
 
     model = find_model(args.model)
     chosen = [case for case in cases() if args.only in " ".join(map(str, case))]

@@ -39,11 +39,11 @@ import numpy as np
 from bench.options import positive_int, span
 
 from microvllm.openai_compat.bench.workloads import Span
-from microvllm.runtime.backends import DEFAULT_BLOCK_SIZES
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import EngineCore
 from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.options.backends import DEFAULT_BLOCK_SIZES
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 

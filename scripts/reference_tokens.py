@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 NUM_TOKENS = 64

@@ -32,7 +32,7 @@ from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import Part, Slot
 from microvllm.adapters.weights import load_weights
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.find_model import find_model
+from microvllm.runtime.options.find_model import find_model
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.text.tokenizer_files import write_tokenizer
 

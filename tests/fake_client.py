@@ -25,9 +25,9 @@ from microvllm.adapters.pooling_spec import Pooling
 from microvllm.runtime.errors import EngineAsleepError, EngineBusyError, EngineDeadError, EngineError
 from microvllm.runtime.grammar.checker import GrammarChecker
 from microvllm.runtime.kv_events.config import KVEventsConfig
-from microvllm.runtime.observer import EngineObserver, RequestTiming
+from microvllm.runtime.metrics.observer import EngineObserver, RequestTiming
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput, TokenLogprobs
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.chat_template import ChatTemplate, content_text
 from microvllm.runtime.text.detokenizer import REPEATED, OutputProcessor, TextDelta
 from microvllm.runtime.text.input_processor import InputProcessor

@@ -14,7 +14,7 @@ from model_tools import variant_folder
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.machine import choose_device
-from microvllm.runtime.start_checks import warn_of_options
+from microvllm.runtime.options.start_checks import warn_of_options
 
 
 class Driver:

@@ -22,14 +22,14 @@ from process_tools import own_engines, wait_until_async
 from microvllm.openai_compat.metrics import stats_line
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import EngineBusyError, EngineDeadError
-from microvllm.runtime.metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
+from microvllm.runtime.metrics.engine_metrics import HISTOGRAMS, EngineMetrics, Histogram, one_two_five
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process import replica as replica_module
 from microvllm.runtime.process import token_stream as stream_module
 from microvllm.runtime.process.channel import Abort, Profiled, Step
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import FinishReason, SamplingParams, StepOutput
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.input_processor import InputProcessor
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.step_times import PARTS

@@ -16,7 +16,7 @@ from metrics_case import GENERATE, scrape, wish
 from process_tools import wait_until_async
 
 from microvllm.openai_compat.app import ENDPOINTS
-from microvllm.runtime.stats import EngineStats
+from microvllm.runtime.metrics.stats import EngineStats
 
 
 async def test_http_requests_are_counted_by_handler_method_and_status() -> None:

@@ -20,7 +20,7 @@ from typer.main import get_command
 
 import microvllm
 from microvllm import cli
-from microvllm.runtime import vllm_flags
+from microvllm.runtime.options import vllm_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("openai_compat", "runtime", "adapters", "ops")

@@ -21,7 +21,7 @@ from http_tools import health_of, held_port
 from model_tools import LONG, long_folder, make_engine, variant_folder
 from process_tools import PATIENCE_S, alive, engines_of, wait_until
 
-from microvllm.runtime.find_model import DEMO_MODEL
+from microvllm.runtime.options.find_model import DEMO_MODEL
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 PROMPT = "The quick brown fox"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 
 from microvllm.adapters.family import GGUF_TENSORS
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_experts import (
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_experts import (
     CORRECTION,
     SIGMOID,
     SOFTMAX,
@@ -17,8 +17,8 @@ from microvllm.adapters.gguf_experts import (
     with_experts,
     without_experts,
 )
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.layers.latent import LatentAttention
 from microvllm.adapters.rope_spec import Rotary, rope_from_gguf, yarn_attention_factor
 from microvllm.adapters.spec import ModelSpec

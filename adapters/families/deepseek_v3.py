@@ -7,8 +7,8 @@ import msgspec
 from microvllm.adapters.families import deepseek_gguf
 from microvllm.adapters.families.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.hf_config import hf_spec
 from microvllm.adapters.layers.latent import LatentAttention
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf, yarn_attention_factor
 from microvllm.adapters.spec import ModelSpec

@@ -9,17 +9,17 @@ import msgspec
 from microvllm.adapters.families.routed_experts import LAYER
 from microvllm.adapters.families.routed_experts import TENSORS as ROUTED_TENSORS
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
-from microvllm.adapters.gguf_experts import (
+from microvllm.adapters.files.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.files.gguf_experts import (
     CORRECTION,
     SOFTMAX,
     gguf_experts,
     with_experts,
     without_experts,
 )
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec, num_layers
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec, num_layers
+from microvllm.adapters.files.hf_config import hf_spec
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import msgspec
 
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import all_but_every, hf_spec, layer_windows
 from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import ModelSpec

@@ -6,10 +6,10 @@ import msgspec
 
 from microvllm.adapters.families.gemma2 import GGUF_NAMES, TENSORS, gemma_spec, sliding_pattern
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import all_but_every, scaling_of_kind, sliding_layers
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import all_but_every, scaling_of_kind, sliding_layers
 from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec, Rotary, scaled_rope
 from microvllm.adapters.spec import LayerSpec, ModelSpec

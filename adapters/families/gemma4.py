@@ -16,8 +16,8 @@ from microvllm.adapters.families import gemma4_gguf
 from microvllm.adapters.families.gemma2 import GELU
 from microvllm.adapters.families.gemma2 import TENSORS as GEMMA_TENSORS
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, Fields
-from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows, text_part
+from microvllm.adapters.files.fields import MAX_EXPERTS, MAX_ROPE_FACTOR, Fields
+from microvllm.adapters.files.hf_config import all_but_every, hf_spec, layer_windows, text_part
 from microvllm.adapters.layers.dense_and_experts import DenseAndExperts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.layer_tails import LayerTails

@@ -7,9 +7,9 @@ import msgspec
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.families.gemma2 import GGUF_NAMES, sliding_pattern
 from microvllm.adapters.families.gemma3 import softcap
-from microvllm.adapters.fields import MAX_EXPERTS, Fields
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.fields import MAX_EXPERTS, Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.layers.dense_and_experts import DenseAndExperts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.layer_tails import LayerTails

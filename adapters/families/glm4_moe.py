@@ -8,17 +8,17 @@ import msgspec
 
 from microvllm.adapters.families.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_experts import (
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_experts import (
     CORRECTION,
     SIGMOID,
     gguf_experts,
     without_experts,
 )
-from microvllm.adapters.gguf_experts import with_experts as with_gguf_experts
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.files.gguf_experts import with_experts as with_gguf_experts
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import hf_spec
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 

@@ -12,10 +12,10 @@ import msgspec
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import all_but_every, hf_spec, layer_windows, read_experts
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_spec
+from microvllm.adapters.files.hf_config import all_but_every, hf_spec, layer_windows, read_experts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.rope_spec import Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec

@@ -7,8 +7,8 @@ import msgspec
 from microvllm.adapters.families.granite import multiplied_from_hf
 from microvllm.adapters.families.mamba2_config import MambaKeys, read_mamba
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.hf_config import layer_types, read_experts
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.hf_config import layer_types, read_experts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.mamba2 import Mamba2, tensors
 from microvllm.adapters.layers.mlp import MLP

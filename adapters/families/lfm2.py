@@ -8,11 +8,11 @@ from functools import partial
 import msgspec
 
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.gguf_experts import CORRECTION, SIGMOID, gguf_experts
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import hf_spec, hybrid_layer_types, read_experts
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.gguf_experts import CORRECTION, SIGMOID, gguf_experts
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import hf_spec, hybrid_layer_types, read_experts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.layers.short_conv import ShortConv

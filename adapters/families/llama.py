@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_spec import gguf_spec
+from microvllm.adapters.files.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.files.fields import Fields, shorten
 from microvllm.adapters.layers.mamba2 import Mamba2
 
 LIMIT = "time_step_limit"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import hf_spec
 from microvllm.adapters.rope_spec import ORIGINAL, Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec
 

@@ -6,8 +6,8 @@ GGUF has no such architecture: Mistral's files name themselves llama.
 from __future__ import annotations
 
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import hf_spec
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.hf_config import hf_spec
 from microvllm.adapters.spec import ModelSpec
 
 DEFAULT_WINDOW = 4096

@@ -8,8 +8,8 @@ import msgspec
 
 from microvllm.adapters.families import ministral3, mistral
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.hf_config import text_part
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.hf_config import text_part
 from microvllm.adapters.spec import ModelSpec
 
 READERS: Mapping[str, Callable[[Fields], ModelSpec]] = {

@@ -10,8 +10,8 @@ from functools import partial
 import msgspec
 
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.hf_config import hf_spec, read_experts
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 

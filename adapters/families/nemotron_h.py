@@ -8,8 +8,8 @@ from microvllm.adapters.families.mamba2_config import MambaKeys, read_mamba
 from microvllm.adapters.families.routed_experts import KEYS as EXPERT_KEYS
 from microvllm.adapters.families.routed_experts import Defaults, routed_experts
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.hf_config import SILU, hf_spec
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.hf_config import SILU, hf_spec
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.mamba2 import Mamba2, tensors
 from microvllm.adapters.layers.mlp import MLP

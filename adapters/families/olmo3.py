@@ -11,10 +11,10 @@ import msgspec
 
 from microvllm.adapters.families.gemma2 import GGUF_NAMES, sliding_pattern
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import (
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import (
     all_but_every,
     hf_spec,
     layer_windows,

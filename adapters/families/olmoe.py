@@ -6,11 +6,11 @@ import msgspec
 
 from microvllm.adapters.families.qwen_moe import TENSORS
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.hf_config import hf_spec, read_experts
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.hf_config import hf_spec, read_experts
 from microvllm.adapters.spec import ModelSpec
 
 

@@ -10,8 +10,8 @@ change nothing.
 from __future__ import annotations
 
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import MAX_LAYERS, Fields
-from microvllm.adapters.hf_config import refuse_unsupported, stored_dtype
+from microvllm.adapters.files.fields import MAX_LAYERS, Fields
+from microvllm.adapters.files.hf_config import refuse_unsupported, stored_dtype
 from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import RopeSpec
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec

@@ -11,10 +11,10 @@ import msgspec
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_spec
-from microvllm.adapters.hf_config import hf_spec, layer_windows, read_experts
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_spec
+from microvllm.adapters.files.hf_config import hf_spec, layer_windows, read_experts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import ModelSpec
 

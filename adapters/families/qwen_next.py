@@ -18,8 +18,8 @@ from microvllm.adapters.families import qwen_next_gguf as gguf_files
 from microvllm.adapters.families.qwen_moe import TENSORS as MOE_TENSORS
 from microvllm.adapters.families.qwen_moe import sparse
 from microvllm.adapters.family import HF_TENSORS, Family
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import all_but_every, hf_spec, hybrid_layer_types, read_experts
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.hf_config import all_but_every, hf_spec, hybrid_layer_types, read_experts
 from microvllm.adapters.layers.delta_net import GatedDeltaNet
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import LayerSpec, ModelSpec

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import msgspec
 
 from microvllm.adapters.family import GGUF_TENSORS
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_spec import gguf_keys, gguf_spec
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.layers.delta_net import GatedDeltaNet
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.files.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from microvllm.openai_compat.api.requests import GenerationRequest, is_harmless
 from microvllm.runtime.beam_search import Beam, advance, best
 from microvllm.runtime.errors import InvalidRequestError, RequestDeadlineError
-from microvllm.runtime.observer import RequestTiming
+from microvllm.runtime.metrics.observer import RequestTiming
 from microvllm.runtime.request import SamplingParams, TokenLogprobs
 from microvllm.runtime.text.detokenizer import Detokenizer, TextDelta
 

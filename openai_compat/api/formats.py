@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from microvllm.openai_compat.parsers.output import Thinking
 from microvllm.openai_compat.parsers.registry import AUTO, REASONING_FORMATS, detect_formats, tokens_of
-from microvllm.runtime.flag import given_flags
+from microvllm.runtime.options.flag import given_flags
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.config import AnswerArgs, ServerArgs

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from microvllm.runtime.metrics import COMPLETE
+from microvllm.runtime.metrics.engine_metrics import COMPLETE
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.streams import Stream

@@ -30,8 +30,8 @@ from microvllm.openai_compat.errors import RETRY_AFTER_S, Fault, clip, shape_err
 from microvllm.openai_compat.metrics import Exposition
 from microvllm.openai_compat.state import ServerState
 from microvllm.runtime.errors import EngineDeadError, InvalidRequestError
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.client import SLEEP_TAGS
-from microvllm.runtime.stats import EngineStats
 
 logger = logging.getLogger("microvllm.server")
 

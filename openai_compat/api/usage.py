@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 if TYPE_CHECKING:
-    from microvllm.runtime.observer import RequestTiming
+    from microvllm.runtime.metrics.observer import RequestTiming
 
 
 def usage(

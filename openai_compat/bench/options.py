@@ -10,7 +10,7 @@ from typing import Any
 
 from microvllm.openai_compat.flags.argv import UsageError
 from microvllm.openai_compat.flags.command import warn
-from microvllm.runtime.flag import ANSWERS, MODEL, OPTIONS, SERVER, check_flags, flag, given_flags
+from microvllm.runtime.options.flag import ANSWERS, MODEL, OPTIONS, SERVER, check_flags, flag, given_flags
 
 BACKENDS = {
     "openai": "/v1/completions",

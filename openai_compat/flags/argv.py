@@ -4,7 +4,7 @@ A script written for vLLM starts unchanged: `_` and `-` are the same, `-tp` is s
 `--tensor-parallel-size`, a long flag may be cut short where that is not ambiguous, `--disable-x` is
 `--no-enable-x`, a flag may take several values, keys of a JSON flag may follow a dot, and options may come
 from a file. A flag of vLLM that only tunes is dropped with a warning, one that would change what is served is
-an error, and so is a flag that vLLM does not know either. The table is `runtime/vllm_flags.tsv`.
+an error, and so is a flag that vLLM does not know either. The table is `runtime/options/vllm_flags.tsv`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from microvllm.runtime import vllm_flags
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.flag import human_int
+from microvllm.runtime.options import vllm_flags
+from microvllm.runtime.options.flag import human_int
 
 CONFIG_FLAG = "--config"
 # Commands with this switch take vLLM's engine and server flags, the others only their own.

@@ -14,8 +14,8 @@ from typer.core import TyperCommand
 
 from microvllm.openai_compat.flags.argv import IGNORE_FLAG, normalise_argv
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.flag import OBJECT, OPTIONS, SECTIONS
-from microvllm.runtime.vllm_environment import ignored_variables
+from microvllm.runtime.options.flag import OBJECT, OPTIONS, SECTIONS
+from microvllm.runtime.options.vllm_environment import ignored_variables
 
 PROGRAM = "microvllm"
 

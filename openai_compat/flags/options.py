@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from microvllm.runtime.flag import OBJECT, Flag, flags_of, json_object
+from microvllm.runtime.options.flag import OBJECT, Flag, flags_of, json_object
 
 Command = Callable[..., None]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import StepPlan
 from microvllm.runtime.core.scheduler import Scheduler
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.request import StepOutput
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.worker.step_times import Measured
 
 

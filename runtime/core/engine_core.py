@@ -14,8 +14,8 @@ from microvllm.runtime.core.plan import Request, StepPlan, StepResult
 from microvllm.runtime.core.scheduler import Scheduler
 from microvllm.runtime.errors import EngineError, RequestError
 from microvllm.runtime.grammar.masks import GrammarMasks
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.worker.step_times import Measured, StepReport
 
 logger = logging.getLogger("microvllm.engine")

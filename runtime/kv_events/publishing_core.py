@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Protocol
 
-from microvllm.runtime import vllm_environment
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.drafts import Drafter
 from microvllm.runtime.core.engine_core import EngineCore, Runner, StepT
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.kv_events.events import AllBlocksCleared, KVEvent
 from microvllm.runtime.kv_events.recorder import CacheRecorder
+from microvllm.runtime.options import vllm_environment
 from microvllm.runtime.request import StepOutput
 
 INT_HASHES = "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"

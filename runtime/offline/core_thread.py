@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.metrics.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.request import EngineRequest, FinishReason, StepOutput
 from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
 from microvllm.runtime.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
-from microvllm.runtime.metric_families import Metric
+from microvllm.runtime.metrics.metric_families import Metric
 from microvllm.runtime.offline.beams import BeamSearchOutput, OfflineSearch
 from microvllm.runtime.offline.calls import UseTqdm, add_special_tokens, progress, refuse_given, tokenized
 from microvllm.runtime.offline.core_thread import OfflineSequence
@@ -23,10 +23,10 @@ from microvllm.runtime.offline.pooling import PoolingMethods
 from microvllm.runtime.offline.prompts import OfflinePrompt, Prompt
 from microvllm.runtime.offline.request_output import OutputBuilder, RequestOutput
 from microvllm.runtime.offline.sampling_params import BeamSearchParams, SamplingParams
+from microvllm.runtime.options.vllm_environment import ignored_variables
 from microvllm.runtime.request import TokenLogprobs
 from microvllm.runtime.text.chat_template import normalize_messages, template_problem
 from microvllm.runtime.text.content_format import AUTO, CONTENT_FORMATS
-from microvllm.runtime.vllm_environment import ignored_variables
 from microvllm.runtime.worker.profiler import Profiler, ProfilerConfig
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from uuid import uuid4
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import InvalidRequestError
-from microvllm.runtime.metric_families import EngineCollector, Metric, read_metrics
+from microvllm.runtime.metrics.metric_families import EngineCollector, Metric, read_metrics
 from microvllm.runtime.offline.core_thread import OfflineSequence
 from microvllm.runtime.offline.prompts import OfflinePrompt, Prompt, read_prompt
 from microvllm.runtime.offline.request_output import OutputBuilder, RequestOutput

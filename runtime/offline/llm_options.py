@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping, Sized
 from typing import Any
 
-from microvllm.runtime import vllm_flags
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.options import vllm_flags
 
 logger = logging.getLogger("microvllm.llm")
 

@@ -6,8 +6,8 @@ import math
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineBusyError
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import EngineRequest
-from microvllm.runtime.stats import EngineStats
 
 RATE_MEMORY_S = 5.0  # how far back the measured rate looks
 LONGEST_RETRY_S = 300.0

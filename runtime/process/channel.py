@@ -15,8 +15,8 @@ import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.kv_events.config import KVEventsConfig
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import EngineRequest, StepOutput
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.worker.profiler import ProfilerConfig
 
 HEADER_BYTES = 4

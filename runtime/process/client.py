@@ -19,7 +19,8 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineAsleepError, EngineDeadError, InvalidRequestError
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.machine import usable_cores
-from microvllm.runtime.observer import SampleGroup
+from microvllm.runtime.metrics.observer import SampleGroup
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
 from microvllm.runtime.process.channel import Add, ResetPrefixCache, StartProfile, StopProfile
 from microvllm.runtime.process.engine_process import DEAD, EngineProcess
@@ -29,7 +30,6 @@ from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.request import EngineRequest, SamplingParams
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.input_processor import InputProcessor, load_text
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.worker.profiler import ProfilerConfig

@@ -12,6 +12,7 @@ from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineDeadError, EngineError
 from microvllm.runtime.kv_events.config import KVEventsConfig
 from microvllm.runtime.machine import device_environment
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.channel import (
     HEADER_BYTES,
     Command,
@@ -26,7 +27,6 @@ from microvllm.runtime.process.channel import (
 from microvllm.runtime.process.heartbeat import STACKS_SIGNAL, threads_of
 from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.progress import OnProgress
-from microvllm.runtime.stats import EngineStats
 
 logger = logging.getLogger("microvllm.engine")
 

@@ -14,7 +14,8 @@ import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import EngineDeadError, EngineError, InvalidRequestError
-from microvllm.runtime.observer import EngineObserver
+from microvllm.runtime.metrics.observer import EngineObserver
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.admission import Admission, QueueRate
 from microvllm.runtime.process.channel import (
     Abort,
@@ -33,7 +34,6 @@ from microvllm.runtime.process.engine_process import DEAD, EngineProcess
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
 from microvllm.runtime.process.routing import MIN_CHUNK, PrefixIndex
 from microvllm.runtime.process.token_stream import TokenStream
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("microvllm.engine")

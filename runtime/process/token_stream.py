@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from microvllm.runtime.errors import EngineError, RequestError
-from microvllm.runtime.observer import EngineObserver, SampleGroup, TrackedSequence
+from microvllm.runtime.metrics.observer import EngineObserver, SampleGroup, TrackedSequence
 from microvllm.runtime.request import EngineRequest, StepOutput, TokenLogprobs
 from microvllm.runtime.text.detokenizer import OutputProcessor, TextDelta
 from microvllm.runtime.text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.gguf_tokens import special_tokens
+from microvllm.adapters.files.gguf_tokens import special_tokens
 
 # `tokenizer.ggml.token_type`, by number.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import shorten
+from microvllm.adapters.files.fields import shorten
 
 # Of a character. Unicode's compatibility decomposition makes one 18, which are 33 bytes.
 MAX_GROWTH = 256

@@ -17,9 +17,9 @@ import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ContextLengthError, InvalidRequestError
-from microvllm.runtime.generation_config import GENERATION_FIELDS
 from microvllm.runtime.grammar.checker import GrammarChecker
 from microvllm.runtime.machine import return_freed_memory
+from microvllm.runtime.options.generation_config import GENERATION_FIELDS
 from microvllm.runtime.request import EngineRequest, SamplingParams
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.end_tokens import end_tokens

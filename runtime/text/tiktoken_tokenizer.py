@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.hf_config import read_json
+from microvllm.adapters.files.hf_config import read_json
 from microvllm.runtime.text.gguf_tokenizer import PRE_TOKENIZERS
 from microvllm.runtime.text.token_bytes import ByteLevelAlphabet
 

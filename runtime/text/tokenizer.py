@@ -12,9 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import shorten
-from microvllm.adapters.hf_config import read_json
-from microvllm.adapters.regular_files import check_folder
+from microvllm.adapters.files.fields import shorten
+from microvllm.adapters.files.hf_config import read_json
+from microvllm.adapters.files.regular_files import check_folder
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError, InvalidRequestError
 from microvllm.runtime.text.growth import check_growth
 from microvllm.runtime.text.special_tokens import add_special_tokens
@@ -111,7 +111,7 @@ class Tokenizer:
 
     @classmethod
     def _from_gguf(cls, path: Path) -> Tokenizer:
-        from microvllm.adapters.gguf_file import GGUFFile
+        from microvllm.adapters.files.gguf_file import GGUFFile
         from microvllm.runtime.text.gguf_tokenizer import build_tokenizer
 
         built = build_tokenizer(path, GGUFFile(path).metadata)

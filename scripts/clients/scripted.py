@@ -190,10 +190,10 @@ def command(folder: str) -> str:
 
 def run_engine(fd: int, folder: str) -> None:
     """Handle the commands of the channel; every request gets one token of its answer a step."""
+    from microvllm.runtime.metrics.stats import EngineStats
     from microvllm.runtime.process.channel import Abort, Add, EngineEnd, Ready, Start, Step
     from microvllm.runtime.process.heartbeat import Heartbeat
     from microvllm.runtime.request import FinishReason, StepOutput
-    from microvllm.runtime.stats import EngineStats
     from microvllm.runtime.text.tokenizer import Tokenizer
 
     channel = EngineEnd(socket.socket(fileno=fd))

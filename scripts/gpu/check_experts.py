@@ -30,7 +30,7 @@ from check_ops import BF16, DEVICE, graph_ms, normal
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from microvllm.adapters.mxfp4 import round_to_mxfp4
+from microvllm.adapters.formats.mxfp4 import round_to_mxfp4
 from microvllm.ops.activation import CLAMPED
 from microvllm.ops.experts import ExpertBiases, ExpertWeights
 from microvllm.ops.gpu import experts as gpu_experts

@@ -17,8 +17,8 @@ import pytest
 from http_tools import slowness
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
-from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.adapters.files.gguf_file import TENSOR_TYPES, GGUFFile
+from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 
 U32, U64, F32, STRING, ARRAY = 4, 10, 6, 8, 9
 
@@ -474,7 +474,7 @@ def test_lies_cost_no_memory(tmp_path: Path) -> None:
     paths = [str(build(tmp_path / f"{i}.gguf", **claim)) for i, claim in enumerate(claims)]  # type: ignore[arg-type]
     code = (
         "import re, sys; from pathlib import Path\n"
-        "from microvllm.adapters.gguf_file import GGUFFile, ModelFileError\n"
+        "from microvllm.adapters.files.gguf_file import GGUFFile, ModelFileError\n"
         # Not getrusage's ru_maxrss, which begins with that of the process that started this one.
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = peak()\n"

@@ -12,7 +12,7 @@ from model_tools import generate_ids, make_engine
 from tiny_models import make_hf_folder, write_gguf
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
 from microvllm.runtime.text.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.gguf_tokens import END_TEXTS, SpecialTokens, special_tokens
+from microvllm.adapters.files.gguf_tokens import END_TEXTS, SpecialTokens, special_tokens
 from microvllm.runtime.text.gguf_tokenizer import build_tokenizer
 from microvllm.runtime.text.tokenizer import Tokenizer
 

@@ -29,7 +29,7 @@ from model_tools import (
 )
 from tiny_models import QUANTIZABLE, TOKENIZER_SIZE, make_hf_folder, reference, write_gguf
 
-from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 
 LOGITS_TOLERANCE = 1e-4  # max |a - b| / max |b|
 NEAR_TIE = 1e-3

@@ -13,7 +13,7 @@ from test_quantized_folders import FUSED
 from tiny_models import make_hf_folder, reference
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.quantization import ON_LOADING
+from microvllm.adapters.files.quantization import ON_LOADING
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.scaled import ScaledTensor

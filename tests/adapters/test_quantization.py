@@ -10,8 +10,8 @@ import pytest
 from model_tools import load_script, variant_folder
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.quantization import Quantization, read_quantization
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.quantization import Quantization, read_quantization
 from microvllm.adapters.registry import load_spec
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError

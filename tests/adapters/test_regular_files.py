@@ -13,8 +13,8 @@ import pytest
 from tiny_models import make_hf_folder
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.safetensors_file import open_folder
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.safetensors_file import open_folder
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.text.tokenizer import MIN_ID_LIMIT, Tokenizer

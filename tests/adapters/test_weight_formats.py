@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_hf_folder
 
 from microvllm.adapters import weights
-from microvllm.adapters.checkpoints import Checkpoint, stored_name
 from microvllm.adapters.errors import ModelFileError, NoMemoryError
+from microvllm.adapters.files.checkpoints import Checkpoint, stored_name
+from microvllm.adapters.formats.weight_formats import Dense, allocate
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.tensors import WHOLE, Shard, Slot
-from microvllm.adapters.weight_formats import Dense, allocate
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
 

@@ -19,7 +19,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.backends import make_operators
-from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -122,7 +122,7 @@ def test_interleaved_rows_of_llama_are_put_back(tmp_path: Path) -> None:
     """Only llama's q and k (weights and biases) are stored interleaved; a plain read of them would differ."""
     folder = make_hf_folder(tmp_path / "hf", "llama", attention_bias=True)
     file = write_gguf(tmp_path / "model.gguf", folder)
-    from microvllm.adapters.gguf_file import GGUFFile
+    from microvllm.adapters.files.gguf_file import GGUFFile
 
     stored = torch.tensor(GGUFFile(file).tensor("blk.0.attn_q.weight"))
     weights, expected = load(file), load(folder)

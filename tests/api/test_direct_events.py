@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from microvllm.openai_compat.api.generation import Chunks, Generation
 from microvllm.openai_compat.transport.protocol import ChunkWriter
-from microvllm.runtime.observer import EngineObserver, SampleGroup
+from microvllm.runtime.metrics.observer import EngineObserver, SampleGroup
 from microvllm.runtime.process.token_stream import MAX_BACKLOG, TokenStream
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StepOutput
 from microvllm.runtime.text.detokenizer import TextDelta

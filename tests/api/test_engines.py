@@ -9,7 +9,7 @@ from fake_client import FakeClient, with_engines
 from http_tools import in_process
 
 from microvllm.openai_compat.metrics import stats_line
-from microvllm.runtime.stats import EngineStats
+from microvllm.runtime.metrics.stats import EngineStats
 
 HI = [{"role": "user", "content": "hi"}]
 BODIES: dict[str, dict[str, Any]] = {

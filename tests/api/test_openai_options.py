@@ -13,7 +13,7 @@ from http_tools import events, in_process
 from microvllm.openai_compat.api.usage import request_metrics
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.observer import RequestTiming
+from microvllm.runtime.metrics.observer import RequestTiming
 
 HI = [{"role": "user", "content": "hi"}]
 PATHS = {"/v1/completions": {"prompt": "hi"}, "/v1/chat/completions": {"messages": HI}}

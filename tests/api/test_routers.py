@@ -12,8 +12,8 @@ from model_tools import ROOT
 
 from microvllm.openai_compat.app import ENDPOINTS
 from microvllm.runtime.kv_events.config import KVEventsConfig
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.stats import EngineStats
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -8,7 +8,7 @@ import pytest
 from cli_case import error_line
 
 from microvllm.openai_compat.flags.argv import UsageError, normalise_argv
-from microvllm.runtime.flag import human_int
+from microvllm.runtime.options.flag import human_int
 
 OWN = {
     "--model": "value",

@@ -22,7 +22,7 @@ from microvllm import cli
 from microvllm.openai_compat import server
 from microvllm.openai_compat.flags.progress import ProgressLine
 from microvllm.runtime.errors import EngineError
-from microvllm.runtime.flag import SECTIONS
+from microvllm.runtime.options.flag import SECTIONS
 
 MICROVLLM = str(Path(sys.executable).with_name("microvllm"))
 AT_ONCE_S = 30.0  # of processor time; one or two of them, or five where modules have to be compiled first

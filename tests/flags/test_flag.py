@@ -17,7 +17,7 @@ from microvllm.openai_compat.flags.options import Fields, with_options
 from microvllm.ops.cpu import build
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.flag import (
+from microvllm.runtime.options.flag import (
     LOGS,
     MODEL,
     OPTIONS,

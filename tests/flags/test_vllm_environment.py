@@ -14,11 +14,11 @@ from http_tools import in_process
 from microvllm import cli
 from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
-from microvllm.runtime import vllm_environment
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.options import vllm_environment
+from microvllm.runtime.options.vllm_environment import VARIABLES, ignored_variables
 from microvllm.runtime.rank_layout import rank_layout
-from microvllm.runtime.vllm_environment import VARIABLES, ignored_variables
 
 HONOURED, HARMLESS, WITHOUT_EFFECT = (
     [name.removeprefix("VLLM_") for name, effect in VARIABLES.items() if effect == wanted]

@@ -12,7 +12,7 @@ from cli_case import command_param, error_line, get_command, own_flags
 
 from microvllm import cli
 from microvllm.openai_compat.flags.argv import UsageError, normalise_argv
-from microvllm.runtime import vllm_flags
+from microvllm.runtime.options import vllm_flags
 
 # Flags with one value, ...
 VALUES = """

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from microvllm.runtime import backends
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.options import backends
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from microvllm import (
 )
 from microvllm.runtime.beam_search import Beam
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
-from microvllm.runtime.metric_families import Counter, Gauge, Histogram
+from microvllm.runtime.metrics.metric_families import Counter, Gauge, Histogram
 from microvllm.runtime.offline.beams import OfflineSearch
 from microvllm.runtime.offline.llm_options import engine_options
 from microvllm.runtime.offline.prompts import OfflinePrompt

@@ -32,7 +32,7 @@ from quantized_case import (
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 from torch.nn.functional import silu
 
-from microvllm.adapters.gguf_file import TENSOR_TYPES
+from microvllm.adapters.files.gguf_file import TENSOR_TYPES
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.cpu.build import load_kernels

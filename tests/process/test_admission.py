@@ -10,9 +10,9 @@ from fakes import Engine, make_config, make_request
 from microvllm.runtime.core import deadlines as deadlines_module
 from microvllm.runtime.core import scheduler as scheduler_module
 from microvllm.runtime.core.plan import Request
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.admission import Admission, QueueFullError, shared_tokens
 from microvllm.runtime.request import EngineRequest, FinishReason, SamplingParams, StructuredOutput
-from microvllm.runtime.stats import EngineStats
 
 BUSY = EngineStats(num_running=8, num_waiting=5)
 

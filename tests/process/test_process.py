@@ -30,13 +30,13 @@ from microvllm.runtime.errors import (
     EngineError,
     InvalidRequestError,
 )
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.channel import Ready, Start, Step, frame
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.spawn import SpawnedEngine
 from microvllm.runtime.process.token_stream import MAX_BACKLOG, TokenStream
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.text.detokenizer import TextDelta
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

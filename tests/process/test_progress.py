@@ -12,11 +12,11 @@ import pytest
 
 from microvllm.runtime import progress
 from microvllm.runtime.errors import EngineDeadError
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.channel import Progress, Ready, frame
 from microvllm.runtime.process.engine_main import failure
 from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.progress import Stage
-from microvllm.runtime.stats import EngineStats
 
 
 def test_a_stage_tells_its_beginning_each_part_and_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from model_tools import LONG, long_folder
 from process_tools import PATIENCE_S, own_engines, stopped, wait_until_async
 
 from microvllm import LLM
-from microvllm.runtime import rank_checks
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import (
     ConfigError,
@@ -26,7 +25,9 @@ from microvllm.runtime.errors import (
     EngineError,
 )
 from microvllm.runtime.machine import device_environment, usable_cores
-from microvllm.runtime.metrics import EngineMetrics
+from microvllm.runtime.metrics.engine_metrics import EngineMetrics
+from microvllm.runtime.metrics.stats import EngineStats
+from microvllm.runtime.options import rank_checks
 from microvllm.runtime.process import heartbeat
 from microvllm.runtime.process.channel import Sleep, SleepChanged, WakeUp
 from microvllm.runtime.process.client import EngineClient, _configs, total_stats
@@ -34,7 +35,6 @@ from microvllm.runtime.process.engine_process import EngineProcess
 from microvllm.runtime.process.replica import Replica
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.stats import EngineStats
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

@@ -15,12 +15,12 @@ from process_tools import PATIENCE_S, alive, own_engines, wait_until_async
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import EngineAsleepError, InvalidRequestError
-from microvllm.runtime.metrics import EngineMetrics
+from microvllm.runtime.metrics.engine_metrics import EngineMetrics
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.channel import Sleep, SleepChanged, WakeUp
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.stats import EngineStats
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 PROMPT = [5, 70, 200, 31, 8] * 20

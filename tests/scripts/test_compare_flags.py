@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from microvllm.runtime import vllm_environment
+from microvllm.runtime.options import vllm_environment
 
 SCRIPT = Path(__file__).parent.parents[1] / "scripts" / "compare_flags.py"
 VARIABLES = list(vllm_environment.VARIABLES)

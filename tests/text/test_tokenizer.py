@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
-from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 from microvllm.runtime.text.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
 from microvllm.runtime.text.growth import check_growth
 from microvllm.runtime.text.tokenizer import Tokenizer

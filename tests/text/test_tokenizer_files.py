@@ -15,7 +15,7 @@ from model_tools import variant_folder
 from qwen1_model import write_folder
 
 from microvllm.runtime.config import EngineArgs
-from microvllm.runtime.find_model import DEMO_MODEL, find_model
+from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 from microvllm.runtime.text import tokenizer_files
 from microvllm.runtime.text.tokenizer import Tokenizer
 from microvllm.runtime.text.tokenizer_files import loadable_path

@@ -25,7 +25,7 @@ from microvllm.openai_compat import server
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.openai_compat.transport.listen import refresh_certificate, tls_context
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.stats import EngineStats
+from microvllm.runtime.metrics.stats import EngineStats
 
 COMPLETION = {"prompt": "hi", "max_tokens": 3, "ignore_eos": True}
 ORIGIN = "https://app.example"

@@ -29,7 +29,7 @@ from microvllm.openai_compat.metrics import stats_line
 from microvllm.openai_compat.server import HttpServer, Signals, force_exit
 from microvllm.openai_compat.transport.listen import address_of, bind_socket, release_socket, start_listening
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.stats import EngineStats
+from microvllm.runtime.metrics.stats import EngineStats
 
 # The real `serve` with the engine's client replaced: argv is the options as JSON.
 PROGRAM = """

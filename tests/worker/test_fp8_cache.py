@@ -20,10 +20,10 @@ from model_tools import (
 
 from microvllm.ops.attention.e4m3 import to_e4m3
 from microvllm.ops.attention.torch_backend import TorchAttention
-from microvllm.runtime.backends import choose_kv_dtype
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError
+from microvllm.runtime.options.backends import choose_kv_dtype
 from microvllm.runtime.rank_layout import rank_layout
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 

@@ -26,12 +26,12 @@ from rank_threads import ThreadedRunner
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
 
 import microvllm.runtime.engine as engine_module
-from microvllm.runtime import rank_checks
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.engine import InferenceEngine
 from microvllm.runtime.errors import ConfigError, EngineError
 from microvllm.runtime.offline.llm import LLM
 from microvllm.runtime.offline.sampling_params import SamplingParams as UserParams
+from microvllm.runtime.options import rank_checks
 from microvllm.runtime.process import heartbeat
 from microvllm.runtime.request import SamplingParams, StructuredOutput
 from microvllm.runtime.vectors import POOLING_PARAMS

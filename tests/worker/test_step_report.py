@@ -17,11 +17,11 @@ from microvllm import cli
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.core.engine_core import StepInFlight
 from microvllm.runtime.core.plan import StepPlan, StepResult
-from microvllm.runtime.metric_families import EngineCollector
-from microvllm.runtime.metrics import EngineMetrics
+from microvllm.runtime.metrics.engine_metrics import EngineMetrics
+from microvllm.runtime.metrics.metric_families import EngineCollector
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.request import SamplingParams
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.worker import step_times
 from microvllm.runtime.worker.model_runner import ModelGraphRunner
 from microvllm.runtime.worker.step_times import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters.fields import Fields, shorten
+from microvllm.adapters.files.fields import Fields, shorten
 
 KEY = "quantization_config"
 # Matrices that no method quantises, whatever its part of config.json says of them.
@@ -25,12 +25,12 @@ class Scheme(msgspec.Struct, frozen=True, kw_only=True):
     """How a matrix [out, in] is stored: codes of `bits` bits and scales that they are multiplied by.
 
     `layout`: "scaled" (a code for each weight), "packed", "gptq" or "awq" (several codes in 32 bits), see
-    `adapters.dequantize`; or "mxfp4", see `adapters.mxfp4`. `block`: rows and columns that share a scale, 0
-    for all. Codes are floating-point numbers (e4m3; of "mxfp4" e2m1) or integers, from which a zero point is
-    subtracted: half of their range if `symmetric`. Of
-    GPTQ's first format the stored zero points are too small by `zero_offset`. `ordered`: which scales belong
-    to a column is stored too, as its group may be anywhere ("act-order"). `activations`: how the checkpoint
-    wants them rounded to e4m3: "none", "token" (by each token's largest) or "tensor" (by a stored scale).
+    `adapters.formats.dequantize`; or "mxfp4", see `adapters.formats.mxfp4`. `block`: rows and columns that
+    share a scale, 0 for all. Codes are floating-point numbers (e4m3; of "mxfp4" e2m1) or integers, from which
+    a zero point is subtracted: half of their range if `symmetric`. Of GPTQ's first format the stored zero
+    points are too small by `zero_offset`. `ordered`: which scales belong to a column is stored too, as its
+    group may be anywhere ("act-order"). `activations`: how the checkpoint wants them rounded to e4m3: "none",
+    "token" (by each token's largest) or "tensor" (by a stored scale).
     """
 
     layout: str
@@ -286,7 +286,7 @@ def _awq(config: Fields) -> Quantization:
 
 
 def _mxfp4(config: Fields) -> Quantization:
-    """The experts alone, whatever other modules `modules_to_not_convert` names; see `adapters.mxfp4`."""
+    """The experts alone, whatever else `modules_to_not_convert` names; see `adapters.formats.mxfp4`."""
     ignored = _names(config, "modules_to_not_convert")
     # Of modules that hold the experts' tensors a pattern without them is enough.
     inner = tuple(f"{name}.*" for name in ignored if "*" in name and not name.startswith("re:"))

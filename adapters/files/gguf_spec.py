@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.gguf_tokens import special_tokens
+from microvllm.adapters.files.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.gguf_tokens import special_tokens
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.mlp import MLP
 from microvllm.adapters.rope_spec import Rotary, rope_from_gguf

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from microvllm.adapters.fields import MAX_EXPERTS, Fields, shorten
+from microvllm.adapters.files.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
+from microvllm.adapters.files.fields import MAX_EXPERTS, MAX_LAYERS, Fields, shorten
+from microvllm.adapters.files.regular_files import check_regular
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.layers.mlp import MLP
-from microvllm.adapters.regular_files import check_regular
 from microvllm.adapters.rope_spec import Rotary, rope_from_hf
 from microvllm.adapters.spec import Attention, LayerSpec, ModelSpec
 from microvllm.ops.routing import Routing

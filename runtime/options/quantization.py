@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters.fields import shorten
-from microvllm.adapters.quantization import (
+from microvllm.adapters.files.fields import shorten
+from microvllm.adapters.files.quantization import (
     LINEAR,
     ON_LOADING,
     Groups,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import EngineRequest, StepOutput
-from microvllm.runtime.stats import EngineStats
 
 
 @dataclass(slots=True)

@@ -16,15 +16,15 @@ from typing import Protocol
 
 import torch
 
-from microvllm.adapters.checkpoints import (
+from microvllm.adapters.errors import ModelFileError, NoMemoryError
+from microvllm.adapters.files.checkpoints import (
     Checkpoint,
     FolderCheckpoint,
     GGUFCheckpoint,
     stored_name,
 )
-from microvllm.adapters.dequantize import CHUNK_ELEMENTS, LAYOUTS, PACKED_LAYOUTS, Rectangle, check
-from microvllm.adapters.errors import ModelFileError, NoMemoryError
-from microvllm.adapters.quantization import KEY, Scheme
+from microvllm.adapters.files.quantization import KEY, Scheme
+from microvllm.adapters.formats.dequantize import CHUNK_ELEMENTS, LAYOUTS, PACKED_LAYOUTS, Rectangle, check
 from microvllm.adapters.tensors import WHOLE, Part, Slot
 from microvllm.ops.coded import pack
 from microvllm.ops.quantized import QuantizedTensor

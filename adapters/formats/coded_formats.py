@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, GGUFCheckpoint, stored_name
-from microvllm.adapters.dequantize import PACKED_LAYOUTS
-from microvllm.adapters.quantization import Scheme
+from microvllm.adapters.files.checkpoints import Checkpoint, FolderCheckpoint, GGUFCheckpoint, stored_name
+from microvllm.adapters.files.quantization import Scheme
+from microvllm.adapters.formats.dequantize import PACKED_LAYOUTS
+from microvllm.adapters.formats.weight_formats import Dense, Dequantized, StoredMatrix, allocate
 from microvllm.adapters.tensors import PAIRS, Slot
-from microvllm.adapters.weight_formats import Dense, Dequantized, StoredMatrix, allocate
 from microvllm.ops.coded import BLOCK, PLANE, CodedTensor, pack
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import Fields, shorten
-from microvllm.adapters.gguf_file import GGUFFile
-from microvllm.adapters.hf_config import read_json, read_values
+from microvllm.adapters.files.fields import Fields, shorten
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.hf_config import read_json, read_values
 from microvllm.adapters.pooling_spec import Pooling, PoolingMethod
 from microvllm.adapters.spec import ModelSpec
 

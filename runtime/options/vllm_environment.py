@@ -16,7 +16,7 @@ from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.tables import read_table
 
 PREFIX = "VLLM_"
-VARIABLES = dict(read_table("vllm_environment.tsv"))  # name -> honoured, harmless or ignored
+VARIABLES = dict(read_table("options/vllm_environment.tsv"))  # name -> honoured, harmless or ignored
 
 
 def is_on(name: str, *, default: bool = False) -> bool:

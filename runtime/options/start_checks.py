@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from microvllm.adapters.spec import ModelSpec
-from microvllm.runtime.flag import given_flags
+from microvllm.runtime.options.flag import given_flags
 
 logger = logging.getLogger("microvllm.config")
 

@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from microvllm.adapters import sniff
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import shorten
-from microvllm.adapters.regular_files import check_regular
+from microvllm.adapters.files import sniff
+from microvllm.adapters.files.fields import shorten
+from microvllm.adapters.files.regular_files import check_regular
 
 MAX_ENTRIES = 1 << 20  # metadata entries or tensors: a thousand times what a large model has
 MAX_ARRAY = 1 << 24

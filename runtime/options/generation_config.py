@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import Fields
-from microvllm.adapters.hf_config import read_json
+from microvllm.adapters.files.fields import Fields
+from microvllm.adapters.files.hf_config import read_json
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
-from microvllm.runtime.find_model import user_path
+from microvllm.runtime.options.find_model import user_path
 from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.sampling_checks import check_sampling
 

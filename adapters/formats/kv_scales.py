@@ -10,10 +10,10 @@ import math
 
 import torch
 
-from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint
-from microvllm.adapters.dequantize import FLOATS
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import warn_once
+from microvllm.adapters.files.checkpoints import Checkpoint, FolderCheckpoint
+from microvllm.adapters.files.fields import warn_once
+from microvllm.adapters.formats.dequantize import FLOATS
 
 
 def scale_tensors(checkpoint: Checkpoint, num_layers: int) -> dict[str, tuple[int, ...]]:

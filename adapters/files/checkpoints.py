@@ -18,14 +18,14 @@ import torch
 
 from microvllm.adapters.errors import CutError, ModelFileError
 from microvllm.adapters.family import Family
-from microvllm.adapters.fields import shorten, warn_once
-from microvllm.adapters.gguf_file import TENSOR_TYPES, GGUFFile
-from microvllm.adapters.gguf_spec import DRAFTS
-from microvllm.adapters.quantization import KEY as QUANTIZATION_KEY
-from microvllm.adapters.quantization import LINEAR, Quantization, Scheme
+from microvllm.adapters.files.fields import shorten, warn_once
+from microvllm.adapters.files.gguf_file import TENSOR_TYPES, GGUFFile
+from microvllm.adapters.files.gguf_spec import DRAFTS
+from microvllm.adapters.files.quantization import KEY as QUANTIZATION_KEY
+from microvllm.adapters.files.quantization import LINEAR, Quantization, Scheme
+from microvllm.adapters.files.safetensors_file import StoredTensor, open_folder
 from microvllm.adapters.registry import BY_GGUF_NAME
 from microvllm.adapters.rope_spec import LLAMA3_TENSOR, LONG_TENSOR, SHORT_TENSOR
-from microvllm.adapters.safetensors_file import StoredTensor, open_folder
 from microvllm.adapters.spec import ModelSpec
 from microvllm.adapters.tensors import BARE, PAIRS, Cut, Part, Slot
 from microvllm.ops.quantized import QuantizedRows

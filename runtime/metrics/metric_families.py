@@ -15,8 +15,8 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from microvllm.runtime import metrics
-from microvllm.runtime.metrics import FAMILIES, EngineMetrics
+from microvllm.runtime.metrics import engine_metrics as metrics
+from microvllm.runtime.metrics.engine_metrics import FAMILIES, EngineMetrics
 
 if TYPE_CHECKING:
     from microvllm.runtime.config import EngineConfig

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from microvllm.adapters.checkpoints import Checkpoint, FolderCheckpoint, stored_name
-from microvllm.adapters.coded_formats import num_words
-from microvllm.adapters.dequantize import CHUNK_ELEMENTS
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.quantization import KEY
+from microvllm.adapters.files.checkpoints import Checkpoint, FolderCheckpoint, stored_name
+from microvllm.adapters.files.quantization import KEY
+from microvllm.adapters.formats.coded_formats import num_words
+from microvllm.adapters.formats.dequantize import CHUNK_ELEMENTS
+from microvllm.adapters.formats.weight_formats import Dense, allocate
 from microvllm.adapters.tensors import PAIRS, Part, Slot
-from microvllm.adapters.weight_formats import Dense, allocate
 from microvllm.ops.coded import BLOCK as ROW_BLOCK
 from microvllm.ops.coded import PLANE
 from microvllm.ops.mxfp4 import (

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from microvllm.adapters.quantization import Scheme
+from microvllm.adapters.files.quantization import Scheme
 
 # Computed at a time: on a CPU what stays in its cache (3 times as fast as 2M), on a GPU 64 MiB of float32.
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}

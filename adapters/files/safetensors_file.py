@@ -15,12 +15,12 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from microvllm.adapters import sniff
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.fields import shorten
-from microvllm.adapters.gguf_file import release_pages
-from microvllm.adapters.hf_config import read_json
-from microvllm.adapters.regular_files import check_regular
+from microvllm.adapters.files import sniff
+from microvllm.adapters.files.fields import shorten
+from microvllm.adapters.files.gguf_file import release_pages
+from microvllm.adapters.files.hf_config import read_json
+from microvllm.adapters.files.regular_files import check_regular
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors package too
 MAX_DIMENSIONS = 8

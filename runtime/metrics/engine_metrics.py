@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from microvllm.runtime.observer import EngineObserver, TrackedSequence
+from microvllm.runtime.metrics.observer import EngineObserver, TrackedSequence
+from microvllm.runtime.metrics.stats import EngineStats
 from microvllm.runtime.request import FinishReason
-from microvllm.runtime.stats import EngineStats
 from microvllm.runtime.tables import read_table
 from microvllm.runtime.worker.step_times import ALL_PARTS, FORWARD_PARTS, GPU_BUSY, GPU_IDLE, PARTS
 
@@ -63,7 +63,7 @@ class Family(NamedTuple):
     help: str
 
 
-FAMILIES = [Family(*row) for row in read_table("metrics.tsv")]
+FAMILIES = [Family(*row) for row in read_table("metrics/metrics.tsv")]
 HISTOGRAMS = {
     family.name.removeprefix("vllm:"): BOUNDS[family.value]
     for family in FAMILIES

@@ -9,7 +9,7 @@ from typing import Any
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
-from microvllm.runtime.pooler_config import choose_runner, configure_pooling
+from microvllm.runtime.options.pooler_config import choose_runner, configure_pooling
 
 
 def read_spec(

@@ -39,7 +39,7 @@ IGNORED_BECAUSE: dict[str, str] = {}
 NEEDS: dict[str, str] = {}
 OTHER_SPELLINGS: dict[str, str] = {}  # spelling -> flag, both with dashes
 
-for _name, _kind, _here, _text, _neutral, _needs, _spellings in read_table("vllm_flags.tsv"):
+for _name, _kind, _here, _text, _neutral, _needs, _spellings in read_table("options/vllm_flags.tsv"):
     OTHER_SPELLINGS.update(dict.fromkeys(_spellings.split(), f"--{_name}"))
     if _here == "option":
         continue

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from microvllm.adapters.fields import MAX_SIZE, Fields
+from microvllm.adapters.files.fields import MAX_SIZE, Fields
 
 PREFIX = "tokenizer.ggml."
 # A key may name a token that ends the text, a turn or a message, or one after which an editor's
