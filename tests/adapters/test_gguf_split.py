@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from model_tools import generate_ids, make_engine
+from refusals import refusal
 from tiny_models import make_hf_folder, write_gguf
 
-from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.registry import load_spec
 from microvllm.adapters.weights import load_weights
@@ -32,11 +32,7 @@ def split(path: Path, source: Path, tensors: int = 12, **options: Any) -> list[P
 
 
 def problem(path: Path) -> str:
-    """The message of the refusal; it must be one line."""
-    with pytest.raises(ModelFileError) as caught:
-        GGUFFile(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal(GGUFFile, path)
 
 
 @pytest.mark.parametrize("no_tensors_first", [False, True])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from model_tools import generate_ids, make_engine, make_prompts
 from mxfp4_folder import edit_config, edit_tensors, to_mxfp4
+from refusals import refusal
 from safetensors.torch import load_file
 from test_shards import assert_shards_agree
 from tiny_models import TOKENIZER_SIZE, make_hf_folder, write_gguf
@@ -55,11 +56,7 @@ def packed(folder: Path) -> Path:
 
 
 def problem(model: Path) -> str:
-    with pytest.raises(ModelFileError) as caught:
-        load_weights(model, load_spec(model), "auto", torch.float32)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return refusal(lambda: load_weights(model, load_spec(model), "auto", torch.float32))
 
 
 # ---- config.json ----------------------------------------------------------------------------------
