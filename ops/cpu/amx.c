@@ -18,6 +18,14 @@ int has_bf16(void) { return HAS_BF16; }
 static long whole_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
 long narrowed_numbers(const Narrowed *x) { return (1 + x->has_rest) * whole_rows(x->m) * matrix_depth(x->k); }
 
+/* Where value i of a row lies, for an i of whole LANES. */
+INLINE long narrowed_at(const Narrowed *x, long row, long i)
+{
+    if (!HAS_AMX) return row * matrix_depth(x->k) + i;
+    return row / TILE_ROWS * TILE_ROWS * matrix_depth(x->k) + i / TILE_DEPTH * TILE_ROWS * TILE_DEPTH +
+           row % TILE_ROWS * TILE_DEPTH + i % TILE_DEPTH;
+}
+
 typedef struct {
     const float *x, *norm;
     float eps;
@@ -45,7 +53,7 @@ static void narrow_piece(const void *job, long row)
     const Narrowed *to = n->to;
     long depth = matrix_depth(to->k), count = row < to->m ? to->k : 0, i = 0;
     const float *x = n->x + row * to->k;
-    bf16 *y = to->values + row * depth, *rest = y + narrowed_numbers(to) / 2;
+    const long rest = narrowed_numbers(to) / 2;
     float scale = 1.0f;
     if (n->norm && count) scale = norm_scale(x, to->k, n->eps);
     for (; i < count; i += LANES) {
@@ -58,14 +66,16 @@ static void narrow_piece(const void *job, long row)
             v = v * scale * load_f32(count - i < LANES ? weights : n->norm + i);
         }
         uvec high = narrow_vector(v);
-        store_narrow(y + i, high);
+        bf16 *y = to->values + narrowed_at(to, row, i);
+        store_narrow(y, high);
         if (!to->has_rest) continue;
         vec left = v - (vec)(high << 16);
-        store_narrow(rest + i, narrow_vector((vec)((ivec)left & (left == left))));
+        store_narrow(y + rest, narrow_vector((vec)((ivec)left & (left == left))));
     }
     for (; i < depth; i += LANES) {
-        store_narrow(y + i, (uvec){});
-        if (to->has_rest) store_narrow(rest + i, (uvec){});
+        bf16 *y = to->values + narrowed_at(to, row, i);
+        store_narrow(y, (uvec){});
+        if (to->has_rest) store_narrow(y + rest, (uvec){});
     }
 }
 
@@ -120,36 +130,43 @@ void begin_matrix(void)
 
 void end_matrix(void) { _tile_release(); }
 
-/* Tiles 0 to 3 are the sums of 32 rows of x by the panel's 32, 4 and 5 are of x, 6 and 7 of the panel. */
-INLINE void multiply_rows(const Narrowed *x, long row, const bf16 *panel, const bf16 *ahead, float out[][WIDTH],
+/* Many rows of x come from the second level, one after the other, and must not drive the panel out of the first. */
+#define LOAD_ROWS(tile, at)                                             \
+    do {                                                                \
+        if (has_rest) _tile_loadd(tile, at, TILE_DEPTH * sizeof(bf16)); \
+        else _tile_stream_loadd(tile, at, TILE_DEPTH * sizeof(bf16));   \
+    } while (0)
+
+/* Tiles 0 to 3 are the sums of 32 rows of x by both halves, 4 and 5 are of x, 6 and 7 the halves. */
+INLINE void multiply_rows(const Narrowed *x, long row, Halves halves, const bf16 *ahead, float out[][WIDTH],
                           const int has_lower, const int has_rest)
 {
-    const long depth = matrix_depth(x->k), bytes = depth * sizeof(bf16), line = 2 * WIDTH * sizeof(bf16);
+    const long depth = matrix_depth(x->k), line = 2 * WIDTH * sizeof(bf16);
     const long rest = has_rest ? narrowed_numbers(x) / 2 : 0;
     const bf16 *upper = x->values + row * depth, *lower = upper + TILE_ROWS * depth;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long i = 0; i < depth; i += TILE_DEPTH, panel += TILE_DEPTH * WIDTH) {
+    for (long i = 0; i < depth; i += TILE_DEPTH) {
         if (ahead)
             for (int j = 0; j < TILE_DEPTH; j++) __builtin_prefetch(ahead + (i + j) * WIDTH, 0, 2);
-        _tile_loadd(6, panel, line);
-        _tile_loadd(7, panel + WIDTH, line);
-        _tile_loadd(4, upper + i, bytes);
+        _tile_loadd(6, halves.low + i * WIDTH, line);
+        _tile_loadd(7, halves.high + i * WIDTH, line);
+        LOAD_ROWS(4, upper + i * TILE_ROWS);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (has_lower) {
-            _tile_loadd(5, lower + i, bytes);
+            LOAD_ROWS(5, lower + i * TILE_ROWS);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
         if (!has_rest) continue;
-        _tile_loadd(4, upper + rest + i, bytes);
+        LOAD_ROWS(4, upper + rest + i * TILE_ROWS);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (has_lower) {
-            _tile_loadd(5, lower + rest + i, bytes);
+            LOAD_ROWS(5, lower + rest + i * TILE_ROWS);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -162,13 +179,13 @@ INLINE void multiply_rows(const Narrowed *x, long row, const bf16 *panel, const 
     }
 }
 
-void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel, const bf16 *ahead, float out[][WIDTH])
+void multiply_matrix(const Narrowed *x, long row, long count, Halves halves, const bf16 *ahead, float out[][WIDTH])
 {
     MEMORY_IS_USED();
-    if (x->has_rest && count > TILE_ROWS) multiply_rows(x, row, panel, ahead, out, 1, 1);
-    else if (x->has_rest) multiply_rows(x, row, panel, ahead, out, 0, 1);
-    else if (count > TILE_ROWS) multiply_rows(x, row, panel, ahead, out, 1, 0);
-    else multiply_rows(x, row, panel, ahead, out, 0, 0);
+    if (x->has_rest && count > TILE_ROWS) multiply_rows(x, row, halves, ahead, out, 1, 1);
+    else if (x->has_rest) multiply_rows(x, row, halves, ahead, out, 0, 1);
+    else if (count > TILE_ROWS) multiply_rows(x, row, halves, ahead, out, 1, 0);
+    else multiply_rows(x, row, halves, ahead, out, 0, 0);
     MEMORY_IS_USED();
 }
 
@@ -178,13 +195,13 @@ void begin_matrix(void) {}
 void end_matrix(void) {}
 
 /* Without a rest, which is for fewer rows than come here. */
-void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel, const bf16 *ahead, float out[][WIDTH])
+void multiply_matrix(const Narrowed *x, long row, long count, Halves halves, const bf16 *ahead, float out[][WIDTH])
 {
     long depth = matrix_depth(x->k);
     for (long r = 0; r < count; r += DOT_ROWS) {
         const bf16 *rows = x->values + (row + r) * depth;
-        if (ahead && !r) dot_rows(rows, depth, panel, depth, out[r], ahead, 0);
-        else dot_rows(rows, depth, panel, depth, out[r], NULL, 0);
+        if (ahead && !r) dot_rows(rows, depth, halves.low, halves.high, depth, out[r], ahead, 0);
+        else dot_rows(rows, depth, halves.low, halves.high, depth, out[r], NULL, 0);
     }
 }
 

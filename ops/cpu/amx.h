@@ -42,7 +42,8 @@ INLINE void fetch_to_write(float *at) { __asm__ volatile("prefetchw %0" ::"m"(*a
 /* Bytes of narrowed x that a thread goes through panel after panel: half the second-level cache of such processors. */
 #define NARROWED_BYTES (HAS_AMX ? 1L << 20 : 1L << 19)
 
-/* x[m][k] in bfloat16, in whole tiles, and if it has a rest, what rounding took away, in as many numbers behind it. */
+/* x[m][k] in bfloat16, in whole tiles, and if it has a rest, what rounding took away, in as many numbers behind it. For
+ * the matrix unit each tile is one run of memory: TILE_ROWS rows of k, tile by tile. */
 typedef struct {
     bf16 *values;
     long m, k;
@@ -61,9 +62,14 @@ INTERNAL void widen_to_matrix(int format, const void *panel, long k, bf16 *out, 
 INTERNAL void begin_matrix(void);
 INTERNAL void end_matrix(void);
 
-/* out[r] = x[row + r] . panel^T for `count` rows of at most MATRIX_ROWS, `row` in whole tiles; out has room for whole
- * tiles. As much as the panel has is fetched from `ahead` on, unless it is null. */
-INTERNAL void multiply_matrix(const Narrowed *x, long row, long count, const bf16 *panel, const bf16 *ahead,
+/* Two halves of panels, which are multiplied as one: those of one panel, or of the gate's and the up projection's. */
+typedef struct {
+    const bf16 *low, *high; /* [k / 2][LANES][2], with room for LANES between neighbours in k */
+} Halves;
+
+/* out[r] = x[row + r] . halves^T for `count` rows of at most MATRIX_ROWS, `row` in whole tiles; out has room for whole
+ * tiles. As much as a panel has is fetched from `ahead` on, unless it is null. */
+INTERNAL void multiply_matrix(const Narrowed *x, long row, long count, Halves halves, const bf16 *ahead,
                               float out[][WIDTH]);
 
 #endif

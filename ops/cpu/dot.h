@@ -18,17 +18,17 @@ INLINE __m512bh load_pairs(const bf16 *p)
     return v;
 }
 
-/* sums[r] (+)= a[r] . b for DOT_ROWS rows, `stride` numbers apart, of `depth` numbers; b: [depth / 2][WIDTH][2]. As
- * much as b has is fetched from `ahead` on, unless it is null. */
-INLINE void dot_rows(const bf16 *a, long stride, const bf16 *b, long depth, float *sums, const bf16 *ahead,
-                     const int is_more)
+/* sums[r] (+)= a[r] . b for DOT_ROWS rows, `stride` numbers apart, of `depth` numbers; b: [depth / 2][WIDTH][2], its
+ * halves where these are. As much as b has is fetched from `ahead` on, unless it is null. */
+INLINE void dot_rows(const bf16 *a, long stride, const bf16 *low_half, const bf16 *high_half, long depth, float *sums,
+                     const bf16 *ahead, const int is_more)
 {
     vec acc[DOT_ROWS][2];
     for (int r = 0; r < DOT_ROWS; r++)
         for (int half = 0; half < 2; half++)
             acc[r][half] = is_more ? load_f32(sums + r * WIDTH + half * LANES) : (vec){};
-    for (long i = 0; i < depth; i += 2, b += 2 * WIDTH) {
-        __m512bh low = load_pairs(b), high = load_pairs(b + WIDTH);
+    for (long i = 0; i < depth; i += 2) {
+        __m512bh low = load_pairs(low_half + i * WIDTH), high = load_pairs(high_half + i * WIDTH);
         if (ahead) {
             __builtin_prefetch(ahead + i * WIDTH, 0, 2);
             __builtin_prefetch(ahead + i * WIDTH + WIDTH, 0, 2);

@@ -181,22 +181,25 @@ INLINE vec clamped_swiglu(vec gate, vec up)
     return gate / (1.0f + vexp(-alpha * gate)) * (up + 1.0f);
 }
 
-/* The columns of a place in one row of y, from the sums of a tile. */
-INLINE void finish(const Product *p, const Place *at, const float *sums, const float *up, long row)
+/* LANES columns of a place, from its column `half` on, in one row of y, from sums of a tile. */
+INLINE void finish_half(const Product *p, const Place *at, int half, const float *sums, const float *up, long row)
 {
     const Linear *a = p->layer;
-    for (int half = 0; half < WIDTH; half += LANES) {
-        long of_part = at->panel * WIDTH + half, column = at->column + of_part, count = at->part->n - of_part;
-        vec value = load_f32(sums + half);
-        if (a->bias) value += load_part(a->bias + column, count);
-        if (a->is_gated) {
-            vec other = load_f32(up + half);
-            if (a->bias) other += load_part(a->bias + a->n + column, count);
-            value = a->is_clamped ? clamped_swiglu(value, other) : value / (1.0f + vexp(-value)) * other;
-        }
-        if (p->residual) value += load_part(p->residual + row * a->n + column, count);
-        store_part(p->y + row * a->n + column, value, count);
+    long of_part = at->panel * WIDTH + half, column = at->column + of_part, count = at->part->n - of_part;
+    vec value = load_f32(sums);
+    if (a->bias) value += load_part(a->bias + column, count);
+    if (a->is_gated) {
+        vec other = load_f32(up);
+        if (a->bias) other += load_part(a->bias + a->n + column, count);
+        value = a->is_clamped ? clamped_swiglu(value, other) : value / (1.0f + vexp(-value)) * other;
     }
+    if (p->residual) value += load_part(p->residual + row * a->n + column, count);
+    store_part(p->y + row * a->n + column, value, count);
+}
+
+INLINE void finish(const Product *p, const Place *at, const float *sums, const float *up, long row)
+{
+    for (int half = 0; half < WIDTH; half += LANES) finish_half(p, at, half, sums + half, up + half, row);
 }
 
 /* sums = x . panel^T for a block of rows and a panel of float32 or bfloat16, tile by tile. The first waits for memory;
@@ -275,6 +278,22 @@ static void matrix_piece(const void *job, long piece)
         panels[half] = widened;
     }
     begin_matrix();
+    /* Many rows of both projections: half of the columns at a time, whose weights stay in the first-level cache. */
+    if (a->is_gated && at.rows > MATRIX_ROWS) {
+        for (int half = 0; half < WIDTH; half += LANES)
+            for (long row = 0; row < at.rows; row += MATRIX_ROWS) {
+                long count = least(MATRIX_ROWS, at.rows - row), first = at.begin + row;
+                const bf16 *ahead =
+                    row || at.part[half / LANES].format != FORMAT_BF16 ? NULL : panels[half / LANES] + size;
+                float *y = p->y + first * a->n + at.column + at.panel * WIDTH + half;
+                for (long r = 0; r < count; r++, y += a->n) fetch_to_write(y);
+                Halves halves = {panels[0] + 2 * half, panels[1] + 2 * half};
+                multiply_matrix(p->narrowed, first, count, halves, ahead, sums[0]);
+                for (long r = 0; r < count; r++) finish_half(p, &at, half, sums[0][r], sums[0][r] + LANES, first + r);
+            }
+        end_matrix();
+        return;
+    }
     for (long row = 0; row < at.rows; row += MATRIX_ROWS) {
         long count = least(MATRIX_ROWS, at.rows - row);
         float *y = p->y + (at.begin + row) * a->n + at.column + at.panel * WIDTH;
@@ -283,20 +302,23 @@ static void matrix_piece(const void *job, long piece)
         for (int half = 0; half <= a->is_gated; half++) {
             /* The first rows fetch the next panel, which follows this one. */
             const bf16 *ahead = row || at.part[half].format != FORMAT_BF16 ? NULL : panels[half] + size;
-            multiply_matrix(p->narrowed, at.begin + row, count, panels[half], ahead, sums[half]);
+            Halves halves = {panels[half], panels[half] + WIDTH};
+            multiply_matrix(p->narrowed, at.begin + row, count, halves, ahead, sums[half]);
         }
         for (long r = 0; r < count; r++) finish(p, &at, sums[0][r], sums[1][r], at.begin + row + r);
     }
     end_matrix();
 }
 
-/* As many rows as stay in the second-level cache, panel after panel; fewer if threads would have nothing to do. */
+/* As many rows as stay in the second-level cache, panel after panel; fewer if threads would have nothing to do, and
+ * about as many in every block. */
 static long matrix_block(long m, long k, long panels, int threads)
 {
     long block = most(NARROWED_BYTES / (2 * k) / MATRIX_ROWS, 1) * MATRIX_ROWS;
     while (block > 2 * MATRIX_ROWS && panels * ((m + block - 1) / block) < 4 * threads)
         block = block / 2 / MATRIX_ROWS * MATRIX_ROWS;
-    return block;
+    long blocks = (m + block - 1) / block, rows = (m + blocks - 1) / blocks;
+    return (rows + MATRIX_ROWS - 1) / MATRIX_ROWS * MATRIX_ROWS;
 }
 
 /* Whether m rows are multiplied in bfloat16: on the matrix unit invariant ones all, unless they are multiplied in

@@ -153,8 +153,8 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
     MEMORY_IS_USED();
 #else
     for (int r = 0; r < 2 * TILE_ROWS; r += DOT_ROWS, a += DOT_ROWS * stride, sums += DOT_ROWS * WIDTH) {
-        dot_rows(a, stride, b, depth, sums, NULL, is_more);
-        if (rest) dot_rows(a, stride, rest, depth, sums, NULL, 1);
+        dot_rows(a, stride, b, b + WIDTH, depth, sums, NULL, is_more);
+        if (rest) dot_rows(a, stride, rest, rest + WIDTH, depth, sums, NULL, 1);
     }
 #endif
 }
@@ -230,6 +230,15 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
         multiply(room->values + i * CHUNK + first, CHUNK, room->weights, NULL, whole, b->sum + i * WIDTH, 1);
 }
 
+/* Two vectors in bfloat16, one behind the other, and back. */
+INLINE uvec narrow_pair(vec a, vec b) { return (uvec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+INLINE vec widen_half(uvec words, const int half)
+{
+    hvec numbers;
+    memcpy(&numbers, (const char *)&words + half * sizeof numbers, sizeof numbers);
+    return (vec)(__builtin_convertvector(numbers, uvec) << 16);
+}
+
 /* Queries of `count` rows, at most LANES, times the scale, into a block; behind them what rounding takes away. */
 static void put_queries(const Prefill *p, const Tile *tile, long row, long count, bf16 *to)
 {
@@ -241,18 +250,14 @@ static void put_queries(const Prefill *p, const Tile *tile, long row, long count
         for (long r = 0; r < count; r++) {
             const float *token = tile->qkv + (row + r) / p->group * p->width;
             const float *query = token + (tile->head * p->group + (row + r) % p->group) * d + i;
-            bf16 near[2 * LANES], left[2 * LANES];
-            for (int half = 0; half < 2; half++) {
-                vec value = load_part(query + half * LANES, d - i - half * LANES) * factor;
-                __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
-                memcpy(near + half * LANES, &rounded, sizeof rounded);
-                vec lost = value - load_bf16(near + half * LANES);
-                ivec is_number = lost == lost;
-                rounded = _mm512_cvtneps_pbh((__m512)((ivec)lost & is_number));
-                memcpy(left + half * LANES, &rounded, sizeof rounded);
-            }
-            memcpy(&words[r], near, sizeof near);
-            memcpy(&rest[r], left, sizeof left);
+            vec value[2], lost[2];
+            for (int half = 0; half < 2; half++)
+                value[half] = load_part(query + half * LANES, d - i - half * LANES) * factor;
+            words[r] = narrow_pair(value[0], value[1]);
+            lost[0] = value[0] - widen_half(words[r], 0);
+            lost[1] = value[1] - widen_half(words[r], 1);
+            for (int half = 0; half < 2; half++) lost[half] = (vec)((ivec)lost[half] & (lost[half] == lost[half]));
+            rest[r] = narrow_pair(lost[0], lost[1]);
         }
         turn(words);
         turn(rest);

@@ -98,6 +98,8 @@ static inline void _tile_loadd(int number, const void *p, long stride)
     for (int row = 0; row < 16; row++) memcpy(emulated_tile[number][row], (const char *)p + row * stride, 64);
 }
 
+#define _tile_stream_loadd _tile_loadd
+
 static inline void _tile_stored(int number, void *p, long stride)
 {
     for (int row = 0; row < 16; row++) memcpy((char *)p + row * stride, emulated_tile[number][row], 64);
