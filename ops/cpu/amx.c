@@ -13,7 +13,7 @@ int has_bf16(void) { return HAS_BF16; }
 
 #include "dot.h"
 #include "norm.h"
-#include "quantized.h"
+#include "quantized_panel.h"
 
 static long whole_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
 long narrowed_numbers(const Narrowed *x) { return (1 + x->has_rest) * whole_rows(x->m) * matrix_depth(x->k); }
@@ -94,19 +94,33 @@ INLINE __m512i interleave(vec even, vec odd)
     return _mm512_permutexvar_epi16(_mm512_loadu_si512(places), (__m512i)both);
 }
 
+/* Weights pass from the words of their quants to pairs of bfloat16 in registers, by way of float32. */
+INLINE void widen_pairs(const uint8_t *block, long k, bf16 *out, int once, const Format f)
+{
+    for (; k > 0; k -= f.groups * GROUP, block += block_bytes(f))
+        for (int at = 0; at < f.groups * GROUP; at += f.span, out += f.span * WIDTH) {
+            const uint8_t *group = block + head_bytes(f) + at / GROUP * group_bytes(f);
+            if (at % GROUP == 0) fetch_ahead(group, f, once);
+            for (int half = 0; half < 2; half++) {
+                const Scale scale = load_scale(block, at, half, f);
+#pragma GCC unroll 8
+                for (int i = 0; i < f.span; i += 4) {
+                    uvec quad = load_quad(group + half * WORDS / 2, (at % GROUP + i) / 4, f);
+                    for (int t = 0; t < 4; t += 2) {
+                        __m512i words = interleave(widen_quant(quad, t, scale), widen_quant(quad, t + 1, scale));
+                        memcpy(out + (i + t) * WIDTH + half * 2 * LANES, &words, sizeof words);
+                    }
+                }
+            }
+        }
+}
+
 void widen_to_matrix(int format, const void *panel, long k, bf16 *out, int once)
 {
-    float weights[PART][WIDTH];
-    /* A little at a time where blocks are small, which stays in the first-level cache. */
-    long step = has_small_blocks(format) ? 2 * GROUP : PART;
-    for (long begin = 0; begin < k; begin += step) {
-        long count = least(step, k - begin);
-        widen_quantized(format, panel, begin, count, weights[0], once);
-        for (long i = 0; i < count; i += 2, out += 2 * WIDTH)
-            for (int half = 0; half < WIDTH; half += LANES) {
-                __m512i words = interleave(load_f32(weights[i] + half), load_f32(weights[i + 1] + half));
-                memcpy(out + 2 * half, &words, sizeof words);
-            }
+#define PAIRS(NUMBER, NAME, ...) \
+    case NUMBER: widen_pairs(panel, k, out, once, (Format){__VA_ARGS__}); break;
+    switch (format) {
+        QUANTIZED_FORMATS(PAIRS)
     }
 }
 

@@ -1,15 +1,6 @@
 /* Quantised weights, widened exactly: the quants alone in registers for a product, or whole weights to memory. */
 #include "quantized_panel.h"
 
-/* Weight t of a quad. Its byte stays where it is, and the scale makes up for that, exactly; but in the last place a
- * byte would be the sign. */
-INLINE vec widen_quant(uvec quad, int t, const Scale s)
-{
-    static const float unit[4] = {1.0f, 0x1p-8f, 0x1p-16f, 1.0f};
-    ivec quant = (ivec)(t < 3 ? quad & (uint32_t)(0xff << 8 * t) : quad >> 24);
-    return __builtin_convertvector(quant, vec) * (s.scale * unit[t]) + s.offset;
-}
-
 /* Quant t of a quad, less that of a weight of 0, 2^(8 t) fold: see widen_quant. */
 INLINE vec take_quant(uvec quad, int t, const Format f)
 {

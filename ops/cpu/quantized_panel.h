@@ -99,4 +99,13 @@ INLINE Scale load_scale(const uint8_t *block, int at, int half, const Format f)
     return s;
 }
 
+/* Weight t of a quad. Its byte stays where it is, and the scale makes up for that, exactly; but in the last place a
+ * byte would be the sign. */
+INLINE vec widen_quant(uvec quad, int t, const Scale s)
+{
+    static const float unit[4] = {1.0f, 0x1p-8f, 0x1p-16f, 1.0f};
+    ivec quant = (ivec)(t < 3 ? quad & (uint32_t)(0xff << 8 * t) : quad >> 24);
+    return __builtin_convertvector(quant, vec) * (s.scale * unit[t]) + s.offset;
+}
+
 #endif
