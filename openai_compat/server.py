@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 import logging
 import math
 import os
@@ -33,7 +34,7 @@ from microvllm.openai_compat.transport.listen import (
     start_listening,
     tls_context,
 )
-from microvllm.openai_compat.transport.protocol import GuardedProtocol, http_config
+from microvllm.openai_compat.transport.protocol import TLS_SHUTDOWN_S, GuardedProtocol, http_config
 from microvllm.runtime.config import EngineArgs, EngineConfig
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.process.client import EngineClient
@@ -245,18 +246,16 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's own, for sockets that are bound already, with a deadline for handshakes."""
+        """uvicorn's own, for sockets that are bound already, with other deadlines of TLS."""
         loop = asyncio.get_running_loop()
-        deadline = HANDSHAKE_DEADLINE_S if self.config.ssl else None
+        tls: dict[str, Any] = {}
+        if self.config.ssl:
+            tls = {"ssl": self.config.ssl, "ssl_handshake_timeout": HANDSHAKE_DEADLINE_S}
+            if "ssl_shutdown_timeout" in inspect.signature(loop.create_server).parameters:
+                tls["ssl_shutdown_timeout"] = TLS_SHUTDOWN_S
         protocol = functools.partial(GuardedProtocol, self.config, self.server_state, {})
         self.servers = [
-            await loop.create_server(
-                protocol,
-                sock=sock,
-                ssl=self.config.ssl,
-                ssl_handshake_timeout=deadline,
-                backlog=self.config.backlog,
-            )
+            await loop.create_server(protocol, sock=sock, backlog=self.config.backlog, **tls)
             for sock in sockets or ()
         ]
         self.started = True

@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -42,12 +42,13 @@ def real_server(
     tls: ssl.SSLContext | None = None,
     connections: int | None = None,
     wrap: Callable[[ASGIApp], ASGIApp] | None = None,
+    run: Callable[[Coroutine[Any, Any, None]], object] = asyncio.run,
     **args: Any,
 ) -> Iterator[int]:
     """The application behind our own protocol on a free port of 127.0.0.1, in a thread; yields the port.
 
     At most `connections` at once, and unless `args` say otherwise for any host. `wrap` may put something
-    around the application.
+    around the application, `run` makes the event loop.
     """
     args.setdefault("allowed_hosts", ("*",))
     app: ASGIApp = create_app(client, ServerArgs(**args))  # type: ignore[arg-type]
@@ -58,7 +59,7 @@ def real_server(
     server = HttpServer(config, on_ready=lambda: None)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread = threading.Thread(target=lambda: run(server.serve(sockets=[sock])), daemon=True)
     thread.start()
     eventually(lambda: server.started)
     try:

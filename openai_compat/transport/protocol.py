@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, cast
@@ -41,6 +42,10 @@ HEAD_DEADLINE_S = 30.0
 # For a client that has stopped reading its answer: in this time it has to take so many bytes of what waits.
 WRITE_DEADLINE_S = 30.0
 MIN_TAKEN_BYTES = 64 << 10
+# TLS has a wait of its own for the rest of an answer and for the client's close_notify, 30 s whatever it takes.
+# It is put out of reach: the deadline above ends a connection that makes no progress, and no other.
+TLS_SHUTDOWN_S = 30 * 86400.0
+BYTES_ACKED = slice(120, 128)  # in Linux's `struct tcp_info`, since 4.1
 
 
 def http_config(app: ASGIApp, **options: Any) -> uvicorn.Config:
@@ -285,7 +290,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
-        super()._start_asgi_task(cycle, app)
+        task = self.loop.create_task(cycle.run_asgi(app))
+        task.add_done_callback(self._end_asgi_task)
+        self.tasks.add(task)
+
+    def _end_asgi_task(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if self.transport.is_closing():  # by uvicorn, if the application failed in the middle of its answer
+            self._watch_flush()
 
     def _drop_answer(self) -> None:
         """Send no more of the answer in progress, and have its task take that for the end it comes to."""
@@ -316,6 +328,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
         self._watch_flush()
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing():
+            self._watch_flush()
+
     def timeout_keep_alive_handler(self) -> None:
         if not self.transport.is_closing():
             self._close()
@@ -334,30 +351,36 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _watch_flush(self) -> None:
         """Have the connection aborted if the client takes too little of what waits for it."""
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self._write_late, self._untaken())
+        if self._write_timer is None and self.parser is not None:  # which a lost connection has not
+            self._write_timer = self.loop.call_later(WRITE_DEADLINE_S, self._write_late, self._taken())
 
     def _write_late(self, before: int) -> None:
         self._write_timer = None
-        if not self.transport.get_write_buffer_size():
+        if not (self.transport.get_write_buffer_size() or self.transport.is_closing()):
             return
-        if before - self._untaken() < MIN_TAKEN_BYTES:
+        if self._taken() - before < MIN_TAKEN_BYTES:
             self.transport.abort()
         else:
             self._watch_flush()
 
-    def _untaken(self) -> int:
-        """Return how many bytes wait for the client, with those in the kernel where that says it.
+    def _taken(self) -> int:
+        """Return a count that grows with each byte that the client takes.
 
-        The kernel buffers megabytes, and has a transport write on only when a third of them are taken.
+        Its kernel says it of a TCP connection. Elsewhere it is the negative of what waits: a transport writes
+        on only when a third of the kernel's megabytes are free, and under TLS holds bytes that it does not
+        count.
         """
         waiting = self.transport.get_write_buffer_size()
         sock = self.transport.get_extra_info("socket")
         if sys.platform != "win32" and sock is not None:
             with contextlib.suppress(OSError, ValueError):  # closed, or of a kind that does not say
+                if sys.platform == "linux" and sock.family in (socket.AF_INET, socket.AF_INET6):
+                    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_ACKED.stop)
+                    if acked := int.from_bytes(info[BYTES_ACKED], sys.byteorder):
+                        return acked
                 unsent = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
                 waiting += int.from_bytes(unsent, sys.byteorder)
-        return waiting
+        return -waiting
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
