@@ -42,7 +42,7 @@ class Tags:
         return 0
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(64)  # some have names of requests in them
 def tags_of(*tags: str) -> Tags:
     """Return the set of these strings, compiled once."""
     return Tags(tags)

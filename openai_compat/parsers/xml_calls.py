@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -24,6 +26,9 @@ from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.scanner import END, Reading, Scanner
 from microvllm.openai_compat.parsers.schema import argument_types, property_names, typed
 from microvllm.openai_compat.parsers.writer import Writer
+
+MAX_NAME_CHARS = 128  # of an argument that is looked for in values
+MAX_NAMES_CHARS = 8192  # of all those of a function
 
 
 class XmlCalls(msgspec.Struct, frozen=True):
@@ -172,7 +177,7 @@ class XmlCalls(msgspec.Struct, frozen=True):
         keys: frozenset[str] = frozenset()
         if self.own_lines:
             yield from scan.literal("\n")
-            keys = frozenset(f"\n{before_key}{key}{self.behind_key[0]}" for key in property_names(parameters))
+            keys = frozenset(f"\n{before_key}{key}{self.behind_key[0]}" for key in _short_names(parameters))
             tags = (*tags, *(f"\n{tag}" for tag in tags), *sorted(keys))
         if is_string:
             write.arguments('"')
@@ -190,3 +195,11 @@ class XmlCalls(msgspec.Struct, frozen=True):
             return ""
         write.arguments('"' if is_string else typed("".join(pieces), types))
         return "" if own == end else own
+
+
+def _short_names(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Names that may end a value: a set of them takes memory with the square of their lengths."""
+    room = MAX_NAMES_CHARS
+    for name in property_names(parameters):
+        if len(name) <= MAX_NAME_CHARS and (room := room - len(name)) >= 0:
+            yield name

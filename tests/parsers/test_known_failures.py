@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
 from parser_tools import calls_of, check_splits, parse
+
+from microvllm.openai_compat.parsers.events import Function
 
 QWEN = ("qwen3_coder", "qwen3")
 OPEN = "<tool_call>\n<function=write_file>\n"
@@ -121,3 +124,17 @@ def test_what_is_no_recipient_of_a_function_is_none() -> None:
     text = "<|channel|>commentary to=assistant<|message|>Hm.<|end|>"
     message = check_splits(text, ("openai", "openai_gptoss"))
     assert not message.tool_calls and message.content == "Hm."
+
+
+@pytest.mark.parametrize("names", [["a" * 20_000], [f"{n}{'a' * 200}" for n in range(5000)]])
+def test_names_of_arguments_take_no_memory_with_the_square_of_their_length(names: list[str]) -> None:
+    """A value whose end was forgotten ends at the next argument: each beginning of its tag was kept."""
+    function = Function("f", {"properties": {name: {"type": "string"} for name in ("a", "b", *names)}})
+    values = "<parameter=a>\n1\n<parameter=b>\n2\n</parameter>\n"
+    tracemalloc.start()
+    try:
+        found = parse(f"<tool_call>\n<function=f>\n{values}{CLOSE}", QWEN, tools=[function])
+        assert calls_of(found) == [("f", {"a": "1", "b": "2"})]
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
