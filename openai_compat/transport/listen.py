@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
 import ssl
 import stat
 from pathlib import Path
+from typing import Any
 
 from microvllm.openai_compat.config import ServerArgs
 from microvllm.runtime.errors import ConfigError, reason_of
@@ -120,7 +122,9 @@ async def refresh_certificate(
 ) -> None:
     """Load a renewed certificate for new connections, looking at the files every `interval` seconds.
 
-    Files that do not load (only one of two is replaced so far) are tried again and change nothing.
+    Files that do not load (only one of two is replaced so far) are tried again and change nothing. New ones
+    get a context of their own, which a connection changes to as it greets: what is loaded into the context
+    in use adds to the authorities that it trusts, and spoils it if the files change at that moment.
     """
     loaded = _stamps(args)
     while True:
@@ -129,17 +133,17 @@ async def refresh_certificate(
         if found == loaded:
             continue
         try:
-            # Into a context of its own first: a key that does not fit would spoil the one in use.
             fresh = tls_context(args)
         except ConfigError as error:
             logger.warning("The new certificate is not in use: %s", error)
             continue
-        if fresh is not None and args.ssl_certfile is not None:
-            context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, _no_password)
-            if args.ssl_ca_certs is not None:
-                context.load_verify_locations(args.ssl_ca_certs)
-            loaded = found
-            logger.info("The certificate was read again.")
+        context.sni_callback = functools.partial(_change_context, fresh)  # called without a name, too
+        loaded = found
+        logger.info("The certificate was read again.")
+
+
+def _change_context(fresh: ssl.SSLContext, connection: Any, _name: str | None, _: ssl.SSLContext) -> None:
+    connection.context = fresh
 
 
 def _no_password() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -408,8 +409,6 @@ class TestTls:
             await asyncio.sleep(0)  # it has looked at the files once
             shutil.copyfile(TLS / "two.cert.pem", cert)  # which does not fit the old key
             await asyncio.sleep(0.2)
-            # As in a server, handshakes and the exchange take turns on one event loop: it waits for this one.
-            # OpenSSL crashes if a context is given another certificate while a thread shakes hands with it.
             assert served_name(context) == "one"
             shutil.copyfile(TLS / "two.key.pem", key)
             until = time.monotonic() + PATIENCE_S
@@ -419,12 +418,48 @@ class TestTls:
         finally:
             refreshing.cancel()
 
+    async def test_an_authority_that_was_replaced_is_not_trusted(self, tmp_path: Path) -> None:
+        """What is loaded into a context adds to those that it trusts."""
+        authority = tmp_path / "ca.pem"
+        shutil.copyfile(CERT, authority)
+        args = ServerArgs(**HTTPS, ssl_ca_certs=str(authority), ssl_cert_reqs=2)
+        context = tls_context(args)
+        assert context is not None
+        refreshing = asyncio.ensure_future(refresh_certificate(context, args, 0.01))
+        own, other = (CERT, KEY), (TLS / "two.cert.pem", TLS / "two.key.pem")
+        try:
+            await asyncio.sleep(0)
+            whole = other[0].read_bytes()
+            for broken in (b"", whole[:300], whole[:-30], b"\0" * 2000, None):
+                authority.unlink()
+                if broken is not None:
+                    authority.write_bytes(broken)
+                await asyncio.sleep(0.05)
+                assert served_name(context, own) == "one" and not refreshing.done()
+            authority.write_bytes(whole)
+            until = time.monotonic() + PATIENCE_S
+            served = ""
+            while not served:
+                assert time.monotonic() < until and not refreshing.done()
+                await asyncio.sleep(0.02)
+                with contextlib.suppress(OSError):
+                    served = served_name(context, other)
+            for name in ("localhost", None):  # an address is no name, so clients send none with it
+                assert served_name(context, other, name) == "one"
+                with pytest.raises((ssl.SSLError, OSError)):
+                    served_name(context, own, name)
+        finally:
+            refreshing.cancel()
 
-def served_name(context: ssl.SSLContext, own: tuple[Path, Path] | None = None) -> str:
+
+def served_name(
+    context: ssl.SSLContext, own: tuple[Path, Path] | None = None, name: str | None = "localhost"
+) -> str:
     """The common name on the certificate that a client is shown; the client may have one of its `own`."""
     asking = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    for name in ("one", "two"):
-        asking.load_verify_locations(TLS / f"{name}.cert.pem")
+    asking.check_hostname = name is not None
+    for known in ("one", "two"):
+        asking.load_verify_locations(TLS / f"{known}.cert.pem")
     if own is not None:
         asking.load_cert_chain(*own)
     here, there = socket.socketpair()
@@ -433,7 +468,7 @@ def served_name(context: ssl.SSLContext, own: tuple[Path, Path] | None = None) -
     serving = threading.Thread(target=_answer, args=(context, there))
     serving.start()
     try:
-        with asking.wrap_socket(here, server_hostname="localhost") as wrapped:
+        with asking.wrap_socket(here, server_hostname=name) as wrapped:
             # Whether the client's certificate was accepted shows only when data come.
             assert wrapped.recv(2) == b"ok"
             found: Any = wrapped.getpeercert()
