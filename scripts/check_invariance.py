@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import struct
 import sys
 import time
@@ -55,7 +56,10 @@ WAYS: dict[str, dict[str, Any]] = {
     HIT: {"max_num_seqs": 16, "enable_prefix_caching": True},
     PREEMPTED: {"max_num_seqs": 64, "num_gpu_blocks_override": BLOCKS},
 }
-EVERY_WAY = (*WAYS, HTTP, RESTARTED)
+HTTP_ALONE, HTTP_AGAIN = "over HTTP one by one, streamed", "over HTTP on prefix hits, every other streamed"
+HTTP_PREEMPTED = "over HTTP after preemption, streamed"
+SERVED = (HTTP, RESTARTED, HTTP_ALONE, HTTP_AGAIN, HTTP_PREEMPTED)
+EVERY_WAY = (*WAYS, *SERVED)
 FAST, INVARIANT = "fast", "invariant"
 
 Answer = list[tuple[int, float]]
@@ -130,8 +134,10 @@ def run(args: argparse.Namespace, part: Part, mode: str) -> Mode:
 
 
 def ask_server(args: argparse.Namespace, part: Part) -> Mode:
-    """Run the prompts of a part over HTTP, eight at once: whole and streamed in turns."""
+    """Run the prompts of a part over HTTP: by default eight at once, whole and streamed in turns."""
     flags = ["--batch-invariant", "--max-model-len", "1024", "--load-format", args.load_format]
+    if part.way == HTTP_PREEMPTED:
+        flags += ["--num-gpu-blocks-override", str(BLOCKS)]
     flags += ["--dtype", args.dtype, "--cpu-activations", args.cpu_activations]
     if not ON_GPU and args.jobs > 1:
         flags += ["--cpu-threads", "1"]
@@ -147,6 +153,8 @@ def ask_server(args: argparse.Namespace, part: Part) -> Mode:
                 **{"prompt": prompt, "temperature": 0, "max_tokens": args.max_tokens, "logprobs": 0},
                 **{"return_token_ids": True, "stream": number % 2 == (part.way == HTTP)},
             }
+            if part.way in (HTTP_ALONE, HTTP_PREEMPTED):
+                body["stream"] = True
             reply = client.post(f"{url}/v1/completions", json=body).raise_for_status()
             events = [reply.text]
             if body["stream"]:
@@ -156,10 +164,18 @@ def ask_server(args: argparse.Namespace, part: Part) -> Mode:
                 answer += zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
             return answer
 
-        with ThreadPoolExecutor(8) as pool:
-            for answer in pool.map(ask, enumerate(cut_prompts(ids, part), part.first)):
+        prompts = list(enumerate(cut_prompts(ids, part), part.first))
+        with ThreadPoolExecutor({HTTP_ALONE: 1, HTTP_PREEMPTED: PART}.get(part.way, 8)) as pool:
+            if part.way == HTTP_AGAIN:
+                list(pool.map(ask, prompts))
+            for answer in pool.map(ask, prompts):
                 found.digests.append(digest(answer))
                 found.tokens += len(answer)
+        metrics = client.get(f"{url}/metrics").text
+        found.hits, found.preemptions = (
+            int(sum(map(float, re.findall(rf"^{name}_total{{.*}} (\S+)$", metrics, re.M))))
+            for name in ("vllm:prefix_cache_hits", "vllm:num_preemptions")
+        )
     return found
 
 
@@ -238,10 +254,17 @@ class Table:
             print(f"| {way} | {' | '.join(cells)} |")
             good &= invariant == of == prompts
         modes = [(part.way, part.modes[INVARIANT]) for part in self.parts if INVARIANT in part.modes]
-        hits = sum(mode.hits for way, mode in modes if way == HIT)
-        preemptions = sum(mode.preemptions for way, mode in modes if way == PREEMPTED)
-        print(f"\n{hits} tokens were prefix hits, {preemptions} times a request was preempted.", flush=True)
-        return good and (hits > 0 or HIT not in ways) and (preemptions > 0 or PREEMPTED not in ways)
+        for own, served in ((HIT, HTTP_AGAIN), (PREEMPTED, HTTP_PREEMPTED)):
+            for way in {own, served} & set(ways):
+                count = sum(
+                    mode.hits if own == HIT else mode.preemptions for name, mode in modes if name == way
+                )
+                print(
+                    f"\n{way}: {count} {'tokens from the cache' if own == HIT else 'preemptions'}.",
+                    flush=True,
+                )
+                good &= count > 0
+        return good
 
 
 def shard_of(text: str, prompts: int) -> range:

@@ -42,8 +42,8 @@ HEAD_DEADLINE_S = 30.0
 # For a client that has stopped reading its answer: in this time it has to take so many bytes of what waits.
 WRITE_DEADLINE_S = 30.0
 MIN_TAKEN_BYTES = 64 << 10
-# TLS has a wait of its own for the rest of an answer and for the client's close_notify, 30 s whatever it takes.
-# It is put out of reach: the deadline above ends a connection that makes no progress, and no other.
+# TLS has a deadline of its own for the rest of an answer and the client's close_notify, 30 s in any case.
+# Out of reach, it leaves it to the one above: that ends a connection that makes no progress, and no other.
 TLS_SHUTDOWN_S = 30 * 86400.0
 BYTES_ACKED = slice(120, 128)  # in Linux's `struct tcp_info`, since 4.1
 

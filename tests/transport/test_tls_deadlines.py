@@ -1,4 +1,4 @@
-"""The end of a connection under TLS: what a client takes, or does not take, behind the close of the server."""
+"""The end of a connection under TLS: what a client takes, or not, behind the close of the server."""
 
 from __future__ import annotations
 
