@@ -11,6 +11,7 @@ import msgspec
 
 from microvllm.openai_compat.api.requests import ChatCompletionRequest, TokenizeRequest, Tool, ToolChoice
 from microvllm.openai_compat.errors import clip
+from microvllm.openai_compat.parsers.schema import BY_NAME
 from microvllm.runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ TYPES = frozenset(("string", "number", "integer", "boolean", "object", "array", 
 # Where a schema has schemas, in its own form, as a list, or by name.
 ONE = ("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 @dataclass(frozen=True)

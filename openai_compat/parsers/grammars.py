@@ -7,7 +7,7 @@ as a call by the parser of the format.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -21,6 +21,12 @@ from microvllm.openai_compat.parsers.schema import (
     refers,
     types_of,
 )
+from microvllm.openai_compat.parsers.strict import (
+    listed_texts,
+    restrictions,
+    unenforced_list,
+    unenforced_text,
+)
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import StructuredOutput
 
@@ -28,8 +34,6 @@ Tag = dict[str, Any]
 # With more of both a grammar is longer than any that is compiled.
 MAX_ARGUMENTS = 4096  # of one function, in all forms that these may have
 MAX_REFERRED = 1 << 19  # characters of what arguments refer to, of each of them
-# What cannot be enforced of a text that stands between tags, unless it is a list of strings alone.
-RESTRICTING = ("pattern", "minLength", "maxLength", "format", "enum", "const")
 
 
 class CallForm(Protocol):
@@ -150,15 +154,22 @@ class Argument(NamedTuple):
     required: bool
 
 
-def argument_lists(function: Function) -> list[list[Argument]]:
+def argument_lists(function: Function, can_write: Callable[[str], object]) -> list[list[Argument]]:
     """Return the arguments that the schema of a function lists, of each form that they may have.
 
-    Raises `InvalidRequestError` for a schema with too many of these.
+    `can_write` says whether the format of the calls can write an argument of this name; one that it cannot is
+    left out. Raises `InvalidRequestError` if that is required, and for a schema with too many forms.
     """
     forms = forms_of(function.parameters)
     if len(forms) == MAX_FORMS:
         raise InvalidRequestError(
             f"The arguments of the function {function.name!r} have {MAX_FORMS} forms or more.", "tools"
+        )
+    if function.strict and (found := unenforced_list(function.parameters)):
+        raise InvalidRequestError(
+            f"The format of the model's calls cannot enforce `{found}` of the arguments together of the "
+            f"strict function {function.name!r}.",
+            "tools",
         )
     # All of a grammar is written before it is measured.
     if sum(len(form["properties"].keys() | set(form["required"])) for form in forms) > MAX_ARGUMENTS:
@@ -166,7 +177,7 @@ def argument_lists(function: Function) -> list[list[Argument]]:
             f"The function {function.name!r} has more than {MAX_ARGUMENTS} arguments in all forms.", "tools"
         )
     whole = definitions_of(function.parameters) if refers(function.parameters) else {}
-    lists = [_arguments(function.parameters, form, whole) for form in forms]
+    lists = [_arguments(function, form, whole, can_write) for form in forms]
     holding = sum("$defs" in each.schema and not each.is_text for items in lists for each in items)
     if holding and holding * len(json.dumps(whole)) > MAX_REFERRED:
         raise InvalidRequestError(
@@ -194,13 +205,23 @@ def takes_any(function: Function) -> bool:
     return found
 
 
-def _arguments(parameters: dict[str, Any], form: dict[str, Any], whole: dict[str, Any]) -> list[Argument]:
+def _arguments(
+    function: Function, form: dict[str, Any], whole: dict[str, Any], can_write: Callable[[str], object]
+) -> list[Argument]:
     """`whole`: the definitions of the parameters; {} where there are no references."""
     required = dict.fromkeys(form["required"])
     result = []
     for key in {**form["properties"], **required}:
         schema = form["properties"].get(key)
-        types = types_of(schema, parameters)
+        if not can_write(key) or schema is False:
+            if key in required:
+                raise InvalidRequestError(
+                    f"The format of the model's calls cannot write the required argument {key!r:.100} of the "
+                    f"function {function.name!r}.",
+                    "tools",
+                )
+            continue
+        types = types_of(schema, function.parameters)
         own = schema if isinstance(schema, dict) else {}
         if whole and refers(own):
             own = {**moved(own), "$defs": whole}
@@ -214,32 +235,23 @@ def text(function: Function, argument: Argument) -> Tag:
     Raises `InvalidRequestError` if the schema of a `strict` function restricts it in another way.
     """
     options = options_of(argument.schema, argument.schema)
-    listed = [values for option in options if (values := _listed_texts(option))]
-    if len(listed) == len(options):
-        return either([constant(value) for value in dict.fromkeys(chain.from_iterable(listed))])
-    found = [name for option in options for name in RESTRICTING if name in option]
-    if found and function.strict and not any(map(_is_free, options)):
+    listed = [listed_texts(option) for option in options]
+    texts = [*chain.from_iterable(listed)]
+    if all(listed) and not (function.strict and _unlisted(options, texts)):
+        return either([constant(value) for value in dict.fromkeys(texts)])
+    if function.strict and (found := _unlisted(options, texts) if all(listed) else unenforced_text(options)):
         raise InvalidRequestError(
-            f"The format of the model's calls cannot enforce `{found[0]}` of the argument "
+            f"The format of the model's calls cannot enforce `{found}` of the argument "
             f"{argument.key!r:.100} of the strict function {function.name!r}.",
             "tools",
         )
     return {"type": "any_text"}
 
 
-def _listed_texts(schema: dict[str, Any]) -> list[str]:
-    """Return the texts of a schema that lists strings, or null; none of any other."""
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if schema.get("type") == "null":
-        values = [None]
-    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
-        return []
-    return ["null" if value is None else value for value in values]
-
-
-def _is_free(schema: dict[str, Any]) -> bool:
-    """Whether any text follows a schema."""
-    kind = schema.get("type", "string")
-    return ("string" in kind if isinstance(kind, list) else kind == "string") and schema.keys().isdisjoint(
-        RESTRICTING
-    )
+def _unlisted(options: Sequence[dict[str, Any]], texts: Sequence[str]) -> str | None:
+    """Return the keyword that may exclude one of the texts that options list."""
+    for option in options:
+        more = set(restrictions(option)) - {"const" if "const" in option else "enum"}
+        if more:
+            return min(more)
+    return "oneOf" if len(set(texts)) < len(texts) and any("oneOf" in option for option in options) else None

@@ -20,7 +20,7 @@ from microvllm.openai_compat.parsers.grammars import (
 )
 from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.json_text import JsonText
-from microvllm.openai_compat.parsers.scanner import Reading, Scanner
+from microvllm.openai_compat.parsers.scanner import NAME, Reading, Scanner
 from microvllm.openai_compat.parsers.writer import Writer
 
 KEY = {"type": "regex", "pattern": "[A-Za-z_][A-Za-z0-9_]*="}
@@ -65,7 +65,7 @@ class PythonicCalls(msgspec.Struct, frozen=True):
             anything = {**several([keyed], ", "), "at_least_one": False}
             return tag(f"{function.name}(", anything, ")")
         forms = []
-        for items in argument_lists(function):
+        for items in argument_lists(function, NAME.fullmatch):
             items = sorted(items, key=lambda argument: not argument.required)
             values = [sequence([constant(f"{item.key}="), schema_value(item.schema)]) for item in items]
             forms.append(_listed(values, sum(item.required for item in items)))

@@ -6,12 +6,22 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 from microvllm.openai_compat.parsers.json_text import WORDS, JsonText
 
 MAX_PARTS = 256  # that the forms of the arguments of one function are made of
 MAX_FORMS = 32  # of the arguments of one function
 COMBINED = ("anyOf", "oneOf", "allOf")
+BY_NAME = (
+    "properties",
+    "patternProperties",
+    "$defs",
+    "definitions",
+    "dependentSchemas",
+)  # hold schemas by name
+SAYING_NOTHING = frozenset(("title", "description", "default", "examples", "$defs", "definitions", "$schema"))
+VALUES = ("enum", "const", "default", "examples")  # hold values, in which nothing is a keyword
 WHOLE = "parameters"
 JSON_TYPES: dict[type, str] = {
     bool: "boolean",
@@ -51,8 +61,16 @@ def forms_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
     What a `$ref` or `allOf` adds to the schema itself is in each of them; an `anyOf` or `oneOf` makes
     several. Of a schema that is made of very many parts these are `MAX_FORMS`, and not all.
     """
+    return list(map(_merged, parts_of_forms(parameters)))
+
+
+def parts_of_forms(parameters: Mapping[str, Any]) -> list[tuple[dict[str, Any], ...]]:
+    """Return the schemas of which each form is made, all of which its arguments follow.
+
+    They have no `$ref` but to what is no schema, no `anyOf` and `allOf`, and no `oneOf` of one option alone.
+    """
     parts = iter(range(MAX_PARTS))
-    forms = [_merged(made_of) for made_of in _forms(parameters, parameters, parts)]
+    forms = _forms(parameters, parameters, parts)
     return forms if next(parts, None) is not None else (forms * MAX_FORMS)[:MAX_FORMS]
 
 
@@ -61,12 +79,20 @@ def _forms(schema: object, root: Mapping[str, Any], left: Iterator[int]) -> list
     given = schema if isinstance(schema, dict) and next(left, None) is not None else {}
     properties, required = given.get("properties"), given.get("required")
     own = {name: value for name, value in given.items() if name not in ("$ref", *COMBINED)}
+    if schema is False:
+        own["not"] = {}
     own["properties"] = properties if isinstance(properties, dict) else {}
     names = required if isinstance(required, list) else []
     own["required"] = [name for name in names if isinstance(name, str)]
-    parts = [[_target(given["$ref"], root)]] if isinstance(given.get("$ref"), str) else []
+    parts = []
+    if isinstance(given.get("$ref"), str):
+        parts.append([_target(given["$ref"], root)])
+        if not isinstance(parts[0][0], dict | bool):
+            own["$ref"] = given["$ref"]
     parts += [[option] for option in _options(given, "allOf")]
     parts += [options for name in ("anyOf", "oneOf") if (options := _options(given, name))]
+    if len(_options(given, "oneOf")) > 1:
+        own["oneOf"] = given["oneOf"]
     forms: list[tuple[dict[str, Any], ...]] = [(own,)]
     for options in parts:
         each = (form for option in options for form in _forms(option, root, left))
@@ -92,36 +118,56 @@ def _options(schema: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> object:
-    """Return what a reference within a schema is to; None for nothing."""
-    target: object = root
-    for name in filter(None, reference.removeprefix("#").split("/")):
+    """Return what a JSON pointer (RFC 6901) leads to; None for nothing, and for any other reference."""
+    start, *names = unquote(reference).split("/")
+    target: object = root if start == "#" else None
+    for name in names:
         name = name.replace("~1", "/").replace("~0", "~")
-        target = target.get(name) if isinstance(target, dict) else None
+        if isinstance(target, list):
+            index = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else len(target)
+            target = target[index] if index < len(target) else None
+        else:
+            target = target.get(name) if isinstance(target, dict) else None
     return target
 
 
 def options_of(schema: object, root: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the schemas of which a value follows one: references followed, alternatives taken apart."""
+    """Return the schemas of which a value follows one: references followed, alternatives taken apart.
+
+    What stands beside a reference or alternatives is in each of them. What cannot be taken apart stays: a
+    `$ref` to nothing or to itself, several schemas at once (`allOf`), and the `oneOf` that an option is of.
+    """
     found: list[dict[str, Any]] = []
     seen: set[int] = set()  # of the schema's parts, by identity: references may form circles
     left: list[tuple[object, dict[str, Any]]] = [(schema, {})]
     while left:
         part, kind = left.pop()
         if not isinstance(part, dict):
-            found.append(kind)
+            found.append({**kind, "not": {}} if part is False else kind)
             continue
         if id(part) in seen:
             continue
         seen.add(id(part))
-        kind = {"type": part["type"]} if "type" in part else kind
+        own = {name: value for name, value in part.items() if name not in ("$ref", *COMBINED)}
+        clashes = [name for name in own.keys() & kind.keys() if name != "type" and own[name] != kind[name]]
+        whole = {**kind, **own}
+        if not SAYING_NOTHING.issuperset(clashes):
+            whole["allOf"] = [kind, own]
         parts = [options for name in COMBINED if (options := _options(part, name))]
         if isinstance(part.get("$ref"), str):
-            left.append((_target(part["$ref"], root), kind))
+            target = _target(part["$ref"], root)
+            if not isinstance(target, dict | bool):
+                whole["$ref"] = part["$ref"]
+            parts.insert(0, [target])
+        if not parts:
+            found.append(whole)
         elif len(parts) == 1 and (len(parts[0]) == 1 or "allOf" not in part):
-            left += [(option, kind) for option in reversed(parts[0])]
+            if len(_options(part, "oneOf")) > 1:
+                whole["oneOf"] = part["oneOf"]
+            left += [(option, whole) for option in reversed(parts[0])]
         else:
             found.append({**kind, **part})
-    return found or [{}]
+    return found or [{"$ref": "#"}]
 
 
 def refers(schema: object) -> bool:
@@ -134,16 +180,23 @@ def definitions_of(root: Mapping[str, Any]) -> dict[str, Any]:
     return {WHOLE: moved(root)}
 
 
-def moved(value: Any) -> Any:
-    """Return a part of a schema with its references to where `definitions_of` puts the whole."""
+def moved(value: Any, by_name: bool = False) -> Any:
+    """Return a part of a schema with its references to where `definitions_of` puts the whole.
+
+    `by_name`: the part holds schemas by their names, and no keywords.
+    """
     if isinstance(value, list):
         return [moved(item) for item in value]
     if not isinstance(value, dict):
         return value
+    if by_name:
+        return {name: moved(member) for name, member in value.items()}
     return {
         name: f"#/$defs/{WHOLE}{member[1:]}"
         if name == "$ref" and isinstance(member, str) and member.startswith("#")
-        else moved(member)
+        else member
+        if name in VALUES
+        else moved(member, name in BY_NAME)
         for name, member in value.items()
     }
 

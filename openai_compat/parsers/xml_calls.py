@@ -96,9 +96,8 @@ class XmlCalls(msgspec.Struct, frozen=True):
         begin = f"{before}{function.name}{behind}{self.line}"
         if not checked or takes_any(function):
             return tag(begin, {"type": "any_text"}, end)
-        forms = (
-            sequence([self._argument(function, item) for item in items]) for items in argument_lists(function)
-        )
+        lists = argument_lists(function, lambda key: not any(end in key for end in self.behind_key))
+        forms = (sequence([self._argument(function, item) for item in items]) for items in lists)
         return tag(begin, either(list(forms)), end)
 
     def _argument(self, function: Function, argument: Argument) -> Tag:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from microvllm.runtime.errors import InvalidRequestError
@@ -193,6 +193,20 @@ class StructuralTags:
             separator = _member(value, "separator", (str,), at)
             body = f"{tag} ({self._literal(separator)} {tag})*" if separator else f"{tag}+"
         return self._rule(body if _flag(value, "at_least_one", at) else f"({body})?")
+
+
+def schemas_of_tags(tags: Any, begin: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each schema of a checked description with the text that begins the innermost tag around it."""
+    if isinstance(tags, list):
+        for item in tags:
+            yield from schemas_of_tags(item, begin)
+    elif isinstance(tags, dict):
+        begin = tags["begin"] or begin if isinstance(tags.get("begin"), str) else begin
+        for name in ("json_schema", "schema"):
+            if name in tags:
+                yield begin, tags[name]
+        for name in ("format", "structures", "tags", "elements", "content"):
+            yield from schemas_of_tags(tags.get(name), begin)
 
 
 def _member(value: Any, name: str, kinds: tuple[type, ...], at: str) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.grammar import json_schema
-from microvllm.runtime.grammar.structural_tags import StructuralTags, literal
+from microvllm.runtime.grammar.structural_tags import StructuralTags, literal, schemas_of_tags
 from microvllm.runtime.process.children import serve
 from microvllm.runtime.request import StructuredOutput
 
@@ -140,6 +140,11 @@ def _explain(form: StructuredOutput, problem: str) -> str:
     if form.kind == "json":
         found = json_schema.locate(json.loads(form.spec), problem)
         return reason if found is None else f"{reason} (at {found})"
+    if form.kind == "structural_tag":
+        for begin, schema in schemas_of_tags(json.loads(form.spec)):
+            found = json_schema.locate(schema, problem)
+            if found is not None:
+                return f"{reason} (at {found}{f', behind {begin!r:.200}' if begin else ''})"
     if form.kind == "grammar" and place is not None:
         return f"{reason} (at line {int(place[1]) - 1}, character {place[2]})"
     return reason

@@ -48,15 +48,26 @@ def small_vocabulary() -> Vocabulary:
 
 
 def draw(
-    form: StructuredOutput, grammar: str, vocabulary: Vocabulary, random: np.random.Generator
+    form: StructuredOutput,
+    grammar: str,
+    vocabulary: Vocabulary,
+    random: np.random.Generator,
+    closing: bytes = b"",
 ) -> bytes | None:
-    """Return one output at temperature 1; None if it has not ended after `NO_END` tokens."""
+    """Return one output at temperature 1; None if it has not ended after `NO_END` tokens.
+
+    `closing` is written at times where it may be; its bytes are the ids of their tokens.
+    """
     matcher = LLMatcher(vocabulary.tokenizer, grammar, limits=parser_limits(), log_level=0)
     row = Row(form, lambda: matcher, len(vocabulary.tokens))
     row.advance([])
     taken: list[int] = []
     end = len(vocabulary.tokens) - 1
     while len(taken) < NO_END:
+        if closing and random.random() < 0.1 and matcher.validate_tokens([*closing]) == len(closing):
+            taken += closing
+            row.advance([*closing])
+            continue
         mask = row.mask(len(taken))
         assert row.problem is None and mask is not None, row.problem
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))

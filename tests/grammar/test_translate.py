@@ -78,6 +78,14 @@ def nested(depth: int) -> str:
         ("json", {"$ref": "#"}, "no output ever ends"),
         ("grammar", "start: <nothing>", 'unknown special token: "<nothing>"'),
         ("grammar", " ", "the grammar is empty"),
+        (
+            "structural_tag",
+            {
+                "structures": [{"begin": "<f>", "schema": {"items": {"not": {}}}, "end": ""}],
+                "triggers": ["<"],
+            },
+            "not is not supported (at #/items/not, behind '<f>')",
+        ),
         ("structural_tag", {"structures": []}, "structures must be a list that is not empty"),
         ("structural_tag", [], "structural tags must be an object"),
         ("structural_tag", {"format": {"type": "x"}}, "format.type: 'x' is not supported"),

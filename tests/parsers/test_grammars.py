@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -287,3 +288,123 @@ def test_strict_alternatives_that_cannot_be_enforced_are_refused() -> None:
         parameters = {"type": "object", "properties": {"a": schema}, "$defs": {"e": either}}
         with pytest.raises(InvalidRequestError, match="`enum` of the argument 'a'"):
             tool_grammar(TOOL_FORMATS["glm45"], [Function("f", parameters, strict=True)], "auto")
+
+
+TEXT = {"type": "string"}
+ONE_OF_TWO = [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "schema"),
+    [
+        ("$ref", {"$ref": "#/$defs/none"}),
+        ("allOf", {"$ref": "#/$defs/kind", "enum": ["b", "c"]}),
+        ("pattern", {"$ref": "#/$defs/text", "pattern": "^a"}),
+        ("not", {"type": "string", "not": {"const": "a"}}),
+        ("if", {"if": {"const": "a"}, "then": False}),
+        ("minimum", {"minimum": 5}),
+        ("minimum", {"anyOf": [TEXT, {"type": "integer", "minimum": 5}]}),
+        ("items", {"anyOf": [TEXT, {"type": "array", "items": TEXT}]}),
+        ("oneOf", {"oneOf": [TEXT, {"type": ["string", "null"]}]}),
+        ("oneOf", {"oneOf": [{"const": "a"}, {"enum": ["a", "b"]}]}),
+        ("allOf", {"allOf": [{"type": "number"}, {}]}),
+        ("format", {"type": "string", "format": "date"}),
+        ("patternProperties", {"type": ["string", "object"], "patternProperties": {"a": TEXT}}),
+    ],
+)
+def test_strict_texts_that_are_not_enforced_are_refused(keyword: str, schema: Any) -> None:
+    """A schema may restrict a text in many ways, of which the grammar of a format between tags has few."""
+    defs = {"kind": {"enum": ["a", "b"]}, "text": TEXT}
+    parameters = {"type": "object", "properties": {"a": schema}, "$defs": defs}
+    with pytest.raises(InvalidRequestError, match=rf"`{re.escape(keyword)}` of the argument 'a'"):
+        tool_grammar(TOOL_FORMATS["glm45"], [Function("f", parameters, strict=True)], "auto")
+    assert tool_grammar(TOOL_FORMATS["glm45"], [Function("f", parameters)], "required")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "path"},
+        {"anyOf": [TEXT, {"type": "integer"}, {"type": "null"}]},
+        {"oneOf": [{"const": "a", "title": "A"}, {"const": "b"}]},
+        {"$ref": "#/$defs/text", "enum": ["a"], "description": "d"},
+        {"anyOf": [TEXT, {"type": "string", "minLength": 5}]},
+        {},
+    ],
+    ids=str,
+)
+def test_strict_texts_of_any_kind(schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}, "$defs": {"text": TEXT}}
+    assert tool_grammar(TOOL_FORMATS["glm45"], [Function("f", parameters, strict=True)], "auto")
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+@pytest.mark.parametrize(
+    ("keyword", "schema"),
+    [
+        ("not", {"not": {"required": ["a"]}}),
+        ("if", {"if": {"required": ["a"]}, "then": {"required": ["b"]}}),
+        ("patternProperties", {"patternProperties": {"^a": {"type": "integer"}}}),
+        ("propertyNames", {"propertyNames": {"maxLength": 0}}),
+        ("dependentRequired", {"dependentRequired": {"a": ["b"]}}),
+        ("minProperties", {"minProperties": 1}),
+        ("minProperties", {"minProperties": "1"}),
+        ("maxProperties", {"maxProperties": 0}),
+        ("enum", {"enum": [{}]}),
+        ("type", {"allOf": [{"type": "integer"}]}),
+        ("$ref", {"$ref": "other.json"}),
+        ("oneOf", {"oneOf": [{"required": ["a"]}, {"properties": {"a": TEXT}}]}),
+        ("properties", {"allOf": [{"properties": {"a": {"type": "integer"}}}]}),
+        ("additionalProperties", {"allOf": [{"additionalProperties": False}]}),
+        ("additionalProperties", {"required": ["b"], "additionalProperties": TEXT}),
+        ("unevaluatedProperties", {"allOf": [{"unevaluatedProperties": False}]}),
+    ],
+)
+def test_strict_lists_that_are_not_enforced_are_refused(name: str, keyword: str, schema: Any) -> None:
+    parameters = {"type": "object", "properties": {"a": TEXT}, **schema}
+    with pytest.raises(InvalidRequestError, match=rf"`{re.escape(keyword)}` of the arguments together"):
+        tool_grammar(TOOL_FORMATS[name], [Function("f", parameters, strict=True)], "auto")
+    assert tool_grammar(TOOL_FORMATS[name], [Function("f", parameters)], "required")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": ONE_OF_TWO},
+        {"oneOf": [{"properties": {"k": {"const": k}}, "required": ["k"]} for k in "ab"]},
+        {"properties": {"a": TEXT}, "required": ["a"], "minProperties": 1, "maxProperties": 1},
+        {"properties": {"a": TEXT, "b": False}, "unevaluatedProperties": False},
+    ],
+    ids=str,
+)
+def test_strict_lists_that_follow_by_themselves(schema: Any) -> None:
+    parameters = {"type": "object", **schema}
+    made = tool_grammar(TOOL_FORMATS["qwen3_coder"], [Function("f", parameters, strict=True)], "auto")
+    assert made is not None and ("=b>" in made.spec) == (schema == {"oneOf": ONE_OF_TWO})
+
+
+@pytest.mark.parametrize(("name", "key"), [("pythonic", "a b"), ("qwen3_coder", "a>b")])
+def test_a_name_that_would_not_be_read_is_not_written(name: str, key: str) -> None:
+    """A forced call comes back as a call, whatever its arguments are called."""
+    parameters = {"type": "object", "properties": {key: {"type": "integer"}, "-n": {"type": "integer"}}}
+    tools = [Function("f", parameters)]
+    made = tool_grammar(TOOL_FORMATS[name], tools, "required")
+    assert made is not None and key not in made.spec and "-n" in made.spec
+    tools = [Function("f", {**parameters, "required": [key]})]
+    with pytest.raises(InvalidRequestError, match=f"cannot write the required argument '{key}'"):
+        tool_grammar(TOOL_FORMATS[name], tools, "required")
+
+
+def test_a_reference_into_a_list_gives_the_type() -> None:
+    """zod refers to parts of a union by their index."""
+    properties = {
+        "a": {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 9}, {"type": "null"}]},
+        "b": {"$ref": "#/properties/a/anyOf/0"},
+    }
+    tools = [Function("f", {"type": "object", "properties": properties, "required": ["b"]}, strict=True)]
+    made = tool_grammar(TOOL_FORMATS["qwen3_coder"], tools, "required")
+    assert made is not None
+    text = walk(made, [], 0)
+    parser = make_parser("qwen3_coder", None, tools=tools)
+    arguments = json.loads(fold(parser.feed(text) + parser.end()).tool_calls[0].arguments)
+    assert type(arguments["b"]) is int

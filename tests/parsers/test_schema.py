@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from microvllm.openai_compat.parsers import schema
-from microvllm.openai_compat.parsers.schema import MAX_FORMS, argument_types, forms_of, property_names, typed
+from microvllm.openai_compat.parsers.schema import (
+    MAX_FORMS,
+    argument_types,
+    forms_of,
+    moved,
+    options_of,
+    property_names,
+    typed,
+)
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 
@@ -24,12 +32,20 @@ STRING, INTEGER = {"type": "string"}, {"type": "integer"}
         ({"$ref": "#/$defs/size"}, {"integer"}),
         ({"$ref": "#/$defs/self"}, set()),
         ({"$ref": "#/$defs/none"}, set()),
+        ({"$ref": "#/$defs/list/anyOf/1"}, {"integer"}),
+        ({"$ref": "#/$defs/list/anyOf/2"}, set()),
+        ({"$ref": "#/$defs/list/anyOf/-1"}, set()),
+        ({"$ref": "#/$defs/a%20b"}, {"integer"}),
+        ({"$ref": "#/$defs//$defs/"}, {"integer"}),
+        ({"$ref": "#size"}, set()),
+        ({"$ref": "#/$defs/size", "enum": [1]}, {"integer"}),
         ({"description": "any"}, set()),
         (True, set()),
     ],
 )
 def test_types_of_an_argument(schema: Any, types: set[str]) -> None:
-    defs = {"size": INTEGER, "self": {"$ref": "#/$defs/self"}}
+    defs = {"size": INTEGER, "self": {"$ref": "#/$defs/self"}, "list": {"anyOf": [STRING, INTEGER]}}
+    defs |= {"a b": INTEGER, "": {"$defs": {"": INTEGER}}}
     parameters = {"properties": {"a": schema}, "$defs": defs, "additionalProperties": INTEGER}
     assert argument_types(parameters, "a") == types
     assert argument_types(parameters, "other") == {"integer"}
@@ -46,6 +62,22 @@ def test_arguments_behind_references_and_alternatives() -> None:
     assert argument_types(parameters, "a") == {"string", "integer"}
     assert argument_types(parameters, "b/c") == {"integer"}
     assert property_names({"$ref": "#"}) == property_names({"allOf": [1]}) == []
+
+
+def test_what_stands_beside_a_reference_is_in_its_options() -> None:
+    root = {"$defs": {"kind": {"type": "string", "enum": ["a", "b"]}, "text": STRING}}
+    assert options_of({"$ref": "#/$defs/text", "enum": ["a"]}, root) == [{"type": "string", "enum": ["a"]}]
+    (both,) = options_of({"$ref": "#/$defs/kind", "enum": ["a", "c"]}, root)
+    assert "allOf" in both
+    assert options_of({"$ref": "#/nothing"}, root) == [{"$ref": "#/nothing"}]
+    assert options_of(False, root) == [{"not": {}}] and options_of(True, root) == [{}]
+
+
+def test_references_are_moved_and_values_are_not() -> None:
+    reference = {"$ref": "#/$defs/a"}
+    schema = {"enum": [reference], "properties": {"enum": reference, "default": reference}}
+    there = {"$ref": "#/$defs/parameters/$defs/a"}
+    assert moved(schema) == {"enum": [reference], "properties": {"enum": there, "default": there}}
 
 
 @pytest.mark.parametrize(
