@@ -28,7 +28,7 @@ from microvllm.runtime.options.backends import (
     compile_kernels,
     why_unpacked,
 )
-from microvllm.runtime.options.find_model import DEMO_GENERATION_CONFIG, find_model, is_demo
+from microvllm.runtime.options.find_model import DEMO_GENERATION_CONFIG, find_model, find_tokenizer, is_demo
 from microvllm.runtime.options.flag import (
     ANSWERS,
     AUTO_QUEUE,
@@ -66,8 +66,10 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 class EngineArgs:
     """Engine options under vLLM's names; None means "decide from the model and the machine"."""
 
-    model: str = required_flag(MODEL, "A model folder, a .gguf file, or smollm2-135m-instruct.")
+    model: str = required_flag(MODEL, "A folder, .gguf file, downloaded hub name, or smollm2-135m-instruct.")
     tokenizer: str | None = flag(None, MODEL, "Folder or .gguf file of the tokenizer, if not the model's.")
+    revision: str | None = flag(None, MODEL, "Branch, tag or commit of a model in the Hugging Face cache.")
+    tokenizer_revision: str | None = flag(None, MODEL, "The same for its tokenizer.")
     runner: str = flag(
         "auto",
         MODEL,
@@ -260,7 +262,7 @@ class EngineArgs:
         except msgspec.ValidationError as error:
             raise ConfigError(f"an engine option has the wrong type: {error}") from None
         check_flags(self)
-        path = find_model(self.model)
+        path = find_model(self.model, revision=self.revision)
         spec = read_spec(
             path,
             self.hf_overrides or {},
@@ -373,7 +375,7 @@ class EngineArgs:
         return EngineConfig(
             model=self.model,
             model_path=str(path),
-            tokenizer_path=str(find_model(self.tokenizer, "--tokenizer")) if self.tokenizer else str(path),
+            tokenizer_path=str(find_tokenizer(self.tokenizer, self.tokenizer_revision, self.model, path)),
             spec=spec,
             load_format=load_format,
             packed_weights=(spec.quantization is not None and device == "cuda")

