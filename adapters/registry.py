@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from microvllm.adapters.errors import ModelFileError, OverrideError
+from microvllm.adapters.errors import ModelFileError, OverrideError, unreadable
 from microvllm.adapters.families import (
     deepseek_v3,
     ernie4_5_moe,
@@ -116,7 +116,7 @@ def load_spec(model: Path, overrides: Mapping[str, Any] | None = None, runner: s
             )
         return _from_file(model, runner)
     except OSError as error:  # no permission, a name that is too long, a loop of links, ...
-        raise ModelFileError(error.filename or model, f"cannot be read ({error.strerror})") from None
+        raise unreadable(error.filename or model, error) from None
 
 
 def _from_file(model: Path, runner: str) -> ModelSpec:

@@ -16,10 +16,6 @@ MicroVLLMError
 
 from __future__ import annotations
 
-MODEL_FILE_REMEDY = (
-    "fetch the file again if it is damaged, and let this user read it; README.md lists the models "
-    "that are supported"
-)
 NO_MEMORY_REMEDY = "free memory, or take less of it with --max-model-len or --kv-cache-memory-bytes"
 
 

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import ModelFileError, unreadable
 from microvllm.adapters.files import sniff
 from microvllm.adapters.files.fields import shorten
 from microvllm.adapters.files.regular_files import check_regular
@@ -180,7 +180,7 @@ class _Part:
                     raise ModelFileError(path, f"not a GGUF file: {found}")
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelFileError(path, f"cannot be read ({error.strerror})") from None
+            raise unreadable(path, error) from None
         header = _Header(path, self.map)
         self.metadata = header.metadata()
         self.tensors = header.tensor_table(self._alignment())

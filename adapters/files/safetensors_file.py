@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-from microvllm.adapters.errors import ModelFileError
+from microvllm.adapters.errors import ModelFileError, unreadable
 from microvllm.adapters.files import sniff
 from microvllm.adapters.files.fields import shorten
 from microvllm.adapters.files.gguf_file import release_pages
@@ -59,7 +59,7 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise ModelFileError(path, "no such file") from None
         except OSError as error:
-            raise ModelFileError(path, f"cannot be read ({error.strerror})") from None
+            raise unreadable(path, error) from None
         self.tensors = self._tensor_table(head)
 
     def forget(self, name: str) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.hf_config import read_json
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, InvalidRequestError
+from microvllm.runtime.errors import ConfigError, InvalidRequestError
 from microvllm.runtime.options.find_model import user_path
 from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.sampling_checks import check_sampling
@@ -67,7 +67,7 @@ def _read_generation_config(file: Path, vocab_size: int) -> dict[str, Any]:
     try:
         content = read_json(file)
     except ModelFileError as error:
-        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+        raise ConfigError(str(error), remedy=error.remedy) from error
     return _checked_defaults(content, str(file), vocab_size)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.spec import ModelSpec
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
+from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.options.pooler_config import choose_runner, configure_pooling
 
 
@@ -37,5 +37,5 @@ def read_spec(
         message = str(error).replace("--hf-overrides", flags or "--hf-overrides")
         raise ConfigError(message) from error  # the flag that it names has the remedy
     except ModelFileError as error:
-        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+        raise ConfigError(str(error), remedy=error.remedy) from error
     return configure_pooling(spec, convert, pooler_config)

@@ -15,7 +15,7 @@ from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.files.fields import shorten
 from microvllm.adapters.files.hf_config import read_json
 from microvllm.adapters.files.regular_files import check_folder
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError, EngineError, InvalidRequestError
+from microvllm.runtime.errors import ConfigError, EngineError, InvalidRequestError
 from microvllm.runtime.text.growth import check_growth
 from microvllm.runtime.text.special_tokens import add_special_tokens
 from microvllm.runtime.text.token_bytes import TokenBytes, build_token_bytes
@@ -66,7 +66,7 @@ class Tokenizer:
         try:
             return cls._from_folder(path) if path.is_dir() else cls._from_gguf(path)
         except ModelFileError as error:
-            raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+            raise ConfigError(str(error), remedy=error.remedy) from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.

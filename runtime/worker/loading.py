@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from microvllm.adapters.decoder import DecoderModel
-from microvllm.adapters.errors import CutError, ModelFileError, NoMemoryError
+from microvllm.adapters.errors import CutError, ModelFileError
 from microvllm.adapters.tensors import WHOLE, Shard
 from microvllm.adapters.weights import load_weights
 from microvllm.ops.attention import AttentionBackend
@@ -16,7 +16,7 @@ from microvllm.ops.backends import make_operators
 from microvllm.ops.quantized import QuantizedTensor
 from microvllm.ops.sharding import Ranks
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.errors import MODEL_FILE_REMEDY, ConfigError
+from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.progress import OnProgress, Stage
 from microvllm.runtime.rank_layout import rank_layout
 
@@ -54,10 +54,8 @@ def load_model(
     except CutError as error:
         problem = f"--tensor-parallel-size {shard.size}: {error}"
         raise ConfigError(problem, remedy="--gguf-weights dequantized can be cut anywhere") from error
-    except NoMemoryError as error:
-        raise ConfigError(str(error), remedy="free memory, or take a smaller or a packed model") from error
     except ModelFileError as error:
-        raise ConfigError(str(error), remedy=MODEL_FILE_REMEDY) from error
+        raise ConfigError(str(error), remedy=error.remedy) from error
     if config.int8_activations and not any(isinstance(w, QuantizedTensor) for w in weights.values()):
         raise ConfigError(f"--cpu-activations int8: {config.model} has no quantised matrices")
     if config.device == "cpu" and config.num_groups > 1:  # a GPU's is measured beside the model

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -11,6 +14,9 @@ from cli_case import DEMO, error_line
 from http_tools import held_port
 
 from microvllm import cli
+from microvllm.adapters.errors import NoMemoryError
+from microvllm.adapters.files.gguf_file import GGUFFile
+from microvllm.adapters.files.safetensors_file import SafetensorsFile
 
 
 @pytest.mark.parametrize(
@@ -209,3 +215,16 @@ def test_options_that_do_not_fit_the_model_or_the_machine(
     with held_port() as held:
         port = str(held.getsockname()[1])
         assert names in error_line(capsys, "serve", "--model", DEMO, "--port", port, *argv.split())
+
+
+@pytest.mark.parametrize("name", ["gguf", "safetensors"])
+def test_a_file_that_memory_is_too_short_for_is_not_called_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, reader = tmp_path / f"m.{name}", {"gguf": GGUFFile, "safetensors": SafetensorsFile}[name]
+    file.write_bytes(b"GGUF" + bytes(64))
+    refused = OSError(errno.ENOMEM, "Cannot allocate memory")
+    monkeypatch.setattr(mmap, "mmap", Mock(side_effect=refused))
+    with pytest.raises(NoMemoryError, match=f"^{file}: cannot be read") as raised:
+        reader(file)
+    assert raised.value.remedy.startswith("free memory")

@@ -10,7 +10,7 @@ from model_tools import variant_folder
 
 from microvllm.runtime.config import EngineArgs
 from microvllm.runtime.errors import ConfigError
-from microvllm.runtime.find_model import find_model
+from microvllm.runtime.options.find_model import find_model
 
 NAME, FIRST, SECOND = "Someone/A-Model.1", "1" * 40, "2" * 40
 
