@@ -12,12 +12,13 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from microvllm.openai_compat.flags.argv import IGNORE_FLAG, normalise_argv
+from microvllm.openai_compat.flags.argv import IGNORE_FLAG, UsageError, normalise_argv
 from microvllm.runtime.errors import EngineError
 from microvllm.runtime.options.flag import OBJECT, OPTIONS, SECTIONS
 from microvllm.runtime.options.vllm_environment import ignored_variables
 
 PROGRAM = "microvllm"
+HELP_FLAG = "--help="
 
 
 class Command(TyperCommand):
@@ -37,13 +38,20 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         kinds = self.flag_kinds()
+        ctx.meta[HELP_FLAG] = next(
+            (word[len(HELP_FLAG) :] for word in args if word.startswith(HELP_FLAG)), ""
+        )
         words = normalise_argv(args, kinds, warn)
         if IGNORE_FLAG in kinds and (problem := ignored_variables(os.environ)):
             warn(problem)
         return super().parse_args(ctx, words)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options in sections. Typer's own need rich, which cuts long flags short in 80 columns."""
+        """Write the options in sections, after `--help=WORD` those whose section or flag has the word in it.
+
+        Typer's own sections need rich, which cuts long flags short in 80 columns.
+        """
+        word = ctx.meta.get(HELP_FLAG, "all").lower().replace("_", "-").removeprefix("--")
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *SECTIONS)}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -52,7 +60,11 @@ class Command(TyperCommand):
                 title = "Arguments" if argument else getattr(param, "rich_help_panel", None) or OPTIONS
                 if argument:  # without its type
                     record = record[0].partition(" ")[0], record[1]
-                sections[title].append(record)
+                if word == "all" or word in title.lower() or word in record[0].lower():
+                    sections[title].append(record)
+        if not any(sections.values()):
+            problem = f"{HELP_FLAG}{word}: no flag and no section has that in its name"
+            raise UsageError(problem, remedy=f"the sections are {', '.join(SECTIONS)}")
         for title, records in sections.items():
             if records:
                 with formatter.section(title):

@@ -112,6 +112,27 @@ def test_help_is_in_sections_and_names_each_flag_once() -> None:
     assert own - known == {"config", "ignore_unsupported_flags", "fail_on_environ_validation"}
 
 
+@pytest.mark.parametrize(
+    ("word", "there", "absent"),
+    [
+        ("max-num", "--max-num-seqs", "--port"),
+        ("--max_num_seqs", "--max-num-seqs", "--max-num-batched-tokens"),
+        ("Server", "--port", "--max-num-seqs"),
+        ("all", "--port", "--no-such-flag"),
+    ],
+)
+def test_help_of_a_word_is_about_it_alone(word: str, there: str, absent: str) -> None:
+    text = CliRunner().invoke(cli.app, ["serve", f"--help={word}"]).output
+    assert re.search(rf"^  {there} ", text, re.M) and not re.search(rf"^  {absent} ", text, re.M)
+
+
+def test_help_of_a_word_that_is_nowhere_names_the_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["serve", "--help=no-such-word"]) == 2
+    assert (
+        "--help=no-such-word" in (lines := capsys.readouterr().err) and ", Scheduling and KV cache, " in lines
+    )
+
+
 def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([]) == 0
     out, err = capsys.readouterr()
