@@ -18,9 +18,14 @@ from microvllm.ops.cpu.tuning import Tuning
 # Nothing is left to products in bfloat16, to which quantised weights and many rows are rounded.
 BY_VECTORS = Tuning(matrix_rows=1 << 30, matrix_rows_quantized=1 << 30, multiplies_bf16=False)
 
+# -O1 without passes over registers that take half of its time on functions as long as those of attention.
+# Compiling takes longer than running, and of several -O the last counts.
+QUICK = ("-O1", "-fno-move-loop-invariants", "-fno-forward-propagate", "-fno-dce", "-fno-dse")
+QUICK += ("-fno-if-conversion", "-fno-if-conversion2")
+
 # What test_sanitizers.py, whose processes run these tests again, adds to the compiler's flags.
 SANITIZERS = tuple(os.environ.get("KERNEL_SANITIZERS", "").split())
-build.FLAGS += SANITIZERS
+build.FLAGS += (*QUICK, *SANITIZERS) if SANITIZERS else ()
 build.COMPILE_TIMEOUT_S *= 10 if SANITIZERS else 1
 
 EMULATION = Path(__file__).with_name("emulated_amx")
@@ -31,7 +36,7 @@ EMULATED = Level(
     frozenset(),
     (
         *("-march=x86-64", "-D__AVX512F__", "-D__F16C__", "-D__AMX_BF16__"),
-        *("-O1", "-w", "-I", str(EMULATION)),
+        *(*QUICK, "-w", "-I", str(EMULATION)),
         f"-DEMULATION={hashlib.sha256((EMULATION / 'immintrin.h').read_bytes()).hexdigest()}",
     ),
 )

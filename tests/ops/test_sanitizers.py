@@ -12,9 +12,9 @@ import pytest
 from microvllm.ops.cpu.build import find_compiler
 from microvllm.ops.cpu.isa import usable_levels
 
-# Compiling takes longer than running: the last -O counts, and no access to memory is checked twice. The
-# address sanitizer stops one through null, beyond an object of known size, or through a wrapped pointer.
-FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+# No access to memory is checked twice: the address sanitizer stops one through null, beyond an object of
+# known size, or through a wrapped pointer.
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 FLAGS += " -fno-sanitize=null,object-size,pointer-overflow"
 FILES = ("cpu_kernels", "cpu_attention", "cpu_experts", "cpu_layers", "int8", "quantized")
 # Those that build other libraries, and one that imports transformers for choices that the rest makes, too.
