@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -55,7 +56,12 @@ def package_files() -> dict[str, Path]:
 
 
 MODULES = package_files()
-TREES = {name: ast.parse(file.read_text("utf-8"), str(file)) for name, file in MODULES.items()}
+
+
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    """In a test, not at import: every process of a test run imports this file, and one runs it."""
+    return ast.parse(MODULES[module].read_text("utf-8"), str(MODULES[module]))
 
 
 def imports(tree: ast.AST, *, at_import_only: bool = False) -> Iterator[tuple[int, str]]:
@@ -104,7 +110,7 @@ def imported_by(module: str) -> dict[str, str]:
     queue = [module]
     while queue:
         current = queue.pop()
-        for _, target in imports(TREES[current], at_import_only=True):
+        for _, target in imports(tree_of(current), at_import_only=True):
             # Importing a.b.c runs a and a.b first.
             parts = target.split(".")
             for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
@@ -127,9 +133,9 @@ def test_every_module_is_seen() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_are_absolute_and_go_down(module: str) -> None:
-    relative = [line for line, target in imports(TREES[module]) if target.startswith(".")]
+    relative = [line for line, target in imports(tree_of(module)) if target.startswith(".")]
     assert not relative, f"relative imports in {module}, lines {relative}"
-    assert not upward(module, TREES[module])
+    assert not upward(module, tree_of(module))
 
 
 def cycles(graph: dict[str, set[str]]) -> list[str]:
@@ -144,7 +150,7 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 def test_no_import_cycle() -> None:
     """Nor with imports of types alone or within functions: a reader follows those, too."""
     graph = {
-        module: {target for _, target in imports(tree) if target in MODULES} for module, tree in TREES.items()
+        module: {target for _, target in imports(tree_of(module)) if target in MODULES} for module in MODULES
     }
     assert not cycles(graph)
 
@@ -158,7 +164,7 @@ def test_no_include_cycle() -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer_of(name) == LAYERS.index("runtime")])
 def test_torch_stays_in_its_rooms(module: str) -> None:
-    used = {target.split(".")[0] for _, target in imports(TREES[module])}
+    used = {target.split(".")[0] for _, target in imports(tree_of(module))}
     assert "torch" not in used or module.startswith(TORCH_ROOMS) or module == REPORTS_TORCH
 
 
@@ -198,14 +204,14 @@ def test_no_torch_in_the_api_process() -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer_of(name) not in (None, 0, 1)])
 def test_the_engine_knows_no_http(module: str) -> None:
-    used = {target.split(".")[0] for _, target in imports(TREES[module])}
+    used = {target.split(".")[0] for _, target in imports(tree_of(module))}
     assert not used & {"starlette", "uvicorn", "httptools", "h11"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer_of(name) == 1])
 def test_the_http_layer_never_imports_torch(module: str) -> None:
     """Not even inside a function."""
-    assert not {target.split(".")[0] for _, target in imports(TREES[module])} & {
+    assert not {target.split(".")[0] for _, target in imports(tree_of(module))} & {
         "torch",
         "pydantic",
         "fastapi",
@@ -234,7 +240,7 @@ def forbidden(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_assert_no_pickle_no_eval(module: str) -> None:
-    assert not forbidden(TREES[module])
+    assert not forbidden(tree_of(module))
 
 
 @pytest.mark.parametrize("module", MODULES)

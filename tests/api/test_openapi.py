@@ -134,10 +134,11 @@ def borders() -> Iterator[tuple[str, str, Any, bool]]:
     for path, kind in BODIES.items():
         if path in RENDER:  # the same type and the same checks as without the suffix
             continue
+        properties = request_schema(kind)["properties"]
         for name in honoured_fields(kind):
             if name in ("cache_salt", "request_id"):
                 continue
-            schema = given(request_schema(kind)["properties"][name])
+            schema = given(properties[name])
             for key, step in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0)):
                 if key in schema and abs(schema[key]) < 1 << 62:
                     yield path, name, schema[key] + step, False
