@@ -19,6 +19,8 @@ from microvllm.runtime.request import (
     SamplingParams,
 )
 
+# A text with a lone surrogate, which JSON can spell, is no UTF-8.
+_UNFIT = (msgspec.ValidationError, UnicodeEncodeError)
 # What the fields must be that are no single number.
 _MUST = {
     "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids to numbers in [-100, 100]",
@@ -57,13 +59,13 @@ def _check_values(kind: type[msgspec.Struct], values: msgspec.Struct, prefix: st
     try:  # at C speed: a whole vocabulary may be allowed, and it is checked between two tokens of others
         msgspec.convert(msgspec.structs.asdict(values), kind)
         return
-    except msgspec.ValidationError:
+    except _UNFIT:
         pass
     for field in msgspec.structs.fields(kind):
         value = getattr(values, field.name)
         try:
             msgspec.convert(value, field.type)
-        except msgspec.ValidationError:
+        except _UNFIT:
             name = prefix + field.name
             if field.name in _MUST:
                 raise InvalidRequestError(f"{name} {_MUST[field.name]}.", name) from None

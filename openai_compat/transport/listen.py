@@ -137,7 +137,8 @@ async def refresh_certificate(
         except ConfigError as error:
             logger.warning("The new certificate is not in use: %s", error)
             continue
-        context.sni_callback = functools.partial(_change_context, fresh)  # called without a name, too
+        # It is called for greetings without a name, too.
+        context.sni_callback = functools.partial(_change_context, fresh or context)
         loaded = found
         logger.info("The certificate was read again.")
 

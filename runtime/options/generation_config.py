@@ -77,9 +77,12 @@ def _checked_defaults(content: dict[str, Any], source: str, vocab_size: int) -> 
     ends = content.get("eos_token_id")
     try:
         check_sampling(SamplingParams(**{GENERATION_FIELDS[name]: value for name, value in defaults.items()}))
-        msgspec.convert(ends, int | list[int | None] | None)
-    except (InvalidRequestError, msgspec.ValidationError) as error:
+    except InvalidRequestError as error:
         raise ConfigError(f"{source}: {error}") from None
+    try:
+        msgspec.convert(ends, int | list[int | None] | None)
+    except ValueError:
+        raise ConfigError(f"{source}: eos_token_id must be token ids, got {ends!r:.200}") from None
     if ends is None:
         return defaults
     known = Fields(Path(source), content).token_ids("eos_token_id", vocab_size)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_client import fresh
@@ -15,6 +17,7 @@ from model_tools import variant_folder
 from qwen1_model import write_folder
 
 from microvllm.runtime.config import EngineArgs
+from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.options.find_model import DEMO_MODEL, find_model
 from microvllm.runtime.text import tokenizer_files
 from microvllm.runtime.text.tokenizer import Tokenizer
@@ -135,3 +138,13 @@ def test_the_demo_model_has_the_sampling_of_its_card(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
     folder = EngineArgs(model=DEMO_MODEL, device="cpu", generation_config=str(tmp_path))
     assert folder.resolve().generation_defaults == defaults
+
+
+@pytest.mark.parametrize("name", ["top_p", "eos_token_id", "temperature"])
+@pytest.mark.parametrize("value", ["\ud800", ["\ud800"], {"\ud800": 1}, [True, "2"]])
+def test_a_generation_config_of_no_numbers_names_the_key(tmp_path: Path, name: str, value: Any) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({name: value}))  # a lone surrogate is spelled as JSON spells it
+    args = EngineArgs(model=DEMO_MODEL, device="cpu", generation_config=str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{re.escape(str(file))}: {name} must be"):
+        args.resolve()
