@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from microvllm.openai_compat.metrics import log_stats
 from microvllm.openai_compat.state import ServerState
 from microvllm.openai_compat.transport.lifecycle import Lifecycle
 from microvllm.openai_compat.transport.listen import (
+    RenewableContext,
     address_of,
     bind_socket,
     refresh_certificate,
@@ -107,7 +107,7 @@ async def _serve(
     config: EngineConfig,
     args: ServerArgs,
     sock: socket.socket,
-    tls: ssl.SSLContext | None,
+    tls: RenewableContext | None,
     on_progress: OnProgress | None,
     spawned: SpawnedEngine | None,
     announce: Callable[[str], None],

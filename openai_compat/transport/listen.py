@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import socket
@@ -95,11 +94,25 @@ def address_of(args: ServerArgs) -> str:
     return f"{scheme}://{host}:{args.port}"
 
 
-def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
+class RenewableContext(ssl.SSLContext):
+    """The server's side of TLS. New connections are of the `latest` context, if there is one.
+
+    A context of its own has no sessions of the one before: a resumed session is not verified again.
+    """
+
+    latest: ssl.SSLContext | None = None
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        """Begin a connection, as event loops do."""
+        return (self.latest.wrap_bio if self.latest else super().wrap_bio)(*args, **kwargs)
+
+
+def tls_context(args: ServerArgs) -> RenewableContext | None:
     """Return the server's side of TLS, or None for plain HTTP. Raises `ConfigError` naming the option."""
     if args.ssl_certfile is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = RenewableContext(ssl.PROTOCOL_TLS_SERVER)
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.verify_mode = ssl.VerifyMode(args.ssl_cert_reqs)
     option = f"--ssl-certfile {args.ssl_certfile}"
     if args.ssl_keyfile is not None:
@@ -118,13 +131,13 @@ def tls_context(args: ServerArgs) -> ssl.SSLContext | None:
 
 
 async def refresh_certificate(
-    context: ssl.SSLContext, args: ServerArgs, interval: float = REFRESH_INTERVAL_S
+    context: RenewableContext, args: ServerArgs, interval: float = REFRESH_INTERVAL_S
 ) -> None:
     """Load a renewed certificate for new connections, looking at the files every `interval` seconds.
 
     Files that do not load (only one of two is replaced so far) are tried again and change nothing. New ones
-    get a context of their own, which a connection changes to as it greets: what is loaded into the context
-    in use adds to the authorities that it trusts, and spoils it if the files change at that moment.
+    get a context of their own: what is loaded into the context in use adds to the authorities that it trusts,
+    and spoils it if the files change at that moment.
     """
     loaded = _stamps(args)
     while True:
@@ -133,18 +146,12 @@ async def refresh_certificate(
         if found == loaded:
             continue
         try:
-            fresh = tls_context(args)
+            context.latest = tls_context(args)
         except ConfigError as error:
             logger.warning("The new certificate is not in use: %s", error)
             continue
-        # It is called for greetings without a name, too.
-        context.sni_callback = functools.partial(_change_context, fresh or context)
         loaded = found
         logger.info("The certificate was read again.")
-
-
-def _change_context(fresh: ssl.SSLContext, connection: Any, _name: str | None, _: ssl.SSLContext) -> None:
-    connection.context = fresh
 
 
 def _no_password() -> str:

@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,33 @@ class TestTls:
         finally:
             refreshing.cancel()
 
+    @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+    async def test_a_session_is_not_resumed_behind_a_renewal(
+        self, tmp_path: Path, version: ssl.TLSVersion
+    ) -> None:
+        """A resumed session's certificate is not verified again, and its authority may be gone."""
+        authority = tmp_path / "ca.pem"
+        shutil.copyfile(CERT, authority)
+        args = ServerArgs(**HTTPS, ssl_ca_certs=str(authority), ssl_cert_reqs=2)
+        context = tls_context(args)
+        assert context is not None
+        asking = client_context((CERT, KEY))
+        asking.maximum_version = version
+        session = visit(context, asking)[1]
+        assert session is not None and visit(context, asking, session=session)[0] == "one"
+        refreshing = asyncio.ensure_future(refresh_certificate(context, args, 0.01))
+        try:
+            await asyncio.sleep(0)
+            shutil.copyfile(TLS / "two.cert.pem", authority)
+            until = time.monotonic() + PATIENCE_S
+            while context.latest is None:
+                assert time.monotonic() < until and not refreshing.done()
+                await asyncio.sleep(0.02)
+            with pytest.raises((ssl.SSLError, OSError)):
+                visit(context, asking, session=session)
+        finally:
+            refreshing.cancel()
+
     async def test_an_authority_that_was_replaced_is_not_trusted(self, tmp_path: Path) -> None:
         """What is loaded into a context adds to those that it trusts."""
         authority = tmp_path / "ca.pem"
@@ -456,33 +484,58 @@ def served_name(
     context: ssl.SSLContext, own: tuple[Path, Path] | None = None, name: str | None = "localhost"
 ) -> str:
     """The common name on the certificate that a client is shown; the client may have one of its `own`."""
+    return visit(context, client_context(own, name), name)[0]
+
+
+def client_context(own: tuple[Path, Path] | None = None, name: str | None = "localhost") -> ssl.SSLContext:
     asking = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     asking.check_hostname = name is not None
     for known in ("one", "two"):
         asking.load_verify_locations(TLS / f"{known}.cert.pem")
     if own is not None:
         asking.load_cert_chain(*own)
+    return asking
+
+
+def visit(
+    context: ssl.SSLContext,
+    asking: ssl.SSLContext,
+    name: str | None = "localhost",
+    session: ssl.SSLSession | None = None,
+) -> tuple[str, ssl.SSLSession | None]:
+    """The common name that a client is shown, and its session."""
     here, there = socket.socketpair()
     for end in (here, there):
         end.settimeout(PATIENCE_S)
     serving = threading.Thread(target=_answer, args=(context, there))
     serving.start()
     try:
-        with asking.wrap_socket(here, server_hostname=name) as wrapped:
+        with asking.wrap_socket(here, server_hostname=name, session=session) as wrapped:
             # Whether the client's certificate was accepted shows only when data come.
             assert wrapped.recv(2) == b"ok"
             found: Any = wrapped.getpeercert()
-            return str(found["subject"][0][0][1])
+            return str(found["subject"][0][0][1]), wrapped.session
     finally:
         serving.join(PATIENCE_S)
 
 
 def _answer(context: ssl.SSLContext, sock: socket.socket) -> None:
-    try:
-        with context.wrap_socket(sock, server_side=True) as wrapped:
-            wrapped.sendall(b"ok")
-    except OSError:
-        sock.close()
+    """Serve one connection as event loops do, which move the bytes themselves."""
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(received, sent, server_side=True)
+    left: list[Callable[[], object]] = [tls.do_handshake, lambda: tls.write(b"ok")]
+    with contextlib.suppress(OSError), sock:
+        while left:
+            try:
+                left[0]()
+                del left[0]
+            except ssl.SSLWantReadError:
+                sock.sendall(sent.read())
+                received.write(sock.recv(1 << 16) or b"no TLS")
+            except ssl.SSLError:
+                sock.sendall(sent.read())  # says why
+                raise
+        sock.sendall(sent.read())
 
 
 def test_https_end_to_end(tmp_path: Path) -> None:
