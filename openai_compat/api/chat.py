@@ -62,7 +62,11 @@ class Chat(Generation[ChatCompletionRequest]):
             with_reasoning=self.body.include_reasoning,
             parallel=self.body.parallel_tool_calls,
         )
-        self.params = self.parsing.constrained(self.params, self.body.thinking_token_budget)
+        budget = self.body.thinking_token_budget
+        if tools is None:
+            self.params = self.parsing.constrained(self.params, budget)
+        else:  # a large schema takes a while
+            self.params = await client.run_blocking(self.parsing.constrained, self.params, budget)
         if self.body.use_beam_search and self.params.structured_outputs is not None:
             field = self.params.structured_outputs.field
             raise InvalidRequestError(f"{field} is not supported with beam search.", field)

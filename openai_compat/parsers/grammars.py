@@ -34,6 +34,7 @@ Tag = dict[str, Any]
 # With more of both a grammar is longer than any that is compiled.
 MAX_ARGUMENTS = 4096  # of one function, in all forms that these may have
 MAX_REFERRED = 1 << 19  # characters of what arguments refer to, of each of them
+MAX_FOLLOWED = 1 << 21  # likewise, of texts too, whose references are followed here
 
 
 class CallForm(Protocol):
@@ -165,25 +166,35 @@ def argument_lists(function: Function, can_write: Callable[[str], object]) -> li
         raise InvalidRequestError(
             f"The arguments of the function {function.name!r} have {MAX_FORMS} forms or more.", "tools"
         )
-    if function.strict and (found := unenforced_list(function.parameters)):
-        raise InvalidRequestError(
-            f"The format of the model's calls cannot enforce `{found}` of the arguments together of the "
-            f"strict function {function.name!r}.",
-            "tools",
-        )
     # All of a grammar is written before it is measured.
     if sum(len(form["properties"].keys() | set(form["required"])) for form in forms) > MAX_ARGUMENTS:
         raise InvalidRequestError(
             f"The function {function.name!r} has more than {MAX_ARGUMENTS} arguments in all forms.", "tools"
         )
     whole = definitions_of(function.parameters) if refers(function.parameters) else {}
-    lists = [_arguments(function, form, whole, can_write) for form in forms]
-    holding = sum("$defs" in each.schema and not each.is_text for items in lists for each in items)
-    if holding and holding * len(json.dumps(whole)) > MAX_REFERRED:
+    size = len(json.dumps(whole))
+    schemas = [schema for form in forms for schema in form["properties"].values()] if whole else []
+    if sum(map(refers, schemas)) * size > MAX_FOLLOWED:
+        raise _refer_too_much(function)
+    if function.strict and (found := unenforced_list(function.parameters)):
         raise InvalidRequestError(
-            f"Too many arguments of the function {function.name!r} refer to parts of its schema.", "tools"
+            f"The format of the model's calls cannot enforce `{found}` of the arguments together of the "
+            f"strict function {function.name!r}.",
+            "tools",
         )
+    lists = [_arguments(function, form, whole, can_write) for form in forms]
+    if (
+        sum("$defs" in each.schema and not each.is_text for items in lists for each in items) * size
+        > MAX_REFERRED
+    ):
+        raise _refer_too_much(function)
     return lists
+
+
+def _refer_too_much(function: Function) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"Too many arguments of the function {function.name!r} refer to parts of its schema.", "tools"
+    )
 
 
 def takes_any(function: Function) -> bool:

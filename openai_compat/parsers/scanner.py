@@ -42,7 +42,7 @@ class Tags:
         return 0
 
 
-@functools.lru_cache(64)  # some have names of requests in them
+@functools.lru_cache(16)  # some have names of requests in them, and take megabytes
 def tags_of(*tags: str) -> Tags:
     """Return the set of these strings, compiled once."""
     return Tags(tags)

@@ -20,7 +20,27 @@ BY_NAME = (
     "definitions",
     "dependentSchemas",
 )  # hold schemas by name
-SAYING_NOTHING = frozenset(("title", "description", "default", "examples", "$defs", "definitions", "$schema"))
+# JSON schema's keywords restrict values of one type, or of any; every other keyword is an annotation.
+OF_TYPE = {
+    "string": ("pattern", "minLength", "maxLength", "format"),
+    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    "array": (
+        *("items", "prefixItems", "additionalItems", "contains", "minItems", "maxItems", "uniqueItems"),
+        "unevaluatedItems",
+    ),
+    "object": (
+        *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
+        *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies"),
+        "unevaluatedProperties",
+    ),
+    "boolean": (),
+    "null": (),
+}
+OF_TYPE["number"] = OF_TYPE["integer"]
+OF_ANY = ("enum", "const", "not", "if", "$ref", "allOf", "anyOf", "$dynamicRef", "$recursiveRef")
+# What `options_of` hands on to the options of a schema.
+HANDED_ON = {"type", *chain.from_iterable(OF_TYPE.values()), *OF_ANY} - {"$ref", *COMBINED}
+MAX_VISITS = 4  # of a part of a schema with other keywords beside it, by `options_of`
 VALUES = ("enum", "const", "default", "examples")  # hold values, in which nothing is a keyword
 WHOLE = "parameters"
 JSON_TYPES: dict[type, str] = {
@@ -34,25 +54,26 @@ JSON_TYPES: dict[type, str] = {
 }
 
 
-def argument_types(parameters: Mapping[str, Any], key: str) -> frozenset[str]:
-    """Return the JSON types that an argument may have; empty if the schema does not say."""
-    schemas = [schema for name, schema in _properties(parameters) if name == key]
-    return _union(types_of(each, parameters) for each in schemas or [parameters.get("additionalProperties")])
+class Arguments:
+    """What the schema of a function says of each of its arguments; `names` are those that it lists."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        self._parameters = parameters
+        self._schemas: dict[str, list[Any]] = {}
+        for form in forms_of(parameters):
+            for name, schema in form["properties"].items():
+                self._schemas.setdefault(name, []).append(schema)
+        self.names = list(self._schemas)
+
+    def types(self, key: str) -> frozenset[str]:
+        """Return the JSON types that an argument may have; empty if the schema does not say."""
+        schemas = self._schemas.get(key) or [self._parameters.get("additionalProperties")]
+        return _union(types_of(each, self._parameters) for each in schemas)
 
 
 def types_of(schema: object, parameters: Mapping[str, Any]) -> frozenset[str]:
     """Return the JSON types of a part of the schema; empty if it does not say."""
     return _union(map(_types, options_of(schema, parameters)))
-
-
-def property_names(parameters: Mapping[str, Any]) -> list[str]:
-    """Return the names of the arguments that the schema lists."""
-    return list(dict(_properties(parameters)))
-
-
-def _properties(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for form in forms_of(parameters):
-        yield from form["properties"].items()
 
 
 def forms_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -138,20 +159,28 @@ def options_of(schema: object, root: Mapping[str, Any]) -> list[dict[str, Any]]:
     `$ref` to nothing or to itself, several schemas at once (`allOf`), and the `oneOf` that an option is of.
     """
     found: list[dict[str, Any]] = []
-    seen: set[int] = set()  # of the schema's parts, by identity: references may form circles
+    visits: dict[int, list[dict[str, Any]]] = {}  # of parts by identity, for references may form circles
     left: list[tuple[object, dict[str, Any]]] = [(schema, {})]
     while left:
         part, kind = left.pop()
         if not isinstance(part, dict):
             found.append({**kind, "not": {}} if part is False else kind)
             continue
-        if id(part) in seen:
+        before = visits.setdefault(id(part), [])
+        if kind in before:
             continue
-        seen.add(id(part))
-        own = {name: value for name, value in part.items() if name not in ("$ref", *COMBINED)}
-        clashes = [name for name in own.keys() & kind.keys() if name != "type" and own[name] != kind[name]]
+        if len(before) == MAX_VISITS:
+            found.append({**kind, "allOf": [part]})
+            continue
+        before.append(kind)
+        own = {name: value for name, value in part.items() if name in HANDED_ON}
+        clashes = any(own[name] != kind[name] for name in own.keys() & kind.keys() - {"type"})
         whole = {**kind, **own}
-        if not SAYING_NOTHING.issuperset(clashes):
+        if "type" in own and "type" in kind:
+            whole["type"] = _both(types_told(kind), types_told(own))
+            if not whole["type"]:
+                continue  # no value is of both
+        if clashes:
             whole["allOf"] = [kind, own]
         parts = [options for name in COMBINED if (options := _options(part, name))]
         if isinstance(part.get("$ref"), str):
@@ -166,8 +195,22 @@ def options_of(schema: object, root: Mapping[str, Any]) -> list[dict[str, Any]]:
                 whole["oneOf"] = part["oneOf"]
             left += [(option, whole) for option in reversed(parts[0])]
         else:
-            found.append({**kind, **part})
+            found.append({**whole, **{name: part[name] for name in ("$ref", *COMBINED) if name in part}})
     return found or [{"$ref": "#"}]
+
+
+def types_told(schema: Mapping[str, Any]) -> list[str]:
+    """Return the types that `type` names; all for none."""
+    kind = schema.get("type")
+    return [kind] if isinstance(kind, str) else [*map(str, kind)] if isinstance(kind, list) else [*OF_TYPE]
+
+
+def _both(first: Sequence[str], second: Sequence[str]) -> str | list[str]:
+    """Return the types that values of both have; an integer is a number, too."""
+    both = [kind for kind in second if kind in first or (kind == "integer" and "number" in first)]
+    if "number" in second and "integer" in first and "integer" not in both:
+        both.append("integer")
+    return both[0] if len(both) == 1 else both
 
 
 def refers(schema: object) -> bool:

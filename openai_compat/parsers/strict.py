@@ -1,42 +1,33 @@
-"""Finds what cannot be enforced of a schema whose arguments are written one by one, some as mere text.
-
-JSON schema's keywords restrict values of one type; any other keyword is an annotation.
-"""
+"""Finds what cannot be enforced of a schema whose arguments are written one by one, some as mere text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import permutations
 from typing import Any
 
-from microvllm.openai_compat.parsers.schema import JSON_TYPES, parts_of_forms
+from microvllm.openai_compat.parsers.schema import (
+    COMBINED,
+    HANDED_ON,
+    JSON_TYPES,
+    OF_ANY,
+    OF_TYPE,
+    parts_of_forms,
+    types_told,
+)
 from microvllm.runtime.grammar.json_schema import FORMATS
 
-OF_TYPE = {
-    "string": ("pattern", "minLength", "maxLength", "format"),
-    "integer": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-    "array": (
-        *("items", "prefixItems", "additionalItems", "contains", "minItems", "maxItems", "uniqueItems"),
-        "unevaluatedItems",
-    ),
-    "object": (
-        *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
-        *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas", "dependencies"),
-        "unevaluatedProperties",
-    ),
-    "boolean": (),
-    "null": (),
-}
-OF_TYPE["number"] = OF_TYPE["integer"]
-OF_ANY = ("enum", "const", "not", "if", "$ref", "allOf", "anyOf", "$dynamicRef", "$recursiveRef")
 # Of the arguments together: what their list has, or leaves as it is.
 LISTED = ("properties", "required", "additionalProperties", "unevaluatedProperties")
-
-
-def types_told(schema: dict[str, Any]) -> list[str]:
-    """Return the types that `type` names; all for none."""
-    kind = schema.get("type")
-    return [kind] if isinstance(kind, str) else [*map(str, kind)] if isinstance(kind, list) else [*OF_TYPE]
+# Keywords that restrict nothing where they are true or empty.
+MAY_BE_EMPTY = frozenset(
+    (
+        *("items", "additionalItems", "unevaluatedItems", "properties", "required", "patternProperties"),
+        *("additionalProperties", "unevaluatedProperties", "propertyNames", "dependentRequired"),
+        "dependentSchemas",
+    )
+)
 
 
 def restrictions(schema: dict[str, Any]) -> list[str]:
@@ -45,8 +36,16 @@ def restrictions(schema: dict[str, Any]) -> list[str]:
     return [
         word
         for word in dict.fromkeys((*words, *OF_ANY))
-        if word in schema and (word != "format" or str(schema[word]) in FORMATS)
+        if word in schema
+        and (word != "format" or str(schema[word]) in FORMATS)
+        and not _says_nothing(word, schema[word])
     ]
+
+
+def _says_nothing(word: str, value: object) -> bool:
+    if word in ("minLength", "minItems", "minProperties"):
+        return value == 0
+    return word in MAY_BE_EMPTY and (value is True or value == {} or value == [])
 
 
 def unenforced_text(options: Sequence[dict[str, Any]]) -> str | None:
@@ -102,7 +101,7 @@ def unenforced_list(parameters: dict[str, Any]) -> str | None:
                 own = listed if word == "unevaluatedProperties" and not index else part["properties"].keys()
                 if part.get(word, True) not in (True, {}) and not names <= own:
                     return word
-            if any(told.setdefault(name, value) != value for name, value in part["properties"].items()):
+            if any(told.setdefault(name, value) != value for name, value in _restricted(part)):
                 return "properties"
     if any("oneOf" in part for parts in forms for part in parts):
         pairs = permutations([dict(_summary(parts)) for parts in forms], 2)
@@ -123,24 +122,44 @@ def _follows(word: str, part: dict[str, Any], parts: Sequence[dict[str, Any]]) -
     )
 
 
+def _restricted(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the properties with what restricts them."""
+    for name, schema in part["properties"].items():
+        if isinstance(schema, dict):
+            schema = {
+                word: value
+                for word, value in schema.items()
+                if word in HANDED_ON or word in ("$ref", *COMBINED)
+            }
+        yield name, schema
+
+
 def _summary(parts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    yield "required", {name for part in parts for name in part["required"]}
-    yield "properties", {name: value for part in parts for name, value in part["properties"].items()}
+    required = {name for part in parts for name in part["required"]}
+    properties = {name: value for part in parts for name, value in part["properties"].items()}
+    yield "required", required
+    yield "names", required | properties.keys()
+    yield "values", {name: _values(properties.get(name)) for name in required}
 
 
 def _excluded(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether arguments as one form lists them are never of the other form."""
-    if not other["required"] <= one["properties"].keys() | one["required"]:
+    if not other["required"] <= one["names"]:
         return True
     for name in one["required"] & other["required"]:
-        first, second = (_values(form["properties"].get(name)) for form in (one, other))
-        if first and second and not any(value in second for value in first):
+        first, second = one["values"][name], other["values"][name]
+        if first and second and first.isdisjoint(second):
             return True
     return False
 
 
-def _values(schema: Any) -> list[Any]:
+def _values(schema: Any) -> frozenset[str]:
+    """Return the JSON texts of the values that a schema lists."""
     if not isinstance(schema, dict):
-        return []
+        return frozenset()
     values = [schema["const"]] if "const" in schema else schema.get("enum")
-    return values if isinstance(values, list) else []
+    if not isinstance(values, list):
+        return frozenset()
+    # 1.0 is 1, which JSON spells in two ways, and true is not.
+    whole = (int(value) if isinstance(value, float) and value.is_integer() else value for value in values)
+    return frozenset(json.dumps(value, sort_keys=True) for value in whole)

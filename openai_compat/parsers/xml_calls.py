@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -24,11 +23,12 @@ from microvllm.openai_compat.parsers.grammars import (
 )
 from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.scanner import END, Reading, Scanner
-from microvllm.openai_compat.parsers.schema import argument_types, property_names, typed
+from microvllm.openai_compat.parsers.schema import Arguments, typed
 from microvllm.openai_compat.parsers.writer import Writer
 
 MAX_NAME_CHARS = 128  # of an argument that is looked for in values
-MAX_NAMES_CHARS = 8192  # of all those of a function
+MAX_NAMES_CHARS = 8192  # of all those of a function, in which the tag around each counts
+TAG_CHARS = 32
 
 
 class XmlCalls(msgspec.Struct, frozen=True):
@@ -125,6 +125,9 @@ class XmlCalls(msgspec.Struct, frozen=True):
             if not (yield from scan.ahead(self.argument[0], end)):
                 return False
         begin(scan, write, name)
+        function = write.functions.get(name)
+        arguments = Arguments(function.parameters if function is not None else {})
+        names = tuple(_short(arguments.names)) if self.own_lines else ()
         ends = tuple(tag for tag in (end, self.section[1]) if tag)
         comma, tag = "{", ""
         other: list[str] = []
@@ -144,21 +147,21 @@ class XmlCalls(msgspec.Struct, frozen=True):
                     break
             write.arguments(f"{comma}{json.dumps(''.join(key), ensure_ascii=False)}: ")
             comma = ", "
-            tag = yield from self._value(scan, write, name, "".join(key), tag)
+            tag = yield from self._value(scan, write, arguments.types("".join(key)), names, tag)
         if not (scan.closed and scan.cut_off):
             write.arguments("{}" if comma == "{" else "}")
         if other:
             write.text("".join(other))
         return True
 
-    def _value(self, scan: Scanner, write: Writer, name: str, key: str, behind_key: str) -> Reading[str]:
-        """Read a value; return the tag it ends with if that is the call's.
+    def _value(
+        self, scan: Scanner, write: Writer, types: frozenset[str], names: Sequence[str], behind_key: str
+    ) -> Reading[str]:
+        """Read a value of these types; return the tag it ends with if that is the call's.
 
+        `names`: those of arguments that may follow without the tag that ends this one.
         A tag ends the value only if what may come behind it does, so a value may hold that tag, too.
         """
-        function = write.functions.get(name)
-        parameters = function.parameters if function is not None else {}
-        types = argument_types(parameters, key)
         if not types and 'string="true"' in behind_key:
             types = frozenset(("string",))
         is_string = types == {"string"}
@@ -176,7 +179,7 @@ class XmlCalls(msgspec.Struct, frozen=True):
         keys: frozenset[str] = frozenset()
         if self.own_lines:
             yield from scan.literal("\n")
-            keys = frozenset(f"\n{before_key}{key}{self.behind_key[0]}" for key in _short_names(parameters))
+            keys = frozenset(f"\n{before_key}{key}{self.behind_key[0]}" for key in names)
             tags = (*tags, *(f"\n{tag}" for tag in tags), *sorted(keys))
         if is_string:
             write.arguments('"')
@@ -196,9 +199,9 @@ class XmlCalls(msgspec.Struct, frozen=True):
         return "" if own == end else own
 
 
-def _short_names(parameters: Mapping[str, Any]) -> Iterator[str]:
-    """Names that may end a value: a set of them takes memory with the square of their lengths."""
+def _short(names: Sequence[str]) -> Iterator[str]:
+    """Names that may end a value: a set of them takes memory with the square of their lengths, and time."""
     room = MAX_NAMES_CHARS
-    for name in property_names(parameters):
-        if len(name) <= MAX_NAME_CHARS and (room := room - len(name)) >= 0:
+    for name in names:
+        if len(name) <= MAX_NAME_CHARS and (room := room - len(name) - TAG_CHARS) >= 0:
             yield name

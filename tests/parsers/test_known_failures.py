@@ -9,6 +9,7 @@ import pytest
 from parser_tools import calls_of, check_splits, parse
 
 from microvllm.openai_compat.parsers.events import Function
+from microvllm.openai_compat.parsers.xml_calls import _short
 
 QWEN = ("qwen3_coder", "qwen3")
 OPEN = "<tool_call>\n<function=write_file>\n"
@@ -124,6 +125,12 @@ def test_what_is_no_recipient_of_a_function_is_none() -> None:
     text = "<|channel|>commentary to=assistant<|message|>Hm.<|end|>"
     message = check_splits(text, ("openai", "openai_gptoss"))
     assert not message.tool_calls and message.content == "Hm."
+
+
+def test_few_names_are_looked_for_in_values() -> None:
+    """Compiling a set of thousands holds the event loop, however short they are."""
+    assert [*_short(["a", "b" * 129, "c"])] == ["a", "c"]
+    assert 200 < len([*_short([chr(0x4E00 + i) for i in range(8000)])]) < 300
 
 
 @pytest.mark.parametrize("names", [["a" * 20_000], [f"{n}{'a' * 200}" for n in range(5000)]])

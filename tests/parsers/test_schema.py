@@ -9,12 +9,12 @@ import pytest
 from microvllm.openai_compat.parsers import schema
 from microvllm.openai_compat.parsers.schema import (
     MAX_FORMS,
-    argument_types,
+    Arguments,
     forms_of,
     moved,
     options_of,
-    property_names,
     typed,
+    types_of,
 )
 
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
@@ -47,9 +47,9 @@ def test_types_of_an_argument(schema: Any, types: set[str]) -> None:
     defs = {"size": INTEGER, "self": {"$ref": "#/$defs/self"}, "list": {"anyOf": [STRING, INTEGER]}}
     defs |= {"a b": INTEGER, "": {"$defs": {"": INTEGER}}}
     parameters = {"properties": {"a": schema}, "$defs": defs, "additionalProperties": INTEGER}
-    assert argument_types(parameters, "a") == types
-    assert argument_types(parameters, "other") == {"integer"}
-    assert argument_types({}, "a") == argument_types({"properties": []}, "a") == set()
+    assert Arguments(parameters).types("a") == types
+    assert Arguments(parameters).types("other") == {"integer"}
+    assert Arguments({}).types("a") == Arguments({"properties": []}).types("a") == set()
 
 
 def test_arguments_behind_references_and_alternatives() -> None:
@@ -58,10 +58,10 @@ def test_arguments_behind_references_and_alternatives() -> None:
         {"properties": {"a": INTEGER, "b/c": {"$ref": "#/$defs/d~1e"}}},
     )
     parameters = {"$ref": "#/$defs/top", "$defs": {"top": {"anyOf": [first, other]}, "d/e": INTEGER}}
-    assert property_names(parameters) == ["a", "b/c"]
-    assert argument_types(parameters, "a") == {"string", "integer"}
-    assert argument_types(parameters, "b/c") == {"integer"}
-    assert property_names({"$ref": "#"}) == property_names({"allOf": [1]}) == []
+    assert Arguments(parameters).names == ["a", "b/c"]
+    assert Arguments(parameters).types("a") == {"string", "integer"}
+    assert Arguments(parameters).types("b/c") == {"integer"}
+    assert Arguments({"$ref": "#"}).names == Arguments({"allOf": [1]}).names == []
 
 
 def test_what_stands_beside_a_reference_is_in_its_options() -> None:
@@ -86,15 +86,15 @@ def test_references_are_moved_and_values_are_not() -> None:
 def test_what_is_no_schema_says_nothing(odd: Any) -> None:
     """A reference may lead anywhere in the parameters, of which only the schemas are checked."""
     parameters = {"$ref": "#/x", "x": odd, "properties": {"a": {"$ref": "#/x"}}, "required": [["a"], "a"]}
-    assert argument_types(parameters, "a") == set() and property_names(parameters) == ["a"]
+    assert Arguments(parameters).types("a") == set() and Arguments(parameters).names == ["a"]
     assert forms_of(parameters)[0]["required"] == ["a"]
 
 
 def test_schemas_that_refer_to_themselves_many_times_end() -> None:
     itself = {"anyOf": [{"$ref": "#/properties/a"}] * 99 + [INTEGER]}
     parameters = {"properties": {"a": itself}, "allOf": [{"$ref": "#"}] * 99}
-    assert argument_types(parameters, "a") == {"integer"}
-    assert len(forms_of(parameters)) == MAX_FORMS and property_names(parameters) == ["a"]
+    assert Arguments(parameters).types("a") == {"integer"}
+    assert len(forms_of(parameters)) == MAX_FORMS and Arguments(parameters).names == ["a"]
 
 
 def test_forms_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,3 +133,43 @@ def test_forms_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_values(text: str, types: str, value: str) -> None:
     assert typed(text, frozenset(types.split())) == value
+
+
+def test_options_hand_on_what_restricts_them_and_nothing_else() -> None:
+    schema = {"type": "string", "title": "T", **{f"x-{i}": i for i in range(100)}, "anyOf": [{}, {"x-1": 2}]}
+    assert options_of(schema, schema) == [{"type": "string"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([{"const": "a"}, {"const": "b"}], [{"const": "a"}, {"const": "b"}]),
+        ([{"pattern": "x"}, {}], [{"pattern": "x"}, {}]),
+        ([{}, {"description": "the same"}], [{}]),
+    ],
+)
+def test_a_part_may_be_referred_to_with_different_keywords(options: list[Any], expected: list[Any]) -> None:
+    root = {"$defs": {"text": {"type": "string"}}}
+    schema = {"anyOf": [{"$ref": "#/$defs/text", **option} for option in options]}
+    assert options_of(schema, root) == [{"type": "string", **option} for option in expected]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "types"),
+    [
+        ("integer", ["integer", "string"], {"integer"}),
+        ("number", ["integer", "string"], {"integer"}),
+        ("integer", "number", {"integer"}),
+        (["string", "null"], ["null", "boolean"], {"null"}),
+    ],
+)
+def test_a_value_is_of_the_types_that_both_name(outer: Any, inner: Any, types: set[str]) -> None:
+    schema = {"type": outer, "anyOf": [{"type": inner}]}
+    assert types_of(schema, schema) == types
+
+
+def test_circles_end_with_whatever_stands_beside_them() -> None:
+    circle: dict[str, Any] = {"type": "string", "anyOf": [{"$ref": "#"}, {"$ref": "#", "minLength": 3}]}
+    assert len(options_of(circle, circle)) <= 8
+    wide = {"anyOf": [{"$ref": "#", "minLength": i} for i in range(200)]}
+    assert len(options_of(wide, wide)) <= 2000
