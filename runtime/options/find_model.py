@@ -28,7 +28,7 @@ def find_model(name: str, option: str = "--model", revision: str | None = None) 
     brings it; `option` is named where the path itself is impossible.
     """
     path, flag = user_path(name, option), "--tokenizer-revision" if option == "--tokenizer" else "--revision"
-    if HUB_NAME.fullmatch(name) and not path.exists():
+    if HUB_NAME.fullmatch(name) and not name.lower().endswith(".gguf") and not path.exists():
         return _cached_model(name, option, revision, flag)
     if revision:
         logger.warning("%s %s has no effect: %s is not in the Hugging Face cache", flag, revision, name)
@@ -77,8 +77,9 @@ def user_path(text: str, option: str) -> Path:
 def _cached_model(name: str, option: str, revision: str | None, flag: str) -> Path:
     """Return a model's snapshot in the cache. Raises `ConfigError` if that revision is not there."""
     environ = os.environ
-    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    named = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    cache = Path(os.path.expandvars(os.path.expanduser(named)))  # as the hub's own library does
     folder = cache / f"models--{name.replace('/', '--')}"
     snapshots, wanted = folder / "snapshots", revision or "main"
     fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
@@ -87,6 +88,8 @@ def _cached_model(name: str, option: str, revision: str | None, flag: str) -> Pa
         commit = reference.read_text("utf-8").strip() if reference.is_file() else wanted
         # A revision is a name of files in the cache, and must not lead out of it.
         if (found := snapshots / commit).is_dir() and found.resolve().parent == snapshots.resolve():
+            if option == "--model" and not ((found / "config.json").exists() or any(found.glob("*.gguf"))):
+                raise ConfigError(f"{option} {name}: {found} has no config.json", remedy=f"run `{fetch}`")
             return found
         there = sorted(each.name for each in snapshots.iterdir()) if snapshots.is_dir() else []
     except (OSError, ValueError) as error:

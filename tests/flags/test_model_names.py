@@ -29,6 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "refs" / "main").write_text(SECOND, "utf-8")
     (folder / "refs" / "pr" / "1").write_text(FIRST, "utf-8")
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.delenv("HUGGINGFACE_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return folder
@@ -42,14 +43,14 @@ def test_a_downloaded_model_is_found_by_its_name(cache: Path, revision: str | No
     assert find_model(NAME, revision=revision) == cache / "snapshots" / commit
 
 
-@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"])
 def test_the_cache_is_where_the_variables_say(
     cache: Path, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HOME")
     if variable == "XDG_CACHE_HOME":
         (tmp_path / "huggingface").symlink_to(tmp_path)
-    monkeypatch.setenv(variable, str(tmp_path / "hub" if variable == "HF_HUB_CACHE" else tmp_path))
+    monkeypatch.setenv(variable, str(tmp_path if variable == "XDG_CACHE_HOME" else tmp_path / "hub"))
     assert find_model(NAME).resolve() == cache / "snapshots" / SECOND
 
 
@@ -91,7 +92,28 @@ def test_a_folder_of_that_name_goes_first_and_has_no_revisions(
     assert "--revision main has no effect" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["../Someone", "a/../b", "./x", "a/b/c", "-a/b", "a--b/c", "a/b\n"])
+@pytest.mark.parametrize(
+    "name", ["models/x.gguf", "../Someone", "a/../b", "./x", "a/b/c", "-a/b", "a--b/c", "a/b\n"]
+)
 def test_other_texts_are_no_names_of_the_hub(cache: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"no such folder or \.gguf file\nmodels"):
         find_model(name)
+
+
+def test_the_cache_may_be_named_by_a_variable_or_a_user_and_may_be_of_nobody(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROOM", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", "$ROOM")
+    assert find_model(NAME) == cache / "snapshots" / SECOND
+    monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/x")
+    with pytest.raises(ConfigError, match="home directory"):
+        find_model(NAME)
+
+
+def test_a_download_that_was_cut_off_is_to_be_repeated(cache: Path) -> None:
+    (cache / "blobs" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no config\.json") as raised:
+        find_model(NAME)
+    assert f"hf download {NAME}" in raised.value.remedy
+    assert find_model(NAME, "--tokenizer") == cache / "snapshots" / SECOND
