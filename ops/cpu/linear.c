@@ -362,6 +362,7 @@ static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
  * (arXiv:2002.05202). residual may be null, or y. Returns -1 if there is no memory, else 0. */
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
 {
+    if (!m) return 0;
     long k = layer->k, panels = 0;
     for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;

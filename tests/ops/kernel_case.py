@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ BY_VECTORS = Tuning(matrix_rows=1 << 30, matrix_rows_quantized=1 << 30, multipli
 
 # -O1 without passes over registers that take half of its time on functions as long as those of attention.
 # Compiling takes longer than running, and of several -O the last counts.
-QUICK = ("-O1", "-fno-move-loop-invariants", "-fno-forward-propagate", "-fno-dce", "-fno-dse")
-QUICK += ("-fno-if-conversion", "-fno-if-conversion2")
+QUICK: tuple[str, ...] = ("-O1",)
+if "gcc" in subprocess.run([build.find_compiler() or "true", "-v"], capture_output=True, text=True).stderr:
+    QUICK += ("-fno-move-loop-invariants", "-fno-forward-propagate", "-fno-dce", "-fno-dse")
+    QUICK += ("-fno-if-conversion", "-fno-if-conversion2")
 
 # What test_sanitizers.py, whose processes run these tests again, adds to the compiler's flags.
 SANITIZERS = tuple(os.environ.get("KERNEL_SANITIZERS", "").split())
