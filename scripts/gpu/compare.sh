@@ -29,8 +29,9 @@ end_leftovers() { # of this run, and of those whose shell has ended
     local file pid run
     for file in /proc/[0-9]*/environ; do
         pid=${file//[!0-9]/}
-        run=$({ tr '\0' '\n' <"$file" | sed -n 's/^MICROVLLM_COMPARE_RUN=//p'; } 2>/dev/null) || continue
-        [ -n "$run" ] || continue
+        # A line within another variable is no variable.
+        run=$({ sed -zn 's/^MICROVLLM_COMPARE_RUN=//p' "$file" | tr -d '\0'; } 2>/dev/null) || continue
+        [[ $run =~ ^[0-9]+\.[0-9]+$ ]] || continue
         if [ "$run" = "$1" ] || [ "$(moment_of "${run%.*}")" != "${run#*.}" ]; then
             echo "Ending process $pid, left over from run $run" >&2
             kill -KILL "$pid" 2>/dev/null || true
