@@ -183,10 +183,8 @@ def argument_lists(function: Function, can_write: Callable[[str], object]) -> li
             "tools",
         )
     lists = [_arguments(function, form, whole, can_write) for form in forms]
-    if (
-        sum("$defs" in each.schema and not each.is_text for items in lists for each in items) * size
-        > MAX_REFERRED
-    ):
+    holding = sum("$defs" in each.schema and not each.is_text for items in lists for each in items)
+    if holding * size > MAX_REFERRED:
         raise _refer_too_much(function)
     return lists
 

@@ -13,13 +13,8 @@ from microvllm.openai_compat.parsers.json_text import WORDS, JsonText
 MAX_PARTS = 256  # that the forms of the arguments of one function are made of
 MAX_FORMS = 32  # of the arguments of one function
 COMBINED = ("anyOf", "oneOf", "allOf")
-BY_NAME = (
-    "properties",
-    "patternProperties",
-    "$defs",
-    "definitions",
-    "dependentSchemas",
-)  # hold schemas by name
+# Hold schemas by name.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 # JSON schema's keywords restrict values of one type, or of any; every other keyword is an annotation.
 OF_TYPE = {
     "string": ("pattern", "minLength", "maxLength", "format"),

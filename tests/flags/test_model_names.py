@@ -100,13 +100,13 @@ def test_other_texts_are_no_names_of_the_hub(cache: Path, name: str) -> None:
         find_model(name)
 
 
-def test_the_cache_may_be_named_by_a_variable_or_a_user_and_may_be_of_nobody(
+def test_the_cache_may_be_named_by_a_variable_or_by_a_user_that_does_not_exist(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ROOM", str(tmp_path))
     monkeypatch.setenv("HF_HOME", "$ROOM")
     assert find_model(NAME) == cache / "snapshots" / SECOND
-    monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/x")
+    monkeypatch.setenv("HF_HOME", "~no-such-user/x")
     with pytest.raises(ConfigError, match="home directory"):
         find_model(NAME)
 
