@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -246,7 +247,8 @@ def test_ended_from_outside_it_leaves_no_process_behind(
     tmp_path: Path, model: Path, number: signal.Signals
 ) -> None:
     options = [*command(tmp_path, "one"), *command(tmp_path, "two", 60.0), "--workload", "single"]
-    words = [sys.executable, str(SCRIPTS / "compare.py"), "--model", str(model), "--device", "cpu", *options]
+    words = [sys.executable, "-X", "faulthandler", str(SCRIPTS / "compare.py")]
+    words += ["--model", str(model), "--device", "cpu", *options]
     process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     scripts = {str(tmp_path / name).encode() for name in ("one.py", "two.py")}
@@ -266,9 +268,11 @@ def test_ended_from_outside_it_leaves_no_process_behind(
             lambda: any(state_of(pid) == "T" for pid in engines()), 120
         )  # halted: the other one starts
         process.send_signal(number)
-        _, err = process.communicate(timeout=120)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(120)
     finally:
-        process.kill()
+        process.send_signal(signal.SIGABRT)  # one that hangs says where; none is left
+        _, err = process.communicate(timeout=60)
     assert process.returncode in (130, 143), err
     assert "Traceback" not in err
     eventually(lambda: engines() == [])
