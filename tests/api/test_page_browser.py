@@ -395,11 +395,20 @@ class TestMarkdown:
     def test_the_time_is_linear(self, tab: Page) -> None:
         with opened(tab, ScriptedClient("-")) as page:
             load_markdown(page)
+            # A text eight times as long takes eight times as long; one of squares 64 times, in every turn.
             slow = page.evaluate(
                 f"""{json.dumps(ATTACKS)}.filter((piece) => {{
-                    const node = document.createElement("div"), start = performance.now();
-                    markdown.render(node, piece.repeat(150000 / piece.length) + "x");
-                    return performance.now() - start > 3000;
+                    const time = (size) => {{
+                        const node = document.createElement("div"), start = performance.now();
+                        markdown.render(node, piece.repeat(size / piece.length) + "x");
+                        return performance.now() - start;
+                    }};
+                    let small = Infinity, large = Infinity;
+                    for (let turn = 0; turn < 10; turn++) {{
+                        small = Math.min(small, time(15000)), large = Math.min(large, time(120000));
+                        if (large < 24 * Math.max(small, 4)) return false;
+                    }}
+                    return true;
                 }})"""
             )
             assert slow == []
