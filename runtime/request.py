@@ -23,6 +23,7 @@ MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN = 1024
 MAX_AFTER = 64
+MAX_BLANK = 512  # tokens of white space that are known as such
 GREEDY_EPS = 1e-5  # temperatures below are greedy, as in vLLM
 MIN_TEMPERATURE = 1e-2  # positive temperatures below are raised to it, as in vLLM
 
@@ -95,12 +96,16 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How many tokens the reasoning may take: after `max_tokens` of them the tokens `end` are forced.
 
-    The reasoning begins behind the first `start` that is generated, or at the first token if that is empty.
+    With `begun`, or without a `start`, an output begins within the reasoning; else that begins behind a
+    `start` with which the output begins, but for tokens of white space (`blank`). Where it begins again
+    directly behind its end, the budget goes on.
     """
 
     max_tokens: Count
     start: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
     end: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_AFTER)]
+    blank: Annotated[list[TokenId], Meta(max_length=MAX_BLANK)] = []
+    begun: bool = False
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from microvllm.openai_compat.parsers.output import Thinking
 from microvllm.openai_compat.parsers.registry import AUTO, REASONING_FORMATS, detect_formats, tokens_of
 from microvllm.runtime.options.flag import given_flags
+from microvllm.runtime.request import MAX_BLANK
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.config import AnswerArgs, ServerArgs
@@ -49,7 +51,7 @@ def warn_of_options(client: EngineClient, args: ServerArgs) -> None:
 class ThinkingIds:
     """Token ids: the tags around the reasoning, and the texts that the answer and a call begin behind.
 
-    `plain`: the text that an answer without reasoning begins behind.
+    `plain`: the text that an answer without reasoning begins behind. `blank`: tokens of white space.
     """
 
     start: list[int]
@@ -57,6 +59,7 @@ class ThinkingIds:
     answer: list[int]
     call: list[int]
     plain: list[int]
+    blank: list[int]
 
     @classmethod
     def of(cls, thinking: Thinking, tokenizer: Tokenizer) -> ThinkingIds | None:
@@ -69,7 +72,9 @@ class ThinkingIds:
                 for behind in BEHIND:
                     if encode(front + tag + behind) != encode(front) + encode(tag) + encode(behind):
                         return None
-        return cls(*(encode(tag) if tag else [] for tag in tags))
+        table = tokenizer.token_bytes
+        blank = (index for index, text in enumerate(table.all if table else ()) if text.isspace())
+        return cls(*(encode(tag) if tag else [] for tag in tags), [*islice(blank, MAX_BLANK)])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ a whole choice read as a `ParsedMessage`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from microvllm.openai_compat.parsers.registry import TOOL_FORMATS, make_parser
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import SamplingParams, StructuredOutput, ThinkingBudget
 from microvllm.runtime.text.detokenizer import TextDelta
+from microvllm.runtime.text.reasoning import ReasoningTags
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.api.streams import Outcome
@@ -99,9 +100,8 @@ class Parsing:
             raise InvalidRequestError(f"{field} needs a model with a token that ends the reasoning.", field)
         if self.opened is False:  # there is no reasoning
             return None
-        return ThinkingBudget(
-            max_tokens=max_tokens, start=[] if self.reasons_first else ids.start, end=ids.end
-        )
+        tags = {"start": ids.start, "end": ids.end, "blank": ids.blank}
+        return ThinkingBudget(max_tokens=max_tokens, begun=self.reasons_first, **tags)
 
     def _form(self, answer: StructuredOutput | None) -> StructuredOutput | None:
         """Return the form of the output; `answer` is the requested one of the answer."""
@@ -177,8 +177,10 @@ class ParsedChoice:
         self._named = parsing.tools is not None and parsing.tools.named
         ids = parsing.formats.ids
         self._counter: ReasoningCounter | None = None
-        if ids is not None:
-            self._counter = ReasoningCounter(ids.start, ids.end, inside=parsing.reasons_first)
+        if ids is not None and parsing.formats.thinking is not None:
+            # Channels are marked by tokens that no text has; tags may stand in a text.
+            blank = None if parsing.formats.thinking.answer else ids.blank
+            self._counter = ReasoningCounter(ids.start, ids.end, inside=parsing.reasons_first, blank=blank)
 
     @property
     def reasoning_tokens(self) -> int | None:
@@ -219,20 +221,24 @@ class ParsedChoice:
 
 
 class ReasoningCounter:
-    """Counts the tokens between two sequences of ids; with `inside` the first `start` is not written."""
+    """Counts the tokens of the reasoning; `inside`: the output begins within it. See `ReasoningTags`."""
 
-    def __init__(self, start: Sequence[int], end: Sequence[int], *, inside: bool) -> None:
-        self.count = 0
-        self._inside = inside
-        self._start, self._end = list(start), list(end)
-        self._tail: list[int] = []
+    def __init__(
+        self,
+        start: Sequence[int],
+        end: Sequence[int],
+        *,
+        inside: bool,
+        blank: Collection[int] | None = None,
+    ) -> None:
+        self._tags = ReasoningTags(start, end, blank, begun=inside)
+        self._place = self._tags.first
+
+    @property
+    def count(self) -> int:
+        return self._place.count
 
     def add(self, token_ids: Sequence[int]) -> None:
         """Count the next tokens of the output."""
         for token in token_ids:
-            tag = self._end if self._inside else self._start
-            self._tail = [*self._tail, token][-len(tag) :]
-            self.count += self._inside
-            if self._tail == tag:
-                self.count -= len(tag) * self._inside
-                self._inside, self._tail = not self._inside, []
+            self._place = self._tags.after(self._place, token)

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from microvllm.runtime.request import ThinkingBudget
+from microvllm.runtime.text.reasoning import Place, ReasoningTags
 
 FREE = -1  # the model chooses
 NO_ID = -2  # equal to no token, and not to the mark of a row without one
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where an output is. `matched` tokens of the sequence that opens or ends the reasoning stand at its end.
-
-    `spent` counts the tokens of the reasoning, None before it begins.
-    """
-
-    matched: int = 0
-    spent: int | None = None
-    ended: bool = False
 
 
 class Reasoner:
     """Follows the output of one request and says which token is forced."""
 
     def __init__(self, budget: ThinkingBudget) -> None:
-        self._budget = budget
-        self._progress = Progress(spent=None if budget.start else 0)
+        self._max_tokens = budget.max_tokens
+        self._tags = ReasoningTags(budget.start, budget.end, budget.blank, begun=budget.begun)
+        self._place = self._tags.first
         self._num_read = 0
 
     def forced(self, known: Sequence[int], in_flight: bool) -> tuple[int, dict[int, int]]:
@@ -39,38 +28,21 @@ class Reasoner:
 
         With one more token in flight the mapping has what is forced after each token that matters.
         """
+        after = self._tags.after
         for token in known[self._num_read :]:
-            self._progress = self._after(self._progress, token)
+            self._place = after(self._place, token)
         self._num_read = len(known)
         if not in_flight:
-            return self._next(self._progress), {}
+            return self._next(self._place), {}
         cases = {
-            token: self._next(self._after(self._progress, token))
-            for token in {*self._budget.start, *self._budget.end}
+            token: self._next(after(self._place, token)) for token in {*self._tags.start, *self._tags.end}
         }
-        return self._next(self._after(self._progress, NO_ID)), cases
+        return self._next(after(self._place, NO_ID)), cases
 
-    def _next(self, progress: Progress) -> int:
-        if progress.ended or progress.spent is None or progress.spent < self._budget.max_tokens:
+    def _next(self, place: Place) -> int:
+        if not place.inside or place.count < self._max_tokens:
             return FREE
-        return self._budget.end[progress.matched]
-
-    def _after(self, progress: Progress, token: int) -> Progress:
-        if progress.ended:
-            return progress
-        opening = progress.spent is None
-        sequence = self._budget.start if opening else self._budget.end
-        matched = _matched(sequence, progress.matched, token)
-        whole = matched == len(sequence)
-        if opening:
-            return Progress(spent=0) if whole else replace(progress, matched=matched)
-        return Progress(matched, (progress.spent or 0) + 1, ended=whole)
-
-
-def _matched(sequence: Sequence[int], matched: int, token: int) -> int:
-    """Return how much of `sequence` stands at the end of `sequence[:matched]` and `token`."""
-    tail = [*sequence[:matched], token]
-    return next(size for size in range(len(tail), -1, -1) if tail[len(tail) - size :] == sequence[:size])
+        return self._tags.end[place.matched]
 
 
 class ThinkingBudgets:

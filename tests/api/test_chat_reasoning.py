@@ -16,7 +16,7 @@ from microvllm.runtime.text.chat_template import ChatTemplate
 QWEN3 = {"reasoning_parser": "qwen3", "tool_call_parser": "hermes"}
 THOUGHT = "\nLet me think: <b>\n"
 OUTPUT = f"<think>{THOUGHT}</think>\n\nHello"
-START, END = [*b"<think>"], [*b"</think>"]
+TAGS: dict[str, list[int]] = {"start": [*b"<think>"], "end": [*b"</think>"], "blank": [*b"\t\n\v\f\r "]}
 # A template that opens the reasoning, closes it, or leaves it to the model.
 TEMPLATE = (
     "{{ messages[-1].content }}\n{% if enable_thinking is defined %}"
@@ -44,6 +44,26 @@ async def test_reasoning_is_separated(output: str, content: str | None, calls: i
     assert streamed.get("reasoning") == message["reasoning"]
     assert streamed["content"] == (content or "")
     assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": spent}
+
+
+@pytest.mark.parametrize(
+    ("parser", "output", "reasoning", "spent"),
+    [
+        ("qwen3", "Use <think>x</think>.", None, 0),
+        ("qwen3", "\n <think>hm</think>\n<think>.</think>Use <think>.", "hm.", 3),
+        ("deepseek_r1", "<think>hm</think>Use <think>.", "hm", 2),  # the template has opened it
+    ],
+)
+@pytest.mark.parametrize("way", [{}, {"stream": True, "stream_options": {"include_usage": True}}])
+async def test_only_tokens_of_the_reasoning_are_counted(
+    parser: str, output: str, reasoning: str | None, spent: int, way: dict[str, Any]
+) -> None:
+    """A tag within an answer is text, and one that the model repeats is none."""
+    _, answer, _ = await ask(output, args={"reasoning_parser": parser}, **way)
+    message = assembled(answer) if way else answer["choices"][0]["message"]
+    assert message.get("reasoning") == reasoning
+    usage = answer[-1]["usage"] if way else answer["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": spent}
 
 
 async def test_without_a_parser_it_is_text() -> None:
@@ -108,8 +128,8 @@ async def test_a_continued_message_may_have_begun_to_reason(
 @pytest.mark.parametrize(
     ("body", "budget"),
     [
-        ({}, ThinkingBudget(max_tokens=5, start=START, end=END)),
-        ({"reasoning_effort": "high"}, ThinkingBudget(max_tokens=5, end=END)),
+        ({}, ThinkingBudget(max_tokens=5, **TAGS)),
+        ({"reasoning_effort": "high"}, ThinkingBudget(max_tokens=5, begun=True, **TAGS)),
         ({"reasoning_effort": "none"}, None),
         ({"thinking_token_budget": -1}, None),
         ({"thinking_token_budget": None}, None),

@@ -53,7 +53,7 @@ class ObedientClient(FakeClient):
         return model_tokenizer(self.tokenizer, VOCAB_SIZE, [EOS])  # type: ignore[arg-type]
 
     def generate(self, request: EngineRequest, salt: str) -> list[TextDelta]:
-        form, wishes = request.params.structured_outputs, self.tokenizer.encode(self.wish, False)
+        form, plan = request.params.structured_outputs, self.planned(request)
         row = None
         if form is not None:
             matcher = LLMatcher(self.grammar_tokenizer, request.grammar, log_level=0)
@@ -64,14 +64,24 @@ class ObedientClient(FakeClient):
         deltas: list[TextDelta] = []
         limit = request.params.max_tokens or 1000
         while not deltas or deltas[-1].finish_reason is None:
-            wished = wishes[len(made)] if made == wishes[: len(made)] and len(made) < len(wishes) else EOS
-            token = self._allowed(row, wished, made)
+            wished, forced = plan(made)
+            token = wished if forced else self._allowed(row, wished, made)
             made.append(token)
             if row is not None:
                 row.advance([token])
             end = FinishReason.STOP if token == EOS else FinishReason.LENGTH if len(made) == limit else None
             deltas.append(processor.process(StepOutput(-1, [token], end)))
         return deltas
+
+    def planned(self, request: EngineRequest) -> Callable[[list[int]], tuple[int, bool]]:
+        """What says, behind what was written, which token is wished for, and whether it is forced."""
+        wishes = self.tokenizer.encode(self.wish, False)
+
+        def plan(made: list[int]) -> tuple[int, bool]:
+            keeps = made == wishes[: len(made)] and len(made) < len(wishes)
+            return (wishes[len(made)] if keeps else EOS), False
+
+        return plan
 
     @staticmethod
     def _allowed(row: Row | None, wished: int, made: list[int]) -> int:

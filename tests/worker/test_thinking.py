@@ -14,7 +14,7 @@ from microvllm.runtime.request import SamplingParams, ThinkingBudget
 from microvllm.runtime.worker.thinking import FREE, Reasoner, ThinkingBudgets
 
 START, END = [7, 8], [1, 1, 2]
-OTHER = 5
+OTHER, BLANK = 5, 9
 
 
 def played(budget: ThinkingBudget, wishes: Sequence[int], *, ahead: bool) -> list[int]:
@@ -44,10 +44,13 @@ def played(budget: ThinkingBudget, wishes: Sequence[int], *, ahead: bool) -> lis
         (3, [5, 1, 1, 5, 5, 5], [5, 1, 1, 2, 5, 5]),
         (3, [1, 1, 1, 5, 5, 5], [1, 1, 1, 2, 5, 5]),
         (3, [5, 5, 1, 5, 5, 5], [5, 5, 1, 1, 2, 5]),
+        # a model repeats the tag, which is no reasoning
+        (2, [7, 8, 5, 5, 5, 5, 5, 5], [7, 8, 5, 5, 1, 1, 2, 5]),
     ],
 )
 def test_the_end_is_forced(budget: int, wishes: list[int], expected: list[int], ahead: bool) -> None:
-    assert played(ThinkingBudget(max_tokens=budget, end=END), wishes, ahead=ahead) == expected
+    thinking = ThinkingBudget(max_tokens=budget, start=START, end=END, begun=True)
+    assert played(thinking, wishes, ahead=ahead) == expected
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["known", "in flight"])
@@ -55,13 +58,19 @@ def test_the_end_is_forced(budget: int, wishes: list[int], expected: list[int], 
     ("budget", "wishes", "expected"),
     [
         (0, [7, 8, 5, 5, 5, 5], [7, 8, 1, 1, 2, 5]),
-        (1, [5, 7, 7, 8, 5, 5, 5, 5, 5], [5, 7, 7, 8, 5, 1, 1, 2, 5]),
+        (1, [9, 9, 7, 8, 5, 5, 5, 5, 5], [9, 9, 7, 8, 5, 1, 1, 2, 5]),
         (0, [7, 5, 8, 5, 5], [7, 5, 8, 5, 5]),  # it never begins
-        (0, [7, 8, 5, 5, 5, 7, 8, 5], [7, 8, 1, 1, 2, 7, 8, 5]),  # only the first counts
+        (0, [5, 7, 8, 5, 5], [5, 7, 8, 5, 5]),  # a tag in a text
+        (0, [7, 7, 8, 5, 5], [7, 7, 8, 5, 5]),
+        # it begins again: what is spent is spent
+        (1, [7, 8, 5, 5, 5, 5, 7, 8, 5, 5, 5], [7, 8, 5, 1, 1, 2, 7, 8, 1, 1, 2]),
+        (3, [7, 8, 5, 1, 1, 2, 9, 7, 8, 5, 5, 5], [7, 8, 5, 1, 1, 2, 9, 7, 8, 5, 5, 1]),
+        (0, [7, 8, 5, 5, 5, 5, 7, 8, 5], [7, 8, 1, 1, 2, 5, 7, 8, 5]),
     ],
 )
 def test_it_counts_from_the_start(budget: int, wishes: list[int], expected: list[int], ahead: bool) -> None:
-    assert played(ThinkingBudget(max_tokens=budget, start=START, end=END), wishes, ahead=ahead) == expected
+    thinking = ThinkingBudget(max_tokens=budget, start=START, end=END, blank=[BLANK])
+    assert played(thinking, wishes, ahead=ahead) == expected
 
 
 def test_one_token_is_left_to_a_row_whose_budget_is_spent() -> None:
