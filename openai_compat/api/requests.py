@@ -108,13 +108,19 @@ class Function(msgspec.Struct, kw_only=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | UnsetType = UNSET
+    defer_loading: bool | UnsetType = UNSET
 
 
 class Tool(msgspec.Struct, kw_only=True):
-    """A tool of a chat request, which is a function."""
+    """A tool of a chat request, which is a function. What `defer_loading` means is the chat template's."""
 
     type: Literal["function"] = "function"
     function: Function
+    defer_loading: bool | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.function.defer_loading is UNSET:
+            self.function.defer_loading = self.defer_loading
 
 
 class NamedFunction(msgspec.Struct, kw_only=True):

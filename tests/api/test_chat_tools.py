@@ -182,6 +182,17 @@ async def test_what_the_template_is_shown(choice: Any, shown: list[str]) -> None
     assert [name for name in ("get_weather", "get_time") if f"'name': '{name}'" in text] == shown
 
 
+@pytest.mark.parametrize("outside", [True, False])
+async def test_the_template_is_told_which_tools_to_hold_back(outside: bool) -> None:
+    """Agents with many tools mark them, beside the function or in it, and templates leave them out."""
+    tool = {**TIME, "defer_loading": True} if outside else TIME
+    function = {**TIME["function"], **({} if outside else {"defer_loading": True})}
+    body = {"tools": [WEATHER, {**tool, "function": function}], "return_prompt_text": True}
+    _, answer, _ = await ask("ok", **body)
+    weather, time = answer["prompt_text"].split("'name': 'get_time'")
+    assert "'defer_loading': True" in time and "defer_loading" not in weather
+
+
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 ONLY_TIME = [{"type": "function", "function": {"name": "get_time"}}]
 

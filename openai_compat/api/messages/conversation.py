@@ -86,6 +86,7 @@ def _sampling(body: MessagesRequest, state: ServerState) -> dict[str, Any]:
         "top_k": body.top_k,
         "stop": body.stop_sequences,
         "stream": body.stream,
+        "cache_salt": body.cache_salt,
     }
 
 

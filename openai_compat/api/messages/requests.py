@@ -12,7 +12,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from microvllm.openai_compat.api.requests import MAX_STOP_STRINGS, MAX_TOOLS, Body, TemplateKwargs
+from microvllm.openai_compat.api.requests import (
+    MAX_STOP_STRINGS,
+    MAX_TOOLS,
+    Body,
+    CacheSalt,
+    TemplateKwargs,
+)
 from microvllm.openai_compat.errors import Fault, clip, shape_error
 from microvllm.runtime import request as parameters
 from microvllm.runtime.errors import InvalidRequestError
@@ -184,6 +190,8 @@ class ConversationBody(Body, kw_only=True):
         *("cache_control", "metadata", "service_tier", "speed", "diagnostics", "billing_policy"),
         # what to do if a model declines, which this server does not judge
         *("fallbacks", "fallback_credit_token"),
+        # parts of vLLM that a dense text model does not have
+        *("watermarking", "mm_payload", "return_mm_kwargs"),
     )
     refused = {
         "container": (),
@@ -192,6 +200,8 @@ class ConversationBody(Body, kw_only=True):
         "thread": (),
         "inference_geo": ("global",),
         "kv_transfer_params": ({},),
+        "ec_transfer_params": ({},),
+        "vllm_xargs": ({},),
     }
 
     model: str | None = None
@@ -219,6 +229,7 @@ class MessagesRequest(ConversationBody, kw_only=True):
     top_k: parameters.TopK | None = None
     stop_sequences: Annotated[list[str], Meta(max_length=MAX_STOP_STRINGS)] = []
     stream: bool = False
+    cache_salt: CacheSalt = ""
 
 
 def read_part(kind: type[PartT], value: Any, place: str) -> PartT:

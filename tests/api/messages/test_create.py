@@ -23,9 +23,10 @@ SDK_FIELDS = """
     max_tokens messages model cache_control container diagnostics inference_geo metadata output_config
     service_tier speed stop_sequences system thinking tool_choice tools stream billing_policy compaction
     context_management fallback_credit_token fallbacks mcp_servers thread temperature top_p top_k
-    output_format kv_transfer_params chat_template_kwargs
+    output_format chat_template_kwargs cache_salt kv_transfer_params ec_transfer_params vllm_xargs
+    watermarking mm_payload return_mm_kwargs
 """.split()
-ONLY_GENERATING = {"max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k"}
+ONLY_GENERATING = {"max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k", "cache_salt"}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
 TOOL = {"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}
 USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
@@ -317,9 +318,12 @@ class TestPrompt:
     async def test_sampling(self) -> None:
         client = FakeClient()
         await post(
-            client=client, temperature=0.5, top_p=0.9, top_k=3, stop_sequences=["zzz"], max_tokens=32_000
+            *(MESSAGES, client),
+            **{"temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop_sequences": ["zzz"]},
+            **{"max_tokens": 32_000, "cache_salt": "tenant"},
         )
         params = client.submitted[0][1]
+        assert client.submitted[0][3] == "tenant"
         assert (params.temperature, params.top_p, params.top_k, params.stop) == (0.5, 0.9, 3, ["zzz"])
         assert params.max_tokens == client.config.max_model_len  # a bound that no response reaches
 
