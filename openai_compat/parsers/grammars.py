@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, Literal, NamedTuple, Protocol
 
 from microvllm.openai_compat.parsers.events import Function
 from microvllm.openai_compat.parsers.schema import (
     MAX_FORMS,
+    Arguments,
     definitions_of,
     forms_of,
     moved,
@@ -21,12 +21,7 @@ from microvllm.openai_compat.parsers.schema import (
     refers,
     types_of,
 )
-from microvllm.openai_compat.parsers.strict import (
-    listed_texts,
-    restrictions,
-    unenforced_list,
-    unenforced_text,
-)
+from microvllm.openai_compat.parsers.strict import unenforced_list, ways_of
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.request import StructuredOutput
 
@@ -147,12 +142,16 @@ def several(tags: Sequence[Tag], separator: str, parallel: bool = True) -> Tag:
 
 
 class Argument(NamedTuple):
-    """One of a function's arguments, where each is written on its own; `is_text`: it may be any text."""
+    """One of a function's arguments, where each is written on its own; `is_text`: it may be a text.
+
+    `read_as` are the types that `typed` gives its text, whichever form the arguments have.
+    """
 
     key: str
     schema: dict[str, Any]
     is_text: bool
     required: bool
+    read_as: frozenset[str]
 
 
 def argument_lists(function: Function, can_write: Callable[[str], object]) -> list[list[Argument]]:
@@ -182,7 +181,8 @@ def argument_lists(function: Function, can_write: Callable[[str], object]) -> li
             f"strict function {function.name!r}.",
             "tools",
         )
-    lists = [_arguments(function, form, whole, can_write) for form in forms]
+    read_as = Arguments(function.parameters)
+    lists = [_arguments(function, form, whole, can_write, read_as) for form in forms]
     holding = sum("$defs" in each.schema and not each.is_text for items in lists for each in items)
     if holding * size > MAX_REFERRED:
         raise _refer_too_much(function)
@@ -215,7 +215,11 @@ def takes_any(function: Function) -> bool:
 
 
 def _arguments(
-    function: Function, form: dict[str, Any], whole: dict[str, Any], can_write: Callable[[str], object]
+    function: Function,
+    form: dict[str, Any],
+    whole: dict[str, Any],
+    can_write: Callable[[str], object],
+    read_as: Arguments,
 ) -> list[Argument]:
     """`whole`: the definitions of the parameters; {} where there are no references."""
     required = dict.fromkeys(form["required"])
@@ -234,33 +238,34 @@ def _arguments(
         own = schema if isinstance(schema, dict) else {}
         if whole and refers(own):
             own = {**moved(own), "$defs": whole}
-        result.append(Argument(key, own, not types or "string" in types, key in required))
+        is_text = not types or "string" in types
+        result.append(Argument(key, own, is_text, key in required, read_as.types(key) if is_text else types))
     return result
 
 
-def text(function: Function, argument: Argument) -> Tag:
-    """Return the format of a text that stands between tags: any, or one of those the schema lists.
+def values(function: Function, argument: Argument, *, marked: bool = False) -> list[tuple[bool, Tag]]:
+    """Return the formats in which the value of an argument stands between tags, and whether each is text.
 
-    Raises `InvalidRequestError` if the schema of a `strict` function restricts it in another way.
+    `marked`: the tags show which. Raises `InvalidRequestError` if the schema of a `strict` function restricts
+    a text in a way that cannot be enforced.
     """
-    options = options_of(argument.schema, argument.schema)
-    listed = [listed_texts(option) for option in options]
-    texts = [*chain.from_iterable(listed)]
-    if all(listed) and not (function.strict and _unlisted(options, texts)):
-        return either([constant(value) for value in dict.fromkeys(texts)])
-    if function.strict and (found := _unlisted(options, texts) if all(listed) else unenforced_text(options)):
+    if not argument.is_text:
+        return [(False, schema_value(argument.schema))]
+    ways = ways_of(options_of(argument.schema, argument.schema), argument.read_as, marked=marked)
+    if function.strict and ways.problem is not None:
         raise InvalidRequestError(
-            f"The format of the model's calls cannot enforce `{found}` of the argument "
+            f"The format of the model's calls cannot enforce `{ways.problem}` of the argument "
             f"{argument.key!r:.100} of the strict function {function.name!r}.",
             "tools",
         )
-    return {"type": "any_text"}
-
-
-def _unlisted(options: Sequence[dict[str, Any]], texts: Sequence[str]) -> str | None:
-    """Return the keyword that may exclude one of the texts that options list."""
-    for option in options:
-        more = set(restrictions(option)) - {"const" if "const" in option else "enum"}
-        if more:
-            return min(more)
-    return "oneOf" if len(set(texts)) < len(texts) and any("oneOf" in option for option in options) else None
+    found: list[tuple[bool, Tag]] = []
+    if ways.texts is None:
+        found.append((True, {"type": "any_text", **({"pattern": ways.pattern} if ways.pattern else {})}))
+    elif ways.texts:
+        found.append((True, either([constant(value) for value in ways.texts])))
+    if ways.others:
+        schema = ways.others[0] if len(ways.others) == 1 else {"anyOf": ways.others}
+        if "$defs" in argument.schema and refers(schema):
+            schema = {**schema, "$defs": argument.schema["$defs"]}
+        found.append((False, schema_value(schema)))
+    return found

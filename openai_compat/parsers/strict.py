@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from itertools import permutations
-from typing import Any
+from itertools import chain, permutations
+from typing import Any, NamedTuple
 
 from microvllm.openai_compat.parsers.schema import (
     COMBINED,
@@ -14,6 +15,7 @@ from microvllm.openai_compat.parsers.schema import (
     OF_ANY,
     OF_TYPE,
     parts_of_forms,
+    typed,
     types_told,
 )
 from microvllm.runtime.grammar.json_schema import FORMATS
@@ -28,6 +30,10 @@ MAY_BE_EMPTY = frozenset(
         "dependentSchemas",
     )
 )
+OTHERS = [kind for kind in OF_TYPE if kind != "string"]
+BRACKETS = {"array": "[", "object": "{"}  # by which a text shows that it is such a value
+# What `str.strip` takes away, in a pattern's brackets.
+SPACE = r"\x09-\x0d\x1c-\x20\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}"
 
 
 def restrictions(schema: dict[str, Any]) -> list[str]:
@@ -48,38 +54,87 @@ def _says_nothing(word: str, value: object) -> bool:
     return word in MAY_BE_EMPTY and (value is True or value == {} or value == [])
 
 
-def unenforced_text(options: Sequence[dict[str, Any]]) -> str | None:
-    """Return the keyword because of which a text may follow none of the options; None if any follows one.
+class Ways(NamedTuple):
+    """How the values of an argument may be written where strings are mere text.
 
-    A text is read as a value of another type where an option has that.
+    `texts` are the strings, None for any that matches `pattern` ("" for all of them), `others` the schemas of
+    JSON values of other types. `problem` is the keyword that they do not follow, None if they follow all.
     """
-    if any(not restrictions(option) and "type" not in option for option in options):
-        found = None
-    elif any("string" in types_told(option) and not restrictions(option) for option in options):
-        others = (option for option in options if types_told(option) != ["string"])
-        found = next((word for option in others for word in restrictions(option)), None)
-    else:
-        found = next((word for option in options for word in restrictions(option)), "type")
-    return found or ("oneOf" if not _of_one_type_each(options) else None)
+
+    texts: list[str] | None
+    pattern: str
+    others: list[dict[str, Any]]
+    problem: str | None
 
 
-def _of_one_type_each(options: Sequence[dict[str, Any]]) -> bool:
-    """Whether no value follows two of the options, if these are a `oneOf`'s."""
-    if not any("oneOf" in option for option in options):
-        return True
-    types = ["number" if kind == "integer" else kind for option in options for kind in {*types_told(option)}]
-    return len(types) == len(set(types))
+def ways_of(options: Sequence[dict[str, Any]], read_as: frozenset[str], *, marked: bool) -> Ways:
+    """Return how the values that follow one of the options of `options_of` are written.
+
+    `read_as` are the types that `typed` gives a text, unless the format is one in which strings are `marked`.
+    """
+    strings = [part for option in options for part in _of_types(option, ("string",))]
+    others = [part for option in options for part in _of_types(option, OTHERS)]
+    problem = _not_told_apart(strings, others) if any("oneOf" in option for option in options) else None
+    lists = [_listed(part) for part in strings]
+    texts = None
+    if all(restrictions(part) for part in strings):
+        words = (word for part in strings for word in restrictions(part) if word not in ("enum", "const"))
+        problem = problem or next(words, None)
+        if all(lists) or not strings:
+            texts = [*dict.fromkeys(chain.from_iterable(lists))]
+    if marked:
+        return Ways(texts, "", others, problem)
+    if texts is not None:
+        texts = [text for text in texts if typed(text, read_as) == json.dumps(text, ensure_ascii=False)]
+        return Ways(texts, "", others, problem if texts or others else problem or "enum")
+    # A text that is read as a value of another type has to follow what is said of that.
+    closed: dict[str, str] = {}
+    for kind in OTHERS if not read_as else [kind for kind in OTHERS if kind in read_as]:
+        told = [restrictions({**part, "type": kind}) for part in others if _has(types_told(part), kind)]
+        if all(told):
+            closed[kind] = told[0][0] if told else "type"
+    problem = problem or next((word for kind, word in closed.items() if kind not in BRACKETS), None)
+    kinds = [kind for kind in BRACKETS if kind in closed]
+    behind = "".join(re.escape(BRACKETS[kind]) for kind in kinds) + SPACE
+    values = [value for part in others for value in _of_types(part, kinds)]
+    return Ways(None, f"[{SPACE}]*([^{behind}](?s:.*))?" if kinds else "", values, problem)
 
 
-def listed_texts(schema: dict[str, Any]) -> list[str]:
-    """Return the texts of an option that lists strings, or null; none of any other."""
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if schema.get("type") == "null":
-        values = [None]
-    if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
-        return []
-    types = types_told(schema)
-    return ["null" if value is None else value for value in values if JSON_TYPES[type(value)] in types]
+def _of_types(option: dict[str, Any], kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield what an option says of values of these types, if there are such."""
+    told = [kind for kind in types_told(option) if kind in kinds]
+    part = {word: value for word, value in option.items() if word != "oneOf"}
+    if isinstance(part.get("enum"), list):
+        part["enum"] = [value for value in part["enum"] if _is_of(value, told)]
+    if part.get("enum") == [] or ("const" in part and not _is_of(part["const"], told)):
+        return
+    if told and part.get("not") != {}:
+        yield {**part, "type": told if len(told) > 1 else told[0]}
+
+
+def _is_of(value: object, kinds: Sequence[str]) -> bool:
+    whole = isinstance(value, float) and value.is_integer()
+    return _has(kinds, "integer" if whole else JSON_TYPES[type(value)])
+
+
+def _has(kinds: Sequence[str], kind: str) -> bool:
+    return kind in kinds or (kind == "integer" and "number" in kinds)
+
+
+def _listed(part: dict[str, Any]) -> list[str]:
+    values = [part["const"]] if "const" in part else part.get("enum")
+    return values if isinstance(values, list) else []
+
+
+def _not_told_apart(strings: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str | None:
+    """Return "oneOf" if a value may follow two parts of options, of which it must follow one."""
+    texts = [text for part in strings for text in _listed(part)]
+    kinds = [
+        kind for part in others for kind in {"number" if k == "integer" else k for k in types_told(part)}
+    ]
+    several = len(strings) > 1 and not all(map(_listed, strings))
+    apart = not several and len(texts) == len(set(texts)) and len(kinds) == len(set(kinds))
+    return None if apart else "oneOf"
 
 
 def unenforced_list(parameters: dict[str, Any]) -> str | None:

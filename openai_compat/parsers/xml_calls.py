@@ -15,11 +15,10 @@ from microvllm.openai_compat.parsers.grammars import (
     argument_lists,
     constant,
     either,
-    schema_value,
     sequence,
     tag,
     takes_any,
-    text,
+    values,
 )
 from microvllm.openai_compat.parsers.json_calls import begin
 from microvllm.openai_compat.parsers.scanner import END, Reading, Scanner
@@ -102,13 +101,30 @@ class XmlCalls(msgspec.Struct, frozen=True):
 
     def _argument(self, function: Function, argument: Argument) -> Tag:
         own, line = "\n" if self.own_lines else "", self.line if self.value else ""
-        behind_key = self.behind_key[0 if argument.is_text or len(self.behind_key) == 1 else 1]
-        written = tag(
-            f"{self.argument[0]}{argument.key}{behind_key}{line}{self.value}{own}",
-            text(function, argument) if argument.is_text else schema_value(argument.schema),
-            f"{own}{self.argument[1]}{self.line}",
-        )
-        return written if argument.required else either([written, constant("")])
+        ways = []
+        for is_text, value in values(function, argument, marked=self._marks):
+            behind_key = self.behind_key[self._marks and not is_text]
+            begin = f"{self.argument[0]}{argument.key}{behind_key}{line}{self.value}{own}"
+            if function.strict and value["type"] == "any_text":
+                # No part of a text is read as the end of it and further arguments.
+                value = {**value, "excludes": self._ends}
+                ways.append(sequence([tag(begin, value, self.argument[1]), constant(self.line)]))
+            else:
+                ways.append(tag(begin, value, f"{own}{self.argument[1]}{self.line}"))
+        return either(ways if argument.required else [*ways, constant("")])
+
+    @property
+    def _ends(self) -> list[str]:
+        """What may end a value, beside its own end: that of the call, and another argument."""
+        return [
+            *([self.call[2]] if self.section[1] else []),
+            *([f"\n{self.argument[0]}"] if self.own_lines else []),
+        ]
+
+    @property
+    def _marks(self) -> bool:
+        """Whether the tags show which values are texts."""
+        return len(self.behind_key) > 1
 
     def calls(self, scan: Scanner, write: Writer, start: str) -> Reading[None]:
         one = partial(self._call, scan, write)
@@ -162,8 +178,11 @@ class XmlCalls(msgspec.Struct, frozen=True):
         `names`: those of arguments that may follow without the tag that ends this one.
         A tag ends the value only if what may come behind it does, so a value may hold that tag, too.
         """
-        if not types and 'string="true"' in behind_key:
-            types = frozenset(("string",))
+        if self._marks and (not types or "string" in types):
+            if behind_key == self.behind_key[0]:
+                types = frozenset(("string",))
+            elif behind_key == self.behind_key[1]:
+                types = types - {"string"} or types
         is_string = types == {"string"}
         pieces: list[str] = []
         sink = write.string if is_string else pieces.append

@@ -6,7 +6,8 @@ Two descriptions are read. The older one, as in vLLM's `response_format`:
 
 The newer one is that of XGrammar's documentation, a tree of formats below `format`: `const_string`,
 `json_schema`, `regex`, `any_text`, `sequence`, `or`, `tag`, `triggered_tags` and `tags_with_separator`. What
-is not in this list is refused by name. With `at_least_one` the output begins with a tag.
+is not in this list is refused by name. With `at_least_one` the output begins with a tag. The `any_text` of a
+tag may have `excludes`, the texts that it does not hold, and a member of ours, the `pattern` that it matches.
 """
 
 from __future__ import annotations
@@ -138,22 +139,23 @@ class StructuralTags:
             raise InvalidRequestError(f"{at}.end must be a string or a list of strings")
         content = _member(value, "content", (dict,), at)
         if content.get("type") == "any_text" and any(ends):
-            _known(content, ("type",), f"{at}.content")
-            body = self._text_until(ends)
+            body = self._text_until(ends, _text_in_tag(content, f"{at}.content"))
         else:
             closing = " | ".join(self._literal(item) for item in ends)
             body = f"{self._format(content, f'{at}.content', depth)} ({closing})"
         return self._rule(f"{self._literal(begin)} {body}" if begin else body)
 
-    def _text_until(self, ends: Sequence[str]) -> str:
-        """Return a rule for text up to the first of some strings, each of which may be a special token."""
+    def _text_until(self, ends: Sequence[str], text: str = TEXT) -> str:
+        """Return a rule for text up to the first of some strings, which may hold special tokens."""
         rules = []
         for end in ends:
             spelt = self._literal(end)
-            if spelt.startswith("<["):
-                rules.append(self._rule(f"{TEXT} {spelt}"))
+            at = json.JSONDecoder().raw_decode(spelt)[1] if spelt.startswith('"') else 0
+            if spelt[at:]:  # a special token, which no text has
+                self._rules.append(f"T{len(self._rules)}: {text} {spelt[:at]}")
+                rules.append(self._rule(f"T{len(self._rules) - 1} {spelt[at:]}"))
             else:
-                rules.append(self._rule(f"{TEXT} {spelt}", "[lazy]"))
+                rules.append(self._rule(f"{text} {spelt}", "[lazy]"))
         return rules[0] if len(rules) == 1 else f"({' | '.join(rules)})"
 
     def _triggered(self, value: Any, at: str, depth: int) -> str:
@@ -193,6 +195,22 @@ class StructuralTags:
             separator = _member(value, "separator", (str,), at)
             body = f"{tag} ({self._literal(separator)} {tag})*" if separator else f"{tag}+"
         return self._rule(body if _flag(value, "at_least_one", at) else f"({body})?")
+
+
+def _text_in_tag(value: Any, at: str) -> str:
+    """Return the expression of an `any_text` that is the content of a tag."""
+    from llguidance import regex_to_lark
+
+    _known(value, ("type", "pattern", "excludes"), at)
+    text, excluded = TEXT, value.get("excludes") or []
+    if value.get("pattern") is not None:
+        text = f"/{regex_to_lark(_member(value, 'pattern', (str,), at), 'dws')}/"
+    if not isinstance(excluded, list) or not all(isinstance(item, str) and item for item in excluded):
+        raise InvalidRequestError(f"{at}.excludes must be a list of non-empty strings")
+    if excluded:
+        texts = " | ".join(json.dumps(item, ensure_ascii=False) for item in excluded)
+        text = f"({text} & ~({TEXT} ({texts}) {TEXT}))"
+    return text
 
 
 def schemas_of_tags(tags: Any, begin: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from random_outputs import draw, grammar_of, small_vocabulary
 from microvllm.runtime.errors import InvalidRequestError
 from microvllm.runtime.grammar.forms import Kind
 from microvllm.runtime.grammar.translate import Specials, check
+from microvllm.runtime.grammar.vocabulary import make_tokenizer
 from microvllm.runtime.request import StructuredOutput
 
 SPECIALS = Specials(1000, {"<|end|>": 2, "<tool>": 5, "[CALL]": 6})
@@ -143,6 +144,17 @@ NUMBER_TAG = {
             "structural_tag",
             {
                 "format": {
+                    **TEXT_TAG,
+                    "content": {"type": "any_text", "excludes": ["b/", '"'], "pattern": "[^x]*"},
+                }
+            },
+            ["<t></t>", "<t>a b</t>", "<t>/b\n</t>"],
+            ["<t>ab/</t>", '<t>"</t>', "<t>x</t>", "<t>b</t></t>"],
+        ),
+        (
+            "structural_tag",
+            {
+                "format": {
                     "type": "triggered_tags",
                     "triggers": ["<"],
                     "tags": [TEXT_TAG, NUMBER_TAG],
@@ -219,6 +231,18 @@ def test_special_tokens_in_tags_are_tokens() -> None:
     }
     grammar = check(form("structural_tag", tags), SPECIALS)
     assert "<[5]>" in grammar and '"}" <[6]>' in grammar and '"<tool>' not in grammar
+
+
+def test_a_text_may_end_in_a_special_token() -> None:
+    """Of a longer end that stands in the middle, too, as in DeepSeek's tags."""
+    from llguidance import LLMatcher
+
+    tag = {**TEXT_TAG, "end": "</[CALL]>"}
+    grammar = check(form("structural_tag", {"format": tag}), SPECIALS)
+    tokens = [b"", *(bytes([byte]) for byte in range(1, 256)), b"<end>"]
+    tokenizer = make_tokenizer(tokens, [5, 6, 256], [256])
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    assert matcher.consume_tokens([*b"<t>a</b</", 6, *b">"]) and matcher.is_accepting()
 
 
 def acceptor(wanted: StructuredOutput) -> Any:

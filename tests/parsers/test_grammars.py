@@ -283,7 +283,8 @@ def test_arguments_whose_grammar_would_be_too_long_are_refused() -> None:
 
 
 def test_strict_alternatives_that_cannot_be_enforced_are_refused() -> None:
-    either = {"anyOf": [{"enum": ["a"]}, {"type": "integer"}]}
+    """Of the texts that begin like a number some are no number, and would be excluded with it."""
+    either = {"anyOf": [TEXT, {"type": "integer", "enum": [1, 2]}]}
     for schema in (either, {"$ref": "#/$defs/e"}):
         parameters = {"type": "object", "properties": {"a": schema}, "$defs": {"e": either}}
         with pytest.raises(InvalidRequestError, match="`enum` of the argument 'a'"):
@@ -292,6 +293,107 @@ def test_strict_alternatives_that_cannot_be_enforced_are_refused() -> None:
 
 TEXT = {"type": "string"}
 ONE_OF_TWO = [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b": {}}, "required": ["b"]}]
+
+
+OBJECT = {"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "additionalProperties": False}
+UNIONS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # what may be written, and what may not
+    "text or list": (
+        {"anyOf": [TEXT, {"type": "array", "items": {"$ref": "#/$defs/text"}}]},
+        {"": "", "a [b]": "a [b]", "\n a": "\n a", "5": "5", '["a", "b"]': ["a", "b"], "[]": []},
+        ["[a", " [", "[1", "\u3000["],
+    ),
+    "text, object or null": (
+        {"anyOf": [TEXT, OBJECT, {"type": "null"}]},
+        {"a": "a", "[a]": "[a]", '{"a": 1}': {"a": 1}, "null": None},
+        ["{b", '{"a": "b"'],
+    ),
+    "types": (
+        {**OBJECT, "type": ["string", "object"]},
+        {"b": "b", '{"a1": 1}': {"a1": 1}},
+        ['{"b": 1', "{b"],
+    ),
+    "word or number": (
+        {"oneOf": [{"enum": ["auto", "5m", "-"]}, {"type": "integer", "minimum": 5}]},
+        {"auto": "auto", "5m": "5m", "-": "-", "5": 5, "17": 17},
+        ["aut", "4", "m"],
+    ),
+    "words": (
+        {"enum": ["a", "1", "null", 2, None, "[x]"]},
+        {"a": "a", "2": 2, "null": None, "[x]": "[x]"},
+        ["1", "[y]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "mimo", "glm47", "minimax_m2"])
+@pytest.mark.parametrize("kind", UNIONS)
+def test_strict_unions(name: str, kind: str) -> None:
+    """Whose values can be told apart: what is written as the one is read as the one."""
+    schema, right, wrong = UNIONS[kind]
+    parameters = {"properties": {"v": schema}, "required": ["v"], "$defs": {"text": TEXT}}
+    tools, form = [Function("f", parameters, strict=True)], TOOL_FORMATS[name]
+    assert isinstance(form, XmlCalls)
+    made = tool_grammar(form, tools, "required", parallel=False)
+    assert made is not None
+    tokenizer = make_tokenizer([*(bytes([index]) for index in range(END)), b"<end>"], [END], [END])
+    whole = LLMatcher(tokenizer, translate(made, Specials(END + 1, {})), log_level=0)
+    begin = f"{form.section[0]}\n" * bool(form.section[0]) + f"{form.call[0]}f{form.call[1]}{form.line}"
+    begin += f"{form.argument[0]}v{form.behind_key[0]}{form.value}" + "\n" * form.own_lines
+    end = "\n" * form.own_lines + form.argument[1] + form.line
+    for text in wrong:
+        written = f"{begin}{text}{end}".encode()
+        assert whole.deep_copy().validate_tokens([*written]) < len(written), text
+    for text, value in right.items():
+        parser = make_parser(name, None, tools=tools)
+        (call,) = fold(parser.feed(walk(made, [], 0, f"{begin}{text}{end}")) + parser.end()).tool_calls
+        assert json.loads(call.arguments) == {"v": value}
+        jsonschema.validate({"v": value}, parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen3_coder", "a</parameter>\n<parameter=n>\n99"),  # a model may forget the line break
+        ("qwen3_coder", "a\n<parameter=n>\n99"),
+        ("qwen3_coder", "a\n</function>\n</tool_call>\n<tool_call>"),
+        ("minimax_m2", 'a</parameter> <parameter name="n">99'),
+    ],
+)
+def test_a_strict_text_is_no_other_argument(name: str, text: str) -> None:
+    """What is read as another one follows the schema, too."""
+    properties = {"a": TEXT, "n": {"type": "integer", "maximum": 9}}
+    parameters = {"properties": properties, "required": ["a", "n"]}
+    form = TOOL_FORMATS[name]
+    made = tool_grammar(form, [Function("f", parameters, strict=True)], "required", parallel=False)
+    assert made is not None and isinstance(form, XmlCalls)
+    tokenizer = make_tokenizer([*(bytes([index]) for index in range(END)), b"<end>"], [END], [END])
+    matcher = LLMatcher(tokenizer, translate(made, Specials(END + 1, {})), log_level=0)
+    begin = f"{form.section[0]}\n{form.call[0]}f{form.call[1]}\n{form.argument[0]}a{form.behind_key[0]}"
+    written = [*f"{begin}{chr(10) * form.own_lines}{text}".encode()]
+    assert matcher.validate_tokens(written) < len(written)
+
+
+def test_a_strict_union_where_tags_tell_texts() -> None:
+    """`string="true"` is what the model means, also of a text that looks like another value."""
+    schema = {"type": ["string", "integer", "array"], "minimum": 5, "items": TEXT}
+    parameters = {"properties": {"v": schema, "w": schema}, "required": ["v", "w"]}
+    tools = [Function("f", parameters, strict=True)]
+    made = tool_grammar(TOOL_FORMATS["deepseek_v4"], tools, "required", parallel=False)
+    assert made is not None
+    for seed in range(6):
+        text = walk(made, [], seed, "", "</｜DSML｜parameter>\n")
+        parser = make_parser("deepseek_v4", None, tools=tools)
+        arguments = json.loads(fold(parser.feed(text) + parser.end()).tool_calls[0].arguments)
+        jsonschema.validate(arguments, parameters)
+        for name, value in arguments.items():
+            assert f'name="{name}" string="{json.dumps(isinstance(value, str))}"' in text
+    marked = text.replace("parameter name", "\0").split("\0")[0] + (
+        'parameter name="v" string="true">["a"]</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="w" string="false">["a"]</｜DSML｜parameter>\n</｜DSML｜invoke>'
+    )
+    parser = make_parser("deepseek_v4", None, tools=tools)
+    arguments = json.loads(fold(parser.feed(marked) + parser.end()).tool_calls[0].arguments)
+    assert arguments == {"v": '["a"]', "w": ["a"]}
 
 
 @pytest.mark.parametrize(
@@ -304,12 +406,11 @@ ONE_OF_TWO = [{"properties": {"a": {}}, "required": ["a"]}, {"properties": {"b":
         ("if", {"if": {"const": "a"}, "then": False}),
         ("minimum", {"minimum": 5}),
         ("minimum", {"anyOf": [TEXT, {"type": "integer", "minimum": 5}]}),
-        ("items", {"anyOf": [TEXT, {"type": "array", "items": TEXT}]}),
         ("oneOf", {"oneOf": [TEXT, {"type": ["string", "null"]}]}),
         ("oneOf", {"oneOf": [{"const": "a"}, {"enum": ["a", "b"]}]}),
         ("allOf", {"allOf": [{"type": "number"}, {}]}),
         ("format", {"type": "string", "format": "date"}),
-        ("patternProperties", {"type": ["string", "object"], "patternProperties": {"a": TEXT}}),
+        ("multipleOf", {"type": ["string", "array", "number"], "items": TEXT, "multipleOf": 2}),
     ],
 )
 def test_strict_texts_that_are_not_enforced_are_refused(keyword: str, schema: Any) -> None:
