@@ -404,6 +404,9 @@ def _check_fields(body: GenerationRequest, state: ServerState) -> None:
         check_model(body.model, state)
     if body.stream_options and not body.stream:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    if body.stream_options and body.stream_options.include_obfuscation:
+        name = "stream_options.include_obfuscation"
+        raise InvalidRequestError(f"{name} is not supported by this server.", "stream_options")
     if body.stream and body.prompt_logprobs:  # 0 has no effect in a stream
         raise InvalidRequestError(
             "`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs"

@@ -95,10 +95,11 @@ SchemaOrText = Annotated[Any, Meta(extra_json_schema={"anyOf": [{"type": "object
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
-    """`stream_options`: which chunks carry the usage."""
+    """`stream_options`: which chunks carry the usage. There is no obfuscation, which may not be wanted."""
 
     include_usage: bool = False
     continuous_usage_stats: bool | UnsetType = UNSET
+    include_obfuscation: bool = False
 
 
 class Function(msgspec.Struct, kw_only=True):

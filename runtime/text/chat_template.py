@@ -283,7 +283,14 @@ def _normalize(message: Any, where: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise _malformed(f"{where}.role", f"must be a string, got {_kind(role)}")
-    result: dict[str, Any] = {"role": role, "content": _content(message.get("content"), role, where)}
+    content = message.get("content")
+    if role == "assistant":
+        content = message.get("refusal") if content is None else content
+        if message.get("audio") is not None:
+            raise _malformed(f"{where}.audio", "is not supported: this model reads text only")
+        if message.get("function_call") is not None:
+            raise _malformed(f"{where}.function_call", "is not supported: a call stands in `tool_calls`")
+    result: dict[str, Any] = {"role": role, "content": _content(content, role, where)}
     for field in ("name", "tool_call_id"):
         if (value := message.get(field)) is not None:
             result[field] = _string(value, f"{where}.{field}")

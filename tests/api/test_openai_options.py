@@ -317,6 +317,16 @@ async def test_metrics_of_a_request(path: str) -> None:
     assert all("metrics" not in chunk for chunk in chunks)
 
 
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_stream_is_not_obfuscated(path: str) -> None:
+    """Who relies on it has to know."""
+    status, answer, _ = await ask(path, stream=True, stream_options={"include_obfuscation": True})
+    assert status == 400 and answer["error"]["param"] == "stream_options"
+    assert "stream_options.include_obfuscation is not supported" in answer["error"]["message"]
+    options = {"include_obfuscation": False, "include_usage": True}
+    assert (await ask(path, stream=True, stream_options=options))[0] == 200
+
+
 def test_the_times_of_a_request() -> None:
     timing = RequestTiming(10.0, 10.5, 11.5, 13.5)
     assert request_metrics(timing, 5) == {

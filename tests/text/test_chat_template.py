@@ -217,6 +217,16 @@ def test_all_kinds_of_text_parts_become_one() -> None:
         {"role": "assistant", "content": ""}
     ]
     assert normalize_messages([{"role": "assistant"}])[0]["content"] == ""
+    refused = {"role": "assistant", "content": None, "refusal": "No.", "audio": None, "function_call": None}
+    assert normalize_messages([refused]) == [{"role": "assistant", "content": "No."}]
+
+
+@pytest.mark.parametrize("field", ["audio", "function_call"])
+def test_what_the_model_would_not_see_is_refused(field: str) -> None:
+    """Conversations of old clients have calls in `function_call`, and would be continued without them."""
+    message = {"role": "assistant", "content": None, field: {"id": "x", "name": "f", "arguments": "{}"}}
+    with pytest.raises(InvalidRequestError, match=rf"^messages\[0\].{field} is not supported"):
+        normalize_messages([message])
 
 
 def test_reasoning_is_renamed() -> None:
