@@ -85,6 +85,15 @@ class TestChat:
             )
             assert "tokens/s" in page.text(".stats") and "of 8,192 tokens of context" in page.text("#context")
 
+    def test_code_is_as_large_in_a_block_as_in_a_line(self, tab: Page) -> None:
+        with opened(tab, ScriptedClient("`a`\n\n```\nb\n```")) as page:
+            ask(page, "code")
+            answered(page)
+            sizes = page.evaluate(
+                "[...document.querySelectorAll('.body code')].map(x => parseFloat(getComputedStyle(x).fontSize))"
+            )
+            assert len(sizes) == 2 and max(sizes) - min(sizes) < 1
+
     def test_edit_and_retry_any_message_and_undo(self, tab: Page) -> None:
         client = ScriptedClient("one", "two", "three", "four", "five")
         with opened(tab, client) as page:
