@@ -194,10 +194,18 @@ def internal_error(path: str) -> Response:
     return error_response(EngineError(INTERNAL), path)
 
 
+# What clients ask for whose base URL lacks /v1.
+OF_V1 = ("/chat/completions", "/completions", "/responses", "/messages", "/models", "/embeddings")
+
+
 def _no_endpoint(error: HTTPException, scope: Scope) -> Response:
     """Return the answer to an unknown path or method."""
     path = clip(scope["path"])
     message = f"{error.detail}: this server has no endpoint {path}."
+    if path.startswith("/v1/v1/"):
+        message += " The client adds /v1 to a base URL that has it already."
+    elif path in OF_V1:
+        message += f" It is at /v1{path}: the base URL of the client should end in /v1."
     if error.status_code == 405:
         # Starlette keeps the methods in a set, whose order differs from start to start.
         allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))

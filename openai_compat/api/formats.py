@@ -74,7 +74,8 @@ class ThinkingIds:
                         return None
         table = tokenizer.token_bytes
         blank = (index for index, text in enumerate(table.all if table else ()) if text.isspace())
-        return cls(*(encode(tag) if tag else [] for tag in tags), [*islice(blank, MAX_BLANK)])
+        ids = [encode(tag) if tag else [] for tag in tags]
+        return cls(*ids, blank=[*islice(blank, MAX_BLANK)])
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,11 @@ def read_request(kind: type[BodyT], body: Mapping[str, Any]) -> BodyT:
         request = _read_each(kind, body)
     if unsupported:
         verb = "is" if len(unsupported) == 1 else "are"
+        here = "".join(
+            f" {name} is `{kind.renamed[name]}` here." for name in unsupported if name in kind.renamed
+        )
         raise InvalidRequestError(
-            f"{', '.join(unsupported)} {verb} not supported by this server. "
+            f"{', '.join(unsupported)} {verb} not supported by this server.{here} "
             "docs/http.md and /openapi.json list the fields that are.",
             unsupported[0],
         )
@@ -264,7 +267,9 @@ def _read_struct(kind: inspect.StructType, value: Any, late: bool) -> msgspec.St
     for field in kind.fields:
         if field.name not in value:
             if field.required:
-                raise Fault("Field required", place=field.name)
+                raise Fault(
+                    f"Field required{getattr(kind.cls, 'hints', {}).get(field.name, '')}", place=field.name
+                )
             continue
         item = value[field.name]
         if item is None and not field.required and not isinstance(field.type, inspect.LiteralType):

@@ -115,6 +115,8 @@ class Function(msgspec.Struct, kw_only=True):
 class Tool(msgspec.Struct, kw_only=True):
     """A tool of a chat request, which is a function. What `defer_loading` means is the chat template's."""
 
+    hints: ClassVar[Mapping[str, str]] = {"function": ", an object with the name and the parameters"}
+
     type: Literal["function"] = "function"
     function: Function
     defer_loading: bool | UnsetType = UNSET
@@ -188,11 +190,13 @@ class StructuredOutputs(msgspec.Struct, kw_only=True):
 class Body(msgspec.Struct, kw_only=True):
     """The base of all request bodies.
 
-    `refused` maps each name to the values, beside null, that request nothing.
+    `refused` maps each name to the values, beside null, that request nothing; `renamed` those among them that
+    have another name here.
     """
 
     ignored: ClassVar[tuple[str, ...]] = ()
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {}
 
 
 class GenerationRequest(Body, kw_only=True):

@@ -296,7 +296,10 @@ ALLOWED = {"mode": "auto", "tools": [NAMED]}
     [
         ({"tools": []}, "tools: List should have at least 1 item"),
         ({"tools": [WEATHER] * 1025}, "tools: List should have at most 1024 items"),
-        ({"tools": [WEATHER, {"type": "function"}]}, "tools[1].function: Field required"),
+        (
+            {"tools": [WEATHER, {"type": "function"}]},
+            "tools[1].function: Field required, an object with the name",
+        ),
         ({"tools": [WEATHER, {"type": "web_search"}]}, "tools[1].type: Input should be 'function'"),
         ({"tools": [tool("")]}, "tools[0].function.name: Input should be 1 to 128 characters"),
         ({"tools": [tool("a b")]}, "tools[0].function.name: "),

@@ -594,3 +594,16 @@ def test_wrong_server_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         ServerArgs(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/chat/completions", "It is at /v1/chat/completions"),
+        ("/v1/v1/messages", "adds /v1 to a base URL that has it"),
+        ("/v1/files", "no endpoint /v1/files."),
+    ],
+)
+async def test_a_wrong_base_url_is_explained(path: str, said: str) -> None:
+    answer = await post(path, b"{}")
+    assert answer.status_code == 404 and said in error_of(answer)["message"]

@@ -89,9 +89,8 @@ class TestChat:
         with opened(tab, ScriptedClient("`a`\n\n```\nb\n```")) as page:
             ask(page, "code")
             answered(page)
-            sizes = page.evaluate(
-                "[...document.querySelectorAll('.body code')].map(x => parseFloat(getComputedStyle(x).fontSize))"
-            )
+            every = "[...document.querySelectorAll('.body code')]"
+            sizes = page.evaluate(f"{every}.map(code => parseFloat(getComputedStyle(code).fontSize))")
             assert len(sizes) == 2 and max(sizes) - min(sizes) < 1
 
     def test_edit_and_retry_any_message_and_undo(self, tab: Page) -> None:

@@ -332,6 +332,9 @@ def read_tools(given: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, To
     for where, tool, namespace in _flat(given):
         kind = tool.get("type")
         if kind == "function":
+            if "function" in tool and "name" not in tool:
+                problem = "is the form of chats: name and parameters stand beside the type here"
+                raise _fault(f"{where}.function", problem, "tools")
             function = _convert(tool, _Function, where, "tools")
             shown = without_nulls(msgspec.structs.asdict(function))
             known = ToolName(function.name, False, namespace)

@@ -103,6 +103,14 @@ class ResponsesRequest(GenerationRequest, kw_only=True):
         "logprob_token_ids": ([],),
         "return_token_ids": (False,),
     }
+    renamed = {
+        "messages": "input",
+        "max_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "reasoning_effort": "reasoning.effort",
+        "response_format": "text.format",
+        "logprobs": "top_logprobs",
+    }
 
     input: str | Annotated[list[Any], Meta(max_length=MAX_MESSAGES, extra_json_schema=_OBJECTS)]
     instructions: str | None = None

@@ -39,6 +39,16 @@ def test_every_field_of_the_sdk_is_honoured_ignored_or_refused() -> None:
     assert asked <= known, asked - known
 
 
+async def test_what_has_another_name_here_is_named() -> None:
+    """Requests are rewritten from those of chats."""
+    async with in_process(FakeClient()) as http:
+        for name, here in ResponsesRequest.renamed.items():
+            answer = await http.post("/v1/responses", json={**ASK, name: 5})
+            assert f" {name} is `{here}` here." in answer.json()["error"]["message"]
+        answer = await http.post("/v1/responses", json={**ASK, "tools": [WEATHER]})
+        assert answer.json()["error"]["message"].startswith("tools[0].function: is the form of chats")
+
+
 def types_of(union: Any) -> set[str]:
     """The values of `type` in a union of the SDK's dictionaries."""
     hints = [get_type_hints(kind)["type"] for kind in get_args(union)]
