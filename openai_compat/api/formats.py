@@ -74,8 +74,8 @@ class ThinkingIds:
                         return None
         table = tokenizer.token_bytes
         blank = (index for index, text in enumerate(table.all if table else ()) if text.isspace())
-        ids = [encode(tag) if tag else [] for tag in tags]
-        return cls(*ids, blank=[*islice(blank, MAX_BLANK)])
+        start, closing, answer, call, plain = (encode(tag) if tag else [] for tag in tags)
+        return cls(start, closing, answer, call, plain, [*islice(blank, MAX_BLANK)])
 
 
 @dataclass(frozen=True)
