@@ -23,7 +23,6 @@ MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_PATTERN = 1024
 MAX_AFTER = 64
-MAX_BLANK = 512  # tokens of white space that are known as such
 GREEDY_EPS = 1e-5  # temperatures below are greedy, as in vLLM
 MIN_TEMPERATURE = 1e-2  # positive temperatures below are raised to it, as in vLLM
 
@@ -104,7 +103,7 @@ class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: Count
     start: Annotated[list[TokenId], Meta(max_length=MAX_AFTER)] = []
     end: Annotated[list[TokenId], Meta(min_length=1, max_length=MAX_AFTER)]
-    blank: Annotated[list[TokenId], Meta(max_length=MAX_BLANK)] = []
+    blank: list[TokenId] = []
     begun: bool = False
 
 
@@ -190,10 +189,9 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True):
     @property
     def seed(self) -> int | None:
         """`params.seed` plus the number of the sample, wrapped to 64 bits."""
-        seed = self.params.seed
-        if seed is None:
+        if self.params.seed is None:
             return None
-        seed += self.sample
+        seed = self.params.seed + self.sample
         return seed if seed <= INT64_MAX else seed - (1 << 64)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from microvllm.openai_compat.parsers.output import Thinking
 from microvllm.openai_compat.parsers.registry import AUTO, REASONING_FORMATS, detect_formats, tokens_of
 from microvllm.runtime.options.flag import given_flags
-from microvllm.runtime.request import MAX_BLANK
 
 if TYPE_CHECKING:
     from microvllm.openai_compat.config import AnswerArgs, ServerArgs
@@ -27,6 +26,7 @@ TEXT_OPTIONS = (
     *("sse_keep_alive_interval", "enable_force_include_usage", "max_response_store_bytes"),
 )
 
+MAX_BLANK = 512  # tokens of white space that are known as such
 # What may stand around a tag: beside some of these, one that is no token of its own is spelt differently.
 IN_FRONT, BEHIND = ("", "a", " ", "\n", ".", '"'), ("", "a", " ", "\n", "{", ">")
 
