@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
@@ -49,23 +51,32 @@ class Answer(NamedTuple):
 
 def next_token(context: Sequence[int], banned: Collection[int | None] = ()) -> int:
     """The fake model: a token that depends on every token of the context and on their order."""
-    allowed = [token for token in range(VOCAB) if token not in banned]
+    allowed = [token for token in range(VOCAB) if token not in banned] if banned else range(VOCAB)
     return allowed[hash(tuple(context)) % len(allowed)]
 
 
 def run_alone(request: EngineRequest) -> Answer:
     """The oracle: what the request must give, without any engine."""
-    params, eos, stop_ids = request.params, request.eos_token_id, request.stop_token_ids
-    context, output = list(request.prompt_token_ids), list[int]()
+    limits = request.params.min_tokens, request.params.max_tokens
+    return _run_alone(
+        tuple(request.prompt_token_ids), request.eos_token_id, tuple(request.stop_token_ids), *limits
+    )
+
+
+@lru_cache(1 << 14)
+def _run_alone(
+    prompt: tuple[int, ...], eos: int | None, stop_ids: tuple[int, ...], min_tokens: int, max_tokens: int
+) -> Answer:
+    context, output = list(prompt), list[int]()
     while True:
-        token = next_token(context, (*stop_ids, eos) if len(output) < params.min_tokens else ())
+        token = next_token(context, (*stop_ids, eos) if len(output) < min_tokens else ())
         context.append(token)
         output.append(token)
-        if len(output) >= params.min_tokens and token == eos:
+        if len(output) >= min_tokens and token == eos:
             return Answer(output, FinishReason.STOP)
-        if len(output) >= params.min_tokens and token in stop_ids:
+        if len(output) >= min_tokens and token in stop_ids:
             return Answer(output, FinishReason.STOP, token)
-        if len(output) == params.max_tokens:
+        if len(output) == max_tokens:
             return Answer(output, FinishReason.LENGTH)
 
 
@@ -273,11 +284,13 @@ class FakeRunner:
         _require(known <= len(row.tokens), "a token is computed before it exists")
         _require(item.samples == (known == len(row.tokens)), "a token is sampled at the wrong place")
         context = [*row.tokens[:known], *drafts]
-        for group in range(len(self.windows)):
+        before, size = _before(context), self.config.block_size
+        for group, table in enumerate(row.tables):
+            for column in range(item.start // size, (end - 1) // size + 1):
+                self._require_sole_owner(table, self._slot(row, group, column * size) // size)
             for position in range(item.start, end):
-                slot = self._slot(row, group, position)
-                self._require_sole_owner(row, group, slot // self.config.block_size)
-                self.memory[slot] = _cell(context, position, row.salt, group)
+                cell = Cell(context[position], position, row.salt, before[position], group)
+                self.memory[self._slot(row, group, position)] = cell
 
     def _compute(self, item: ScheduledRequest) -> list[int]:
         """Read all that the step's tokens see, and sample."""
@@ -322,24 +335,29 @@ class FakeRunner:
 
     def _read(self, row: _Row, start: int, end: int, context: list[int]) -> list[int]:
         """What tokens [start, end) see in every group; the tokens in front of `end` as they are read."""
-        read = context[:end]
+        read, before, size = context[:end], _before(context[:end]), self.config.block_size
         for group, window in enumerate(self.windows):
-            for position in range(0 if window is None else max(0, start - window + 1), end):
-                cell = self.memory[self._slot(row, group, position)]
-                seen = _cell(context, position, row.salt, group)
-                if cell is None or cell[1:] != seen[1:]:
-                    raise Misuse(f"group {group} has {cell} for position {position}, where {seen} is wanted")
-                read[position] = cell.token
+            first = 0 if window is None else max(0, start - window + 1)
+            while first < end:  # block by block
+                slot, last = self._slot(row, group, first), min(end, (first // size + 1) * size)
+                cells = self.memory[slot : slot + last - first]
+                for position, cell in enumerate(cells, first):
+                    wanted = (position, row.salt, before[position], group)
+                    if cell is None or cell[1:] != wanted:
+                        raise Misuse(f"group {group} has {cell} where {wanted} is wanted")
+                    read[position] = cell.token
+                first = last
         return read
 
-    def _require_sole_owner(self, row: _Row, group: int, block: int) -> None:
+    def _require_sole_owner(self, own: list[int], block: int) -> None:
         tables = (table for other in self.rows if other.in_use for table in other.tables)
-        shared = any(block in table for table in tables if table is not row.tables[group])
+        shared = any(block in table for table in tables if table is not own)
         _require(not shared, f"block {block} is written while another table holds it")
 
 
-def _cell(context: Sequence[int], position: int, salt: str, group: int) -> Cell:
-    return Cell(context[position], position, salt, hash(tuple(context[:position])), group)
+def _before(context: Iterable[int]) -> list[int]:
+    """Of each position a hash of all tokens in front of it, and of their order."""
+    return list(accumulate(context, lambda before, token: hash((before, token)), initial=0))
 
 
 def _require(holds: bool, problem: str) -> None:

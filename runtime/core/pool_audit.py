@@ -49,10 +49,10 @@ def audit(
     ]
     holds = [(block, id(group)) for group, blocks, first, *_ in rows for block in blocks[first:]]
     held = Counter(block for block, _ in holds)
-    all_blocks = list(range(pool.num_blocks))
     parts = [*pool.free, *pool.cached, *held]
-    require(pool.refcount == [held[block] for block in all_blocks], "a refcount is wrong")
-    require(sorted(parts) == all_blocks, "free, cached and referenced do not partition")
+    counted = {block: count for block, count in enumerate(pool.refcount) if count}
+    require(counted == held, "a refcount is wrong")
+    require(sorted(parts) == list(range(pool.num_blocks)), "free, cached and referenced do not partition")
     require(len(set(holds)) == len(held), "two groups hold a block")
     for group, blocks, first, num_tokens, num_full in rows:
         kept, own = blocks[first:], blocks[max(first, num_full if shares else 0) :]
@@ -61,9 +61,11 @@ def audit(
         require(max(blocks[:first], default=-1) < 0, "a sequence holds a block behind its window")
         require(len(blocks) == -(-num_tokens // pool.block_size), "the table of a sequence is off")
         require(len(kept) <= group.most_held, "a sequence holds too many blocks")
-    entries = {(id(block_of), key, b) for b, (block_of, key) in pool.entry_of.items()}
-    named = {(id(group.block_of), key, b) for group in groups for key, b in group.block_of.items()}
-    require(named == entries, "a key names a wrong block")
+    # Each entry is a key of a group; of different blocks they differ, so as many are all.
+    indexes, entries = {id(group.block_of) for group in groups}, pool.entry_of.items()
+    found = all(index.get(key) == b and id(index) in indexes for b, (index, key) in entries)
+    num_keys = sum(len(group.block_of) for group in groups)
+    require(found and num_keys == len(entries), "a key names a wrong block")
     require(pool.entry_of.keys() >= pool.cached.keys(), "a cached block has no key")
     require(pool.entry_of.keys().isdisjoint(pool.free), "a free block has a key")
 
