@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -29,6 +33,29 @@ def llm() -> LLM:
 
 def test_the_package_offers_it() -> None:
     assert microvllm.LLM is LLM and microvllm.SamplingParams is SamplingParams
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_looked_for_while_torch_is_imported(
+    collects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile: list[bool] = []
+
+    def import_module(name: str) -> Any:
+        meanwhile.append(gc.isenabled())
+        raise ImportError(name)
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(os, "environ", {})
+    try:
+        if not collects:
+            gc.disable()
+        with pytest.raises(ImportError):
+            _ = microvllm.LLM
+        assert gc.isenabled() == collects and meanwhile == [False]
+    finally:
+        gc.enable()
 
 
 def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
