@@ -40,8 +40,20 @@ SETTINGS = settings(
 SEEDS = {
     "count_an_idle_prefix_as_available": 3,
     "an_aborted_request_is_followed_for_ever": 3,
-    "preempt_in_flight": 0,
+    "preempt_in_flight": 1,
     "offer_blocks_before_their_tokens_are_known": 1,
+    "blocks_behind_a_window_are_kept": 7,
+    "blocks_run_out_for_the_last_group": 5,
+    "rejected_drafts_keep_their_blocks": 3,
+    "drafts_go_beyond_the_last_token": 2,
+    "a_block_of_drafts_is_offered": 0,
+    "a_reused_id_meets_its_predecessor": 8,
+    "a_preempted_request_forgets_its_tokens": 5,
+    "evict_a_referenced_block": 3,
+    "reset_loses_the_cached_blocks": 0,
+    "abort_keeps_the_blocks": 1,
+    "a_preempted_request_goes_to_the_end": 6,
+    "key_without_its_parent": 0,
 }
 # How an engine fails that is broken inside; a TypeError would be a mistake in the mutation itself.
 FAILURES = (Misuse, BrokenPoolError, AssertionError, KeyError, IndexError)
