@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import pytest_asyncio
 from model_tools import LONG, long_folder
 from process_tools import PATIENCE_S, alive, stopped, wait_until, wait_until_async
 
@@ -25,26 +26,36 @@ from microvllm.runtime.process import heartbeat, spawn
 from microvllm.runtime.process.channel import Start, frame
 from microvllm.runtime.process.client import EngineClient
 from microvllm.runtime.process.heartbeat import BEAT_S, Watch, delays_of, threads_of
-from microvllm.runtime.process.spawn import start_module
 from microvllm.runtime.process.token_stream import TokenStream
 from microvllm.runtime.request import SamplingParams
 
 pytestmark = [
-    pytest.mark.asyncio,
+    pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
 ]
 FROZEN_S = 4.0  # of the tests; the loop of a busy machine stands still for two or three seconds
 NOTICED_S = 10.0  # at the latest, with the bounds of the package
 
-# In the engine process: the second step of a request does something else first.
-PATCHED = """
+# In an engine process of these tests: the second step of a request of so many tokens does this first.
+WAITS, SPINS, HANGS = 8, 9, 10
+PATCHED = f"""
+import os, time
+os.dup2(os.open(STDERR, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 from microvllm.runtime.core import engine_core as core
 step, steps = core.EngineCore.step, []
 def patched(self):
-    if self.scheduler.has_work():
-        steps.append(1)
-        if len(steps) == 2:
-            {action}
+    running = [request.max_tokens for request in self.scheduler._running]
+    if running in ([{WAITS}], [{SPINS}], [{HANGS}]):
+        steps.append(running[0])
+        if steps == [{HANGS}]:
+            time.sleep(3600)
+        elif steps == [{WAITS}]:
+            time.sleep({FROZEN_S + 3})
+        elif steps == [{SPINS}]:
+            end = time.monotonic() + {FROZEN_S + 3}
+            while time.monotonic() < end: sum(range(10**8))
+    else:
+        steps.clear()
     return step(self)
 core.EngineCore.step = patched
 main()
@@ -77,24 +88,20 @@ def make_config() -> EngineConfig:
     ).resolve()
 
 
-def start_patched(action: str, module: str, **options: Any) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """As `start_module`; the children of this process, which do not call this, are not patched."""
+@pytest.fixture(scope="module")
+def stderr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the engines of `client` write there."""
+    return tmp_path_factory.mktemp("engines") / "stderr"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(stderr: Path) -> AsyncIterator[EngineClient]:
+    """Its engines do what `PATCHED` says."""
     with pytest.MonkeyPatch.context() as patch:
-        code = PATCHED.format(action=action).replace("{", "{{").replace("}", "}}")
+        code = PATCHED.replace("STDERR", repr(str(stderr)))
         patch.setattr(spawn, "CODE", spawn.CODE.replace("main()\n", code))
-        return start_module(module, **options)
-
-
-@contextlib.asynccontextmanager
-async def started(patch: pytest.MonkeyPatch, action: str | None = None) -> AsyncIterator[EngineClient]:
-    """A client whose first engine process does `action` in the second step of the first request."""
-    with patch.context() as inner:
-        if action is not None:
-            inner.setattr(spawn, "start_module", partial(start_patched, action))
         client = await EngineClient.start(make_config())
-    try:
         yield client
-    finally:
         await client.close()
 
 
@@ -115,78 +122,71 @@ def engine_pid(client: EngineClient) -> int:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 async def test_a_stopped_engine_is_seen_named_and_replaced(
-    busy: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: EngineClient, busy: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(heartbeat, "FROZEN_S", FROZEN_S)
-    async with started(monkeypatch) as client:
-        stream = submit(client) if busy else None
-        if stream is not None:
-            stream.name = "cmpl-77"
-            await anext(stream)
-        pid = engine_pid(client)
-        os.kill(pid, signal.SIGSTOP)
-        await wait_until_async(lambda: stopped(pid), "the engine has stopped")
-        await wait_until_async(lambda: not client.healthy(), "the client has noticed")
-        if stream is not None:
-            with pytest.raises(EngineDeadError):
-                async for _ in stream:
-                    pass
-        await wait_until_async(client.healthy, "another engine serves")
-        assert not alive(pid) and engine_pid(client) != pid
-        last = submit(client, 3)
-        assert sum([len(delta.token_ids) async for delta in last]) == 3
+    stream = submit(client) if busy else None
+    if stream is not None:
+        stream.name = "cmpl-77"
+        await anext(stream)
+    pid = engine_pid(client)
+    os.kill(pid, signal.SIGSTOP)
+    await wait_until_async(lambda: stopped(pid), "the engine has stopped")
+    await wait_until_async(lambda: not client.healthy(), "the client has noticed")
+    if stream is not None:
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+    await wait_until_async(client.healthy, "another engine serves")
+    assert not alive(pid) and engine_pid(client) != pid
+    assert await _read(submit(client, 3)) == 3
     assert "cannot print its stacks" in caplog.text
     assert ("1 requests: cmpl-77" if busy else "no requests") in caplog.text
 
 
 async def test_a_step_that_hangs_leaves_its_stacks(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    client: EngineClient, stderr: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with started(monkeypatch, "import time; time.sleep(3600)") as client:
-        client.replicas[0].watch.longest_step_s = 3.0
-        stream = submit(client)
-        pid = engine_pid(client)
-        with pytest.raises(EngineDeadError):
-            async for _ in stream:
-                pass
-        await wait_until_async(client.healthy, "another engine serves")
-        assert engine_pid(client) != pid
-    stacks = capfd.readouterr().err
+    client.replicas[0].watch.longest_step_s = 3.0
+    pid, stream = engine_pid(client), submit(client, HANGS)
+    with pytest.raises(EngineDeadError):
+        async for _ in stream:
+            pass
+    await wait_until_async(client.healthy, "another engine serves")
+    assert engine_pid(client) != pid
+    stacks = stderr.read_text()
     assert "in patched" in stacks and "heartbeat.py" in stacks, "one of the threads is missing"
     assert "in one step for" in caplog.text and f"killed with 1 requests: {stream.request_id}." in caplog.text
 
 
 @pytest.mark.parametrize(
-    "action",
-    ["import time; time.sleep({seconds})", "import time; end = time.monotonic() + {seconds}\n"
-     "            while time.monotonic() < end: sum(range(10**8))"],
-    ids=["a step that waits", "a step that keeps the interpreter to itself"],
-)  # fmt: skip
-async def test_a_long_step_is_no_silence(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    "action", [WAITS, SPINS], ids=["a step that waits", "a step that keeps the interpreter to itself"]
+)
+async def test_a_long_step_is_no_silence(
+    client: EngineClient, action: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(heartbeat, "FROZEN_S", FROZEN_S)
-    async with started(monkeypatch, action.format(seconds=FROZEN_S + 3)) as client:
-        stream, pid = submit(client, 8), engine_pid(client)
-        start, sick = time.monotonic(), 0
-        reading = asyncio.ensure_future(_read(stream))
-        while not reading.done():
-            sick += not client.healthy()
-            await asyncio.sleep(0.05)
-        assert await reading == 8 and time.monotonic() - start > FROZEN_S + 2
-        assert sick == 0 and engine_pid(client) == pid
+    stream, pid = submit(client, action), engine_pid(client)
+    start, sick = time.monotonic(), 0
+    reading = asyncio.ensure_future(_read(stream))
+    while not reading.done():
+        sick += not client.healthy()
+        await asyncio.sleep(0.05)
+    assert await reading == action and time.monotonic() - start > FROZEN_S + 2
+    assert sick == 0 and engine_pid(client) == pid
 
 
 async def _read(stream: TokenStream) -> int:
     return sum([len(delta.token_ids) async for delta in stream])
 
 
-async def test_an_idle_engine_stays_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_engine_stays_healthy(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "FROZEN_S", FROZEN_S)
-    async with started(monkeypatch) as client:
-        client.replicas[0].watch.longest_step_s = FROZEN_S
-        pid = engine_pid(client)
-        for _ in range(int(2 * FROZEN_S)):
-            await asyncio.sleep(1)
-            assert client.healthy() and engine_pid(client) == pid
+    monkeypatch.setattr(client.replicas[0].watch, "longest_step_s", FROZEN_S)
+    pid = engine_pid(client)
+    for _ in range(int(2 * FROZEN_S)):
+        await asyncio.sleep(1)
+        assert client.healthy() and engine_pid(client) == pid
 
 
 @pytest.mark.parametrize("wait_for", ENDLESS)
