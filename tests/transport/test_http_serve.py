@@ -155,27 +155,44 @@ def test_start_and_stop(tmp_path: Path) -> None:
         assert "frozen True" in server.output
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
-def test_a_low_soft_limit_of_open_files_bounds_no_clients(tmp_path: Path) -> None:
-    """A shell's limit is often 1,024, and a benchmark client opens thousands of connections at once."""
-    with serving(tmp_path, files=64) as server, contextlib.ExitStack() as stack:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server whose shell lets it open 64 files."""
+    with serving(tmp_path_factory.mktemp("plain"), files=64) as server:
         server.wait_for("Application startup complete.")
+        yield server
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of POSIX")
+def test_a_low_soft_limit_of_open_files_bounds_no_clients(plain: Serving) -> None:
+    """A shell's limit is often 1,024, and a benchmark client opens thousands of connections at once."""
+    with contextlib.ExitStack() as stack:
         for _ in range(100):
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE_S))
-        assert server.post({**BODY, "max_tokens": 1}).status == 200
+            stack.enter_context(socket.create_connection(("127.0.0.1", plain.port), PATIENCE_S))
+        assert plain.post({**BODY, "max_tokens": 1}).status == 200
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_curl_line_works(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        server.wait_for("Application startup complete.")
-        line = next(line for line in server.output.splitlines() if line.startswith("Try: "))
-        answer = subprocess.run(
-            ["bash", "-c", line.removeprefix("Try: ").replace("curl", "curl -s", 1)],
-            capture_output=True,
-            timeout=PATIENCE_S,
-        )
-        assert json.loads(answer.stdout)["object"] == "chat.completion"
+def test_the_curl_line_works(plain: Serving) -> None:
+    line = next(line for line in plain.output.splitlines() if line.startswith("Try: "))
+    answer = subprocess.run(
+        ["bash", "-c", line.removeprefix("Try: ").replace("curl", "curl -s", 1)],
+        capture_output=True,
+        timeout=PATIENCE_S,
+    )
+    assert json.loads(answer.stdout)["object"] == "chat.completion"
+
+
+def test_no_request_forges_a_line_of_the_log(plain: Serving) -> None:
+    """And this server stops here, so that all its lines are there."""
+    forged = b"GET /a%0d%0aINFO:%20forged%1b[31m HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert raw_exchange(plain.port, forged).startswith(b"HTTP/1.1 404")
+    body = {"prompt": "hi", "request_id": "x", "user": "\nforged", "model": "\nforged"}
+    assert plain.post(body).status == 404
+    plain.stop()
+    assert plain.process.wait(PATIENCE_S) == 0
+    assert not [line for line in plain.output.splitlines() if line.startswith(("INFO: forged", "forged"))]
+    assert "\x1b" not in plain.output
 
 
 def test_a_chat_template_of_ones_own(tmp_path: Path) -> None:
@@ -189,23 +206,6 @@ def test_a_chat_template_of_ones_own(tmp_path: Path) -> None:
     with serving(tmp_path, load_s=600, chat_template="{% for %}") as server:
         assert server.process.wait(PATIENCE_S) == 2
         assert server.output.startswith("ConfigError: --chat-template: ") and server.output.count("\n") == 1
-
-
-def test_no_request_forges_a_line_of_the_log(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        server.wait_for("Application startup complete.")
-        forged = b"GET /a%0d%0aINFO:%20forged%1b[31m HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-        assert raw_exchange(server.port, forged).startswith(b"HTTP/1.1 404")
-        assert (
-            server.post({"prompt": "hi", "request_id": "x", "user": "\nforged", "model": "\nforged"}).status
-            == 404
-        )
-        server.stop()
-        assert server.process.wait(PATIENCE_S) == 0
-        assert not [
-            line for line in server.output.splitlines() if line.startswith(("INFO: forged", "forged"))
-        ]
-        assert "\x1b" not in server.output
 
 
 def test_a_taken_port_is_known_before_anything_slow(tmp_path: Path) -> None:
@@ -332,26 +332,20 @@ def test_an_idle_connection_stays_open_as_long_as_was_asked(tmp_path: Path) -> N
         connection.close()
 
 
-def test_own_lines_have_the_level_that_was_asked_for(tmp_path: Path) -> None:
-    with serving(tmp_path, log_level="warning", stats_interval=0.2) as server:
+@pytest.mark.parametrize(
+    "options", [{}, {"disable_log_stats": True}, {"log_level": "warning"}], ids=["shown", "off", "warnings"]
+)
+def test_statistics_are_logged_when_there_is_traffic(tmp_path: Path, options: dict[str, Any]) -> None:
+    with serving(tmp_path, stats_interval=0.1, **options) as server:
         server.wait_for("Application startup complete")
-        server.post({**BODY, "max_tokens": 3}).read()
-        time.sleep(1)
-        assert "throughput" not in server.output
-
-
-def test_statistics_are_logged_when_there_is_traffic(tmp_path: Path) -> None:
-    for quiet in (False, True):
-        with serving(tmp_path, stats_interval=0.1, disable_log_stats=quiet) as server:
-            server.wait_for("Application startup complete.")
+        time.sleep(0.4)
+        assert "Engine 000" not in server.output
+        assert server.post(BODY).status == 200
+        if options:
             time.sleep(0.4)
             assert "Engine 000" not in server.output
-            assert server.post(BODY).status == 200
-            if quiet:
-                time.sleep(0.4)
-                assert "Engine 000" not in server.output
-            else:
-                server.wait_for("Engine 000: Avg prompt throughput: ")
+        else:
+            server.wait_for("Engine 000: Avg prompt throughput: ")
 
 
 def test_stats_line_is_vllms() -> None:
