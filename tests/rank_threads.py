@@ -23,7 +23,7 @@ class Threads:
     def __init__(self, size: int) -> None:
         self._size = size
         self._given: list[Any] = [None] * size
-        self._barrier = threading.Barrier(size, timeout=30)
+        self._barrier = threading.Barrier(size, timeout=120)
 
     def of(self, rank: int) -> Ranks:
         return _Rank(self, rank, self._size)

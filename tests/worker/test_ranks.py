@@ -129,8 +129,14 @@ def both(model: Path, **options: Any) -> tuple[InferenceEngine, InferenceEngine]
 # ---- tokens --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("name", FAMILIES)
+# How steps overlap is no matter of layers: in turns, and both for one with a state and for one without.
+WAYS = [(name, place % 2 == 1) for place, name in enumerate(FAMILIES)]
+WAYS += [(name, (name, False) in WAYS) for name in ("qwen2", "qwen3.5")]
+
+
+@pytest.mark.parametrize(
+    ("name", "asynchronous"), WAYS, ids=lambda value: {True: "async", False: "sync"}.get(value, value)
+)
 def test_tokens_of_every_family(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asynchronous: bool
 ) -> None:
@@ -234,7 +240,7 @@ def test_a_grammar_is_followed_by_two_processes(pair: tuple[InferenceEngine, Inf
     assert all(len(text) == 12 and set(text) <= set("abcdef") for text in texts[1][:4])
 
 
-def test_vllms_class_with_two_processes(tmp_path: Path) -> None:
+def test_vllms_class_with_two_processes_and_that_they_end_with_it(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "qwen3")
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "num_gpu_blocks_override": 64}
     texts = []
@@ -245,6 +251,11 @@ def test_vllms_class_with_two_processes(tmp_path: Path) -> None:
             [result.outputs[0].text for result in llm.generate(["abc", "The"], greedy, use_tqdm=False)]
         )
     assert texts[0] == texts[1]
+    pid = rank_of(llm.engine).pid
+    assert alive(pid)
+    del llm
+    gc.collect()
+    wait_until(lambda: not alive(pid), "the rank has ended")
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -282,15 +293,6 @@ def test_a_rank_that_ends_or_freezes_is_named(
             engine.core.step()
     assert time.monotonic() - started < PATIENCE_S
     assert not alive(rank.pid) and not folder.exists()
-
-
-def test_ranks_end_with_their_engine(tmp_path: Path) -> None:
-    engine = make_engine(folder_of(tmp_path, "qwen2"), tensor_parallel_size=2)
-    pid = rank_of(engine).pid
-    assert alive(pid)
-    del engine
-    gc.collect()
-    wait_until(lambda: not alive(pid), "the rank has ended")
 
 
 def test_a_rank_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
