@@ -66,11 +66,19 @@ def schema_of(found: dict[str, Any], name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}", "components": found["components"]}
 
 
+@pytest.mark.parametrize(
+    ("args", "pooling"),
+    [({**EVERYTHING, "root_path": "/llm", "api_keys": ("k",)}, False), ({}, True)],
+    ids=["everything", "pooling"],
+)
+def test_it_is_valid(args: dict[str, Any], pooling: bool) -> None:
+    openapi_spec_validator.validate(document(**args, pooling=pooling))
+
+
 @pytest.mark.parametrize("pooling", [False, True])
 @pytest.mark.parametrize("args", [{}, EVERYTHING, {"root_path": "/llm", "api_keys": ("k",)}])
-def test_it_is_valid(args: dict[str, Any], pooling: bool) -> None:
+def test_what_needs_a_key_is_marked(args: dict[str, Any], pooling: bool) -> None:
     found = document(**args, pooling=pooling)
-    openapi_spec_validator.validate(found)
     assert found["openapi"].startswith("3.1") and found["servers"] == [{"url": args.get("root_path", "/")}]
     guarded = {path for path, methods in found["paths"].items() for m in methods.values() if "security" in m}
     others = {"/v1/models", "/v1/models/{model}", "/v1/loads", "/server_info", "/kv_event_sources"}
@@ -129,42 +137,43 @@ def given(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "type": kind[0] if isinstance(kind, list) else kind}
 
 
-def borders() -> Iterator[tuple[str, str, Any, bool]]:
-    """(path, field, value, whether the document allows it), at each limit that a schema states and beyond."""
-    for path, kind in BODIES.items():
-        if path in RENDER:  # the same type and the same checks as without the suffix
+def borders(kind: type[Body]) -> Iterator[tuple[str, Any, bool]]:
+    """(field, value, whether the document allows it), at each limit that a schema states and beyond."""
+    properties = request_schema(kind)["properties"]
+    for name in honoured_fields(kind):
+        if name in ("cache_salt", "request_id"):
             continue
-        properties = request_schema(kind)["properties"]
-        for name in honoured_fields(kind):
-            if name in ("cache_salt", "request_id"):
-                continue
-            schema = given(properties[name])
-            for key, step in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0)):
-                if key in schema and abs(schema[key]) < 1 << 62:
-                    yield path, name, schema[key] + step, False
-                    yield path, name, schema[key] + (step == 0), True
-            if "maxItems" in schema and schema["maxItems"] < 5000:
-                yield path, name, [1] * (schema["maxItems"] + 1), False
-            if schema.get("type") == "boolean":
-                yield path, name, "perhaps", False
-                yield path, name, True, True
-            if schema.get("type") in ("integer", "number"):
-                yield path, name, [1], False
-            if schema.get("type") == "string" and "enum" in schema:
-                yield path, name, "no such word", False
-                for word in schema["enum"]:
-                    yield path, name, word, True
+        schema = given(properties[name])
+        for key, step in (("minimum", -1), ("maximum", 1), ("exclusiveMinimum", 0)):
+            if key in schema and abs(schema[key]) < 1 << 62:
+                yield name, schema[key] + step, False
+                yield name, schema[key] + (step == 0), True
+        if "maxItems" in schema and schema["maxItems"] < 5000:
+            yield name, [1] * (schema["maxItems"] + 1), False
+        if schema.get("type") == "boolean":
+            yield name, "perhaps", False
+            yield name, True, True
+        if schema.get("type") in ("integer", "number"):
+            yield name, [1], False
+        if schema.get("type") == "string" and "enum" in schema:
+            yield name, "no such word", False
+            for word in schema["enum"]:
+                yield name, word, True
 
 
-@pytest.mark.parametrize(("path", "name", "value", "allowed"), list(borders()))
-async def test_the_server_keeps_to_it(path: str, name: str, value: Any, allowed: bool) -> None:
+# Those to render have the types and the checks of the paths without the suffix.
+@pytest.mark.parametrize("path", [path for path in BODIES if path not in RENDER])
+async def test_the_server_keeps_to_it(path: str) -> None:
     """What the document forbids is a 400 that names the field; what it allows has the right shape."""
+    wrong, tried = [], 0
     async with in_process(client_of(path), reasoning_parser="qwen3") as http:
-        answer = await http.post(path, json={**SUBJECTS[path], name: value})
-    if allowed:
-        assert answer.status_code == 200, answer.text
-    else:
-        assert answer.status_code == 400 and name in answer.text
+        for name, value, allowed in borders(BODIES[path]):
+            answer = await http.post(path, json={**SUBJECTS[path], name: value})
+            named = answer.status_code == 400 and name in answer.text
+            if (answer.status_code != 200) if allowed else not named:
+                wrong.append((name, str(value)[:80], answer.status_code, answer.text[:300]))
+            tried += 1
+    assert not wrong and (tried or path == "/detokenize"), wrong  # which has a list of ids alone
 
 
 @pytest.mark.parametrize("path", [path for path in BODIES if path not in RENDER])
