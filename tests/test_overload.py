@@ -45,7 +45,6 @@ async def client() -> AsyncIterator[EngineClient]:
     gc.collect()
     gc.freeze()  # as the server does: a collection that walks pytest's own objects would be counted, too
     yield client
-    gc.unfreeze()
     await client.close()
     assert own_engines() == []
 
