@@ -233,7 +233,8 @@ def forbidden(tree: ast.AST) -> list[str]:
         elif isinstance(node, ast.Attribute) and node.attr == "load" and ast.unparse(node) == "torch.load":
             found.append(f"line {node.lineno}: torch.load")
     for line, target in imports(tree):
-        if target.split(".")[0] in ("pickle", "cloudpickle", "dill", "marshal", "shelve"):
+        unpickle = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "multiprocessing.connection")
+        if target.split(".")[0] in unpickle or target in unpickle:
             found.append(f"line {line}: import {target}")
     return found
 
@@ -261,6 +262,13 @@ def test_the_checks_see_what_they_are_for() -> None:
     assert [target for _, target in imports(lazy)] == ["torch", "numpy", "json"]
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a -> b -> c -> a"]
     assert not cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
-    for source in ("assert x", "import pickle", "from pickle import loads", "eval('1')", "torch.load(f)"):
+    for source in (
+        "assert x",
+        "import pickle",
+        "from pickle import loads",
+        "import multiprocessing.connection",
+        "eval('1')",
+        "torch.load(f)",
+    ):
         assert forbidden(parse(source)), source
     assert not forbidden(parse("model.eval()"))

@@ -87,8 +87,8 @@ def test_the_table_of_a_small_tree(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_this_repository() -> None:
-    """Every source is readable to it, and no counter loses a file."""
-    for name in script.FOLDERS:
+    """Sources of both languages are readable to it, and no counter loses a file. All of them take 12 s."""
+    for name in ("ops", ".", "scripts"):
         folder = script.count(ROOT, name)
         assert (
             0
