@@ -269,7 +269,7 @@ async def test_a_failure_in_the_middle() -> None:
 def test_a_client_that_leaves_ends_its_request(path: str) -> None:
     client = fresh(stall_after=2)
     with real_server(client) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         body = json.dumps({"prompt": "hi", "max_tokens": 200, "ignore_eos": True})
         connection.request("POST", path, body, {"content-type": "application/json"})
         eventually(lambda: len(client.running) == 1 and client.tokens_made == 2)
@@ -290,7 +290,7 @@ async def server() -> AsyncIterator[httpx.AsyncClient]:
     ).resolve()
     engine = await EngineClient.start(config)
     transport = httpx.ASGITransport(create_app(engine, ServerArgs()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=300) as client:
         yield client
     await engine.close()
 

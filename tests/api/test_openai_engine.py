@@ -45,7 +45,7 @@ async def engine() -> AsyncIterator[EngineClient]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sdk(engine: EngineClient) -> AsyncIterator[openai.AsyncOpenAI]:
     app = create_app(engine, ServerArgs(served_model_names=("m",), enable_per_request_metrics=True))
-    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=120)
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), timeout=300)
     async with openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="-", http_client=http) as client:
         yield client
 

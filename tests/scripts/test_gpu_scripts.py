@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from model_tools import load_script
+from process_tools import PATIENCE_S
 
 GPU_SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts" / "gpu"
 
@@ -29,7 +30,7 @@ def test_the_shell_script_hands_the_comparison_over(tmp_path: Path) -> None:
         "ENGINES": "microvllm vllm hf-generate vllm-offline",
     }
     words = [str(script), str(site), str(tmp_path / "model"), str(tmp_path / "wheels")]
-    subprocess.run([*words, "--", "--workload", "single"], env=environment, check=True, timeout=60)
+    subprocess.run([*words, "--", "--workload", "single"], env=environment, check=True, timeout=PATIENCE_S)
     last = log.read_text().splitlines()[-1]
     work = tmp_path / "microvllm-compare"
     assert last == (
@@ -71,9 +72,9 @@ def test_a_comparison_leaves_no_process_behind(tmp_path: Path) -> None:
             **{"PATH": f"{python.parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)},
             **{"ENGINES": "vllm", "VLLM_ARGS": "--a 1 --b"},
         }
-        ended = subprocess.run([*words, str(tmp_path / "wheels")], env=environment, timeout=60)
+        ended = subprocess.run([*words, str(tmp_path / "wheels")], env=environment, timeout=PATIENCE_S)
         assert ended.returncode == 3
-        assert left.wait(10) == -9 and other.poll() is None
+        assert left.wait(PATIENCE_S) == -9 and other.poll() is None
         stat = Path(f"/proc/{int(started.read_text())}/stat")
         assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
     finally:
@@ -94,10 +95,10 @@ def test_two_checkouts_take_turns(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "__init__.py").touch()
-    subprocess.run(["tar", "-C", base, "-cJf", tmp_path / "base.tar.xz", "."], check=True, timeout=60)
+    subprocess.run(["tar", "-C", base, "-cJf", tmp_path / "base.tar.xz", "."], check=True, timeout=PATIENCE_S)
     words = ["-c", "import microvllm, os; print(os.path.realpath(microvllm.__path__[0]) == os.getcwd())"]
     command = [str(GPU_SCRIPTS / "turns.sh"), str(tmp_path / "base.tar.xz"), "2", *words]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout
     rounds = [f"== {name}, round {i}" for i in (1, 2) for name in ("base", "head")]
     assert found.splitlines() == [line for each in rounds for line in (each, "True")]
 

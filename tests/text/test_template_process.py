@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from fake_client import FakeClient
 from http_tools import in_process
+from process_tools import PATIENCE_S
 from template_bombs import bombs
 
 from microvllm.runtime.errors import EngineError, InvalidRequestError
 from microvllm.runtime.text.chat_template import ChatTemplate
 from microvllm.runtime.text.template_process import SandboxProcesses
 
-PATIENCE_S = 60.0
 BOMBS = list(bombs())  # scripts/faults.py template_bombs tries them all against a server
 CHOSEN = sorted({*BOMBS[::9], *dict(reversed(BOMBS)).items()})  # and the first of every kind
 COMPARISON = BOMBS[0][1]  # one call into C that never returns
