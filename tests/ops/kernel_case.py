@@ -45,15 +45,19 @@ EMULATED = Level(
 )
 
 
+BEST = next(isa.usable_levels())
+
+
 def _levels() -> tuple[Level, ...]:
     """All; under the sanitizers the best, and AVX2: half as wide vectors, no products of 8 bits."""
     if not SANITIZERS:
         return isa.levels()
-    best, *others = isa.usable_levels()
-    return best, *(level for level in others if level.name == "avx2")
+    return BEST, *(level for level in isa.usable_levels() if level.name == "avx2" and level != BEST)
 
 
 LEVELS = _levels()
+# The best, and those below it that differ in more than products of 8 bits, which is all that VNNI adds.
+EXACT_LEVELS = tuple(level for level in LEVELS if level == BEST or "vnni" not in level.name)
 
 
 def examples(count: int) -> settings:

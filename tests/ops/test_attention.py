@@ -122,7 +122,7 @@ def make_batch(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     data=st.data(),
     kv_heads=st.integers(1, 3),
