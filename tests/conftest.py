@@ -31,32 +31,40 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# By time, from 200 seconds of a processor down to 15. The processes of a test run take whole files: what
-# comes last must be short, or all but one wait for it.
+# By time, from 200 seconds down to 15 of a processor, or more of waiting. The processes of a test run take
+# whole files: what comes last must be short, or all but one wait for it.
 LONGEST = (
-    "test_sanitizers.py",
     "test_models.py",
-    "test_server_e2e.py",
-    "test_ranks.py",
-    "test_mutations.py",
-    "test_heartbeat.py",
-    "test_process.py",
-    "test_cpu_kernels.py",
-    "test_windows.py",
-    "test_state_machine.py",
-    "test_replicas.py",
+    "test_sanitizers.py",
     "test_stops.py",
+    "test_process.py",
+    "test_heartbeat.py",
+    "test_state_machine.py",
+    "test_ranks.py",
+    "test_windows.py",
+    "test_mutations.py",
+    "test_sleep.py",
     "test_core.py",
+    "test_cli.py",
+    "test_replicas.py",
     "test_core_thread.py",
+    "test_server_e2e.py",
+    "test_cpu_attention.py",
+    "test_proof_scripts.py",
+    "test_overload.py",
     "test_weights.py",
     "test_openapi.py",
-    "test_cli.py",
-    "test_bad_inputs.py",
+    "test_compare.py",
+    "test_layers.py",
     "test_batch.py",
     "test_http_serve.py",
-    "test_engine.py",
-    "test_triton_ops.py",
-    "test_attention.py",
+    "test_template_process.py",
+    "test_compare_engines.py",
+    "test_rank_faults.py",
+    "test_bad_inputs.py",
+    "test_page_browser.py",
+    "test_quantized_folders.py",
+    "test_examples.py",
 )
 
 
