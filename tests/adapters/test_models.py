@@ -83,16 +83,16 @@ def assert_greedy(prompt: list[int], tokens: list[int], logits: torch.Tensor, la
 def test_greedy_tokens_and_logits_are_those_of_transformers(name: str) -> None:
     """24 tokens after each of 64 prompts together, then the logits of a prompt and of decode steps.
 
-    Plain torch, which takes three times as long, generates after every sixteenth prompt.
+    Plain torch, which takes three times as long, generates after every sixteenth prompt, the longest too.
     """
     folder = variant_folder(name)
     model = reference(folder)
     prompts = make_prompts(64, TOKENIZER_SIZE, longest=90)
     compared: list[list[int]] = []
-    for backend, chosen in zip(BACKENDS, (prompts, prompts[::16]), strict=True):
+    for backend, chosen in zip(BACKENDS, (prompts, prompts[15::16]), strict=True):
         engine = make_engine(folder, num_gpu_blocks_override=512, attention_backend=backend)
         outputs = generate_ids(engine, chosen, 24)
-        if outputs == compared[::16]:
+        if outputs == compared[15::16]:
             continue  # the usual case: what follows was just found true of the very same tokens
         ties = 0
         assert {len(tokens) for tokens in outputs} == {24}
@@ -251,8 +251,9 @@ def test_preemption_changes_no_token(alone: Alone, asynchronous: bool) -> None:
     model, prompts, expected = alone
     # With a window in all layers requests stop growing after a few blocks; groups of layers that share blocks
     # need fewer of them than one alone.
-    is_windowed = model["model"] == variant_folder("mistral-window")
-    blocks, fewest = (22, 1) if is_windowed else (30, len(prompts) // 3)
+    blocks, fewest = (30, 4) if len(prompts) > 6 else (22, 2)
+    if model["model"] == variant_folder("mistral-window"):
+        blocks, fewest = 22, 1
     if (groups := groups_of(model["model"])) > 1:
         blocks, fewest = 23 * groups, 2
     engine = make_engine(
