@@ -5,13 +5,9 @@
 #include "int8.h"
 #include "linear.h"
 #include "norm.h"
-#include "panel.h"
+#include "packed.h"
 #include "pool.h"
-#include "quantized.h"
 #include "tuning.h"
-
-/* A panel of float32 is [k][WIDTH]. One of bfloat16 is [k / 2][WIDTH][2], as the matrix unit takes it: neighbours in k
- * share a 32-bit word, and zeros fill k up to whole tiles. Panels of quantised weights are described in quantized.h. */
 
 /* Bytes of the weight between what is fetched and what is used, where memory is all there is to wait for. */
 #define AHEAD 4096
@@ -132,15 +128,6 @@ INLINE void tile(const float *x, long stride, const void *panel, long k, float (
 static void tile_f32(const float *x, long stride, const float *panel, long k, float (*from)[WIDTH], float out[][WIDTH],
                      int is_more, const char *ahead, long step, int once, long rows)
 { tile(x, stride, panel, k, from, out, is_more, ahead, step, once, 0, rows); }
-
-INLINE int is_plain(int format) { return format == FORMAT_F32 || format == FORMAT_BF16; }
-INLINE long plain_bytes(int format) { return format == FORMAT_BF16 ? sizeof(bf16) : sizeof(float); }
-INLINE long panels_of(long n) { return (n + WIDTH - 1) / WIDTH; }
-INLINE long panel_bytes(int format, long k)
-{
-    if (!is_plain(format)) return quantized_panel_bytes(format, k);
-    return WIDTH * plain_bytes(format) * (format == FORMAT_BF16 ? matrix_depth(k) : k);
-}
 
 typedef struct {
     const Linear *layer;
@@ -397,43 +384,4 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     };
     parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
     return 0;
-}
-
-/* Bytes that `linear` needs in the place of n rows of k; 0 for a format that it does not know. */
-long packed_bytes(int format, long n, long k) { return panels_of(n) * panel_bytes(format, k); }
-
-typedef struct {
-    const void *weight;
-    void *packed;
-    long n, k;
-    int format;
-} Packing;
-
-/* One panel: rows of the weight, or zeros where it has no more. */
-static void pack_piece(const void *job, long piece)
-{
-    const Packing *p = job;
-    long row = piece * WIDTH, rows = least(WIDTH, p->n - row);
-    if (!is_plain(p->format)) {
-        uint8_t *to = (uint8_t *)p->packed + piece * quantized_panel_bytes(p->format, p->k);
-        pack_quantized(p->format, p->weight, row, rows, p->k, to);
-        return;
-    }
-    long depth = p->format == FORMAT_BF16 ? matrix_depth(p->k) : p->k, size = piece * depth * WIDTH;
-    for (long lane = 0; lane < WIDTH; lane++) {
-        long from = (row + lane) * p->k, count = lane < rows ? p->k : 0;
-        for (long i = 0; i < depth; i++) {
-            if (p->format == FORMAT_BF16)
-                ((bf16 *)p->packed)[size + (i / 2 * WIDTH + lane) * 2 + i % 2] =
-                    i < count ? ((const bf16 *)p->weight)[from + i] : 0;
-            else ((float *)p->packed)[size + i * WIDTH + lane] = i < count ? ((const float *)p->weight)[from + i] : 0;
-        }
-    }
-}
-
-/* Packs them, from rows as a GGUF file has them if they are quantised. */
-void pack(Pool *pool, int format, const void *weight, void *packed, long n, long k)
-{
-    Packing packing = {weight, packed, n, k, format};
-    parallel(pool, pack_piece, &packing, panels_of(n));
 }
