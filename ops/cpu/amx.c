@@ -15,45 +15,19 @@ int has_bf16(void) { return HAS_BF16; }
 #include "norm.h"
 #include "quantized_panel.h"
 
-static long whole_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
-long narrowed_numbers(const Narrowed *x) { return (1 + x->has_rest) * whole_rows(x->m) * matrix_depth(x->k); }
-
-/* Where value i of a row lies, for an i of whole LANES. */
-INLINE long narrowed_at(const Narrowed *x, long row, long i)
-{
-    if (!HAS_AMX) return row * matrix_depth(x->k) + i;
-    return row / TILE_ROWS * TILE_ROWS * matrix_depth(x->k) + i / TILE_DEPTH * TILE_ROWS * TILE_DEPTH +
-           row % TILE_ROWS * TILE_DEPTH + i % TILE_DEPTH;
-}
-
 typedef struct {
     const float *x, *norm;
     float eps;
     const Narrowed *to;
 } Narrowing;
 
-INLINE uvec narrow_vector(vec x)
-{
-    __m256bh values = _mm512_cvtneps_pbh((__m512)x);
-    hvec narrow;
-    memcpy(&narrow, &values, sizeof narrow);
-    return __builtin_convertvector(narrow, uvec);
-}
-
-INLINE void store_narrow(bf16 *to, uvec values)
-{
-    hvec narrow = __builtin_convertvector(values, hvec);
-    memcpy(to, &narrow, sizeof narrow);
-}
-
-/* One row. Rows and columns that only fill up the tiles are zeros. What is not finite has no rest. */
+/* One row. Rows and columns that only fill up the tiles are zeros. */
 static void narrow_piece(const void *job, long row)
 {
     const Narrowing *n = job;
     const Narrowed *to = n->to;
     long depth = matrix_depth(to->k), count = row < to->m ? to->k : 0, i = 0;
     const float *x = n->x + row * to->k;
-    const long rest = narrowed_numbers(to) / 2;
     float scale = 1.0f;
     if (n->norm && count) scale = norm_scale(x, to->k, n->eps);
     for (; i < count; i += LANES) {
@@ -65,18 +39,9 @@ static void narrow_piece(const void *job, long row)
             if (count - i < LANES) memcpy(weights, n->norm + i, (count - i) * sizeof *x);
             v = v * scale * load_f32(count - i < LANES ? weights : n->norm + i);
         }
-        uvec high = narrow_vector(v);
-        bf16 *y = to->values + narrowed_at(to, row, i);
-        store_narrow(y, high);
-        if (!to->has_rest) continue;
-        vec left = v - (vec)(high << 16);
-        store_narrow(y + rest, narrow_vector((vec)((ivec)left & (left == left))));
+        put_narrowed(to, row, i, v);
     }
-    for (; i < depth; i += LANES) {
-        bf16 *y = to->values + narrowed_at(to, row, i);
-        store_narrow(y, (uvec){});
-        if (to->has_rest) store_narrow(y + rest, (uvec){});
-    }
+    for (; i < depth; i += LANES) put_narrowed(to, row, i, (vec){});
 }
 
 void narrow_rows(Pool *pool, const float *x, const float *norm, float eps, const Narrowed *to)

@@ -29,8 +29,10 @@ INLINE long matrix_depth(long k) { return (k + TILE_DEPTH - 1) / TILE_DEPTH * TI
 #define EXACT_ROWS 32
 
 #if HAS_BF16
+#include <immintrin.h>
+
 /* Asks for a line that will be written, which another thread may have had last. */
-INLINE void fetch_to_write(float *at) { __asm__ volatile("prefetchw %0" ::"m"(*at)); }
+INLINE void fetch_to_write(void *at) { __asm__ volatile("prefetchw %0" ::"m"(*(char *)at)); }
 #endif
 
 /* Between memory accesses and the unit's: its loads are none to GCC, which could do a store behind them. */
@@ -50,7 +52,39 @@ typedef struct {
     int has_rest;
 } Narrowed;
 
-INTERNAL long narrowed_numbers(const Narrowed *x);
+INLINE long whole_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; }
+INLINE long narrowed_numbers(const Narrowed *x) { return (1 + x->has_rest) * whole_rows(x->m) * matrix_depth(x->k); }
+
+/* Where value i of a row lies, for an i of whole LANES. */
+INLINE bf16 *narrowed_at(const Narrowed *x, long row, long i)
+{
+    if (!HAS_AMX) return x->values + row * matrix_depth(x->k) + i;
+    return x->values + row / TILE_ROWS * TILE_ROWS * matrix_depth(x->k) + i / TILE_DEPTH * TILE_ROWS * TILE_DEPTH +
+           row % TILE_ROWS * TILE_DEPTH + i % TILE_DEPTH;
+}
+
+#if HAS_BF16
+INLINE uvec narrow_vector(vec x)
+{
+    __m256bh values = _mm512_cvtneps_pbh((__m512)x);
+    hvec narrow;
+    memcpy(&narrow, &values, sizeof narrow);
+    return __builtin_convertvector(narrow, uvec);
+}
+
+/* LANES values of a row from i on. What is not finite has no rest. */
+INLINE void put_narrowed(const Narrowed *to, long row, long i, vec x)
+{
+    bf16 *at = narrowed_at(to, row, i);
+    uvec high = narrow_vector(x);
+    hvec narrow = __builtin_convertvector(high, hvec);
+    memcpy(at, &narrow, sizeof narrow);
+    if (!to->has_rest) return;
+    vec left = x - (vec)(high << 16);
+    narrow = __builtin_convertvector(narrow_vector((vec)((ivec)left & (left == left))), hvec);
+    memcpy(at + narrowed_numbers(to) / 2, &narrow, sizeof narrow);
+}
+#endif
 
 /* Rounds to nearest, ties to even, rows of x that are normalised before if there is a norm[k] (see norm.h). */
 INTERNAL void narrow_rows(Pool *pool, const float *x, const float *norm, float eps, const Narrowed *to);

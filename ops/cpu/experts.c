@@ -119,8 +119,7 @@ static void move(Pool *pool, Piece piece, const Move *job)
 static int add_shared(Pool *pool, const Experts *a, const float *x, float *inner, float *given, float *scales, float *y,
                       long n)
 {
-    if (linear(pool, a->shared_gate_up, x, NULL, inner, n)) return -1;
-    if (linear(pool, a->shared_down, inner, NULL, given, n)) return -1;
+    if (mlp(pool, a->shared_gate_up, a->shared_down, x, inner, NULL, given, n)) return -1;
     if (a->shared_gate && linear(pool, a->shared_gate, x, NULL, scales, n)) return -1;
     for (long row = 0; row < n; row++) {
         float scale = a->shared_gate ? 1.0f / (1.0f + expf(-scales[row])) : 1.0f;
@@ -158,8 +157,7 @@ int experts(Pool *pool, const Experts *a, const float *x, const float *residual,
         if (!m) continue;
         Move in = {normed, NULL, gathered, rows, m, d}, out = {given, own, y, rows, m, d};
         move(pool, gather_piece, &in);
-        if (linear(pool, a->gate_up[e], gathered, NULL, inner, m)) return -1;
-        if (linear(pool, a->down[e], inner, NULL, given, m)) return -1;
+        if (mlp(pool, a->gate_up[e], a->down[e], gathered, inner, NULL, given, m)) return -1;
         move(pool, add_piece, &out);
     }
     return 0;

@@ -25,8 +25,7 @@ int decoder_layers(Pool *pool, const Step *step, const Cache *caches, const Laye
             if (experts(pool, layers[i].experts, hidden, hidden, hidden, n, scratch)) return -1;
             continue;
         }
-        if (linear(pool, layers[i].gate_up, hidden, 0, inner, n)) return -1;
-        if (linear(pool, layers[i].down, inner, hidden, hidden, n)) return -1;
+        if (mlp(pool, layers[i].gate_up, layers[i].down, hidden, inner, hidden, hidden, n)) return -1;
     }
     return 0;
 }

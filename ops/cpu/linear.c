@@ -135,6 +135,7 @@ typedef struct {
     const Int8Group *rounded; /* x, or null */
     const Narrowed *narrowed; /* x, or null */
     bf16 *widened;            /* of each thread, two panels of quantised weights; or null */
+    const Narrowed *narrowed_y; /* in the place of y, or null */
     float *y;
     long m, block, panels;    /* rows of x; rows of a block; pieces of a block */
 } Product;
@@ -154,6 +155,14 @@ INLINE Place place_of(const Product *p, long piece)
         at.column += at.part->n;
     }
     return at;
+}
+
+/* Of a block of rows. */
+static long pieces_of(const Linear *layer)
+{
+    long panels = 0;
+    for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
+    return panels;
 }
 
 INLINE const void *panel_at(const Part *part, long panel, long k)
@@ -181,6 +190,14 @@ INLINE void finish_half(const Product *p, const Place *at, int half, const float
         value = a->is_clamped ? clamped_swiglu(value, other) : value / (1.0f + vexp(-value)) * other;
     }
     if (p->residual) value += load_part(p->residual + row * a->n + column, count);
+#if HAS_BF16
+    if (p->narrowed_y) {
+        float part[LANES] = {}; /* zeros fill up tiles */
+        if (count < LANES) store_part(part, value, count);
+        put_narrowed(p->narrowed_y, row, column, count < LANES ? load_f32(part) : value);
+        return;
+    }
+#endif
     store_part(p->y + row * a->n + column, value, count);
 }
 
@@ -247,6 +264,16 @@ static void product_piece(const void *job, long piece)
 
 #if HAS_BF16
 
+/* Asks for where results of `count` rows go, `columns` of a place from its column `half` on. */
+INLINE void fetch_results(const Product *p, const Place *at, int half, long columns, long row, long count)
+{
+    long n = p->layer->n, column = at->column + at->panel * WIDTH + half;
+    for (long r = row; r < row + count; r++)
+        for (long i = column; i < column + columns; i += LANES)
+            if (p->narrowed_y) fetch_to_write(narrowed_at(p->narrowed_y, r, i));
+            else fetch_to_write(p->y + r * n + i);
+}
+
 /* The same with x in bfloat16. Quantised weights are widened once for all rows of the block. */
 static void matrix_piece(const void *job, long piece)
 {
@@ -272,8 +299,7 @@ static void matrix_piece(const void *job, long piece)
                 long count = least(MATRIX_ROWS, at.rows - row), first = at.begin + row;
                 const bf16 *ahead =
                     row || at.part[half / LANES].format != FORMAT_BF16 ? NULL : panels[half / LANES] + size;
-                float *y = p->y + first * a->n + at.column + at.panel * WIDTH + half;
-                for (long r = 0; r < count; r++, y += a->n) fetch_to_write(y);
+                fetch_results(p, &at, half, LANES, first, count);
                 Halves halves = {panels[0] + 2 * half, panels[1] + 2 * half};
                 multiply_matrix(p->narrowed, first, count, halves, ahead, sums[0]);
                 for (long r = 0; r < count; r++) finish_half(p, &at, half, sums[0][r], sums[0][r] + LANES, first + r);
@@ -283,9 +309,7 @@ static void matrix_piece(const void *job, long piece)
     }
     for (long row = 0; row < at.rows; row += MATRIX_ROWS) {
         long count = least(MATRIX_ROWS, at.rows - row);
-        float *y = p->y + (at.begin + row) * a->n + at.column + at.panel * WIDTH;
-        for (long r = 0; r < count; r++, y += a->n)
-            for (int i = 0; i < WIDTH; i += LANES) fetch_to_write(y + i);
+        fetch_results(p, &at, 0, WIDTH, at.begin + row, count);
         for (int half = 0; half <= a->is_gated; half++) {
             /* The first rows fetch the next panel, which follows this one. */
             const bf16 *ahead = row || at.part[half].format != FORMAT_BF16 ? NULL : panels[half] + size;
@@ -324,21 +348,53 @@ static int takes_matrix(const Linear *layer, long m)
     return tuning->is_invariant ? !layer->rounds_x : m >= border;
 }
 
-static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
+/* Few rows cost no time twice, and so nothing of their precision. */
+static Narrowed narrowed_rows(const Linear *layer, long m)
+{ return (Narrowed){.k = layer->k, .m = m, .has_rest = layer->tuning->is_invariant || m <= EXACT_ROWS}; }
+
+static long widened_numbers(const Pool *pool, const Linear *layer)
 {
-    long k = layer->k, m = product->m, threads = pool_threads(pool), size = WIDTH * matrix_depth(k), quantised = 0;
-    for (int i = 0; i < layer->num_parts; i++) quantised |= layer->parts[i].format != FORMAT_BF16;
-    /* Few rows cost no time twice, and so nothing of their precision. */
-    Narrowed narrowed = {.k = k, .m = m, .has_rest = layer->tuning->is_invariant || m <= EXACT_ROWS};
+    for (int i = 0; i < layer->num_parts; i++)
+        if (layer->parts[i].format != FORMAT_BF16) return 2 * pool_threads(pool) * WIDTH * matrix_depth(layer->k);
+    return 0;
+}
+
+static void multiply_narrowed(Pool *pool, Product p)
+{
+    p.panels = pieces_of(p.layer);
+    p.block = matrix_block(p.m, p.layer->k, p.panels, pool_threads(pool));
+    parallel(pool, matrix_piece, &p, p.panels * ((p.m + p.block - 1) / p.block));
+}
+
+static int multiply_by_matrix(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
+{
+    Narrowed narrowed = narrowed_rows(layer, m);
     long numbers = narrowed_numbers(&narrowed);
-    bf16 *scratch = (bf16 *)pool_scratch(pool, (numbers + quantised * 2 * threads * size) / 2);
-    if (!scratch) return -1;
-    narrowed.values = scratch;
-    narrow_rows(pool, product->x, layer->norm, layer->eps, &narrowed);
-    product->narrowed = &narrowed;
-    product->widened = scratch + numbers;
-    product->block = matrix_block(m, k, product->panels, threads);
-    parallel(pool, matrix_piece, product, product->panels * ((m + product->block - 1) / product->block));
+    narrowed.values = (bf16 *)pool_scratch(pool, (numbers + widened_numbers(pool, layer)) / 2);
+    if (!narrowed.values) return -1;
+    narrow_rows(pool, x, layer->norm, layer->eps, &narrowed);
+    Product product = {.layer = layer, .residual = residual, .narrowed = &narrowed, .y = y, .m = m};
+    product.widened = narrowed.values + numbers;
+    multiply_narrowed(pool, product);
+    return 0;
+}
+
+/* What gate_up gives is rounded once, and goes into the other product's tiles. */
+static int mlp_by_matrix(Pool *pool, const Linear *gate_up, const Linear *down, const float *x, const float *residual,
+                         float *y, long m)
+{
+    Narrowed outer = narrowed_rows(gate_up, m), inner = narrowed_rows(down, m);
+    long numbers = narrowed_numbers(&outer), all = numbers + narrowed_numbers(&inner);
+    long widened = most(widened_numbers(pool, gate_up), widened_numbers(pool, down));
+    outer.values = (bf16 *)pool_scratch(pool, (all + widened) / 2);
+    if (!outer.values) return -1;
+    inner.values = outer.values + numbers;
+    narrow_rows(pool, x, gate_up->norm, gate_up->eps, &outer);
+    Product first = {.layer = gate_up, .narrowed = &outer, .narrowed_y = &inner, .m = m};
+    Product second = {.layer = down, .residual = residual, .narrowed = &inner, .y = y, .m = m};
+    first.widened = second.widened = outer.values + all;
+    multiply_narrowed(pool, first);
+    multiply_narrowed(pool, second);
     return 0;
 }
 
@@ -350,14 +406,10 @@ static int multiply_by_matrix(Pool *pool, const Linear *layer, Product *product)
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m)
 {
     if (!m) return 0;
-    long k = layer->k, panels = 0;
-    for (int i = 0; i < (layer->is_gated ? 1 : layer->num_parts); i++) panels += panels_of(layer->parts[i].n);
+    long k = layer->k, panels = pieces_of(layer);
     long block = least(BLOCK_BYTES / (4 * k) / ROWS, BLOCK_ROWS / ROWS) * ROWS;
 #if HAS_BF16
-    if (takes_matrix(layer, m)) {
-        Product product = {.layer = layer, .x = x, .residual = residual, .y = y, .m = m, .panels = panels};
-        return multiply_by_matrix(pool, layer, &product);
-    }
+    if (takes_matrix(layer, m)) return multiply_by_matrix(pool, layer, x, residual, y, m);
 #endif
     long normed_floats = layer->norm ? m * k : 0;
     long rounded_floats = layer->rounds_x ? m * k / GROUP * (long)(sizeof(Int8Group) / sizeof(float)) : 0;
@@ -384,4 +436,17 @@ int linear(Pool *pool, const Linear *layer, const float *x, const float *residua
     };
     parallel(pool, product_piece, &product, panels * ((m + product.block - 1) / product.block));
     return 0;
+}
+
+/* y[m, n] = down(gate_up(x[m, k])) + residual[m, n]; inner: room for m rows of what gate_up gives. Returns -1 if there
+ * is no memory, else 0. */
+int mlp(Pool *pool, const Linear *gate_up, const Linear *down, const float *x, float *inner, const float *residual,
+        float *y, long m)
+{
+#if HAS_BF16
+    if (m && !down->norm && takes_matrix(gate_up, m) && takes_matrix(down, m))
+        return mlp_by_matrix(pool, gate_up, down, x, residual, y, m);
+#endif
+    if (linear(pool, gate_up, x, NULL, inner, m)) return -1;
+    return linear(pool, down, inner, residual, y, m);
 }

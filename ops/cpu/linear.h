@@ -8,5 +8,7 @@ typedef struct Linear Linear;
 
 /* See linear.c. */
 int linear(Pool *pool, const Linear *layer, const float *x, const float *residual, float *y, long m);
+INTERNAL int mlp(Pool *pool, const Linear *gate_up, const Linear *down, const float *x, float *inner,
+                 const float *residual, float *y, long m);
 
 #endif
