@@ -58,12 +58,13 @@ class DecoderModel:
             layer.mixer.kept(each) for layer, each in zip(spec.layers, layers, strict=True)
         ]
 
-    def forward(self, input_ids: Tensor, attention: StepAttention) -> Tensor:
+    def forward(self, input_ids: Tensor, attention: StepAttention, needed: Tensor | None = None) -> Tensor:
         """input_ids: [n] int64, the tokens of a step in its attention batch's order -> [n, hidden].
 
-        The attention backend has to be one of this model's `attention`.
+        The attention backend has to be one of this model's `attention`. needed: [m] int64, rising, the tokens
+        whose hidden states are returned; those of all if there are none.
         """
-        return self._layers(self.embed(input_ids), attention)
+        return self._layers(self.embed(input_ids), attention, needed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [m, hidden], the rows to predict from -> [m, vocab] float32.

@@ -53,12 +53,15 @@ class DecoderLayers:
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
         self._layers = layers
 
-    def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
-        """hidden: [n, d] -> [n, d], perhaps where hidden was."""
+    def __call__(self, hidden: Tensor, attention: StepAttention, needed: Tensor | None = None) -> Tensor:
+        """hidden: [n, d] -> [n, d], perhaps where hidden was, or those of the rows that are `needed`.
+
+        needed: [m] int64, rising.
+        """
         for index, layer in enumerate(self._layers):
             hidden = layer.o(attention(index, layer.qkv(hidden)), hidden)
             hidden = layer.down(layer.gate_up(hidden), hidden)
-        return hidden
+        return hidden if needed is None else hidden[needed]
 
 
 class NormedLinear:

@@ -26,6 +26,7 @@ from microvllm.ops.cpu.experts import CpuExperts
 from microvllm.ops.cpu.isa import has_bf16
 from microvllm.ops.cpu.latent import CpuLatentAttention
 from microvllm.ops.cpu.memory import WeightMemory
+from microvllm.ops.cpu.needed import Needed
 from microvllm.ops.cpu.recurrences import RECURRENCES
 from microvllm.ops.cpu.tuning import Tuning
 from microvllm.ops.experts import ExpertWeights
@@ -107,7 +108,7 @@ _SIGNATURES: dict[str, tuple[Sequence[type], type | None]] = {
     "silu_and_mul": ([_POINTER] * 3 + [_LONG] * 2, None),
     "rotate_and_cache": ([_POINTER] * 4, None),
     "attention": ([_POINTER] * 5, _INT),
-    "decoder_layers": ([_POINTER] * 4 + [_LONG] + [_POINTER] * 2, _INT),
+    "decoder_layers": ([_POINTER] * 5 + [_LONG, _POINTER, _LONG, _POINTER], _INT),
 }
 
 
@@ -387,22 +388,25 @@ class CpuLayers(DecoderLayers):
         self.max_rows = min(product.max_rows for some in products for product in some)
         self._arguments = (_Layer * len(layers))(*structs)
 
-    def __call__(self, hidden: Tensor, attention: StepAttention) -> Tensor:
-        rows = hidden.shape[0]
+    def __call__(self, hidden: Tensor, attention: StepAttention, needed: Tensor | None = None) -> Tensor:
+        rows, width = hidden.shape
         if not isinstance(attention, CpuStep) or rows > self.max_rows:
-            return super().__call__(hidden, attention)
+            return super().__call__(hidden, attention, needed)
         scratch = torch.empty(rows * self._width)
+        of_needed = None if needed is None else attention.needed(needed)
         if self._kernel(
             self._pool,
             attention.address,
+            None if of_needed is None else ctypes.byref(of_needed),
             attention.caches,
             self._arguments,
             len(self._arguments),
             hidden.data_ptr(),
+            width,
             scratch.data_ptr(),
         ):
             raise MemoryError(f"no memory for a step of {rows} rows")
-        return hidden
+        return hidden if needed is None else hidden[: len(needed)]
 
 
 class CpuAttention(HeadMajorCache):
@@ -468,6 +472,10 @@ class CpuStep:
             ctypes.addressof(backend.tuning),
         )
         self.address = ctypes.addressof(self._step)
+
+    def needed(self, rows: Tensor) -> Needed:
+        """The last layer's step if only these of its tokens are needed."""
+        return Needed.of(self._step, self.batch, rows)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         at, cache = qkv.data_ptr(), ctypes.addressof(self.caches[layer])

@@ -21,6 +21,7 @@ from microvllm.runtime.errors import EngineError
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.worker.bitmask import ChooseMasked, ReadTokens
 from microvllm.runtime.worker.gpu_memory import capture_graphs
+from microvllm.runtime.worker.logprobs import needed_rows
 from microvllm.runtime.worker.sampler import GPUSampler, Sampler
 from microvllm.runtime.worker.step_inputs import DeviceInputs, HostInputs, StepArrays, StepInputs
 from microvllm.runtime.worker.step_times import DeviceClock, StepClock, time_forward
@@ -80,7 +81,10 @@ class Device(ABC):
 
     @abstractmethod
     def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Launch the model -> the id and the hidden state of every token of the step: [n], [n, hidden]."""
+        """Launch the model -> the id and the hidden state of every token of the step: [n], [n, hidden].
+
+        On a CPU only of those behind which a token is sampled, unless others are needed.
+        """
 
     @abstractmethod
     def read_later(self, tokens: Tensor) -> ReadTokens:
@@ -128,12 +132,13 @@ class CpuDevice(Device):
             torch.set_num_threads(1)
 
     def forward(self, items: Sequence[ScheduledRequest], block_tables: np.ndarray) -> tuple[Tensor, Tensor]:
-        made = self.inputs.advance(items)
-        if made is None:
-            made = self.inputs.make(StepArrays.of(items, block_tables, self._block_size), block_tables)
-        ids, batch = made
+        ids, batch = self.inputs.advance(items) or self.inputs.make(
+            StepArrays.of(items, block_tables, self._block_size), block_tables
+        )
+        needed = needed_rows(items, self._model.spec)
         self._begin_forward()
-        return ids, self._model.forward(ids, self._attention.begin_step(batch))
+        hidden = self._model.forward(ids, self._attention.begin_step(batch), needed)
+        return ids if needed is None else ids[needed], hidden
 
     def read_later(self, tokens: Tensor) -> ReadTokens:
         return tokens.tolist

@@ -1,13 +1,15 @@
-"""Log probabilities beside the tokens of outputs, and of prompts."""
+"""Log probabilities beside the tokens of outputs, and of prompts, and the hidden states that these take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from microvllm.adapters.spec import ModelSpec
 from microvllm.ops.sampling import largest
 from microvllm.runtime.core.plan import ScheduledRequest
 from microvllm.runtime.request import SamplingParams, TokenLogprobs
@@ -126,6 +128,19 @@ def log_probabilities(
         if request.ids:
             others[i, : len(request.ids)] = torch.tensor(request.ids)
     return LogprobTensors(tokens, own.squeeze(1), ranks, others, values.gather(1, others), counts)
+
+
+def needed_rows(items: Sequence[ScheduledRequest], spec: ModelSpec) -> Tensor | None:
+    """Of the tokens of a step those behind which one is sampled, [m] int64.
+
+    None if the hidden states of others are needed, too, or there are none. items: in the tokens' order.
+    """
+    if spec.pooling is not None or all(item.num_new == 1 for item in items):
+        return None
+    if any(item.request.params.prompt_logprobs is not None for item in items):
+        return None
+    ends = np.cumsum([item.num_new for item in items]) - 1
+    return torch.from_numpy(ends[[item.samples for item in items]])
 
 
 PromptLogprobs = Mapping[int, Sequence[LogprobTensors]]  # by index in plan.scheduled

@@ -161,17 +161,15 @@ class ModelGraphRunner:
     # ---- its parts -----------------------------------------------------------------------------
 
     def _choose(self, plan: StepPlan, order: Sequence[int], ids: Tensor, hidden: Tensor) -> LaunchedStep:
-        """Sample; `ids` and `hidden` are those of all tokens, of the plan's requests in this order."""
+        """Sample; `ids` and `hidden` are those of all tokens that the device gave, in this order."""
         items = [plan.scheduled[i] for i in order]
-        normalise = self._normalise
-        prompt_logprobs = log_prompts(self.model.logits, hidden, items, order, normalise=normalise)
+        prompt_logprobs = log_prompts(self.model.logits, hidden, items, order, normalise=self._normalise)
         sampling = [j for j, item in enumerate(items) if item.samples]
         if not sampling:
             return LaunchedStep(plan, prompt_logprobs=prompt_logprobs)
         if len(sampling) < ids.shape[0]:
-            ends = np.cumsum([item.num_new for item in items])[sampling] - 1
-            last = on_device(ends, torch.int64, hidden.device)
-            ids, hidden = ids[last], hidden[last]
+            at = on_device(np.cumsum([item.num_new for item in items])[sampling] - 1, torch.int64, ids.device)
+            ids, hidden = ids[at], hidden[at]
         step = LaunchedStep(plan, [order[j] for j in sampling], prompt_logprobs=prompt_logprobs)
         items = [items[j] for j in sampling]
         return self._sample_or_wait(step, items, partial(self._sample, self.model.logits(hidden), items, ids))

@@ -67,10 +67,10 @@ class Decoder:
         self.hidden = random(case.num_tokens, hidden)
         self.batch = case.batch(torch.device("cpu"))
 
-    def run(self, *, apart: bool = False) -> torch.Tensor:
+    def run(self, needed: torch.Tensor | None = None, *, apart: bool = False) -> torch.Tensor:
         """What comes out; `apart`: as if the step's attention were timed."""
         step: StepAttention = self.backend.begin_step(self.batch)
-        return self.layers(self.hidden.clone(), (lambda *args: step(*args)) if apart else step)
+        return self.layers(self.hidden.clone(), (lambda *args: step(*args)) if apart else step, needed)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,14 @@ def test_one_call_gives_what_the_operators_give(
     assert torch.equal(together, apart)
     expected = Decoder(case, TorchOperators(torch.float32), dtype, seed).run()
     rounds = dtype == torch.bfloat16 and case.num_tokens > MAX_KERNEL_ROWS_BF16
-    tolerance = 1e-2 if rounds else 1e-4
-    assert float((together - expected).abs().max()) < tolerance * float(expected.abs().max())
+    tolerance = (1e-2 if rounds else 1e-4) * float(expected.abs().max())
+    assert float((together - expected).abs().max()) < tolerance
+    needed = (torch.rand(case.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.3).nonzero()[
+        :, 0
+    ]
+    alone = ours.run(needed)
+    assert alone.shape == (len(needed), expected.shape[1])
+    assert torch.allclose(alone, expected[needed], rtol=0, atol=tolerance)
 
 
 def test_more_rows_than_the_kernels_take_go_operator_by_operator(
