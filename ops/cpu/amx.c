@@ -21,33 +21,29 @@ typedef struct {
     const Narrowed *to;
 } Narrowing;
 
-/* One row. Rows and columns that only fill up the tiles are zeros. */
-static void narrow_piece(const void *job, long row)
+/* TILE_ROWS rows, tile by tile, so that memory is written from end to end. Rows and columns that only fill up the tiles
+ * are zeros. */
+static void narrow_piece(const void *job, long piece)
 {
     const Narrowing *n = job;
-    const Narrowed *to = n->to;
-    long depth = matrix_depth(to->k), count = row < to->m ? to->k : 0, i = 0;
-    const float *x = n->x + row * to->k;
-    float scale = 1.0f;
-    if (n->norm && count) scale = norm_scale(x, to->k, n->eps);
-    for (; i < count; i += LANES) {
-        float values[LANES] = {};
-        if (count - i < LANES) memcpy(values, x + i, (count - i) * sizeof *x);
-        vec v = load_f32(count - i < LANES ? values : x + i);
-        if (n->norm) {
-            float weights[LANES] = {};
-            if (count - i < LANES) memcpy(weights, n->norm + i, (count - i) * sizeof *x);
-            v = v * scale * load_f32(count - i < LANES ? weights : n->norm + i);
-        }
-        put_narrowed(to, row, i, v);
-    }
-    for (; i < depth; i += LANES) put_narrowed(to, row, i, (vec){});
+    const Narrowed to = *n->to;
+    const long first = piece * TILE_ROWS, rows = least(TILE_ROWS, to.m - first);
+    float scales[TILE_ROWS];
+    for (long r = 0; r < rows; r++) scales[r] = n->norm ? norm_scale(n->x + (first + r) * to.k, to.k, n->eps) : 1.0f;
+    for (long i = 0; i < matrix_depth(to.k); i += TILE_DEPTH)
+        for (long r = 0; r < TILE_ROWS; r++)
+            for (long j = i; j < i + TILE_DEPTH; j += LANES) {
+                vec x = {};
+                if (r < rows) x = load_part(n->x + (first + r) * to.k + j, to.k - j) * scales[r];
+                if (n->norm) x *= load_part(n->norm + j, to.k - j);
+                put_narrowed(&to, first + r, j, x);
+            }
 }
 
 void narrow_rows(Pool *pool, const float *x, const float *norm, float eps, const Narrowed *to)
 {
     Narrowing narrowing = {x, norm, eps, to};
-    parallel(pool, narrow_piece, &narrowing, whole_rows(to->m));
+    parallel(pool, narrow_piece, &narrowing, whole_rows(to->m) / TILE_ROWS);
 }
 
 /* Numbers of the one in the lower halves of words, of the other in the upper. */
