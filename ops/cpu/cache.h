@@ -45,9 +45,14 @@ INLINE void rotate_halves(float *x, const float *cos, const float *sin, long d)
 INLINE void put(const Cache *cache, long head, long slot, const float *x, long d)
 {
     long at = cached_row(cache, head, slot / cache->block_size, slot % cache->block_size) * d;
-    if (cache->is_bf16)
-        for (long i = 0; i < d; i++) ((bf16 *)cache->data)[at + i] = narrow(x[i]);
-    else memcpy((float *)cache->data + at, x, d * sizeof(float));
+    bf16 *to = (bf16 *)cache->data + at;
+    long i = 0;
+    if (!cache->is_bf16) {
+        memcpy((float *)cache->data + at, x, d * sizeof(float));
+        return;
+    }
+    for (; i + LANES <= d; i += LANES) store_bf16(to + i, load_f32(x + i));
+    for (; i < d; i++) to[i] = narrow(x[i]);
 }
 
 #endif

@@ -110,6 +110,14 @@ INLINE bf16 narrow(float f)
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+/* The same of LANES numbers. */
+INLINE void store_bf16(bf16 *p, vec x)
+{
+    uvec bits = (uvec)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = (uvec)(x != x);
+    hvec h = __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 64) & nan), hvec);
+    memcpy(p, &h, sizeof h);
+}
+
 #if defined(__clang__)
 #define SHUFFLE_EACH(a, b, at) shuffle(a, b, at)
 INLINE vec shuffle(vec a, vec b, ivec at)
