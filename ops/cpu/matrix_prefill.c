@@ -13,8 +13,8 @@
 #define CHUNK MATRIX_CHUNK
 
 typedef struct {
-    bf16 *query; /* times the scale, [depth / 2][WIDTH][2], and in as many numbers behind it what rounding took away */
-    float *sum; /* of weights * values, [depth][WIDTH] */
+    bf16 *query; /* times the scale, [depth / 2][WIDTH][2] */
+    float *sum;  /* of weights * values, [depth][WIDTH] */
     float *highest, *total;
 } Block;
 
@@ -25,7 +25,7 @@ typedef struct {
     float *scores, *blocks;
 } Room;
 
-long matrix_tile_block(long d) { return (2 * matrix_depth(d) + 2) * WIDTH; }
+long matrix_tile_block(long d) { return (matrix_depth(d) / 2 + matrix_depth(d) + 2) * WIDTH; }
 
 long matrix_tile_floats(long d, long blocks)
 { return CHUNK * (matrix_depth(d) + WIDTH / 2 + WIDTH) + blocks * matrix_tile_block(d); }
@@ -40,7 +40,7 @@ static Room room_of(float *at, long depth)
 static Block block_of(const Prefill *p, const Room *room, long row)
 {
     long depth = matrix_depth(p->step->d);
-    float *at = room->blocks + row / WIDTH * p->block, *sum = at + depth * WIDTH;
+    float *at = room->blocks + row / WIDTH * p->block, *sum = at + depth / 2 * WIDTH;
     return (Block){(bf16 *)at, sum, sum + depth * WIDTH, sum + (depth + 1) * WIDTH};
 }
 
@@ -110,9 +110,8 @@ static void gather(const Prefill *p, const Room *room, const Tile *tile, long fr
             turn_values(values + t, i, most(0, least(LANES, p->v - i)), room->values + i * CHUNK + t);
 }
 
-/* sums[i][row] (+)= a[i] . (b + rest) for 32 rows of a, `stride` numbers apart, of `depth` numbers; rest or null. */
-INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest, long depth, float *sums,
-                     const int is_more)
+/* sums[i][row] (+)= a[i] . b for 32 rows of a, `stride` numbers apart, of `depth` numbers. */
+INLINE void multiply(const bf16 *a, long stride, const bf16 *b, long depth, float *sums, const int is_more)
 {
 #if HAS_AMX
     const long line = WIDTH * sizeof(float);
@@ -138,13 +137,6 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
         _tile_loadd(5, a + TILE_ROWS * stride, stride * sizeof *a);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        if (!rest) continue;
-        _tile_loadd(6, rest + i * WIDTH, 2 * WIDTH * sizeof *b);
-        _tile_loadd(7, rest + i * WIDTH + WIDTH, 2 * WIDTH * sizeof *b);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, line);
     _tile_stored(1, sums + TILE_ROWS, line);
@@ -152,10 +144,8 @@ INLINE void multiply(const bf16 *a, long stride, const bf16 *b, const bf16 *rest
     _tile_stored(3, below + TILE_ROWS, line);
     MEMORY_IS_USED();
 #else
-    for (int r = 0; r < 2 * TILE_ROWS; r += DOT_ROWS, a += DOT_ROWS * stride, sums += DOT_ROWS * WIDTH) {
+    for (int r = 0; r < 2 * TILE_ROWS; r += DOT_ROWS, a += DOT_ROWS * stride, sums += DOT_ROWS * WIDTH)
         dot_rows(a, stride, b, b + WIDTH, depth, sums, NULL, is_more);
-        if (rest) dot_rows(a, stride, rest, rest + WIDTH, depth, sums, NULL, 1);
-    }
 #endif
 }
 
@@ -199,7 +189,7 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
          whole = (count + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
     float (*scores)[WIDTH] = (float (*)[WIDTH])room->scores;
     for (long t = 0; t < whole; t += 2 * TILE_ROWS)
-        multiply(room->keys + (first + t) * depth, depth, b->query, b->query + depth * WIDTH, depth, scores[t], 0);
+        multiply(room->keys + (first + t) * depth, depth, b->query, depth, scores[t], 0);
     if (from + first + count - 1 > positions[0] || positions[WIDTH - 1] - p->window >= from + first)
         mask(scores, positions, from + first, count, p->window);
     for (long t = count; t < whole; t++)
@@ -227,44 +217,27 @@ static void attend(const Prefill *p, const Room *room, const Block *b, long firs
             }
     }
     for (long i = 0; i < of_values; i += 2 * TILE_ROWS)
-        multiply(room->values + i * CHUNK + first, CHUNK, room->weights, NULL, whole, b->sum + i * WIDTH, 1);
+        multiply(room->values + i * CHUNK + first, CHUNK, room->weights, whole, b->sum + i * WIDTH, 1);
 }
 
-/* Two vectors in bfloat16, one behind the other, and back. */
+/* Two vectors in bfloat16, one behind the other. */
 INLINE uvec narrow_pair(vec a, vec b) { return (uvec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
-INLINE vec widen_half(uvec words, const int half)
-{
-    hvec numbers;
-    memcpy(&numbers, (const char *)&words + half * sizeof numbers, sizeof numbers);
-    return (vec)(__builtin_convertvector(numbers, uvec) << 16);
-}
 
-/* Queries of `count` rows, at most LANES, times the scale, into a block; behind them what rounding takes away. */
+/* Queries of `count` rows, at most LANES, times the scale, into a block. They are rounded as the keys are. */
 static void put_queries(const Prefill *p, const Tile *tile, long row, long count, bf16 *to)
 {
     const Step *a = p->step;
-    long d = a->d, depth = matrix_depth(d);
     float factor = a->scale * LOG2_E;
-    for (long i = 0; i < d; i += 2 * LANES) {
-        uvec words[LANES] = {}, rest[LANES] = {};
+    for (long i = 0; i < a->d; i += 2 * LANES) {
+        uvec words[LANES] = {};
         for (long r = 0; r < count; r++) {
             const float *token = tile->qkv + (row + r) / p->group * p->width;
-            const float *query = token + (tile->head * p->group + (row + r) % p->group) * d + i;
-            vec value[2], lost[2];
-            for (int half = 0; half < 2; half++)
-                value[half] = load_part(query + half * LANES, d - i - half * LANES) * factor;
-            words[r] = narrow_pair(value[0], value[1]);
-            lost[0] = value[0] - widen_half(words[r], 0);
-            lost[1] = value[1] - widen_half(words[r], 1);
-            for (int half = 0; half < 2; half++) lost[half] = (vec)((ivec)lost[half] & (lost[half] == lost[half]));
-            rest[r] = narrow_pair(lost[0], lost[1]);
+            const float *query = token + (tile->head * p->group + (row + r) % p->group) * a->d + i;
+            vec low = load_part(query, a->d - i), high = load_part(query + LANES, a->d - i - LANES);
+            words[r] = narrow_pair(low * factor, high * factor);
         }
         turn(words);
-        turn(rest);
-        for (long j = 0; j < LANES; j++) {
-            memcpy(to + (i / 2 + j) * 2 * WIDTH, &words[j], sizeof words[j]);
-            memcpy(to + depth * WIDTH + (i / 2 + j) * 2 * WIDTH, &rest[j], sizeof rest[j]);
-        }
+        for (long j = 0; j < LANES; j++) memcpy(to + (i / 2 + j) * 2 * WIDTH, &words[j], sizeof words[j]);
     }
 }
 
