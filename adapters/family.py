@@ -6,11 +6,11 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
-from microvllm.adapters.spec import ModelSpec
+from microvllm.adapters.spec import MLPKind, ModelSpec
 
 # Role of a tensor -> its name without ".weight" or ".bias", or the whole name and `tensors.BARE`; "{i}" is
 # the layer, "{e}" the expert. These are Llama's, which most families share. One that stores q, k and v as one
@@ -57,6 +57,14 @@ GGUF_TENSORS: Mapping[str, str] = {
     "mixer_norm": "blk.{i}.attn_norm",
     "mlp_norm": "blk.{i}.ffn_norm",
 }
+
+
+def with_mlp(
+    spec: ModelSpec, mlp: MLPKind, where: Callable[[int], bool] = lambda index: True, **changes: Any
+) -> ModelSpec:
+    """The model with this MLP, or these experts, in the layers of such numbers from 0, and these fields."""
+    layers = (layer.with_parts(mlp=mlp) if where(i) else layer for i, layer in enumerate(spec.layers))
+    return spec.with_layers(layers, **changes)
 
 
 class Family(NamedTuple):

@@ -5,7 +5,7 @@ Imports no torch: the API process reads it too, for the context length and the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -195,9 +195,13 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise TypeError("the layer has no attention")
         return self.mixer
 
+    def with_parts(self, **changes: Any) -> LayerSpec:
+        """The same layer, but with these fields."""
+        return msgspec.structs.replace(self, **changes)
+
     def with_mixer(self, **changes: Any) -> LayerSpec:
         """The same layer, but with these fields of its mixer."""
-        return msgspec.structs.replace(self, mixer=msgspec.structs.replace(self.mixer, **changes))
+        return self.with_parts(mixer=msgspec.structs.replace(self.mixer, **changes))
 
     def slots(self, hidden_size: int, names: Mapping[str, str], shard: Shard) -> Iterator[Slot]:
         """Those of the mixer and of the MLP, and `mixer_norm`, `mixer_post_norm` and `mlp_`'s, each [h]."""
@@ -282,12 +286,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         mixers = (layer.mixer for layer in self.layers)
         return sum(m.state_bytes(dtype_bytes) for m in mixers if isinstance(m, StatefulMixer))
 
+    def with_layers(self, layers: Iterable[LayerSpec], **changes: Any) -> ModelSpec:
+        """The same model, but with these layers and fields."""
+        return msgspec.structs.replace(self, layers=tuple(layers), **changes)
+
     def at_length(self, length: int) -> ModelSpec:
         """The model for texts of at most `length` tokens: see `RopeSpec.at_length`."""
-        layers = (
-            msgspec.structs.replace(layer, mixer=layer.mixer.at_length(length)) for layer in self.layers
-        )
-        return msgspec.structs.replace(self, layers=tuple(layers))
+        return self.with_layers(each.with_parts(mixer=each.mixer.at_length(length)) for each in self.layers)
 
     def sharded(self, size: int) -> ModelSpec:
         """The model that one of `size` shards computes. Raises ValueError if it does not divide.
@@ -296,11 +301,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """
         if -(-self.vocab_size // size) * (size - 1) >= self.vocab_size:
             raise ValueError(f"a vocabulary of {self.vocab_size} does not divide into {size} shards")
-        layers = (
-            msgspec.structs.replace(layer, mixer=layer.mixer.sharded(size), mlp=layer.mlp.sharded(size))
+        return self.with_layers(
+            layer.with_parts(mixer=layer.mixer.sharded(size), mlp=layer.mlp.sharded(size))
             for layer in self.layers
         )
-        return msgspec.structs.replace(self, layers=tuple(layers))
 
     def slots(self, names: Mapping[str, str], shard: Shard = WHOLE) -> Iterator[Slot]:
         """The tensors of the model in the order in which they are loaded; `names` are the family's."""

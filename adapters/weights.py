@@ -168,9 +168,7 @@ def _check_names(checkpoint: Checkpoint, spec: ModelSpec, expected: dict[str, tu
         unused.discard(head)
     if any(layer.mixer.source is not None for layer in spec.layers):
         # And keys and values of layers that read those of others.
-        own = msgspec.structs.replace(
-            spec, layers=tuple(each.with_mixer(source=None) for each in spec.layers)
-        )
+        own = spec.with_layers(each.with_mixer(source=None) for each in spec.layers)
         for slot in own.slots(checkpoint.names):
             unused -= {stored_name(checkpoint, part, slot.layer) for part in slot.parts}
     if unused:

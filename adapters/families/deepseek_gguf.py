@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import msgspec
 
-from microvllm.adapters.family import GGUF_TENSORS
+from microvllm.adapters.family import GGUF_TENSORS, with_mlp
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_experts import (
     CORRECTION,
     SIGMOID,
     SOFTMAX,
     gguf_experts,
-    with_experts,
     without_experts,
 )
 from microvllm.adapters.files.gguf_file import GGUFFile
@@ -70,8 +69,8 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
         norm_eps=spec.rms_norm_eps,
         split=True,
     )
-    layers = tuple(msgspec.structs.replace(layer, mixer=mixer) for layer in spec.layers)
-    spec = msgspec.structs.replace(spec, architecture="deepseek_v3", layers=layers)
+    layers = (layer.with_parts(mixer=mixer) for layer in spec.layers)
+    spec = spec.with_layers(layers, architecture="deepseek_v3")
     return _with_experts(file, keys, spec) if keys.get("expert_count") else spec
 
 
@@ -95,4 +94,4 @@ def _with_experts(file: GGUFFile, keys: Fields, spec: ModelSpec) -> ModelSpec:
         correction=f"blk.{dense}.exp_probs_b.bias" in file.tensors,
         shared_size=keys.size("expert_shared_count", 0, at_least=0) * experts.size,
     )
-    return with_experts(spec, experts, lambda index: index >= dense)
+    return with_mlp(spec, experts, lambda index: index >= dense)

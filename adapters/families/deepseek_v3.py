@@ -75,6 +75,7 @@ def _latent_spec(config: Fields, name: str, sizes: Sizes) -> ModelSpec:
         name,
         default_max_position=sizes.max_position,
         default_head_dim=rope_dim,
+        default_eps=sizes.rms_norm_eps,
         rotary=rotary,
         expert_keys=KEYS,
     )
@@ -97,11 +98,7 @@ def _latent_spec(config: Fields, name: str, sizes: Sizes) -> ModelSpec:
         scale=(nope_dim + rope_dim) ** -0.5 * _score_scale(config),
         bias=bias,
     )
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(msgspec.structs.replace(layer, mixer=mixer) for layer in spec.layers),
-        rms_norm_eps=config.number("rms_norm_eps", sizes.rms_norm_eps),
-    )
+    return spec.with_layers(layer.with_parts(mixer=mixer) for layer in spec.layers)
 
 
 def _score_scale(config: Fields) -> float:

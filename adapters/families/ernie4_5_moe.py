@@ -8,15 +8,9 @@ import msgspec
 
 from microvllm.adapters.families.routed_experts import LAYER
 from microvllm.adapters.families.routed_experts import TENSORS as ROUTED_TENSORS
-from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import MAX_EXPERTS, Fields, shorten
-from microvllm.adapters.files.gguf_experts import (
-    CORRECTION,
-    SOFTMAX,
-    gguf_experts,
-    with_experts,
-    without_experts,
-)
+from microvllm.adapters.files.gguf_experts import CORRECTION, SOFTMAX, gguf_experts, without_experts
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec, num_layers
 from microvllm.adapters.files.hf_config import hf_spec
@@ -45,6 +39,7 @@ def from_hf(config: Fields) -> ModelSpec:
         default_max_position=131072,
         default_kv_heads=4,
         default_tie=True,
+        default_eps=1e-5,
         rotary=partial(rope_from_hf, theta=5e5, interleaved=True),
         expert_keys=("moe_num_experts",),
     )
@@ -69,14 +64,11 @@ def from_hf(config: Fields) -> ModelSpec:
     )
     first, last = _index(config, "moe_layer_start_index", 1), _index(config, "moe_layer_end_index", -1)
     interval = config.size("moe_layer_interval", 1)
-    layers = (
-        msgspec.structs.replace(layer, mlp=experts)
-        if first <= index and (last == -1 or index <= last) and (index + 1) % interval == 0
-        else layer
-        for index, layer in enumerate(spec.layers)
+    return with_mlp(
+        spec,
+        experts,
+        lambda i: first <= i and (last == -1 or i <= last) and (i + 1) % interval == 0,
     )
-    eps = config.number("rms_norm_eps", 1e-5)
-    return msgspec.structs.replace(spec, layers=tuple(layers), rms_norm_eps=eps)
 
 
 def _index(config: Fields, key: str, default: int) -> int:
@@ -105,8 +97,7 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
         shared_size=keys.size("expert_shared_feed_forward_length", 0, at_least=0),
     )
     spec = gguf_spec(file, keys=without_experts(keys), interleaved=True)
-    spec = with_experts(spec, experts, lambda index: index in sparse)
-    return msgspec.structs.replace(spec, architecture="ernie4_5_moe")
+    return with_mlp(spec, experts, lambda index: index in sparse, architecture="ernie4_5_moe")
 
 
 FAMILY = Family(

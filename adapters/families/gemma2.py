@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
-
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
@@ -70,10 +68,8 @@ def gemma_spec(
     )
     scale = config.number("query_pre_attn_scalar", 256.0) ** -0.5
     softcap = cap("attn_logit_softcapping", caps[0])
-    layers = (layer.with_mixer(scale=scale, softcap=softcap) for layer in spec.layers)
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(msgspec.structs.replace(layer, post_norms=True) for layer in layers),
+    return spec.with_layers(
+        (layer.with_mixer(scale=scale, softcap=softcap).with_parts(post_norms=True) for layer in spec.layers),
         norm_offset=1.0,
         embedding_scale=spec.hidden_size**0.5,
         logits_softcap=cap("final_logit_softcapping", caps[1]),
@@ -88,16 +84,13 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     size = spec.hidden_size // mixer.num_heads if spec.num_layers == 46 else mixer.head_dim
     mlp = MLP(size=keys.size("feed_forward_length"), activation="gelu_tanh")
     layers = (
-        msgspec.structs.replace(
-            layer.with_mixer(scale=size**-0.5, softcap=cap, window=mixer.window if slides else None),
-            mlp=mlp,
-            post_norms=True,
+        layer.with_mixer(scale=size**-0.5, softcap=cap, window=mixer.window if slides else None).with_parts(
+            mlp=mlp, post_norms=True
         )
         for layer, slides in zip(spec.layers, sliding_pattern(keys, spec.num_layers, 2), strict=True)
     )
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(layers),
+    return spec.with_layers(
+        layers,
         embedding_scale=spec.hidden_size**0.5,
         logits_softcap=keys.number("final_logit_softcapping"),
     )

@@ -39,7 +39,7 @@ def from_hf(config: Fields) -> ModelSpec:
         layer.with_mixer(rope=local) if sliding else layer
         for layer, sliding in zip(spec.layers, slides, strict=True)
     )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return spec.with_layers(layers)
 
 
 def _rotary(kind: str, config: Fields, head_dim: int, default_max_position: int) -> Rotary:
@@ -63,12 +63,11 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
         size = spec.hidden_size // mixer.num_heads if spec.num_layers == 62 else mixer.head_dim
         rope, window = (local, mixer.window) if sliding else (mixer.rope, None)
         mixer = msgspec.structs.replace(mixer, rope=rope, window=window, scale=size**-0.5)
-        return msgspec.structs.replace(layer, mixer=mixer, mlp=mlp, post_norms=True)
+        return layer.with_parts(mixer=mixer, mlp=mlp, post_norms=True)
 
-    return msgspec.structs.replace(
-        spec,
+    return spec.with_layers(
+        map(layer, slides, spec.layers),
         architecture="gemma3_text",
-        layers=tuple(map(layer, slides, spec.layers)),
         embedding_scale=spec.hidden_size**0.5,
         logits_softcap=softcap(keys),
     )

@@ -95,9 +95,8 @@ def from_hf(config: Fields, defaults: Mapping[str, int] = PLAIN) -> ModelSpec:
             "vocab_size_per_layer_input", f"other than vocab_size {spec.vocab_size} is not supported"
         )
     activation = _activation(config)
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(layers),
+    return spec.with_layers(
+        layers,
         embedding_scale=spec.hidden_size**0.5,
         logits_softcap=cap,
         tails=LayerTails(input_size=size, activation=activation),
@@ -137,7 +136,7 @@ def _layers(
         size = config.size("intermediate_size") * (2 if shares and wide else 1)
         dense = MLP(size=size, activation=_activation(config))
         mlp = dense if experts is None else DenseAndExperts(dense=dense, experts=experts)
-        layers.append(msgspec.structs.replace(layer, mixer=mixer, mlp=mlp, post_norms=True))
+        layers.append(layer.with_parts(mixer=mixer, mlp=mlp, post_norms=True))
     return layers
 
 

@@ -94,12 +94,11 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
         )
         dense = MLP(size=widths[index], activation=ACTIVATION)
         mlp = dense if experts is None else DenseAndExperts(dense=dense, experts=experts)
-        layers.append(msgspec.structs.replace(layer, mixer=mixer, mlp=mlp, post_norms=True))
+        layers.append(layer.with_parts(mixer=mixer, mlp=mlp, post_norms=True))
     size = keys.get("embedding_length_per_layer_input") and keys.size("embedding_length_per_layer_input")
-    return msgspec.structs.replace(
-        spec,
+    return spec.with_layers(
+        layers,
         architecture="gemma4_text",
-        layers=tuple(layers),
         embedding_scale=spec.hidden_size**0.5,
         logits_softcap=softcap(keys),
         tails=LayerTails(input_size=size or 0, activation=ACTIVATION),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import msgspec
-
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
@@ -30,11 +28,11 @@ def from_hf(config: Fields) -> ModelSpec:
         default_max_position=131072,
         default_kv_heads=2,
         default_head_dim=128,
+        default_eps=1.5625e-07,
         rotary=partial(rope_from_hf, partial=0.5, interleaved=True),
         qkv_bias=config.flag("attention_bias", True),
     )
-    eps = config.number("rms_norm_eps", 1.5625e-07)
-    return _normed(msgspec.structs.replace(spec, rms_norm_eps=eps))
+    return _normed(spec)
 
 
 def from_gguf(file: GGUFFile) -> ModelSpec:
@@ -46,8 +44,7 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
 
 
 def _normed(spec: ModelSpec) -> ModelSpec:
-    layers = (msgspec.structs.replace(layer, post_norms=True) for layer in spec.layers)
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return spec.with_layers(layer.with_parts(post_norms=True) for layer in spec.layers)
 
 
 FAMILY = Family(

@@ -7,15 +7,9 @@ from functools import partial
 import msgspec
 
 from microvllm.adapters.families.routed_experts import KEYS, MTP_TENSORS, TENSORS, Defaults, with_experts
-from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields
-from microvllm.adapters.files.gguf_experts import (
-    CORRECTION,
-    SIGMOID,
-    gguf_experts,
-    without_experts,
-)
-from microvllm.adapters.files.gguf_experts import with_experts as with_gguf_experts
+from microvllm.adapters.files.gguf_experts import CORRECTION, SIGMOID, gguf_experts, without_experts
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.files.hf_config import hf_spec
@@ -30,13 +24,13 @@ def from_hf(config: Fields) -> ModelSpec:
         "glm4_moe",
         default_max_position=131072,
         default_kv_heads=8,
+        default_eps=1e-5,
         rotary=partial(rope_from_hf, partial=0.5),
         qkv_bias=config.flag("attention_bias"),
         qk_norm=config.flag("use_qk_norm"),
         expert_keys=KEYS,
     )
-    spec = with_experts(spec, config, Defaults(count=128, num_chosen=8, size=1408))
-    return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+    return with_experts(spec, config, Defaults(count=128, num_chosen=8, size=1408))
 
 
 def from_gguf(file: GGUFFile) -> ModelSpec:
@@ -47,8 +41,7 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     experts = msgspec.structs.replace(experts, correction=True, shared_size=shared)
     dense = keys.size("leading_dense_block_count", 0, at_least=0)
     spec = gguf_spec(file, keys=without_experts(keys), rotates_parts=True)
-    spec = with_gguf_experts(spec, experts, lambda index: index >= dense)
-    return msgspec.structs.replace(spec, architecture="glm4_moe")
+    return with_mlp(spec, experts, lambda index: index >= dense, architecture="glm4_moe")
 
 
 FAMILY = Family(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_spec
@@ -55,6 +55,7 @@ def from_hf(config: Fields) -> ModelSpec:
         default_max_position=MAX_POSITION,
         default_kv_heads=8,
         default_head_dim=64,
+        default_eps=1e-5,
         windows=_windows,
         rotary=_rotary,
         qkv_bias=bias,
@@ -63,15 +64,13 @@ def from_hf(config: Fields) -> ModelSpec:
     )
     size = config.size("intermediate_size")
     experts = read_experts(config, count=128, num_chosen=4, size=size, normalized=True)
-    return msgspec.structs.replace(
-        _with_experts(spec, experts), rms_norm_eps=config.number("rms_norm_eps", 1e-5)
-    )
+    return _with_experts(spec, experts)
 
 
 def from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe a gpt-oss model from a GGUF file."""
     spec = gguf_spec(file)
-    layers = tuple(
+    layers = (
         layer.with_mixer(
             window=None if index % 2 else layer.attention.window,
             rope=msgspec.structs.replace(layer.attention.rope, truncate=False),
@@ -81,14 +80,13 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     experts = spec.layers[0].mlp
     if not isinstance(experts, Experts):
         raise ModelFileError(file.path, f"{file.architecture}.expert_count is missing")
-    spec = msgspec.structs.replace(spec, architecture="gpt_oss", layers=layers)
+    spec = spec.with_layers(layers, architecture="gpt_oss")
     return _with_experts(spec, experts)
 
 
 def _with_experts(spec: ModelSpec, experts: Experts) -> ModelSpec:
     experts = msgspec.structs.replace(experts, activation=ACTIVATION, bias=True)
-    layers = (msgspec.structs.replace(layer.with_mixer(sinks=True), mlp=experts) for layer in spec.layers)
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return with_mlp(spec.with_layers(layer.with_mixer(sinks=True) for layer in spec.layers), experts)
 
 
 def _windows(config: Fields, num_layers: int) -> Sequence[int | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from microvllm.adapters.family import Family
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
@@ -64,9 +62,8 @@ def multiplied(
     Hidden states are kept divided by that of the branches, which are then added as they are: the norms, all
     that reads the states, undo it where their epsilon is divided by its square.
     """
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(layer.with_mixer(scale=scores) for layer in spec.layers),
+    return spec.with_layers(
+        (layer.with_mixer(scale=scores) for layer in spec.layers),
         embedding_scale=embeddings / branches,
         rms_norm_eps=spec.rms_norm_eps / branches**2,
         logits_scale=logits,

@@ -46,8 +46,7 @@ def from_hf(config: Fields) -> ModelSpec:
     mlp = _experts(config) if sparse else MLP(size=_shared_size(config))
     attention = LayerSpec(mixer=msgspec.structs.replace(mixer, rope=rope), mlp=mlp)
     mamba = attention if all(map(KINDS.get, kinds)) else LayerSpec(mixer=_mamba(config), mlp=mlp)
-    layers = tuple(attention if KINDS[kind] else mamba for kind in kinds)
-    return msgspec.structs.replace(spec, layers=layers)
+    return spec.with_layers(attention if KINDS[kind] else mamba for kind in kinds)
 
 
 def _shared_size(config: Fields) -> int:

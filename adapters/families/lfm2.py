@@ -7,7 +7,7 @@ from functools import partial
 
 import msgspec
 
-from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields, shorten
 from microvllm.adapters.files.gguf_experts import CORRECTION, SIGMOID, gguf_experts
 from microvllm.adapters.files.gguf_file import GGUFFile
@@ -62,15 +62,14 @@ def dense_from_hf(config: Fields) -> ModelSpec:
         config = config.with_value("intermediate_size", config.size("block_ff_dim"))
     kinds = None if "layer_types" in config else _kinds_of_indices(config)
     spec = _hybrid(config, "lfm2", kinds)
-    mlp = MLP(size=_inner_size(config))
-    layers = (msgspec.structs.replace(layer, mlp=mlp) for layer in spec.layers)
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return with_mlp(spec, MLP(size=_inner_size(config)))
 
 
 def sparse_from_hf(config: Fields) -> ModelSpec:
     """Describe an LFM2 model of experts from the `config.json` of its folder."""
     spec = _hybrid(config, "lfm2_moe", expert_keys=("routed_scaling_factor",))
-    return _with_experts(spec, _experts(config), config.size("num_dense_layers", 2, at_least=0))
+    num_dense = config.size("num_dense_layers", 2, at_least=0)
+    return with_mlp(spec, _experts(config), lambda index: index >= num_dense)
 
 
 def _hybrid(
@@ -103,7 +102,7 @@ def _hybrid(
     )
     tied = config.flag("tie_embedding", config.flag("tie_word_embeddings", True))
     eps = config.number("norm_eps", 1e-5)
-    return msgspec.structs.replace(spec, layers=tuple(layers), tie_embeddings=tied, rms_norm_eps=eps)
+    return spec.with_layers(layers, tie_embeddings=tied, rms_norm_eps=eps)
 
 
 def _kinds_of_indices(config: Fields) -> list[str]:
@@ -131,15 +130,6 @@ def _inner_size(config: Fields) -> int:
     size = int(config.number("block_ffn_dim_multiplier", 1.0) * size)
     multiple = config.size("block_multiple_of", 256)
     return -(-size // multiple) * multiple
-
-
-def _with_experts(spec: ModelSpec, experts: Experts, num_dense: int) -> ModelSpec:
-    """The model with these experts in all but the first layers."""
-    layers = (
-        layer if index < num_dense else msgspec.structs.replace(layer, mlp=experts)
-        for index, layer in enumerate(spec.layers)
-    )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
 
 
 def _experts(config: Fields) -> Experts:
@@ -178,7 +168,8 @@ def sparse_from_gguf(file: GGUFFile) -> ModelSpec:
     experts = gguf_experts(keys, scores=SIGMOID, normalized=True)
     routing = msgspec.structs.replace(experts.routing, smallest_sum=SMALLEST_SUM)
     experts = msgspec.structs.replace(experts, routing=routing, correction=True)
-    return _with_experts(spec, experts, keys.size("leading_dense_block_count", 0, at_least=0))
+    num_dense = keys.size("leading_dense_block_count", 0, at_least=0)
+    return with_mlp(spec, experts, lambda index: index >= num_dense)
 
 
 def _hybrid_from_gguf(file: GGUFFile, keys: Fields) -> ModelSpec:
@@ -199,7 +190,7 @@ def _hybrid_from_gguf(file: GGUFFile, keys: Fields) -> ModelSpec:
         layer.with_mixer(qk_norm=True) if number else LayerSpec(mixer=conv, mlp=layer.mlp)
         for layer, number in zip(spec.layers, heads, strict=True)
     )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return spec.with_layers(layers)
 
 
 FAMILIES = (

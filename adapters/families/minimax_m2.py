@@ -8,15 +8,9 @@ import msgspec
 
 from microvllm.adapters.families.mixtral import EXPERTS
 from microvllm.adapters.families.mixtral import TENSORS as MIXTRAL_TENSORS
-from microvllm.adapters.family import GGUF_TENSORS, Family
+from microvllm.adapters.family import GGUF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields, shorten
-from microvllm.adapters.files.gguf_experts import (
-    CORRECTION,
-    SIGMOID,
-    gguf_experts,
-    with_experts,
-    without_experts,
-)
+from microvllm.adapters.files.gguf_experts import CORRECTION, SIGMOID, gguf_experts, without_experts
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.files.hf_config import hf_spec, read_experts
@@ -57,11 +51,8 @@ def from_hf(config: Fields) -> ModelSpec:
     experts = read_experts(
         config, count=256, num_chosen=8, size=config.size("intermediate_size"), normalized=True
     )
-    layers = (
-        msgspec.structs.replace(layer.with_mixer(whole_qk_norm=True), mlp=_corrected(experts))
-        for layer in spec.layers
-    )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    layers = (layer.with_mixer(whole_qk_norm=True) for layer in spec.layers)
+    return with_mlp(spec.with_layers(layers), _corrected(experts))
 
 
 def _corrected(experts: Experts) -> Experts:
@@ -83,9 +74,8 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     experts = gguf_experts(keys, scores=SIGMOID, normalized=True)
     experts = msgspec.structs.replace(experts, correction=True)
     spec = gguf_spec(file, keys=without_experts(keys), rotates_parts=True)
-    spec = with_experts(spec, experts, lambda index: True)
-    layers = tuple(layer.with_mixer(qk_norm=False, whole_qk_norm=True) for layer in spec.layers)
-    return msgspec.structs.replace(spec, architecture="minimax_m2", layers=layers)
+    layers = (layer.with_mixer(qk_norm=False, whole_qk_norm=True) for layer in spec.layers)
+    return with_mlp(spec.with_layers(layers, architecture="minimax_m2"), experts)
 
 
 FAMILY = Family(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from microvllm.adapters.family import Family
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
-from microvllm.adapters.files.hf_config import hf_spec
+from microvllm.adapters.files.hf_config import hf_spec, same_windows
 from microvllm.adapters.rope_spec import ORIGINAL, Rotary, scaled_rope
 from microvllm.adapters.spec import ModelSpec
 
@@ -34,17 +32,14 @@ def from_hf(config: Fields) -> ModelSpec:
         default_max_position=262144,
         default_kv_heads=8,
         default_head_dim=128,
-        windows=_windows,
+        windows=same_windows,
+        default_eps=1e-5,
         rotary=_rotary,
     )
     scaling, temperature = _scaling(config), None
     if scaling.get(BETA):  # 0 is none
         temperature = scaling.number(BETA), scaling.size(ORIGINAL)
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(layer.with_mixer(temperature=temperature) for layer in spec.layers),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-5),
-    )
+    return spec.with_layers(layer.with_mixer(temperature=temperature) for layer in spec.layers)
 
 
 def _scaling(config: Fields) -> Fields:
@@ -60,18 +55,14 @@ def _rotary(config: Fields, head_dim: int, default_max_position: int) -> Rotary:
     return scaled_rope(config, rest, config.number("rope_theta", 1e4), head_dim, default_max_position)
 
 
-def _windows(config: Fields, num_layers: int) -> list[int | None]:
-    return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
-
-
 def from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe a Ministral 3 or Mistral Small 3.1 model from a GGUF file; the latter has no temperature."""
     spec, keys = gguf_spec(file), gguf_keys(file)
     key, temperature = "attention.temperature_scale", None
     if keys.get(key):
         temperature = keys.number(key), keys.size("rope.scaling.original_context_length")
-    layers = tuple(layer.with_mixer(temperature=temperature) for layer in spec.layers)
-    return msgspec.structs.replace(spec, architecture="ministral3", layers=layers)
+    layers = (layer.with_mixer(temperature=temperature) for layer in spec.layers)
+    return spec.with_layers(layers, architecture="ministral3")
 
 
 FAMILY = Family(

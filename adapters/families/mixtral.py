@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import msgspec
-
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields
-from microvllm.adapters.files.hf_config import hf_spec, read_experts
+from microvllm.adapters.files.hf_config import hf_spec, read_experts, same_windows
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
@@ -32,20 +30,15 @@ def from_hf(config: Fields) -> ModelSpec:
         "mixtral",
         default_max_position=131072,
         default_kv_heads=8,
-        windows=_windows,
+        windows=same_windows,
+        default_eps=1e-5,
         rotary=partial(rope_from_hf, theta=1e6),
         has_experts=True,
     )
     experts = read_experts(
         config, count=8, num_chosen=2, size=config.size("intermediate_size"), normalized=True
     )
-    layers = (msgspec.structs.replace(layer, mlp=experts) for layer in spec.layers)
-    eps = config.number("rms_norm_eps", 1e-5)
-    return msgspec.structs.replace(spec, layers=tuple(layers), rms_norm_eps=eps)
-
-
-def _windows(config: Fields, num_layers: int) -> list[int | None]:
-    return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
+    return with_mlp(spec, experts)
 
 
 FAMILY = Family("mixtral", "MixtralForCausalLM", from_hf, hf_tensors=TENSORS)

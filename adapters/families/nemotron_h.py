@@ -89,8 +89,7 @@ def from_hf(config: Fields) -> ModelSpec:
         parts["linear_attention"] = LayerSpec(mixer=_mamba(config, eps), mlp=Nothing())
     if "moe" in kinds:
         parts["moe"] = LayerSpec(mixer=Nothing(), mlp=_experts(config, mlp))
-    layers = tuple(parts[kind] for kind in kinds)
-    return msgspec.structs.replace(spec, layers=layers, rms_norm_eps=eps)
+    return spec.with_layers((parts[kind] for kind in kinds), rms_norm_eps=eps)
 
 
 def _kinds(config: Fields) -> list[str]:

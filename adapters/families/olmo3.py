@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from microvllm.adapters.families.gemma2 import GGUF_NAMES, sliding_pattern
 from microvllm.adapters.family import HF_TENSORS, Family
 from microvllm.adapters.files.fields import Fields
@@ -40,6 +38,7 @@ def from_hf(config: Fields) -> ModelSpec:
         config,
         "olmo3",
         default_max_position=DEFAULT_MAX_POSITION,
+        default_eps=1e-5,
         windows=_windows,
         rotary=lambda *sizes: _rotary("full_attention", *sizes),
         qkv_bias=bias,
@@ -49,8 +48,7 @@ def from_hf(config: Fields) -> ModelSpec:
     local = _rotary("sliding_attention", config, *sizes).spec
     # Not by their windows, which `hf_spec` leaves out where they are wider than all positions.
     slides = sliding_layers(config, spec.num_layers, all_but_every(PERIOD, spec.num_layers))
-    spec = _normed(spec, local, slides)
-    return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+    return _normed(spec, local, slides)
 
 
 def from_gguf(file: GGUFFile) -> ModelSpec:
@@ -59,12 +57,12 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     slides, theta = [False] * spec.num_layers, keys.number("rope.freq_base", 1e4)
     if "attention.sliding_window" in keys:
         slides = sliding_pattern(keys, spec.num_layers, PERIOD)
-    layers = tuple(
+    layers = (
         layer.with_mixer(qk_norm=False, window=layer.attention.window if sliding else None)
         for layer, sliding in zip(spec.layers, slides, strict=True)
     )
     local = RopeSpec(theta=keys.number("rope.freq_base_swa", theta))
-    spec = msgspec.structs.replace(spec, architecture="olmo3", layers=layers)
+    spec = spec.with_layers(layers, architecture="olmo3")
     return _normed(spec, local, slides)
 
 
@@ -74,10 +72,7 @@ def _normed(spec: ModelSpec, local: RopeSpec, slides: Sequence[bool]) -> ModelSp
         layer.with_mixer(whole_qk_norm=True, rope=local if sliding else layer.attention.rope)
         for layer, sliding in zip(spec.layers, slides, strict=True)
     )
-    return msgspec.structs.replace(
-        spec,
-        layers=tuple(msgspec.structs.replace(layer, pre_norms=False, post_norms=True) for layer in layers),
-    )
+    return spec.with_layers(layer.with_parts(pre_norms=False, post_norms=True) for layer in layers)
 
 
 def _windows(config: Fields, num_layers: int) -> list[int | None]:

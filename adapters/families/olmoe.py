@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from microvllm.adapters.families.qwen_moe import TENSORS
-from microvllm.adapters.family import Family
+from microvllm.adapters.family import Family, with_mlp
 from microvllm.adapters.files.fields import Fields
-from microvllm.adapters.files.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
+from microvllm.adapters.files.gguf_experts import SOFTMAX, gguf_experts, without_experts
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.files.hf_config import hf_spec, read_experts
@@ -19,7 +17,15 @@ def from_hf(config: Fields) -> ModelSpec:
     if "clip_qkv" in config:
         raise config.error("clip_qkv", "is set: clipped queries, keys and values are not supported")
     bias = config.flag("attention_bias")
-    spec = hf_spec(config, "olmoe", default_max_position=4096, qkv_bias=bias, o_bias=bias, has_experts=True)
+    spec = hf_spec(
+        config,
+        "olmoe",
+        default_max_position=4096,
+        default_eps=1e-5,
+        qkv_bias=bias,
+        o_bias=bias,
+        has_experts=True,
+    )
     experts = read_experts(
         config,
         count=64,
@@ -27,11 +33,7 @@ def from_hf(config: Fields) -> ModelSpec:
         size=config.size("intermediate_size"),
         normalized=config.flag("norm_topk_prob"),
     )
-    layers = (
-        msgspec.structs.replace(layer.with_mixer(whole_qk_norm=True), mlp=experts) for layer in spec.layers
-    )
-    eps = config.number("rms_norm_eps", 1e-5)
-    return msgspec.structs.replace(spec, layers=tuple(layers), rms_norm_eps=eps)
+    return with_mlp(_whole_norms(spec), experts)
 
 
 def from_gguf(file: GGUFFile) -> ModelSpec:
@@ -40,9 +42,11 @@ def from_gguf(file: GGUFFile) -> ModelSpec:
     if "expert_feed_forward_length" not in keys:
         keys = keys.with_value("expert_feed_forward_length", keys.get("feed_forward_length"))
     experts = gguf_experts(keys, scores=SOFTMAX, normalized=False)
-    spec = with_experts(gguf_spec(file, keys=without_experts(keys)), experts, lambda index: True)
-    layers = tuple(layer.with_mixer(qk_norm=False, whole_qk_norm=True) for layer in spec.layers)
-    return msgspec.structs.replace(spec, layers=layers)
+    return with_mlp(_whole_norms(gguf_spec(file, keys=without_experts(keys))), experts)
+
+
+def _whole_norms(spec: ModelSpec) -> ModelSpec:
+    return spec.with_layers(layer.with_mixer(qk_norm=False, whole_qk_norm=True) for layer in spec.layers)
 
 
 FAMILY = Family(

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import msgspec
-
 from microvllm.adapters.family import GGUF_TENSORS, HF_TENSORS, Family
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_spec
-from microvllm.adapters.files.hf_config import hf_spec
+from microvllm.adapters.files.hf_config import hf_spec, same_windows
 from microvllm.adapters.rope_spec import rope_from_hf
 from microvllm.adapters.spec import ModelSpec
 
@@ -26,20 +24,19 @@ TENSORS = {
 
 def from_hf(config: Fields) -> ModelSpec:
     """Describe a Phi-3 model from the `config.json` of its folder."""
-    spec = hf_spec(config, "phi3", default_max_position=4096, windows=_windows, rotary=_rotary)
-    return msgspec.structs.replace(spec, rms_norm_eps=config.number("rms_norm_eps", 1e-5))
+    return hf_spec(
+        config,
+        "phi3",
+        default_max_position=4096,
+        default_eps=1e-5,
+        windows=same_windows,
+        rotary=partial(rope_from_hf, partial=1.0),
+    )
 
 
 def from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe a Phi-3 model from a GGUF file."""
     return gguf_spec(file, rotates_parts=True)
-
-
-_rotary = partial(rope_from_hf, partial=1.0)
-
-
-def _windows(config: Fields, num_layers: int) -> list[int | None]:
-    return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
 
 
 FAMILY = Family(

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import msgspec
 
 from microvllm.adapters.errors import ModelFileError
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields, shorten
 from microvllm.adapters.files.gguf_file import GGUFFile
-from microvllm.adapters.files.gguf_spec import gguf_spec
+from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.files.hf_config import hf_spec, layer_windows, read_experts
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import ModelSpec
@@ -84,11 +84,10 @@ def qwen3_from_gguf(file: GGUFFile) -> ModelSpec:
 
 def qwen2_from_gguf(file: GGUFFile) -> ModelSpec:
     """Describe a Qwen2-MoE model from a GGUF file; llama.cpp normalises the weights of none of them."""
-    spec, prefix = gguf_spec(file), f"{file.architecture}."
+    spec, keys = gguf_spec(file), gguf_keys(file)
     experts = spec.layers[0].mlp
     if not isinstance(experts, Experts):
-        raise ModelFileError(file.path, f"{prefix}expert_count is missing")
-    keys = Fields(file.path, {k.removeprefix(prefix): value for k, value in file.metadata.items()}, prefix)
+        raise ModelFileError(file.path, f"{keys.where}expert_count is missing")
     if keys.get("expert_weights_norm"):
         raise keys.error("expert_weights_norm", "is true, which this architecture does not have")
     experts = msgspec.structs.replace(
@@ -97,8 +96,7 @@ def qwen2_from_gguf(file: GGUFFile) -> ModelSpec:
         shared_size=keys.size("expert_shared_feed_forward_length", keys.size("feed_forward_length")),
         shared_gate=True,
     )
-    layers = (msgspec.structs.replace(layer, mlp=experts) for layer in spec.layers)
-    return msgspec.structs.replace(spec, architecture="qwen2_moe", layers=tuple(layers))
+    return with_mlp(spec, experts, architecture="qwen2_moe")
 
 
 def sparse(spec: ModelSpec, config: Fields, experts: Experts) -> ModelSpec:
@@ -109,11 +107,7 @@ def sparse(spec: ModelSpec, config: Fields, experts: Experts) -> ModelSpec:
         raise config.error(
             "mlp_only_layers", f"must list layers from 0 to {spec.num_layers - 1}, got {shorten(dense)}"
         )
-    layers = (
-        layer if index in dense or (index + 1) % step else msgspec.structs.replace(layer, mlp=experts)
-        for index, layer in enumerate(spec.layers)
-    )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return with_mlp(spec, experts, lambda index: index not in dense and (index + 1) % step == 0)
 
 
 def _qwen3_windows(config: Fields, num_layers: int) -> Sequence[int | None]:

@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from microvllm.adapters.families import qwen_next_gguf as gguf_files
 from microvllm.adapters.families.qwen_moe import TENSORS as MOE_TENSORS
 from microvllm.adapters.families.qwen_moe import sparse
-from microvllm.adapters.family import HF_TENSORS, Family
+from microvllm.adapters.family import HF_TENSORS, Family, with_mlp
 from microvllm.adapters.files.fields import Fields
 from microvllm.adapters.files.hf_config import all_but_every, hf_spec, hybrid_layer_types, read_experts
 from microvllm.adapters.layers.delta_net import GatedDeltaNet
@@ -72,8 +70,7 @@ def sparse_from_hf(config: Fields, architecture: str) -> ModelSpec:
     spec = _hybrid(config, architecture, default_kv_heads=2, expert_size=size)
     shared = config.size("shared_expert_intermediate_size", 512)
     experts = read_experts(config, count=256, num_chosen=8, size=size, normalized=True, shared_size=shared)
-    layers = (msgspec.structs.replace(layer, mlp=experts) for layer in spec.layers)
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return with_mlp(spec, experts)
 
 
 def next_from_hf(config: Fields) -> ModelSpec:
@@ -133,7 +130,7 @@ def _hybrid(
         layer.with_mixer(gated=True) if kind == "full_attention" else LayerSpec(mixer=delta, mlp=layer.mlp)
         for layer, kind in zip(spec.layers, kinds, strict=True)
     )
-    return msgspec.structs.replace(spec, layers=tuple(layers), norm_offset=1.0)
+    return spec.with_layers(layers, norm_offset=1.0)
 
 
 def _delta_net(config: Fields) -> GatedDeltaNet:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from microvllm.adapters.family import GGUF_TENSORS
+from microvllm.adapters.family import GGUF_TENSORS, with_mlp
 from microvllm.adapters.files.fields import Fields
-from microvllm.adapters.files.gguf_experts import SOFTMAX, gguf_experts, with_experts, without_experts
+from microvllm.adapters.files.gguf_experts import SOFTMAX, gguf_experts, without_experts
 from microvllm.adapters.files.gguf_file import GGUFFile
 from microvllm.adapters.files.gguf_spec import gguf_keys, gguf_spec
 from microvllm.adapters.layers.delta_net import GatedDeltaNet
@@ -59,7 +59,7 @@ def _with_experts(file: GGUFFile, architecture: str, *, in_turns: bool = True) -
     size = keys.size("expert_shared_feed_forward_length")
     experts = msgspec.structs.replace(experts, shared_size=size, shared_gate=True)
     spec = _hybrid(file, without_experts(keys), architecture, in_turns=in_turns)
-    return with_experts(spec, experts, lambda index: True)
+    return with_mlp(spec, experts)
 
 
 def _hybrid(file: GGUFFile, keys: Fields, architecture: str, *, in_turns: bool = True) -> ModelSpec:
@@ -74,7 +74,7 @@ def _hybrid(file: GGUFFile, keys: Fields, architecture: str, *, in_turns: bool =
         else layer.with_mixer(qk_norm=True, gated=True, qkv_bias=bias, o_bias=o_bias)
         for layer, is_recurrent in zip(spec.layers, recurrent, strict=True)
     )
-    return msgspec.structs.replace(spec, architecture=architecture, layers=tuple(layers))
+    return spec.with_layers(layers, architecture=architecture)
 
 
 def _delta_net(keys: Fields, in_turns: bool) -> GatedDeltaNet:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from microvllm.adapters.family import with_mlp
 from microvllm.adapters.files.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.layers.experts import Experts
 from microvllm.adapters.spec import ModelSpec
@@ -56,13 +57,7 @@ def with_experts(spec: ModelSpec, config: Fields, defaults: Defaults) -> ModelSp
     if config.get("moe_layer_freq") not in (None, 1):
         raise config.error("moe_layer_freq", "other than 1 is not supported")
     experts = routed_experts(config, defaults)
-    layers = (
-        msgspec.structs.replace(layer, mlp=experts) if sparse else layer
-        for layer, sparse in zip(
-            spec.layers, _are_sparse(config, spec.num_layers, defaults.num_dense), strict=True
-        )
-    )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return with_mlp(spec, experts, _are_sparse(config, spec.num_layers, defaults.num_dense).__getitem__)
 
 
 def routed_experts(config: Fields, defaults: Defaults) -> Experts:

@@ -48,7 +48,7 @@ def _rotating(spec: ModelSpec, rotated: Sequence[bool]) -> ModelSpec:
         layer if rotates else layer.with_mixer(rope=unrotated)
         for layer, rotates in zip(spec.layers, rotated, strict=True)
     )
-    return msgspec.structs.replace(spec, layers=tuple(layers))
+    return spec.with_layers(layers)
 
 
 def _rotated(config: Fields, num_layers: int) -> list[bool]:

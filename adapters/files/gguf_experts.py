@@ -5,13 +5,8 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import msgspec
-
 from microvllm.adapters.files.fields import MAX_EXPERTS, Fields, shorten
 from microvllm.adapters.layers.experts import Experts
-from microvllm.adapters.spec import LayerSpec, ModelSpec
 from microvllm.adapters.tensors import BARE
 from microvllm.ops.routing import Routing
 
@@ -63,13 +58,3 @@ def without_experts(keys: Fields) -> Fields:
     plain = {key: keys.get(key) for key in keys if not key.startswith("expert_")}
     width = plain.get("feed_forward_length", keys.get("expert_feed_forward_length"))
     return Fields(keys.path, {**plain, "feed_forward_length": width}, keys.where)
-
-
-def with_experts(spec: ModelSpec, experts: Experts, are_sparse: Callable[[int], bool]) -> ModelSpec:
-    """The model with these experts in the layers of which `are_sparse` is true, counted from 0."""
-
-    def changed(index: int, layer: LayerSpec) -> LayerSpec:
-        return msgspec.structs.replace(layer, mlp=experts) if are_sparse(index) else layer
-
-    layers = tuple(changed(index, layer) for index, layer in enumerate(spec.layers))
-    return msgspec.structs.replace(spec, layers=layers)

@@ -75,6 +75,7 @@ def hf_spec(
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
     default_tie: bool = False,
+    default_eps: float = 1e-6,
     activation_key: str = "hidden_act",
     activations: Mapping[str, str] = SILU,
     windows: Callable[[Fields, int], Sequence[int | None]] | None = None,
@@ -138,7 +139,7 @@ def hf_spec(
         hidden_size=hidden_size,
         layers=tuple(layers),
         max_position=max_position,
-        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=config.number("rms_norm_eps", default_eps),
         tie_embeddings=config.flag("tie_word_embeddings", default_tie),
         dtype=stored_dtype(config),
         bos_token_id=config.token_id("bos_token_id", vocab_size),
@@ -219,6 +220,11 @@ def layer_windows(
 ) -> list[int | None]:
     """The window of each layer: see `sliding_layers`."""
     return [window if slides else None for slides in sliding_layers(config, num_layers, default)]
+
+
+def same_windows(config: Fields, num_layers: int) -> list[int | None]:
+    """The window of a configuration that has one for all layers, or none."""
+    return [config.size("sliding_window") if "sliding_window" in config else None] * num_layers
 
 
 def qwen_windows(config: Fields, num_layers: int) -> list[int | None]:
