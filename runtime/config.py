@@ -28,7 +28,7 @@ from microvllm.runtime.options.backends import (
     compile_kernels,
     why_unpacked,
 )
-from microvllm.runtime.options.find_model import DEMO_GENERATION_CONFIG, find_model, find_tokenizer, is_demo
+from microvllm.runtime.options.find_model import DEMO_GENERATION_CONFIG, find_model_and_tokenizer, is_demo
 from microvllm.runtime.options.flag import (
     ANSWERS,
     AUTO_QUEUE,
@@ -70,6 +70,7 @@ class EngineArgs:
     tokenizer: str | None = flag(None, MODEL, "Folder or .gguf file of the tokenizer, if not the model's.")
     revision: str | None = flag(None, MODEL, "Branch, tag or commit of a model in the Hugging Face cache.")
     tokenizer_revision: str | None = flag(None, MODEL, "The same for its tokenizer.")
+    download_dir: str | None = flag(None, MODEL, "Hugging Face cache, if not the usual one.", metavar="DIR")
     runner: str = flag(
         "auto",
         MODEL,
@@ -262,15 +263,8 @@ class EngineArgs:
         except msgspec.ValidationError as error:
             raise ConfigError(f"an engine option has the wrong type: {error}") from None
         check_flags(self)
-        path = find_model(self.model, revision=self.revision)
-        spec = read_spec(
-            path,
-            self.hf_overrides or {},
-            {"rope_scaling": self.rope_scaling, "rope_theta": self.rope_theta},
-            runner=self.runner,
-            convert=self.convert,
-            pooler_config=self.pooler_config,
-        )
+        path, tokenizer_path = find_model_and_tokenizer(self)
+        spec = read_spec(path, self)
         load_format = choose_format(self.load_format, path)
         device = choose_device(self.device)
         backend = choose_backend(self.attention_backend, device)
@@ -375,7 +369,7 @@ class EngineArgs:
         return EngineConfig(
             model=self.model,
             model_path=str(path),
-            tokenizer_path=str(find_tokenizer(self.tokenizer, self.tokenizer_revision, self.model, path)),
+            tokenizer_path=str(tokenizer_path),
             spec=spec,
             load_format=load_format,
             packed_weights=(spec.quantization is not None and device == "cuda")

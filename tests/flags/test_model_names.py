@@ -54,6 +54,18 @@ def test_the_cache_is_where_the_variables_say(
     assert find_model(NAME).resolve() == cache / "snapshots" / SECOND
 
 
+def test_the_cache_is_where_download_dir_says(cache: Path, tmp_path: Path) -> None:
+    elsewhere = cache.parent.rename(tmp_path / "elsewhere")
+    path = str(elsewhere / cache.name / "snapshots" / SECOND)
+    args = EngineArgs(model=NAME, tokenizer=NAME, download_dir=str(elsewhere), device="cpu")
+    config = args.resolve()
+    assert (config.model_path, config.tokenizer_path) == (path, path)
+    args.model = "Qwen/Qwen3-0.6B"
+    with pytest.raises(ConfigError, match=f"not in the cache {elsewhere} either") as raised:
+        args.resolve()
+    assert f"`hf download Qwen/Qwen3-0.6B --cache-dir {elsewhere}`" in raised.value.remedy
+
+
 def test_an_engine_takes_model_and_tokenizer_in_their_revisions(cache: Path) -> None:
     config = EngineArgs(model=NAME, revision="pr/1", device="cpu").resolve()
     assert config.model == NAME
