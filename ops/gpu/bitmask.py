@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORDS = 64  # of 32 tokens, a program
+WORDS = tl.constexpr(64)  # of 32 tokens, a program
 
 
 @triton.jit
-def _bitmask_kernel(logits, words, at, VOCAB: tl.constexpr, NUM_WORDS: tl.constexpr, WORDS: tl.constexpr):
+def _bitmask_kernel(logits, words, at, VOCAB: tl.constexpr, NUM_WORDS: tl.constexpr):
     """Program: WORDS words of one row of the mask."""
     i = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
@@ -29,5 +29,5 @@ def apply_bitmask(logits: Tensor, words: Tensor, at: Tensor) -> None:
     at: [m] int64.
     """
     vocab = logits.shape[1]
-    grid = (words.shape[0], triton.cdiv(words.shape[1], WORDS))
-    _bitmask_kernel[grid](logits, words, at, VOCAB=vocab, NUM_WORDS=words.shape[1], WORDS=WORDS, num_warps=4)
+    grid = (words.shape[0], triton.cdiv(words.shape[1], WORDS.value))
+    _bitmask_kernel[grid](logits, words, at, VOCAB=vocab, NUM_WORDS=words.shape[1], num_warps=4)

@@ -11,8 +11,8 @@ from torch import Tensor
 from microvllm.ops.attention import AttentionBatch, SegmentTable
 from microvllm.ops.gpu.launch import follow, launch_options
 
-DECODE_CHANNELS = 512  # of a program
-TOKENS, CHANNELS = 16, 128  # of a program, of prompts
+DECODE_CHANNELS = tl.constexpr(512)  # of a program
+TOKENS, CHANNELS = tl.constexpr(16), tl.constexpr(128)  # of a program, of prompts
 
 
 class Convolution(NamedTuple):
@@ -45,14 +45,12 @@ def _decode_kernel(
     W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: some channels of one token; the window of its row moves on by it."""
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.program_id(1) * DECODE_CHANNELS + tl.arange(0, DECODE_CHANNELS)
     own = (c < C) & (tl.load(lens + i) > 0)
     known = own & (tl.load(positions + i) > 0)
     window = conv + tl.load(rows + i).to(tl.int64) * (SIZE - 1) * C + c
@@ -64,7 +62,7 @@ def _decode_kernel(
         if j > 0:
             tl.store(window + (j - 1) * C, old, own)
     tl.store(window + (SIZE - 2) * C, new, own)
-    if BIAS:
+    if bias is not None:
         total += tl.load(bias + c, c < C, 0.0).to(tl.float32)
     tl.store(mixed + i * C + c, silu(total), c < C)
 
@@ -84,16 +82,13 @@ def _prompt_kernel(
     W: tl.constexpr,
     C: tl.constexpr,
     SIZE: tl.constexpr,
-    BIAS: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: some channels of some tokens, counted from the first that is no decode."""
     follow(PDL)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     s = tl.arange(0, SEGMENTS)
     begin = tl.load(starts + s, s < segments, 2147483647)
     before = begin[None, :] <= t[:, None]
@@ -103,7 +98,7 @@ def _prompt_kernel(
     row = tl.load(rows + decodes + owner, live, 0).to(tl.int64)
     goes_on = live & (tl.load(positions + decodes + first, live, 0) > 0)
     inside = c[None, :] < C
-    total = tl.zeros((BT, BC), tl.float32)
+    total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for j in tl.static_range(SIZE):
         at = t - (SIZE - 1) + j
         here = live & (at >= first)
@@ -113,7 +108,7 @@ def _prompt_kernel(
         value = new + tl.load(conv + kept[:, None] * C + c[None, :], old, 0.0)
         w = tl.load(weight + c * SIZE + j, c < C, 0.0).to(tl.float32)
         total += value.to(tl.float32) * w[None, :]
-    if BIAS:
+    if bias is not None:
         total += tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
     target = mixed + (decodes + t).to(tl.int64)[:, None] * C + c[None, :]
     tl.store(target, silu(total), live[:, None] & inside)
@@ -153,13 +148,11 @@ def _keep_kernel(
 def convolve_decodes(by: Convolution, x: Tensor, batch: AttentionBatch, mixed: Tensor, *, pdl: bool) -> None:
     """x: [n, width], channels first, the decodes first -> mixed: [n, channels], of the decodes."""
     channels, size = by.weight.shape
-    _decode_kernel[(batch.num_decodes, triton.cdiv(channels, DECODE_CHANNELS))](
+    _decode_kernel[(batch.num_decodes, triton.cdiv(channels, DECODE_CHANNELS.value))](
         *(mixed, x, by.kept, by.weight, by.bias, batch.rows, batch.positions, batch.decode_lens),
         W=x.shape[1],
         C=channels,
         SIZE=size,
-        BIAS=by.bias is not None,
-        BLOCK=DECODE_CHANNELS,
         num_warps=4,
         **launch_options(pdl),
     )
@@ -173,16 +166,13 @@ def convolve_prompts(
     decodes, segments, count = batch.num_decodes, len(table.starts) - 1, len(x) - batch.num_decodes
     where, options = (batch.rows, batch.positions, table.starts, decodes), launch_options(pdl)
     sizes = {"W": x.shape[1], "C": channels, "SIZE": size}
-    _prompt_kernel[(triton.cdiv(count, TOKENS), triton.cdiv(channels, CHANNELS))](
+    _prompt_kernel[(triton.cdiv(count, TOKENS.value), triton.cdiv(channels, CHANNELS.value))](
         *(mixed, x, by.kept, by.weight, by.bias, *where, segments),
         **sizes,
-        BIAS=by.bias is not None,
-        BT=TOKENS,
-        BC=CHANNELS,
         SEGMENTS=triton.next_power_of_2(segments),
         **options,
     )
-    block = 4 * CHANNELS
+    block = 4 * CHANNELS.value
     _keep_kernel[(segments, triton.cdiv(channels, block))](
         *(x, by.kept, *where), **sizes, BLOCK=block, **options
     )

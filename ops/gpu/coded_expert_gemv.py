@@ -12,14 +12,14 @@ from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.scaled import ScaledTensor
 
-ROWS = 8  # of a matrix that a program multiplies
+ROWS = tl.constexpr(8)  # of a matrix that a program multiplies
 STEP = 128  # terms at a time, at most as many as share a scale
 
 
 @triton.jit
 def _rows_of(
     codes, scales, x, first, n, inside, K: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr
+    STEP: tl.constexpr
 ):  # fmt: skip
     """x: a pointer to a row -> its products with rows n, inside a matrix that begins at row `first`."""
     k = tl.arange(0, STEP)
@@ -50,9 +50,7 @@ def _inner_kernel(
     CHOICES: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
-    ROWS: tl.constexpr,
     STEP: tl.constexpr,
-    BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -62,9 +60,9 @@ def _inner_kernel(
     follow(PDL)
     first = tl.load(chosen + choice) * (2 * N)
     row = x + choice // CHOICES * K
-    gate = _rows_of(codes, scales, row, first, n, n < N, K, SCALE_N, SCALE_K, ROWS, STEP)
-    up = _rows_of(codes, scales, row, first + N, n, n < N, K, SCALE_N, SCALE_K, ROWS, STEP)
-    if BIAS:
+    gate = _rows_of(codes, scales, row, first, n, n < N, K, SCALE_N, SCALE_K, STEP)
+    up = _rows_of(codes, scales, row, first + N, n, n < N, K, SCALE_N, SCALE_K, STEP)
+    if bias is not None:
         gate += tl.load(bias + first + n, n < N, 0.0).to(tl.float32)
         up += tl.load(bias + first + N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + choice * N + n, gated_unit(gate, up, CLAMPED), n < N)
@@ -85,10 +83,7 @@ def _outer_kernel(
     CHOICES: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
-    ROWS: tl.constexpr,
     STEP: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: ROWS columns of one token: as many rows of the matrices of all its experts."""
@@ -99,11 +94,11 @@ def _outer_kernel(
     for place in tl.static_range(CHOICES):
         choice = token * CHOICES + place
         first = tl.load(chosen + choice) * N
-        one = _rows_of(codes, scales, x + choice * K, first, n, n < N, K, SCALE_N, SCALE_K, ROWS, STEP)
-        if BIAS:
+        one = _rows_of(codes, scales, x + choice * K, first, n, n < N, K, SCALE_N, SCALE_K, STEP)
+        if bias is not None:
             one += tl.load(bias + first + n, n < N, 0.0).to(tl.float32)
         total += one * tl.load(weights + choice)
-    if RESIDUAL:
+    if residual is not None:
         total += tl.load(residual + token * N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + token * N + n, total, n < N)
 
@@ -126,7 +121,7 @@ def coded_expert_gemv(
     """
     (n, hidden), width, k = x.shape, down.shape[1], chosen.shape[1]
     between = torch.empty(n * k, width, dtype=x.dtype, device=x.device)
-    _inner_kernel[(triton.cdiv(width, ROWS), n * k)](
+    _inner_kernel[(triton.cdiv(width, ROWS.value), n * k)](
         between,
         x,
         gate_up.as_subclass(Tensor).view(torch.uint8),
@@ -138,15 +133,13 @@ def coded_expert_gemv(
         CHOICES=k,
         SCALE_N=gate_up.block[0],
         SCALE_K=gate_up.block[1],
-        ROWS=ROWS,
         STEP=step_of(gate_up),
-        BIAS=biases.gate_up is not None,
         CLAMPED=clamped,
         num_warps=4,
         **launch_options(pdl),
     )
     y = torch.empty_like(x) if residual is None else residual
-    _outer_kernel[(triton.cdiv(hidden, ROWS), n)](
+    _outer_kernel[(triton.cdiv(hidden, ROWS.value), n)](
         y,
         between,
         down.as_subclass(Tensor).view(torch.uint8),
@@ -160,10 +153,7 @@ def coded_expert_gemv(
         CHOICES=k,
         SCALE_N=down.block[0],
         SCALE_K=down.block[1],
-        ROWS=ROWS,
         STEP=step_of(down),
-        RESIDUAL=residual is not None,
-        BIAS=biases.down is not None,
         num_warps=4,
         **launch_options(pdl),
     )

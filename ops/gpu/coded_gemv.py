@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.coded import BLOCK, CodedTensor
-from microvllm.ops.gpu.coded_skinny import multiply_codes, rows_of_groups
+from microvllm.ops.gpu.coded_skinny import ROW_BLOCK, multiply_codes, rows_of_groups
 from microvllm.ops.gpu.gemv import finish_row
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tiling import Tiling
@@ -56,12 +56,8 @@ def _coded_gemv_kernel(
     AHEAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCKS * ROW_BLOCK columns of y: as many rows of the weight and, if GATED, of its second half.
@@ -74,6 +70,7 @@ def _coded_gemv_kernel(
     RUNS: tl.constexpr = (K + STEP - 1) // STEP
     RUN: tl.constexpr = ROW_BLOCK * WIDTH  # words of a block's run
     EXACT: tl.constexpr = PARTS * STEPS * STEP == K
+    ZEROS: tl.constexpr = zeros is not None
     WHOLE: tl.constexpr = GROUP >= K and not OFFSETS
     GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
     HALVES: tl.constexpr = 2 if GATED else 1
@@ -141,7 +138,7 @@ def _coded_gemv_kernel(
         else:
             value = tl.reshape(both, [OWN])
             up = value
-        finish_row(y, value, up, m, n, bias, residual, N, GATED, BIAS, RESIDUAL)
+        finish_row(y, value, up, m, n, bias, residual, N, GATED)
 
 
 def coded_gemv(
@@ -182,12 +179,8 @@ def coded_gemv(
         AHEAD=ahead,
         COLUMNS=max(MIN_COLUMNS, m * tiling.splits),
         WIDTH=weight.plane,
-        ROW_BLOCK=BLOCK,
-        ZEROS=weight.zeros is not None,
         OFFSETS=weight.has_offsets,
         GATED=gated,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tiling.warps,
         maxnreg=tiling.max_registers,
         **launch_options(pdl),

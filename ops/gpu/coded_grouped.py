@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.coded import BLOCK, CodedTensor
+from microvllm.ops.coded import CodedTensor
 from microvllm.ops.gpu.activation import gated_unit
-from microvllm.ops.gpu.coded_skinny import in_rows, multiply_codes, rows_of_groups
-from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling, tile_of_program
+from microvllm.ops.gpu.coded_skinny import ROW_BLOCK, in_rows, multiply_codes, rows_of_groups
+from microvllm.ops.gpu.grouped import GroupedTiling, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 
@@ -46,14 +46,9 @@ def _coded_grouped_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    TILES_TOGETHER: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
     GATED: tl.constexpr,
-    LAST: tl.constexpr,
-    BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -66,10 +61,11 @@ def _coded_grouped_kernel(
     PLACES: tl.constexpr = 32 // BITS
     STEP: tl.constexpr = PLACES * WIDTH
     WORDS: tl.constexpr = (K + STEP - 1) // STEP * WIDTH
+    ZEROS: tl.constexpr = zeros is not None
     WHOLE: tl.constexpr = GROUP >= K and not OFFSETS
     GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
     SPAN: tl.constexpr = PLACES // GROUPS
-    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N, TILES_TOGETHER)
+    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
         expert = tl.load(experts + tile)
@@ -87,7 +83,7 @@ def _coded_grouped_kernel(
         eighth = tl.arange(0, WIDTH // 8)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
         word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + eighth
         column = tl.arange(0, SPAN * WIDTH)
-        x_row = inside if LAST else choice // CHOICES
+        x_row = inside if scales is not None else choice // CHOICES
         x_at = x + x_row.to(tl.int64)[None, :] * K + column[:, None]
         sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         up_sums = sums
@@ -117,14 +113,14 @@ def _coded_grouped_kernel(
             if GATED:
                 up_sums *= tl.load(code_scales + N + row).to(tl.float32)[:, None]
         sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        if BIAS:
+        if bias is not None:
             sums += tl.load(bias + row).to(tl.float32)[None, :]
             if GATED:
                 up_sums += tl.load(bias + N + row).to(tl.float32)[None, :]
         if GATED:
             sums = gated_unit(sums, up_sums, CLAMPED)
         y_row = place
-        if LAST:
+        if scales is not None:
             sums *= tl.load(scales + choice)[:, None]
             y_row = choice
         y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
@@ -186,14 +182,9 @@ class CodedGroupedWeight:
             BLOCK_M=tiling.rows,
             BLOCK_N=COLUMNS,
             STAGES=WIDE_STAGES if x.dtype.itemsize == 4 else STAGES[tiling.rows],
-            TILES_TOGETHER=TILES_TOGETHER,
             WIDTH=weight.plane,
-            ROW_BLOCK=BLOCK,
-            ZEROS=weight.zeros is not None,
             OFFSETS=weight.has_offsets,
             GATED=self._gated,
-            LAST=scales is not None,
-            BIAS=self._bias is not None,
             CLAMPED=self._clamped,
             num_warps=WARPS,
             **launch_options(pdl),

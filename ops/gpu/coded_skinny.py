@@ -23,6 +23,7 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.skinny import finish_split
 from microvllm.ops.gpu.tiling import Tiling
 
+ROW_BLOCK = tl.constexpr(BLOCK)
 MIN_ROWS, MOST_ROWS = 8, 64  # of the right operand's tile
 MOST_BY_SUMS = tl.constexpr(16)  # rows of which zero points are multiplied with their sums
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -207,13 +208,9 @@ def _coded_skinny_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
     FETCH: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_M rows and BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
@@ -224,6 +221,7 @@ def _coded_skinny_kernel(
     PLACES: tl.constexpr = 32 // BITS
     STEP: tl.constexpr = PLACES * WIDTH
     WORDS: tl.constexpr = (K + STEP - 1) // STEP * WIDTH
+    ZEROS: tl.constexpr = zeros is not None
     WHOLE: tl.constexpr = GROUP >= K and not OFFSETS
     GROUPS: tl.constexpr = 1 if GROUP >= STEP else STEP // GROUP  # of a step
     ROWS: tl.constexpr = 2 * N if GATED else N
@@ -298,7 +296,7 @@ def _coded_skinny_kernel(
     place, places = tile_id * tl.num_programs(0) + tl.program_id(0), tl.num_programs(0) * tl.num_programs(1)
     finish_split(
         y, sums, up_sums, m, n, bias, residual, parts, arrivals, place, places, split, M, N,
-        BLOCK_M, BLOCK_N, SPLITS, GATED, BIAS, RESIDUAL
+        BLOCK_M, BLOCK_N, SPLITS, GATED
     )  # fmt: skip
 
 
@@ -353,13 +351,9 @@ def coded_skinny(
         SPLITS=splits,
         STAGES=tiling.stages,
         WIDTH=weight.plane,
-        ROW_BLOCK=BLOCK,
-        ZEROS=weight.zeros is not None,
         OFFSETS=weight.has_offsets,
         FETCH=fetch,
         GATED=gated,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tiling.warps,
         maxnreg=tiling.max_registers,
         **launch_options(pdl),
@@ -379,8 +373,6 @@ def _widen_kernel(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -406,7 +398,7 @@ def _widen_kernel(
         values = _place(tile, i, BITS)
         if OFFSETS:
             values -= 8388608.0
-        elif ZEROS:
+        elif zeros is not None:
             zero = tl.load(zeros + group * ROWS + n, n < ROWS, 0).to(tl.float32)
             values -= (zero + 8388608.0)[:, None]
         else:
@@ -431,8 +423,6 @@ def widened(weight: CodedTensor, out: Tensor, *, pdl: bool = False) -> Tensor:
         GROUP=weight.group,
         BLOCK_N=32,
         WIDTH=weight.plane,
-        ROW_BLOCK=BLOCK,
-        ZEROS=weight.zeros is not None,
         OFFSETS=weight.has_offsets,
         num_warps=4,
         **launch_options(pdl),

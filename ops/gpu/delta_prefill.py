@@ -20,7 +20,7 @@ from microvllm.ops.gpu.delta_decode import decay_of
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tf32 import float_product
 
-CHUNK = 32  # tokens that are solved for together
+CHUNK = tl.constexpr(32)  # tokens that are solved for together
 VALUES = 32  # of a head, of a program that goes from chunk to chunk
 
 
@@ -46,7 +46,6 @@ def _prepare_kernel(
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -54,9 +53,9 @@ def _prepare_kernel(
     """Program: one head of one chunk."""
     follow(PDL)
     chunk, h = tl.program_id(0), tl.program_id(1)
-    first, count = chunk_tokens(chunk, starts, segments, BT, SEGMENTS)
+    first, count = chunk_tokens(chunk, starts, segments, CHUNK, SEGMENTS)
     if count > 0:
-        t = tl.arange(0, BT)
+        t = tl.arange(0, CHUNK)
         token = (first + t).to(tl.int64)
         live = t < count
         k_at, v_at = tl.arange(0, BK), tl.arange(0, BV)
@@ -80,7 +79,7 @@ def _prepare_kernel(
         system = tl.where(later > earlier, system, 0.0)
         # Row by row by substitution: sums of the powers of the system would cancel each other.
         inverse = tl.where(later == earlier, 1.0, 0.0)
-        for i in range(1, BT):
+        for i in range(1, CHUNK):
             row = tl.sum(tl.where(later == i, system, 0.0), 0)
             update = tl.sum(row[:, None] * inverse, 0)
             inverse = tl.where(later == i, inverse - update[None, :], inverse)
@@ -92,7 +91,7 @@ def _prepare_kernel(
         place = (token * HV + h)[:, None]
         tl.store(right + place * DK + k_at[None, :], kept, in_k)
         tl.store(own + place * DV + v_at[None, :], updates, in_v)
-        tl.store(scores + place * BT + earlier, attended, live[:, None] & (earlier < BT))
+        tl.store(scores + place * CHUNK + earlier, attended, live[:, None] & (earlier < CHUNK))
         tl.store(totals + token * HV + h, total, live)
 
 
@@ -117,7 +116,6 @@ def _chunks_kernel(
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BT: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -128,13 +126,13 @@ def _chunks_kernel(
     count = tl.load(starts + s + 1) - first
     if count > 0:
         k_at, v_at = tl.arange(0, BK), tl.program_id(2) * BV + tl.arange(0, BV)
-        t = tl.arange(0, BT)
+        t = tl.arange(0, CHUNK)
         row = tl.load(rows + decodes + s).to(tl.int64) * HV + h
         at = delta + row * DV * DK + v_at[None, :] * DK + k_at[:, None]
         inside = (k_at < DK)[:, None] & (v_at < DV)[None, :]
         goes_on = tl.load(positions + decodes + first) > 0
         state = tl.load(at, inside & goes_on, 0.0)  # [BK, BV]
-        for done in range(0, count, BT):
+        for done in range(0, count, CHUNK):
             token = (first + done + t).to(tl.int64)
             live = t < count - done
             in_k, in_v = live[:, None] & (k_at < DK)[None, :], live[:, None] & (v_at < DV)[None, :]
@@ -145,11 +143,13 @@ def _chunks_kernel(
             q *= (tl.rsqrt(tl.sum(q * q, 1) + l2_eps) * (DK**-0.5))[:, None]
             k *= tl.rsqrt(tl.sum(k * k, 1) + l2_eps)[:, None]
             total = tl.load(totals + token * HV + h, live, 0.0)
-            last = tl.load(totals + (first + done + tl.minimum(BT, count - done) - 1).to(tl.int64) * HV + h)
+            last = tl.load(
+                totals + (first + done + tl.minimum(CHUNK, count - done) - 1).to(tl.int64) * HV + h
+            )
             of_state = tl.load(right + place * DK + k_at[None, :], in_k, 0.0).to(tl.float32)
             updates = tl.load(own + place * DV + v_at[None, :], in_v, 0.0).to(tl.float32)
             updates -= float_product(of_state, state, PRECISION)
-            weights = tl.load(scores + place * BT + t[None, :], live[:, None] & (t < BT)[None, :], 0.0)
+            weights = tl.load(scores + place * CHUNK + t[None, :], live[:, None] & (t < CHUNK)[None, :], 0.0)
             y = float_product(weights.to(tl.float32), updates, PRECISION)
             y += float_product(q * tl.exp(total)[:, None], state, PRECISION)
             to_end = tl.where(live, tl.exp(last - total), 0.0)
@@ -213,18 +213,17 @@ def prefill(
     # In 16 bits each is a factor that tf32 rounds as well. Not so the updates, which a state sums up: rounded
     # to bfloat16 they made its error 0.8 %, not 0.45 % as the rounding of the convolution's results alone
     # does.
-    right, scores = (x.new_empty(count, heads, size) for size in (key_dim, CHUNK))
+    right, scores = (x.new_empty(count, heads, size) for size in (key_dim, CHUNK.value))
     own, totals = (
         torch.empty(count, heads, *size, dtype=torch.float32, device=x.device) for size in ((value_dim,), ())
     )
-    _prepare_kernel[(triton.cdiv(count, CHUNK) + segments, heads)](
+    _prepare_kernel[(triton.cdiv(count, CHUNK.value) + segments, heads)](
         *(right, own, scores, totals, mixed, x, weights.a_log, weights.dt_bias),
         *(table.starts, decodes, segments, L2_EPS),
         **channels,
         **sizes,
         BK=block_k,
         BV=block_v,
-        BT=CHUNK,
         SEGMENTS=width,
         PRECISION=precision,
         num_warps=warps,
@@ -237,7 +236,6 @@ def prefill(
         **sizes,
         BK=block_k,
         BV=part,
-        BT=CHUNK,
         PRECISION=precision,
         num_warps=warps,
         num_stages=1,

@@ -26,7 +26,6 @@ def _round_rows_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    NORM: tl.constexpr,
     FIXED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -37,7 +36,7 @@ def _round_rows_kernel(
     index = tl.program_id(0)
     row = index.to(tl.int64) * D
     wide = tl.load(x + tl.minimum(index, M - 1).to(tl.int64) * D + d, d < D, 0.0).to(tl.float32)
-    if NORM:
+    if norm is not None:
         wide *= tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
         wide *= tl.load(norm + d, d < D, 0.0).to(tl.float32)
     if GROUP:
@@ -92,7 +91,6 @@ def round_rows(
             D=d,
             BLOCK=block,
             GROUP=group,
-            NORM=norm is not None,
             FIXED=scale is not None,
             num_warps=min(max(block // 1024, 1), 16),
             **launch_options(pdl),

@@ -34,8 +34,6 @@ def _inner_kernel(
     CHOICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -59,17 +57,17 @@ def _inner_kernel(
         gate = tl.load(gate_at + ahead, here & (ahead + k < K)[None, :], 0.0)
         up = tl.load(gate_at + N * K + ahead, here & (ahead + k < K)[None, :], 0.0)
         row = tl.load(row_at + start, start + k < K, 0.0).to(tl.float32)
-        if NORM:
+        if norm is not None:
             squares += row * row
             row *= tl.load(norm + start + k, start + k < K, 0.0).to(tl.float32)
         gate_sums += wide * row[None, :]
         up_sums += up_wide * row[None, :]
     # The norm's scale is the same for the whole row, so that it can wait until the product is done.
     scale = 1.0
-    if NORM:
+    if norm is not None:
         scale = tl.rsqrt(tl.sum(squares) / K + eps)
     gates, ups = tl.sum(gate_sums, 1) * scale, tl.sum(up_sums, 1) * scale
-    if BIAS:
+    if bias is not None:
         gates += tl.load(bias + expert * (2 * N) + n, n < N, 0.0).to(tl.float32)
         ups += tl.load(bias + expert * (2 * N) + N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + choice * N + n, gated_unit(gates, ups, CLAMPED), n < N)
@@ -89,8 +87,6 @@ def _outer_kernel(
     CHOICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of one token: as many rows of the matrices of all its experts."""
@@ -110,10 +106,10 @@ def _outer_kernel(
             row = tl.load(x + choice * K + start + k, start + k < K, 0.0).to(tl.float32)
             sums += tile * row[None, :]
         one = tl.sum(sums, 1)
-        if BIAS:
+        if bias is not None:
             one += tl.load(bias + expert * N + n, n < N, 0.0).to(tl.float32)
         total += one * tl.load(scales + choice)
-    if RESIDUAL:
+    if residual is not None:
         total += tl.load(residual + token * N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + token * N + n, total, n < N)
 
@@ -155,8 +151,6 @@ def expert_gemv(
         CHOICES=k,
         BLOCK_N=inner.block_n,
         BLOCK_K=inner.block_k,
-        NORM=norm is not None,
-        BIAS=biases.gate_up is not None,
         CLAMPED=clamped,
         num_warps=inner.warps,
         **launch_options(pdl),
@@ -175,8 +169,6 @@ def expert_gemv(
         CHOICES=k,
         BLOCK_N=outer.block_n,
         BLOCK_K=outer.block_k,
-        RESIDUAL=residual is not None,
-        BIAS=biases.down is not None,
         num_warps=outer.warps,
         **launch_options(pdl),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from microvllm.ops.gpu.gumbel import gumbel_of
+from microvllm.ops.gpu.gumbel import LANE, gumbel_of
 from microvllm.ops.gpu.launch import follow
 from microvllm.ops.gpu.ranks import (
     NOTHING,
@@ -29,7 +29,7 @@ from microvllm.ops.gpu.ranks import (
 from microvllm.ops.gpu.rejection import best_of_block, draw_by_rejection
 
 GROUP = tl.constexpr(32)  # entries: 4 words of 8 neighbours, which one thread has loaded
-CAPACITY = 4096  # of a list
+CAPACITY = tl.constexpr(4096)  # of a list
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def deliver(newest, sent, places, i, row, token):
 
 
 @triton.jit
-def store_largest(largest, values, LANE: tl.constexpr):
+def store_largest(largest, values):
     """Store the largest of each group of a program's entries.
 
     largest: where, [LANE // 8] float32; values: [LANE], the largest of entries LANE apart.
@@ -106,9 +106,7 @@ def _fill(
     low,
     high,
     VOCAB: tl.constexpr,
-    LANE: tl.constexpr,
     UNUSED: tl.constexpr,
-    CAPACITY: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """List the ranks from `low` to below `high`: how many there are; the list has the first CAPACITY.
@@ -147,7 +145,6 @@ def _weigh(
     top,
     temperature,
     VOCAB: tl.constexpr,
-    LANE: tl.constexpr,
     UNUSED: tl.constexpr,
 ):
     """Number and mass of the entries from rank `threshold` on: of the list, if `listed`, else of the row."""
@@ -191,15 +188,13 @@ def _draw_of_top_k(
     seed,
     position,
     VOCAB: tl.constexpr,
-    LANE: tl.constexpr,
     UNUSED: tl.constexpr,
-    CAPACITY: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Draw from the `top_k` best entries of a row that are not below `floor`, and of these from the top-p."""
     end = rank_of(top, top_k * 0, UNUSED) + 1  # above all
     cut = first_rank(_cut(largest, top_k, floor, top, temperature), UNUSED)
-    size = _fill(ranks, groups, largest, logits, cut, end, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
+    size = _fill(ranks, groups, largest, logits, cut, end, VOCAB, UNUSED, GROUPS)
     # The list has what is from `cut` on, and below what `above` and `mass_above` are number and mass of.
     listed = size <= CAPACITY
     above, mass_above = size * 0, top * 0.0
@@ -212,7 +207,7 @@ def _draw_of_top_k(
             active = top_p < 1
             if active:
                 low_count, total = _weigh(
-                    ranks, size, listed & (low >= cut), logits, low, top, temperature, VOCAB, LANE, UNUSED
+                    ranks, size, listed & (low >= cut), logits, low, top, temperature, VOCAB, UNUSED
                 )
                 wanted_count, wanted_mass = size * 0, top_p * total
         # [low, high) holds the lowest rank that stays, until one entry is left of it.
@@ -220,11 +215,11 @@ def _draw_of_top_k(
         tries = 0
         while active & (low_count > tl.maximum(wanted_count, high_count + 1)):
             if (listed == 0) & (low_count - high_count <= CAPACITY):
-                size = _fill(ranks, groups, largest, logits, low, high, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
+                size = _fill(ranks, groups, largest, logits, low, high, VOCAB, UNUSED, GROUPS)
                 listed, cut, above, mass_above = size <= CAPACITY, low, high_count, high_mass
             middle = _middle(low, high, top, temperature, tries, VOCAB, UNUSED)
             middle = tl.where(listed & (low < cut), cut, middle)
-            count, mass = _weigh(ranks, size, listed, logits, middle, top, temperature, VOCAB, LANE, UNUSED)
+            count, mass = _weigh(ranks, size, listed, logits, middle, top, temperature, VOCAB, UNUSED)
             if listed:
                 count, mass = count + above, mass + mass_above
             if (count >= wanted_count) & (mass >= wanted_mass):
@@ -241,12 +236,12 @@ def _draw_of_top_k(
             rank = tl.load(ranks + at, at < size, NOTHING)
             entry = entry_of(rank)
             value = value_of((rank >> 32).to(tl.int32), UNUSED)
-            score = value / temperature + gumbel_of(seed, position, entry, LANE)
+            score = value / temperature + gumbel_of(seed, position, entry)
             best = tl.maximum(best, tl.where(rank >= low, rank_of(score, entry), NOTHING))
     else:
         edge, last = value_of((low >> 32).to(tl.int32), UNUSED), entry_of(low)
         for block in range(0, tl.cdiv(VOCAB, 4 * LANE)):
-            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB, LANE)
+            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB)
             best = tl.maximum(best, scores)
     return token_of(tl.max(best, 0))
 
@@ -270,9 +265,7 @@ def filter_kernel(
     seeds,
     positions,
     VOCAB: tl.constexpr,
-    LANE: tl.constexpr,
     UNUSED: tl.constexpr,
-    CAPACITY: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -318,16 +311,14 @@ def filter_kernel(
                 seed,
                 position,
                 VOCAB,
-                LANE,
                 UNUSED,
-                CAPACITY,
                 GROUPS,
             )
         else:
             block = tl.arange(0, BLOCKS)
             best = tl.load(block_best + i * NUM_BLOCKS + block, block < NUM_BLOCKS, NOTHING)
             token = draw_by_rejection(
-                best, logits, top_p, floor, top, temperature, seed, position, VOCAB, LANE, BLOCKS
+                best, logits, top_p, floor, top, temperature, seed, position, VOCAB, BLOCKS
             )
         tl.store(tokens + i, token)
     if DELIVERS:  # noqa: SIM102 (known as the kernel is compiled)

@@ -33,18 +33,19 @@ class _Tile:
     stages: int
 
 
-BLOCK_K = 64
+BLOCK_K = tl.constexpr(64)
 FEW = _Tile(64, 64, 4, 6)
 MANY = _Tile(128, 128, 8, 3)
 PROGRAMS = 256  # enough to fill a device
 LONGEST_SPLIT = 8  # steps of BLOCK_K: no run is shorter
-ROWS_TOGETHER = 8  # tiles of rows that follow each other, for the L2 cache to keep a part of the weight
+# Tiles of rows that follow each other, for the L2 cache to keep a part of the weight.
+ROWS_TOGETHER = tl.constexpr(8)
 
 
 @triton.jit
 def _run(
     x_at, weight_at, x_rows, weight_rows, first, K: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """The sums over terms [first, first + RUN), one step after another."""
     k = tl.arange(0, BLOCK_K)
@@ -74,11 +75,7 @@ def _fixed_order_kernel(
     SPREAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS_TOGETHER: tl.constexpr,
     STAGES: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: a tile of y; of its SPLITS runs one if SPREAD, which is for one tile of rows, else all."""
@@ -98,9 +95,7 @@ def _fixed_order_kernel(
     weight_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     x_rows, weight_rows = (m < M)[:, None], (n < N)[:, None]
     if SPREAD:
-        sums = _run(
-            x_at, weight_at, x_rows, weight_rows, split * RUN, K, RUN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
-        )
+        sums = _run(x_at, weight_at, x_rows, weight_rows, split * RUN, K, RUN, BLOCK_M, BLOCK_N, STAGES)
         complete = SPLITS == 1
         if SPLITS > 1:
             size: tl.constexpr = BLOCK_M * BLOCK_N
@@ -114,14 +109,14 @@ def _fixed_order_kernel(
                 tl.atomic_xchg(arrivals + tile_n, 0)
                 sums = add_parts(part, stride, SPLITS)
         if complete:
-            finish(y, sums, sums, m, n, bias, residual, M, N, False, BIAS, RESIDUAL)
+            finish(y, sums, sums, m, n, bias, residual, M, N, False)
     else:
-        sums = _run(x_at, weight_at, x_rows, weight_rows, 0, K, RUN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
+        sums = _run(x_at, weight_at, x_rows, weight_rows, 0, K, RUN, BLOCK_M, BLOCK_N, STAGES)
         for further in range(1, SPLITS):
             sums += _run(
-                x_at, weight_at, x_rows, weight_rows, further * RUN, K, RUN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+                x_at, weight_at, x_rows, weight_rows, further * RUN, K, RUN, BLOCK_M, BLOCK_N, STAGES
             )
-        finish(y, sums, sums, m, n, bias, residual, M, N, False, BIAS, RESIDUAL)
+        finish(y, sums, sums, m, n, bias, residual, M, N, False)
 
 
 def fixed_order_linear(
@@ -143,7 +138,7 @@ def fixed_order_linear(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0:
         return y
-    steps, tiles = triton.cdiv(k, BLOCK_K), triton.cdiv(n, FEW.columns)
+    steps, tiles = triton.cdiv(k, BLOCK_K.value), triton.cdiv(n, FEW.columns)
     wanted = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(steps, LONGEST_SPLIT))
     run = triton.cdiv(steps, wanted if tiles <= MAX_SPLIT_TILES else 1)
     splits = triton.cdiv(steps, run)
@@ -165,16 +160,12 @@ def fixed_order_linear(
         m,
         N=n,
         K=k,
-        RUN=run * BLOCK_K,
+        RUN=run * BLOCK_K.value,
         SPLITS=splits,
         SPREAD=spread,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
-        BLOCK_K=BLOCK_K,
-        ROWS_TOGETHER=ROWS_TOGETHER,
         STAGES=stages,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tile.warps,
         **launch_options(pdl),
     )

@@ -19,17 +19,16 @@ from microvllm.ops.gpu.tiling import Tiling
 
 @triton.jit
 def finish_row(
-    y, value, up, m, n, bias, residual, N: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr
+    y, value, up, m, n, bias, residual, N: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
     """Write columns n of row m of y: act(value + bias) + residual; up: the second half's, if GATED."""
-    if BIAS:
+    if bias is not None:
         value += tl.load(bias + n, n < N, 0.0).to(tl.float32)
     if GATED:
-        if BIAS:
+        if bias is not None:
             up += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)
         value = swiglu(value, up)
-    if RESIDUAL:
+    if residual is not None:
         value += tl.load(residual + m * N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + m * N + n, value, n < N)
 
@@ -48,10 +47,7 @@ def _gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of y: as many rows of the weight and, if GATED, of its second half."""
@@ -66,7 +62,7 @@ def _gemv_kernel(
     follow(PDL)
     sums = (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),) * M
     up_sums = sums if GATED else ()
-    squares = (tl.zeros((BLOCK_K,), tl.float32),) * M if NORM else ()
+    squares = (tl.zeros((BLOCK_K,), tl.float32),) * M if norm is not None else ()
     for start in range(0, K, BLOCK_K):
         wide = tile.to(tl.float32)
         ahead = start + BLOCK_K
@@ -74,14 +70,14 @@ def _gemv_kernel(
         if GATED:
             up_wide = up_tile.to(tl.float32)
             up_tile = tl.load(tile_at + N * K + ahead, here & (ahead + k < K)[None, :], 0.0)
-        if NORM:
+        if norm is not None:
             norm_part = tl.load(norm + start + k, start + k < K, 0.0).to(tl.float32)
         new_sums = ()
         new_up_sums = ()
         new_squares = ()
         for m in tl.static_range(M):
             row = tl.load(x + m * K + start + k, start + k < K, 0.0).to(tl.float32)
-            if NORM:
+            if norm is not None:
                 new_squares = new_squares + (squares[m] + row * row,)  # noqa: RUF005 (Triton knows no *)
                 row = row * norm_part
             new_sums = new_sums + (sums[m] + wide * row[None, :],)  # noqa: RUF005 (Triton knows no *)
@@ -93,11 +89,11 @@ def _gemv_kernel(
     for m in tl.static_range(M):
         # The norm's scale is the same for the whole row, so that it can wait until the product is done.
         scale = 1.0
-        if NORM:
+        if norm is not None:
             scale = tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
         value = tl.sum(sums[m], 1) * scale
         up = tl.sum(up_sums[m], 1) * scale if GATED else value
-        finish_row(y, value, up, m, n, bias, residual, N, GATED, BIAS, RESIDUAL)
+        finish_row(y, value, up, m, n, bias, residual, N, GATED)
 
 
 def gemv(
@@ -128,10 +124,7 @@ def gemv(
         K=k,
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
-        NORM=norm is not None,
         GATED=gated,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tiling.warps,
         **launch_options(pdl),
     )

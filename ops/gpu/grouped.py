@@ -21,7 +21,8 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 from microvllm.ops.scaled import ScaledTensor
 
-TILES_TOGETHER = 8  # that follow each other for each block of columns: those of one expert share its weights
+# Tiles that follow each other for each block of columns: those of one expert share its weights.
+TILES_TOGETHER = tl.constexpr(8)
 MIN_BLOCK_K = 16  # terms of a tensor core's step
 SUM_BLOCK = 1024  # elements of a row that one program adds up
 
@@ -52,7 +53,7 @@ class GroupedTiling:
 
 
 @triton.jit
-def tile_of_program(NUM_TILES, BLOCKS_N: tl.constexpr, TILES_TOGETHER: tl.constexpr):
+def tile_of_program(NUM_TILES, BLOCKS_N: tl.constexpr):
     """The tile of choices and the block of columns of a program: see `TILES_TOGETHER`."""
     program = tl.program_id(0)
     group = program // (TILES_TOGETHER * BLOCKS_N)
@@ -106,14 +107,11 @@ def _grouped_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    TILES_TOGETHER: tl.constexpr,
     GATED: tl.constexpr,
-    LAST: tl.constexpr,
     SWAPPED: tl.constexpr,
     BOXES: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
-    BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -121,11 +119,11 @@ def _grouped_kernel(
 
     With SCALE_N > 0 the weight is of codes in e4m3, of which SCALE_N rows and SCALE_K columns share a scale.
 
-    If not LAST, x has a row for each token, and y one for each choice in their sorted order. LAST: x has a
-    row for each choice in sorted order, y one for each choice, times its scale.
+    Without scales, x has a row for each token, and y one for each choice in their sorted order. With scales,
+    x has a row for each choice in sorted order, and y one for each choice, times its scale.
     """
     follow(PDL)
-    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N, TILES_TOGETHER)
+    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
         expert = tl.load(experts + tile)
@@ -136,7 +134,7 @@ def _grouped_kernel(
         n = first_n + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
         columns = (n < N)[:, None]
-        x_row = place if LAST else choice // CHOICES
+        x_row = place if scales is not None else choice // CHOICES
         x_at = x + x_row.to(tl.int64)[:, None] * K + k[None, :]
         matrix = expert * (2 * N if GATED else N)  # its first row
         if not BOXES:
@@ -174,14 +172,14 @@ def _grouped_kernel(
                     up_sums = _multiply(x_tile, w_tile, up_sums, SWAPPED)
         if SWAPPED:
             sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        if BIAS:
+        if bias is not None:
             sums += tl.load(bias + matrix + n, n < N, 0.0).to(tl.float32)[None, :]
             if GATED:
                 up_sums += tl.load(bias + matrix + N + n, n < N, 0.0).to(tl.float32)[None, :]
         if GATED:
             sums = gated_unit(sums, up_sums, CLAMPED)
         y_row = place
-        if LAST:
+        if scales is not None:
             sums *= tl.load(scales + choice, rows, 0.0)[:, None]
             y_row = choice
         y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
@@ -261,14 +259,11 @@ class GroupedWeight:
             BLOCK_N=tiling.columns,
             BLOCK_K=tiling.block_k,
             STAGES=tiling.stages,
-            TILES_TOGETHER=TILES_TOGETHER,
             GATED=self._gated,
-            LAST=scales is not None,
             SWAPPED=tiling.swapped,
             BOXES=boxes,
             SCALE_N=self._block[0],
             SCALE_K=self._block[1],
-            BIAS=self._bias is not None,
             CLAMPED=self._clamped,
             num_warps=tiling.warps,
             **launch_options(pdl),
@@ -290,7 +285,6 @@ def _sum_kernel(
     D: tl.constexpr,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK elements of one token."""
@@ -300,7 +294,7 @@ def _sum_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for place in tl.static_range(CHOICES):
         total += tl.load(parts + (row * CHOICES + place) * D + d, d < D, 0.0).to(tl.float32)
-    if RESIDUAL:
+    if residual is not None:
         total += tl.load(residual + row * D + d, d < D, 0.0).to(tl.float32)
     tl.store(y + row * D + d, total, d < D)
 
@@ -317,7 +311,6 @@ def sum_choices(parts: Tensor, num_chosen: int, residual: Tensor | None, *, pdl:
         D=d,
         CHOICES=num_chosen,
         BLOCK=block,
-        RESIDUAL=residual is not None,
         num_warps=4,
         **launch_options(pdl),
     )

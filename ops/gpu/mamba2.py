@@ -20,6 +20,7 @@ from microvllm.ops.gpu.tf32 import float_product
 from microvllm.ops.mamba2 import CHUNK, Mamba2Config, Mamba2States
 from microvllm.ops.row_states import rows_of
 
+BT = tl.constexpr(CHUNK)  # tokens of a chunk
 VALUES = 32  # of a head, of a program that goes from chunk to chunk
 
 
@@ -89,7 +90,6 @@ def _scores_kernel(
     G: tl.constexpr,
     N: tl.constexpr,
     BN: tl.constexpr,
-    BT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -133,7 +133,6 @@ def _scan_kernel(
     N: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
-    BT: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -296,7 +295,6 @@ class GpuMamba2Step:
             G=config.num_groups,
             N=config.state_size,
             BN=block_n,
-            BT=CHUNK,
             SEGMENTS=triton.next_power_of_2(segments),
             PRECISION=precision,
             num_warps=4,
@@ -311,7 +309,6 @@ class GpuMamba2Step:
             **self._heads,
             BP=part,
             BN=block_n,
-            BT=CHUNK,
             PRECISION=precision,
             num_warps=8 if block_n > 64 else 4,
             num_stages=1,

@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.coded import BLOCK as ROW_BLOCK
 from microvllm.ops.coded import PLANE
 from microvllm.ops.gpu.activation import gated_unit
-from microvllm.ops.gpu.coded_skinny import INTERPRETED, OPERANDS, in_rows, side_by_side
-from microvllm.ops.gpu.grouped import TILES_TOGETHER, GroupedTiling, tile_of_program
+from microvllm.ops.gpu.coded_skinny import INTERPRETED, OPERANDS, ROW_BLOCK, in_rows, side_by_side
+from microvllm.ops.gpu.grouped import GroupedTiling, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 from microvllm.ops.mxfp4 import Mxfp4Tensor
@@ -47,6 +46,7 @@ def _unpacking() -> str:
 
 
 UNPACK = tl.constexpr(_unpacking())
+WIDTH = tl.constexpr(PLANE)
 
 
 @triton.jit
@@ -128,12 +128,7 @@ def _mxfp4_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    TILES_TOGETHER: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
     GATED: tl.constexpr,
-    LAST: tl.constexpr,
-    BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -144,7 +139,7 @@ def _mxfp4_kernel(
     STEP: tl.constexpr = PLACES * WIDTH
     RUNS: tl.constexpr = (K + STEP - 1) // STEP
     WORDS: tl.constexpr = RUNS * WIDTH
-    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N, TILES_TOGETHER)
+    tile, block_n = tile_of_program(NUM_TILES, (N + BLOCK_N - 1) // BLOCK_N)
     start, stop = tl.load(starts + tile), tl.load(stops + tile)
     if start < stop:
         expert = tl.load(experts + tile)
@@ -165,7 +160,7 @@ def _mxfp4_kernel(
         word_at = words + block.to(tl.int64)[None, :, None] * (ROW_BLOCK * WORDS) + eighth
         scale_at = code_scales + block.to(tl.int64)[:, None] * (RUNS * 32) + tl.arange(0, 32)[None, :]
         column = tl.arange(0, WIDTH)
-        x_row = tl.where(rows, place if LAST else choice // CHOICES, 0)
+        x_row = tl.where(rows, place if scales is not None else choice // CHOICES, 0)
         x_at = x + x_row.to(tl.int64)[None, :] * K + column[:, None]
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up_sums = sums
@@ -185,14 +180,14 @@ def _mxfp4_kernel(
                 scales_of_up = tl.load(run_at + N // ROW_BLOCK * (RUNS * 32))
                 up_sums = multiply_mxfp4(up_sums, codes, scales_of_up, right, 1, DTYPE)
         sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        if BIAS:
+        if bias is not None:
             sums += tl.load(bias + row).to(tl.float32)[None, :]
             if GATED:
                 up_sums += tl.load(bias + N + row).to(tl.float32)[None, :]
         if GATED:
             sums = gated_unit(sums, up_sums, CLAMPED)
         y_row = place
-        if LAST:
+        if scales is not None:
             sums *= tl.load(scales + choice, rows, 0.0)[:, None]
             y_row = choice
         y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
@@ -249,12 +244,7 @@ class Mxfp4Weight:
             BLOCK_M=tiling.rows,
             BLOCK_N=tiling.columns,
             STAGES=tiling.stages,
-            TILES_TOGETHER=TILES_TOGETHER,
-            WIDTH=PLANE,
-            ROW_BLOCK=ROW_BLOCK,
             GATED=self._gated,
-            LAST=scales is not None,
-            BIAS=self._bias is not None,
             CLAMPED=self._clamped,
             num_warps=tiling.warps,
             **launch_options(pdl),

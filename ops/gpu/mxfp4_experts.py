@@ -20,13 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microvllm.ops.coded import BLOCK as ROW_BLOCK
-from microvllm.ops.coded import PLANE
+from microvllm.ops.coded import BLOCK, PLANE
 from microvllm.ops.experts import NO_BIASES, ExpertBiases
 from microvllm.ops.gpu.activation import gated_unit
-from microvllm.ops.gpu.coded_skinny import in_rows
+from microvllm.ops.gpu.coded_skinny import ROW_BLOCK, in_rows
 from microvllm.ops.gpu.launch import follow, launch_options
-from microvllm.ops.gpu.mxfp4 import multiply_mxfp4
+from microvllm.ops.gpu.mxfp4 import WIDTH, multiply_mxfp4
 from microvllm.ops.gpu.tiling import mxfp4_expert_tiling
 from microvllm.ops.mxfp4 import Mxfp4Tensor
 
@@ -34,7 +33,7 @@ from microvllm.ops.mxfp4 import Mxfp4Tensor
 @triton.jit
 def _products(
     words, scales, block, part, x_row, x_part, K: tl.constexpr, STEPS: tl.constexpr,
-    STAGES: tl.constexpr, WIDTH: tl.constexpr, ROW_BLOCK: tl.constexpr
+    STAGES: tl.constexpr
 ):  # fmt: skip
     """Products of 16 rows of each block with each row of x, [blocks * 16, x's], over STEPS runs of words.
 
@@ -80,9 +79,6 @@ def _inner_kernel(
     PARTS: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    BIAS: tl.constexpr,
     CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -98,13 +94,13 @@ def _inner_kernel(
     block = first // ROW_BLOCK + b % 2 * (N // ROW_BLOCK)
     x_part = tl.minimum(tl.arange(0, COLUMNS), PARTS - 1)
     x_row = x + (choice // CHOICES * K + x_part * 0)
-    sums = _products(words, scales, block, b // 2, x_row, x_part, K, STEPS, STAGES, WIDTH, ROW_BLOCK)
+    sums = _products(words, scales, block, b // 2, x_row, x_part, K, STEPS, STAGES)
     own = (r // (2 * ROW_BLOCK))[:, None] == tl.arange(0, COLUMNS)[None, :]
     each = tl.sum(tl.where(own, sums, 0.0), 1)
     both = tl.sum(tl.reshape(each, [PARTS, 2, ROW_BLOCK]), 0)
     gate, up = tl.split(tl.trans(both))
     n = tile * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
-    if BIAS:
+    if bias is not None:
         gate += tl.load(bias + expert * (2 * N) + n).to(tl.float32)
         up += tl.load(bias + expert * (2 * N) + N + n).to(tl.float32)
     tl.store(y + choice * N + n, gated_unit(gate, up, CLAMPED))
@@ -127,10 +123,6 @@ def _outer_kernel(
     PARTS: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: 16 columns of one token: as many rows of the matrices of all its experts."""
@@ -147,18 +139,18 @@ def _outer_kernel(
     column = tl.arange(0, COLUMNS)
     x_row = x + (first_choice + tl.minimum(column % C, CHOICES - 1)) * K
     x_part = tl.minimum(column // C, PARTS - 1)
-    sums = _products(words, scales, block, b // C, x_row, x_part, K, STEPS, STAGES, WIDTH, ROW_BLOCK)
+    sums = _products(words, scales, block, b // C, x_row, x_part, K, STEPS, STAGES)
     each = tl.sum(tl.where((r // ROW_BLOCK)[:, None] == column[None, :], sums, 0.0), 1)
     one = tl.sum(tl.reshape(each, [PARTS, C, ROW_BLOCK]), 0)
     n = tile * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     c = tl.arange(0, C)
     there = c < CHOICES
     expert = tl.load(chosen + first_choice + c, there, 0)
-    if BIAS:
+    if bias is not None:
         one += tl.load(bias + expert[:, None] * N + n[None, :]).to(tl.float32)
     weight = tl.load(weights + first_choice + c, there, 0.0)
     total = tl.sum(tl.where(there[:, None], one * weight[:, None], 0.0), 0)
-    if RESIDUAL:
+    if residual is not None:
         total += tl.load(residual + token * N + n).to(tl.float32)
     tl.store(y + token * N + n, total)
 
@@ -183,7 +175,7 @@ def mxfp4_experts(
     between = torch.empty(n * k, width, dtype=x.dtype, device=x.device)
     steps = triton.cdiv(hidden, 8 * PLANE)
     tiling = mxfp4_expert_tiling(steps, 2)
-    _inner_kernel[(width // ROW_BLOCK, n * k)](
+    _inner_kernel[(width // BLOCK, n * k)](
         between,
         x,
         gate_up.as_subclass(Tensor),
@@ -196,9 +188,6 @@ def mxfp4_experts(
         PARTS=tiling.splits,
         STEPS=steps // tiling.splits,
         STAGES=tiling.stages,
-        WIDTH=PLANE,
-        ROW_BLOCK=ROW_BLOCK,
-        BIAS=biases.gate_up is not None,
         CLAMPED=clamped,
         num_warps=tiling.warps,
         **launch_options(pdl),
@@ -206,7 +195,7 @@ def mxfp4_experts(
     y = torch.empty_like(x) if residual is None else residual
     places, steps = triton.next_power_of_2(k), triton.cdiv(width, 8 * PLANE)
     tiling = mxfp4_expert_tiling(steps, places)
-    _outer_kernel[(hidden // ROW_BLOCK, n)](
+    _outer_kernel[(hidden // BLOCK, n)](
         y,
         between,
         down.as_subclass(Tensor),
@@ -222,10 +211,6 @@ def mxfp4_experts(
         PARTS=tiling.splits,
         STEPS=steps // tiling.splits,
         STAGES=tiling.stages,
-        WIDTH=PLANE,
-        ROW_BLOCK=ROW_BLOCK,
-        RESIDUAL=residual is not None,
-        BIAS=biases.down is not None,
         num_warps=tiling.warps,
         **launch_options(pdl),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from microvllm.ops.gpu.launch import follow, launch_options
 
-BLOCK = 512  # words of 32 bits that a program adds up
+BLOCK = tl.constexpr(512)  # words of 32 bits that a program adds up
 WORD_BYTES = 4
 
 
@@ -94,7 +94,6 @@ def _sum_kernel(
     SIZE: tl.constexpr,
     TYPE: tl.constexpr,
     ADDS: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK words of all parts, which it exchanges with the same program of the other ranks.
@@ -143,7 +142,6 @@ def _join_kernel(
     ROOM: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK words of all parts. part: [n / width, width]; out: [n / width, SIZE * width], int32.
@@ -184,7 +182,7 @@ class PeerExchange:
         self._rank, self._size, self.room = rank, len(boxes), room
         self._box = boxes[rank]
         self._boxes = torch.tensor(boxes, dtype=torch.int64, device=device)
-        self._calls = torch.zeros(triton.cdiv(room, BLOCK), dtype=torch.int32, device=device)
+        self._calls = torch.zeros(triton.cdiv(room, BLOCK.value), dtype=torch.int32, device=device)
         self._ended = torch.zeros(1, dtype=torch.int32, device=device)
         self._options = launch_options(pdl)
 
@@ -197,7 +195,7 @@ class PeerExchange:
         """part: [n, d], contiguous -> residual + the parts of all ranks, [n, d], where either was."""
         out = part if residual is None else residual
         words, target = _words(part), _words(out)
-        _sum_kernel[(triton.cdiv(words.numel(), BLOCK),)](
+        _sum_kernel[(triton.cdiv(words.numel(), BLOCK.value),)](
             target,
             words,
             target,
@@ -211,7 +209,6 @@ class PeerExchange:
             SIZE=self._size,
             TYPE=_TYPES[part.dtype],
             ADDS=residual is not None,
-            BLOCK=BLOCK,
             num_warps=4,
             **self._options,
         )
@@ -222,7 +219,7 @@ class PeerExchange:
         rows, width = part.shape
         out = part.new_empty(rows, self._size * width)
         words = _words(part)
-        _join_kernel[(triton.cdiv(words.numel(), BLOCK),)](
+        _join_kernel[(triton.cdiv(words.numel(), BLOCK.value),)](
             _words(out),
             words,
             self._box,
@@ -234,7 +231,6 @@ class PeerExchange:
             ROOM=self.room,
             RANK=self._rank,
             SIZE=self._size,
-            BLOCK=BLOCK,
             num_warps=4,
             **self._options,
         )

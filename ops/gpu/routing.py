@@ -13,15 +13,14 @@ from microvllm.ops.experts import route
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.routing import Routing
 
-ROUTER_ROWS = 2  # of the router's weight that a program multiplies
+ROUTER_ROWS = tl.constexpr(2)  # of the router's weight that a program multiplies
 SORT_BLOCK = 4096  # choices that a program looks at together
 
 
 @triton.jit
 def _choose(
     weights, chosen, row, logit, correction, scales, scale, smallest, E: tl.constexpr, K: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZED: tl.constexpr,
-    CORRECTION: tl.constexpr, SCALES: tl.constexpr
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZED: tl.constexpr
 ):  # fmt: skip
     """Store what a row's logits choose: of equal scores the first, and last what is no number."""
     e = tl.arange(0, BLOCK_E)
@@ -32,7 +31,7 @@ def _choose(
         powers = tl.exp(logit - tl.max(logit, 0))
         scores = powers / tl.sum(powers, 0)
     ranked = scores
-    if CORRECTION:
+    if correction is not None:
         ranked += tl.load(correction + e, e < E, 0.0)
     ranked = tl.where((e < E) & (ranked == ranked), ranked, float("-inf"))
     numbers = tl.zeros((BLOCK_K,), tl.int32)
@@ -44,7 +43,7 @@ def _choose(
         ranked = tl.where(e == best, float("-inf"), ranked)
     if NORMALIZED:
         values = values / (tl.sum(values, 0) + smallest)
-    if SCALES:
+    if scales is not None:
         values *= tl.load(scales + numbers, k < K, 0.0)
     tl.store(weights + row * K + k, values * scale, k < K)
     tl.store(chosen + row * K + k, numbers, k < K)
@@ -65,8 +64,6 @@ def _choose_kernel(
     BLOCK_K: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: one token."""
@@ -75,7 +72,7 @@ def _choose_kernel(
     logit = tl.load(logits + row.to(tl.int64) * E + e, e < E, float("-inf")).to(tl.float32)
     _choose(
         weights, chosen, row, logit, correction, scales, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID,
-        NORMALIZED, CORRECTION, SCALES
+        NORMALIZED
     )  # fmt: skip
 
 
@@ -97,33 +94,28 @@ def _route_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: the logits of ROWS experts for one token; the token's last program makes the choice."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Program: the logits of ROUTER_ROWS experts for one token; the token's last program makes the choice."""
+    n = tl.program_id(0) * ROUTER_ROWS + tl.arange(0, ROUTER_ROWS)
     row = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     tile = tl.load(router + n[:, None] * D + d[None, :], (n < E)[:, None] & (d < D)[None, :], 0.0)
-    if NORM:
+    if norm is not None:
         gain = tl.load(norm + d, d < D, 0.0).to(tl.float32)
     follow(PDL)
     wide = tl.load(x + row * D + d, d < D, 0.0).to(tl.float32)
     factor = 1.0
-    if NORM:
+    if norm is not None:
         factor = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
         wide *= gain
     found = tl.sum(tile.to(tl.float32) * wide[None, :], 1) * factor
-    if BIAS:
+    if bias is not None:
         found += tl.load(bias + n, n < E, 0.0).to(tl.float32)
     tl.store(logits + row * E + n, found, n < E)
     tl.debug_barrier()  # all threads have stored before one of them says so
@@ -134,7 +126,7 @@ def _route_kernel(
         logit = tl.load(logits + row * E + e, e < E, float("-inf"), cache_modifier=".cg").to(tl.float32)
         _choose(
             weights, chosen, row, logit, correction, scales, scale, smallest, E, K, BLOCK_E, BLOCK_K, SIGMOID,
-            NORMALIZED, CORRECTION, SCALES
+            NORMALIZED
         )  # fmt: skip
 
 
@@ -161,7 +153,7 @@ def route_few(
     logits = torch.empty(n, count, dtype=x.dtype, device=x.device)
     weights = torch.empty(n, k, dtype=torch.float32, device=x.device)
     chosen = torch.empty(n, k, dtype=torch.int32, device=x.device)
-    _route_kernel[(triton.cdiv(count, ROUTER_ROWS), n)](
+    _route_kernel[(triton.cdiv(count, ROUTER_ROWS.value), n)](
         weights,
         chosen,
         logits,
@@ -178,16 +170,11 @@ def route_few(
         D=hidden,
         E=count,
         K=k,
-        ROWS=ROUTER_ROWS,
         BLOCK_D=triton.next_power_of_2(hidden),
         BLOCK_E=triton.next_power_of_2(count),
         BLOCK_K=triton.next_power_of_2(k),
-        NORM=norm is not None,
-        BIAS=bias is not None,
         SIGMOID=routing.sigmoid,
         NORMALIZED=routing.normalized,
-        CORRECTION=correction is not None,
-        SCALES=scales is not None,
         num_warps=4,
         **launch_options(pdl),
     )
@@ -223,8 +210,6 @@ def choose(
         BLOCK_K=triton.next_power_of_2(routing.num_chosen),
         SIGMOID=routing.sigmoid,
         NORMALIZED=routing.normalized,
-        CORRECTION=correction is not None,
-        SCALES=scales is not None,
         num_warps=1 if count <= 256 else 4,
         **launch_options(pdl),
     )

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from microvllm.ops.gpu.launch import follow, launch_options
 
-LANES = 4096  # entries of a program
-MAX_BIASES = 1024  # of a row
+LANES = tl.constexpr(4096)  # entries of a program
+MAX_BIASES = tl.constexpr(1024)  # of a row
 MAX_COUNT = tl.constexpr((1 << 14) - 1)
 PRESENCE, FREQUENCY, REPETITION = range(3)
 
@@ -42,8 +42,6 @@ def _change_kernel(
     biases,
     num_biases,
     VOCAB: tl.constexpr,
-    LANES: tl.constexpr,
-    MAX_BIASES: tl.constexpr,
     IN_PLACE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -100,8 +98,8 @@ class RuleTables:
         self._words = torch.zeros(num_rows, vocab, dtype=torch.int16, device=device)
         self._penalties = torch.zeros(3, num_rows, device=device)
         self._penalties[REPETITION] = 1.0
-        self._bias_ids = torch.zeros(num_rows, MAX_BIASES, dtype=torch.int32, device=device)
-        self._biases = torch.zeros(num_rows, MAX_BIASES, device=device)
+        self._bias_ids = torch.zeros(num_rows, MAX_BIASES.value, dtype=torch.int32, device=device)
+        self._biases = torch.zeros(num_rows, MAX_BIASES.value, device=device)
         self._num_biases = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._device = device
         self._pdl = pdl
@@ -153,7 +151,7 @@ class RuleTables:
 
     def _launch(self, changed: Tensor, logits: Tensor, at: Tensor, rows: Tensor, *, in_place: bool) -> None:
         vocab = logits.shape[1]
-        _change_kernel[(len(rows), triton.cdiv(vocab, LANES))](
+        _change_kernel[(len(rows), triton.cdiv(vocab, LANES.value))](
             changed,
             logits,
             at,
@@ -164,8 +162,6 @@ class RuleTables:
             self._biases,
             self._num_biases,
             VOCAB=vocab,
-            LANES=LANES,
-            MAX_BIASES=MAX_BIASES,
             IN_PLACE=in_place,
             num_warps=4,
             **launch_options(self._pdl),

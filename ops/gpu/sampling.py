@@ -54,7 +54,6 @@ def _best_kernel(
     seeds,
     positions,
     VOCAB: tl.constexpr,
-    LANE: tl.constexpr,
     FILTERS: tl.constexpr,
     DELIVERS: tl.constexpr,
     PDL: tl.constexpr,
@@ -83,9 +82,9 @@ def _best_kernel(
     d = tl.load(logits + 3 * LANE, entry + 3 * LANE < VOCAB, float("-inf")).to(tl.float32)
     if FILTERS and filtered:  # of rows with a NaN nothing is drawn
         columns = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-        store_largest(group_largest + (i * tl.num_programs(1) + block) * (LANE // 8), columns, LANE)
+        store_largest(group_largest + (i * tl.num_programs(1) + block) * (LANE // 8), columns)
     if draws:
-        ga, gb, gc, gd = gumbel_block(tl.load(seeds + row), tl.load(positions + i), block, LANE)
+        ga, gb, gc, gd = gumbel_block(tl.load(seeds + row), tl.load(positions + i), block)
         a, b = a / temperature + ga, b / temperature + gb
         c, d = c / temperature + gc, d / temperature + gd
     a, b, c, d = _no_nan(a), _no_nan(b), _no_nan(c), _no_nan(d)
@@ -163,8 +162,8 @@ class TokenSampler:
             return tokens
         if m > len(self._best):
             raise ValueError(f"{m} rows of logits for a sampler of {len(self._best)}")
-        blocks = triton.cdiv(vocab, WORDS * LANE)
-        groups = blocks * WORDS * LANE // GROUP.value
+        blocks = triton.cdiv(vocab, WORDS * LANE.value)
+        groups = blocks * WORDS * LANE.value // GROUP.value
         largest = torch.empty(m, groups, device=logits.device) if filters else None
         block_best = torch.empty(m, blocks, dtype=torch.int64, device=logits.device) if filters else None
         given = (delivery.newest, delivery.sent, delivery.places) if delivery else (tokens, tokens, tokens)
@@ -184,7 +183,6 @@ class TokenSampler:
             seed,
             positions,
             VOCAB=vocab,
-            LANE=LANE,
             FILTERS=filters,
             DELIVERS=delivery is not None,
             num_warps=4,
@@ -195,7 +193,7 @@ class TokenSampler:
             filter_kernel[(m,)](
                 tokens,
                 *given,
-                torch.empty(m, CAPACITY, dtype=torch.int64, device=logits.device),
+                torch.empty(m, CAPACITY.value, dtype=torch.int64, device=logits.device),
                 torch.empty(m, groups, dtype=torch.int32, device=logits.device),
                 largest,
                 block_best,
@@ -208,9 +206,7 @@ class TokenSampler:
                 seed,
                 positions,
                 VOCAB=vocab,
-                LANE=LANE,
                 UNUSED=UNUSED_BITS[logits.dtype],
-                CAPACITY=CAPACITY,
                 NUM_BLOCKS=blocks,
                 BLOCKS=triton.next_power_of_2(blocks),
                 NUM_GROUPS=groups,

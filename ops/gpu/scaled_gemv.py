@@ -18,7 +18,7 @@ from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.tiling import Tiling
 from microvllm.ops.scaled import ScaledTensor
 
-RUN = 16  # codes that are added up first: what a thread loads at once
+RUN = tl.constexpr(16)  # codes that are added up first: what a thread loads at once
 
 
 @triton.jit
@@ -51,13 +51,9 @@ def _scaled_gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AHEAD: tl.constexpr,
-    RUN: tl.constexpr,
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
-    NORM: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of y: as many rows of the weight and, if GATED, of its second half."""
@@ -79,7 +75,7 @@ def _scaled_gemv_kernel(
     follow(PDL)
     sums = (tl.zeros((BLOCK_N, BLOCK_K // RUN), tl.float32),) * M
     up_sums = sums if GATED else ()
-    squares = (tl.zeros((BLOCK_K,), tl.float32),) * M if NORM else ()
+    squares = (tl.zeros((BLOCK_K,), tl.float32),) * M if norm is not None else ()
     # Unrolled: codes that a loop carries are taken apart and put together again, byte by byte.
     for step in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         start = step * BLOCK_K
@@ -96,14 +92,14 @@ def _scaled_gemv_kernel(
             scale = _scale_of(scales, n, (start + runs) // SCALE_K, N, K, SCALE_N, SCALE_K)
             if GATED:
                 up_scale = _scale_of(scales, N + n, (start + runs) // SCALE_K, rows, K, SCALE_N, SCALE_K)
-        if NORM:
+        if norm is not None:
             norm_part = tl.load(norm + start + k, start + k < K, 0.0).to(tl.float32)
         new_sums = ()
         new_up_sums = ()
         new_squares = ()
         for m in tl.static_range(M):
             row = tl.load(x + m * K + start + k, start + k < K, 0.0).to(tl.float32)
-            if NORM:
+            if norm is not None:
                 new_squares = new_squares + (squares[m] + row * row,)  # noqa: RUF005 (Triton knows no *)
                 row = row * norm_part
             part = tl.sum(tl.reshape(wide * row[None, :], (BLOCK_N, BLOCK_K // RUN, RUN)), 2)
@@ -117,7 +113,7 @@ def _scaled_gemv_kernel(
     for m in tl.static_range(M):
         # The norm's scale is the same for the whole row, so that it can wait until the product is done.
         factor = 1.0
-        if NORM:
+        if norm is not None:
             factor = tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
         value = tl.sum(sums[m], 1) * factor
         if not in_blocks:
@@ -127,7 +123,7 @@ def _scaled_gemv_kernel(
             up = tl.sum(up_sums[m], 1) * factor
             if not in_blocks:
                 up *= tl.load(scales + (N + n) // SCALE_N, n < N, 0.0)
-        finish_row(y, value, up, m, n, bias, residual, N, GATED, BIAS, RESIDUAL)
+        finish_row(y, value, up, m, n, bias, residual, N, GATED)
 
 
 def scaled_gemv(
@@ -163,13 +159,9 @@ def scaled_gemv(
         BLOCK_N=tiling.block_n,
         BLOCK_K=tiling.block_k,
         AHEAD=min(tiling.stages, triton.cdiv(k, tiling.block_k)),
-        RUN=RUN,
         SCALE_N=weight.block[0],
         SCALE_K=weight.block[1],
-        NORM=norm is not None,
         GATED=gated,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tiling.warps,
         maxnreg=tiling.max_registers,
         **launch_options(pdl),

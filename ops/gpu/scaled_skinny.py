@@ -51,8 +51,6 @@ def _scaled_skinny_kernel(
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
@@ -98,7 +96,7 @@ def _scaled_skinny_kernel(
     up_sums = tl.trans(up_sums)
     finish_split(
         y, sums, up_sums, m, n, bias, residual, parts, arrivals, tile_id, tl.num_programs(0), split, M, N,
-        BLOCK_M, BLOCK_N, SPLITS, GATED, BIAS, RESIDUAL
+        BLOCK_M, BLOCK_N, SPLITS, GATED
     )  # fmt: skip
 
 
@@ -148,8 +146,6 @@ def scaled_skinny(
         SCALE_N=weight.block[0],
         SCALE_K=weight.block[1],
         GATED=gated,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tiling.warps,
         **launch_options(pdl),
     )

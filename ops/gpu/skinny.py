@@ -33,19 +33,18 @@ def add_parts(part, stride, SPLITS: tl.constexpr):
 
 @triton.jit
 def finish(
-    y, sums, up_sums, m, n, bias, residual, M, N: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr
+    y, sums, up_sums, m, n, bias, residual, M, N: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
     """y[m, n] from the complete sums."""
-    if BIAS:
+    if bias is not None:
         sums += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
     if GATED:
-        if BIAS:
+        if bias is not None:
             up_sums += tl.load(bias + N + n, n < N, 0.0).to(tl.float32)[None, :]
         sums = swiglu(sums, up_sums)
     at = m[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
-    if RESIDUAL:
+    if residual is not None:
         sums += tl.load(residual + at, inside, 0.0).to(tl.float32)
     tl.store(y + at, sums, inside)
 
@@ -53,8 +52,7 @@ def finish(
 @triton.jit
 def finish_split(
     y, sums, up_sums, m, n, bias, residual, parts, arrivals, place, places, split, M, N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, GATED: tl.constexpr
 ):  # fmt: skip
     """y[m, n] from the sums of one split of SPLITS: the last to arrive adds all, in the order of the splits.
 
@@ -62,7 +60,7 @@ def finish_split(
     arrivals: [places], zeros before and after.
     """
     if SPLITS == 1:
-        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+        finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED)
     else:
         size: tl.constexpr = BLOCK_M * BLOCK_N
         halves: tl.constexpr = 2 if GATED else 1
@@ -78,7 +76,7 @@ def finish_split(
             sums = add_parts(part, stride, SPLITS)
             if GATED:
                 up_sums = add_parts(part + size, stride, SPLITS)
-            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED, BIAS, RESIDUAL)
+            finish(y, sums, up_sums, m, n, bias, residual, M, N, GATED)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -100,8 +98,6 @@ def _skinny_kernel(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program: BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
@@ -136,7 +132,7 @@ def _skinny_kernel(
             up_sums = tl.dot(x_tile, up_tile, up_sums, input_precision="ieee")
     finish_split(
         y, sums, up_sums, m, n, bias, residual, parts, arrivals, tile_id, tl.num_programs(0), split, M, N,
-        BLOCK_M, BLOCK_N, SPLITS, GATED, BIAS, RESIDUAL
+        BLOCK_M, BLOCK_N, SPLITS, GATED
     )  # fmt: skip
 
 
@@ -197,8 +193,6 @@ def skinny_linear(
         SPLITS=splits,
         STAGES=tiling.stages,
         GATED=gated,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
         num_warps=tiling.warps,
         **launch_options(pdl),
     )

@@ -98,8 +98,6 @@ def _stream_kernel(
     SCALE_K: gl.constexpr,
     EVEN: gl.constexpr,
     GATED: gl.constexpr,
-    BIAS: gl.constexpr,
-    RESIDUAL: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Program: BLOCK_N columns of y, and `chunk` of the steps over k that their sums take.
@@ -249,15 +247,15 @@ def _stream_kernel(
             total *= of_rows
             if GATED:
                 up_total *= of_rows
-        if BIAS:
+        if bias is not None:
             total += gl.load(bias + columns, known, 0.0).to(gl.float32)[:, None]
         if GATED:
-            if BIAS:
+            if bias is not None:
                 up_total += gl.load(bias + N + columns, known, 0.0).to(gl.float32)[:, None]
             total = total / (1.0 + gl.exp(-total)) * up_total  # SwiGLU
         at = rows[None, :] * N + columns[:, None]
         inside_y = (rows < M)[None, :] & known[:, None]
-        if RESIDUAL:
+        if residual is not None:
             total += gl.load(residual + at, inside_y, 0.0).to(gl.float32)
         gl.store(y + at, total.to(y.dtype.element_ty), inside_y)
 
@@ -368,8 +366,6 @@ class StreamedWeight:
                 and self._block[0] % tiling.block_n == n % tiling.block_n == 0
             ),
             GATED=self._gated,
-            BIAS=bias is not None,
-            RESIDUAL=residual is not None,
             num_warps=tiling.warps,
             maxnreg=tiling.max_registers,
             **launch_options(self._pdl),

@@ -6,8 +6,10 @@ import pytest
 import torch
 import triton_interpreter
 
-from microvllm.ops.gpu.peers import BLOCK, PeerExchange
+from microvllm.ops.gpu import peers
+from microvllm.ops.gpu.peers import PeerExchange
 
+BLOCK = peers.BLOCK.value
 DEVICE = triton_interpreter.DEVICE
 ROOM = 4 * BLOCK
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
