@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.coded import CodedTensor
-from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.coded_skinny import ROW_BLOCK, in_rows, multiply_codes, rows_of_groups
-from microvllm.ops.gpu.grouped import GroupedTiling, tile_of_program
+from microvllm.ops.gpu.grouped import GroupedTiling, finish_tile, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 
@@ -113,18 +112,7 @@ def _coded_grouped_kernel(
             if GATED:
                 up_sums *= tl.load(code_scales + N + row).to(tl.float32)[:, None]
         sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        if bias is not None:
-            sums += tl.load(bias + row).to(tl.float32)[None, :]
-            if GATED:
-                up_sums += tl.load(bias + N + row).to(tl.float32)[None, :]
-        if GATED:
-            sums = gated_unit(sums, up_sums, CLAMPED)
-        y_row = place
-        if scales is not None:
-            sums *= tl.load(scales + choice)[:, None]
-            y_row = choice
-        y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(y_at, sums, here[:, None] & (n < N)[None, :])
+        finish_tile(y, sums, up_sums, bias, scales, place, choice, here, matrix, n, N, GATED, CLAMPED)
 
 
 class CodedGroupedWeight:
@@ -168,10 +156,7 @@ class CodedGroupedWeight:
             weight.zeros,
             self._bias,
             scales,
-            choices.order,
-            choices.experts,
-            choices.starts,
-            choices.stops,
+            *choices,
             tiles,
             ROWS=weight.shape[0],
             N=self._columns,

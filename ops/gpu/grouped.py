@@ -63,6 +63,26 @@ def tile_of_program(NUM_TILES, BLOCKS_N: tl.constexpr):
 
 
 @triton.jit
+def finish_tile(
+    y, sums, up_sums, bias, scales, place, choice, rows, matrix, n,
+    N: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr
+):  # fmt: skip
+    """Store a tile's sums, of the choices that `rows` says; matrix: the first row of the expert's matrix."""
+    if bias is not None:
+        sums += tl.load(bias + matrix + n, n < N, 0.0).to(tl.float32)[None, :]
+        if GATED:
+            up_sums += tl.load(bias + matrix + N + n, n < N, 0.0).to(tl.float32)[None, :]
+    if GATED:
+        sums = gated_unit(sums, up_sums, CLAMPED)
+    y_row = place
+    if scales is not None:
+        sums *= tl.load(scales + choice, rows, 0.0)[:, None]
+        y_row = choice
+    y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_at, sums, rows[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def _multiply(x, w, sums, SWAPPED: tl.constexpr):
     """sums + x @ w.T, or its transpose."""
     if SWAPPED:
@@ -172,18 +192,7 @@ def _grouped_kernel(
                     up_sums = _multiply(x_tile, w_tile, up_sums, SWAPPED)
         if SWAPPED:
             sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        if bias is not None:
-            sums += tl.load(bias + matrix + n, n < N, 0.0).to(tl.float32)[None, :]
-            if GATED:
-                up_sums += tl.load(bias + matrix + N + n, n < N, 0.0).to(tl.float32)[None, :]
-        if GATED:
-            sums = gated_unit(sums, up_sums, CLAMPED)
-        y_row = place
-        if scales is not None:
-            sums *= tl.load(scales + choice, rows, 0.0)[:, None]
-            y_row = choice
-        y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(y_at, sums, rows[:, None] & (n < N)[None, :])
+        finish_tile(y, sums, up_sums, bias, scales, place, choice, rows, matrix, n, N, GATED, CLAMPED)
 
 
 class GroupedWeight:
@@ -247,10 +256,7 @@ class GroupedWeight:
             self._scales,
             self._bias,
             scales,
-            choices.order,
-            choices.experts,
-            choices.starts,
-            choices.stops,
+            *choices,
             tiles,
             N=self._columns,
             K=k,

@@ -23,9 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from microvllm.ops.coded import PLANE
-from microvllm.ops.gpu.activation import gated_unit
 from microvllm.ops.gpu.coded_skinny import INTERPRETED, OPERANDS, ROW_BLOCK, in_rows, side_by_side
-from microvllm.ops.gpu.grouped import GroupedTiling, tile_of_program
+from microvllm.ops.gpu.grouped import GroupedTiling, finish_tile, tile_of_program
 from microvllm.ops.gpu.launch import follow, launch_options
 from microvllm.ops.gpu.routing import SortedChoices
 from microvllm.ops.mxfp4 import Mxfp4Tensor
@@ -150,7 +149,6 @@ def _mxfp4_kernel(
         n = first_n + tl.arange(0, BLOCK_N)
         matrix = expert * (2 * N if GATED else N)  # its first row
         # Rows of the result that there are not are computed from others, which takes no masks.
-        row = matrix + tl.minimum(n, N - 1)
         block = (
             tl.minimum(first_n // ROW_BLOCK + tl.arange(0, BLOCK_N // ROW_BLOCK), N // ROW_BLOCK - 1)
             + matrix // ROW_BLOCK
@@ -180,18 +178,7 @@ def _mxfp4_kernel(
                 scales_of_up = tl.load(run_at + N // ROW_BLOCK * (RUNS * 32))
                 up_sums = multiply_mxfp4(up_sums, codes, scales_of_up, right, 1, DTYPE)
         sums, up_sums = tl.trans(sums), tl.trans(up_sums)
-        if bias is not None:
-            sums += tl.load(bias + row).to(tl.float32)[None, :]
-            if GATED:
-                up_sums += tl.load(bias + N + row).to(tl.float32)[None, :]
-        if GATED:
-            sums = gated_unit(sums, up_sums, CLAMPED)
-        y_row = place
-        if scales is not None:
-            sums *= tl.load(scales + choice, rows, 0.0)[:, None]
-            y_row = choice
-        y_at = y + y_row.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(y_at, sums, rows[:, None] & (n < N)[None, :])
+        finish_tile(y, sums, up_sums, bias, scales, place, choice, rows, matrix, n, N, GATED, CLAMPED)
 
 
 class Mxfp4Weight:
@@ -233,10 +220,7 @@ class Mxfp4Weight:
             weight.scales.view(torch.int32),
             self._bias,
             scales,
-            choices.order,
-            choices.experts,
-            choices.starts,
-            choices.stops,
+            *choices,
             tiles,
             N=self._columns,
             K=weight.columns,

@@ -167,6 +167,7 @@ class TokenSampler:
         largest = torch.empty(m, groups, device=logits.device) if filters else None
         block_best = torch.empty(m, blocks, dtype=torch.int64, device=logits.device) if filters else None
         given = (delivery.newest, delivery.sent, delivery.places) if delivery else (tokens, tokens, tokens)
+        request = logits, rows, temperature, top_k, top_p, min_p, seed, positions
         _best_kernel[(m, blocks)](
             tokens,
             *given,
@@ -174,14 +175,7 @@ class TokenSampler:
             self._arrivals,
             largest,
             block_best,
-            logits,
-            rows,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            positions,
+            *request,
             VOCAB=vocab,
             FILTERS=filters,
             DELIVERS=delivery is not None,
@@ -197,14 +191,7 @@ class TokenSampler:
                 torch.empty(m, groups, dtype=torch.int32, device=logits.device),
                 largest,
                 block_best,
-                logits,
-                rows,
-                temperature,
-                top_k,
-                top_p,
-                min_p,
-                seed,
-                positions,
+                *request,
                 VOCAB=vocab,
                 UNUSED=UNUSED_BITS[logits.dtype],
                 NUM_BLOCKS=blocks,
