@@ -55,15 +55,9 @@ def _cached_tiles(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def _plan_kernel(
-    tile_ends,
-    lens,
-    num_seqs,
-    KV_HEADS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TILE: tl.constexpr,
-    SEARCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    tile_ends, lens, num_seqs,
+    KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr, SEARCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     follow(PDL)
     total = 0
     for start in range(0, num_seqs, SEARCH):
@@ -84,17 +78,10 @@ def _program_of(tile, programs, total):
 
 @triton.jit
 def _merge(
-    out,
-    partial,
-    partial_lse,
-    first,
-    last,
-    GROUP: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out, partial, partial_lse, first, last,
+    GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     MERGED_AT_ONCE: tl.constexpr,
-):
+):  # fmt: skip
     """Combine the parts that programs first ... last wrote for one unit.
 
     Every thread keeps its elements and takes the parts one by one, so that threads exchange nothing; the
@@ -125,51 +112,14 @@ def _merge(
 
 @triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _decode_kernel(
-    out,
-    qkv,
-    keys,
-    values,
-    key_boxes,
-    value_boxes,
-    cos,
-    sin,
-    q_norm,
-    k_norm,
-    slots,
-    lens,
-    tables,
-    tile_ends,
-    partial,
-    partial_lse,
-    arrivals,
-    num_seqs,
-    table_stride,
-    scale,
-    k_scale,
-    v_scale,
-    eps,
-    sinks,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    ROOM: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    MERGED_AT_ONCE: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STAGES: tl.constexpr,
-    NORM: tl.constexpr,
-    SEARCH: tl.constexpr,
-    BOXES: tl.constexpr,
-    FP8: tl.constexpr,
-    SINKS: tl.constexpr,
-    EARLY: tl.constexpr,
+    out, qkv, keys, values, key_boxes, value_boxes, cos, sin, q_norm, k_norm, slots, lens, tables, tile_ends,
+    partial, partial_lse, arrivals, num_seqs, table_stride, scale, k_scale, v_scale, eps, sinks,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROOM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_GROUP: tl.constexpr, MERGED_AT_ONCE: tl.constexpr, MAX_PARTS: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    SEARCH: tl.constexpr, BOXES: tl.constexpr, FP8: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Program: a run of tiles.
 
     With FP8 the cache is of e4m3, two numbers in an int16 word of `keys` and `values`, and products are of
@@ -395,16 +345,9 @@ def plan_decode(lens: Tensor, shape: AttentionShape, tiling: DecodeTiling, *, pd
     """lens: [b] context lengths with the new token, 0 for padding -> [b] int32 running sum of the tiles."""
     tile_ends = torch.empty(lens.shape[0], dtype=torch.int32, device=lens.device)
     _plan_kernel[(1,)](
-        tile_ends,
-        lens,
-        lens.shape[0],
-        KV_HEADS=shape.num_kv_heads,
-        WINDOW=shape.window or 0,
-        TILE=tiling.tile,
-        SEARCH=SEARCH,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        tile_ends, lens, lens.shape[0], KV_HEADS=shape.num_kv_heads, WINDOW=shape.window or 0,
+        TILE=tiling.tile, SEARCH=SEARCH, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return tile_ends
 
 

@@ -29,20 +29,10 @@ INTERPRETED_SMS = 3  # where there are no multiprocessors to fill: enough to spl
 
 @triton.jit
 def _rotate_and_write_kernel(
-    qk,
-    cache,
-    positions,
-    slots,
-    cos,
-    sin,
-    HEADS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    qk, cache, positions, slots, cos, sin,
+    HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: ROWS heads of one token, whose queries are rotated in place; the first writes the key, too."""
     follow(PDL)
     KEY: tl.constexpr = RANK + 2 * HALF
@@ -74,28 +64,11 @@ def _rotate_and_write_kernel(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend_kernel(
-    out,
-    partial,
-    partial_lse,
-    qk,
-    cache,
-    starts,
-    lens,
-    tables,
-    table_stride,
-    scale,
-    HEADS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_ROPE: tl.constexpr,
-    PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, partial, partial_lse, qk, cache, starts, lens, tables, table_stride, scale,
+    HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, ROPE: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: some rows of one segment, and one of SPLITS parts of the keys that they see."""
     follow(PDL)
     KEY: tl.constexpr = RANK + ROPE
@@ -155,14 +128,9 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out,
-    partial,
-    partial_lse,
-    RANK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, partial, partial_lse,
+    RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one head of one decode. A part without a key has a weight of 0."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -245,20 +213,11 @@ class TritonLatentStep:
         cache, tiling, n = backend.cache[layer], backend.tiling, qkv.shape[0]
         out = torch.empty(n, shape.num_heads * shape.rank, dtype=qkv.dtype, device=qkv.device)
         _rotate_and_write_kernel[(n, triton.cdiv(shape.num_heads, HEADS_AT_ONCE))](
-            qkv,
-            cache,
-            batch.positions,
-            batch.slots,
-            backend.angles.cos,
-            backend.angles.sin,
-            HEADS=shape.num_heads,
-            RANK=shape.rank,
-            BLOCK_RANK=triton.next_power_of_2(shape.rank),
-            HALF=shape.rope_dim // 2,
-            BLOCK_HALF=triton.next_power_of_2(shape.rope_dim // 2),
-            ROWS=HEADS_AT_ONCE,
-            **launch_options(backend.pdl),
-        )
+            qkv, cache, batch.positions, batch.slots, backend.angles.cos, backend.angles.sin,
+            HEADS=shape.num_heads, RANK=shape.rank, BLOCK_RANK=triton.next_power_of_2(shape.rank),
+            HALF=shape.rope_dim // 2, BLOCK_HALF=triton.next_power_of_2(shape.rope_dim // 2),
+            ROWS=HEADS_AT_ONCE, **launch_options(backend.pdl),
+        )  # fmt: skip
         if decodes := batch.num_decodes:
             tables = batch.decode_lens, batch.decode_blocks
             self._attend(
@@ -301,36 +260,14 @@ class TritonLatentStep:
         block_rank = triton.next_power_of_2(shape.rank)
         grid = triton.cdiv(longest * shape.num_heads, rows), len(lens), splits
         _attend_kernel[grid](
-            out,
-            partial,
-            lse,
-            qk,
-            cache,
-            starts,
-            lens,
-            tables,
-            tables.stride(0),
-            shape.scale * LOG2_E,
-            HEADS=shape.num_heads,
-            RANK=shape.rank,
-            BLOCK_RANK=max(MIN_ROWS, block_rank),
-            ROPE=shape.rope_dim,
-            BLOCK_ROPE=max(MIN_ROWS, triton.next_power_of_2(shape.rope_dim)),
-            PAGE=cache.shape[1],
-            ROWS=rows,
-            TILE=tiling.tile,
-            STAGES=tiling.stages,
-            SPLITS=splits,
-            num_warps=tiling.warps,
+            out, partial, lse, qk, cache, starts, lens, tables, tables.stride(0), shape.scale * LOG2_E,
+            HEADS=shape.num_heads, RANK=shape.rank, BLOCK_RANK=max(MIN_ROWS, block_rank), ROPE=shape.rope_dim,
+            BLOCK_ROPE=max(MIN_ROWS, triton.next_power_of_2(shape.rope_dim)), PAGE=cache.shape[1], ROWS=rows,
+            TILE=tiling.tile, STAGES=tiling.stages, SPLITS=splits, num_warps=tiling.warps,
             **launch_options(backend.pdl),
-        )
+        )  # fmt: skip
         if splits > 1:
             _merge_kernel[(len(out) * shape.num_heads,)](
-                out,
-                partial,
-                lse,
-                RANK=shape.rank,
-                BLOCK_RANK=block_rank,
-                SPLITS=splits,
+                out, partial, lse, RANK=shape.rank, BLOCK_RANK=block_rank, SPLITS=splits,
                 **launch_options(backend.pdl),
-            )
+            )  # fmt: skip

@@ -24,28 +24,10 @@ SEGMENTS_AT_ONCE = 32  # that a program looks through for its own
 
 @triton.jit
 def _attend(
-    attended,
-    highest,
-    weight_sum,
-    q,
-    keys,
-    values,
-    table,
-    positions,
-    oldest,
-    begin,
-    end,
-    head,
-    scale,
-    ROOM: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STAGES: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    attended, highest, weight_sum, q, keys, values, table, positions, oldest, begin, end, head, scale,
+    ROOM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Take the keys [begin, end) into the running softmax. Without MASKED every query sees all of them.
 
     Keys before `oldest`, which is for a WINDOW, are seen by no query, and their blocks may be others'.
@@ -98,34 +80,12 @@ def _find_tile(starts, num_segments, index, TOKENS: tl.constexpr, SEGMENTS: tl.c
 
 @triton.jit(do_not_specialize=["num_segments", "table_stride"])
 def _prefill_kernel(
-    out,
-    q,
-    keys,
-    values,
-    starts,
-    context_lens,
-    tables,
-    num_segments,
-    table_stride,
-    scale,
-    v_scale,
-    sinks,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    ROOM: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    STAGES: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    SINKS: tl.constexpr,
+    out, q, keys, values, starts, context_lens, tables, num_segments, table_stride, scale, v_scale, sinks,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROOM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    SEGMENTS: tl.constexpr, ONE_TILE: tl.constexpr, UNIFORM: tl.constexpr, SINKS: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Program: up to ROWS // GROUP consecutive tokens of a segment and one KV head's group of query heads.
 
     ONE_TILE: no segment has more tokens than that.
@@ -260,33 +220,11 @@ def prefill_attention(
     tiles = num_segments if one_tile else triton.cdiv(len(q), tokens) + num_segments - 1
     grid = (tiles, shape.num_kv_heads)
     _prefill_kernel[grid](
-        out,
-        q,
-        keys,
-        values,
-        segments.starts,
-        segments.context_lens,
-        segments.blocks,
-        num_segments,
-        segments.blocks.stride(0),
-        shape.scale * LOG2_E * scales.keys,
-        scales.values,
-        sinks,
-        HEADS=shape.num_heads,
-        KV_HEADS=shape.num_kv_heads,
-        ROOM=room_of(keys),
-        D=shape.head_dim,
-        BLOCK_D=triton.next_power_of_2(shape.head_dim),
-        ROWS=tiling.rows,
-        PAGE=keys.shape[2],
-        TILE=tiling.tile,
-        WINDOW=shape.window or 0,
-        STAGES=tiling.stages,
-        SEGMENTS=SEGMENTS_AT_ONCE,
-        ONE_TILE=one_tile,
-        UNIFORM=uniform,
-        SINKS=sinks is not None,
-        num_warps=tiling.warps,
-        maxnreg=tiling.registers,
-        **launch_options(pdl),
-    )
+        out, q, keys, values, segments.starts, segments.context_lens, segments.blocks, num_segments,
+        segments.blocks.stride(0), shape.scale * LOG2_E * scales.keys, scales.values, sinks,
+        HEADS=shape.num_heads, KV_HEADS=shape.num_kv_heads, ROOM=room_of(keys), D=shape.head_dim,
+        BLOCK_D=triton.next_power_of_2(shape.head_dim), ROWS=tiling.rows, PAGE=keys.shape[2],
+        TILE=tiling.tile, WINDOW=shape.window or 0, STAGES=tiling.stages, SEGMENTS=SEGMENTS_AT_ONCE,
+        ONE_TILE=one_tile, UNIFORM=uniform, SINKS=sinks is not None, num_warps=tiling.warps,
+        maxnreg=tiling.registers, **launch_options(pdl),
+    )  # fmt: skip

@@ -34,19 +34,9 @@ def silu(x):
 
 @triton.jit
 def _decode_kernel(
-    mixed,
-    x,
-    conv,
-    weight,
-    bias,
-    rows,
-    positions,
-    lens,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    mixed, x, conv, weight, bias, rows, positions, lens,
+    W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: some channels of one token; the window of its row moves on by it."""
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
@@ -69,22 +59,9 @@ def _decode_kernel(
 
 @triton.jit
 def _prompt_kernel(
-    mixed,
-    x,
-    conv,
-    weight,
-    bias,
-    rows,
-    positions,
-    starts,
-    decodes,
-    segments,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SIZE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    mixed, x, conv, weight, bias, rows, positions, starts, decodes, segments,
+    W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, SEGMENTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: some channels of some tokens, counted from the first that is no decode."""
     follow(PDL)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -116,18 +93,9 @@ def _prompt_kernel(
 
 @triton.jit
 def _keep_kernel(
-    x,
-    conv,
-    rows,
-    positions,
-    starts,
-    decodes,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, conv, rows, positions, starts, decodes,
+    W: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: some channels of the last tokens of one segment, which the next one of its row will see."""
     follow(PDL)
     s = tl.program_id(0)
@@ -150,12 +118,8 @@ def convolve_decodes(by: Convolution, x: Tensor, batch: AttentionBatch, mixed: T
     channels, size = by.weight.shape
     _decode_kernel[(batch.num_decodes, triton.cdiv(channels, DECODE_CHANNELS.value))](
         *(mixed, x, by.kept, by.weight, by.bias, batch.rows, batch.positions, batch.decode_lens),
-        W=x.shape[1],
-        C=channels,
-        SIZE=size,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        W=x.shape[1], C=channels, SIZE=size, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
 
 
 def convolve_prompts(
@@ -167,11 +131,9 @@ def convolve_prompts(
     where, options = (batch.rows, batch.positions, table.starts, decodes), launch_options(pdl)
     sizes = {"W": x.shape[1], "C": channels, "SIZE": size}
     _prompt_kernel[(triton.cdiv(count, TOKENS.value), triton.cdiv(channels, CHANNELS.value))](
-        *(mixed, x, by.kept, by.weight, by.bias, *where, segments),
-        **sizes,
-        SEGMENTS=triton.next_power_of_2(segments),
-        **options,
-    )
+        *(mixed, x, by.kept, by.weight, by.bias, *where, segments), **sizes,
+        SEGMENTS=triton.next_power_of_2(segments), **options,
+    )  # fmt: skip
     block = 4 * CHANNELS.value
     _keep_kernel[(segments, triton.cdiv(channels, block))](
         *(x, by.kept, *where), **sizes, BLOCK=block, **options

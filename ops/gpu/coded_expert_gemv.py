@@ -39,21 +39,10 @@ def _rows_of(
 
 @triton.jit
 def _inner_kernel(
-    y,
-    x,
-    codes,
-    scales,
-    bias,
-    chosen,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    STEP: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, codes, scales, bias, chosen,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    STEP: tl.constexpr, CLAMPED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: ROWS columns of one choice: as many rows of its expert's gate and up."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     choice = tl.program_id(1)
@@ -70,22 +59,10 @@ def _inner_kernel(
 
 @triton.jit
 def _outer_kernel(
-    y,
-    x,
-    codes,
-    scales,
-    bias,
-    weights,
-    chosen,
-    residual,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    STEP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, codes, scales, bias, weights, chosen, residual,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: ROWS columns of one token: as many rows of the matrices of all its experts."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1)
@@ -122,41 +99,16 @@ def coded_expert_gemv(
     (n, hidden), width, k = x.shape, down.shape[1], chosen.shape[1]
     between = torch.empty(n * k, width, dtype=x.dtype, device=x.device)
     _inner_kernel[(triton.cdiv(width, ROWS.value), n * k)](
-        between,
-        x,
-        gate_up.as_subclass(Tensor).view(torch.uint8),
-        gate_up.scales,
-        biases.gate_up,
-        chosen,
-        N=width,
-        K=hidden,
-        CHOICES=k,
-        SCALE_N=gate_up.block[0],
-        SCALE_K=gate_up.block[1],
-        STEP=step_of(gate_up),
-        CLAMPED=clamped,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        between, x, gate_up.as_subclass(Tensor).view(torch.uint8), gate_up.scales, biases.gate_up, chosen,
+        N=width, K=hidden, CHOICES=k, SCALE_N=gate_up.block[0], SCALE_K=gate_up.block[1],
+        STEP=step_of(gate_up), CLAMPED=clamped, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     y = torch.empty_like(x) if residual is None else residual
     _outer_kernel[(triton.cdiv(hidden, ROWS.value), n)](
-        y,
-        between,
-        down.as_subclass(Tensor).view(torch.uint8),
-        down.scales,
-        biases.down,
-        weights,
-        chosen,
-        residual,
-        N=hidden,
-        K=width,
-        CHOICES=k,
-        SCALE_N=down.block[0],
-        SCALE_K=down.block[1],
-        STEP=step_of(down),
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        y, between, down.as_subclass(Tensor).view(torch.uint8), down.scales, biases.down, weights, chosen,
+        residual, N=hidden, K=width, CHOICES=k, SCALE_N=down.block[0], SCALE_K=down.block[1],
+        STEP=step_of(down), num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return y
 
 

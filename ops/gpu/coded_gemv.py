@@ -38,28 +38,11 @@ def _in_rows(words):
 
 @triton.jit
 def _coded_gemv_kernel(
-    y,
-    x,
-    words,
-    scales,
-    zeros,
-    bias,
-    residual,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, words, scales, zeros, bias, residual,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, OFFSETS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCKS * ROW_BLOCK columns of y: as many rows of the weight and, if GATED, of its second half.
 
     A row's words are PARTS times STEPS runs, perhaps fewer; AHEAD of each part are loaded ahead.
@@ -161,28 +144,10 @@ def coded_gemv(
     ahead = min(tiling.stages, steps)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     _coded_gemv_kernel[(triton.cdiv(n, tiling.block_n),)](
-        y,
-        x,
-        weight.as_subclass(Tensor),
-        weight.scales,
-        weight.zeros,
-        bias,
-        residual,
-        M=m,
-        N=n,
-        K=k,
-        BITS=weight.bits,
-        GROUP=weight.group,
-        BLOCKS=tiling.block_n // BLOCK,
-        PARTS=tiling.splits,
-        STEPS=triton.cdiv(steps, ahead) * ahead,
-        AHEAD=ahead,
-        COLUMNS=max(MIN_COLUMNS, m * tiling.splits),
-        WIDTH=weight.plane,
-        OFFSETS=weight.has_offsets,
-        GATED=gated,
-        num_warps=tiling.warps,
-        maxnreg=tiling.max_registers,
-        **launch_options(pdl),
-    )
+        y, x, weight.as_subclass(Tensor), weight.scales, weight.zeros, bias, residual, M=m, N=n, K=k,
+        BITS=weight.bits, GROUP=weight.group, BLOCKS=tiling.block_n // BLOCK, PARTS=tiling.splits,
+        STEPS=triton.cdiv(steps, ahead) * ahead, AHEAD=ahead, COLUMNS=max(MIN_COLUMNS, m * tiling.splits),
+        WIDTH=weight.plane, OFFSETS=weight.has_offsets, GATED=gated, num_warps=tiling.warps,
+        maxnreg=tiling.max_registers, **launch_options(pdl),
+    )  # fmt: skip
     return y

@@ -24,33 +24,11 @@ WIDE_STAGES = 2  # of float32
 
 @triton.jit
 def _coded_grouped_kernel(
-    y,
-    x,
-    words,
-    code_scales,
-    zeros,
-    bias,
-    scales,
-    order,
-    experts,
-    starts,
-    stops,
-    NUM_TILES,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, words, code_scales, zeros, bias, scales, order, experts, starts, stops, NUM_TILES,
+    ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, OFFSETS: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: a tile of choices by BLOCK_N columns, as `ops.gpu.grouped` has them.
 
     ROWS: of the matrices of all experts, which lie below each other.
@@ -149,29 +127,11 @@ class CodedGroupedWeight:
         y = torch.empty(count, self._columns, dtype=x.dtype, device=x.device)
         tiles = choices.experts.shape[0]
         _coded_grouped_kernel[(tiles * triton.cdiv(self._columns, COLUMNS),)](
-            y,
-            x,
-            weight.as_subclass(Tensor),
-            weight.scales,
-            weight.zeros,
-            self._bias,
-            scales,
-            *choices,
-            tiles,
-            ROWS=weight.shape[0],
-            N=self._columns,
-            K=weight.columns,
-            CHOICES=num_chosen,
-            BITS=weight.bits,
-            GROUP=weight.group,
-            BLOCK_M=tiling.rows,
-            BLOCK_N=COLUMNS,
-            STAGES=WIDE_STAGES if x.dtype.itemsize == 4 else STAGES[tiling.rows],
-            WIDTH=weight.plane,
-            OFFSETS=weight.has_offsets,
-            GATED=self._gated,
-            CLAMPED=self._clamped,
-            num_warps=WARPS,
+            y, x, weight.as_subclass(Tensor), weight.scales, weight.zeros, self._bias, scales, *choices,
+            tiles, ROWS=weight.shape[0], N=self._columns, K=weight.columns, CHOICES=num_chosen,
+            BITS=weight.bits, GROUP=weight.group, BLOCK_M=tiling.rows, BLOCK_N=COLUMNS,
+            STAGES=WIDE_STAGES if x.dtype.itemsize == 4 else STAGES[tiling.rows], WIDTH=weight.plane,
+            OFFSETS=weight.has_offsets, GATED=self._gated, CLAMPED=self._clamped, num_warps=WARPS,
             **launch_options(pdl),
-        )
+        )  # fmt: skip
         return y

@@ -188,31 +188,11 @@ def multiply_codes(
 
 @triton.jit(do_not_specialize=["M"])
 def _coded_skinny_kernel(
-    y,
-    x,
-    words,
-    scales,
-    zeros,
-    bias,
-    residual,
-    parts,
-    arrivals,
-    M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    FETCH: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, words, scales, zeros, bias, residual, parts, arrivals, M,
+    N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, OFFSETS: tl.constexpr, FETCH: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_M rows and BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
 
     That is as many rows of the weight and, if GATED, of its second half.
@@ -331,51 +311,20 @@ def coded_skinny(
         shape = (splits, tiles_m * tiles, 2 if gated else 1, block_m, tiling.block_n)
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     _coded_skinny_kernel[(tiles_m, tiles, splits)](
-        y,
-        x,
-        weight.as_subclass(Tensor),
-        weight.scales,
-        weight.zeros,
-        bias,
-        residual,
-        parts,
-        arrivals,
-        m,
-        N=n,
-        K=k,
-        BITS=weight.bits,
-        GROUP=weight.group,
-        BLOCK_M=block_m,
-        BLOCK_N=tiling.block_n,
-        SPLIT_K=split_k,
-        SPLITS=splits,
-        STAGES=tiling.stages,
-        WIDTH=weight.plane,
-        OFFSETS=weight.has_offsets,
-        FETCH=fetch,
-        GATED=gated,
-        num_warps=tiling.warps,
-        maxnreg=tiling.max_registers,
-        **launch_options(pdl),
-    )
+        y, x, weight.as_subclass(Tensor), weight.scales, weight.zeros, bias, residual, parts, arrivals, m,
+        N=n, K=k, BITS=weight.bits, GROUP=weight.group, BLOCK_M=block_m, BLOCK_N=tiling.block_n,
+        SPLIT_K=split_k, SPLITS=splits, STAGES=tiling.stages, WIDTH=weight.plane, OFFSETS=weight.has_offsets,
+        FETCH=fetch, GATED=gated, num_warps=tiling.warps, maxnreg=tiling.max_registers, **launch_options(pdl),
+    )  # fmt: skip
     return y
 
 
 @triton.jit
 def _widen_kernel(
-    out,
-    words,
-    scales,
-    zeros,
-    ROWS,
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, words, scales, zeros, ROWS,
+    K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    OFFSETS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_N rows of the matrix, the columns of a run of words."""
     follow(PDL)
     PLACES: tl.constexpr = 32 // BITS
@@ -413,18 +362,8 @@ def widened(weight: CodedTensor, out: Tensor, *, pdl: bool = False) -> Tensor:
     """Write the values of the codes to out: [rows, columns], contiguous, each rounded once -> out."""
     rows = weight.shape[0]
     _widen_kernel[(triton.cdiv(rows, 32), triton.cdiv(weight.columns, weight.step))](
-        out,
-        weight.as_subclass(Tensor),
-        weight.scales,
-        weight.zeros,
-        rows,
-        K=weight.columns,
-        BITS=weight.bits,
-        GROUP=weight.group,
-        BLOCK_N=32,
-        WIDTH=weight.plane,
-        OFFSETS=weight.has_offsets,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        out, weight.as_subclass(Tensor), weight.scales, weight.zeros, rows, K=weight.columns,
+        BITS=weight.bits, GROUP=weight.group, BLOCK_N=32, WIDTH=weight.plane, OFFSETS=weight.has_offsets,
+        num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return out

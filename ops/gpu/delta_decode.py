@@ -21,28 +21,10 @@ def decay_of(a, a_log, dt_bias):
 
 @triton.jit
 def _delta_kernel(
-    out,
-    mixed,
-    x,
-    delta,
-    rows,
-    positions,
-    lens,
-    a_log,
-    dt_bias,
-    norm,
-    eps,
-    l2_eps,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, mixed, x, delta, rows, positions, lens, a_log, dt_bias, norm, eps, l2_eps,
+    W: tl.constexpr, C: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one head of one token, with its norm and its gate."""
     follow(PDL)
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)

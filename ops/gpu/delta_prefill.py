@@ -26,30 +26,10 @@ VALUES = 32  # of a head, of a program that goes from chunk to chunk
 
 @triton.jit
 def _prepare_kernel(
-    right,
-    own,
-    scores,
-    totals,
-    mixed,
-    x,
-    a_log,
-    dt_bias,
-    starts,
-    decodes,
-    segments,
-    l2_eps,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    right, own, scores, totals, mixed, x, a_log, dt_bias, starts, decodes, segments, l2_eps,
+    W: tl.constexpr, C: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one head of one chunk."""
     follow(PDL)
     chunk, h = tl.program_id(0), tl.program_id(1)
@@ -97,28 +77,10 @@ def _prepare_kernel(
 
 @triton.jit
 def _chunks_kernel(
-    out,
-    right,
-    own,
-    scores,
-    totals,
-    mixed,
-    delta,
-    rows,
-    positions,
-    starts,
-    decodes,
-    l2_eps,
-    C: tl.constexpr,
-    HK: tl.constexpr,
-    HV: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, right, own, scores, totals, mixed, delta, rows, positions, starts, decodes, l2_eps,
+    C: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: some values of one head, through all chunks of one segment."""
     follow(PDL)
     s, h = tl.program_id(0), tl.program_id(1)
@@ -162,20 +124,9 @@ def _chunks_kernel(
 
 @triton.jit
 def _norm_kernel(
-    out,
-    x,
-    norm,
-    eps,
-    starts,
-    decodes,
-    segments,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    HV: tl.constexpr,
-    DV: tl.constexpr,
-    BV: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, x, norm, eps, starts, decodes, segments,
+    W: tl.constexpr, C: tl.constexpr, HV: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: the norm and the gate of one head of one token, in place; zeros of a padding token."""
     follow(PDL)
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -219,34 +170,16 @@ def prefill(
     )
     _prepare_kernel[(triton.cdiv(count, CHUNK.value) + segments, heads)](
         *(right, own, scores, totals, mixed, x, weights.a_log, weights.dt_bias),
-        *(table.starts, decodes, segments, L2_EPS),
-        **channels,
-        **sizes,
-        BK=block_k,
-        BV=block_v,
-        SEGMENTS=width,
-        PRECISION=precision,
-        num_warps=warps,
-        **options,
-    )
+        *(table.starts, decodes, segments, L2_EPS), **channels, **sizes, BK=block_k, BV=block_v,
+        SEGMENTS=width, PRECISION=precision, num_warps=warps, **options,
+    )  # fmt: skip
     part = min(VALUES, block_v)
     _chunks_kernel[(segments, heads, triton.cdiv(value_dim, part))](
         *(out, right, own, scores, totals, mixed, states.delta[layer], *where, decodes, L2_EPS),
-        C=config.channels,
-        **sizes,
-        BK=block_k,
-        BV=part,
-        PRECISION=precision,
-        num_warps=warps,
-        num_stages=1,
+        C=config.channels, **sizes, BK=block_k, BV=part, PRECISION=precision, num_warps=warps, num_stages=1,
         **options,
-    )
+    )  # fmt: skip
     _norm_kernel[(count, heads)](
-        *(out, x, weights.norm, config.eps, table.starts, decodes, segments),
-        **channels,
-        HV=heads,
-        DV=value_dim,
-        BV=block_v,
-        num_warps=1,
-        **options,
-    )
+        *(out, x, weights.norm, config.eps, table.starts, decodes, segments), **channels, HV=heads,
+        DV=value_dim, BV=block_v, num_warps=1, **options,
+    )  # fmt: skip

@@ -16,19 +16,9 @@ from microvllm.ops.scaled import E4M3, ScaledTensor
 
 @triton.jit(do_not_specialize=["M"])
 def _round_rows_kernel(
-    codes,
-    scales,
-    x,
-    norm,
-    eps,
-    fixed,
-    M,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    FIXED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    codes, scales, x, norm, eps, fixed, M,
+    D: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK columns of a row; rows behind the last are copies of that."""
     follow(PDL)
     first = tl.program_id(1) * BLOCK
@@ -81,36 +71,18 @@ def round_rows(
         if group and norm is None:  # nothing is of the whole row
             block = max(min(block, 2048), group)
         _round_rows_kernel[(rows, triton.cdiv(d, block))](
-            codes,
-            scales,
-            x,
-            norm,
-            eps,
-            scale or 1.0,
-            m,
-            D=d,
-            BLOCK=block,
-            GROUP=group,
-            FIXED=scale is not None,
-            num_warps=min(max(block // 1024, 1), 16),
-            **launch_options(pdl),
-        )
+            codes, scales, x, norm, eps, scale or 1.0, m, D=d, BLOCK=block, GROUP=group,
+            FIXED=scale is not None, num_warps=min(max(block // 1024, 1), 16), **launch_options(pdl),
+        )  # fmt: skip
     return codes, scales
 
 
 @triton.jit
 def _widen_kernel(
-    y,
-    codes,
-    scales,
-    N,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, codes, scales, N,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: a tile of the matrix."""
     follow(PDL)
     across: tl.constexpr = (K + SCALE_K - 1) // SCALE_K
@@ -129,16 +101,7 @@ def widen(weight: ScaledTensor, dtype: torch.dtype, *, pdl: bool = False) -> Ten
     y = torch.empty(n, k, dtype=dtype, device=weight.device)
     block_n, block_k = 8, 512
     _widen_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
-        y,
-        weight.as_subclass(Tensor).view(torch.uint8),
-        weight.scales,
-        n,
-        K=k,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        SCALE_N=weight.block[0],
-        SCALE_K=weight.block[1],
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        y, weight.as_subclass(Tensor).view(torch.uint8), weight.scales, n, K=k, BLOCK_N=block_n,
+        BLOCK_K=block_k, SCALE_N=weight.block[0], SCALE_K=weight.block[1], num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return y

@@ -30,14 +30,7 @@ def gather_rows(table: Tensor, token_ids: Tensor, first: int = 0, *, pdl: bool =
     y = torch.empty(n, d, dtype=table.dtype, device=table.device)
     if n:
         _gather_kernel[(n,)](
-            y,
-            table,
-            token_ids,
-            first,
-            len(table),
-            D=d,
-            BLOCK=triton.next_power_of_2(d),
-            num_warps=4,
+            y, table, token_ids, first, len(table), D=d, BLOCK=triton.next_power_of_2(d), num_warps=4,
             **launch_options(pdl),
-        )
+        )  # fmt: skip
     return y

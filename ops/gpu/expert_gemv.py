@@ -22,21 +22,10 @@ OUTER = Tiling(4, 1024, 4)
 
 @triton.jit
 def _inner_kernel(
-    y,
-    x,
-    weight,
-    bias,
-    norm,
-    chosen,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, weight, bias, norm, chosen, eps,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CLAMPED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_N columns of one choice: as many rows of its expert's gate and up."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     choice = tl.program_id(1)
@@ -75,20 +64,10 @@ def _inner_kernel(
 
 @triton.jit
 def _outer_kernel(
-    y,
-    x,
-    weight,
-    bias,
-    scales,
-    chosen,
-    residual,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    y, x, weight, bias, scales, chosen, residual,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Program: BLOCK_N columns of one token: as many rows of the matrices of all its experts."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1)
@@ -139,37 +118,13 @@ def expert_gemv(
     (n, hidden), width, k = x.shape, down.shape[1], chosen.shape[1]
     between = torch.empty(n * k, width, dtype=x.dtype, device=x.device)
     _inner_kernel[(triton.cdiv(width, inner.block_n), n * k)](
-        between,
-        x,
-        gate_up,
-        biases.gate_up,
-        norm,
-        chosen,
-        eps,
-        N=width,
-        K=hidden,
-        CHOICES=k,
-        BLOCK_N=inner.block_n,
-        BLOCK_K=inner.block_k,
-        CLAMPED=clamped,
-        num_warps=inner.warps,
+        between, x, gate_up, biases.gate_up, norm, chosen, eps, N=width, K=hidden, CHOICES=k,
+        BLOCK_N=inner.block_n, BLOCK_K=inner.block_k, CLAMPED=clamped, num_warps=inner.warps,
         **launch_options(pdl),
-    )
+    )  # fmt: skip
     y = torch.empty_like(x) if residual is None else residual
     _outer_kernel[(triton.cdiv(hidden, outer.block_n), n)](
-        y,
-        between,
-        down,
-        biases.down,
-        weights,
-        chosen,
-        residual,
-        N=hidden,
-        K=width,
-        CHOICES=k,
-        BLOCK_N=outer.block_n,
-        BLOCK_K=outer.block_k,
-        num_warps=outer.warps,
-        **launch_options(pdl),
-    )
+        y, between, down, biases.down, weights, chosen, residual, N=hidden, K=width, CHOICES=k,
+        BLOCK_N=outer.block_n, BLOCK_K=outer.block_k, num_warps=outer.warps, **launch_options(pdl),
+    )  # fmt: skip
     return y

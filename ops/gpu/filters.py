@@ -99,16 +99,9 @@ def _cut(largest, few, floor, top, temperature):
 
 @triton.jit
 def _fill(
-    ranks,
-    groups,
-    largest,
-    logits,
-    low,
-    high,
-    VOCAB: tl.constexpr,
-    UNUSED: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+    ranks, groups, largest, logits, low, high,
+    VOCAB: tl.constexpr, UNUSED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     """List the ranks from `low` to below `high`: how many there are; the list has the first CAPACITY.
 
     ranks: [CAPACITY]; groups: scratch for as many group numbers as there are.
@@ -137,16 +130,9 @@ def _fill(
 
 @triton.jit
 def _weigh(
-    ranks,
-    size,
-    listed,
-    logits,
-    threshold,
-    top,
-    temperature,
-    VOCAB: tl.constexpr,
-    UNUSED: tl.constexpr,
-):
+    ranks, size, listed, logits, threshold, top, temperature,
+    VOCAB: tl.constexpr, UNUSED: tl.constexpr,
+):  # fmt: skip
     """Number and mass of the entries from rank `threshold` on: of the list, if `listed`, else of the row."""
     scale = 1.4426950408889634 / temperature
     count, mass = size * 0, top * 0.0
@@ -176,21 +162,9 @@ def _weigh(
 
 @triton.jit
 def _draw_of_top_k(
-    ranks,
-    groups,
-    largest,
-    logits,
-    top_k,
-    top_p,
-    floor,
-    top,
-    temperature,
-    seed,
-    position,
-    VOCAB: tl.constexpr,
-    UNUSED: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+    ranks, groups, largest, logits, top_k, top_p, floor, top, temperature, seed, position,
+    VOCAB: tl.constexpr, UNUSED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     """Draw from the `top_k` best entries of a row that are not below `floor`, and of these from the top-p."""
     end = rank_of(top, top_k * 0, UNUSED) + 1  # above all
     cut = first_rank(_cut(largest, top_k, floor, top, temperature), UNUSED)
@@ -248,31 +222,11 @@ def _draw_of_top_k(
 
 @triton.jit
 def filter_kernel(
-    tokens,
-    newest,
-    sent,
-    places,
-    lists,
-    group_lists,
-    group_largest,
-    block_best,
-    logits,
-    rows,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    seeds,
-    positions,
-    VOCAB: tl.constexpr,
-    UNUSED: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    DELIVERS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    tokens, newest, sent, places, lists, group_lists, group_largest, block_best, logits, rows, temperatures,
+    top_ks, top_ps, min_ps, seeds, positions,
+    VOCAB: tl.constexpr, UNUSED: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, DELIVERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one row. Draws where the row has a filter, and a token: it says that the logits are finite.
 
     newest, sent, places: see `deliver`, if DELIVERS, for rows with a filter.

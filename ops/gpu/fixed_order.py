@@ -60,24 +60,10 @@ def _run(
 
 @triton.jit(do_not_specialize=["M"])
 def _fixed_order_kernel(
-    y,
-    x,
-    weight,
-    bias,
-    residual,
-    parts,
-    arrivals,
-    M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    RUN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, weight, bias, residual, parts, arrivals, M,
+    N: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr, SPLITS: tl.constexpr, SPREAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: a tile of y; of its SPLITS runs one if SPREAD, which is for one tile of rows, else all."""
     follow(PDL)
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -150,25 +136,10 @@ def fixed_order_linear(
         parts = torch.empty(splits, tiles, tile.rows, tile.columns, dtype=torch.float32, device=x.device)
     stages = tile.stages if x.dtype.itemsize == 2 else 2
     _fixed_order_kernel[(tiles, splits if spread else 1)](
-        y,
-        x,
-        weight,
-        bias,
-        residual,
-        parts,
-        arrivals,
-        m,
-        N=n,
-        K=k,
-        RUN=run * BLOCK_K.value,
-        SPLITS=splits,
-        SPREAD=spread,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        STAGES=stages,
-        num_warps=tile.warps,
+        y, x, weight, bias, residual, parts, arrivals, m, N=n, K=k, RUN=run * BLOCK_K.value, SPLITS=splits,
+        SPREAD=spread, BLOCK_M=tile.rows, BLOCK_N=tile.columns, STAGES=stages, num_warps=tile.warps,
         **launch_options(pdl),
-    )
+    )  # fmt: skip
     return y
 
 

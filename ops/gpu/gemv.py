@@ -35,21 +35,10 @@ def finish_row(
 
 @triton.jit
 def _gemv_kernel(
-    y,
-    x,
-    weight,
-    norm,
-    bias,
-    residual,
-    eps,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, weight, norm, bias, residual, eps,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_N columns of y: as many rows of the weight and, if GATED, of its second half."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -112,19 +101,6 @@ def gemv(
     """y = act(norm(x) @ weight.T + bias) + residual; the arguments are `skinny.skinny_linear`'s."""
     (m, k), n = x.shape, y.shape[1]
     _gemv_kernel[(triton.cdiv(n, tiling.block_n),)](
-        y,
-        x,
-        weight,
-        norm,
-        bias,
-        residual,
-        eps,
-        M=m,
-        N=n,
-        K=k,
-        BLOCK_N=tiling.block_n,
-        BLOCK_K=tiling.block_k,
-        GATED=gated,
-        num_warps=tiling.warps,
-        **launch_options(pdl),
-    )
+        y, x, weight, norm, bias, residual, eps, M=m, N=n, K=k, BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k, GATED=gated, num_warps=tiling.warps, **launch_options(pdl),
+    )  # fmt: skip

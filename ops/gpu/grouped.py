@@ -109,32 +109,12 @@ def _multiply_codes(x, codes, sums, scale, SWAPPED: tl.constexpr):
 
 @triton.jit
 def _grouped_kernel(
-    y,
-    x,
-    weight,
-    code_scales,
-    bias,
-    scales,
-    order,
-    experts,
-    starts,
-    stops,
-    NUM_TILES,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATED: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    BOXES: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    y, x, weight, code_scales, bias, scales, order, experts, starts, stops, NUM_TILES,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, SWAPPED: tl.constexpr,
+    BOXES: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, CLAMPED: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Program: a tile of choices by BLOCK_N columns; weight: a pointer, or the descriptor of its BOXES.
 
     With SCALE_N > 0 the weight is of codes in e4m3, of which SCALE_N rows and SCALE_K columns share a scale.
@@ -250,30 +230,12 @@ class GroupedWeight:
         y = torch.empty(count, self._columns, dtype=x.dtype, device=x.device)
         tiles, boxes = choices.experts.shape[0], tiling.boxes and self._boxes
         _grouped_kernel[(tiles * triton.cdiv(self._columns, tiling.columns),)](
-            y,
-            x,
-            self._descriptor(tiling.columns, tiling.block_k) if boxes else self._weight,
-            self._scales,
-            self._bias,
-            scales,
-            *choices,
-            tiles,
-            N=self._columns,
-            K=k,
-            CHOICES=num_chosen,
-            BLOCK_M=tiling.rows,
-            BLOCK_N=tiling.columns,
-            BLOCK_K=tiling.block_k,
-            STAGES=tiling.stages,
-            GATED=self._gated,
-            SWAPPED=tiling.swapped,
-            BOXES=boxes,
-            SCALE_N=self._block[0],
-            SCALE_K=self._block[1],
-            CLAMPED=self._clamped,
-            num_warps=tiling.warps,
-            **launch_options(pdl),
-        )
+            y, x, self._descriptor(tiling.columns, tiling.block_k) if boxes else self._weight, self._scales,
+            self._bias, scales, *choices, tiles, N=self._columns, K=k, CHOICES=num_chosen,
+            BLOCK_M=tiling.rows, BLOCK_N=tiling.columns, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
+            GATED=self._gated, SWAPPED=tiling.swapped, BOXES=boxes, SCALE_N=self._block[0],
+            SCALE_K=self._block[1], CLAMPED=self._clamped, num_warps=tiling.warps, **launch_options(pdl),
+        )  # fmt: skip
         return y
 
     def _descriptor(self, rows: int, columns: int) -> TensorDescriptor:
@@ -285,14 +247,9 @@ class GroupedWeight:
 
 @triton.jit
 def _sum_kernel(
-    y,
-    parts,
-    residual,
-    D: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, parts, residual,
+    D: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK elements of one token."""
     follow(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -311,13 +268,6 @@ def sum_choices(parts: Tensor, num_chosen: int, residual: Tensor | None, *, pdl:
     y = torch.empty(n, d, dtype=parts.dtype, device=parts.device) if residual is None else residual
     block = min(SUM_BLOCK, triton.next_power_of_2(d))
     _sum_kernel[(n, triton.cdiv(d, block))](
-        y,
-        parts,
-        residual,
-        D=d,
-        CHOICES=num_chosen,
-        BLOCK=block,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        y, parts, residual, D=d, CHOICES=num_chosen, BLOCK=block, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return y

@@ -37,26 +37,10 @@ def _time_step(at, dt_bias, mask):
 
 @triton.jit
 def _step_kernel(
-    out,
-    mixed,
-    x,
-    ssm,
-    rows,
-    positions,
-    lens,
-    a_log,
-    dt_bias,
-    skip,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    BP: tl.constexpr,
-    BN: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, mixed, x, ssm, rows, positions, lens, a_log, dt_bias, skip,
+    W: tl.constexpr, C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one head of one token."""
     follow(PDL)
     i, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -80,20 +64,10 @@ def _step_kernel(
 
 @triton.jit
 def _scores_kernel(
-    scores,
-    mixed,
-    starts,
-    decodes,
-    segments,
-    C: tl.constexpr,
-    INNER: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    BN: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    scores, mixed, starts, decodes, segments,
+    C: tl.constexpr, INNER: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: C B' of one chunk and one group of heads."""
     follow(PDL)
     chunk, g = tl.program_id(0), tl.program_id(1)
@@ -113,29 +87,10 @@ def _scores_kernel(
 
 @triton.jit
 def _scan_kernel(
-    out,
-    scores,
-    mixed,
-    x,
-    ssm,
-    rows,
-    positions,
-    starts,
-    decodes,
-    a_log,
-    dt_bias,
-    skip,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    N: tl.constexpr,
-    BP: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, scores, mixed, x, ssm, rows, positions, starts, decodes, a_log, dt_bias, skip,
+    W: tl.constexpr, C: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: some values of one head, through all chunks of one segment."""
     follow(PDL)
     s, h = tl.program_id(0), tl.program_id(1)
@@ -177,22 +132,10 @@ def _scan_kernel(
 
 @triton.jit
 def _gate_kernel(
-    out,
-    x,
-    norm,
-    eps,
-    lens,
-    starts,
-    decodes,
-    segments,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    INNER: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PROMPTS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, x, norm, eps, lens, starts, decodes, segments,
+    W: tl.constexpr, C: tl.constexpr, INNER: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    PROMPTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: the gate and the norm of one group of one token, in place; zeros of a padding token."""
     follow(PDL)
     i, g = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -252,15 +195,9 @@ class GpuMamba2Step:
         _gate_kernel[(len(x), config.num_groups)](
             *(out, x, weights.norm, config.eps, batch.decode_lens),
             *((None, decodes, 0) if table is None else (table.starts, decodes, len(table.starts) - 1)),
-            W=x.shape[1],
-            C=config.channels,
-            INNER=config.inner,
-            D=size,
-            BLOCK=triton.next_power_of_2(size),
-            PROMPTS=table is not None,
-            num_warps=4,
-            **self._options,
-        )
+            W=x.shape[1], C=config.channels, INNER=config.inner, D=size, BLOCK=triton.next_power_of_2(size),
+            PROMPTS=table is not None, num_warps=4, **self._options,
+        )  # fmt: skip
         return out
 
     def _decode(self, layer: int, x: Tensor, mixed: Tensor, out: Tensor) -> None:
@@ -269,15 +206,9 @@ class GpuMamba2Step:
         block_p, block_n = map(triton.next_power_of_2, (config.head_dim, config.state_size))
         _step_kernel[(batch.num_decodes, config.num_heads)](
             *(out, mixed, x, states.ssm[layer], batch.rows, batch.positions, batch.decode_lens),
-            *(weights.a_log, weights.dt_bias, weights.skip),
-            W=x.shape[1],
-            C=config.channels,
-            **self._heads,
-            BP=block_p,
-            BN=block_n,
-            num_warps=min(max(block_p * block_n // 2048, 1), 8),
-            **self._options,
-        )
+            *(weights.a_log, weights.dt_bias, weights.skip), W=x.shape[1], C=config.channels, **self._heads,
+            BP=block_p, BN=block_n, num_warps=min(max(block_p * block_n // 2048, 1), 8), **self._options,
+        )  # fmt: skip
 
     def _prefill(self, layer: int, x: Tensor, mixed: Tensor, out: Tensor, table: SegmentTable) -> None:
         states, batch, weights = self._states, self._batch, self._states.layers[layer]
@@ -289,28 +220,14 @@ class GpuMamba2Step:
         kept = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         scores = x.new_empty(count, config.num_groups, CHUNK, dtype=kept)
         _scores_kernel[(triton.cdiv(count, CHUNK) + segments, config.num_groups)](
-            *(scores, mixed, table.starts, decodes, segments),
-            C=config.channels,
-            INNER=config.inner,
-            G=config.num_groups,
-            N=config.state_size,
-            BN=block_n,
-            SEGMENTS=triton.next_power_of_2(segments),
-            PRECISION=precision,
-            num_warps=4,
-            **self._options,
-        )
+            *(scores, mixed, table.starts, decodes, segments), C=config.channels, INNER=config.inner,
+            G=config.num_groups, N=config.state_size, BN=block_n, SEGMENTS=triton.next_power_of_2(segments),
+            PRECISION=precision, num_warps=4, **self._options,
+        )  # fmt: skip
         part = min(VALUES, max(16, triton.next_power_of_2(config.head_dim)))
         _scan_kernel[(segments, config.num_heads, triton.cdiv(config.head_dim, part))](
             *(out, scores, mixed, x, states.ssm[layer], batch.rows, batch.positions, table.starts, decodes),
-            *(weights.a_log, weights.dt_bias, weights.skip),
-            W=x.shape[1],
-            C=config.channels,
-            **self._heads,
-            BP=part,
-            BN=block_n,
-            PRECISION=precision,
-            num_warps=8 if block_n > 64 else 4,
-            num_stages=1,
+            *(weights.a_log, weights.dt_bias, weights.skip), W=x.shape[1], C=config.channels, **self._heads,
+            BP=part, BN=block_n, PRECISION=precision, num_warps=8 if block_n > 64 else 4, num_stages=1,
             **self._options,
-        )
+        )  # fmt: skip

@@ -110,27 +110,10 @@ def multiply_mxfp4(sums, codes, scales, right, SPAN: tl.constexpr, DTYPE: tl.con
 
 @triton.jit
 def _mxfp4_kernel(
-    y,
-    x,
-    words,
-    code_scales,
-    bias,
-    scales,
-    order,
-    experts,
-    starts,
-    stops,
-    NUM_TILES,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, words, code_scales, bias, scales, order, experts, starts, stops, NUM_TILES,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: a tile of choices by BLOCK_N columns, as in `ops.gpu.grouped`."""
     follow(PDL)
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -214,23 +197,9 @@ class Mxfp4Weight:
         y = torch.empty(count, self._columns, dtype=x.dtype, device=x.device)
         tiles = choices.experts.shape[0]
         _mxfp4_kernel[(tiles * triton.cdiv(self._columns, tiling.columns),)](
-            y,
-            x,
-            weight.as_subclass(Tensor),
-            weight.scales.view(torch.int32),
-            self._bias,
-            scales,
-            *choices,
-            tiles,
-            N=self._columns,
-            K=weight.columns,
-            CHOICES=num_chosen,
-            BLOCK_M=tiling.rows,
-            BLOCK_N=tiling.columns,
-            STAGES=tiling.stages,
-            GATED=self._gated,
-            CLAMPED=self._clamped,
-            num_warps=tiling.warps,
-            **launch_options(pdl),
-        )
+            y, x, weight.as_subclass(Tensor), weight.scales.view(torch.int32), self._bias, scales, *choices,
+            tiles, N=self._columns, K=weight.columns, CHOICES=num_chosen, BLOCK_M=tiling.rows,
+            BLOCK_N=tiling.columns, STAGES=tiling.stages, GATED=self._gated, CLAMPED=self._clamped,
+            num_warps=tiling.warps, **launch_options(pdl),
+        )  # fmt: skip
         return y

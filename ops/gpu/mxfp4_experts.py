@@ -67,21 +67,10 @@ def _products(
 
 @triton.jit
 def _inner_kernel(
-    y,
-    x,
-    words,
-    scales,
-    bias,
-    chosen,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, words, scales, bias, chosen,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr, CLAMPED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: 16 columns of one choice: as many rows of its expert's gate and up."""
     COLUMNS: tl.constexpr = 8 if PARTS < 8 else PARTS
     follow(PDL)
@@ -108,23 +97,10 @@ def _inner_kernel(
 
 @triton.jit
 def _outer_kernel(
-    y,
-    x,
-    words,
-    scales,
-    bias,
-    weights,
-    chosen,
-    residual,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    PLACES_OF_CHOICES: tl.constexpr,
-    PARTS: tl.constexpr,
-    STEPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, words, scales, bias, weights, chosen, residual,
+    N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, PLACES_OF_CHOICES: tl.constexpr,
+    PARTS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: 16 columns of one token: as many rows of the matrices of all its experts."""
     C: tl.constexpr = PLACES_OF_CHOICES
     COLUMNS: tl.constexpr = 8 if PARTS * C < 8 else PARTS * C
@@ -176,42 +152,16 @@ def mxfp4_experts(
     steps = triton.cdiv(hidden, 8 * PLANE)
     tiling = mxfp4_expert_tiling(steps, 2)
     _inner_kernel[(width // BLOCK, n * k)](
-        between,
-        x,
-        gate_up.as_subclass(Tensor),
-        gate_up.scales.view(torch.int32),
-        biases.gate_up,
-        chosen,
-        N=width,
-        K=hidden,
-        CHOICES=k,
-        PARTS=tiling.splits,
-        STEPS=steps // tiling.splits,
-        STAGES=tiling.stages,
-        CLAMPED=clamped,
-        num_warps=tiling.warps,
-        **launch_options(pdl),
-    )
+        between, x, gate_up.as_subclass(Tensor), gate_up.scales.view(torch.int32), biases.gate_up, chosen,
+        N=width, K=hidden, CHOICES=k, PARTS=tiling.splits, STEPS=steps // tiling.splits, STAGES=tiling.stages,
+        CLAMPED=clamped, num_warps=tiling.warps, **launch_options(pdl),
+    )  # fmt: skip
     y = torch.empty_like(x) if residual is None else residual
     places, steps = triton.next_power_of_2(k), triton.cdiv(width, 8 * PLANE)
     tiling = mxfp4_expert_tiling(steps, places)
     _outer_kernel[(hidden // BLOCK, n)](
-        y,
-        between,
-        down.as_subclass(Tensor),
-        down.scales.view(torch.int32),
-        biases.down,
-        weights,
-        chosen,
-        residual,
-        N=hidden,
-        K=width,
-        CHOICES=k,
-        PLACES_OF_CHOICES=places,
-        PARTS=tiling.splits,
-        STEPS=steps // tiling.splits,
-        STAGES=tiling.stages,
-        num_warps=tiling.warps,
-        **launch_options(pdl),
-    )
+        y, between, down.as_subclass(Tensor), down.scales.view(torch.int32), biases.down, weights, chosen,
+        residual, N=hidden, K=width, CHOICES=k, PLACES_OF_CHOICES=places, PARTS=tiling.splits,
+        STEPS=steps // tiling.splits, STAGES=tiling.stages, num_warps=tiling.warps, **launch_options(pdl),
+    )  # fmt: skip
     return y

@@ -35,16 +35,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Ten
 
 @triton.jit
 def _norm_parts_kernel(
-    x,
-    first,
-    second,
-    eps,
-    ROW: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, first, second, eps,
+    ROW: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one row's first D0 columns, or the D1 behind them."""
     d = tl.arange(0, BLOCK)
     is_second = tl.program_id(1) > 0

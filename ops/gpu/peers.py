@@ -81,21 +81,10 @@ def _receive(box, rank, call, ended, at, inside, ROOM: tl.constexpr, SIZE: tl.co
 
 @triton.jit
 def _sum_kernel(
-    out,
-    part,
-    residual,
-    box,
-    boxes,
-    calls,
-    ended,
-    n,
-    ROOM: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
-    TYPE: tl.constexpr,
-    ADDS: tl.constexpr,
+    out, part, residual, box, boxes, calls, ended, n,
+    ROOM: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, TYPE: tl.constexpr, ADDS: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """Program: BLOCK words of all parts, which it exchanges with the same program of the other ranks.
 
     out, part, residual: [n] int32, two numbers each if TYPE has 16 bits; residual is read if ADDS. box: the
@@ -131,19 +120,9 @@ def _sum_kernel(
 
 @triton.jit
 def _join_kernel(
-    out,
-    part,
-    box,
-    boxes,
-    calls,
-    ended,
-    n,
-    width,
-    ROOM: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, part, box, boxes, calls, ended, n, width,
+    ROOM: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK words of all parts. part: [n / width, width]; out: [n / width, SIZE * width], int32.
 
     The rest as in `_sum_kernel`.
@@ -196,22 +175,10 @@ class PeerExchange:
         out = part if residual is None else residual
         words, target = _words(part), _words(out)
         _sum_kernel[(triton.cdiv(words.numel(), BLOCK.value),)](
-            target,
-            words,
-            target,
-            self._box,
-            self._boxes,
-            self._calls,
-            self._ended,
-            words.numel(),
-            ROOM=self.room,
-            RANK=self._rank,
-            SIZE=self._size,
-            TYPE=_TYPES[part.dtype],
-            ADDS=residual is not None,
-            num_warps=4,
-            **self._options,
-        )
+            target, words, target, self._box, self._boxes, self._calls, self._ended, words.numel(),
+            ROOM=self.room, RANK=self._rank, SIZE=self._size, TYPE=_TYPES[part.dtype],
+            ADDS=residual is not None, num_warps=4, **self._options,
+        )  # fmt: skip
         return out
 
     def join(self, part: Tensor) -> Tensor:
@@ -220,20 +187,10 @@ class PeerExchange:
         out = part.new_empty(rows, self._size * width)
         words = _words(part)
         _join_kernel[(triton.cdiv(words.numel(), BLOCK.value),)](
-            _words(out),
-            words,
-            self._box,
-            self._boxes,
-            self._calls,
-            self._ended,
-            words.numel(),
-            words.numel() // rows,
-            ROOM=self.room,
-            RANK=self._rank,
-            SIZE=self._size,
-            num_warps=4,
+            _words(out), words, self._box, self._boxes, self._calls, self._ended, words.numel(),
+            words.numel() // rows, ROOM=self.room, RANK=self._rank, SIZE=self._size, num_warps=4,
             **self._options,
-        )
+        )  # fmt: skip
         return out
 
     def end(self) -> None:

@@ -22,15 +22,9 @@ from microvllm.ops.gpu.ranks import NOTHING, entry_of, from_rank, rank_of, token
 
 @triton.jit
 def best_of_block(
-    logits,
-    block,
-    edge,
-    last,
-    temperature,
-    seed,
-    position,
+    logits, block, edge, last, temperature, seed, position,
     VOCAB: tl.constexpr,
-):
+):  # fmt: skip
     """Score entries [4 * LANE * block, 4 * LANE * (block + 1)) from the rank of `edge` and `last` on.
 
     -> [LANE] int64, by score: the best rank of each four that lie LANE apart.
@@ -62,17 +56,9 @@ def _masses(logits, edge, last, floor, top, temperature, VOCAB: tl.constexpr):
 
 @triton.jit
 def draw_by_rejection(
-    best,
-    logits,
-    top_p,
-    floor,
-    top,
-    temperature,
-    seed,
-    position,
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    best, logits, top_p, floor, top, temperature, seed, position,
+    VOCAB: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """The token of a row: the best score of the top-p of what is not below `floor`.
 
     best: [BLOCKS] int64, by score: the best rank of each block of 4 * LANE entries.

@@ -86,32 +86,11 @@ def as_factor(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _rope_cache_kernel(
-    q_out,
-    keys,
-    values,
-    qkv,
-    positions,
-    slots,
-    cos,
-    sin,
-    q_norm,
-    k_norm,
-    eps,
-    k_scale,
-    v_scale,
-    block_stride,
-    token_stride,
-    head_stride,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_KV_HEADS: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_out, keys, values, qkv, positions, slots, cos, sin, q_norm, k_norm, eps, k_scale, v_scale, block_stride,
+    token_stride, head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_KV_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one token."""
     follow(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -172,30 +151,10 @@ def rope_and_cache(
     token, head = (2, 1) if heads_first else (1, 2)
     q_norm, k_norm = norms.weights[layer] if norms else (qkv, qkv)
     _rope_cache_kernel[(n,)](
-        q,
-        keys,
-        values,
-        qkv,
-        positions,
-        slots,
-        angles.cos,
-        angles.sin,
-        q_norm,
-        k_norm,
-        norms.eps if norms else 0.0,
-        *scales,
-        keys.stride(0),
-        keys.stride(token),
-        keys.stride(head),
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        D=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        PAGE=keys.shape[token],
-        BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_KV_HEADS=triton.next_power_of_2(kv_heads),
-        NORM=norms is not None,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        q, keys, values, qkv, positions, slots, angles.cos, angles.sin, q_norm, k_norm,
+        norms.eps if norms else 0.0, *scales, keys.stride(0), keys.stride(token), keys.stride(head),
+        HEADS=heads, KV_HEADS=kv_heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), PAGE=keys.shape[token],
+        BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_KV_HEADS=triton.next_power_of_2(kv_heads),
+        NORM=norms is not None, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return q

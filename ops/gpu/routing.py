@@ -51,21 +51,10 @@ def _choose(
 
 @triton.jit
 def _choose_kernel(
-    weights,
-    chosen,
-    logits,
-    correction,
-    scales,
-    scale,
-    smallest,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    weights, chosen, logits, correction, scales, scale, smallest,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMALIZED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one token."""
     follow(PDL)
     row, e = tl.program_id(0), tl.arange(0, BLOCK_E)
@@ -78,29 +67,10 @@ def _choose_kernel(
 
 @triton.jit
 def _route_kernel(
-    weights,
-    chosen,
-    logits,
-    x,
-    router,
-    bias,
-    norm,
-    correction,
-    scales,
-    arrivals,
-    eps,
-    scale,
-    smallest,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALIZED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    weights, chosen, logits, x, router, bias, norm, correction, scales, arrivals, eps, scale, smallest,
+    D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: the logits of ROUTER_ROWS experts for one token; the token's last program makes the choice."""
     n = tl.program_id(0) * ROUTER_ROWS + tl.arange(0, ROUTER_ROWS)
     row = tl.program_id(1)
@@ -154,30 +124,11 @@ def route_few(
     weights = torch.empty(n, k, dtype=torch.float32, device=x.device)
     chosen = torch.empty(n, k, dtype=torch.int32, device=x.device)
     _route_kernel[(triton.cdiv(count, ROUTER_ROWS.value), n)](
-        weights,
-        chosen,
-        logits,
-        x,
-        router,
-        bias,
-        norm,
-        correction,
-        scales,
-        arrivals,
-        eps,
-        routing.scale,
-        routing.smallest_sum,
-        D=hidden,
-        E=count,
-        K=k,
-        BLOCK_D=triton.next_power_of_2(hidden),
-        BLOCK_E=triton.next_power_of_2(count),
-        BLOCK_K=triton.next_power_of_2(k),
-        SIGMOID=routing.sigmoid,
-        NORMALIZED=routing.normalized,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        weights, chosen, logits, x, router, bias, norm, correction, scales, arrivals, eps, routing.scale,
+        routing.smallest_sum, D=hidden, E=count, K=k, BLOCK_D=triton.next_power_of_2(hidden),
+        BLOCK_E=triton.next_power_of_2(count), BLOCK_K=triton.next_power_of_2(k), SIGMOID=routing.sigmoid,
+        NORMALIZED=routing.normalized, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     return weights, chosen
 
 
@@ -197,22 +148,11 @@ def choose(
     weights = torch.empty(n, routing.num_chosen, dtype=torch.float32, device=logits.device)
     chosen = torch.empty(n, routing.num_chosen, dtype=torch.int32, device=logits.device)
     _choose_kernel[(n,)](
-        weights,
-        chosen,
-        logits,
-        correction,
-        scales,
-        routing.scale,
-        routing.smallest_sum,
-        E=count,
-        K=routing.num_chosen,
-        BLOCK_E=triton.next_power_of_2(count),
-        BLOCK_K=triton.next_power_of_2(routing.num_chosen),
-        SIGMOID=routing.sigmoid,
-        NORMALIZED=routing.normalized,
-        num_warps=1 if count <= 256 else 4,
-        **launch_options(pdl),
-    )
+        weights, chosen, logits, correction, scales, routing.scale, routing.smallest_sum, E=count,
+        K=routing.num_chosen, BLOCK_E=triton.next_power_of_2(count),
+        BLOCK_K=triton.next_power_of_2(routing.num_chosen), SIGMOID=routing.sigmoid,
+        NORMALIZED=routing.normalized, num_warps=1 if count <= 256 else 4, **launch_options(pdl),
+    )  # fmt: skip
     return weights, chosen
 
 
@@ -232,19 +172,9 @@ class SortedChoices(NamedTuple):
 
 @triton.jit(do_not_specialize=["A"])
 def _sort_kernel(
-    order,
-    experts,
-    starts,
-    stops,
-    chosen,
-    A,
-    NUM_TILES,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    order, experts, starts, stops, chosen, A, NUM_TILES,
+    E: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one expert, which counts the choices of all."""
     follow(PDL)
     expert = tl.program_id(0)
@@ -284,18 +214,8 @@ def sort_choices(chosen: Tensor, num_experts: int, rows: int, *, pdl: bool = Fal
     order = torch.empty(count, dtype=torch.int32, device=device)
     experts, starts, stops = torch.empty(3, tiles, dtype=torch.int32, device=device)
     _sort_kernel[(num_experts,)](
-        order,
-        experts,
-        starts,
-        stops,
-        chosen,
-        count,
-        tiles,
-        E=num_experts,
-        ROWS=rows,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK=min(SORT_BLOCK, triton.next_power_of_2(count)),
-        num_warps=4 if count <= 2048 else 8,
-        **launch_options(pdl),
-    )
+        order, experts, starts, stops, chosen, count, tiles, E=num_experts, ROWS=rows,
+        BLOCK_E=triton.next_power_of_2(num_experts), BLOCK=min(SORT_BLOCK, triton.next_power_of_2(count)),
+        num_warps=4 if count <= 2048 else 8, **launch_options(pdl),
+    )  # fmt: skip
     return SortedChoices(order, experts, starts, stops)

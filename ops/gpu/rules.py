@@ -30,21 +30,9 @@ def _is_penalised(presence, frequency, repetition):
 
 @triton.jit
 def _change_kernel(
-    changed,
-    logits,
-    at,
-    rows,
-    words,
-    presences,
-    frequencies,
-    repetitions,
-    bias_ids,
-    biases,
-    num_biases,
-    VOCAB: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    changed, logits, at, rows, words, presences, frequencies, repetitions, bias_ids, biases, num_biases,
+    VOCAB: tl.constexpr, IN_PLACE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: LANES entries of one row of logits; IN_PLACE: of row at[i], whose biases are added already."""
     follow(PDL)
     i = tl.program_id(0).to(tl.int64)
@@ -68,17 +56,9 @@ def _change_kernel(
 
 @triton.jit
 def _count_kernel(
-    words,
-    tokens,
-    rows,
-    presences,
-    frequencies,
-    repetitions,
-    m,
-    VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    words, tokens, rows, presences, frequencies, repetitions, m,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK tokens, of rows of which no two penalised ones are the same."""
     follow(PDL)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -152,35 +132,17 @@ class RuleTables:
     def _launch(self, changed: Tensor, logits: Tensor, at: Tensor, rows: Tensor, *, in_place: bool) -> None:
         vocab = logits.shape[1]
         _change_kernel[(len(rows), triton.cdiv(vocab, LANES.value))](
-            changed,
-            logits,
-            at,
-            rows,
-            self._words,
-            *self._penalties.unbind(0),
-            self._bias_ids,
-            self._biases,
-            self._num_biases,
-            VOCAB=vocab,
-            IN_PLACE=in_place,
-            num_warps=4,
-            **launch_options(self._pdl),
-        )
+            changed, logits, at, rows, self._words, *self._penalties.unbind(0), self._bias_ids, self._biases,
+            self._num_biases, VOCAB=vocab, IN_PLACE=in_place, num_warps=4, **launch_options(self._pdl),
+        )  # fmt: skip
 
     def count(self, rows: Tensor, tokens: Tensor) -> None:
         """Count the chosen tokens, [m] int64 (negative: none), of penalised rows: [m]."""
         m = len(tokens)
         _count_kernel[(triton.cdiv(m, 128),)](
-            self._words,
-            tokens,
-            rows,
-            *self._penalties.unbind(0),
-            m,
-            VOCAB=self._words.shape[1],
-            BLOCK=128,
-            num_warps=4,
-            **launch_options(self._pdl),
-        )
+            self._words, tokens, rows, *self._penalties.unbind(0), m, VOCAB=self._words.shape[1], BLOCK=128,
+            num_warps=4, **launch_options(self._pdl),
+        )  # fmt: skip
 
     def _sent(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)

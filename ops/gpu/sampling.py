@@ -37,27 +37,10 @@ def _first_of(largest, score, entry):
 
 @triton.jit
 def _best_kernel(
-    tokens,
-    newest,
-    sent,
-    places,
-    best,
-    arrivals,
-    group_largest,
-    block_best,
-    logits,
-    rows,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    seeds,
-    positions,
-    VOCAB: tl.constexpr,
-    FILTERS: tl.constexpr,
-    DELIVERS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    tokens, newest, sent, places, best, arrivals, group_largest, block_best, logits, rows, temperatures,
+    top_ks, top_ps, min_ps, seeds, positions,
+    VOCAB: tl.constexpr, FILTERS: tl.constexpr, DELIVERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: 4 * LANE entries of one row. Greedy rows and those with top-k: the argmax; others: a draw.
 
     newest, sent, places: see `deliver`, if DELIVERS; group_largest, block_best: with FILTERS, where filtered
@@ -169,37 +152,17 @@ class TokenSampler:
         given = (delivery.newest, delivery.sent, delivery.places) if delivery else (tokens, tokens, tokens)
         request = logits, rows, temperature, top_k, top_p, min_p, seed, positions
         _best_kernel[(m, blocks)](
-            tokens,
-            *given,
-            self._best,
-            self._arrivals,
-            largest,
-            block_best,
-            *request,
-            VOCAB=vocab,
-            FILTERS=filters,
-            DELIVERS=delivery is not None,
-            num_warps=4,
-            maxnreg=MAX_REGISTERS,
+            tokens, *given, self._best, self._arrivals, largest, block_best, *request, VOCAB=vocab,
+            FILTERS=filters, DELIVERS=delivery is not None, num_warps=4, maxnreg=MAX_REGISTERS,
             **self._options,
-        )
+        )  # fmt: skip
         if filters:
             filter_kernel[(m,)](
-                tokens,
-                *given,
-                torch.empty(m, CAPACITY.value, dtype=torch.int64, device=logits.device),
-                torch.empty(m, groups, dtype=torch.int32, device=logits.device),
-                largest,
-                block_best,
-                *request,
-                VOCAB=vocab,
-                UNUSED=UNUSED_BITS[logits.dtype],
-                NUM_BLOCKS=blocks,
-                BLOCKS=triton.next_power_of_2(blocks),
-                NUM_GROUPS=groups,
-                GROUPS=triton.next_power_of_2(groups),
-                DELIVERS=delivery is not None,
-                num_warps=16,
+                tokens, *given, torch.empty(m, CAPACITY.value, dtype=torch.int64, device=logits.device),
+                torch.empty(m, groups, dtype=torch.int32, device=logits.device), largest, block_best,
+                *request, VOCAB=vocab, UNUSED=UNUSED_BITS[logits.dtype], NUM_BLOCKS=blocks,
+                BLOCKS=triton.next_power_of_2(blocks), NUM_GROUPS=groups,
+                GROUPS=triton.next_power_of_2(groups), DELIVERS=delivery is not None, num_warps=16,
                 **self._options,
-            )
+            )  # fmt: skip
         return tokens

@@ -37,25 +37,10 @@ def _scale_of(scales, n, block, N, K: tl.constexpr, SCALE_N: tl.constexpr, SCALE
 
 @triton.jit
 def _scaled_gemv_kernel(
-    y,
-    x,
-    codes,
-    scales,
-    norm,
-    bias,
-    residual,
-    eps,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, codes, scales, norm, bias, residual, eps,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_N columns of y: as many rows of the weight and, if GATED, of its second half."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -145,25 +130,10 @@ def scaled_gemv(
     (m, k), n = x.shape, weight.shape[0] // (2 if gated else 1)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     _scaled_gemv_kernel[(triton.cdiv(n, tiling.block_n),)](
-        y,
-        x,
-        weight.as_subclass(Tensor).view(torch.uint8),
-        weight.scales,
-        norm,
-        bias,
-        residual,
-        eps,
-        M=m,
-        N=n,
-        K=k,
-        BLOCK_N=tiling.block_n,
-        BLOCK_K=tiling.block_k,
-        AHEAD=min(tiling.stages, triton.cdiv(k, tiling.block_k)),
-        SCALE_N=weight.block[0],
-        SCALE_K=weight.block[1],
-        GATED=gated,
-        num_warps=tiling.warps,
-        maxnreg=tiling.max_registers,
+        y, x, weight.as_subclass(Tensor).view(torch.uint8), weight.scales, norm, bias, residual, eps, M=m,
+        N=n, K=k, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+        AHEAD=min(tiling.stages, triton.cdiv(k, tiling.block_k)), SCALE_N=weight.block[0],
+        SCALE_K=weight.block[1], GATED=gated, num_warps=tiling.warps, maxnreg=tiling.max_registers,
         **launch_options(pdl),
-    )
+    )  # fmt: skip
     return y

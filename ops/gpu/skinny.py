@@ -81,25 +81,10 @@ def finish_split(
 
 @triton.jit(do_not_specialize=["M"])
 def _skinny_kernel(
-    y,
-    x,
-    weight,
-    bias,
-    residual,
-    parts,
-    arrivals,
-    M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    GATED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, x, weight, bias, residual, parts, arrivals, M,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_N columns of y, SPLIT_K of the K terms of their sums.
 
     That is as many rows of the weight and, if GATED, of its second half.
@@ -176,24 +161,8 @@ def skinny_linear(
         shape = (splits, tiles, 2 if gated else 1, block_m, tiling.block_n)
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
     _skinny_kernel[(tiles, splits)](
-        y,
-        x,
-        weight,
-        bias,
-        residual,
-        parts,
-        arrivals,
-        m,
-        N=n,
-        K=k,
-        BLOCK_M=block_m,
-        BLOCK_N=tiling.block_n,
-        BLOCK_K=tiling.block_k,
-        SPLIT_K=split_k,
-        SPLITS=splits,
-        STAGES=tiling.stages,
-        GATED=gated,
-        num_warps=tiling.warps,
-        **launch_options(pdl),
-    )
+        y, x, weight, bias, residual, parts, arrivals, m, N=n, K=k, BLOCK_M=block_m, BLOCK_N=tiling.block_n,
+        BLOCK_K=tiling.block_k, SPLIT_K=split_k, SPLITS=splits, STAGES=tiling.stages, GATED=gated,
+        num_warps=tiling.warps, **launch_options(pdl),
+    )  # fmt: skip
     return y

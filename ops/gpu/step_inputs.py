@@ -64,32 +64,18 @@ def prepare_decode(
     made = torch.empty(3 + groups, batch, dtype=torch.int32, device=staged.device)
     blocks = torch.empty(groups, batch, width, dtype=torch.int32, device=staged.device)
     _prepare_kernel[(batch, groups)](
-        *(staged, tables, newest, made, blocks, batch, rows, width),
-        STAGED=STAGED,
-        PAGE=block_size,
-        CHUNK=CHUNK,
-        num_warps=4,
-        **launch_options(pdl),
-    )
+        *(staged, tables, newest, made, blocks, batch, rows, width), STAGED=STAGED, PAGE=block_size,
+        CHUNK=CHUNK, num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
     ids, positions, lens = made[:3].unbind(0)
     return DecodeInputs(staged[Staged.ROW], ids, positions, made[3:], lens, blocks, staged[Staged.PLACE])
 
 
 @triton.jit
 def _prepare_kernel(
-    staged,
-    tables,
-    newest,
-    made,
-    blocks,
-    batch,
-    rows,
-    width,
-    STAGED: tl.constexpr,
-    PAGE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    staged, tables, newest, made, blocks, batch, rows, width,
+    STAGED: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program: one sequence in one group."""
     follow(PDL)
     i = tl.program_id(0)

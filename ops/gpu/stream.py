@@ -77,29 +77,10 @@ def _add_parts(part, stride, splits):
 
 @gluon.jit(do_not_specialize=["M", "K", "chunk"])
 def _stream_kernel(
-    y,
-    x,
-    x_scales,
-    weight,
-    scales,
-    bias,
-    residual,
-    parts,
-    arrivals,
-    M,
-    N,
-    K,
-    chunk,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    SCALE_N: gl.constexpr,
-    SCALE_K: gl.constexpr,
-    EVEN: gl.constexpr,
-    GATED: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    y, x, x_scales, weight, scales, bias, residual, parts, arrivals, M, N, K, chunk,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    SCALE_N: gl.constexpr, SCALE_K: gl.constexpr, EVEN: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """Program: BLOCK_N columns of y, and `chunk` of the steps over k that their sums take.
 
     x, weight: descriptors of boxes [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K]; what lies outside is zero.
@@ -340,34 +321,15 @@ class StreamedWeight:
         shape = (splits if splits > 1 else 0, tiles, halves, block_m, tiling.block_n)
         y = torch.empty(m, n, dtype=dtype or x.dtype, device=x.device)
         _stream_kernel[(tiles, splits)](
-            y,
-            _boxes(x, block_m, tiling.block_k),
-            x_scales,
-            self._weight_boxes[place],
-            self._scales,
-            bias,
-            residual,
-            torch.empty(shape, dtype=torch.float32, device=x.device),
-            self._arrivals,
-            m,
-            n,
-            k,
-            chunk,
-            BLOCK_M=block_m,
-            BLOCK_N=tiling.block_n,
-            BLOCK_K=tiling.block_k,
-            STAGES=tiling.stages,
-            SCALE_N=self._block[0],
-            SCALE_K=self._block[1],
+            y, _boxes(x, block_m, tiling.block_k), x_scales, self._weight_boxes[place], self._scales, bias,
+            residual, torch.empty(shape, dtype=torch.float32, device=x.device), self._arrivals, m, n, k,
+            chunk, BLOCK_M=block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
+            SCALE_N=self._block[0], SCALE_K=self._block[1],
             EVEN=(
-                self._ahead
-                and x_scales is not None
-                and self._block[1] >= tiling.block_k
+                self._ahead and x_scales is not None and self._block[1] >= tiling.block_k
                 and self._block[0] % tiling.block_n == n % tiling.block_n == 0
             ),
-            GATED=self._gated,
-            num_warps=tiling.warps,
-            maxnreg=tiling.max_registers,
+            GATED=self._gated, num_warps=tiling.warps, maxnreg=tiling.max_registers,
             **launch_options(self._pdl),
-        )
+        )  # fmt: skip
         return y
