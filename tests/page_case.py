@@ -1,16 +1,21 @@
-"""Engines and servers that play recorded answers to the chat page."""
+"""Engines and servers that play recorded answers to the chat page, and a user of it in a browser."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
+from browser import Page
 from fake_client import FakeClient
+from http_tools import real_server
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHAT = "/v1/chat/completions"
+IDLE = "document.getElementById('send').getAttribute('aria-label') === 'Send'"
+BUSY = "document.getElementById('send').getAttribute('aria-label') === 'Stop'"
 
 
 class ScriptedClient(FakeClient):
@@ -40,3 +45,33 @@ class Played:
         chat = scope["type"] == "http" and scope["path"] == CHAT
         app = Response(self._body, media_type="text/event-stream") if chat else self.app
         await app(scope, receive, send)
+
+
+@contextmanager
+def opened(
+    page: Page,
+    client: ScriptedClient,
+    *,
+    width: int = 1000,
+    dark: bool = False,
+    prefix: str = "",
+    **args: Any,
+) -> Iterator[Page]:
+    """The page of a server with this engine. Nothing may go wrong in it."""
+    with real_server(client, **args) as port:
+        page.open(f"http://127.0.0.1:{port}{prefix}/", width, dark=dark)
+        page.wait("document.getElementById('load').textContent !== ''")
+        yield page
+        assert not page.problems
+
+
+def ask(page: Page, text: str) -> None:
+    page.evaluate("document.getElementById('prompt').focus()")
+    page.type(text)
+    page.press("Enter")
+
+
+def answered(page: Page, number: int = 1) -> str:
+    """The text of the last answer, once there are so many and it is complete."""
+    page.wait(f"document.querySelectorAll('.assistant').length === {number} && {IDLE}")
+    return page.text(".assistant .body")

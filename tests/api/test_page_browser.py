@@ -6,21 +6,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from browser import Page, browser, chromium
 from http_tools import eventually, real_server
-from page_case import Played, ScriptedClient
+from page_case import BUSY, IDLE, Played, ScriptedClient, answered, ask, opened
 
 PROGRAM = chromium()
 if PROGRAM is None and os.environ.get("MICROVLLM_BROWSER_TESTS") == "required":
     raise RuntimeError("no Chromium is installed: apt-get install chromium, or CHROMIUM=its path")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed (apt-get install chromium)")
-
-IDLE = "document.getElementById('send').getAttribute('aria-label') === 'Send'"
-BUSY = "document.getElementById('send').getAttribute('aria-label') === 'Stop'"
 
 
 @pytest.fixture(scope="module")
@@ -28,36 +23,6 @@ def tab() -> Iterator[Page]:
     """One tab for all tests: each has an origin of its own, since each has a server of its own."""
     with browser(PROGRAM or "") as running:
         yield running.new_page()
-
-
-@contextmanager
-def opened(
-    page: Page,
-    client: ScriptedClient,
-    *,
-    width: int = 1000,
-    dark: bool = False,
-    prefix: str = "",
-    **args: Any,
-) -> Iterator[Page]:
-    """The page of a server with this engine. Nothing may go wrong in it."""
-    with real_server(client, **args) as port:
-        page.open(f"http://127.0.0.1:{port}{prefix}/", width, dark=dark)
-        page.wait("document.getElementById('load').textContent !== ''")
-        yield page
-        assert not page.problems
-
-
-def ask(page: Page, text: str) -> None:
-    page.evaluate("document.getElementById('prompt').focus()")
-    page.type(text)
-    page.press("Enter")
-
-
-def answered(page: Page, number: int = 1) -> str:
-    """The text of the last answer, once there are so many and it is complete."""
-    page.wait(f"document.querySelectorAll('.assistant').length === {number} && {IDLE}")
-    return page.text(".assistant .body")
 
 
 class TestChat:
