@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from fake_client import FakeClient, fresh
 from http_tools import in_process
+from messages_case import added_up, sse
 
-from microvllm.openai_compat.api.messages.create import Blocks, content_blocks, tool_input
 from microvllm.openai_compat.api.messages.requests import CountTokensRequest, MessagesRequest
 from microvllm.openai_compat.api.requests import honoured_fields
-from microvllm.openai_compat.parsers.events import Arguments, Content, Event, Reasoning, ToolCall
 from microvllm.runtime.errors import EngineBusyError, EngineError
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
@@ -50,22 +49,6 @@ async def prompt_of(**changes: Any) -> str:
     status, answer = await post(client=client, **changes)
     assert status == 200, answer
     return bytes(client.submitted[0][0]).decode()
-
-
-def sse(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The name and the data of each event of a stream; checks the framing."""
-    frames = text.split("\n\n")
-    assert frames.pop() == ""
-    found = []
-    for frame in frames:
-        name, data = frame.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append((event["type"], event))
-    return found
-
-
-# ---- requests -----------------------------------------------------------------------------------------
 
 
 def test_every_field_of_the_sdk_has_a_state() -> None:
@@ -477,83 +460,6 @@ class TestCalls:
     async def test_a_budget_needs_a_parser(self) -> None:
         status, answer = await post(thinking={"type": "enabled", "budget_tokens": 5})
         assert status == 400 and "thinking.budget_tokens" in answer["error"]["message"]
-
-
-CALL = [ToolCall(0, "call_1", "f"), Arguments(0, '{"a": '), Arguments(0, "[1, 2]}")]
-OUTPUTS: list[tuple[list[Event], list[dict[str, Any]]]] = [
-    ([], []),
-    ([Content(" \n")], []),
-    ([Content("\n"), Content("a"), Content("b")], [{"type": "text", "text": "\nab"}]),
-    (
-        [Reasoning("I "), Reasoning("see."), Content("\n\n"), Content("Yes.")],
-        [{"type": "thinking", "thinking": "I see.", "signature": "s"}, {"type": "text", "text": "\n\nYes."}],
-    ),
-    (
-        [Reasoning("Hm."), Content("\n"), *CALL, ToolCall(1, "call_2", "g")],
-        [
-            {"type": "thinking", "thinking": "Hm.", "signature": "s"},
-            {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": [1, 2]}},
-            {"type": "tool_use", "id": "call_2", "name": "g", "input": {}},
-        ],
-    ),
-    (
-        [Content("Now"), *CALL, Content("done")],
-        [
-            {"type": "text", "text": "Now"},
-            {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": [1, 2]}},
-            {"type": "text", "text": "done"},
-        ],
-    ),
-    (
-        [Content("  "), Reasoning("x"), Content("y")],
-        [{"type": "thinking", "thinking": "x", "signature": "s"}, {"type": "text", "text": "y"}],
-    ),
-    (
-        CALL[:2],
-        [{"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": None}}],
-    ),
-]
-
-
-@pytest.mark.parametrize(("output", "blocks"), OUTPUTS)
-def test_blocks(output: list[Event], blocks: list[dict[str, Any]]) -> None:
-    assert content_blocks(output, "s") == blocks
-
-
-@pytest.mark.parametrize(("output", "blocks"), OUTPUTS[:-1])
-def test_streamed_blocks_add_up_to_the_whole_ones(output: list[Event], blocks: list[dict[str, Any]]) -> None:
-    writer = Blocks("s")
-    text = b"".join(writer.write([event]) for event in output) + writer.close()
-    assert added_up(sse(text.decode())) == blocks
-    assert writer.called == any(block["type"] == "tool_use" for block in blocks)
-
-
-def added_up(events: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The content blocks of a stream, as a client adds them up."""
-    found: list[dict[str, Any]] = []
-    arguments: dict[int, str] = {}
-    for name, event in events:
-        if not name.startswith("content_block_"):
-            continue
-        if name == "content_block_start":
-            assert event["index"] == len(found)
-            found.append(event["content_block"])
-            continue
-        assert event["index"] == len(found) - 1
-        if name == "content_block_delta":
-            delta = event["delta"]
-            kind = delta.pop("type").removesuffix("_delta")
-            ((member, piece),) = delta.items()
-            if kind == "input_json":
-                arguments[event["index"]] = arguments.get(event["index"], "") + piece
-            else:
-                found[-1][member] += piece
-    for index, given in arguments.items():
-        found[index]["input"] = tool_input(given)
-    return found
-
-
-# ---- errors and keys ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
