@@ -9,26 +9,13 @@ import sys
 from typing import Any
 
 import pytest
+from llm_case import GREEDY, PROMPTS
 from model_tools import variant_folder
 from tiny_models import CHAT_TEMPLATE, token_id
 
 import microvllm
 from microvllm import LLM, SamplingParams
 from microvllm.runtime.errors import ConfigError, InvalidRequestError
-
-PROMPTS = ["The quick brown fox", "The cache keeps", "x"]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(
-        str(variant_folder("llama-tied")),
-        dtype="float32",
-        cpu_threads=1,
-        num_gpu_blocks_override=256,
-        max_num_seqs=8,
-    )
 
 
 def test_the_package_offers_it() -> None:

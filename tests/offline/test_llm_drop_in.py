@@ -1,9 +1,8 @@
-"""`LLM` as users of vLLM call it: every name, beam search, metrics, sleep, the engine step by step."""
+"""`LLM` as users of vLLM call it: every name, beam search, metrics, sleep."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -13,15 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from llm_case import GREEDY, OPTIONS, PROMPTS, texts
 from model_tools import variant_folder
 from tiny_models import CHAT_TEMPLATE, token_id
 
 from microvllm import (
     LLM,
     BeamSearchParams,
-    EngineArgs,
-    LLMEngine,
-    RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
     TokensPrompt,
@@ -35,14 +32,6 @@ from microvllm.runtime.offline.prompts import OfflinePrompt
 from microvllm.runtime.offline.request_output import FlatLogprobs
 from microvllm.runtime.worker.profiler import ProfilerStateError
 
-PROMPTS = ["The quick brown fox", "The cache keeps", "x"]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-OPTIONS: dict[str, Any] = {
-    "dtype": "float32",
-    "cpu_threads": 1,
-    "num_gpu_blocks_override": 256,
-    "max_num_seqs": 8,
-}
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 # Every option of LLM() and EngineArgs in vLLM 0.33 with its default.
 LLM_DEFAULTS = json.loads((Path(__file__).parent.parent / "data" / "vllm_llm_options.json").read_text())
@@ -66,11 +55,6 @@ CHAT = {
     "tools": (None, []),
     "chat_template_kwargs": (None, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(str(variant_folder("llama-tied")), **OPTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -216,10 +200,6 @@ def test_arrays_and_typed_prompts(llm: LLM) -> None:
 
 
 # ---- what comes back ------------------------------------------------------------------------------
-
-
-def texts(results: list[Any]) -> list[str]:
-    return [result.outputs[0].text for result in results]
 
 
 def test_cached_tokens_and_times(llm: LLM) -> None:
@@ -540,78 +520,3 @@ def test_sleep_forgets_the_prefix_cache(llm: LLM) -> None:
     llm.sleep(level=1)
     llm.wake_up()
     assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
-
-
-# ---- step by step ---------------------------------------------------------------------------------
-
-
-def run(engine: LLMEngine) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            found.setdefault(output.request_id, []).append(output)
-    return found
-
-
-def test_the_engine_step_by_step(llm: LLM) -> None:
-    engine = llm.llm_engine
-    expected = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    kinds = list(RequestOutputKind)
-    for kind, prompt in zip(kinds, PROMPTS, strict=True):
-        params = GREEDY.clone()
-        params.output_kind = kind
-        assert engine.add_request(kind.name, prompt, params) == kind.name
-    assert engine.get_num_unfinished_requests() == 3 and engine.step() != []
-    outputs = run(engine)
-    whole = {kind.name: result for kind, result in zip(kinds, expected, strict=True)}
-    for name, results in outputs.items():
-        assert [result.finished for result in results] == [False] * (len(results) - 1) + [True]
-        wanted = whole[name].outputs[0]
-        if name == "DELTA":
-            ids = [token for result in results for token in result.outputs[0].token_ids]
-            assert wanted.token_ids[-len(ids) :] == ids and len(results) > 5
-            assert wanted.text.endswith("".join(result.outputs[0].text for result in results))
-        else:
-            assert results[-1].outputs[0] == wanted
-            assert len(results) == (1 if name == "FINAL_ONLY" else len(results))
-    lengths = [len(result.outputs[0].token_ids) for result in outputs["CUMULATIVE"]]
-    assert lengths == sorted(set(lengths)) and len(lengths) > 5
-    assert engine.step() == []
-
-
-def test_intervals_aborts_and_wrong_requests_of_the_engine(llm: LLM) -> None:
-    engine = LLMEngine(llm.engine)
-    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, stream_interval=4)
-    engine.add_request("slow", "x", params)
-    lengths = [len(result.outputs[0].token_ids) for result in run(engine)["slow"]]
-    assert lengths == [1, 5, 9, 10]
-    engine.add_request("kept", "x", GREEDY)
-    engine.add_request("left", PROMPTS[0], SamplingParams(max_tokens=300, ignore_eos=True))
-    with pytest.raises(InvalidRequestError, match="already in use"):
-        engine.add_request("kept", "x", GREEDY)
-    for wrong in ({"prompt": ""}, {"prompt": "x", "multi_modal_data": {"image": 1}}):
-        with pytest.raises(InvalidRequestError):
-            engine.add_request("wrong", wrong, GREEDY)
-    engine.step()
-    engine.abort_request(["left", "unknown"])
-    found = run(engine)
-    assert list(found) == ["kept"]
-    assert texts(found["kept"][-1:]) == texts(llm.generate("x", GREEDY, use_tqdm=False))
-
-
-def test_several_sequences_of_one_request(llm: LLM) -> None:
-    params = SamplingParams(n=3, seed=7, max_tokens=6, ignore_eos=True)
-    (expected,) = llm.generate("x", params, use_tqdm=False)
-    engine = llm.llm_engine
-    engine.add_request("three", "x", params)
-    assert run(engine)["three"][-1].outputs == expected.outputs
-
-
-def test_from_engine_args(llm: LLM) -> None:
-    args = EngineArgs(model=str(variant_folder("llama-tied")), **OPTIONS)
-    expected = texts(llm.generate("x", GREEDY, use_tqdm=False))
-    assert texts(LLM.from_engine_args(args).generate("x", GREEDY, use_tqdm=False)) == expected
-    engine = LLMEngine.from_engine_args(args)
-    assert engine.model_config.max_model_len == llm.model_config.max_model_len == 512
-    engine.add_request("0", "x", GREEDY)
-    assert texts(list(itertools.chain(*run(engine).values()))[-1:]) == expected
