@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -176,7 +177,7 @@ Command = Start | Add | Abort | ResetPrefixCache | Sleep | WakeUp | StartProfile
 Event = Progress | Ready | Failed | Step | SleepChanged | Profiled | Beat
 
 
-def frame(encoder: msgspec.msgpack.Encoder, message: Command | Event) -> bytes:
+def frame(encoder: msgspec.msgpack.Encoder, message: msgspec.Struct) -> bytes:
     """Encode one message with its length in front."""
     body = encoder.encode(message)
     return len(body).to_bytes(HEADER_BYTES, "little") + body
@@ -190,36 +191,78 @@ def frame_bytes(header: bytes | bytearray) -> int:
     return size
 
 
-class EngineEnd:
-    """The engine's end, blocking. Raises `EOFError` or `OSError` when the other side is gone."""
+MessageT = TypeVar("MessageT")
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+
+class Link(Generic[MessageT]):
+    """One end of a socket pair, blocking; `kind` is the type of the messages that arrive.
+
+    Methods raise `OSError`, and those that read `EOFError`, when the other side is gone.
+    """
+
+    def __init__(self, sock: socket.socket, kind: Any) -> None:
+        self.sock = sock
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(kind)
         self._received = bytearray()
-        self._sending = threading.Lock()  # the heartbeat is sent by a thread of its own
 
     def fileno(self) -> int:
-        return self._sock.fileno()
+        return self.sock.fileno()
+
+    def encode(self, message: msgspec.Struct) -> bytes:
+        return frame(self._encoder, message)
+
+    def send(self, data: bytes) -> None:
+        """Send what `encode` made."""
+        self.sock.sendall(data)
+
+    def receive(self, timeout_s: float | None = None) -> MessageT:
+        """The next message. Raises `TimeoutError` if it has not begun to arrive."""
+        while (message := self._next()) is None:
+            # No timeout of the socket, which would be one of sending as well.
+            if timeout_s is not None and not self._readable(timeout_s):
+                raise TimeoutError
+            self._read()
+        return message
+
+    def _readable(self, timeout_s: float) -> bool:
+        return bool(select.select([self.sock], [], [], timeout_s)[0])
+
+    def _read(self) -> None:
+        data = self.sock.recv(1 << 20)
+        if not data:
+            raise EOFError("the other side is gone")
+        self._received += data
+
+    def _next(self) -> MessageT | None:
+        """The first of the messages that have arrived as a whole."""
+        if len(self._received) < HEADER_BYTES:
+            return None
+        end = HEADER_BYTES + frame_bytes(self._received[:HEADER_BYTES])
+        if len(self._received) < end:
+            return None
+        message = self._decoder.decode(self._received[HEADER_BYTES:end])
+        del self._received[:end]
+        return message
+
+
+class EngineEnd(Link[Command]):
+    """The engine's end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, Command)
+        self._sending = threading.Lock()  # the heartbeat is sent by a thread of its own
 
     def send_event(self, event: Event) -> None:
         """Send one event; may be called by any thread."""
         with self._sending:
-            self._sock.sendall(frame(self._encoder, event))
+            self.send(self.encode(event))
 
     def receive_commands(self, *, wait: bool) -> list[Command]:
         """Return all commands that have arrived. Waits for one if there are none and `wait` is set."""
         commands: list[Command] = []
-        while (wait and not commands) or select.select([self._sock], [], [], 0)[0]:
-            data = self._sock.recv(1 << 20)
-            if not data:
-                raise EOFError("the API process is gone")
-            self._received += data
-            while len(self._received) >= HEADER_BYTES:
-                end = HEADER_BYTES + frame_bytes(self._received[:HEADER_BYTES])
-                if len(self._received) < end:
-                    break
-                commands.append(self._decoder.decode(self._received[HEADER_BYTES:end]))
-                del self._received[:end]
+        while (wait and not commands) or self._readable(0):
+            self._read()
+            while (command := self._next()) is not None:
+                commands.append(command)
         return commands

@@ -17,10 +17,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from microvllm.runtime.config import EngineConfig
-from microvllm.runtime.process.channel import Beat, EngineEnd
+from microvllm.runtime.process.channel import Beat, EngineEnd, Link
 
 BEAT_S = 1.0
 FROZEN_S = 6.0  # with the last beat's age, the tick and the first request of a probe below 10 s
@@ -48,15 +50,23 @@ class Heartbeat:
         self._beating = True
 
     def _beat_until_hangup(self) -> None:
-        hangup = select.poll()
-        hangup.register(self._channel.fileno(), getattr(select, "POLLRDHUP", 0))
-        while not hangup.poll(BEAT_S * 1000):
-            if self._beating:
-                with contextlib.suppress(OSError):  # the server is gone, which the next poll reports
-                    self._channel.send_event(Beat(self.resting))
+        beat_until_hangup(self._channel, self._beat)
         # While a model loads, or a long step runs, the main thread does not read its socket.
         time.sleep(EXIT_S)
         os._exit(0)
+
+    def _beat(self) -> None:
+        if self._beating:
+            self._channel.send_event(Beat(self.resting))
+
+
+def beat_until_hangup(link: Link[Any], beat: Callable[[], None]) -> None:
+    """Call `beat` each `BEAT_S` until the link's other side is gone."""
+    hangup = select.poll()
+    hangup.register(link.fileno(), getattr(select, "POLLRDHUP", 0))
+    while not hangup.poll(BEAT_S * 1000):
+        with contextlib.suppress(OSError):  # the other side is gone, which the next poll reports
+            beat()
 
 
 def print_stacks_on_signal() -> None:

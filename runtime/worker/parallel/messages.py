@@ -7,19 +7,15 @@ requests are the same as those of rank 0: from the same state each rank then tak
 from __future__ import annotations
 
 import hashlib
-import select
-import socket
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import Request, ScheduledRequest, StepPlan
 from microvllm.runtime.core.prefix_keys import PrefixKeys
-from microvllm.runtime.process.channel import HEADER_BYTES, frame_bytes
 from microvllm.runtime.request import EngineRequest
 
 
@@ -100,46 +96,6 @@ def stamp_of(config: EngineConfig) -> str:
 
 ToRank = StartRank | PlanMessage
 FromRank = RankHello | RankReady | RankFailed | RankBeat
-MessageT = TypeVar("MessageT")
-
-
-class Link(Generic[MessageT]):
-    """One end of a socket pair, blocking; `kind` is the type of the messages that arrive."""
-
-    def __init__(self, sock: socket.socket, kind: Any) -> None:
-        self.sock = sock
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[MessageT] = msgspec.msgpack.Decoder(kind)
-        self._received = bytearray()
-
-    def send(self, data: bytes) -> None:
-        """Send what `encode` made. Raises `OSError` when the other side is gone."""
-        self.sock.sendall(data)
-
-    def encode(self, message: ToRank | FromRank) -> bytes:
-        """A message with its length in front."""
-        body = self._encoder.encode(message)
-        return len(body).to_bytes(HEADER_BYTES, "little") + body
-
-    def receive(self, timeout_s: float | None = None) -> MessageT:
-        """The next message.
-
-        Raises `EOFError` or `OSError` when there will be none, `TimeoutError` if it has not begun to arrive.
-        """
-        while True:
-            if len(self._received) >= HEADER_BYTES:
-                end = HEADER_BYTES + frame_bytes(self._received[:HEADER_BYTES])
-                if len(self._received) >= end:
-                    message = self._decoder.decode(memoryview(self._received)[HEADER_BYTES:end].tobytes())
-                    del self._received[:end]
-                    return message
-            # No timeout of the socket, which would be one of sending as well.
-            if timeout_s is not None and not select.select([self.sock], [], [], timeout_s)[0]:
-                raise TimeoutError
-            data = self.sock.recv(1 << 20)
-            if not data:
-                raise EOFError("the other side is gone")
-            self._received += data
 
 
 class PlanWriter:

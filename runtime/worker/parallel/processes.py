@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.errors import ConfigError, EngineError
 from microvllm.runtime.machine import thread_environment
+from microvllm.runtime.process.channel import Link
 from microvllm.runtime.process.heartbeat import Watch, longest_step_s
 from microvllm.runtime.process.spawn import STOP_SIGNALS, blocked_signals, start_module
 from microvllm.runtime.worker.parallel.messages import (
     FromRank,
-    Link,
     RankBeat,
     RankFailed,
     RankHello,

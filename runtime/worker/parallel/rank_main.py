@@ -11,7 +11,6 @@ import gc
 import importlib
 import logging
 import os
-import select
 import shutil
 import signal
 import socket
@@ -22,10 +21,10 @@ import msgspec
 
 from microvllm.runtime.errors import NO_MEMORY_REMEDY, ConfigError, MicroVLLMError
 from microvllm.runtime.machine import return_freed_memory
-from microvllm.runtime.process.heartbeat import BEAT_S, print_stacks_on_signal
+from microvllm.runtime.process.channel import Link
+from microvllm.runtime.process.heartbeat import beat_until_hangup, print_stacks_on_signal
 from microvllm.runtime.process.spawn import STOP_SIGNALS
 from microvllm.runtime.worker.parallel.messages import (
-    Link,
     PlanMessage,
     PlanReader,
     RankBeat,
@@ -115,11 +114,7 @@ class _Follower:
             runner.launch(reader.plan(message))
 
     def _beat_until_hangup(self) -> None:
-        hangup = select.poll()
-        hangup.register(self._link.sock.fileno(), getattr(select, "POLLRDHUP", 0))
-        while not hangup.poll(BEAT_S * 1000):
-            with contextlib.suppress(OSError):  # the other side is gone, which the next poll reports
-                self.send(RankBeat(self._steps))
+        beat_until_hangup(self._link, lambda: self.send(RankBeat(self._steps)))
         if self._folder is not None:  # rank 0 may have been killed
             shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(0)
