@@ -25,12 +25,7 @@ def check_ranks(size: int, spec: ModelSpec, device: str, *, batch_invariant: boo
     if batch_invariant:
         raise ConfigError(f"{OPTION} {size}: --batch-invariant (VLLM_BATCH_INVARIANT=1) needs one device")
     if device == "cuda":
-        names = gpu_names()
-        if size > len(names):
-            there = f"there are {len(names)} GPUs" if len(names) > 1 else "there is one GPU"
-            raise ConfigError(f"{OPTION} {size}: {there}")
-        if len(different := sorted(set(names[:size]))) > 1:
-            raise ConfigError(f"{OPTION} {size}: the GPUs are of different kinds: {', '.join(different)}")
+        _check_gpus(size, f"{OPTION} {size}")
     return shard
 
 
@@ -48,10 +43,13 @@ def check_engines(number: int, local: int | None, size: int, device: str) -> Non
         if number > (cores := usable_cores()):
             raise ConfigError(f"{given}: there are {cores} processor cores")
         return
+    _check_gpus(size * number, given, f" of {OPTION} {size} each" if size > 1 else "")
+
+
+def _check_gpus(count: int, given: str, each: str = "") -> None:
     names = gpu_names()
-    if size * number > len(names):
-        each = f" of {OPTION} {size} each" if size > 1 else ""
+    if count > len(names):
         there = f"there are {len(names)} GPUs" if len(names) > 1 else "there is one GPU"
         raise ConfigError(f"{given}{each}: {there}")
-    if len(different := sorted(set(names[: size * number]))) > 1:
+    if len(different := sorted(set(names[:count]))) > 1:
         raise ConfigError(f"{given}: the GPUs are of different kinds: {', '.join(different)}")
