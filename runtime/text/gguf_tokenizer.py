@@ -97,15 +97,15 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 }
 
 
-class GGUFTokenizer(NamedTuple):
-    """The backend, and the metadata beside it."""
+class BuiltTokenizer(NamedTuple):
+    """The backend, and what the files say beside it."""
 
     backend: Tokenizer
     named: dict[str, str]  # "bos_token" -> its text
     chat_template: str | None
 
 
-def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> GGUFTokenizer:
+def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> BuiltTokenizer:
     """Return the tokenizer that `metadata` describes. Raises `ModelFileError` naming `path` and the key."""
     return _Builder(path, metadata).build()
 
@@ -128,7 +128,7 @@ class _Builder:
         for index in (*special.known_ends, *(index for index, token in enumerate(listed) if not token)):
             self.types[index] = CONTROL
 
-    def build(self) -> GGUFTokenizer:
+    def build(self) -> BuiltTokenizer:
         kind = self.metadata.get("tokenizer.ggml.model")
         if kind == "gpt2":
             backend, add_bos = self._byte_level()
@@ -147,7 +147,7 @@ class _Builder:
         }
         self._add_post_processor(backend, named, add_bos)
         template = self.metadata.get("tokenizer.chat_template")
-        return GGUFTokenizer(backend, named, template if isinstance(template, str) and template else None)
+        return BuiltTokenizer(backend, named, template if isinstance(template, str) and template else None)
 
     def _byte_level(self) -> tuple[Tokenizer, bool]:
         name = self.metadata.get("tokenizer.ggml.pre", "default")

@@ -13,14 +13,13 @@ import base64
 import binascii
 import itertools
 from pathlib import Path
-from typing import NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from microvllm.adapters.errors import ModelFileError
 from microvllm.adapters.files.hf_config import read_json
-from microvllm.runtime.text.gguf_tokenizer import PRE_TOKENIZERS
+from microvllm.runtime.text.gguf_tokenizer import PRE_TOKENIZERS, BuiltTokenizer
 from microvllm.runtime.text.token_bytes import ByteLevelAlphabet
 
 MAX_FILE_BYTES = 16 << 20  # six times Qwen's
@@ -40,15 +39,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-class TiktokenTokenizer(NamedTuple):
-    """The backend, and what no file of the model says beside it."""
-
-    backend: Tokenizer
-    named: dict[str, str]  # "eos_token" -> its text
-    chat_template: str | None
-
-
-def build_tokenizer(file: Path) -> TiktokenTokenizer:
+def build_tokenizer(file: Path) -> BuiltTokenizer:
     """Return the tokenizer of a `qwen.tiktoken` file, whose folder is the model's.
 
     A model whose generation_config.json says `"chat_format": "chatml"` ends its turns with <|im_end|> and has
@@ -82,8 +73,8 @@ def build_tokenizer(file: Path) -> TiktokenTokenizer:
     )
     settings = file.parent / "generation_config.json"
     if settings.exists() and read_json(settings).get("chat_format") == "chatml":
-        return TiktokenTokenizer(backend, {"eos_token": IM_END, "pad_token": END_OF_TEXT}, CHAT_TEMPLATE)
-    return TiktokenTokenizer(backend, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, None)
+        return BuiltTokenizer(backend, {"eos_token": IM_END, "pad_token": END_OF_TEXT}, CHAT_TEMPLATE)
+    return BuiltTokenizer(backend, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, None)
 
 
 def _read_tokens(file: Path) -> list[bytes]:
