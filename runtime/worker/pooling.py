@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,14 +47,8 @@ class PoolingRunner(ModelGraphRunner):
     in its row. The step with the prompt's first token overwrites what was there, also after a preemption.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        on_progress: OnProgress | None = None,
-        ranks: Ranks | None = None,
-        model: DecoderModel | None = None,
-    ) -> None:
-        super().__init__(config, on_progress, ranks, model)
+    def __init__(self, config: EngineConfig, *loading: Any) -> None:
+        super().__init__(config, *loading)
         pooling, rows = config.spec.pooling, config.max_num_seqs
         self._method = "last" if pooling is None else pooling.method
         kept = (rows, config.spec.hidden_size) if self._method != "last" else (0, 0)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from microvllm.adapters.decoder import DecoderModel
 from microvllm.runtime.config import EngineConfig
 from microvllm.runtime.core.plan import StepPlan, StepResult
 from microvllm.runtime.errors import EngineError, MicroVLLMError
-from microvllm.runtime.grammar.masks import GrammarMasks
 from microvllm.runtime.progress import OnProgress
 from microvllm.runtime.worker.model_runner import LaunchedStep, ModelGraphRunner
 from microvllm.runtime.worker.parallel.groups import TorchRanks
 from microvllm.runtime.worker.parallel.messages import PlanWriter, stamp_of
 from microvllm.runtime.worker.parallel.processes import OnFailure, RankProcesses
 from microvllm.runtime.worker.pooling import make_runner
-from microvllm.runtime.worker.step_times import DeviceClock, StepClock
 
 
 def start_runner(
@@ -51,7 +52,9 @@ class ParallelRunner:
             processes.start(config, stamp_of(config))
             self._ranks = ranks = TorchRanks(0, config.tensor_parallel_size, config.device, processes.folder)
             processes.abort_with(ranks.abort)
-            self._own = make_runner(config, on_progress, ranks)
+            self._own = own = make_runner(config, on_progress, ranks)
+            self.config, self.masks = own.config, own.masks
+            self.clock, self.device_clock = own.clock, own.device_clock
             processes.wait_ready()
         except MicroVLLMError:
             processes.end()
@@ -60,22 +63,6 @@ class ParallelRunner:
             failed = processes.error(str(error))
             processes.end()
             raise failed from error
-
-    @property
-    def config(self) -> EngineConfig:
-        return self._own.config
-
-    @property
-    def masks(self) -> GrammarMasks:
-        return self._own.masks
-
-    @property
-    def clock(self) -> StepClock:
-        return self._own.clock
-
-    @property
-    def device_clock(self) -> DeviceClock | None:
-        return self._own.device_clock
 
     @property
     def graph_replays(self) -> int:
@@ -92,24 +79,25 @@ class ParallelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """See `ModelGraphRunner`."""
         self._processes.send(self._writer.message(plan))
-        try:
+        with self._failing_for_all():
             return self._own.launch(plan)
-        except Exception as error:
-            raise self._processes.error(f"rank 0 failed: {type(error).__name__}: {error}") from error
 
     def finish(self, step: LaunchedStep) -> LaunchedStep:
         """See `ModelGraphRunner`."""
-        try:
+        with self._failing_for_all():
             return self._own.finish(step)
-        except Exception as error:
-            raise self._processes.error(f"rank 0 failed: {type(error).__name__}: {error}") from error
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """See `ModelGraphRunner`."""
-        try:
+        with self._failing_for_all():
             result = self._own.collect(step)
-        except Exception as error:
-            raise self._processes.error(f"rank 0 failed: {type(error).__name__}: {error}") from error
         if self._processes.failure is not None:  # the step was ended, not computed
             raise EngineError(self._processes.failure.message)
         return result
+
+    @contextmanager
+    def _failing_for_all(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise self._processes.error(f"rank 0 failed: {type(error).__name__}: {error}") from error
