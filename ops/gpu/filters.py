@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from microvllm.ops.gpu.gumbel import LANE, gumbel_of
+from microvllm.ops.gpu.gumbel import gumbel_of
 from microvllm.ops.gpu.launch import follow
 from microvllm.ops.gpu.ranks import (
     NOTHING,
@@ -29,7 +29,7 @@ from microvllm.ops.gpu.ranks import (
 from microvllm.ops.gpu.rejection import best_of_block, draw_by_rejection
 
 GROUP = tl.constexpr(32)  # entries: 4 words of 8 neighbours, which one thread has loaded
-CAPACITY = tl.constexpr(4096)  # of a list
+CAPACITY = 4096  # of a list
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def deliver(newest, sent, places, i, row, token):
 
 
 @triton.jit
-def store_largest(largest, values):
+def store_largest(largest, values, LANE: tl.constexpr):
     """Store the largest of each group of a program's entries.
 
     largest: where, [LANE // 8] float32; values: [LANE], the largest of entries LANE apart.
@@ -99,9 +99,18 @@ def _cut(largest, few, floor, top, temperature):
 
 @triton.jit
 def _fill(
-    ranks, groups, largest, logits, low, high,
-    VOCAB: tl.constexpr, UNUSED: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    ranks,
+    groups,
+    largest,
+    logits,
+    low,
+    high,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    UNUSED: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """List the ranks from `low` to below `high`: how many there are; the list has the first CAPACITY.
 
     ranks: [CAPACITY]; groups: scratch for as many group numbers as there are.
@@ -130,9 +139,17 @@ def _fill(
 
 @triton.jit
 def _weigh(
-    ranks, size, listed, logits, threshold, top, temperature,
-    VOCAB: tl.constexpr, UNUSED: tl.constexpr,
-):  # fmt: skip
+    ranks,
+    size,
+    listed,
+    logits,
+    threshold,
+    top,
+    temperature,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    UNUSED: tl.constexpr,
+):
     """Number and mass of the entries from rank `threshold` on: of the list, if `listed`, else of the row."""
     scale = 1.4426950408889634 / temperature
     count, mass = size * 0, top * 0.0
@@ -162,13 +179,27 @@ def _weigh(
 
 @triton.jit
 def _draw_of_top_k(
-    ranks, groups, largest, logits, top_k, top_p, floor, top, temperature, seed, position,
-    VOCAB: tl.constexpr, UNUSED: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    ranks,
+    groups,
+    largest,
+    logits,
+    top_k,
+    top_p,
+    floor,
+    top,
+    temperature,
+    seed,
+    position,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    UNUSED: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """Draw from the `top_k` best entries of a row that are not below `floor`, and of these from the top-p."""
     end = rank_of(top, top_k * 0, UNUSED) + 1  # above all
     cut = first_rank(_cut(largest, top_k, floor, top, temperature), UNUSED)
-    size = _fill(ranks, groups, largest, logits, cut, end, VOCAB, UNUSED, GROUPS)
+    size = _fill(ranks, groups, largest, logits, cut, end, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
     # The list has what is from `cut` on, and below what `above` and `mass_above` are number and mass of.
     listed = size <= CAPACITY
     above, mass_above = size * 0, top * 0.0
@@ -181,7 +212,7 @@ def _draw_of_top_k(
             active = top_p < 1
             if active:
                 low_count, total = _weigh(
-                    ranks, size, listed & (low >= cut), logits, low, top, temperature, VOCAB, UNUSED
+                    ranks, size, listed & (low >= cut), logits, low, top, temperature, VOCAB, LANE, UNUSED
                 )
                 wanted_count, wanted_mass = size * 0, top_p * total
         # [low, high) holds the lowest rank that stays, until one entry is left of it.
@@ -189,11 +220,11 @@ def _draw_of_top_k(
         tries = 0
         while active & (low_count > tl.maximum(wanted_count, high_count + 1)):
             if (listed == 0) & (low_count - high_count <= CAPACITY):
-                size = _fill(ranks, groups, largest, logits, low, high, VOCAB, UNUSED, GROUPS)
+                size = _fill(ranks, groups, largest, logits, low, high, VOCAB, LANE, UNUSED, CAPACITY, GROUPS)
                 listed, cut, above, mass_above = size <= CAPACITY, low, high_count, high_mass
             middle = _middle(low, high, top, temperature, tries, VOCAB, UNUSED)
             middle = tl.where(listed & (low < cut), cut, middle)
-            count, mass = _weigh(ranks, size, listed, logits, middle, top, temperature, VOCAB, UNUSED)
+            count, mass = _weigh(ranks, size, listed, logits, middle, top, temperature, VOCAB, LANE, UNUSED)
             if listed:
                 count, mass = count + above, mass + mass_above
             if (count >= wanted_count) & (mass >= wanted_mass):
@@ -210,23 +241,45 @@ def _draw_of_top_k(
             rank = tl.load(ranks + at, at < size, NOTHING)
             entry = entry_of(rank)
             value = value_of((rank >> 32).to(tl.int32), UNUSED)
-            score = value / temperature + gumbel_of(seed, position, entry)
+            score = value / temperature + gumbel_of(seed, position, entry, LANE)
             best = tl.maximum(best, tl.where(rank >= low, rank_of(score, entry), NOTHING))
     else:
         edge, last = value_of((low >> 32).to(tl.int32), UNUSED), entry_of(low)
         for block in range(0, tl.cdiv(VOCAB, 4 * LANE)):
-            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB)
+            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB, LANE)
             best = tl.maximum(best, scores)
     return token_of(tl.max(best, 0))
 
 
 @triton.jit
 def filter_kernel(
-    tokens, newest, sent, places, lists, group_lists, group_largest, block_best, logits, rows, temperatures,
-    top_ks, top_ps, min_ps, seeds, positions,
-    VOCAB: tl.constexpr, UNUSED: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, DELIVERS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    newest,
+    sent,
+    places,
+    lists,
+    group_lists,
+    group_largest,
+    block_best,
+    logits,
+    rows,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    positions,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    UNUSED: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DELIVERS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Program: one row. Draws where the row has a filter, and a token: it says that the logits are finite.
 
     newest, sent, places: see `deliver`, if DELIVERS, for rows with a filter.
@@ -265,14 +318,16 @@ def filter_kernel(
                 seed,
                 position,
                 VOCAB,
+                LANE,
                 UNUSED,
+                CAPACITY,
                 GROUPS,
             )
         else:
             block = tl.arange(0, BLOCKS)
             best = tl.load(block_best + i * NUM_BLOCKS + block, block < NUM_BLOCKS, NOTHING)
             token = draw_by_rejection(
-                best, logits, top_p, floor, top, temperature, seed, position, VOCAB, BLOCKS
+                best, logits, top_p, floor, top, temperature, seed, position, VOCAB, LANE, BLOCKS
             )
         tl.store(tokens + i, token)
     if DELIVERS:  # noqa: SIM102 (known as the kernel is compiled)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 WORDS = 4  # that one Philox gives
-LANE = tl.constexpr(1024)  # entries between those whose numbers come from one Philox
+LANE = 1024  # entries between those whose numbers come from one Philox
 
 
 @triton.jit
@@ -31,14 +31,14 @@ def _words(seed, position, counter, ROUNDS: tl.constexpr = 7):
 
 
 @triton.jit
-def gumbel_block(seed, position, block):
+def gumbel_block(seed, position, block, LANE: tl.constexpr):
     """The Gumbel numbers of entries [4 * LANE * block, 4 * LANE * (block + 1)), in four tensors of LANE."""
     a, b, c, d = _words(seed, position, block * LANE + tl.arange(0, LANE))
     return _gumbel(a), _gumbel(b), _gumbel(c), _gumbel(d)
 
 
 @triton.jit
-def gumbel_of(seed, position, entry):
+def gumbel_of(seed, position, entry, LANE: tl.constexpr):
     """The same numbers, of any entries: int32 [n] -> float32 [n], for four times the work."""
     a, b, c, d = _words(seed, position, entry // (4 * LANE) * LANE + entry % LANE)
     word = entry // LANE % 4

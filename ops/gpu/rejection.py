@@ -16,20 +16,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from microvllm.ops.gpu.gumbel import LANE, gumbel_block
+from microvllm.ops.gpu.gumbel import gumbel_block
 from microvllm.ops.gpu.ranks import NOTHING, entry_of, from_rank, rank_of, token_of
 
 
 @triton.jit
 def best_of_block(
-    logits, block, edge, last, temperature, seed, position,
+    logits,
+    block,
+    edge,
+    last,
+    temperature,
+    seed,
+    position,
     VOCAB: tl.constexpr,
-):  # fmt: skip
+    LANE: tl.constexpr,
+):
     """Score entries [4 * LANE * block, 4 * LANE * (block + 1)) from the rank of `edge` and `last` on.
 
     -> [LANE] int64, by score: the best rank of each four that lie LANE apart.
     """
-    numbers = gumbel_block(seed, position, block)
+    numbers = gumbel_block(seed, position, block, LANE)
     best = tl.full((LANE,), NOTHING, tl.int64)
     for w in tl.static_range(4):
         entry = (block * 4 + w) * LANE + tl.arange(0, LANE)
@@ -40,7 +47,7 @@ def best_of_block(
 
 
 @triton.jit
-def _masses(logits, edge, last, floor, top, temperature, VOCAB: tl.constexpr):
+def _masses(logits, edge, last, floor, top, temperature, VOCAB: tl.constexpr, LANE: tl.constexpr):
     """The mass from the rank of `edge` and `last` on, and that of all that is not below `floor`."""
     BLOCK: tl.constexpr = 8 * LANE
     scale = 1.4426950408889634 / temperature
@@ -56,9 +63,18 @@ def _masses(logits, edge, last, floor, top, temperature, VOCAB: tl.constexpr):
 
 @triton.jit
 def draw_by_rejection(
-    best, logits, top_p, floor, top, temperature, seed, position,
-    VOCAB: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    best,
+    logits,
+    top_p,
+    floor,
+    top,
+    temperature,
+    seed,
+    position,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """The token of a row: the best score of the top-p of what is not below `floor`.
 
     best: [BLOCKS] int64, by score: the best rank of each block of 4 * LANE entries.
@@ -71,13 +87,13 @@ def draw_by_rejection(
         value = tl.load(logits + entry).to(tl.float32)
         while from_rank(value, entry, edge, last) == 0:
             block = entry // (4 * LANE)
-            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB)
+            scores = best_of_block(logits, block, edge, last, temperature, seed, position, VOCAB, LANE)
             best = tl.where(tl.arange(0, BLOCKS) == block, tl.max(scores, 0), best)
             entry = entry_of(tl.max(best, 0))
             value = tl.load(logits + entry).to(tl.float32)
         edge, last = value, entry - 1
         inside = top_p >= 1
         if top_p < 1:
-            above, total = _masses(logits, edge, last, floor, top, temperature, VOCAB)
+            above, total = _masses(logits, edge, last, floor, top, temperature, VOCAB, LANE)
             inside = (above < top_p * total) | (above == 0)
     return token_of(tl.max(best, 0))

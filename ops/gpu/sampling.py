@@ -37,10 +37,28 @@ def _first_of(largest, score, entry):
 
 @triton.jit
 def _best_kernel(
-    tokens, newest, sent, places, best, arrivals, group_largest, block_best, logits, rows, temperatures,
-    top_ks, top_ps, min_ps, seeds, positions,
-    VOCAB: tl.constexpr, FILTERS: tl.constexpr, DELIVERS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    tokens,
+    newest,
+    sent,
+    places,
+    best,
+    arrivals,
+    group_largest,
+    block_best,
+    logits,
+    rows,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    positions,
+    VOCAB: tl.constexpr,
+    LANE: tl.constexpr,
+    FILTERS: tl.constexpr,
+    DELIVERS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Program: 4 * LANE entries of one row. Greedy rows and those with top-k: the argmax; others: a draw.
 
     newest, sent, places: see `deliver`, if DELIVERS; group_largest, block_best: with FILTERS, where filtered
@@ -65,9 +83,9 @@ def _best_kernel(
     d = tl.load(logits + 3 * LANE, entry + 3 * LANE < VOCAB, float("-inf")).to(tl.float32)
     if FILTERS and filtered:  # of rows with a NaN nothing is drawn
         columns = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-        store_largest(group_largest + (i * tl.num_programs(1) + block) * (LANE // 8), columns)
+        store_largest(group_largest + (i * tl.num_programs(1) + block) * (LANE // 8), columns, LANE)
     if draws:
-        ga, gb, gc, gd = gumbel_block(tl.load(seeds + row), tl.load(positions + i), block)
+        ga, gb, gc, gd = gumbel_block(tl.load(seeds + row), tl.load(positions + i), block, LANE)
         a, b = a / temperature + ga, b / temperature + gb
         c, d = c / temperature + gc, d / temperature + gd
     a, b, c, d = _no_nan(a), _no_nan(b), _no_nan(c), _no_nan(d)
@@ -145,24 +163,60 @@ class TokenSampler:
             return tokens
         if m > len(self._best):
             raise ValueError(f"{m} rows of logits for a sampler of {len(self._best)}")
-        blocks = triton.cdiv(vocab, WORDS * LANE.value)
-        groups = blocks * WORDS * LANE.value // GROUP.value
+        blocks = triton.cdiv(vocab, WORDS * LANE)
+        groups = blocks * WORDS * LANE // GROUP.value
         largest = torch.empty(m, groups, device=logits.device) if filters else None
         block_best = torch.empty(m, blocks, dtype=torch.int64, device=logits.device) if filters else None
         given = (delivery.newest, delivery.sent, delivery.places) if delivery else (tokens, tokens, tokens)
-        request = logits, rows, temperature, top_k, top_p, min_p, seed, positions
         _best_kernel[(m, blocks)](
-            tokens, *given, self._best, self._arrivals, largest, block_best, *request, VOCAB=vocab,
-            FILTERS=filters, DELIVERS=delivery is not None, num_warps=4, maxnreg=MAX_REGISTERS,
+            tokens,
+            *given,
+            self._best,
+            self._arrivals,
+            largest,
+            block_best,
+            logits,
+            rows,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            positions,
+            VOCAB=vocab,
+            LANE=LANE,
+            FILTERS=filters,
+            DELIVERS=delivery is not None,
+            num_warps=4,
+            maxnreg=MAX_REGISTERS,
             **self._options,
-        )  # fmt: skip
+        )
         if filters:
             filter_kernel[(m,)](
-                tokens, *given, torch.empty(m, CAPACITY.value, dtype=torch.int64, device=logits.device),
-                torch.empty(m, groups, dtype=torch.int32, device=logits.device), largest, block_best,
-                *request, VOCAB=vocab, UNUSED=UNUSED_BITS[logits.dtype], NUM_BLOCKS=blocks,
-                BLOCKS=triton.next_power_of_2(blocks), NUM_GROUPS=groups,
-                GROUPS=triton.next_power_of_2(groups), DELIVERS=delivery is not None, num_warps=16,
+                tokens,
+                *given,
+                torch.empty(m, CAPACITY, dtype=torch.int64, device=logits.device),
+                torch.empty(m, groups, dtype=torch.int32, device=logits.device),
+                largest,
+                block_best,
+                logits,
+                rows,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed,
+                positions,
+                VOCAB=vocab,
+                LANE=LANE,
+                UNUSED=UNUSED_BITS[logits.dtype],
+                CAPACITY=CAPACITY,
+                NUM_BLOCKS=blocks,
+                BLOCKS=triton.next_power_of_2(blocks),
+                NUM_GROUPS=groups,
+                GROUPS=triton.next_power_of_2(groups),
+                DELIVERS=delivery is not None,
+                num_warps=16,
                 **self._options,
-            )  # fmt: skip
+            )
         return tokens

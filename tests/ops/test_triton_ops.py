@@ -223,7 +223,7 @@ def test_tokens_are_delivered_to_rows_and_to_the_host(filters: bool) -> None:
 
 @triton.jit
 def _store_numbers(out, seed, position, block, LANE: tl.constexpr):
-    numbers = gumbel_block(tl.load(seed), tl.load(position), block)
+    numbers = gumbel_block(tl.load(seed), tl.load(position), block, LANE)
     for w in tl.static_range(4):
         tl.store(out + w * LANE + tl.arange(0, LANE), numbers[w])
 
