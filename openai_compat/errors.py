@@ -50,6 +50,13 @@ class PayloadTooLargeError(RequestError):
     kind = "PayloadTooLargeError"
 
 
+class ContentEncodingError(RequestError):
+    """The body of a request is compressed."""
+
+    status = 415
+    kind = "UnsupportedMediaTypeError"
+
+
 class RequestTimeoutError(RequestError):
     """The body of a request did not arrive in time."""
 
@@ -165,6 +172,8 @@ def error_response(error: RequestError | EngineError, path: str = "") -> Respons
     if isinstance(error, (BodyMemoryError, PayloadTooLargeError, RequestTimeoutError)):
         # The rest of the body is never read, so the connection cannot carry another request.
         headers["connection"] = "close"
+    if isinstance(error, ContentEncodingError):
+        headers["accept-encoding"] = "identity"  # RFC 9110, 15.5.16
     return Response(orjson.dumps(error_object(error, path)), error.status, headers, "application/json")
 
 

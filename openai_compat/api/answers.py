@@ -17,6 +17,7 @@ FAILURES: Mapping[str, str] = {
     "404": "There is no such model.",
     "408": "The body came too slowly.",
     "413": "The body is too large.",
+    "415": "The body is compressed.",
     "500": "The engine failed.",
     "503": "The engine is busy, is being started again, or the server is stopping; try again.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -16,9 +17,11 @@ from microvllm.openai_compat.errors import (
     BAD_SHAPE,
     BodyMemoryError,
     ClientGoneError,
+    ContentEncodingError,
     Fault,
     PayloadTooLargeError,
     RequestTimeoutError,
+    clip,
     shape_error,
 )
 from microvllm.runtime.errors import InvalidRequestError
@@ -102,9 +105,14 @@ class BodyReader:
         """Return the JSON object in the request's body.
 
         Raises `InvalidRequestError` (content type, JSON, not an object, too many values),
-        `PayloadTooLargeError`, `RequestTimeoutError`, `BodyMemoryError` where all bodies together take too
-        much memory, or `ClientGoneError` if the client left while sending.
+        `ContentEncodingError`, `PayloadTooLargeError`, `RequestTimeoutError`, `BodyMemoryError` where all
+        bodies together take too much memory, or `ClientGoneError` if the client left while sending.
         """
+        codings = ",".join(request.headers.getlist("content-encoding"))
+        if any(coding.strip().lower() not in ("", "identity") for coding in codings.split(",")):
+            raise ContentEncodingError(
+                f"Content-Encoding: {clip(codings)} is not supported; send the body uncompressed."
+            )
         media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
         if media_type != "application/json":
             raise InvalidRequestError(
@@ -153,7 +161,9 @@ def parse_object(data: bytes | bytearray) -> dict[str, Any]:
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        fault = Fault(f"JSON decode error: {error.msg}")
+        foreign = b"\0" in data[:4] or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        problem = "not UTF-8, but UTF-16 or UTF-32" if foreign else error.msg
+        fault = Fault(f"JSON decode error: {problem}")
         raise shape_error([(f"body.{error.pos}", fault)]) from None
     if not isinstance(body, dict):
         raise shape_error([("body", Fault("Input should be a valid dictionary"))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 from typing import Any
@@ -21,6 +22,7 @@ from microvllm.openai_compat.transport import body as body_module
 from microvllm.runtime.errors import ConfigError, EngineBusyError, EngineDeadError
 
 JSON = {"content-type": "application/json"}
+PROMPT = b'{"prompt": "hi"}'
 
 
 async def post(path: str, body: Any, client: FakeClient | None = None, **args: Any) -> httpx.Response:
@@ -64,6 +66,38 @@ async def test_bodies_that_are_no_json_object(path: str, content: bytes, param: 
     assert (answer.status_code, error["type"]) == (400, "Bad Request")
     assert re.fullmatch(r"body\S*: .+\.", error["message"])
     assert error["param"].startswith("body") and param in (None, error["param"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+async def test_a_body_in_another_encoding_is_called_that(encoding: str) -> None:
+    answer = await post("/v1/completions", '{"prompt": "hi"}'.encode(encoding))
+    said = "UTF-8 byte order mark" if encoding == "utf-8-sig" else "not UTF-8, but UTF-16 or UTF-32"
+    assert answer.status_code == 400 and said in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (["gzip"], 415),
+        (["GZip"], 415),
+        (["identity", "br"], 415),
+        (["identity, deflate"], 415),
+        (["zstd" * 100], 415),
+        (["identity"], 200),
+        (["", " Identity , identity"], 200),
+    ],
+)
+async def test_compressed_bodies_are_refused_by_the_name_of_the_header(
+    headers: list[str], status: int
+) -> None:
+    content = PROMPT if status == 200 else gzip.compress(PROMPT)
+    given = [("content-type", "application/json"), *(("content-encoding", value) for value in headers)]
+    async with in_process(FakeClient()) as http:
+        answer = await http.post("/v1/completions", content=content, headers=given)
+    assert answer.status_code == status
+    if status == 415:
+        assert error_of(answer)["message"].startswith("Content-Encoding: ")
+        assert answer.headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.parametrize("depth", [100, 500, 1000])
