@@ -251,6 +251,8 @@ class HttpServer(uvicorn.Server):
         tls: dict[str, Any] = {}
         if self.config.ssl:
             tls = {"ssl": self.config.ssl, "ssl_handshake_timeout": HANDSHAKE_DEADLINE_S}
+            if isinstance(self.config.ssl, RenewableContext):
+                self.config.ssl.room = self._room
             if "ssl_shutdown_timeout" in inspect.signature(loop.create_server).parameters:
                 tls["ssl_shutdown_timeout"] = TLS_SHUTDOWN_S
         protocol = functools.partial(GuardedProtocol, self.config, self.server_state, {})
@@ -260,6 +262,10 @@ class HttpServer(uvicorn.Server):
         ]
         self.started = True
         self._on_ready()
+
+    def _room(self) -> int:
+        """Return how many connections may be in their handshake."""
+        return (self.config.limit_concurrency or MAX_CONNECTIONS) - len(self.server_state.connections)
 
 
 def _raise_file_limit() -> int:

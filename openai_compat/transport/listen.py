@@ -9,6 +9,8 @@ import os
 import socket
 import ssl
 import stat
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +96,39 @@ def address_of(args: ServerArgs) -> str:
     return f"{scheme}://{host}:{args.port}"
 
 
+class _Handshake(ssl.SSLObject):
+    """One connection, counted until its handshake is complete or the event loop has dropped it."""
+
+    counted: weakref.WeakSet[_Handshake]
+
+    def do_handshake(self) -> None:
+        super().do_handshake()  # raises as long as the client has to send more
+        self.counted.discard(self)
+
+
 class RenewableContext(ssl.SSLContext):
     """The server's side of TLS. New connections are of the `latest` context, if there is one.
 
     A context of its own has no sessions of the one before: a resumed session is not verified again.
+    A connection reaches the HTTP protocol, which counts it, only behind its handshake. So handshakes are
+    counted here, and at most `room()` are in progress at once.
     """
 
-    latest: ssl.SSLContext | None = None
+    sslobject_class = _Handshake
+    latest: RenewableContext | None = None
+    room: Callable[[], int] | None = None
+
+    def __init__(self, _: int) -> None:
+        self._handshakes: weakref.WeakSet[_Handshake] = weakref.WeakSet()
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
-        """Begin a connection, as event loops do."""
-        return (self.latest.wrap_bio if self.latest else super().wrap_bio)(*args, **kwargs)
+        """Begin a connection, as event loops do, which close it at once on an `OSError`."""
+        if self.room is not None and len(self._handshakes) >= self.room():
+            raise ConnectionRefusedError("too many connections")
+        begun: Any = (self.latest.wrap_bio if self.latest else super().wrap_bio)(*args, **kwargs)
+        begun.counted = self._handshakes
+        self._handshakes.add(begun)
+        return begun  # type: ignore[no-any-return]
 
 
 def tls_context(args: ServerArgs) -> RenewableContext | None:

@@ -1,19 +1,21 @@
-"""The end of a connection under TLS: what a client takes, or not, behind the close of the server."""
+"""The begin of a connection under TLS, its handshake, and its end: what a client takes of it, or not."""
 
 from __future__ import annotations
 
+import gc
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 from fake_client import FakeClient
-from http_tools import real_server
+from http_tools import eventually, raw_exchange, real_server
 from process_tools import PATIENCE_S
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -111,3 +113,45 @@ def test_a_client_that_never_answers_close_notify_is_ended(lost: threading.Event
         while size < SIZE:
             size += len(client.recv(PIECE))
         assert lost.wait(20), "uvloop's own deadline is 30 s"
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_handshakes_count_among_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of one makes room for another, without waiting for a garbage collection."""
+    monkeypatch.setattr(server, "HANDSHAKE_DEADLINE_S", 3600.0)
+    context: Any = tls_context(ServerArgs(ssl_certfile=str(CERT), ssl_keyfile=str(KEY)))
+    most = 4
+    asking = ssl.create_default_context(cafile=str(CERT))
+
+    def connect() -> socket.socket:
+        return stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+
+    def answer(sock: socket.socket) -> bytes:
+        """The begin of it; nothing of a connection that was closed instead."""
+        try:
+            if not isinstance(sock, ssl.SSLSocket):
+                sock = stack.enter_context(asking.wrap_socket(sock, server_hostname="localhost"))
+            sock.sendall(HEALTH)
+            return sock.recv(12)
+        except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError):
+            return b""
+
+    gc.disable()
+    try:
+        with real_server(FakeClient(), tls=context, connections=most, run=uvloop.run) as port:
+            for _ in range(3 * most):
+                raw_exchange(port, b"this is no TLS")
+            with ExitStack() as stack:
+                established = stack.enter_context(asking.wrap_socket(connect(), server_hostname="localhost"))
+                silent = [connect() for _ in range(most - 1)]
+                assert connect().recv(1) == b"", "it is closed at once"
+                assert answer(connect()) == b""
+                assert answer(established) == b"HTTP/1.1 200"
+                silent.pop().close()
+                silent.pop().close()
+                eventually(lambda: answer(connect()) == b"HTTP/1.1 200")
+            eventually(lambda: context.room() == most and not context._handshakes)
+    finally:
+        gc.enable()
