@@ -79,6 +79,10 @@ class CompiledGrammars:
         self._starts.move_to_end(grammar)
         return future
 
+    def drop(self, grammar: str) -> None:
+        """Have a grammar compiled anew: its lexer has found all the states that it may, for all requests."""
+        self._starts.pop(grammar, None)
+
     def copy(self, grammar: str, row: int) -> LLMatcher:
         """A matcher at the start of a grammar; in a worker thread."""
         future = self._starts.get(grammar)

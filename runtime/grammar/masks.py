@@ -326,6 +326,8 @@ class GrammarMasks:
         form = request.params.structured_outputs or StructuredOutput(kind="json_object")
         row = self._rows.get(request.row)
         reason = row.problem if row is not None else None
+        if row is not None and row.matcher is not None and row.matcher.is_error():
+            self._compiled.drop(request.source.grammar)
         if reason is None and row is not None and not row.words.any():
             reason = "no token of the vocabulary continues it"
         if reason is None:

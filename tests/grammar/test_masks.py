@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 from model_tools import make_engine, variant_folder
 from random_outputs import faults
 
@@ -339,6 +340,19 @@ def test_a_form_that_explodes_fails_alone(engine: InferenceEngine) -> None:
     assert bad[1].finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
     if bad[1].finish_reason is FinishReason.ERROR:
         assert bad[1].param == "guided_regex" and "guided_regex" in str(bad[1].error)
+
+
+def test_an_exhausted_lexer_fails_no_later_request(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All requests of a grammar share the states that its lexer may have, and each may find new ones."""
+    limits = LLParserLimits(max_lexer_states=40, verbose_errors=False)
+    monkeypatch.setattr("microvllm.runtime.grammar.compiled.parser_limits", lambda: limits)
+    engine = engine_with(checker)
+    form = StructuredOutput(kind="regex", spec=r"[abc]*a[abc]{30}Z")
+    first, second = (generate(engine, requests(engine, form))[0] for _ in range(2))
+    assert "too many states" in str(first[1].error) and len(first[0]) > 3
+    assert first[0] == second[0]
 
 
 def test_a_matcher_that_raises_fails_alone(
