@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -20,6 +20,7 @@ from http_tools import events, eventually, raw_exchange, real_server, server_lin
 from process_tools import PATIENCE_S
 
 from microvllm.openai_compat.api import prompts
+from microvllm.openai_compat.transport import body as body_module
 from microvllm.openai_compat.transport import protocol
 
 COMPLETION = {"prompt": "hi", "max_tokens": 200, "ignore_eos": True}
@@ -417,27 +418,37 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
-def test_other_requests_are_served_while_a_body_is_read(name: str, path: str) -> None:
-    """A generous bound, in processor time of a quiet core: without the limits these take seconds."""
+def test_other_requests_are_served_while_a_body_is_read(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what nobody else can run beside: each callback of the event loop, and the parser in its thread.
+
+    The bound is six times what is promised; what the code takes it takes in each of three tries.
+    """
+    times: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*args)
+            finally:
+                times.append(time.thread_time() - began)
+
+        return run
+
+    monkeypatch.setattr(asyncio.Handle, "_run", timed(asyncio.Handle._run))
+    monkeypatch.setattr(body_module, "parse_object", timed(body_module.parse_object))
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
     content = ATTACKS[name]
     sent = head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
-    answers: list[bytes] = []
+    longest: list[float] = []
     with real_server(FakeClient(max_model_len=8192)) as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
-        attack = threading.Thread(target=lambda: answers.append(raw_exchange(port, sent)))
-        attack.start()
-        longest = 0.0
-        while attack.is_alive():
-            began = time.process_time()
-            connection.request("GET", "/health")
-            assert connection.getresponse().read() == b""
-            taken = time.process_time() - began
-            longest = max(longest, taken if taken < 1 else taken / slowness())
-            time.sleep(0.002)
-        connection.close()
-    assert status_of(answers[0]) in (200, 400)
-    assert longest < 1
+        while not longest or (min(longest) >= 0.3 and len(longest) < 3):
+            times.clear()
+            assert status_of(raw_exchange(port, sent)) in (200, 400)
+            longest.append(max(times) / slowness())
+    assert min(longest) < 0.3
 
 
 def test_probes_answer_while_requests_run() -> None:
