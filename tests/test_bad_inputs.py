@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -45,8 +45,7 @@ from microvllm.runtime.request import SamplingParams
 from microvllm.runtime.sampling_checks import check_sampling
 from microvllm.runtime.text.input_processor import InputProcessor
 
-# What a request may take that has to be refused at once; a busy machine needs some of it.
-AT_ONCE_S = 20.0
+AT_ONCE_S = 20.0  # of the server's processor time, for a request that has to be refused at once
 
 
 class Victim:
@@ -86,6 +85,11 @@ class Victim:
         assert answer.status_code == 200, answer.text
         return re.sub(rb'"created":\d+', b"", answer.content)
 
+    def processor_s(self) -> float:
+        """What the server's own process has taken so far."""
+        stat = Path(f"/proc/{self.server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
     def memory_bytes(self) -> int:
         status = Path(f"/proc/{self.server.process.pid}/status").read_text()
         match = re.search(r"VmRSS:\s+(\d+) kB", status)
@@ -123,9 +127,9 @@ def cases_of(row: str) -> list[Case]:
 @pytest.mark.parametrize("row", dict.fromkeys(case.row for case in CASES))
 def test_answers(victim: Victim, row: str) -> None:
     for case in cases_of(row):
-        began = time.monotonic()
+        began = victim.processor_s()
         answer = victim.post(case.path, case.body, **case.headers)
-        assert time.monotonic() - began < AT_ONCE_S
+        assert victim.processor_s() - began < AT_ONCE_S
         shown = (case.path, str(case.body)[:200], case.headers, answer.status_code, answer.text[:500])
         assert answer.status_code in case.status, shown
         assert len(answer.content) < 10_000, "the answer repeats the request"

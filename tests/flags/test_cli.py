@@ -82,7 +82,7 @@ def test_a_taken_port_is_known_before_the_model_loads() -> None:
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     result, seconds = start("serve", "--help")
-    assert result.returncode == 0 and seconds < 6
+    assert result.returncode == 0 and seconds < AT_ONCE_S
     for flag in own_flags():
         assert flag in result.stdout
     code = (

@@ -324,11 +324,11 @@ def test_an_idle_connection_stays_open_as_long_as_was_asked(tmp_path: Path) -> N
     with serving(tmp_path, http_timeout_keep_alive=7) as server:
         server.wait_for("Application startup complete")
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
+        asked = time.monotonic()
         connection.request("GET", "/health")
         connection.getresponse().read()
-        answered = time.monotonic()
         assert connection.sock.recv(1) == b""
-        assert time.monotonic() - answered > 6.5  # uvicorn's own limit is 5 s
+        assert time.monotonic() - asked > 6.5  # uvicorn's own limit is 5 s
         connection.close()
 
 
